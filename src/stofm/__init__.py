@@ -1,0 +1,39 @@
+"""Foundation-model embeddings of spatial transcriptomics slices."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stofm import datasets, pl, pp, tl
+    from stofm.genes import GeneVocabulary
+    from stofm.nn import Stofm
+
+__version__ = "0.1.0"
+
+__all__ = ["GeneVocabulary", "Stofm", "__version__", "datasets", "pl", "pp", "tl"]
+
+_LAZY = {
+    "datasets": "stofm.datasets",
+    "pl": "stofm.pl",
+    "pp": "stofm.pp",
+    "tl": "stofm.tl",
+    "GeneVocabulary": "stofm.genes",
+    "Stofm": "stofm.nn",
+}
+
+
+def __getattr__(name: str) -> object:
+    # torch, scanpy and transformers take seconds to import; they wait for the first use.
+    if name not in _LAZY:
+        msg = f"module 'stofm' has no attribute {name!r}"
+        raise AttributeError(msg)
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"stofm.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

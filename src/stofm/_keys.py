@@ -1,0 +1,41 @@
+"""Every AnnData key that stofm reads or writes, grouped by slot.
+
+No other module spells a key: code and tests take them from here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+
+class Uns:
+    """Keys of ``adata.uns``."""
+
+    STOFM: Final = "stofm"
+    #: Entry of ``uns["stofm"]`` that holds the virtual cells of :func:`stofm.pp.subslice`.
+    SUBSLICE: Final = "subslice"
+
+
+class Var:
+    """Columns of ``adata.var``."""
+
+    GENE: Final = "stofm_gene"
+    TOKEN_ID: Final = "stofm_token_id"
+
+
+class Obs:
+    """Columns of ``adata.obs``."""
+
+    N_TOKENS: Final = "stofm_n_tokens"
+    SUBSLICE: Final = "stofm_subslice"
+    VIRTUAL_CELL: Final = "stofm_virtual_cell"
+
+
+class Obsm:
+    """Entries of ``adata.obsm``."""
+
+    SPATIAL: Final = "spatial"
+    TOKENS: Final = "stofm_tokens"
+    X_CELL: Final = "X_stofm_cell"
+    X: Final = "X_stofm"
+    COORDINATES: Final = "stofm_spatial"

@@ -1,0 +1,54 @@
+"""The package's logger and its progress bars."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+T = TypeVar("T")
+
+logger = logging.getLogger("stofm")
+
+
+class _FallbackHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Prints to stderr unless the application has set up logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+if not logger.handlers:
+    _handler = _FallbackHandler()
+    _handler.setFormatter(logging.Formatter("stofm: %(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(logging.INFO)
+
+
+def progress(
+    items: Iterable[T], *, total: int, description: str, unit: str, show: bool
+) -> Iterable[T]:
+    """Wrap `items` in a progress bar, or hand them back as they are when `show` is false."""
+    if not show:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, desc=description, unit=unit, leave=False)
+
+
+@contextmanager
+def counter(
+    *, total: int, description: str, unit: str, show: bool
+) -> Iterator[Callable[[int], object]]:
+    """Show a bar that the returned function moves on, or nothing when `show` is false."""
+    if not show:
+        yield lambda _: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=description, unit=unit, leave=False) as bar:
+        yield bar.update
