@@ -1,0 +1,50 @@
+"""Slices, sub-slices and virtual cells on plain arrays: numpy, scipy and igraph only."""
+
+from stofm.spatial.clustering import leiden, merge_clusters
+from stofm.spatial.coordinates import MODEL_DIAGONAL, canonical_order, normalize_coordinates
+from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
+from stofm.spatial.node_types import NodeType
+from stofm.spatial.pairs import NO_NEIGHBOR, PairDistances, pair_distances
+from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.subslices import (
+    SliceLayout,
+    SubSlice,
+    SubSliceConfig,
+    build_subslice,
+    lay_out_slice,
+    rows_by_subslice,
+)
+from stofm.spatial.virtual_cells import (
+    VirtualCells,
+    cluster_cells,
+    mix_expression_and_place,
+    principal_components,
+    virtual_cells,
+)
+
+__all__ = [
+    "MODEL_DIAGONAL",
+    "NO_NEIGHBOR",
+    "NodeType",
+    "PairDistances",
+    "SliceLayout",
+    "SubSlice",
+    "SubSliceConfig",
+    "VirtualCells",
+    "build_subslice",
+    "canonical_order",
+    "cluster_cells",
+    "lay_out_slice",
+    "leiden",
+    "merge_clusters",
+    "mix_expression_and_place",
+    "nearest_neighbors",
+    "normalize_coordinates",
+    "pair_distances",
+    "partition_balanced",
+    "partition_reference",
+    "principal_components",
+    "rows_by_subslice",
+    "umap_weights",
+    "virtual_cells",
+]

@@ -1,0 +1,122 @@
+"""Exact neighbour graphs in few dimensions, weighted as UMAP weights them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.spatial import cKDTree
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MAX_BISECTIONS = 64
+_TOLERANCE = 1e-5
+_MIN_BANDWIDTH = 1e-3
+
+
+def nearest_neighbors(
+    points: NDArray[np.float64], n_neighbors: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Find each point's nearest points, itself first, with a kd-tree.
+
+    Parameters
+    ----------
+    points
+        (n, d), d small.
+    n_neighbors
+        Neighbours of a point, the point itself counted; at most n.
+
+    Returns
+    -------
+    Indices and Euclidean distances, each (n, n_neighbors), by ascending distance.
+    """
+    n_neighbors = min(n_neighbors, len(points))
+    tree = cKDTree(points, balanced_tree=False)
+    distances, indices = tree.query(points, k=np.arange(1, n_neighbors + 1), workers=-1)
+    _put_self_first(indices, distances)
+    return indices, distances
+
+
+def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> None:
+    """Bring each point to the front of its own list, where coincident points may stand."""
+    own = np.arange(len(indices))
+    rows = np.flatnonzero(indices[:, 0] != own)
+    if len(rows) == 0:
+        return
+    is_own = indices[rows] == rows[:, None]
+    # With more coincident points than neighbours the point may be missing: the last makes room.
+    column = np.where(is_own.any(axis=1), is_own.argmax(axis=1), indices.shape[1] - 1)
+    indices[rows, column] = indices[rows, 0]
+    distances[rows, column] = distances[rows, 0]
+    indices[rows, 0] = rows
+    distances[rows, 0] = 0.0
+
+
+def umap_weights(
+    indices: NDArray[np.int64], distances: NDArray[np.float64]
+) -> sp.csr_array:
+    """Weight a neighbour graph by UMAP's fuzzy simplicial set.
+
+    A point's nearest neighbour at non-zero distance rho gets weight 1, others
+    ``exp(-(d - rho) / sigma)``, with sigma such that a point's weights sum to
+    ``log2(n_neighbors)``. The two directions of an edge are joined by the probabilistic sum
+    ``a + b - a b``.
+
+    Parameters
+    ----------
+    indices, distances
+        (n, n_neighbors), the point itself first.
+
+    Returns
+    -------
+    Symmetric (n, n) weights, float32.
+
+    References
+    ----------
+    McInnes, Healy and Melville, UMAP (arXiv 1802.03426), section 3.1.
+    """
+    n, n_neighbors = indices.shape
+    rho = _nearest_nonzero(distances)
+    excess = np.maximum(distances[:, 1:] - rho[:, None], 0.0)
+    sigma = _bandwidths(excess, target=np.log2(n_neighbors))
+    floor = np.where(rho > 0, distances.mean(axis=1), distances.mean()) * _MIN_BANDWIDTH
+    sigma = np.maximum(sigma, floor)
+    # A point whose neighbours all coincide with it has no bandwidth: its weights are 1.
+    weights = np.exp(-excess / np.where(sigma > 0, sigma, 1.0)[:, None]).astype(np.float32)
+
+    offsets = np.arange(0, n * (n_neighbors - 1) + 1, n_neighbors - 1)
+    directed = sp.csr_array(
+        (weights.ravel(), indices[:, 1:].ravel().astype(np.int32), offsets.astype(np.int32)),
+        shape=(n, n),
+    )
+    reverse = directed.T.tocsr()
+    return (directed + reverse - directed.multiply(reverse)).tocsr()
+
+
+def _nearest_nonzero(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    positive = distances > 0
+    first = distances[np.arange(len(distances)), positive.argmax(axis=1)]
+    return np.where(positive.any(axis=1), first, 0.0)
+
+
+def _bandwidths(excess: NDArray[np.float64], target: float) -> NDArray[np.float64]:
+    """Solve ``sum_j exp(-excess_ij / sigma_i) = target`` for all rows at once by bisection."""
+    n = len(excess)
+    sigma = np.ones(n)
+    low, high = np.zeros(n), np.full(n, np.inf)
+    active = np.arange(n)
+    for _ in range(_MAX_BISECTIONS):
+        total = np.exp(-excess[active] / sigma[active, None]).sum(axis=1)
+        unsolved = np.abs(total - target) >= _TOLERANCE
+        active, total = active[unsolved], total[unsolved]
+        if len(active) == 0:
+            break
+        too_wide = total > target
+        high[active[too_wide]] = sigma[active[too_wide]]
+        low[active[~too_wide]] = sigma[active[~too_wide]]
+        bounded = np.isfinite(high[active])
+        middle = (low[active] + np.where(bounded, high[active], 0.0)) / 2
+        sigma[active] = np.where(bounded, middle, sigma[active] * 2)
+    return sigma

@@ -1,0 +1,298 @@
+"""From the cells of one slice to the model's sub-slices (micro and macro scale together)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from stofm.spatial.clustering import Clustering
+from stofm.spatial.coordinates import canonical_order, normalize_coordinates
+from stofm.spatial.node_types import NodeType
+from stofm.spatial.pairs import NeighborsAmong, PairDistances, pair_distances
+from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.virtual_cells import (
+    Mixing,
+    VirtualCells,
+    cluster_cells,
+    mix_expression_and_place,
+    principal_components,
+    virtual_cells,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Partition = Literal["balanced", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubSliceConfig:
+    """How a slice is cut and clustered; part of a model, because its weights depend on it.
+
+    Attributes
+    ----------
+    n_cells
+        Cells of a sub-slice: at most, with the balanced partition.
+    partition
+        ``"balanced"`` (:func:`~stofm.spatial.partition_balanced`) or ``"reference"``
+        (:func:`~stofm.spatial.partition_reference`).
+    leiden_resolution
+        Resolution of the clustering that gives the virtual cells.
+    position_weight
+        Weight of place against expression in that clustering, 0 to 1.
+    mixing, n_components
+        How place and principal components are put together
+        (:func:`~stofm.spatial.mix_expression_and_place`), and how many components.
+    clustering
+        ``"canonical"``: cells are put in an order of their own first, so that the order of rows
+        does not matter. ``"scanpy"``: file order, and scanpy's labels.
+    max_virtual_cells
+        Upper limit on virtual cells of a slice; None for no limit (the published code's limit
+        of 200 is without effect).
+    n_neighbors, neighbors_among
+        Which pairs of cells have a distance (:func:`~stofm.spatial.pair_distances`).
+    """
+
+    n_cells: int = 1000
+    partition: Partition = "balanced"
+    leiden_resolution: float = 1.0
+    position_weight: float = 0.2
+    mixing: Mixing = "concatenate"
+    n_components: int = 2
+    clustering: Clustering = "canonical"
+    max_virtual_cells: int | None = 200
+    n_neighbors: int = 50
+    neighbors_among: NeighborsAmong = "cells"
+
+    def __post_init__(self) -> None:
+        """Check each value and how they fit together."""
+        for name, allowed in (
+            ("partition", get_args(Partition)),
+            ("mixing", get_args(Mixing)),
+            ("clustering", get_args(Clustering)),
+            ("neighbors_among", get_args(NeighborsAmong)),
+        ):
+            if getattr(self, name) not in allowed:
+                msg = f"{name} must be one of {list(allowed)}, found {getattr(self, name)!r}."
+                raise ValueError(msg)
+        for name in ("n_cells", "n_components", "n_neighbors"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be at least 1, found {getattr(self, name)}."
+                raise ValueError(msg)
+        if self.max_virtual_cells is not None and self.max_virtual_cells < 1:
+            msg = f"max_virtual_cells must be at least 1 or None, found {self.max_virtual_cells}."
+            raise ValueError(msg)
+        if not 0 <= self.position_weight <= 1:
+            msg = f"position_weight must lie between 0 and 1, found {self.position_weight}."
+            raise ValueError(msg)
+        if self.leiden_resolution <= 0:
+            msg = f"leiden_resolution must be positive, found {self.leiden_resolution}."
+            raise ValueError(msg)
+        if self.mixing == "sum" and self.n_components != 2:
+            msg = (
+                f"mixing='sum' adds coordinates and components elementwise and needs "
+                f"n_components=2, found {self.n_components}; use mixing='concatenate'."
+            )
+            raise ValueError(msg)
+
+    @classmethod
+    def reference(cls) -> SubSliceConfig:
+        """Rules of SToFM's published code."""
+        return cls(
+            partition="reference",
+            mixing="sum",
+            clustering="scanpy",
+            max_virtual_cells=None,
+            neighbors_among="all_nodes",
+        )
+
+
+@dataclass(frozen=True)
+class SliceLayout:
+    """How one slice was cut and clustered.
+
+    Attributes
+    ----------
+    coordinates
+        (n, 2) normalised coordinates, model units (the slice's diagonal is 100).
+    subslice
+        (n,) number of each cell's sub-slice, from 0.
+    virtual_cell
+        (n,) number of each cell's virtual cell, from 0.
+    virtual
+        The virtual cells.
+    """
+
+    coordinates: NDArray[np.float64]
+    subslice: NDArray[np.int64]
+    virtual_cell: NDArray[np.int64]
+    virtual: VirtualCells
+
+    @property
+    def n_subslices(self) -> int:
+        """Number of sub-slices."""
+        return int(self.subslice.max(initial=-1)) + 1
+
+
+@dataclass(frozen=True)
+class SubSlice:
+    """One input of the SE(2) Transformer: slice token, virtual cells, cells, in this order.
+
+    Attributes
+    ----------
+    coordinates
+        (n_nodes, 2) model units; the slice token lies at the origin.
+    features
+        (n_nodes, d) cell embeddings, float32; zeros for the slice token.
+    node_type
+        (n_nodes,) values of :class:`~stofm.spatial.NodeType`, int8.
+    cell_index
+        (n_nodes,) row of the cell in its slice, -1 for nodes that are no cell.
+    pairs
+        The distances.
+    """
+
+    coordinates: NDArray[np.float64]
+    features: NDArray[np.float32]
+    node_type: NDArray[np.int8]
+    cell_index: NDArray[np.int64]
+    pairs: PairDistances
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.node_type)
+
+
+def lay_out_slice(
+    coordinates: NDArray[np.floating],
+    features: NDArray[np.floating],
+    config: SubSliceConfig,
+    *,
+    seed: int = 0,
+) -> SliceLayout:
+    """Normalise a slice's coordinates, cut it into sub-slices and find its virtual cells.
+
+    Parameters
+    ----------
+    coordinates
+        (n, 2) finite, any unit.
+    features
+        (n, d) finite cell embeddings.
+    config
+        The rules.
+    seed
+        Seed of the clustering.
+
+    Returns
+    -------
+    The layout. Every cell is in exactly one sub-slice and one virtual cell.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.2.
+    """
+    xy = np.asarray(coordinates, dtype=np.float64)
+    features = np.asarray(features)
+    if len(xy) != len(features):
+        msg = f"{len(xy)} coordinates and {len(features)} rows of features; expected as many."
+        raise ValueError(msg)
+    normalized = normalize_coordinates(xy)
+    return SliceLayout(
+        coordinates=normalized,
+        subslice=_cut_slice(xy, normalized, features, config),
+        virtual_cell=(labels := _cluster_slice(xy, normalized, features, config, seed)),
+        virtual=virtual_cells(labels, normalized, features),
+    )
+
+
+def _cut_slice(
+    xy: NDArray[np.float64],
+    normalized: NDArray[np.float64],
+    features: NDArray[np.floating],
+    config: SubSliceConfig,
+) -> NDArray[np.int64]:
+    subslice = np.empty(len(xy), dtype=np.int64)
+    if config.partition == "reference":
+        parts = partition_reference(normalized, config.n_cells)
+    else:
+        order = canonical_order(xy, features)
+        parts = [order[rows] for rows in partition_balanced(normalized[order], config.n_cells)]
+    for number, rows in enumerate(parts):
+        subslice[rows] = number
+    return subslice
+
+
+def _cluster_slice(
+    xy: NDArray[np.float64],
+    normalized: NDArray[np.float64],
+    features: NDArray[np.floating],
+    config: SubSliceConfig,
+    seed: int,
+) -> NDArray[np.int64]:
+    in_file_order = config.clustering == "scanpy"
+    order = np.arange(len(xy)) if in_file_order else canonical_order(xy, features)
+    points = mix_expression_and_place(
+        principal_components(features[order], config.n_components),
+        normalized[order],
+        position_weight=config.position_weight,
+        mixing=config.mixing,
+    )
+    labels = np.empty(len(xy), dtype=np.int64)
+    labels[order] = cluster_cells(
+        points,
+        resolution=config.leiden_resolution,
+        max_clusters=config.max_virtual_cells,
+        seed=seed,
+        clustering=config.clustering,
+    )
+    return labels
+
+
+def build_subslice(
+    layout: SliceLayout,
+    features: NDArray[np.floating],
+    cells: NDArray[np.integer],
+    config: SubSliceConfig,
+) -> SubSlice:
+    """Put together the nodes of one sub-slice.
+
+    Parameters
+    ----------
+    layout
+        The slice's layout.
+    features
+        (n, d) cell embeddings of the whole slice.
+    cells
+        Rows of the sub-slice's cells.
+    config
+        The rules.
+    """
+    virtual = layout.virtual
+    n_virtual, width = virtual.features.shape
+    node_type = np.full(1 + n_virtual + len(cells), NodeType.CELL, dtype=np.int8)
+    node_type[0] = NodeType.SLICE
+    node_type[1 : 1 + n_virtual] = NodeType.VIRTUAL
+    coordinates = np.vstack([np.zeros((1, 2)), virtual.coordinates, layout.coordinates[cells]])
+    blank = np.zeros((1, width), dtype=np.float32)
+    return SubSlice(
+        coordinates=coordinates,
+        features=np.vstack([blank, virtual.features, np.asarray(features)[cells]], dtype=np.float32, casting="same_kind"),
+        node_type=node_type,
+        cell_index=np.concatenate([np.full(1 + n_virtual, -1), cells]).astype(np.int64),
+        pairs=pair_distances(
+            coordinates,
+            node_type,
+            n_neighbors=config.n_neighbors,
+            neighbors_among=config.neighbors_among,
+        ),
+    )
+
+
+def rows_by_subslice(layout: SliceLayout) -> list[NDArray[np.int64]]:
+    """Rows of each sub-slice's cells, ascending, in order of the sub-slices' numbers."""
+    order = np.argsort(layout.subslice, kind="stable")
+    ends = np.cumsum(np.bincount(layout.subslice, minlength=layout.n_subslices))[:-1]
+    return np.split(order, ends)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from stofm.spatial import (
+    NodeType,
+    SubSliceConfig,
+    build_subslice,
+    lay_out_slice,
+    rows_by_subslice,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture
+def slice_(rng):
+    xy = rng.random((501, 2)) * [300.0, 200.0]
+    features = rng.normal(size=(501, 6)).astype(np.float32)
+    features[:, 0] += xy[:, 0] / 30
+    return xy, features
+
+
+def test_whole_slice_like_the_reference():
+    golden = np.load(GOLDEN / "i_end_to_end.npz")
+    config = replace(
+        SubSliceConfig.reference(),
+        n_cells=int(golden["split_num"]),
+        position_weight=float(golden["alpha"]),
+        leiden_resolution=float(golden["leiden_res"]),
+    )
+    layout = lay_out_slice(golden["xy"], golden["features"], config)
+    offsets = golden["split_offsets"]
+    for k, rows in enumerate(rows_by_subslice(layout)):
+        np.testing.assert_array_equal(rows, golden["split_flat"][offsets[k] : offsets[k + 1]])
+    assert adjusted_rand_score(layout.virtual_cell, golden["cluster_labels"]) == 1.0
+    np.testing.assert_allclose(layout.virtual.coordinates, golden["virtual_nodes"], atol=1e-5)
+    np.testing.assert_allclose(layout.virtual.features, golden["virtual_features"], atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["sum", "concatenate"])
+def test_order_of_rows_does_not_matter(slice_, rng, mixing):
+    xy, features = slice_
+    config = SubSliceConfig(n_cells=100, mixing=mixing)
+    shuffled = rng.permutation(len(xy))
+    first = lay_out_slice(xy, features, config)
+    second = lay_out_slice(xy[shuffled], features[shuffled], config)
+    np.testing.assert_array_equal(first.subslice[shuffled], second.subslice)
+    np.testing.assert_array_equal(first.virtual_cell[shuffled], second.virtual_cell)
+    np.testing.assert_allclose(first.virtual.features, second.virtual.features, atol=1e-6)
+
+
+def test_every_cell_in_one_subslice_and_all_virtual_cells_in_each(slice_):
+    xy, features = slice_
+    config = SubSliceConfig(n_cells=100)
+    layout = lay_out_slice(xy, features, config)
+    assert layout.n_subslices == 6
+    seen = []
+    for rows in rows_by_subslice(layout):
+        subslice = build_subslice(layout, features, rows, config)
+        n_virtual = layout.virtual.n_virtual
+        assert subslice.node_type[0] == NodeType.SLICE
+        assert (subslice.node_type[1 : 1 + n_virtual] == NodeType.VIRTUAL).all()
+        assert (subslice.node_type[1 + n_virtual :] == NodeType.CELL).all()
+        assert not subslice.features[0].any()
+        np.testing.assert_array_equal(subslice.features[1 : 1 + n_virtual], layout.virtual.features)
+        cells = subslice.cell_index[1 + n_virtual :]
+        np.testing.assert_array_equal(subslice.features[1 + n_virtual :], features[cells])
+        np.testing.assert_array_equal(subslice.coordinates[1 + n_virtual :], layout.coordinates[cells])
+        seen.append(cells)
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(len(xy)))
+
+
+@pytest.mark.parametrize("config", [SubSliceConfig(n_cells=4), replace(SubSliceConfig.reference(), n_cells=4)])
+@pytest.mark.parametrize("kind", ["one cell", "two cells", "one place", "line", "lattice"])
+def test_degenerate_slices(config, kind, rng):
+    xy = {
+        "one cell": np.array([[3.0, 4.0]]),
+        "two cells": np.array([[3.0, 4.0], [5.0, 4.0]]),
+        "one place": np.ones((13, 2)),
+        "line": np.column_stack([np.zeros(17), np.arange(17.0)]),
+        "lattice": np.argwhere(np.ones((5, 5))).astype(float),
+    }[kind]
+    features = rng.normal(size=(len(xy), 3)).astype(np.float32)
+    layout = lay_out_slice(xy, features, config)
+    assert np.isfinite(layout.coordinates).all()
+    parts = rows_by_subslice(layout)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(xy)))
+    assert np.isfinite(layout.virtual.features).all()
+    assert set(layout.virtual_cell) == set(range(layout.virtual.n_virtual))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_cells": 0}, "n_cells must be at least 1, found 0"),
+        ({"partition": "hexagons"}, "partition must be one of .*found 'hexagons'"),
+        ({"position_weight": 1.5}, "between 0 and 1, found 1.5"),
+        ({"leiden_resolution": 0.0}, "must be positive"),
+        ({"mixing": "sum", "n_components": 3}, "use mixing='concatenate'"),
+        ({"max_virtual_cells": 0}, "at least 1 or None"),
+    ],
+)
+def test_bad_rules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SubSliceConfig(**options)
+
+
+def test_mismatched_rows_are_refused():
+    with pytest.raises(ValueError, match="3 coordinates and 2 rows"):
+        lay_out_slice(np.zeros((3, 2)), np.zeros((2, 4)), SubSliceConfig())
