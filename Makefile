@@ -1,0 +1,66 @@
+# Each target makes the environment that it needs (in .venv) and then does its job; a second run finds it there.
+#
+#   make demo              simulate a slice, embed it, write figures and the .h5ad to demo/
+#   make demo DATA=x.h5ad  the same with your own slice
+#   make test              the tests          (ARGS="-k genes" goes to pytest)
+#   make check             lint and types
+#   make docs              the documentation, in docs/_build/html
+#   make bench             speed and memory against a plain implementation
+#   make clean             remove the environment and everything that was built
+#
+# PYTHON=... names the interpreter to build the environment with, VENV=... its folder.
+
+VENV ?= .venv
+DEMO ?= demo
+BIN := $(VENV)/bin
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
+
+# No target opens a window.
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m stofm demo --out "$(DEMO)" $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-doc
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+clean:
+	rm -rf "$(VENV)" build dist "$(DEMO)" docs/_build docs/tutorials docs/generated \
+	  benchmarks/results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# venv writes pip last, so a half-made environment is made again.
+$(BIN)/pip:
+	@for python in $(CANDIDATES); do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($$python --version)"; \
+	    exec $$python -m venv "$(VENV)"; \
+	  fi; \
+	done; \
+	echo "stofm needs Python 3.11 or newer with venv, and none of these is one: $(CANDIDATES)." >&2; \
+	echo "Install it (Debian and Ubuntu: apt install python3.11-venv) or name it: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+# .installed, .installed-test, .installed-dev, .installed-doc: the package with that extra.
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-doc: \
+  $(VENV)/.installed%: $(BIN)/pip pyproject.toml constraints.txt
+	@echo "Installing stofm$(if $*,[$(*:-%=%)]) into $(VENV); the first time takes some minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e ".$(if $*,[$(*:-%=%)])"
+	@touch $@
