@@ -1,0 +1,314 @@
+"""The edge to AnnData for counts and genes' names: checked CSR blocks out of any matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from scipy import sparse
+
+from stofm.genes.gene_ids import clean_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+#: Entries of a block if it were dense: 64 MB in double precision.
+_BLOCK_ENTRIES: Final = 1 << 23
+_MAX_BLOCK_ROWS: Final = 1 << 15
+#: Rows of a CSC matrix cost a pass over all of it, so there are at most this many blocks.
+_MAX_CSC_BLOCKS: Final = 16
+#: A count this near to an integer is one: noise of float32 arithmetic, not a normalised value.
+_INTEGER_TOLERANCE: Final = 1e-3
+_SAMPLE_ROWS: Final = 256
+#: Columns of ``adata.var`` (in lower case) that hold names of genes in files of common tools.
+_NAME_COLUMNS: Final = (
+    "ensembl_id",
+    "ensembl_ids",
+    "ensembl_gene_id",
+    "ensembl",
+    "ensemblid",
+    "gene_ids",
+    "gene_id",
+    "geneid",
+    "gene_symbol",
+    "gene_symbols",
+    "symbol",
+    "symbols",
+    "gene_name",
+    "gene_names",
+    "gene_short_name",
+    "feature_name",
+    "feature_id",
+    "name",
+    "gene",
+)
+_VAR_NAMES: Final = "var_names"
+
+
+@dataclass(frozen=True, eq=False)
+class CountReader:
+    """Blocks of rows of a count matrix, read and checked one at a time.
+
+    Attributes
+    ----------
+    adata, layer
+        Where the counts are; `layer` None is ``X``.
+    bounds
+        First row and row after the last of each block.
+    """
+
+    adata: AnnData
+    layer: str | None
+    bounds: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __iter__(self) -> Iterator[sparse.csr_matrix]:
+        for start, stop in self.bounds:
+            block = _to_csr(_rows(self.adata, self.layer, start, stop))
+            yield _checked(block, self.adata, self.layer, start)
+
+
+def read_counts(
+    adata: AnnData, *, layer: str | None = None, chunk_size: int | None = None
+) -> CountReader:
+    """Return the counts of `adata` as blocks of rows, without changing or copying the whole.
+
+    CSR, CSC and dense matrices are read, in memory, backed by a file, or as Dask arrays, also
+    through views. Values may have any numeric type. Memory is bounded by a block.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes.
+    layer
+        Layer with raw counts; None for ``X``.
+    chunk_size
+        Rows of a block; by default as many as make about 8 million entries. Dask arrays are cut
+        at their own chunks.
+
+    Returns
+    -------
+    CountReader
+        Iterating over it gives CSR matrices of (rows of the block, n_vars). A block that does
+        not hold raw counts raises ValueError then.
+
+    Raises
+    ------
+    ValueError
+        There are no cells, no genes or no matrix, or `chunk_size` is not positive.
+    KeyError
+        There is no such layer.
+    """
+    require_cells_and_genes(adata)
+    if chunk_size is not None and chunk_size < 1:
+        msg = f"chunk_size must be at least 1, found {chunk_size}."
+        raise ValueError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"There is no layer {layer!r}; layers of the AnnData: {sorted(adata.layers)}."
+        raise KeyError(msg)
+    return CountReader(adata, layer, _block_bounds(adata, layer, chunk_size))
+
+
+def open_slice(path: str | Path) -> AnnData:
+    """Open an AnnData from an ``.h5ad`` file, whose ``X`` stays on disk, or a Zarr store.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing at `path`.
+    """
+    import anndata
+
+    path = Path(path)
+    if not path.exists():
+        msg = f"There is no slice at {path}."
+        raise FileNotFoundError(msg)
+    return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
+
+
+def gene_name_sources(adata: AnnData) -> dict[str, list[Any]]:
+    """Return all names of the genes: known columns of ``adata.var``, ids first, and var_names."""
+    columns = sorted(
+        (name for name in adata.var.columns if str(name).lower() in _NAME_COLUMNS),
+        key=lambda name: _NAME_COLUMNS.index(str(name).lower()),
+    )
+    names = {str(name): list(np.asarray(adata.var[name])) for name in columns}
+    return {**names, _VAR_NAMES: list(adata.var_names)}
+
+
+def gene_names(adata: AnnData) -> tuple[list[Any], list[Any]]:
+    """Return the names with most Ensembl ids, and second ones, symbols as a rule."""
+    sources = gene_name_sources(adata)
+    n_ids = {
+        source: sum(name.startswith("ENS") for name in clean_names(names))
+        for source, names in sources.items()
+    }
+    best = max(n_ids, key=lambda source: (n_ids[source], source == _VAR_NAMES))
+    others = sorted(set(sources) - {best}, key=lambda source: (n_ids[source], source != _VAR_NAMES))
+    return sources[best], sources[others[0]] if others else [""] * adata.n_vars
+
+
+def sample_counts(
+    adata: AnnData, rows: NDArray[np.integer], *, layer: str | None = None
+) -> sparse.csr_matrix:
+    """Return the counts of a few rows, checked; arguments and errors as in :func:`read_counts`."""
+    require_cells_and_genes(adata)
+    block = _to_csr(_matrix(adata[rows], layer))
+    return _checked(block, adata, layer, int(rows[0]))
+
+
+def require_cells_and_genes(adata: AnnData) -> None:
+    """Refuse an AnnData without rows or columns.
+
+    Raises
+    ------
+    ValueError
+        There are no cells or no genes.
+    """
+    if 0 in adata.shape:
+        what = "cells" if adata.n_obs == 0 else "genes"
+        msg = f"The AnnData has no {what} (shape {adata.shape}). Was it filtered too hard?"
+        raise ValueError(msg)
+
+
+def _block_bounds(
+    adata: AnnData, layer: str | None, chunk_size: int | None
+) -> tuple[tuple[int, int], ...]:
+    n_obs, n_vars = adata.shape
+    rows = chunk_size or min(_MAX_BLOCK_ROWS, max(1, _BLOCK_ENTRIES // n_vars))
+    stored = adata if not adata.is_view else adata[:1]
+    matrix = _matrix(stored, layer)
+    if getattr(matrix, "format", "") == "csc" and chunk_size is None:
+        rows = max(rows, -(-n_obs // _MAX_CSC_BLOCKS))
+    if adata.is_view or not hasattr(matrix, "chunks") or not hasattr(matrix, "compute"):
+        starts = list(range(0, n_obs, rows))
+    else:
+        starts = _starts_at_chunks(matrix.chunks[0], rows)
+    return tuple(zip(starts, [*starts[1:], n_obs], strict=True))
+
+
+def _starts_at_chunks(chunk_rows: tuple[int, ...], rows: int) -> list[int]:
+    """Join whole Dask chunks up to `rows` rows, so that none is computed twice."""
+    starts = [0]
+    position = 0
+    for size in chunk_rows:
+        if position + size - starts[-1] > rows and position > starts[-1]:
+            starts.append(position)
+        position += size
+    return starts
+
+
+def _matrix(adata: AnnData, layer: str | None) -> Any:
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        msg = f"adata.X is empty; pass `layer`, one of {sorted(adata.layers)}."
+        raise ValueError(msg)
+    return matrix
+
+
+def _rows(adata: AnnData, layer: str | None, start: int, stop: int) -> Any:
+    if adata.is_view:
+        # The matrix of a view is a copy of all its rows; that of a view's slice is not.
+        return _matrix(adata[start:stop], layer)
+    matrix = _matrix(adata, layer)
+    if isinstance(matrix, sparse.csr_matrix | sparse.csr_array):
+        return _csr_rows(matrix, start, stop)
+    return matrix[start:stop]
+
+
+def _csr_rows(matrix: Any, start: int, stop: int) -> sparse.csr_matrix:
+    """Rows of a CSR matrix that share its memory."""
+    entries = slice(matrix.indptr[start], matrix.indptr[stop])
+    return sparse.csr_matrix(
+        (
+            matrix.data[entries],
+            matrix.indices[entries],
+            matrix.indptr[start : stop + 1] - matrix.indptr[start],
+        ),
+        shape=(stop - start, matrix.shape[1]),
+    )
+
+
+def _to_csr(rows: Any) -> sparse.csr_matrix:
+    if hasattr(rows, "compute"):
+        rows = rows.compute()
+    if hasattr(rows, "to_memory"):
+        rows = rows.to_memory()
+    if not sparse.issparse(rows):
+        rows = np.asarray(rows)
+    if rows.dtype.kind not in "buif":
+        msg = f"Counts must be numbers, found the type {rows.dtype}."
+        raise TypeError(msg)
+    return sparse.csr_matrix(rows)
+
+
+def _checked(
+    block: sparse.csr_matrix, adata: AnnData, layer: str | None, start: int
+) -> sparse.csr_matrix:
+    """Return the block with integer values, or say what they are instead."""
+    fault = _fault(block.data)
+    if fault:
+        name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        msg = (
+            f"{name} does not hold raw counts: {fault} (non-zero entries of cells {start} to "
+            f"{start + block.shape[0] - 1}). {_where_counts_are(adata, layer)}"
+        )
+        raise ValueError(msg)
+    if block.dtype.kind != "f":
+        return block
+    integers = np.rint(block.data)
+    if not np.array_equal(integers, block.data):
+        block = sparse.csr_matrix((integers, block.indices, block.indptr), shape=block.shape)
+    return block
+
+
+def _fault(values: NDArray[Any]) -> str:
+    """What keeps `values` from being counts, with the share; ``""`` if nothing does."""
+    if not len(values) or values.dtype.kind in "bu":
+        return ""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        undefined = np.isnan(values)
+        if undefined.any():
+            return f"{_percent(undefined)} are NaN"
+        return f"{_percent(np.isinf(values))} are infinite"
+    if values.min() < 0:
+        return f"{_percent(values < 0)} are negative, down to {values.min():.4g}"
+    if values.dtype.kind == "f":
+        off = np.abs(values - np.rint(values))
+        if off.max() > _INTEGER_TOLERANCE:
+            return (
+                f"{_percent(off > _INTEGER_TOLERANCE)} are not integers, up to {values.max():.4g}"
+            )
+    return ""
+
+
+def _percent(marks: NDArray[np.bool_]) -> str:
+    return f"{100 * marks.mean():.3g} %"
+
+
+def _where_counts_are(adata: AnnData, layer: str | None) -> str:
+    places = [(f"adata.layers[{name!r}]", f"pass layer={name!r}", name) for name in adata.layers]
+    if adata.X is not None:
+        places.insert(0, ("adata.X", "leave out `layer`", None))
+    n_rows = min(_SAMPLE_ROWS, adata.n_obs)
+    for where, advice, name in places:
+        if name != layer and _looks_raw(_rows(adata, name, 0, n_rows)):
+            return f"{where} looks like raw counts: {advice}."
+    if adata.raw is not None and _looks_raw(adata.raw.X[:n_rows]):
+        return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
+    return "No layer looks like raw counts either; they are needed, before any normalisation."
+
+
+def _looks_raw(rows: Any) -> bool:
+    try:
+        values = _to_csr(rows).data
+    except TypeError:
+        return False
+    return bool(values.any()) and not _fault(values)

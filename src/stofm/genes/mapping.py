@@ -1,0 +1,261 @@
+"""From the names of a slice's columns to genes of a vocabulary, with a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from stofm.genes.gene_ids import (
+    HUMAN_TYPES,
+    MOUSE_TYPES,
+    IdType,
+    clean_names,
+    id_type,
+    strip_version,
+)
+from stofm.genes.orthologs import read_orthologs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from os import PathLike
+
+    from numpy.typing import NDArray
+
+    from stofm.genes.vocabulary import GeneVocabulary
+
+Species = Literal["auto", "human", "mouse"]
+
+#: Fewer genes than this are too few, unless at least half of a smaller panel is found.
+MIN_GENES: Final = 10
+#: A smaller share of the genes is too few: names of another species match now and then.
+MIN_SHARE: Final = 0.02
+#: A second species is named in the report from this share of the ids on.
+_MIXED_SHARE: Final = 0.1
+_N_EXAMPLES: Final = 3
+
+
+@dataclass(frozen=True, eq=False)
+class GeneMapping:
+    """Which gene of a vocabulary each column is, and what was lost.
+
+    Attributes
+    ----------
+    gene_index
+        (n_vars,) int64 place in the vocabulary's arrays, -1 for none.
+    gene_id
+        (n_vars,) gene id of the vocabulary, ``""`` for none.
+    token_id
+        (n_vars,) int32 token, -1 for none.
+    species
+        ``"human"``, ``"mouse"``, ``"human and mouse"`` or ``"unknown"``.
+    id_types
+        Kinds of names and how many columns have each, the most frequent first.
+    routes
+        How many columns were found by ``"id"``, ``"alias"``, ``"ortholog"``, ``"symbol"`` or
+        ``"case"`` (the symbol in capitals).
+    names
+        Name of each column that the report shows.
+    counts_per_gene
+        (n_vars,) counts over all cells, or None; may be filled in later with
+        :func:`dataclasses.replace`.
+    """
+
+    gene_index: NDArray[np.int64]
+    gene_id: NDArray[np.str_]
+    token_id: NDArray[np.int32]
+    species: str
+    id_types: Mapping[str, int]
+    routes: Mapping[str, int]
+    names: Sequence[str]
+    counts_per_gene: NDArray[Any] | None
+
+    @property
+    def n_vars(self) -> int:
+        """Number of columns."""
+        return len(self.gene_index)
+
+    @property
+    def n_matched(self) -> int:
+        """Number of columns that were found."""
+        return int((self.gene_index >= 0).sum())
+
+    @property
+    def n_genes(self) -> int:
+        """Number of different genes that were found."""
+        return len(np.unique(self.gene_index[self.gene_index >= 0]))
+
+    @property
+    def counts_share(self) -> float:
+        """Share of all counts that is in columns found; NaN if it is not known."""
+        if self.counts_per_gene is None or not self.counts_per_gene.any():
+            return float("nan")
+        kept = self.counts_per_gene[self.gene_index >= 0].sum()
+        return float(kept / self.counts_per_gene.sum())
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Up to three names that were not found, those with most counts first."""
+        missed = [row for row in np.flatnonzero(self.gene_index < 0).tolist() if self.names[row]]
+        if self.counts_per_gene is not None:
+            missed.sort(key=(-self.counts_per_gene).__getitem__)
+        return tuple(self.names[row] for row in missed[:_N_EXAMPLES])
+
+    def summary(self) -> str:
+        """Return the report as one line."""
+        share = "" if np.isnan(self.counts_share) else f", {self.counts_share:.1%} of the counts"
+        examples = ", ".join(self.unmatched)
+        return (
+            f"{self.n_matched} of {self.n_vars} genes matched ({self.n_genes} different){share}; "
+            f"species: {self.species}; found {self._types()}"
+            + (f"; not matched, for example: {examples}" if examples else "")
+        )
+
+    def require_enough(self) -> None:
+        """Refuse a mapping that found no gene, or so few that tokens would mean little.
+
+        Raises
+        ------
+        ValueError
+            Fewer than 2 % of the columns were found, or fewer than 10 genes (half of the panel
+            if it has fewer than 20).
+        """
+        fewest = max(1.0, min(MIN_GENES, self.n_vars / 2), MIN_SHARE * self.n_vars)
+        if self.n_matched >= fewest:
+            return
+        examples = ", ".join(repr(name) for name in self.unmatched)
+        msg = (
+            f"Only {self.n_matched} of {self.n_vars} genes are in the vocabulary. Found "
+            f"{self._types()} (species: {self.species}); not in the vocabulary, for example: "
+            f"{examples}. Pass `gene_key` to name the column of adata.var with Ensembl ids or "
+            "symbols, `species` ('human' or 'mouse'), or `orthologs` to translate mouse Ensembl "
+            "ids; genes of other species must be translated to human ones first."
+        )
+        raise ValueError(msg)
+
+    def _types(self) -> str:
+        return ", ".join(f"{number} {kind}" for kind, number in self.id_types.items())
+
+
+def map_gene_ids(
+    ids: Iterable[Any],
+    vocabulary: GeneVocabulary,
+    *,
+    species: Species = "auto",
+    orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
+    fallback_ids: Iterable[Any] | None = None,
+    counts_per_gene: NDArray[Any] | None = None,
+) -> GeneMapping:
+    """Find the gene of the vocabulary that each id means.
+
+    Each id is looked up on its own, so kinds and species may be mixed. Ensembl ids may carry
+    versions. Order: gene id, alias, human ortholog of a mouse Ensembl id, symbol, and for mouse
+    the symbol in capitals (Gfap, GFAP), which is right for most genes with one ortholog.
+
+    Parameters
+    ----------
+    ids
+        (n_vars,) Ensembl ids or symbols; None, NaN or ``""`` where missing.
+    vocabulary
+        Genes to find.
+    species
+        ``"auto"`` takes names with capitals as in mouse symbols for mouse symbols; ``"mouse"``
+        takes all symbols for them. ``"human"`` looks up neither orthologs nor capitals.
+    orthologs
+        Mouse to human Ensembl ids, see :func:`stofm.genes.read_orthologs`.
+    fallback_ids
+        (n_vars,) second names, looked up where `ids` leads to nothing.
+    counts_per_gene
+        (n_vars,) counts over all cells, to report the share that is kept.
+
+    Raises
+    ------
+    ValueError
+        `species` is none of the three, or the arguments differ in length.
+    """
+    if species not in ("auto", "human", "mouse"):
+        msg = f"species must be 'auto', 'human' or 'mouse', found {species!r}."
+        raise ValueError(msg)
+    names = clean_names(ids)
+    second = [""] * len(names) if fallback_ids is None else clean_names(fallback_ids)
+    if len(second) != len(names):
+        msg = f"There are {len(names)} ids, but {len(second)} fallback ids."
+        raise ValueError(msg)
+    tables = _lookup_tables(vocabulary, species, orthologs)
+    found = [
+        _look_up(name, tables, species) or _look_up(other, tables, species) or (-1, "")
+        for name, other in zip(names, second, strict=True)
+    ]
+    shown = [name or other for name, other in zip(names, second, strict=True)]
+    if counts_per_gene is not None and np.shape(counts_per_gene) != (len(names),):
+        msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
+        raise ValueError(msg)
+    return _report(shown, found, vocabulary, counts_per_gene)
+
+
+def _lookup_tables(
+    vocabulary: GeneVocabulary,
+    species: Species,
+    orthologs: Mapping[str, str] | str | PathLike[str] | None,
+) -> dict[str, Mapping[str, int]]:
+    rows = vocabulary.rows_by_id
+    pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
+    return {
+        "id": rows,
+        "alias": vocabulary.rows_by_alias,
+        "ortholog": {mouse: rows[human] for mouse, human in pairs.items() if human in rows},
+        "symbol": vocabulary.rows_by_symbol,
+    }
+
+
+def _look_up(
+    name: str, tables: Mapping[str, Mapping[str, int]], species: Species
+) -> tuple[int, str] | None:
+    if not name:
+        return None
+    bare = strip_version(name)
+    for route, rows in tables.items():
+        if bare in rows:
+            return rows[bare], route
+    may_be_mouse = species == "mouse" or (
+        species == "auto" and id_type(name) is IdType.MOUSE_SYMBOL
+    )
+    if not may_be_mouse:
+        return None
+    capitals = name.upper()
+    row = tables["symbol"].get(capitals, tables["alias"].get(capitals))
+    return None if row is None else (row, "case")
+
+
+def _report(
+    names: list[str],
+    found: list[tuple[int, str]],
+    vocabulary: GeneVocabulary,
+    counts_per_gene: NDArray[Any] | None,
+) -> GeneMapping:
+    index = np.array([row for row, _ in found], dtype=np.int64)
+    matched = index >= 0
+    place = np.where(matched, index, 0)
+    types = Counter(id_type(name) for name in names)
+    return GeneMapping(
+        gene_index=index,
+        gene_id=np.where(matched, vocabulary.gene_ids[place], ""),
+        token_id=np.where(matched, vocabulary.tokens[place], -1).astype(np.int32),
+        species=_main_species(types),
+        id_types={kind.value: number for kind, number in types.most_common()},
+        routes=dict(Counter(route for _, route in found if route).most_common()),
+        names=names,
+        counts_per_gene=counts_per_gene,
+    )
+
+
+def _main_species(types: Mapping[IdType, int]) -> str:
+    human = sum(types.get(kind, 0) for kind in HUMAN_TYPES)
+    mouse = sum(types.get(kind, 0) for kind in MOUSE_TYPES)
+    if human + mouse == 0 or types.get(IdType.OTHER_ENSEMBL, 0) > human + mouse:
+        return "unknown"
+    if min(human, mouse) >= _MIXED_SHARE * (human + mouse):
+        return "human and mouse"
+    return "human" if human >= mouse else "mouse"

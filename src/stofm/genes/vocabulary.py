@@ -1,0 +1,288 @@
+"""The genes a model knows: ids, tokens, medians, and the names that lead to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from os import PathLike
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class GeneVocabulary:
+    """Human genes with their tokens and medians, and other names of them.
+
+    Attributes
+    ----------
+    gene_ids
+        (n_genes,) human Ensembl gene ids without version, each once.
+    symbols
+        (n_genes,) gene symbols, ``""`` where unknown.
+    tokens
+        (n_genes,) int32, each once, none of them a special token.
+    medians
+        (n_genes,) float64; non-zero median over a corpus of a gene's count / total count of the
+        cell x 10,000. Positive.
+    special
+        Tokens of ``"pad"`` (always 0), ``"mask"`` and ``"cls"``; others are allowed.
+    aliases
+        Other names to gene ids: mouse Ensembl ids, mouse symbols, former symbols and ids.
+
+    Raises
+    ------
+    ValueError
+        The arrays do not fit each other, or an id, token or median is not valid.
+    """
+
+    gene_ids: NDArray[np.str_]
+    symbols: NDArray[np.str_]
+    tokens: NDArray[np.int32]
+    medians: NDArray[np.float64]
+    special: Mapping[str, int]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.gene_ids), len(self.symbols), len(self.tokens), len(self.medians)}
+        if len(sizes) != 1:
+            msg = f"gene_ids, symbols, tokens and medians differ in length: {sorted(sizes)}."
+            raise ValueError(msg)
+        if not len(self.gene_ids):
+            msg = "A vocabulary needs at least one gene."
+            raise ValueError(msg)
+        missing = {"pad", "mask", "cls"} - set(self.special)
+        if missing or self.special["pad"] != 0:
+            msg = (
+                "A vocabulary needs the special tokens pad (0), mask and cls, "
+                f"found {dict(self.special)}."
+            )
+            raise ValueError(msg)
+        _require_unique("gene ids", list(self.gene_ids))
+        _require_unique("tokens", [*self.tokens.tolist(), *self.special.values()])
+        if (self.tokens < 0).any():
+            msg = "Tokens must not be negative."
+            raise ValueError(msg)
+        bad = ~(np.isfinite(self.medians) & (self.medians > 0))
+        if bad.any():
+            msg = (
+                f"Medians must be positive and finite; {int(bad.sum())} are not, "
+                f"for example that of {self.gene_ids[bad][0]}."
+            )
+            raise ValueError(msg)
+
+    def __repr__(self) -> str:
+        return (
+            f"GeneVocabulary({self.n_genes} genes, {self.n_tokens} tokens, "
+            f"{len(self.aliases)} aliases, fingerprint {self.fingerprint})"
+        )
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.gene_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """Largest token + 1: the rows that a token embedding needs."""
+        return 1 + max(int(self.tokens.max(initial=0)), *self.special.values())
+
+    @property
+    def pad(self) -> int:
+        """Token of padding, 0."""
+        return self.special["pad"]
+
+    @property
+    def mask(self) -> int:
+        """Token of a masked gene."""
+        return self.special["mask"]
+
+    @property
+    def cls(self) -> int:
+        """Token that stands in front of a cell's genes."""
+        return self.special["cls"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over ids, tokens, medians and special tokens.
+
+        Names (symbols, aliases) are left out: they change which columns are found, not what a
+        token means to a model.
+        """
+        order = np.argsort(self.tokens)
+        digest = hashlib.sha256("\n".join(self.gene_ids[order].tolist()).encode())
+        digest.update(self.tokens[order].astype("<i4").tobytes())
+        digest.update(self.medians[order].astype("<f8").tobytes())
+        digest.update(json.dumps(dict(sorted(self.special.items()))).encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def rows_by_id(self) -> dict[str, int]:
+        """Gene id to its place in the arrays."""
+        return {name: row for row, name in enumerate(self.gene_ids.tolist())}
+
+    @cached_property
+    def rows_by_alias(self) -> dict[str, int]:
+        """Alias to the place of its gene in the arrays."""
+        rows = self.rows_by_id
+        return {alias: rows[gene] for alias, gene in self.aliases.items() if gene in rows}
+
+    @cached_property
+    def rows_by_symbol(self) -> dict[str, int]:
+        """Symbol to the place of its gene; a symbol of several genes leads to the first."""
+        rows: dict[str, int] = {}
+        for row, symbol in enumerate(self.symbols.tolist()):
+            if symbol:
+                rows.setdefault(symbol, row)
+        return rows
+
+    @classmethod
+    def from_tsv(cls, path: str | PathLike[str]) -> GeneVocabulary:
+        """Read a vocabulary table, plain or gzip.
+
+        Two layouts are known: ours (``token gene_id symbol median aliases``, see
+        :meth:`save`) and that of plain copies of Geneformer's dictionaries (``token_id
+        ensembl_id median symbol``). Special tokens are rows without a median. A table without
+        ``<cls>`` gets it as the next token, as the reference implementation does at run time.
+
+        Raises
+        ------
+        ValueError
+            The header is not one of these, or a row is not valid.
+        """
+        from stofm.genes.vocabulary_table import read_table
+
+        return cls(**read_table(Path(path)))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the table that :meth:`from_tsv` reads back exactly.
+
+        Columns ``token gene_id symbol median aliases``, separated by tabs, aliases by ``|``,
+        rows by token. The file appears whole or not at all.
+        """
+        from stofm.genes.vocabulary_table import write_table
+
+        write_table(self, Path(path))
+
+    @classmethod
+    def fit(
+        cls,
+        slices: Iterable[Any],
+        *,
+        orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
+        reference: GeneVocabulary | None = None,
+        method: Literal["exact", "histogram"] = "exact",
+        min_cells: int = 10,
+        layer: str | None = None,
+    ) -> GeneVocabulary:
+        """Make a vocabulary of the genes in `slices`, with their medians.
+
+        The median of a gene is taken over the cells that have it, of count / total count of the
+        cell x 10,000 (SToFM, arXiv 2507.11588, section 3.2, after Geneformer). Columns of one
+        gene are summed first; mouse columns count as their human ortholog. Tokens: 0 padding,
+        1 mask, then the genes in ascending id, then ``<cls>``.
+
+        Parameters
+        ----------
+        slices
+            AnnData objects, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
+            gene ids) or (counts, gene ids, symbols) with counts (n_cells, n_vars) as a sparse
+            matrix. Read one after another; an iterator will do.
+        orthologs
+            Mouse to human Ensembl ids: a mapping, a table or its address, see
+            :func:`stofm.genes.read_orthologs`.
+        reference
+            Vocabulary whose names translate what is no human Ensembl id (symbols, mouse ids
+            that `orthologs` does not have), and whose symbols are taken over.
+        method
+            ``"exact"`` keeps all non-zero values in memory (12 bytes each). ``"histogram"``
+            counts them in narrow logarithmic bins: memory does not grow with the number of
+            cells, medians are right to 0.1 %, and the order of slices does not matter.
+        min_cells
+            A gene must be seen in so many cells.
+        layer
+            Layer of the AnnData objects that holds raw counts; None for ``X``.
+
+        Raises
+        ------
+        ValueError
+            No gene is left, or counts are not raw counts.
+        """
+        from stofm.genes.fitting import fit_vocabulary
+
+        return fit_vocabulary(
+            slices,
+            orthologs=orthologs,
+            reference=reference,
+            method=method,
+            min_cells=min_cells,
+            layer=layer,
+        )
+
+    @classmethod
+    def geneformer(
+        cls,
+        name: Literal["30m", "104m"] = "30m",
+        *,
+        folder: str | PathLike[str] | None = None,
+        revision: str | None = None,
+        check_sha256: bool = True,
+    ) -> GeneVocabulary:
+        """Load the dictionaries that Geneformer publishes.
+
+        They are pickles; only plain dictionaries of strings and numbers are read, nothing in
+        them is executed.
+
+        Parameters
+        ----------
+        name
+            ``"30m"`` (Geneformer V1, the vocabulary of SToFM's published weights) or
+            ``"104m"`` (Geneformer V2).
+        folder
+            Local folder with the published files, at its top or where the published repository
+            has them. None downloads them from the Hugging Face repository
+            ``ctheodoris/Geneformer`` (or takes them from its local cache).
+        revision
+            Branch, tag or commit of that repository.
+        check_sha256
+            Refuse files of ``"30m"`` other than the published ones. For ``"104m"`` no checksum
+            is known; what was found is logged.
+
+        Raises
+        ------
+        FileNotFoundError
+            `folder` lacks a file.
+        ValueError
+            A file has another checksum, or holds anything but names and numbers.
+        """
+        from stofm.genes.geneformer import load_geneformer
+
+        return cls(
+            **load_geneformer(name, folder=folder, revision=revision, check_sha256=check_sha256)
+        )
+
+
+@lru_cache(maxsize=1)
+def embedded_vocabulary() -> GeneVocabulary:
+    """Return the vocabulary of the embedded model ``stofm-mini``, for human and mouse."""
+    table = resources.files("stofm").joinpath("weights", "stofm-mini", "vocabulary.tsv")
+    with resources.as_file(table) as path:
+        return GeneVocabulary.from_tsv(path)
+
+
+def _require_unique(what: str, values: list[Any]) -> None:
+    if len(set(values)) == len(values):
+        return
+    seen: set[Any] = set()
+    repeated = sorted({value for value in values if value in seen or seen.add(value)})  # type: ignore[func-returns-value]
+    msg = f"The {what} of a vocabulary must be unique; {repeated[:3]} occur more than once."
+    raise ValueError(msg)

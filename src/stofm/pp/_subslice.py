@@ -1,0 +1,350 @@
+"""``stofm.pp.subslice``: cut slices into sub-slices and find their virtual cells."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stofm._anndata import (
+    Slices,
+    read_coordinates,
+    read_record,
+    read_slices,
+    remark_on_places,
+    resolve_table,
+    same_params,
+    write_record,
+)
+from stofm._keys import Obs, Obsm, Uns
+from stofm._logging import logger
+from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.spatial.clustering import Clustering
+    from stofm.spatial.subslices import Partition
+    from stofm.spatial.virtual_cells import Mixing
+
+# Rules that take effect only when a sub-slice is embedded, not when slices are cut.
+_NOT_LAYOUT = ("n_neighbors", "neighbors_among")
+
+
+def subslice(
+    adata: Any,
+    model_or_config: Any = None,
+    *,
+    use_rep: str = Obsm.X_CELL,
+    spatial_key: str = Obsm.SPATIAL,
+    library_key: str | None = None,
+    n_cells: int | None = None,
+    leiden_resolution: float | None = None,
+    position_weight: float | None = None,
+    partition: Partition | None = None,
+    mixing: Mixing | None = None,
+    n_components: int | None = None,
+    clustering: Clustering | None = None,
+    max_virtual_cells: int | None = None,
+    seed: int = 0,
+    table_key: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Cut each slice into sub-slices and find its virtual cells (micro and macro scale).
+
+    Coordinates are centred and scaled slice by slice. A sub-slice is a compact group of about a
+    thousand neighbouring cells. Virtual cells are the means of Leiden clusters over expression
+    and place; every sub-slice of a slice gets all of them.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with cell embeddings and coordinates, or a SpatialData with such a table.
+    model_or_config
+        A :class:`stofm.Stofm` or a :class:`stofm.spatial.SubSliceConfig` whose rules to use; by
+        default those of ``SubSliceConfig()``, which our own models have. The options below
+        replace single rules.
+    use_rep
+        Entry of ``adata.obsm`` with the cell embeddings, (n_obs, d).
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit. Of three coordinates
+        the first two are used.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice. Nothing crosses slices.
+    n_cells
+        Cells of a sub-slice, 1000 by default: at most, with the balanced partition.
+    leiden_resolution
+        Resolution of the clustering, 1.0 by default; higher values give more virtual cells.
+    position_weight
+        Weight of place against expression in the clustering, 0 to 1; 0.2 by default.
+    partition
+        ``"balanced"`` or ``"reference"``; see :class:`stofm.spatial.SubSliceConfig`.
+    mixing, n_components, clustering
+        How place and expression are put together, with how many principal components, and which
+        order of cells Leiden sees; see :class:`stofm.spatial.SubSliceConfig`.
+    max_virtual_cells
+        Upper limit on virtual cells of a slice, 200 by default.
+    seed
+        Seed of the clustering.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return a changed copy and leave `adata` as it is.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new AnnData. Sets:
+
+    ``adata.obsm['stofm_spatial']`` : float64 (n_obs, 2)
+        Normalised coordinates: each slice's bounding box has its centre at 0 and a diagonal
+        of 100.
+    ``adata.obs['stofm_subslice']`` : category
+        Sub-slice of each cell, numbered over all slices.
+    ``adata.obs['stofm_virtual_cell']`` : category
+        Virtual cell (cluster) of each cell, numbered over all slices.
+    ``adata.uns['stofm']['subslice']`` : dict
+        ``coordinates`` float64 (n_virtual, 2), ``features`` float32 (n_virtual, d) and ``slice``
+        (n_virtual,) of the virtual cells, in order of the categories; ``params``.
+
+    Raises
+    ------
+    KeyError
+        `use_rep`, `spatial_key` or `library_key` is not there.
+    ValueError
+        A rule, a coordinate or a feature is not usable.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.2.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
+    >>> st.pp.tokenize(adata)
+    >>> st.tl.encode_cells(adata)
+    >>> st.pp.subslice(adata, n_cells=200)
+    >>> adata.obs["stofm_subslice"].nunique()
+    3
+    """
+    table = resolve_table(adata, table_key)
+    chosen: dict[str, Any] = {
+        "n_cells": n_cells,
+        "leiden_resolution": leiden_resolution,
+        "position_weight": position_weight,
+        "partition": partition,
+        "mixing": mixing,
+        "n_components": n_components,
+        "clustering": clustering,
+        "max_virtual_cells": max_virtual_cells,
+    }
+    rules = replace(
+        _rules_of(model_or_config), **{k: v for k, v in chosen.items() if v is not None}
+    )
+    where = read_places(table, spatial_key=spatial_key, library_key=library_key)
+    result = lay_out(read_features(table, use_rep), where, rules, use_rep=use_rep, seed=seed)
+    target = table.copy() if copy else table
+    write_layouts(target, result)
+    return target if copy else None
+
+
+def _rules_of(model_or_config: Any) -> SubSliceConfig:
+    if model_or_config is None:
+        return SubSliceConfig()
+    if isinstance(model_or_config, SubSliceConfig):
+        return model_or_config
+    rules = getattr(getattr(model_or_config, "config", None), "subslice", None)
+    if not isinstance(rules, SubSliceConfig):
+        msg = (
+            "model_or_config must be a Stofm model or a SubSliceConfig, found "
+            f"{type(model_or_config).__name__}."
+        )
+        raise TypeError(msg)
+    return rules
+
+
+@dataclass(frozen=True)
+class Places:
+    """Coordinates and slices of an AnnData, and where they were read."""
+
+    coordinates: NDArray[np.float64]
+    slices: Slices
+    spatial_key: str
+    library_key: str | None
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts of all slices, in order of the slices, with what they were made from."""
+
+    layouts: list[SliceLayout]
+    places: Places
+    params: dict[str, Any]
+    digest: str
+    is_new: bool = True
+
+    @property
+    def n_subslices(self) -> int:
+        """Number of sub-slices of all slices together."""
+        return sum(layout.n_subslices for layout in self.layouts)
+
+    @property
+    def n_virtual(self) -> int:
+        """Number of virtual cells of all slices together."""
+        return sum(layout.virtual.n_virtual for layout in self.layouts)
+
+
+def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
+    """Read coordinates and slices, and remark on places that carry little."""
+    coordinates = read_coordinates(adata, spatial_key)
+    slices = read_slices(adata, library_key, coordinates)
+    remark_on_places(coordinates, slices)
+    return Places(coordinates, slices, spatial_key, library_key)
+
+
+def read_features(adata: AnnData, use_rep: str) -> NDArray[np.float32]:
+    """Read cell embeddings from ``obsm[use_rep]``, checked."""
+    if use_rep not in adata.obsm:
+        hint = (
+            "run st.tl.encode_cells(adata) first, or pass use_rep="
+            if use_rep == Obsm.X_CELL
+            else "there are "
+        )
+        msg = f"There is no obsm[{use_rep!r}]; {hint}{sorted(map(str, adata.obsm))}."
+        raise KeyError(msg)
+    values = np.asarray(adata.obsm[use_rep], dtype=np.float32)
+    if values.ndim != 2 or values.shape[1] == 0:
+        msg = f"obsm[{use_rep!r}] has the shape {values.shape}; expected ({adata.n_obs}, d)."
+        raise ValueError(msg)
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        msg = (
+            f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{use_rep!r}]; "
+            "make it again or drop these cells."
+        )
+        raise ValueError(msg)
+    return values
+
+
+def lay_out(
+    features: NDArray[np.float32],
+    places: Places,
+    rules: SubSliceConfig,
+    *,
+    use_rep: str,
+    seed: int,
+) -> Layouts:
+    """Lay out every slice; writes nothing."""
+    layouts = [
+        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
+        for rows in places.slices.rows
+    ]
+    return Layouts(
+        layouts, places, _params(rules, places, use_rep, seed), _digest(features, places)
+    )
+
+
+def _params(rules: SubSliceConfig, places: Places, use_rep: str, seed: int) -> dict[str, Any]:
+    layout_rules = {k: v for k, v in asdict(rules).items() if k not in _NOT_LAYOUT}
+    return {
+        **layout_rules,
+        "use_rep": use_rep,
+        "spatial_key": places.spatial_key,
+        "library_key": places.library_key,
+        "seed": seed,
+    }
+
+
+def _digest(features: NDArray[np.float32], places: Places) -> str:
+    """Hash all that a layout depends on besides its parameters."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(np.ascontiguousarray(features).data)
+    digest.update(places.coordinates.data)
+    for name, rows in zip(places.slices.names, places.slices.rows, strict=True):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(rows).data)
+    return digest.hexdigest()
+
+
+def write_layouts(adata: AnnData, result: Layouts) -> None:
+    """Write layouts into the AnnData: see the Returns section of :func:`subslice`."""
+    import pandas as pd
+
+    coordinates = np.empty((adata.n_obs, 2))
+    subslices, virtual = (np.empty(adata.n_obs, dtype=np.int64) for _ in range(2))
+    n_subslices = n_virtual = 0
+    for rows, layout in zip(result.places.slices.rows, result.layouts, strict=True):
+        coordinates[rows] = layout.coordinates
+        subslices[rows] = layout.subslice + n_subslices
+        virtual[rows] = layout.virtual_cell + n_virtual
+        n_subslices += layout.n_subslices
+        n_virtual += layout.virtual.n_virtual
+    names = np.repeat(result.places.slices.names, [y.virtual.n_virtual for y in result.layouts])
+
+    adata.obsm[Obsm.COORDINATES] = coordinates
+    for key, codes, n in (
+        (Obs.SUBSLICE, subslices, n_subslices),
+        (Obs.VIRTUAL_CELL, virtual, n_virtual),
+    ):
+        categories = [str(k) for k in range(n)]
+        adata.obs[key] = pd.Categorical.from_codes(codes, categories=categories)
+    write_record(adata, Uns.SUBSLICE, result.params, input=result.digest)
+    adata.uns[Uns.STOFM][Uns.SUBSLICE] |= {
+        "coordinates": np.vstack([y.virtual.coordinates for y in result.layouts]),
+        "features": np.vstack([y.virtual.features for y in result.layouts]),
+        "slice": names.astype(object),
+    }
+    logger.info(
+        "%d sub-slices and %d virtual cells in %d slice%s.",
+        n_subslices,
+        n_virtual,
+        len(result.layouts),
+        "" if len(result.layouts) == 1 else "s",
+    )
+
+
+def lay_out_or_reuse(
+    adata: AnnData,
+    features: NDArray[np.float32],
+    places: Places,
+    rules: SubSliceConfig,
+    *,
+    use_rep: str,
+    seed: int,
+) -> Layouts:
+    """Take the layout stored in the AnnData if it still fits, else make it; writes nothing."""
+    record = read_record(adata, Uns.SUBSLICE)
+    if record is not None:
+        params, digest = _params(rules, places, use_rep, seed), _digest(features, places)
+        if same_params(record, params) and record.get("input") == digest:
+            stored = _read_layouts(adata, record, places)
+            if stored is not None:
+                return Layouts(stored, places, params, digest, is_new=False)
+    return lay_out(features, places, rules, use_rep=use_rep, seed=seed)
+
+
+def _read_layouts(
+    adata: AnnData, record: dict[str, Any], places: Places
+) -> list[SliceLayout] | None:
+    """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
+    if not {Obs.SUBSLICE, Obs.VIRTUAL_CELL} <= set(adata.obs) or Obsm.COORDINATES not in adata.obsm:
+        return None
+    codes = [adata.obs[key].astype(int).to_numpy() for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)]
+    layouts = []
+    for rows in places.slices.rows:
+        subslice_codes, virtual_codes = (c[rows] for c in codes)
+        used = np.unique(virtual_codes)
+        layouts.append(
+            SliceLayout(
+                coordinates=np.asarray(adata.obsm[Obsm.COORDINATES])[rows],
+                subslice=subslice_codes - subslice_codes.min(),
+                virtual_cell=np.searchsorted(used, virtual_codes),
+                virtual=VirtualCells(
+                    coordinates=np.asarray(record["coordinates"])[used],
+                    features=np.asarray(record["features"])[used],
+                ),
+            )
+        )
+    return layouts

@@ -1,0 +1,334 @@
+"""Turn the counts of each cell into ranked gene tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from stofm._anndata import read_record, resolve_table, same_params, write_record
+from stofm._counts import read_counts, require_cells_and_genes, sample_counts
+from stofm._keys import Obs, Obsm, Var
+from stofm._logging import counter, logger
+from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
+from stofm.pp._map_genes import (
+    MappedGenes,
+    compute_gene_mapping,
+    vocabulary_of,
+    write_gene_mapping,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+    from scipy import sparse
+
+    from stofm.genes.mapping import Species
+
+Duplicates = Literal["sum", "keep"]
+_DEFAULT_MAX_TOKENS: Final = 2048
+_CHECKED_ROWS: Final = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Which token each column of the counts is.
+
+    Attributes
+    ----------
+    token_ids, medians
+        (n_vars,) token and median of each column's gene; token -1 for none.
+    genes
+        The mapping, if it is new; None if the one in the AnnData was taken.
+    vocabulary
+        Fingerprint of the vocabulary.
+    """
+
+    token_ids: NDArray[np.int32]
+    medians: NDArray[np.float64]
+    genes: MappedGenes | None
+    vocabulary: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the tokens of all columns."""
+        return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What :func:`tokenize` writes, before it is written.
+
+    Attributes
+    ----------
+    ranked
+        Tokens of all cells.
+    columns
+        What the columns of the counts are.
+    params
+        Layer, largest number of tokens, treatment of columns of one gene.
+    is_new
+        False if `ranked` was read from the AnnData.
+    """
+
+    ranked: RankedTokens
+    columns: Columns
+    params: Mapping[str, Any]
+    is_new: bool = True
+
+
+def tokenize(
+    adata: AnnData | Any,
+    model_or_vocabulary: GeneVocabulary | Any | None = None,
+    *,
+    layer: str | None = None,
+    max_tokens: int | None = None,
+    species: Species = "auto",
+    gene_key: str | None = None,
+    orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
+    duplicates: Duplicates = "sum",
+    chunk_size: int | None = None,
+    show_progress_bar: bool = True,
+    table_key: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Write each cell's genes as tokens, the most characteristic gene first.
+
+    Genes are ordered by count relative to their median over a corpus (SToFM, arXiv 2507.11588,
+    section 3.2; see :func:`stofm.genes.rank_genes`). The matrix may be CSR, CSC, dense, backed or
+    Dask, of any numeric type with integer values; it is read block by block and not changed.
+
+    Parameters
+    ----------
+    adata
+        Cells x genes with raw counts, or a SpatialData that holds such a table.
+    model_or_vocabulary
+        Model or vocabulary whose tokens to write; None is that of the embedded model.
+    layer
+        Layer with raw counts; None for ``X``.
+    max_tokens
+        Genes that a cell keeps; None is the model's number, or 2048.
+    species, gene_key, orthologs
+        As in :func:`map_genes`. A mapping that :func:`map_genes` wrote for this vocabulary is
+        used as it is, unless one of these asks for another.
+    duplicates
+        Columns of the same gene: ``"sum"`` adds their counts first; ``"keep"`` ranks each on its
+        own, so that a token can occur twice, as in the reference implementation.
+    chunk_size
+        Cells that are read at once; by default as many as make about 8 million entries.
+    show_progress_bar
+        Show progress.
+    table_key
+        Table of a SpatialData; may be left out if there is only one.
+    copy
+        Return a new AnnData and leave `adata` as it is.
+
+    Returns
+    -------
+    None, or the new AnnData if `copy`. Fields set, besides those of :func:`map_genes`:
+
+    ``obsm["stofm_tokens"]``
+        int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
+    ``obs["stofm_n_tokens"]``
+        int32 number of tokens.
+
+    Raises
+    ------
+    ValueError
+        The matrix does not hold raw counts, there are no cells or genes, or no gene, or too few,
+        were found in the vocabulary.
+    KeyError
+        There is no such layer, column or table.
+    """
+    table = resolve_table(adata, table_key)
+    target = table.copy() if copy else table
+    columns = find_columns(
+        target,
+        vocabulary_of(model_or_vocabulary),
+        species=species,
+        gene_key=gene_key,
+        orthologs=orthologs,
+    )
+    params = _params(model_or_vocabulary, layer, max_tokens, duplicates)
+    tokens = compute_tokens(
+        target, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
+    )
+    write_tokens(target, tokens)
+    return target if copy else None
+
+
+def tokens_or_stored(
+    adata: AnnData,
+    model: Any,
+    *,
+    layer: str | None = None,
+    species: Species = "auto",
+    gene_key: str | None = None,
+    orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
+    show_progress_bar: bool = True,
+) -> Tokens:
+    """Take the tokens stored in the AnnData if they still fit, else make them; writes nothing."""
+    columns = find_columns(
+        adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
+    )
+    params = _params(model, layer, None, "sum")
+    stored = _stored_tokens(adata, columns, params)
+    if stored is not None:
+        return Tokens(stored, columns, params, is_new=False)
+    return compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+
+
+def find_columns(
+    adata: AnnData,
+    vocabulary: GeneVocabulary,
+    *,
+    species: Species,
+    gene_key: str | None,
+    orthologs: Mapping[str, str] | str | PathLike[str] | None,
+) -> Columns:
+    """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
+    require_cells_and_genes(adata)
+    index = None
+    if orthologs is None:
+        index = _existing_mapping(adata, vocabulary, species, gene_key)
+    genes = None
+    if index is None:
+        genes = compute_gene_mapping(
+            adata, vocabulary, species=species, gene_key=gene_key, orthologs=orthologs
+        )
+        index = genes.mapping.gene_index
+    return Columns(
+        token_ids=np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32),
+        medians=vocabulary.medians[index],
+        genes=genes,
+        vocabulary=vocabulary.fingerprint,
+    )
+
+
+def compute_tokens(
+    adata: AnnData,
+    columns: Columns,
+    params: Mapping[str, Any],
+    *,
+    chunk_size: int | None = None,
+    show_progress_bar: bool = True,
+) -> Tokens:
+    """Read the counts block by block and rank them; writes nothing."""
+    reader = read_counts(adata, layer=params["layer"] or None, chunk_size=chunk_size)
+    parts = []
+    total = np.zeros(adata.n_vars)
+    with counter(
+        total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
+    ) as advance:
+        for block in reader:
+            parts.append(_rank(block, columns, params))
+            total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
+            advance(block.shape[0])
+    ranked = RankedTokens.concatenate(parts)
+    if columns.genes is not None:
+        mapping = replace(columns.genes.mapping, counts_per_gene=total)
+        logger.info(mapping.summary())
+    _warn_of_empty_cells(ranked)
+    return Tokens(ranked, columns, params)
+
+
+def write_tokens(adata: AnnData, tokens: Tokens) -> None:
+    """Write tokens, their number, a new mapping of the columns, and the records."""
+    matrix = tokens.ranked.to_csr(tokens.params["max_tokens"])
+    columns = tokens.columns
+    if columns.genes is not None:
+        write_gene_mapping(adata, columns.genes)
+    adata.obsm[Obsm.TOKENS] = matrix
+    adata.obs[Obs.N_TOKENS] = tokens.ranked.n_tokens
+    for key in (Obsm.TOKENS, Obs.N_TOKENS):
+        write_record(
+            adata, key, tokens.params, vocabulary=columns.vocabulary, columns=columns.fingerprint
+        )
+
+
+def _params(
+    model_or_vocabulary: GeneVocabulary | Any | None,
+    layer: str | None,
+    max_tokens: int | None,
+    duplicates: Duplicates,
+) -> dict[str, Any]:
+    if max_tokens is None:
+        config = getattr(model_or_vocabulary, "config", None)
+        max_tokens = int(getattr(config, "max_tokens", _DEFAULT_MAX_TOKENS))
+    return {"layer": layer or "", "max_tokens": max_tokens, "duplicates": duplicates}
+
+
+def _rank(counts: sparse.csr_matrix, columns: Columns, params: Mapping[str, Any]) -> RankedTokens:
+    return rank_genes(
+        counts,
+        columns.token_ids,
+        columns.medians,
+        max_tokens=params["max_tokens"],
+        duplicates=params["duplicates"],
+    )
+
+
+def _existing_mapping(
+    adata: AnnData, vocabulary: GeneVocabulary, species: Species, gene_key: str | None
+) -> NDArray[np.int64] | None:
+    """Place of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
+    record = read_record(adata, Var.TOKEN_ID)
+    if record is None or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
+        return None
+    made = record.get("params", {})
+    asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
+    if not asked or record.get("vocabulary") != vocabulary.fingerprint:
+        return None
+    rows = vocabulary.rows_by_id
+    index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
+    expected = np.where(index >= 0, vocabulary.tokens[index], -1)
+    # Joining slices can leave columns without an entry, which says nothing about their genes.
+    return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
+
+
+def _stored_tokens(
+    adata: AnnData, columns: Columns, params: Mapping[str, Any]
+) -> RankedTokens | None:
+    """Return the stored tokens if their record fits and a few cells, ranked again, agree.
+
+    Counts that were normalised since cannot be ranked again; the tokens, made from the raw
+    counts, then hold.
+    """
+    record = read_record(adata, Obsm.TOKENS)
+    if record is None or Obsm.TOKENS not in adata.obsm:
+        return None
+    fits = (
+        same_params(record, params)
+        and record.get("vocabulary") == columns.vocabulary
+        and record.get("columns") == columns.fingerprint
+    )
+    if not fits:
+        return None
+    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+    rows = np.unique(np.linspace(0, adata.n_obs - 1, _CHECKED_ROWS).astype(np.int64))
+    try:
+        counts = sample_counts(adata, rows, layer=params["layer"] or None)
+    except ValueError:
+        logger.info("The counts are no longer raw: the stored tokens are used.")
+        return stored
+    again = _rank(counts, columns, params)
+    same = np.array_equal(again.tokens, stored.take(rows).tokens)
+    return stored if same and np.array_equal(again.n_tokens, stored.n_tokens[rows]) else None
+
+
+def _warn_of_empty_cells(ranked: RankedTokens) -> None:
+    n_empty = int((ranked.n_tokens == 0).sum())
+    if n_empty:
+        warnings.warn(
+            f"{n_empty} of {ranked.n_cells} cells have no count in any known gene; they have no "
+            "tokens, so a model sees nothing but the <cls> token.",
+            UserWarning,
+            stacklevel=4,
+        )

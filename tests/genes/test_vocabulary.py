@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stofm.genes import GeneVocabulary, embedded_vocabulary
+
+
+def test_sizes_and_special_tokens(vocabulary: GeneVocabulary) -> None:
+    assert (vocabulary.n_genes, vocabulary.n_tokens) == (7, 10)
+    assert (vocabulary.pad, vocabulary.mask, vocabulary.cls) == (0, 1, 9)
+    assert vocabulary.rows_by_id["ENSG00000160307"] == 2
+    assert vocabulary.rows_by_symbol == {
+        "GFAP": 0, "SLC17A7": 1, "S100B": 2, "PLP1": 3, "MBP": 4, "GAD1": 5,
+    }  # fmt: skip
+    assert vocabulary.rows_by_alias == {"ENSMUSG00000020932": 0, "VGLUT1": 1}
+    assert "7 genes, 10 tokens, 2 aliases" in repr(vocabulary)
+
+
+def test_fingerprint_covers_what_tokens_mean(vocabulary: GeneVocabulary) -> None:
+    fingerprint = vocabulary.fingerprint
+    assert len(fingerprint) == 16
+    same = [
+        replace(vocabulary, symbols=vocabulary.symbols[::-1], aliases={}),
+        GeneVocabulary(
+            **{
+                field.name: getattr(vocabulary, field.name)[::-1]
+                if isinstance(getattr(vocabulary, field.name), np.ndarray)
+                else getattr(vocabulary, field.name)
+                for field in fields(vocabulary)
+            }
+        ),
+    ]
+    other = [
+        replace(vocabulary, gene_ids=np.roll(vocabulary.gene_ids, 1)),
+        replace(vocabulary, tokens=np.roll(vocabulary.tokens, 1)),
+        replace(vocabulary, medians=np.nextafter(vocabulary.medians, np.inf)),
+        replace(vocabulary, special={"pad": 0, "mask": 1, "cls": 10}),
+    ]
+    assert {item.fingerprint for item in same} == {fingerprint}
+    assert len({fingerprint, *(item.fingerprint for item in other)}) == 5
+
+
+def test_fingerprint_is_the_same_on_every_machine(vocabulary: GeneVocabulary) -> None:
+    # It stands in records and checkpoints, so it must not change between versions.
+    assert vocabulary.fingerprint == "FINGERPRINT"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"symbols": np.array(["A"])}, "differ in length: \\[1, 7\\]"),
+        ({"special": {"pad": 0, "mask": 1}}, "needs the special tokens pad \\(0\\), mask and cls"),
+        ({"special": {"pad": 11, "mask": 1, "cls": 9}}, "needs the special tokens pad \\(0\\)"),
+        ({"special": {"pad": 0, "mask": 1, "cls": 8}}, r"tokens of a vocabulary must be unique; \[8\]"),
+        ({"gene_ids": np.repeat("G", 7)}, r"gene ids of a vocabulary must be unique; \['G'\]"),
+        ({"tokens": np.arange(-1, 6, dtype=np.int32) * 20}, "must"),
+        ({"medians": np.array([1, 1, 0, 1, 1, -2, 1.0])}, "2 are not, for example that of ENSG00000160307"),
+        ({"medians": np.array([1, np.nan, 1, 1, 1, 1, 1.0])}, "1 are not"),
+    ],
+)  # fmt: skip
+def test_unusable_fields(
+    vocabulary: GeneVocabulary, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(vocabulary, **change)
+
+
+def test_negative_tokens_and_no_genes(vocabulary: GeneVocabulary) -> None:
+    with pytest.raises(ValueError, match="Tokens must not be negative"):
+        replace(vocabulary, tokens=np.array([-5, 3, 8, 2, 7, 4, 6], dtype=np.int32))
+    empty = {
+        name: np.array([]) for name in ("gene_ids", "symbols", "tokens", "medians")
+    }
+    with pytest.raises(ValueError, match="at least one gene"):
+        replace(vocabulary, **empty)
+
+
+def test_table_of_the_reference(shared: Path) -> None:
+    vocabulary = GeneVocabulary.from_tsv(shared / "vocab" / "geneformer-30m.tsv.gz")
+    assert (vocabulary.n_genes, vocabulary.n_tokens) == (25_424, 25_427)
+    assert dict(vocabulary.special) == {"pad": 0, "mask": 1, "cls": 25_426}
+    assert vocabulary.medians.min() == pytest.approx(0.0947, abs=1e-4)
+    first = vocabulary.rows_by_symbol["TSPAN6"]
+    assert vocabulary.tokens[first] == 2
+    assert vocabulary.medians[first] == 2.001186019549122
+
+
+def test_embedded_vocabulary() -> None:
+    vocabulary = embedded_vocabulary()
+    assert vocabulary is embedded_vocabulary()
+    assert vocabulary.n_tokens == vocabulary.n_genes + 3
+    assert vocabulary.cls == vocabulary.n_tokens - 1
+    assert sorted(vocabulary.gene_ids) == vocabulary.gene_ids.tolist()
+    human, mouse = vocabulary.rows_by_symbol, vocabulary.rows_by_alias
+    for symbol, names in {
+        "GFAP": ("Gfap", "ENSMUSG00000020932"),
+        "SLC17A7": ("Slc17a7", "ENSMUSG00000070570"),
+    }.items():
+        assert {mouse[name] for name in names} == {human[symbol]}
+
+
+def test_embedded_names_are_unambiguous() -> None:
+    vocabulary = embedded_vocabulary()
+    symbols = [symbol for symbol in vocabulary.symbols.tolist() if symbol]
+    assert len(symbols) == len(set(symbols))
+    assert not set(vocabulary.aliases) & (set(symbols) | set(vocabulary.gene_ids.tolist()))
+    assert set(vocabulary.aliases.values()) <= set(vocabulary.gene_ids.tolist())
