@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+from stofm.genes import GeneVocabulary
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from stofm.nn import Stofm
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +31,72 @@ def shared() -> Path:
 def rng() -> np.random.Generator:
     """A generator with a fixed seed."""
     return np.random.default_rng(20260)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> GeneVocabulary:
+    """67 human genes."""
+    rng = np.random.default_rng(7)
+    return GeneVocabulary(
+        gene_ids=np.array([f"ENSG{k:011d}" for k in range(1, 68)]),
+        symbols=np.array([f"GENE{k}" for k in range(1, 68)]),
+        tokens=np.arange(2, 69, dtype=np.int32),
+        medians=rng.uniform(0.5, 9.0, 67),
+        special={"pad": 0, "mask": 1, "cls": 69},
+    )
+
+
+@pytest.fixture(scope="session")
+def _model(vocabulary: GeneVocabulary) -> Stofm:
+    from stofm.nn import (
+        CellEncoderConfig,
+        SE2TransformerConfig,
+        Stofm,
+        StofmConfig,
+        SubSliceConfig,
+    )
+
+    config = StofmConfig(
+        name="tiny",
+        cell_encoder=CellEncoderConfig(
+            n_tokens=70, d_cell=12, n_layers=2, d_hidden=16, n_heads=2, d_inner=20, max_positions=41
+        ),
+        se2_transformer=SE2TransformerConfig(
+            d_cell=12, n_layers=2, d_model=14, n_heads=2, d_inner=9, n_kernels=5
+        ),
+        subslice=SubSliceConfig(n_cells=53, n_neighbors=11),
+        max_tokens=40,
+        trained=True,
+    )
+    return Stofm(config, vocabulary, seed=1).eval()
+
+
+@pytest.fixture
+def model(_model: Stofm) -> Stofm:
+    """A tiny model; a copy for each test. Its weights are random, which nothing is told."""
+    return copy.deepcopy(_model)
+
+
+@pytest.fixture
+def adata(rng: np.random.Generator, vocabulary: GeneVocabulary) -> AnnData:
+    """Two slices of 101 and 83 cells and 71 genes, four of them unknown; rows mixed."""
+    import pandas as pd
+    from anndata import AnnData
+    from scipy import sparse
+
+    n_cells, n_genes = 184, 71
+    library = rng.permutation(np.repeat(["left", "right"], [101, 83]))
+    kind = rng.integers(0, 3, n_cells)
+    profiles = rng.gamma(0.5, 2.0, (3, n_genes))
+    counts = sparse.csr_matrix(rng.poisson(profiles[kind]).astype(np.float32))
+    names = [*vocabulary.gene_ids.tolist(), *(f"ENSG9{k:010d}" for k in range(4))]
+    xy = rng.random((n_cells, 2)) * [700.0, 500.0]
+    return AnnData(
+        counts,
+        obs=pd.DataFrame(
+            {"library": pd.Categorical(library), "kind": pd.Categorical(kind.astype(str))},
+            index=[f"cell{k}" for k in range(n_cells)],
+        ),
+        var=pd.DataFrame(index=names),
+        obsm={"spatial": xy},
+    )

@@ -1,0 +1,35 @@
+"""The model: configuration, networks, checkpoints and batched inference (torch)."""
+
+from stofm.nn.attention import biased_attention, gather_logits
+from stofm.nn.batch import PairIndex, SubSliceBatch, TokenBatch
+from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
+from stofm.nn.device import choose_device, choose_dtype
+from stofm.nn.inference import embed_slice, encode_cells
+from stofm.nn.pair_bias import GaussianDistanceBias
+from stofm.nn.se2_transformer import PairState, SE2Output, SE2Transformer
+from stofm.nn.stofm import Stofm, UntrainedModelWarning
+from stofm.spatial import SubSliceConfig
+
+__all__ = [
+    "CellEncoder",
+    "CellEncoderConfig",
+    "GaussianDistanceBias",
+    "PairIndex",
+    "PairState",
+    "SE2Output",
+    "SE2Transformer",
+    "SE2TransformerConfig",
+    "Stofm",
+    "StofmConfig",
+    "SubSliceBatch",
+    "SubSliceConfig",
+    "TokenBatch",
+    "UntrainedModelWarning",
+    "biased_attention",
+    "choose_device",
+    "choose_dtype",
+    "embed_slice",
+    "encode_cells",
+    "gather_logits",
+]

@@ -1,0 +1,237 @@
+"""Sub-slices and token lists as padded tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from stofm.spatial import NO_NEIGHBOR, NodeType
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Bool, Float, Int
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from stofm.genes import RankedTokens
+    from stofm.spatial import SubSlice
+
+
+@dataclass(frozen=True)
+class PairIndex:
+    """Where the listed pairs of a batch stand in its dense (nodes, nodes) matrices.
+
+    Attributes
+    ----------
+    distances
+        (pairs,) float32, model units.
+    forward, mirrored
+        (pairs,) flat positions of (i, j) and of (j, i) in the sub-slice's own matrix.
+    ranges
+        Per sub-slice, first pair and the one after its last.
+    n_real
+        Per sub-slice, its number of nodes.
+    n_nodes
+        Padded number of nodes.
+    """
+
+    distances: Float[Tensor, " pairs"]
+    forward: Int[Tensor, " pairs"]
+    mirrored: Int[Tensor, " pairs"]
+    ranges: tuple[tuple[int, int], ...]
+    n_real: tuple[int, ...]
+    n_nodes: int
+
+    @property
+    def n_batch(self) -> int:
+        """Number of sub-slices."""
+        return len(self.n_real)
+
+    def to(self, device: torch.device | str) -> PairIndex:
+        """Return a copy on `device`."""
+        return replace(
+            self,
+            distances=self.distances.to(device),
+            forward=self.forward.to(device),
+            mirrored=self.mirrored.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class SubSliceBatch:
+    """Sub-slices padded on the right to one number of nodes.
+
+    Attributes
+    ----------
+    features
+        Cell embeddings of the nodes; 0 for the slice token and for padding.
+    node_type
+        Values of :class:`~stofm.spatial.NodeType`.
+    cell_index
+        Row of the cell in its slice; -1 for nodes that are no cell.
+    pairs
+        The distances.
+    """
+
+    features: Float[Tensor, "batch nodes d_cell"]
+    node_type: Int[Tensor, "batch nodes"]
+    cell_index: Int[Tensor, "batch nodes"]
+    pairs: PairIndex
+
+    @property
+    def is_real(self) -> Bool[Tensor, "batch nodes"]:
+        """Which nodes are no padding."""
+        return self.node_type != NodeType.PADDING
+
+    def to(self, device: torch.device | str) -> SubSliceBatch:
+        """Return a copy on `device`."""
+        return SubSliceBatch(
+            features=self.features.to(device),
+            node_type=self.node_type.to(device),
+            cell_index=self.cell_index.to(device),
+            pairs=self.pairs.to(device),
+        )
+
+    @classmethod
+    def from_subslices(
+        cls, subslices: Sequence[SubSlice], *, node_multiple: int = 1
+    ) -> SubSliceBatch:
+        """Pad sub-slices into one batch.
+
+        Parameters
+        ----------
+        subslices
+            At least one.
+        node_multiple
+            The padded number of nodes is a multiple of this (8 suits CUDA's attention kernels).
+        """
+        n_real = tuple(s.n_nodes for s in subslices)
+        n_nodes = -(-max(n_real) // node_multiple) * node_multiple
+        shape = (len(subslices), n_nodes)
+        features = np.zeros((*shape, subslices[0].features.shape[1]), dtype=np.float32)
+        node_type = np.full(shape, NodeType.PADDING, dtype=np.int64)
+        cell_index = np.full(shape, -1, dtype=np.int64)
+        for b, subslice in enumerate(subslices):
+            features[b, : n_real[b]] = subslice.features
+            node_type[b, : n_real[b]] = subslice.node_type
+            cell_index[b, : n_real[b]] = subslice.cell_index
+        listed = [
+            (s.pairs.rows.astype(np.int64), s.pairs.columns, s.pairs.distances) for s in subslices
+        ]
+        return cls(
+            features=torch.from_numpy(features),
+            node_type=torch.from_numpy(node_type),
+            cell_index=torch.from_numpy(cell_index),
+            pairs=_pair_index(listed, n_real, n_nodes),
+        )
+
+    @classmethod
+    def from_dense(
+        cls,
+        features: NDArray[np.floating],
+        distances: NDArray[np.floating],
+        node_type: NDArray[np.integer],
+        cell_index: NDArray[np.integer],
+    ) -> SubSliceBatch:
+        """Build a batch from the padded arrays of SToFM's published code.
+
+        Parameters
+        ----------
+        features
+            (batch, nodes, d_cell).
+        distances
+            (batch, nodes, nodes), symmetric up to rounding; 0 stands for "no distance" and 100
+            for "not a neighbour".
+        node_type, cell_index
+            (batch, nodes); padding on the right.
+        """
+        n_nodes = features.shape[1]
+        n_real = tuple(int(n) for n in (node_type != NodeType.PADDING).sum(axis=1))
+        listed = []
+        for matrix, n in zip(distances, n_real, strict=True):
+            inner = np.triu(matrix[:n, :n], k=1)
+            rows, columns = np.nonzero((inner != 0) & (inner != NO_NEIGHBOR))
+            listed.append((rows.astype(np.int64), columns, inner[rows, columns]))
+        return cls(
+            features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
+            node_type=torch.from_numpy(np.asarray(node_type, dtype=np.int64)),
+            cell_index=torch.from_numpy(np.asarray(cell_index, dtype=np.int64)),
+            pairs=_pair_index(listed, n_real, n_nodes),
+        )
+
+
+def _pair_index(
+    listed: Sequence[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]],
+    n_real: tuple[int, ...],
+    n_nodes: int,
+) -> PairIndex:
+    stops = np.cumsum([len(rows) for rows, _, _ in listed]).tolist()
+    rows = np.concatenate([rows for rows, _, _ in listed])
+    columns = np.concatenate([columns for _, columns, _ in listed])
+    distances = np.concatenate([distances for _, _, distances in listed])
+    return PairIndex(
+        distances=torch.from_numpy(distances.astype(np.float32)),
+        forward=torch.from_numpy(rows * n_nodes + columns),
+        mirrored=torch.from_numpy(columns * n_nodes + rows),
+        ranges=tuple(zip([0, *stops[:-1]], stops, strict=True)),
+        n_real=n_real,
+        n_nodes=n_nodes,
+    )
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token lists of cells, ``<cls>`` in front, padded on the right.
+
+    Attributes
+    ----------
+    tokens
+        Token ids.
+    is_real
+        Which positions are no padding.
+    """
+
+    tokens: Int[Tensor, "cells length"]
+    is_real: Bool[Tensor, "cells length"]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """Return a copy on `device`."""
+        return TokenBatch(tokens=self.tokens.to(device), is_real=self.is_real.to(device))
+
+    @classmethod
+    def from_ranked(
+        cls,
+        ranked: RankedTokens,
+        cells: NDArray[np.integer],
+        *,
+        cls_token: int,
+        pad_token: int,
+        length: int,
+    ) -> TokenBatch:
+        """Gather the ranked tokens of some cells.
+
+        Parameters
+        ----------
+        ranked
+            Tokens of all cells.
+        cells
+            Rows to take.
+        cls_token, pad_token
+            Special tokens.
+        length
+            Padded length; longer lists are cut to it after ``<cls>`` was put in front.
+        """
+        starts = ranked.offsets[cells]
+        n_genes = np.minimum(ranked.offsets[cells + 1] - starts, length - 1)
+        position = np.arange(length - 1)
+        is_gene = position < n_genes[:, None]
+        tokens = np.full((len(cells), length), pad_token, dtype=np.int64)
+        tokens[:, 0] = cls_token
+        tokens[:, 1:][is_gene] = ranked.tokens[(starts[:, None] + position)[is_gene]]
+        is_real = np.ones(tokens.shape, dtype=bool)
+        is_real[:, 1:] = is_gene
+        return cls(tokens=torch.from_numpy(tokens), is_real=torch.from_numpy(is_real))

@@ -1,0 +1,221 @@
+"""Cell encoder: BERT over ranked gene tokens, run without work on what is not used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from transformers import BertConfig
+
+    from stofm.nn.batch import TokenBatch
+    from stofm.nn.config import CellEncoderConfig
+
+# From these many rows and queries on, the kernels' results for one don't depend on the others.
+_MIN_ROWS = 16
+_MIN_QUERIES = 4
+
+
+@dataclass(frozen=True)
+class _LayerWeights:
+    """Weights of one BERT layer, with queries, keys and values in one matrix."""
+
+    qkv: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    attention_norm: tuple[Tensor, Tensor]
+    inner: tuple[Tensor, Tensor]
+    outer: tuple[Tensor, Tensor]
+    norm: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """A cell encoder's weights laid out for running it, in one precision.
+
+    Made once for a run by :meth:`CellEncoder.lay_out`; gradients flow through it.
+    """
+
+    words: Tensor
+    positions: Tensor
+    embedding_norm: tuple[Tensor, Tensor]
+    layers: tuple[_LayerWeights, ...]
+
+
+class CellEncoder(nn.Module):
+    """BERT (transformers' ``BertModel``) and a linear map of position 0 to unit length.
+
+    transformers holds the weights, so that published ``cell_bert`` folders load as they are;
+    the computation is ours: of the last layer only position 0 is computed, and attention is
+    fused.
+
+    Parameters
+    ----------
+    config
+        Sizes.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.1; Geneformer (Theodoris et al. 2023, Nature 618:616).
+    """
+
+    def __init__(self, config: CellEncoderConfig) -> None:
+        from transformers import BertModel
+
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
+        self.projection = nn.Linear(config.d_hidden, config.d_cell)
+
+    def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_cell"]:
+        """Embed cells.
+
+        Parameters
+        ----------
+        batch
+            Padded token lists, ``<cls>`` in front.
+
+        Returns
+        -------
+        Cell embeddings of unit length.
+        """
+        return self.embed(batch, self.lay_out(self.projection.weight.dtype))
+
+    def embed(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
+        """Embed cells with weights laid out before (:meth:`lay_out`)."""
+        hidden = self._embeddings(batch, weights)
+        mask = _attention_mask(batch.is_real)
+        for layer in weights.layers[:-1]:
+            hidden = self._layer(hidden, hidden, mask, layer)
+        first = self._layer(hidden[:, :1], hidden, mask, weights.layers[-1])[:, 0]
+        projected = _linear(
+            first.to(self.projection.weight.dtype), (self.projection.weight, self.projection.bias)
+        )
+        return F.normalize(projected, dim=-1, eps=0.0)
+
+    def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
+        """Output of the last layer at every position; arbitrary at padding."""
+        weights = self.lay_out(self.projection.weight.dtype)
+        hidden = self._embeddings(batch, weights)
+        mask = _attention_mask(batch.is_real)
+        for layer in weights.layers:
+            hidden = self._layer(hidden, hidden, mask, layer)
+        return hidden
+
+    def lay_out(self, dtype: torch.dtype) -> EncoderWeights:
+        """Lay the weights out for running, in `dtype`."""
+        embeddings = self.bert.embeddings
+        # Token type 0 everywhere: its embedding joins those of the positions.
+        positions = (
+            embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
+        )
+        return EncoderWeights(
+            words=embeddings.word_embeddings.weight.to(dtype),
+            positions=positions.to(dtype),
+            embedding_norm=_pair(embeddings.LayerNorm, dtype),
+            layers=tuple(_layer_weights(layer, dtype) for layer in self.bert.encoder.layer),
+        )
+
+    def _embeddings(self, batch: TokenBatch, weights: EncoderWeights) -> Tensor:
+        length = batch.tokens.shape[1]
+        hidden = F.embedding(batch.tokens, weights.words) + weights.positions[:length]
+        hidden = self._norm(hidden, weights.embedding_norm)
+        return F.dropout(hidden, self.config.dropout, self.training)
+
+    def _layer(
+        self, queried: Tensor, hidden: Tensor, mask: Tensor | None, weights: _LayerWeights
+    ) -> Tensor:
+        """Compute a layer's output at the positions `queried`, which attend to all of `hidden`."""
+        dropout = self.config.dropout if self.training else 0.0
+        queries, keys, values = self._heads(queried, hidden, weights.qkv)
+        n_queries = queries.shape[2]
+        if n_queries < _MIN_QUERIES:
+            queries = queries.expand(-1, -1, _MIN_QUERIES, -1)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, dropout_p=dropout
+        )[:, :, :n_queries]
+        mixed = _linear(attended.transpose(1, 2).flatten(2), weights.out)
+        out = self._norm(queried + F.dropout(mixed, dropout), weights.attention_norm)
+        activation = F.relu if self.config.activation == "relu" else F.gelu
+        inner = _linear(activation(_linear(out, weights.inner)), weights.outer)
+        return self._norm(out + F.dropout(inner, dropout), weights.norm)
+
+    def _heads(
+        self, queried: Tensor, hidden: Tensor, qkv: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_heads, d_hidden = self.config.n_heads, self.config.d_hidden
+        if queried is hidden:
+            parts = _linear(hidden, qkv).split(d_hidden, dim=-1)
+        else:
+            weight, bias = qkv
+            query = _linear(queried, (weight[:d_hidden], bias[:d_hidden]))
+            key_value = _linear(hidden, (weight[d_hidden:], bias[d_hidden:]))
+            parts = (query, *key_value.split(d_hidden, dim=-1))
+        q, k, v = (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in parts)
+        return q, k, v
+
+    def _norm(self, hidden: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(
+            hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
+        )
+
+
+def _bert_config(config: CellEncoderConfig) -> BertConfig:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=config.n_tokens,
+        hidden_size=config.d_hidden,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        intermediate_size=config.d_inner,
+        hidden_act=config.activation,
+        max_position_embeddings=config.max_positions,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        layer_norm_eps=config.layer_norm_eps,
+        pad_token_id=0,
+    )
+
+
+def _attention_mask(is_real: Bool[Tensor, "cells length"]) -> Tensor | None:
+    """Which keys may be attended to; None if none is padding, which is faster."""
+    return None if bool(is_real.all()) else is_real[:, None, None, :]
+
+
+def _pair(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return module.weight.to(dtype), module.bias.to(dtype)
+
+
+def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
+    # transformers' modules are untyped below BertModel.
+    attention = layer.attention.self
+    projections = (attention.query, attention.key, attention.value)
+    return _LayerWeights(
+        qkv=(
+            torch.cat([p.weight for p in projections]).to(dtype),
+            torch.cat([p.bias for p in projections]).to(dtype),
+        ),
+        out=_pair(layer.attention.output.dense, dtype),
+        attention_norm=_pair(layer.attention.output.LayerNorm, dtype),
+        inner=_pair(layer.intermediate.dense, dtype),
+        outer=_pair(layer.output.dense, dtype),
+        norm=_pair(layer.output.LayerNorm, dtype),
+    )
+
+
+def _linear(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    """Linear map whose rows don't depend, to the last bit, on what other rows there are.
+
+    Kernels for few rows add in another order (as do those for very narrow layers). Clusters are found on the results, where a last
+    bit can decide a tie, so that a cell's embedding must not depend on its batch.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    n_rows = len(rows)
+    if n_rows < _MIN_ROWS:
+        rows = F.pad(rows, (0, 0, 0, _MIN_ROWS - n_rows))
+    return F.linear(rows, *weights)[:n_rows].view(*x.shape[:-1], -1)

@@ -1,0 +1,263 @@
+"""Reading SToFM's published weights: their names, their layout, their rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
+from stofm.nn.se2_transformer import SE2Transformer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+_SE2_NAMES = {
+    "embedding_layer": "input_projection",
+    "token_type_embeddings": "node_type_embedding",
+    "gaussian.proj.0": "distance_bias.hidden",
+    "gaussian.proj.2": "distance_bias.output",
+}
+_LAYER_NAMES = {
+    "self_attn.out_proj": "out",
+    "self_attn_layer_norm": "attention_norm",
+    "fc1": "fc1",
+    "fc2": "fc2",
+    "final_layer_norm": "norm",
+}
+_SE2_SCALARS = {
+    "gaussian.linear.weight": "distance_bias.scale",
+    "gaussian.linear.bias": "distance_bias.shift",
+    "gaussian.means.weight": "distance_bias.means",
+    "gaussian.stds.weight": "distance_bias.widths",
+}
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+# Stored by the published code and never used: the norm after a pre-norm stack, pretraining
+# heads, and BERT's pooler.
+_UNUSED_SE2 = ("encoder.final_layer_norm.", "lm_head.", "pair_head.")
+_UNUSED_BERT = ("pooler.", "embeddings.position_ids", "cls.")
+
+
+def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> SE2Transformer:
+    """Build the SE(2) Transformer from the published code's config and state dict.
+
+    Parameters
+    ----------
+    config
+        Entries of the published ``config.json``.
+    state
+        State dict, with or without the prefix ``model.``.
+
+    Raises
+    ------
+    ValueError
+        An entry of the config or a weight is missing, unexpected or of the wrong shape.
+    """
+    needed = {
+        "input_dim": "d_cell",
+        "embedding_dim": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "ffn_embedding_dim": "d_inner",
+        "gaussian_hidden_dim": "n_kernels",
+    }
+    if missing := sorted(set(needed) - set(config)):
+        msg = f"The published config.json lacks {missing}; it has {sorted(config)}."
+        raise ValueError(msg)
+    sizes: dict[str, Any] = {ours: int(config[theirs]) for theirs, ours in needed.items()}
+    model = SE2Transformer(
+        SE2TransformerConfig(
+            **sizes,
+            norm_first=bool(config.get("pre_layernorm", False)),
+        )
+    )
+    load_exactly(model, rename_se2(state), "se2transformer")
+    return model
+
+
+def rename_se2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the published SE(2) Transformer's weights to ours, queries, keys and values joined."""
+    named = {name.removeprefix("model."): value for name, value in state.items()}
+    named = {name: v for name, v in named.items() if not name.startswith(_UNUSED_SE2)}
+    renamed: dict[str, Tensor] = {}
+    joined: dict[str, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        module, _, kind = name.rpartition(".")
+        in_layer = _LAYER.fullmatch(name)
+        if name in _SE2_SCALARS:
+            flat = value.reshape(-1)
+            is_scalar = name.startswith("gaussian.linear.") and len(flat) == 1
+            renamed[_SE2_SCALARS[name]] = flat[0] if is_scalar else flat
+        elif in_layer and in_layer[2] in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+        ):
+            joined.setdefault(f"layers.{in_layer[1]}.qkv.{kind}", {})[in_layer[2][10]] = value
+        elif in_layer and in_layer[2] in _LAYER_NAMES:
+            renamed[f"layers.{in_layer[1]}.{_LAYER_NAMES[in_layer[2]]}.{kind}"] = value
+        else:
+            renamed[f"{_SE2_NAMES.get(module, module)}.{kind}"] = value
+    for name, parts in joined.items():
+        if set(parts) == {"q", "k", "v"}:
+            renamed[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    return renamed
+
+
+def cell_encoder_from_reference(folder: Path) -> CellEncoder:
+    """Build the cell encoder from a published ``cell_encoder`` folder.
+
+    Parameters
+    ----------
+    folder
+        Holds ``cell_bert`` (as transformers writes it) and ``cell_proj.bin`` or
+        ``cell_proj.safetensors`` (``weight`` and ``bias``).
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    ValueError
+        A weight is missing, unexpected or of the wrong shape, or BERT has an option that stofm
+        does not compute.
+    """
+    bert = _read_json(folder / "cell_bert" / "config.json")
+    projection = read_weights(folder, "cell_proj")
+    if set(projection) != {"weight", "bias"}:
+        msg = f"cell_proj should hold 'weight' and 'bias', found {sorted(projection)}."
+        raise ValueError(msg)
+    encoder = CellEncoder(_encoder_config(bert, d_cell=len(projection["bias"])))
+    weights = read_weights(folder / "cell_bert", "model", "pytorch_model")
+    named = {name.removeprefix("bert."): value for name, value in weights.items()}
+    named = {name: v for name, v in named.items() if not name.startswith(_UNUSED_BERT)}
+    load_exactly(encoder.bert, named, "cell_bert")
+    load_exactly(encoder.projection, projection, "cell_proj")
+    return encoder
+
+
+def _encoder_config(bert: Mapping[str, Any], d_cell: int) -> CellEncoderConfig:
+    if bert.get("position_embedding_type", "absolute") != "absolute":
+        msg = (
+            f"cell_bert has position_embedding_type={bert['position_embedding_type']!r}; "
+            "stofm computes 'absolute' only."
+        )
+        raise ValueError(msg)
+    return CellEncoderConfig(
+        n_tokens=bert["vocab_size"],
+        d_cell=d_cell,
+        n_layers=bert["num_hidden_layers"],
+        d_hidden=bert["hidden_size"],
+        n_heads=bert["num_attention_heads"],
+        d_inner=bert["intermediate_size"],
+        max_positions=bert["max_position_embeddings"],
+        activation=bert["hidden_act"],
+        dropout=bert["hidden_dropout_prob"],
+        layer_norm_eps=bert["layer_norm_eps"],
+    )
+
+
+def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
+    """Read a folder in the layout of SToFM's published weights.
+
+    Parameters
+    ----------
+    folder
+        Holds ``cell_encoder/cell_bert/``, ``cell_encoder/cell_proj.bin``, ``config.json`` and
+        ``se2transformer.pth``; ``.safetensors`` of the same names are read as well.
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing.
+    ValueError
+        A file does not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        msg = f"{folder} is no folder; expected one with cell_encoder/, config.json and se2transformer.pth."
+        raise FileNotFoundError(msg)
+    transformer = se2_from_reference(
+        _read_json(folder / "config.json"), read_weights(folder, "se2transformer")
+    )
+    return cell_encoder_from_reference(folder / "cell_encoder"), transformer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        msg = f"{path} is missing; it belongs to the layout of SToFM's published weights."
+        raise FileNotFoundError(msg)
+    entries: dict[str, Any] = json.loads(path.read_text())
+    return entries
+
+
+def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
+    """Read a state dict from the first of ``stem.safetensors``, ``stem.bin`` and ``stem.pth``.
+
+    Pickle-based files are read with ``weights_only=True``: nothing in them is executed.
+
+    Raises
+    ------
+    FileNotFoundError
+        None of the files is there.
+    ValueError
+        The file is damaged, or holds something else than tensors by name.
+    """
+    names = [f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "bin", "pth")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        msg = f"{folder} holds none of {names}."
+        raise FileNotFoundError(msg)
+    try:
+        if found.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(found)
+        else:
+            state = torch.load(found, map_location="cpu", weights_only=True)
+    except Exception as error:
+        msg = (
+            f"{found} can't be read as plain tensors ({type(error).__name__}): it is damaged or "
+            "holds Python objects, which stofm does not load. Get the file again."
+        )
+        raise ValueError(msg) from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        msg = f"{found} should hold tensors by name, found {type(state).__name__} of other things."
+        raise ValueError(msg)
+    return state
+
+
+def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load `state` into `module`, or say which weights do not fit and how.
+
+    Raises
+    ------
+    ValueError
+        A weight is missing, unexpected or of the wrong shape. The module is unchanged then.
+    """
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    wrong = [
+        f"{name}: {tuple(state[name].shape)} in place of {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(state))
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of wrong shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
+        raise ValueError(msg)
+    module.load_state_dict(dict(state))

@@ -1,0 +1,75 @@
+"""Choosing where and in which precision to compute."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from stofm._logging import logger
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """Resolve ``"auto"`` to CUDA, then MPS, then the CPU, and log which and why.
+
+    Raises
+    ------
+    ValueError
+        The device asked for is not there.
+    """
+    if str(device) != "auto":
+        return _named_device(device)
+    if torch.cuda.is_available():
+        chosen, reason = torch.device("cuda"), torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        chosen, reason = torch.device("mps"), "no CUDA device, Apple GPU found"
+    else:
+        chosen = torch.device("cpu")
+        reason = f"no GPU that torch can use; {torch.get_num_threads()} threads"
+    logger.info("Computing on %s (%s).", chosen, reason)
+    return chosen
+
+
+def _named_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        msg = f"Unknown device {device!r}; use 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'."
+        raise ValueError(msg) from None
+    n_cuda = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    lacks_cuda = chosen.type == "cuda" and (chosen.index or 0) >= n_cuda
+    lacks_mps = chosen.type == "mps" and not torch.backends.mps.is_available()
+    if lacks_cuda or lacks_mps:
+        msg = f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
+        raise ValueError(msg)
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve ``"auto"`` to bfloat16 on CUDA devices made for it and to float32 elsewhere.
+
+    Raises
+    ------
+    ValueError
+        The precision is not one that the model runs in.
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
+        msg = f"dtype must be 'auto', 'float32' or 'bfloat16', found {dtype!r}."
+        raise ValueError(msg)
+    return chosen
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be taken on a device without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,258 @@
+"""Running a model over many cells and sub-slices: arrays in, float32 arrays out."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from stofm._logging import logger, progress
+from stofm.nn.batch import SubSliceBatch, TokenBatch
+from stofm.spatial import build_subslice, rows_by_subslice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from stofm.genes import GeneVocabulary, RankedTokens
+    from stofm.nn.cell_encoder import CellEncoder
+    from stofm.nn.se2_transformer import SE2Transformer
+    from stofm.spatial import SliceLayout, SubSliceConfig
+
+#: Tokens that go through the cell encoder at a time, by kind of device.
+TOKEN_BUDGET = {"cpu": 8_192, "cuda": 262_144, "mps": 32_768}
+#: Sub-slices that go through the SE(2) Transformer at a time, by kind of device.
+SUBSLICES_AT_ONCE = {"cpu": 1, "cuda": 16, "mps": 4}
+_CUDA_NODE_MULTIPLE = 8
+
+
+def padded_length(n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Length to which a cell's tokens are padded: a function of their own number only.
+
+    So a cell is computed in the same shape whatever stands beside it in a batch. At most 12 %
+    of a list of 64 tokens or more is padding.
+    """
+    n = np.asarray(n_tokens, dtype=np.int64)
+    step = np.select([n <= 128, n <= 256, n <= 512], [8, 16, 32], default=64)
+    padded: NDArray[np.int64] = -(-n // step) * step
+    return padded
+
+
+def encode_cells(
+    encoder: CellEncoder,
+    ranked: RankedTokens,
+    vocabulary: GeneVocabulary,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    token_budget: int | None = None,
+    show_progress_bar: bool = False,
+) -> NDArray[np.float32]:
+    """Embed cells with the cell encoder.
+
+    Cells of one padded length make a batch, with as many cells as the token budget allows.
+
+    Parameters
+    ----------
+    encoder
+        The cell encoder; used in evaluation mode.
+    ranked
+        Ranked gene tokens of n_cells cells, without ``<cls>``.
+    vocabulary
+        Gives ``<cls>`` and ``<pad>``.
+    device, dtype
+        Where and in which precision to compute.
+    token_budget
+        Tokens at a time, padding counted; fitted to the device by default.
+    show_progress_bar
+        Show a bar.
+
+    Returns
+    -------
+    (n_cells, d_cell) embeddings of unit length, rows in the order of `ranked`.
+
+    Raises
+    ------
+    MemoryError
+        The device has no room for a single cell.
+    """
+    n_cells = len(ranked.n_tokens)
+    limit = encoder.config.max_positions
+    lengths = np.minimum(padded_length(np.minimum(ranked.n_tokens + 1, limit)), limit)
+    budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
+    result = np.empty((n_cells, encoder.config.d_cell), dtype=np.float32)
+    encoder = encoder.to(device).eval()
+
+    def run(cells: NDArray[np.int64]) -> None:
+        batch = TokenBatch.from_ranked(
+            ranked,
+            cells,
+            cls_token=vocabulary.cls,
+            pad_token=vocabulary.pad,
+            length=int(lengths[cells[0]]),
+        )
+        result[cells] = encoder.embed(batch.to(device), weights).float().cpu().numpy()
+
+    with torch.inference_mode():
+        weights = encoder.lay_out(dtype)
+        batches = list(_token_batches(lengths, budget))
+        shown = progress(
+            batches,
+            total=len(batches),
+            description="encode cells",
+            unit="batch",
+            show=show_progress_bar,
+        )
+        for cells in shown:
+            _halving(run, cells, "token_budget")
+    return result
+
+
+def _token_batches(lengths: NDArray[np.int64], budget: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of one padded length each, as many as the budget allows, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    ends = np.flatnonzero(np.diff(lengths[order])) + 1
+    for rows in np.split(order, ends):
+        if len(rows):
+            at_once = max(1, budget // int(lengths[rows[0]]))
+            yield from np.split(rows, range(at_once, len(rows), at_once))
+
+
+def embed_slice(
+    transformer: SE2Transformer,
+    layout: SliceLayout,
+    features: NDArray[np.floating],
+    config: SubSliceConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    on_done: Callable[[int], object] | None = None,
+) -> NDArray[np.float32]:
+    """Embed the cells of one slice with the SE(2) Transformer, sub-slice by sub-slice.
+
+    Sub-slices are built when their turn comes, so memory is bounded by the batch.
+
+    Parameters
+    ----------
+    transformer
+        The SE(2) Transformer; used in evaluation mode.
+    layout
+        The slice's sub-slices and virtual cells.
+    features
+        (n_cells, d_cell) cell embeddings.
+    config
+        Sub-slice rules.
+    device, dtype
+        Where and in which precision to compute.
+    batch_size
+        Sub-slices at a time; fitted to the device by default.
+    on_done
+        Called with the number of sub-slices after each batch.
+
+    Returns
+    -------
+    (n_cells, d_model) embeddings; every cell is written exactly once.
+
+    Raises
+    ------
+    MemoryError
+        The device has no room for a single sub-slice.
+    """
+    at_once = batch_size or SUBSLICES_AT_ONCE.get(device.type, 1)
+    parts = rows_by_subslice(layout)
+    # Sub-slices of like size together: less padding.
+    order = np.argsort([len(rows) for rows in parts], kind="stable")
+    result = np.full((len(features), transformer.config.d_model), np.nan, dtype=np.float32)
+    transformer = _placed(transformer, device, dtype)
+
+    def run(numbers: NDArray[np.int64]) -> None:
+        subslices = [build_subslice(layout, features, parts[k], config) for k in numbers]
+        multiple = _CUDA_NODE_MULTIPLE if device.type == "cuda" else 1
+        batch = SubSliceBatch.from_subslices(subslices, node_multiple=multiple)
+        hidden = transformer(batch.to(device)).last_hidden_state.float().cpu().numpy()
+        is_cell = batch.cell_index.numpy() >= 0
+        result[batch.cell_index.numpy()[is_cell]] = hidden[is_cell]
+        if on_done is not None:
+            on_done(len(numbers))
+
+    with torch.inference_mode():
+        for start in range(0, len(order), at_once):
+            _halving(run, order[start : start + at_once], "batch_size (and the model's n_cells)")
+    return result
+
+
+def _placed(
+    transformer: SE2Transformer, device: torch.device, dtype: torch.dtype
+) -> SE2Transformer:
+    """Put the transformer on a device; in another precision as a copy, so that no bit is lost."""
+    transformer = transformer.to(device).eval()
+    if next(transformer.parameters()).dtype != dtype:
+        transformer = copy.deepcopy(transformer)
+        for name, part in transformer.named_children():
+            # Distances up to 100 need more than bfloat16's three digits.
+            if name != "distance_bias":
+                part.to(dtype)
+    return transformer
+
+
+def _halving(
+    run: Callable[[NDArray[np.int64]], None], items: NDArray[np.int64], option: str
+) -> None:
+    """Run over `items`, in halves of halves if the device runs out of memory."""
+    pending: list[NDArray[np.int64]] = [items]
+    while pending:
+        part = pending.pop()
+        try:
+            run(part)
+        except torch.OutOfMemoryError as error:
+            if len(part) == 1:
+                msg = (
+                    "The device ran out of memory on the smallest possible batch; lower "
+                    f"{option}, or use device='cpu'."
+                )
+                raise MemoryError(msg) from error
+            logger.warning("Out of device memory with a batch of %d; halving it.", len(part))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            middle = len(part) // 2
+            pending += [part[middle:], part[:middle]]
+
+
+def estimate_memory(
+    transformer: SE2Transformer, n_nodes: int, batch_size: int, n_cells: int
+) -> int:
+    """Estimate the bytes that embedding takes beyond its input.
+
+    Parameters
+    ----------
+    transformer
+        The SE(2) Transformer.
+    n_nodes
+        Nodes of the largest sub-slice.
+    batch_size
+        Sub-slices at a time.
+    n_cells
+        Cells of all slices together.
+    """
+    config = transformer.config
+    one_matrix = 4 * n_nodes**2
+    dense = batch_size * one_matrix * (config.n_heads + 3)
+    listed = batch_size * n_nodes * 100 * 4 * (3 * config.n_kernels + 2 * config.n_heads)
+    hidden = (
+        batch_size * n_nodes * 4 * (4 * config.d_inner + config.d_model * (config.n_layers * 3 + 8))
+    )
+    return dense + listed + hidden + 4 * n_cells * (config.d_cell + config.d_model)
+
+
+def describe_bytes(n_bytes: int) -> str:
+    """Write a number of bytes for people."""
+    size = float(n_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

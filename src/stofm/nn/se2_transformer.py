@@ -1,0 +1,244 @@
+"""SE(2) Transformer: cells and their distances to spatial cell embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stofm.nn.attention import biased_attention, gather_logits
+from stofm.nn.pair_bias import GaussianDistanceBias, scatter_pairs
+from stofm.spatial import NO_NEIGHBOR, NodeType
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    from stofm.nn.batch import SubSliceBatch
+    from stofm.nn.config import SE2TransformerConfig
+
+
+@dataclass(frozen=True)
+class PairState:
+    """The pair representation, kept as its factors.
+
+    Attributes
+    ----------
+    bias
+        (batch, heads, nodes, nodes) bias that every layer adds.
+    queries, keys
+        (batch, heads, nodes, ...) of all layers side by side.
+    is_real
+        (batch, nodes) which nodes are no padding.
+    """
+
+    bias: Float[Tensor, "batch heads nodes nodes"]
+    queries: Float[Tensor, "batch heads nodes qk"]
+    keys: Float[Tensor, "batch heads nodes qk"]
+    is_real: Bool[Tensor, "batch nodes"]
+
+    def at(
+        self,
+        batch: Int[Tensor, " pairs"],
+        rows: Int[Tensor, " pairs"],
+        columns: Int[Tensor, " pairs"],
+    ) -> Float[Tensor, "pairs heads"]:
+        """Pair representation at chosen pairs of real nodes."""
+        return gather_logits(self.queries, self.keys, self.bias, batch, rows, columns)
+
+    def dense(self) -> Float[Tensor, "batch nodes nodes heads"]:
+        """Whole pair representation; 0 at padded keys."""
+        logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
+        key_is_padding = ~self.is_real[:, None, None, :]
+        return logits.masked_fill(key_is_padding, 0.0).permute(0, 2, 3, 1)
+
+    def attention(self) -> Float[Tensor, "batch nodes nodes"]:
+        """Attention weights of the last layer, averaged over the heads."""
+        logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
+        key_is_padding = ~self.is_real[:, None, None, :]
+        return logits.masked_fill(key_is_padding, -torch.inf).softmax(dim=-1).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class SE2Output:
+    """What the SE(2) Transformer computes.
+
+    Attributes
+    ----------
+    last_hidden_state
+        (batch, nodes, d_model) embeddings of the nodes; arbitrary at padding.
+    hidden_states
+        Input of the first layer and output of every layer.
+    pairs
+        Pair representation after the last layer.
+    """
+
+    last_hidden_state: Float[Tensor, "batch nodes d_model"]
+    hidden_states: tuple[Float[Tensor, "batch nodes d_model"], ...]
+    pairs: PairState
+
+
+class SE2Layer(nn.Module):
+    """One layer: attention over the nodes and a feed-forward part, each added to its input.
+
+    Parameters
+    ----------
+    d_model, n_heads, d_inner
+        Width, attention heads, feed-forward width.
+    norm_first
+        Layer norm before each part in place of after the sum.
+    dropout
+        Of attention weights, of the feed-forward part and of what is added.
+    layer_norm_eps
+        Epsilon of the layer norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        d_inner: int,
+        norm_first: bool,
+        dropout: float,
+        layer_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm_first = norm_first
+        self.dropout = dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+        self.attention_norm = nn.LayerNorm(d_model, eps=layer_norm_eps)
+        self.fc1 = nn.Linear(d_model, d_inner)
+        self.fc2 = nn.Linear(d_inner, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=layer_norm_eps)
+
+    def project(
+        self, hidden: Float[Tensor, "batch nodes d_model"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (divided by the square root of the head's width), keys and values by head."""
+        if self.norm_first:
+            hidden = self.attention_norm(hidden)
+        n_batch, n_nodes, d_model = hidden.shape
+        heads = self.qkv(hidden).view(n_batch, n_nodes, 3, self.n_heads, d_model // self.n_heads)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        return queries * (d_model // self.n_heads) ** -0.5, keys, values
+
+    def update(
+        self,
+        hidden: Float[Tensor, "batch nodes d_model"],
+        attended: Float[Tensor, "batch heads nodes d_head"],
+    ) -> Float[Tensor, "batch nodes d_model"]:
+        """Add the attended values, then the feed-forward part."""
+        mixed = self.out(attended.transpose(1, 2).flatten(2))
+        hidden = hidden + F.dropout(mixed, self.dropout, self.training)
+        if not self.norm_first:
+            hidden = self.attention_norm(hidden)
+        inner = self.norm(hidden) if self.norm_first else hidden
+        inner = F.dropout(F.gelu(self.fc1(inner)), self.dropout, self.training)
+        hidden = hidden + F.dropout(self.fc2(inner), self.dropout, self.training)
+        return hidden if self.norm_first else self.norm(hidden)
+
+
+class SE2Transformer(nn.Module):
+    """Transformer over the nodes of sub-slices, with distances as attention bias.
+
+    Only distances between nodes enter, so turning, shifting or mirroring a sub-slice changes
+    nothing.
+
+    Parameters
+    ----------
+    config
+        Sizes.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.3.
+    """
+
+    def __init__(self, config: SE2TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_projection = nn.Linear(config.d_cell, config.d_model)
+        self.node_type_embedding = nn.Embedding(len(NodeType), config.d_model)
+        self.distance_bias = GaussianDistanceBias(
+            n_kernels=config.n_kernels, n_heads=config.n_heads
+        )
+        self.layers = nn.ModuleList(
+            SE2Layer(
+                d_model=config.d_model,
+                n_heads=config.n_heads,
+                d_inner=config.d_inner,
+                norm_first=config.norm_first,
+                dropout=config.dropout,
+                layer_norm_eps=config.layer_norm_eps,
+            )
+            for _ in range(config.n_layers)
+        )
+
+    def forward(self, batch: SubSliceBatch) -> SE2Output:
+        """Embed the nodes of sub-slices.
+
+        Parameters
+        ----------
+        batch
+            Padded sub-slices.
+
+        Returns
+        -------
+        Node embeddings and the pair representation.
+        """
+        hidden = self.input_projection(batch.features.to(self.input_projection.weight.dtype))
+        hidden = hidden + self.node_type_embedding(batch.node_type)
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        bias = self.attention_bias(batch).to(hidden.dtype)
+        masked = _mask_padded_keys(bias, batch.is_real)
+        n_real = batch.pairs.n_real
+
+        all_hidden = [hidden]
+        queries, keys = [], []
+        for module in self.layers:
+            layer = cast("SE2Layer", module)
+            query, key, value = layer.project(hidden)
+            queries.append(query)
+            keys.append(key)
+            if not self.config.pair_bias:
+                # Nothing is carried: each layer's logits are its own.
+                queries, keys = queries[-1:], keys[-1:]
+            attended = biased_attention(
+                torch.cat(queries, dim=-1),
+                torch.cat(keys, dim=-1),
+                value,
+                masked,
+                n_real,
+                dropout=self.config.dropout if self.training else 0.0,
+            )
+            hidden = layer.update(hidden, attended)
+            all_hidden.append(hidden)
+        pairs = PairState(bias, torch.cat(queries, -1), torch.cat(keys, -1), batch.is_real)
+        return SE2Output(hidden, tuple(all_hidden), pairs)
+
+    def attention_bias(self, batch: SubSliceBatch) -> Float[Tensor, "batch heads nodes nodes"]:
+        """Distance encoder's output for every pair of nodes.
+
+        The encoder is evaluated once for each listed pair and once for the constant that all
+        others share. It is 0 where there is no distance: on the diagonal, for the slice token
+        and for padding.
+        """
+        pairs = batch.pairs
+        if not self.config.pair_bias:
+            shape = (pairs.n_batch, self.config.n_heads, pairs.n_nodes, pairs.n_nodes)
+            return batch.features.new_zeros(shape)
+        constant = pairs.distances.new_tensor([NO_NEIGHBOR])
+        values = self.distance_bias(torch.cat([constant, pairs.distances]))
+        return scatter_pairs(values[1:], values[0], pairs)
+
+
+def _mask_padded_keys(bias: Tensor, is_real: Tensor) -> Tensor:
+    """Put -inf at padded keys; attention on the CPU leaves padding out by itself."""
+    if bias.device.type == "cpu" or bool(is_real.all()):
+        return bias
+    return bias.masked_fill(~is_real[:, None, None, :], -torch.inf)

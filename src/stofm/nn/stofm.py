@@ -1,0 +1,305 @@
+"""Stofm: cell encoder, SE(2) Transformer, vocabulary and rules as one model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stofm import __version__
+from stofm.genes import GeneVocabulary
+from stofm.nn import checkpoint
+from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.config import StofmConfig
+from stofm.nn.conversion import load_exactly, read_reference, read_weights
+from stofm.nn.se2_transformer import SE2Transformer
+from stofm.spatial import SubSliceConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UntrainedModelWarning(UserWarning):
+    """A model's weights are random: its embeddings carry no learned biology."""
+
+
+class Stofm(nn.Module):
+    """A foundation model of tissue slices with all that its numbers depend on.
+
+    Parameters
+    ----------
+    config
+        Architecture and rules.
+    vocabulary
+        Genes that the cell encoder reads.
+    seed
+        Seed of the initial weights.
+
+    Raises
+    ------
+    ValueError
+        The vocabulary has more tokens than the cell encoder.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588).
+    """
+
+    def __init__(self, config: StofmConfig, vocabulary: GeneVocabulary, *, seed: int = 0) -> None:
+        super().__init__()
+        if vocabulary.n_tokens > config.cell_encoder.n_tokens:
+            msg = (
+                f"The vocabulary has {vocabulary.n_tokens} tokens and the cell encoder "
+                f"{config.cell_encoder.n_tokens}; they do not belong together."
+            )
+            raise ValueError(msg)
+        self.config = config
+        self.vocabulary = vocabulary
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.cell_encoder = CellEncoder(config.cell_encoder)
+            self.se2_transformer = SE2Transformer(config.se2_transformer)
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return self.config.name
+
+    @property
+    def cell_encoder_fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any weight of the cell encoder."""
+        return _digest(self.cell_encoder.state_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any weight, token or rule of the model."""
+        # Tensors count their in-place changes, so weights are hashed again only after one.
+        versions = tuple(p._version for p in self.parameters())
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            rules = self.config.to_dict()
+            for label in ("name", "provenance", "stofm_version", "trained"):
+                rules.pop(label)
+            described = json.dumps(rules, sort_keys=True) + self.vocabulary.fingerprint
+            weights = _digest(self.state_dict())
+            digest = hashlib.sha256((described + weights).encode()).hexdigest()[:16]
+            self._fingerprint = (versions, digest)
+        return self._fingerprint[1]
+
+    def warn_if_untrained(self) -> None:
+        """Say loudly that the weights are random, if they are."""
+        if self.config.trained:
+            return
+        warnings.warn(
+            f"The weights of {self.name!r} are random, not trained: its embeddings are a random "
+            "projection of the input and carry no learned biology. Use them to try the software "
+            "only.",
+            UntrainedModelWarning,
+            stacklevel=3,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "stofm-mini",
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Stofm:
+        """Load a checkpoint: a local folder, the embedded model, or one on the hub.
+
+        Parameters
+        ----------
+        name
+            Path of a folder, ``"stofm-mini"`` (embedded in the package), or a hub id
+            (``owner/name``).
+        revision
+            Branch, tag or commit on the hub.
+        cache_dir
+            Where hub files are kept; the hub's own cache by default.
+        local_files_only
+            Use what is in the cache and don't ask the hub.
+        token
+            Access token for private repositories.
+
+        Raises
+        ------
+        FileNotFoundError
+            The checkpoint, or a file of it, is not there.
+        ValueError
+            The checkpoint is damaged, comes from a newer version of stofm, or its parts do not
+            belong together.
+        """
+        folder = checkpoint.find_checkpoint(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        config = checkpoint.read_config(folder)
+        vocabulary = GeneVocabulary.from_tsv(folder / checkpoint.VOCABULARY)
+        weights = read_weights(folder, checkpoint.WEIGHTS.removesuffix(".safetensors"))
+        model = cls(config, vocabulary)
+        single = {name: value.float() for name, value in weights.items()}
+        load_exactly(model, single, f"{folder / checkpoint.WEIGHTS}")
+        return model.eval()
+
+    @classmethod
+    def from_reference(
+        cls,
+        folder: str | Path,
+        vocabulary: GeneVocabulary | None = None,
+        *,
+        subslice: SubSliceConfig | None = None,
+        name: str = "stofm-reference",
+    ) -> Stofm:
+        """Load weights in the layout in which SToFM's authors publish them.
+
+        Parameters
+        ----------
+        folder
+            Holds ``cell_encoder/cell_bert/``, ``cell_encoder/cell_proj.bin``, ``config.json``
+            and ``se2transformer.pth`` (or ``.safetensors`` of the same names). Pickle-based
+            files are read with ``weights_only=True``.
+        vocabulary
+            Genes of the cell encoder; ``GeneVocabulary.geneformer("30m")`` by default, which the
+            published weights were trained with.
+        subslice
+            Sub-slice rules; those of the published code by default.
+        name
+            Name of the model, as it stands in records.
+
+        Raises
+        ------
+        FileNotFoundError
+            A file is missing.
+        ValueError
+            A file is damaged or does not fit.
+        """
+        cell_encoder, transformer = read_reference(folder)
+        model = cls(
+            StofmConfig(
+                name=name,
+                cell_encoder=cell_encoder.config,
+                se2_transformer=transformer.config,
+                subslice=subslice or SubSliceConfig.reference(),
+                trained=True,
+                provenance="Converted from weights in the layout of SToFM's release (arXiv 2507.11588).",
+            ),
+            GeneVocabulary.geneformer("30m") if vocabulary is None else vocabulary,
+        )
+        model.cell_encoder = cell_encoder
+        model.se2_transformer = transformer
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a checkpoint folder; a crash leaves nothing half-written.
+
+        Parameters
+        ----------
+        folder
+            Gets ``config.json``, ``model.safetensors``, ``vocabulary.tsv`` and ``README.md``.
+        dtype
+            Precision of the stored weights, for example ``torch.float16``; theirs by default.
+        overwrite
+            Replace a checkpoint that is already there.
+
+        Raises
+        ------
+        FileExistsError
+            `folder` is there and `overwrite` is false, or it holds something else.
+        """
+        checkpoint.write_atomically(
+            Path(folder), lambda where: self._write(where, dtype), overwrite=overwrite
+        )
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        from safetensors.torch import save_file
+
+        config = replace(self.config, stofm_version=__version__)
+        entries = json.dumps(config.to_dict(), indent=2) + "\n"
+        (folder / checkpoint.CONFIG).write_text(entries)
+        weights = {
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        save_file(weights, folder / checkpoint.WEIGHTS)
+        self.vocabulary.save(folder / checkpoint.VOCABULARY)
+        (folder / checkpoint.CARD).write_text(self._card())
+
+    def _card(self) -> str:
+        cells, spatial = self.config.cell_encoder, self.config.se2_transformer
+        n_weights = sum(p.numel() for p in self.parameters())
+        state = "trained" if self.config.trained else "**NOT TRAINED: random weights**"
+        return (
+            f"---\nlibrary_name: stofm\ntags: [spatial-transcriptomics]\n---\n# {self.name}\n\n"
+            f"A [stofm](https://pypi.org/project/stofm) checkpoint ({state}).\n\n"
+            f"- {n_weights / 1e6:.1f} million weights; {self.vocabulary.n_genes} genes\n"
+            f"- cell encoder: {cells.n_layers} layers, {cells.d_hidden} wide\n"
+            f"- SE(2) Transformer: {spatial.n_layers} layers, {spatial.d_model} wide\n\n"
+            f"{self.config.provenance}\n\n"
+            f"```python\nimport stofm as st\n\n"
+            f'model = st.Stofm.from_pretrained("path/to/this/folder")\n'
+            f"st.tl.embed(adata, model)\n```\n"
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload stofm checkpoint",
+    ) -> str:
+        """Upload the checkpoint to the hub.
+
+        Parameters
+        ----------
+        repo_id
+            ``owner/name``; made if it is not there.
+        private
+            Whether a new repository is private.
+        token
+            Access token; the one logged in with by default.
+        commit_message
+            Message of the commit.
+
+        Returns
+        -------
+        Address of the commit.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder), None)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+        return str(commit.commit_url)
+
+
+def _digest(state: dict[str, Tensor] | dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]

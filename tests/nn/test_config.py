@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from stofm.nn import CellEncoderConfig, SE2TransformerConfig, StofmConfig, SubSliceConfig
+
+
+@pytest.mark.parametrize("preset", [StofmConfig.base, StofmConfig.mini])
+def test_json_round_trip(preset):
+    config = preset(101)
+    assert StofmConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_base_is_the_papers_table():
+    config = StofmConfig.base(25_427)
+    cells, spatial = config.cell_encoder, config.se2_transformer
+    assert (cells.n_layers, cells.d_hidden, cells.n_heads, cells.d_inner) == (12, 512, 8, 1024)
+    assert (cells.max_positions, config.max_tokens) == (2048, 2048)
+    assert (spatial.n_layers, spatial.d_model, spatial.n_heads) == (4, 256, 8)
+    assert config.subslice == SubSliceConfig.reference()
+
+
+def test_newer_format_is_refused():
+    entries = StofmConfig.mini(10).to_dict() | {"format_version": 99, "stofm_version": "7.0"}
+    with pytest.raises(ValueError, match=r"format_version 99.*written by stofm 7.0: upgrade"):
+        StofmConfig.from_dict(entries)
+
+
+def test_unknown_entry_is_refused_with_the_nearest_name():
+    entries = StofmConfig.mini(10).to_dict()
+    entries["cell_encoder"]["n_layer"] = 3
+    with pytest.raises(ValueError, match="'n_layer' in cell_encoder; did you mean 'n_layers'"):
+        StofmConfig.from_dict(entries)
+
+
+def test_missing_entry_is_refused():
+    entries = StofmConfig.mini(10).to_dict()
+    del entries["name"]
+    with pytest.raises(ValueError, match=r"Missing from config: \['name'\]"):
+        StofmConfig.from_dict(entries)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CellEncoderConfig(n_tokens=9, d_hidden=10, n_heads=4), "divisible by n_heads"),
+        (lambda: CellEncoderConfig(n_tokens=0), "n_tokens must be at least 1"),
+        (lambda: CellEncoderConfig(n_tokens=9, activation="tanh"), "activation must be one of"),
+        (lambda: CellEncoderConfig(n_tokens=9, max_positions=1), "room for <cls>"),
+        (lambda: SE2TransformerConfig(d_model=30, n_heads=4), "found 30 and 4"),
+        (
+            lambda: replace(StofmConfig.mini(9), se2_transformer=SE2TransformerConfig(d_cell=3)),
+            "must have one width",
+        ),
+    ],
+)
+def test_bad_values_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

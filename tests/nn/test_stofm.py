@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stofm.genes import GeneVocabulary
+from stofm.nn import Stofm, StofmConfig, UntrainedModelWarning
+from stofm.nn import checkpoint as checkpoint_module
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_round_trip(model, saved):
+    again = Stofm.from_pretrained(saved)
+    assert again.config == model.config
+    assert again.fingerprint == model.fingerprint
+    for (name, own), (other, value) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(own, value)
+    assert not again.training
+
+
+def test_folder_holds_what_it_should_and_no_pickle(saved):
+    names = sorted(path.name for path in saved.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors", "vocabulary.tsv"]
+    assert "stofm" in (saved / "README.md").read_text()
+
+
+def test_half_precision_is_stored_and_loaded_as_single(model, tmp_path):
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    again = Stofm.from_pretrained(tmp_path / "half")
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    full = sum(p.numel() for p in model.parameters()) * 4
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.75 * full
+
+
+def test_same_seed_same_weights_other_seed_other(model, vocabulary):
+    again, other = (Stofm(model.config, vocabulary, seed=s).fingerprint for s in (1, 2))
+    assert again == model.fingerprint
+    assert other != model.fingerprint
+
+
+def test_making_a_model_leaves_torchs_generator_alone(model, vocabulary):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    Stofm(model.config, vocabulary, seed=4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fingerprint_follows_weights_rules_and_vocabulary(model, vocabulary):
+    first = model.fingerprint
+    assert model.fingerprint == first
+    with torch.no_grad():
+        model.se2_transformer.input_projection.bias += 1e-3
+    assert model.fingerprint != first
+    rules = replace(model.config, subslice=replace(model.config.subslice, n_cells=99))
+    assert Stofm(rules, vocabulary, seed=1).fingerprint != first
+    other = replace(vocabulary, medians=vocabulary.medians * 2)
+    assert Stofm(model.config, other, seed=1).fingerprint != first
+    renamed = replace(model.config, name="another", provenance="elsewhere")
+    assert Stofm(renamed, vocabulary, seed=1).fingerprint == first
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_asked(model, saved):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        model.save_pretrained(saved)
+    with torch.no_grad():
+        model.se2_transformer.input_projection.bias += 1
+    model.save_pretrained(saved, overwrite=True)
+    assert Stofm.from_pretrained(saved).fingerprint == model.fingerprint
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_folder_of_other_things_is_never_replaced(model, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+        model.save_pretrained(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_crash_leaves_the_old_checkpoint(model, saved, monkeypatch):
+    before = Stofm.from_pretrained(saved).fingerprint
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(GeneVocabulary, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(saved, overwrite=True)
+    monkeypatch.undo()
+    assert Stofm.from_pretrained(saved).fingerprint == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_truncated_weights_are_refused(saved):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors can't be read.*damaged"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_missing_file_is_named(saved):
+    (saved / "vocabulary.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\['vocabulary\.tsv'\] missing"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_damaged_config_is_refused(saved):
+    (saved / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(saved):
+    entries = json.loads((saved / "config.json").read_text()) | {"format_version": 2}
+    (saved / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="pip install -U stofm"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_vocabulary_of_another_model_is_refused(saved, vocabulary):
+    replace(vocabulary, special={"pad": 0, "mask": 1, "cls": 600}).save(saved / "vocabulary.tsv")
+    with pytest.raises(ValueError, match="601 tokens and the cell encoder 70"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_name_that_is_nothing_is_refused():
+    with pytest.raises(FileNotFoundError, match=r"'stofm-huge'.*embedded models \['stofm-mini'\]"):
+        Stofm.from_pretrained("stofm-huge")
+
+
+def test_hub_download_gets_the_arguments(saved, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    Stofm.from_pretrained("lab/model", revision="v1", local_files_only=True, token="t")
+    assert (asked["name"], asked["revision"], asked["token"]) == ("lab/model", "v1", "t")
+    assert asked["local_files_only"]
+    assert not any("bin" in pattern or "pth" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_that_cannot_be_reached_says_so(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"could not be had from the hub.*no route"):
+        Stofm.from_pretrained("lab/model")
+
+
+def test_push_to_hub_uploads_a_checkpoint(model, monkeypatch):
+    import huggingface_hub
+
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            seen.update(options, repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            seen["fingerprint"] = Stofm.from_pretrained(folder_path).fingerprint
+            return type("Commit", (), {"commit_url": f"hub/{repo_id}"})()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub("lab/model", private=True, token="t") == "hub/lab/model"
+    assert seen == {
+        "token": "t",
+        "private": True,
+        "exist_ok": True,
+        "repo_id": "lab/model",
+        "fingerprint": model.fingerprint,
+    }
+
+
+def test_untrained_weights_are_announced(model, vocabulary):
+    untrained = Stofm(replace(model.config, trained=False), vocabulary)
+    with pytest.warns(UntrainedModelWarning, match=r"weights of 'tiny' are random, not trained"):
+        untrained.warn_if_untrained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.warn_if_untrained()
+
+
+def test_embedded_model_loads_and_is_small():
+    from stofm.genes import embedded_vocabulary
+
+    model = Stofm.from_pretrained("stofm-mini")
+    assert model.vocabulary.fingerprint == embedded_vocabulary().fingerprint
+    assert model.config == replace(
+        StofmConfig.mini(model.vocabulary.n_tokens),
+        provenance=model.config.provenance,
+        stofm_version=model.config.stofm_version,
+        trained=model.config.trained,
+    )
+    folder = checkpoint_module.find_checkpoint("stofm-mini")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 15e6
+    assert all(torch.isfinite(p).all() for p in model.parameters())
