@@ -66,9 +66,7 @@ def resolve_table(data: Any, table_key: str | None = None) -> AnnData:
     return adata
 
 
-def write_record(
-    adata: AnnData, key: str, params: Mapping[str, Any], **fingerprints: str
-) -> None:
+def write_record(adata: AnnData, key: str, params: Mapping[str, Any], **fingerprints: str) -> None:
     """Record in ``uns["stofm"][key]`` how `key` was made.
 
     None is stored as the empty string, because h5ad and Zarr cannot hold it.

@@ -37,7 +37,8 @@ def progress(
         return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, desc=description, unit=unit, leave=False)
+    bar: Iterable[T] = tqdm(items, total=total, desc=description, unit=unit, leave=False)
+    return bar
 
 
 @contextmanager

@@ -1,0 +1,328 @@
+"""``stofm.tl.embed``: from raw counts and coordinates to spatial cell embeddings."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from stofm._anndata import resolve_table, write_record
+from stofm._keys import Obsm
+from stofm._logging import counter, logger
+from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
+from stofm.nn import encode_cells as encode_ranked
+from stofm.nn.device import free_memory
+from stofm.nn.inference import SUBSLICES_AT_ONCE, describe_bytes, estimate_memory
+from stofm.pp._subslice import (
+    Layouts,
+    lay_out_or_reuse,
+    read_features,
+    read_places,
+    write_layouts,
+)
+from stofm.pp._tokenize import Tokens, tokens_or_stored, write_tokens
+from stofm.tl._encode_cells import (
+    CellEmbedding,
+    load_model,
+    stored_cell_embedding,
+    write_cell_embedding,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.genes import RankedTokens
+    from stofm.spatial import SubSliceConfig
+
+
+def embed(
+    adata: Any,
+    model: Stofm | str | Path = "stofm-mini",
+    *,
+    layer: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    library_key: str | None = None,
+    cell_rep: str | None = None,
+    species: Literal["auto", "human", "mouse"] = "auto",
+    gene_key: str | None = None,
+    orthologs: Any = None,
+    subslice: SubSliceConfig | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    token_budget: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    key_added: str = Obsm.X,
+    table_key: str | None = None,
+    show_progress_bar: bool = True,
+    copy: bool = False,
+) -> AnnData | None:
+    """Embed every cell in the context of its tissue.
+
+    Runs what is missing or no longer fits of :func:`stofm.pp.tokenize`,
+    :func:`stofm.tl.encode_cells` and :func:`stofm.pp.subslice`, then the SE(2) Transformer on
+    every sub-slice. All is computed before anything is written: interrupted, it leaves `adata`
+    as it was. `adata.X`, its layers and the order of cells stay as they are.
+
+    Parameters
+    ----------
+    adata
+        Annotated data of one or several slices with raw counts and coordinates, or a
+        SpatialData with such a table. Backed AnnData are read in pieces.
+    model
+        A :class:`stofm.Stofm`, a checkpoint folder, a hub id, or the embedded ``"stofm-mini"``.
+    layer
+        Layer with raw counts; ``adata.X`` by default.
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice. Nothing crosses slices: a slice
+        gets the same embedding alone or together with others.
+    cell_rep
+        Entry of ``adata.obsm`` to use in place of the cell encoder's embedding, (n_obs, d_cell).
+        Genes are not read then.
+    species, gene_key, orthologs
+        How genes are found: see :func:`stofm.pp.map_genes`.
+    subslice
+        Sub-slice rules to use in place of the model's own.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    dtype
+        ``"auto"`` (bfloat16 on CUDA, float32 elsewhere), ``"float32"`` or ``"bfloat16"``.
+    batch_size
+        Sub-slices computed at a time. Does not change the result; halved when the device runs
+        out of memory.
+    token_budget
+        Gene tokens computed at a time. Does not change the result; halved likewise.
+    seed
+        Seed of the clustering that gives the virtual cells.
+    key_added
+        Entry of ``adata.obsm`` to write.
+    table_key
+        Table of a SpatialData.
+    show_progress_bar
+        Show bars.
+    copy
+        Return a changed copy and leave `adata` as it is.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new AnnData. Sets:
+
+    ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_model)
+        Spatial cell embeddings.
+    ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
+        See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
+    ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
+        See :func:`stofm.pp.subslice`.
+    ``adata.uns['stofm']``
+        A record of each of these: parameters, fingerprints of model and vocabulary, version.
+
+    Raises
+    ------
+    KeyError
+        A layer, an entry or a column is not there.
+    ValueError
+        Counts, genes, coordinates or slices are not usable; the message says what was found
+        and what to do.
+    MemoryError
+        The work would not fit, or the device has no room for a single sub-slice.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
+    >>> st.tl.embed(adata)
+    >>> adata.obsm["X_stofm"].shape
+    (500, 128)
+    """
+    started = time.perf_counter()
+    table = resolve_table(adata, table_key)
+    model = load_model(model)
+    model.warn_if_untrained()
+    rules = subslice or model.config.subslice
+    places = read_places(table, spatial_key=spatial_key, library_key=library_key)
+    run = _Run.choose(
+        model, device, dtype, batch_size, token_budget, show_progress_bar=show_progress_bar
+    )
+    run.refuse_if_too_large(rules, table.n_obs)
+
+    tokens: Tokens | None = None
+    if cell_rep is None:
+        options = {"layer": layer, "species": species, "gene_key": gene_key, "orthologs": orthologs}
+        tokens = tokens_or_stored(table, model, show_progress_bar=show_progress_bar, **options)
+        cells = run.embed_cells(table, tokens.ranked)
+    else:
+        cells = run.take_cells(table, cell_rep)
+    use_rep = cell_rep or Obsm.X_CELL
+    layouts = lay_out_or_reuse(table, cells.features, places, rules, use_rep=use_rep, seed=seed)
+    embedding = run.embed_slices(layouts, cells.features, rules)
+
+    target = table.copy() if copy else table
+    if tokens is not None and tokens.is_new:
+        write_tokens(target, tokens)
+    if cells.is_new:
+        write_cell_embedding(target, cells, model)
+    if layouts.is_new:
+        write_layouts(target, layouts)
+    target.obsm[key_added] = embedding
+    run.write_record(target, key_added, layouts, rules)
+    _log_summary(table.n_obs, key_added, layouts, time.perf_counter() - started)
+    return target if copy else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model and how it is to be run."""
+
+    model: Stofm
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    token_budget: int | None
+    show_progress_bar: bool
+
+    @classmethod
+    def choose(
+        cls,
+        model: Stofm,
+        device: str | torch.device,
+        dtype: str | torch.dtype,
+        batch_size: int | Literal["auto"],
+        token_budget: int | Literal["auto"],
+        *,
+        show_progress_bar: bool,
+    ) -> _Run:
+        for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
+            if value != "auto" and value < 1:
+                msg = f"{name} must be 'auto' or at least 1, found {value}."
+                raise ValueError(msg)
+        place = choose_device(device)
+        return cls(
+            model=model,
+            device=place,
+            dtype=choose_dtype(dtype, place),
+            batch_size=SUBSLICES_AT_ONCE.get(place.type, 1) if batch_size == "auto" else batch_size,
+            token_budget=None if token_budget == "auto" else token_budget,
+            show_progress_bar=show_progress_bar,
+        )
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def refuse_if_too_large(self, rules: SubSliceConfig, n_obs: int) -> None:
+        """Raise MemoryError before work that would not fit."""
+        # A sub-slice of the reference partition may hold twice as many cells.
+        largest = min(n_obs, rules.n_cells * (2 if rules.partition == "reference" else 1))
+        n_nodes = 1 + (rules.max_virtual_cells or 200) + largest
+        needed = estimate_memory(self.model.se2_transformer, n_nodes, self.batch_size, n_obs)
+        free = free_memory(self.device)
+        if needed > free:
+            msg = (
+                f"Embedding {n_obs} cells takes about {describe_bytes(needed)} on {self.device}, "
+                f"and {describe_bytes(free)} are free. Lower batch_size (now {self.batch_size}), "
+                f"or pass subslice= with fewer n_cells (now {rules.n_cells})."
+            )
+            raise MemoryError(msg)
+
+    def embed_cells(self, adata: AnnData, ranked: RankedTokens) -> CellEmbedding:
+        """Take the stored cell embeddings if they fit the tokens, else compute them."""
+        stored = stored_cell_embedding(adata, self.model, ranked, self.dtype)
+        if stored is not None:
+            return CellEmbedding(stored, self.dtype, is_new=False)
+        features = encode_ranked(
+            self.model.cell_encoder,
+            ranked,
+            self.model.vocabulary,
+            device=self.device,
+            dtype=self.dtype,
+            token_budget=self.token_budget,
+            show_progress_bar=self.show_progress_bar,
+        )
+        return CellEmbedding(features, self.dtype)
+
+    def take_cells(self, adata: AnnData, cell_rep: str) -> CellEmbedding:
+        """Take the features that the user gives in place of the cell encoder's."""
+        features = read_features(adata, cell_rep)
+        expected = self.model.config.se2_transformer.d_cell
+        if features.shape[1] != expected:
+            msg = (
+                f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {self.model.name!r} "
+                f"takes cell features of {expected}."
+            )
+            raise ValueError(msg)
+        return CellEmbedding(features, None, is_new=False)
+
+    def embed_slices(
+        self, layouts: Layouts, features: NDArray[np.float32], rules: SubSliceConfig
+    ) -> NDArray[np.float32]:
+        """Run the SE(2) Transformer slice by slice."""
+        transformer = self.model.se2_transformer
+        embedding = np.empty((len(features), transformer.config.d_model), dtype=np.float32)
+        done = counter(
+            total=layouts.n_subslices,
+            description="embed sub-slices",
+            unit="sub-slice",
+            show=self.show_progress_bar,
+        )
+        with done as advance:
+            for rows, layout in zip(layouts.places.slices.rows, layouts.layouts, strict=True):
+                embedding[rows] = embed_slice(
+                    transformer,
+                    layout,
+                    features[rows],
+                    rules,
+                    device=self.device,
+                    dtype=self.dtype,
+                    batch_size=self.batch_size,
+                    on_done=advance,
+                )
+        return embedding
+
+    def write_record(
+        self, adata: AnnData, key: str, layouts: Layouts, rules: SubSliceConfig
+    ) -> None:
+        """Record how the embedding was made."""
+        write_record(
+            adata,
+            key,
+            {
+                "use_rep": layouts.params["use_rep"],
+                "spatial_key": layouts.params["spatial_key"],
+                "library_key": layouts.params["library_key"],
+                "dtype": self.precision,
+                "n_neighbors": rules.n_neighbors,
+                "neighbors_among": rules.neighbors_among,
+            },
+            model=self.model.name,
+            model_fingerprint=self.model.fingerprint,
+            vocabulary=self.model.vocabulary.fingerprint,
+            subslice=layouts.digest,
+        )
+
+
+def _log_summary(n_obs: int, key: str, layouts: Layouts, seconds: float) -> None:
+    n_slices = len(layouts.layouts)
+    logger.info(
+        "%d cells embedded into obsm[%r]: %d slice%s, %d sub-slices, %d virtual cells, %.1f s, "
+        "%.0f cells/s.",
+        n_obs,
+        key,
+        n_slices,
+        "" if n_slices == 1 else "s",
+        layouts.n_subslices,
+        layouts.n_virtual,
+        seconds,
+        n_obs / seconds,
+    )

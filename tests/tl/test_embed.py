@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+
+import stofm as st
+from stofm._keys import Obs, Obsm, Uns
+from stofm.nn import Stofm, UntrainedModelWarning
+from stofm.spatial import SubSliceConfig
+
+
+def embed(adata, model, **options):
+    st.tl.embed(adata, model, show_progress_bar=False, **options)
+    return np.asarray(adata.obsm[options.get("key_added", Obsm.X)])
+
+
+@pytest.fixture
+def one_slice(adata):
+    return adata[adata.obs["library"] == "left"].copy()
+
+
+def test_writes_what_it_says(adata, model):
+    before = adata.copy()
+    out = embed(adata, model, library_key="library")
+    assert out.shape == (184, 14)
+    assert out.dtype == np.float32
+    assert np.isfinite(out).all()
+    assert adata.obsm[Obsm.X_CELL].shape == (184, 12)
+    assert adata.obsm[Obsm.TOKENS].shape == (184, 40)
+    assert adata.obsm[Obsm.COORDINATES].dtype == np.float64
+    for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL):
+        assert adata.obs[key].dtype == "category"
+    record = adata.uns[Uns.STOFM][Obsm.X]
+    assert record["model"] == "tiny"
+    assert record["model_fingerprint"] == model.fingerprint
+    assert record["vocabulary"] == model.vocabulary.fingerprint
+    # The user's own parts stay as they were.
+    assert (adata.X != before.X).nnz == 0
+    assert adata.obs_names.equals(before.obs_names)
+    np.testing.assert_array_equal(adata.obsm["spatial"], before.obsm["spatial"])
+
+
+def test_copy_leaves_the_original_alone(adata, model):
+    new = st.tl.embed(adata, model, library_key="library", show_progress_bar=False, copy=True)
+    assert Obsm.X in new.obsm
+    assert list(adata.obsm) == ["spatial"]
+    assert Uns.STOFM not in adata.uns
+    assert list(adata.obs) == ["library", "kind"]
+    assert adata.var.shape[1] == 0
+
+
+def test_order_of_rows_permutes_the_rows_and_nothing_else(adata, model, rng):
+    expected = embed(adata, model, library_key="library")
+    order = rng.permutation(adata.n_obs)
+    plain = adata[:, :].copy()
+    for key in list(plain.obsm):
+        if key != "spatial":
+            del plain.obsm[key]
+    del plain.uns[Uns.STOFM]
+    shuffled = plain[order].copy()
+    np.testing.assert_allclose(
+        embed(shuffled, model, library_key="library"), expected[order], atol=1e-5
+    )
+
+
+def test_a_slice_alone_is_embedded_as_among_others(adata, model):
+    together = embed(adata.copy(), model, library_key="library")
+    for name in ("left", "right"):
+        rows = (adata.obs["library"] == name).to_numpy()
+        alone = embed(adata[rows].copy(), model)
+        np.testing.assert_allclose(alone, together[rows], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"token_budget": 50}])
+def test_batches_change_nothing(adata, model, options):
+    expected = embed(adata.copy(), model, library_key="library")
+    out = embed(adata, model, library_key="library", **options)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_same_seed_same_result(one_slice, model):
+    first, again = (embed(one_slice.copy(), model, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+def test_shifting_and_scaling_a_slice_changes_nothing(one_slice, model):
+    expected = embed(one_slice.copy(), model)
+    one_slice.obsm["spatial"] = one_slice.obsm["spatial"] * 0.5 + 1000.0
+    np.testing.assert_allclose(embed(one_slice, model), expected, atol=1e-4)
+
+
+def test_third_coordinate_is_left_out_and_said(one_slice, model, caplog):
+    expected = embed(one_slice.copy(), model)
+    depth = np.linspace(0, 1, one_slice.n_obs)[:, None]
+    one_slice.obsm["spatial"] = np.hstack([one_slice.obsm["spatial"], depth])
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        out = embed(one_slice, model)
+    assert "the first two are used" in caplog.text
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 3])
+def test_hardly_any_cells(one_slice, model, n_cells):
+    few = one_slice[:n_cells].copy()
+    assert np.isfinite(embed(few, model)).all()
+
+
+def test_cells_without_known_genes_are_embedded_and_counted(one_slice, model):
+    counts = one_slice.X.tolil()
+    counts[:5] = 0
+    one_slice.X = counts.tocsr()
+    with pytest.warns(UserWarning, match="5 of 101 cells have no count in any known gene"):
+        out = embed(one_slice, model)
+    assert np.isfinite(out).all()
+
+
+def test_the_log_ends_with_a_summary(one_slice, model, caplog):
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        embed(one_slice, model)
+    assert "Computing on" in caplog.text
+    last = caplog.records[-1].getMessage()
+    assert "101 cells embedded into obsm['X_stofm']: 1 slice, 2 sub-slices," in last
+    assert "cells/s" in last
+
+
+# What is reused and what is made again
+
+
+def calls(monkeypatch):
+    """Count how often each step runs on all cells."""
+    from stofm.pp import _subslice, _tokenize
+    from stofm.tl import _embed
+
+    counted = {"tokens": 0, "cells": 0, "layout": 0}
+
+    def count(module, name, step):
+        original = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            counted[step] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(_embed, "encode_ranked", "cells")
+    count(_subslice, "lay_out_slice", "layout")
+    count(_tokenize, "compute_tokens", "tokens")
+    return counted
+
+
+def test_a_second_run_reuses_every_step(one_slice, model, monkeypatch):
+    counted = calls(monkeypatch)
+    first = embed(one_slice, model)
+    assert counted == {"tokens": 1, "cells": 1, "layout": 1}
+    np.testing.assert_allclose(embed(one_slice, model, key_added="again"), first, atol=1e-6)
+    assert counted == {"tokens": 1, "cells": 1, "layout": 1}
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_reuse_survives_a_file(adata, model, monkeypatch, tmp_path, suffix):
+    first = embed(adata, model, library_key="library")
+    path = tmp_path / f"slice.{suffix}"
+    if suffix == "zarr":
+        adata.write_zarr(path)
+        again = ad.read_zarr(path)
+    else:
+        adata.write_h5ad(path)
+        again = ad.read_h5ad(path)
+    np.testing.assert_array_equal(again.obsm[Obsm.X], first)
+    counted = calls(monkeypatch)
+    np.testing.assert_allclose(embed(again, model, library_key="library"), first, atol=1e-6)
+    assert counted == {"tokens": 0, "cells": 0, "layout": 0}
+
+
+def test_the_steps_one_by_one_give_the_same_and_are_reused(one_slice, model, monkeypatch):
+    expected = embed(one_slice.copy(), model)
+    st.pp.tokenize(one_slice, model, show_progress_bar=False)
+    st.tl.encode_cells(one_slice, model, show_progress_bar=False)
+    st.pp.subslice(one_slice, model)
+    counted = calls(monkeypatch)
+    np.testing.assert_array_equal(embed(one_slice, model), expected)
+    assert counted == {"tokens": 0, "cells": 0, "layout": 0}
+
+
+def test_another_seed_makes_the_layout_again_only(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    counted = calls(monkeypatch)
+    embed(one_slice, model, seed=5)
+    assert counted == {"tokens": 0, "cells": 0, "layout": 1}
+
+
+def test_another_model_makes_the_cells_again(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    other = Stofm(model.config, model.vocabulary, seed=9).eval()
+    expected = embed(one_slice.copy(), other)
+    counted = calls(monkeypatch)
+    np.testing.assert_array_equal(embed(one_slice, other), expected)
+    assert counted == {"tokens": 0, "cells": 1, "layout": 1}
+
+
+def test_another_vocabulary_makes_everything_again(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    medians = model.vocabulary.medians[::-1].copy()
+    other = Stofm(model.config, replace(model.vocabulary, medians=medians), seed=1).eval()
+    counted = calls(monkeypatch)
+    embed(one_slice, other)
+    assert counted == {"tokens": 1, "cells": 1, "layout": 1}
+
+
+def test_changed_counts_make_everything_again(one_slice, model, monkeypatch, rng):
+    embed(one_slice, model)
+    fresh = one_slice.copy()
+    fresh.X = fresh.X[:, rng.permutation(fresh.n_vars)]
+    counted = calls(monkeypatch)
+    out = embed(fresh, model)
+    assert counted == {"tokens": 1, "cells": 1, "layout": 1}
+    assert np.abs(out - one_slice.obsm[Obsm.X]).max() > 1e-3
+
+
+def test_normalised_counts_leave_the_stored_tokens_in_use(one_slice, model, monkeypatch, caplog):
+    first = embed(one_slice, model)
+    one_slice.X = one_slice.X.log1p()
+    counted = calls(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        np.testing.assert_allclose(embed(one_slice, model), first, atol=1e-6)
+    assert counted["tokens"] == 0
+    assert "the stored tokens are used" in caplog.text
+
+
+def test_fewer_cells_keep_their_tokens_and_get_a_new_layout(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    few = one_slice[::2].copy()
+    plain = ad.AnnData(
+        few.X, obs=few.obs[["kind"]], var=few.var[[]], obsm={"spatial": few.obsm["spatial"]}
+    )
+    expected = embed(plain, model)
+    counted = calls(monkeypatch)
+    np.testing.assert_allclose(embed(few, model), expected, atol=1e-5)
+    assert counted == {"tokens": 0, "cells": 0, "layout": 1}
+
+
+def test_moved_cells_get_a_new_layout(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    one_slice.obsm["spatial"] = one_slice.obsm["spatial"][::-1].copy()
+    counted = calls(monkeypatch)
+    embed(one_slice, model)
+    assert counted == {"tokens": 0, "cells": 0, "layout": 1}
+
+
+def test_layout_with_other_rules_is_replaced_unless_they_are_passed(one_slice, model, monkeypatch):
+    embed(one_slice, model)
+    rules = replace(model.config.subslice, n_cells=30)
+    counted = calls(monkeypatch)
+    embed(one_slice, model, subslice=rules)
+    assert one_slice.obs[Obs.SUBSLICE].nunique() == 4
+    embed(one_slice, model, subslice=rules)
+    assert counted["layout"] == 1
+    embed(one_slice, model)
+    assert counted["layout"] == 2
+
+
+# Other input
+
+
+def test_given_cell_features_take_the_encoders_place(one_slice, model, rng):
+    one_slice.obsm["X_mine"] = rng.normal(size=(101, 12))
+    out = embed(one_slice, model, cell_rep="X_mine")
+    assert np.isfinite(out).all()
+    assert Obsm.TOKENS not in one_slice.obsm
+    one_slice.obsm["X_mine"] = one_slice.obsm["X_mine"] * 2
+    assert np.abs(embed(one_slice, model, cell_rep="X_mine") - out).max() > 1e-3
+
+
+def test_given_cell_features_of_another_width_are_refused(one_slice, model):
+    one_slice.obsm["X_pca"] = np.ones((101, 50))
+    with pytest.raises(ValueError, match=r"obsm\['X_pca'\] has 50 columns; .* takes .* of 12"):
+        embed(one_slice, model, cell_rep="X_pca")
+
+
+def test_given_cell_features_that_are_not_there_are_refused(one_slice, model):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\].*\['spatial'\]"):
+        embed(one_slice, model, cell_rep="X_pca")
+
+
+def test_backed_file_like_in_memory(one_slice, model, tmp_path):
+    expected = embed(one_slice.copy(), model)
+    one_slice.write_h5ad(tmp_path / "slice.h5ad")
+    backed = ad.read_h5ad(tmp_path / "slice.h5ad", backed="r")
+    np.testing.assert_array_equal(embed(backed, model), expected)
+    np.testing.assert_array_equal(embed(backed, model), expected)  # reuse, backed
+    backed.file.close()
+
+
+def test_spatialdata_table(one_slice, model):
+    # What matters of a SpatialData: its tables.
+    data = SimpleNamespace(tables={"cells": one_slice, "bins": None})
+    st.tl.embed(data, model, table_key="cells", show_progress_bar=False)
+    assert Obsm.X in one_slice.obsm
+    with pytest.raises(KeyError, match=r"\['bins', 'cells'\]; pass one of them as `table_key`"):
+        st.tl.embed(data, model)
+
+
+def test_untrained_model_is_announced(one_slice, model):
+    untrained = Stofm(replace(model.config, trained=False), model.vocabulary)
+    with pytest.warns(UntrainedModelWarning, match="random, not trained"):
+        embed(one_slice, untrained)
+
+
+def test_bfloat16_is_near(one_slice, model):
+    expected = embed(one_slice.copy(), model, subslice=SubSliceConfig(n_cells=200))
+    near = embed(one_slice, model, dtype="bfloat16", subslice=SubSliceConfig(n_cells=200))
+    assert np.corrcoef(near.ravel(), expected.ravel())[0, 1] > 0.95
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# Bad input
+
+
+def nothing_written(adata):
+    return list(adata.obsm) == ["spatial"] and Uns.STOFM not in adata.uns
+
+
+def test_interrupted_it_leaves_the_data_as_they_were(one_slice, model, monkeypatch):
+    from stofm.tl import _embed
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_embed, "embed_slice", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        embed(one_slice, model)
+    assert nothing_written(one_slice)
+
+
+def test_too_little_memory_is_said_before_the_work(one_slice, model, monkeypatch):
+    from stofm.tl import _embed
+
+    monkeypatch.setattr(_embed, "free_memory", lambda _: 1000)
+    with pytest.raises(
+        MemoryError, match=r"Embedding 101 cells takes about .* 1 kB are free. Lower"
+    ):
+        embed(one_slice, model)
+    assert nothing_written(one_slice)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "token_budget"])
+def test_batches_of_nothing_are_refused(one_slice, model, option):
+    with pytest.raises(ValueError, match=f"{option} must be 'auto' or at least 1, found 0"):
+        embed(one_slice, model, **{option: 0})
+
+
+def test_empty_data_is_refused(adata, model):
+    with pytest.raises(ValueError, match="has no cells"):
+        embed(adata[:0].copy(), model)
+
+
+def test_something_else_is_refused(model):
+    with pytest.raises(TypeError, match="Expected an AnnData or a SpatialData, found ndarray"):
+        st.tl.embed(np.zeros((3, 3)), model)
+    with pytest.raises(TypeError, match="model must be a Stofm, a folder or a hub id, found int"):
+        st.tl.embed(ad.AnnData(np.ones((3, 3))), 3)
+
+
+def test_log_normalised_counts_are_refused(one_slice, model):
+    one_slice.X = one_slice.X.log1p()
+    with pytest.raises(ValueError, match="raw counts"):
+        embed(one_slice, model)
+    assert nothing_written(one_slice)
+
+
+def test_nothing_is_warned_of_on_good_data(one_slice, model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed(one_slice, model)
