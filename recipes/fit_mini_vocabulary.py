@@ -1,0 +1,103 @@
+"""Fit the vocabulary of the embedded model from a folder of slices.
+
+    python recipes/fit_mini_vocabulary.py SLICES ORTHOLOGS OUT.tsv [--symbols TABLE]
+
+Genes are the human Ensembl ids of the slices, and the human orthologs of their mouse Ensembl
+ids, that are seen in at least ten cells. Medians are exact, over the non-zero counts per 10,000.
+Symbols, former symbols, mouse ids and mouse symbols come from the slices' own columns and from
+the ortholog table, so human and mouse slices are recognised offline. Columns without an id are
+told by their symbol, if TABLE (a vocabulary table with symbols) is given; renamed_symbols.tsv
+beside this script joins former and present symbols.
+
+Sources of the table in ``src/stofm/weights/stofm-mini``: gene ids and symbols as they stand in
+public slices (medians are one number per gene over all slices); pairs of mouse and human ids from
+SToFM's release (PharMolix/SToFM, MIT licence, copyright 2025 PharMolix); pairs of human ids and
+symbols from Geneformer's name table in that release (Apache-2.0).
+
+Slices on which the model is evaluated give no medians, only further names of genes that other
+slices have. A slice under a restricted licence gives nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scipy import sparse
+
+from stofm._counts import gene_names, open_slice
+from stofm._logging import logger
+from stofm.genes import GeneVocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HELD_OUT = {
+    "dlpfc_151676",
+    "her2st_E1",
+    "her2st_E2",
+    "merfish_hypothalamus_a7_m0.09",
+    "seqfish_embryo1",
+    "st_mob_rep11",
+    "starmap_mpfc_BZ9",
+}
+RESTRICTED = {"verafish_hippocampus"}
+MIN_CELLS = 10
+#: Symbols of one gene on each line.
+RENAMED = Path(__file__).with_name("renamed_symbols.tsv")
+
+
+def read_slices(folder: Path) -> Iterator[object]:
+    """Yield every slice that may be used, held-out ones without their counts."""
+    for path in sorted(folder.glob("*.h5ad")):
+        if path.stem in RESTRICTED:
+            continue
+        if path.stem not in HELD_OUT:
+            yield path
+            continue
+        ids, symbols = gene_names(open_slice(path))
+        yield sparse.csr_matrix((0, len(ids))), ids, symbols
+
+
+def with_former_symbols(vocabulary: GeneVocabulary) -> GeneVocabulary:
+    """Add the other symbols of genes that have been renamed as aliases."""
+    aliases = dict(vocabulary.aliases)
+    for line in RENAMED.read_text(encoding="utf-8").splitlines():
+        symbols = line.split("\t")
+        genes = {
+            vocabulary.rows_by_symbol[name] for name in symbols if name in vocabulary.rows_by_symbol
+        }
+        if len(genes) == 1:
+            gene = str(vocabulary.gene_ids[genes.pop()])
+            new = (name for name in symbols if name not in vocabulary.rows_by_symbol)
+            aliases |= dict.fromkeys(new, gene)
+    return replace(vocabulary, aliases=aliases)
+
+
+def main() -> None:
+    """Read the arguments, fit, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("slices", type=Path, help="folder of .h5ad files with raw counts")
+    parser.add_argument("orthologs", type=Path, help="table of mouse and human Ensembl ids")
+    parser.add_argument("out", type=Path, help="table to write")
+    parser.add_argument("--symbols", type=Path, help="vocabulary table with further symbols")
+    options = parser.parse_args()
+    reference = None
+    if options.symbols is not None:
+        reference = with_former_symbols(GeneVocabulary.from_tsv(options.symbols))
+    vocabulary = GeneVocabulary.fit(
+        read_slices(options.slices),
+        orthologs=options.orthologs,
+        reference=reference,
+        min_cells=MIN_CELLS,
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(options.out)
+    without = int((vocabulary.symbols == "").sum())
+    logger.info("%r, %d genes without a symbol -> %s", vocabulary, without, options.out)
+
+
+if __name__ == "__main__":
+    main()
