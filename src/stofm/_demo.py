@@ -1,0 +1,94 @@
+"""The demonstration: a slice is embedded and clustered, figures and the data are written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stofm._keys import Obsm
+from stofm._logging import logger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anndata import AnnData
+
+_N_CELLS = 4000
+_N_GENES = 300
+_LABELS = ("region", "layer", "cell_type")
+_CLUSTERS = "leiden"
+
+
+def run_demo(
+    out: Path, *, data: Path | None = None, library_key: str | None = None, seed: int = 0
+) -> AnnData:
+    """Embed and cluster a slice with the embedded model; write figures and an ``.h5ad``.
+
+    Parameters
+    ----------
+    out
+        Folder to write ``umap.png``, ``spatial.png``, ``subslices.png``, ``virtual_cells.png``
+        and ``embedded.h5ad`` into.
+    data
+        ``.h5ad`` or ``.zarr`` to use; a simulated cortex-like slice by default.
+    library_key
+        Column of ``obs`` that names the slices of `data`.
+    seed
+        Seed of the simulation and of the clusterings.
+
+    Returns
+    -------
+    The embedded and clustered data.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from stofm import pl, tl
+    from stofm.__main__ import read_anndata, write_anndata
+
+    if data is None:
+        from stofm.datasets import simulate_slice
+
+        adata = simulate_slice(_N_CELLS, _N_GENES, seed=seed)
+        logger.info("Simulated a slice of %d cells and %d genes.", *adata.shape)
+    else:
+        adata = read_anndata(data)
+    tl.embed(adata, library_key=library_key, seed=seed, show_progress_bar=False)
+    _cluster(adata, seed)
+
+    out.mkdir(parents=True, exist_ok=True)
+    color = [_CLUSTERS, *(key for key in _LABELS if key in adata.obs)]
+    pl.umap(adata, color=color, show=False, save=out / "umap.png")
+    pl.spatial(adata, color=color, show=False, save=out / "spatial.png")
+    pl.subslices(adata, show=False, save=out / "subslices.png")
+    pl.virtual_cells(adata, show=False, save=out / "virtual_cells.png")
+    write_anndata(adata, out / "embedded.h5ad")
+    _compare_with_labels(adata)
+    logger.info(
+        "Wrote umap.png, spatial.png, subslices.png, virtual_cells.png and embedded.h5ad to %s/.",
+        out,
+    )
+    return adata
+
+
+def _cluster(adata: AnnData, seed: int) -> None:
+    """Cluster the embedding and lay it out in the plane, as in scanpy's tutorials."""
+    import warnings
+
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        # scanpy and its libraries announce changes of their own that don't concern this run.
+        warnings.simplefilter("ignore")
+        sc.pp.neighbors(adata, use_rep=Obsm.X, random_state=seed)
+        sc.tl.umap(adata, random_state=seed)
+        sc.tl.leiden(adata, flavor="igraph", n_iterations=2, key_added=_CLUSTERS, random_state=seed)
+
+
+def _compare_with_labels(adata: AnnData) -> None:
+    from sklearn.metrics import adjusted_rand_score
+
+    for key in _LABELS:
+        if key in adata.obs:
+            known = adata.obs[key].notna().to_numpy()
+            score = adjusted_rand_score(adata.obs[key][known], adata.obs[_CLUSTERS][known])
+            logger.info("Clusters against obs[%r]: adjusted Rand index %.2f.", key, score)
