@@ -58,7 +58,13 @@ def test_coincident_like_the_reference_where_it_is_defined():
 def test_coincident_nodes_are_at_distance_0():
     golden = np.load(GOLDEN / "e_distances_coincident.npz")
     pairs = pair_distances(golden["nodes"], golden["token_types"])
-    found = dict(zip(zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True), pairs.distances, strict=True))
+    found = dict(
+        zip(
+            zip(pairs.rows.tolist(), pairs.columns.tolist(), strict=True),
+            pairs.distances,
+            strict=True,
+        )
+    )
     for i, j in golden["coincident_pairs"].tolist():
         if 0 not in (i, j):  # the slice token has no distances
             assert found[min(i, j), max(i, j)] == 0.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 def golden_parts(golden, name):
     flat, offsets = golden[f"{name}_flat"], golden[f"{name}_offsets"]
-    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [flat[a:b] for a, b in pairwise(offsets)]
 
 
 def assert_same_parts(ours, expected):

@@ -71,12 +71,16 @@ def test_every_cell_in_one_subslice_and_all_virtual_cells_in_each(slice_):
         np.testing.assert_array_equal(subslice.features[1 : 1 + n_virtual], layout.virtual.features)
         cells = subslice.cell_index[1 + n_virtual :]
         np.testing.assert_array_equal(subslice.features[1 + n_virtual :], features[cells])
-        np.testing.assert_array_equal(subslice.coordinates[1 + n_virtual :], layout.coordinates[cells])
+        np.testing.assert_array_equal(
+            subslice.coordinates[1 + n_virtual :], layout.coordinates[cells]
+        )
         seen.append(cells)
     np.testing.assert_array_equal(np.sort(np.concatenate(seen)), np.arange(len(xy)))
 
 
-@pytest.mark.parametrize("config", [SubSliceConfig(n_cells=4), replace(SubSliceConfig.reference(), n_cells=4)])
+@pytest.mark.parametrize(
+    "config", [SubSliceConfig(n_cells=4), replace(SubSliceConfig.reference(), n_cells=4)]
+)
 @pytest.mark.parametrize("kind", ["one cell", "two cells", "one place", "line", "lattice"])
 def test_degenerate_slices(config, kind, rng):
     xy = {

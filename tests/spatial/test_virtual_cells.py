@@ -20,7 +20,11 @@ from stofm.spatial import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SETTINGS = [("alpha0.2_res1.0", 0.2, 1.0), ("alpha0.8_res1.0", 0.8, 1.0), ("alpha0.2_res0.5", 0.2, 0.5)]
+SETTINGS = [
+    ("alpha0.2_res1.0", 0.2, 1.0),
+    ("alpha0.8_res1.0", 0.8, 1.0),
+    ("alpha0.2_res0.5", 0.2, 0.5),
+]
 
 
 @pytest.fixture(params=["small", "medium"])
@@ -89,7 +93,9 @@ def test_sign_of_components_does_not_follow_the_data_order(rng):
     features = rng.normal(size=(41, 5))
     shuffled = rng.permutation(41)
     ours = principal_components(features, 2)
-    np.testing.assert_allclose(principal_components(features[shuffled], 2), ours[shuffled], atol=1e-9)
+    np.testing.assert_allclose(
+        principal_components(features[shuffled], 2), ours[shuffled], atol=1e-9
+    )
 
 
 def test_components_beyond_the_features_are_zero(rng):
