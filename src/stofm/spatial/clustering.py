@@ -24,7 +24,7 @@ class _ScanpyNumbers:
     """The random numbers that scanpy hands to igraph, from numpy's legacy generator."""
 
     def __init__(self, seed: int) -> None:
-        self._state = np.random.RandomState(seed)  # noqa: NPY002 - scanpy's sequence is wanted
+        self._state = np.random.RandomState(seed)
         self.random = self._state.random_sample
         self.gauss = self._state.normal
 

@@ -54,9 +54,7 @@ def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) 
     distances[rows, 0] = 0.0
 
 
-def umap_weights(
-    indices: NDArray[np.int64], distances: NDArray[np.float64]
-) -> sp.csr_array:
+def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> sp.csr_array:
     """Weight a neighbour graph by UMAP's fuzzy simplicial set.
 
     A point's nearest neighbour at non-zero distance rho gets weight 1, others

@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def partition_balanced(
-    coordinates: NDArray[np.float64], n_cells: int
-) -> list[NDArray[np.int64]]:
+def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
     """Cut a slice by medians along the longer side, into parts of nearly equal size.
 
     The slice is to become ``m = ceil(n / n_cells)`` parts. It is cut across the longer side of
@@ -59,9 +57,7 @@ def _cut(
     return in_order[:n_left], in_order[n_left:]
 
 
-def partition_reference(
-    coordinates: NDArray[np.float64], n_cells: int
-) -> list[NDArray[np.int64]]:
+def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
     """Cut a slice into square tiles, as SToFM's published code does.
 
     A slice of at most `n_cells` cells is one sub-slice. A tile with at least twice `n_cells`

@@ -279,7 +279,11 @@ def build_subslice(
     blank = np.zeros((1, width), dtype=np.float32)
     return SubSlice(
         coordinates=coordinates,
-        features=np.vstack([blank, virtual.features, np.asarray(features)[cells]], dtype=np.float32, casting="same_kind"),
+        features=np.vstack(
+            [blank, virtual.features, np.asarray(features)[cells]],
+            dtype=np.float32,
+            casting="same_kind",
+        ),
         node_type=node_type,
         cell_index=np.concatenate([np.full(1 + n_virtual, -1), cells]).astype(np.int64),
         pairs=pair_distances(
