@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quiet:
         logging.getLogger("stofm").setLevel(logging.WARNING)
     with warnings.catch_warnings():
+        # A library's notes to programmers (FutureWarning and the like) don't concern a user.
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
         try:
             options.run(options)

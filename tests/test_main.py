@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from stofm.__main__ import main
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def files(adata, model, tmp_path):
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def embed(files, *more, out="out.h5ad"):
+    words = ["embed", files / "in.h5ad", files / out, "--model", files / "model", *more]
+    return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("out", ["out.h5ad", "deeper/out.zarr"])
+def test_embed_writes_the_result(files, adata, model, out):
+    import stofm as st
+
+    assert embed(files, "--library-key", "library", "--quiet", out=out) == 0
+    read = ad.read_zarr if out.endswith("zarr") else ad.read_h5ad
+    result = read(files / out)
+    st.tl.embed(adata, model, library_key="library", show_progress_bar=False)
+    np.testing.assert_array_equal(result.obsm["X_stofm"], adata.obsm["X_stofm"])
+    assert [path.name for path in (files / out).parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_user_errors_are_one_message_without_traceback(files, capsys):
+    assert embed(files) == 1
+    text = capsys.readouterr().err
+    assert "stofm: error: obs['library'] names 2 samples" in text
+    assert "Traceback" not in text
+    assert not (files / "out.h5ad").exists()
+
+
+def test_traceback_when_asked_for(files):
+    with pytest.raises(ValueError, match="names 2 samples"):
+        embed(files, "--traceback")
+
+
+def test_an_existing_output_is_kept(files, capsys):
+    (files / "out.h5ad").write_text("mine")
+    assert embed(files, "--library-key", "library") == 1
+    assert "pass --overwrite to replace it" in capsys.readouterr().err
+    assert (files / "out.h5ad").read_text() == "mine"
+    assert embed(files, "--library-key", "library", "--overwrite", "--quiet") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["embed", "nowhere.h5ad", "out.h5ad"], "There is no file nowhere.h5ad"),
+        (["embed", "in.h5ad", "out.csv"], "must end in .h5ad or .zarr, found 'out.csv'"),
+        (["convert", "nowhere", "out"], "nowhere is no folder"),
+    ],
+)
+def test_messages(words, message, tmp_path, monkeypatch, capsys, vocabulary):
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "convert":
+        vocabulary.save("genes.tsv")
+        words = [*words, "--vocabulary", "genes.tsv"]
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(files, monkeypatch, capsys):
+    from stofm import tl
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tl, "embed", interrupt)
+    assert embed(files) == 130
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["embed"])
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_warnings_go_to_stderr_in_one_line(files, model, vocabulary, capsys):
+    from dataclasses import replace
+
+    from stofm.nn import Stofm
+
+    untrained = Stofm(replace(model.config, trained=False), vocabulary)
+    untrained.save_pretrained(files / "model", overwrite=True)
+    assert embed(files, "--library-key", "library", "--quiet") == 0
+    text = capsys.readouterr().err
+    assert text.startswith("stofm: warning: The weights of 'tiny' are random")
+    assert text.count("\n") == 1
+
+
+def test_convert_writes_a_checkpoint(tmp_path, vocabulary):
+    import shutil
+    from dataclasses import replace
+
+    from stofm.nn import Stofm
+
+    published = tmp_path / "published"
+    shutil.copytree(GOLDEN / "b_cell_encoder", published / "cell_encoder")
+    shutil.copy(GOLDEN / "i_end_to_end.config.json", published / "config.json")
+    shutil.copy(GOLDEN / "i_end_to_end.safetensors", published / "se2transformer.safetensors")
+    replace(vocabulary, special={"pad": 0, "mask": 1, "cls": 409}).save(tmp_path / "genes.tsv")
+    words = ["convert", published, tmp_path / "out", "--vocabulary", tmp_path / "genes.tsv"]
+    assert main([*map(str, words), "--name", "mine"]) == 0
+    assert Stofm.from_pretrained(tmp_path / "out").name == "mine"
+
+
+def test_the_module_runs_as_a_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "stofm", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("stofm ")
