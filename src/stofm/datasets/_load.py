@@ -1,0 +1,140 @@
+"""``stofm.datasets.load``: sections from a file or an address, verified by checksum."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import anndata as ad
+import pooch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A public section: a row of the package's list.
+
+    Attributes
+    ----------
+    name
+        What to pass to :func:`stofm.datasets.load`.
+    url
+        Address of an ``.h5ad`` file.
+    sha256
+        Checksum of that file, 64 hexadecimal digits; only checksums of files that were
+        downloaded and read belong into the list.
+    license, citation
+        Terms of the data, and the paper to cite.
+    """
+
+    name: str
+    url: str
+    sha256: str
+    license: str
+    citation: str
+
+
+def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None = None) -> AnnData:
+    """Read a section that is known by name, or any ``.h5ad`` file with its checksum.
+
+    Parameters
+    ----------
+    name
+        A name in the package's list of public sections, an http(s) address, or the path of a
+        file.
+    sha256
+        Checksum of the file, 64 hexadecimal digits; needed with an address or a path, and
+        taken from the list with a name.
+    cache_dir
+        Folder to keep downloads in; a file that is there and has the checksum is not downloaded
+        again. None: the user's cache folder.
+
+    Returns
+    -------
+    AnnData as it is in the file.
+
+    Raises
+    ------
+    KeyError
+        There is no section of this name.
+    ValueError
+        The checksum is missing, malformed, or not that of the file.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> url, digest = "https://example.org/slice.h5ad", "9f86d081..."
+    >>> adata = st.datasets.load(url, sha256=digest)  # doctest: +SKIP
+    """
+    is_address = "://" in name
+    if not is_address and not Path(name).is_file():
+        section = _find(name)
+        return ad.read_h5ad(_download(section.url, section.sha256, cache_dir))
+    if sha256 is None:
+        msg = (
+            f"{name} is not in the list of sections, so its checksum is needed: pass sha256= (64 "
+            "hexadecimal digits, as `sha256sum` prints them)."
+        )
+        raise ValueError(msg)
+    digest = sha256.strip().lower()
+    if not _SHA256.fullmatch(digest):
+        msg = f"sha256 must be 64 hexadecimal digits, found {sha256!r}."
+        raise ValueError(msg)
+    if is_address:
+        return ad.read_h5ad(_download(name, digest, cache_dir))
+    _verify(Path(name), digest)
+    return ad.read_h5ad(name)
+
+
+def _sections_file() -> str:
+    return (files("stofm.datasets") / "_sections.tsv").read_text(encoding="utf-8")
+
+
+def _sections() -> dict[str, Section]:
+    rows = csv.DictReader(_sections_file().splitlines(), delimiter="\t")
+    return {row["name"]: Section(**row) for row in rows}
+
+
+def _find(name: str) -> Section:
+    sections = _sections()
+    if name in sections:
+        return sections[name]
+    known = sorted(sections)
+    near = difflib.get_close_matches(name, known, n=3)
+    listed = f"There are {known}" if known else "The list of public sections is still empty"
+    hint = f" Did you mean {near}?" if near else ""
+    msg = (
+        f"There is no section and no file {name!r}. {listed}.{hint} Any other .h5ad file can be "
+        "read by its address or path with its checksum: "
+        "load('https://.../slice.h5ad', sha256='...')."
+    )
+    raise KeyError(msg)
+
+
+def _download(url: str, digest: str, cache_dir: str | Path | None) -> str:
+    """Path of the verified file; its name starts with the checksum, so that two never collide."""
+    folder = pooch.os_cache("stofm") if cache_dir is None else Path(cache_dir)
+    stem = Path(urlsplit(url).path).name or "slice.h5ad"
+    path: str = pooch.retrieve(
+        url, known_hash=f"sha256:{digest}", fname=f"{digest[:12]}-{stem}", path=folder
+    )
+    return path
+
+
+def _verify(path: Path, digest: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        msg = f"{path} has the sha256 {found}, expected {digest}: it is another file or damaged."
+        raise ValueError(msg)
