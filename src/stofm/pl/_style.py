@@ -1,0 +1,277 @@
+"""Colours: of categories (kept in ``uns`` as scanpy keeps them) and of values."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.colors import is_color_like, to_hex, to_rgba_array
+from scanpy.plotting.palettes import default_20
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+#: Cells without a category or value.
+NO_VALUE_COLOR: Final = "#d9d9d9"
+NO_VALUE_LABEL: Final = "NA"
+_PLAIN_COLOR: Final = "#7f8c9b"
+_PERCENTILE: Final = re.compile(r"p(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Colour by category.
+
+    Attributes
+    ----------
+    key
+        Column of ``obs``; "" where all cells have one plain colour.
+    names, colors
+        Categories and their colours, in the order of the legend.
+    codes
+        (n_obs,) row of `names`, -1 for none.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    colors: tuple[str, ...]
+    codes: NDArray[np.int64]
+
+    def rgba(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Colours (n_rows, 4) of `rows`."""
+        table = to_rgba_array([*self.colors, NO_VALUE_COLOR])
+        return table[self.codes[rows]]
+
+    def draw_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Order of drawing: cells without a category lie below the others."""
+        return rows[np.argsort(self.codes[rows] >= 0, kind="stable")]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Colour by a number.
+
+    Attributes
+    ----------
+    key
+        Column of ``obs``, or gene.
+    values
+        (n_obs,), NaN for none.
+    vmin, vmax
+        Ends of the colour map.
+    cmap
+        Name of the colour map.
+    """
+
+    key: str
+    values: NDArray[np.float64]
+    vmin: float
+    vmax: float
+    cmap: str
+
+    @property
+    def extend(self) -> str:
+        """At which ends of the colour bar there are values beyond it."""
+        finite = self.values[np.isfinite(self.values)]
+        below, above = bool((finite < self.vmin).any()), bool((finite > self.vmax).any())
+        return {(False, False): "neither", (True, False): "min", (False, True): "max"}.get(
+            (below, above), "both"
+        )
+
+    def draw_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Order of drawing: high values lie on top, cells without a value below."""
+        return rows[np.argsort(np.nan_to_num(self.values[rows], nan=-np.inf), kind="stable")]
+
+
+def resolve_color(
+    adata: AnnData,
+    key: str | None,
+    *,
+    layer: str | None = None,
+    palette: Mapping[str, str] | Sequence[str] | None = None,
+    cmap: str = "viridis",
+    vmin: float | str | None = None,
+    vmax: float | str | None = None,
+) -> Categories | Values:
+    """Look up a column of ``obs`` or a gene, and what colours it gives.
+
+    Raises
+    ------
+    KeyError
+        `key` is neither; or there is no such layer.
+    """
+    if key is None:
+        return Categories("", ("",), (_PLAIN_COLOR,), np.zeros(adata.n_obs, dtype=np.int64))
+    if key not in adata.obs and key not in adata.var_names:
+        near = nearest_names(key, [*adata.obs.columns, *adata.var_names])
+        msg = f"{key!r} is neither a column of obs nor a gene of var_names.{near}"
+        raise KeyError(msg)
+    if key in adata.obs and not _is_number(adata.obs[key]):
+        return _categories(adata, key, palette)
+    if key in adata.obs:
+        values = adata.obs[key].to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        values = _gene(adata, key, layer)
+    low, high = _limits(values, vmin, vmax)
+    return Values(key, values, low, high, cmap)
+
+
+def nearest_names(name: str, names: Iterable[object]) -> str:
+    """Return a hint for an error message: the names most like `name`, or all if they are few."""
+    known = [str(other) for other in names]
+    lower = {other.lower(): other for other in reversed(known)}
+    near = difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)
+    if near:
+        return f" Nearest: {[lower[other] for other in near]}."
+    return f" There are: {known[:10]}{' ...' if len(known) > 10 else ''}."
+
+
+def category_names(column: pd.Series) -> pd.Series:
+    """Return `column` as a categorical of strings, in its own order or in natural order."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.rename_categories([str(name) for name in column.cat.categories])
+    text = column.astype("string").astype(object).where(column.notna(), None)
+    names = sorted({name for name in text if name is not None}, key=_natural)
+    return text.astype(pd.CategoricalDtype(names))
+
+
+def distinct_colors(n_colors: int) -> list[str]:
+    """Return scanpy's default palette, continued by colours far from all before them."""
+    if n_colors <= len(default_20):
+        return [to_hex(color) for color in default_20[:n_colors]]
+    return list(_continued_palette(n_colors))
+
+
+def mix_with_white(colors: Iterable[str], share: float) -> list[str]:
+    """Return paler colours: `share` of white in each."""
+    return [to_hex(rgba[:3] * (1.0 - share) + share) for rgba in to_rgba_array(list(colors))]
+
+
+def _is_number(column: pd.Series) -> bool:
+    is_bool = pd.api.types.is_bool_dtype(column.dtype)
+    return pd.api.types.is_numeric_dtype(column.dtype) and not is_bool
+
+
+def _gene(adata: AnnData, gene: str, layer: str | None) -> NDArray[np.float64]:
+    if layer is not None and layer not in adata.layers:
+        msg = f"There is no layer {layer!r}.{nearest_names(layer, adata.layers)}"
+        raise KeyError(msg)
+    return np.asarray(adata.obs_vector(gene, layer=layer), dtype=np.float64)
+
+
+def _limits(
+    values: NDArray[np.float64], vmin: float | str | None, vmax: float | str | None
+) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0:
+        return 0.0, 1.0
+    low = _limit(vmin, finite, default=0.0)
+    high = _limit(vmax, finite, default=100.0)
+    # A gene that few cells express: the percentile lies on the background.
+    if high <= low and not isinstance(vmax, (int, float)):
+        high = float(finite.max())
+    return low, high if high > low else low + 1.0
+
+
+def _limit(limit: float | str | None, values: NDArray[np.float64], *, default: float) -> float:
+    if limit is None:
+        return float(np.percentile(values, default))
+    if not isinstance(limit, str):
+        return float(limit)
+    match = _PERCENTILE.fullmatch(limit)
+    if match is None or float(match[1]) > 100.0:
+        msg = f"vmin and vmax are numbers, or percentiles such as 'p99'; found {limit!r}."
+        raise ValueError(msg)
+    return float(np.percentile(values, float(match[1])))
+
+
+def _categories(
+    adata: AnnData, key: str, palette: Mapping[str, str] | Sequence[str] | None
+) -> Categories:
+    column = category_names(adata.obs[key])
+    names = tuple(column.cat.categories)
+    colors = _palette_colors(names, palette) or stored_colors(adata, key, len(names))
+    if colors is None:
+        colors = distinct_colors(len(names))
+    # Writing into a view would copy it.
+    if not adata.is_view:
+        adata.uns[f"{key}_colors"] = list(colors)
+    return Categories(key, names, tuple(colors), column.cat.codes.to_numpy(dtype=np.int64))
+
+
+def _palette_colors(
+    names: tuple[str, ...], palette: Mapping[str, str] | Sequence[str] | None
+) -> list[str] | None:
+    if palette is None:
+        return None
+    if isinstance(palette, Mapping):
+        missing = [name for name in names if name not in palette]
+        if missing:
+            msg = f"The palette has no colour for {missing[:5]}; give one for each category."
+            raise ValueError(msg)
+        return [to_hex(palette[name]) for name in names]
+    if len(palette) < len(names):
+        msg = f"The palette has {len(palette)} colours for {len(names)} categories."
+        raise ValueError(msg)
+    return [to_hex(color) for color in palette[: len(names)]]
+
+
+def stored_colors(adata: AnnData, key: str, n_colors: int) -> list[str] | None:
+    """Return the colours in ``uns[f"{key}_colors"]``, or None if they do not do."""
+    stored = [str(color) for color in adata.uns.get(f"{key}_colors", [])]
+    if len(stored) < n_colors or not all(is_color_like(color) for color in stored):
+        return None
+    return stored[:n_colors]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts "2" before "10"."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+@cache
+def _continued_palette(n_colors: int) -> tuple[str, ...]:
+    levels = np.linspace(0.0, 1.0, 12)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    lab = _oklab(grid)
+    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
+    is_usable = (lightness > 0.45) & (lightness < 0.85) & (chroma > 0.08) & (chroma < 0.24)
+    grid, lab = grid[is_usable], lab[is_usable]
+    colors = [to_hex(color) for color in default_20]
+    taken = _oklab(to_rgba_array(default_20)[:, :3])
+    distance = np.linalg.norm(lab[:, None] - taken[None], axis=2).min(axis=1)
+    while len(colors) < n_colors:
+        farthest = int(distance.argmax())
+        colors.append(to_hex(grid[farthest]))
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=1))
+    return tuple(colors)
+
+
+def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Colours in a space where distance is what the eye sees (Ottosson 2020, Oklab)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.4122214708, 0.2119034982, 0.0883024619],
+            [0.5363325363, 0.6806995451, 0.2817188376],
+            [0.0514459929, 0.1073969566, 0.6299787005],
+        ]
+    )
+    lab: NDArray[np.float64] = np.cbrt(cones) @ np.array(
+        [
+            [0.2104542553, 1.9779984951, 0.0259040371],
+            [0.7936177850, -2.4285922050, 0.7827717662],
+            [-0.0040720468, 0.4505937099, -0.8086757660],
+        ]
+    )
+    return lab

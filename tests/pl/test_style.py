@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from stofm.pl._style import category_names, distinct_colors, mix_with_white, nearest_names
+
+
+@pytest.mark.parametrize("n_colors", [0, 1, 20, 21, 57, 230])
+def test_colors_are_distinct(n_colors: int) -> None:
+    colors = distinct_colors(n_colors)
+    assert len(colors) == len(set(colors)) == n_colors
+
+
+def test_a_longer_palette_begins_with_the_shorter() -> None:
+    assert distinct_colors(60)[:35] == distinct_colors(35)
+
+
+def test_mix_with_white() -> None:
+    (pale,) = mix_with_white(["#000000"], 0.6)
+    assert to_rgb(pale) == pytest.approx((0.6, 0.6, 0.6), abs=1 / 255)
+
+
+def test_natural_order_of_text_and_own_order_of_categories() -> None:
+    text = category_names(pd.Series(["10", "2", None, "b", "1"], dtype=object))
+    assert list(text.cat.categories) == ["1", "2", "10", "b"]
+    assert list(text.cat.codes) == [2, 1, -1, 3, 0]
+    own = category_names(pd.Series(pd.Categorical.from_codes([0, 1], [10, 2])))
+    assert list(own.cat.categories) == ["10", "2"]
+
+
+def test_nearest_names() -> None:
+    assert nearest_names("erbb2", ["ERBB2", "KRT8"]) == " Nearest: ['ERBB2']."
+    assert nearest_names("zzz", ["a", "b"]) == " There are: ['a', 'b']."
+    assert nearest_names("zzz", [f"k{i}" for i in range(30)]).endswith("...")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex, to_rgb
+
+import stofm as st
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import anndata as ad
+
+
+def test_markers_lie_at_the_positions_with_areas_by_cells(laid_out: ad.AnnData) -> None:
+    axes = st.pl.virtual_cells(laid_out, show=False)
+    assert [ax.get_title() for ax in axes] == ["a: 2 virtual cells", "b: 2 virtual cells"]
+    positions = laid_out.uns["stofm"]["subslice"]["coordinates"]
+    n_cells = laid_out.obs["stofm_virtual_cell"].value_counts()
+    per_cell = []
+    for ax, own in zip(axes, ([0, 1], [2, 3]), strict=True):
+        markers = ax.collections[1]
+        at = {
+            tuple(place): size
+            for place, size in zip(markers.get_offsets(), markers.get_sizes(), strict=True)
+        }
+        assert set(at) == {tuple(positions[i]) for i in own}
+        per_cell.extend(at[tuple(positions[i])] / n_cells[str(i)] for i in own)
+    np.testing.assert_allclose(per_cell, per_cell[0])
+
+
+def test_cells_are_paler_than_their_marker(laid_out: ad.AnnData) -> None:
+    ax = st.pl.virtual_cells(laid_out, show=False)[1]
+    cells, markers = ({to_hex(c) for c in part.get_facecolors()} for part in ax.collections)
+    stored = list(laid_out.uns["stofm_virtual_cell_colors"])
+    assert markers == set(stored[2:])
+    for color in stored[2:]:
+        pale = to_hex(np.array(to_rgb(color)) * 0.4 + 0.6)
+        assert pale in cells
+    assert len(cells) == 2
+
+
+def test_each_slice_starts_the_palette_anew_unless_colors_are_stored(
+    laid_out: ad.AnnData,
+) -> None:
+    st.pl.virtual_cells(laid_out, show=False)
+    stored = list(laid_out.uns["stofm_virtual_cell_colors"])
+    assert stored[:2] == stored[2:]
+    laid_out.uns["stofm_virtual_cell_colors"] = ["red", "lime", "blue", "yellow"]
+    ax = st.pl.virtual_cells(laid_out, show=False)[1]
+    assert {to_hex(c) for c in ax.collections[1].get_facecolors()} == {"#0000ff", "#ffff00"}
+
+
+def test_numbers_where_they_are_few(laid_out: ad.AnnData) -> None:
+    axes = st.pl.virtual_cells(laid_out, show=False)
+    assert [[text.get_text() for text in ax.texts] for ax in axes] == [["0", "1"], ["2", "3"]]
+    assert not st.pl.virtual_cells(laid_out, labels=False, show=False)[0].texts
+    n = laid_out.n_obs
+    laid_out.obs["stofm_virtual_cell"] = pd.Categorical.from_codes(
+        np.arange(n), [str(i) for i in range(n)]
+    )
+    laid_out.uns["stofm"]["subslice"]["coordinates"] = laid_out.obsm["stofm_spatial"].copy()
+    axes = st.pl.virtual_cells(laid_out, show=False)
+    assert not axes[0].texts
+    assert len(axes[0].collections[1].get_offsets()) == 41
+
+
+def test_size_legend(laid_out: ad.AnnData) -> None:
+    axes = st.pl.virtual_cells(laid_out, show=False)
+    assert axes[0].get_legend() is None
+    legend = axes[1].get_legend()
+    assert legend.get_title().get_text() == "cells"
+    sizes = [int(text.get_text()) for text in legend.get_texts()]
+    assert sizes == sorted(sizes)
+    assert max(sizes) <= laid_out.obs["stofm_virtual_cell"].value_counts().max()
+    drawn = [handle.get_markersize() ** 2 for handle in legend.legend_handles]
+    assert drawn == sorted(drawn)
+
+
+def test_subset_of_the_cells_keeps_the_right_positions(laid_out: ad.AnnData) -> None:
+    positions = laid_out.uns["stofm"]["subslice"]["coordinates"]
+    part = laid_out[laid_out.obs["stofm_virtual_cell"].isin(["1", "3"])].copy()
+    axes = st.pl.virtual_cells(part, show=False)
+    np.testing.assert_allclose(axes[0].collections[1].get_offsets(), positions[[1]])
+    np.testing.assert_allclose(axes[1].collections[1].get_offsets(), positions[[3]])
+    assert axes[0].get_title() == "a: 1 virtual cell"
+
+
+def test_cells_without_virtual_cell(laid_out: ad.AnnData) -> None:
+    laid_out.obs.loc[laid_out.obs_names[:7], "stofm_virtual_cell"] = None
+    axes = st.pl.virtual_cells(laid_out, show=False)
+    cells = [to_hex(c) for ax in axes for c in ax.collections[0].get_facecolors()]
+    assert cells.count("#d9d9d9") == 7
+
+
+def test_given_axes_and_file(laid_out: ad.AnnData, tmp_path: Path) -> None:
+    _, given = plt.subplots(2)
+    path = tmp_path / "virtual.png"
+    assert st.pl.virtual_cells(laid_out, ax=list(given), show=False, save=path) == list(given)
+    assert path.stat().st_size > 1000
+
+
+def test_missing_keys_say_what_to_call(laid_out: ad.AnnData) -> None:
+    whole = laid_out.copy()
+    del laid_out.uns["stofm"]["subslice"]
+    with pytest.raises(KeyError, match=r"uns\['stofm'\]\['subslice'\] is missing: call st.tl"):
+        st.pl.virtual_cells(laid_out, show=False)
+    del whole.obs["stofm_virtual_cell"]
+    with pytest.raises(KeyError, match=r"stofm_virtual_cell'\] is missing.*st.pp.subslice"):
+        st.pl.virtual_cells(whole, show=False)
