@@ -12,10 +12,12 @@ from scipy import sparse
 from stofm.genes.gene_ids import clean_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    Rows = slice | NDArray[np.integer]
 
 #: Entries of a block if it were dense: 64 MB in double precision.
 _BLOCK_ENTRIES: Final = 1 << 23
@@ -70,8 +72,9 @@ class CountReader:
         return len(self.bounds)
 
     def __iter__(self) -> Iterator[sparse.csr_matrix]:
+        read = _row_reader(self.adata, self.layer)
         for start, stop in self.bounds:
-            block = _to_csr(_rows(self.adata, self.layer, start, stop))
+            block = _to_csr(read(slice(start, stop)))
             yield _checked(block, self.adata, self.layer, start)
 
 
@@ -160,7 +163,7 @@ def sample_counts(
 ) -> sparse.csr_matrix:
     """Return the counts of a few rows, checked; arguments and errors as in :func:`read_counts`."""
     require_cells_and_genes(adata)
-    block = _to_csr(_matrix(adata[rows], layer))
+    block = _to_csr(_row_reader(adata, layer)(rows))
     return _checked(block, adata, layer, int(rows[0]))
 
 
@@ -183,14 +186,14 @@ def _block_bounds(
 ) -> tuple[tuple[int, int], ...]:
     n_obs, n_vars = adata.shape
     rows = chunk_size or min(_MAX_BLOCK_ROWS, max(1, _BLOCK_ENTRIES // n_vars))
-    stored = adata if not adata.is_view else adata[:1]
-    matrix = _matrix(stored, layer)
+    # To look at the matrix of a view would copy it.
+    matrix = None if adata.is_view else _matrix(adata, layer)
     if getattr(matrix, "format", "") == "csc" and chunk_size is None:
         rows = max(rows, -(-n_obs // _MAX_CSC_BLOCKS))
-    if adata.is_view or not hasattr(matrix, "chunks") or not hasattr(matrix, "compute"):
-        starts = list(range(0, n_obs, rows))
-    else:
+    if matrix is not None and hasattr(matrix, "chunks") and hasattr(matrix, "compute"):
         starts = _starts_at_chunks(matrix.chunks[0], rows)
+    else:
+        starts = list(range(0, n_obs, rows))
     return tuple(zip(starts, [*starts[1:], n_obs], strict=True))
 
 
@@ -213,14 +216,21 @@ def _matrix(adata: AnnData, layer: str | None) -> Any:
     return matrix
 
 
-def _rows(adata: AnnData, layer: str | None, start: int, stop: int) -> Any:
-    if adata.is_view:
+def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], Any]:
+    """Return a function that reads rows of the matrix, in whatever form it has them."""
+    if adata.is_view and not adata.isbacked:
         # The matrix of a view is a copy of all its rows; that of a view's slice is not.
-        return _matrix(adata[start:stop], layer)
+        return lambda rows: _matrix(adata[rows], layer)
+    # anndata cannot slice a view of a backed file again: its rows are read together.
     matrix = _matrix(adata, layer)
-    if isinstance(matrix, sparse.csr_matrix | sparse.csr_array):
-        return _csr_rows(matrix, start, stop)
-    return matrix[start:stop]
+
+    def read(rows: Rows) -> Any:
+        is_csr = isinstance(matrix, sparse.csr_matrix | sparse.csr_array)
+        if is_csr and isinstance(rows, slice):
+            return _csr_rows(matrix, rows.start, rows.stop)
+        return matrix[rows]
+
+    return read
 
 
 def _csr_rows(matrix: Any, start: int, stop: int) -> sparse.csr_matrix:
@@ -243,6 +253,8 @@ def _to_csr(rows: Any) -> sparse.csr_matrix:
         rows = rows.to_memory()
     if not sparse.issparse(rows):
         rows = np.asarray(rows)
+        # scipy has no sparse matrices of half precision.
+        rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
     if rows.dtype.kind not in "buif":
         msg = f"Counts must be numbers, found the type {rows.dtype}."
         raise TypeError(msg)
@@ -297,11 +309,11 @@ def _where_counts_are(adata: AnnData, layer: str | None) -> str:
     places = [(f"adata.layers[{name!r}]", f"pass layer={name!r}", name) for name in adata.layers]
     if adata.X is not None:
         places.insert(0, ("adata.X", "leave out `layer`", None))
-    n_rows = min(_SAMPLE_ROWS, adata.n_obs)
+    first = slice(0, min(_SAMPLE_ROWS, adata.n_obs))
     for where, advice, name in places:
-        if name != layer and _looks_raw(_rows(adata, name, 0, n_rows)):
+        if name != layer and _looks_raw(_row_reader(adata, name)(first)):
             return f"{where} looks like raw counts: {advice}."
-    if adata.raw is not None and _looks_raw(adata.raw.X[:n_rows]):
+    if adata.raw is not None and _looks_raw(adata.raw.X[first]):
         return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
     return "No layer looks like raw counts either; they are needed, before any normalisation."
 

@@ -127,9 +127,7 @@ def test_cells_without_defined_counts_are_empty() -> None:
 def test_no_cells_and_no_known_genes() -> None:
     none = rank_genes(sparse.csr_matrix((0, 3)), np.array([2, 3, 4]), np.ones(3))
     assert none.n_cells == 0
-    unknown = rank_genes(
-        sparse.csr_matrix(np.ones((2, 3))), np.full(3, -1), np.full(3, np.nan)
-    )
+    unknown = rank_genes(sparse.csr_matrix(np.ones((2, 3))), np.full(3, -1), np.full(3, np.nan))
     assert unknown.n_tokens.tolist() == [0, 0]
 
 
@@ -246,20 +244,23 @@ def test_golden_tokens() -> None:
 
 
 def test_golden_tokens_behind_cls() -> None:
+    """With <cls> in front a full cell keeps one gene fewer than the limit."""
     arrays = np.load(GOLDEN / "a_tokenizer.npz", allow_pickle=False)
     limit, cls = int(arrays["max_len_small"]), int(arrays["special_ids"][2])
+    counts = golden_counts(arrays)[arrays["cell_row"]]
     ranked = rank_genes(
-        golden_counts(arrays)[arrays["cell_row"]],
-        arrays["token_id"],
-        arrays["median"],
-        max_tokens=limit - 1,
-        duplicates="keep",
+        counts, arrays["token_id"], arrays["median"], max_tokens=limit - 1, duplicates="keep"
     )
-    expected, starts = arrays["cls_capped_flat"], arrays["cls_capped_offsets"]
+    starts, value_starts = arrays["cls_capped_offsets"], arrays["tokens_offsets"]
+    totals = arrays["n_counts"][arrays["cell_row"]]
     for cell, own in enumerate(lists(ranked)):
-        cut = expected[starts[cell] : starts[cell + 1]]
-        assert [cls, *own][:1] == cut[:1].tolist()
-        assert len(cut) == 1 + len(own)
+        expected = arrays["cls_capped_flat"][starts[cell] : starts[cell + 1]]
+        assert len(expected) == 1 + len(own)
+        assert expected[0] == cls
+        values = arrays["values_flat"][value_starts[cell] : value_starts[cell] + len(own)]
+        row = counts[cell].toarray().ravel()
+        own_values = values_in_order(row, totals[cell], arrays, np.array(own))
+        np.testing.assert_allclose(own_values, values, rtol=1e-6)
 
 
 def test_golden_tokens_of_long_cells(shared: Path) -> None:
@@ -267,7 +268,5 @@ def test_golden_tokens_of_long_cells(shared: Path) -> None:
     rows = np.arange(len(arrays["tokens_offsets"]) - 1)
     ranked = rank_genes(golden_counts(arrays), arrays["token_id"], arrays["median"])
     check_cells(ranked, rows, arrays, "dataset_flat", "dataset_offsets")
-    whole = rank_genes(
-        golden_counts(arrays), arrays["token_id"], arrays["median"], max_tokens=2600
-    )
+    whole = rank_genes(golden_counts(arrays), arrays["token_id"], arrays["median"], max_tokens=2600)
     check_cells(whole, rows, arrays, "tokens_flat", "tokens_offsets")

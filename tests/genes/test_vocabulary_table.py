@@ -48,7 +48,7 @@ def test_a_failed_save_leaves_the_old_table(vocabulary: GeneVocabulary, tmp_path
     path = tmp_path / "v.tsv"
     path.write_text("old")
     for change in ({"symbols": np.repeat("a\tb", 7)}, {"aliases": {"a|b": "ENSG00000131095"}}):
-        with pytest.raises(ValueError, match="separates the table|empty or holds a tab"):
+        with pytest.raises(ValueError, match=r"separates the table|empty or holds a tab"):
             replace(vocabulary, **change).save(path)
     assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
 
@@ -76,7 +76,9 @@ def test_other_layout_gets_cls(tmp_path: Path) -> None:
 
 def test_further_special_tokens_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "v.tsv"
-    special = "".join(f"{i}\t<{name}>\t\t\t\n" for i, name in enumerate(("pad", "mask", "cls", "eos")))
+    special = "".join(
+        f"{i}\t<{name}>\t\t\t\n" for i, name in enumerate(("pad", "mask", "cls", "eos"))
+    )
     path.write_text(HEADER + special + "4\tENSG1\tA\t0.5\t\n")
     vocabulary = GeneVocabulary.from_tsv(path)
     assert dict(vocabulary.special) == {"pad": 0, "mask": 1, "cls": 2, "eos": 3}

@@ -14,6 +14,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 #: The published tables have 4 MB at most; more is not one of them.
@@ -56,7 +57,7 @@ def _encode(text: str, _encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-_STAND_INS: Final = {
+_STAND_INS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("_codecs", "encode"): _encode,
     ("numpy", "dtype"): _ScalarType,
     ("numpy.core.multiarray", "scalar"): _scalar,
@@ -66,11 +67,12 @@ _STAND_INS: Final = {
 
 class _TableReader(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        try:
-            return _STAND_INS[module_name, global_name]
-        except KeyError:
+        stand_in = _STAND_INS.get((module_name, global_name))
+        if stand_in is None:
             msg = f"It asks for {module_name}.{global_name}."
-            raise UnsafeTableError(msg) from None
+            raise UnsafeTableError(msg)
+        # Wrapped anew each time, because a pickle may set attributes of what it gets.
+        return lambda *arguments: stand_in(*arguments)
 
     def persistent_load(self, pid: Any) -> Any:
         msg = f"It asks for an outside object ({pid!r})."

@@ -72,11 +72,12 @@ class RankedTokens:
         if longest > max_tokens:
             msg = f"A cell has {longest} tokens, which do not fit into {max_tokens} columns."
             raise ValueError(msg)
-        columns = np.arange(len(self.tokens), dtype=np.int64)
-        columns -= np.repeat(self.offsets[:-1], np.diff(self.offsets))
         index_dtype = np.int32 if len(self.tokens) <= np.iinfo(np.int32).max else np.int64
+        offsets = self.offsets.astype(index_dtype)
+        columns: NDArray[Any] = np.arange(len(self.tokens), dtype=index_dtype)
+        columns -= np.repeat(offsets[:-1], np.diff(offsets))
         return sparse.csr_matrix(
-            (self.tokens, columns.astype(index_dtype), self.offsets.astype(index_dtype)),
+            (self.tokens, columns, offsets),
             shape=(self.n_cells, max_tokens),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -67,7 +68,7 @@ class GeneVocabulary:
                 f"found {dict(self.special)}."
             )
             raise ValueError(msg)
-        _require_unique("gene ids", list(self.gene_ids))
+        _require_unique("gene ids", self.gene_ids.tolist())
         _require_unique("tokens", [*self.tokens.tolist(), *self.special.values()])
         if (self.tokens < 0).any():
             msg = "Tokens must not be negative."
@@ -280,9 +281,7 @@ def embedded_vocabulary() -> GeneVocabulary:
 
 
 def _require_unique(what: str, values: list[Any]) -> None:
-    if len(set(values)) == len(values):
-        return
-    seen: set[Any] = set()
-    repeated = sorted({value for value in values if value in seen or seen.add(value)})  # type: ignore[func-returns-value]
-    msg = f"The {what} of a vocabulary must be unique; {repeated[:3]} occur more than once."
-    raise ValueError(msg)
+    repeated = sorted(value for value, number in Counter(values).items() if number > 1)
+    if repeated:
+        msg = f"The {what} of a vocabulary must be unique; {repeated[:3]} occur more than once."
+        raise ValueError(msg)

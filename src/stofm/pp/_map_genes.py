@@ -150,11 +150,13 @@ def compute_gene_mapping(
     """Map the columns of `adata` without writing anything; arguments as in :func:`map_genes`."""
     names = _candidate_names(adata, gene_key)
     pairs = None if orthologs is None else read_orthologs(orthologs)
-    matched = {
-        source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs).n_matched
-        for source, ids in names.items()
-    }
-    best, second = [*sorted(matched, key=lambda source: -matched[source]), ""][:2]
+    best, second = next(iter(names)), ""
+    if len(names) > 1:
+        matched = {
+            source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs).n_matched
+            for source, ids in names.items()
+        }
+        best, second = sorted(matched, key=lambda source: -matched[source])[:2]
     mapping = map_gene_ids(
         names[best],
         vocabulary,
