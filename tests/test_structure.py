@@ -1,0 +1,188 @@
+"""The project's conventions, held by tests so that nobody has to remember them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import stofm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PACKAGE = Path(stofm.__file__).parent
+API = Path(__file__).parents[1] / "docs" / "api"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+#: Imports go from right to left only.
+LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
+#: Where a library may be imported, as first part of the path below stofm/.
+HOMES = {
+    "anndata": {"_anndata", "_counts", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "torch": {"nn", "train", "tl"},
+    "transformers": {"nn", "train"},
+    "matplotlib": {"pl", "_demo"},
+}
+#: What else a part of the package must not use.
+FORBIDDEN = {
+    "_anndata": {"nn", "train", "pp", "tl", "pl", "datasets"},
+    "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
+    "_logging": {"genes", "spatial", "nn", "train", "pp", "tl", "pl", "datasets"},
+    "datasets": {"nn", "train", "pp", "tl", "pl"},
+    "pp": {"train", "tl", "pl"},
+    "tl": {"pl"},
+    "pl": {"nn", "train", "tl", "pp"},
+    **{layer: {"_anndata", "_counts", "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
+}
+#: Files that may use a part above them, when called and not when imported.
+EXCEPTIONS = {
+    # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
+    "genes/fitting.py": {"_counts"},
+}
+AREAS = ["pp", "tl", "pl", "datasets", "genes", "spatial", "nn"]
+HEAVY = ["anndata", "matplotlib", "pooch", "scanpy", "squidpy", "torch", "transformers"]
+
+
+def _part(path: Path) -> str:
+    """First part of a file's path below stofm/: a folder, or a module without its ending."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, f"relative import in {path}"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _parts_used(path: Path) -> set[str]:
+    """Parts of the package that a file imports."""
+    names = (name.split(".") for name in _imported(path))
+    return {name[1] for name in names if name[0] == "stofm" and len(name) > 1}
+
+
+def _public(area: str) -> list[str]:
+    return list(importlib.import_module(f"stofm.{area}").__all__)
+
+
+def _public_functions() -> list[tuple[str, Callable[..., object]]]:
+    found = []
+    for area in ("pp", "tl", "pl", "datasets"):
+        module = importlib.import_module(f"stofm.{area}")
+        named = ((f"{area}.{name}", getattr(module, name)) for name in module.__all__)
+        found += [(name, value) for name, value in named if inspect.isfunction(value)]
+    return found
+
+
+FUNCTIONS = _public_functions()
+functions = pytest.mark.parametrize(
+    ("name", "function"), FUNCTIONS, ids=[name for name, _ in FUNCTIONS]
+)
+files = pytest.mark.parametrize(
+    "path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES]
+)
+
+
+@files
+def test_imports_go_one_way(path: Path) -> None:
+    part = _part(path)
+    used = _parts_used(path)
+    above = set(LAYERS[LAYERS.index(part) + 1 :]) if part in LAYERS else set()
+    excepted = EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert not (used - excepted) & (above | FORBIDDEN.get(part, set()))
+
+
+@files
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        pytest.skip("names every area, for type checkers")
+    libraries = {name.split(".")[0] for name in _imported(path)}
+    astray = {name for name, homes in HOMES.items() if _part(path) not in homes}
+    assert not libraries & astray
+
+
+@files
+def test_files_are_short(path: Path) -> None:
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert n_lines <= 400, f"{path.name} has {n_lines} lines; split it"
+
+
+@functions
+def test_first_parameter_is_the_data(name: str, function: Callable[..., object]) -> None:
+    if name.startswith("datasets."):
+        pytest.skip("makes data")
+    assert next(iter(inspect.signature(function).parameters)) in {"adata", "data"}
+
+
+@functions
+def test_at_most_three_positional_parameters(name: str, function: Callable[..., object]) -> None:
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    assert inspect.Parameter.VAR_POSITIONAL not in kinds
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
+    assert kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) <= 3, name
+
+
+@functions
+def test_copy_is_off_by_default(name: str, function: Callable[..., object]) -> None:
+    copy = inspect.signature(function).parameters.get("copy")
+    assert copy is None or copy.default is False, name
+
+
+@functions
+def test_functions_live_in_a_file_of_their_name(name: str, function: Callable[..., object]) -> None:
+    area, short = name.split(".")
+    if area in {"pl", "datasets"}:
+        pytest.skip("related plots and data sets may share a file")
+    assert function.__module__ == f"stofm.{area}._{short}"
+
+
+@functions
+def test_every_parameter_is_documented(name: str, function: Callable[..., object]) -> None:
+    text = inspect.getdoc(function) or ""
+    _, _, parameters = text.partition("Parameters\n----------\n")
+    documented = set()
+    for line in parameters.partition("\n\n")[0].splitlines():
+        if line and not line.startswith(" "):
+            documented |= {word.strip().lstrip("*") for word in line.split(":")[0].split(",")}
+    missing = set(inspect.signature(function).parameters) - documented
+    assert not missing, f"{name} does not document {sorted(missing)}"
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_public_names_exist_and_have_a_docstring(area: str) -> None:
+    module = importlib.import_module(f"stofm.{area}")
+    for name in _public(area):
+        value = getattr(module, name)
+        if callable(value):
+            assert inspect.getdoc(value), f"stofm.{area}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_public_names_are_in_the_documentation(area: str) -> None:
+    if not API.is_dir():
+        pytest.skip("no docs/ beside the tests")
+    words = set(re.findall(r"\w+", (API / f"{area}.md").read_text(encoding="utf-8")))
+    missing = sorted(set(_public(area)) - words)
+    assert not missing, f"docs/api/{area}.md lacks {missing}"
+
+
+def test_importing_stofm_imports_nothing_heavy() -> None:
+    code = f"import sys, stofm; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
