@@ -116,13 +116,14 @@ def main() -> None:
         parser.error(f"{options.folder} holds no .h5ad file with obsm['spatial'].")
     # The first call of a process also imports libraries.
     st.tl.embed(st.datasets.simulate_slice(200, 100), model, device=options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
     results = []
     for path in paths:
         print(f"embedding {path.name} ...", file=sys.stderr)
         results.append(embed_file(path, model, device=options.device))
+        # After each file, so that an interrupted run leaves what it has.
+        (options.out / "slices.json").write_text(json.dumps(results, indent=2) + "\n")
     print(to_markdown(results))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "slices.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def _has_places(path: Path) -> bool:

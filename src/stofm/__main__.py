@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FAILED = 1
 _INTERRUPTED = 130
-_USER_ERRORS = (KeyError, MemoryError, OSError, TypeError, ValueError)
+_USER_ERRORS = (FloatingPointError, KeyError, MemoryError, OSError, TypeError, ValueError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

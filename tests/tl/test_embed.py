@@ -350,6 +350,16 @@ def test_too_little_memory_is_said_before_the_work(one_slice, model, monkeypatch
     assert nothing_written(one_slice)
 
 
+def test_nan_from_a_device_is_not_written(one_slice, model):
+    with torch.no_grad():
+        model.se2_transformer.layers[0].fc1.bias += torch.nan
+    with pytest.raises(
+        FloatingPointError, match=r"101 of 101 cells is not finite on cpu in float32"
+    ):
+        embed(one_slice, model)
+    assert nothing_written(one_slice)
+
+
 @pytest.mark.parametrize("option", ["batch_size", "token_budget"])
 def test_batches_of_nothing_are_refused(one_slice, model, option):
     with pytest.raises(ValueError, match=f"{option} must be 'auto' or at least 1, found 0"):

@@ -200,47 +200,45 @@ def lay_out_slice(
         msg = f"{len(xy)} coordinates and {len(features)} rows of features; expected as many."
         raise ValueError(msg)
     normalized = normalize_coordinates(xy)
+    by_place = canonical_order(xy, features)
+    labels = _cluster_slice(normalized, features, by_place, config, seed)
     return SliceLayout(
         coordinates=normalized,
-        subslice=_cut_slice(xy, normalized, features, config),
-        virtual_cell=(labels := _cluster_slice(xy, normalized, features, config, seed)),
+        subslice=_cut_slice(normalized, by_place, config),
+        virtual_cell=labels,
         virtual=virtual_cells(labels, normalized, features),
     )
 
 
 def _cut_slice(
-    xy: NDArray[np.float64],
-    normalized: NDArray[np.float64],
-    features: NDArray[np.floating],
-    config: SubSliceConfig,
+    normalized: NDArray[np.float64], by_place: NDArray[np.int64], config: SubSliceConfig
 ) -> NDArray[np.int64]:
-    subslice = np.empty(len(xy), dtype=np.int64)
     if config.partition == "reference":
         parts = partition_reference(normalized, config.n_cells)
     else:
-        order = canonical_order(xy, features)
-        parts = [order[rows] for rows in partition_balanced(normalized[order], config.n_cells)]
+        found = partition_balanced(normalized[by_place], config.n_cells)
+        parts = [by_place[rows] for rows in found]
+    subslice = np.empty(len(normalized), dtype=np.int64)
     for number, rows in enumerate(parts):
         subslice[rows] = number
     return subslice
 
 
 def _cluster_slice(
-    xy: NDArray[np.float64],
     normalized: NDArray[np.float64],
     features: NDArray[np.floating],
+    by_place: NDArray[np.int64],
     config: SubSliceConfig,
     seed: int,
 ) -> NDArray[np.int64]:
-    in_file_order = config.clustering == "scanpy"
-    order = np.arange(len(xy)) if in_file_order else canonical_order(xy, features)
+    order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
     points = mix_expression_and_place(
         principal_components(features[order], config.n_components),
         normalized[order],
         position_weight=config.position_weight,
         mixing=config.mixing,
     )
-    labels = np.empty(len(xy), dtype=np.int64)
+    labels = np.empty(len(normalized), dtype=np.int64)
     labels[order] = cluster_cells(
         points,
         resolution=config.leiden_resolution,

@@ -187,11 +187,10 @@ def virtual_cells(
     -------
     The clusters' means, in order of the labels, computed in double precision.
     """
-    sizes = np.bincount(labels)
-    by_label = np.argsort(labels, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    sizes = np.bincount(labels)[:, None]
+    # A column at a time: a copy of all features in double precision would be the largest array.
     means = [
-        np.add.reduceat(np.asarray(values, np.float64)[by_label], starts, axis=0) / sizes[:, None]
+        np.column_stack([np.bincount(labels, weights=column) for column in values.T]) / sizes
         for values in (coordinates, features)
     ]
     return VirtualCells(coordinates=means[0], features=means[1].astype(np.float32))

@@ -133,6 +133,8 @@ def embed(
         and what to do.
     MemoryError
         The work would not fit, or the device has no room for a single sub-slice.
+    FloatingPointError
+        The device gave NaN.
 
     References
     ----------
@@ -288,7 +290,18 @@ class _Run:
                     batch_size=self.batch_size,
                     on_done=advance,
                 )
+        self._refuse_not_finite(embedding)
         return embedding
+
+    def _refuse_not_finite(self, embedding: NDArray[np.float32]) -> None:
+        """Stop rather than write NaN, which some devices give where the CPU does not."""
+        if n_bad := int((~np.isfinite(embedding)).any(axis=1).sum()):
+            msg = (
+                f"The embedding of {n_bad} of {len(embedding)} cells is not finite on "
+                f"{self.device} in {self.precision}; nothing was written. Try dtype='float32' or "
+                "device='cpu'."
+            )
+            raise FloatingPointError(msg)
 
     def write_record(
         self, adata: AnnData, key: str, layouts: Layouts, rules: SubSliceConfig
