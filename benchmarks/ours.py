@@ -145,8 +145,9 @@ def _sorted_by_cell(cells: list[Any]) -> Any:
 
 def embed_mini(n_cells: int = 20_000) -> Work:
     import stofm as st
+    from stofm.nn import UntrainedModelWarning
 
-    warnings.filterwarnings("ignore", category=st.nn.UntrainedModelWarning)
+    warnings.filterwarnings("ignore", category=UntrainedModelWarning)
     adata = st.datasets.simulate_slice(n_cells, 300, seed=0)
 
     def work() -> Any:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -329,20 +330,19 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Measure what was asked for, print the table, write the JSON."""
-    results = []
-    for name in options.rows:
-        print(f"measuring {name} ...", file=sys.stderr)
-        results.append({"row": name} | measure_row(ROWS[name], rounds=options.rounds))
-    for n_cells in options.large:
-        print(f"measuring {n_cells:,} cells ...", file=sys.stderr)
-        results.append({"row": f"large_{n_cells}"} | measure_large(n_cells))
+    """Measure what was asked for; after each row write the JSON, at the end print the table."""
+    options.out.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
+    results: list[dict[str, Any]] = []
+    work = {name: partial(measure_row, ROWS[name], rounds=options.rounds) for name in options.rows}
+    work |= {f"large_{n:,}": partial(measure_large, n) for n in options.large}
+    for name, measure_it in work.items():
+        print(f"measuring {name} ...", file=sys.stderr)
+        results.append({"row": name} | measure_it())
+        entries = json.dumps({"machine": machine, "results": results}, indent=2)
+        (options.out / "speed.json").write_text(entries + "\n")
     print(to_markdown(results))
     print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "speed.json"
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
