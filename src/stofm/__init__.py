@@ -6,15 +6,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stofm import datasets, pl, pp, tl
+    from stofm import datasets, genes, nn, pl, pp, spatial, tl
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
 
 __version__ = "0.1.0"
 
-__all__ = ["GeneVocabulary", "Stofm", "__version__", "datasets", "pl", "pp", "tl"]
+__all__ = [
+    "GeneVocabulary",
+    "Stofm",
+    "__version__",
+    "datasets",
+    "genes",
+    "nn",
+    "pl",
+    "pp",
+    "spatial",
+    "tl",
+]
 
 _LAZY = {
+    "genes": "stofm.genes",
+    "nn": "stofm.nn",
+    "spatial": "stofm.spatial",
     "datasets": "stofm.datasets",
     "pl": "stofm.pl",
     "pp": "stofm.pp",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: Stored entries that are ranked at once: keys and their padded copy stay near 30 MB.
-_BLOCK_ENTRIES: Final = 1 << 19
+#: Stored entries that are ranked at once: keys and their padded copy stay near 15 MB.
+_BLOCK_ENTRIES: Final = 1 << 18
 #: numpy sorts and gathers outside the interpreter's lock; each thread holds one block.
 _N_THREADS: Final = min(4, os.cpu_count() or 1)
 #: Rows are sorted together if the longest is at most this much longer than the shortest,
