@@ -298,6 +298,8 @@ def describe_machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # Well above 0 before anything was measured: something else ran, and the times are too long.
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -107,7 +107,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @files
 def test_libraries_stay_where_they_belong(path: Path) -> None:
     if path == PACKAGE / "__init__.py":
-        pytest.skip("names every area, for type checkers")
+        return  # names every area, for type checkers
     libraries = {name.split(".")[0] for name in _imported(path)}
     astray = {name for name, homes in HOMES.items() if _part(path) not in homes}
     assert not libraries & astray
@@ -122,7 +122,7 @@ def test_files_are_short(path: Path) -> None:
 @functions
 def test_first_parameter_is_the_data(name: str, function: Callable[..., object]) -> None:
     if name.startswith("datasets."):
-        pytest.skip("makes data")
+        return  # they make data
     assert next(iter(inspect.signature(function).parameters)) in {"adata", "data"}
 
 
@@ -144,7 +144,7 @@ def test_copy_is_off_by_default(name: str, function: Callable[..., object]) -> N
 def test_functions_live_in_a_file_of_their_name(name: str, function: Callable[..., object]) -> None:
     area, short = name.split(".")
     if area in {"pl", "datasets"}:
-        pytest.skip("related plots and data sets may share a file")
+        return  # related plots and data sets may share a file
     assert function.__module__ == f"stofm.{area}._{short}"
 
 

@@ -1,0 +1,102 @@
+"""Sphinx configuration; warnings are errors (see the Makefile)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import is_dataclass
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+
+# The tutorials live beside the package; the documentation is built from a copy. An unchanged file is
+# not copied again, so that a second build does not run it again.
+(HERE / "tutorials").mkdir(exist_ok=True)
+for source in (HERE.parent / "tutorials").glob("*.md"):
+    copy = HERE / "tutorials" / source.name
+    if not copy.exists() or copy.read_bytes() != source.read_bytes():
+        shutil.copyfile(source, copy)
+
+# Notebook kernels inherit these: figures go into the page, progress bars don't.
+os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+info = metadata("stofm")
+project = info["Name"]
+author = "stofm contributors"
+copyright = f"2026, {author}"
+version = release = info["Version"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinxcontrib.bibtex",
+]
+templates_path = ["_templates"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = False
+napoleon_attr_annotations = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
+
+html_theme = "sphinx_book_theme"
+html_title = f"stofm {release}"
+html_static_path = ["_static"]
+html_css_files = ["stofm.css"]
+html_theme_options = {
+    "home_page_in_toc": False,
+    # The side bar has a search field already.
+    "navbar_persistent": [],
+    "show_navbar_depth": 1,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+
+
+def adapt_to_napoleon(
+    app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
+) -> None:
+    """Turn what napoleon would misread into something that it renders well."""
+    if what in ("attribute", "property") and lines:
+        # A colon in the first line would end a type.
+        lines[0] = lines[0].replace(": ", " – ", 1)
+    for number, line in enumerate(lines):
+        # In Returns, ``adata.obsm['key']`` : type would become bold and lose its markup.
+        lines[number] = re.sub(r"^(``adata\.[^`]+``) : (?=\S)", r"\1, ", line)
+        # A dataclass's attributes are its parameters; as such they get their types.
+        if what == "class" and is_dataclass(obj) and line == "Attributes":
+            lines[number : number + 2] = ["Parameters", "----------"]
+
+
+def setup(app: Sphinx) -> None:
+    # Before napoleon, which listens with the default priority of 500.
+    app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)
