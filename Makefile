@@ -1,7 +1,7 @@
 # Each target makes the environment that it needs (in .venv) and then does its job; a second run finds it there.
 #
 #   make demo              simulate a slice, embed it, write figures and the .h5ad to demo/
-#   make demo DATA=x.h5ad  the same with your own slice
+#   make demo DATA=x.h5ad  the same with your own slice (several: LIBRARY_KEY=sample)
 #   make test              the tests          (ARGS="-k genes" goes to pytest)
 #   make check             lint and types
 #   make docs              the documentation, in docs/_build/html
@@ -25,7 +25,8 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m stofm demo --out "$(DEMO)" $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m stofm demo --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
+	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)")
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)

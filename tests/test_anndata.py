@@ -70,6 +70,13 @@ def test_overlapping_samples_without_a_library_key_are_refused(adata):
         read_slices(adata, None, read_coordinates(adata))
 
 
+@pytest.mark.parametrize("name", ["orig.ident", "Sample_ID", "section label", "donor_id", "fov"])
+def test_names_of_samples_are_known_in_many_spellings(adata, name):
+    adata.obs = adata.obs.rename(columns={"library": name})
+    with pytest.raises(ValueError, match="whose coordinates overlap"):
+        read_slices(adata, None, read_coordinates(adata))
+
+
 def test_samples_side_by_side_are_one_slice(adata):
     adata.obsm["spatial"][adata.obs["library"] == "right", 0] += 1e4
     slices = read_slices(adata, None, read_coordinates(adata))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from stofm._counts import gene_names, open_slice, read_counts, sample_counts
+from stofm._counts import gene_names, open_slice, read_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,8 +80,6 @@ def test_files(counts: np.ndarray, kind: str, suffix: str, tmp_path: Path) -> No
     assert opened.isbacked == (suffix == ".h5ad")
     assert np.array_equal(together(opened, chunk_size=11), counts)
     assert np.array_equal(together(opened[3:31, 2:9], chunk_size=11), counts[3:31, 2:9])
-    rows = np.array([1, 17, 42])
-    assert np.array_equal(sample_counts(opened, rows).toarray(), counts[rows])
 
 
 @pytest.mark.parametrize(

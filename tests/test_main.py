@@ -83,7 +83,7 @@ def test_an_interrupt_is_130(files, monkeypatch, capsys):
 
     monkeypatch.setattr(tl, "embed", interrupt)
     assert embed(files) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert "stofm: interrupted" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_2(capsys):
@@ -127,3 +127,16 @@ def test_the_module_runs_as_a_program():
         [sys.executable, "-m", "stofm", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("stofm ")
+
+
+def test_quiet_means_quiet(files):
+    words = ["embed", "in.h5ad", "out.h5ad", "--model", "model", "--library-key", "library"]
+    result = subprocess.run(
+        [sys.executable, "-m", "stofm", *words, "--quiet"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=files,
+    )
+    assert result.stderr == ""
+    assert result.stdout == ""

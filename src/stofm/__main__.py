@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             options.run(options)
         except KeyboardInterrupt:
-            print("stofm: interrupted; nothing was written.", file=sys.stderr)
+            print("stofm: interrupted.", file=sys.stderr)
             return _INTERRUPTED
         except _USER_ERRORS as error:
             if options.traceback:
@@ -135,7 +135,7 @@ def _embed(options: argparse.Namespace) -> None:
         orthologs=options.orthologs,
         device=options.device,
         dtype=options.dtype,
-        batch_size=options.batch_size or "auto",
+        batch_size="auto" if options.batch_size is None else options.batch_size,
         seed=options.seed,
         show_progress_bar=not options.quiet and sys.stderr.isatty(),
     )
@@ -185,6 +185,8 @@ def read_anndata(path: Path) -> AnnData:
 
 def write_anndata(adata: AnnData, path: Path) -> None:
     """Write an AnnData beside `path` first, so that a crash leaves no half file."""
+    from stofm.nn.checkpoint import replace_path
+
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -193,9 +195,7 @@ def write_anndata(adata: AnnData, path: Path) -> None:
             adata.write_zarr(part)
         else:
             adata.write_h5ad(part, compression="gzip")
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.replace(path)
+        replace_path(part, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

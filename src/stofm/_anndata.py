@@ -22,11 +22,30 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+_SAMPLE_NOUNS = (
+    "animal",
+    "batch",
+    "dataset",
+    "donor",
+    "embryo",
+    "fov",
+    "library",
+    "mouse",
+    "orig",
+    "patient",
+    "sample",
+    "section",
+    "slice",
+    "slide",
+    "subject",
+)
+# Joined without punctuation: "orig.ident", "Sample_ID" and "slide name" are found as well.
 _SAMPLE_COLUMNS = {
-    f"{noun}{suffix}"
-    for noun in ("batch", "library", "sample", "section", "slice", "slide")
-    for suffix in ("", "_id", "_name")
+    noun + suffix
+    for noun in _SAMPLE_NOUNS
+    for suffix in ("", "id", "ident", "label", "name", "number")
 }
+_MAX_SAMPLES = 1000
 _COORDINATE_COLUMNS = (
     ("x", "y"),
     ("x_centroid", "y_centroid"),
@@ -39,8 +58,17 @@ _COORDINATE_COLUMNS = (
 )
 
 
-def resolve_table(data: Any, table_key: str | None = None) -> AnnData:
+def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False) -> AnnData:
     """Return the AnnData to work on: `data` itself, or the named table of a SpatialData.
+
+    Parameters
+    ----------
+    data
+        AnnData or SpatialData.
+    table_key
+        Name of the table; may be left out if there is only one.
+    copy
+        Whether a copy of the table will be made later on.
 
     Raises
     ------
@@ -48,6 +76,8 @@ def resolve_table(data: Any, table_key: str | None = None) -> AnnData:
         `table_key` is not among the tables, or is needed because there are several.
     TypeError
         `data` is neither an AnnData nor a SpatialData.
+    ValueError
+        The AnnData is backed, and a view or to be copied, which anndata can't do in place.
     """
     if hasattr(data, "tables") and not hasattr(data, "obsm"):
         tables = data.tables
@@ -57,12 +87,17 @@ def resolve_table(data: Any, table_key: str | None = None) -> AnnData:
         if table_key not in names:
             msg = f"The SpatialData has the tables {names}; pass one of them as `table_key`."
             raise KeyError(msg)
-        table: AnnData = tables[table_key]
-        return table
+        data = tables[table_key]
     if not (hasattr(data, "obsm") and hasattr(data, "var_names")):
         msg = f"Expected an AnnData or a SpatialData, found {type(data).__name__}."
         raise TypeError(msg)
     adata: AnnData = data
+    if adata.isbacked and (copy or adata.is_view):
+        msg = (
+            "A backed AnnData can't be copied, nor its view written to, without a new file: use "
+            "adata.to_memory(), or work on the whole backed AnnData with copy=False."
+        )
+        raise ValueError(msg)
     return adata
 
 
@@ -124,7 +159,9 @@ def read_coordinates(adata: AnnData, spatial_key: str = Obsm.SPATIAL) -> NDArray
             f"adata.obsm[{spatial_key!r}], or pass `spatial_key`."
         )
         raise KeyError(msg)
-    values = np.asarray(adata.obsm[spatial_key], dtype=np.float64)
+    stored = adata.obsm[spatial_key]
+    dense = stored.toarray() if hasattr(stored, "toarray") else stored
+    values = np.asarray(dense, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] not in (2, 3):
         msg = (
             f"obsm[{spatial_key!r}] has the shape {values.shape}; expected ({adata.n_obs}, 2), "
@@ -221,13 +258,17 @@ def _factorize(values: NDArray[np.object_]) -> tuple[NDArray[np.int64], list[str
 
 
 def _names_samples(column: object) -> bool:
-    return str(column).lower() in _SAMPLE_COLUMNS
+    letters = "".join(character for character in str(column).lower() if character.isalnum())
+    return letters in _SAMPLE_COLUMNS
 
 
 def _refuse_overlapping_samples(adata: AnnData, coordinates: NDArray[np.float64]) -> None:
     for column in filter(_names_samples, adata.obs.columns):
         codes, names = _factorize(adata.obs[column].astype(str).to_numpy())
-        if 1 < len(names) <= adata.n_obs // 2 and _boxes_overlap(coordinates, codes, len(names)):
+        # With hardly any cells each, or thousands of them, they are no slices.
+        if not 1 < len(names) <= min(adata.n_obs // 2, _MAX_SAMPLES):
+            continue
+        if _boxes_overlap(coordinates, codes, len(names)):
             msg = (
                 f"obs[{column!r}] names {len(names)} samples ({', '.join(names[:3])}, ...) whose "
                 "coordinates overlap: cells of different slices would be taken as neighbours. "

@@ -52,6 +52,10 @@ _NAME_COLUMNS: Final = (
 _VAR_NAMES: Final = "var_names"
 
 
+class NotRawCountsError(ValueError):
+    """A matrix holds something else than raw counts."""
+
+
 @dataclass(frozen=True, eq=False)
 class CountReader:
     """Blocks of rows of a count matrix, read and checked one at a time.
@@ -156,15 +160,6 @@ def gene_names(adata: AnnData) -> tuple[list[Any], list[Any]]:
     best = max(n_ids, key=lambda source: (n_ids[source], source == _VAR_NAMES))
     others = sorted(set(sources) - {best}, key=lambda source: (n_ids[source], source != _VAR_NAMES))
     return sources[best], sources[others[0]] if others else [""] * adata.n_vars
-
-
-def sample_counts(
-    adata: AnnData, rows: NDArray[np.integer], *, layer: str | None = None
-) -> sparse.csr_matrix:
-    """Return the counts of a few rows, checked; arguments and errors as in :func:`read_counts`."""
-    require_cells_and_genes(adata)
-    block = _to_csr(_row_reader(adata, layer)(rows))
-    return _checked(block, adata, layer, int(rows[0]))
 
 
 def require_cells_and_genes(adata: AnnData) -> None:
@@ -272,7 +267,7 @@ def _checked(
             f"{name} does not hold raw counts: {fault} (non-zero entries of cells {start} to "
             f"{start + block.shape[0] - 1}). {_where_counts_are(adata, layer)}"
         )
-        raise ValueError(msg)
+        raise NotRawCountsError(msg)
     if block.dtype.kind != "f":
         return block
     integers = np.rint(block.data)

@@ -26,7 +26,9 @@ if not logger.handlers:
     _handler = _FallbackHandler()
     _handler.setFormatter(logging.Formatter("stofm: %(message)s"))
     logger.addHandler(_handler)
-    logger.setLevel(logging.INFO)
+    if logger.level == logging.NOTSET:
+        # Whoever set a level before this module was imported keeps it.
+        logger.setLevel(logging.INFO)
 
 
 def progress(

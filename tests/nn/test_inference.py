@@ -6,7 +6,7 @@ import torch
 
 from stofm.genes import RankedTokens
 from stofm.nn import embed_slice, encode_cells
-from stofm.nn.inference import _halving, describe_bytes, estimate_memory, padded_length
+from stofm.nn.inference import _halving, describe_bytes, device_memory, host_memory, padded_length
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
@@ -96,30 +96,50 @@ def test_transformer_in_bfloat16_leaves_the_model_in_float32(model, slice_):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_memory_shortage_halves_batches():
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_memory_shortage_halves_batches(error):
     done = []
 
     def run(items):
         if len(items) > 3:
-            raise torch.OutOfMemoryError
+            raise error
         done.extend(items.tolist())
 
     _halving(run, np.arange(13), "batch_size")
     assert done == list(range(13))
 
 
-def test_memory_shortage_with_one_item_says_what_to_lower():
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_memory_shortage_with_one_item_says_what_to_lower(error):
     def run(items):
-        raise torch.OutOfMemoryError
+        raise error
 
     with pytest.raises(MemoryError, match="lower token_budget, or use device='cpu'"):
         _halving(run, np.arange(4), "token_budget")
 
 
-def test_estimate_grows_with_the_work(model):
-    small = estimate_memory(model.se2_transformer, 500, 1, 10_000)
-    assert estimate_memory(model.se2_transformer, 1000, 1, 10_000) > 2 * small
-    assert estimate_memory(model.se2_transformer, 500, 4, 10_000) > 2 * small
+def test_another_error_is_no_memory_shortage():
+    def run(items):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        _halving(run, np.arange(4), "token_budget")
+
+
+def test_estimates_grow_with_the_work(model):
+    small = device_memory(model.se2_transformer, 500, 1)
+    assert device_memory(model.se2_transformer, 1000, 1) > 2 * small
+    assert device_memory(model.se2_transformer, 500, 4) == 4 * small
+    assert host_memory(model.se2_transformer, 2000, 40) == 2 * host_memory(
+        model.se2_transformer, 1000, 40
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,9 +131,33 @@ def test_a_checkpoint_of_a_newer_version_is_refused(saved):
 
 
 def test_a_vocabulary_of_another_model_is_refused(saved, vocabulary):
-    replace(vocabulary, special={"pad": 0, "mask": 1, "cls": 600}).save(saved / "vocabulary.tsv")
-    with pytest.raises(ValueError, match="601 tokens and the cell encoder 70"):
+    other = replace(vocabulary, gene_ids=vocabulary.gene_ids[::-1].copy())
+    other.save(saved / "vocabulary.tsv")
+    with pytest.raises(ValueError, match=f"{other.fingerprint}.*belongs to another model"):
         Stofm.from_pretrained(saved)
+
+
+def test_an_embedded_name_is_never_a_folder_that_happens_to_be_there(tmp_path, monkeypatch):
+    (tmp_path / "stofm-mini").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_module.find_checkpoint("stofm-mini") != tmp_path / "stofm-mini"
+    assert checkpoint_module.find_checkpoint("./stofm-mini").resolve() == tmp_path / "stofm-mini"
+
+
+def test_a_failed_rename_leaves_the_old_checkpoint(model, saved, monkeypatch):
+    before = Stofm.from_pretrained(saved).fingerprint
+    rename = Path.rename
+
+    def fail(self, target):
+        if Path(target) == saved and "-old" not in self.name:
+            raise OSError("busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="busy"):
+        model.save_pretrained(saved, overwrite=True)
+    monkeypatch.undo()
+    assert Stofm.from_pretrained(saved).fingerprint == before
 
 
 def test_a_name_that_is_nothing_is_refused():

@@ -59,3 +59,8 @@ def test_chunks_of_cells_like_all_at_once(tokenized, model):
     del part.obsm[Obsm.X_CELL]
     st.tl.encode_cells(part, model, show_progress_bar=False)
     np.testing.assert_array_equal(part.obsm[Obsm.X_CELL], tokenized.obsm[Obsm.X_CELL][rows])
+
+
+def test_a_budget_of_nothing_is_refused(tokenized, model):
+    with pytest.raises(ValueError, match="token_budget must be 'auto' or at least 1, found -1"):
+        st.tl.encode_cells(tokenized, model, token_budget=-1)

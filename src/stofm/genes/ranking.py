@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,6 +109,19 @@ class RankedTokens:
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         starts = np.repeat(self.offsets[:-1][rows], lengths)
         return RankedTokens(tokens=self.tokens[starts + within], offsets=offsets)
+
+    def equals(self, other: RankedTokens) -> bool:
+        """Whether all cells have the same tokens in the same order."""
+        return np.array_equal(self.offsets, other.offsets) and np.array_equal(
+            self.tokens, other.tokens
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all cells' tokens."""
+        hashed = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=8)
+        hashed.update(np.ascontiguousarray(self.tokens).data)
+        return hashed.hexdigest()
 
     @classmethod
     def concatenate(cls, parts: Sequence[RankedTokens]) -> RankedTokens:

@@ -44,11 +44,15 @@ def biased_attention(
     -------
     Values of real nodes are right; those of padding are arbitrary.
     """
+    if queries.device.type == "mps":
+        # Its fused kernel wants values as wide as the queries, which grow from layer to layer.
+        weights = torch.softmax(queries @ keys.transpose(-1, -2) + bias, dim=-1)
+        return torch.nn.functional.dropout(weights, dropout) @ values
     if queries.device.type != "cpu":
         return torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
         )
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or dropout > 0:
         attended: Tensor = _HeadwiseAttention.apply(  # type: ignore[no-untyped-call]
             queries, keys, values, bias, n_real, dropout
         )

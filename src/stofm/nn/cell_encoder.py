@@ -95,7 +95,7 @@ class CellEncoder(nn.Module):
         projected = _linear(
             first.to(self.projection.weight.dtype), (self.projection.weight, self.projection.bias)
         )
-        return F.normalize(projected, dim=-1, eps=0.0)
+        return F.normalize(projected, dim=-1)
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""

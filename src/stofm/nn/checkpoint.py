@@ -45,10 +45,11 @@ def find_checkpoint(
     FileNotFoundError
         There is no such folder, and `name` can't be found on the hub.
     """
+    if isinstance(name, str) and name in EMBEDDED:
+        # A folder of that name is meant by "./stofm-mini" or by a Path.
+        return Path(str(resources.files("stofm") / "weights" / name))
     if Path(name).is_dir():
         return Path(name)
-    if str(name) in EMBEDDED:
-        return Path(str(resources.files("stofm") / "weights" / str(name)))
     if not _looks_like_hub_id(str(name)):
         msg = (
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
@@ -81,8 +82,8 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
 
-def read_config(folder: Path) -> StofmConfig:
-    """Read a checkpoint's config.
+def read_config(folder: Path) -> tuple[StofmConfig, str]:
+    """Read a checkpoint's config and the fingerprint of the vocabulary that it was made with.
 
     Raises
     ------
@@ -103,7 +104,8 @@ def read_config(folder: Path) -> StofmConfig:
     except json.JSONDecodeError as error:
         msg = f"{folder / CONFIG} is damaged ({error}); get the checkpoint again."
         raise ValueError(msg) from error
-    return StofmConfig.from_dict(entries)
+    vocabulary = str(entries.pop("vocabulary", ""))
+    return StofmConfig.from_dict(entries), vocabulary
 
 
 def write_atomically(folder: Path, fill: Callable[[Path], None], *, overwrite: bool) -> None:
@@ -127,12 +129,23 @@ def write_atomically(folder: Path, fill: Callable[[Path], None], *, overwrite: b
     try:
         fill(temporary)
         temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        replace_path(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_path(new: Path, old: Path) -> None:
+    """Put a file or folder in the place of another, which comes back if that fails."""
+    aside = new.with_name(new.name + "-old")
+    if old.exists():
+        old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        if aside.exists():
+            aside.rename(old)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink(missing_ok=True)

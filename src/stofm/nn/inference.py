@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,13 +79,15 @@ def encode_cells(
     ------
     MemoryError
         The device has no room for a single cell.
+    FloatingPointError
+        The device gave NaN or infinite numbers.
     """
     n_cells = len(ranked.n_tokens)
     limit = encoder.config.max_positions
     lengths = np.minimum(padded_length(np.minimum(ranked.n_tokens + 1, limit)), limit)
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
     result = np.empty((n_cells, encoder.config.d_cell), dtype=np.float32)
-    encoder = encoder.to(device).eval()
+    encoder.to(device)
 
     def run(cells: NDArray[np.int64]) -> None:
         batch = TokenBatch.from_ranked(
@@ -96,7 +99,7 @@ def encode_cells(
         )
         result[cells] = encoder.embed(batch.to(device), weights).float().cpu().numpy()
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _evaluating(encoder):
         weights = encoder.lay_out(dtype)
         batches = list(_token_batches(lengths, budget))
         shown = progress(
@@ -108,6 +111,7 @@ def encode_cells(
         )
         for cells in shown:
             _halving(run, cells, "token_budget")
+    _refuse_not_finite(result, device, dtype)
     return result
 
 
@@ -161,6 +165,8 @@ def embed_slice(
     ------
     MemoryError
         The device has no room for a single sub-slice.
+    FloatingPointError
+        The device gave NaN or infinite numbers.
     """
     at_once = batch_size or SUBSLICES_AT_ONCE.get(device.type, 1)
     parts = rows_by_subslice(layout)
@@ -179,17 +185,42 @@ def embed_slice(
         if on_done is not None:
             on_done(len(numbers))
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _evaluating(transformer):
         for start in range(0, len(order), at_once):
-            _halving(run, order[start : start + at_once], "batch_size (and the model's n_cells)")
+            _halving(run, order[start : start + at_once], "n_cells of the sub-slice rules")
+    _refuse_not_finite(result, device, dtype)
     return result
+
+
+def _refuse_not_finite(
+    result: NDArray[np.float32], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Stop rather than hand on NaN, which some devices give where the CPU does not."""
+    if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
+        msg = (
+            f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
+            f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "
+            "does not help, the model's weights are not finite."
+        )
+        raise FloatingPointError(msg)
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off, and leave the module in the mode that it was found in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _placed(
     transformer: SE2Transformer, device: torch.device, dtype: torch.dtype
 ) -> SE2Transformer:
     """Put the transformer on a device; in another precision as a copy, so that no bit is lost."""
-    transformer = transformer.to(device).eval()
+    transformer = transformer.to(device)
     if next(transformer.parameters()).dtype != dtype:
         transformer = copy.deepcopy(transformer)
         for name, part in transformer.named_children():
@@ -206,26 +237,37 @@ def _halving(
     pending: list[NDArray[np.int64]] = [items]
     while pending:
         part = pending.pop()
-        try:
-            run(part)
-        except torch.OutOfMemoryError as error:
-            if len(part) == 1:
-                msg = (
-                    "The device ran out of memory on the smallest possible batch; lower "
-                    f"{option}, or use device='cpu'."
-                )
-                raise MemoryError(msg) from error
-            logger.warning("Out of device memory with a batch of %d; halving it.", len(part))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            middle = len(part) // 2
-            pending += [part[middle:], part[:middle]]
+        if _fits(run, part):
+            continue
+        if len(part) == 1:
+            msg = (
+                "The device ran out of memory on the smallest possible batch; lower "
+                f"{option}, or use device='cpu'."
+            )
+            raise MemoryError(msg)
+        logger.warning("Out of device memory with a batch of %d; halving it.", len(part))
+        # After the failed attempt has let go of its tensors.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(part) // 2
+        pending += [part[middle:], part[:middle]]
 
 
-def estimate_memory(
-    transformer: SE2Transformer, n_nodes: int, batch_size: int, n_cells: int
-) -> int:
-    """Estimate the bytes that embedding takes beyond its input.
+def _fits(run: Callable[[NDArray[np.int64]], None], part: NDArray[np.int64]) -> bool:
+    try:
+        run(part)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
+        text = str(error)
+        lacks_memory = "out of memory" in text or "can't allocate memory" in text
+        if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        return False
+    return True
+
+
+def device_memory(transformer: SE2Transformer, n_nodes: int, batch_size: int) -> int:
+    """Estimate the bytes that embedding a batch of sub-slices takes on the device.
 
     Parameters
     ----------
@@ -235,17 +277,33 @@ def estimate_memory(
         Nodes of the largest sub-slice.
     batch_size
         Sub-slices at a time.
-    n_cells
-        Cells of all slices together.
     """
     config = transformer.config
-    one_matrix = 4 * n_nodes**2
-    dense = batch_size * one_matrix * (config.n_heads + 3)
-    listed = batch_size * n_nodes * 100 * 4 * (3 * config.n_kernels + 2 * config.n_heads)
-    hidden = (
-        batch_size * n_nodes * 4 * (4 * config.d_inner + config.d_model * (config.n_layers * 3 + 8))
-    )
-    return dense + listed + hidden + 4 * n_cells * (config.d_cell + config.d_model)
+    dense = 4 * n_nodes**2 * (config.n_heads + 3)
+    listed = n_nodes * 100 * 4 * (3 * config.n_kernels + 2 * config.n_heads)
+    hidden = n_nodes * 4 * (4 * config.d_inner + config.d_model * (config.n_layers * 3 + 8))
+    return batch_size * (dense + listed + hidden)
+
+
+#: Bytes a cell beside its embeddings and tokens: neighbour graph, clustering, coordinates.
+_GRAPH_BYTES = 1500
+
+
+def host_memory(transformer: SE2Transformer, n_cells: int, max_tokens: int) -> int:
+    """Estimate the bytes that embedding `n_cells` cells takes in main memory beyond its input.
+
+    Parameters
+    ----------
+    transformer
+        The SE(2) Transformer.
+    n_cells
+        Cells of all slices together.
+    max_tokens
+        Largest number of tokens of a cell; half of it is taken for the usual number.
+    """
+    config = transformer.config
+    embeddings = 4 * (3 * config.d_cell + 2 * config.d_model)
+    return n_cells * (embeddings + 6 * max_tokens + _GRAPH_BYTES)
 
 
 def describe_bytes(n_bytes: int) -> str:

@@ -44,7 +44,7 @@ class GaussianDistanceBias(nn.Module):
     def forward(self, distances: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs heads"]:
         """Evaluate the bias of each distance."""
         width = self.widths.abs() + 1e-5
-        x = self.scale * distances[:, None] + self.shift
+        x = self.scale * distances.to(self.means.dtype)[:, None] + self.shift
         # exp(-z^2 / 2) / (sqrt(2 pi) width), with the factor moved into the small vectors.
         z = (x - self.means) * (math.sqrt(0.5) / width)
         density = z.square_().neg_().exp_() if not torch.is_grad_enabled() else (-z * z).exp()
@@ -73,8 +73,8 @@ class _ScatterPairs(torch.autograd.Function):
         by_head = values.T.contiguous()
         for b, (start, stop) in enumerate(pairs.ranges):
             own = by_head[:, start:stop]
-            flat[b].index_copy_(1, pairs.forward[start:stop], own)
-            flat[b].index_copy_(1, pairs.mirrored[start:stop], own)
+            for places in (pairs.forward[start:stop], pairs.mirrored[start:stop]):
+                flat[b].scatter_(1, places.expand(n_heads, -1), own)
             dense[b, :, :, pairs.n_real[b] :] = 0.0
             dense[b, :, pairs.n_real[b] :, :] = 0.0
         return dense

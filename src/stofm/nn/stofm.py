@@ -65,7 +65,6 @@ class Stofm(nn.Module):
             torch.manual_seed(seed)
             self.cell_encoder = CellEncoder(config.cell_encoder)
             self.se2_transformer = SE2Transformer(config.se2_transformer)
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
 
     @property
     def name(self) -> str:
@@ -80,17 +79,12 @@ class Stofm(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any weight, token or rule of the model."""
-        # Tensors count their in-place changes, so weights are hashed again only after one.
-        versions = tuple(p._version for p in self.parameters())
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            rules = self.config.to_dict()
-            for label in ("name", "provenance", "stofm_version", "trained"):
-                rules.pop(label)
-            described = json.dumps(rules, sort_keys=True) + self.vocabulary.fingerprint
-            weights = _digest(self.state_dict())
-            digest = hashlib.sha256((described + weights).encode()).hexdigest()[:16]
-            self._fingerprint = (versions, digest)
-        return self._fingerprint[1]
+        rules = self.config.to_dict()
+        for label in ("name", "provenance", "stofm_version", "trained"):
+            rules.pop(label)
+        described = json.dumps(rules, sort_keys=True) + self.vocabulary.fingerprint
+        weights = _digest(self.state_dict())
+        return hashlib.sha256((described + weights).encode()).hexdigest()[:16]
 
     def warn_if_untrained(self) -> None:
         """Say loudly that the weights are random, if they are."""
@@ -145,8 +139,15 @@ class Stofm(nn.Module):
             local_files_only=local_files_only,
             token=token,
         )
-        config = checkpoint.read_config(folder)
+        config, made_with = checkpoint.read_config(folder)
         vocabulary = GeneVocabulary.from_tsv(folder / checkpoint.VOCABULARY)
+        if vocabulary.fingerprint != made_with:
+            msg = (
+                f"{folder / checkpoint.VOCABULARY} has the fingerprint {vocabulary.fingerprint}, "
+                f"and the checkpoint was made with {made_with or '(none recorded)'}: it belongs to "
+                "another model. Get the checkpoint again."
+            )
+            raise ValueError(msg)
         weights = read_weights(folder, checkpoint.WEIGHTS.removesuffix(".safetensors"))
         model = cls(config, vocabulary)
         single = {name: value.float() for name, value in weights.items()}
@@ -232,8 +233,8 @@ class Stofm(nn.Module):
         from safetensors.torch import save_file
 
         config = replace(self.config, stofm_version=__version__)
-        entries = json.dumps(config.to_dict(), indent=2) + "\n"
-        (folder / checkpoint.CONFIG).write_text(entries)
+        entries = config.to_dict() | {"vocabulary": self.vocabulary.fingerprint}
+        (folder / checkpoint.CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         weights = {
             name: value.detach().to("cpu", dtype or value.dtype).contiguous()
             for name, value in self.state_dict().items()
@@ -301,5 +302,5 @@ def _digest(state: dict[str, Tensor] | dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,14 @@ class MappedGenes:
         ``fallback``).
     vocabulary
         Fingerprint of the vocabulary.
+    names
+        Fingerprint of the names that the genes were found by.
     """
 
     mapping: GeneMapping
     params: Mapping[str, str]
     vocabulary: str
+    names: str
 
 
 def map_genes(
@@ -102,7 +106,7 @@ def map_genes(
     KeyError
         `gene_key` is no column of `adata.var`, or `table_key` no table.
     """
-    table = resolve_table(adata, table_key)
+    table = resolve_table(adata, table_key, copy=copy)
     require_cells_and_genes(table)
     target = table.copy() if copy else table
     genes = compute_gene_mapping(
@@ -173,7 +177,8 @@ def compute_gene_mapping(
         "source": best,
         "fallback": second,
     }
-    return MappedGenes(mapping, params, vocabulary.fingerprint)
+    fingerprint = names_fingerprint(adata, gene_key)
+    return MappedGenes(mapping, params, vocabulary.fingerprint, fingerprint)
 
 
 def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
@@ -181,7 +186,7 @@ def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
     adata.var[Var.GENE] = np.asarray(genes.mapping.gene_id, dtype=object)
     adata.var[Var.TOKEN_ID] = genes.mapping.token_id
     for key in (Var.GENE, Var.TOKEN_ID):
-        write_record(adata, key, genes.params, vocabulary=genes.vocabulary)
+        write_record(adata, key, genes.params, vocabulary=genes.vocabulary, names=genes.names)
 
 
 def _candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[Any]]:
@@ -192,6 +197,14 @@ def _candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[Any
         msg = f"adata.var has no column {gene_key!r}; it has {columns}."
         raise KeyError(msg)
     return {gene_key: list(np.asarray(adata.var[gene_key]))}
+
+
+def names_fingerprint(adata: AnnData, gene_key: str | None) -> str:
+    """Return 16 hexadecimal digits over all names that a mapping could be made from."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for source, names in _candidate_names(adata, gene_key).items():
+        hashed.update("\n".join([source, *map(str, names)]).encode())
+    return hashed.hexdigest()
 
 
 def _describe_orthologs(orthologs: Mapping[str, str] | str | PathLike[str] | None) -> str:

@@ -130,7 +130,7 @@ def subslice(
     >>> adata.obs["stofm_subslice"].nunique()
     3
     """
-    table = resolve_table(adata, table_key)
+    table = resolve_table(adata, table_key, copy=copy)
     chosen: dict[str, Any] = {
         "n_cells": n_cells,
         "leiden_resolution": leiden_resolution,
@@ -290,7 +290,10 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
     ):
         categories = [str(k) for k in range(n)]
         adata.obs[key] = pd.Categorical.from_codes(codes, categories=categories)
-    write_record(adata, Uns.SUBSLICE, result.params, input=result.digest)
+    for key in (Obsm.COORDINATES, Obs.SUBSLICE, Obs.VIRTUAL_CELL):
+        write_record(adata, key, result.params, input=result.digest)
+    output = _output_digest(result.layouts)
+    write_record(adata, Uns.SUBSLICE, result.params, input=result.digest, output=output)
     adata.uns[Uns.STOFM][Uns.SUBSLICE] |= {
         "coordinates": np.vstack([y.virtual.coordinates for y in result.layouts]),
         "features": np.vstack([y.virtual.features for y in result.layouts]),
@@ -331,20 +334,47 @@ def _read_layouts(
     """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
     if not {Obs.SUBSLICE, Obs.VIRTUAL_CELL} <= set(adata.obs) or Obsm.COORDINATES not in adata.obsm:
         return None
-    codes = [adata.obs[key].astype(int).to_numpy() for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)]
-    layouts = []
-    for rows in places.slices.rows:
-        subslice_codes, virtual_codes = (c[rows] for c in codes)
-        used = np.unique(virtual_codes)
-        layouts.append(
-            SliceLayout(
-                coordinates=np.asarray(adata.obsm[Obsm.COORDINATES])[rows],
-                subslice=subslice_codes - subslice_codes.min(),
-                virtual_cell=np.searchsorted(used, virtual_codes),
-                virtual=VirtualCells(
-                    coordinates=np.asarray(record["coordinates"])[used],
-                    features=np.asarray(record["features"])[used],
-                ),
-            )
-        )
-    return layouts
+    codes = [_numbers(adata.obs[key]) for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)]
+    features, positions = (np.asarray(record.get(name)) for name in ("features", "coordinates"))
+    if any(c is None or c.max(initial=0) >= len(positions) for c in codes[1:]) or codes[0] is None:
+        return None
+    layouts = [
+        _slice_layout(rows, np.asarray(adata.obsm[Obsm.COORDINATES]), codes, positions, features)
+        for rows in places.slices.rows
+    ]
+    return layouts if _output_digest(layouts) == record.get("output") else None
+
+
+def _numbers(column: Any) -> NDArray[np.int64] | None:
+    """Numbers that categories such as "12" stand for; None if one is something else."""
+    import pandas as pd
+
+    numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=float)
+    return numbers.astype(np.int64) if (numbers >= 0).all() else None
+
+
+def _slice_layout(
+    rows: NDArray[np.int64],
+    coordinates: NDArray[np.float64],
+    codes: Any,
+    positions: NDArray[np.float64],
+    features: NDArray[np.float32],
+) -> SliceLayout:
+    subslices, virtual = (c[rows] for c in codes)
+    used = np.unique(virtual)
+    return SliceLayout(
+        coordinates=coordinates[rows],
+        subslice=subslices - subslices.min(),
+        virtual_cell=np.searchsorted(used, virtual),
+        virtual=VirtualCells(coordinates=positions[used], features=features[used]),
+    )
+
+
+def _output_digest(layouts: list[SliceLayout]) -> str:
+    """Hash the layouts themselves, so that an edited one is not taken for ours."""
+    digest = hashlib.blake2b(digest_size=8)
+    for layout in layouts:
+        parts = (layout.coordinates, layout.subslice, layout.virtual_cell)
+        for part in (*parts, layout.virtual.coordinates, layout.virtual.features):
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()

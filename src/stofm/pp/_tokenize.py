@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from stofm._anndata import read_record, resolve_table, same_params, write_record
-from stofm._counts import read_counts, require_cells_and_genes, sample_counts
+from stofm._counts import NotRawCountsError, read_counts, require_cells_and_genes
 from stofm._keys import Obs, Obsm, Var
 from stofm._logging import counter, logger
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._map_genes import (
     MappedGenes,
     compute_gene_mapping,
+    names_fingerprint,
     vocabulary_of,
     write_gene_mapping,
 )
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
-_CHECKED_ROWS: Final = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +147,7 @@ def tokenize(
     KeyError
         There is no such layer, column or table.
     """
-    table = resolve_table(adata, table_key)
+    table = resolve_table(adata, table_key, copy=copy)
     target = table.copy() if copy else table
     columns = find_columns(
         target,
@@ -174,15 +174,26 @@ def tokens_or_stored(
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     show_progress_bar: bool = True,
 ) -> Tokens:
-    """Take the tokens stored in the AnnData if they still fit, else make them; writes nothing."""
+    """Make tokens, or take those stored if the counts are no longer raw; writes nothing.
+
+    Ranking costs little beside what follows, so the counts are always read again: no change of
+    them goes unnoticed. Counts that were normalised since can't be ranked; the stored tokens,
+    made from the raw counts, then hold.
+    """
     columns = find_columns(
         adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
     )
     params = _params(model, layer, None, "sum")
     stored = _stored_tokens(adata, columns, params)
-    if stored is not None:
+    try:
+        tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+    except NotRawCountsError:
+        if stored is None:
+            raise
+        logger.info("The counts are no longer raw: the stored tokens are used.")
         return Tokens(stored, columns, params, is_new=False)
-    return compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+    same = stored is not None and columns.genes is None and tokens.ranked.equals(stored)
+    return replace(tokens, is_new=not same)
 
 
 def find_columns(
@@ -286,6 +297,8 @@ def _existing_mapping(
     asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
     if not asked or record.get("vocabulary") != vocabulary.fingerprint:
         return None
+    if record.get("names") != names_fingerprint(adata, made.get("gene_key") or None):
+        return None
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
     expected = np.where(index >= 0, vocabulary.tokens[index], -1)
@@ -296,11 +309,7 @@ def _existing_mapping(
 def _stored_tokens(
     adata: AnnData, columns: Columns, params: Mapping[str, Any]
 ) -> RankedTokens | None:
-    """Return the stored tokens if their record fits and a few cells, ranked again, agree.
-
-    Counts that were normalised since cannot be ranked again; the tokens, made from the raw
-    counts, then hold.
-    """
+    """Return the stored tokens if they were made with these columns and parameters."""
     record = read_record(adata, Obsm.TOKENS)
     if record is None or Obsm.TOKENS not in adata.obsm:
         return None
@@ -309,18 +318,7 @@ def _stored_tokens(
         and record.get("vocabulary") == columns.vocabulary
         and record.get("columns") == columns.fingerprint
     )
-    if not fits:
-        return None
-    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
-    rows = np.unique(np.linspace(0, adata.n_obs - 1, _CHECKED_ROWS).astype(np.int64))
-    try:
-        counts = sample_counts(adata, rows, layer=params["layer"] or None)
-    except ValueError:
-        logger.info("The counts are no longer raw: the stored tokens are used.")
-        return stored
-    again = _rank(counts, columns, params)
-    same = np.array_equal(again.tokens, stored.take(rows).tokens)
-    return stored if same and np.array_equal(again.n_tokens, stored.n_tokens[rows]) else None
+    return RankedTokens.from_csr(adata.obsm[Obsm.TOKENS]) if fits else None
 
 
 def _warn_of_empty_cells(ranked: RankedTokens) -> None:

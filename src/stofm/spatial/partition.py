@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+#: A slice this much narrower than long is a line, whose tiles would be without number.
+_LINE = 1e-9
+
+
 def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
     """Cut a slice by medians along the longer side, into parts of nearly equal size.
 
@@ -85,7 +89,7 @@ def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[
     low = coordinates.min(axis=0)
     width, height = coordinates.max(axis=0) - low
     n_tiles = n // n_cells + 1
-    if width * height > 0:
+    if min(width, height) > _LINE * max(width, height):
         side = float(np.sqrt(width * height / n_tiles))
     else:
         side = float(max(width, height)) / n_tiles or 1.0

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from stofm._anndata import resolve_table, write_record
-from stofm._keys import Obsm
+from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.device import free_memory
-from stofm.nn.inference import SUBSLICES_AT_ONCE, describe_bytes, estimate_memory
+from stofm.nn.inference import SUBSLICES_AT_ONCE, describe_bytes, device_memory, host_memory
 from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,
@@ -25,6 +26,8 @@ from stofm.pp._subslice import (
 from stofm.pp._tokenize import Tokens, tokens_or_stored, write_tokens
 from stofm.tl._encode_cells import (
     CellEmbedding,
+    cell_record,
+    checked_budget,
     load_model,
     stored_cell_embedding,
     write_cell_embedding,
@@ -33,7 +36,6 @@ from stofm.tl._encode_cells import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -103,7 +105,7 @@ def embed(
     seed
         Seed of the clustering that gives the virtual cells.
     key_added
-        Entry of ``adata.obsm`` to write.
+        Entry of ``adata.obsm`` to write; none that is read, and none of stofm's other keys.
     table_key
         Table of a SpatialData.
     show_progress_bar
@@ -149,7 +151,8 @@ def embed(
     (500, 128)
     """
     started = time.perf_counter()
-    table = resolve_table(adata, table_key)
+    table = resolve_table(adata, table_key, copy=copy)
+    _refuse_reserved(key_added, spatial_key, cell_rep)
     model = load_model(model)
     model.warn_if_untrained()
     rules = subslice or model.config.subslice
@@ -157,7 +160,7 @@ def embed(
     run = _Run.choose(
         model, device, dtype, batch_size, token_budget, show_progress_bar=show_progress_bar
     )
-    run.refuse_if_too_large(rules, table.n_obs)
+    run = run.fitted(rules, table.n_obs)
 
     tokens: Tokens | None = None
     if cell_rep is None:
@@ -169,18 +172,39 @@ def embed(
     use_rep = cell_rep or Obsm.X_CELL
     layouts = lay_out_or_reuse(table, cells.features, places, rules, use_rep=use_rep, seed=seed)
     embedding = run.embed_slices(layouts, cells.features, rules)
+    record = run.record(layouts, rules)
 
+    # Nothing is written before this line, and from here on nothing is computed.
     target = table.copy() if copy else table
     if tokens is not None and tokens.is_new:
         write_tokens(target, tokens)
-    if cells.is_new:
-        write_cell_embedding(target, cells, model)
+    write_cell_embedding(target, cells)
     if layouts.is_new:
         write_layouts(target, layouts)
     target.obsm[key_added] = embedding
-    run.write_record(target, key_added, layouts, rules)
+    write_record(target, key_added, record.params, **record.fingerprints)
     _log_summary(table.n_obs, key_added, layouts, time.perf_counter() - started)
     return target if copy else None
+
+
+def _refuse_reserved(key_added: str, spatial_key: str, cell_rep: str | None) -> None:
+    """Refuse a key whose entry or record is read, or means something else."""
+    own = (Obsm.TOKENS, Obsm.X_CELL, Obsm.COORDINATES, Uns.SUBSLICE, Var.GENE, Var.TOKEN_ID)
+    counted = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL)
+    if key_added in {*own, *counted, spatial_key, cell_rep}:
+        msg = (
+            f"key_added={key_added!r} would replace something that is read or that means something "
+            f"else; choose another name, such as {Obsm.X!r} or 'X_mine'."
+        )
+        raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is recorded of an embedding."""
+
+    params: dict[str, Any]
+    fingerprints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -191,6 +215,7 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
     batch_size: int
+    batch_is_fixed: bool
     token_budget: int | None
     show_progress_bar: bool
 
@@ -205,44 +230,52 @@ class _Run:
         *,
         show_progress_bar: bool,
     ) -> _Run:
-        for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
-            if value != "auto" and value < 1:
-                msg = f"{name} must be 'auto' or at least 1, found {value}."
-                raise ValueError(msg)
+        at_once = checked_budget("batch_size", batch_size)
+        budget = checked_budget("token_budget", token_budget)
         place = choose_device(device)
         return cls(
             model=model,
             device=place,
             dtype=choose_dtype(dtype, place),
-            batch_size=SUBSLICES_AT_ONCE.get(place.type, 1) if batch_size == "auto" else batch_size,
-            token_budget=None if token_budget == "auto" else token_budget,
+            batch_size=at_once or SUBSLICES_AT_ONCE.get(place.type, 1),
+            batch_is_fixed=at_once is not None,
+            token_budget=budget,
             show_progress_bar=show_progress_bar,
         )
 
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def refuse_if_too_large(self, rules: SubSliceConfig, n_obs: int) -> None:
-        """Raise MemoryError before work that would not fit."""
+    def fitted(self, rules: SubSliceConfig, n_obs: int) -> _Run:
+        """Fit an automatic batch to the device; raise MemoryError before work that can't fit."""
         # A sub-slice of the reference partition may hold twice as many cells.
         largest = min(n_obs, rules.n_cells * (2 if rules.partition == "reference" else 1))
         n_nodes = 1 + (rules.max_virtual_cells or 200) + largest
-        needed = estimate_memory(self.model.se2_transformer, n_nodes, self.batch_size, n_obs)
         free = free_memory(self.device)
-        if needed > free:
-            msg = (
-                f"Embedding {n_obs} cells takes about {describe_bytes(needed)} on {self.device}, "
-                f"and {describe_bytes(free)} are free. Lower batch_size (now {self.batch_size}), "
-                f"or pass subslice= with fewer n_cells (now {rules.n_cells})."
-            )
-            raise MemoryError(msg)
+        transformer = self.model.se2_transformer
+        batch_size = self.batch_size
+        if not self.batch_is_fixed:
+            while batch_size > 1 and device_memory(transformer, n_nodes, batch_size) > free:
+                batch_size //= 2
+        needed = {self.device.type: device_memory(transformer, n_nodes, batch_size)}
+        host = host_memory(transformer, n_obs, self.model.config.max_tokens)
+        needed["cpu"] = needed.get("cpu", 0) + host
+        available = {self.device.type: free, "cpu": free_memory(torch.device("cpu"))}
+        for place, n_bytes in needed.items():
+            if n_bytes > available[place]:
+                msg = (
+                    f"Embedding {n_obs} cells takes about {describe_bytes(n_bytes)} on {place}, "
+                    f"and {describe_bytes(available[place])} are free. Lower batch_size (now "
+                    f"{batch_size}), pass subslice= with fewer n_cells (now {rules.n_cells}), or "
+                    "embed slice by slice."
+                )
+                raise MemoryError(msg)
+        return replace(self, batch_size=batch_size)
 
     def embed_cells(self, adata: AnnData, ranked: RankedTokens) -> CellEmbedding:
         """Take the stored cell embeddings if they fit the tokens, else compute them."""
-        stored = stored_cell_embedding(adata, self.model, ranked, self.dtype)
+        record = cell_record(self.model, ranked, self.dtype)
+        d_cell = self.model.config.cell_encoder.d_cell
+        stored = stored_cell_embedding(adata, record, d_cell)
         if stored is not None:
-            return CellEmbedding(stored, self.dtype, is_new=False)
+            return CellEmbedding(stored, None)
         features = encode_ranked(
             self.model.cell_encoder,
             ranked,
@@ -252,7 +285,7 @@ class _Run:
             token_budget=self.token_budget,
             show_progress_bar=self.show_progress_bar,
         )
-        return CellEmbedding(features, self.dtype)
+        return CellEmbedding(features, record)
 
     def take_cells(self, adata: AnnData, cell_rep: str) -> CellEmbedding:
         """Take the features that the user gives in place of the cell encoder's."""
@@ -264,7 +297,7 @@ class _Run:
                 f"takes cell features of {expected}."
             )
             raise ValueError(msg)
-        return CellEmbedding(features, None, is_new=False)
+        return CellEmbedding(features, None)
 
     def embed_slices(
         self, layouts: Layouts, features: NDArray[np.float32], rules: SubSliceConfig
@@ -290,38 +323,23 @@ class _Run:
                     batch_size=self.batch_size,
                     on_done=advance,
                 )
-        self._refuse_not_finite(embedding)
         return embedding
 
-    def _refuse_not_finite(self, embedding: NDArray[np.float32]) -> None:
-        """Stop rather than write NaN, which some devices give where the CPU does not."""
-        if n_bad := int((~np.isfinite(embedding)).any(axis=1).sum()):
-            msg = (
-                f"The embedding of {n_bad} of {len(embedding)} cells is not finite on "
-                f"{self.device} in {self.precision}; nothing was written. Try dtype='float32' or "
-                "device='cpu'."
-            )
-            raise FloatingPointError(msg)
-
-    def write_record(
-        self, adata: AnnData, key: str, layouts: Layouts, rules: SubSliceConfig
-    ) -> None:
-        """Record how the embedding was made."""
-        write_record(
-            adata,
-            key,
-            {
-                "use_rep": layouts.params["use_rep"],
-                "spatial_key": layouts.params["spatial_key"],
-                "library_key": layouts.params["library_key"],
-                "dtype": self.precision,
+    def record(self, layouts: Layouts, rules: SubSliceConfig) -> _Record:
+        """Return how the embedding was made."""
+        return _Record(
+            params={
+                **layouts.params,
+                "dtype": str(self.dtype).removeprefix("torch."),
                 "n_neighbors": rules.n_neighbors,
                 "neighbors_among": rules.neighbors_among,
             },
-            model=self.model.name,
-            model_fingerprint=self.model.fingerprint,
-            vocabulary=self.model.vocabulary.fingerprint,
-            subslice=layouts.digest,
+            fingerprints={
+                "model": self.model.name,
+                "model_fingerprint": self.model.fingerprint,
+                "vocabulary": self.model.vocabulary.fingerprint,
+                "subslice": layouts.digest,
+            },
         )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import sparse
 
 from stofm._anndata import read_record, resolve_table, write_record
 from stofm._keys import Obsm
-from stofm._logging import logger
 from stofm.genes import RankedTokens
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-_CHECKED_ROWS = 8
-# Precisions differ by this much between a stored embedding and one computed again.
-_SAME = {"float32": 1e-4, "bfloat16": 0.1}
-
 
 def encode_cells(
     adata: Any,
@@ -32,7 +27,7 @@ def encode_cells(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    token_budget: int | None = None,
+    token_budget: int | Literal["auto"] = "auto",
     table_key: str | None = None,
     show_progress_bar: bool = True,
     copy: bool = False,
@@ -51,7 +46,8 @@ def encode_cells(
     dtype
         ``"auto"`` (bfloat16 on CUDA, float32 elsewhere), ``"float32"`` or ``"bfloat16"``.
     token_budget
-        Tokens computed at a time; fitted to the device by default. Does not change the result.
+        Tokens computed at a time; fitted to the device by default. Does not change the result;
+        halved when the device runs out of memory.
     table_key
         Table of a SpatialData.
     show_progress_bar
@@ -76,6 +72,8 @@ def encode_cells(
         The tokens belong to another vocabulary.
     MemoryError
         The device has no room for a single cell.
+    FloatingPointError
+        The device gave NaN.
 
     References
     ----------
@@ -90,7 +88,7 @@ def encode_cells(
     >>> adata.obsm["X_stofm_cell"].shape
     (500, 128)
     """
-    table = resolve_table(adata, table_key)
+    table = resolve_table(adata, table_key, copy=copy)
     model = load_model(model)
     model.warn_if_untrained()
     ranked = read_tokens(table, model)
@@ -102,11 +100,12 @@ def encode_cells(
         model.vocabulary,
         device=place,
         dtype=precision,
-        token_budget=token_budget,
+        token_budget=checked_budget("token_budget", token_budget),
         show_progress_bar=show_progress_bar,
     )
+    result = CellEmbedding(features, cell_record(model, ranked, precision))
     target = table.copy() if copy else table
-    write_cell_embedding(target, CellEmbedding(features, precision), model)
+    write_cell_embedding(target, result)
     return target if copy else None
 
 
@@ -144,56 +143,61 @@ def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
     return RankedTokens.from_csr(sparse.csr_matrix(adata.obsm[Obsm.TOKENS]))
 
 
+def checked_budget(name: str, value: int | Literal["auto"]) -> int | None:
+    """Return a batch's size, None for ``"auto"``.
+
+    Raises
+    ------
+    ValueError
+        The value is neither ``"auto"`` nor at least 1.
+    """
+    if value == "auto":
+        return None
+    if value < 1:
+        msg = f"{name} must be 'auto' or at least 1, found {value}."
+        raise ValueError(msg)
+    return value
+
+
 @dataclass(frozen=True)
 class CellEmbedding:
-    """Cell embeddings and the precision they were computed in; None if they were not."""
+    """Cell embeddings, with their record if they are to be written."""
 
     features: NDArray[np.float32]
-    dtype: torch.dtype | None
-    is_new: bool = True
+    record: dict[str, str] | None
 
 
-def write_cell_embedding(adata: AnnData, result: CellEmbedding, model: Stofm) -> None:
-    """Write cell embeddings and their record."""
-    adata.obsm[Obsm.X_CELL] = result.features
-    write_record(
-        adata,
-        Obsm.X_CELL,
-        {"dtype": str(result.dtype).removeprefix("torch.")},
-        model=model.name,
-        cell_encoder=model.cell_encoder_fingerprint,
-        vocabulary=model.vocabulary.fingerprint,
-    )
+def cell_record(model: Stofm, ranked: RankedTokens, dtype: torch.dtype) -> dict[str, str]:
+    """Return all that cell embeddings depend on."""
+    return {
+        "model": model.name,
+        "cell_encoder": model.cell_encoder_fingerprint,
+        "vocabulary": model.vocabulary.fingerprint,
+        "tokens": ranked.digest,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def write_cell_embedding(adata: AnnData, result: CellEmbedding) -> None:
+    """Write cell embeddings and their record, if they are new."""
+    if result.record is not None:
+        adata.obsm[Obsm.X_CELL] = result.features
+        dtype = result.record["dtype"]
+        rest = {name: value for name, value in result.record.items() if name != "dtype"}
+        write_record(adata, Obsm.X_CELL, {"dtype": dtype}, **rest)
 
 
 def stored_cell_embedding(
-    adata: AnnData, model: Stofm, ranked: RankedTokens, dtype: torch.dtype
+    adata: AnnData, expected: dict[str, str], d_cell: int
 ) -> NDArray[np.float32] | None:
-    """Return the stored cell embeddings if they still fit the model and the tokens, else None.
-
-    The record must name the same encoder, and a few cells computed again must agree.
-    """
+    """Return the stored cell embeddings if their record is the expected one, else None."""
     record = read_record(adata, Obsm.X_CELL)
     if record is None or Obsm.X_CELL not in adata.obsm:
         return None
-    precision = str(dtype).removeprefix("torch.")
-    fits = (
-        record.get("cell_encoder") == model.cell_encoder_fingerprint
-        and record.get("vocabulary") == model.vocabulary.fingerprint
-        and record.get("params", {}).get("dtype") == precision
-    )
+    found = {**record, "dtype": record.get("params", {}).get("dtype")}
     stored = np.asarray(adata.obsm[Obsm.X_CELL])
-    if not fits or stored.shape != (adata.n_obs, model.config.cell_encoder.d_cell):
-        return None
-    rows = np.unique(np.linspace(0, adata.n_obs - 1, _CHECKED_ROWS).astype(int))
-    again = encode_ranked(
-        model.cell_encoder,
-        ranked.take(rows),
-        model.vocabulary,
-        device=next(model.parameters()).device,
-        dtype=dtype,
-    )
-    if not np.allclose(stored[rows], again, atol=_SAME[precision]):
-        logger.info("obsm[%r] no longer fits the tokens: made again.", Obsm.X_CELL)
+    # A model's name does not change its numbers.
+    fits = all(found.get(name) == value for name, value in expected.items() if name != "model")
+    if not fits or stored.shape != (adata.n_obs, d_cell):
         return None
     return stored.astype(np.float32, copy=False)
