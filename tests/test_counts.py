@@ -210,6 +210,9 @@ def test_gene_names() -> None:
     adata.var["feature_name"] = pd.Categorical(["A", "B"])
     adata.var["gene_ids"] = ["ENSG00000131095", None]
     adata.var["score"] = [0.1, 0.2]
-    assert gene_names(adata) == (["ENSG00000131095", None], ["GFAP", "MBP"])
+    (first, missing), others = gene_names(adata)
+    assert first == "ENSG00000131095"
+    assert pd.isna(missing)
+    assert others == ["GFAP", "MBP"]
     adata.var_names = ["ENSG00000131095", "ENSG00000197971"]
     assert gene_names(adata) == (list(adata.var_names), ["A", "B"])

@@ -165,7 +165,10 @@ def _gene(adata: AnnData, gene: str, layer: str | None) -> NDArray[np.float64]:
     if layer is not None and layer not in adata.layers:
         msg = f"There is no layer {layer!r}.{nearest_names(layer, adata.layers)}"
         raise KeyError(msg)
-    return np.asarray(adata.obs_vector(gene, layer=layer), dtype=np.float64)
+    import scanpy as sc
+
+    values = sc.get.obs_df(adata, keys=[gene], layer=layer)[gene]
+    return values.to_numpy(dtype=np.float64)
 
 
 def _limits(
