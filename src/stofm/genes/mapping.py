@@ -162,7 +162,8 @@ def map_gene_ids(
         Genes to find.
     species
         ``"auto"`` takes names with capitals as in mouse symbols for mouse symbols; ``"mouse"``
-        takes all symbols for them. ``"human"`` looks up neither orthologs nor capitals.
+        takes all symbols for them. ``"human"`` looks up neither orthologs nor
+        capitals; names that the vocabulary itself lists as aliases are found all the same.
     orthologs
         Mouse to human Ensembl ids, see :func:`stofm.genes.read_orthologs`.
     fallback_ids

@@ -74,7 +74,8 @@ def map_genes(
     adata
         Cells x genes, or a SpatialData that holds such a table.
     species
-        ``"auto"`` decides id by id; ``"human"`` or ``"mouse"`` settle it.
+        ``"auto"`` decides id by id; with ``"human"`` or ``"mouse"`` symbols are taken for that
+        species'.
     gene_key
         Column of `adata.var` with the genes' names. None takes ``var_names`` or the column with
         ids or symbols (such as ``ensembl_id``, ``gene_ids``, ``feature_name``), whichever
