@@ -167,8 +167,9 @@ def _gene(adata: AnnData, gene: str, layer: str | None) -> NDArray[np.float64]:
         raise KeyError(msg)
     import scanpy as sc
 
-    values = sc.get.obs_df(adata, keys=[gene], layer=layer)[gene]
-    return values.to_numpy(dtype=np.float64)
+    column = sc.get.obs_df(adata, keys=[gene], layer=layer)[gene]
+    values: NDArray[np.float64] = column.to_numpy(dtype=np.float64)
+    return values
 
 
 def _limits(

@@ -24,15 +24,19 @@ class _ScanpyNumbers:
     """The random numbers that scanpy hands to igraph, from numpy's legacy generator."""
 
     def __init__(self, seed: int) -> None:
-        self._state = np.random.RandomState(seed)
-        self.random = self._state.random_sample
-        self.gauss = self._state.normal
+        state = np.random.RandomState(seed)  # noqa: NPY002 - scanpy's sequence is wanted
+        # Bound once: igraph asks hundreds of thousands of times.
+        self._draw = state.tomaxint
+        self._below = state.randint
+        self.random = state.random_sample
+        self.gauss = state.normal
 
     def getrandbits(self, n_bits: int) -> int:
-        return int(self._state.tomaxint()) & ((1 << n_bits) - 1)
+        bits: int = self._draw() & ((1 << n_bits) - 1)
+        return bits
 
     def randint(self, low: int, high: int) -> int:
-        return int(self._state.randint(low, high + 1))
+        return int(self._below(low, high + 1))
 
 
 @contextmanager
