@@ -24,7 +24,7 @@ class _ScanpyNumbers:
     """The random numbers that scanpy hands to igraph, from numpy's legacy generator."""
 
     def __init__(self, seed: int) -> None:
-        state = np.random.RandomState(seed)  # noqa: NPY002 - scanpy's sequence is wanted
+        state = np.random.RandomState(seed)
         # Bound once: igraph asks hundreds of thousands of times.
         self._draw = state.tomaxint
         self._below = state.randint
