@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Clustering = Literal["canonical", "scanpy"]
 
 _MAX_HALVINGS = 20
+#: Rounds of our own clustering. Until no move improves it takes ever more rounds on large slices;
+#: after ten, modularity is within a few thousandths of that, and time grows with the edges.
+_ROUNDS = 10
+_UNTIL_CONVERGED = -1
 
 
 class _ScanpyNumbers:
@@ -56,7 +60,7 @@ def leiden(
     seed: int = 0,
     clustering: Clustering = "canonical",
 ) -> NDArray[np.int64]:
-    """Cluster a weighted undirected graph by modularity until no move improves it.
+    """Cluster a weighted undirected graph by modularity.
 
     Parameters
     ----------
@@ -67,9 +71,10 @@ def leiden(
     seed
         Seed of the order in which nodes are visited.
     clustering
-        ``"canonical"`` draws from Mersenne Twister and gives igraph each edge once. ``"scanpy"``
-        gives the labels of ``scanpy.tl.leiden(flavor="igraph", n_iterations=-1)``: each edge in
-        both directions, numbers from numpy's legacy generator; two to four times slower.
+        ``"canonical"`` takes ten rounds, draws from Mersenne Twister and gives igraph each edge
+        once. ``"scanpy"`` gives the labels of ``scanpy.tl.leiden(flavor="igraph",
+        n_iterations=-1)``: as many rounds as improve, each edge in both directions, numbers from
+        numpy's legacy generator; two to four times slower, and more on large slices.
 
     Returns
     -------
@@ -83,7 +88,11 @@ def leiden(
     sources, targets = graph.nonzero()
     generator = _ScanpyNumbers(seed) if clustering == "scanpy" else random.Random(seed)
     return _igraph_leiden(
-        (sources, targets, graph.data), weights.shape[0], resolution=resolution, numbers=generator
+        (sources, targets, graph.data),
+        weights.shape[0],
+        resolution=resolution,
+        numbers=generator,
+        n_rounds=_UNTIL_CONVERGED if clustering == "scanpy" else _ROUNDS,
     )
 
 
@@ -93,6 +102,7 @@ def _igraph_leiden(
     *,
     resolution: float,
     numbers: random.Random | _ScanpyNumbers,
+    n_rounds: int = _UNTIL_CONVERGED,
 ) -> NDArray[np.int64]:
     sources, targets, weights = edges
     graph = igraph.Graph(n=n_nodes, edges=np.column_stack([sources, targets]))
@@ -101,7 +111,7 @@ def _igraph_leiden(
             objective_function="modularity",
             weights=weights.tolist(),
             resolution=resolution,
-            n_iterations=-1,
+            n_iterations=n_rounds,
         )
     return np.asarray(found.membership, dtype=np.int64)
 
