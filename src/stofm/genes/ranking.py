@@ -102,14 +102,6 @@ class RankedTokens:
             raise ValueError(msg)
         return cls(tokens=rows.data.astype(np.int32, copy=False), offsets=offsets)
 
-    def take(self, rows: NDArray[np.integer]) -> RankedTokens:
-        """Return the tokens of the cells `rows`, in that order."""
-        lengths = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        starts = np.repeat(self.offsets[:-1][rows], lengths)
-        return RankedTokens(tokens=self.tokens[starts + within], offsets=offsets)
-
     def equals(self, other: RankedTokens) -> bool:
         """Whether all cells have the same tokens in the same order."""
         return np.array_equal(self.offsets, other.offsets) and np.array_equal(
