@@ -36,6 +36,7 @@ class Obsm:
 
     SPATIAL: Final = "spatial"
     TOKENS: Final = "stofm_tokens"
+    TOKEN_VALUES: Final = "stofm_token_values"
     X_CELL: Final = "X_stofm_cell"
     X: Final = "X_stofm"
     COORDINATES: Final = "stofm_spatial"

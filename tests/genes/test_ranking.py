@@ -152,44 +152,86 @@ def test_unusable_arguments(change: dict[str, object], message: str) -> None:
         rank_genes(**(arguments | change))  # type: ignore[arg-type]
 
 
-def test_matrix_of_tokens_and_back(rng: np.random.Generator) -> None:
+def plain_values(counts: np.ndarray, tokens: np.ndarray, medians: np.ndarray) -> list[list[float]]:
+    """Values of each cell in descending order, one column after another."""
+    cells = []
+    for row in counts.astype(float):
+        values: dict[int, float] = {}
+        for count, token, median in zip(row, tokens, medians, strict=True):
+            if token >= 0 and count > 0:
+                value = count / row.sum() * 10_000 / median
+                values[int(token)] = values.get(int(token), 0.0) + value
+        cells.append(sorted(values.values(), reverse=True))
+    return cells
+
+
+@pytest.mark.parametrize("max_tokens", [3, 2048])
+def test_values_are_those_of_a_plain_loop(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    monkeypatch.setattr("stofm.genes.ranking._BLOCK_ENTRIES", 97)
+    counts, tokens, medians = random_case(rng, n_cells=41)
+    matrix = sparse.csr_matrix(counts)
+    ranked = rank_genes(matrix, tokens, medians, max_tokens=max_tokens, values=True)
+    assert ranked.without_values().equals(
+        rank_genes(matrix, tokens, medians, max_tokens=max_tokens)
+    )
+    assert ranked.values is not None
+    assert ranked.values.dtype == np.float32
+    for cell, expected in enumerate(plain_values(counts, tokens, medians)):
+        own = ranked.values[ranked.offsets[cell] : ranked.offsets[cell + 1]]
+        np.testing.assert_allclose(own, expected[:max_tokens], rtol=1e-7)
+
+
+def test_values_of_columns_of_one_gene() -> None:
+    counts = sparse.csr_matrix(np.array([[3, 5, 4, 8]]))  # 20 in all, 8 of them unknown
+    tokens, medians = np.array([7, 2, 7, -1]), np.array([2.0, 1.0, 2.0, np.nan])
+    summed = rank_genes(counts, tokens, medians, values=True)
+    assert summed.tokens.tolist() == [2, 7]
+    assert summed.values is not None
+    assert summed.values.tolist() == [2500, 1750]
+    kept = rank_genes(counts, tokens, medians, duplicates="keep", values=True)
+    assert kept.tokens.tolist() == [2, 7, 7]
+    assert kept.values is not None
+    assert kept.values.tolist() == [2500, 1000, 750]
+
+
+def test_totals_of_columns_that_are_not_there() -> None:
+    counts, medians = sparse.csr_matrix(np.array([[3, 1], [0, 0], [2, 2]])), np.ones(2)
+    given = np.array([40.0, 7.0, 4.0])
+    ranked = rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given)
+    assert ranked.values is not None
+    assert ranked.values.tolist() == [750, 250, 5000, 5000]
+    with pytest.raises(ValueError, match=r"totals\[2\] is 3, and the counts of that cell sum to 4"):
+        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given - 1)
+    with pytest.raises(ValueError, match=r"totals\[0\] is nan"):
+        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given * np.nan)
+    with pytest.raises(ValueError, match=r"3 rows, but totals has shape \(2,\)"):
+        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given[:2])
+
+
+def test_order_of_columns_and_rows_does_not_change_a_bit_of_values(
+    rng: np.random.Generator,
+) -> None:
     counts, tokens, medians = random_case(rng)
-    ranked = rank_genes(sparse.csr_matrix(counts), tokens, medians)
-    matrix = ranked.to_csr(41)
-    assert matrix.shape == (13, 41)
-    assert matrix.dtype == np.int32
-    for row, cell in zip(matrix.toarray(), lists(ranked), strict=True):
-        assert row[: len(cell)].tolist() == cell
-        assert not row[len(cell) :].any()
-    for back in (RankedTokens.from_csr(matrix), RankedTokens.from_csr(matrix.tocsc())):
-        assert lists(back) == lists(ranked)
+    columns, rows = rng.permutation(counts.shape[1]), rng.permutation(len(counts))
+    straight = rank_genes(sparse.csr_matrix(counts), tokens, medians, values=True)
+    shuffled = rank_genes(
+        sparse.csr_matrix(counts[rows][:, columns]), tokens[columns], medians[columns], values=True
+    )
+    assert straight.values is not None
+    assert shuffled.values is not None
+    own = np.split(straight.values, straight.offsets[1:-1])
+    np.testing.assert_array_equal(np.concatenate([own[row] for row in rows]), shuffled.values)
 
 
-def test_matrix_must_be_wide_enough_and_without_gaps() -> None:
-    ranked = RankedTokens(np.arange(2, 7, dtype=np.int32), np.array([0, 5]))
-    with pytest.raises(ValueError, match="A cell has 5 tokens, which do not fit into 3 columns"):
-        ranked.to_csr(3)
-    with pytest.raises(ValueError, match="empty places between tokens"):
-        RankedTokens.from_csr(sparse.csr_matrix(np.array([[3, 0, 4]])))
-    with pytest.raises(ValueError, match="offsets must rise"):
-        RankedTokens(np.arange(3, dtype=np.int32), np.array([0, 2]))
-
-
-def test_concatenate_and_compare(rng: np.random.Generator) -> None:
-    counts, tokens, medians = random_case(rng)
-    whole = rank_genes(sparse.csr_matrix(counts), tokens, medians)
-    parts = [
-        rank_genes(sparse.csr_matrix(counts[start:stop]), tokens, medians)
-        for start, stop in ((0, 5), (5, 5), (5, 13))
-    ]
-    joined = RankedTokens.concatenate(parts)
-    assert lists(joined) == lists(whole)
-    assert joined.equals(whole)
-    assert joined.digest == whole.digest
-    turned = RankedTokens.concatenate(parts[::-1])
-    assert not turned.equals(whole)
-    assert turned.digest != whole.digest
-    assert RankedTokens.concatenate([]).n_cells == 0
+def test_values_of_nothing() -> None:
+    undefined = sparse.csr_matrix(np.array([[1, np.nan], [0, 0]]))
+    for counts in (undefined, sparse.csr_matrix((0, 2))):
+        ranked = rank_genes(counts, np.array([2, 3]), np.ones(2), values=True)
+        assert ranked.values is not None
+        assert ranked.values.tolist() == []
+        assert ranked.n_cells == counts.shape[0]
 
 
 # Golden numbers: tests/golden/README.md, file a.
@@ -245,6 +287,20 @@ def test_golden_tokens() -> None:
     )
     check_cells(ranked, rows, arrays, "tokens_flat", "tokens_offsets")
     assert np.array_equal(ranked.n_tokens, arrays["length"])
+
+
+def test_golden_values() -> None:
+    arrays = np.load(GOLDEN / "a_tokenizer.npz", allow_pickle=False)
+    ranked = rank_genes(
+        golden_counts(arrays)[arrays["cell_row"]],
+        arrays["token_id"],
+        arrays["median"],
+        duplicates="keep",
+        values=True,
+    )
+    assert ranked.values is not None
+    # Float32 arithmetic in the reference.
+    np.testing.assert_allclose(ranked.values, arrays["values_flat"], rtol=1e-6)
 
 
 def test_golden_tokens_behind_cls() -> None:

@@ -71,37 +71,143 @@ def test_gradients_reach_every_weight_that_is_used(golden):
     assert without == []
 
 
-def ranked(lists):
-    offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in lists])])
-    return RankedTokens(np.concatenate(lists).astype(np.int32), offsets.astype(np.int64))
+# Values: an option that the paper does not have.
 
 
-def test_batch_puts_cls_in_front_and_cuts_afterwards():
-    tokens = ranked([[5, 6, 7], [], [8]])
-    batch = TokenBatch.from_ranked(tokens, np.array([2, 0, 1]), cls_token=9, pad_token=0, length=3)
-    assert batch.tokens.tolist() == [[9, 8, 0], [9, 5, 6], [9, 0, 0]]
-    assert batch.is_real.tolist() == [[True, True, False], [True] * 3, [True, False, False]]
+def reading(golden, **options):
+    """The golden encoder's weights in one that reads values, whose own weights are random."""
+    encoder, _, _ = golden
+    torch.manual_seed(0)
+    other = CellEncoder(replace(encoder.config, **options)).eval()
+    missing = other.load_state_dict(encoder.state_dict(), strict=False).missing_keys
+    with torch.no_grad():
+        for name in missing:
+            other.get_parameter(name).normal_(std=0.3)
+    return other
 
 
-def test_batch_like_the_reference_collator():
-    golden = np.load(GOLDEN / "a_tokenizer.npz")
-    tokens = RankedTokens(golden["tokens_flat"], golden["tokens_offsets"])
-    expected = golden["collated_input_ids"]
-    batch = TokenBatch.from_ranked(
-        tokens,
-        np.arange(len(expected)),
-        cls_token=int(golden["special_ids"][2]),
-        pad_token=0,
-        length=expected.shape[1],
+@pytest.fixture(scope="module")
+def batch_with_values(golden):
+    _, batch, arrays = golden
+    rng = np.random.default_rng(1)
+    n_genes = arrays["attention_mask"].sum(axis=1) - 1
+    lists = [row[1 : 1 + n] for row, n in zip(arrays["input_ids"], n_genes, strict=True)]
+    longest = n_genes.argmax()
+    lists[longest] = np.concatenate([lists[longest], [5, 6, 7]])  # beyond the padded length
+    tokens = RankedTokens(
+        np.concatenate(lists).astype(np.int32),
+        np.concatenate([[0], np.cumsum([len(genes) for genes in lists])]),
+        rng.gamma(1.0, 3.0, sum(map(len, lists))).astype(np.float32),
     )
-    np.testing.assert_array_equal(batch.tokens, expected)
-    np.testing.assert_array_equal(batch.is_real, golden["collated_attention_mask"] == 1)
-    length = int(golden["max_len_small"])
-    capped = TokenBatch.from_ranked(
+    return tokens, TokenBatch.from_ranked(
         tokens,
-        np.arange(len(expected)),
-        cls_token=int(golden["special_ids"][2]),
+        np.arange(len(lists)),
+        cls_token=int(batch.tokens[0, 0]),
         pad_token=0,
-        length=length,
+        length=1 + int(n_genes.max()),
     )
-    np.testing.assert_array_equal(capped.tokens[capped.is_real], golden["cls_capped_flat"])
+
+
+def test_value_embeddings_start_at_nothing(golden, batch_with_values):
+    encoder, _, _ = golden
+    _, batch = batch_with_values
+    fresh = CellEncoder(replace(encoder.config, values="log")).eval()
+    fresh.load_state_dict(encoder.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(fresh(batch), encoder(batch))
+
+
+def test_value_embeddings_like_transformers(golden, batch_with_values):
+    encoder = reading(golden, values="log")
+    _, batch = batch_with_values
+    with torch.no_grad():
+        bent = torch.relu(encoder.value_hidden(torch.log1p(batch.values)[..., None]))
+        words = encoder.bert.embeddings.word_embeddings(batch.tokens)
+        expected = encoder.bert(
+            inputs_embeds=words + encoder.value_embedding(bent),
+            attention_mask=batch.is_real.long(),
+        ).last_hidden_state
+        ours = encoder.hidden_states(batch)
+        first = encoder.projection(expected[:, 0])
+        embedded = encoder(batch)
+    torch.testing.assert_close(ours[batch.is_real], expected[batch.is_real], atol=5e-6, rtol=1e-5)
+    torch.testing.assert_close(embedded, first / first.norm(dim=1, keepdim=True))
+
+
+def plain_pooled(encoder, tokens, hidden=()):
+    """One gene after another; `hidden` holds pairs of row and rank to leave out."""
+    words = encoder.bert.embeddings.word_embeddings.weight.double()
+    sums = torch.zeros(tokens.n_cells, words.shape[1], dtype=torch.float64)
+    for cell in range(tokens.n_cells):
+        for place in range(tokens.offsets[cell], tokens.offsets[cell + 1]):
+            if (cell, place - tokens.offsets[cell]) not in hidden:
+                sums[cell] += np.log1p(tokens.values[place]) * words[tokens.tokens[place]]
+    return (sums @ encoder.pooled_projection.weight.double().T).float()
+
+
+@pytest.mark.parametrize("hidden", [[], [(2, 0), (2, 2), (5, 1)]])
+def test_pooled_sum_is_over_all_genes_that_are_not_hidden(golden, batch_with_values, hidden):
+    plain, _, _ = golden
+    encoder = reading(golden, pooled=True)
+    tokens, batch = batch_with_values
+    if hidden:
+        is_hidden = torch.zeros_like(batch.is_real)
+        for row, rank in hidden:
+            is_hidden[row, 1 + rank] = True
+        batch = replace(batch, is_hidden=is_hidden)
+    with torch.no_grad():
+        expected = plain.project(batch, plain.lay_out(torch.float32)) + plain_pooled(
+            encoder, tokens, hidden
+        )
+        found = encoder.project(batch, encoder.lay_out(torch.float32))
+        embedded = encoder(batch)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(embedded, found / found.norm(dim=1, keepdim=True))
+
+
+def test_pooled_sum_is_computed_in_float32(golden, batch_with_values):
+    encoder = reading(golden, pooled=True)
+    torch.nn.init.zeros_(encoder.projection.weight)
+    _, batch = batch_with_values
+    with torch.no_grad():
+        single = encoder.project(batch, encoder.lay_out(torch.float32))
+        assert torch.equal(encoder.project(batch, encoder.lay_out(torch.bfloat16)), single)
+        encoder.projection.bias.zero_()
+        single = encoder.project(batch, encoder.lay_out(torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(encoder.project(batch, encoder.lay_out(torch.float32)), single)
+
+
+def test_center_is_taken_off_before_scaling(golden):
+    encoder, batch, _ = golden
+    weights = encoder.lay_out(torch.float32)
+    with torch.no_grad():
+        projected = encoder.project(batch, weights)
+        torch.testing.assert_close(encoder(batch), projected / projected.norm(dim=1, keepdim=True))
+        mean = projected.mean(dim=0)
+        off = projected - mean
+        torch.testing.assert_close(
+            encoder(batch, mean[None]), off / off.norm(dim=1, keepdim=True), atol=1e-6, rtol=1e-5
+        )
+        per_cell = encoder.embed(batch, weights, projected)
+    assert not per_cell.any()
+
+
+def test_gradients_reach_every_weight_of_values(golden, batch_with_values):
+    encoder = reading(golden, values="log", pooled=True).train()
+    _, batch = batch_with_values
+    encoder(batch)[:, 0].sum().backward()
+    own = [n for n, _ in encoder.named_parameters() if n.startswith(("value_", "pooled_"))]
+    assert len(own) == 5
+    assert all(encoder.get_parameter(name).grad.any() for name in own)
+    # The pooled sum also trains the embeddings of genes that BERT does not read.
+    assert encoder.bert.embeddings.word_embeddings.weight.grad[7].any()
+
+
+@pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}])
+def test_without_values_it_says_what_to_run(golden, options):
+    encoder = reading(golden, **options)
+    with pytest.raises(
+        ValueError, match=r"reads expression values.*st\.pp\.tokenize\(adata, model"
+    ):
+        encoder(golden[1])

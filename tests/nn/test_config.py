@@ -23,6 +23,28 @@ def test_base_is_the_papers_table():
     assert config.subslice == SubSliceConfig.reference()
 
 
+@pytest.mark.parametrize("preset", [StofmConfig.base, StofmConfig.mini])
+def test_values_and_centering_are_off_and_may_be_left_out(preset):
+    config = preset(101)
+    entries = config.to_dict()
+    for name, off in (("values", "none"), ("pooled", False), ("centering", "none")):
+        assert entries["cell_encoder"].pop(name) == off
+    assert StofmConfig.from_dict(entries) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"),
+    [
+        ({}, False),
+        ({"centering": "slice"}, False),
+        ({"values": "log"}, True),
+        ({"pooled": True}, True),
+    ],
+)
+def test_what_needs_values(options, reads):
+    assert CellEncoderConfig(n_tokens=9, **options).reads_values is reads
+
+
 def test_newer_format_is_refused():
     entries = StofmConfig.mini(10).to_dict() | {"format_version": 99, "stofm_version": "7.0"}
     with pytest.raises(ValueError, match=r"format_version 99.*written by stofm 7.0: upgrade"):
@@ -50,6 +72,8 @@ def test_missing_entry_is_refused():
         (lambda: CellEncoderConfig(n_tokens=0), "n_tokens must be at least 1"),
         (lambda: CellEncoderConfig(n_tokens=9, activation="tanh"), "activation must be one of"),
         (lambda: CellEncoderConfig(n_tokens=9, max_positions=1), "room for <cls>"),
+        (lambda: CellEncoderConfig(n_tokens=9, values="rank"), "values must be one of .*'log'"),
+        (lambda: CellEncoderConfig(n_tokens=9, centering="cell"), "centering must be one of"),
         (lambda: SE2TransformerConfig(d_model=30, n_heads=4), "found 30 and 4"),
         (
             lambda: replace(StofmConfig.mini(9), se2_transformer=SE2TransformerConfig(d_cell=3)),

@@ -1,22 +1,54 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from stofm.genes import RankedTokens
-from stofm.nn import embed_slice, encode_cells
+from stofm.nn import (
+    Stofm,
+    TokenBatch,
+    embed_slice,
+    encode_cells,
+    finish_embeddings,
+    project_cells,
+)
 from stofm.nn.inference import _halving, describe_bytes, device_memory, host_memory, padded_length
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
 
 
+OPTIONS = [
+    {},
+    {"values": "log"},
+    {"pooled": True},
+    {"centering": "slice"},
+    {"values": "log", "pooled": True, "centering": "slice"},
+]
+options = pytest.mark.parametrize("options", OPTIONS, ids=lambda chosen: "+".join(chosen) or "off")
+
+
+def with_options(model, options):
+    """A model of other options, with no weight at 0."""
+    cell_encoder = replace(model.config.cell_encoder, **options)
+    other = Stofm(replace(model.config, cell_encoder=cell_encoder), model.vocabulary, seed=5).eval()
+    if cell_encoder.values == "log":
+        torch.nn.init.normal_(other.cell_encoder.value_embedding.weight, std=0.2)
+    return other
+
+
 @pytest.fixture
 def tokens(rng):
     lists = [rng.permutation(np.arange(2, 69))[:n] for n in [0, 0, 0, *rng.integers(0, 60, 94)]]
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in lists])])
-    return RankedTokens(np.concatenate(lists).astype(np.int32), offsets.astype(np.int64))
+    return RankedTokens(
+        np.concatenate(lists).astype(np.int32),
+        offsets.astype(np.int64),
+        rng.gamma(1.0, 3.0, offsets[-1]).astype(np.float32),
+    )
 
 
 def encode(model, tokens, **options):
@@ -26,7 +58,8 @@ def encode(model, tokens, **options):
 def take(tokens, rows):
     lists = [tokens.tokens[tokens.offsets[r] : tokens.offsets[r + 1]] for r in rows]
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in lists])])
-    return RankedTokens(np.concatenate(lists), offsets.astype(np.int64))
+    values = [tokens.values[tokens.offsets[r] : tokens.offsets[r + 1]] for r in rows]
+    return RankedTokens(np.concatenate(lists), offsets.astype(np.int64), np.concatenate(values))
 
 
 def test_padded_length_grows_in_steps_and_wastes_little():
@@ -38,15 +71,84 @@ def test_padded_length_grows_in_steps_and_wastes_little():
     assert len(np.unique(padded)) < 60
 
 
+@options
 @pytest.mark.parametrize("budget", [1, 100, 3000])
-def test_token_budget_changes_no_bit(model, tokens, budget):
+def test_token_budget_changes_no_bit(model, tokens, budget, options):
+    model = with_options(model, options)
     np.testing.assert_array_equal(encode(model, tokens, token_budget=budget), encode(model, tokens))
 
 
-def test_order_and_company_of_cells_change_no_bit(model, tokens, rng):
-    expected = encode(model, tokens)
-    rows = rng.permutation(97)[:31]
-    np.testing.assert_array_equal(encode(model, take(tokens, rows)), expected[rows])
+@options
+def test_order_and_company_of_cells_change_no_bit(model, tokens, rng, options):
+    model = with_options(model, options)
+    left, right = np.split(rng.permutation(97), [31])
+    expected = encode(model, tokens, slices=[left, right])
+    np.testing.assert_array_equal(encode(model, take(tokens, left)), expected[left])
+    order = rng.permutation(97)
+    place = np.argsort(order)
+    slices = [place[right], rng.permutation(place[left])]
+    shuffled = encode(model, take(tokens, order), slices=slices)
+    np.testing.assert_array_equal(shuffled, expected[order])
+
+
+@pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}, {"centering": "slice"}])
+def test_each_option_changes_the_embedding(model, tokens, options):
+    plain = with_options(model, {})
+    other = with_options(model, options)
+    other.cell_encoder.load_state_dict(plain.cell_encoder.state_dict(), strict=False)
+    assert np.abs(encode(other, tokens) - encode(plain, tokens)).max() > 1e-3
+
+
+def test_values_that_the_model_does_not_read_change_nothing(model, tokens):
+    np.testing.assert_array_equal(encode(model, tokens), encode(model, tokens.without_values()))
+
+
+def test_projections_are_those_that_embeddings_are_made_of(model, tokens, rng):
+    model = with_options(model, OPTIONS[-1])
+    slices = np.split(rng.permutation(97), [40])
+    raw = project_cells(model.cell_encoder, tokens, model.vocabulary, device=CPU)
+    features, centers = finish_embeddings(raw, slices, "slice")
+    np.testing.assert_array_equal(encode(model, tokens, slices=slices), features)
+    # What training computes when it is told the centre.
+    batch = TokenBatch.from_ranked(
+        tokens,
+        slices[0],
+        cls_token=model.vocabulary.cls,
+        pad_token=model.vocabulary.pad,
+        length=41,
+    )
+    with torch.no_grad():
+        again = model.cell_encoder(batch, torch.from_numpy(centers[:1]))
+    np.testing.assert_allclose(again, features[slices[0]], atol=1e-4)
+
+
+def test_pooled_sum_holds_the_genes_that_bert_does_not_read(model):
+    limit = model.config.cell_encoder.max_positions
+    genes = np.arange(2, 69, dtype=np.int32)
+    cut = genes[: limit - 1]
+    both = RankedTokens(
+        np.concatenate([genes, cut]),
+        np.array([0, len(genes), len(genes) + len(cut)]),
+        np.full(len(genes) + len(cut), 2.0, dtype=np.float32),
+    )
+    for options in ({}, {"values": "log"}):
+        long, short = encode(with_options(model, options), both)
+        np.testing.assert_array_equal(long, short)
+    long, short = encode(with_options(model, {"pooled": True}), both)
+    assert np.abs(long - short).max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}])
+def test_a_model_that_reads_values_needs_them(model, tokens, options):
+    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+        encode(with_options(model, options), tokens.without_values())
+
+
+def test_slices_that_do_not_fit_are_refused_before_any_work(model, tokens, monkeypatch):
+    model = with_options(model, {"centering": "slice"})
+    monkeypatch.setattr(type(model.cell_encoder), "project", None)
+    with pytest.raises(ValueError, match="must hold each of 97 rows exactly once"):
+        encode(model, tokens, slices=[np.arange(96)])
 
 
 def test_cells_without_genes_are_embedded_from_cls(model, tokens):
@@ -139,6 +241,9 @@ def test_estimates_grow_with_the_work(model):
     assert device_memory(model.se2_transformer, 500, 4) == 4 * small
     assert host_memory(model.se2_transformer, 2000, 40) == 2 * host_memory(
         model.se2_transformer, 1000, 40
+    )
+    assert host_memory(model.se2_transformer, 10, 40, values=True) > host_memory(
+        model.se2_transformer, 10, 40
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from stofm import pp
 from stofm._anndata import read_record
 from stofm._keys import Obs, Obsm, Var
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
-from stofm.pp._tokenize import tokens_or_stored
+from stofm.pp._tokenize import _embedded_model_reads_values, token_params, tokens_or_stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -390,6 +391,139 @@ def test_stored_tokens_outlive_the_raw_counts(
     assert not tokens.is_new
     assert np.array_equal(tokens.ranked.to_csr(2048).toarray(), expected)
     assert "The counts are no longer raw" in caplog.text
+
+
+# Values
+
+
+def reader(vocabulary: GeneVocabulary, *, reads_values: bool = True) -> Any:
+    """What tokenizing needs of a model."""
+    cell_encoder = SimpleNamespace(reads_values=reads_values)
+    return SimpleNamespace(
+        vocabulary=vocabulary, config=SimpleNamespace(max_tokens=2048, cell_encoder=cell_encoder)
+    )
+
+
+def test_values_are_written_for_a_model_that_reads_them(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, counts: np.ndarray
+) -> None:
+    expected = expected_tokens(counts, vocabulary, values=True)
+    run(adata, reader(vocabulary), chunk_size=9)
+    assert (
+        RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+        .with_values(adata.obsm[Obsm.TOKEN_VALUES])
+        .equals(expected)
+    )
+    values = adata.obsm[Obsm.TOKEN_VALUES]
+    assert isinstance(values, sparse.csr_matrix)
+    assert (values.shape, values.dtype) == ((41, 2048), np.float32)
+    # Of the total over all columns, those without a token too.
+    row = values[11].toarray().ravel()
+    first = vocabulary.tokens.tolist().index(adata.obsm[Obsm.TOKENS][11, 0])
+    count = counts[11, [k for k, i in enumerate([*range(N_GENES), 3, 5]) if i == first]].sum()
+    by_hand = count / counts[11].sum() * 10_000 / vocabulary.medians[first]
+    assert row[0] == pytest.approx(by_hand, rel=1e-6)
+    for key in (Obsm.TOKENS, Obs.N_TOKENS, Obsm.TOKEN_VALUES):
+        record = read_record(adata, key)
+        assert record is not None
+        assert record["params"] == {
+            "layer": "",
+            "max_tokens": 2048,
+            "duplicates": "sum",
+            "values": True,
+        }
+        assert record["vocabulary"] == vocabulary.fingerprint
+
+
+def test_values_are_written_if_asked_for_and_only_then(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    run(adata, vocabulary)
+    assert Obsm.TOKEN_VALUES not in adata.obsm
+    run(adata, reader(vocabulary), values=False)
+    assert Obsm.TOKEN_VALUES not in adata.obsm
+    run(adata, vocabulary, values=True)
+    assert Obsm.TOKEN_VALUES in adata.obsm
+
+
+def test_values_of_former_tokens_are_replaced_or_removed(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    run(adata, vocabulary, values=True)
+    run(adata, vocabulary, values=True, max_tokens=5)
+    assert adata.obsm[Obsm.TOKEN_VALUES].shape == (41, 5)
+    run(adata, vocabulary)
+    assert Obsm.TOKEN_VALUES not in adata.obsm
+    assert read_record(adata, Obsm.TOKEN_VALUES) is None
+    assert read_record(adata, Obsm.TOKENS) is not None
+
+
+def test_order_of_cells_and_genes_and_chunks_change_no_bit_of_values(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, rng: np.random.Generator
+) -> None:
+    run(adata, vocabulary, values=True)
+    rows, columns = rng.permutation(SHAPE[0]), rng.permutation(SHAPE[1])
+    shuffled = make(adata.X[rows])[:, columns].copy()
+    run(shuffled, vocabulary, values=True, chunk_size=7)
+    assert np.array_equal(
+        shuffled.obsm[Obsm.TOKEN_VALUES].toarray(), adata.obsm[Obsm.TOKEN_VALUES][rows].toarray()
+    )
+
+
+def test_stored_values_are_reused_if_they_are_read(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, tmp_path: Path
+) -> None:
+    model, plain = reader(vocabulary), reader(vocabulary, reads_values=False)
+    run(adata, plain)
+    assert stored(adata, plain)
+    assert not stored(adata, model)
+    run(adata, model)
+    # Values do not disturb a model that reads ranks only.
+    assert stored(adata, plain)
+    assert stored(adata, model)
+    assert stored(adata[7:23].copy(), model)
+    adata.write_h5ad(tmp_path / "slice.h5ad")
+    assert stored(anndata.read_h5ad(tmp_path / "slice.h5ad"), model)
+    lost = adata.copy()
+    del lost.obsm[Obsm.TOKEN_VALUES]
+    assert not stored(lost, model)
+    # Same ranks, another total: values only tell.
+    doubled = adata.X.toarray()
+    doubled[3, -1] += 5
+    adata.X = sparse.csr_matrix(doubled)
+    assert stored(adata, plain)
+    assert not stored(adata, model)
+
+
+def test_stored_values_outlive_the_raw_counts(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    model, plain = reader(vocabulary), reader(vocabulary, reads_values=False)
+    run(adata, model)
+    values = adata.obsm[Obsm.TOKEN_VALUES].toarray()
+    adata.X = adata.X.astype(np.float32) * 0.3
+    for one in (model, plain):
+        tokens = tokens_or_stored(adata, one, show_progress_bar=False)
+        assert not tokens.is_new
+        assert (tokens.ranked.values is not None) == (one is model)
+    ranked = tokens_or_stored(adata, model, show_progress_bar=False).ranked
+    assert np.array_equal(ranked.values_to_csr(2048).toarray(), values)
+    del adata.obsm[Obsm.TOKEN_VALUES]
+    with pytest.raises(ValueError, match="does not hold raw counts"):
+        tokens_or_stored(adata, model, show_progress_bar=False)
+
+
+def test_values_for_the_embedded_model_as_its_config_says(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, tmp_path: Path, monkeypatch: Any
+) -> None:
+    folder = tmp_path / "weights" / "stofm-mini"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("stofm.pp._tokenize.resources.files", lambda _: tmp_path)
+    for entries, reads in (({}, False), ({"values": "log"}, True), ({"pooled": True}, True)):
+        (folder / "config.json").write_text(json.dumps({"cell_encoder": entries}))
+        _embedded_model_reads_values.cache_clear()
+        assert ("values" in token_params(None)) is reads
+    _embedded_model_reads_values.cache_clear()
 
 
 def test_progress_bar(

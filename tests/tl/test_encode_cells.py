@@ -64,3 +64,96 @@ def test_chunks_of_cells_like_all_at_once(tokenized, model):
 def test_a_budget_of_nothing_is_refused(tokenized, model):
     with pytest.raises(ValueError, match="token_budget must be 'auto' or at least 1, found -1"):
         st.tl.encode_cells(tokenized, model, token_budget=-1)
+
+
+# Models that read values, and that centre by slice
+
+
+def with_options(model, **options):
+    cell_encoder = replace(model.config.cell_encoder, **options)
+    return Stofm(replace(model.config, cell_encoder=cell_encoder), model.vocabulary, seed=3).eval()
+
+
+@pytest.fixture
+def reader(model):
+    return with_options(model, pooled=True, values="log", centering="slice")
+
+
+def encode(adata, model, **options):
+    st.pp.tokenize(adata, model, show_progress_bar=False)
+    st.tl.encode_cells(adata, model, show_progress_bar=False, **options)
+    return np.asarray(adata.obsm[Obsm.X_CELL])
+
+
+def test_values_are_read(adata, model):
+    reader = with_options(model, pooled=True)
+    first = encode(adata, reader)
+    assert Obsm.TOKEN_VALUES in adata.obsm
+    other = adata.copy()
+    counts = adata.X.toarray()
+    counts[:, -1] = 50  # a column that no token stands for: ranks stay, values shrink
+    other.X = counts
+    changed = encode(other, reader)
+    assert (other.obsm[Obsm.TOKENS] != adata.obsm[Obsm.TOKENS]).nnz == 0
+    assert np.abs(changed - first).max() > 1e-4
+
+
+def test_tokens_without_values_are_refused_by_a_model_that_reads_them(tokenized, reader):
+    message = r"reads the values of tokens.*stofm_token_values.*run st\.pp\.tokenize\(adata, model"
+    with pytest.raises(KeyError, match=message):
+        st.tl.encode_cells(tokenized, reader, library_key="library")
+    st.pp.tokenize(tokenized, reader, show_progress_bar=False)
+    values = tokenized.obsm[Obsm.TOKEN_VALUES]
+    st.pp.tokenize(tokenized, reader, values=False, show_progress_bar=False)
+    tokenized.obsm[Obsm.TOKEN_VALUES] = values  # of unknown origin
+    with pytest.raises(KeyError, match=message):
+        st.tl.encode_cells(tokenized, reader, library_key="library")
+
+
+def test_tokens_beyond_those_that_the_model_keeps_are_not_read(adata, model):
+    reader = with_options(model, pooled=True)
+    short = Stofm(replace(reader.config, max_tokens=7), reader.vocabulary, seed=3).eval()
+    expected = encode(adata.copy(), short)
+    st.pp.tokenize(adata, reader, show_progress_bar=False)
+    st.tl.encode_cells(adata, short, show_progress_bar=False)
+    np.testing.assert_array_equal(adata.obsm[Obsm.X_CELL], expected)
+
+
+def test_slices_are_centred_one_by_one(adata, reader, rng):
+    together = encode(adata.copy(), reader, library_key="library")
+    for name in ("left", "right"):
+        rows = (adata.obs["library"] == name).to_numpy()
+        np.testing.assert_array_equal(encode(adata[rows].copy(), reader), together[rows])
+    order = rng.permutation(adata.n_obs)
+    shuffled = encode(adata[order].copy(), reader, library_key="library", token_budget=77)
+    np.testing.assert_array_equal(shuffled, together[order])
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-6)
+
+
+def test_record_tells_slices_apart_if_the_model_centres(adata, model, reader):
+    def recorded(model, **options):
+        encode(adata, model, **options)
+        return adata.uns[Uns.STOFM][Obsm.X_CELL].get("slices")
+
+    assert recorded(model, library_key="library") is None
+    both = recorded(reader, library_key="library")
+    assert len(both) == 16
+    # Names of slices do not count, only who shares one.
+    adata.obs["other"] = adata.obs["library"].map({"left": "z", "right": "a"})
+    assert recorded(reader, library_key="other") == both
+    adata.obs["one"] = "all"
+    one = recorded(reader, library_key="one")
+    assert one != both
+    del adata.obsm[Obsm.SPATIAL]
+    assert recorded(reader) == one
+
+
+def test_slices_that_overlap_must_be_told_apart(adata, model, reader):
+    st.pp.tokenize(adata, reader, show_progress_bar=False)
+    with pytest.raises(ValueError, match="Pass library_key='library'"):
+        st.tl.encode_cells(adata, reader)
+    with pytest.raises(KeyError, match=r"no obs\['slide'\]"):
+        st.tl.encode_cells(adata, reader, library_key="slide")
+    # A model that does not centre needs none.
+    encode(adata, model)
+    encode(adata, model, library_key="slide")

@@ -2,7 +2,8 @@
 
 from stofm.genes.mapping import GeneMapping, map_gene_ids
 from stofm.genes.orthologs import read_orthologs
-from stofm.genes.ranking import RankedTokens, rank_genes
+from stofm.genes.ranked_tokens import RankedTokens
+from stofm.genes.ranking import rank_genes
 from stofm.genes.vocabulary import GeneVocabulary, embedded_vocabulary
 
 __all__ = [

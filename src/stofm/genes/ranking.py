@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from scipy import sparse
 
+from stofm.genes.ranked_tokens import RankedTokens
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -25,106 +25,10 @@ _N_THREADS: Final = min(4, os.cpu_count() or 1)
 _LENGTH_RATIO: Final = 1.15
 _LENGTH_SLACK: Final = 8
 _NO_GENE: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-
-
-@dataclass(frozen=True, eq=False)
-class RankedTokens:
-    """Gene tokens of many cells, one after another.
-
-    Attributes
-    ----------
-    tokens
-        (n_tokens_in_all,) int32, cell after cell, in the order of rank.
-    offsets
-        (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
-    """
-
-    tokens: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        rising = bool((np.diff(self.offsets) >= 0).all())
-        if not rising or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            msg = "offsets must rise from 0 to the number of tokens."
-            raise ValueError(msg)
-
-    @property
-    def n_cells(self) -> int:
-        """Number of cells."""
-        return len(self.offsets) - 1
-
-    @property
-    def n_tokens(self) -> NDArray[np.int32]:
-        """(n_cells,) number of tokens of each cell."""
-        return np.diff(self.offsets).astype(np.int32)
-
-    def to_csr(self, max_tokens: int) -> sparse.csr_matrix:
-        """Return the tokens as an int32 matrix, (n_cells, max_tokens).
-
-        Row c holds the cell's tokens in its first columns, in order; no token is 0 (the
-        padding token), so the matrix loses none.
-
-        Raises
-        ------
-        ValueError
-            A cell has more than `max_tokens` tokens.
-        """
-        longest = int(self.n_tokens.max(initial=0))
-        if longest > max_tokens:
-            msg = f"A cell has {longest} tokens, which do not fit into {max_tokens} columns."
-            raise ValueError(msg)
-        index_dtype = np.int32 if len(self.tokens) <= np.iinfo(np.int32).max else np.int64
-        offsets = self.offsets.astype(index_dtype)
-        columns: NDArray[Any] = np.arange(len(self.tokens), dtype=index_dtype)
-        columns -= np.repeat(offsets[:-1], np.diff(offsets))
-        return sparse.csr_matrix(
-            (self.tokens, columns, offsets),
-            shape=(self.n_cells, max_tokens),
-        )
-
-    @classmethod
-    def from_csr(cls, matrix: Any) -> RankedTokens:
-        """Read back what :meth:`to_csr` gave, from any sparse matrix of that content.
-
-        Raises
-        ------
-        ValueError
-            A row has a gap, so it does not hold tokens in order of rank.
-        """
-        rows = sparse.csr_matrix(matrix)
-        if not rows.has_sorted_indices:
-            rows = rows.sorted_indices()
-        offsets = rows.indptr.astype(np.int64)
-        lengths = np.diff(offsets)
-        filled = lengths > 0
-        if not np.array_equal(rows.indices[offsets[1:][filled] - 1], lengths[filled] - 1):
-            msg = "The matrix has empty places between tokens; it was not made by stofm."
-            raise ValueError(msg)
-        return cls(tokens=rows.data.astype(np.int32, copy=False), offsets=offsets)
-
-    def equals(self, other: RankedTokens) -> bool:
-        """Whether all cells have the same tokens in the same order."""
-        return np.array_equal(self.offsets, other.offsets) and np.array_equal(
-            self.tokens, other.tokens
-        )
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits over all cells' tokens."""
-        hashed = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=8)
-        hashed.update(np.ascontiguousarray(self.tokens).data)
-        return hashed.hexdigest()
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[RankedTokens]) -> RankedTokens:
-        """Join the cells of `parts`, in order."""
-        lengths = [np.diff(part.offsets) for part in parts]
-        return cls(
-            tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
-            offsets=np.concatenate([[0], np.cumsum(np.concatenate([[], *lengths]))]).astype(
-                np.int64
-            ),
-        )
+#: Values are those of a cell scaled to so many counts.
+_TARGET_SUM: Final = 10_000
+#: Totals given may fall short of a row's sum by rounding.
+_TOTAL_TOLERANCE: Final = 1e-6
 
 
 def rank_genes(
@@ -134,6 +38,8 @@ def rank_genes(
     *,
     max_tokens: int = 2048,
     duplicates: Literal["sum", "keep"] = "sum",
+    values: bool = False,
+    totals: NDArray[np.floating] | None = None,
 ) -> RankedTokens:
     """Order the genes of each cell by their count relative to the gene's median.
 
@@ -156,6 +62,11 @@ def rank_genes(
     duplicates
         Columns with the same token: ``"sum"`` adds their counts first. ``"keep"`` ranks each
         on its own, so a token can occur twice, as in the reference implementation.
+    values
+        Return the values too, not their order only.
+    totals
+        (n_cells,) total count of each cell, for `counts` that lack some of its columns; by
+        default the sum of the row. Only values depend on it.
 
     Returns
     -------
@@ -165,7 +76,8 @@ def rank_genes(
     Raises
     ------
     ValueError
-        Sizes do not fit, a count is negative, or a median of a known gene is not positive.
+        Sizes do not fit, a count is negative, a median of a known gene is not positive, or a
+        total is smaller than the sum of the cell's counts.
     """
     if duplicates not in ("sum", "keep"):
         msg = f"duplicates must be 'sum' or 'keep', found {duplicates!r}."
@@ -176,14 +88,29 @@ def rank_genes(
     divisors = np.where(tokens >= 0, medians, np.inf)
     shared = _shared_columns(tokens) if duplicates == "sum" else None
 
-    def rank(block: sparse.csr_matrix) -> RankedTokens:
-        values = _defined_counts(block)
+    totals = _checked_totals(totals, counts.shape[0])
+
+    totals = _checked_totals(totals, counts.shape[0])
+
+    def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
+        start, block = start_and_block
+        found = _defined_counts(block)
+        scale = _scale_of_cells(block, found, start, totals) if values else None
         if shared is not None:
-            values = _sum_shared_columns(block, values, tokens, shared)
-        return _rank_block(block, values, tokens, divisors, max_tokens)
+            found = _sum_shared_columns(block, found, tokens, shared)
+        return _rank_block(block, found, tokens, divisors, max_tokens, scale)
 
     with ThreadPoolExecutor(_N_THREADS) as threads:
-        return RankedTokens.concatenate(list(threads.map(rank, _row_blocks(counts))))
+        parts = list(threads.map(rank, _row_blocks(counts)))
+    return RankedTokens.concatenate(parts) if parts else _no_cells(values=values)
+
+
+def _no_cells(*, values: bool) -> RankedTokens:
+    return RankedTokens(
+        tokens=np.empty(0, dtype=np.int32),
+        offsets=np.zeros(1, dtype=np.int64),
+        values=np.empty(0, dtype=np.float32) if values else None,
+    )
 
 
 def _canonical(counts: Any) -> sparse.csr_matrix:
@@ -213,8 +140,21 @@ def _check_genes(
         raise ValueError(msg)
 
 
-def _row_blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
-    """Cut the rows into blocks of bounded size that share memory with `counts`."""
+def _checked_totals(totals: Any, n_cells: int) -> NDArray[np.float64] | None:
+    if totals is None:
+        return None
+    checked = np.asarray(totals, dtype=np.float64)
+    if checked.shape != (n_cells,):
+        msg = f"The counts have {n_cells} rows, but totals has shape {checked.shape}; pass one per cell."
+        raise ValueError(msg)
+    return checked
+
+
+def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    """Cut the rows into blocks of bounded size that share memory with `counts`.
+
+    Each comes with the number of its first row.
+    """
     n_cells = counts.shape[0]
     indptr = counts.indptr.astype(np.int64)
     start = 0
@@ -222,7 +162,7 @@ def _row_blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
         limit = indptr[start] + _BLOCK_ENTRIES
         stop = max(int(np.searchsorted(indptr, limit, side="right")) - 1, start + 1)
         entries = slice(indptr[start], indptr[stop])
-        yield sparse.csr_matrix(
+        block = sparse.csr_matrix(
             (
                 counts.data[entries],
                 counts.indices[entries],
@@ -230,6 +170,7 @@ def _row_blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
             ),
             shape=(stop - start, counts.shape[1]),
         )
+        yield start, block
         start = stop
 
 
@@ -249,6 +190,32 @@ def _defined_counts(block: sparse.csr_matrix) -> NDArray[Any]:
     undefined = np.zeros(block.shape[0], dtype=bool)
     undefined[rows[~np.isfinite(values)]] = True
     return np.where(undefined[rows], 0, values)
+
+
+def _scale_of_cells(
+    block: sparse.csr_matrix,
+    values: NDArray[Any],
+    start: int,
+    totals: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
+    """Return 10,000 / total count of each cell of a block; 0 for a cell without counts."""
+    n_cells = block.shape[0]
+    # Integers add up exactly in float64, whatever the order of columns.
+    sums = np.bincount(_rows_of_entries(block), weights=values, minlength=n_cells)
+    found: NDArray[Any] = sums
+    if totals is not None:
+        found = totals[start : start + n_cells]
+        # Written so that NaN is refused too.
+        bad = np.flatnonzero((sums > 0) & ~(found >= sums * (1 - _TOTAL_TOLERANCE)))
+        if len(bad):
+            msg = (
+                f"totals[{start + bad[0]}] is {found[bad[0]]:g}, and the counts of that cell sum "
+                f"to {sums[bad[0]]:g}; a total is over all columns, so it can't be smaller."
+            )
+            raise ValueError(msg)
+    scale = np.zeros(n_cells)
+    np.divide(_TARGET_SUM, found, out=scale, where=sums > 0)
+    return scale
 
 
 def _rows_of_entries(block: sparse.csr_matrix) -> NDArray[np.int64]:
@@ -291,6 +258,7 @@ def _rank_block(
     token_ids: NDArray[np.int64],
     divisors: NDArray[np.float64],
     max_tokens: int,
+    scale: NDArray[np.float64] | None,
 ) -> RankedTokens:
     token_mask = np.uint64((1 << int(token_ids.max(initial=0)).bit_length()) - 1)
     keys = _sort_keys(block, values, token_ids, divisors, token_mask)
@@ -302,15 +270,33 @@ def _rank_block(
         padded.sort(axis=1)
         # Entries without a value have nothing but ones above the token bits.
         n_tokens[rows] = (padded < (_NO_GENE & ~token_mask)).sum(axis=1)
-        ranked.append((rows, (padded[:, :max_tokens] & token_mask).astype(np.int32)))
+        kept = padded[:, :max_tokens]
+        amounts = None if scale is None else _values_of_keys(kept, token_mask, scale[rows])
+        ranked.append((rows, (kept & token_mask).astype(np.int32), amounts))
     np.minimum(n_tokens, max_tokens, out=n_tokens)
     offsets = np.concatenate([[0], np.cumsum(n_tokens)])
     tokens = np.empty(offsets[-1], dtype=np.int32)
-    for rows, columns in ranked:
+    all_amounts = None if scale is None else np.empty(offsets[-1], dtype=np.float32)
+    for rows, columns, amounts in ranked:
         place = np.arange(columns.shape[1])
         is_token = place < n_tokens[rows, None]
-        tokens[(offsets[rows, None] + place)[is_token]] = columns[is_token]
-    return RankedTokens(tokens=tokens, offsets=offsets)
+        places = (offsets[rows, None] + place)[is_token]
+        tokens[places] = columns[is_token]
+        if all_amounts is not None and amounts is not None:
+            all_amounts[places] = amounts[is_token]
+    return RankedTokens(tokens=tokens, offsets=offsets, values=all_amounts)
+
+
+def _values_of_keys(
+    keys: NDArray[np.uint64], token_mask: np.uint64, scale: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Read count / median back from sorted keys, where it stands to 1e-10, and scale it by cell.
+
+    Arbitrary at padding.
+    """
+    ratios = (~keys & ~token_mask).view(np.float64)
+    values: NDArray[np.float32] = (ratios * scale[:, None]).astype(np.float32)
+    return values
 
 
 def _sort_keys(

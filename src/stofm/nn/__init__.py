@@ -1,11 +1,12 @@
 """The model: configuration, networks, checkpoints and batched inference (torch)."""
 
 from stofm.nn.attention import biased_attention, gather_logits
-from stofm.nn.batch import PairIndex, SubSliceBatch, TokenBatch
+from stofm.nn.batch import GeneBag, PairIndex, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.centering import finish_embeddings
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
 from stofm.nn.device import choose_device, choose_dtype
-from stofm.nn.inference import embed_slice, encode_cells
+from stofm.nn.inference import embed_slice, encode_cells, project_cells
 from stofm.nn.pair_bias import GaussianDistanceBias
 from stofm.nn.se2_transformer import PairState, SE2Output, SE2Transformer
 from stofm.nn.stofm import Stofm, UntrainedModelWarning
@@ -15,6 +16,7 @@ __all__ = [
     "CellEncoder",
     "CellEncoderConfig",
     "GaussianDistanceBias",
+    "GeneBag",
     "PairIndex",
     "PairState",
     "SE2Output",
@@ -31,5 +33,7 @@ __all__ = [
     "choose_dtype",
     "embed_slice",
     "encode_cells",
+    "finish_embeddings",
     "gather_logits",
+    "project_cells",
 ]

@@ -184,6 +184,55 @@ def _pair_index(
 
 
 @dataclass(frozen=True)
+class GeneBag:
+    """All genes of some cells with their values, cell after cell, for sums over them.
+
+    Attributes
+    ----------
+    tokens
+        Token ids in the order of rank; also of genes beyond the padded length of the batch.
+    offsets
+        Where each cell starts.
+    values
+        Value of each gene (:class:`~stofm.genes.RankedTokens`).
+    """
+
+    tokens: Int[Tensor, " genes"]
+    offsets: Int[Tensor, " cells"]
+    values: Float[Tensor, " genes"]
+
+    def to(self, device: torch.device | str) -> GeneBag:
+        """Return a copy on `device`."""
+        return GeneBag(
+            tokens=self.tokens.to(device),
+            offsets=self.offsets.to(device),
+            values=self.values.to(device),
+        )
+
+    @classmethod
+    def from_ranked(cls, ranked: RankedTokens, cells: NDArray[np.integer]) -> GeneBag:
+        """Gather all genes of some cells.
+
+        Raises
+        ------
+        ValueError
+            The tokens have no values.
+        """
+        if ranked.values is None:
+            msg = "The tokens have no values; rank them with rank_genes(..., values=True)."
+            raise ValueError(msg)
+        starts = ranked.offsets[cells]
+        lengths = ranked.offsets[cells + 1] - starts
+        offsets = np.cumsum(lengths) - lengths
+        places = np.arange(lengths.sum()) + np.repeat(starts - offsets, lengths)
+        return cls(
+            tokens=torch.from_numpy(ranked.tokens[places].astype(np.int64)),
+            offsets=torch.from_numpy(offsets.astype(np.int64)),
+            values=torch.from_numpy(ranked.values[places].astype(np.float32)),
+        )
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Token lists of cells, ``<cls>`` in front, padded on the right.
 
@@ -193,14 +242,31 @@ class TokenBatch:
         Token ids.
     is_real
         Which positions are no padding.
+    values
+        Value of the gene at each position, 0 at ``<cls>`` and padding; None if not known.
+    bag
+        All genes of the same cells with their values; the genes of a row of `tokens` are the
+        first of the cell in the bag. None if values are not known.
+    is_hidden
+        Which positions hold another token than the cell's gene (masked in training): sums over
+        the bag leave these genes out. None for none.
     """
 
     tokens: Int[Tensor, "cells length"]
     is_real: Bool[Tensor, "cells length"]
+    values: Float[Tensor, "cells length"] | None = None
+    bag: GeneBag | None = None
+    is_hidden: Bool[Tensor, "cells length"] | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """Return a copy on `device`."""
-        return TokenBatch(tokens=self.tokens.to(device), is_real=self.is_real.to(device))
+        return TokenBatch(
+            tokens=self.tokens.to(device),
+            is_real=self.is_real.to(device),
+            values=None if self.values is None else self.values.to(device),
+            bag=None if self.bag is None else self.bag.to(device),
+            is_hidden=None if self.is_hidden is None else self.is_hidden.to(device),
+        )
 
     @classmethod
     def from_ranked(
@@ -212,7 +278,7 @@ class TokenBatch:
         pad_token: int,
         length: int,
     ) -> TokenBatch:
-        """Gather the ranked tokens of some cells.
+        """Gather the ranked tokens of some cells, with their values if there are any.
 
         Parameters
         ----------
@@ -223,15 +289,24 @@ class TokenBatch:
         cls_token, pad_token
             Special tokens.
         length
-            Padded length; longer lists are cut to it after ``<cls>`` was put in front.
+            Padded length; longer lists are cut to it after ``<cls>`` was put in front. The bag
+            is not cut.
         """
         starts = ranked.offsets[cells]
         n_genes = np.minimum(ranked.offsets[cells + 1] - starts, length - 1)
         position = np.arange(length - 1)
         is_gene = position < n_genes[:, None]
+        places = (starts[:, None] + position)[is_gene]
         tokens = np.full((len(cells), length), pad_token, dtype=np.int64)
         tokens[:, 0] = cls_token
-        tokens[:, 1:][is_gene] = ranked.tokens[(starts[:, None] + position)[is_gene]]
+        tokens[:, 1:][is_gene] = ranked.tokens[places]
         is_real = np.ones(tokens.shape, dtype=bool)
         is_real[:, 1:] = is_gene
-        return cls(tokens=torch.from_numpy(tokens), is_real=torch.from_numpy(is_real))
+        batch = cls(tokens=torch.from_numpy(tokens), is_real=torch.from_numpy(is_real))
+        if ranked.values is None:
+            return batch
+        values = np.zeros(tokens.shape, dtype=np.float32)
+        values[:, 1:][is_gene] = ranked.values[places]
+        return replace(
+            batch, values=torch.from_numpy(values), bag=GeneBag.from_ranked(ranked, cells)
+        )

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
 _MIN_ROWS = 16
 _MIN_QUERIES = 4
+# Width of the hidden layer that bends log(1 + value) before it becomes an embedding.
+_D_VALUE = 32
+
+NO_VALUES = (
+    "The model reads expression values, and the tokens have none: make them with "
+    "st.pp.tokenize(adata, model), or rank_genes(..., values=True)."
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class EncoderWeights:
 
     words: Tensor
     positions: Tensor
+    values: tuple[Tensor, Tensor] | None
     embedding_norm: tuple[Tensor, Tensor]
     layers: tuple[_LayerWeights, ...]
 
@@ -53,10 +61,15 @@ class CellEncoder(nn.Module):
     the computation is ours: of the last layer only position 0 is computed, and attention is
     fused.
 
+    With ``values="log"`` in the config, an embedding of log(1 + value) is added to each token;
+    it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, a
+    linear map of the sum over a cell's genes of log(1 + value) x word embedding is added to
+    that of position 0; it is computed in float32 in any precision.
+
     Parameters
     ----------
     config
-        Sizes.
+        Sizes and what is read.
 
     References
     ----------
@@ -70,23 +83,55 @@ class CellEncoder(nn.Module):
         self.config = config
         self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
         self.projection = nn.Linear(config.d_hidden, config.d_cell)
+        if config.values == "log":
+            self.value_hidden = nn.Linear(1, _D_VALUE)
+            self.value_embedding = nn.Linear(_D_VALUE, config.d_hidden)
+            nn.init.zeros_(self.value_embedding.weight)
+            nn.init.zeros_(self.value_embedding.bias)
+        if config.pooled:
+            self.pooled_projection = nn.Linear(config.d_hidden, config.d_cell, bias=False)
 
-    def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_cell"]:
+    def forward(
+        self, batch: TokenBatch, center: Float[Tensor, "#cells d_cell"] | None = None
+    ) -> Float[Tensor, "cells d_cell"]:
         """Embed cells.
 
         Parameters
         ----------
         batch
             Padded token lists, ``<cls>`` in front.
+        center
+            What to take off before scaling to unit length, for a model that centres: the mean of
+            :meth:`project` over the slice, one for all cells or one per cell.
 
         Returns
         -------
         Cell embeddings of unit length.
-        """
-        return self.embed(batch, self.lay_out(self.projection.weight.dtype))
 
-    def embed(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
+        Raises
+        ------
+        ValueError
+            The model reads values and the batch has none.
+        """
+        return self.embed(batch, self.lay_out(self.projection.weight.dtype), center)
+
+    def embed(
+        self,
+        batch: TokenBatch,
+        weights: EncoderWeights,
+        center: Float[Tensor, "#cells d_cell"] | None = None,
+    ) -> Float[Tensor, "cells d_cell"]:
         """Embed cells with weights laid out before (:meth:`lay_out`)."""
+        return to_unit_length(self.project(batch, weights), center)
+
+    def project(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
+        """Compute cell embeddings before centring and scaling to unit length.
+
+        Raises
+        ------
+        ValueError
+            The model reads values and the batch has none.
+        """
         hidden = self._embeddings(batch, weights)
         mask = _attention_mask(batch.is_real)
         for layer in weights.layers[:-1]:
@@ -95,7 +140,7 @@ class CellEncoder(nn.Module):
         projected = _linear(
             first.to(self.projection.weight.dtype), (self.projection.weight, self.projection.bias)
         )
-        return F.normalize(projected, dim=-1)
+        return projected + self._pooled(batch) if self.config.pooled else projected
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""
@@ -116,6 +161,7 @@ class CellEncoder(nn.Module):
         return EncoderWeights(
             words=embeddings.word_embeddings.weight.to(dtype),
             positions=positions.to(dtype),
+            values=_pair(self.value_embedding, dtype) if self.config.values == "log" else None,
             embedding_norm=_pair(embeddings.LayerNorm, dtype),
             layers=tuple(_layer_weights(layer, dtype) for layer in self.bert.encoder.layer),
         )
@@ -123,8 +169,36 @@ class CellEncoder(nn.Module):
     def _embeddings(self, batch: TokenBatch, weights: EncoderWeights) -> Tensor:
         length = batch.tokens.shape[1]
         hidden = F.embedding(batch.tokens, weights.words) + weights.positions[:length]
+        if weights.values is not None:
+            hidden = hidden + self._value_embeddings(batch, weights.values)
         hidden = self._norm(hidden, weights.embedding_norm)
         return F.dropout(hidden, self.config.dropout, self.training)
+
+    def _value_embeddings(self, batch: TokenBatch, output: tuple[Tensor, Tensor]) -> Tensor:
+        if batch.values is None:
+            raise ValueError(NO_VALUES)
+        bend, shift = self.value_hidden.weight[:, 0], self.value_hidden.bias
+        bent = F.relu(torch.log1p(batch.values)[..., None] * bend + shift)
+        return _linear(bent.to(output[0].dtype), output)
+
+    def _pooled(self, batch: TokenBatch) -> Tensor:
+        """Map the sum over a cell's genes, those that are hidden left out."""
+        if batch.bag is None:
+            raise ValueError(NO_VALUES)
+        bag = batch.bag
+        with torch.autocast(bag.values.device.type, enabled=False):
+            shares = torch.log1p(bag.values)
+            if batch.is_hidden is not None:
+                rows, places = batch.is_hidden[:, 1:].nonzero(as_tuple=True)
+                shares = shares.index_fill(0, bag.offsets[rows] + places, 0.0)
+            summed = F.embedding_bag(
+                bag.tokens,
+                self.bert.embeddings.word_embeddings.weight.float(),
+                bag.offsets,
+                mode="sum",
+                per_sample_weights=shares,
+            )
+            return _linear(summed, (self.pooled_projection.weight.float(), None))
 
     def _layer(
         self, queried: Tensor, hidden: Tensor, mask: Tensor | None, weights: _LayerWeights
@@ -162,6 +236,14 @@ class CellEncoder(nn.Module):
         return F.layer_norm(
             hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
         )
+
+
+def to_unit_length(
+    projected: Float[Tensor, "cells d_cell"],
+    center: Float[Tensor, "#cells d_cell"] | None = None,
+) -> Float[Tensor, "cells d_cell"]:
+    """Take `center` off, if given, and scale to unit length; what equals the centre becomes 0."""
+    return F.normalize(projected if center is None else projected - center, dim=-1)
 
 
 def _bert_config(config: CellEncoderConfig) -> BertConfig:
@@ -208,7 +290,7 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
     )
 
 
-def _linear(x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+def _linear(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
     """Linear map whose rows don't depend, to the last bit, on what other rows there are.
 
     Kernels for few rows add in another order (as do those for very narrow layers). Clusters are found on the results, where a last

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm import __version__
+from stofm._config import build_dataclass
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 Activation = Literal["relu", "gelu"]
+Values = Literal["none", "log"]
+Centering = Literal["none", "slice"]
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -50,6 +53,19 @@ class CellEncoderConfig:
         Of the feed-forward part.
     dropout
         In training only.
+    values
+        What enters beside a gene's rank: ``"none"`` is the paper's setting. ``"log"`` adds an
+        embedding of log(1 + value) to each token, where a value is count / total count of the
+        cell x 10,000 / median of the gene: rank alone does not say how much of a gene there is.
+    pooled
+        Add a linear map of the sum over **all** genes of a cell, log(1 + value) x embedding of
+        the gene, to the cell embedding; a short path from counts to embedding, which also
+        carries the genes beyond `max_positions`. Off in the paper.
+    centering
+        ``"slice"`` takes the mean over the slice off the cell embedding before it is scaled to
+        unit length, so that what all cells of a slice share (panel, technology) does not
+        dominate. A cell's embedding then depends on which other cells are in its slice.
+        ``"none"`` is the paper's setting.
     """
 
     n_tokens: int
@@ -62,6 +78,14 @@ class CellEncoderConfig:
     activation: Activation = "relu"
     dropout: float = 0.02
     layer_norm_eps: float = 1e-12
+    values: Values = "none"
+    pooled: bool = False
+    centering: Centering = "none"
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether tokens must come with their values."""
+        return self.values != "none" or self.pooled
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
@@ -70,9 +94,11 @@ class CellEncoderConfig:
         if self.max_positions < 2:
             msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
             raise ValueError(msg)
-        if self.activation not in get_args(Activation):
-            msg = f"activation must be one of {get_args(Activation)}, found {self.activation!r}."
-            raise ValueError(msg)
+        choices = {"activation": Activation, "values": Values, "centering": Centering}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                msg = f"{name} must be one of {get_args(allowed)}, found {getattr(self, name)!r}."
+                raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +119,10 @@ class SE2TransformerConfig:
         Distances, and logits carried from layer to layer, enter attention.
     dropout
         In training only.
+    feature_scale
+        Cell embeddings are multiplied by this on entry. They have unit length, so that each of
+        their entries is about 1 / sqrt(d_cell); the square root of d_cell gives them the size of
+        the node types' embeddings beside them. 1 in the paper.
     """
 
     d_cell: int = 256
@@ -105,11 +135,15 @@ class SE2TransformerConfig:
     pair_bias: bool = True
     dropout: float = 0.1
     layer_norm_eps: float = 1e-5
+    feature_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
         _check_positive(self, "d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
         _check_heads(self.d_model, self.n_heads, "d_model")
+        if not self.feature_scale > 0:
+            msg = f"feature_scale must be positive, found {self.feature_scale}."
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +158,7 @@ class StofmConfig:
         The parts.
     max_tokens
         Genes kept of a cell. ``<cls>`` is put in front afterwards and the whole is cut to
-        ``cell_encoder.max_positions``.
+        ``cell_encoder.max_positions``; a pooled sum (``cell_encoder.pooled``) takes them all.
     trained
         Whether the weights come from training. Untrained weights are announced wherever used.
     provenance
@@ -181,8 +215,8 @@ class StofmConfig:
         }
         for name, part in parts.items():
             if isinstance(entries.get(name), dict):
-                entries[name] = _build(part, entries[name], name)
-        config: StofmConfig = _build(cls, entries, "config")
+                entries[name] = build_dataclass(part, entries[name], name)
+        config: StofmConfig = build_dataclass(cls, entries, "config")
         return config
 
     @classmethod
@@ -205,6 +239,10 @@ class StofmConfig:
     def mini(cls, n_tokens: int) -> StofmConfig:
         """A model for a laptop's CPU.
 
+        It departs from the paper where that costs little and helps a small model: values beside
+        ranks, a pooled path and centring by slice (:class:`CellEncoderConfig`), sub-slices of 400
+        cells, clusters on ten principal components beside place.
+
         Parameters
         ----------
         n_tokens
@@ -219,29 +257,20 @@ class StofmConfig:
                 d_hidden=128,
                 n_heads=4,
                 d_inner=256,
-                max_positions=1025,
+                max_positions=129,
+                values="log",
+                pooled=True,
+                centering="slice",
             ),
             se2_transformer=SE2TransformerConfig(
-                d_cell=128, n_layers=3, d_model=128, n_heads=4, d_inner=256, n_kernels=32
+                d_cell=128,
+                n_layers=3,
+                d_model=128,
+                n_heads=4,
+                d_inner=256,
+                n_kernels=32,
+                feature_scale=math.sqrt(128),
             ),
-            max_tokens=1024,
+            subslice=SubSliceConfig(n_cells=400, n_components=10),
+            max_tokens=4096,
         )
-
-
-def _build(cls: type[Any], entries: Mapping[str, Any], where: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in entries:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            msg = f"Unknown entry {name!r} in {where}{hint} Known are {sorted(known)}."
-            raise ValueError(msg)
-    required = [
-        name
-        for name, f in known.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in required if name not in entries]:
-        msg = f"Missing from {where}: {missing}."
-        raise ValueError(msg)
-    return cls(**entries)

@@ -11,10 +11,13 @@ import torch
 
 from stofm._logging import logger, progress
 from stofm.nn.batch import SubSliceBatch, TokenBatch
+from stofm.nn.cell_encoder import NO_VALUES
+from stofm.nn.centering import check_slices
+from stofm.nn.centering import finish_embeddings as finish_embeddings
 from stofm.spatial import build_subslice, rows_by_subslice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -50,24 +53,26 @@ def encode_cells(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     token_budget: int | None = None,
+    slices: Sequence[NDArray[np.integer]] | None = None,
     show_progress_bar: bool = False,
 ) -> NDArray[np.float32]:
-    """Embed cells with the cell encoder.
-
-    Cells of one padded length make a batch, with as many cells as the token budget allows.
+    """Embed cells with the cell encoder: :func:`project_cells`, then :func:`finish_embeddings`.
 
     Parameters
     ----------
     encoder
         The cell encoder; used in evaluation mode.
     ranked
-        Ranked gene tokens of n_cells cells, without ``<cls>``.
+        Ranked gene tokens of n_cells cells, without ``<cls>``; with values if the model reads
+        them.
     vocabulary
         Gives ``<cls>`` and ``<pad>``.
     device, dtype
         Where and in which precision to compute.
     token_budget
         Tokens at a time, padding counted; fitted to the device by default.
+    slices
+        Rows of each slice, for a model that centres by slice; all rows are one slice by default.
     show_progress_bar
         Show a bar.
 
@@ -81,7 +86,59 @@ def encode_cells(
         The device has no room for a single cell.
     FloatingPointError
         The device gave NaN or infinite numbers.
+    ValueError
+        The model reads values and the tokens have none, or the slices do not hold each row once.
     """
+    if encoder.config.centering != "none" and slices is not None:
+        check_slices(slices, ranked.n_cells)
+    raw = project_cells(
+        encoder,
+        ranked,
+        vocabulary,
+        device=device,
+        dtype=dtype,
+        token_budget=token_budget,
+        show_progress_bar=show_progress_bar,
+    )
+    return finish_embeddings(raw, slices, encoder.config.centering)[0]
+
+
+def project_cells(
+    encoder: CellEncoder,
+    ranked: RankedTokens,
+    vocabulary: GeneVocabulary,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    token_budget: int | None = None,
+    show_progress_bar: bool = False,
+) -> NDArray[np.float32]:
+    """Run the cell encoder up to its projection: before centring and scaling to unit length.
+
+    Cells of one padded length make a batch, with as many cells as the token budget allows.
+
+    Parameters
+    ----------
+    encoder, ranked, vocabulary, device, dtype, token_budget, show_progress_bar
+        As in :func:`encode_cells`.
+
+    Returns
+    -------
+    (n_cells, d_cell) projections, rows in the order of `ranked`.
+
+    Raises
+    ------
+    MemoryError
+        The device has no room for a single cell.
+    FloatingPointError
+        The device gave NaN or infinite numbers.
+    ValueError
+        The model reads values and the tokens have none.
+    """
+    if not encoder.config.reads_values:
+        ranked = ranked.without_values()
+    elif ranked.values is None:
+        raise ValueError(NO_VALUES)
     n_cells = len(ranked.n_tokens)
     limit = encoder.config.max_positions
     lengths = np.minimum(padded_length(np.minimum(ranked.n_tokens + 1, limit)), limit)
@@ -97,7 +154,7 @@ def encode_cells(
             pad_token=vocabulary.pad,
             length=int(lengths[cells[0]]),
         )
-        result[cells] = encoder.embed(batch.to(device), weights).float().cpu().numpy()
+        result[cells] = encoder.project(batch.to(device), weights).float().cpu().numpy()
 
     with torch.inference_mode(), _evaluating(encoder):
         weights = encoder.lay_out(dtype)
@@ -289,7 +346,9 @@ def device_memory(transformer: SE2Transformer, n_nodes: int, batch_size: int) ->
 _GRAPH_BYTES = 1500
 
 
-def host_memory(transformer: SE2Transformer, n_cells: int, max_tokens: int) -> int:
+def host_memory(
+    transformer: SE2Transformer, n_cells: int, max_tokens: int, *, values: bool = False
+) -> int:
     """Estimate the bytes that embedding `n_cells` cells takes in main memory beyond its input.
 
     Parameters
@@ -300,10 +359,12 @@ def host_memory(transformer: SE2Transformer, n_cells: int, max_tokens: int) -> i
         Cells of all slices together.
     max_tokens
         Largest number of tokens of a cell; half of it is taken for the usual number.
+    values
+        Whether tokens come with their values.
     """
     config = transformer.config
     embeddings = 4 * (3 * config.d_cell + 2 * config.d_model)
-    return n_cells * (embeddings + 6 * max_tokens + _GRAPH_BYTES)
+    return n_cells * (embeddings + (12 if values else 6) * max_tokens + _GRAPH_BYTES)
 
 
 def describe_bytes(n_bytes: int) -> str:

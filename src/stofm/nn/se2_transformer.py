@@ -191,7 +191,8 @@ class SE2Transformer(nn.Module):
         -------
         Node embeddings and the pair representation.
         """
-        hidden = self.input_projection(batch.features.to(self.input_projection.weight.dtype))
+        features = batch.features.to(self.input_projection.weight.dtype)
+        hidden = self.input_projection(features * self.config.feature_scale)
         hidden = hidden + self.node_type_embedding(batch.node_type)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         bias = self.attention_bias(batch).to(hidden.dtype)

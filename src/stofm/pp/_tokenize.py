@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import warnings
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import lru_cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from stofm._anndata import read_record, resolve_table, same_params, write_record
+from stofm._anndata import read_record, resolve_table
 from stofm._counts import NotRawCountsError, read_counts, require_cells_and_genes
-from stofm._keys import Obs, Obsm, Var
+from stofm._keys import Var
 from stofm._logging import counter, logger
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._map_genes import (
-    MappedGenes,
     compute_gene_mapping,
     names_fingerprint,
     vocabulary_of,
-    write_gene_mapping,
 )
+from stofm.pp._token_entries import Columns, Tokens, stored_tokens, write_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,53 +37,6 @@ Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
 
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """Which token each column of the counts is.
-
-    Attributes
-    ----------
-    token_ids, medians
-        (n_vars,) token and median of each column's gene; token -1 for none.
-    genes
-        The mapping, if it is new; None if the one in the AnnData was taken.
-    vocabulary
-        Fingerprint of the vocabulary.
-    """
-
-    token_ids: NDArray[np.int32]
-    medians: NDArray[np.float64]
-    genes: MappedGenes | None
-    vocabulary: str
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits over the tokens of all columns."""
-        return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()[:16]
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """What :func:`tokenize` writes, before it is written.
-
-    Attributes
-    ----------
-    ranked
-        Tokens of all cells.
-    columns
-        What the columns of the counts are.
-    params
-        Layer, largest number of tokens, treatment of columns of one gene.
-    is_new
-        False if `ranked` was read from the AnnData.
-    """
-
-    ranked: RankedTokens
-    columns: Columns
-    params: Mapping[str, Any]
-    is_new: bool = True
-
-
 def tokenize(
     adata: AnnData | Any,
     model_or_vocabulary: GeneVocabulary | Any | None = None,
@@ -94,6 +47,7 @@ def tokenize(
     gene_key: str | None = None,
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     duplicates: Duplicates = "sum",
+    values: bool | None = None,
     chunk_size: int | None = None,
     show_progress_bar: bool = True,
     table_key: str | None = None,
@@ -121,6 +75,9 @@ def tokenize(
     duplicates
         Columns of the same gene: ``"sum"`` adds their counts first; ``"keep"`` ranks each on its
         own, so that a token can occur twice, as in the reference implementation.
+    values
+        Write the value of each token too: count / total count of the cell x 10,000 / median of
+        the gene. By default if the model reads values.
     chunk_size
         Cells that are read at once; by default as many as make about 8 million entries.
     show_progress_bar
@@ -136,6 +93,9 @@ def tokenize(
 
     ``obsm["stofm_tokens"]``
         int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
+    ``obsm["stofm_token_values"]``
+        float32 CSR matrix (n_obs, max_tokens): their values, at the same places; only with
+        values, and removed otherwise.
     ``obs["stofm_n_tokens"]``
         int32 number of tokens.
 
@@ -156,7 +116,13 @@ def tokenize(
         gene_key=gene_key,
         orthologs=orthologs,
     )
-    params = _params(model_or_vocabulary, layer, max_tokens, duplicates)
+    params = token_params(
+        model_or_vocabulary,
+        layer=layer,
+        max_tokens=max_tokens,
+        duplicates=duplicates,
+        values=values,
+    )
     tokens = compute_tokens(
         target, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
     )
@@ -183,8 +149,8 @@ def tokens_or_stored(
     columns = find_columns(
         adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
     )
-    params = _params(model, layer, None, "sum")
-    stored = _stored_tokens(adata, columns, params)
+    params = token_params(model, layer=layer)
+    stored = stored_tokens(adata, columns, params)
     try:
         tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
     except NotRawCountsError:
@@ -250,30 +216,35 @@ def compute_tokens(
     return Tokens(ranked, columns, params)
 
 
-def write_tokens(adata: AnnData, tokens: Tokens) -> None:
-    """Write tokens, their number, a new mapping of the columns, and the records."""
-    matrix = tokens.ranked.to_csr(tokens.params["max_tokens"])
-    columns = tokens.columns
-    if columns.genes is not None:
-        write_gene_mapping(adata, columns.genes)
-    adata.obsm[Obsm.TOKENS] = matrix
-    adata.obs[Obs.N_TOKENS] = tokens.ranked.n_tokens
-    for key in (Obsm.TOKENS, Obs.N_TOKENS):
-        write_record(
-            adata, key, tokens.params, vocabulary=columns.vocabulary, columns=columns.fingerprint
-        )
-
-
-def _params(
+def token_params(
     model_or_vocabulary: GeneVocabulary | Any | None,
-    layer: str | None,
-    max_tokens: int | None,
-    duplicates: Duplicates,
+    *,
+    layer: str | None = None,
+    max_tokens: int | None = None,
+    duplicates: Duplicates = "sum",
+    values: bool | None = None,
 ) -> dict[str, Any]:
+    """Return what tokens depend on besides counts and columns, as it stands in records.
+
+    Number of tokens and need for values are the model's where they are None.
+    """
+    config = getattr(model_or_vocabulary, "config", None)
     if max_tokens is None:
-        config = getattr(model_or_vocabulary, "config", None)
         max_tokens = int(getattr(config, "max_tokens", _DEFAULT_MAX_TOKENS))
-    return {"layer": layer or "", "max_tokens": max_tokens, "duplicates": duplicates}
+    if values is None and model_or_vocabulary is None:
+        values = _embedded_model_reads_values()
+    elif values is None:
+        values = bool(getattr(getattr(config, "cell_encoder", None), "reads_values", False))
+    params = {"layer": layer or "", "max_tokens": max_tokens, "duplicates": duplicates}
+    return params | {"values": True} if values else params
+
+
+@lru_cache(maxsize=1)
+def _embedded_model_reads_values() -> bool:
+    # Read here, because loading the model would import torch.
+    config = resources.files("stofm").joinpath("weights", "stofm-mini", "config.json")
+    cell_encoder = json.loads(config.read_text(encoding="utf-8"))["cell_encoder"]
+    return cell_encoder.get("values", "none") != "none" or bool(cell_encoder.get("pooled"))
 
 
 def _rank(counts: sparse.csr_matrix, columns: Columns, params: Mapping[str, Any]) -> RankedTokens:
@@ -283,6 +254,7 @@ def _rank(counts: sparse.csr_matrix, columns: Columns, params: Mapping[str, Any]
         columns.medians,
         max_tokens=params["max_tokens"],
         duplicates=params["duplicates"],
+        values=bool(params.get("values")),
     )
 
 
@@ -304,21 +276,6 @@ def _existing_mapping(
     expected = np.where(index >= 0, vocabulary.tokens[index], -1)
     # Joining slices can leave columns without an entry, which says nothing about their genes.
     return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
-
-
-def _stored_tokens(
-    adata: AnnData, columns: Columns, params: Mapping[str, Any]
-) -> RankedTokens | None:
-    """Return the stored tokens if they were made with these columns and parameters."""
-    record = read_record(adata, Obsm.TOKENS)
-    if record is None or Obsm.TOKENS not in adata.obsm:
-        return None
-    fits = (
-        same_params(record, params)
-        and record.get("vocabulary") == columns.vocabulary
-        and record.get("columns") == columns.fingerprint
-    )
-    return RankedTokens.from_csr(adata.obsm[Obsm.TOKENS]) if fits else None
 
 
 def _warn_of_empty_cells(ranked: RankedTokens) -> None:

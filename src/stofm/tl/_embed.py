@@ -23,7 +23,8 @@ from stofm.pp._subslice import (
     read_places,
     write_layouts,
 )
-from stofm.pp._tokenize import Tokens, tokens_or_stored, write_tokens
+from stofm.pp._token_entries import Tokens, write_tokens
+from stofm.pp._tokenize import tokens_or_stored
 from stofm.tl._encode_cells import (
     CellEmbedding,
     cell_record,
@@ -34,6 +35,7 @@ from stofm.tl._encode_cells import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -121,6 +123,7 @@ def embed(
         Spatial cell embeddings.
     ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
         See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
+        A model that reads values adds ``adata.obsm['stofm_token_values']``.
     ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
         See :func:`stofm.pp.subslice`.
     ``adata.uns['stofm']``
@@ -166,7 +169,7 @@ def embed(
     if cell_rep is None:
         options = {"layer": layer, "species": species, "gene_key": gene_key, "orthologs": orthologs}
         tokens = tokens_or_stored(table, model, show_progress_bar=show_progress_bar, **options)
-        cells = run.embed_cells(table, tokens.ranked)
+        cells = run.embed_cells(table, tokens.ranked, places.slices.rows)
     else:
         cells = run.take_cells(table, cell_rep)
     use_rep = cell_rep or Obsm.X_CELL
@@ -189,7 +192,15 @@ def embed(
 
 def _refuse_reserved(key_added: str, spatial_key: str, cell_rep: str | None) -> None:
     """Refuse a key whose entry or record is read, or means something else."""
-    own = (Obsm.TOKENS, Obsm.X_CELL, Obsm.COORDINATES, Uns.SUBSLICE, Var.GENE, Var.TOKEN_ID)
+    own = (
+        Obsm.TOKENS,
+        Obsm.TOKEN_VALUES,
+        Obsm.X_CELL,
+        Obsm.COORDINATES,
+        Uns.SUBSLICE,
+        Var.GENE,
+        Var.TOKEN_ID,
+    )
     counted = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL)
     if key_added in {*own, *counted, spatial_key, cell_rep}:
         msg = (
@@ -255,7 +266,9 @@ class _Run:
             while batch_size > 1 and device_memory(transformer, n_nodes, batch_size) > free:
                 batch_size //= 2
         needed = {self.device.type: device_memory(transformer, n_nodes, batch_size)}
-        host = host_memory(transformer, n_obs, self.model.config.max_tokens)
+        config = self.model.config
+        values = config.cell_encoder.reads_values
+        host = host_memory(transformer, n_obs, config.max_tokens, values=values)
         needed["cpu"] = needed.get("cpu", 0) + host
         available = {self.device.type: free, "cpu": free_memory(torch.device("cpu"))}
         for place, n_bytes in needed.items():
@@ -269,9 +282,11 @@ class _Run:
                 raise MemoryError(msg)
         return replace(self, batch_size=batch_size)
 
-    def embed_cells(self, adata: AnnData, ranked: RankedTokens) -> CellEmbedding:
+    def embed_cells(
+        self, adata: AnnData, ranked: RankedTokens, slices: Sequence[NDArray[np.int64]]
+    ) -> CellEmbedding:
         """Take the stored cell embeddings if they fit the tokens, else compute them."""
-        record = cell_record(self.model, ranked, self.dtype)
+        record = cell_record(self.model, ranked, self.dtype, slices)
         d_cell = self.model.config.cell_encoder.d_cell
         stored = stored_cell_embedding(adata, record, d_cell)
         if stored is not None:
@@ -283,6 +298,7 @@ class _Run:
             device=self.device,
             dtype=self.dtype,
             token_budget=self.token_budget,
+            slices=slices,
             show_progress_bar=self.show_progress_bar,
         )
         return CellEmbedding(features, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,13 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import sparse
 
-from stofm._anndata import read_record, resolve_table, write_record
+from stofm._anndata import (
+    read_coordinates,
+    read_record,
+    read_slices,
+    resolve_table,
+    write_record,
+)
 from stofm._keys import Obsm
 from stofm.genes import RankedTokens
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
+from stofm.pp._token_entries import values_are_stored
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -25,6 +35,7 @@ def encode_cells(
     adata: Any,
     model: Stofm | str | Path | None = None,
     *,
+    library_key: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     token_budget: int | Literal["auto"] = "auto",
@@ -41,6 +52,9 @@ def encode_cells(
         table.
     model
         A model, a checkpoint folder or a hub id; the embedded ``"stofm-mini"`` by default.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice, for a model that centres by slice;
+        without it all cells are one slice. Other models do not read it.
     device
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     dtype
@@ -60,16 +74,16 @@ def encode_cells(
     None, or with ``copy=True`` the new AnnData. Sets:
 
     ``adata.obsm['X_stofm_cell']`` : float32 (n_obs, d_cell)
-        Cell embeddings of unit length.
+        Cell embeddings of unit length; 0 where a model that centres has a slice of one cell.
     ``adata.uns['stofm']['X_stofm_cell']`` : dict
         Parameters and fingerprints of model and vocabulary.
 
     Raises
     ------
     KeyError
-        There are no tokens.
+        There are no tokens, no values of tokens for a model that reads them, or no such column.
     ValueError
-        The tokens belong to another vocabulary.
+        The tokens belong to another vocabulary, or slices are needed and can't be told apart.
     MemoryError
         The device has no room for a single cell.
     FloatingPointError
@@ -92,6 +106,7 @@ def encode_cells(
     model = load_model(model)
     model.warn_if_untrained()
     ranked = read_tokens(table, model)
+    slices = _read_slices(table, model, library_key)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     features = encode_ranked(
@@ -101,9 +116,10 @@ def encode_cells(
         device=place,
         dtype=precision,
         token_budget=checked_budget("token_budget", token_budget),
+        slices=slices,
         show_progress_bar=show_progress_bar,
     )
-    result = CellEmbedding(features, cell_record(model, ranked, precision))
+    result = CellEmbedding(features, cell_record(model, ranked, precision, slices))
     target = table.copy() if copy else table
     write_cell_embedding(target, result)
     return target if copy else None
@@ -119,13 +135,28 @@ def load_model(model: Any) -> Stofm:
     return model
 
 
+def _read_slices(
+    adata: AnnData, model: Stofm, library_key: str | None
+) -> list[NDArray[np.int64]] | None:
+    """Rows of each slice, if the model centres by slice."""
+    if model.config.cell_encoder.centering == "none":
+        return None
+    if library_key is None and Obsm.SPATIAL not in adata.obsm:
+        return [np.arange(adata.n_obs)]
+    # Coordinates tell whether there are several slices where no column is given.
+    coordinates = np.empty((0, 2)) if library_key else read_coordinates(adata)
+    return read_slices(adata, library_key, coordinates).rows
+
+
 def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
     """Read the tokens that :func:`stofm.pp.tokenize` wrote, checked against the model.
+
+    As many as the model keeps of a cell, with values if it reads them.
 
     Raises
     ------
     KeyError
-        There are no tokens.
+        There are no tokens, or no values although the model reads them.
     ValueError
         The tokens belong to another vocabulary, or were changed.
     """
@@ -140,7 +171,17 @@ def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
             "st.pp.tokenize(adata, model) again."
         )
         raise ValueError(msg)
-    return RankedTokens.from_csr(sparse.csr_matrix(adata.obsm[Obsm.TOKENS]))
+    ranked = RankedTokens.from_csr(sparse.csr_matrix(adata.obsm[Obsm.TOKENS]))
+    if model.config.cell_encoder.reads_values:
+        if not values_are_stored(adata):
+            msg = (
+                f"Model {model.name!r} reads the values of tokens, and there is no "
+                f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]: run "
+                "st.pp.tokenize(adata, model) again."
+            )
+            raise KeyError(msg)
+        ranked = ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES])
+    return ranked.head(model.config.max_tokens)
 
 
 def checked_budget(name: str, value: int | Literal["auto"]) -> int | None:
@@ -167,15 +208,31 @@ class CellEmbedding:
     record: dict[str, str] | None
 
 
-def cell_record(model: Stofm, ranked: RankedTokens, dtype: torch.dtype) -> dict[str, str]:
-    """Return all that cell embeddings depend on."""
+def cell_record(
+    model: Stofm,
+    ranked: RankedTokens,
+    dtype: torch.dtype,
+    slices: Sequence[NDArray[np.integer]] | None,
+) -> dict[str, str]:
+    """Return all that cell embeddings depend on; slices only if the model centres by them."""
+    centres = model.config.cell_encoder.centering != "none"
     return {
         "model": model.name,
         "cell_encoder": model.cell_encoder_fingerprint,
         "vocabulary": model.vocabulary.fingerprint,
         "tokens": ranked.digest,
         "dtype": str(dtype).removeprefix("torch."),
+        "slices": _slices_digest(slices, ranked.n_cells) if centres else "",
     }
+
+
+def _slices_digest(slices: Sequence[NDArray[np.integer]] | None, n_cells: int) -> str:
+    """16 hexadecimal digits over which cells share a slice, whatever the slices are called."""
+    number = np.zeros(n_cells, dtype=np.int64)
+    filled = [rows for rows in slices or [] if len(rows)]
+    for k, rows in enumerate(sorted(filled, key=lambda rows: int(rows.min()))):
+        number[rows] = k
+    return hashlib.blake2b(number.data, digest_size=8).hexdigest()
 
 
 def write_cell_embedding(adata: AnnData, result: CellEmbedding) -> None:
@@ -183,7 +240,7 @@ def write_cell_embedding(adata: AnnData, result: CellEmbedding) -> None:
     if result.record is not None:
         adata.obsm[Obsm.X_CELL] = result.features
         dtype = result.record["dtype"]
-        rest = {name: value for name, value in result.record.items() if name != "dtype"}
+        rest = {name: v for name, v in result.record.items() if v and name != "dtype"}
         write_record(adata, Obsm.X_CELL, {"dtype": dtype}, **rest)
 
 
@@ -194,7 +251,7 @@ def stored_cell_embedding(
     record = read_record(adata, Obsm.X_CELL)
     if record is None or Obsm.X_CELL not in adata.obsm:
         return None
-    found = {**record, "dtype": record.get("params", {}).get("dtype")}
+    found = {"slices": "", **record, "dtype": record.get("params", {}).get("dtype")}
     stored = np.asarray(adata.obsm[Obsm.X_CELL])
     # A model's name does not change its numbers.
     fits = all(found.get(name) == value for name, value in expected.items() if name != "model")

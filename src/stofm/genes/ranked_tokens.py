@@ -1,0 +1,202 @@
+"""Gene tokens of many cells in one array, with or without their values."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTokens:
+    """Gene tokens of many cells, one after another.
+
+    Attributes
+    ----------
+    tokens
+        (n_tokens_in_all,) int32, cell after cell, in the order of rank.
+    offsets
+        (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
+    values
+        (n_tokens_in_all,) float32 value of each token: count / total count of the cell x 10,000
+        / median of the gene. None where only the order was asked for.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    values: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        rising = bool((np.diff(self.offsets) >= 0).all())
+        if not rising or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            msg = "offsets must rise from 0 to the number of tokens."
+            raise ValueError(msg)
+        if self.values is not None and self.values.shape != self.tokens.shape:
+            msg = (
+                f"values must have one entry per token, found {self.values.shape} for "
+                f"{self.tokens.shape} tokens."
+            )
+            raise ValueError(msg)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> NDArray[np.int32]:
+        """(n_cells,) number of tokens of each cell."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def to_csr(self, max_tokens: int) -> sparse.csr_matrix:
+        """Return the tokens as an int32 matrix, (n_cells, max_tokens).
+
+        Row c holds the cell's tokens in its first columns, in order; no token is 0 (the
+        padding token), so the matrix loses none.
+
+        Raises
+        ------
+        ValueError
+            A cell has more than `max_tokens` tokens.
+        """
+        return self._csr(self.tokens, max_tokens)
+
+    def values_to_csr(self, max_tokens: int) -> sparse.csr_matrix:
+        """Return the values as a float32 matrix with the places of :meth:`to_csr`.
+
+        Raises
+        ------
+        ValueError
+            There are no values, or a cell has more than `max_tokens` tokens.
+        """
+        if self.values is None:
+            msg = "There are no values; they come from rank_genes(..., values=True)."
+            raise ValueError(msg)
+        return self._csr(self.values, max_tokens)
+
+    def _csr(self, entries: NDArray[Any], max_tokens: int) -> sparse.csr_matrix:
+        longest = int(self.n_tokens.max(initial=0))
+        if longest > max_tokens:
+            msg = f"A cell has {longest} tokens, which do not fit into {max_tokens} columns."
+            raise ValueError(msg)
+        index_dtype = np.int32 if len(entries) <= np.iinfo(np.int32).max else np.int64
+        offsets = self.offsets.astype(index_dtype)
+        columns: NDArray[Any] = np.arange(len(entries), dtype=index_dtype)
+        columns -= np.repeat(offsets[:-1], np.diff(offsets))
+        return sparse.csr_matrix((entries, columns, offsets), shape=(self.n_cells, max_tokens))
+
+    @classmethod
+    def from_csr(cls, matrix: Any) -> RankedTokens:
+        """Read back what :meth:`to_csr` gave, from any sparse matrix of that content.
+
+        Raises
+        ------
+        ValueError
+            A row has a gap, so it does not hold tokens in order of rank.
+        """
+        entries, offsets = _entries_in_order(matrix)
+        return cls(tokens=entries.astype(np.int32, copy=False), offsets=offsets)
+
+    def with_values(self, matrix: Any) -> RankedTokens:
+        """Add the values that :meth:`values_to_csr` gave, from any sparse matrix of that content.
+
+        Raises
+        ------
+        ValueError
+            The matrix has its entries in other places than the tokens.
+        """
+        entries, offsets = _entries_in_order(matrix)
+        if not np.array_equal(offsets, self.offsets):
+            msg = (
+                "The values have their entries in other places than the tokens; they do not "
+                "belong together. Make both anew."
+            )
+            raise ValueError(msg)
+        return replace(self, values=entries.astype(np.float32, copy=False))
+
+    def without_values(self) -> RankedTokens:
+        """Return the same tokens without values."""
+        return self if self.values is None else replace(self, values=None)
+
+    def head(self, max_tokens: int) -> RankedTokens:
+        """Return the first `max_tokens` tokens of each cell, with their values if there are any."""
+        lengths = np.diff(self.offsets)
+        if int(lengths.max(initial=0)) <= max_tokens:
+            return self
+        place = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], lengths)
+        is_kept = place < max_tokens
+        return RankedTokens(
+            tokens=self.tokens[is_kept],
+            offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, max_tokens))]),
+            values=None if self.values is None else self.values[is_kept],
+        )
+
+    def equals(self, other: RankedTokens) -> bool:
+        """Whether all cells have the same tokens in the same order, and the same values if any."""
+        return (
+            np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.tokens, other.tokens)
+            and _equal_or_none(self.values, other.values)
+        )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all cells' tokens, and their values if there are any."""
+        hashed = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=8)
+        hashed.update(np.ascontiguousarray(self.tokens).data)
+        if self.values is not None:
+            hashed.update(np.ascontiguousarray(self.values).data)
+        return hashed.hexdigest()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RankedTokens]) -> RankedTokens:
+        """Join the cells of `parts`, in order.
+
+        Raises
+        ------
+        ValueError
+            Some parts have values and others have none.
+        """
+        lengths = [np.diff(part.offsets) for part in parts]
+        values = [part.values for part in parts if part.values is not None]
+        if len(values) not in (0, len(parts)):
+            msg = (
+                f"{len(values)} of {len(parts)} parts have values; rank all of them with "
+                "values=True, or none."
+            )
+            raise ValueError(msg)
+        return cls(
+            tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+            offsets=np.concatenate([[0], np.cumsum(np.concatenate([[], *lengths]))]).astype(
+                np.int64
+            ),
+            values=np.concatenate(values) if values else None,
+        )
+
+
+def _entries_in_order(matrix: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return a sparse matrix's entries row after row, and where each row starts."""
+    rows = sparse.csr_matrix(matrix)
+    if not rows.has_sorted_indices:
+        rows = rows.sorted_indices()
+    offsets = rows.indptr.astype(np.int64)
+    lengths = np.diff(offsets)
+    filled = lengths > 0
+    if not np.array_equal(rows.indices[offsets[1:][filled] - 1], lengths[filled] - 1):
+        msg = "The matrix has empty places between tokens; it was not made by stofm."
+        raise ValueError(msg)
+    return rows.data, offsets
+
+
+def _equal_or_none(first: NDArray[Any] | None, second: NDArray[Any] | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first, second)
