@@ -91,7 +91,9 @@ def pair_distances(
     right = np.concatenate([second[both_cells], np.tile(with_virtual, len(virtual))])
     distinct = left != right
     left, right = left[distinct], right[distinct]
-    codes = np.unique(np.minimum(left, right) * n_nodes + np.maximum(left, right))
+    # Sorting beats np.unique, which hashes integers.
+    codes = np.sort(np.minimum(left, right) * n_nodes + np.maximum(left, right))
+    codes = codes[np.diff(codes, prepend=-1) != 0]
     rows, columns = np.divmod(codes, n_nodes)
     offset = coordinates[rows] - coordinates[columns]
     return PairDistances(
