@@ -77,7 +77,9 @@ def _attend(
 class _HeadwiseAttention(torch.autograd.Function):
     """The same with a gradient that keeps one matrix of weights a head, and nothing else dense."""
 
+    # Under autocast the backward pass would see other types than the forward pass kept.
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
     def forward(
         ctx: Any,
         queries: Tensor,
@@ -104,6 +106,7 @@ class _HeadwiseAttention(torch.autograd.Function):
         return attended
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:

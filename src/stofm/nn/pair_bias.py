@@ -42,7 +42,12 @@ class GaussianDistanceBias(nn.Module):
         self.output = nn.Linear(n_kernels, n_heads)
 
     def forward(self, distances: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs heads"]:
-        """Evaluate the bias of each distance."""
+        """Evaluate the bias of each distance, in the precision of the weights."""
+        # Distances up to 100 need more than bfloat16's three digits.
+        with torch.autocast(distances.device.type, enabled=False):
+            return self._evaluate(distances)
+
+    def _evaluate(self, distances: Tensor) -> Tensor:
         width = self.widths.abs() + 1e-5
         x = self.scale * distances.to(self.means.dtype)[:, None] + self.shift
         # exp(-z^2 / 2) / (sqrt(2 pi) width), with the factor moved into the small vectors.
