@@ -124,7 +124,7 @@ def read_counts(
 
 
 def open_slice(path: str | Path) -> AnnData:
-    """Open an AnnData from an ``.h5ad`` file, whose ``X`` stays on disk, or a Zarr store.
+    """Open an AnnData from an ``.h5ad`` file or a Zarr store; ``X`` stays on disk.
 
     Raises
     ------
@@ -137,7 +137,24 @@ def open_slice(path: str | Path) -> AnnData:
     if not path.exists():
         msg = f"There is no slice at {path}."
         raise FileNotFoundError(msg)
-    return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
+    return _open_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
+
+
+def _open_zarr(path: Path) -> AnnData:
+    import zarr
+    from anndata import AnnData
+    from anndata.io import read_elem, sparse_dataset
+
+    store: Any = zarr.open_group(path, mode="r")
+
+    def matrix(element: Any) -> Any:
+        return sparse_dataset(element) if isinstance(element, zarr.Group) else element
+
+    return AnnData(
+        X=matrix(store["X"]) if "X" in store else None,
+        layers={name: matrix(store[f"layers/{name}"]) for name in store.get("layers", {})},
+        **{name: read_elem(store[name]) for name in ("obs", "var", "obsm", "uns") if name in store},
+    )
 
 
 def gene_name_sources(adata: AnnData) -> dict[str, list[Any]]:
