@@ -29,10 +29,13 @@ HOMES = {
     "anndata": {"_anndata", "_counts", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "train", "tl"},
     "transformers": {"nn", "train"},
+    "lightning_fabric": {"train"},
+    "tensorboard": {"train"},
     "matplotlib": {"pl", "_demo"},
 }
 #: What else a part of the package must not use.
 FORBIDDEN = {
+    "_config": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
     "_anndata": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_logging": {"genes", "spatial", "nn", "train", "pp", "tl", "pl", "datasets"},
@@ -47,8 +50,17 @@ EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
     "genes/fitting.py": {"_counts"},
 }
-AREAS = ["pp", "tl", "pl", "datasets", "genes", "spatial", "nn"]
-HEAVY = ["anndata", "matplotlib", "pooch", "scanpy", "squidpy", "torch", "transformers"]
+AREAS = ["pp", "tl", "pl", "datasets", "genes", "spatial", "nn", "train"]
+HEAVY = [
+    "anndata",
+    "lightning_fabric",
+    "matplotlib",
+    "pooch",
+    "scanpy",
+    "squidpy",
+    "torch",
+    "transformers",
+]
 
 
 def _part(path: Path) -> str:

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stofm import datasets, genes, nn, pl, pp, spatial, tl
+    from stofm import datasets, genes, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
 
@@ -23,12 +23,14 @@ __all__ = [
     "pp",
     "spatial",
     "tl",
+    "train",
 ]
 
 _LAZY = {
     "genes": "stofm.genes",
     "nn": "stofm.nn",
     "spatial": "stofm.spatial",
+    "train": "stofm.train",
     "datasets": "stofm.datasets",
     "pl": "stofm.pl",
     "pp": "stofm.pp",

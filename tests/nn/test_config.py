@@ -23,13 +23,19 @@ def test_base_is_the_papers_table():
     assert config.subslice == SubSliceConfig.reference()
 
 
-@pytest.mark.parametrize("preset", [StofmConfig.base, StofmConfig.mini])
-def test_values_and_centering_are_off_and_may_be_left_out(preset):
-    config = preset(101)
+def test_departures_from_the_paper_are_off_and_may_be_left_out():
+    config = StofmConfig.base(101)
     entries = config.to_dict()
     for name, off in (("values", "none"), ("pooled", False), ("centering", "none")):
         assert entries["cell_encoder"].pop(name) == off
+    assert entries["se2_transformer"].pop("feature_scale") == 1
     assert StofmConfig.from_dict(entries) == config
+
+
+def test_feature_scale_must_be_positive():
+    config = SE2TransformerConfig(d_cell=8, d_model=8, n_heads=2, d_inner=8, n_kernels=4)
+    with pytest.raises(ValueError, match="feature_scale must be positive, found 0"):
+        replace(config, feature_scale=0)
 
 
 @pytest.mark.parametrize(

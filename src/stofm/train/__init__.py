@@ -1,0 +1,88 @@
+"""Pretraining: what is hidden, what is recovered, and the loop that learns it (torch)."""
+
+from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
+from stofm.train.cell_samples import Draws
+from stofm.train.config import RunConfig, StageConfig, paper_schedule
+from stofm.train.corpus import (
+    Corpus,
+    TokenizedSlice,
+    open_slice,
+    preparation_key,
+    write_slice,
+)
+from stofm.train.gene_masking import TokenMasking, drop_genes, mask_tokens
+from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
+from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.loop import TrainingLoop
+from stofm.train.losses import (
+    ContrastiveConfig,
+    LossPart,
+    LossWeights,
+    MaskedGeneConfig,
+    contrastive_loss,
+    masked_cell_loss,
+    masked_gene_loss,
+    pair_distance_loss,
+)
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.optimizer import OptimizerConfig
+from stofm.train.pretraining import Pretraining, TrainResult
+from stofm.train.processes import Processes
+from stofm.train.protocols import Recorder, Samples, Stage
+from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe
+from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
+from stofm.train.state import Progress, RunFolder
+
+__all__ = [
+    "CellBatch",
+    "CellEncoderObjective",
+    "CellEncoderStage",
+    "ContrastiveConfig",
+    "Corpus",
+    "DataConfig",
+    "Draws",
+    "FileConfig",
+    "JointBatch",
+    "JointObjective",
+    "JointStage",
+    "LossPart",
+    "LossWeights",
+    "MaskedCellHead",
+    "MaskedGeneConfig",
+    "MaskedGeneHead",
+    "MaskedGenes",
+    "MaskedSubSlice",
+    "MaskedSubSliceBatch",
+    "ModelSource",
+    "OptimizerConfig",
+    "PairDistanceHead",
+    "Pretraining",
+    "Processes",
+    "Progress",
+    "Recipe",
+    "Recorder",
+    "RunConfig",
+    "RunFolder",
+    "Samples",
+    "SpatialMasking",
+    "SpatialObjective",
+    "SpatialStage",
+    "Stage",
+    "StageConfig",
+    "StageSetup",
+    "TokenMasking",
+    "TokenizedSlice",
+    "TrainResult",
+    "TrainingLoop",
+    "contrastive_loss",
+    "drop_genes",
+    "mask_tokens",
+    "masked_cell_loss",
+    "masked_gene_loss",
+    "open_slice",
+    "pair_distance_loss",
+    "paper_schedule",
+    "preparation_key",
+    "write_slice",
+]

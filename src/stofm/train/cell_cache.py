@@ -1,0 +1,325 @@
+"""Cell embeddings and virtual cells of a corpus, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from stofm._logging import progress
+from stofm.nn.checkpoint import write_atomically
+from stofm.nn.inference import finish_embeddings, project_cells
+from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
+from stofm.train.corpus import open_array
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+
+    from stofm.nn import Stofm
+    from stofm.spatial import SubSliceConfig
+    from stofm.train.corpus import Corpus, TokenizedSlice
+
+
+class Together(Protocol):
+    """Processes that train one model: which of them this one is, and waiting for the others."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        ...
+
+
+_FORMAT_VERSION = 1
+#: Rules that decide virtual cells; the others take effect when a sub-slice is built.
+_VIRTUAL_RULES = (
+    "leiden_resolution",
+    "position_weight",
+    "mixing",
+    "n_components",
+    "clustering",
+    "max_virtual_cells",
+)
+#: float16 ends at 65,504; embeddings have unit length, so none comes near it.
+_STORED = np.float16
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSlice:
+    """What the SE(2) Transformer reads of one slice.
+
+    Attributes
+    ----------
+    features
+        (n_cells, d_cell) cell embeddings, float16, memory-mapped.
+    center
+        (d_cell,) mean that was taken off before scaling to unit length, float32; None for a
+        cell encoder that does not centre.
+    layout
+        Coordinates and virtual cells; for :func:`stofm.spatial.build_subslice`.
+    """
+
+    features: NDArray[np.float16]
+    center: NDArray[np.float32] | None
+    layout: SliceLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellCache:
+    """Encodes the slices of a corpus and keeps the result on disk.
+
+    A result is found again by the weights of the cell encoder, the tokens and the rules that
+    made it, so that stages, runs and processes share one folder.
+
+    Attributes
+    ----------
+    folder
+        Where the results are kept.
+    corpus
+        The slices.
+    rules
+        Rules of the virtual cells.
+    virtual_cells
+        Find virtual cells; without them sub-slices consist of cells alone.
+    device, dtype
+        Where and in which precision cells are encoded.
+    """
+
+    folder: Path
+    corpus: Corpus
+    rules: SubSliceConfig
+    virtual_cells: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(
+        self, model: Stofm, processes: Together, *, show_progress_bar: bool = False
+    ) -> tuple[str, list[EncodedSlice]]:
+        """Encode all slices with the model's cell encoder as it is now.
+
+        Parameters
+        ----------
+        model
+            Gives the cell encoder and the vocabulary.
+        processes
+            Those that train together; each encodes its share of the slices.
+        show_progress_bar
+            Show a bar.
+
+        Returns
+        -------
+        A key under which :meth:`open` finds the result, and the slices.
+        """
+        key = self.key_of(model)
+        own = self.corpus.slices[processes.rank :: processes.count]
+        shown = progress(
+            own,
+            total=len(own),
+            description="encode slices",
+            unit="slice",
+            show=show_progress_bar,
+        )
+        for one in shown:
+            self._encode_slice(model, one, key)
+        processes.wait()
+        return key, self.open(key)
+
+    def open(self, key: str) -> list[EncodedSlice]:
+        """Open what :meth:`encode` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no result, or only part of one.
+        """
+        return [self._open_slice(s, key) for s in self.corpus.slices]
+
+    def remove(self, key: str) -> None:
+        """Delete a result that is not needed any more."""
+        for s in self.corpus.slices:
+            for place in (self._cells(s, key), self._virtual(s, key)):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def key_of(self, model: Stofm) -> str:
+        """Key of what :meth:`encode` would give for the cell encoder as it is now."""
+        return _encoder_key(model, self.dtype)
+
+    def _cells(self, one: TokenizedSlice, key: str) -> Path:
+        return self.folder / f"cells-{_digest(key, one.digest)}"
+
+    def _virtual(self, one: TokenizedSlice, key: str) -> Path:
+        rules = {name: getattr(self.rules, name) for name in _VIRTUAL_RULES}
+        return self.folder / f"virtual-{_digest(key, one.digest, rules)}"
+
+    def _encode_slice(self, model: Stofm, one: TokenizedSlice, key: str) -> None:
+        cells, virtual = self._cells(one, key), self._virtual(one, key)
+        if not cells.is_dir():
+            raw = project_cells(
+                model.cell_encoder,
+                one.ranked,
+                model.vocabulary,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            centering = model.config.cell_encoder.centering
+            features, centers = finish_embeddings(raw, [np.arange(len(raw))], centering)
+            center = centers if centering != "none" else centers[:0]
+            _write(cells, features=features.astype(_STORED), center=center)
+        if self.virtual_cells and not virtual.is_dir():
+            # From what is stored, not from what was computed: it must not matter who found it.
+            features = open_array(cells / "features.npy").astype(np.float32)
+            found = lay_out_slice(one.coordinates, features, self.rules).virtual
+            _write(virtual, coordinates=found.coordinates, features=found.features)
+
+    def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
+        place = self._cells(one, key)
+        if not place.is_dir():
+            msg = (
+                f"There are no cell embeddings of slice {one.name!r} in {self.folder} for this "
+                "cell encoder. If the folder was cleared, start the stage again from its beginning."
+            )
+            raise FileNotFoundError(msg)
+        features = open_array(place / "features.npy")
+        centers = np.load(place / "center.npy", allow_pickle=False)
+        return EncodedSlice(
+            features=features,
+            center=centers[0] if len(centers) else None,
+            layout=_layout(one, self._open_virtual(one, key, features.shape[1])),
+        )
+
+    def _open_virtual(self, one: TokenizedSlice, key: str, d_cell: int) -> VirtualCells:
+        if not self.virtual_cells:
+            return VirtualCells(np.empty((0, 2)), np.empty((0, d_cell), dtype=np.float32))
+        place = self._virtual(one, key)
+        return VirtualCells(
+            coordinates=np.load(place / "coordinates.npy", allow_pickle=False),
+            features=np.load(place / "features.npy", allow_pickle=False),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCache:
+    """Estimates the centres of slices from some of their cells, and keeps them on disk.
+
+    Attributes
+    ----------
+    folder
+        Where the results are kept.
+    corpus
+        The slices.
+    device, dtype
+        Where and in which precision cells are encoded.
+    n_cells
+        Cells of a slice, at most.
+    """
+
+    folder: Path
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    n_cells: int
+
+    def compute(self, model: Stofm, processes: Together) -> str:
+        """Estimate centres with the cell encoder as it is now; the first process does it.
+
+        Returns
+        -------
+        A key under which :meth:`open` finds the result.
+        """
+        key = _encoder_key(model, self.dtype)
+        if processes.rank == 0 and not self._place(key).is_dir():
+            rows = [self._rows(k) for k in range(len(self.corpus.slices))]
+            raw = project_cells(
+                model.cell_encoder,
+                self.corpus.take(np.concatenate(rows)),
+                model.vocabulary,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            ends = np.cumsum([len(own) for own in rows])
+            slices = np.split(np.arange(len(raw)), ends[:-1])
+            centering = model.config.cell_encoder.centering
+            _write(self._place(key), centers=finish_embeddings(raw, slices, centering)[1])
+        processes.wait()
+        return key
+
+    def open(self, key: str) -> NDArray[np.float32]:
+        """(n_slices, d_cell) centres that :meth:`compute` found.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such result.
+        """
+        place = self._place(key)
+        if not place.is_dir():
+            msg = (
+                f"There are no centres of slices in {self.folder} for this cell encoder. If the "
+                "folder was cleared, start the stage again from its beginning."
+            )
+            raise FileNotFoundError(msg)
+        centers: NDArray[np.float32] = np.load(place / "centers.npy", allow_pickle=False)
+        return centers
+
+    def remove(self, key: str) -> None:
+        """Delete a result that is not needed any more."""
+        shutil.rmtree(self._place(key), ignore_errors=True)
+
+    def _place(self, key: str) -> Path:
+        digests = [s.digest for s in self.corpus.slices]
+        return self.folder / f"centers-{_digest(key, digests, self.n_cells)}"
+
+    def _rows(self, number: int) -> NDArray[np.int64]:
+        """Cells spread evenly over a slice's rows, numbered through the corpus."""
+        first, end = self.corpus.first_cell[number : number + 2]
+        n = min(self.n_cells, int(end - first))
+        rows: NDArray[np.int64] = first + np.arange(n) * (end - first) // max(n, 1)
+        return rows
+
+
+def _encoder_key(model: Stofm, dtype: torch.dtype) -> str:
+    """Name all that a cell's embedding depends on besides its tokens and its slice."""
+    return _digest(
+        _FORMAT_VERSION,
+        model.cell_encoder_fingerprint,
+        model.vocabulary.fingerprint,
+        asdict(model.config.cell_encoder),
+        str(dtype),
+    )
+
+
+def _layout(one: TokenizedSlice, virtual: VirtualCells) -> SliceLayout:
+    """Lay a slice out in one piece: the sampler cuts it."""
+    nowhere = np.broadcast_to(np.int64(0), one.n_cells)
+    return SliceLayout(one.coordinates, subslice=nowhere, virtual_cell=nowhere, virtual=virtual)
+
+
+def _digest(*parts: Any) -> str:
+    described = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
+
+
+def _write(folder: Path, **arrays: NDArray[Any]) -> None:
+    def fill(place: Path) -> None:
+        for name, array in arrays.items():
+            np.save(place / f"{name}.npy", array)
+
+    # Unless another run that shares the folder was faster.
+    with contextlib.suppress(FileExistsError):
+        write_atomically(folder, fill, overwrite=False)

@@ -1,0 +1,211 @@
+"""Gene embeddings from the co-expression of genes over all training slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from stofm._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stofm.genes import RankedTokens
+    from stofm.nn import Stofm
+    from stofm.train.corpus import Corpus
+
+#: A gene's scale is at least this share of the median gene's: rare genes are mostly noise.
+_SMALLEST_SCALE = 0.1
+
+
+def coexpression_factors(
+    slices: Sequence[RankedTokens],
+    n_tokens: int,
+    n_factors: int,
+    *,
+    iterations: int = 5,
+    scaling: float = 0.5,
+    seed: int = 0,
+) -> NDArray[np.float32]:
+    """Factorise the co-expression of genes over slices that measure different genes.
+
+    With x the values log(1 + value) of a slice, each gene's less its mean over the slice and
+    divided by its standard deviation to the power of `scaling`, the factors W maximise the
+    variance of x W, averaged over slices with the square root of their number of cells as weight.
+    A gene counts over the slices where it occurs. W is found by power iteration on sparse
+    products: nothing of genes x genes or of dense cells x genes is made.
+
+    Parameters
+    ----------
+    slices
+        Ranked tokens with values, slice by slice; one slice is held in memory at a time.
+    n_tokens
+        Rows of the result: the largest token plus one.
+    n_factors
+        Number of factors.
+    iterations
+        Power iterations.
+    scaling
+        1 gives all genes the same variance, 0 leaves them as they are, so that genes that vary
+        most count most.
+    seed
+        Seed of the first factors.
+
+    Returns
+    -------
+    (n_tokens, n_factors) weight of each gene in each factor, such that a cell's factors are the
+    sum over its genes of log(1 + value) x weight, less the slice's mean; in order of falling
+    variance. 0 for tokens that occur nowhere.
+
+    Raises
+    ------
+    ValueError
+        The tokens have no values, or there are fewer genes than factors.
+    """
+    moments = [_moments(_values(ranked, n_tokens)) for ranked in slices]
+    weights = np.sqrt([float(ranked.n_cells) for ranked in slices])
+    seen = sum(w * (m.mean > 0) for w, m in zip(weights, moments, strict=True))
+    if (n_genes := int((seen > 0).sum())) < n_factors:
+        msg = (
+            f"Found {n_genes} genes for {n_factors} factors: there are too few genes in the slices. "
+            "Lower d_hidden of the cell encoder, or use gene_embeddings='random'."
+        )
+        raise ValueError(msg)
+    variance = sum(w * m.variance for w, m in zip(weights, moments, strict=True))
+    deviation = np.sqrt(variance / np.maximum(seen, 1e-12))
+    smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
+    inverse = np.where(seen > 0, np.maximum(deviation, smallest) ** -scaling, 0.0)
+
+    start = np.random.default_rng(seed).standard_normal((n_tokens, n_factors))
+    factors: NDArray[np.float64] = np.linalg.qr(start * (seen > 0)[:, None])[0]
+    strength = np.zeros(n_factors)
+    for _ in range(iterations):
+        product = np.zeros((n_tokens, n_factors))
+        for ranked, moment, weight in zip(slices, moments, weights, strict=True):
+            product += weight * _covariance_product(
+                _values(ranked, n_tokens), moment.mean, factors * inverse[:, None]
+            )
+        product *= (inverse / np.maximum(seen, 1e-12))[:, None]
+        factors, strength, _ = np.linalg.svd(product, full_matrices=False)
+    kept = (inverse[:, None] * _with_fixed_sign(factors)).astype(np.float32)
+    logger.info(
+        "Co-expression of %d genes over %d slices: the first of %d factors is %.0f times as strong "
+        "as the last.",
+        n_genes,
+        len(slices),
+        n_factors,
+        strength[0] / max(strength[-1], 1e-12),
+    )
+    return kept
+
+
+def initialize_from_coexpression(
+    corpus: Corpus, model: Stofm, *, scaling: float = 0.5, seed: int = 0
+) -> None:
+    """Set a model's gene embeddings, and the path from them to the cell embedding, in place.
+
+    Afterwards the cell embedding is that of the linear factorisation: the pooled projection is
+    the identity times a number that brings its output to variance 1 a dimension, and the
+    projection of ``<cls>`` is 0 until it is trained.
+
+    Parameters
+    ----------
+    corpus
+        Training slices, with values.
+    model
+        Its cell encoder must pool (``pooled=True``).
+    scaling, seed
+        See :func:`coexpression_factors`.
+
+    Raises
+    ------
+    ValueError
+        The cell encoder does not pool, or there are too few genes.
+    """
+    encoder = model.cell_encoder
+    if not encoder.config.pooled:
+        msg = (
+            "gene_embeddings='coexpression' sets the path from pooled genes to the cell "
+            "embedding, and this cell encoder has none: set cell_encoder.pooled to true."
+        )
+        raise ValueError(msg)
+    slices = [one.ranked for one in corpus.slices]
+    n_tokens, width = encoder.bert.embeddings.word_embeddings.weight.shape
+    factors = coexpression_factors(slices, n_tokens, width, scaling=scaling, seed=seed)
+    words = encoder.bert.embeddings.word_embeddings.weight
+    seen = torch.from_numpy(factors.any(axis=1))
+    # As spread as the embeddings were before, so that positions and values weigh as usual.
+    spread = float(np.sqrt(np.mean(factors[factors.any(axis=1)] ** 2)))
+    factors *= float(encoder.bert.config.initializer_range) / spread
+    variance = float(np.mean([_pooled_variance(one, factors) for one in slices]))
+    with torch.no_grad():
+        words[seen] = torch.from_numpy(factors)[seen].to(words)
+        encoder.pooled_projection.weight.copy_(
+            torch.eye(*encoder.pooled_projection.weight.shape) / variance**0.5
+        )
+        encoder.projection.weight.zero_()
+        encoder.projection.bias.zero_()
+
+
+def _pooled_variance(ranked: RankedTokens, factors: NDArray[np.float32]) -> float:
+    """Variance over a slice's cells of their pooled factors, mean over the factors."""
+    pooled = _values(ranked, len(factors)) @ factors
+    return float(pooled.var(axis=0, dtype=np.float64).mean())
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean and variance of each gene over a slice."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+def _values(ranked: RankedTokens, n_tokens: int) -> sparse.csr_matrix:
+    """Values log(1 + value) of a slice, (n_cells, n_tokens)."""
+    if ranked.values is None:
+        msg = (
+            "Co-expression needs the values of the tokens, and they have none: prepare the slices "
+            "for a model with cell_encoder.pooled = true."
+        )
+        raise ValueError(msg)
+    shape = (ranked.n_cells, n_tokens)
+    return sparse.csr_matrix((np.log1p(ranked.values), ranked.tokens, ranked.offsets), shape=shape)
+
+
+def _moments(values: sparse.csr_matrix) -> _Moments:
+    n_cells = values.shape[0]
+    columns = values.indices
+    size = values.shape[1]
+    mean = np.bincount(columns, weights=values.data, minlength=size) / n_cells
+    square = np.bincount(columns, weights=values.data.astype(np.float64) ** 2, minlength=size)
+    return _Moments(mean=mean, variance=np.maximum(square / n_cells - mean**2, 0.0))
+
+
+def _covariance_product(
+    values: sparse.csr_matrix, mean: NDArray[np.float64], factors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Covariance of the genes times `factors`, for cells' factors of mean square norm 1.
+
+    So a slice that measures few genes counts as much as one that measures all.
+    """
+    scores = values @ factors.astype(np.float32)
+    scores -= scores.mean(axis=0)
+    scores /= max(float(np.sqrt(np.mean((scores**2).sum(axis=1)))), 1e-12)
+    product: NDArray[np.float64] = values.T @ scores
+    product = product - np.outer(mean, scores.sum(axis=0, dtype=np.float64))
+    return product / len(scores)
+
+
+def _with_fixed_sign(factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each factor the weight of largest magnitude is positive."""
+    largest = np.abs(factors).argmax(axis=0)
+    signs = np.where(factors[largest, np.arange(factors.shape[1])] < 0, -1.0, 1.0)
+    signed: NDArray[np.float64] = factors * signs
+    return signed

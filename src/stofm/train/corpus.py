@@ -1,0 +1,370 @@
+"""Tokenised slices on disk, memory-mapped: what training reads in place of counts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from stofm.genes import RankedTokens
+from stofm.nn.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+#: Raised when a slice written by this version can't be read by an older one, or the reverse.
+FORMAT_VERSION = 1
+
+_HEADER_BYTES = 128
+_INFO = "slice.json"
+_TOKENS, _VALUES, _OFFSETS = "tokens.npy", "values.npy", "offsets.npy"
+_COORDINATES = "coordinates.npy"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSlice:
+    """Ranked gene tokens and places of the cells of one slice.
+
+    Attributes
+    ----------
+    name
+        Name of the slice, as messages give it.
+    ranked
+        Ranked tokens of the cells, with values if the model reads them; memory-mapped.
+    coordinates
+        (n_cells, 2) float64, model units (the slice's diagonal is 100); memory-mapped.
+    technology
+        Name of the technology; may be empty.
+    digest
+        16 hexadecimal digits that change with any token, value or coordinate.
+    """
+
+    name: str
+    ranked: RankedTokens
+    coordinates: NDArray[np.float64]
+    technology: str
+    digest: str
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.ranked.n_cells
+
+
+def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> str:
+    """Name what a slice was prepared from, so that a changed file is prepared again.
+
+    Parameters
+    ----------
+    source
+        A file, or the folder of a Zarr store; None for data that has no file. A file counts as
+        changed if its size or its time of change differs.
+    settings
+        All else that the tokens depend on (vocabulary, layer, ...), as JSON can hold it.
+
+    Returns
+    -------
+    16 hexadecimal digits.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file or folder.
+    """
+    state: list[list[Any]] = []
+    if source is not None:
+        path = Path(source)
+        if not path.exists():
+            msg = f"There is no file or folder {str(path)!r}; check the path."
+            raise FileNotFoundError(msg)
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        state = [
+            [p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files
+        ]
+        state.append([str(path.resolve())])
+    described = json.dumps([FORMAT_VERSION, state, dict(settings)], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
+
+
+def write_slice(
+    folder: str | Path,
+    key: str,
+    *,
+    name: str,
+    ranked: RankedTokens | Iterable[RankedTokens],
+    coordinates: NDArray[np.floating],
+    technology: str = "",
+) -> TokenizedSlice:
+    """Write one slice to disk and open it; a crash leaves nothing half-written.
+
+    Parameters
+    ----------
+    folder
+        Work folder; the slice becomes the folder `key` in it.
+    key
+        What the slice was prepared from (:func:`preparation_key`).
+    name, technology
+        See :class:`TokenizedSlice`.
+    ranked
+        Tokens of all cells, or of blocks of cells in order, which are written as they come.
+    coordinates
+        (n_cells, 2) finite, model units (:func:`stofm.spatial.normalize_coordinates`).
+
+    Returns
+    -------
+    The slice, memory-mapped. If there is one of that key it is opened and nothing is written.
+
+    Raises
+    ------
+    ValueError
+        Coordinates are not finite or do not fit the cells, or some blocks have values and
+        others have none.
+    """
+    if (found := open_slice(folder, key)) is not None:
+        return found
+    xy = np.ascontiguousarray(coordinates, dtype=np.float64)
+    if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
+        msg = f"Slice {name!r}: coordinates must be finite and (n_cells, 2), found {xy.shape}."
+        raise ValueError(msg)
+    blocks = [ranked] if isinstance(ranked, RankedTokens) else ranked
+
+    def fill(place: Path) -> None:
+        info = _write_tokens(place, blocks, name)
+        if info["n_cells"] != len(xy):
+            msg = (
+                f"Slice {name!r} has {info['n_cells']} cells with tokens and {len(xy)} "
+                "coordinates; pass one row of coordinates per cell."
+            )
+            raise ValueError(msg)
+        np.save(place / _COORDINATES, xy)
+        hashed = hashlib.blake2b(info["digest"].encode(), digest_size=8)
+        hashed.update(xy.data)
+        info |= {"digest": hashed.hexdigest(), "name": name, "technology": technology}
+        (place / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+    # Unless another run that shares the folder was faster.
+    with contextlib.suppress(FileExistsError):
+        write_atomically(Path(folder) / key, fill, overwrite=False)
+    written = open_slice(folder, key)
+    assert written is not None
+    return written
+
+
+def _write_tokens(place: Path, blocks: Iterable[RankedTokens], name: str) -> dict[str, Any]:
+    """Write tokens, values and offsets block by block; return what describes them."""
+    lengths: list[NDArray[np.int32]] = []
+    with_values: set[bool] = set()
+    with (
+        _GrowingArray(place / _TOKENS, np.int32) as tokens,
+        _GrowingArray(place / _VALUES, np.float32) as values,
+    ):
+        for block in blocks:
+            lengths.append(block.n_tokens)
+            tokens.append(block.tokens)
+            with_values.add(block.values is not None)
+            if block.values is not None:
+                values.append(block.values)
+    if len(with_values) > 1:
+        msg = f"Slice {name!r}: some blocks have values and others have none; rank all alike."
+        raise ValueError(msg)
+    if with_values != {True}:
+        (place / _VALUES).unlink()
+    offsets = np.zeros(sum(map(len, lengths)) + 1, dtype=np.int64)
+    np.cumsum(np.concatenate([np.empty(0, np.int32), *lengths]), out=offsets[1:])
+    np.save(place / _OFFSETS, offsets)
+    hashed = hashlib.blake2b(offsets.data, digest_size=8)
+    hashed.update((tokens.digest + values.digest).encode())
+    return {
+        "format_version": FORMAT_VERSION,
+        "n_cells": len(offsets) - 1,
+        "n_tokens": int(offsets[-1]),
+        "has_values": with_values == {True},
+        "digest": hashed.hexdigest(),
+    }
+
+
+class _GrowingArray:
+    """A one-dimensional .npy file whose length is known only when all is written."""
+
+    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
+        self._path = path
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._file: BinaryIO | None = None
+        self._hashed = hashlib.blake2b(digest_size=8)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that was appended, however it was cut into blocks."""
+        return self._hashed.hexdigest()
+
+    def __enter__(self) -> _GrowingArray:
+        self._file = self._path.open("wb")
+        self._file.write(bytes(_HEADER_BYTES))
+        return self
+
+    def append(self, values: NDArray[np.generic]) -> None:
+        assert self._file is not None
+        entries = np.ascontiguousarray(values, dtype=self._dtype)
+        self._file.write(entries.data)
+        self._hashed.update(entries.data)
+        self._length += len(values)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        header = BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._length,),
+        }
+        np.lib.format.write_array_header_1_0(header, described)
+        assert len(header.getvalue()) == _HEADER_BYTES
+        self._file.seek(0)
+        self._file.write(header.getvalue())
+        self._file.close()
+
+
+def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
+    """Open a slice that :func:`write_slice` wrote; None if there is none of that key.
+
+    Raises
+    ------
+    ValueError
+        The files are damaged.
+    """
+    place = Path(folder) / key
+    if not (place / _INFO).is_file():
+        return None
+    try:
+        info = json.loads((place / _INFO).read_text(encoding="utf-8"))
+        coordinates = open_array(place / _COORDINATES)
+        ranked = RankedTokens(
+            tokens=open_array(place / _TOKENS),
+            offsets=open_array(place / _OFFSETS),
+            values=open_array(place / _VALUES) if info["has_values"] else None,
+        )
+        if (ranked.n_cells, len(coordinates)) != (info["n_cells"], info["n_cells"]):
+            msg = f"{ranked.n_cells} cells with tokens, {len(coordinates)} with coordinates"
+            raise ValueError(msg)
+        return TokenizedSlice(
+            name=info["name"],
+            ranked=ranked,
+            coordinates=coordinates,
+            technology=info["technology"],
+            digest=info["digest"],
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        msg = f"The prepared slice {place} is damaged ({error}); delete that folder and run again."
+        raise ValueError(msg) from error
+
+
+def open_array(path: Path) -> NDArray[Any]:
+    """Memory-map an .npy file, as a plain read-only array."""
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Slices to train on; their cells are numbered through, slice after slice.
+
+    Attributes
+    ----------
+    slices
+        At least one, with values in all of them or in none.
+
+    Raises
+    ------
+    ValueError
+        There is no slice, a slice has no cell, or only some slices have values.
+    """
+
+    slices: tuple[TokenizedSlice, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the slices fit together."""
+        if not self.slices:
+            msg = "A corpus needs at least one slice, found none."
+            raise ValueError(msg)
+        if empty := [s.name for s in self.slices if not s.n_cells]:
+            msg = f"{len(empty)} slices have no cells, for example {empty[0]!r}; leave them out."
+            raise ValueError(msg)
+        without = [s.name for s in self.slices if s.ranked.values is None]
+        if without and len(without) < len(self.slices):
+            msg = (
+                f"{len(without)} of {len(self.slices)} slices have no values, for example "
+                f"{without[0]!r}; prepare all slices for the same model."
+            )
+            raise ValueError(msg)
+
+    @cached_property
+    def first_cell(self) -> NDArray[np.int64]:
+        """(n_slices + 1,) number of each slice's first cell, and the number of cells."""
+        ends = np.cumsum([s.n_cells for s in self.slices])
+        return np.concatenate([[0], ends]).astype(np.int64)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells of all slices."""
+        return int(self.first_cell[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of gene tokens of all cells."""
+        return sum(len(s.ranked.tokens) for s in self.slices)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether tokens come with values."""
+        return self.slices[0].ranked.values is not None
+
+    @cached_property
+    def cell_lengths(self) -> NDArray[np.int32]:
+        """(n_cells,) number of gene tokens of each cell."""
+        return np.concatenate([s.ranked.n_tokens for s in self.slices])
+
+    def locate(self, cells: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return each cell's slice, and its row there."""
+        number = np.searchsorted(self.first_cell, cells, side="right") - 1
+        return number, np.asarray(cells, dtype=np.int64) - self.first_cell[number]
+
+    def take(self, cells: NDArray[np.integer]) -> RankedTokens:
+        """Copy the tokens of some cells, in the order given, into memory."""
+        number, rows = self.locate(cells)
+        lengths = self.cell_lengths[cells].astype(np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        tokens = np.empty(offsets[-1], dtype=np.int32)
+        values = np.empty(offsets[-1], dtype=np.float32) if self.has_values else None
+        owner = np.repeat(number, lengths)
+        for k in np.unique(number):
+            own, ranked = owner == k, self.slices[k].ranked
+            source = within[own] + np.repeat(
+                ranked.offsets[rows[number == k]], lengths[number == k]
+            )
+            tokens[own] = ranked.tokens[source]
+            if values is not None and ranked.values is not None:
+                values[own] = ranked.values[source]
+        return RankedTokens(tokens=tokens, offsets=offsets.astype(np.int64), values=values)
+
+    def describe(self, slices: Sequence[int] | NDArray[np.integer]) -> str:
+        """Name some slices, each once, for messages."""
+        numbers = np.unique(np.asarray(slices, dtype=np.int64))
+        names = [repr(self.slices[k].name) for k in numbers[:8]]
+        rest = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+        return ", ".join(names) + rest

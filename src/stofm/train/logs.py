@@ -1,0 +1,227 @@
+"""What a run reports: history as CSV, TensorBoard, a progress bar, and run.json."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from torch import nn
+
+#: Columns that every row has, before those of the loss parts.
+_COLUMNS = (
+    "stage",
+    "split",
+    "epoch",
+    "step",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "cells",
+    "tokens",
+    "seconds",
+)
+
+
+class History:
+    """Rows of ``history.csv``, written as they come.
+
+    Parameters
+    ----------
+    path
+        The file.
+    n_rows
+        Rows that it holds and that count; later ones, of steps that will be repeated, go.
+    """
+
+    def __init__(self, path: Path, n_rows: int = 0) -> None:
+        self._path = path
+        self._columns = list(_COLUMNS)
+        rows: list[dict[str, str]] = []
+        if n_rows:
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self._columns = list(reader.fieldnames or _COLUMNS)
+                rows = [row for _, row in zip(range(n_rows), reader, strict=False)]
+            if len(rows) < n_rows:
+                msg = (
+                    f"{path} has {len(rows)} rows, the checkpoint was written after {n_rows}: the "
+                    "file was changed. Put it back, or begin the run again."
+                )
+                raise ValueError(msg)
+        self.n_rows = len(rows)
+        self._write_all(rows)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row."""
+        new = [name for name in row if name not in self._columns]
+        if new:
+            with self._path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self._columns += new
+            self._write_all(rows)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="").writerow(row)
+        self.n_rows += 1
+
+    def _write_all(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        part = self._path.with_name(f".{self._path.name}-part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        part.replace(self._path)
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """Read a history; numbers are those that were written, to the last bit."""
+    import pandas as pd
+
+    return pd.read_csv(path, float_precision="round_trip")
+
+
+class TensorBoard:
+    """Writes rows of the history for TensorBoard.
+
+    Parameters
+    ----------
+    folder
+        Where; a folder of its own for each stage.
+    first_step
+        Entries from this step on, of an interrupted run, are hidden.
+
+    Raises
+    ------
+    ImportError
+        TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            msg = "tensorboard=True needs TensorBoard: pip install 'stofm[train]'."
+            raise ImportError(msg) from error
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step or None)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of a row."""
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class ProgressBar:
+    """Steps of a stage with loss parts, cells per second and the time left, or nothing.
+
+    Parameters
+    ----------
+    name
+        Of the stage.
+    total, done
+        Optimiser steps, in all and done before.
+    show
+        Whether to show anything.
+    """
+
+    def __init__(self, name: str, *, total: int, done: int, show: bool) -> None:
+        self._bar: Any = None
+        if show:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=name, unit="step", leave=True)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show_row(
+        self, row: Mapping[str, Any], names: Sequence[str], cells_per_second: float
+    ) -> None:
+        """Show the numbers of a row of the history."""
+        if self._bar is not None:
+            shown = {name: f"{row[name]:.4g}" for name in ("loss", *names) if name in row}
+            self._bar.set_postfix(shown | {"cells/s": f"{cells_per_second:.0f}"}, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What ``run.json`` says of a stage.
+
+    Attributes
+    ----------
+    stage
+        Name of the stage.
+    steps
+        Optimiser steps.
+    n_weights
+        Weights that are trained in the stage.
+    cells, tokens
+        Seen, by all processes and counted as often as seen; nodes count as tokens.
+    seconds
+        Time spent on steps.
+    share_waiting
+        Share of that time spent waiting for data.
+    flops
+        Estimate of the floating-point operations: 6 for each trained weight outside of
+        embeddings and each token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
+    peak_memory_bytes
+        Most memory in use so far: on a CUDA device there, else of the process.
+    best_loss
+        Lowest loss on the held-out slices.
+    """
+
+    stage: str
+    steps: int
+    n_weights: int
+    cells: int
+    tokens: int
+    seconds: float
+    share_waiting: float
+    flops: float
+    peak_memory_bytes: int
+    best_loss: float | None
+
+
+def count_weights(module: nn.Module, *, embeddings: bool = True) -> int:
+    """Number of weights of a module that are trained, with or without embeddings."""
+    left_out = {
+        id(weight)
+        for part in module.modules()
+        if isinstance(part, torch.nn.Embedding) and not embeddings
+        for weight in part.parameters()
+    }
+    return sum(w.numel() for w in module.parameters() if w.requires_grad and id(w) not in left_out)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far, on a CUDA device or by the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(largest if sys.platform == "darwin" else largest * 1024)

@@ -1,0 +1,351 @@
+"""What each stage of pretraining minimises, as modules of the networks and their heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor, nn
+
+from stofm.train._checks import check_choice
+from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
+from stofm.train.losses import (
+    CellLoss,
+    ContrastiveConfig,
+    LossPart,
+    LossWeights,
+    MaskedGeneConfig,
+    candidate_genes,
+    contrastive_loss,
+    masked_cell_loss,
+    masked_gene_loss,
+    pair_distance_loss,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jaxtyping import Float, Int
+
+    from stofm.nn import CellEncoder, SE2Output, SE2Transformer
+    from stofm.train.inputs import CellBatch, JointBatch, MaskedSubSliceBatch
+    from stofm.train.losses import Gather
+
+
+class CellEncoderObjective(nn.Module):
+    """Domain adaptation of the cell encoder: masked genes and contrastive learning.
+
+    Without dropout, as in validation, the two views of a cell differ by `gene_dropout` alone; the
+    contrastive loss then says how far other cells lie away.
+
+    Parameters
+    ----------
+    encoder
+        The cell encoder; trained in place.
+    masked_genes, contrastive
+        Options of the two losses.
+    weights
+        Their weights.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section A.1: L_DA = L_MGM + L_CL.
+    """
+
+    def __init__(
+        self,
+        encoder: CellEncoder,
+        *,
+        masked_genes: MaskedGeneConfig | None = None,
+        contrastive: ContrastiveConfig | None = None,
+        weights: LossWeights | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.gene_head = _gene_head(encoder)
+        self.masked_genes = masked_genes or MaskedGeneConfig()
+        self.contrastive = contrastive or ContrastiveConfig()
+        weights = weights or LossWeights()
+        #: Weight of each loss part that :meth:`forward` returns.
+        self.weights = _positive(
+            {"masked_genes": weights.masked_genes, "contrastive": weights.contrastive}
+        )
+
+    def forward(self, inputs: CellBatch, gather: Gather | None = None) -> dict[str, LossPart]:
+        """Compute the losses of a batch, or of this process's part of one.
+
+        Parameters
+        ----------
+        inputs
+            Cells with hidden genes, and two views of them.
+        gather
+            Collects rows from all processes; None for one process.
+        """
+        parts = {}
+        if "masked_genes" in self.weights:
+            parts["masked_genes"] = masked_gene_loss(
+                self.encoder,
+                self.gene_head,
+                inputs.genes,
+                candidates=candidate_genes(
+                    self.masked_genes.candidates, inputs.genes.measured, gather
+                ),
+            )
+        if "contrastive" in self.weights:
+            first, second = (self.encoder(view, inputs.centers) for view in inputs.views)
+            parts["contrastive"] = contrastive_loss(
+                first, second, temperature=self.contrastive.temperature, gather=gather
+            )
+        return parts
+
+
+class SpatialObjective(nn.Module):
+    """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer.
+
+    Parameters
+    ----------
+    transformer
+        The SE(2) Transformer; trained in place.
+    learned_mask
+        Whether a learned vector stands in place of hidden features; otherwise the number that
+        the batch holds there.
+    cell_loss
+        ``"mse"`` (paper) or ``"cosine"`` (published code).
+    distance_unit
+        Model units in which distances are compared: 1 in the paper. Their squared error is then
+        hundreds, and that of unit-length cell embeddings a hundredth.
+    weights
+        Weights of the losses.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4: L = lambda L_MCM + (1 - lambda) L_PDR.
+    """
+
+    def __init__(
+        self,
+        transformer: SE2Transformer,
+        *,
+        learned_mask: bool = True,
+        cell_loss: CellLoss = "mse",
+        distance_unit: float = 1.0,
+        weights: LossWeights | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("cell_loss", cell_loss, get_args(CellLoss))
+        config = transformer.config
+        self.transformer = transformer
+        self.cell_loss = cell_loss
+        self.distance_unit = distance_unit
+        self.cell_head = MaskedCellHead(
+            d_model=config.d_model, d_cell=config.d_cell, learned_mask=learned_mask
+        )
+        self.pair_head = PairDistanceHead(n_heads=config.n_heads)
+        weights = weights or LossWeights()
+        #: Weight of each loss part that :meth:`forward` returns.
+        self.weights = _positive(
+            {"masked_cells": weights.masked_cells, "pair_distances": weights.pair_distances}
+        )
+
+    def forward(
+        self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
+    ) -> dict[str, LossPart]:
+        """Compute the losses of a batch, or of this process's part of one.
+
+        Parameters
+        ----------
+        inputs
+            Sub-slices with cells hidden and moved.
+        gather
+            Not used: no loss looks at other processes' sub-slices.
+        """
+        return self.losses(inputs, inputs.subslices.features)
+
+    def losses(
+        self, inputs: MaskedSubSliceBatch, features: Float[Tensor, "batch nodes d_cell"]
+    ) -> dict[str, LossPart]:
+        """Compute the losses with `features` in place of those in `inputs`.
+
+        Hidden nodes stay hidden, whatever `features` holds there.
+        """
+        batch = replace(inputs.subslices, features=self._hidden(inputs, features))
+        out: SE2Output = self.transformer(batch)
+        parts = {}
+        if "masked_cells" in self.weights:
+            target = inputs.target_features * self.transformer.config.feature_scale
+            parts["masked_cells"] = masked_cell_loss(
+                self.predict_cells(out, inputs), target, kind=self.cell_loss
+            )
+        if "pair_distances" in self.weights:
+            parts["pair_distances"] = pair_distance_loss(
+                self.predict_distances(out, inputs) / self.distance_unit,
+                inputs.pair_distances / self.distance_unit,
+            )
+        return parts
+
+    def predict_cells(
+        self, out: SE2Output, inputs: MaskedSubSliceBatch
+    ) -> Float[Tensor, "targets d_cell"]:
+        """Cell embeddings predicted for the target nodes, times the model's `feature_scale`."""
+        hidden = out.last_hidden_state.flatten(0, 1)[inputs.target_places]
+        with torch.autocast(hidden.device.type, enabled=False):
+            predicted: Tensor = self.cell_head(hidden.float())
+        return predicted
+
+    def predict_distances(
+        self, out: SE2Output, inputs: MaskedSubSliceBatch
+    ) -> Float[Tensor, " pairs"]:
+        """Distances predicted for the target pairs, model units."""
+        pairs = out.pairs.at(inputs.pair_batch, inputs.pair_rows, inputs.pair_columns)
+        # Distances reach 100, where bfloat16 is only good to 0.5.
+        with torch.autocast(pairs.device.type, enabled=False):
+            predicted: Tensor = self.pair_head(pairs.float())
+        return predicted
+
+    def _hidden(self, inputs: MaskedSubSliceBatch, features: Tensor) -> Tensor:
+        """Put at hidden nodes what stands in place of their features."""
+        places = inputs.hidden_places
+        if self.cell_head.mask is None:
+            filling = inputs.subslices.features.flatten(0, 1)[places]
+        else:
+            filling = self.cell_head.mask.expand(len(places), -1)
+        return _replace_rows(features, places, filling)
+
+    def load_reference_heads(self, state: Mapping[str, Tensor]) -> None:
+        """Take the heads' weights from a published checkpoint.
+
+        Parameters
+        ----------
+        state
+            Tensors by name, ``lm_head.*`` and ``pair_head.*`` among them; others are ignored.
+
+        Raises
+        ------
+        RuntimeError
+            Weights are missing or have another shape.
+        """
+        for name, head in (("lm_head", self.cell_head), ("pair_head", self.pair_head)):
+            own = {
+                key.removeprefix(f"{name}."): tensor
+                for key, tensor in state.items()
+                if key.startswith(f"{name}.")
+            }
+            head.layers.load_state_dict(own)
+
+
+class JointObjective(nn.Module):
+    """The spatial objective with fresh embeddings of sampled cells, so that it trains both scales.
+
+    The other cells, the virtual cells and the targets keep the embeddings that were computed
+    before; a sampled cell that is hidden stays hidden.
+
+    Parameters
+    ----------
+    encoder
+        The cell encoder; trained in place.
+    spatial
+        The spatial objective.
+    masked_genes
+        Train masked genes of the sampled cells along, with these options; None: do not.
+    weights
+        Weight of the masked genes.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4.
+    """
+
+    def __init__(
+        self,
+        encoder: CellEncoder,
+        spatial: SpatialObjective,
+        *,
+        masked_genes: MaskedGeneConfig | None = None,
+        weights: LossWeights | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.spatial = spatial
+        self.masked_genes = masked_genes
+        self.gene_head = None if masked_genes is None else _gene_head(encoder)
+        weights = weights or LossWeights()
+        of_genes = {} if masked_genes is None else {"masked_genes": weights.masked_genes}
+        #: Weight of each loss part that :meth:`forward` returns.
+        self.weights = spatial.weights | _positive(of_genes)
+
+    def forward(self, inputs: JointBatch, gather: Gather | None = None) -> dict[str, LossPart]:
+        """Compute the losses of a batch, or of this process's part of one.
+
+        Parameters
+        ----------
+        inputs
+            Masked sub-slices and the tokens of sampled cells.
+        gather
+            Collects rows from all processes; None for one process.
+
+        Raises
+        ------
+        ValueError
+            Masked genes are trained along and the batch has none.
+        """
+        features = inputs.masked.subslices.features
+        if inputs.cells:
+            features = _replace_rows(features, inputs.places, self._embed(inputs))
+        parts = self.spatial.losses(inputs.masked, features)
+        if "masked_genes" in self.weights:
+            parts["masked_genes"] = self._recover_genes(inputs, gather)
+        return parts
+
+    def _embed(self, inputs: JointBatch) -> Float[Tensor, "sampled d_cell"]:
+        """Embed the sampled cells anew, group by group."""
+        sizes = [len(group.tokens) for group in inputs.cells]
+        centers: Sequence[Tensor | None] = [None] * len(sizes)
+        if inputs.centers is not None:
+            centers = inputs.centers.split(sizes)
+        groups = zip(inputs.cells, centers, strict=True)
+        return torch.cat([self.encoder(group, center) for group, center in groups])
+
+    def _recover_genes(self, inputs: JointBatch, gather: Gather | None) -> LossPart:
+        """Masked genes of the sampled cells, all groups together."""
+        assert self.masked_genes is not None
+        assert self.gene_head is not None
+        if len(inputs.genes) != len(inputs.cells):
+            msg = (
+                f"The batch has {len(inputs.cells)} groups of cells and {len(inputs.genes)} with "
+                "masked genes; expected as many. Make them with MaskedGenes.build, or leave "
+                "masked_genes of the objective at None."
+            )
+            raise ValueError(msg)
+        # All groups at once: processes may have different numbers of them, and gather together.
+        measured = [inputs.places.new_empty(0), *(group.measured for group in inputs.genes)]
+        candidates = candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
+        whole = LossPart(inputs.masked.target_features.new_zeros(()), 0)
+        for group in inputs.genes:
+            part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=candidates)
+            whole = LossPart(whole.total + part.total, whole.count + part.count)
+        return whole
+
+
+def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
+    config = encoder.config
+    return MaskedGeneHead(
+        n_tokens=config.n_tokens,
+        d_hidden=config.d_hidden,
+        activation=config.activation,
+        layer_norm_eps=config.layer_norm_eps,
+    )
+
+
+def _positive(weights: dict[str, float]) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+def _replace_rows(
+    features: Float[Tensor, "batch nodes d_cell"],
+    places: Int[Tensor, " rows"],
+    rows: Float[Tensor, "rows d_cell"],
+) -> Float[Tensor, "batch nodes d_cell"]:
+    """Return features with `rows` at `places`, counted through the batch."""
+    flat = features.flatten(0, 1)
+    return flat.index_put((places,), rows.to(flat.dtype)).view_as(features)

@@ -1,0 +1,377 @@
+"""A whole run: one stage after the other, from a model and prepared slices to a trained model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stofm import __version__
+from stofm._logging import logger
+from stofm.train.cell_samples import Draws
+from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
+from stofm.train.loop import TrainingLoop
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.recorder import RunRecorder
+from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
+from stofm.train.state import Progress, Trained, load_checkpoint, read_progress, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import pandas as pd
+
+    from stofm.nn import Stofm
+    from stofm.train.config import RunConfig, StageConfig
+    from stofm.train.corpus import Corpus
+    from stofm.train.processes import Processes
+    from stofm.train.protocols import Stage
+    from stofm.train.state import RunFolder
+
+    #: Sets first weights from the training slices.
+    Initializer = Callable[[Corpus, Stofm], object]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training gives.
+
+    Attributes
+    ----------
+    model
+        The trained model, on the CPU.
+    history
+        Loss parts over the steps: columns ``stage``, ``split`` (``"train"``, the mean since the
+        row before, or ``"validation"``), ``epoch``, ``step``, ``loss``, one for each loss part,
+        ``learning_rate``, ``gradient_norm``, ``cells`` and ``tokens`` seen, ``seconds``.
+    best, last
+        Checkpoints of the last stage: the one with the lowest loss on the held-out slices (the
+        last, if there are none), and the last.
+    run
+        What ``run.json`` says: settings, and of each stage weights, cells, tokens, seconds, share
+        of time spent waiting for data, operations, memory.
+    """
+
+    model: Stofm
+    history: pd.DataFrame
+    best: Path
+    last: Path
+    run: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A run of training.
+
+    Attributes
+    ----------
+    stages
+        What is trained, one after the other.
+    run
+        How.
+    corpus, validation
+        Slices to train on, and held-out ones; None for no validation.
+    folder
+        Where the run's files go.
+    work
+        Where cell embeddings are kept; several runs may share it.
+    processes
+        Those that train together.
+    initialize
+        Called before the first stage to set first weights from the slices; None leaves the
+        model's. Must give the same in every process.
+    show_progress_bar
+        Show bars.
+    """
+
+    stages: Sequence[StageConfig]
+    run: RunConfig
+    corpus: Corpus
+    validation: Corpus | None
+    folder: RunFolder
+    work: Path
+    processes: Processes
+    initialize: Initializer | None = None
+    show_progress_bar: bool = True
+
+    def train(self, model: Stofm, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+        """Train a copy of a model.
+
+        Parameters
+        ----------
+        model
+            Stays as it is.
+        resume
+            Go on with the run in the folder, if there is one.
+        overwrite
+            Throw it away instead.
+
+        Raises
+        ------
+        FileExistsError
+            There is a run and neither was asked for, or the folder holds something else.
+        ValueError
+            The run to go on with has other settings, or a slice is trained on and held out.
+        FloatingPointError
+            A loss is NaN or infinite.
+        """
+        self._refuse_shared_slices()
+        settings = self._settings(model)
+        self.folder.check(resume=resume, overwrite=overwrite)
+        begun = resume and self.folder.report.is_file()
+        if begun:
+            self.folder.check_settings(settings)
+        # No process may write before all have looked.
+        self.processes.wait()
+        model = copy.deepcopy(model)
+        model.config = replace(model.config, trained=True)
+        report = self.folder.read_report() if begun else self._begin(settings, model)
+        objectives = _make_objectives(model, self.stages, seed=self.run.seed)
+        trained = Trained(model, nn.ModuleList(objectives))
+        progress = self._start(trained, fresh=not begun)
+        for number in range(progress.stage, len(self.stages)):
+            if not progress.is_finished:
+                self._run_stage(objectives[number], trained, progress)
+            self._note(objectives[number], progress, report)
+            if number + 1 < len(self.stages):
+                progress = Progress(stage=number + 1, n_history_rows=progress.n_history_rows)
+        return self._finish(model, report)
+
+    def _refuse_shared_slices(self) -> None:
+        if self.validation is None:
+            return
+        trained_on = {one.digest: one.name for one in self.corpus.slices}
+        for one in self.validation.slices:
+            if one.digest in trained_on:
+                msg = (
+                    f"Slice {one.name!r} is held out and also trained on (as "
+                    f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
+                )
+                raise ValueError(msg)
+
+    def _settings(self, model: Stofm) -> dict[str, Any]:
+        config = model.config.to_dict()
+        for label in ("name", "provenance", "stofm_version", "trained"):
+            config.pop(label)
+        return {
+            "stages": [asdict(stage) for stage in self.stages],
+            "run": self.run.settings(),
+            "model": {**config, "weights": model.fingerprint},
+            "vocabulary": model.vocabulary.fingerprint,
+            "initialized": self.initialize is not None,
+            "slices": _digests(self.corpus),
+            "held_out_slices": _digests(self.validation),
+        }
+
+    def _begin(self, settings: Mapping[str, Any], model: Stofm) -> dict[str, Any]:
+        """Clear the folder and write the first report."""
+        report = {
+            "stofm_version": __version__,
+            "status": "begun",
+            "name": model.name,
+            "n_weights": sum(w.numel() for w in model.parameters()),
+            "n_cells": self.corpus.n_cells,
+            "n_slices": len(self.corpus.slices),
+            "device": _describe(self.processes.device),
+            "n_processes": self.processes.count,
+            "stages": [],
+            "settings": settings,
+        }
+        if self.processes.is_first:
+            self.folder.clear()
+            self.folder.checkpoints.mkdir(parents=True)
+            write_json(self.folder.report, report)
+        self.processes.wait()
+        return report
+
+    def _start(self, trained: Trained, *, fresh: bool) -> Progress:
+        """Load the newest checkpoint, or set the first weights."""
+        if self.processes.is_first:
+            self.folder.remove_leftovers()
+        newest = None if fresh else self.folder.newest()
+        if newest is None:
+            if self.initialize is not None:
+                self.initialize(self.corpus, trained.model)
+            return Progress()
+        logger.info("Going on from %s.", newest)
+        load_checkpoint(newest, trained)
+        return read_progress(newest)
+
+    def _run_stage(
+        self,
+        objective: nn.Module,
+        trained: Trained,
+        progress: Progress,
+    ) -> None:
+        """Train one stage, from where it stands to its end."""
+        config = self.stages[progress.stage]
+        stage = self._make_stage(objective, trained.model, config, progress.stage)
+        loop = TrainingLoop(
+            stage,
+            config.optimizer,
+            run=self.run,
+            n_epochs=config.epochs,
+            max_steps=config.max_steps,
+            processes=self.processes,
+            progress=progress,
+        )
+        self._go_on(stage, loop, trained)
+        recorder = RunRecorder(
+            loop,
+            trained,
+            self.folder,
+            self.processes,
+            tensorboard=self.run.tensorboard,
+            show_progress_bar=self.show_progress_bar,
+        )
+        try:
+            loop.train(recorder)
+        finally:
+            recorder.close()
+        if self.run.keep == "best" and progress.best_checkpoint:
+            load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
+        recorder.save_end()
+
+    def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
+        """Write the report of a stage that is finished."""
+        number = progress.stage
+        report |= {
+            "status": f"stage {number + 1} of {len(self.stages)} is finished",
+            "best": progress.best_checkpoint or progress.last_checkpoint,
+            "last": progress.last_checkpoint,
+        }
+        if len(report["stages"]) == number:
+            name, device = self.stages[number].name, self.processes.device
+            report["stages"].append(asdict(_report(name, objective, progress, device)))
+        self._write(report)
+
+    def _make_stage(
+        self, objective: nn.Module, model: Stofm, config: StageConfig, number: int
+    ) -> Stage:
+        device = self.processes.device
+        is_bf16 = self.run.precision == "bf16-mixed" and device.type == "cuda"
+        setup = StageSetup(
+            model=model,
+            corpus=self.corpus,
+            validation=self.validation,
+            draws=Draws(seed=self.run.seed, stage=number, batch_size=config.optimizer.batch_size),
+            folder=self.work / "cells",
+            processes=self.processes,
+            device=device,
+            dtype=torch.bfloat16 if is_bf16 else torch.float32,
+            show_progress_bar=self.show_progress_bar and self.processes.is_first,
+        )
+        if isinstance(objective, CellEncoderObjective):
+            return CellEncoderStage(objective, setup, config)
+        if isinstance(objective, SpatialObjective):
+            return SpatialStage(objective, setup, config)
+        assert isinstance(objective, JointObjective)
+        return JointStage(objective, setup, config)
+
+    def _go_on(self, stage: Stage, loop: TrainingLoop, trained: Trained) -> None:
+        """Bring optimiser and stage to where the progress stands."""
+        progress = loop.progress
+        if not progress.step:
+            stage.refresh()
+            return
+        newest = self.folder.newest()
+        assert newest is not None
+        load_checkpoint(newest, trained, (loop.optimizer, stage.objective))
+        self.processes.load_scaler_state(progress.scaler)
+        stage.restore(progress.stage_state)
+
+    def _finish(self, model: Stofm, report: dict[str, Any]) -> TrainResult:
+        model.to("cpu").eval()
+        if self.processes.is_first and not self.folder.model.is_dir():
+            model.save_pretrained(self.folder.model)
+        report["status"] = "finished"
+        self._write(report)
+        return TrainResult(
+            model=model,
+            history=read_history(self.folder.history),
+            best=self.folder.checkpoints / report["best"],
+            last=self.folder.checkpoints / report["last"],
+            run=report,
+        )
+
+    def _write(self, report: Mapping[str, Any]) -> None:
+        if self.processes.is_first:
+            write_json(self.folder.report, report)
+        self.processes.wait()
+
+
+def _make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
+    """Objectives of all stages; heads that several stages need are one."""
+    heads: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [_share_heads(_make_objective(model, stage), heads) for stage in stages]
+
+
+def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:
+    if config.name == "cell_encoder":
+        return CellEncoderObjective(
+            model.cell_encoder,
+            masked_genes=config.masked_genes,
+            contrastive=config.contrastive,
+            weights=config.weights,
+        )
+    spatial = SpatialObjective(
+        model.se2_transformer,
+        learned_mask=config.spatial_masking.mask_value == "learned",
+        cell_loss=config.cell_loss,
+        distance_unit=config.distance_unit,
+        weights=config.weights,
+    )
+    if config.name == "spatial":
+        return spatial
+    return JointObjective(
+        model.cell_encoder,
+        spatial,
+        masked_genes=config.masked_genes if config.trains_masked_genes else None,
+        weights=config.weights,
+    )
+
+
+def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> nn.Module:
+    """Put the heads that earlier stages train in place of an objective's own."""
+    for owner in (objective, getattr(objective, "spatial", None)):
+        for name in ("gene_head", "cell_head", "pair_head"):
+            own = getattr(owner, name, None)
+            if own is None:
+                continue
+            learns_mask = getattr(own, "mask", None) is not None
+            setattr(owner, name, heads.setdefault(f"{name}, {learns_mask}", own))
+    return objective
+
+
+def _digests(corpus: Corpus | None) -> list[str]:
+    return [] if corpus is None else [f"{one.name} {one.digest}" for one in corpus.slices]
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def _report(
+    name: str, objective: nn.Module, progress: Progress, device: torch.device
+) -> StageReport:
+    return StageReport(
+        stage=name,
+        steps=progress.step,
+        n_weights=count_weights(objective),
+        cells=progress.n_cells,
+        tokens=progress.n_tokens,
+        seconds=round(progress.seconds, 3),
+        share_waiting=round(progress.waited / max(progress.seconds, 1e-9), 4),
+        flops=6.0 * count_weights(objective, embeddings=False) * progress.n_tokens,
+        peak_memory_bytes=peak_memory(device),
+        best_loss=progress.best_loss,
+    )

@@ -1,0 +1,232 @@
+"""A whole run, data and model included, as a recipe in TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from stofm._config import build_dataclass
+from stofm.train.config import RunConfig, StageConfig, build_part, check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+GeneEmbeddings = Literal["random", "coexpression"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileConfig:
+    """How files of slices are read.
+
+    Attributes
+    ----------
+    files
+        Pattern of names, relative to the data folder; later tables count over earlier ones.
+    layer
+        Layer with raw counts; None for ``X``.
+    spatial_key
+        Entry of ``obsm`` with the coordinates.
+    library_key
+        Column of ``obs`` that names the slices of a file; None for one slice.
+    species, gene_key, orthologs
+        As in :func:`stofm.pp.map_genes`.
+    technology
+        Name of the technology.
+    """
+
+    files: str = "*"
+    layer: str | None = None
+    spatial_key: str = "spatial"
+    library_key: str | None = None
+    species: Literal["auto", "human", "mouse"] = "auto"
+    gene_key: str | None = None
+    orthologs: str | None = None
+    technology: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_choice(self, "species", ("auto", "human", "mouse"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which files of a folder are trained on.
+
+    Attributes
+    ----------
+    train, validation, exclude
+        Patterns of ``.h5ad`` files and ``.zarr`` stores, relative to the data folder. A file that
+        `validation` or `exclude` names is not trained on, one of `exclude` not validated on.
+    options
+        How files are read.
+    """
+
+    train: tuple[str, ...] = ("*.h5ad", "*.zarr")
+    validation: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    options: tuple[FileConfig, ...] = ()
+
+    def find(self, folder: str | PathLike[str]) -> tuple[list[Path], list[Path]]:
+        """Find the files to train on and those to validate on, in alphabetical order.
+
+        Raises
+        ------
+        FileNotFoundError
+            The folder is not there, or a pattern names nothing in it.
+        """
+        root = Path(folder)
+        if not root.is_dir():
+            msg = f"There is no data folder {root}."
+            raise FileNotFoundError(msg)
+        default = type(self)().train
+        excluded = _matches(root, self.exclude)
+        held_out = _matches(root, self.validation, required=True) - excluded
+        found = _matches(root, self.train, required=self.train != default)
+        train = sorted(found - held_out - excluded)
+        if not train:
+            msg = (
+                f"No file is left to train on in {root}: train = {list(self.train)} names "
+                f"{len(found)} files, and validation and exclude take all of them away."
+            )
+            raise FileNotFoundError(msg)
+        return train, sorted(held_out)
+
+    def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
+        """How a file is read: the last table whose pattern names it."""
+        relative = file.relative_to(folder)
+        fitting = [one for one in self.options if relative.match(one.files)]
+        return fitting[-1] if fitting else FileConfig()
+
+
+def _matches(root: Path, patterns: tuple[str, ...], *, required: bool = False) -> set[Path]:
+    found: set[Path] = set()
+    for pattern in patterns:
+        own = set(root.glob(pattern))
+        if required and not own:
+            msg = f"{pattern!r} names no file in {root}."
+            raise FileNotFoundError(msg)
+        found |= own
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model is trained.
+
+    Attributes
+    ----------
+    checkpoint
+        A folder, an embedded model or a hub id to go on from; empty for a new model.
+    preset
+        Sizes of a new model: ``"mini"`` or ``"base"``.
+    name
+        Name of the trained model; empty for the preset's or the checkpoint's.
+    vocabulary
+        Of a new model: ``"embedded"``, ``"fit"`` on the training slices, or a table's path.
+    gene_embeddings
+        First gene embeddings: those of the model (``"random"`` in a new one), or
+        ``"coexpression"``, factors of the co-expression of genes over the training slices.
+    provenance
+        What the model card says of data, recipe and licence.
+    cell_encoder, se2_transformer, subslice
+        Entries of the preset's parts to replace.
+    max_tokens
+        Genes kept of a cell; None for the preset's.
+    """
+
+    checkpoint: str = ""
+    preset: Literal["mini", "base"] = "mini"
+    name: str = ""
+    vocabulary: str = "embedded"
+    gene_embeddings: GeneEmbeddings = "random"
+    provenance: str = ""
+    cell_encoder: dict[str, Any] = field(default_factory=dict)
+    se2_transformer: dict[str, Any] = field(default_factory=dict)
+    subslice: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check each value and how they fit together."""
+        check_choice(self, "preset", ("mini", "base"))
+        check_choice(self, "gene_embeddings", get_args(GeneEmbeddings))
+        changes = [
+            name
+            for name in ("cell_encoder", "se2_transformer", "subslice", "max_tokens")
+            if getattr(self, name)
+        ]
+        if self.checkpoint and changes:
+            msg = f"A checkpoint's sizes can't be changed: leave out {changes}, or the checkpoint."
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: data, model and stages.
+
+    Attributes
+    ----------
+    run
+        How all stages are trained.
+    data
+        Which files.
+    model
+        Which model.
+    stages
+        One after the other.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelSource
+    stages: tuple[StageConfig, ...]
+
+    @classmethod
+    def from_toml(cls, path: str | PathLike[str]) -> Recipe:
+        """Read a recipe: tables ``[run]``, ``[data]``, ``[model]`` and one or more ``[[stage]]``.
+
+        Raises
+        ------
+        ValueError
+            The file is no TOML, an entry is unknown (the nearest name is given), missing or has
+            a value that it can't have.
+        """
+        file = Path(path)
+        try:
+            entries = tomllib.loads(file.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            msg = f"{file} is no TOML: {error}."
+            raise ValueError(msg) from error
+        return cls.from_dict(entries, file.name)
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """Build from plain tables, as :meth:`from_toml` reads them."""
+        tables = build_dataclass(_Tables, entries, where)
+        if not tables.stage:
+            msg = f"{where} has no [[stage]]; add one, for example [[stage]] name = 'spatial'."
+            raise ValueError(msg)
+        data = dict(tables.data)
+        options = [
+            build_part(FileConfig, t, f"[[data.options]] of {where}")
+            for t in data.pop("options", [])
+        ]
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(
+            run=build_part(RunConfig, tables.run, f"[run] of {where}"),
+            data=replace(
+                build_part(DataConfig, lists, f"[data] of {where}"), options=tuple(options)
+            ),
+            model=build_part(ModelSource, tables.model, f"[model] of {where}"),
+            stages=tuple(StageConfig.from_dict(t, where) for t in tables.stage),
+        )
+
+
+@dataclass(frozen=True)
+class _Tables:
+    stage: list[Mapping[str, Any]]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stofm.nn import Stofm, encode_cells
+from stofm.spatial import lay_out_slice
+from stofm.train.cell_cache import CellCache
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def centring(vocabulary, model):
+    """A model that reads values and centres by slice."""
+    cells = replace(model.config.cell_encoder, values="log", pooled=True, centering="slice")
+    return Stofm(replace(model.config, cell_encoder=cells), vocabulary, seed=1).eval()
+
+
+def cache(tmp_path, corpus, model, **changed):
+    given = {
+        "folder": tmp_path / "cells",
+        "corpus": corpus,
+        "rules": model.config.subslice,
+        "virtual_cells": True,
+        "device": CPU,
+        "dtype": torch.float32,
+    }
+    return CellCache(**given | changed)
+
+
+class Together:
+    """One of several processes, which the test runs one after another."""
+
+    def __init__(self, rank, count, wait=lambda: None):
+        self.rank, self.count, self.wait = rank, count, wait
+
+
+ALONE = Together(0, 1)
+
+
+def test_features_are_those_of_the_cell_encoder_in_half_precision(tmp_path, corpus, model):
+    _, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    assert len(found) == 3
+    for one, encoded in zip(corpus.slices, found, strict=True):
+        expected = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, device=CPU)
+        assert encoded.features.dtype == np.float16
+        np.testing.assert_array_equal(encoded.features, expected.astype(np.float16))
+        assert encoded.center is None
+        np.testing.assert_array_equal(encoded.layout.coordinates, one.coordinates)
+
+
+def test_virtual_cells_are_those_of_the_rules(tmp_path, corpus, model):
+    rules = replace(model.config.subslice, leiden_resolution=2.0)
+    _, found = cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+    one, encoded = corpus.slices[0], found[0]
+    expected = lay_out_slice(one.coordinates, encoded.features.astype(np.float32), rules).virtual
+    np.testing.assert_array_equal(encoded.layout.virtual.coordinates, expected.coordinates)
+    np.testing.assert_array_equal(encoded.layout.virtual.features, expected.features)
+    assert encoded.layout.virtual.n_virtual > 1
+
+
+def test_without_virtual_cells(tmp_path, corpus, model):
+    _, found = cache(tmp_path, corpus, model, virtual_cells=False).encode(model, ALONE)
+    assert [e.layout.virtual.n_virtual for e in found] == [0, 0, 0]
+    assert found[0].layout.virtual.features.shape == (0, 12)
+
+
+def test_center_is_the_mean_of_the_slice(tmp_path, write_corpus, centring):
+    corpus = write_corpus([23, 17], values=True)
+    _, found = cache(tmp_path, corpus, centring).encode(centring, ALONE)
+    from stofm.nn.inference import project_cells
+
+    for one, encoded in zip(corpus.slices, found, strict=True):
+        raw = project_cells(centring.cell_encoder, one.ranked, centring.vocabulary, device=CPU)
+        np.testing.assert_allclose(encoded.center, raw.mean(axis=0), atol=1e-6)
+        shifted = raw - raw.mean(axis=0)
+        expected = shifted / np.linalg.norm(shifted, axis=1, keepdims=True)
+        np.testing.assert_allclose(encoded.features, expected, atol=1e-3)
+
+
+def test_second_time_nothing_is_computed(tmp_path, corpus, model, monkeypatch):
+    key, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    monkeypatch.setattr("stofm.train.cell_cache.project_cells", None)
+    monkeypatch.setattr("stofm.train.cell_cache.lay_out_slice", None)
+    again_key, again = cache(tmp_path, corpus, model).encode(model, ALONE)
+    assert again_key == key
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(one.features, other.features)
+    # Other rules of sub-slices need neither.
+    rules = replace(model.config.subslice, n_cells=7)
+    cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+
+
+def test_other_weights_or_rules_are_computed_anew(tmp_path, corpus, model):
+    first, _ = cache(tmp_path, corpus, model).encode(model, ALONE)
+    with torch.no_grad():
+        model.cell_encoder.projection.weight[0, 0] += 1.0
+    key, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    assert key != first
+    expected = encode_cells(
+        model.cell_encoder, corpus.slices[0].ranked, model.vocabulary, device=CPU
+    )
+    np.testing.assert_array_equal(found[0].features, expected.astype(np.float16))
+    rules = replace(model.config.subslice, leiden_resolution=9.0)
+    _, finer = cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+    assert finer[0].layout.virtual.n_virtual > found[0].layout.virtual.n_virtual
+
+
+def test_processes_share_the_slices(tmp_path, corpus, model, monkeypatch):
+    from stofm.nn import inference
+
+    encoded = []
+    project = inference.project_cells
+
+    def counted(encoder, ranked, *args, **options):
+        encoded.append(ranked.n_cells)
+        return project(encoder, ranked, *args, **options)
+
+    monkeypatch.setattr("stofm.train.cell_cache.project_cells", counted)
+
+    def second_works():
+        encoded.append("wait")
+        cache(tmp_path, corpus, model).encode(model, Together(1, 2))
+
+    _, found = cache(tmp_path, corpus, model).encode(model, Together(0, 2, second_works))
+    assert encoded == [113, 59, "wait", 31]
+    assert [len(e.features) for e in found] == [113, 31, 59]
+
+
+def test_interrupted_encoding_goes_on(tmp_path, corpus, model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("stofm.train.cell_cache.lay_out_slice", None)
+        with pytest.raises(TypeError):
+            cache(tmp_path, corpus, model).encode(model, ALONE)
+    _, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    assert [len(e.features) for e in found] == [113, 31, 59]
+
+
+def test_removed_result_is_missed_with_advice(tmp_path, corpus, model):
+    one = cache(tmp_path, corpus, model)
+    key, _ = one.encode(model, ALONE)
+    assert len(one.open(key)) == 3
+    one.remove(key)
+    assert list((tmp_path / "cells").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"'slice-0' .* start the stage again"):
+        one.open(key)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import sys
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from stofm.train.logs import (
+    History,
+    ProgressBar,
+    TensorBoard,
+    count_weights,
+    peak_memory,
+    read_history,
+)
+
+
+def row(step, **parts):
+    return {"stage": "spatial", "split": "train", "epoch": 0, "step": step, **parts}
+
+
+def test_rows_come_back_to_the_last_bit(tmp_path):
+    history = History(tmp_path / "history.csv")
+    values = [0.1 + 0.2, 1e-17 / 3, 12345678.9012345678]
+    for step, value in enumerate(values):
+        history.append(row(step, loss=value, masked_cells=value))
+    table = read_history(tmp_path / "history.csv")
+    assert table["loss"].tolist() == values
+    assert history.n_rows == 3
+
+
+def test_a_new_loss_part_gets_a_column(tmp_path):
+    history = History(tmp_path / "history.csv")
+    history.append(row(1, masked_genes=1.0))
+    history.append(row(2, masked_cells=2.0))
+    history.append(row(3, masked_genes=3.0))
+    table = read_history(tmp_path / "history.csv")
+    assert table["masked_genes"].tolist()[::2] == [1.0, 3.0]
+    assert table["masked_cells"].isna().tolist() == [True, False, True]
+
+
+def test_rows_of_steps_that_will_be_repeated_go(tmp_path):
+    path = tmp_path / "history.csv"
+    history = History(path)
+    for step in range(5):
+        history.append(row(step, masked_cells=float(step)))
+    again = History(path, n_rows=3)
+    again.append(row(3, masked_cells=30.0))
+    assert read_history(path)["masked_cells"].tolist() == [0.0, 1.0, 2.0, 30.0]
+    # Also a line that was written in part.
+    path.write_text(path.read_text() + "spatial,trai")
+    assert History(path, n_rows=4).n_rows == 4
+    assert len(read_history(path)) == 4
+    with pytest.raises(ValueError, match="has 4 rows, the checkpoint was written after 9"):
+        History(path, n_rows=9)
+
+
+def test_a_new_run_begins_an_empty_history(tmp_path):
+    History(tmp_path / "history.csv").append(row(1))
+    History(tmp_path / "history.csv")
+    assert read_history(tmp_path / "history.csv").empty
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'stofm\[train\]'"):
+        TensorBoard(tmp_path, 0)
+
+
+def test_the_bar_shows_loss_parts_and_speed(capsys):
+    bar = ProgressBar("spatial", total=4, done=1, show=True)
+    bar.show_row({"loss": 0.123456, "masked_cells": 2.0}, ("masked_cells", "pairs"), 1234.5)
+    bar.advance()
+    bar.close()
+    text = capsys.readouterr().err
+    assert "spatial" in text
+    assert "2/4" in text
+    assert "loss=0.1235, masked_cells=2, cells/s=1234" in text
+
+
+def test_no_bar_unless_asked_for(capsys):
+    bar = ProgressBar("spatial", total=4, done=0, show=False)
+    bar.show_row({"loss": 0.1}, (), 1.0)
+    bar.advance()
+    bar.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_weights_are_counted_once_and_without_frozen_ones():
+    module = nn.ModuleDict({"words": nn.Embedding(7, 3), "dense": nn.Linear(3, 2)})
+    module["again"] = module["dense"]
+    module["frozen"] = nn.Linear(9, 9).requires_grad_(False)
+    assert count_weights(module) == 7 * 3 + 3 * 2 + 2
+    assert count_weights(module, embeddings=False) == 3 * 2 + 2
+
+
+def test_peak_memory_counts_what_was_given_back():
+    device = torch.device("cpu")
+    before = peak_memory(device)
+    block = bytearray(before - psutil.Process().memory_info().rss + 50_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    assert peak_memory(device) > before + 40_000_000

@@ -1,0 +1,457 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stofm.genes import RankedTokens
+from stofm.nn import SubSliceBatch, TokenBatch
+from stofm.nn.conversion import se2_from_reference
+from stofm.spatial import NodeType, build_subslice, lay_out_slice, rows_by_subslice
+from stofm.train.cell_masking import SpatialMasking, apply, draw
+from stofm.train.gene_masking import TokenMasking
+from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.losses import LossWeights, MaskedGeneConfig, contrastive_loss
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture
+def golden():
+    return np.load(GOLDEN / "g_losses.npz")
+
+
+@pytest.fixture
+def golden_objective():
+    config = json.loads((GOLDEN / "g_losses.config.json").read_text())
+    state = load_file(GOLDEN / "g_losses.safetensors")
+    objective = SpatialObjective(
+        se2_from_reference(config, state), learned_mask=False, cell_loss="cosine"
+    )
+    objective.load_reference_heads(state)
+    return objective.eval()
+
+
+@pytest.fixture
+def golden_inputs(golden):
+    labels, pair_labels = (torch.from_numpy(golden[k]) for k in ("labels", "pair_labels"))
+    is_target = labels[..., 0] != -100
+    batch, rows, columns = torch.nonzero(pair_labels != -100, as_tuple=True)
+    is_hidden = torch.from_numpy(golden["token_embeddings"])[..., 0] == -100
+    return MaskedSubSliceBatch(
+        subslices=SubSliceBatch.from_dense(
+            golden["token_embeddings"],
+            golden["attn_bias"],
+            golden["token_types"],
+            golden["indices"],
+        ),
+        hidden_places=is_hidden.flatten().nonzero()[:, 0],
+        target_places=is_target.flatten().nonzero()[:, 0],
+        target_features=labels[is_target],
+        pair_batch=batch,
+        pair_rows=rows,
+        pair_columns=columns,
+        pair_distances=pair_labels[batch, rows, columns],
+    )
+
+
+def test_losses_and_predictions_like_the_reference(golden, golden_objective, golden_inputs):
+    with torch.no_grad():
+        parts = golden_objective(golden_inputs)
+        out = golden_objective.transformer(golden_inputs.subslices)
+        cells = golden_objective.predict_cells(out, golden_inputs)
+        distances = golden_objective.predict_distances(out, golden_inputs)
+    for name, expected in (("masked_cells", "loss"), ("pair_distances", "pair_loss")):
+        own = parts[name].total.item() / parts[name].count
+        assert own == pytest.approx(float(golden[expected]), rel=2e-5)
+    unit = torch.nn.functional.normalize(cells, dim=-1)
+    np.testing.assert_allclose(unit, golden["logits"], atol=2e-5)
+    np.testing.assert_allclose(distances, golden["pair_pred"], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("masked_cells", "grad_loss__"), ("pair_distances", "grad_pair_loss__")]
+)
+def test_gradients_like_the_reference(golden, golden_objective, golden_inputs, part, prefix):
+    model = golden_objective.transformer
+    parameters = {
+        "model.embedding_layer.weight": model.input_projection.weight,
+        "model.gaussian.means.weight": model.distance_bias.means,
+        "model.gaussian.stds.weight": model.distance_bias.widths,
+        "model.gaussian.linear.weight": model.distance_bias.scale,
+        "model.encoder.layers.0.self_attn.q_proj.weight": model.layers[0].qkv.weight,
+        "model.encoder.layers.2.fc1.weight": model.layers[2].fc1.weight,
+        "lm_head.0.weight": golden_objective.cell_head.layers[0].weight,
+        "pair_head.0.weight": golden_objective.pair_head.layers[0].weight,
+    }
+    loss = golden_objective(golden_inputs)[part]
+    gradients = torch.autograd.grad(
+        loss.total / loss.count, list(parameters.values()), materialize_grads=True
+    )
+    for name, gradient in zip(parameters, gradients, strict=True):
+        expected = golden[prefix + name]
+        own = gradient.numpy()[: len(expected)] if "q_proj" in name else gradient.numpy()
+        np.testing.assert_allclose(
+            own.reshape(expected.shape),
+            expected,
+            atol=1e-3 * max(np.abs(expected).max(), 1e-9),
+            err_msg=name,
+        )
+
+
+def test_reference_heads_that_are_missing_or_do_not_fit_are_refused(golden_objective):
+    state = load_file(GOLDEN / "g_losses.safetensors")
+    del state["pair_head.2.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*2\.bias"):
+        golden_objective.load_reference_heads(state)
+    state["lm_head.2.weight"] = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        golden_objective.load_reference_heads(state)
+
+
+# --- The cell encoder.
+
+
+def token_batch(rng, vocabulary, lengths):
+    tokens = np.concatenate([rng.permutation(vocabulary.tokens)[:n] for n in lengths])
+    ranked = RankedTokens(tokens=tokens, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+    return TokenBatch.from_ranked(
+        ranked,
+        np.arange(len(lengths)),
+        cls_token=vocabulary.cls,
+        pad_token=vocabulary.pad,
+        length=24,
+    )
+
+
+def cell_batch(cells, vocabulary, **options):
+    rngs = [np.random.default_rng(k) for k in range(len(cells.tokens))]
+    options = {"masking": TokenMasking(), "gene_dropout": 0.0} | options
+    return CellBatch.build(cells, rngs, vocabulary=vocabulary, **options)
+
+
+@pytest.fixture
+def cells(rng, vocabulary):
+    return token_batch(rng, vocabulary, [23, 11, 17, 20, 9])
+
+
+def test_cell_encoder_has_both_losses(model, cells, vocabulary):
+    torch.manual_seed(0)
+    objective = CellEncoderObjective(model.cell_encoder)
+    assert objective.weights == {"masked_genes": 1.0, "contrastive": 1.0}
+    parts = objective(cell_batch(cells, vocabulary))
+    assert list(parts) == list(objective.weights)
+    assert parts["masked_genes"].count == 3 + 2 + 3 + 3 + 1
+    assert parts["contrastive"].count == 5
+    sum(part.total for part in parts.values()).backward()
+    without = [name for name, p in objective.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_dropout_makes_two_views_of_a_cell(model, cells, vocabulary):
+    batch = cell_batch(cells, vocabulary)
+    encoder = model.cell_encoder
+    objective = CellEncoderObjective(encoder)
+    objective.eval()
+    with torch.no_grad():
+        same = objective(batch)["contrastive"].total
+        embeddings = encoder(cells)
+        torch.testing.assert_close(
+            same, contrastive_loss(embeddings, embeddings, temperature=0.05).total
+        )
+        objective.train()
+        torch.manual_seed(0)
+        assert objective(batch)["contrastive"].total != same
+
+
+def test_gene_dropout_and_centers_reach_the_encoder(model, cells, vocabulary):
+    encoder = model.cell_encoder
+    objective = CellEncoderObjective(encoder).eval()
+    centers = torch.linspace(-0.1, 0.1, 5 * 12).view(5, 12)
+    batch = cell_batch(cells, vocabulary, gene_dropout=0.3, centers=centers)
+    with torch.no_grad():
+        first, second = (encoder(view, centers) for view in batch.views)
+        expected = contrastive_loss(first, second, temperature=0.05).total
+        assert not torch.allclose(first, second)
+        torch.testing.assert_close(objective(batch)["contrastive"].total, expected)
+
+
+def test_losses_of_weight_zero_are_not_computed(model, cells, vocabulary):
+    batch = cell_batch(cells, vocabulary)
+    for name, other in (("masked_genes", "contrastive"), ("contrastive", "masked_genes")):
+        objective = CellEncoderObjective(model.cell_encoder, weights=LossWeights(**{name: 0.0}))
+        assert list(objective(batch)) == list(objective.weights) == [other]
+
+
+def test_masked_genes_can_be_learned(model, cells, vocabulary):
+    torch.manual_seed(0)
+    objective = CellEncoderObjective(
+        model.cell_encoder,
+        masked_genes=MaskedGeneConfig(candidates="batch"),
+        weights=LossWeights(contrastive=0.0),
+    )
+    batch = cell_batch(cells, vocabulary)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    losses = []
+    for _ in range(30):
+        part = objective(batch)["masked_genes"]
+        loss = part.total / part.count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    n_candidates = len(batch.genes.measured)
+    assert losses[0] == pytest.approx(np.log(n_candidates), rel=0.15)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# --- The SE(2) Transformer.
+
+MASKING = SpatialMasking(masked=0.2, kept=0.1, moved=0.2)
+
+
+@pytest.fixture
+def masked(rng, model):
+    xy = rng.random((97, 2)) * [70.0, 50.0]
+    features = rng.normal(size=(97, 12)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    rules = model.config.subslice
+    layout = lay_out_slice(xy, features, rules)
+    parts = []
+    for rows in rows_by_subslice(layout):
+        subslice = build_subslice(layout, features, rows, rules)
+        parts.append(apply(subslice, draw(len(rows), MASKING, rng), MASKING))
+    return parts
+
+
+@pytest.fixture
+def objective(model):
+    torch.manual_seed(2)
+    return SpatialObjective(model.se2_transformer).eval()
+
+
+def totals(parts):
+    return {name: part.total.item() for name, part in parts.items()}
+
+
+def test_spatial_objective_has_both_losses(objective, masked):
+    parts = objective(MaskedSubSliceBatch.from_masked(masked))
+    assert objective.weights == {"masked_cells": 0.5, "pair_distances": 0.5}
+    assert list(parts) == list(objective.weights)
+    assert parts["masked_cells"].count == sum(len(m.target_nodes) for m in masked)
+    assert parts["pair_distances"].count == sum(len(m.pair_rows) for m in masked) > 0
+    sum(part.total for part in parts.values()).backward()
+    assert [name for name, p in objective.named_parameters() if p.grad is None] == []
+    assert objective.cell_head.mask.grad.any()
+
+
+def test_losses_of_a_batch_are_the_sum_over_its_subslices(objective, masked):
+    assert len(masked) == 2
+    with torch.no_grad():
+        together = objective(MaskedSubSliceBatch.from_masked(masked, node_multiple=16))
+        alone = [objective(MaskedSubSliceBatch.from_masked([one])) for one in masked]
+    for name, part in together.items():
+        assert part.total.item() == pytest.approx(
+            sum(one[name].total.item() for one in alone), rel=1e-5
+        )
+        assert part.count == sum(one[name].count for one in alone)
+
+
+def test_hidden_features_are_not_seen(objective, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    with torch.no_grad():
+        expected = totals(objective(batch))
+        features = batch.subslices.features.clone()
+        features.flatten(0, 1)[batch.hidden_places] = 7.0
+        assert totals(objective.losses(batch, features)) == expected
+        objective.cell_head.mask += 0.5
+        assert totals(objective(batch)) != expected
+
+
+def test_a_number_in_place_of_features_stays(model, masked):
+    torch.manual_seed(2)
+    objective = SpatialObjective(model.se2_transformer, learned_mask=False).eval()
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    features = batch.subslices.features.clone()
+    features.flatten(0, 1)[batch.hidden_places] = -100.0
+    filled = replace(batch, subslices=replace(batch.subslices, features=features))
+    with torch.no_grad():
+        at_zero, at_number = totals(objective(batch)), totals(objective(filled))
+        assert at_zero != at_number
+        # What else is put there does not reach the model.
+        assert totals(objective.losses(filled, batch.subslices.features)) == at_number
+
+
+def test_lambda_of_one_and_zero(model, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    for weight, only in ((1.0, "masked_cells"), (0.0, "pair_distances")):
+        objective = SpatialObjective(
+            model.se2_transformer, weights=LossWeights(masked_cells=weight)
+        )
+        assert list(objective(batch)) == [only]
+        assert objective.weights == {only: 1.0}
+
+
+def test_units_of_the_losses(objective, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    objective.eval()
+    with torch.no_grad():
+        before = objective(batch)["pair_distances"].total.item()
+        objective.distance_unit = 10.0
+        assert objective(batch)["pair_distances"].total.item() == pytest.approx(before / 100)
+        config = objective.transformer.config
+        objective.transformer.config = replace(config, feature_scale=4.0)
+        out = objective.transformer(objective_input(objective, batch))
+        error = objective.predict_cells(out, batch) - 4 * batch.target_features
+        assert objective(batch)["masked_cells"].total.item() == pytest.approx(
+            error.square().mean(dim=1).sum().item(), rel=1e-5
+        )
+
+
+def objective_input(objective, batch):
+    """Sub-slices as the transformer sees them, the learned mask at hidden nodes."""
+    features = batch.subslices.features.flatten(0, 1).clone()
+    features[batch.hidden_places] = objective.cell_head.mask
+    return replace(batch.subslices, features=features.view_as(batch.subslices.features))
+
+
+def test_subslices_without_targets_give_zero(objective, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    nothing = replace(
+        batch,
+        hidden_places=batch.hidden_places[:0],
+        target_places=batch.target_places[:0],
+        target_features=batch.target_features[:0],
+        pair_batch=batch.pair_batch[:0],
+        pair_rows=batch.pair_rows[:0],
+        pair_columns=batch.pair_columns[:0],
+        pair_distances=batch.pair_distances[:0],
+    )
+    parts = objective(nothing)
+    sum(part.total for part in parts.values()).backward()
+    for part in parts.values():
+        assert (part.total.item(), part.count) == (0.0, 0)
+
+
+def test_unknown_loss_is_refused(model):
+    with pytest.raises(ValueError, match=r"cell_loss must be one of \['mse', 'cosine'\], found"):
+        SpatialObjective(model.se2_transformer, cell_loss="l1")
+
+
+def test_distances_are_predicted_in_full_precision(objective, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = objective(batch)
+        out = objective.transformer(batch.subslices)
+        assert objective.predict_distances(out, batch).dtype == torch.float32
+        assert objective.predict_cells(out, batch).dtype == torch.float32
+    assert all(part.total.dtype == torch.float32 for part in parts.values())
+
+
+# --- Both together.
+
+
+@pytest.fixture
+def joint_batch(rng, vocabulary, masked):
+    batch = MaskedSubSliceBatch.from_masked(masked)
+    is_cell = (batch.subslices.node_type == NodeType.CELL).flatten()
+    free = is_cell.nonzero()[:, 0]
+    free = free[~torch.isin(free, batch.hidden_places)]
+    groups = (token_batch(rng, vocabulary, [23, 19]), token_batch(rng, vocabulary, [7, 5, 3]))
+    return JointBatch(masked=batch, cells=groups, places=free[[3, 30, 41, 8, 60]])
+
+
+@pytest.fixture
+def joint(model, objective):
+    return JointObjective(model.cell_encoder, objective).eval()
+
+
+def test_fresh_embeddings_take_the_place_of_kept_ones(joint, joint_batch):
+    batch = joint_batch.masked
+    with torch.no_grad():
+        kept = totals(joint.spatial(batch))
+        features = batch.subslices.features.clone()
+        embeddings = [joint.encoder(group) for group in joint_batch.cells]
+        for place, row in zip(joint_batch.places, torch.cat(embeddings), strict=True):
+            features.flatten(0, 1)[place] = row
+        expected = totals(joint.spatial.losses(batch, features))
+        assert totals(joint(joint_batch)) == pytest.approx(expected, rel=1e-6)
+    assert expected != kept
+
+
+def test_hidden_cells_stay_hidden(joint, joint_batch):
+    hidden = replace(joint_batch, places=joint_batch.masked.hidden_places[:5])
+    with torch.no_grad():
+        assert totals(joint(hidden)) == totals(joint.spatial(joint_batch.masked))
+
+
+def test_joint_objective_trains_the_cell_encoder(joint, joint_batch):
+    sum(part.total for part in joint(joint_batch).values()).backward()
+    gradients = {n: p.grad for n, p in joint.encoder.named_parameters()}
+    assert gradients["projection.weight"].any()
+    assert gradients["bert.encoder.layer.0.attention.self.query.weight"].any()
+    assert joint.weights == joint.spatial.weights
+
+
+def test_centers_follow_the_groups(joint, joint_batch):
+    centers = torch.linspace(-0.2, 0.2, 5 * 12).view(5, 12)
+    with torch.no_grad():
+        centred = totals(joint(replace(joint_batch, centers=centers)))
+        assert centred != totals(joint(joint_batch))
+        swapped = replace(
+            joint_batch,
+            cells=joint_batch.cells[::-1],
+            places=joint_batch.places[[2, 3, 4, 0, 1]],
+            centers=centers[[2, 3, 4, 0, 1]],
+        )
+        assert totals(joint(swapped)) == pytest.approx(centred, rel=1e-6)
+
+
+def test_without_sampled_cells_it_is_the_spatial_objective(joint, joint_batch):
+    without = replace(joint_batch, cells=(), places=joint_batch.places[:0])
+    with torch.no_grad():
+        assert totals(joint(without)) == totals(joint.spatial(joint_batch.masked))
+
+
+def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabulary):
+    genes = tuple(
+        MaskedGenes.build(
+            group,
+            [np.random.default_rng(k) for k in range(len(group.tokens))],
+            masking=TokenMasking(),
+            vocabulary=vocabulary,
+        )
+        for group in joint_batch.cells
+    )
+    joint = JointObjective(
+        model.cell_encoder,
+        objective,
+        masked_genes=MaskedGeneConfig(candidates="batch"),
+        weights=LossWeights(masked_genes=0.3),
+    )
+    assert joint.weights == {"masked_cells": 0.5, "pair_distances": 0.5, "masked_genes": 0.3}
+    calls = []
+
+    def gather(rows):
+        calls.append(rows)
+        return rows, 0
+
+    parts = joint(replace(joint_batch, genes=genes), gather)
+    assert list(parts) == list(joint.weights)
+    assert parts["masked_genes"].count == sum(len(group.labels) for group in genes)
+    # Once, however many groups a process has: the others may have another number.
+    assert len(calls) == 1
+    parts["masked_genes"].total.backward()
+    assert joint.gene_head.bias.grad[genes[1].labels].any()
+    with pytest.raises(ValueError, match="2 groups of cells and 0 with masked genes; expected as"):
+        joint(joint_batch)
+    # A process without sampled cells takes part in what all do.
+    nothing = joint(replace(joint_batch, cells=(), places=joint_batch.places[:0]), gather)
+    assert (nothing["masked_genes"].total.item(), nothing["masked_genes"].count) == (0.0, 0)
+    assert len(calls) == 2

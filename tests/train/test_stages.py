@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stofm.nn import Stofm
+from stofm.train import stages
+from stofm.train.cell_masking import SpatialMasking
+from stofm.train.cell_samples import Draws
+from stofm.train.config import StageConfig
+from stofm.train.losses import ContrastiveConfig, LossWeights, MaskedGeneConfig
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.stage_setup import StageSetup
+
+CPU = torch.device("cpu")
+
+
+class Together:
+    """A process; alone unless told otherwise."""
+
+    def __init__(self, rank=0, count=1):
+        self.rank, self.count = rank, count
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture
+def held_out(write_corpus):
+    return write_corpus([61], names="held-out")
+
+
+@pytest.fixture
+def setup(tmp_path, model, corpus, held_out):
+    return StageSetup(
+        model=model,
+        corpus=corpus,
+        validation=held_out,
+        draws=Draws(seed=5, stage=1, batch_size=4),
+        folder=tmp_path / "cells",
+        processes=Together(),
+        device=CPU,
+    )
+
+
+def make_stage(name, setup, *, objective=None, weights=None, **options):
+    """A stage with its objective, of which dropout is off."""
+    config = StageConfig(name=name, **{"subslice_cells": 20, "vary_subslices": True} | options)
+    model = setup.model
+    spatial = SpatialObjective(model.se2_transformer, weights=weights)
+    if name == "cell_encoder":
+        objective = objective or CellEncoderObjective(
+            model.cell_encoder, contrastive=config.contrastive, weights=weights
+        )
+        return stages.CellEncoderStage(objective.eval(), setup, config)
+    if name == "spatial":
+        return stages.SpatialStage(spatial.eval(), setup, config)
+    genes = MaskedGeneConfig() if config.trains_masked_genes else None
+    objective = JointObjective(model.cell_encoder, spatial, masked_genes=genes, weights=weights)
+    return stages.JointStage(objective.eval(), setup, config)
+
+
+def total(stage, inputs):
+    parts = stage.objective(inputs)
+    assert set(parts) == set(stage.objective.weights)
+    return sum(
+        weight * parts[name].total / max(parts[name].count, 1)
+        for name, weight in stage.objective.weights.items()
+    )
+
+
+def moves(module):
+    return any(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "trains_cells", "trains_space"),
+    [
+        ("cell_encoder", {}, True, False),
+        ("cell_encoder", {"contrastive": ContrastiveConfig(gene_dropout=0.3)}, True, False),
+        ("spatial", {}, False, True),
+        ("spatial", {"virtual_cells": False}, False, True),
+        ("spatial", {"spatial_masking": SpatialMasking.reference()}, False, True),
+        ("joint", {}, True, True),
+        ("joint", {"trains_masked_genes": True, "sampled_cells": 3}, True, True),
+    ],
+)
+def test_real_objective_learns_from_each_stage(setup, name, options, trains_cells, trains_space):
+    stage = make_stage(name, setup, **options)
+    stage.refresh()
+    loss = total(stage, stage.load(stage.epoch(0)[0], 0))
+    assert torch.isfinite(loss)
+    assert loss > 0
+    loss.backward()
+    assert moves(setup.model.cell_encoder) == trains_cells
+    assert moves(setup.model.se2_transformer) == trains_space
+    assert all(
+        torch.isfinite(p.grad).all() for p in stage.objective.parameters() if p.grad is not None
+    )
+    held_out = stage.validation.load(stage.validation.epoch(0)[0], 0)
+    assert torch.isfinite(total(stage, held_out))
+
+
+@pytest.mark.parametrize("name", ["cell_encoder", "spatial", "joint"])
+def test_shares_of_processes_add_up_to_the_batch(setup, name):
+    # Without contrastive learning, which needs all the batch's cells together.
+    stage = make_stage(name, setup, weights=LossWeights(contrastive=0.0))
+    stage.refresh()
+    batch = stage.epoch(1)[1]
+    shares = [batch[rank::3] for rank in range(3)]
+    with torch.no_grad():
+        whole = stage.objective(stage.load(batch, 1))
+        parts = [stage.objective(stage.load(share, 1)) for share in shares]
+    for key, part in whole.items():
+        assert sum(p[key].count for p in parts) == part.count
+        summed = sum(p[key].total for p in parts)
+        torch.testing.assert_close(summed, part.total, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cell_encoder", "spatial", "joint"])
+def test_stage_says_what_it_is(setup, name):
+    stage = make_stage(name, setup, refresh_every=7)
+    assert (stage.name, stage.number) == (name, 1)
+    assert stage.refresh_every == (7 if name == "joint" else None)
+    assert stage.describe(stage.epoch(0)[0]).startswith("'slice-")
+    assert stage.validation.describe(stage.validation.epoch(0)[0]) == "'held-out-0'"
+    assert make_stage(name, replace(setup, validation=None)).validation is None
+
+
+@pytest.mark.parametrize("name", ["spatial", "joint"])
+def test_validation_takes_the_sub_slices_of_inference(setup, name):
+    stage = make_stage(name, setup)
+    stage.refresh()
+
+    def sizes(samples, epoch):
+        loaded = [samples.load(batch, epoch) for batch in samples.epoch(epoch)]
+        batches = [getattr(inputs, "masked", inputs).subslices for inputs in loaded]
+        return sorted(n for b in batches for n in (b.cell_index >= 0).sum(1).tolist())
+
+    assert max(sizes(stage, 0)) <= 20
+    assert sizes(stage.validation, 0) == sizes(stage.validation, 1) == [30, 31]
+    whole = make_stage(name, setup, subslice_cells=None)
+    whole.refresh()
+    assert max(sizes(whole, 0)) > 30
+
+
+def first_features(stage):
+    samples = getattr(stage, "subslices", stage)
+    return np.array(samples.encoded[0].features)
+
+
+def change(model):
+    with torch.no_grad():
+        model.cell_encoder.projection.weight[0, 0] += 0.5
+
+
+def n_kept(setup):
+    return len({p.name for p in setup.folder.iterdir() if p.name.startswith("cells-")})
+
+
+def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
+    stage = make_stage("joint", setup)
+    stage.refresh()
+    before = first_features(stage)
+    virtual = stage.subslices.encoded[0].layout.virtual
+    loaded = stage.load(stage.epoch(0)[0], 0).masked.target_features
+    held_out = np.array(stage.validation.subslices.encoded[0].features)
+    change(setup.model)
+    stage.refresh()
+    assert not np.array_equal(first_features(stage), before)
+    renewed = stage.subslices.encoded[0].layout.virtual
+    assert not np.array_equal(renewed.features, virtual.features)
+    assert not torch.equal(stage.load(stage.epoch(0)[0], 0).masked.target_features, loaded)
+    assert not np.array_equal(stage.validation.subslices.encoded[0].features, held_out)
+
+
+def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
+    stage = make_stage("joint", setup)
+    stage.refresh()
+    change(setup.model)
+    stage.refresh()
+    expected, state = first_features(stage), stage.state()
+    change(setup.model)
+
+    resumed = make_stage("joint", setup)
+    resumed.restore(state)
+    np.testing.assert_array_equal(first_features(resumed), expected)
+    batch = stage.epoch(0)[1]
+    one, other = (s.load(batch, 0).masked.subslices for s in (stage, resumed))
+    assert torch.equal(one.features, other.features)
+    assert torch.equal(one.pairs.distances, other.pairs.distances)
+
+
+def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
+    stage = make_stage("joint", setup)
+    stage.refresh()
+    states = []
+    n_slices = 4  # three to train on, one held out
+    for _ in range(4):
+        change(setup.model)
+        stage.refresh()
+        states.append(stage.state())
+    # The first, and the last three: two that checkpoints refer to and, before that, the present.
+    assert n_kept(setup) == 4 * n_slices
+    change(setup.model)
+    stage.refresh()
+    assert n_kept(setup) == 4 * n_slices
+    resumed = make_stage("joint", setup)
+    resumed.restore(states[-1])
+    with pytest.raises(FileNotFoundError, match="start the stage again from its beginning"):
+        make_stage("joint", setup).restore(states[0])
+    # What the run before the interruption made is cleared away too.
+    resumed.refresh()
+    change(setup.model)
+    resumed.refresh()
+    resumed.state()
+    change(setup.model)
+    resumed.refresh()
+    resumed.state()
+    change(setup.model)
+    resumed.refresh()
+    assert n_kept(setup) <= 5 * n_slices
+
+
+def test_lost_embeddings_of_a_frozen_encoder_are_made_again(setup):
+    stage = make_stage("spatial", setup)
+    stage.refresh()
+    expected, state = first_features(stage), stage.state()
+    shutil.rmtree(setup.folder)
+    resumed = make_stage("spatial", setup)
+    resumed.restore(state)
+    np.testing.assert_array_equal(first_features(resumed), expected)
+
+
+def test_second_process_removes_nothing(setup):
+    stage = make_stage("joint", setup)
+    stage.refresh()
+    other = make_stage("joint", replace(setup, processes=Together(rank=1, count=2)))
+    other.refresh()
+    for _ in range(3):
+        change(setup.model)
+        stage.refresh()
+        stage.state()
+        other.refresh()
+    assert n_kept(setup) == 4 * 4
+
+
+@pytest.fixture
+def centring(setup, write_corpus):
+    """The same with a model that reads values and centres by slice."""
+    config = setup.model.config
+    cells = replace(config.cell_encoder, values="log", pooled=True, centering="slice")
+    model = Stofm(replace(config, cell_encoder=cells), setup.model.vocabulary, seed=1).eval()
+    corpus = write_corpus([113, 31, 59], values=True, names="valued")
+    held_out = write_corpus([61], values=True, names="valued-held-out")
+    return replace(setup, model=model, corpus=corpus, validation=held_out)
+
+
+def test_cell_encoder_compares_cells_with_the_mean_of_their_slice_taken_off(centring, monkeypatch):
+    monkeypatch.setattr(stages, "_CENTER_CELLS", 1000)
+    stage = make_stage("cell_encoder", centring)
+    assert stage.refresh_every == 200
+    stage.refresh()
+    from stofm.nn.inference import project_cells
+
+    for samples, corpus in ((stage, centring.corpus), (stage.validation, centring.validation)):
+        for one, center in zip(corpus.slices, samples.centers, strict=True):
+            raw = project_cells(
+                centring.model.cell_encoder, one.ranked, centring.model.vocabulary, device=CPU
+            )
+            np.testing.assert_allclose(center, raw.mean(axis=0), atol=1e-6)
+    batch = stage.epoch(0)[0]
+    inputs = stage.load(batch, 0)
+    np.testing.assert_array_equal(inputs.centers, stage.centers[centring.corpus.locate(batch)[0]])
+
+
+def test_centres_are_renewed_and_restored(centring):
+    stage = make_stage("cell_encoder", centring)
+    stage.refresh()
+    before, state = stage.centers, stage.state()
+    change(centring.model)
+    stage.refresh()
+    assert not np.array_equal(stage.centers, before)
+    resumed = make_stage("cell_encoder", centring)
+    resumed.restore(state)
+    np.testing.assert_array_equal(resumed.centers, before)
+    for _ in range(3):
+        change(centring.model)
+        stage.refresh()
+    assert len(list(centring.folder.iterdir())) == 2 * 2  # the first and the present
+    shutil.rmtree(centring.folder)
+    with pytest.raises(FileNotFoundError, match=r"no centres .* start the stage again"):
+        make_stage("cell_encoder", centring).restore(state)
+
+
+def test_nothing_is_estimated_where_nothing_is_centred(setup, centring):
+    without = make_stage("cell_encoder", centring, weights=LossWeights(contrastive=0.0))
+    for stage in (make_stage("cell_encoder", setup), without):
+        stage.refresh()
+        assert stage.state() == {}
+        assert stage.refresh_every is None
+        stage.restore({})
+        assert stage.centers is None
+    assert not setup.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["cell_encoder", "spatial", "joint"])
+def test_centring_model_learns_in_each_stage(centring, name):
+    stage = make_stage(name, centring)
+    stage.refresh()
+    inputs = stage.load(stage.epoch(0)[0], 0)
+    assert (getattr(inputs, "centers", None) is not None) == (name != "spatial")
+    loss = total(stage, inputs)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert moves(stage.objective)
+
+
+def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(centring):
+    stage = make_stage("joint", centring)
+    stage.refresh()
+    inputs = stage.load(stage.epoch(0)[0], 0)
+    with torch.no_grad():
+        centers = inputs.centers.split([len(group.tokens) for group in inputs.cells])
+        fresh = [
+            centring.model.cell_encoder(group, own)
+            for group, own in zip(inputs.cells, centers, strict=True)
+        ]
+    kept = inputs.masked.subslices.features.flatten(0, 1)[inputs.places]
+    torch.testing.assert_close(torch.cat(fresh), kept, atol=1e-3, rtol=0)
+
+
+def test_model_that_reads_values_needs_them(setup, centring):
+    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+        make_stage("cell_encoder", replace(centring, corpus=setup.corpus))

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stofm.spatial import NodeType, SliceLayout, SubSliceConfig, VirtualCells
+from stofm.train import subslice_samples
+from stofm.train.cell_cache import EncodedSlice
+from stofm.train.cell_masking import SpatialMasking
+from stofm.train.cell_samples import Draws, TokenReader
+from stofm.train.gene_masking import TokenMasking
+from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+
+DRAWS = Draws(seed=3, stage=1, batch_size=3)
+RULES = SubSliceConfig(n_cells=20, n_neighbors=7)
+
+
+@pytest.fixture
+def encode(rng):
+    """Made-up embeddings and three virtual cells for each slice of a corpus."""
+
+    def encode(corpus, *, centers=False):
+        found = []
+        for one in corpus.slices:
+            n = one.n_cells
+            virtual = VirtualCells(
+                rng.normal(size=(3, 2)), rng.normal(size=(3, 12)).astype(np.float32)
+            )
+            layout = SliceLayout(one.coordinates, np.zeros(n, int), np.zeros(n, int), virtual)
+            center = rng.normal(size=12).astype(np.float32) if centers else None
+            features = rng.normal(size=(n, 12)).astype(np.float16)
+            found.append(EncodedSlice(features=features, center=center, layout=layout))
+        return found
+
+    return encode
+
+
+@pytest.fixture
+def make(corpus, encode):
+    encoded = encode(corpus)
+
+    def make(*, draws=DRAWS, vary=True, masking=None, rules=RULES, **changed):
+        samples = SubSliceSamples(
+            corpus, rules, draws, masking=masking or SpatialMasking(), vary=vary, **changed
+        )
+        samples.encoded = encoded
+        return samples
+
+    return make
+
+
+def arrays(masked):
+    pairs = masked.subslice.pairs
+    return [
+        masked.subslice.features,
+        masked.subslice.cell_index,
+        pairs.rows,
+        pairs.columns,
+        pairs.distances,
+        masked.hidden_nodes,
+        masked.target_features,
+        masked.pair_rows,
+        masked.pair_distances,
+    ]
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(arrays(one), arrays(other), strict=True))
+
+
+def test_nothing_can_be_built_before_cells_are_encoded(corpus):
+    samples = SubSliceSamples(corpus, RULES, DRAWS, masking=SpatialMasking(), vary=False)
+    with pytest.raises(RuntimeError, match=r"not encoded yet: call refresh\(\) or restore\(\)"):
+        samples.load(samples.epoch(0)[0], 0)
+
+
+def test_an_epoch_holds_each_cell_once_with_its_own_embedding(make, corpus):
+    samples = make(masking=SpatialMasking(masked=0, moved=0))
+    seen = [np.zeros(s.n_cells, int) for s in corpus.slices]
+    for batch in samples.epoch(1):
+        inputs = samples.load(batch, 1).subslices
+        for row, number in enumerate(samples.slices_of(batch)):
+            is_cell = inputs.cell_index[row] >= 0
+            cells = inputs.cell_index[row][is_cell].numpy()
+            seen[number][cells] += 1
+            expected = samples.encoded[number].features[cells].astype(np.float32)
+            np.testing.assert_array_equal(inputs.features[row][is_cell], expected)
+            is_virtual = inputs.node_type[row] == NodeType.VIRTUAL
+            virtual = samples.encoded[number].layout.virtual
+            np.testing.assert_array_equal(inputs.features[row][is_virtual], virtual.features)
+    assert all((n == 1).all() for n in seen)
+
+
+def test_hidden_embeddings_are_the_targets(make):
+    samples = make()
+    (sample,) = samples.epoch(0)[0][:1]
+    (masked,) = samples.masked(np.array([sample]), 0)
+    number = samples.slices_of(np.array([sample]))[0]
+    cells = masked.subslice.cell_index[masked.target_nodes]
+    assert len(cells) >= 1
+    expected = samples.encoded[number].features[cells].astype(np.float32)
+    np.testing.assert_array_equal(masked.target_features, expected)
+    assert (masked.subslice.features[masked.hidden_nodes] == 0).all()
+    assert len(masked.pair_distances) > 0
+
+
+@pytest.mark.parametrize("vary", [True, False])
+def test_company_changes_nothing(make, vary):
+    samples, others = make(vary=vary), make(vary=vary)
+    batch = samples.epoch(2)[0]
+    for k, together in enumerate(samples.masked(batch, 2)):
+        assert same(together, others.masked(batch[k : k + 1], 2)[0])
+
+
+def test_draws_follow_seed_stage_and_epoch(make):
+    batch = np.sort(np.concatenate(make(vary=False).epoch(0)))[:2]
+
+    def masked(samples, epoch=0):
+        return samples.masked(batch, epoch)[0]
+
+    one = masked(make(vary=False))
+    assert same(one, masked(make(vary=False)))
+    for other in (
+        masked(make(vary=False), epoch=1),
+        masked(make(vary=False, draws=replace(DRAWS, seed=4))),
+        masked(make(vary=False, draws=replace(DRAWS, stage=2))),
+    ):
+        assert not np.array_equal(one.hidden_nodes, other.hidden_nodes)
+        np.testing.assert_array_equal(one.subslice.cell_index, other.subslice.cell_index)
+    varied = masked(make(), epoch=1)
+    assert not np.array_equal(one.subslice.cell_index, varied.subslice.cell_index)
+
+
+def test_epochs_are_shuffled_anew_and_of_one_length(make):
+    samples = make()
+    first, again, next_ = samples.epoch(0), samples.epoch(0), samples.epoch(1)
+    assert [b.tolist() for b in first] == [b.tolist() for b in again]
+    assert [b.tolist() for b in first] != [b.tolist() for b in next_]
+    assert len(first) == len(next_)
+
+
+def test_threads_load_the_same(make):
+    samples = make()
+    batches = samples.epoch(0)
+    expected = [samples.load(batch, 0).subslices.features for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: samples.load(batch, 0), batches))
+    assert all(
+        torch.equal(inputs.subslices.features, features)
+        for inputs, features in zip(found, expected, strict=True)
+    )
+
+
+def counted_builds(monkeypatch):
+    built = []
+    build = subslice_samples.build_subslice
+
+    def counted(layout, features, cells, config):
+        built.append(len(cells))
+        return build(layout, features, cells, config)
+
+    monkeypatch.setattr(subslice_samples, "build_subslice", counted)
+    return built
+
+
+def test_sub_slices_that_stay_are_built_once(make, encode, corpus, monkeypatch):
+    built = counted_builds(monkeypatch)
+    samples = make(vary=False)
+    batch = np.concatenate(samples.epoch(0))
+    first = samples.masked(batch, 0)
+    assert len(built) == len(batch)
+    again = samples.masked(batch, 0)
+    samples.masked(batch, 1)
+    assert len(built) == len(batch)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+
+    samples.encoded = encode(corpus)
+    renewed = samples.masked(batch, 0)
+    assert len(built) == 2 * len(batch)
+    assert not np.array_equal(first[0].target_features, renewed[0].target_features)
+
+
+def test_kept_sub_slices_are_bounded(make, monkeypatch):
+    built = counted_builds(monkeypatch)
+    monkeypatch.setattr(subslice_samples, "_KEPT_BYTES", 0)
+    samples = make(vary=False)
+    batch = samples.epoch(0)[0]
+    samples.masked(batch, 0)
+    samples.masked(batch, 0)
+    assert len(built) == 2 * len(batch)
+
+
+def test_numbers_and_names_for_messages(make):
+    samples = make(node_multiple=8)
+    batch = np.array([0, (1 << 32) + 1, (1 << 32)])
+    inputs = samples.load(batch, 0)
+    cells = [part.subslice.n_nodes - 4 for part in samples.masked(batch, 0)]
+    assert samples.n_cells(inputs) == sum(cells)
+    assert samples.n_tokens(inputs) == sum(cells) + 3 * 4
+    assert inputs.subslices.features.shape[1] % 8 == 0
+    assert samples.describe(batch) == "'slice-0', 'slice-1'"
+
+
+@pytest.fixture
+def joint(make, corpus, model):
+    def joint(*, sampled_cells=5, token_masking=None, draws=DRAWS, **changed):
+        reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
+        return JointSamples(
+            make(draws=draws, **changed),
+            reader,
+            draws,
+            sampled_cells=sampled_cells,
+            token_masking=token_masking,
+        )
+
+    return joint
+
+
+def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
+    samples = joint()
+    batch = np.concatenate(samples.epoch(0))[:5]
+    inputs = samples.load(batch, 0)
+    n_nodes = inputs.masked.subslices.pairs.n_nodes
+    row, node = np.divmod(inputs.places.numpy(), n_nodes)
+    assert np.bincount(row).tolist() == [5] * 5
+    assert len(np.unique(inputs.places)) == len(inputs.places)
+    assert not np.isin(inputs.places, inputs.masked.hidden_places).any()
+
+    cells = inputs.masked.subslices.cell_index.numpy()[row, node]
+    numbers = samples.subslices.slices_of(batch)[row]
+    read = [
+        group.tokens[k][group.is_real[k]].tolist()
+        for group in inputs.cells
+        for k in range(len(group.tokens))
+    ]
+    expected = corpus.take(corpus.first_cell[numbers] + cells)
+    for k, tokens in enumerate(read):
+        own = expected.tokens[expected.offsets[k] : expected.offsets[k + 1]][:40]
+        assert tokens == [69, *own.tolist()]
+    assert inputs.centers is None
+    assert inputs.genes == ()
+
+
+def test_sampling_follows_the_sample_alone(joint):
+    samples = joint()
+    batch = samples.epoch(0)[0]
+    together = samples.load(batch, 0)
+    n_nodes = together.masked.subslices.pairs.n_nodes
+    row, node = np.divmod(together.places.numpy(), n_nodes)
+    for k in range(len(batch)):
+        alone = samples.load(batch[k : k + 1], 0)
+        assert sorted(alone.places.tolist()) == sorted(node[row == k].tolist())
+    other = samples.load(batch, 1)
+    assert sorted(other.places.tolist()) != sorted(together.places.tolist())
+
+
+def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
+    samples = joint(rules=replace(RULES, n_cells=1), masking=SpatialMasking(masked=1.0, moved=0))
+    batch = samples.epoch(0)[0]
+    inputs = samples.load(batch, 0)
+    assert len(inputs.places) == len(batch)
+    assert sorted(inputs.places.tolist()) == sorted(inputs.masked.hidden_places.tolist())
+    with pytest.raises(ValueError, match="sampled_cells must be at least 1, found 0"):
+        joint(sampled_cells=0)
+
+
+def test_centres_are_those_of_the_slices(joint, encode, corpus):
+    samples = joint()
+    samples.subslices.encoded = encode(corpus, centers=True)
+    batch = np.array([0, 1 << 32, 2 << 32])
+    inputs = samples.load(batch, 0)
+    row = inputs.places.numpy() // inputs.masked.subslices.pairs.n_nodes
+    expected = np.stack([samples.subslices.encoded[k].center for k in row])
+    np.testing.assert_array_equal(inputs.centers, expected)
+
+
+def test_genes_are_hidden_if_asked(joint):
+    samples = joint(token_masking=TokenMasking(share=0.5))
+    inputs = samples.load(samples.epoch(0)[0], 0)
+    assert len(inputs.genes) == len(inputs.cells)
+    for group, hidden in zip(inputs.cells, inputs.genes, strict=True):
+        is_mask = hidden.tokens.tokens == 1
+        assert torch.equal(group.tokens[is_mask], hidden.labels)
+        assert torch.equal(hidden.tokens.tokens[~is_mask], group.tokens[~is_mask])
+    assert sum(len(hidden.labels) for hidden in inputs.genes) > 10
+
+
+def test_joint_numbers_and_names(joint):
+    samples = joint()
+    batch = samples.epoch(0)[0]
+    inputs = samples.load(batch, 0)
+    assert samples.n_cells(inputs) == samples.subslices.n_cells(inputs.masked)
+    tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
+    assert samples.n_tokens(inputs) == samples.subslices.n_tokens(inputs.masked) + tokens
+    assert samples.describe(batch) == samples.subslices.describe(batch)
