@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,117 @@ def test_an_existing_output_is_kept(files, capsys):
     assert embed(files, "--library-key", "library", "--overwrite", "--quiet") == 0
 
 
+RECIPE = """
+[run]
+log_every = 1
+[data]
+train = ["slices/l*.h5ad"]
+validation = ["slices/right.zarr"]
+[model]
+checkpoint = "MODEL"
+name = "trained-further"
+provenance = "Trained on two made-up slices."
+[[stage]]
+name = "spatial"
+epochs = 2
+subslice_cells = 23
+[stage.optimizer]
+batch_size = 2
+warmup_steps = 1
+"""
+
+
+@pytest.fixture
+def recipe(files, adata):
+    (files / "slices").mkdir()
+    for name, write in (("left", "write_h5ad"), ("right", "write_zarr")):
+        own = adata[adata.obs["library"] == name].copy()
+        getattr(own, write)(files / "slices" / f"{name}.{'h5ad' if name == 'left' else 'zarr'}")
+    path = files / "recipe.toml"
+    path.write_text(RECIPE.replace("MODEL", str(files / "model")))
+    return path
+
+
+def train(recipe, *more):
+    folder = recipe.parent
+    words = ["train", recipe, "--data", folder, "--out", folder / "run", "--device", "cpu", *more]
+    return main([str(word) for word in words])
+
+
+def test_train_follows_the_recipe(recipe, model, caplog):
+    import stofm as st
+
+    caplog.set_level("INFO", logger="stofm")
+    assert train(recipe) == 0
+    assert "trained-further is trained" in caplog.text
+    trained = st.Stofm.from_pretrained(recipe.parent / "run" / "model")
+    assert trained.name == "trained-further"
+    assert trained.config.provenance == "Trained on two made-up slices."
+    assert trained.fingerprint != model.fingerprint
+    report = json.loads((recipe.parent / "run" / "run.json").read_text())
+    names = [report["settings"][key][0].split()[0] for key in ("slices", "held_out_slices")]
+    assert names == ["left", "right"]
+    history = (recipe.parent / "run" / "history.csv").read_text()
+    assert history.count("validation") == 2
+
+
+def test_a_run_is_resumed_or_overwritten_only_if_asked(recipe, capsys):
+    assert train(recipe, "--quiet") == 0
+    assert train(recipe, "--quiet") == 1
+    assert "holds a run (finished): pass resume=True (--resume)" in capsys.readouterr().err
+    assert train(recipe, "--quiet", "--resume") == 0
+    recipe.write_text(recipe.read_text().replace("epochs = 2", "epochs = 1"))
+    assert train(recipe, "--quiet", "--resume") == 1
+    assert "stages[0].epochs was 2, now 1" in capsys.readouterr().err
+    assert train(recipe, "--quiet", "--overwrite") == 0
+
+
+def test_a_recipe_makes_a_new_model(recipe):
+    import stofm as st
+
+    text = recipe.read_text()
+    start, end = text.index("[model]"), text.index("[[stage]]")
+    model = """
+[model]
+preset = "mini"
+vocabulary = "fit"
+max_tokens = 30
+[model.cell_encoder]
+d_hidden = 16
+d_cell = 12
+n_layers = 1
+d_inner = 8
+[model.se2_transformer]
+d_cell = 12
+d_model = 12
+n_layers = 1
+[model.subslice]
+n_cells = 60
+"""
+    recipe.write_text(text[:start] + model + text[end:])
+    assert train(recipe, "--quiet") == 0
+    config = st.Stofm.from_pretrained(recipe.parent / "run" / "model").config
+    assert (config.name, config.max_tokens, config.subslice.n_cells) == ("stofm-mini", 30, 60)
+    assert (config.cell_encoder.d_hidden, config.cell_encoder.n_heads) == (16, 4)
+    # The vocabulary has the genes of the training slices, and three special tokens.
+    assert 60 < config.cell_encoder.n_tokens < 75
+
+
+def test_an_unknown_entry_of_a_recipe_is_named(recipe, capsys):
+    recipe.write_text(recipe.read_text().replace("log_every", "log_evry"))
+    assert train(recipe) == 1
+    assert "Unknown entry 'log_evry' in [run] of recipe.toml; did you mean 'log_every'?" in (
+        capsys.readouterr().err
+    )
+    recipe.write_text(RECIPE.replace('checkpoint = "MODEL"', "[model.subslice]\nn_cell = 3"))
+    assert train(recipe) == 1
+    assert "'n_cell' in [model.subslice]; did you mean 'n_cells'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["train", "no.toml", "--data", ".", "--out", "run"], "There is no recipe no.toml"),
         (["embed", "nowhere.h5ad", "out.h5ad"], "There is no file nowhere.h5ad"),
         (["embed", "in.h5ad", "out.csv"], "must end in .h5ad or .zarr, found 'out.csv'"),
         (["convert", "nowhere", "out"], "nowhere is no folder"),

@@ -1,9 +1,10 @@
-"""The command line: ``stofm embed``, ``stofm convert``, ``stofm demo``."""
+"""The command line: ``stofm embed``, ``stofm train``, ``stofm convert``, ``stofm demo``."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -96,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--overwrite", action="store_true", help="replace the output")
     embed.set_defaults(run=_embed)
 
+    train = commands.add_parser(
+        "train",
+        parents=[shared],
+        help="pretrain a model on a folder of slices",
+        description="Pretrain a model on a folder of slices, as a recipe says. To use several "
+        "devices: torchrun --nproc-per-node 4 -m stofm train ..., or srun in a SLURM job.",
+    )
+    train.add_argument("recipe", type=Path, help=".toml with data, model and stages")
+    train.add_argument("--data", type=Path, required=True, help="folder of .h5ad and .zarr")
+    train.add_argument("--out", type=Path, required=True, help="folder of the run")
+    train.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
+    train.add_argument("--work", type=Path, help="folder of prepared slices [OUT/work]")
+    train.add_argument("--resume", action="store_true", help="go on with the run in OUT, if any")
+    train.add_argument("--overwrite", action="store_true", help="throw away the run in OUT")
+    train.set_defaults(run=_train)
+
     convert = commands.add_parser(
         "convert", parents=[shared], help="turn SToFM's published weights into a checkpoint"
     )
@@ -140,6 +157,29 @@ def _embed(options: argparse.Namespace) -> None:
         show_progress_bar=not options.quiet and sys.stderr.isatty(),
     )
     write_anndata(adata, options.output)
+
+
+def _train(options: argparse.Namespace) -> None:
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+        # Of several processes the first one speaks.
+        logging.getLogger("stofm").setLevel(logging.WARNING)
+    from stofm.tl._train import train_recipe
+    from stofm.train import Recipe
+
+    if not options.recipe.is_file():
+        msg = f"There is no recipe {options.recipe}."
+        raise FileNotFoundError(msg)
+    result = train_recipe(
+        options.data,
+        Recipe.from_toml(options.recipe),
+        out_dir=options.out,
+        device=options.device,
+        work_dir=options.work,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        show_progress_bar=not options.quiet and sys.stderr.isatty(),
+    )
+    logging.getLogger("stofm").info("%s is trained: %s.", result.model.name, options.out / "model")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
-"""Tools: run models on AnnData."""
+"""Tools: run and train models on AnnData."""
 
 from stofm.tl._embed import embed
 from stofm.tl._encode_cells import encode_cells
+from stofm.tl._train import train
 
-__all__ = ["embed", "encode_cells"]
+__all__ = ["embed", "encode_cells", "train"]

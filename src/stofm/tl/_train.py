@@ -1,0 +1,394 @@
+"""``stofm.tl.train``: pretraining on AnnData, files or a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from stofm.genes import GeneVocabulary, embedded_vocabulary
+from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
+from stofm.tl._training_data import (
+    SliceSource,
+    find_sources,
+    fit_vocabulary,
+    open_corpus,
+    prepare_slices,
+)
+from stofm.train.coexpression import initialize_from_coexpression
+from stofm.train.config import RunConfig, StageConfig, StageName, build_part, paper_schedule
+from stofm.train.pretraining import Pretraining, TrainResult
+from stofm.train.processes import Processes
+from stofm.train.recipe import FileConfig, GeneEmbeddings, ModelSource, Recipe
+from stofm.train.state import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from os import PathLike
+
+    import torch
+
+    from stofm.train.config import Keep, Precision
+    from stofm.train.optimizer import OptimizerConfig
+    from stofm.train.pretraining import Initializer
+
+    #: Makes the model that is trained.
+    ModelMaker = Callable[["_Run"], Stofm]
+
+
+def train(
+    data: Any,
+    model: Stofm | StofmConfig | str | Path = "stofm-mini",
+    *,
+    out_dir: str | PathLike[str],
+    stage: StageName | Literal["pretrain"] | StageConfig | Sequence[StageConfig] = "pretrain",
+    validation: Any = None,
+    epochs: int | None = None,
+    optimizer: OptimizerConfig | None = None,
+    vocabulary: GeneVocabulary | None = None,
+    gene_embeddings: GeneEmbeddings = "random",
+    layer: str | None = None,
+    spatial_key: str = "spatial",
+    library_key: str | None = None,
+    species: Literal["auto", "human", "mouse"] = "auto",
+    gene_key: str | None = None,
+    orthologs: str | None = None,
+    precision: Precision = "32",
+    keep: Keep = "best",
+    validate_every: int | None = None,
+    patience: int | None = None,
+    checkpoint_every: int | None = 500,
+    log_every: int = 10,
+    n_threads: int = 2,
+    tensorboard: bool = False,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    work_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> TrainResult:
+    """Train a model on slices without labels, from scratch or from a checkpoint.
+
+    Counts are read once, file by file in blocks, and kept as gene tokens in the work folder.
+    Checkpoints are written as training goes: a run that was stopped at any moment goes on with
+    ``resume=True`` and ends as if it had not been. Started by ``torchrun`` or SLURM, the
+    processes share each batch and give the weights that one process would.
+
+    Parameters
+    ----------
+    data
+        Slices to train on: an AnnData or SpatialData, the path of an ``.h5ad`` file or a
+        ``.zarr`` store, a folder of these, or a list of all that.
+    model
+        A model, a checkpoint folder or a hub id to go on from; or a
+        :class:`~stofm.nn.StofmConfig` for a new model. It is not changed: a copy is trained.
+    out_dir
+        Folder of the run: ``run.json``, ``history.csv``, ``checkpoints/`` and, at the end,
+        ``model/``.
+    stage
+        ``"pretrain"``: the paper's schedule of ``"cell_encoder"`` (1 epoch), ``"spatial"`` (2) and
+        ``"joint"`` (1). One of these; or one or several :class:`stofm.train.StageConfig`.
+    validation
+        Held-out slices, as `data`: whole slices, because cells of one slice tell of each other.
+    epochs, optimizer
+        Of every stage that is given by name, in place of the paper's.
+    vocabulary
+        Genes of a new model; fitted on `data` by default.
+    gene_embeddings
+        First gene embeddings: those of the model (``"random"`` in a new one), or
+        ``"coexpression"``, factors of the co-expression of genes over `data`.
+    layer, spatial_key, library_key
+        Layer with raw counts (``X`` by default), entry of ``obsm`` with the coordinates, column
+        of ``obs`` that names the slices.
+    species, gene_key, orthologs
+        How genes are found: see :func:`stofm.pp.map_genes`.
+    precision
+        ``"32"``, ``"bf16-mixed"`` or (CUDA) ``"16-mixed"``.
+    keep
+        Weights that go on to the next stage and into the result: ``"best"`` on the held-out
+        slices, or ``"last"``.
+    validate_every, patience
+        Optimiser steps between validations (by default one per epoch), and validations without a
+        lower loss after which a stage stops (by default it does not).
+    checkpoint_every, log_every
+        Optimiser steps between checkpoints, and between rows of the history.
+    n_threads
+        Threads that load ahead; does not change the result.
+    tensorboard
+        Write TensorBoard's files to ``out_dir/tensorboard``.
+    seed
+        Decides order, masks, noise, dropout and first weights.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    work_dir
+        Where tokens and cell embeddings are kept; ``out_dir/work`` by default. Several runs may
+        share it.
+    resume
+        Go on with the run in `out_dir`, if there is one.
+    overwrite
+        Throw away the run in `out_dir`, if there is one.
+    show_progress_bar
+        Show bars.
+
+    Returns
+    -------
+    The trained model, the history as a table, the paths of the best and the last checkpoint, and
+    what ``run.json`` says.
+
+    Raises
+    ------
+    FileExistsError
+        `out_dir` holds a run and neither `resume` nor `overwrite` is set, or something else.
+    FloatingPointError
+        A loss is NaN or infinite; the message names step and slices.
+    ValueError
+        A slice or an option is not usable, or the run to go on with has other settings.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), sections 3.4 and A.1, table A.8.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> slices = [st.datasets.simulate_slice(500, 100, seed=seed) for seed in range(3)]
+    >>> result = st.tl.train(  # doctest: +SKIP
+    ...     slices[:2], stage="spatial", validation=slices[2], out_dir="run"
+    ... )
+    >>> st.pl.training(result)  # doctest: +SKIP
+    >>> st.tl.embed(slices[2], result.model)  # doctest: +SKIP
+    """
+    options = FileConfig(
+        layer=layer,
+        spatial_key=spatial_key,
+        library_key=library_key,
+        species=species,
+        gene_key=gene_key,
+        orthologs=orthologs,
+    )
+    run = _Run(
+        sources=find_sources(data, options),
+        held_out=[] if validation is None else find_sources(validation, options),
+        stages=_stages(stage, epochs, optimizer),
+        config=RunConfig(
+            seed=seed,
+            precision=precision,
+            keep=keep,
+            validate_every=validate_every,
+            patience=patience,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            n_threads=n_threads,
+            tensorboard=tensorboard,
+        ),
+        folder=RunFolder(out_dir),
+        work=None if work_dir is None else Path(work_dir),
+        device=device,
+        show_progress_bar=show_progress_bar,
+    )
+    return run.train(
+        lambda run: _model(run, model, vocabulary),
+        gene_embeddings=gene_embeddings,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+def train_recipe(
+    data: str | PathLike[str],
+    recipe: Recipe,
+    *,
+    out_dir: str | PathLike[str],
+    device: str | torch.device = "auto",
+    work_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> TrainResult:
+    """Train as a recipe says.
+
+    Parameters
+    ----------
+    data
+        Folder that the recipe's patterns of files refer to.
+    recipe
+        Data, model and stages.
+    out_dir, device, work_dir, resume, overwrite, show_progress_bar
+        As in :func:`train`.
+    """
+    train_on, held_out = recipe.data.find(data)
+
+    def sources(files: Sequence[Path]) -> list[SliceSource]:
+        return [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
+
+    run = _Run(
+        sources=sources(train_on),
+        held_out=sources(held_out),
+        stages=recipe.stages,
+        config=recipe.run,
+        folder=RunFolder(out_dir),
+        work=None if work_dir is None else Path(work_dir),
+        device=device,
+        show_progress_bar=show_progress_bar,
+    )
+    return run.train(
+        lambda run: _model_of_recipe(run, recipe.model),
+        gene_embeddings=recipe.model.gene_embeddings,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """A run before its model and slices are prepared."""
+
+    sources: Sequence[SliceSource]
+    held_out: Sequence[SliceSource]
+    stages: Sequence[StageConfig]
+    config: RunConfig
+    folder: RunFolder
+    work: Path | None
+    device: str | torch.device
+    show_progress_bar: bool
+    processes: Processes | None = None
+
+    def train(
+        self,
+        make_model: ModelMaker,
+        *,
+        gene_embeddings: GeneEmbeddings,
+        resume: bool,
+        overwrite: bool,
+    ) -> TrainResult:
+        """Prepare the slices, then train."""
+        # Before hours of preparation.
+        self.folder.check(resume=resume, overwrite=overwrite)
+        processes = Processes.start(self.device, self.config.precision)
+        run = replace(self, processes=processes)
+        model = make_model(run)
+        pretraining = Pretraining(
+            stages=self.stages,
+            run=self.config,
+            corpus=run.corpus(self.sources, model),
+            validation=run.corpus(self.held_out, model) if self.held_out else None,
+            folder=self.folder,
+            work=run.work_folder,
+            processes=processes,
+            initialize=_initializer(gene_embeddings, self.config.seed),
+            show_progress_bar=self.show_progress_bar,
+        )
+        return pretraining.train(model, resume=resume, overwrite=overwrite)
+
+    @property
+    def work_folder(self) -> Path:
+        """Where tokens and cell embeddings are kept."""
+        return self.folder.work if self.work is None else self.work
+
+    def corpus(self, sources: Sequence[SliceSource], model: Stofm) -> Any:
+        """Prepare slices in the first process and open them in all."""
+        folder = self.work_folder / "slices"
+        keys = self._in_first(
+            lambda: prepare_slices(sources, model, folder, show_progress_bar=self.show_progress_bar)
+        )
+        return open_corpus(folder, keys)
+
+    def fitted_vocabulary(self) -> GeneVocabulary:
+        """Fit a vocabulary on the slices to train on."""
+        table = self._in_first(lambda: fit_vocabulary(self.sources, self.work_folder))
+        return GeneVocabulary.from_tsv(table)
+
+    def _in_first(self, compute: Callable[[], Any]) -> Any:
+        """Compute in the first process, and give the result to all."""
+        assert self.processes is not None
+        return self.processes.agree(compute() if self.processes.is_first else None)
+
+
+def _initializer(gene_embeddings: GeneEmbeddings, seed: int) -> Initializer | None:
+    """What sets the first gene embeddings; None to leave them."""
+    if gene_embeddings not in get_args(GeneEmbeddings):
+        msg = f"gene_embeddings must be 'random' or 'coexpression', found {gene_embeddings!r}."
+        raise ValueError(msg)
+    if gene_embeddings == "random":
+        return None
+    return partial(initialize_from_coexpression, seed=seed)
+
+
+def _stages(
+    stage: Any, epochs: int | None, optimizer: OptimizerConfig | None
+) -> tuple[StageConfig, ...]:
+    given = (stage,) if isinstance(stage, StageConfig) else stage
+    if not isinstance(given, str):
+        if epochs is not None or optimizer is not None:
+            msg = "epochs and optimizer are entries of StageConfig; leave out the arguments."
+            raise ValueError(msg)
+        if not given or not all(isinstance(one, StageConfig) for one in given):
+            msg = f"stage must be a name or one or more StageConfig, found {stage!r}."
+            raise TypeError(msg)
+        return tuple(given)
+    names = get_args(StageName)
+    if given not in (*names, "pretrain"):
+        msg = f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
+        raise ValueError(msg)
+    chosen = [s for s in paper_schedule(optimizer=optimizer) if given in (s.name, "pretrain")]
+    return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
+
+
+def _model(run: _Run, model: Any, vocabulary: GeneVocabulary | None) -> Stofm:
+    if not isinstance(model, StofmConfig):
+        if vocabulary is not None:
+            msg = "A model has its vocabulary already; `vocabulary` is for a new one (StofmConfig)."
+            raise ValueError(msg)
+        if isinstance(model, str | Path):
+            return Stofm.from_pretrained(model)
+        if not isinstance(model, Stofm):
+            msg = (
+                "model must be a Stofm, a StofmConfig, a folder or a hub id, found "
+                f"{type(model).__name__}."
+            )
+            raise TypeError(msg)
+        return model
+    if vocabulary is not None:
+        return Stofm(model, vocabulary, seed=run.config.seed)
+    fitted = run.fitted_vocabulary()
+    cell_encoder = replace(model.cell_encoder, n_tokens=fitted.n_tokens)
+    return Stofm(replace(model, cell_encoder=cell_encoder), fitted, seed=run.config.seed)
+
+
+def _model_of_recipe(run: _Run, source: ModelSource) -> Stofm:
+    if source.checkpoint:
+        model = Stofm.from_pretrained(source.checkpoint)
+    else:
+        vocabulary = _vocabulary_of_recipe(run, source.vocabulary)
+        config = _config_of_recipe(source, vocabulary.n_tokens)
+        model = Stofm(config, vocabulary, seed=run.config.seed)
+    model.config = replace(
+        model.config,
+        name=source.name or model.name,
+        provenance=source.provenance or model.config.provenance,
+    )
+    return model
+
+
+def _vocabulary_of_recipe(run: _Run, vocabulary: str) -> GeneVocabulary:
+    if vocabulary == "embedded":
+        return embedded_vocabulary()
+    return run.fitted_vocabulary() if vocabulary == "fit" else GeneVocabulary.from_tsv(vocabulary)
+
+
+def _config_of_recipe(source: ModelSource, n_tokens: int) -> StofmConfig:
+    preset = StofmConfig.mini(n_tokens) if source.preset == "mini" else StofmConfig.base(n_tokens)
+    parts: dict[str, type[Any]] = {
+        "cell_encoder": CellEncoderConfig,
+        "se2_transformer": SE2TransformerConfig,
+        "subslice": SubSliceConfig,
+    }
+    built = {
+        name: build_part(
+            part, asdict(getattr(preset, name)) | getattr(source, name), f"[model.{name}]"
+        )
+        for name, part in parts.items()
+    }
+    return replace(preset, **built, max_tokens=source.max_tokens or preset.max_tokens)
