@@ -1,0 +1,133 @@
+"""Put a finished run of recipes/stofm-mini.toml into the package, with its model card.
+
+    python recipes/finish_mini.py RUN SLICES OUT_FOLDER [--probes PROBES.json]
+
+RUN is the folder of the run, SLICES the folder that it was trained on, PROBES what
+``benchmarks/probes.py`` measured with the model. Weights are stored in half precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stofm import Stofm
+from stofm._counts import open_slice
+from stofm._logging import logger
+from stofm.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+RECIPE = Path(__file__).with_name("stofm-mini.toml")
+PROVENANCE = (
+    "Trained by recipes/stofm-mini.toml on public slices whose publication lets anyone use them; "
+    "README.md beside this file lists them with source and licence."
+)
+INTRODUCTION = """\
+A small model for spatial transcriptomics slices, human and mouse, panels and whole transcriptomes.
+It is embedded in the package so that `st.tl.embed(adata)` works offline, on a laptop, at thousands
+of cells per second. It follows SToFM (arXiv 2507.11588), at a hundredth of its size.
+"""
+LIMITS = """\
+## What it is not good for
+
+- It has seen {n_cells:,} cells of {n_slices} slices: mostly brain, breast and embryo. In other
+  tissues expect little more than principal components give.
+- Embeddings are centred by slice: a cell's embedding depends on what else is in its slice, and
+  differences of a whole slice from another are taken away. Don't use it to compare slices as wholes.
+- Cell types that differ by a few genes of a large panel are told apart better by components that
+  are fitted to those data (see the probes).
+- No clinical use.
+"""
+
+
+def sources(files: Sequence[Path]) -> str:
+    """Table of the slices: what they are, where they come from, under which licence."""
+    lines = ["| slice | technology | species | tissue | cells | source, licence | paper |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for file in files:
+        adata = open_slice(file)
+        told: Mapping[str, Any] = adata.uns["stofm_source"]
+        columns = [
+            file.stem,
+            told["technology"],
+            told["species"],
+            told["tissue"],
+            f"{adata.n_obs:,}",
+            f"{told['repository']} ({told['licence']})",
+            told["paper"],
+        ]
+        lines.append("| " + " | ".join(str(column).replace("|", "/") for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def history(run: Mapping[str, Any]) -> str:
+    """Table of the stages: steps, cells, time."""
+    lines = ["| stage | steps | cells seen | minutes | peak memory |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {one['stage']} | {one['steps']:,} | {one['cells']:,} | {one['seconds'] / 60:.1f} "
+        f"| {one['peak_memory_bytes'] / 1e9:.1f} GB |"
+        for one in run["stages"]
+    ]
+    return "\n".join(lines)
+
+
+def card(model: Stofm, run: Mapping[str, Any], files: Sequence[Path], probes: str) -> str:
+    """The model card."""
+    encoder, spatial = model.config.cell_encoder, model.config.se2_transformer
+    n_weights = sum(weights.numel() for weights in model.parameters())
+    return "\n".join(
+        [
+            "---\nlibrary_name: stofm\ntags: [spatial-transcriptomics]\n---",
+            f"# {model.name}\n",
+            INTRODUCTION,
+            f"- {n_weights / 1e6:.1f} million weights in float16; {model.vocabulary.n_genes:,} genes",
+            f"- cell encoder: {encoder.n_layers} layers, {encoder.d_hidden} wide, reads the "
+            f"{encoder.max_positions - 1} top genes with their values, and the pooled sum of all",
+            f"- SE(2) Transformer: {spatial.n_layers} layers, {spatial.d_model} wide; sub-slices of "
+            f"{model.config.subslice.n_cells} cells",
+            "\n## How it was trained\n",
+            "`stofm train recipes/stofm-mini.toml`: gene embeddings start from the co-expression of "
+            f"genes over the slices; then, on {run['device']}:\n",
+            history(run),
+            "\n## How good its embeddings are\n",
+            probes,
+            "\n" + LIMITS.format(n_cells=run["n_cells"], n_slices=run["n_slices"]),
+            "## Data\n",
+            "Gene medians come from the same slices and those that evaluate siblings of the probes' "
+            "(see recipes/fit_mini_vocabulary.py). Trained on:\n",
+            sources(files),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Read the command line and write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("slices", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--probes", type=Path, help="Markdown that benchmarks/probes.py wrote")
+    options = parser.parse_args()
+    report = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
+    model = Stofm.from_pretrained(options.run / "model")
+    model.config = replace(model.config, provenance=PROVENANCE)
+    files, _ = Recipe.from_toml(RECIPE).data.find(options.slices)
+    probes = "Not measured."
+    if options.probes is not None:
+        probes = options.probes.read_text(encoding="utf-8").strip()
+    model.save_pretrained(options.out, dtype=torch.float16, overwrite=True)
+    (options.out / "README.md").write_text(card(model, report, files, probes), encoding="utf-8")
+    size = sum(file.stat().st_size for file in options.out.iterdir())
+    logger.info("%s: %.1f MB", options.out, size / 1e6)
+
+
+if __name__ == "__main__":
+    main()
