@@ -293,8 +293,9 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
 def _linear(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
     """Linear map whose rows don't depend, to the last bit, on what other rows there are.
 
-    Kernels for few rows add in another order (as do those for very narrow layers). Clusters are found on the results, where a last
-    bit can decide a tie, so that a cell's embedding must not depend on its batch.
+    Kernels for few rows add in another order (as do those for very narrow layers). Clusters are
+    found on the results, where a last bit can decide a tie, so that a cell's embedding must not
+    depend on its batch.
     """
     rows = x.reshape(-1, x.shape[-1])
     n_rows = len(rows)

@@ -66,19 +66,19 @@ def coexpression_factors(
     Raises
     ------
     ValueError
-        The tokens have no values, or there are fewer genes than factors.
+        The tokens have no values, or fewer genes vary than there are factors.
     """
     moments = [_moments(_values(ranked, n_tokens)) for ranked in slices]
     weights = np.sqrt([float(ranked.n_cells) for ranked in slices])
     seen = sum(w * (m.mean > 0) for w, m in zip(weights, moments, strict=True))
-    if (n_genes := int((seen > 0).sum())) < n_factors:
-        msg = (
-            f"Found {n_genes} genes for {n_factors} factors: there are too few genes in the slices. "
-            "Lower d_hidden of the cell encoder, or use gene_embeddings='random'."
-        )
-        raise ValueError(msg)
     variance = sum(w * m.variance for w, m in zip(weights, moments, strict=True))
     deviation = np.sqrt(variance / np.maximum(seen, 1e-12))
+    if (n_genes := int((deviation > 0).sum())) < n_factors:
+        msg = (
+            f"Found {n_genes} genes that vary within slices for {n_factors} factors; there must be "
+            "as many. Lower d_hidden of the cell encoder, or use gene_embeddings='random'."
+        )
+        raise ValueError(msg)
     smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
     inverse = np.where(seen > 0, np.maximum(deviation, smallest) ** -scaling, 0.0)
 
@@ -111,8 +111,8 @@ def initialize_from_coexpression(
     """Set a model's gene embeddings, and the path from them to the cell embedding, in place.
 
     Afterwards the cell embedding is that of the linear factorisation: the pooled projection is
-    the identity times a number that brings its output to variance 1 a dimension, and the
-    projection of ``<cls>`` is 0 until it is trained.
+    the identity times a number that brings its output to variance 1 a dimension (for a cell
+    embedding of the encoder's width), and the projection of ``<cls>`` is 0 until it is trained.
 
     Parameters
     ----------
