@@ -40,6 +40,7 @@ FORBIDDEN = {
     "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_logging": {"genes", "spatial", "nn", "train", "pp", "tl", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
+    "metrics": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
@@ -50,7 +51,7 @@ EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
     "genes/fitting.py": {"_counts"},
 }
-AREAS = ["pp", "tl", "pl", "datasets", "genes", "spatial", "nn", "train"]
+AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [
     "anndata",
     "lightning_fabric",

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stofm import datasets, genes, nn, pl, pp, spatial, tl, train
+    from stofm import datasets, genes, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
 
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "datasets",
     "genes",
+    "metrics",
     "nn",
     "pl",
     "pp",
@@ -35,6 +36,7 @@ _LAZY = {
     "pl": "stofm.pl",
     "pp": "stofm.pp",
     "tl": "stofm.tl",
+    "metrics": "stofm.metrics",
     "GeneVocabulary": "stofm.genes",
     "Stofm": "stofm.nn",
 }

@@ -29,6 +29,7 @@ class Obs:
     N_TOKENS: Final = "stofm_n_tokens"
     SUBSLICE: Final = "stofm_subslice"
     VIRTUAL_CELL: Final = "stofm_virtual_cell"
+    DOMAIN: Final = "stofm_domain"
 
 
 class Obsm:
@@ -40,3 +41,12 @@ class Obsm:
     X_CELL: Final = "X_stofm_cell"
     X: Final = "X_stofm"
     COORDINATES: Final = "stofm_spatial"
+
+
+class Suffix:
+    """What is appended to a key."""
+
+    #: Colours of a column's categories in ``uns``, as scanpy stores them.
+    COLORS: Final = "_colors"
+    #: Column of a coarser level, to be formatted with its number.
+    LEVEL: Final = "_level{}"

@@ -1,0 +1,354 @@
+"""Regions of tissue as clusters of embeddings, over one slice or many, and how they nest."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from scipy.linalg import solve_triangular
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import NearestNeighbors
+
+from stofm.spatial.clustering import leiden
+from stofm.spatial.coordinates import canonical_order
+from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
+from stofm.spatial.virtual_cells import principal_components
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+Centering = Literal["slice", "none"]
+
+_N_COMPONENTS = 20
+#: Neighbours of a cell in the graph for Leiden, the cell itself counted.
+_N_NEIGHBORS = 15
+#: Starts of the mixture, of which the likeliest goes on until the last tolerance: the gain in
+#: log-likelihood of a cell below which a round is the last.
+_N_STARTS = 10
+_TOLERANCES = (1e-3, 1e-5)
+_MAX_ROUNDS = 300
+#: What is added to variances, as a share of the total variance.
+_REGULARIZATION = 1e-6
+#: Of more distinct embeddings a sample is clustered, so that time grows with the cells.
+_MAX_CLUSTERED = 50_000
+_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class DomainSpace:
+    """The space that domains are found in, the same whatever the order of the rows.
+
+    Attributes
+    ----------
+    order
+        (n,) rows in canonical order: slice by slice, and by features.
+    point
+        (n,) point of each cell in that order. Cells of a slice with the same features share one.
+    scores
+        (n_points, k) principal components with a total variance of 1.
+    """
+
+    order: NDArray[np.int64]
+    point: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+    @property
+    def n_points(self) -> int:
+        """Number of points."""
+        return len(self.scores)
+
+    def to_rows(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bring labels of points to the cells' own order."""
+        found = np.empty(len(self.order), dtype=np.int64)
+        found[self.order] = labels[self.point]
+        return found
+
+
+def domain_space(
+    features: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    *,
+    centering: Centering = "slice",
+) -> DomainSpace:
+    """Reduce embeddings to the 20 principal components that domains are found in.
+
+    Parameters
+    ----------
+    features
+        (n, d) embeddings, finite.
+    slices
+        Rows of each slice; together all rows.
+    centering
+        ``"slice"`` takes each slice's mean off first, and with it what sets slices apart.
+
+    Raises
+    ------
+    ValueError
+        `centering` is something else.
+    """
+    if centering not in ("slice", "none"):
+        msg = f"centering must be 'slice' or 'none', found {centering!r}."
+        raise ValueError(msg)
+    parts = [rows[canonical_order(features[rows][:, [0, -1]], features[rows])] for rows in slices]
+    order = np.concatenate(parts)
+    values = features[order]
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = (values[1:] != values[:-1]).any(axis=1)
+    starts = np.cumsum([0, *map(len, parts)])
+    is_new[starts[:-1]] = True
+    if centering == "slice":
+        for start, end in pairwise(starts):
+            values[start:end] -= values[start:end].mean(axis=0, dtype=np.float64)
+    scores = principal_components(values[is_new], min(_N_COMPONENTS, features.shape[1]))
+    scale = np.sqrt(scores.var(axis=0).sum())
+    return DomainSpace(order, np.cumsum(is_new) - 1, scores / scale if scale > 0 else scores)
+
+
+def find_domains(
+    space: DomainSpace,
+    *,
+    n_domains: int | None = None,
+    resolution: float = 1.0,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """Cluster cells into domains.
+
+    Parameters
+    ----------
+    space
+        From :func:`domain_space`.
+    n_domains
+        Number of domains: components of a Gaussian mixture with one covariance for all, the
+        likeliest of ten starts. With None, Leiden clusters on the neighbour graph.
+    resolution
+        Of Leiden; higher values give more domains.
+    seed
+        Of starts, samples, and the order in which Leiden visits cells.
+
+    Returns
+    -------
+    (n,) labels from 0 by falling size.
+
+    Raises
+    ------
+    ValueError
+        There are fewer different embeddings than domains.
+
+    References
+    ----------
+    Scrucca et al. 2016, mclust 5 (R J 8:289), whose model EEE the mixture is.
+    """
+    if n_domains is None:
+        labels = _leiden_domains(space.scores, resolution, seed)
+    elif n_domains > space.n_points:
+        msg = (
+            f"n_domains is {n_domains}, but the {len(space.order)} cells have only "
+            f"{space.n_points} different embeddings; ask for fewer domains."
+        )
+        raise ValueError(msg)
+    else:
+        labels = _mixture_domains(space.scores, n_domains, seed)
+    return number_by_size(space.to_rows(labels))
+
+
+def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number labels anew, from 0 without gaps and by falling size."""
+    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    rank = np.empty(len(sizes), dtype=np.int64)
+    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
+    return rank[codes]
+
+
+def _sample(n_points: int, seed: int) -> NDArray[np.int64]:
+    if n_points <= _MAX_CLUSTERED:
+        return np.arange(n_points)
+    chosen = np.random.default_rng(seed).choice(n_points, _MAX_CLUSTERED, replace=False)
+    return np.sort(chosen)
+
+
+def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> NDArray[np.int64]:
+    if n_domains == 1:
+        return np.zeros(len(scores), dtype=np.int64)
+    fitted = scores[_sample(len(scores), seed)]
+    starts = np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
+    mixtures = [
+        GaussianMixture(
+            n_domains,
+            covariance_type="tied",
+            reg_covar=_REGULARIZATION,
+            max_iter=_MAX_ROUNDS,
+            random_state=int(start),
+            warm_start=True,
+        )
+        for start in starts
+    ]
+    for mixture in mixtures:
+        _fit(mixture, fitted, _TOLERANCES[0])
+    likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
+    _fit(likeliest, fitted, _TOLERANCES[1])
+    labels = likeliest.predict(scores)
+    if len(np.unique(labels)) < n_domains:
+        # A component may be nowhere the likeliest; k-means leaves no domain empty.
+        labels = KMeans(n_domains, n_init=_N_STARTS, random_state=seed).fit(fitted).predict(scores)
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _fit(mixture: GaussianMixture, scores: NDArray[np.float64], tolerance: float) -> None:
+    """Fit a mixture, from where it stands if it was fitted before."""
+    mixture.tol = tolerance
+    with warnings.catch_warnings():
+        # After so many rounds hardly a cell changes its domain.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        mixture.fit(scores)
+
+
+def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -> NDArray[np.int64]:
+    n_points = len(scores)
+    if n_points <= 2:
+        return np.zeros(n_points, dtype=np.int64)
+    chosen = _sample(n_points, seed)
+    n_neighbors = min(_N_NEIGHBORS, len(chosen))
+    search = NearestNeighbors(n_neighbors=n_neighbors - 1, algorithm="brute").fit(scores[chosen])
+    distances, indices = search.kneighbors()
+    own = np.arange(len(chosen))
+    weights = umap_weights(
+        np.column_stack([own, indices]), np.column_stack([np.zeros(len(chosen)), distances])
+    )
+    labels = leiden(weights, resolution=resolution, seed=seed)
+    if len(chosen) == n_points:
+        return labels
+    every = np.empty(n_points, dtype=np.int64)
+    for start in range(0, n_points, _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        nearest = search.kneighbors(scores[rows], return_distance=False)
+        every[rows] = _most_frequent(labels[nearest], labels[nearest[:, 0]])
+    every[chosen] = labels
+    return every
+
+
+def _most_frequent(votes: NDArray[np.int64], preferred: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most frequent label of each row; among equals the preferred one, then the smallest."""
+    n, n_labels = len(votes), int(max(votes.max(), preferred.max())) + 1
+    cells = np.arange(n)[:, None] * n_labels + votes
+    counts = 2 * np.bincount(cells.ravel(), minlength=n * n_labels).reshape(n, n_labels)
+    counts[np.arange(n), preferred] += 1
+    found: NDArray[np.int64] = counts.argmax(axis=1)
+    return found
+
+
+def smooth_domains(
+    labels: NDArray[np.int64],
+    coordinates: NDArray[np.float64],
+    features: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    n_neighbors: int,
+) -> NDArray[np.int64]:
+    """Give each cell the most frequent domain among itself and its neighbours in the plane.
+
+    Parameters
+    ----------
+    labels
+        (n,) domains. Among equally frequent ones a cell keeps its own, else takes the smallest.
+    coordinates
+        (n, 2), any unit.
+    features
+        (n, d) embeddings, which order cells at one place.
+    slices
+        Rows of each slice; neighbours are of the same slice.
+    n_neighbors
+        Neighbours that vote, the cell itself not counted.
+
+    Returns
+    -------
+    (n,) labels, by falling size.
+    """
+    smoothed = labels.copy()
+    for rows in slices:
+        # Of neighbours at the same distance the search takes the first.
+        ordered = rows[canonical_order(coordinates[rows], features[rows])]
+        nearest, _ = nearest_neighbors(coordinates[ordered], n_neighbors + 1)
+        own = labels[ordered]
+        for start in range(0, len(ordered), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            smoothed[ordered[part]] = _most_frequent(own[nearest[part]], own[part])
+    return number_by_size(smoothed)
+
+
+def merge_domains(
+    space: DomainSpace, labels: NDArray[np.int64], counts: Sequence[int]
+) -> list[NDArray[np.int64]]:
+    """Merge domains into fewer and fewer, so that coarser domains hold whole finer ones.
+
+    Ward's rule on the domains' means, weighted by their numbers of cells, in units of the
+    covariance within domains: those two are merged that add least to it.
+
+    Parameters
+    ----------
+    space
+        From :func:`domain_space`.
+    labels
+        (n,) domains from 0, without gaps.
+    counts
+        Numbers of domains, falling. A number that is not below that of `labels` gives these.
+
+    Returns
+    -------
+    For each number (n,) labels by falling size.
+
+    References
+    ----------
+    Ward 1963, Hierarchical grouping to optimize an objective function (JASA 58:236).
+    """
+    if not counts:
+        return []
+    sizes, means = _whitened_means(space, labels)
+    target = np.arange(len(sizes))
+    levels = []
+    for count in counts:
+        while (n_left := len(np.unique(target))) > max(count, 1):
+            kept, gone = _cheapest_merger(sizes, means)
+            means[kept] = np.average(means[[kept, gone]], axis=0, weights=sizes[[kept, gone]])
+            sizes[kept] += sizes[gone]
+            sizes[gone] = 0
+            target[target == gone] = kept
+        levels.append(labels if n_left == len(target) else number_by_size(target[labels]))
+    return levels
+
+
+def _whitened_means(
+    space: DomainSpace, labels: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Numbers of cells, and means in units of the covariance within domains."""
+    own = labels[space.order]
+    sizes = np.bincount(own).astype(np.float64)
+    dimensions = space.scores.shape[1]
+    sums = np.zeros((len(sizes), dimensions))
+    squares = np.zeros((dimensions, dimensions))
+    for start in range(0, len(own), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        scores = space.scores[space.point[part]]
+        columns = [np.bincount(own[part], column, len(sizes)) for column in scores.T]
+        sums += np.stack(columns, axis=1)
+        squares += scores.T @ scores
+    means = sums / sizes[:, None]
+    within = (squares - (means * sizes[:, None]).T @ means) / len(own)
+    root = np.linalg.cholesky(within + _REGULARIZATION * np.eye(dimensions))
+    return sizes, solve_triangular(root, means.T, lower=True).T
+
+
+def _cheapest_merger(sizes: NDArray[np.float64], means: NDArray[np.float64]) -> tuple[int, int]:
+    """The two domains whose merger adds least to the squared distances from the means."""
+    alive = np.flatnonzero(sizes)
+    gaps = means[alive, None] - means[None, alive]
+    weight = sizes[alive, None] * sizes[None, alive] / (sizes[alive, None] + sizes[None, alive])
+    cost = weight * (gaps**2).sum(axis=-1)
+    cost[np.tril_indices(len(alive))] = np.inf
+    first, second = np.unravel_index(cost.argmin(), cost.shape)
+    return int(alive[first]), int(alive[second])

@@ -1,0 +1,378 @@
+"""``stofm.tl.domains``: regions of tissue without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stofm._anndata import (
+    Slices,
+    read_coordinates,
+    read_record,
+    read_slices,
+    resolve_table,
+    write_record,
+)
+from stofm._keys import Obs, Obsm, Suffix, Uns
+from stofm._logging import logger
+from stofm.spatial.domains import (
+    Centering,
+    domain_space,
+    find_domains,
+    merge_domains,
+    smooth_domains,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+_RESOLUTION = 1.0
+
+
+def domains(
+    adata: Any,
+    *,
+    n_domains: int | None = None,
+    resolution: float | None = None,
+    library_key: str | None = None,
+    shared: bool = True,
+    coarser: Sequence[int] = (),
+    smooth: int = 0,
+    centering: Centering = "slice",
+    use_rep: str = Obsm.X,
+    spatial_key: str = Obsm.SPATIAL,
+    seed: int = 0,
+    key_added: str = Obs.DOMAIN,
+    table_key: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Find the regions of slices, without labels, as clusters of the embedding.
+
+    Clusters are found in the first 20 principal components of the embedding: a given number of
+    them with a Gaussian mixture whose components share one covariance, or as many as Leiden finds
+    on the neighbour graph. On slices with annotated layers and regions the mixture agrees best
+    with these, better than k-means or Leiden with a matched number. The order of the cells
+    does not matter.
+
+    Parameters
+    ----------
+    adata
+        Annotated data with an embedding (:func:`stofm.tl.embed`), or a SpatialData with such a
+        table.
+    n_domains
+        Number of domains; with ``shared=False`` of each slice.
+    resolution
+        Resolution of Leiden instead, 1.0 if neither is given; higher values give more domains.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; without it all cells are one slice.
+    shared
+        Cluster all slices together, so that a domain is the same in each. False: each slice by
+        itself, with domains named ``"slice:0"`` and so on.
+    coarser
+        Falling numbers of domains of coarser levels, such as ``(4, 2)``. Each is made of whole
+        domains of the level below: those two are merged that differ least (Ward).
+    smooth
+        Give each cell the most frequent domain among itself and as many nearest neighbours in
+        the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
+        and small regions with them; a domain may vanish.
+    centering
+        ``"slice"`` takes each slice's mean off its embedding first, so that what sets whole
+        slices apart does not make domains of its own. ``"none"`` is better if slices show
+        different regions.
+    use_rep
+        Entry of ``adata.obsm`` with the embedding, (n_obs, d).
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; needed to smooth.
+    seed
+        Seed of the clustering.
+    key_added
+        Column of ``adata.obs`` to write, and name of its record.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return a changed copy and leave `adata` as it is.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new AnnData. Sets:
+
+    ``adata.obs['stofm_domain']`` : category
+        Domain of each cell, ``"0"``, ``"1"``, ... by falling number of cells.
+    ``adata.obs['stofm_domain_level1']``, ... : category
+        Domains of the coarser levels, if asked for.
+    ``adata.uns['stofm_domain_colors']``, ... : list
+        Colours, the same for the same number of domains; a coarser domain has that of its largest
+        part. Not set for more than 102 domains.
+    ``adata.uns['stofm']['stofm_domain']`` : dict
+        Parameters, and fingerprints of the embedding's model.
+
+    Raises
+    ------
+    KeyError
+        `use_rep`, `spatial_key` or `library_key` is not there.
+    ValueError
+        Both `n_domains` and `resolution` are given, a number is not usable, the embedding holds
+        NaN or has fewer different rows than domains, or there are several slices and no
+        `library_key`.
+
+    Notes
+    -----
+    Of more than 50,000 cells a random sample of 50,000 is clustered; the others join the likeliest
+    component, or the most frequent domain among the nearest of the sample.
+
+    References
+    ----------
+    Scrucca et al. 2016, mclust 5 (R J 8:289): the mixture is its model EEE. Traag, Waltman and van
+    Eck 2019, From Louvain to Leiden (Sci Rep 9:5233).
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
+    >>> st.tl.embed(adata)
+    >>> st.tl.domains(adata, n_domains=4, coarser=[2])
+    >>> adata.obs["stofm_domain"].nunique(), adata.obs["stofm_domain_level1"].nunique()
+    (4, 2)
+    """
+    table = resolve_table(adata, table_key, copy=copy)
+    _check_numbers(n_domains, resolution, coarser, smooth)
+    _refuse_reserved(key_added, use_rep, spatial_key, library_key)
+    if not shared and library_key is None:
+        msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
+        raise ValueError(msg)
+    features = _read_embedding(table, use_rep)
+    coordinates = read_coordinates(table, spatial_key) if smooth else None
+    slices = _read_slices(table, library_key, spatial_key)
+    rules = _Rules(
+        n_domains=n_domains,
+        resolution=_RESOLUTION if resolution is None else resolution,
+        coarser=tuple(coarser),
+        smooth=smooth,
+        centering=centering,
+        seed=seed,
+    )
+    if shared:
+        found = {"": rules.find(features, coordinates, slices.rows)}
+    else:
+        found = {
+            f"{name}:": rules.find_within(features, coordinates, rows)
+            for name, rows in zip(slices.names, slices.rows, strict=True)
+        }
+    target = table.copy() if copy else table
+    names = _write_levels(target, key_added, found)
+    params = {
+        "n_domains": n_domains,
+        "resolution": None if n_domains is not None else rules.resolution,
+        "library_key": library_key,
+        "shared": shared,
+        "coarser": list(coarser),
+        "smooth": smooth,
+        "centering": centering,
+        "use_rep": use_rep,
+        "spatial_key": spatial_key,
+        "seed": seed,
+    }
+    write_record(target, key_added, params, **_origin(table, use_rep))
+    logger.info(
+        "%d domains in %d slice%s%s.",
+        len(names[0]),
+        len(slices.names),
+        "" if len(slices.names) == 1 else "s",
+        "".join(f", {len(level)} at level {k}" for k, level in enumerate(names[1:], start=1)),
+    )
+    return target if copy else None
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Rows that were clustered together, and their labels at each level, the finest first."""
+
+    rows: NDArray[np.int64]
+    labels: list[NDArray[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """How domains are found: the options of :func:`domains`."""
+
+    n_domains: int | None
+    resolution: float
+    coarser: tuple[int, ...]
+    smooth: int
+    centering: Centering
+    seed: int
+
+    def find(
+        self,
+        features: NDArray[np.floating],
+        coordinates: NDArray[np.float64] | None,
+        slices: Sequence[NDArray[np.int64]],
+    ) -> _Levels:
+        """Find the domains of slices, which together have all rows, and the coarser levels."""
+        space = domain_space(features, slices, centering=self.centering)
+        labels = find_domains(
+            space, n_domains=self.n_domains, resolution=self.resolution, seed=self.seed
+        )
+        if coordinates is not None:
+            labels = smooth_domains(labels, coordinates, features, slices, self.smooth)
+        levels = [labels, *merge_domains(space, labels, self.coarser)]
+        return _Levels(np.arange(len(labels)), levels)
+
+    def find_within(
+        self,
+        features: NDArray[np.floating],
+        coordinates: NDArray[np.float64] | None,
+        rows: NDArray[np.int64],
+    ) -> _Levels:
+        """Find the domains of a single slice, and the coarser levels."""
+        places = None if coordinates is None else coordinates[rows]
+        found = self.find(features[rows], places, [np.arange(len(rows))])
+        return _Levels(rows, found.labels)
+
+
+def _check_numbers(
+    n_domains: int | None, resolution: float | None, coarser: Sequence[int], smooth: int
+) -> None:
+    if n_domains is not None and resolution is not None:
+        msg = f"Pass n_domains={n_domains} or resolution={resolution}, not both."
+        raise ValueError(msg)
+    for name, value, smallest in (("n_domains", n_domains, 1), ("smooth", smooth, 0)):
+        if value is not None and (value != int(value) or value < smallest):
+            msg = f"{name} must be a whole number of at least {smallest}, found {value!r}."
+            raise ValueError(msg)
+    if resolution is not None and not 0.0 < resolution < np.inf:
+        msg = f"resolution must be positive, found {resolution!r}."
+        raise ValueError(msg)
+    numbers = [*([] if n_domains is None else [n_domains]), *coarser]
+    if any(after >= before for before, after in pairwise(numbers)) or min(numbers, default=1) < 1:
+        below = "" if n_domains is None else f" below n_domains={n_domains}"
+        msg = f"coarser must hold falling numbers of domains{below}, found {list(coarser)}."
+        raise ValueError(msg)
+
+
+def _refuse_reserved(key_added: str, *read: str | None) -> None:
+    """Refuse a column or record that is read or means something else."""
+    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Uns.SUBSLICE)
+    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
+    if key_added in {*own, *entries, *read}:
+        msg = (
+            f"key_added={key_added!r} would replace something that is read or that means something "
+            f"else; choose another name, such as {Obs.DOMAIN!r}."
+        )
+        raise ValueError(msg)
+
+
+def _read_embedding(adata: AnnData, use_rep: str) -> NDArray[np.floating]:
+    if use_rep not in adata.obsm:
+        there = sorted(map(str, adata.obsm))
+        first = "run st.tl.embed(adata) first, or " if use_rep == Obsm.X else ""
+        msg = f"There is no obsm[{use_rep!r}]: {first}pass use_rep= one of {there}."
+        raise KeyError(msg)
+    values = np.asarray(adata.obsm[use_rep])
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
+        msg = (
+            f"obsm[{use_rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
+            "numbers, (n_obs, d), of at least one cell."
+        )
+        raise ValueError(msg)
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        msg = (
+            f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{use_rep!r}]; "
+            "make it again or drop these cells."
+        )
+        raise ValueError(msg)
+    return values if values.dtype.kind == "f" else values.astype(np.float64)
+
+
+def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
+    # Coordinates tell whether there are several slices where no column is given.
+    is_needed = library_key is None and spatial_key in adata.obsm
+    coordinates = read_coordinates(adata, spatial_key) if is_needed else np.empty((0, 2))
+    if library_key is None and not is_needed:
+        return Slices(names=[""], rows=[np.arange(adata.n_obs)])
+    return read_slices(adata, library_key, coordinates)
+
+
+def _origin(adata: AnnData, use_rep: str) -> dict[str, str]:
+    """Fingerprints of the model that made the embedding, as far as they are recorded."""
+    record = read_record(adata, use_rep) or {}
+    names = ("model", "model_fingerprint", "vocabulary")
+    return {name: str(record[name]) for name in names if name in record}
+
+
+def _write_levels(adata: AnnData, key: str, found: Mapping[str, _Levels]) -> list[list[str]]:
+    """Write each level's column and colours, and drop those of an earlier run.
+
+    Parameters
+    ----------
+    found
+        By what the names of the domains begin with.
+
+    Returns
+    -------
+    For each level, the names of its domains.
+    """
+    import pandas as pd
+
+    n_before = len((read_record(adata, key) or {}).get("params", {}).get("coarser", ()))
+    n_levels = len(next(iter(found.values())).labels)
+    names: list[list[str]] = []
+    codes = np.empty((n_levels, adata.n_obs), dtype=np.int64)
+    for level in range(n_levels):
+        names.append([])
+        for prefix, part in found.items():
+            labels = part.labels[level]
+            codes[level, part.rows] = labels + len(names[level])
+            names[level] += [f"{prefix}{k}" for k in range(int(labels.max()) + 1)]
+        column = _column(key, level)
+        adata.obs[column] = pd.Categorical.from_codes(codes[level], categories=names[level])
+        _write_colors(adata, column, _colors(codes, level))
+    for level in range(n_levels, n_before + 1):
+        column = _column(key, level)
+        if column in adata.obs:
+            del adata.obs[column]
+        _write_colors(adata, column, None)
+    return names
+
+
+def _column(key: str, level: int) -> str:
+    return key + Suffix.LEVEL.format(level) if level else key
+
+
+def _colors(codes: NDArray[np.int64], level: int) -> list[str] | None:
+    """A level's colours: of each domain that of its largest part at the finest level."""
+    colors = _palette(int(codes[0].max()) + 1)
+    if colors is None:
+        return None
+    return [colors[k] for k in _largest_parts(codes[0], codes[level])]
+
+
+def _largest_parts(finest: NDArray[np.int64], codes: NDArray[np.int64]) -> list[int]:
+    """For each coarse domain its largest fine one."""
+    cells = np.zeros((int(codes.max()) + 1, int(finest.max()) + 1), dtype=np.int64)
+    np.add.at(cells, (codes, finest), 1)
+    return [int(k) for k in cells.argmax(axis=1)]
+
+
+def _write_colors(adata: AnnData, column: str, colors: list[str] | None) -> None:
+    if colors is None:
+        # Those of an earlier run would be taken for these domains'.
+        adata.uns.pop(column + Suffix.COLORS, None)
+    else:
+        adata.uns[column + Suffix.COLORS] = colors
+
+
+def _palette(n_colors: int) -> list[str] | None:
+    """Scanpy's colours for so many categories, None if it has none."""
+    from scanpy.plotting.palettes import default_20, default_28, default_102
+
+    for palette in (default_20, default_28, default_102):
+        if n_colors <= len(palette):
+            return [str(color) for color in palette[:n_colors]]
+    return None

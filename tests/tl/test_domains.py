@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+import stofm as st
+from stofm._keys import Obs, Obsm, Suffix, Uns
+
+LEVEL1, LEVEL2 = (Obs.DOMAIN + Suffix.LEVEL.format(k) for k in (1, 2))
+COLORS = Obs.DOMAIN + Suffix.COLORS
+
+
+@pytest.fixture
+def embedded(adata, rng):
+    """Both slices have the same five regions, bands of x; one slice's embedding is shifted."""
+    region = np.minimum((adata.obsm["spatial"][:, 0] // 150).astype(int), 4)
+    adata.obs["region"] = pd.Categorical(region.astype(str))
+    embedding = (rng.normal(size=(5, 9)) * 3)[region] + rng.normal(size=(adata.n_obs, 9))
+    embedding[(adata.obs["library"] == "left").to_numpy()] += 4.0
+    adata.obsm[Obsm.X] = embedding.astype(np.float32)
+    return adata
+
+
+def numbers(adata, key=Obs.DOMAIN):
+    return adata.obs[key].cat.codes.to_numpy()
+
+
+def test_fields(embedded):
+    st.tl.domains(embedded, n_domains=5, library_key="library", coarser=[3, 2], seed=4)
+    column = embedded.obs[Obs.DOMAIN]
+    assert column.cat.categories.tolist() == ["0", "1", "2", "3", "4"]
+    assert (np.diff(column.value_counts().loc[column.cat.categories]) <= 0).all()
+    assert adjusted_rand_score(embedded.obs["region"], column) > 0.9
+    assert [embedded.obs[key].nunique() for key in (LEVEL1, LEVEL2)] == [3, 2]
+    pairs = embedded.obs[[Obs.DOMAIN, LEVEL1, LEVEL2]].drop_duplicates()
+    assert len(pairs) == 5
+    record = embedded.uns[Uns.STOFM][Obs.DOMAIN]
+    assert record["version"] == st.__version__
+    assert record["params"] == {
+        "n_domains": 5,
+        "resolution": "",
+        "library_key": "library",
+        "shared": True,
+        "coarser": [3, 2],
+        "smooth": 0,
+        "centering": "slice",
+        "use_rep": Obsm.X,
+        "spatial_key": Obsm.SPATIAL,
+        "seed": 4,
+    }
+
+
+def test_resolution(embedded):
+    st.tl.domains(embedded, library_key="library")
+    by_default = embedded.obs[Obs.DOMAIN]
+    assert embedded.uns[Uns.STOFM][Obs.DOMAIN]["params"]["resolution"] == 1.0
+    st.tl.domains(embedded, resolution=1.0, library_key="library")
+    assert embedded.obs[Obs.DOMAIN].equals(by_default)
+    st.tl.domains(embedded, resolution=4.0, library_key="library")
+    assert embedded.obs[Obs.DOMAIN].nunique() > by_default.nunique()
+
+
+def test_order_of_cells_does_not_matter(embedded, rng):
+    shuffled = embedded[rng.permutation(embedded.n_obs)].copy()
+    for options in ({"n_domains": 7}, {"resolution": 2.0}, {"n_domains": 7, "shared": False}):
+        for one in (embedded, shuffled):
+            st.tl.domains(one, library_key="library", smooth=4, coarser=[2], **options)
+        for key in (Obs.DOMAIN, LEVEL1):
+            assert shuffled.obs[key].reindex(embedded.obs_names).equals(embedded.obs[key])
+
+
+def test_each_slice_by_itself(embedded):
+    st.tl.domains(embedded, n_domains=3, library_key="library", shared=False, coarser=[2])
+    names = ["left:0", "left:1", "left:2", "right:0", "right:1", "right:2"]
+    assert embedded.obs[Obs.DOMAIN].cat.categories.tolist() == names
+    assert embedded.obs[LEVEL1].cat.categories.tolist() == [
+        "left:0",
+        "left:1",
+        "right:0",
+        "right:1",
+    ]
+    assert len(embedded.uns[COLORS]) == 6
+    for name in ("left", "right"):
+        one = embedded[embedded.obs["library"] == name].copy()
+        found = one.obs[Obs.DOMAIN].astype(str).str.removeprefix(f"{name}:")
+        st.tl.domains(one, n_domains=3)
+        assert one.obs[Obs.DOMAIN].astype(str).equals(found)
+
+
+def test_smoothing_in_the_plane(embedded):
+    st.tl.domains(embedded, n_domains=5, library_key="library")
+    rough = numbers(embedded)
+    st.tl.domains(embedded, n_domains=5, library_key="library", smooth=8)
+    smooth = numbers(embedded)
+
+    def share_alike(labels):
+        shares = []
+        for rows in embedded.obs.groupby("library", observed=True).indices.values():
+            nearest, _ = st.spatial.nearest_neighbors(embedded.obsm["spatial"][rows], 6)
+            shares.append((labels[rows][nearest] == labels[rows][:, None]).mean())
+        return np.mean(shares)
+
+    assert share_alike(smooth) > share_alike(rough)
+
+
+def test_colors(embedded):
+    st.tl.domains(embedded, n_domains=5, library_key="library", coarser=[2])
+    colors, coarse = embedded.uns[COLORS], embedded.uns[LEVEL1 + Suffix.COLORS]
+    assert len(set(colors)) == 5
+    for number, color in enumerate(coarse):
+        parts = embedded.obs[Obs.DOMAIN][numbers(embedded, LEVEL1) == number].value_counts()
+        assert color == colors[int(parts.index[0])]
+    st.tl.domains(embedded, n_domains=5, library_key="library", seed=9)
+    assert embedded.uns[COLORS] == colors
+
+
+def test_colors_are_dropped_where_there_are_too_many_domains(embedded):
+    st.tl.domains(embedded, n_domains=2, library_key="library")
+    st.tl.domains(embedded, n_domains=103, library_key="library")
+    assert embedded.obs[Obs.DOMAIN].nunique() == 103
+    assert COLORS not in embedded.uns
+
+
+def test_levels_of_an_earlier_run_are_dropped(embedded):
+    st.tl.domains(embedded, n_domains=5, library_key="library", coarser=[3, 2])
+    st.tl.domains(embedded, n_domains=5, library_key="library", coarser=[3])
+    assert LEVEL1 in embedded.obs
+    assert LEVEL2 not in embedded.obs
+    assert LEVEL2 + Suffix.COLORS not in embedded.uns
+
+
+def test_another_key_and_another_embedding(embedded, rng):
+    embedded.obsm["X_pca"] = rng.normal(size=(embedded.n_obs, 3))
+    st.tl.domains(embedded, n_domains=2, library_key="library", use_rep="X_pca", key_added="mine")
+    assert embedded.obs["mine"].nunique() == 2
+    assert "mine" in embedded.uns[Uns.STOFM]
+    assert Obs.DOMAIN not in embedded.obs
+
+
+def test_centering(embedded):
+    left = embedded.obs["library"] == "left"
+    found = {}
+    for centering in ("slice", "none"):
+        st.tl.domains(embedded, n_domains=10, library_key="library", centering=centering)
+        found[centering] = pd.crosstab(embedded.obs[Obs.DOMAIN], left).to_numpy()
+    # Without it, domains belong to one slice.
+    assert (found["none"].min(axis=1) == 0).sum() > (found["slice"].min(axis=1) == 0).sum()
+
+
+def test_a_view_becomes_an_anndata_of_its_own(embedded):
+    view = embedded[10:60]
+    with pytest.warns(Warning, match="view"):
+        st.tl.domains(view, n_domains=3, library_key="library", coarser=[2])
+    assert view.obs[LEVEL1].nunique() == 2
+    assert Obs.DOMAIN not in embedded.obs
+
+
+def test_a_table_of_a_spatialdata(embedded):
+    tables = SimpleNamespace(tables={"cells": embedded})
+    st.tl.domains(tables, n_domains=3, library_key="library", table_key="cells")
+    assert embedded.obs[Obs.DOMAIN].nunique() == 3
+
+
+def test_copy(embedded):
+    new = st.tl.domains(embedded, n_domains=3, library_key="library", copy=True)
+    assert new.obs[Obs.DOMAIN].nunique() == 3
+    assert Obs.DOMAIN not in embedded.obs
+    assert Uns.STOFM not in embedded.uns
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_file_round_trip(embedded, tmp_path, suffix):
+    st.tl.domains(embedded, n_domains=4, library_key="library", coarser=[2])
+    path = tmp_path / f"slice.{suffix}"
+    if suffix == "zarr":
+        embedded.write_zarr(path)
+        again = ad.read_zarr(path)
+    else:
+        embedded.write_h5ad(path)
+        again = ad.read_h5ad(path)
+    assert again.obs[Obs.DOMAIN].tolist() == embedded.obs[Obs.DOMAIN].tolist()
+    assert list(again.uns[COLORS]) == embedded.uns[COLORS]
+    # The record is read back to drop what an earlier run wrote.
+    st.tl.domains(again, n_domains=4, library_key="library")
+    assert LEVEL1 not in again.obs
+    again.write_h5ad(tmp_path / "again.h5ad")
+
+
+def test_origin_of_the_embedding(model, adata):
+    st.tl.embed(adata, model, library_key="library", device="cpu", show_progress_bar=False)
+    st.tl.domains(adata, n_domains=2, library_key="library")
+    record = adata.uns[Uns.STOFM][Obs.DOMAIN]
+    assert record["model"] == model.name
+    assert record["model_fingerprint"] == model.fingerprint
+    assert record["vocabulary"] == model.vocabulary.fingerprint
+
+
+def test_no_coordinates_are_needed(embedded):
+    del embedded.obsm["spatial"]
+    st.tl.domains(embedded, n_domains=2)
+    assert embedded.obs[Obs.DOMAIN].nunique() == 2
+    with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
+        st.tl.domains(embedded, n_domains=2, smooth=5)
+
+
+def test_one_cell(embedded):
+    one = embedded[:1].copy()
+    st.tl.domains(one, coarser=[2], smooth=3)
+    assert one.obs[Obs.DOMAIN].tolist() == ["0"]
+    assert one.obs[LEVEL1].tolist() == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_domains": 3, "resolution": 1.0}, r"n_domains=3 or resolution=1\.0, not both"),
+        ({"n_domains": 0}, "n_domains must be a whole number of at least 1, found 0"),
+        ({"n_domains": 2.5}, r"n_domains must be a whole number of at least 1, found 2\.5"),
+        ({"n_domains": 185}, "n_domains is 185, but the 184 cells have only 184 different"),
+        ({"smooth": -1}, "smooth must be a whole number of at least 0, found -1"),
+        ({"resolution": 0.0}, r"resolution must be positive, found 0\.0"),
+        ({"coarser": [3, 3]}, r"coarser must hold falling numbers of domains, found \[3, 3\]"),
+        ({"n_domains": 4, "coarser": [4]}, r"falling numbers .* below n_domains=4, found \[4\]"),
+        ({"coarser": [2, 0]}, r"coarser must hold falling numbers of domains, found \[2, 0\]"),
+        ({"centering": "mean"}, "centering must be 'slice' or 'none', found 'mean'"),
+        ({"key_added": Obsm.X}, "key_added='X_stofm' would replace something that is read"),
+        ({"key_added": "library"}, "key_added='library' would replace something that is read"),
+    ],
+)
+def test_options_that_can_not_be(embedded, options, message):
+    with pytest.raises(ValueError, match=message):
+        st.tl.domains(embedded, library_key="library", **options)
+    assert Obs.DOMAIN not in embedded.obs
+    assert Uns.STOFM not in embedded.uns
+
+
+def test_slices_that_can_not_be_told_apart(embedded):
+    with pytest.raises(ValueError, match="Pass library_key='library'"):
+        st.tl.domains(embedded, n_domains=2)
+    with pytest.raises(ValueError, match="shared=False clusters each slice by itself"):
+        st.tl.domains(embedded, n_domains=2, shared=False)
+    with pytest.raises(KeyError, match=r"There is no obs\['slide'\]"):
+        st.tl.domains(embedded, n_domains=2, library_key="slide")
+
+
+def test_embedding_that_is_none(embedded):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]: pass use_rep= one of \['X_stofm', 's"):
+        st.tl.domains(embedded, use_rep="X_pca", library_key="library")
+    embedded.obsm[Obsm.X][5:8, 2] = np.nan
+    with pytest.raises(ValueError, match=r"3 of 184 cells have NaN or infinite values in obsm\['X"):
+        st.tl.domains(embedded, library_key="library")
+    embedded.obsm[Obsm.X] = np.zeros((embedded.n_obs, 2), dtype="U1")
+    with pytest.raises(ValueError, match=r"shape \(184, 2\) and the type <U1; expected numbers"):
+        st.tl.domains(embedded, library_key="library")
+    del embedded.obsm[Obsm.X]
+    with pytest.raises(KeyError, match=r"run st\.tl\.embed\(adata\) first, or pass use_rep="):
+        st.tl.domains(embedded, library_key="library")
