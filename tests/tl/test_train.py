@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -18,7 +21,9 @@ import stofm as st
 from stofm.nn import Stofm
 from stofm.tl import _training_data
 from stofm.train import OptimizerConfig, SpatialMasking, StageConfig, TrainingLoop
+from stofm.train.processes import Processes
 from stofm.train.recorder import RunRecorder
+from stofm.train.state import read_progress
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.
@@ -209,9 +214,9 @@ def test_files_are_read_again_only_if_they_changed(train, slices, tmp_path, monk
     file = tmp_path / "one.h5ad"
     slices[0].write_h5ad(file)
     read = []
-    original = _training_data.compute_tokens
+    original = _training_data.find_columns
     monkeypatch.setattr(
-        _training_data, "compute_tokens", lambda *a, **k: read.append(1) or original(*a, **k)
+        _training_data, "find_columns", lambda *a, **k: read.append(1) or original(*a, **k)
     )
     options = {"validation": None, "work_dir": tmp_path / "work", "overwrite": True}
     first = train(file, **options)
@@ -265,11 +270,63 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, kill_at, monkeypatch
     assert_same_weights(rest.model, whole.model)
     pd.testing.assert_frame_equal(without_times(rest.history), without_times(whole.history))
     for one, other in zip(rest.run["stages"], whole.run["stages"], strict=True):
-        assert [one[k] for k in ("steps", "cells", "tokens", "best_loss")] == [
-            other[k] for k in ("steps", "cells", "tokens", "best_loss")
+        assert [one[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")] == [
+            other[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")
         ]
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_scale_of_gradients_goes_on_where_it_was(train, kill_at, monkeypatch, tmp_path, step):
+    # Without CUDA there is none: one that every optimiser step changes stands in for it.
+    scale = [1.0]
+
+    def load(self, state):
+        scale[0] = state.get("scale", scale[0])
+
+    def start():
+        scale[0] = 1.0
+        original = RunRecorder.advance
+
+        def advance(self):
+            scale[0] *= 3
+            original(self)
+
+        monkeypatch.setattr(RunRecorder, "advance", advance)
+        monkeypatch.setattr(Processes, "scaler_state", lambda self: {"scale": scale[0]})
+        monkeypatch.setattr(Processes, "load_scaler_state", load)
+
+    # The first stage has three steps: stopped within it, and before the next one's checkpoint.
+    options = {"stage": [CELLS, SPATIAL], "checkpoint_every": 1}
+    start()
+    whole = train(out_dir=tmp_path / "whole", **options)
+    monkeypatch.undo()
+    kill_at(step)
+    start()
+    with pytest.raises(KilledError):
+        train(**options)
+    monkeypatch.undo()
+    start()
+    rest = train(resume=True, **options)
+    assert read_progress(rest.last).scaler == read_progress(whole.last).scaler == {"scale": 3.0**9}
+
+
+def test_a_loss_that_is_not_finite_says_how_to_go_on(train, monkeypatch, tmp_path):
+    evaluate = TrainingLoop.evaluate
+    losses = iter([1.0, np.nan])
+    monkeypatch.setattr(TrainingLoop, "evaluate", lambda self: np.full((2, 2), next(losses)))
+    with pytest.raises(FloatingPointError, match="The last checkpoint is good") as caught:
+        train()
+    monkeypatch.setattr(TrainingLoop, "evaluate", evaluate)
+    (newest,) = re.findall(r"train\(data, ('.*?'), out_dir=<a new folder>\)", str(caught.value))
+    newest = ast.literal_eval(newest)
+    assert Path(newest).name == "0-spatial-00000002"
+    calmer = replace(SPATIAL, optimizer=replace(FAST, learning_rate=1e-5))
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001, now 1e-05"):
+        train(stage=calmer, resume=True)
+    result = train(trained=newest, stage=calmer, out_dir=tmp_path / "new")
+    assert np.isfinite(result.history["loss"]).all()
 
 
 _KILLED = """
@@ -345,6 +402,24 @@ def test_a_folder_with_a_run_is_refused(train, tmp_path):
     with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
         train(out_dir=tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("work_dir", ["run/prepared", "elsewhere"])
+def test_what_a_stage_computes_anew_goes_with_its_end(train, tmp_path, work_dir):
+    result = train(stage=[JOINT, JOINT], work_dir=tmp_path / work_dir)
+    assert [stage["steps"] for stage in result.run["stages"]] == [4, 4]
+    left = [path.name.split("-")[0] for path in (tmp_path / work_dir / "cells").iterdir()]
+    # The first result of each stage, of the slice to train on and of the one held out.
+    assert sorted(left) == ["cells"] * 4 + ["virtual"] * 4
+    assert not (tmp_path / "run" / "refreshed").exists()
+    again = train(stage=[JOINT, JOINT], work_dir=tmp_path / work_dir, overwrite=True)
+    assert_same_weights(again.model, result.model)
+
+
+def test_work_folder_that_the_run_would_clear_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="or one that the run clears; choose another"):
+        train(work_dir=tmp_path / "run" / "checkpoints")
+    assert not (tmp_path / "run").exists()
 
 
 def test_going_on_under_other_settings_is_refused(train, slices, model):

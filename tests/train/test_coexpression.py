@@ -158,7 +158,7 @@ def test_the_seed_decides_neither_sign_nor_order(planted):
 
 def test_too_few_genes_are_refused(planted):
     genes = np.unique(planted[0][0].tokens)
-    message = f"Found {len(genes)} genes that vary within slices for {len(genes) + 1} factors: .* Lower d_hidden"
+    message = f"Found {len(genes)} genes that vary within slices for {len(genes) + 1} factors; .* Lower d_hidden"
     with pytest.raises(ValueError, match=message):
         coexpression_factors(planted[0][:1], N_TOKENS, len(genes) + 1)
     full = coexpression_factors(planted[0][:1], N_TOKENS, len(genes))

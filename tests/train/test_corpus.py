@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def base(array):
     return array
 
 
-def test_slice_comes_back_memory_mapped(tmp_path, ranked, places):
+def test_slice_comes_back_with_its_tokens_memory_mapped(tmp_path, ranked, places):
     written = write_slice(
         tmp_path, "k", name="left", ranked=ranked, coordinates=places, technology="Xenium"
     )
@@ -43,9 +45,14 @@ def test_slice_comes_back_memory_mapped(tmp_path, ranked, places):
     np.testing.assert_array_equal(found.coordinates, places)
     assert (found.name, found.technology, found.n_cells) == ("left", "Xenium", 5)
     assert found.digest == written.digest
-    for array in (found.ranked.tokens, found.ranked.values, found.coordinates):
-        assert isinstance(base(array), np.memmap)
-        assert not array.flags.writeable
+    # Each map keeps a file open.
+    mapped, in_memory = (
+        (found.ranked.tokens, found.ranked.values),
+        (found.ranked.offsets, found.coordinates),
+    )
+    assert all(isinstance(base(array), np.memmap) for array in mapped)
+    assert not any(isinstance(base(array), np.memmap) for array in in_memory)
+    assert not any(array.flags.writeable for array in mapped + in_memory)
 
 
 def test_blocks_give_the_same_slice(tmp_path, ranked, places):
@@ -121,6 +128,20 @@ def test_damaged_slice_says_what_to_do(tmp_path, ranked, places, name):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"damaged .* delete that folder and run again"):
         open_slice(tmp_path, "k")
+
+
+def test_too_many_open_files_are_no_damage(tmp_path, ranked, places, monkeypatch):
+    write_slice(tmp_path, "k", name="s", ranked=ranked, coordinates=places)
+
+    def fail(path, *args, **options):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    for owner, name in ((np, "load"), (Path, "read_text"), (Path, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(OSError, match=r"Too many files are open: .*Nothing is damaged"):
+                open_slice(tmp_path, "k")
+    assert open_slice(tmp_path, "k").ranked.equals(ranked)
 
 
 def test_key_follows_the_file_and_the_settings(tmp_path):

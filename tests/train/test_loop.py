@@ -43,6 +43,7 @@ def test_the_loss_falls_and_every_sample_counts_once_an_epoch():
     assert np.bincount(stage.loaded).tolist() == [12] * toy.N_SAMPLES
     assert loop.progress.n_cells == 12 * toy.N_SAMPLES
     assert loop.progress.n_tokens == 6 * 12 * toy.N_SAMPLES
+    assert loop.progress.n_operations == 1000 * 12 * toy.N_SAMPLES
 
 
 def test_a_step_is_that_of_plain_torch():
@@ -126,6 +127,40 @@ def test_max_steps_ends_the_stage_and_its_schedule():
     assert recorder.rows[-1]["learning_rate"] == pytest.approx(0.02 / 7)
 
 
+class UnevenStage(toy.ToyStage):
+    """Epochs of 10, 6, 2, 10 ... batches."""
+
+    epochs_differ_in_length = True
+
+    def epoch(self, number):
+        return super().epoch(number)[: 10 - 4 * (number % 3)]
+
+
+@pytest.mark.parametrize(
+    ("n_epochs", "max_steps", "n_steps"), [(2, None, 8), (3, None, 9), (4, None, 14), (3, 8, 8)]
+)
+def test_epochs_of_different_length_end_with_the_schedule(n_epochs, max_steps, n_steps):
+    stage = UnevenStage(toy.ToyObjective(), held_out=True)
+    run = {"log_every": 5, "validate_every": 100}
+    loop, recorder = train(stage, n_epochs=n_epochs, max_steps=max_steps, run=run)
+    assert loop.progress.step == loop.n_steps == n_steps
+    # The last steps have a row, the learning rate fell to the last, and the end was validated.
+    training, validation = recorder.rows[-2:]
+    assert (training["split"], training["step"]) == ("train", n_steps)
+    assert training["learning_rate"] == pytest.approx(0.02 / (n_steps - 2))
+    assert (validation["split"], validation["step"]) == ("validation", n_steps)
+
+
+def test_epochs_of_one_length_are_looked_at_once(monkeypatch):
+    stage = toy.ToyStage(toy.ToyObjective())
+    asked = []
+    monkeypatch.setattr(
+        toy.ToySamples, "epoch", lambda self, number: asked.append(number) or [np.arange(4)] * 7
+    )
+    assert toy.toy_loop(stage, n_epochs=1000).n_steps == 4000
+    assert asked == [0]
+
+
 def test_early_stopping_and_the_best_checkpoint():
     stage = toy.ToyStage(toy.ToyObjective(contrastive=0.0), held_out=True)
     options = {"learning_rate": 3.0, "max_norm": None}
@@ -203,7 +238,9 @@ def test_a_loss_that_is_not_finite_names_step_and_slices_and_changes_nothing():
     with pytest.raises(FloatingPointError, match=expected) as caught:
         loop.train(recorder)
     assert f"slices {sorted(batch.tolist())}" in str(caught.value)
-    assert "lower learning_rate (now 0.02)" in str(caught.value)
+    newest = str(Path("run", "checkpoints", "1-toy-2"))
+    assert f"new run with it, train(data, {newest!r}, out_dir=<a new folder>)" in str(caught.value)
+    assert "lower learning_rate (now 0.02), a longer warm-up (now 2 steps)." in str(caught.value)
     assert recorder.saved == [(1, False), (2, False)]
     assert loop.progress.step == 2
     assert all(value.isfinite().all() for value in weights(stage).values())
@@ -214,7 +251,8 @@ def test_a_held_out_loss_that_is_not_finite_is_not_the_best():
     stage.validation.y[3] = np.inf
     loop = toy.toy_loop(stage)
     recorder = toy.ToyRecorder(loop)
-    with pytest.raises(FloatingPointError, match="held-out slices is not finite after step 5"):
+    expected = r"held-out slices is not finite after step 5.*There is no checkpoint yet: begin"
+    with pytest.raises(FloatingPointError, match=expected):
         loop.train(recorder)
     assert recorder.saved == []
     assert loop.progress.best_loss is None
@@ -223,8 +261,10 @@ def test_a_held_out_loss_that_is_not_finite_is_not_the_best():
 def test_a_gradient_that_is_not_finite_is_refused_too():
     stage = toy.ToyStage(toy.ToyObjective(contrastive=0.0))
     stage.objective.first.weight.register_hook(lambda gradient: gradient / 0)
-    with pytest.raises(FloatingPointError, match="The gradient is not finite at step 1"):
-        train(stage)
+    with pytest.raises(FloatingPointError, match="The gradient is not finite at step 1") as caught:
+        train(stage, run={"precision": "bf16-mixed"})
+    assert "There is no checkpoint yet: begin again (overwrite=True)" in str(caught.value)
+    assert "or precision='32' (now 'bf16-mixed')." in str(caught.value)
 
 
 def test_a_failure_while_loading_comes_through():

@@ -93,3 +93,19 @@ def test_a_state_of_other_weights_is_refused():
         load_optimizer_tensors(optimizer, module, {**tensors, "more/exp_avg": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"exp_avg of linear.bias has the shape \(7,\)"):
         load_optimizer_tensors(optimizer, module, {**tensors, "linear.bias/exp_avg": torch.ones(7)})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, found -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, found nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be at least 0 and finite, found inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, found nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive and finite, found inf"),
+        ({"max_norm": float("nan")}, "max_norm must be positive, or left out"),
+    ],
+)
+def test_values_that_can_not_be_are_refused(entries, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**entries)

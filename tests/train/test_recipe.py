@@ -125,6 +125,11 @@ def test_a_recipe_gives_dataclasses():
         ("masked = 0.12", "masked = 0.95", "must add up to at most 1"),
         ("pooled = true", "pooled = true\n[model.what]", "Unknown entry 'what'"),
         ("[stage.masking]\nshare = 0.2", "masking = 3", r"\[stage.masking\] .*must be a table"),
+        (
+            '[[data.options]]\nfiles = "*.h5ad"\nspecies = "mouse"\n\n[[data.options]]',
+            "[data.options]",
+            r"data\.options of the recipe must be a list of tables: write \[\[data\.options\]\],",
+        ),
         ('name = "spatial"', "", r"Missing from \[\[stage\]\] of the recipe: \['name'\]"),
         ('precision = "bf16-mixed"', 'precision = "bf16"', "precision must be one of"),
         ('preset = "mini"', 'checkpoint = "stofm-mini"', "A checkpoint's sizes can't be changed"),
@@ -141,6 +146,19 @@ def test_a_recipe_needs_a_stage():
         Recipe.from_dict({"stage": []})
     with pytest.raises(ValueError, match=r"Missing from the recipe: \['stage'\]"):
         Recipe.from_dict({})
+
+
+def test_a_stage_in_single_brackets_says_how_to_write_it():
+    entries = tomllib.loads('[stage]\nname = "spatial"')
+    with pytest.raises(
+        ValueError,
+        match=r"^stage of mini\.toml must be a list of tables: write \[\[stage\]\], with two brack",
+    ):
+        Recipe.from_dict(entries, "mini.toml")
+    stage = [{"name": "spatial"}]
+    for name in ("run", "data", "model"):
+        with pytest.raises(ValueError, match=rf"\[{name}\] of the recipe must be a table, found"):
+            Recipe.from_dict({"stage": stage, name: [{}]})
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):
@@ -189,3 +207,15 @@ def test_a_pattern_that_names_nothing_is_refused(folder, entry):
         DataConfig(**{entry: ("nothing*",)}).find(folder)
     with pytest.raises(FileNotFoundError, match="There is no data folder"):
         DataConfig().find(folder / "nowhere")
+
+
+def test_what_is_excluded_and_not_there_is_told(folder, caplog):
+    patterns = ("st/c.h5ad", "st/d.h5ad", "nothing*")
+    train, _ = DataConfig(train=("st/*.h5ad",), exclude=patterns).find(folder)
+    assert [path.stem for path in train] == ["a1", "a2", "b1"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "exclude = ['st/d.h5ad', 'nothing*'] names no file in" in record.getMessage()
+    caplog.clear()
+    DataConfig(train=("st/*.h5ad",), exclude=("st/c.h5ad",)).find(folder)
+    assert not caplog.records

@@ -40,6 +40,8 @@ def test_first_result_is_never_removed(removed):
     for key in ("first", "a", "first", "b", "c"):
         results.replace(key)
     assert "first" not in removed
+    assert results.first("d") == "first"
+    assert KeptResults(removed.append).first("d") == "d"
 
 
 def test_results_go_on_after_an_interruption(removed):
@@ -65,7 +67,8 @@ def test_nodes_are_padded_for_the_device(tmp_path, model, corpus, device, multip
         model=model,
         corpus=corpus,
         draws=Draws(seed=0, stage=0, batch_size=1),
-        folder=tmp_path,
+        folder=tmp_path / "cells",
+        own_folder=tmp_path / "own",
         processes=SimpleNamespace(rank=0, count=1),
         device=torch.device(device),
     )

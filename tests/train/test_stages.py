@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 
 from stofm.nn import Stofm
 from stofm.train import stages
+from stofm.train.cell_cache import CellCache
 from stofm.train.cell_masking import SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import StageConfig
@@ -42,6 +44,7 @@ def setup(tmp_path, model, corpus, held_out):
         validation=held_out,
         draws=Draws(seed=5, stage=1, batch_size=4),
         folder=tmp_path / "cells",
+        own_folder=tmp_path / "own",
         processes=Together(),
         device=CPU,
     )
@@ -158,8 +161,13 @@ def change(model):
         model.cell_encoder.projection.weight[0, 0] += 0.5
 
 
+def names(folder):
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
 def n_kept(setup):
-    return len({p.name for p in setup.folder.iterdir() if p.name.startswith("cells-")})
+    found = [*names(setup.folder), *names(setup.own_folder)]
+    return len([name for name in found if name.startswith("cells-")])
 
 
 def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
@@ -168,14 +176,69 @@ def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
     before = first_features(stage)
     virtual = stage.subslices.encoded[0].layout.virtual
     loaded = stage.load(stage.epoch(0)[0], 0).masked.target_features
-    held_out = np.array(stage.validation.subslices.encoded[0].features)
     change(setup.model)
     stage.refresh()
     assert not np.array_equal(first_features(stage), before)
     renewed = stage.subslices.encoded[0].layout.virtual
     assert not np.array_equal(renewed.features, virtual.features)
     assert not torch.equal(stage.load(stage.epoch(0)[0], 0).masked.target_features, loaded)
-    assert not np.array_equal(stage.validation.subslices.encoded[0].features, held_out)
+
+
+@pytest.mark.parametrize("centres", [False, True])
+def test_held_out_slices_keep_the_first_embeddings(setup, centring, centres):
+    setup = centring if centres else setup
+    stage = make_stage("joint", setup)
+    stage.refresh()
+    batch = stage.validation.epoch(0)[0]
+    before = stage.validation.load(batch, 0)
+    change(setup.model)
+    stage.refresh()
+    resumed = make_stage("joint", setup)
+    resumed.restore(stage.state())
+    for one in (stage, resumed):
+        after = one.validation.load(batch, 0)
+        assert torch.equal(after.masked.target_features, before.masked.target_features)
+        assert torch.equal(after.masked.subslices.features, before.masked.subslices.features)
+        (held_out,) = one.validation.subslices.encoded
+        if centres:
+            # What the sampled cells' fresh embeddings are made with is the present mean.
+            _, (expected,) = CellCache(
+                folder=setup.own_folder,
+                corpus=setup.validation,
+                device=CPU,
+                dtype=torch.float32,
+                rules=setup.model.config.subslice,
+                virtual_cells=False,
+            ).encode(setup.model, Together())
+            np.testing.assert_array_equal(held_out.center, expected.center)
+            assert not torch.equal(after.centers, before.centers)
+        else:
+            assert held_out.center is None
+
+
+@pytest.mark.parametrize("name", ["cell_encoder", "joint"])
+def test_runs_with_one_work_folder_leave_each_others_results(setup, centring, name):
+    setup = centring if name == "cell_encoder" else setup
+    other_model = copy.deepcopy(setup.model)
+    stage = make_stage(name, setup)
+    stage.refresh()
+    shared = names(setup.folder)
+    change(setup.model)
+    stage.refresh()
+    state, used = stage.state(), names(setup.own_folder)
+    # What is computed anew is the run's own; the first result stays where others find it.
+    assert used
+    assert names(setup.folder) == shared
+
+    other = replace(setup, model=other_model, own_folder=setup.folder.parent / "other")
+    second = make_stage(name, other)
+    second.refresh()
+    for _ in range(4):
+        change(other_model)
+        second.refresh()
+    assert names(setup.folder) == shared
+    assert names(setup.own_folder) == used
+    make_stage(name, setup).restore(state)
 
 
 def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
@@ -205,10 +268,11 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
         stage.refresh()
         states.append(stage.state())
     # The first, and the last three: two that checkpoints refer to and, before that, the present.
-    assert n_kept(setup) == 4 * n_slices
+    # Held-out slices have the first alone.
+    assert n_kept(setup) == n_slices + 3 * 3
     change(setup.model)
     stage.refresh()
-    assert n_kept(setup) == 4 * n_slices
+    assert n_kept(setup) == n_slices + 3 * 3
     resumed = make_stage("joint", setup)
     resumed.restore(states[-1])
     with pytest.raises(FileNotFoundError, match="start the stage again from its beginning"):
@@ -223,7 +287,7 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
     resumed.state()
     change(setup.model)
     resumed.refresh()
-    assert n_kept(setup) <= 5 * n_slices
+    assert n_kept(setup) == n_slices + 3 * 3
 
 
 def test_lost_embeddings_of_a_frozen_encoder_are_made_again(setup):
@@ -246,7 +310,7 @@ def test_second_process_removes_nothing(setup):
         stage.refresh()
         stage.state()
         other.refresh()
-    assert n_kept(setup) == 4 * 4
+    assert n_kept(setup) == 4 + 3 * 3
 
 
 @pytest.fixture
@@ -260,9 +324,8 @@ def centring(setup, write_corpus):
     return replace(setup, model=model, corpus=corpus, validation=held_out)
 
 
-def test_cell_encoder_compares_cells_with_the_mean_of_their_slice_taken_off(centring, monkeypatch):
-    monkeypatch.setattr(stages, "_CENTER_CELLS", 1000)
-    stage = make_stage("cell_encoder", centring)
+def test_cell_encoder_compares_cells_with_the_mean_of_their_slice_taken_off(centring):
+    stage = make_stage("cell_encoder", centring, center_cells=1000)
     assert stage.refresh_every == 200
     stage.refresh()
     from stofm.nn.inference import project_cells
@@ -291,7 +354,8 @@ def test_centres_are_renewed_and_restored(centring):
     for _ in range(3):
         change(centring.model)
         stage.refresh()
-    assert len(list(centring.folder.iterdir())) == 2 * 2  # the first and the present
+    # The first and, of the run alone, the present: of the slices to train on and of those held out.
+    assert [len(names(folder)) for folder in (centring.folder, centring.own_folder)] == [2, 2]
     shutil.rmtree(centring.folder)
     with pytest.raises(FileNotFoundError, match=r"no centres .* start the stage again"):
         make_stage("cell_encoder", centring).restore(state)

@@ -170,6 +170,37 @@ def test_clearing_keeps_prepared_slices(folder):
     folder.check(resume=False, overwrite=False)
 
 
+@pytest.mark.parametrize("place", ["prepared", "a/b", "../elsewhere", "work"])
+def test_work_folder_may_be_anywhere_else(tmp_path, place):
+    folder = RunFolder(tmp_path / "run", tmp_path / "run" / place)
+    (folder.work / "slices").mkdir(parents=True)
+    # Of a run that was stopped while its slices were prepared.
+    folder.check(resume=False, overwrite=False)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+        folder.check(resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "place", [".", "checkpoints", "model/a", "refreshed", "../run/tensorboard"]
+)
+def test_work_folder_that_the_run_would_clear_is_refused(tmp_path, place):
+    with pytest.raises(ValueError, match=r"work_dir .* clears; choose another, such as .*run/work"):
+        RunFolder(tmp_path / "run", tmp_path / "run" / place)
+
+
+def test_refreshed_results_go_and_the_work_folder_stays(folder):
+    for one in (folder.work, folder.refreshed):
+        (one / "cells").mkdir(parents=True)
+    folder.remove_refreshed()
+    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
+    folder.remove_refreshed()
+    folder.refreshed.mkdir()
+    folder.clear()
+    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
+
+
 def test_settings_that_differ_are_named(tmp_path):
     folder = RunFolder(tmp_path)
     old = {"run": {"seed": 1}, "stages": [{"name": "a", "epochs": 2}], "slices": ["x", "y"]}

@@ -143,6 +143,18 @@ def test_epochs_are_shuffled_anew_and_of_one_length(make):
     assert len(first) == len(next_)
 
 
+@pytest.mark.parametrize("partition", ["balanced", "reference"])
+@pytest.mark.parametrize("vary", [True, False])
+def test_only_the_reference_partition_gives_epochs_of_different_length(make, vary, partition):
+    samples = make(
+        vary=vary,
+        rules=replace(RULES, partition=partition, n_cells=12),
+        draws=replace(DRAWS, batch_size=1),
+    )
+    differ = len({len(samples.epoch(number)) for number in range(9)}) > 1
+    assert samples.epochs_differ_in_length == differ == (vary and partition == "reference")
+
+
 def test_threads_load_the_same(make):
     samples = make()
     batches = samples.epoch(0)
@@ -296,4 +308,5 @@ def test_joint_numbers_and_names(joint):
     assert samples.n_cells(inputs) == samples.subslices.n_cells(inputs.masked)
     tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
     assert samples.n_tokens(inputs) == samples.subslices.n_tokens(inputs.masked) + tokens
+    assert not samples.epochs_differ_in_length
     assert samples.describe(batch) == samples.subslices.describe(batch)

@@ -59,6 +59,9 @@ class ToyObjective(nn.Module):
             parts["contrast"] = contrastive_loss(hidden, turned, temperature=0.5, gather=gather)
         return parts
 
+    def count_operations(self, inputs: ToyInputs) -> int:
+        return 1000 * len(inputs.x)
+
 
 class ToySamples:
     def __init__(self, n_samples: int, batch_size: int, seed: int) -> None:
@@ -89,6 +92,7 @@ class ToySamples:
 class ToyStage(ToySamples):
     name = "toy"
     number = 1
+    epochs_differ_in_length = False
 
     def __init__(
         self, objective: ToyObjective, *, batch_size: int = 4, held_out: bool = False
@@ -123,6 +127,7 @@ class ToyRecorder:
 
     def __init__(self, loop: TrainingLoop, *, stop_at: int | None = None) -> None:
         self.loop, self.stop_at = loop, stop_at
+        self.newest: Path | None = None
         self.rows: list[dict[str, Any]] = []
         self.saved: list[tuple[int, bool]] = []
         self.n_steps = 0
@@ -135,6 +140,7 @@ class ToyRecorder:
 
     def save(self, *, is_best: bool) -> None:
         self.saved.append((self.loop.progress.step, is_best))
+        self.newest = Path("run", "checkpoints", f"1-toy-{self.loop.progress.step}")
         if self.loop.progress.step == self.stop_at:
             raise StoppedError
 

@@ -82,6 +82,8 @@ def fit_vocabulary(
 
 def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
     """Read a slice from a tuple of arrays, an AnnData, or the path of one."""
+    if isinstance(item, CountSlice):
+        return item
     if isinstance(item, tuple):
         counts, ids, *symbols = item
         return CountSlice(

@@ -153,7 +153,7 @@ def compute_gene_mapping(
     counts_per_gene: NDArray[Any] | None = None,
 ) -> MappedGenes:
     """Map the columns of `adata` without writing anything; arguments as in :func:`map_genes`."""
-    names = _candidate_names(adata, gene_key)
+    names = candidate_names(adata, gene_key)
     pairs = None if orthologs is None else read_orthologs(orthologs)
     best, second = next(iter(names)), ""
     if len(names) > 1:
@@ -190,7 +190,8 @@ def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
         write_record(adata, key, genes.params, vocabulary=genes.vocabulary, names=genes.names)
 
 
-def _candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[Any]]:
+def candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[Any]]:
+    """Return all names of the genes, or only those of one column of ``adata.var``."""
     if gene_key is None:
         return gene_name_sources(adata)
     columns = list(adata.var.columns)
@@ -203,7 +204,7 @@ def _candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[Any
 def names_fingerprint(adata: AnnData, gene_key: str | None) -> str:
     """Return 16 hexadecimal digits over all names that a mapping could be made from."""
     hashed = hashlib.blake2b(digest_size=8)
-    for source, names in _candidate_names(adata, gene_key).items():
+    for source, names in candidate_names(adata, gene_key).items():
         hashed.update("\n".join([source, *map(str, names)]).encode())
     return hashed.hexdigest()
 

@@ -24,7 +24,7 @@ from stofm.pp._map_genes import (
 from stofm.pp._token_entries import Columns, Tokens, stored_tokens, write_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from os import PathLike
 
     from anndata import AnnData
@@ -198,22 +198,35 @@ def compute_tokens(
     show_progress_bar: bool = True,
 ) -> Tokens:
     """Read the counts block by block and rank them; writes nothing."""
+    blocks = token_blocks(
+        adata, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
+    )
+    ranked = RankedTokens.concatenate(list(blocks))
+    warn_of_empty_cells(ranked)
+    return Tokens(ranked, columns, params)
+
+
+def token_blocks(
+    adata: AnnData,
+    columns: Columns,
+    params: Mapping[str, Any],
+    *,
+    chunk_size: int | None = None,
+    show_progress_bar: bool = True,
+) -> Iterator[RankedTokens]:
+    """Give the tokens block of cells after block, in order; a new mapping is reported at the end."""
     reader = read_counts(adata, layer=params["layer"] or None, chunk_size=chunk_size)
-    parts = []
     total = np.zeros(adata.n_vars)
     with counter(
         total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
     ) as advance:
         for block in reader:
-            parts.append(_rank(block, columns, params))
+            yield _rank(block, columns, params)
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
-    ranked = RankedTokens.concatenate(parts)
     if columns.genes is not None:
         mapping = replace(columns.genes.mapping, counts_per_gene=total)
         logger.info(mapping.summary())
-    _warn_of_empty_cells(ranked)
-    return Tokens(ranked, columns, params)
 
 
 def token_params(
@@ -278,7 +291,8 @@ def _existing_mapping(
     return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
 
 
-def _warn_of_empty_cells(ranked: RankedTokens) -> None:
+def warn_of_empty_cells(ranked: RankedTokens) -> None:
+    """Warn if some cells have no tokens."""
     n_empty = int((ranked.n_tokens == 0).sum())
     if n_empty:
         warnings.warn(

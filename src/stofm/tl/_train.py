@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
-from stofm.tl._training_data import (
-    SliceSource,
-    find_sources,
-    fit_vocabulary,
-    open_corpus,
-    prepare_slices,
-)
+from stofm.tl._slice_sources import SliceSource, find_sources
+from stofm.tl._training_data import fit_vocabulary, open_corpus, prepare_slices
 from stofm.train.coexpression import initialize_from_coexpression
 from stofm.train.config import RunConfig, StageConfig, StageName, build_part, paper_schedule
 from stofm.train.pretraining import Pretraining, TrainResult
@@ -71,10 +66,13 @@ def train(
 ) -> TrainResult:
     """Train a model on slices without labels, from scratch or from a checkpoint.
 
-    Counts are read once, file by file in blocks, and kept as gene tokens in the work folder.
+    Counts are read file by file, ``X`` in blocks of cells, and kept as gene tokens in the work
+    folder; once, and once before that if a vocabulary is fitted. A file that did not change is not
+    read again. A file of several slices has all its tokens in memory while it is read.
     Checkpoints are written as training goes: a run that was stopped at any moment goes on with
     ``resume=True`` and ends as if it had not been. Started by ``torchrun`` or SLURM, the
-    processes share each batch and give the weights that one process would.
+    processes share each batch and give the weights that one process would, up to rounding and up
+    to dropout, whose draws depend on how a batch is shared out.
 
     Parameters
     ----------
@@ -124,7 +122,7 @@ def train(
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     work_dir
         Where tokens and cell embeddings are kept; ``out_dir/work`` by default. Several runs may
-        share it.
+        share it: what one computes anew as it trains stays in its `out_dir`.
     resume
         Go on with the run in `out_dir`, if there is one.
     overwrite
@@ -183,8 +181,7 @@ def train(
             n_threads=n_threads,
             tensorboard=tensorboard,
         ),
-        folder=RunFolder(out_dir),
-        work=None if work_dir is None else Path(work_dir),
+        folder=RunFolder(out_dir, work_dir),
         device=device,
         show_progress_bar=show_progress_bar,
     )
@@ -228,8 +225,7 @@ def train_recipe(
         held_out=sources(held_out),
         stages=recipe.stages,
         config=recipe.run,
-        folder=RunFolder(out_dir),
-        work=None if work_dir is None else Path(work_dir),
+        folder=RunFolder(out_dir, work_dir),
         device=device,
         show_progress_bar=show_progress_bar,
     )
@@ -250,7 +246,6 @@ class _Run:
     stages: Sequence[StageConfig]
     config: RunConfig
     folder: RunFolder
-    work: Path | None
     device: str | torch.device
     show_progress_bar: bool
     processes: Processes | None = None
@@ -275,21 +270,15 @@ class _Run:
             corpus=run.corpus(self.sources, model),
             validation=run.corpus(self.held_out, model) if self.held_out else None,
             folder=self.folder,
-            work=run.work_folder,
             processes=processes,
             initialize=_initializer(gene_embeddings, self.config.seed),
             show_progress_bar=self.show_progress_bar,
         )
         return pretraining.train(model, resume=resume, overwrite=overwrite)
 
-    @property
-    def work_folder(self) -> Path:
-        """Where tokens and cell embeddings are kept."""
-        return self.folder.work if self.work is None else self.work
-
     def corpus(self, sources: Sequence[SliceSource], model: Stofm) -> Any:
         """Prepare slices in the first process and open them in all."""
-        folder = self.work_folder / "slices"
+        folder = self.folder.work / "slices"
         keys = self._in_first(
             lambda: prepare_slices(sources, model, folder, show_progress_bar=self.show_progress_bar)
         )
@@ -297,7 +286,7 @@ class _Run:
 
     def fitted_vocabulary(self) -> GeneVocabulary:
         """Fit a vocabulary on the slices to train on."""
-        table = self._in_first(lambda: fit_vocabulary(self.sources, self.work_folder))
+        table = self._in_first(lambda: fit_vocabulary(self.sources, self.folder.work))
         return GeneVocabulary.from_tsv(table)
 
     def _in_first(self, compute: Callable[[], Any]) -> Any:

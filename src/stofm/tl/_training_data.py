@@ -1,120 +1,48 @@
-"""From AnnData and files to the prepared slices that training reads."""
+"""From sources to the prepared slices that training reads, and to a vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._anndata import resolve_table
-from stofm._counts import open_slice
+from stofm._counts import gene_names, read_counts
 from stofm._logging import progress
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
+from stofm.genes.fitting import CountSlice
+from stofm.genes.gene_ids import clean_names
+from stofm.pp._map_genes import candidate_names
 from stofm.pp._subslice import read_places
-from stofm.pp._tokenize import compute_tokens, find_columns, token_params
+from stofm.pp._tokenize import (
+    compute_tokens,
+    find_columns,
+    token_blocks,
+    token_params,
+    warn_of_empty_cells,
+)
 from stofm.spatial import normalize_coordinates
+from stofm.tl._slice_sources import orthologs_digest, read_ortholog_tables
 from stofm.train.corpus import Corpus, preparation_key, write_slice
 from stofm.train.corpus import open_slice as open_prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
+    from scipy import sparse
 
     from stofm.nn import Stofm
     from stofm.pp._subslice import Places
-    from stofm.train.recipe import FileConfig
+    from stofm.tl._slice_sources import SliceSource
+    from stofm.train.corpus import TokenizedSlice
 
-_ENDINGS = (".h5ad", ".zarr")
 #: Part of each key: a change of how slices are prepared makes new ones.
 _PREPARATION = 1
-
-
-@dataclass(frozen=True)
-class SliceSource:
-    """Where slices come from, and how they are read.
-
-    Attributes
-    ----------
-    data
-        AnnData or SpatialData, or the path of one AnnData.
-    name
-        In messages.
-    options
-        How it is read.
-    """
-
-    data: Any
-    name: str
-    options: FileConfig
-
-    @contextmanager
-    def open(self) -> Iterator[AnnData]:
-        """Give the AnnData; a file is closed afterwards."""
-        is_file = isinstance(self.data, Path)
-        adata = open_slice(self.data) if is_file else resolve_table(self.data)
-        try:
-            yield adata
-        finally:
-            if is_file and adata.isbacked:
-                adata.file.close()
-
-
-def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
-    """List the sources in what a user passes.
-
-    Parameters
-    ----------
-    data
-        An AnnData or SpatialData, the path of one AnnData, a folder of such files, or a list of
-        all these.
-    options
-        How they are read.
-
-    Raises
-    ------
-    FileNotFoundError
-        A path is not there, or a folder has no slices.
-    TypeError
-        Something is none of these.
-    """
-    if isinstance(data, list | tuple):
-        if not data:
-            msg = "There is no data: the list is empty."
-            raise ValueError(msg)
-        found = [source for one in data for source in find_sources(one, options)]
-        return [
-            source if isinstance(source.data, Path) else replace(source, name=f"data[{k}]")
-            for k, source in enumerate(found)
-        ]
-    if isinstance(data, str | Path):
-        return [SliceSource(path, path.stem, options) for path in _files(Path(data))]
-    if not hasattr(data, "obsm") and not hasattr(data, "tables"):
-        msg = (
-            "data must be an AnnData, a path, a folder of .h5ad and .zarr, or a list of these, "
-            f"found {type(data).__name__}."
-        )
-        raise TypeError(msg)
-    return [SliceSource(data, "data", options)]
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        msg = f"There is no slice or folder of slices at {path}."
-        raise FileNotFoundError(msg)
-    if path.is_file() or path.suffix in _ENDINGS:
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS)
-    if not found:
-        msg = f"The folder {path} has no .h5ad file and no .zarr store."
-        raise FileNotFoundError(msg)
-    return found
 
 
 def prepare_slices(
@@ -122,7 +50,9 @@ def prepare_slices(
 ) -> list[str]:
     """Tokenise slices and write them to disk, unless that is done already.
 
-    A file is read again only if it, its options or the model's vocabulary has changed.
+    A file is read again only if it, its options (with what is in a table of orthologs) or the
+    model's vocabulary has changed. The tokens of a file that holds one slice are written as they
+    come; those of a file of several slices are in memory together.
 
     Parameters
     ----------
@@ -144,6 +74,7 @@ def prepare_slices(
     ValueError, KeyError
         Counts, genes or coordinates of a slice are not usable; the message names it.
     """
+    orthologs = read_ortholog_tables(sources)
     shown = progress(
         sources,
         total=len(sources),
@@ -151,17 +82,52 @@ def prepare_slices(
         unit="file",
         show=show_progress_bar,
     )
-    return [key for source in shown for key in _prepare(source, model, folder)]
+    return [key for source in shown for key in _prepare(source, model, folder, orthologs)]
 
 
 def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
-    """Open prepared slices."""
-    slices = [open_prepared(folder, key) for key in keys]
-    return Corpus(tuple(one for one in slices if one is not None and one.n_cells))
+    """Open prepared slices, without those that have no cells.
+
+    Raises
+    ------
+    FileNotFoundError
+        A slice was prepared, but is not there.
+    ValueError
+        A slice is there twice.
+    """
+    slices: list[TokenizedSlice] = []
+    for key in keys:
+        one = open_prepared(folder, key)
+        if one is None:
+            msg = (
+                f"The prepared slice {folder / key} is not there. The first process wrote it: the "
+                "work folder must be visible to every process; pass work_dir (--work) on a file "
+                "system that all machines share."
+            )
+            raise FileNotFoundError(msg)
+        if one.n_cells:
+            slices.append(one)
+    _refuse_repeated(slices)
+    return Corpus(tuple(slices))
 
 
-def _prepare(source: SliceSource, model: Stofm, folder: Path) -> list[str]:
-    settings = _settings(source, model)
+def _refuse_repeated(slices: Sequence[TokenizedSlice]) -> None:
+    first: dict[str, int] = {}
+    for number, one in enumerate(slices):
+        other = first.setdefault(one.digest, number)
+        if other != number:
+            msg = (
+                f"Slice {one.name!r} (number {number + 1} of {len(slices)}) is the same as slice "
+                f"{slices[other].name!r} (number {other + 1}), in all tokens and places, and would "
+                "count twice; leave one of them out."
+            )
+            raise ValueError(msg)
+
+
+def _prepare(
+    source: SliceSource, model: Stofm, folder: Path, orthologs: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    settings = _settings(source, model, orthologs_digest(source, orthologs))
     if not isinstance(source.data, Path):
         return _write(source, model, folder, None, settings)
     key = preparation_key(source.data, settings)
@@ -177,17 +143,23 @@ def _prepare(source: SliceSource, model: Stofm, folder: Path) -> list[str]:
     return names
 
 
-def _settings(source: SliceSource, model: Stofm) -> dict[str, Any]:
+def _settings(source: SliceSource, model: Stofm, orthologs: str | None) -> dict[str, Any]:
     """All that a source's tokens depend on besides its content."""
-    vocabulary = model.vocabulary
+    options = {k: v for k, v in asdict(source.options).items() if k != "files"}
+    return {
+        "preparation": _PREPARATION,
+        **_described_vocabulary(model.vocabulary),
+        "tokens": token_params(model, layer=source.options.layer),
+        "options": options | {"orthologs": orthologs},
+    }
+
+
+def _described_vocabulary(vocabulary: GeneVocabulary) -> dict[str, str]:
     # Names decide which columns are found; the fingerprint leaves them out.
     names = json.dumps([vocabulary.symbols.tolist(), dict(vocabulary.aliases)])
     return {
-        "preparation": _PREPARATION,
         "vocabulary": vocabulary.fingerprint,
         "names": hashlib.blake2b(names.encode(), digest_size=8).hexdigest(),
-        "tokens": token_params(model, layer=source.options.layer),
-        "options": {k: v for k, v in asdict(source.options).items() if k != "files"},
     }
 
 
@@ -196,39 +168,51 @@ def _write(
 ) -> list[str]:
     """Tokenise a source and write its slices; keys from the content if there is none."""
     options = source.options
-    try:
-        with source.open() as adata:
-            places = read_places(
-                adata, spatial_key=options.spatial_key, library_key=options.library_key
-            )
-            columns = find_columns(
-                adata,
-                model.vocabulary,
-                species=options.species,
-                gene_key=options.gene_key,
-                orthologs=options.orthologs,
-            )
-            params = token_params(model, layer=options.layer)
-            ranked = compute_tokens(adata, columns, params, show_progress_bar=False).ranked
-    except (KeyError, ValueError) as error:
-        msg = f"{source.name}: {error.args[0] if error.args else error}"
-        raise type(error)(msg) from error
-    if key is None:
-        content = {"tokens": ranked.digest, "places": _digest(places), "name": source.name}
-        key = preparation_key(None, settings | content)
+    with source.naming(), source.open() as adata:
+        places = read_places(
+            adata, spatial_key=options.spatial_key, library_key=options.library_key
+        )
+        columns = find_columns(
+            adata,
+            model.vocabulary,
+            species=options.species,
+            gene_key=options.gene_key,
+            orthologs=options.orthologs,
+        )
+        params = token_params(model, layer=options.layer)
+        tokens: RankedTokens | Iterator[RankedTokens]
+        if key is not None and len(places.slices.rows) == 1:
+            tokens = token_blocks(adata, columns, params, show_progress_bar=False)
+        else:
+            tokens = compute_tokens(adata, columns, params, show_progress_bar=False).ranked
+            content = {"tokens": tokens.digest, "places": _digest(places), "name": source.name}
+            key = key or preparation_key(None, settings | content)
+        return _write_slices(source, folder, key, places, tokens)
+
+
+def _write_slices(
+    source: SliceSource,
+    folder: Path,
+    key: str,
+    places: Places,
+    tokens: RankedTokens | Iterator[RankedTokens],
+) -> list[str]:
+    """Write the slices of a source; blocks of tokens are those of its only slice."""
     names = []
     for number, (name, rows) in enumerate(
         zip(places.slices.names, places.slices.rows, strict=True)
     ):
         names.append(f"{key}-{number}")
-        write_slice(
+        written = write_slice(
             folder,
             names[-1],
             name=f"{source.name}/{name}" if name else source.name,
-            ranked=_take(ranked, rows),
+            ranked=_take(tokens, rows) if isinstance(tokens, RankedTokens) else tokens,
             coordinates=normalize_coordinates(places.coordinates[rows]),
-            technology=options.technology,
+            technology=source.options.technology,
         )
+        if not isinstance(tokens, RankedTokens):
+            warn_of_empty_cells(written.ranked)
     return names
 
 
@@ -256,31 +240,48 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
 
     Names that are no human Ensembl ids are looked up in the embedded vocabulary.
     """
-    described = [_described(source) for source in sources]
-    table = folder / f"vocabulary-{preparation_key(None, {'sources': described})}.tsv"
+    reference = embedded_vocabulary()
+    orthologs = read_ortholog_tables(sources)
+    settings = {
+        "reference": _described_vocabulary(reference),
+        "sources": [_described(one, orthologs_digest(one, orthologs)) for one in sources],
+    }
+    table = folder / f"vocabulary-{preparation_key(None, settings)}.tsv"
     if table.is_file() and all(isinstance(source.data, Path) for source in sources):
         return table
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = GeneVocabulary.fit(
-        _counted(sources), reference=embedded_vocabulary(), method="histogram"
+        _counted(sources),
+        orthologs={mouse: human for pairs in orthologs.values() for mouse, human in pairs.items()},
+        reference=reference,
+        method="histogram",
     )
     vocabulary.save(table)
     return table
 
 
-def _described(source: SliceSource) -> str:
-    settings = {"layer": source.options.layer}
+def _described(source: SliceSource, orthologs: str | None) -> str:
+    options = source.options
+    settings = {"layer": options.layer, "gene_key": options.gene_key, "orthologs": orthologs}
     return preparation_key(source.data if isinstance(source.data, Path) else None, settings)
 
 
-def _counted(sources: Sequence[SliceSource]) -> Iterator[AnnData]:
-    """The slices one after another, with raw counts in ``X``."""
-    import anndata
-
+def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
+    """The slices one after another, with raw counts and the names that `gene_key` asks for."""
     for source in sources:
         with source.open() as adata:
-            layer = source.options.layer
-            if layer is None:
-                yield adata
-            else:
-                yield anndata.AnnData(adata.layers[layer], obs=adata.obs, var=adata.var)
+            ids, symbols = _names(source, adata)
+            yield CountSlice(_blocks(source, adata), clean_names(ids), clean_names(symbols))
+
+
+def _names(source: SliceSource, adata: AnnData) -> tuple[list[Any], list[Any]]:
+    gene_key = source.options.gene_key
+    if gene_key is None:
+        return gene_names(adata)
+    with source.naming():
+        return candidate_names(adata, gene_key)[gene_key], [""] * adata.n_vars
+
+
+def _blocks(source: SliceSource, adata: AnnData) -> Iterator[sparse.csr_matrix]:
+    with source.naming():
+        yield from read_counts(adata, layer=source.options.layer)

@@ -15,7 +15,7 @@ from stofm._logging import progress
 from stofm.nn.checkpoint import write_atomically
 from stofm.nn.inference import finish_embeddings, project_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.corpus import open_array
+from stofm.train.arrays import open_array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -242,7 +242,7 @@ class CenterCache:
         -------
         A key under which :meth:`open` finds the result.
         """
-        key = _encoder_key(model, self.dtype)
+        key = self.key_of(model)
         if processes.rank == 0 and not self._place(key).is_dir():
             rows = [self._rows(k) for k in range(len(self.corpus.slices))]
             raw = project_cells(
@@ -280,6 +280,10 @@ class CenterCache:
     def remove(self, key: str) -> None:
         """Delete a result that is not needed any more."""
         shutil.rmtree(self._place(key), ignore_errors=True)
+
+    def key_of(self, model: Stofm) -> str:
+        """Key of what :meth:`compute` would give for the cell encoder as it is now."""
+        return _encoder_key(model, self.dtype)
 
     def _place(self, key: str) -> Path:
         digests = [s.digest for s in self.corpus.slices]

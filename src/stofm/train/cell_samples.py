@@ -123,6 +123,8 @@ class CellSamples:
         (n_slices, d_cell) what the cell encoder takes off; None for a model that does not centre.
     """
 
+    epochs_differ_in_length = False
+
     def __init__(
         self, reader: TokenReader, draws: Draws, *, masking: TokenMasking, gene_dropout: float
     ) -> None:

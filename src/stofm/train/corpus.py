@@ -1,4 +1,4 @@
-"""Tokenised slices on disk, memory-mapped: what training reads in place of counts."""
+"""Tokenised slices on disk: what training reads in place of counts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from stofm.genes import RankedTokens
 from stofm.nn.checkpoint import write_atomically
+from stofm.train.arrays import explained_file_limit, is_file_limit, open_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -40,9 +41,10 @@ class TokenizedSlice:
     name
         Name of the slice, as messages give it.
     ranked
-        Ranked tokens of the cells, with values if the model reads them; memory-mapped.
+        Ranked tokens of the cells, with values if the model reads them; tokens and values are
+        memory-mapped.
     coordinates
-        (n_cells, 2) float64, model units (the slice's diagonal is 100); memory-mapped.
+        (n_cells, 2) float64, model units (the slice's diagonal is 100).
     technology
         Name of the technology; may be empty.
     digest
@@ -122,7 +124,7 @@ def write_slice(
 
     Returns
     -------
-    The slice, memory-mapped. If there is one of that key it is opened and nothing is written.
+    The slice, with tokens and values memory-mapped. If there is one of that key it is opened and nothing is written.
 
     Raises
     ------
@@ -247,36 +249,48 @@ def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
     ------
     ValueError
         The files are damaged.
+    OSError
+        Too many files are open.
     """
     place = Path(folder) / key
     if not (place / _INFO).is_file():
         return None
     try:
-        info = json.loads((place / _INFO).read_text(encoding="utf-8"))
-        coordinates = open_array(place / _COORDINATES)
-        ranked = RankedTokens(
-            tokens=open_array(place / _TOKENS),
-            offsets=open_array(place / _OFFSETS),
-            values=open_array(place / _VALUES) if info["has_values"] else None,
-        )
-        if (ranked.n_cells, len(coordinates)) != (info["n_cells"], info["n_cells"]):
-            msg = f"{ranked.n_cells} cells with tokens, {len(coordinates)} with coordinates"
-            raise ValueError(msg)
-        return TokenizedSlice(
-            name=info["name"],
-            ranked=ranked,
-            coordinates=coordinates,
-            technology=info["technology"],
-            digest=info["digest"],
-        )
+        with explained_file_limit():
+            return _read_slice(place)
     except (OSError, ValueError, KeyError, IndexError) as error:
+        if is_file_limit(error):
+            raise
         msg = f"The prepared slice {place} is damaged ({error}); delete that folder and run again."
         raise ValueError(msg) from error
 
 
-def open_array(path: Path) -> NDArray[Any]:
-    """Memory-map an .npy file, as a plain read-only array."""
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+def _read_slice(place: Path) -> TokenizedSlice:
+    """Read what is small, and map tokens and values: each map keeps a file open."""
+    info = json.loads((place / _INFO).read_text(encoding="utf-8"))
+    coordinates = _read(place / _COORDINATES)
+    ranked = RankedTokens(
+        tokens=open_array(place / _TOKENS),
+        offsets=_read(place / _OFFSETS),
+        values=open_array(place / _VALUES) if info["has_values"] else None,
+    )
+    if (ranked.n_cells, len(coordinates)) != (info["n_cells"], info["n_cells"]):
+        msg = f"{ranked.n_cells} cells with tokens, {len(coordinates)} with coordinates"
+        raise ValueError(msg)
+    return TokenizedSlice(
+        name=info["name"],
+        ranked=ranked,
+        coordinates=coordinates,
+        technology=info["technology"],
+        digest=info["digest"],
+    )
+
+
+def _read(path: Path) -> NDArray[Any]:
+    """Read an .npy file into memory, read-only as a map is."""
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    array.flags.writeable = False
+    return array
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,8 +95,8 @@ class TensorBoard:
     ----------
     folder
         Where; a folder of its own for each stage.
-    first_step
-        Entries from this step on, of an interrupted run, are hidden.
+    done
+        Steps that count; entries of later ones, of an interrupted run, are hidden.
 
     Raises
     ------
@@ -104,13 +104,14 @@ class TensorBoard:
         TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, done: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             msg = "tensorboard=True needs TensorBoard: pip install 'stofm[train]'."
             raise ImportError(msg) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step or None)
+        # A run that has no checkpoint yet may have left entries too: also for 0.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=done + 1)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write the numbers of a row."""
@@ -182,8 +183,8 @@ class StageReport:
     share_waiting
         Share of that time spent waiting for data.
     flops
-        Estimate of the floating-point operations: 6 for each trained weight outside of
-        embeddings and each token (Kaplan et al. 2020, arXiv 2001.08361, table 1).
+        Estimate of the floating-point operations of the steps
+        (:mod:`stofm.train.operations`).
     peak_memory_bytes
         Most memory in use so far: on a CUDA device there, else of the process.
     best_loss
@@ -202,15 +203,9 @@ class StageReport:
     best_loss: float | None
 
 
-def count_weights(module: nn.Module, *, embeddings: bool = True) -> int:
-    """Number of weights of a module that are trained, with or without embeddings."""
-    left_out = {
-        id(weight)
-        for part in module.modules()
-        if isinstance(part, torch.nn.Embedding) and not embeddings
-        for weight in part.parameters()
-    }
-    return sum(w.numel() for w in module.parameters() if w.requires_grad and id(w) not in left_out)
+def count_weights(module: nn.Module) -> int:
+    """Number of weights of a module that are trained."""
+    return sum(w.numel() for w in module.parameters() if w.requires_grad)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stofm._logging import logger
-from stofm.train.optimizer import learning_rate, make_optimizer, set_learning_rate
+from stofm.train.optimizer import count_steps, learning_rate, make_optimizer, set_learning_rate
 from stofm.train.prefetch import Prefetch
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ class TrainingLoop:
         self._n_epochs = n_epochs
         self._processes = processes
         self.progress = progress
-        n_batches = len(stage.epoch(0))
-        self.n_steps = n_epochs * -(-n_batches // optimizer.accumulation)
-        if max_steps is not None:
-            self.n_steps = min(self.n_steps, max_steps)
+        self.n_steps = count_steps(stage, optimizer, n_epochs=n_epochs, max_steps=max_steps)
         self.optimizer = make_optimizer(stage.objective, optimizer)
         module = _Losses(stage.objective)
         self.names = module.names
@@ -223,7 +220,7 @@ class TrainingLoop:
         self._count(sums.sum(axis=0), time.perf_counter() - start, loaded.waited - waited)
 
     def _go_back(self, share: _Share, inputs: Any, weight: float) -> Tensor:
-        """Forward and backward pass of one batch; returns its sums, counts, cells and tokens."""
+        """Forward and backward pass of one batch; returns what :meth:`_forward` sums."""
         totals, sums = self._forward(self.stage, share, inputs)
         n = len(self.names)
         # Gradients are averaged over the processes: their number takes that back.
@@ -232,14 +229,19 @@ class TrainingLoop:
         return sums
 
     def _forward(self, samples: Samples, share: _Share, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Own sums with gradient, and those of all processes: sums, counts, cells, tokens."""
+        """Own sums with gradient, and those of all: sums, counts, cells, tokens, operations."""
         gather = self._processes.gather_rows(is_active=share.is_active)
         totals, counts = self._module(_Work(inputs.to(self._processes.device), gather))
         if not share.is_active:
             totals, counts = totals * 0, counts * 0
-        size = [samples.n_cells(inputs), samples.n_tokens(inputs)] if share.is_active else [0, 0]
-        seen = totals.new_tensor([float(n) for n in size])
+        size = [samples.n_cells(inputs), samples.n_tokens(inputs), self._operations(inputs)]
+        seen = totals.new_tensor([float(n) * share.is_active for n in size])
         return totals, self._processes.sum(torch.cat([totals.detach(), counts, seen]))
+
+    def _operations(self, inputs: Any) -> int:
+        objective = cast("Any", self.stage.objective)
+        found: int = objective.count_operations(inputs)
+        return found
 
     def _learning_rate(self) -> float:
         return learning_rate(self.progress.step, self.n_steps, self._config)
@@ -265,11 +267,24 @@ class TrainingLoop:
         msg = (
             f"{what} is not finite at step {self.progress.step + 1} of stage "
             f"{self.stage.name!r} (epoch {self.progress.epoch}), in a batch from {where}. Nothing "
-            "of this step was kept, and the last checkpoint is good. Look at these slices; or go "
-            f"on from it with a lower learning_rate (now {self._config.learning_rate:g}), a longer "
-            f"warm-up or precision='32' (now {self._run.precision!r})."
+            f"of this step was kept. Look at these slices. {self._advice()}"
         )
         raise FloatingPointError(msg)
+
+    def _advice(self) -> str:
+        """What can be done; a run can't go on with other settings than its own."""
+        newest, config, precision = self._recorder.newest, self._config, self._run.precision
+        calmer = "" if precision == "32" else f" or precision='32' (now {precision!r})"
+        change = (
+            f"a lower learning_rate (now {config.learning_rate:g}), a longer warm-up (now "
+            f"{config.warmup_steps} steps){calmer}."
+        )
+        if newest is None:
+            return f"There is no checkpoint yet: begin again (overwrite=True) with {change}"
+        return (
+            "The last checkpoint is good: begin a new run with it, train(data, "
+            f"{str(newest)!r}, out_dir=<a new folder>), and with the stages that are left, {change}"
+        )
 
     def _count(self, sums: NDArray[np.float64], seconds: float, waited: float) -> None:
         progress, n = self.progress, len(self.names)
@@ -278,6 +293,7 @@ class TrainingLoop:
         progress.totals, progress.counts = after.tolist()
         progress.n_cells += int(sums[2 * n])
         progress.n_tokens += int(sums[2 * n + 1])
+        progress.n_operations += int(sums[2 * n + 2])
         progress.seconds += seconds
         progress.waited += waited
 
@@ -341,8 +357,7 @@ class TrainingLoop:
         if not math.isfinite(row["loss"]):
             msg = (
                 f"The loss on the held-out slices is not finite after step {progress.step} of stage "
-                f"{self.stage.name!r}: {row}. Look at these slices, or lower learning_rate (now "
-                f"{self._config.learning_rate:g}). The last checkpoint is good."
+                f"{self.stage.name!r}: {row}. Look at these slices. {self._advice()}"
             )
             raise FloatingPointError(msg)
         self._recorder.record(row)

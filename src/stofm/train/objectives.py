@@ -22,6 +22,13 @@ from stofm.train.losses import (
     masked_gene_loss,
     pair_distance_loss,
 )
+from stofm.train.operations import (
+    PER_PRODUCT,
+    matrix_weights,
+    products_of_embeddings,
+    products_of_masked_genes,
+    products_of_transformer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,6 +105,17 @@ class CellEncoderObjective(nn.Module):
                 first, second, temperature=self.contrastive.temperature, gather=gather
             )
         return parts
+
+    def count_operations(self, inputs: CellBatch) -> int:
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        products = 0
+        if "masked_genes" in self.weights:
+            products += products_of_masked_genes(
+                self.encoder, self.gene_head, [inputs.genes], self.masked_genes.candidates
+            )
+        if "contrastive" in self.weights:
+            products += sum(products_of_embeddings(self.encoder, view) for view in inputs.views)
+        return PER_PRODUCT * products
 
 
 class SpatialObjective(nn.Module):
@@ -183,6 +201,15 @@ class SpatialObjective(nn.Module):
                 inputs.pair_distances / self.distance_unit,
             )
         return parts
+
+    def count_operations(self, inputs: MaskedSubSliceBatch) -> int:
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        products = products_of_transformer(self.transformer, inputs)
+        if "masked_cells" in self.weights:
+            products += len(inputs.target_places) * matrix_weights(self.cell_head.layers)
+        if "pair_distances" in self.weights:
+            products += len(inputs.pair_rows) * matrix_weights(self.pair_head)
+        return PER_PRODUCT * products
 
     def predict_cells(
         self, out: SE2Output, inputs: MaskedSubSliceBatch
@@ -296,6 +323,17 @@ class JointObjective(nn.Module):
         if "masked_genes" in self.weights:
             parts["masked_genes"] = self._recover_genes(inputs, gather)
         return parts
+
+    def count_operations(self, inputs: JointBatch) -> int:
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        products = sum(products_of_embeddings(self.encoder, group) for group in inputs.cells)
+        if "masked_genes" in self.weights:
+            assert self.masked_genes is not None
+            assert self.gene_head is not None
+            products += products_of_masked_genes(
+                self.encoder, self.gene_head, inputs.genes, self.masked_genes.candidates
+            )
+        return self.spatial.count_operations(inputs.masked) + PER_PRODUCT * products
 
     def _embed(self, inputs: JointBatch) -> Float[Tensor, "sampled d_cell"]:
         """Embed the sampled cells anew, group by group."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from stofm.train.protocols import Stage
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -61,12 +64,13 @@ class OptimizerConfig:
                 msg = f"{name} must be at least 1, found {getattr(self, name)}."
                 raise ValueError(msg)
         for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                msg = f"{name} must be positive, found {getattr(self, name)}."
+            if not 0 < getattr(self, name) < math.inf:
+                msg = f"{name} must be positive and finite, found {getattr(self, name)}."
                 raise ValueError(msg)
+
         for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                msg = f"{name} must not be negative, found {getattr(self, name)}."
+            if not 0 <= getattr(self, name) < math.inf:
+                msg = f"{name} must be at least 0 and finite, found {getattr(self, name)}."
                 raise ValueError(msg)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -93,6 +97,30 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * max(0, n_steps - step) / (n_steps - warmup)
+
+
+def count_steps(
+    stage: Stage, config: OptimizerConfig, *, n_epochs: int, max_steps: int | None
+) -> int:
+    """Optimiser steps of a stage.
+
+    Parameters
+    ----------
+    stage
+        Gives the batches of each epoch.
+    config
+        Gives the batches of a step; the last step of an epoch may have fewer.
+    n_epochs, max_steps
+        Epochs, and the most steps if not None.
+    """
+    total = n_of_epoch = 0
+    for epoch in range(n_epochs):
+        if epoch == 0 or stage.epochs_differ_in_length:
+            n_of_epoch = -(-len(stage.epoch(epoch)) // config.accumulation)
+        total += n_of_epoch
+        if max_steps is not None and total >= max_steps:
+            return max_steps
+    return total
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:

@@ -77,9 +77,7 @@ class Pretraining:
     corpus, validation
         Slices to train on, and held-out ones; None for no validation.
     folder
-        Where the run's files go.
-    work
-        Where cell embeddings are kept; several runs may share it.
+        Where the run's files go, and cell embeddings.
     processes
         Those that train together.
     initialize
@@ -94,7 +92,6 @@ class Pretraining:
     corpus: Corpus
     validation: Corpus | None
     folder: RunFolder
-    work: Path
     processes: Processes
     initialize: Initializer | None = None
     show_progress_bar: bool = True
@@ -139,7 +136,11 @@ class Pretraining:
                 self._run_stage(objectives[number], trained, progress)
             self._note(objectives[number], progress, report)
             if number + 1 < len(self.stages):
-                progress = Progress(stage=number + 1, n_history_rows=progress.n_history_rows)
+                progress = Progress(
+                    stage=number + 1,
+                    n_history_rows=progress.n_history_rows,
+                    scaler=progress.scaler,
+                )
         return self._finish(model, report)
 
     def _refuse_shared_slices(self) -> None:
@@ -238,7 +239,7 @@ class Pretraining:
         recorder.save_end()
 
     def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
-        """Write the report of a stage that is finished."""
+        """Write the report of a stage that is finished, and delete what it alone needed."""
         number = progress.stage
         report |= {
             "status": f"stage {number + 1} of {len(self.stages)} is finished",
@@ -248,6 +249,8 @@ class Pretraining:
         if len(report["stages"]) == number:
             name, device = self.stages[number].name, self.processes.device
             report["stages"].append(asdict(_report(name, objective, progress, device)))
+        if self.processes.is_first:
+            self.folder.remove_refreshed()
         self._write(report)
 
     def _make_stage(
@@ -260,7 +263,8 @@ class Pretraining:
             corpus=self.corpus,
             validation=self.validation,
             draws=Draws(seed=self.run.seed, stage=number, batch_size=config.optimizer.batch_size),
-            folder=self.work / "cells",
+            folder=self.folder.work / "cells",
+            own_folder=self.folder.refreshed,
             processes=self.processes,
             device=device,
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
@@ -276,13 +280,13 @@ class Pretraining:
     def _go_on(self, stage: Stage, loop: TrainingLoop, trained: Trained) -> None:
         """Bring optimiser and stage to where the progress stands."""
         progress = loop.progress
+        self.processes.load_scaler_state(progress.scaler)
         if not progress.step:
             stage.refresh()
             return
         newest = self.folder.newest()
         assert newest is not None
         load_checkpoint(newest, trained, (loop.optimizer, stage.objective))
-        self.processes.load_scaler_state(progress.scaler)
         stage.restore(progress.stage_state)
 
     def _finish(self, model: Stofm, report: dict[str, Any]) -> TrainResult:
@@ -371,7 +375,7 @@ def _report(
         tokens=progress.n_tokens,
         seconds=round(progress.seconds, 3),
         share_waiting=round(progress.waited / max(progress.seconds, 1e-9), 4),
-        flops=6.0 * count_weights(objective, embeddings=False) * progress.n_tokens,
+        flops=float(progress.n_operations),
         peak_memory_bytes=peak_memory(device),
         best_loss=progress.best_loss,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -51,11 +52,14 @@ class Stage(Samples, Protocol):
         Of the stage in the run; part of every seed.
     objective
         Module whose ``forward(inputs, gather)`` returns a
-        :class:`~stofm.train.objectives.LossPart` for each name in its attribute ``weights``.
+        :class:`~stofm.train.objectives.LossPart` for each name in its attribute ``weights``, and
+        whose ``count_operations(inputs)`` estimates the floating-point operations of that.
     validation
         Held-out samples, loaded with the draws of epoch 0; None if there are none.
     refresh_every
         Optimiser steps after which :meth:`refresh` is called; None for never.
+    epochs_differ_in_length
+        Whether the number of batches may differ between epochs.
     """
 
     name: str
@@ -63,6 +67,11 @@ class Stage(Samples, Protocol):
     objective: nn.Module
     validation: Samples | None
     refresh_every: int | None
+
+    @property
+    def epochs_differ_in_length(self) -> bool:
+        """Whether the number of batches may differ between epochs."""
+        ...
 
     def refresh(self) -> None:
         """Compute anew what is kept of the model's output; called by all processes at once."""
@@ -79,6 +88,11 @@ class Stage(Samples, Protocol):
 
 class Recorder(Protocol):
     """Where the loop reports to."""
+
+    @property
+    def newest(self) -> Path | None:
+        """The run's newest checkpoint; None if there is none."""
+        ...
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass
+from stofm._logging import logger
 from stofm.train.config import RunConfig, StageConfig, build_part, check_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from os import PathLike
 
 GeneEmbeddings = Literal["random", "coexpression"]
@@ -72,16 +73,25 @@ class DataConfig:
     def find(self, folder: str | PathLike[str]) -> tuple[list[Path], list[Path]]:
         """Find the files to train on and those to validate on, in alphabetical order.
 
+        Patterns of `exclude` that name nothing are logged as a warning: a folder need not have
+        every file that a recipe leaves out, but the pattern may also be misspelt.
+
         Raises
         ------
         FileNotFoundError
-            The folder is not there, or a pattern names nothing in it.
+            The folder is not there, or a pattern of `train` or `validation` names nothing in it.
         """
         root = Path(folder)
         if not root.is_dir():
             msg = f"There is no data folder {root}."
             raise FileNotFoundError(msg)
         default = type(self)().train
+        if unused := [pattern for pattern in self.exclude if not any(root.glob(pattern))]:
+            logger.warning(
+                "exclude = %s names no file in %s; check the spelling if one is to be left out.",
+                unused,
+                root,
+            )
         excluded = _matches(root, self.exclude)
         held_out = _matches(root, self.validation, required=True) - excluded
         found = _matches(root, self.train, required=self.train != default)
@@ -205,13 +215,18 @@ class Recipe:
     def from_dict(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Recipe:
         """Build from plain tables, as :meth:`from_toml` reads them."""
         tables = build_dataclass(_Tables, entries, where)
-        if not tables.stage:
+        stages = _list_of_tables(tables.stage, "stage", where)
+        if not stages:
             msg = f"{where} has no [[stage]]; add one, for example [[stage]] name = 'spatial'."
             raise ValueError(msg)
-        data = dict(tables.data)
+        given: Any = tables.data
+        if not isinstance(given, Mapping):
+            msg = f"[data] of {where} must be a table, found {given!r}."
+            raise ValueError(msg)
+        data = dict(given)
         options = [
             build_part(FileConfig, t, f"[[data.options]] of {where}")
-            for t in data.pop("options", [])
+            for t in _list_of_tables(data.pop("options", []), "data.options", where)
         ]
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(
@@ -220,8 +235,18 @@ class Recipe:
                 build_part(DataConfig, lists, f"[data] of {where}"), options=tuple(options)
             ),
             model=build_part(ModelSource, tables.model, f"[model] of {where}"),
-            stages=tuple(StageConfig.from_dict(t, where) for t in tables.stage),
+            stages=tuple(StageConfig.from_dict(t, where) for t in stages),
         )
+
+
+def _list_of_tables(value: Any, name: str, where: str) -> list[Mapping[str, Any]]:
+    if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+        return value
+    msg = (
+        f"{name} of {where} must be a list of tables: write [[{name}]], with two brackets, above "
+        f"each; found {value!r}."
+    )
+    raise ValueError(msg)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ class RunRecorder:
         )
         self._since = (time.perf_counter(), progress.n_cells)
 
+    @property
+    def newest(self) -> Path | None:
+        """The run's newest checkpoint; None if there is none."""
+        return self._folder.newest()
+
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""
         self._loop.progress.n_history_rows += 1

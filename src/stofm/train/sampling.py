@@ -172,6 +172,11 @@ class SubSliceSampler:
         self._cuts: OrderedDict[tuple[int, int], list[NDArray[np.int64]]] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def epochs_differ_in_length(self) -> bool:
+        """Whether the number of sub-slices may differ between epochs."""
+        return self.vary and self._config.partition != "balanced"
+
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of all sub-slices of an epoch, slice after slice."""
         parts = [self._n_parts(k, epoch) for k in range(len(self._coordinates))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +12,11 @@ from stofm.train.cell_cache import CellCache
 from stofm.train.cell_samples import TokenReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from stofm.nn import Stofm
-    from stofm.train.cell_cache import Together
+    from stofm.train.cell_cache import EncodedSlice, Together
     from stofm.train.cell_samples import Draws
     from stofm.train.config import StageConfig
     from stofm.train.corpus import Corpus
@@ -41,7 +41,9 @@ class StageSetup:
     draws
         What samples are drawn by.
     folder
-        Work folder, in which cell embeddings are kept.
+        Work folder, in which a stage's first cell embeddings are kept; several runs may share it.
+    own_folder
+        Folder of the run alone, for what is computed anew while a stage goes on.
     processes
         Those that train together.
     device, dtype
@@ -55,6 +57,7 @@ class StageSetup:
     validation: Corpus | None = None
     draws: Draws
     folder: Path
+    own_folder: Path
     processes: Together
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -76,12 +79,15 @@ class StageSetup:
 
 
 class KeptResults:
-    """Results of a stage on disk: the present one, and older ones that checkpoints refer to.
+    """Results of a stage on disk: the first, the present one, and older ones.
+
+    The first is in the work folder, where other stages and runs may use it, and stays. Those
+    after it are in a folder of the run, until no checkpoint refers to them.
 
     Parameters
     ----------
     remove
-        Deletes a result.
+        Deletes a result from the run's folder.
     """
 
     def __init__(self, remove: Callable[[str], object]) -> None:
@@ -91,13 +97,13 @@ class KeptResults:
         self._made: list[str] = []
         self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
 
-    def replace(self, key: str) -> None:
-        """Take a new result, and delete those that nothing refers to.
+    def first(self, key: str) -> str:
+        """Key of the first result; that of the result that is to come if there is none."""
+        return key if self._first is None else self._first
 
-        The first one stays: other stages and runs may use it.
-        """
-        if self._first is None:
-            self._first = key
+    def replace(self, key: str) -> None:
+        """Take a new result, and delete those that nothing refers to."""
+        self._first = self.first(key)
         if key not in (self._first, self._key):
             self._made.append(key)
         self._key = key
@@ -123,14 +129,32 @@ class KeptResults:
 
 
 class KeptFeatures:
-    """Cell embeddings on disk of the sub-slices to train on and to validate on."""
+    """Cell embeddings on disk of the sub-slices to train on and to validate on.
+
+    Those to validate on are the stage's first, so that losses at different steps are of the same
+    targets; only the means that a model takes off freshly computed embeddings are renewed.
+
+    Parameters
+    ----------
+    setup
+        Model, slices, folders.
+    config
+        Whether there are virtual cells.
+    training, held_out
+        Sub-slices that are built from the embeddings.
+    """
 
     def __init__(
-        self, setup: StageSetup, config: StageConfig, samples: Sequence[SubSliceSamples]
+        self,
+        setup: StageSetup,
+        config: StageConfig,
+        training: SubSliceSamples,
+        held_out: SubSliceSamples | None,
     ) -> None:
         self._setup = setup
-        self._samples = samples
-        self._caches = [
+        self._training = training
+        self._held_out = held_out
+        self._shared = [
             CellCache(
                 folder=setup.folder,
                 corpus=corpus,
@@ -141,31 +165,58 @@ class KeptFeatures:
             )
             for corpus in setup.corpora
         ]
+        self._own = [replace(cache, folder=setup.own_folder) for cache in self._shared]
+        # Of these only the means are used.
+        self._own[1:] = [replace(cache, virtual_cells=False) for cache in self._own[1:]]
+        self._results = KeptResults(self._remove)
 
-    def encode(self) -> str:
-        """Encode all cells with the cell encoder as it is; returns the result's key."""
-        found = [
-            cache.encode(
-                self._setup.model,
-                self._setup.processes,
-                show_progress_bar=self._setup.show_progress_bar,
-            )
-            for cache in self._caches
-        ]
-        for samples, (_, encoded) in zip(self._samples, found, strict=True):
-            samples.encoded = encoded
-        return found[0][0]
+    def refresh(self) -> None:
+        """Encode all cells with the cell encoder as it is, unless that is done already."""
+        key = self._present_key()
+        self._fill(key, encode=True)
+        self._results.replace(key)
 
-    def reopen(self, key: str) -> None:
-        """Use what a checkpoint noted; made again if the cell encoder is still the same."""
-        if key == self._caches[0].key_of(self._setup.model):
-            self.encode()
+    def state(self) -> dict[str, str]:
+        """Which cell embeddings are in use."""
+        return self._results.state()
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """Use what :meth:`state` noted; made again if the cell encoder is still the same.
+
+        Raises
+        ------
+        FileNotFoundError
+            It is lost, and the cell encoder has changed since.
+        """
+        if (key := self._results.restore(state)) is not None:
+            self._fill(key, encode=key == self._present_key())
+
+    def _present_key(self) -> str:
+        return self._shared[0].key_of(self._setup.model)
+
+    def _fill(self, key: str, *, encode: bool) -> None:
+        """Give the sub-slices a result: make it, or open what is there."""
+        first = self._results.first(key)
+        caches = self._shared if key == first else self._own
+        self._training.encoded = self._get(caches[0], key, encode=encode)
+        if self._held_out is None:
             return
-        for samples, cache in zip(self._samples, self._caches, strict=True):
-            samples.encoded = cache.open(key)
+        kept = self._get(self._shared[1], first, encode=encode and key == first)
+        if key != first and self._setup.model.config.cell_encoder.centering != "none":
+            now = self._get(caches[1], key, encode=encode)
+            pairs = zip(kept, now, strict=True)
+            kept = [replace(old, center=new.center) for old, new in pairs]
+        self._held_out.encoded = kept
 
-    def remove(self, key: str) -> None:
-        """Delete cell embeddings on disk."""
+    def _get(self, cache: CellCache, key: str, *, encode: bool) -> list[EncodedSlice]:
+        if not encode:
+            return cache.open(key)
+        setup = self._setup
+        return cache.encode(
+            setup.model, setup.processes, show_progress_bar=setup.show_progress_bar
+        )[1]
+
+    def _remove(self, key: str) -> None:
         if self._setup.processes.rank == 0:
-            for cache in self._caches:
+            for cache in self._own:
                 cache.remove(key)

@@ -79,7 +79,7 @@ class CellEncoderStage(CellSamples):
         self._centres = centering != "none" and "contrastive" in objective.weights
         self.refresh_every: int | None = config.center_every if self._centres else None
         self._setup = setup
-        self._caches = [
+        self._shared = [
             CenterCache(
                 folder=setup.folder,
                 corpus=corpus,
@@ -89,15 +89,18 @@ class CellEncoderStage(CellSamples):
             )
             for corpus in setup.corpora
         ]
+        self._own = [replace(cache, folder=setup.own_folder) for cache in self._shared]
         self._results = KeptResults(self._remove)
 
     def refresh(self) -> None:
         """Estimate the slices' centres anew, if the model centres."""
         if not self._centres:
             return
-        keys = [cache.compute(self._setup.model, self._setup.processes) for cache in self._caches]
-        self._open(keys[0])
-        self._results.replace(keys[0])
+        key = self._shared[0].key_of(self._setup.model)
+        for cache in self._caches(key):
+            cache.compute(self._setup.model, self._setup.processes)
+        self._open(key)
+        self._results.replace(key)
 
     def state(self) -> dict[str, str]:
         """Which centres are in use."""
@@ -109,18 +112,22 @@ class CellEncoderStage(CellSamples):
         Raises
         ------
         FileNotFoundError
-            They are not in the work folder any more.
+            They are not on disk any more.
         """
         if (key := self._results.restore(state)) is not None:
             self._open(key)
 
+    def _caches(self, key: str) -> list[CenterCache]:
+        """Where the result of that key is kept."""
+        return self._shared if key == self._results.first(key) else self._own
+
     def _open(self, key: str) -> None:
-        for samples, cache in zip(self._samples, self._caches, strict=True):
+        for samples, cache in zip(self._samples, self._caches(key), strict=True):
             samples.centers = cache.open(key)
 
     def _remove(self, key: str) -> None:
         if self._setup.processes.rank == 0:
-            for cache in self._caches:
+            for cache in self._own:
                 cache.remove(key)
 
 
@@ -157,16 +164,15 @@ class SpatialStage(SubSliceSamples):
         )
         held_out = _held_out(setup, config)
         self.validation: Samples | None = held_out
-        self._features = KeptFeatures(setup, config, [self, *([held_out] if held_out else [])])
-        self._results = KeptResults(self._features.remove)
+        self._features = KeptFeatures(setup, config, self, held_out)
 
     def refresh(self) -> None:
         """Encode all cells and find the virtual cells, unless that is done already."""
-        self._results.replace(self._features.encode())
+        self._features.refresh()
 
     def state(self) -> dict[str, str]:
         """Which cell embeddings are in use."""
-        return self._results.state()
+        return self._features.state()
 
     def restore(self, state: Mapping[str, str]) -> None:
         """Use the cell embeddings that :meth:`state` noted.
@@ -174,10 +180,9 @@ class SpatialStage(SubSliceSamples):
         Raises
         ------
         FileNotFoundError
-            They are not in the work folder any more, and the cell encoder has changed since.
+            They are not on disk any more, and the cell encoder has changed since.
         """
-        if (key := self._results.restore(state)) is not None:
-            self._features.reopen(key)
+        self._features.restore(state)
 
 
 class JointStage(JointSamples):
@@ -229,16 +234,18 @@ class JointStage(JointSamples):
                 sampled_cells=config.sampled_cells,
                 token_masking=token_masking,
             )
-        self._features = KeptFeatures(setup, config, [training, *([held_out] if held_out else [])])
-        self._results = KeptResults(self._features.remove)
+        self._features = KeptFeatures(setup, config, training, held_out)
 
     def refresh(self) -> None:
-        """Encode all cells with the cell encoder as it is now, and find the virtual cells."""
-        self._results.replace(self._features.encode())
+        """Encode all cells with the cell encoder as it is now, and find the virtual cells.
+
+        The held-out slices keep the stage's first embeddings.
+        """
+        self._features.refresh()
 
     def state(self) -> dict[str, str]:
         """Which cell embeddings are in use."""
-        return self._results.state()
+        return self._features.state()
 
     def restore(self, state: Mapping[str, str]) -> None:
         """Use the cell embeddings that :meth:`state` noted.
@@ -246,10 +253,9 @@ class JointStage(JointSamples):
         Raises
         ------
         FileNotFoundError
-            They are not in the work folder any more, and the cell encoder has changed since.
+            They are not on disk any more, and the cell encoder has changed since.
         """
-        if (key := self._results.restore(state)) is not None:
-            self._features.reopen(key)
+        self._features.restore(state)
 
 
 def _training_rules(setup: StageSetup, config: StageConfig) -> SubSliceConfig:

@@ -54,6 +54,8 @@ class Progress:
         The checkpoint written last.
     n_cells, n_tokens
         Cells and tokens (or nodes) seen in the stage, by all processes.
+    n_operations
+        Estimate of the floating-point operations of the stage's steps, of all processes.
     seconds, waited
         Time spent on the stage's steps, and the part of it spent waiting for data.
     n_history_rows
@@ -77,6 +79,7 @@ class Progress:
     n_without_improvement: int = 0
     n_cells: int = 0
     n_tokens: int = 0
+    n_operations: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     n_history_rows: int = 0
@@ -202,15 +205,43 @@ class RunFolder:
     ----------
     path
         The folder.
+    work
+        Where prepared slices and cell embeddings are kept; ``work/`` in it by default. Several
+        runs may share it.
+
+    Raises
+    ------
+    ValueError
+        The work folder is the run's folder or one that the run uses itself.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], work: str | os.PathLike[str] | None = None
+    ) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.history = self.path / "history.csv"
         self.report = self.path / "run.json"
         self.model = self.path / "model"
-        self.work = self.path / _WORK
+        #: For what the present stage computes anew as it goes on.
+        self.refreshed = self.path / "refreshed"
+        self._cleared = (self.checkpoints, self.model, self.path / "tensorboard", self.refreshed)
+        self.work = self.path / _WORK if work is None else Path(work)
+        self._work_name = self._name_inside(self.work)
+
+    def _name_inside(self, work: Path) -> str | None:
+        """Name of the folder in this one that `work` is in, or is; None if it is elsewhere."""
+        path, place = self.path.resolve(), work.resolve()
+        if not place.is_relative_to(path):
+            return None
+        name = place.relative_to(path).parts[:1]
+        if not name or name[0] in {p.name for p in self._cleared}:
+            msg = (
+                f"work_dir {str(work)!r} is the run's own folder or one that the run clears; "
+                f"choose another, such as {str(self.path / _WORK)!r} (the default)."
+            )
+            raise ValueError(msg)
+        return name[0]
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that may not be written to.
@@ -233,7 +264,8 @@ class RunFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         # Of a run that was stopped while its slices were prepared there is only the work folder.
-        if not self.report.is_file() and {p.name for p in self.path.iterdir()} != {_WORK}:
+        others = {p.name for p in self.path.iterdir()} - {_WORK, self._work_name}
+        if others and not self.report.is_file():
             msg = f"{self.path} holds something else than a run of stofm; take another folder."
             raise FileExistsError(msg)
         if self.report.is_file() and not (resume or overwrite):
@@ -273,8 +305,8 @@ class RunFolder:
         return entries
 
     def clear(self) -> None:
-        """Delete a run, but not what was prepared for it in ``work/``."""
-        for folder in (self.checkpoints, self.model, self.path / "tensorboard"):
+        """Delete a run, but not what was prepared for it in the work folder."""
+        for folder in self._cleared:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.history, self.report):
             file.unlink(missing_ok=True)
@@ -294,6 +326,10 @@ class RunFolder:
         for folder in self._all():
             if folder.name not in keep and not folder.name.endswith(_FINAL):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def remove_refreshed(self) -> None:
+        """Delete what a stage that is finished has computed anew."""
+        shutil.rmtree(self.refreshed, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write has left."""

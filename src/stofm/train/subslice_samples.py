@@ -93,6 +93,11 @@ class SubSliceSamples:
             self._built.clear()
             self._built_bytes = 0
 
+    @property
+    def epochs_differ_in_length(self) -> bool:
+        """Whether the number of batches may differ between epochs."""
+        return self._sampler.epochs_differ_in_length
+
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice once."""
         rng = self._draws.generator(number, Purpose.ORDER)
@@ -192,6 +197,11 @@ class JointSamples:
         self._draws = draws
         self._sampled_cells = sampled_cells
         self._token_masking = token_masking
+
+    @property
+    def epochs_differ_in_length(self) -> bool:
+        """Whether the number of batches may differ between epochs."""
+        return self.subslices.epochs_differ_in_length
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice once."""
