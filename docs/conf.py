@@ -45,7 +45,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "measured", "**.ipynb_checkpoints"]
 
 autosummary_generate = True
 autodoc_member_order = "bysource"

@@ -60,7 +60,7 @@ def sources(files: Sequence[Path]) -> str:
             told["species"],
             told["tissue"],
             f"{adata.n_obs:,}",
-            f"{told['repository']} ({told['licence']})",
+            f"{told['repo']} ({told['licence']})",
             told["paper"],
         ]
         lines.append("| " + " | ".join(str(column).replace("|", "/") for column in columns) + " |")
@@ -100,8 +100,8 @@ def card(model: Stofm, run: Mapping[str, Any], files: Sequence[Path], probes: st
             probes,
             "\n" + LIMITS.format(n_cells=run["n_cells"], n_slices=run["n_slices"]),
             "## Data\n",
-            "Gene medians come from the same slices and those that evaluate siblings of the probes' "
-            "(see recipes/fit_mini_vocabulary.py). Trained on:\n",
+            "The vocabulary and its medians, one number per gene, come from more slices (see "
+            "recipes/fit_mini_vocabulary.py). Weights were trained on these only:\n",
             sources(files),
             "",
         ]
