@@ -32,7 +32,7 @@ PROVENANCE = (
 INTRODUCTION = """\
 A small model for spatial transcriptomics slices, human and mouse, panels and whole transcriptomes.
 It is embedded in the package so that `st.tl.embed(adata)` works offline, on a laptop, at thousands
-of cells per second. It follows SToFM (arXiv 2507.11588), at a hundredth of its size.
+of cells per second. It follows SToFM (arXiv 2507.11588), at a twelfth of its size.
 """
 LIMITS = """\
 ## What it is not good for
