@@ -21,7 +21,7 @@ def check_sum(config: Any, *names: str) -> None:
         raise ValueError(msg)
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuse a value that is not among those allowed."""
     if value not in allowed:
         msg = f"{name} must be one of {list(allowed)}, found {value!r}."

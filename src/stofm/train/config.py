@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from stofm._config import build_dataclass
+from stofm.train._checks import check_choice
 from stofm.train.cell_masking import SpatialMasking
 from stofm.train.gene_masking import TokenMasking
 from stofm.train.losses import CellLoss, ContrastiveConfig, LossWeights, MaskedGeneConfig
@@ -17,13 +18,6 @@ StageName = Literal["cell_encoder", "spatial", "joint"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 #: What is handed on from a stage: the weights with the lowest held-out loss, or the last ones.
 Keep = Literal["best", "last"]
-
-
-def check_choice(config: Any, name: str, allowed: tuple[Any, ...]) -> None:
-    """Refuse a value of a config that is not among those allowed."""
-    if getattr(config, name) not in allowed:
-        msg = f"{name} must be one of {list(allowed)}, found {getattr(config, name)!r}."
-        raise ValueError(msg)
 
 
 def _check_at_least_one(config: Any, *names: str) -> None:
@@ -73,8 +67,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_choice(self, "precision", get_args(Precision))
-        check_choice(self, "keep", get_args(Keep))
+        check_choice("precision", self.precision, get_args(Precision))
+        check_choice("keep", self.keep, get_args(Keep))
         _check_at_least_one(self, "validate_every", "patience", "checkpoint_every", "log_every")
         for name in ("seed", "n_threads"):
             if getattr(self, name) < 0:
@@ -156,8 +150,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_choice(self, "name", get_args(StageName))
-        check_choice(self, "cell_loss", get_args(CellLoss))
+        check_choice("name", self.name, get_args(StageName))
+        check_choice("cell_loss", self.cell_loss, get_args(CellLoss))
         _check_at_least_one(self, "epochs", "max_steps", "subslice_cells", "sampled_cells")
         _check_at_least_one(self, "refresh_every", "center_cells", "center_every")
         if not self.distance_unit > 0:

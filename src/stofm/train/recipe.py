@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass
 from stofm._logging import logger
-from stofm.train.config import RunConfig, StageConfig, build_part, check_choice
+from stofm.train._checks import check_choice
+from stofm.train.config import RunConfig, StageConfig, build_part
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -49,7 +50,7 @@ class FileConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_choice(self, "species", ("auto", "human", "mouse"))
+        check_choice("species", self.species, ("auto", "human", "mouse"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +161,8 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        check_choice(self, "preset", ("mini", "base"))
-        check_choice(self, "gene_embeddings", get_args(GeneEmbeddings))
+        check_choice("preset", self.preset, ("mini", "base"))
+        check_choice("gene_embeddings", self.gene_embeddings, get_args(GeneEmbeddings))
         changes = [
             name
             for name in ("cell_encoder", "se2_transformer", "subslice", "max_tokens")
