@@ -30,6 +30,8 @@ class Obs:
     SUBSLICE: Final = "stofm_subslice"
     VIRTUAL_CELL: Final = "stofm_virtual_cell"
     DOMAIN: Final = "stofm_domain"
+    ANNOTATION: Final = "stofm_annotation"
+    ANNOTATION_CONFIDENCE: Final = "stofm_annotation_confidence"
 
 
 class Obsm:
@@ -41,6 +43,10 @@ class Obsm:
     X_CELL: Final = "X_stofm_cell"
     X: Final = "X_stofm"
     COORDINATES: Final = "stofm_spatial"
+    ANNOTATION_PROBA: Final = "stofm_annotation_proba"
+    DECONVOLUTION: Final = "stofm_deconvolution"
+    DECONVOLUTION_STD: Final = "stofm_deconvolution_std"
+    IMPUTED: Final = "stofm_imputed"
 
 
 class Suffix:
