@@ -29,7 +29,14 @@ def test_departures_from_the_paper_are_off_and_may_be_left_out():
     for name, off in (("values", "none"), ("pooled", False), ("centering", "none")):
         assert entries["cell_encoder"].pop(name) == off
     assert entries["se2_transformer"].pop("feature_scale") == 1
+    assert entries["se2_transformer"].pop("distance_start") == "random"
     assert StofmConfig.from_dict(entries) == config
+
+
+def test_distance_start_is_one_of_two():
+    config = StofmConfig.base(10).se2_transformer
+    with pytest.raises(ValueError, match=r"distance_start must be one of .*found 'far'"):
+        replace(config, distance_start="far")
 
 
 def test_feature_scale_must_be_positive():

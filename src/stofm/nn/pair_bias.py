@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
     from stofm.nn.batch import PairIndex
 
+#: To which curve :meth:`GaussianDistanceBias.favor_near` fits: so far and so finely (model units), a
+#: distance that stands for all beyond, and the bias that amounts to no attention.
+_FIT_UP_TO, _FIT_POINTS, _FAR = 14.0, 281, 50.0
+_LOWEST_BIAS = -6.0
+_RIDGE = 1e-6
+
 
 class GaussianDistanceBias(nn.Module):
     """One bias per attention head from a distance, by a learned mixture of Gaussians.
@@ -41,6 +47,30 @@ class GaussianDistanceBias(nn.Module):
         self.hidden = nn.Linear(n_kernels, n_kernels)
         self.output = nn.Linear(n_kernels, n_heads)
 
+    @torch.no_grad()
+    def favor_near(self) -> None:
+        """Set the output weights so that attention falls with distance from the start.
+
+        The biases of three heads in four become -d^2 / (2 r^2), with reaches r from 1 to 4 model
+        units (a slice's diagonal is 100) and -6 at the least; those of the others become 0. Only
+        the last linear map changes; it is the least-squares fit to these curves.
+        """
+        device, dtype = self.output.weight.device, self.output.weight.dtype
+        near = torch.linspace(0.0, _FIT_UP_TO, _FIT_POINTS)
+        far = torch.full((_FIT_POINTS // 4,), _FAR)
+        distances = torch.cat([near, far])
+        n_heads = self.output.out_features
+        n_near = n_heads - n_heads // 4
+        wanted = torch.zeros(len(distances), n_heads, dtype=torch.float64)
+        for head, reach in enumerate(torch.logspace(0.0, math.log10(4.0), n_near).tolist()):
+            wanted[:, head] = (-(distances**2) / (2 * reach**2)).clamp(min=_LOWEST_BIAS)
+        hidden = self._hidden(distances.to(device)).cpu().double()
+        design = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
+        ridge = _RIDGE * torch.eye(design.shape[1], dtype=torch.float64)
+        fitted = torch.linalg.solve(design.T @ design + ridge, design.T @ wanted)
+        self.output.weight.copy_(fitted[:-1].T.to(device, dtype))
+        self.output.bias.copy_(fitted[-1].to(device, dtype))
+
     def forward(self, distances: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs heads"]:
         """Evaluate the bias of each distance, in the precision of the weights."""
         # Distances up to 100 need more than bfloat16's three digits.
@@ -48,15 +78,17 @@ class GaussianDistanceBias(nn.Module):
             return self._evaluate(distances)
 
     def _evaluate(self, distances: Tensor) -> Tensor:
+        bias: Tensor = self.output(self._hidden(distances))
+        return bias
+
+    def _hidden(self, distances: Tensor) -> Tensor:
         width = self.widths.abs() + 1e-5
         x = self.scale * distances.to(self.means.dtype)[:, None] + self.shift
         # exp(-z^2 / 2) / (sqrt(2 pi) width), with the factor moved into the small vectors.
         z = (x - self.means) * (math.sqrt(0.5) / width)
         density = z.square_().neg_().exp_() if not torch.is_grad_enabled() else (-z * z).exp()
         weight = self.hidden.weight / (math.sqrt(2 * math.pi) * width)
-        hidden = torch.relu_(nn.functional.linear(density, weight, self.hidden.bias))
-        bias: Tensor = self.output(hidden)
-        return bias
+        return torch.relu_(nn.functional.linear(density, weight, self.hidden.bias))
 
 
 class _ScatterPairs(torch.autograd.Function):

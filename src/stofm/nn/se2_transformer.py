@@ -167,6 +167,8 @@ class SE2Transformer(nn.Module):
         self.distance_bias = GaussianDistanceBias(
             n_kernels=config.n_kernels, n_heads=config.n_heads
         )
+        if config.distance_start == "near":
+            self.distance_bias.favor_near()
         self.layers = nn.ModuleList(
             SE2Layer(
                 d_model=config.d_model,
