@@ -236,18 +236,25 @@ def principal_components(slices: Sequence[AnnData]) -> list[NDArray[np.float32]]
     A cell's counts, of all its genes, are scaled to 10,000. Of more than 3,000 genes those that
     vary most are taken.
     """
-    genes = reduce(np.intersect1d, [one.var_names.to_numpy(dtype=str) for one in slices])
-    if len(genes) < 2:
-        msg = f"The slices have {len(genes)} genes in common, by name; PCs need two or more."
+    stacked = sparse.vstack(log_counts(slices)).tocsr()
+    if stacked.shape[1] < 2:
+        msg = f"The slices have {stacked.shape[1]} genes in common, by name; PCs need two or more."
         raise ValueError(msg)
-    stacked = sparse.vstack([_log_normalized(one)[:, _columns(one, genes)] for one in slices])
-    stacked = stacked.tocsr()
-    if len(genes) > _MOST_GENES:
+    if stacked.shape[1] > _MOST_GENES:
         variance = mean_variance_axis(stacked, axis=0)[1]
         stacked = stacked[:, np.sort(np.argsort(-variance, kind="stable")[:_MOST_GENES])]
     pca = PCA(min(_N_COMPONENTS, min(stacked.shape) - 1), svd_solver="arpack", random_state=0)
     scores = pca.fit_transform(stacked).astype(np.float32)
     return np.split(scores, np.cumsum([one.n_obs for one in slices])[:-1])
+
+
+def log_counts(slices: Sequence[AnnData]) -> list[Any]:
+    """Log-normalised counts over the genes that all slices have, by name in alphabetical order.
+
+    A cell's counts, of all its genes, are scaled to 10,000.
+    """
+    genes = reduce(np.intersect1d, [one.var_names.to_numpy(dtype=str) for one in slices])
+    return [_log_normalized(one)[:, _columns(one, genes)] for one in slices]
 
 
 def _log_normalized(adata: AnnData) -> Any:

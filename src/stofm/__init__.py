@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     from stofm import datasets, genes, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
+    from stofm.tl import AnnotationHead, DeconvolutionHead, ImputationHead
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnnotationHead",
+    "DeconvolutionHead",
     "GeneVocabulary",
+    "ImputationHead",
     "Stofm",
     "__version__",
     "datasets",
@@ -39,6 +43,9 @@ _LAZY = {
     "metrics": "stofm.metrics",
     "GeneVocabulary": "stofm.genes",
     "Stofm": "stofm.nn",
+    "AnnotationHead": "stofm.tl",
+    "DeconvolutionHead": "stofm.tl",
+    "ImputationHead": "stofm.tl",
 }
 
 

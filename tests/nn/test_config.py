@@ -97,3 +97,20 @@ def test_missing_entry_is_refused():
 def test_bad_values_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_rules_leave_out_labels_defaults_and_first_weights():
+    config = StofmConfig.mini(10)
+    rules = config.rules()
+    assert set(rules) == {"cell_encoder", "se2_transformer", "subslice", "max_tokens"}
+    assert "dropout" not in rules["cell_encoder"]
+    changed = replace(
+        config,
+        name="other",
+        trained=True,
+        se2_transformer=replace(config.se2_transformer, distance_start="random"),
+    )
+    assert changed.rules() == rules
+    assert replace(config, max_tokens=7).rules() != rules
+    deeper = replace(config.se2_transformer, n_layers=7)
+    assert replace(config, se2_transformer=deeper).rules() != rules

@@ -263,7 +263,7 @@ def test_a_gradient_that_is_not_finite_is_refused_too():
     stage.objective.first.weight.register_hook(lambda gradient: gradient / 0)
     with pytest.raises(FloatingPointError, match="The gradient is not finite at step 1") as caught:
         train(stage, run={"precision": "bf16-mixed"})
-    assert "There is no checkpoint yet: begin again (overwrite=True)" in str(caught.value)
+    assert "There is no checkpoint yet: begin again with a lower learning_rate" in str(caught.value)
     assert "or precision='32' (now 'bf16-mixed')." in str(caught.value)
 
 

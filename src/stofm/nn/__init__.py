@@ -8,6 +8,7 @@ from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
 from stofm.nn.device import choose_device, choose_dtype
 from stofm.nn.inference import embed_slice, encode_cells, project_cells
 from stofm.nn.pair_bias import GaussianDistanceBias
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.nn.se2_transformer import PairState, SE2Output, SE2Transformer
 from stofm.nn.stofm import Stofm, UntrainedModelWarning
 from stofm.spatial import SubSliceConfig
@@ -17,8 +18,10 @@ __all__ = [
     "CellEncoderConfig",
     "GaussianDistanceBias",
     "GeneBag",
+    "HeadConfig",
     "PairIndex",
     "PairState",
+    "PredictionHead",
     "SE2Output",
     "SE2Transformer",
     "SE2TransformerConfig",

@@ -36,6 +36,11 @@ def _check_heads(width: int, n_heads: int, name: str) -> None:
         raise ValueError(msg)
 
 
+def _not_default(config: Any) -> dict[str, Any]:
+    own = ((one.name, getattr(config, one.name), one.default) for one in dataclasses.fields(config))
+    return {name: value for name, value, default in own if value != default}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellEncoderConfig:
     """BERT over ranked gene tokens, and the projection to the cell embedding.
@@ -199,6 +204,21 @@ class StofmConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
         return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    def rules(self) -> dict[str, Any]:
+        """Return what the embeddings depend on, as far as it differs from the defaults.
+
+        So an option that a later version adds changes no model's fingerprint while it is at its
+        default.
+        """
+        transformer = _not_default(self.se2_transformer)
+        transformer.pop("distance_start", None)  # decides first weights only
+        return {
+            "cell_encoder": _not_default(self.cell_encoder),
+            "se2_transformer": transformer,
+            "subslice": _not_default(self.subslice),
+            "max_tokens": self.max_tokens,
+        }
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> StofmConfig:

@@ -79,10 +79,7 @@ class Stofm(nn.Module):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any weight, token or rule of the model."""
-        rules = self.config.to_dict()
-        for label in ("name", "provenance", "stofm_version", "trained"):
-            rules.pop(label)
-        described = json.dumps(rules, sort_keys=True) + self.vocabulary.fingerprint
+        described = json.dumps(self.config.rules(), sort_keys=True) + self.vocabulary.fingerprint
         weights = _digest(self.state_dict())
         return hashlib.sha256((described + weights).encode()).hexdigest()[:16]
 

@@ -52,11 +52,16 @@ def marker_area(ax: Axes, panel: Panel) -> float:
     """Return the scatter size (square points) at which neighbouring cells just about touch."""
     if panel.spacing == 0.0:
         return _ALONE_DIAMETER**2
+    diameter = _FILL * panel.spacing * points_per_unit(ax, panel)
+    return float(np.clip(diameter, _MIN_DIAMETER, _MAX_DIAMETER)) ** 2
+
+
+def points_per_unit(ax: Axes, panel: Panel) -> float:
+    """Points on the page of one unit of the coordinates."""
     window = ax.get_window_extent()
     width, height = panel.high - panel.low
-    pixels = min(window.width / width, window.height / height) * panel.spacing
-    diameter = _FILL * pixels / root_figure(ax).dpi * _POINTS_PER_INCH
-    return float(np.clip(diameter, _MIN_DIAMETER, _MAX_DIAMETER)) ** 2
+    pixels = min(window.width / width, window.height / height)
+    return float(pixels / root_figure(ax).dpi * _POINTS_PER_INCH)
 
 
 def draw_cells(ax: Axes, panel: Panel, color: Categories | Values, *, area: float) -> None:

@@ -125,6 +125,56 @@ class Layout:
         return range(self.n_block_columns)
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Axes of a given width and height in inches, without labels and legends."""
+
+    ax: Axes
+    width: float
+    height: float
+
+
+def arrange(rows: list[list[Slot]]) -> None:
+    """Place axes in rows, and size the figure, so that labels and legends have room.
+
+    Axes are level at their top. They need their labels and legends, as these are measured.
+    """
+    figure = root_figure(rows[0][0].ax)
+    margins = [[_margins(slot) + _GAP_INCHES / 2 for slot in row] for row in rows]
+    widths = [
+        sum(slot.width + room[[0, 2]].sum() for slot, room in zip(row, rooms, strict=True))
+        for row, rooms in zip(rows, margins, strict=True)
+    ]
+    above = [max(room[3] for room in rooms) for rooms in margins]
+    heights = [
+        top + max(slot.height + room[1] for slot, room in zip(row, rooms, strict=True))
+        for row, rooms, top in zip(rows, margins, above, strict=True)
+    ]
+    size = np.array([max(widths), sum(heights)])
+    figure.set_size_inches(*size)
+    ceiling = size[1]
+    for row, rooms, top, height in zip(rows, margins, above, heights, strict=True):
+        left = 0.0
+        for slot, room in zip(row, rooms, strict=True):
+            left += room[0]
+            inches = (left, ceiling - top - slot.height, slot.width, slot.height)
+            slot.ax.set_position(tuple(np.array(inches) / np.tile(size, 2)))
+            left += slot.width + room[2]
+        ceiling -= height
+
+
+def _margins(slot: Slot) -> NDArray[np.float64]:
+    """Inches that labels and legends take: (4,) left, bottom, right, top."""
+    figure = root_figure(slot.ax)
+    size = figure.get_size_inches()
+    slot.ax.set_position((0.0, 0.0, slot.width / size[0], slot.height / size[1]))
+    figure.draw_without_rendering()
+    box = slot.ax.get_tightbbox()
+    assert box is not None
+    left, bottom, right, top = np.array(box.extents) / figure.dpi
+    return np.maximum([-left, -bottom, right - slot.width, top - slot.height], 0.0)
+
+
 def finish(axes: list[Axes], *, show: bool | None, save: str | Path | None) -> Axes | list[Axes]:
     """Save and show the figure as asked; return the axes, a single one without its list."""
     if save is not None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from stofm._anndata import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._draw import add_key, add_scale_bar, draw_cells, marker_area
-from stofm.pl._panels import Layout, finish, frame_panel, make_axes
+from stofm.pl._draw import add_scale_bar
+from stofm.pl._maps import draw_maps
+from stofm.pl._panels import finish
 from stofm.pl._slices import read_panels
 from stofm.pl._style import resolve_color
 
@@ -109,31 +108,8 @@ def spatial(
         resolve_color(adata, key, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax)
         for key in keys
     ]
-    what = f"{len(panels)} slices x {len(colors)} colours"
-    axes, is_new = make_axes(ax, len(panels) * len(colors), what=what)
-    blocks = [axes[i : i + len(panels)] for i in range(0, len(axes), len(panels))]
-    layout = Layout.plan(panels, len(colors), ncols)
-    is_single = len(panels) == 1
-    sides = []
-    for block, shown in zip(blocks, colors, strict=True):
-        for panel_ax, panel in zip(block, panels, strict=True):
-            title = shown.key if is_single else panel.name
-            frame_panel(panel_ax, panel, title=title, invert_y=invert_y)
-        sides.append(
-            add_key(
-                block[layout.n_columns - 1],
-                shown,
-                np.concatenate([panel.rows for panel in panels]),
-                title="" if is_single else shown.key,
-                height=layout.block_height(len(panels)),
-            )
-        )
-    if is_new:
-        layout.apply(blocks, sides)
-    for block, shown in zip(blocks, colors, strict=True):
-        for panel_ax, panel in zip(block, panels, strict=True):
-            area = marker_area(panel_ax, panel) if size is None else size
-            draw_cells(panel_ax, panel, shown, area=area)
-            if microns_per_unit is not None:
-                add_scale_bar(panel_ax, microns_per_unit)
+    axes = draw_maps(panels, colors, ncols=ncols, size=size, invert_y=invert_y, ax=ax)
+    if microns_per_unit is not None:
+        for panel_ax in axes:
+            add_scale_bar(panel_ax, microns_per_unit)
     return finish(axes, show=show, save=save)

@@ -121,7 +121,7 @@ def resolve_color(
         values = adata.obs[key].to_numpy(dtype=np.float64, na_value=np.nan)
     else:
         values = _gene(adata, key, layer)
-    low, high = _limits(values, vmin, vmax)
+    low, high = value_limits(values, vmin, vmax)
     return Values(key, values, low, high, cmap)
 
 
@@ -172,9 +172,10 @@ def _gene(adata: AnnData, gene: str, layer: str | None) -> NDArray[np.float64]:
     return values
 
 
-def _limits(
+def value_limits(
     values: NDArray[np.float64], vmin: float | str | None, vmax: float | str | None
 ) -> tuple[float, float]:
+    """Return the ends of the colour map: numbers, percentiles such as "p99", None for extremes."""
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return 0.0, 1.0
@@ -198,14 +199,23 @@ def _limit(limit: float | str | None, values: NDArray[np.float64], *, default: f
     return float(np.percentile(values, float(match[1])))
 
 
+def choose_colors(
+    adata: AnnData,
+    key: str,
+    names: tuple[str, ...],
+    palette: Mapping[str, str] | Sequence[str] | None,
+) -> list[str]:
+    """Return a colour for each name: from `palette`, else those stored for `key`, else default."""
+    colors = _palette_colors(names, palette) or stored_colors(adata, key, len(names))
+    return distinct_colors(len(names)) if colors is None else colors
+
+
 def _categories(
     adata: AnnData, key: str, palette: Mapping[str, str] | Sequence[str] | None
 ) -> Categories:
     column = category_names(adata.obs[key])
     names = tuple(column.cat.categories)
-    colors = _palette_colors(names, palette) or stored_colors(adata, key, len(names))
-    if colors is None:
-        colors = distinct_colors(len(names))
+    colors = choose_colors(adata, key, names, palette)
     # Writing into a view would copy it.
     if not adata.is_view:
         adata.uns[f"{key}_colors"] = list(colors)

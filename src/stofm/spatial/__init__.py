@@ -6,6 +6,15 @@ from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
 from stofm.spatial.node_types import NodeType
 from stofm.spatial.pairs import NO_NEIGHBOR, PairDistances, pair_distances
 from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.splits import Split, split_cells
+from stofm.spatial.spot_grid import SpotGrid, grid_spots
+from stofm.spatial.spot_simulation import (
+    SimulatedSpots,
+    SpotRules,
+    TypedCells,
+    gene_scales,
+    simulate_spots,
+)
 from stofm.spatial.subslices import (
     SliceLayout,
     SubSlice,
@@ -27,13 +36,20 @@ __all__ = [
     "NO_NEIGHBOR",
     "NodeType",
     "PairDistances",
+    "SimulatedSpots",
     "SliceLayout",
+    "Split",
+    "SpotGrid",
+    "SpotRules",
     "SubSlice",
     "SubSliceConfig",
+    "TypedCells",
     "VirtualCells",
     "build_subslice",
     "canonical_order",
     "cluster_cells",
+    "gene_scales",
+    "grid_spots",
     "lay_out_slice",
     "leiden",
     "merge_clusters",
@@ -45,6 +61,8 @@ __all__ = [
     "partition_reference",
     "principal_components",
     "rows_by_subslice",
+    "simulate_spots",
+    "split_cells",
     "umap_weights",
     "virtual_cells",
 ]

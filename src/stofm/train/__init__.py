@@ -10,7 +10,9 @@ from stofm.train.corpus import (
     preparation_key,
     write_slice,
 )
+from stofm.train.fine_tuning_config import FineTuningConfig
 from stofm.train.gene_masking import TokenMasking, drop_genes, mask_tokens
+from stofm.train.head_fitting import FittedHead, HeadTraining, apply_head, fit_head
 from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
 from stofm.train.loop import TrainingLoop
@@ -33,6 +35,7 @@ from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
 from stofm.train.state import Progress, RunFolder
+from stofm.train.targets import Targets, head_loss
 
 __all__ = [
     "CellBatch",
@@ -43,6 +46,9 @@ __all__ = [
     "DataConfig",
     "Draws",
     "FileConfig",
+    "FineTuningConfig",
+    "FittedHead",
+    "HeadTraining",
     "JointBatch",
     "JointObjective",
     "JointStage",
@@ -71,12 +77,16 @@ __all__ = [
     "Stage",
     "StageConfig",
     "StageSetup",
+    "Targets",
     "TokenMasking",
     "TokenizedSlice",
     "TrainResult",
     "TrainingLoop",
+    "apply_head",
     "contrastive_loss",
     "drop_genes",
+    "fit_head",
+    "head_loss",
     "mask_tokens",
     "masked_cell_loss",
     "masked_gene_loss",

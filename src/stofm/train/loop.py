@@ -280,7 +280,7 @@ class TrainingLoop:
             f"{config.warmup_steps} steps){calmer}."
         )
         if newest is None:
-            return f"There is no checkpoint yet: begin again (overwrite=True) with {change}"
+            return f"There is no checkpoint yet: begin again with {change}"
         return (
             "The last checkpoint is good: begin a new run with it, train(data, "
             f"{str(newest)!r}, out_dir=<a new folder>), and with the stages that are left, {change}"

@@ -43,11 +43,11 @@ class LossPart:
     total
         Scalar with gradient, 0 where there is nothing to recover.
     count
-        Number of genes, cells or pairs in the sum.
+        Number of genes, cells or pairs in the sum, or their weight.
     """
 
     total: Tensor
-    count: int
+    count: float
 
 
 @dataclass(frozen=True, kw_only=True)

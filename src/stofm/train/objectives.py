@@ -31,11 +31,11 @@ from stofm.train.operations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from jaxtyping import Float, Int
 
-    from stofm.nn import CellEncoder, SE2Output, SE2Transformer
+    from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
     from stofm.train.inputs import CellBatch, JointBatch, MaskedSubSliceBatch
     from stofm.train.losses import Gather
 
@@ -237,7 +237,7 @@ class SpatialObjective(nn.Module):
             filling = inputs.subslices.features.flatten(0, 1)[places]
         else:
             filling = self.cell_head.mask.expand(len(places), -1)
-        return _replace_rows(features, places, filling)
+        return replace_rows(features, places, filling)
 
     def load_reference_heads(self, state: Mapping[str, Tensor]) -> None:
         """Take the heads' weights from a published checkpoint.
@@ -318,7 +318,7 @@ class JointObjective(nn.Module):
         """
         features = inputs.masked.subslices.features
         if inputs.cells:
-            features = _replace_rows(features, inputs.places, self._embed(inputs))
+            features = replace_rows(features, inputs.places, embed_sampled(self.encoder, inputs))
         parts = self.spatial.losses(inputs.masked, features)
         if "masked_genes" in self.weights:
             parts["masked_genes"] = self._recover_genes(inputs, gather)
@@ -334,15 +334,6 @@ class JointObjective(nn.Module):
                 self.encoder, self.gene_head, inputs.genes, self.masked_genes.candidates
             )
         return self.spatial.count_operations(inputs.masked) + PER_PRODUCT * products
-
-    def _embed(self, inputs: JointBatch) -> Float[Tensor, "sampled d_cell"]:
-        """Embed the sampled cells anew, group by group."""
-        sizes = [len(group.tokens) for group in inputs.cells]
-        centers: Sequence[Tensor | None] = [None] * len(sizes)
-        if inputs.centers is not None:
-            centers = inputs.centers.split(sizes)
-        groups = zip(inputs.cells, centers, strict=True)
-        return torch.cat([self.encoder(group, center) for group, center in groups])
 
     def _recover_genes(self, inputs: JointBatch, gather: Gather | None) -> LossPart:
         """Masked genes of the sampled cells, all groups together."""
@@ -379,7 +370,19 @@ def _positive(weights: dict[str, float]) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def _replace_rows(
+def embed_sampled(
+    encoder: Callable[[TokenBatch, Tensor | None], Tensor], inputs: JointBatch
+) -> Float[Tensor, "sampled d_cell"]:
+    """Embed a batch's sampled cells anew, group by group."""
+    sizes = [len(group.tokens) for group in inputs.cells]
+    centers: Sequence[Tensor | None] = [None] * len(sizes)
+    if inputs.centers is not None:
+        centers = inputs.centers.split(sizes)
+    groups = zip(inputs.cells, centers, strict=True)
+    return torch.cat([encoder(group, center) for group, center in groups])
+
+
+def replace_rows(
     features: Float[Tensor, "batch nodes d_cell"],
     places: Int[Tensor, " rows"],
     rows: Float[Tensor, "rows d_cell"],

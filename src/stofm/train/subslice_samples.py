@@ -94,6 +94,11 @@ class SubSliceSamples:
             self._built_bytes = 0
 
     @property
+    def varies(self) -> bool:
+        """Whether slices are cut anew in every epoch."""
+        return self._sampler.vary
+
+    @property
     def epochs_differ_in_length(self) -> bool:
         """Whether the number of batches may differ between epochs."""
         return self._sampler.epochs_differ_in_length
@@ -137,6 +142,10 @@ class SubSliceSamples:
         """Number of each sub-slice's slice."""
         return self._sampler.locate(samples)[0]
 
+    def cells_of(self, sample: int, epoch: int) -> NDArray[np.int64]:
+        """Rows of a sub-slice's cells in its slice, ascending."""
+        return self._sampler.cells(sample, epoch)
+
     def _subslice(self, sample: int, epoch: int) -> SubSlice:
         if self._sampler.vary:
             return self._build(sample, epoch)
@@ -150,8 +159,7 @@ class SubSliceSamples:
     def _build(self, sample: int, epoch: int) -> SubSlice:
         number = int(self.slices_of(np.array([sample]))[0])
         one = self.encoded[number]
-        cells = self._sampler.cells(sample, epoch)
-        return build_subslice(one.layout, one.features, cells, self._rules)
+        return build_subslice(one.layout, one.features, self.cells_of(sample, epoch), self._rules)
 
     def _keep(self, sample: int, built: SubSlice) -> None:
         with self._lock:

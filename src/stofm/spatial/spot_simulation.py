@@ -1,0 +1,257 @@
+"""Spots simulated from single cells of known type, matched to measured ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from scipy import sparse
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Counts of a gene, over the whole query, below which its scale is held near 1.
+_PRIOR_COUNTS: Final = 10.0
+_LARGEST_SCALE: Final = 20.0
+#: Reference cells that may stand for one simulated cell where the reference is shallow.
+_MAX_REPLICATES: Final = 20
+#: Odd multiplier that spreads the numbers of genes over 31 bits.
+_SPREAD: Final = 2_654_435_761
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpotRules:
+    """How spots are simulated.
+
+    Attributes
+    ----------
+    n_spots
+        Number of spots.
+    cells_per_spot
+        Fewest and most cells of a spot; in between, equal ratios are equally frequent.
+    concentration
+        Smallest and largest concentration of the Dirichlet distribution that compositions come
+        from, per type. At 0.05 nearly all spots are of one or two types, at 1 any mixture is as
+        likely as any other; in between, equal ratios are equally frequent.
+    """
+
+    n_spots: int = 10_000
+    cells_per_spot: tuple[int, int] = (1, 10)
+    concentration: tuple[float, float] = (0.05, 1.0)
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.n_spots < 1:
+            msg = f"n_spots must be at least 1, found {self.n_spots}."
+            raise ValueError(msg)
+        fewest, most = self.cells_per_spot
+        if not 1 <= fewest <= most:
+            msg = (
+                "cells_per_spot must be the fewest and the most cells of a spot, such as (1, 10), "
+                f"found {tuple(self.cells_per_spot)}."
+            )
+            raise ValueError(msg)
+        low, high = self.concentration
+        if not 0.0 < low <= high < np.inf:
+            msg = (
+                "concentration must be two positive numbers, the smaller first, found "
+                f"{tuple(self.concentration)}."
+            )
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class TypedCells:
+    """Single cells of known type, in an order that does not depend on that of the input.
+
+    Attributes
+    ----------
+    counts
+        (n_cells, n_genes) raw counts; cells sorted by type.
+    starts
+        (n_types + 1,) first row of each type, and the number of cells.
+    """
+
+    counts: sparse.csr_matrix
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def sort(
+        cls, counts: sparse.csr_matrix, codes: NDArray[np.integer], n_types: int
+    ) -> TypedCells:
+        """Sort cells by type, and within a type by their counts."""
+        weights = (np.arange(1, counts.shape[1] + 1) * _SPREAD) % (1 << 31)
+        # Whole numbers below 2**53 add up exactly, in whatever order entries are stored.
+        keys = counts.astype(np.int64) @ weights
+        order = np.lexsort((keys, codes))
+        sizes = np.bincount(codes, minlength=n_types)
+        return cls(sparse.csr_matrix(counts[order]), np.concatenate([[0], np.cumsum(sizes)]))
+
+    @property
+    def n_types(self) -> int:
+        """Number of types."""
+        return len(self.starts) - 1
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(n_types,) cells of each type."""
+        return np.diff(self.starts)
+
+    def mean_counts(self) -> NDArray[np.float64]:
+        """Return the mean counts of each type's cells, (n_types, n_genes)."""
+        codes = np.repeat(np.arange(self.n_types), self.sizes)
+        shape = (self.n_types, len(codes))
+        rows = sparse.csr_matrix((1.0 / self.sizes[codes], (codes, np.arange(len(codes)))), shape)
+        return np.asarray((rows @ self.counts).toarray(), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedSpots:
+    """Counts and true composition of simulated spots.
+
+    Attributes
+    ----------
+    counts
+        (n_spots, n_genes) counts.
+    proportions
+        (n_spots, n_types) share of each type among the cells of a spot; rows sum to 1.
+    """
+
+    counts: sparse.csr_matrix
+    proportions: NDArray[np.float64]
+
+
+def simulate_spots(
+    cells: TypedCells,
+    *,
+    depths: NDArray[np.floating],
+    gene_scale: NDArray[np.floating],
+    composition: NDArray[np.floating] | None = None,
+    rules: SpotRules,
+    seed: int,
+) -> SimulatedSpots:
+    """Sum up random cells into spots that look like measured ones.
+
+    A composition is drawn for each spot, from pure to well mixed, then its cells, with the
+    counts that they have: types with more RNA weigh more, as in a measured spot. Counts are
+    scaled gene by gene, and drawn again (Poisson) so that the total of the spot is that of a
+    random measured one; genes drop out with it. Where the reference is shallower than that,
+    several of its cells of the same type stand for one, so that no count is blown up.
+
+    Parameters
+    ----------
+    cells
+        The reference.
+    depths
+        Totals of the measured spots over the same genes.
+    gene_scale
+        (n_genes,) factors from the reference's technology to the measured one,
+        :func:`gene_scales`.
+    composition
+        (n_types,) expected share of each type; all the same by default.
+    rules
+        Numbers of spots and cells, and kinds of compositions.
+    seed
+        Seed of all draws.
+    """
+    rng = np.random.default_rng(seed)
+    shares = np.full(cells.n_types, 1 / cells.n_types) if composition is None else composition
+    n_cells = _draw_compositions(shares, rules, rng)
+    totals = rng.choice(np.sort(np.asarray(depths, dtype=np.float64)), rules.n_spots)
+    expected = n_cells @ (cells.mean_counts() @ gene_scale)
+    short = totals / np.maximum(expected, 1e-9)
+    replicates = np.clip(np.ceil(short), 1, _MAX_REPLICATES).astype(np.int64)
+    members = _draw_members(cells, n_cells * replicates[:, None], rng)
+    counts = _measure(sparse.csr_matrix(members @ cells.counts), gene_scale, totals, rng)
+    return SimulatedSpots(counts, n_cells / n_cells.sum(axis=1, keepdims=True))
+
+
+def _draw_compositions(
+    shares: NDArray[np.floating], rules: SpotRules, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Numbers of cells of each type, (n_spots, n_types)."""
+    n_types = len(shares)
+    shares = shares.astype(np.float64) / shares.sum(dtype=np.float64)
+    low, high = np.log(rules.concentration)
+    concentration = np.exp(rng.uniform(low, high, rules.n_spots))
+    weights = rng.standard_gamma(concentration[:, None] * n_types * shares)
+    # All of them may underflow to 0 where the concentration is small.
+    some = rng.choice(n_types, size=rules.n_spots, p=shares)
+    weights[np.arange(rules.n_spots), some] += 1e-100
+    fewest, most = rules.cells_per_spot
+    span = rng.uniform(np.log(fewest - 0.5), np.log(most + 0.5), rules.n_spots)
+    n_cells = np.clip(np.rint(np.exp(span)), fewest, most).astype(np.int64)
+    drawn: NDArray[np.int64] = rng.multinomial(
+        n_cells, weights / weights.sum(axis=1, keepdims=True)
+    )
+    return drawn
+
+
+def _draw_members(
+    cells: TypedCells, numbers: NDArray[np.int64], rng: np.random.Generator
+) -> sparse.csr_matrix:
+    """Draw cells of each type, with replacement: (n_spots, n_cells) how often each is in a spot."""
+    n_spots, n_types = numbers.shape
+    types = np.repeat(np.tile(np.arange(n_types), n_spots), numbers.ravel())
+    places = (rng.random(len(types)) * cells.sizes[types]).astype(np.int64)
+    rows = np.repeat(np.arange(n_spots), numbers.sum(axis=1))
+    columns = cells.starts[types] + places
+    shape = (n_spots, cells.counts.shape[0])
+    return sparse.csr_matrix((np.ones(len(rows), dtype=np.int64), (rows, columns)), shape=shape)
+
+
+def _measure(
+    summed: sparse.csr_matrix,
+    gene_scale: NDArray[np.floating],
+    totals: NDArray[np.float64],
+    rng: np.random.Generator,
+) -> sparse.csr_matrix:
+    """Scale genes, then draw counts whose expected total is the given one."""
+    summed.sum_duplicates()
+    rates = summed.data * gene_scale[summed.indices]
+    rows = np.repeat(np.arange(len(totals)), np.diff(summed.indptr))
+    sums = np.bincount(rows, weights=rates, minlength=len(totals))
+    factor = totals / np.where(sums > 0, sums, 1.0)
+    counts = rng.poisson(rates * factor[rows]).astype(np.int32)
+    drawn = sparse.csr_matrix((counts, summed.indices, summed.indptr), shape=summed.shape)
+    drawn.eliminate_zeros()
+    return drawn
+
+
+def gene_scales(
+    query: NDArray[np.floating],
+    n_spots: int,
+    mean_counts: NDArray[np.floating],
+    composition: NDArray[np.floating],
+) -> NDArray[np.float64]:
+    """Estimate how much more of each gene the query's technology sees than the reference's.
+
+    The query's mean is held against that of the reference's types in the query's composition,
+    not in the reference's own, so that frequent types are not taken for technology. The median
+    gene has the scale 1; genes with few counts are held near it.
+
+    Parameters
+    ----------
+    query
+        (n_genes,) mean counts of the query.
+    n_spots
+        Spots of the query.
+    mean_counts
+        (n_types, n_genes) mean counts of each type.
+    composition
+        (n_types,) share of each type among the query's cells.
+
+    Returns
+    -------
+    (n_genes,) factors between 1/20 and 20.
+    """
+    seen = query * n_spots
+    expected: NDArray[Any] = composition @ mean_counts
+    expected = expected * (seen.sum() / max(expected.sum(), 1e-9))
+    ratio = np.log((seen + _PRIOR_COUNTS) / (expected + _PRIOR_COUNTS))
+    measured = (seen > 0) & (expected > 0)
+    ratio -= np.median(ratio[measured]) if measured.any() else 0.0
+    largest = np.log(_LARGEST_SCALE)
+    scales: NDArray[np.float64] = np.exp(np.clip(ratio, -largest, largest))
+    return scales

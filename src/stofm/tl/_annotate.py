@@ -1,0 +1,204 @@
+"""``stofm.tl.annotate``: cell types and regions, learnt from labelled cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from stofm._keys import Obs, Obsm
+from stofm.tl._annotation_fitting import AnnotationFitting
+from stofm.tl._annotation_head import AnnotationHead, write_annotation
+from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
+from stofm.tl._heads import refuse_reserved, require_head
+from stofm.tl._labels import read_labels
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from stofm.nn import Stofm
+    from stofm.spatial.splits import SplitRule
+    from stofm.tl._heads import Strategy
+    from stofm.tl._protocol import Protocol
+
+
+def annotate(
+    data: Any,
+    *,
+    label_key: str | None = None,
+    head: AnnotationHead | None = None,
+    model: Stofm | str | Path | None = None,
+    use_rep: str | Sequence[str] = DEFAULT_REP,
+    strategy: Strategy = "frozen",
+    library_key: str | None = None,
+    layer: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    missing: Collection[object] = ("Unknown", "Other"),
+    min_share: float = 0.01,
+    class_weights: Literal["balanced"] | None = None,
+    split: SplitRule = "auto",
+    protocol: Protocol | None = None,
+    reject_rate: float = 0.02,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    key_added: str = Obs.ANNOTATION,
+    table_key: str | None = None,
+    copy: bool = False,
+    show_progress_bar: bool = True,
+) -> Any:
+    """Learn cell types or regions from labelled cells, and name those of other cells.
+
+    With `label_key` a head is fitted and returned. With `head` it names the cells of `data`::
+
+        head = st.tl.annotate(labelled, label_key="cell_type")
+        st.tl.annotate(query, head=head)
+
+    The query may be another slice, have other genes, or be of another species: only embeddings
+    are compared. Cells that are missing their embeddings are embedded first; do it yourself with
+    :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
+
+    A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
+    low, and its embedding lies far from those of the labelled cells. The thresholds are such that
+    of the held-out labelled cells the share `reject_rate` would be unknown. A class that the
+    labelled cells lack is found only in part this way; ``head.rejection`` tells how it was set.
+
+    Parameters
+    ----------
+    data
+        Annotated data of one or several slices, or a SpatialData with such a table; or a list or
+        dict of them, which are different slices.
+    label_key
+        Column of ``obs`` with the labels to learn.
+    head
+        Fitted head to use instead.
+    model
+        Model whose embeddings are read: a :class:`stofm.Stofm`, a checkpoint folder or a hub id.
+        By default the one that made the stored embeddings, or the embedded ``"stofm-mini"``.
+    use_rep
+        Entry of ``obsm`` to learn from, or several, which are put side by side. With `head` its
+        own are read.
+    strategy
+        ``"frozen"`` fits a head on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
+        tune a copy of the model with it; the head then carries that model.
+    library_key
+        Column of ``obs`` that names each cell's slice.
+    layer
+        Layer with raw counts; read only where cells are to be embedded.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
+    missing
+        Labels that stand for none, besides NaN. Such cells are left out.
+    min_share
+        Classes with a smaller share of the labelled cells are left out; 0 for none.
+    class_weights
+        ``"balanced"``: classes weigh the same in the loss however few cells they have.
+    split
+        How the tenth of the labelled cells is held out that tells when to stop and how far to
+        trust the head: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
+        ``"auto"``, whole slices where there are four or more and blocks otherwise. Neighbours resemble
+        each other: a random split gives scores that are too good.
+    protocol
+        ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random
+        fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
+        has their scores. The head is that of the first run.
+    reject_rate
+        Share of known cells that may be called unknown, from 0 to below 1; 0 for none.
+    seed
+        Seed of splits, first weights and order of steps.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Column of ``obs`` to write.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return changed copies and leave `data` as it is; when fitting, write no embeddings to it.
+    show_progress_bar
+        Show bars.
+
+    Returns
+    -------
+    With `label_key` the :class:`AnnotationHead`. With `head` None, or with ``copy=True`` the new
+    AnnData, in the form of `data`. Sets, with `head`:
+
+    ``adata.obs['stofm_annotation']`` : category
+        Likeliest class of each cell, or ``"unknown"``.
+    ``adata.obs['stofm_annotation_confidence']`` : float32
+        Probability of the likeliest class.
+    ``adata.obsm['stofm_annotation_proba']`` : DataFrame
+        Probabilities of all classes, (n_obs, n_classes), calibrated by temperature.
+    ``adata.uns['stofm']['stofm_annotation']`` : dict
+        Parameters, and fingerprints of the embedding's model.
+    ``adata.obsm['X_stofm']`` and others
+        What :func:`stofm.tl.embed` writes, if it was missing (also with `label_key`).
+
+    Raises
+    ------
+    KeyError
+        A column, an entry or a layer is not there.
+    TypeError
+        `head` is no head for annotation.
+    ValueError
+        Neither or both of `label_key` and `head` are given, an option is not usable, there are
+        fewer than two classes, a class has a single cell, or embeddings are by another model than
+        the head's.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section C.2, for the head and the protocol. Guo et al. 2017, On
+    calibration of modern neural networks (ICML): temperature. Lee et al. 2018, A simple unified
+    framework for detecting out-of-distribution samples (NeurIPS): the distance.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> labelled = st.datasets.simulate_slice(500, 100, seed=0)
+    >>> query = st.datasets.simulate_slice(400, 100, seed=1)
+    >>> head = st.tl.annotate(labelled, label_key="cell_type")
+    >>> st.tl.annotate(query, head=head)
+    >>> set(query.obs["stofm_annotation"]) <= {*head.classes, "unknown"}
+    True
+    """
+    if (label_key is None) == (head is None):
+        given = "both" if head is not None else "neither"
+        msg = f"Pass label_key= to fit a head, or head= to use one; found {given}."
+        raise ValueError(msg)
+    sections = resolve_slices(
+        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+    )
+    reading: dict[str, Any] = {
+        "library_key": library_key,
+        "layer": layer,
+        "spatial_key": spatial_key,
+        "device": device,
+        "show_progress_bar": show_progress_bar,
+    }
+    if head is not None:
+        require_head(head, AnnotationHead)
+        refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
+        target = sections.copied() if copy else sections
+        inputs = read_inputs(
+            target,
+            use_rep=head.use_rep,
+            model=head.model if model is None else model,
+            expected=head.origin,
+            **reading,
+        )
+        write_annotation(target, head, head.predict(inputs), key_added)
+        return target.as_given() if copy else None
+    fitting = AnnotationFitting(
+        label_key=str(label_key),
+        strategy=strategy,
+        class_weights=class_weights,
+        split=split,
+        protocol=protocol,
+        reject_rate=reject_rate,
+        min_share=min_share,
+        missing=tuple(map(str, missing)),
+        seed=seed,
+        reading=reading,
+    )
+    labels = read_labels(sections, str(label_key), missing=missing, min_share=min_share)
+    source = sections.copied() if copy else sections
+    return fitting.fit(source, labels, use_rep=use_rep, model=model)

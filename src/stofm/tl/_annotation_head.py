@@ -1,0 +1,157 @@
+"""The head of ``stofm.tl.annotate``, and what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from stofm._anndata import write_record
+from stofm._config import build_dataclass
+from stofm._keys import Obs, Obsm, Suffix
+from stofm._logging import logger
+from stofm.tl._heads import Head
+from stofm.train import apply_head
+from stofm.train.calibration import Rejection, Surroundings, calibrated_probabilities
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from stofm.tl._head_inputs import Inputs, Sections
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """Classes of cells as a head sees them.
+
+    Attributes
+    ----------
+    probabilities
+        float32 (n_obs, n_classes), calibrated.
+    distances
+        (n_obs,) of each embedding from those of the labelled cells; empty if no cell is to be
+        called unknown.
+    is_unknown
+        (n_obs,) whether neither supports a class.
+    """
+
+    probabilities: NDArray[np.float32]
+    distances: NDArray[np.float64]
+    is_unknown: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class AnnotationHead(Head):
+    """A head that names the classes of cells, from :func:`stofm.tl.annotate`.
+
+    Keep it with ``head.save(folder)``, and read it with ``AnnotationHead.load(folder)``. The
+    attributes of the parts that all heads have come after these.
+
+    Attributes
+    ----------
+    temperature
+        What scores are divided by before the softmax, fitted to the held-out cells.
+    rejection
+        When a cell is unknown: the stated rate, the thresholds, and the share of held-out known
+        cells that they reject; None if none is to be.
+    surroundings
+        Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
+    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model, networks
+        Classes; what is read and by which model; how the head was fitted and how good it is.
+    """
+
+    task: ClassVar[str] = "annotation"
+    outputs_file: ClassVar[str] = "classes.tsv"
+
+    temperature: float
+    rejection: Rejection | None = None
+    surroundings: Surroundings | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in alphabetical order."""
+        return self.outputs
+
+    def predict(self, inputs: Inputs) -> Annotation:
+        """Name the classes of cells.
+
+        Parameters
+        ----------
+        inputs
+            Their representations.
+
+        Raises
+        ------
+        ValueError
+            They have another width than those that the head was fitted to.
+        """
+        self.check_inputs(inputs)
+        scores = apply_head(self.networks[0], inputs.features, "values")
+        probabilities = calibrated_probabilities(scores, self.temperature)
+        if self.rejection is None or self.surroundings is None:
+            nothing = np.zeros(len(scores), dtype=bool)
+            return Annotation(probabilities, np.empty(0), nothing)
+        distances = self.surroundings.distances(inputs.features)
+        unknown = self.rejection.rejects(probabilities.max(axis=1), distances)
+        return Annotation(probabilities, distances, unknown)
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        entries: dict[str, Any] = {"temperature": self.temperature}
+        if self.rejection is None or self.surroundings is None:
+            return entries, {}
+        return {**entries, "rejection": asdict(self.rejection)}, asdict(self.surroundings)
+
+    @classmethod
+    def _read_own(
+        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        fields: dict[str, Any] = {"temperature": entries["temperature"]}
+        if "rejection" in entries:
+            fields["rejection"] = build_dataclass(Rejection, entries["rejection"], "rejection")
+            own = {name: arrays[name] for name in Surroundings.__dataclass_fields__}
+            fields["surroundings"] = Surroundings(**own)
+        return fields
+
+
+def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:
+    """Write classes, confidence and probabilities to each table, with a record."""
+    import pandas as pd
+
+    names = list(head.classes)
+    categories = names if UNKNOWN in names else [*names, UNKNOWN]
+    likeliest = found.probabilities.argmax(axis=1)
+    codes = np.where(found.is_unknown, categories.index(UNKNOWN), likeliest)
+    confidence = found.probabilities.max(axis=1)
+    beside = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
+    for table, part in zip(sections.tables, sections.places, strict=True):
+        table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
+        table.obs[key + beside] = confidence[part]
+        table.obsm[key + Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)] = pd.DataFrame(
+            found.probabilities[part], index=table.obs_names, columns=names
+        )
+        # Colours of an earlier run would be taken for these classes'.
+        table.uns.pop(key + Suffix.COLORS, None)
+        write_record(table, key, _params(head), **head.model_names())
+    logger.info(
+        "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
+        len(codes),
+        len(names),
+        key,
+        found.is_unknown.sum(),
+    )
+
+
+def _params(head: AnnotationHead) -> dict[str, Any]:
+    return {
+        "label_key": head.params["label_key"],
+        "use_rep": list(head.use_rep),
+        "strategy": head.strategy,
+        "seed": head.params["seed"],
+        "temperature": head.temperature,
+        "reject_rate": head.params["reject_rate"],
+    }

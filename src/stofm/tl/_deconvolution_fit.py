@@ -1,0 +1,278 @@
+"""How ``stofm.tl.deconvolve`` fits a head: to known proportions, or to simulated spots."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._keys import Obsm
+from stofm.metrics import mae, pearson, rmse
+from stofm.nn import choose_device, choose_dtype
+from stofm.tl._deconvolution_head import DeconvolutionHead
+from stofm.tl._head_fitting import fit_task
+from stofm.tl._head_inputs import origin_by, read_inputs
+from stofm.tl._heads import check_strategy
+from stofm.tl._protocol import plan_runs, score_table, split_record
+from stofm.tl._spot_reference import SpotSimulation
+from stofm.train import HeadTraining, Targets, fit_head
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from stofm.nn import PredictionHead, Stofm
+    from stofm.spatial.splits import SplitRule
+    from stofm.spatial.spot_simulation import SpotRules
+    from stofm.tl._head_inputs import Inputs
+    from stofm.tl._heads import Strategy
+    from stofm.tl._protocol import Protocol, Run
+    from stofm.tl._spot_reference import Panels, SimulatedTraining
+    from stofm.tl._spot_tables import SpotTable
+    from stofm.train.head_fitting import FittedHead
+
+_SCORES: Final = {"pearson": pearson, "rmse": rmse, "mae": mae}
+#: With fewer spots than this there is nothing to hold out.
+_MIN_SPOTS: Final = 20
+#: Simulated spots are many, and a tenth of them tells well when to stop.
+_ON_SIMULATED: Final = HeadTraining(
+    learning_rate=2e-3, batch_size=512, max_epochs=40, patience=8, dropout=0.1
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeconvolutionFitting:
+    """The options of :func:`stofm.tl.deconvolve` that say how a head is fitted.
+
+    Attributes
+    ----------
+    source
+        What is learnt from, for the head's record.
+    reading
+        ``library_key``, ``layer``, ``spatial_key``, ``device``, ``show_progress_bar``.
+    """
+
+    strategy: Strategy
+    n_heads: int
+    split: SplitRule
+    protocol: Protocol | None
+    seed: int
+    source: dict[str, Any]
+    reading: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check what is not checked where it is used."""
+        check_strategy(self.strategy)
+        if self.n_heads < 1:
+            msg = f"n_heads must be at least 1, found {self.n_heads}."
+            raise ValueError(msg)
+
+    def fit(
+        self,
+        spots: SpotTable,
+        *,
+        use_rep: str | Sequence[str],
+        model: Stofm | str | Path | None,
+    ) -> DeconvolutionHead:
+        """Fit a head to spots, or one for each run of a protocol, of which the first is kept."""
+        targets = Targets("proportions", spots.proportions, len(spots.types))
+        n_known = int(targets.is_known.sum())
+        if n_known < _MIN_SPOTS:
+            msg = (
+                f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
+                "are needed to fit a head and to hold some out."
+            )
+            raise ValueError(msg)
+        inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
+        runs = plan_runs(
+            spots.sections,
+            targets.is_known,
+            inputs.features,
+            split=self.split,
+            protocol=self.protocol,
+            spatial_key=self.reading["spatial_key"],
+            seed=self.seed,
+        )
+        heads, tested = [], []
+        for run in runs:
+            head, read = self._fit_run(spots, inputs, targets, run, model)
+            heads.append(head)
+            if len(run.test):
+                scores = score_types(head, read.features, spots.proportions, run.test)
+                tested.append(scores.mean().to_dict())
+        return replace(heads[0], test_scores=score_table(tested) if tested else None)
+
+    def _fit_run(
+        self,
+        spots: SpotTable,
+        inputs: Inputs,
+        targets: Targets,
+        run: Run,
+        model: Stofm | str | Path | None,
+    ) -> tuple[DeconvolutionHead, Inputs]:
+        fit = fit_task(
+            spots.sections,
+            inputs,
+            targets,
+            run.split,
+            strategy=self.strategy,
+            model=model,
+            task=DeconvolutionHead.task,
+            seed=run.seed,
+            reading=self.reading,
+        )
+        # A model is tuned with one head; the others are fitted to what it became.
+        others = [
+            fit_head(
+                fit.inputs.features,
+                targets,
+                fitted=run.split.fitted,
+                held_out=run.split.held_out,
+                seed=seed,
+            )
+            for seed in self._seeds(run.seed)[1:]
+        ]
+        head = DeconvolutionHead(
+            networks=(fit.network, *(other.head for other in others)),
+            outputs=tuple(spots.types),
+            use_rep=fit.inputs.use_rep,
+            origin=fit.inputs.origin,
+            strategy=self.strategy,
+            params=self._params(run.seed),
+            split=split_record(
+                run.split, run.test, spots.sections, targets.is_known, self.protocol
+            ),
+            validation_scores=score_table([]),
+            history=_joined([fit.history, *(other.history for other in others)]),
+            model=fit.model,
+        )
+        scores = score_types(head, fit.inputs.features, spots.proportions, run.split.held_out)
+        return replace(head, validation_scores=scores), fit.inputs
+
+    def fit_simulated(
+        self, panels: Panels, rules: SpotRules, n_components: int, model: Stofm
+    ) -> tuple[DeconvolutionHead, NDArray[np.float32]]:
+        """Fit a head to spots simulated from a reference; also what it reads of the query."""
+        device = choose_device(self.reading["device"])
+        simulation = SpotSimulation(
+            model=model,
+            rules=rules,
+            n_components=n_components,
+            device=device,
+            dtype=choose_dtype("auto", device),
+            seed=self.seed,
+            show_progress_bar=self.reading["show_progress_bar"],
+        )
+        training = simulation.run(
+            panels,
+            lambda first: (
+                self._simulated_head(first, panels.types, simulation, 1)
+                .predict(first.query_features)
+                .mean
+            ),
+        )
+        head = self._simulated_head(training, panels.types, simulation, self.n_heads)
+        options = {**asdict(rules), "n_components": n_components}
+        params = {**head.params, **{k: _as_list(value) for k, value in options.items()}}
+        scores = score_types(head, training.features, training.proportions, training.held_out)
+        head = replace(head, params=params, validation_scores=scores)
+        return head, training.query_features
+
+    def _simulated_head(
+        self,
+        training: SimulatedTraining,
+        types: Sequence[str],
+        simulation: SpotSimulation,
+        n_heads: int,
+    ) -> DeconvolutionHead:
+        targets = Targets("proportions", training.proportions, len(types))
+        fits: list[FittedHead] = [
+            fit_head(
+                training.features,
+                targets,
+                fitted=training.fitted,
+                held_out=training.held_out,
+                training=_ON_SIMULATED,
+                seed=seed,
+                device=simulation.device,
+            )
+            for seed in self._seeds(self.seed)[:n_heads]
+        ]
+        networks: tuple[PredictionHead, ...] = tuple(one.head for one in fits)
+        return DeconvolutionHead(
+            networks=networks,
+            outputs=tuple(types),
+            use_rep=(Obsm.X_CELL,),
+            origin={Obsm.X_CELL: origin_by(simulation.model)[Obsm.X_CELL]},
+            strategy=self.strategy,
+            params=self._params(self.seed),
+            split={
+                "how": "simulated",
+                "n_fitted": len(training.fitted),
+                "n_held_out": len(training.held_out),
+            },
+            validation_scores=score_table([]),
+            history=_joined([one.history for one in fits]),
+            panel=training.panel,
+        )
+
+    def _seeds(self, seed: int) -> list[int]:
+        # Runs of a protocol have neighbouring seeds; their networks should not be the same.
+        return [seed + 1000 * k for k in range(self.n_heads)]
+
+    def _params(self, seed: int) -> dict[str, Any]:
+        options = ("layer", "library_key", "spatial_key")
+        return {
+            **self.source,
+            "n_heads": self.n_heads,
+            "seed": seed,
+            **{name: self.reading[name] for name in options},
+        }
+
+
+def score_types(
+    head: DeconvolutionHead,
+    features: NDArray[np.float32],
+    proportions: NDArray[np.floating],
+    rows: NDArray[np.int64],
+) -> pd.DataFrame:
+    """Score each type over some spots.
+
+    Parameters
+    ----------
+    head
+        The head.
+    features, proportions
+        (n, d) and (n, n_types) what is read and known of all spots.
+    rows
+        Spots to score; fewer than two have no scores.
+
+    Returns
+    -------
+    A row per type, with columns pearson, rmse and mae. Pearson is NaN for a constant type.
+    """
+    import pandas as pd
+
+    index = pd.Index(head.types, name="type")
+    if len(rows) < 2:
+        return pd.DataFrame(np.nan, index=index, columns=list(_SCORES))
+    true = np.asarray(proportions[rows], dtype=np.float64)
+    found = head.predict(features[rows]).mean
+    scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
+    return pd.DataFrame(scores, index=index)
+
+
+def _joined(histories: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Histories one below the other, numbered in the column ``network``."""
+    import pandas as pd
+
+    parts = [part.assign(network=k) for k, part in enumerate(histories)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,173 @@
+"""The head that :func:`stofm.tl.deconvolve` fits, and what it predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from stofm._keys import Obsm
+from stofm._logging import logger
+from stofm.nn import choose_device, choose_dtype
+from stofm.tl._encode_cells import load_model
+from stofm.tl._head_inputs import describe_origin, origin_by, read_inputs, same_origin
+from stofm.tl._heads import Head
+from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts
+from stofm.train import apply_head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.nn import Stofm
+    from stofm.tl._head_inputs import Sections
+
+#: A query with a smaller share of the genes of a head's panel is refused.
+_MIN_PANEL: float = 0.5
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class DeconvolutionHead(Head):
+    """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
+
+    Attributes
+    ----------
+    panel
+        Genes, and components of their expression, that a head which was fitted on simulated spots
+        reads; None for one that reads entries of ``obsm``.
+    """
+
+    task: ClassVar[str] = "deconvolution"
+    outputs_file: ClassVar[str] = "types.tsv"
+
+    panel: SpotPanel | None = None
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names of the cell types."""
+        return self.outputs
+
+    def predict(self, features: NDArray[np.float32]) -> Proportions:
+        """Predict from what the head reads, (n, d_input)."""
+        found = np.stack([apply_head(one, features, "proportions") for one in self.networks])
+        mean = found.mean(axis=0, dtype=np.float64)
+        # In single precision a softmax sums to 1 only nearly.
+        mean /= mean.sum(axis=1, keepdims=True)
+        spread = found.std(axis=0, dtype=np.float64) if len(found) > 1 else None
+        return Proportions(mean, spread)
+
+    def read(
+        self, sections: Sections, model: Stofm | str | Path | None, options: Mapping[str, Any]
+    ) -> NDArray[np.float32]:
+        """Return what the head reads of slices, (n_obs, d_input).
+
+        Parameters
+        ----------
+        sections
+            The slices.
+        model
+            Model to embed with where embeddings are missing; by default the head's own.
+        options
+            As :func:`stofm.tl._head_inputs.read_inputs` takes them.
+
+        Raises
+        ------
+        ValueError
+            Embeddings are by another model, or genes that the head reads are missing.
+        """
+        model = self.model if model is None else model
+        if self.panel is None:
+            inputs = read_inputs(
+                sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
+            )
+            self.check_inputs(inputs)
+            return inputs.features
+        encoder = self._encoder(model)
+        device = choose_device(options["device"])
+        parts = [
+            self.panel.features(
+                self._panel_counts(table, encoder, options["layer"]),
+                encoder,
+                device=device,
+                dtype=choose_dtype("auto", device),
+                show_progress_bar=options["show_progress_bar"],
+            )
+            for table in sections.tables
+        ]
+        return np.concatenate(parts)
+
+    def _encoder(self, model: Stofm | str | Path | None) -> Stofm:
+        """Load the model whose cell encoder the head was fitted to."""
+        loaded = load_model(model)
+        origin = self.origin[Obsm.X_CELL]
+        found = origin_by(loaded)[Obsm.X_CELL]
+        if not same_origin(found, origin):
+            msg = (
+                f"The head was fitted to what {describe_origin(origin)} makes of spots, and the "
+                f"model is {describe_origin(found)}. Pass the head's model as `model`, or fit a "
+                "new head."
+            )
+            raise ValueError(msg)
+        return loaded
+
+    def _panel_counts(self, adata: AnnData, model: Stofm, layer: str | None) -> Any:
+        assert self.panel is not None
+        genes, places = genes_of(adata, model), self.panel.places(model)
+        n_found = int(np.isin(places, genes).sum())
+        if n_found < _MIN_PANEL * len(places):
+            msg = (
+                f"Only {n_found} of the {len(places)} genes that the head reads are in the data; "
+                "fit a new head with st.tl.deconvolve(adata, reference=...)."
+            )
+            raise ValueError(msg)
+        if n_found < len(places):
+            logger.warning(
+                "%d of the %d genes that the head reads are not in the data and count as 0; a head "
+                "that is fitted to these genes is more accurate.",
+                len(places) - n_found,
+                len(places),
+            )
+        counts = read_panel_counts(adata, genes, places, layer)
+        if n_empty := int((np.diff(counts.indptr) == 0).sum()):
+            logger.warning(
+                "%d of %d spots have no counts in the genes that the head reads; what is predicted "
+                "for them says nothing.",
+                n_empty,
+                adata.n_obs,
+            )
+        return counts
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        if self.panel is None:
+            return {}, {}
+        entries = {"genes": self.panel.genes.tolist(), "target_sum": self.panel.target_sum}
+        return entries, {"panel.loadings": self.panel.loadings}
+
+    @classmethod
+    def _read_own(
+        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        if not entries:
+            return {}
+        genes = np.array(entries["genes"], dtype=np.str_)
+        return {"panel": SpotPanel(genes, arrays["panel.loadings"], entries["target_sum"])}
+
+
+@dataclass(frozen=True, eq=False)
+class Proportions:
+    """What a head predicts of spots.
+
+    Attributes
+    ----------
+    mean
+        (n, n_types), not negative; rows sum to 1.
+    spread
+        (n, n_types) standard deviation between the networks; None for a single one.
+    """
+
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64] | None

@@ -1,0 +1,340 @@
+"""``stofm.tl.deconvolve``: the share of each cell type in spots of many cells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from stofm._anndata import write_record
+from stofm._keys import Obsm
+from stofm._logging import logger
+from stofm.spatial.spot_simulation import SpotRules
+from stofm.tl._deconvolution_fit import DeconvolutionFitting
+from stofm.tl._deconvolution_head import DeconvolutionHead, Proportions
+from stofm.tl._encode_cells import load_model
+from stofm.tl._head_inputs import DEFAULT_REP, resolve_slices
+from stofm.tl._heads import refuse_reserved, require_head
+from stofm.tl._labels import read_labels
+from stofm.tl._spot_reference import read_panels
+from stofm.tl._spot_tables import SLICE, grid_into_spots, read_proportions
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from stofm.nn import Stofm
+    from stofm.spatial.splits import SplitRule
+    from stofm.tl._head_inputs import Sections
+    from stofm.tl._heads import Strategy
+    from stofm.tl._protocol import Protocol
+
+_STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
+
+
+def deconvolve(
+    data: Any,
+    *,
+    proportions_key: str | Sequence[str] | None = None,
+    reference: Any = None,
+    label_key: str | None = None,
+    spot_size: float | None = None,
+    head: DeconvolutionHead | None = None,
+    model: Stofm | str | Path | None = None,
+    use_rep: str | Sequence[str] = DEFAULT_REP,
+    strategy: Strategy = "frozen",
+    n_heads: int = 3,
+    library_key: str | None = None,
+    layer: str | None = None,
+    reference_layer: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    missing: Collection[object] = ("Unknown", "Other"),
+    min_share: float = 0.0,
+    spots: SpotRules | None = None,
+    n_components: int = 50,
+    split: SplitRule = "auto",
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    key_added: str = Obsm.DECONVOLUTION,
+    table_key: str | None = None,
+    copy: bool = False,
+    show_progress_bar: bool = True,
+) -> Any:
+    """Estimate what share of the cells of each spot is of which type.
+
+    There are three ways to learn it. Each fits a head and returns it:
+
+    - `reference` and `label_key`: from single cells with types, of the same kind of tissue. Spots
+      are simulated from them that look like those of `data`, and `data` gets its proportions::
+
+          head = st.tl.deconvolve(visium, reference=cells, label_key="cell_type")
+
+    - `proportions_key`: from spots whose proportions are known.
+    - `spot_size` and `label_key`: from slices with single cells and types, which are summed into
+      squares of this size.
+
+    With `head` it finds the proportions of other spots::
+
+        st.tl.deconvolve(visium, head=head)
+
+    Simulated spots have the genes that both sides have, as many counts as the measured spots, and
+    each gene as well seen as there; they are pure, mixed, and all in between. Numbers of cells
+    count, not of transcripts. Several networks with different beginnings are fitted; their mean is
+    the estimate. Their spread is large where the head is unsure, but says nothing about types that
+    the reference lacks.
+
+    Parameters
+    ----------
+    data
+        Annotated data of one or several slices with raw counts, or a SpatialData with such a
+        table; or a list or dict of them, which are different slices.
+    proportions_key
+        Entry of ``obsm`` with the known proportions, (n_obs, n_types): a DataFrame, or an array
+        whose types may be named in ``uns[proportions_key + "_names"]``; or a list of columns of
+        ``obs``. Spots with NaN are left out.
+    reference
+        Single cells with raw counts and types, AnnData or SpatialData. Places are not needed.
+    label_key
+        Column of ``obs`` with the types: of `reference`, or of `data` with `spot_size`.
+    spot_size
+        Side of the squares, in the unit of the coordinates. Cells without a type are left out.
+    head
+        Fitted head to use instead.
+    model
+        A :class:`stofm.Stofm`, a checkpoint folder or a hub id. By default the one that made the
+        stored embeddings, or the embedded ``"stofm-mini"``.
+    use_rep
+        Entry of ``obsm`` to learn from, or several, which are put side by side. Not read with
+        `reference`: simulated spots have no place. Their head reads what the cell encoder makes
+        of the shared genes, before it is centred, and `n_components`.
+    strategy
+        ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
+        tune a copy of the model, which the head then carries; not with `reference`.
+    n_heads
+        Networks to fit.
+    library_key
+        Column of ``obs`` that names each cell's slice.
+    layer, reference_layer
+        Layers of `data` and of `reference` with raw counts; ``X`` by default.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
+    missing
+        Labels that stand for none, besides NaN.
+    min_share
+        Types with a smaller share of the labelled cells are left out.
+    spots
+        With `reference`: how many spots to simulate, of how many cells each.
+    n_components
+        With `reference`: principal components of the log-normalised shared genes that are read
+        beside the embedding; 0 for none.
+    split
+        How a tenth of the spots is held out to stop early and to score: see
+        :func:`stofm.spatial.split_cells`. Not read with `reference`, where all are independent.
+    protocol
+        ``"stofm-paper"``: three runs, each with a random fifth of the spots to test and a random
+        tenth of the others held out; ``head.test_scores`` has Pearson, RMSE and MAE, means over
+        the types. The head is that of the first run. Not with `reference`.
+    seed
+        Seed of splits, simulation, first weights and order of steps.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Entry of ``obsm`` to write.
+    table_key
+        Table of a SpatialData.
+    copy
+        With `head`: return changed copies and leave `data` as it is. With `proportions_key`: write
+        no embeddings to `data`. Not with `reference`, which writes to `data` and returns a head.
+    show_progress_bar
+        Show bars.
+
+    Returns
+    -------
+    With `head` None, or with ``copy=True`` the new AnnData, in the form of `data`; else the
+    :class:`DeconvolutionHead`. Sets, with `head` or `reference`:
+
+    ``adata.obsm['stofm_deconvolution']`` : DataFrame
+        Proportions, (n_obs, n_types), not negative; rows sum to 1.
+    ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
+        Standard deviation between the networks; not for ``n_heads=1``.
+    ``adata.uns['stofm']['stofm_deconvolution']`` : dict
+        Parameters, and fingerprints of the model.
+    ``adata.obsm['X_stofm']`` and others
+        What :func:`stofm.tl.embed` writes, if it was missing; not for a head from `reference`.
+
+    Raises
+    ------
+    KeyError
+        An entry, a column or a layer is not there.
+    TypeError
+        `head` is no head for deconvolution.
+    ValueError
+        Not one way is chosen, an option is not usable or does not go with it, proportions are
+        negative or don't sum to 1, there are fewer than 20 spots with known ones, query and
+        reference share fewer than 10 genes, there are fewer than two types or one has a single
+        cell, or embeddings are by another model than the head's.
+
+    Notes
+    -----
+    Spots are simulated in two rounds. The first takes all types for equally frequent; what it
+    finds in the query on average sets, for the second, how frequent types are and by which factor
+    each gene differs between the technologies.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section C.2, for known proportions and the protocol. Menden et al.
+    2020, Deep learning-based cell composition analysis from tissue expression profiles (Sci Adv
+    6:eaba2619): networks on simulated mixtures. Cable et al. 2022, Robust decomposition of cell
+    type mixtures in spatial transcriptomics (Nat Biotechnol 40:517): factors of genes.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> cells = st.datasets.simulate_slice(600, 100, seed=0)
+    >>> query = st.datasets.simulate_slice(300, 100, seed=1)
+    >>> rules = st.spatial.SpotRules(n_spots=1000)
+    >>> head = st.tl.deconvolve(query, reference=cells, label_key="cell_type", spots=rules)
+    >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
+    True
+    """
+    way = _chosen_way(
+        proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
+    )
+    _check_way(way, label_key=label_key, strategy=strategy, protocol=protocol, copy=copy)
+    sections = resolve_slices(
+        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+    )
+    reading = {
+        "library_key": library_key,
+        "layer": layer,
+        "spatial_key": spatial_key,
+        "device": device,
+        "show_progress_bar": show_progress_bar,
+    }
+    labels: dict[str, Any] = {"missing": tuple(missing), "min_share": min_share}
+    fitting = DeconvolutionFitting(
+        strategy=strategy,
+        n_heads=n_heads,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        source=_source(way, proportions_key, label_key, spot_size, labels),
+        reading=reading,
+    )
+    if head is not None:
+        require_head(head, DeconvolutionHead)
+        refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key, *head.use_rep)
+        target = sections.copied() if copy else sections
+        features = head.read(target, model, reading)
+        _write(target, head, head.predict(features), key_added)
+        return target.as_given() if copy else None
+    if way == "proportions_key":
+        known = read_proportions(sections, proportions_key or ())
+        known = replace(known, sections=sections.copied()) if copy else known
+        return fitting.fit(known, use_rep=use_rep, model=model)
+    if way == "spot_size":
+        found = read_labels(sections, str(label_key), **labels)
+        squares = grid_into_spots(
+            sections, found, spot_size=spot_size or 0.0, layer=layer, spatial_key=spatial_key
+        )
+        own = {**reading, "library_key": SLICE, "layer": None, "spatial_key": Obsm.SPATIAL}
+        return replace(fitting, reading=own).fit(squares, use_rep=use_rep, model=model)
+    refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key)
+    # A reference's slices do not matter, nor whether they overlap.
+    cells = resolve_slices(reference, spatial_key="", table_key=None)
+    loaded = load_model(model)
+    panels = read_panels(
+        sections,
+        cells,
+        read_labels(cells, str(label_key), **labels),
+        loaded,
+        layer=layer,
+        reference_layer=reference_layer,
+    )
+    made, features = fitting.fit_simulated(panels, spots or SpotRules(), n_components, loaded)
+    _write(sections, made, made.predict(features), key_added)
+    return made
+
+
+def _chosen_way(**ways: Any) -> str:
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) == 1:
+        return given[0]
+    msg = (
+        "Pass one of proportions_key= (spots with known proportions), reference= (single cells), "
+        "spot_size= (slices of single cells to sum into spots), or head= (a fitted head); found "
+        f"{given or 'none'}."
+    )
+    raise ValueError(msg)
+
+
+def _check_way(
+    way: str, *, label_key: str | None, strategy: str, protocol: str | None, copy: bool
+) -> None:
+    """Refuse options that do not go together."""
+    if way in ("reference", "spot_size") and label_key is None:
+        msg = f"{way}= needs label_key=, the column of obs with the types of the cells."
+        raise ValueError(msg)
+    if way != "reference":
+        return
+    if strategy != "frozen":
+        msg = (
+            f"strategy={strategy!r} does not go with reference=: a model is tuned on slices, and "
+            "simulated spots have no place in one. Use strategy='frozen', or spot_size= with a "
+            "slice of single cells."
+        )
+        raise ValueError(msg)
+    if protocol is not None:
+        msg = (
+            f"protocol={protocol!r} does not go with reference=: it tests on spots whose "
+            "proportions are known. Pass proportions_key= or spot_size=."
+        )
+        raise ValueError(msg)
+    if copy:
+        msg = (
+            "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
+            "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
+        )
+        raise ValueError(msg)
+
+
+def _source(
+    way: str,
+    proportions_key: str | Sequence[str] | None,
+    label_key: str | None,
+    spot_size: float | None,
+    labels: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a head is learnt from, for its record."""
+    if way == "proportions_key":
+        is_name = isinstance(proportions_key, str)
+        key = proportions_key if is_name else list(proportions_key or ())
+        return {"proportions_key": key}
+    missing = [str(one) for one in labels["missing"]]
+    source = {"label_key": label_key, "missing": missing, "min_share": labels["min_share"]}
+    return {**source, "spot_size": spot_size} if way == "spot_size" else source
+
+
+def _write(sections: Sections, head: DeconvolutionHead, found: Proportions, key: str) -> None:
+    """Write proportions and their spread to each table, with a record."""
+    import pandas as pd
+
+    names = list(head.types)
+    params = {
+        "use_rep": list(head.use_rep),
+        "strategy": head.strategy,
+        "n_heads": len(head.networks),
+        "seed": head.params["seed"],
+    }
+    for table, part in zip(sections.tables, sections.places, strict=True):
+        rows = table.obs_names
+        table.obsm[key] = pd.DataFrame(found.mean[part], index=rows, columns=names)
+        if found.spread is not None:
+            table.obsm[key + _STD] = pd.DataFrame(found.spread[part], index=rows, columns=names)
+        elif key + _STD in table.obsm:
+            # That of an earlier run would be taken for this one's.
+            del table.obsm[key + _STD]
+        write_record(table, key, params, **head.model_names())
+    logger.info("Proportions of %d types in %d spots: obsm[%r].", len(names), len(found.mean), key)

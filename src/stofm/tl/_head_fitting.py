@@ -1,0 +1,150 @@
+"""A head for a task: fitted to stored embeddings, and tuned together with the model if asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stofm.tl._encode_cells import load_model
+from stofm.tl._fine_tune import fine_tune_head
+from stofm.tl._head_inputs import (
+    MADE_BY_EMBED,
+    describe_origin,
+    origin_by,
+    read_inputs,
+    same_origin,
+)
+from stofm.tl._heads import check_strategy
+from stofm.train import fit_head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pandas as pd
+
+    from stofm.nn import PredictionHead, Stofm
+    from stofm.spatial import Split
+    from stofm.tl._head_inputs import Inputs, Origin, Sections
+    from stofm.tl._heads import Strategy
+    from stofm.train import HeadTraining, Targets
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFit:
+    """A fitted network with what it reads.
+
+    Attributes
+    ----------
+    network
+        The head.
+    inputs
+        Representations of all cells, by the tuned model if there is one.
+    model
+        The tuned model; None for ``strategy="frozen"``.
+    history
+        Losses: of the head, or of tuning.
+    """
+
+    network: PredictionHead
+    inputs: Inputs
+    model: Stofm | None
+    history: pd.DataFrame
+
+
+def fit_task(
+    sections: Sections,
+    inputs: Inputs,
+    targets: Targets,
+    split: Split,
+    *,
+    strategy: Strategy = "frozen",
+    model: Stofm | str | Path | None = None,
+    task: str,
+    training: HeadTraining | None = None,
+    seed: int,
+    reading: Mapping[str, Any],
+) -> TaskFit:
+    """Fit a head to stored representations, and go on to tune the model if asked.
+
+    Parameters
+    ----------
+    sections
+        The cells.
+    inputs
+        Their representations, from :func:`~stofm.tl._head_inputs.read_inputs`.
+    targets
+        A row for each cell.
+    split
+        Rows to fit and to hold out.
+    strategy
+        ``"frozen"``, ``"lora"`` or ``"full"``.
+    model
+        Model to tune; None for the one that `inputs` are by, if that is stofm-mini.
+    task
+        Becomes part of the tuned model's name.
+    training
+        How the head is fitted.
+    seed
+        Seed of the fit.
+    reading
+        Options of ``read_inputs``: library_key, layer, spatial_key, device, show_progress_bar.
+
+    Raises
+    ------
+    ValueError
+        There is no such strategy, or nothing that could be tuned for these representations.
+    """
+    check_strategy(strategy)
+    fitted = fit_head(
+        inputs.features,
+        targets,
+        fitted=split.fitted,
+        held_out=split.held_out,
+        training=training,
+        seed=seed,
+    )
+    if strategy == "frozen":
+        return TaskFit(fitted.head, inputs, None, fitted.history)
+    tuned = fine_tune_head(
+        sections.tables,
+        model_to_tune(model, inputs.origin),
+        fitted.head,
+        targets,
+        strategy=strategy,
+        fitted=split.fitted,
+        held_out=split.held_out,
+        use_rep=inputs.use_rep,
+        task=task,
+        seed=seed,
+        **reading,
+    )
+    again = read_inputs(sections, use_rep=inputs.use_rep, model=tuned.model, **reading)
+    return TaskFit(tuned.head, again, tuned.model, tuned.history)
+
+
+def model_to_tune(model: Stofm | str | Path | None, origin: Origin) -> Stofm:
+    """The model that representations are by.
+
+    Raises
+    ------
+    ValueError
+        They are not all by a model, or by another one.
+    """
+    strange = [rep for rep in origin if rep not in MADE_BY_EMBED]
+    if strange:
+        msg = (
+            f"obsm{strange} are not embeddings of a model that could be tuned; use "
+            f"strategy='frozen', or use_rep from {list(MADE_BY_EMBED)}."
+        )
+        raise ValueError(msg)
+    loaded = load_model(model)
+    made = origin_by(loaded)
+    for rep, found in origin.items():
+        if not same_origin(found, made[rep]):
+            msg = (
+                f"obsm[{rep!r}] is by {describe_origin(found)}; pass that model as `model` to tune "
+                "it."
+            )
+            raise ValueError(msg)
+    return loaded

@@ -1,0 +1,295 @@
+"""What the heads of all tasks share: what they hold, and how they are saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
+
+from stofm import __version__
+from stofm._keys import Obs, Obsm, Uns
+from stofm.nn import Stofm
+from stofm.nn.checkpoint import CONFIG, write_atomically
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+    import torch
+    from numpy.typing import NDArray
+
+    from stofm.tl._head_inputs import Inputs, Origin
+
+#: ``"frozen"``: the head alone is fitted. Else the model is tuned with it: by changes of low rank
+#: (``"lora"``), or all its weights (``"full"``).
+Strategy = Literal["frozen", "lora", "full"]
+
+_WEIGHTS = "head.safetensors"
+_HISTORY = "history.tsv"
+_VALIDATION = "validation_scores.tsv"
+_TEST = "test_scores.tsv"
+_MODEL = "model"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Head:
+    """A fitted head with all that its predictions depend on.
+
+    Attributes
+    ----------
+    networks
+        One network, or several that vote.
+    outputs
+        Names of what is predicted: classes, cell types or genes.
+    use_rep
+        Entries of ``obsm`` that are read, side by side.
+    origin
+        For each of them, name and fingerprints of the model that made it.
+    strategy
+        ``"frozen"``, ``"lora"`` or ``"full"``.
+    params
+        What the head was fitted with.
+    split
+        How cells were held out, and how many.
+    validation_scores
+        Scores on the held-out cells.
+    test_scores
+        Scores of the runs of a protocol; None without one.
+    history
+        Losses while the head was fitted.
+    model
+        The tuned model; None for a frozen one.
+    """
+
+    #: Name of the task in files and messages, and of the file with the names of the outputs.
+    task: ClassVar[str]
+    outputs_file: ClassVar[str]
+
+    networks: tuple[PredictionHead, ...]
+    outputs: tuple[str, ...]
+    use_rep: tuple[str, ...]
+    origin: Origin
+    strategy: str
+    params: dict[str, Any]
+    split: dict[str, Any]
+    validation_scores: pd.DataFrame
+    history: pd.DataFrame
+    test_scores: pd.DataFrame | None = None
+    model: Stofm | None = None
+
+    def __repr__(self) -> str:
+        """A line with task, outputs, inputs and strategy."""
+        return (
+            f"{type(self).__name__}({len(self.outputs)} {self.outputs_file.removesuffix('.tsv')}, "
+            f"use_rep={list(self.use_rep)}, strategy={self.strategy!r})"
+        )
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse representations of another width than those that the head was fitted to."""
+        expected = self.networks[0].config.d_input
+        if inputs.features.shape[1] != expected:
+            msg = (
+                f"The head reads {expected} columns from obsm{list(self.use_rep)}, found "
+                f"{inputs.features.shape[1]} ({list(inputs.widths)}). Make them as for fitting."
+            )
+            raise ValueError(msg)
+
+    def model_names(self) -> dict[str, str]:
+        """Name and fingerprints of the model, for records; none if it is not recorded."""
+        return {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the head to a folder; a crash leaves nothing half-written.
+
+        Parameters
+        ----------
+        folder
+            Gets ``config.json``, ``head.safetensors``, the names of the outputs, scores and
+            history as tables, and a tuned model's checkpoint in ``model/``.
+        overwrite
+            Replace a head that is already there.
+
+        Raises
+        ------
+        FileExistsError
+            `folder` is there and `overwrite` is false, or it holds something else.
+        """
+        write_atomically(Path(folder), self._write, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a head from a folder.
+
+        Parameters
+        ----------
+        folder
+            Written by :meth:`save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            `folder` is not there, or lacks a file.
+        ValueError
+            It holds a head of another task, or is damaged.
+        """
+        from safetensors.numpy import load_file
+
+        where = Path(folder)
+        config = _read_config(where, cls)
+        tensors = load_file(where / _WEIGHTS)
+        test = where / _TEST
+        common = {name: config[name] for name in ("origin", "strategy", "params", "split")}
+        return cls(
+            **common,
+            networks=tuple(
+                _read_network(sizes, tensors, f"{k}.") for k, sizes in enumerate(config["networks"])
+            ),
+            outputs=tuple((where / cls.outputs_file).read_text(encoding="utf-8").splitlines()),
+            use_rep=tuple(config["use_rep"]),
+            validation_scores=_read_table(where / _VALIDATION),
+            history=_read_table(where / _HISTORY).reset_index(),
+            test_scores=_read_table(test) if test.is_file() else None,
+            model=Stofm.from_pretrained(where / _MODEL) if (where / _MODEL).is_dir() else None,
+            **cls._read_own(config["own"], tensors),
+        )
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """What a task adds: entries of config.json, and arrays."""
+        return {}, {}
+
+    @classmethod
+    def _read_own(
+        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        """Fields that a task adds, from what :meth:`_own` returned."""
+        return {}
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        entries, arrays = self._own()
+        config = {
+            "task": self.task,
+            "stofm_version": __version__,
+            "use_rep": list(self.use_rep),
+            "origin": self.origin,
+            "strategy": self.strategy,
+            "params": self.params,
+            "split": self.split,
+            "networks": [asdict(network.config) for network in self.networks],
+            "own": entries,
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        for k, network in enumerate(self.networks):
+            for name, value in network.state_dict().items():
+                tensors[f"{k}.{name}"] = value.numpy()
+        save_file(tensors, folder / _WEIGHTS)
+        names = "".join(f"{name}\n" for name in self.outputs)
+        (folder / self.outputs_file).write_text(names, encoding="utf-8")
+        self.validation_scores.to_csv(folder / _VALIDATION, sep="\t")
+        self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
+        if self.test_scores is not None:
+            self.test_scores.to_csv(folder / _TEST, sep="\t")
+        if self.model is not None:
+            self.model.save_pretrained(folder / _MODEL)
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse an unknown strategy.
+
+    Raises
+    ------
+    ValueError
+        `strategy` is none of :data:`Strategy`.
+    """
+    if strategy not in get_args(Strategy):
+        msg = f"strategy must be one of {get_args(Strategy)}, found {strategy!r}."
+        raise ValueError(msg)
+
+
+def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
+    """Refuse a key whose entry or record is read, or means something else.
+
+    Raises
+    ------
+    ValueError
+        `key_added` is one of stofm's other keys, or among those that are read.
+    """
+    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
+    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
+    if key_added in {*own, *entries, *read}:
+        msg = (
+            f"key_added={key_added!r} would replace something that is read or that means something "
+            f"else; choose another name, such as {suggestion!r}."
+        )
+        raise ValueError(msg)
+
+
+def require_head(head: Any, kind: type[Head]) -> None:
+    """Refuse something else than a head of a task.
+
+    Raises
+    ------
+    TypeError
+        `head` is of another task, or no head.
+    """
+    if isinstance(head, kind):
+        return
+    if isinstance(head, str | Path):
+        found = f"the path {str(head)!r}; read it with {kind.__name__}.load(path)"
+    elif isinstance(head, Head):
+        found = f"a head for {head.task}"
+    else:
+        found = f"a {type(head).__name__}"
+    msg = f"Expected a head for {kind.task} ({kind.__name__}), found {found}."
+    raise TypeError(msg)
+
+
+def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
+    missing = [
+        name for name in (CONFIG, _WEIGHTS, kind.outputs_file) if not (folder / name).is_file()
+    ]
+    config: dict[str, Any] = {}
+    if CONFIG not in missing:
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            msg = f"{folder / CONFIG} is damaged ({error}); save the head again."
+            raise ValueError(msg) from error
+    found = config.get("task")
+    if config and found != kind.task:
+        what = f"a head for {found}" if found else "no head"
+        msg = f"{folder} holds {what}, not one for {kind.task}."
+        raise ValueError(msg)
+    if missing:
+        msg = f"{folder} is no folder of a head: {missing} missing."
+        raise FileNotFoundError(msg)
+    return config
+
+
+def _read_network(
+    sizes: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], prefix: str
+) -> PredictionHead:
+    import torch
+
+    from stofm._config import build_dataclass
+
+    network = PredictionHead(build_dataclass(HeadConfig, sizes, "networks of config.json"))
+    state: dict[str, torch.Tensor] = {
+        name.removeprefix(prefix): torch.from_numpy(value)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_csv(path, sep="\t", index_col=0, float_precision="round_trip")

@@ -1,0 +1,259 @@
+"""How ``stofm.tl.impute`` fits a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pandas as pd
+
+from stofm._logging import logger
+from stofm.tl._expression import expression_targets, on_panel
+from stofm.tl._head_fitting import fit_task
+from stofm.tl._head_inputs import MADE_BY_EMBED, checked_reps, read_inputs
+from stofm.tl._heads import check_strategy
+from stofm.tl._imputation_head import ImputationHead, score_genes
+from stofm.tl._protocol import plan_runs, score_table, split_record
+from stofm.train import HeadTraining, fit_head
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scipy import sparse
+
+    from stofm.nn import Stofm
+    from stofm.spatial import Split
+    from stofm.spatial.splits import SplitRule
+    from stofm.tl._expression import ExpressionTargets
+    from stofm.tl._gene_columns import Gene, GeneColumns, GenePanel
+    from stofm.tl._head_fitting import TaskFit
+    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._heads import Strategy
+    from stofm.tl._protocol import Protocol, Run
+
+#: Column of ``obs`` that tells slices apart in the AnnData that models read.
+_SLICE: Final = "slice"
+#: Stronger dropout than for classes: expression is noisy, and the networks vote.
+_TRAINING: Final = HeadTraining(dropout=0.4)
+
+
+def read_panel(
+    sections: Sections,
+    columns: Sequence[GeneColumns],
+    inputs: Sequence[Gene],
+    targets: Sequence[Gene],
+    *,
+    use_rep: str | Sequence[str],
+    layer: str | None,
+    spatial_key: str,
+) -> tuple[Sections, list[sparse.csr_matrix]]:
+    """AnnData of the input genes alone, and the counts of the target genes beside them.
+
+    Nothing else of the given AnnData is in them but places, slices, and representations that no
+    model makes.
+    """
+    names = np.empty(sections.n_obs, dtype=object)
+    for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True):
+        names[rows] = name
+    own = [rep for rep in checked_reps(use_rep) if rep not in MADE_BY_EMBED]
+    tables, counts = [], []
+    parts = zip(sections.tables, columns, sections.places, strict=True)
+    for table, known, place in parts:
+        bare, wanted = on_panel(
+            table, known, inputs, targets, layer=layer, kept_obsm=(spatial_key, *own)
+        )
+        bare.obs[_SLICE] = pd.Categorical(names[place])
+        tables.append(bare)
+        counts.append(wanted)
+    return replace(sections, tables=tuple(tables)), counts
+
+
+def reading_of_panel(*, spatial_key: str, device: Any, show_progress_bar: bool) -> dict[str, Any]:
+    """Options of ``read_inputs`` for what :func:`read_panel` returns."""
+    return {
+        "library_key": _SLICE,
+        "layer": None,
+        "spatial_key": spatial_key,
+        "device": device,
+        "show_progress_bar": show_progress_bar,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImputationFitting:
+    """The options of :func:`stofm.tl.impute` that say how a head is fitted."""
+
+    strategy: Strategy
+    n_heads: int
+    split: SplitRule
+    protocol: Protocol | None
+    seed: int
+    layer: str | None
+    reading: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check what is not checked where it is used."""
+        check_strategy(self.strategy)
+        if self.n_heads != int(self.n_heads) or self.n_heads < 1:
+            msg = f"n_heads must be a whole number of at least 1, found {self.n_heads!r}."
+            raise ValueError(msg)
+
+    def fit(
+        self,
+        sections: Sections,
+        columns: Sequence[GeneColumns],
+        panel: GenePanel,
+        *,
+        use_rep: str | Sequence[str],
+        model: Stofm | None,
+    ) -> ImputationHead:
+        """Fit a head, or one for each run of a protocol, of which the first is kept."""
+        bare, counts = read_panel(
+            sections,
+            columns,
+            panel.inputs,
+            panel.targets,
+            use_rep=use_rep,
+            layer=self.layer,
+            spatial_key=self.reading["spatial_key"],
+        )
+        targets = expression_targets(bare, counts)
+        _refuse_constant(targets, panel.targets)
+        inputs = read_inputs(bare, use_rep=use_rep, model=model, **self.reading)
+        heads, tested = [], []
+        for run in self._plan(bare, targets, inputs, self.seed):
+            head, scores = self._fit_run(bare, inputs, targets, panel, run, model)
+            heads.append(head)
+            if scores is not None:
+                tested.append(scores)
+        _log_summary(heads[0])
+        return replace(heads[0], test_scores=score_table(tested) if tested else None)
+
+    def _plan(
+        self, bare: Sections, targets: ExpressionTargets, inputs: Inputs, seed: int
+    ) -> list[Run]:
+        return plan_runs(
+            bare,
+            targets.is_known,
+            inputs.features,
+            split=self.split,
+            protocol=self.protocol,
+            spatial_key=self.reading["spatial_key"],
+            seed=seed,
+        )
+
+    def _fit_run(
+        self,
+        bare: Sections,
+        inputs: Inputs,
+        targets: ExpressionTargets,
+        panel: GenePanel,
+        run: Run,
+        model: Stofm | None,
+    ) -> tuple[ImputationHead, dict[str, float] | None]:
+        # Networks differ in the cells they hold out; but none may be fitted to those that a
+        # protocol tests on, nor scored on those that a model was tuned with.
+        is_shared = self.protocol is not None or self.strategy != "frozen"
+        splits = [
+            run.split if is_shared else self._plan(bare, targets, inputs, run.seed + k)[0].split
+            for k in range(self.n_heads)
+        ]
+        trained = np.setdiff1d(np.flatnonzero(targets.is_known), run.test)
+        targets = targets.standardised(trained)
+        first = fit_task(
+            bare,
+            inputs,
+            targets,
+            splits[0],
+            strategy=self.strategy,
+            model=model,
+            task=ImputationHead.task,
+            training=_TRAINING,
+            seed=run.seed,
+            reading=self.reading,
+        )
+        networks, history = self._fit_others(first, targets, splits, run.seed)
+        by_network = [
+            score_genes([network], first.inputs.features, targets, split.held_out)
+            for network, split in zip(networks, splits, strict=True)
+        ]
+        head = ImputationHead(
+            networks=tuple(networks),
+            outputs=tuple(gene.name for gene in panel.targets),
+            use_rep=first.inputs.use_rep,
+            origin=first.inputs.origin,
+            strategy=self.strategy,
+            params={"seed": self.seed, "n_heads": self.n_heads, "n_inputs": len(panel.inputs)},
+            split=split_record(run.split, run.test, bare, targets.is_known, self.protocol),
+            validation_scores=_by_network(by_network),
+            history=history,
+            model=first.model,
+            gene_scores=pd.concat([one["pearson"] for one in by_network], axis=1).mean(axis=1),
+            inputs=panel.inputs,
+            output_ids=tuple(gene.id for gene in panel.targets),
+            mean=targets.mean,
+            scale=targets.scale,
+        )
+        if not len(run.test):
+            return head, None
+        scores = score_genes(networks, first.inputs.features, targets, run.test)
+        return head, {name: float(value) for name, value in scores.mean().items()}
+
+    def _fit_others(
+        self, first: TaskFit, targets: ExpressionTargets, splits: Sequence[Split], seed: int
+    ) -> tuple[list[Any], pd.DataFrame]:
+        """Fit the other networks to what the first one reads, each with its own held-out cells."""
+        networks, histories = [first.network], [first.history.assign(network=1)]
+        for k, split in enumerate(splits[1:], start=1):
+            fitted = fit_head(
+                first.inputs.features,
+                targets,
+                fitted=split.fitted,
+                held_out=split.held_out,
+                training=_TRAINING,
+                seed=seed + k,
+            )
+            networks.append(fitted.head)
+            histories.append(fitted.history.assign(network=k + 1))
+        return networks, pd.concat(histories, ignore_index=True)
+
+
+def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
+    known = np.flatnonzero(targets.is_known)
+    if not len(known):
+        msg = "No cell has any count in the genes that are read, so there is nothing to learn from."
+        raise ValueError(msg)
+    flat = targets.is_constant(known)
+    examples = [gene.name for gene, is_flat in zip(genes, flat, strict=True) if is_flat][:3]
+    if flat.all():
+        msg = (
+            f"All {len(genes)} genes to impute are constant over the training cells, for example "
+            f"{examples}: there is nothing to learn. Choose other genes."
+        )
+        raise ValueError(msg)
+    if flat.any():
+        logger.info(
+            "%d of %d genes are constant over the training cells and will be imputed as such, for "
+            "example %s.",
+            int(flat.sum()),
+            len(genes),
+            examples,
+        )
+
+
+def _by_network(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Mean over the genes for each network on its held-out cells."""
+    index = pd.RangeIndex(1, len(scores) + 1, name="network")
+    return pd.DataFrame([one.mean() for one in scores]).set_index(index)
+
+
+def _log_summary(head: ImputationHead) -> None:
+    logger.info(
+        "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
+        "below 0.1.",
+        len(head.outputs),
+        len(head.inputs),
+        head.gene_scores.mean(),
+        int((head.gene_scores < 0.1).sum()),
+    )

@@ -1,0 +1,216 @@
+"""The head of ``stofm.tl.impute``, what it reads and what it writes."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import numpy as np
+import pandas as pd
+
+from stofm import metrics
+from stofm._anndata import write_record
+from stofm._logging import logger
+from stofm.tl._gene_columns import Gene
+from stofm.tl._heads import Head
+from stofm.train import apply_head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from stofm.nn import PredictionHead
+    from stofm.tl._expression import ExpressionTargets
+    from stofm.tl._head_inputs import Sections
+
+#: Genes that are computed at a time.
+_GENES_AT_ONCE: Final = 512
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ImputationHead(Head):
+    """A head that imputes the expression of genes, from :func:`stofm.tl.impute`.
+
+    Keep it with ``head.save(folder)``, and read it with ``ImputationHead.load(folder)``. The
+    attributes of the parts that all heads have come after these.
+
+    Attributes
+    ----------
+    gene_scores
+        By gene, Pearson correlation of measured and imputed expression over held-out cells, mean
+        over the networks, each on the cells that it was not fitted to; NaN for a gene that is
+        constant there. Drop genes with a low one.
+    inputs
+        Genes that the model reads: all others are taken out of a query first.
+    output_ids
+        Ids of the genes to impute in the model's vocabulary, ``""`` for genes that it lacks.
+    mean, scale
+        (n_genes,) mean and standard deviation of each gene over the training cells.
+    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model, networks
+        Genes to impute; what is read and by which model; how the head was fitted and how good it
+        is. The networks' mean is the prediction.
+    """
+
+    task: ClassVar[str] = "imputation"
+    outputs_file: ClassVar[str] = "genes.tsv"
+
+    gene_scores: pd.Series[float]
+    inputs: tuple[Gene, ...]
+    output_ids: tuple[str, ...]
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Names of the genes that can be imputed."""
+        return self.outputs
+
+    @property
+    def targets(self) -> tuple[Gene, ...]:
+        """The genes that can be imputed."""
+        pairs = zip(self.outputs, self.output_ids, strict=True)
+        return tuple(Gene(name, gene_id) for name, gene_id in pairs)
+
+    def columns_of(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
+        """Find genes among the outputs, by name or id of the vocabulary; None for all.
+
+        Raises
+        ------
+        ValueError
+            There are none, one occurs twice, or the head does not know one.
+        """
+        if genes is None:
+            return np.arange(len(self.outputs))
+        asked = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+        places = {gene_id: k for k, gene_id in enumerate(self.output_ids) if gene_id}
+        places |= {name: k for k, name in enumerate(self.outputs)}
+        if unknown := [gene for gene in asked if gene not in places]:
+            near = difflib.get_close_matches(unknown[0], places, n=3)
+            msg = (
+                f"The head does not impute {len(unknown)} of {len(asked)} genes, for example "
+                f"{unknown[:3]} (near {unknown[0]!r}: {near or 'nothing'}). It knows "
+                f"{len(self.outputs)} genes, see head.genes; fit one with these genes."
+            )
+            raise ValueError(msg)
+        columns = np.array([places[gene] for gene in asked], dtype=np.int64)
+        if not len(columns) or len(np.unique(columns)) < len(columns):
+            msg = f"genes must name the genes to impute, each once; found {asked[:5]}."
+            raise ValueError(msg)
+        return columns
+
+    def predict(
+        self, features: NDArray[np.float32], columns: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Impute log-normalised expression.
+
+        Parameters
+        ----------
+        features
+            (n, d) representations.
+        columns
+            Genes to impute, as numbers among the outputs; None for all. Only these are computed.
+
+        Returns
+        -------
+        float32 (n, n_genes), not negative.
+        """
+        columns = np.arange(len(self.outputs)) if columns is None else columns
+        return predict_expression(self.networks, features, columns, self.mean, self.scale)
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        entries = {
+            "inputs": [[gene.name, gene.id] for gene in self.inputs],
+            "output_ids": list(self.output_ids),
+        }
+        scores = self.gene_scores.to_numpy(dtype=np.float64)
+        return entries, {"mean": self.mean, "scale": self.scale, "gene_scores": scores}
+
+    @classmethod
+    def _read_own(
+        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        return {
+            "inputs": tuple(Gene(*pair) for pair in entries["inputs"]),
+            "output_ids": tuple(entries["output_ids"]),
+            "mean": arrays["mean"],
+            "scale": arrays["scale"],
+            "gene_scores": arrays["gene_scores"],
+        }
+
+    def __post_init__(self) -> None:
+        """Name the scores."""
+        scores = np.asarray(self.gene_scores, dtype=np.float64)
+        index = pd.Index(self.outputs, name="gene")
+        object.__setattr__(self, "gene_scores", pd.Series(scores, index=index, name="pearson"))
+
+
+def predict_expression(
+    networks: Sequence[PredictionHead],
+    features: NDArray[np.float32],
+    columns: NDArray[np.int64],
+    mean: NDArray[np.float32],
+    scale: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Mean of networks, back in the unit of the genes and clipped at 0; some genes at a time."""
+    found = np.empty((len(features), len(columns)), dtype=np.float32)
+    for start in range(0, len(columns), _GENES_AT_ONCE):
+        own = columns[start : start + _GENES_AT_ONCE]
+        part = apply_head(networks[0], features, "values", columns=own)
+        for network in networks[1:]:
+            part += apply_head(network, features, "values", columns=own)
+        part *= scale[own] / len(networks)
+        part += mean[own]
+        found[:, start : start + _GENES_AT_ONCE] = np.maximum(part, 0.0, out=part)
+    return found
+
+
+def score_genes(
+    networks: Sequence[PredictionHead],
+    features: NDArray[np.float32],
+    targets: ExpressionTargets,
+    rows: NDArray[np.int64],
+) -> pd.DataFrame:
+    """Pearson correlation, RMSE and MAE of each gene over some cells, some genes at a time.
+
+    NaN throughout for fewer than two cells.
+    """
+    if len(rows) < 2:
+        return pd.DataFrame(np.nan, range(targets.n_outputs), ["pearson", "rmse", "mae"])
+    parts = []
+    for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
+        columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
+        true = targets.values[rows][:, columns].toarray()
+        found = predict_expression(networks, features[rows], columns, targets.mean, targets.scale)
+        scores = {
+            "pearson": metrics.pearson(true, found),
+            "rmse": metrics.rmse(true, found),
+            "mae": metrics.mae(true, found),
+        }
+        parts.append(pd.DataFrame(scores))
+    return pd.concat(parts, ignore_index=True)
+
+
+def write_imputed(
+    sections: Sections,
+    head: ImputationHead,
+    features: NDArray[np.float32],
+    columns: NDArray[np.int64],
+    key: str,
+) -> None:
+    """Write imputed expression to each table, with a record."""
+    names = [head.outputs[k] for k in columns]
+    # All is computed before anything is written.
+    found = head.predict(features, columns)
+    for table, part in zip(sections.tables, sections.places, strict=True):
+        table.obsm[key] = pd.DataFrame(found[part], index=table.obs_names, columns=names)
+        params = {
+            "n_genes": len(names),
+            "n_inputs": len(head.inputs),
+            "use_rep": list(head.use_rep),
+            "strategy": head.strategy,
+            "seed": head.params["seed"],
+        }
+        write_record(table, key, params, **head.model_names())
+    logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)

@@ -1,0 +1,371 @@
+"""``stofm.tl.impute``: expression of genes that a slice does not measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._keys import Obsm
+from stofm._logging import logger
+from stofm.genes import embedded_vocabulary
+from stofm.tl._encode_cells import load_model
+from stofm.tl._gene_columns import (
+    Gene,
+    GeneColumns,
+    choose_panel,
+    find_genes,
+    new_genes,
+)
+from stofm.tl._head_inputs import (
+    DEFAULT_REP,
+    MADE_BY_EMBED,
+    checked_reps,
+    read_inputs,
+    resolve_slices,
+)
+from stofm.tl._heads import refuse_reserved, require_head
+from stofm.tl._imputation_fitting import ImputationFitting, read_panel, reading_of_panel
+from stofm.tl._imputation_head import ImputationHead, write_imputed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from stofm.genes import GeneVocabulary
+    from stofm.nn import Stofm
+    from stofm.spatial.splits import SplitRule
+    from stofm.tl._head_inputs import Sections
+    from stofm.tl._heads import Strategy
+    from stofm.tl._protocol import Protocol
+
+#: Genes that ``protocol="stofm-paper"`` holds out.
+_N_PROTOCOL_GENES: Final = 50
+#: A query with a smaller share of a head's input genes is refused, or warned of.
+_LEAST_SHARE: Final = 0.1
+_LOW_SHARE: Final = 0.5
+
+
+def impute(
+    data: Any,
+    *,
+    genes: Sequence[str] | None = None,
+    reference: Any = None,
+    head: ImputationHead | None = None,
+    model: Stofm | str | Path | None = None,
+    use_rep: str | Sequence[str] = DEFAULT_REP,
+    strategy: Strategy = "frozen",
+    n_heads: int = 5,
+    library_key: str | None = None,
+    layer: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    split: SplitRule = "auto",
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    key_added: str = Obsm.IMPUTED,
+    table_key: str | None = None,
+    copy: bool = False,
+    show_progress_bar: bool = True,
+) -> Any:
+    """Learn the expression of genes from slices that measure them, and impute it in others.
+
+    There are three ways to call it::
+
+        head = st.tl.impute(training, genes=["GFAP", "MBP"])  # learn
+        st.tl.impute(query, head=head)  # impute
+        head = st.tl.impute(query, reference=training)  # both, for all genes that the query lacks
+
+    The genes to impute are taken out of the counts before anything else is done: they are in no
+    token, rank or total that the model reads, neither of the training slices nor of the query.
+    Cells are therefore embedded anew, on the genes that are left; stored embeddings, which may
+    have seen the others, are not read. With `reference` only genes that the query has too are
+    read, so that both look alike. Genes meet by their id in the model's vocabulary where both
+    have one, so that symbols, Ensembl ids, human and mouse names may differ, else by name;
+    columns of one gene are added up. A mapping by :func:`stofm.pp.map_genes` is used.
+
+    Expression is ``log1p(10,000 x count / total)``, where the total is that of the genes that are
+    read, of the training cell; genes that are imputed are in no total.
+
+    Parameters
+    ----------
+    data
+        Annotated data of one or several slices with raw counts and coordinates, or a SpatialData
+        with such a table; or a list or dict of them, which are different slices.
+    genes
+        Genes to learn; with `head` those of its genes to impute; with `reference` those to
+        impute, also ones that the query has, which are then held out. By default all.
+    reference
+        Slices to learn from, in the forms of `data`; `data` is then the query.
+    head
+        Fitted head to use instead.
+    model
+        Model to embed with: a :class:`stofm.Stofm`, a checkpoint folder or a hub id; the embedded
+        ``"stofm-mini"`` by default.
+    use_rep
+        What the head reads: ``"X_stofm_cell"``, ``"X_stofm"``, or both, side by side. Other
+        entries of ``obsm`` are read as they are: see to it yourself that they were made without
+        the genes to impute. With `head` its own are read.
+    strategy
+        ``"frozen"`` fits heads on the embeddings. ``"lora"`` and ``"full"`` tune a copy of the
+        model with the first of them; the head then carries that model.
+    n_heads
+        Networks whose mean is the prediction. Each holds out its own cells, but with a protocol
+        or a tuned model, where they share them.
+    library_key
+        Column of ``obs`` that names each cell's slice. A reference may lack it.
+    layer
+        Layer with raw counts; ``adata.X`` by default.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
+    split
+        How the tenth of the cells is held out that tells when to stop and how well a gene is
+        predicted: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
+        ``"auto"``, whole slices where there are several and blocks otherwise. Neighbours resemble
+        each other: a random split gives scores that are too good.
+    protocol
+        ``"stofm-paper"``: 50 genes, drawn with `seed` unless they are given, and three runs
+        (seeds `seed`, `seed` + 1, `seed` + 2), each with a random fifth of the cells to test and
+        a random tenth of the rest held out. ``head.test_scores`` has means over the genes. The
+        head is that of the first run.
+    seed
+        Seed of splits, first weights and order of steps.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Entry of ``obsm`` to write.
+    table_key
+        Table of a SpatialData.
+    copy
+        With `head`: return changed copies and leave `data` as it is.
+    show_progress_bar
+        Show bars.
+
+    Returns
+    -------
+    The :class:`ImputationHead`; with `head` None, or with ``copy=True`` the new AnnData, in the
+    form of `data`. Sets, with `head` or `reference`:
+
+    ``adata.obsm['stofm_imputed']`` : DataFrame
+        float32 (n_obs, n_genes) log-normalised expression, not negative.
+    ``adata.uns['stofm']['stofm_imputed']`` : dict
+        Parameters, and fingerprints of the embedding's model.
+
+    Raises
+    ------
+    KeyError
+        A column, an entry or a layer is not there.
+    TypeError
+        `head` is no head for imputation.
+    ValueError
+        Arguments contradict each other, an option is not usable, genes are unknown or constant,
+        no gene is left to read, the query has less than a tenth of the genes that the head
+        reads, or the model is another one than the head's.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section C.2, for the head and the protocol.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> training = st.datasets.simulate_slice(500, 100, seed=0)
+    >>> query = st.datasets.simulate_slice(400, 100, seed=1)[:, :90].copy()
+    >>> head = st.tl.impute(query, reference=training)
+    >>> query.obsm["stofm_imputed"].shape, len(head.gene_scores)
+    ((400, 10), 10)
+    """
+    _check_call(genes=genes, reference=reference, head=head, protocol=protocol, copy=copy)
+    sections = resolve_slices(
+        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+    )
+    reading = reading_of_panel(
+        spatial_key=spatial_key, device=device, show_progress_bar=show_progress_bar
+    )
+    writing = _Writing(key_added, layer, spatial_key, reading)
+    if head is not None:
+        require_head(head, ImputationHead)
+        refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *head.use_rep)
+        target = sections.copied() if copy else sections
+        writing.impute(target, head, head.model if model is None else model, genes)
+        return target.as_given() if copy else None
+
+    refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *checked_reps(use_rep))
+    fitting = ImputationFitting(
+        strategy=strategy,
+        n_heads=n_heads,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        layer=layer,
+        reading=reading,
+    )
+    loaded, vocabulary = _model_and_vocabulary(model, use_rep)
+    training = sections
+    if reference is not None:
+        training = _resolve_reference(reference, library_key, spatial_key, table_key)
+    columns = _read_columns(training, loaded, vocabulary)
+    query = None if reference is None else _read_columns(sections, loaded, vocabulary)
+    targets = _choose_targets(genes, columns, query, vocabulary, protocol, seed)
+    panel = choose_panel(columns, targets, query)
+    fitted = fitting.fit(training, columns, panel, use_rep=use_rep, model=loaded)
+    if reference is not None:
+        writing.impute(sections, fitted, fitted.model or loaded, None)
+    return fitted
+
+
+def _check_call(
+    *,
+    genes: Sequence[str] | None,
+    reference: Any,
+    head: ImputationHead | None,
+    protocol: str | None,
+    copy: bool,
+) -> None:
+    if head is not None and (reference is not None or protocol is not None):
+        msg = "head= is fitted already: leave out reference= and protocol=, or leave out head=."
+        raise ValueError(msg)
+    if head is None and reference is None and genes is None and protocol is None:
+        msg = (
+            "Pass genes= to learn some genes of these slices, reference= to learn from other "
+            "slices the genes that these lack, or head= to use what was learnt."
+        )
+        raise ValueError(msg)
+    if protocol is not None and reference is not None:
+        msg = "A protocol tests on cells of the training slices: leave out reference=."
+        raise ValueError(msg)
+    if copy and head is None:
+        what = "nothing is written to data" if reference is None else "the head is returned"
+        msg = f"copy=True is for head=; without it {what}. Pass data.copy() if need be."
+        raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """How a head is applied: options of :func:`impute`."""
+
+    key_added: str
+    layer: str | None
+    spatial_key: str
+    reading: dict[str, Any]
+
+    def impute(
+        self,
+        sections: Sections,
+        head: ImputationHead,
+        model: Stofm | str | Path | None,
+        genes: Sequence[str] | None,
+    ) -> None:
+        """Embed cells on a head's input genes, and write what it makes of them."""
+        columns = head.columns_of(genes)
+        loaded, vocabulary = _model_and_vocabulary(model, head.use_rep)
+        known = _read_columns(sections, loaded, vocabulary)
+        if loaded is not None:
+            for one in known:
+                _check_overlap(one, head.inputs)
+        bare, _ = read_panel(
+            sections,
+            known,
+            head.inputs,
+            (),
+            use_rep=head.use_rep,
+            layer=self.layer,
+            spatial_key=self.spatial_key,
+        )
+        inputs = read_inputs(
+            bare, use_rep=head.use_rep, model=loaded, expected=head.origin, **self.reading
+        )
+        head.check_inputs(inputs)
+        write_imputed(sections, head, inputs.features, columns, self.key_added)
+
+
+def _model_and_vocabulary(
+    model: Stofm | str | Path | None, use_rep: str | Sequence[str]
+) -> tuple[Stofm | None, GeneVocabulary]:
+    """Load the model if something of it is read."""
+    reps = checked_reps(use_rep)
+    others = [rep for rep in reps if rep not in MADE_BY_EMBED]
+    if others:
+        logger.info(
+            "obsm%s are read as they are; genes to impute must have no part in them.", others
+        )
+    if len(others) == len(reps):
+        return None, embedded_vocabulary()
+    loaded = load_model(model)
+    return loaded, loaded.vocabulary
+
+
+def _read_columns(
+    sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary
+) -> list[GeneColumns]:
+    return [
+        GeneColumns.read(table, vocabulary, must_map=model is not None) for table in sections.tables
+    ]
+
+
+def _resolve_reference(
+    reference: Any, library_key: str | None, spatial_key: str, table_key: str | None
+) -> Sections:
+    """Slices of a reference, which may do without the query's column of slices."""
+    if library_key is not None:
+        plain = reference.values() if isinstance(reference, dict) else reference
+        tables = plain if isinstance(plain, list | tuple) else [plain]
+        if not any(library_key in getattr(table, "obs", {}) for table in tables):
+            library_key = None
+    return resolve_slices(reference, library_key, spatial_key=spatial_key, table_key=table_key)
+
+
+def _choose_targets(
+    genes: Sequence[str] | None,
+    training: Sequence[GeneColumns],
+    query: Sequence[GeneColumns] | None,
+    vocabulary: GeneVocabulary,
+    protocol: Protocol | None,
+    seed: int,
+) -> tuple[Gene, ...]:
+    if genes is not None:
+        return find_genes(genes, training, vocabulary)
+    if query is not None:
+        return new_genes(training, query)
+    return _draw_genes(training, seed, protocol)
+
+
+def _draw_genes(
+    training: Sequence[GeneColumns], seed: int, protocol: Protocol | None
+) -> tuple[Gene, ...]:
+    """Draw a protocol's genes; the order of the columns does not matter."""
+    first, *others = training
+    keyed = {g.key: g for g in first.genes if g.name and all(t.same_gene(g) for t in others)}
+    if len(keyed) <= _N_PROTOCOL_GENES:
+        msg = (
+            f"protocol={protocol!r} holds out {_N_PROTOCOL_GENES} genes, and the slices share "
+            f"{len(keyed)}; name fewer with genes=[...]."
+        )
+        raise ValueError(msg)
+    keys = np.random.default_rng(seed).permutation(sorted(keyed))[:_N_PROTOCOL_GENES]
+    return tuple(keyed[key] for key in sorted(keys.tolist()))
+
+
+def _check_overlap(columns: GeneColumns, inputs: Sequence[Gene]) -> None:
+    """Refuse a query that lacks nearly all that the head reads, and warn if it lacks much."""
+    missing = [gene.name for gene in inputs if not columns.same_gene(gene)]
+    share = 1 - len(missing) / len(inputs)
+    found = (
+        f"The query has {len(inputs) - len(missing)} of the {len(inputs)} genes that the head reads "
+        f"({share:.0%}); missing are, for example, {missing[:3]}."
+    )
+    if share < _LEAST_SHARE:
+        msg = (
+            f"{found} At least {_LEAST_SHARE:.0%} are needed. Fit a head on the genes that both "
+            "have: st.tl.impute(query, reference=training)."
+        )
+        raise ValueError(msg)
+    if share < _LOW_SHARE:
+        logger.warning(
+            "%s Its embeddings differ from those that the head was fitted to; "
+            "st.tl.impute(query, reference=training) fits one on the genes that both have.",
+            found,
+        )

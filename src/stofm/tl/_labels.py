@@ -1,0 +1,145 @@
+"""Labels of cells as classes to learn."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stofm._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import pandas as pd
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.tl._head_inputs import Sections
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Classes of cells.
+
+    Attributes
+    ----------
+    classes
+        Names in alphabetical order.
+    codes
+        (n_obs,) number of each cell's class; -1 for none, or one that is left out.
+    left_out
+        Rare classes that are left out.
+    """
+
+    classes: tuple[str, ...]
+    codes: NDArray[np.int64]
+    left_out: tuple[str, ...]
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """(n_obs,) whether a cell has a class."""
+        return self.codes >= 0
+
+
+def read_labels(
+    sections: Sections, key: str, *, missing: Collection[object] = (), min_share: float = 0.0
+) -> Labels:
+    """Read a column of labels, leave out missing ones and rare classes.
+
+    Parameters
+    ----------
+    sections
+        The cells.
+    key
+        Column of ``obs``.
+    missing
+        Labels that stand for none, besides NaN.
+    min_share
+        Smallest share of the labelled cells that a class must have.
+
+    Raises
+    ------
+    KeyError
+        A table has no such column.
+    ValueError
+        `min_share` is not usable, labels are numbers with fractions, there are fewer than two
+        classes, or a class has a single cell.
+    """
+    if not 0 <= min_share < 1:
+        msg = f"min_share must be from 0 to below 1, found {min_share!r}."
+        raise ValueError(msg)
+    if isinstance(missing, str):
+        msg = (
+            f"missing must be a list of labels, such as [{missing!r}]; found the text {missing!r}."
+        )
+        raise TypeError(msg)
+    labels = np.concatenate([_read_column(table, key) for table in sections.tables])
+    is_known = (labels != "") & ~np.isin(labels, [str(one) for one in missing])
+    names, counts = np.unique(labels[is_known].astype(str), return_counts=True)
+    is_kept = counts >= min_share * counts.sum()
+    left_out = tuple(names[~is_kept].tolist())
+    if left_out:
+        logger.info(
+            "Classes with less than %g%% of the labelled cells are left out (%d cells): %s.",
+            100 * min_share,
+            counts[~is_kept].sum(),
+            ", ".join(left_out),
+        )
+    classes, sizes = names[is_kept], counts[is_kept]
+    _check_classes(key, classes, sizes, n_obs=len(labels), missing=missing)
+    codes = np.full(len(labels), -1, dtype=np.int64)
+    is_kept_cell = is_known & np.isin(labels, classes)
+    codes[is_kept_cell] = np.searchsorted(classes, labels[is_kept_cell].astype(str))
+    return Labels(tuple(classes.tolist()), codes, left_out)
+
+
+def _check_classes(
+    key: str,
+    classes: NDArray[np.str_],
+    sizes: NDArray[np.int64],
+    *,
+    n_obs: int,
+    missing: Collection[object],
+) -> None:
+    if len(classes) == 0:
+        msg = (
+            f"None of {n_obs} cells has a label in obs[{key!r}] (NaN and {list(missing)} count as "
+            "none). Pass labelled cells."
+        )
+        raise ValueError(msg)
+    if len(classes) == 1:
+        msg = (
+            f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {n_obs} cells); a "
+            "head needs at least two to tell apart."
+        )
+        raise ValueError(msg)
+    if (sizes < 2).any():
+        single = classes[sizes < 2].tolist()
+        msg = (
+            f"These classes of obs[{key!r}] have one cell each: {single}. A class needs two or "
+            "more. Raise `min_share`, or add them to `missing`, to leave them out."
+        )
+        raise ValueError(msg)
+
+
+def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
+    """Labels as text, empty for none."""
+    if key not in adata.obs:
+        columns = [str(name) for name in adata.obs.columns]
+        near = difflib.get_close_matches(key, columns, n=3)
+        hint = f"did you mean {near}?" if near else f"its columns are {columns[:20]}."
+        msg = f"There is no obs[{key!r}] with labels; {hint}"
+        raise KeyError(msg)
+    column: pd.Series = adata.obs[key]
+    if column.dtype.kind == "f":
+        known = column[column.notna()]
+        if not (known == known.round()).all():
+            msg = f"obs[{key!r}] holds numbers with fractions, not classes: {known.iloc[0]!r}."
+            raise ValueError(msg)
+        column = column.astype("Int64")
+    text = column.astype(object).where(column.notna(), "")
+    labels: NDArray[np.object_] = text.astype(str).to_numpy(dtype=object)
+    return labels

@@ -1,0 +1,45 @@
+"""Representations of cells in an AnnData."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+
+def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
+    """Read an entry of ``obsm`` as float32 (n_obs, d), checked.
+
+    Raises
+    ------
+    KeyError
+        It is not there.
+    ValueError
+        It does not hold numbers, or some are not finite.
+    """
+    if rep not in adata.obsm:
+        there = sorted(map(str, adata.obsm))
+        near = difflib.get_close_matches(rep, there, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
+        raise KeyError(msg)
+    values = np.asarray(adata.obsm[rep])
+    if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "biuf":
+        msg = (
+            f"obsm[{rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
+            "numbers, (n_obs, d)."
+        )
+        raise ValueError(msg)
+    values = values.astype(np.float32, copy=False)
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        msg = (
+            f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{rep!r}]; make it "
+            "again or drop these cells."
+        )
+        raise ValueError(msg)
+    return values

@@ -1,0 +1,198 @@
+"""Counts over a panel of genes, and what a head that was fitted on simulated spots reads of them.
+
+Simulated spots have no place, and a measured slice has genes that they lack. Both are reduced to
+the genes that they share before anything is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from scipy import sparse
+
+from stofm._counts import read_counts
+from stofm.genes import rank_genes
+from stofm.nn import project_cells
+from stofm.pp._tokenize import find_columns
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.nn import Stofm
+
+#: Genes that enter the components: those that differ most between types.
+_MAX_GENES: Final = 2000
+_ROWS_AT_ONCE: Final = 4096
+
+
+def genes_of(adata: AnnData, model: Stofm) -> NDArray[np.int64]:
+    """Return the place in the model's vocabulary of each column's gene, -1 for none."""
+    tokens = _column_tokens(adata, model)
+    place = np.full(int(model.vocabulary.tokens.max()) + 2, -1, dtype=np.int64)
+    place[model.vocabulary.tokens] = np.arange(len(model.vocabulary.tokens))
+    # Token -1, no gene, reads the last entry.
+    found: NDArray[np.int64] = place[tokens]
+    return found
+
+
+def _column_tokens(adata: AnnData, model: Stofm) -> NDArray[np.int32]:
+    columns = find_columns(adata, model.vocabulary, species="auto", gene_key=None, orthologs=None)
+    return columns.token_ids
+
+
+def read_panel_counts(
+    adata: AnnData, genes: NDArray[np.integer], panel: NDArray[np.integer], layer: str | None
+) -> sparse.csr_matrix:
+    """Read raw counts over a panel; columns of one gene are added up, genes not there are 0.
+
+    Parameters
+    ----------
+    adata
+        Cells or spots x genes.
+    genes
+        (n_vars,) place in the vocabulary of each column's gene, from :func:`genes_of`.
+    panel
+        (n_genes,) places in the vocabulary, ascending.
+    layer
+        Layer with raw counts; None for ``X``.
+
+    Returns
+    -------
+    (n_obs, n_genes) counts.
+    """
+    target = np.searchsorted(panel, genes)
+    columns = np.flatnonzero(np.isin(genes, panel))
+    shape = (adata.n_vars, len(panel))
+    entries = (np.ones(len(columns), dtype=np.int64), (columns, target[columns]))
+    choice = sparse.csr_matrix(entries, shape=shape)
+    blocks = [sparse.csr_matrix(block @ choice) for block in read_counts(adata, layer=layer)]
+    return sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
+
+
+@dataclass(frozen=True, eq=False)
+class SpotPanel:
+    """Genes that a head reads, and principal components of their expression.
+
+    Attributes
+    ----------
+    genes
+        (n_genes,) gene ids of the vocabulary, in its order.
+    loadings
+        (n_genes, n_components) of log-normalised counts; without columns for none.
+    target_sum
+        Total to which counts are scaled before the logarithm.
+    """
+
+    genes: NDArray[np.str_]
+    loadings: NDArray[np.float32]
+    target_sum: float
+
+    def places(self, model: Stofm) -> NDArray[np.int64]:
+        """Places of the genes in the model's vocabulary."""
+        rows = model.vocabulary.rows_by_id
+        return np.array([rows[gene] for gene in self.genes.tolist()], dtype=np.int64)
+
+    def features(
+        self,
+        counts: sparse.csr_matrix,
+        model: Stofm,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        show_progress_bar: bool = False,
+    ) -> NDArray[np.float32]:
+        """Return what the head reads of spots: the cell encoder's projection, and components.
+
+        The projection is taken before it is centred by slice and scaled to unit length: simulated
+        spots have no slice, and the length tells how mixed a spot is.
+
+        Parameters
+        ----------
+        counts
+            (n_spots, n_genes) over the panel.
+        model
+            Model whose cell encoder to run.
+        device, dtype
+            Where and in which precision.
+        show_progress_bar
+            Show a bar.
+
+        Returns
+        -------
+        (n_spots, d_cell + n_components).
+        """
+        vocabulary, places = model.vocabulary, self.places(model)
+        ranked = rank_genes(
+            counts,
+            vocabulary.tokens[places],
+            vocabulary.medians[places],
+            max_tokens=model.config.max_tokens,
+            values=model.config.cell_encoder.reads_values,
+        )
+        projected = project_cells(
+            model.cell_encoder,
+            ranked,
+            vocabulary,
+            device=device,
+            dtype=dtype,
+            show_progress_bar=show_progress_bar,
+        )
+        if not self.loadings.shape[1]:
+            return projected
+        scores = log_normalize(counts, self.target_sum) @ self.loadings
+        return np.hstack([projected, np.asarray(scores, dtype=np.float32)])
+
+
+def log_normalize(counts: sparse.csr_matrix, target_sum: float) -> sparse.csr_matrix:
+    """Return log(1 + count / total x `target_sum`); 0 for a spot without counts."""
+    totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    scale = target_sum / np.where(totals > 0, totals, 1.0)
+    values = np.log1p(counts.data * np.repeat(scale, np.diff(counts.indptr)))
+    parts = (values.astype(np.float32), counts.indices, counts.indptr)
+    return sparse.csr_matrix(parts, shape=counts.shape)
+
+
+def component_loadings(
+    counts: sparse.csr_matrix,
+    mean_counts: NDArray[np.floating],
+    *,
+    target_sum: float,
+    n_components: int,
+) -> NDArray[np.float32]:
+    """Return loadings of principal components of log-normalised counts.
+
+    Of more than 2,000 genes those are used that differ most between types; the others' loadings
+    are 0.
+
+    Parameters
+    ----------
+    counts
+        (n_spots, n_genes) to find the components from.
+    mean_counts
+        (n_types, n_genes) mean counts of each type.
+    target_sum
+        Total to which counts are scaled.
+    n_components
+        Number of components; fewer where there are fewer genes.
+
+    Returns
+    -------
+    (n_genes, n_components).
+    """
+    profiles = log_normalize(sparse.csr_matrix(mean_counts), target_sum).toarray()
+    chosen = np.sort(np.argsort(-profiles.var(axis=0), kind="stable")[:_MAX_GENES])
+    values = sparse.csr_matrix(log_normalize(counts, target_sum)[:, chosen])
+    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
+    covariance: NDArray[Any] = np.zeros((len(chosen), len(chosen)))
+    for start in range(0, values.shape[0], _ROWS_AT_ONCE):
+        part = values[start : start + _ROWS_AT_ONCE].toarray() - mean
+        covariance += part.T @ part
+    vectors = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
+    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
+    loadings = np.zeros((counts.shape[1], vectors.shape[1]), dtype=np.float32)
+    loadings[chosen] = vectors * np.where(largest < 0, -1.0, 1.0)
+    return loadings

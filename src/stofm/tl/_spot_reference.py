@@ -1,0 +1,274 @@
+"""Learning to deconvolve from a single-cell reference: spots simulated to match the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from scipy import sparse
+
+from stofm._logging import logger
+from stofm.spatial.spot_simulation import (
+    TypedCells,
+    gene_scales,
+    simulate_spots,
+)
+from stofm.tl._spot_panel import SpotPanel, component_loadings, genes_of, read_panel_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.nn import Stofm
+    from stofm.spatial.spot_simulation import SimulatedSpots, SpotRules
+    from stofm.tl._head_inputs import Sections
+    from stofm.tl._labels import Labels
+
+#: Fewer shared genes than this say too little about types.
+_MIN_GENES: Final = 10
+#: Simulated spots that the components are found from.
+_COMPONENT_SPOTS: Final = 5000
+_HELD_OUT: Final = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """Query and reference, reduced to the genes that both have counts of.
+
+    Attributes
+    ----------
+    places
+        (n_genes,) places of the genes in the model's vocabulary, ascending.
+    query
+        (n_obs, n_genes) counts of the query.
+    cells
+        The reference's cells over the same genes.
+    types
+        Names of the types, in alphabetical order.
+    """
+
+    places: NDArray[np.int64]
+    query: sparse.csr_matrix
+    cells: TypedCells
+    types: list[str]
+
+    @property
+    def query_mean(self) -> NDArray[np.float64]:
+        """(n_genes,) mean counts of the query."""
+        return np.asarray(self.query.mean(axis=0), dtype=np.float64).ravel()
+
+    @property
+    def depths(self) -> NDArray[np.float64]:
+        """Totals of the query's spots over the genes, those without any left out."""
+        totals = np.asarray(self.query.sum(axis=1), dtype=np.float64).ravel()
+        return totals[totals > 0]
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedTraining:
+    """What a head is fitted to, and what it reads of the query.
+
+    Attributes
+    ----------
+    panel
+        Genes and components that the features are made of.
+    features, proportions
+        (n_spots, d) and (n_spots, n_types) of simulated spots.
+    query_features
+        (n_obs, d) of the query.
+    fitted, held_out
+        Rows of simulated spots to fit and to validate.
+    """
+
+    panel: SpotPanel
+    features: NDArray[np.float32]
+    proportions: NDArray[np.float32]
+    query_features: NDArray[np.float32]
+    fitted: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpotSimulation:
+    """How a head is taught on simulated spots: the options of :func:`stofm.tl.deconvolve`.
+
+    Attributes
+    ----------
+    model
+        Its cell encoder is run.
+    rules
+        Numbers and kinds of spots.
+    n_components
+        Principal components of expression that are read beside the projection; 0 for none.
+    device, dtype
+        Where and in which precision the cell encoder runs.
+    seed
+        Seed of the draws.
+    show_progress_bar
+        Show bars.
+    """
+
+    model: Stofm
+    rules: SpotRules
+    n_components: int
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    show_progress_bar: bool
+
+    def run(
+        self,
+        panels: Panels,
+        predict: Callable[[SimulatedTraining], NDArray[np.float32]],
+    ) -> SimulatedTraining:
+        """Simulate in two rounds.
+
+        The first round takes all types for equally frequent and all genes for equally well seen
+        by both technologies. What a head that is fitted to it finds in the query on average tells
+        how frequent types are and, with that, how technologies differ: the second round simulates
+        half of it, and half of equal frequencies, so that rare types are still learnt.
+
+        Parameters
+        ----------
+        panels
+            Query and reference.
+        predict
+            Fits a head to the first round and returns the query's proportions, (n_obs, n_types).
+        """
+        equal = np.full(len(panels.types), 1 / len(panels.types))
+        alike = np.ones(len(panels.places))
+        found = predict(self._read(panels, self._simulate(panels, alike, equal, round=0)))
+        composition = found.mean(axis=0, dtype=np.float64)
+        composition /= composition.sum()
+        scale = self._gene_scales(panels, composition)
+        spots = self._simulate(panels, scale, (composition + equal) / 2, round=1)
+        return self._read(panels, spots)
+
+    def _gene_scales(self, panels: Panels, composition: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean_counts = panels.cells.mean_counts()
+        n_spots = panels.query.shape[0]
+        return gene_scales(panels.query_mean, n_spots, mean_counts, composition)
+
+    def _simulate(
+        self,
+        panels: Panels,
+        gene_scale: NDArray[np.float64],
+        composition: NDArray[np.float64],
+        *,
+        round: int,
+    ) -> SimulatedSpots:
+        return simulate_spots(
+            panels.cells,
+            depths=panels.depths,
+            gene_scale=gene_scale,
+            composition=composition,
+            rules=self.rules,
+            seed=2 * self.seed + round,
+        )
+
+    def _read(self, panels: Panels, spots: SimulatedSpots) -> SimulatedTraining:
+        target_sum = float(np.median(panels.depths))
+        loadings = component_loadings(
+            spots.counts[:_COMPONENT_SPOTS],
+            panels.cells.mean_counts(),
+            target_sum=target_sum,
+            n_components=self.n_components,
+        )
+        genes = self.model.vocabulary.gene_ids[panels.places]
+        panel = SpotPanel(genes, loadings, target_sum)
+        features, query_features = (
+            panel.features(
+                counts,
+                self.model,
+                device=self.device,
+                dtype=self.dtype,
+                show_progress_bar=self.show_progress_bar,
+            )
+            for counts in (spots.counts, panels.query)
+        )
+        n_spots = len(features)
+        n_fitted = n_spots - round(_HELD_OUT * n_spots)
+        return SimulatedTraining(
+            panel=panel,
+            features=features,
+            proportions=spots.proportions.astype(np.float32),
+            query_features=query_features,
+            fitted=np.arange(n_fitted),
+            held_out=np.arange(n_fitted, n_spots),
+        )
+
+
+def read_panels(
+    query: Sections,
+    reference: Sections,
+    labels: Labels,
+    model: Stofm,
+    *,
+    layer: str | None,
+    reference_layer: str | None,
+) -> Panels:
+    """Read query and reference over the genes that all of their tables have.
+
+    Parameters
+    ----------
+    query, reference
+        Measured spots, and single cells.
+    labels
+        Types of the reference's cells.
+    model
+        Model whose vocabulary tells genes.
+    layer, reference_layer
+        Layers with raw counts.
+
+    Raises
+    ------
+    KeyError
+        There is no such layer.
+    ValueError
+        Counts are not raw, or fewer than 10 genes are shared.
+    """
+    tables = (*query.tables, *reference.tables)
+    genes = [genes_of(table, model) for table in tables]
+    panel = reduce(np.intersect1d, (places[places >= 0] for places in genes))
+    _require_genes(panel, query, reference)
+    n_queries = len(query.tables)
+    layers = [layer] * n_queries + [reference_layer] * len(reference.tables)
+    parts = [
+        read_panel_counts(table, own, panel, name)
+        for table, own, name in zip(tables, genes, layers, strict=True)
+    ]
+    rows = np.flatnonzero(labels.is_known)
+    counts = sparse.csr_matrix(sparse.vstack(parts[:n_queries], format="csr"))
+    cells = sparse.csr_matrix(sparse.vstack(parts[n_queries:], format="csr"))[rows]
+    seen = [np.asarray(matrix.sum(axis=0)).ravel() > 0 for matrix in (counts, cells)]
+    both = np.flatnonzero(seen[0] & seen[1])
+    _require_genes(panel[both], query, reference)
+    logger.info(
+        "%d genes are in both query and reference, which has %d types in %d cells.",
+        len(both),
+        len(labels.classes),
+        len(rows),
+    )
+    typed = TypedCells.sort(cells[:, both], labels.codes[rows], len(labels.classes))
+    return Panels(panel[both], counts[:, both], typed, list(labels.classes))
+
+
+def _require_genes(panel: NDArray[np.int64], query: Sections, reference: Sections) -> None:
+    if len(panel) >= _MIN_GENES:
+        return
+    first, other = query.tables[0], reference.tables[0]
+    msg = (
+        f"Query and reference share {len(panel)} genes with counts in both; at least {_MIN_GENES} "
+        f"are needed. The query has {first.n_vars} genes ({_some(first)}), the reference "
+        f"{other.n_vars} ({_some(other)}). Are both raw counts with gene names?"
+    )
+    raise ValueError(msg)
+
+
+def _some(adata: AnnData) -> str:
+    return ", ".join(map(str, adata.var_names[:3]))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stofm.nn import HeadConfig, PredictionHead
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(3)
+    return PredictionHead(HeadConfig(d_input=7, d_output=5, widths=(11, 13), dropout=0.5)).eval()
+
+
+def test_three_layers_with_leaky_relu(head):
+    features = torch.randn(17, 7)
+    head.input_mean += 2.0
+    head.input_scale *= 3.0
+    first, second = head.hidden[0], head.hidden[3]
+    hidden = (features - 2.0) / 3.0 @ first.weight.T + first.bias
+    hidden = torch.where(hidden > 0, hidden, 0.01 * hidden) @ second.weight.T + second.bias
+    hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
+    expected = hidden @ head.last.weight.T + head.last.bias
+    torch.testing.assert_close(head(features), expected)
+
+
+def test_some_outputs_alone(head):
+    features, columns = torch.randn(17, 7), torch.tensor([4, 1])
+    torch.testing.assert_close(head(features, columns), head(features)[:, columns])
+
+
+def test_inputs_are_standardised_but_for_constant_columns(head):
+    features = torch.randn(503, 7) * 10.0 ** torch.arange(-3, 4) + 5.0
+    features[:, 3] = 4.0
+    head.fit_inputs(features)
+    inner = (features - head.input_mean) / head.input_scale
+    varying = [0, 1, 2, 4, 5, 6]
+    torch.testing.assert_close(inner.mean(0), torch.zeros(7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inner[:, varying].std(0), torch.ones(6), atol=0.01, rtol=0)
+    assert inner[:, 3].abs().max() < 1e-5
+    head.fit_inputs(torch.full((3, 7), 2.0))
+    assert torch.isfinite(head(torch.full((3, 7), 2.0))).all()
+
+
+def test_dropout_only_while_training(head):
+    features = torch.randn(17, 7)
+    assert torch.equal(head(features), head(features))
+    head.train()
+    assert not torch.equal(head(features), head(features))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_input": 0}, "d_input must be at least 1, found 0"),
+        ({"d_output": 0}, "d_output must be at least 1"),
+        ({"widths": (4, 0)}, "widths must be at least 1"),
+        ({"widths": (4,)}, "two hidden layers"),
+        ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
+    ],
+)
+def test_bad_sizes(change, message):
+    with pytest.raises(ValueError, match=message):
+        HeadConfig(**{"d_input": 2, "d_output": 2} | change)

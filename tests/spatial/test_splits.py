@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+
+from stofm.spatial import split_cells
+
+
+@pytest.fixture
+def plane(rng):
+    """Three slices of 701, 503 and 97 cells, rows mixed, and ten rows of none."""
+    rows = np.split(rng.permutation(1311), np.cumsum([701, 503, 97]))[:3]
+    return rng.random((1311, 2)) * [30.0, 20.0], [np.sort(part) for part in rows]
+
+
+def parts(split):
+    return split.fitted, split.held_out, split.left_out
+
+
+@pytest.mark.parametrize("how", ["auto", "slices", "blocks", "random"])
+def test_each_cell_of_a_slice_is_in_one_part(plane, how):
+    xy, slices = plane
+    split = split_cells(xy, slices, how=how)
+    assert all((np.diff(part) > 0).all() for part in parts(split))
+    assert np.array_equal(np.sort(np.concatenate(parts(split))), np.sort(np.concatenate(slices)))
+
+
+def test_whole_slices(plane):
+    xy, slices = plane
+    split = split_cells(xy, slices, how="slices", share=0.4, seed=2)
+    (chosen,) = split.slices
+    assert np.array_equal(split.held_out, slices[chosen])
+    assert {split_cells(xy, slices, how="slices", seed=s).slices for s in range(9)} == {
+        (0,),
+        (1,),
+        (2,),
+    }
+
+
+def test_whole_slices_by_default_where_there_are_several(plane):
+    xy, slices = plane
+    assert split_cells(xy, slices).how == "blocks"
+    assert split_cells(xy, [*slices[:2], *np.array_split(slices[2], 2)]).how == "slices"
+
+
+def test_at_least_one_slice_is_fitted(plane):
+    xy, slices = plane
+    assert len(split_cells(xy, slices[:2], how="slices", share=0.9).slices) == 1
+
+
+def test_blocks_keep_their_distance(plane):
+    xy, slices = plane
+    split = split_cells(xy, slices[:1], margin=1.5)
+    assert split.how == "blocks"
+    assert 50 <= len(split.held_out) <= 90
+    gaps = cdist(xy[split.fitted], xy[split.held_out]).min(axis=1)
+    assert gaps.min() > 1.5
+    near = cdist(xy[split.left_out], xy[split.held_out]).min(axis=1)
+    assert near.max() <= 1.5
+
+
+def test_default_margin_is_two_distances_between_neighbours():
+    grid = np.stack(np.meshgrid(np.arange(37.0), np.arange(29.0)), axis=-1).reshape(-1, 2)
+    split = split_cells(grid, [np.arange(len(grid))])
+    gaps = cdist(grid[split.fitted], grid[split.held_out]).min(axis=1)
+    assert 2 < gaps.min() <= 3
+    assert len(split.left_out) < 0.35 * len(grid)
+
+
+def test_blocks_hold_cells_together(plane):
+    xy, slices = plane
+    lone = {}
+    for how in ("blocks", "random"):
+        split = split_cells(xy, slices[:1], how=how)
+        distance = cdist(xy[split.held_out], xy[split.held_out])
+        np.fill_diagonal(distance, np.inf)
+        lone[how] = np.median(distance.min(axis=1))
+    assert lone["blocks"] < lone["random"] / 1.5
+
+
+def test_random_cells(plane):
+    xy, slices = plane
+    split = split_cells(xy, slices, how="random", share=0.2)
+    assert [len(np.intersect1d(split.held_out, rows)) for rows in slices] == [140, 101, 19]
+    assert len(split.left_out) == 0
+
+
+@pytest.mark.parametrize("how", ["slices", "blocks", "random"])
+def test_order_of_rows_does_not_matter(plane, rng, how):
+    xy, slices = plane
+    order = rng.permutation(len(xy))
+    place = np.argsort(order)
+    moved = [np.sort(place[rows]) for rows in slices]
+    first, again = split_cells(xy, slices, how=how), split_cells(xy[order], moved, how=how)
+    for one, other in zip(parts(first), parts(again), strict=True):
+        assert np.array_equal(one, np.sort(order[other]))
+    if how != "slices":
+        assert not np.array_equal(split_cells(xy, slices, how=how, seed=1).held_out, first.held_out)
+
+
+def test_tiny_slices():
+    xy = np.arange(14.0).reshape(7, 2)
+    split = split_cells(xy, [np.array([0]), np.arange(1, 7)], how="blocks", share=0.3, margin=0.5)
+    assert 0 in split.fitted
+    assert len(split.held_out) == 2
+
+
+def test_record(plane):
+    xy, slices = plane
+    split = split_cells(xy, slices, how="blocks", seed=4, margin=0.5)
+    assert split.record() == {
+        "how": "blocks",
+        "share": 0.1,
+        "margin": 0.5,
+        "seed": 4,
+        "n_fitted": len(split.fitted),
+        "n_held_out": len(split.held_out),
+        "n_left_out": len(split.left_out),
+        "held_out_slices": [],
+    }
+    split = split_cells(xy, slices, how="slices")
+    assert split.record(["a", "b", "c"])["held_out_slices"] == ["abc"[split.slices[0]]]
+
+
+def test_bad_options(plane):
+    xy, slices = plane
+    with pytest.raises(ValueError, match="how must be one of"):
+        split_cells(xy, slices, how="rows")
+    with pytest.raises(ValueError, match="share must be between 0 and 1, found 1"):
+        split_cells(xy, slices, share=1)
+    with pytest.raises(ValueError, match="at least two slices"):
+        split_cells(xy, slices[:1], how="slices")

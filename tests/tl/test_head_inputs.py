@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import stofm as st
+from stofm._keys import Obsm, Uns
+from stofm.nn import Stofm
+from stofm.tl._head_inputs import checked_reps, origin_by, read_inputs, resolve_slices
+
+QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
+
+
+@pytest.fixture
+def pair(adata):
+    """The left and the right slice as an AnnData each."""
+    return [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
+
+
+@pytest.fixture
+def other(model):
+    return Stofm(model.config, model.vocabulary, seed=8).eval()
+
+
+def read(data, library_key="library", **options):
+    sections = resolve_slices(data, library_key)
+    return read_inputs(sections, **({**QUIET, "library_key": library_key} | options))
+
+
+def test_one_several_and_named(adata, pair):
+    one = resolve_slices(adata, "library")
+    assert one.as_given() is adata
+    assert one.slices.names == ["left", "right"]
+    several = resolve_slices(pair, None)
+    assert several.as_given() == pair
+    assert several.slices.names == ["0", "1"]
+    assert several.n_obs == 184
+    assert [rows[0] for rows in several.slices.rows] == [0, 101]
+    assert several.places == [slice(0, 101), slice(101, 184)]
+    named = resolve_slices({"a": pair[0], "b": pair[1]}, "library")
+    assert named.slices.names == ["a:left", "b:right"]
+    assert named.as_given()["b"] is pair[1]
+    assert named.copied().as_given()["b"] is not pair[1]
+
+
+def test_spatialdata(adata):
+    data = SimpleNamespace(tables={"cells": adata})
+    assert resolve_slices(data, "library").tables == (adata,)
+
+
+def test_coordinates_tell_several_slices_apart(adata, pair):
+    with pytest.raises(ValueError, match=r"Pass library_key='library'"):
+        resolve_slices(adata)
+    with pytest.raises(ValueError, match="some are the same"):
+        resolve_slices([adata, adata], "library")
+    with pytest.raises(ValueError, match="list of AnnData is empty"):
+        resolve_slices([])
+    with pytest.raises(ValueError, match="has no cells"):
+        resolve_slices([pair[0], pair[1][:0]])
+    with pytest.raises(TypeError, match="Expected an AnnData"):
+        resolve_slices([3])
+
+
+def test_any_entry_can_be_read(adata, rng):
+    adata.obsm["X_pca"] = rng.normal(size=(184, 5))
+    adata.obsm["X_more"] = rng.normal(size=(184, 3))
+    inputs = read(adata, use_rep=["X_more", "X_pca"])
+    assert inputs.features.dtype == np.float32
+    np.testing.assert_allclose(
+        inputs.features, np.hstack([adata.obsm["X_more"], adata.obsm["X_pca"]]), rtol=1e-6
+    )
+    assert inputs.widths == (3, 5)
+    assert inputs.origin == {"X_more": {}, "X_pca": {}}
+    np.testing.assert_array_equal(inputs.take(np.array([5, 2])).features, inputs.features[[5, 2]])
+
+
+def test_missing_embeddings_are_made_and_kept(adata, model):
+    inputs = read(adata, model=model)
+    assert inputs.widths == (12, 14)
+    np.testing.assert_array_equal(inputs.features[:, :12], adata.obsm[Obsm.X_CELL])
+    np.testing.assert_array_equal(inputs.features[:, 12:], adata.obsm[Obsm.X])
+    assert inputs.origin == origin_by(model)
+    # What is there is read as it is, by a model that need not be named.
+    adata.X = None
+    np.testing.assert_array_equal(read(adata).features, inputs.features)
+
+
+def test_another_models_embeddings_stay_and_the_given_model_is_used(adata, model, other):
+    wanted = read(adata.copy(), model=model)
+    st.tl.embed(adata, other, library_key="library", device="cpu", show_progress_bar=False)
+    before = adata.obsm[Obsm.X].copy()
+    inputs = read(adata, model=model)
+    np.testing.assert_array_equal(inputs.features, wanted.features)
+    np.testing.assert_array_equal(adata.obsm[Obsm.X], before)
+    assert adata.uns[Uns.STOFM][Obsm.X]["model_fingerprint"] == other.fingerprint
+
+
+def test_another_models_embeddings_are_refused(adata, pair, model, other):
+    st.tl.embed(adata, other, library_key="library", device="cpu", show_progress_bar=False)
+    with pytest.raises(ValueError, match=rf"is by tiny \({other.cell_encoder_fingerprint}\)"):
+        read(adata, expected=origin_by(model))
+    with pytest.raises(ValueError, match="fit a new head"):
+        read(adata, expected=origin_by(model), model=other)
+    for one, its in zip(pair, (model, other), strict=True):
+        st.tl.embed(one, its, device="cpu", show_progress_bar=False)
+    with pytest.raises(ValueError, match="in the first AnnData and by"):
+        read(pair, None)
+    del adata.obsm[Obsm.X_CELL]
+    with pytest.raises(ValueError, match="would be made with stofm-mini"):
+        read(adata)
+
+
+def test_an_embedding_without_a_record_is_refused_by_a_head(adata, model):
+    adata.obsm[Obsm.X] = np.ones((184, 14), dtype=np.float32)
+    with pytest.raises(ValueError, match="is by an unrecorded model"):
+        read(adata, use_rep=Obsm.X, expected={Obsm.X: origin_by(model)[Obsm.X]})
+
+
+def test_embeddings_under_another_name_keep_their_origin(adata, model, other):
+    for key, its in (("X_mine", model), ("X_theirs", other)):
+        st.tl.embed(
+            adata, its, library_key="library", key_added=key, device="cpu", show_progress_bar=False
+        )
+    origin = read(adata, use_rep="X_mine").origin
+    assert origin == {"X_mine": origin_by(model)[Obsm.X]}
+    adata.obsm["X_mine"] = adata.obsm["X_theirs"]
+    adata.uns[Uns.STOFM]["X_mine"] = adata.uns[Uns.STOFM]["X_theirs"]
+    with pytest.raises(ValueError, match=r"obsm\['X_mine'\] is by tiny"):
+        read(adata, use_rep="X_mine", expected=origin, model=model)
+
+
+def test_bad_representations(adata, pair, rng):
+    adata.obsm["X_pca"] = rng.normal(size=(184, 5))
+    with pytest.raises(KeyError, match="Did you mean 'X_pca'"):
+        read(adata, use_rep="X_pcs")
+    adata.obsm["X_pca"][3, 1] = np.nan
+    with pytest.raises(ValueError, match="1 of 184 cells have NaN"):
+        read(adata, use_rep="X_pca")
+    adata.obsm["X_text"] = np.full((184, 2), "a")
+    with pytest.raises(ValueError, match="expected numbers"):
+        read(adata, use_rep="X_text")
+    for k, one in enumerate(pair):
+        one.obsm["X_pca"] = np.ones((one.n_obs, 4 + k))
+    with pytest.raises(ValueError, match=r"\[4, 5\] columns in different AnnData"):
+        read(pair, None, use_rep="X_pca")
+    for reps in ((), ("X", "X")):
+        with pytest.raises(ValueError, match="each once"):
+            checked_reps(reps)

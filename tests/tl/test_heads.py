@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stofm.nn import HeadConfig, PredictionHead
+from stofm.tl._head_inputs import Inputs
+from stofm.tl._heads import Head, check_strategy, refuse_reserved, require_head
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ToyHead(Head):
+    task: ClassVar[str] = "toys"
+    outputs_file: ClassVar[str] = "toys.tsv"
+    weights: np.ndarray
+
+    def _own(self):
+        return {"note": "for playing"}, {"weights": self.weights}
+
+    @classmethod
+    def _read_own(cls, entries, arrays):
+        assert entries == {"note": "for playing"}
+        return {"weights": arrays["weights"]}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class OtherHead(Head):
+    task: ClassVar[str] = "other things"
+    outputs_file: ClassVar[str] = "things.tsv"
+
+
+def make(**options):
+    torch.manual_seed(1)
+    config = HeadConfig(d_input=5, d_output=3, widths=(7, 6))
+    networks = tuple(PredictionHead(config).eval() for _ in range(2))
+    networks[0].fit_inputs(torch.randn(11, 5))
+    scores = pd.DataFrame({"accuracy": [0.1 + 0.2]}, index=pd.Index([1], name="run"))
+    return ToyHead(
+        **{
+            "networks": networks,
+            "outputs": ("bear", "ball", "Bär, groß"),
+            "use_rep": ("X_a", "X_b"),
+            "origin": {"X_a": {"model": "m", "model_fingerprint": "1"}, "X_b": {}},
+            "strategy": "frozen",
+            "params": {"seed": 3, "missing": ["?"], "layer": None},
+            "split": {"how": "random"},
+            "validation_scores": scores,
+            "history": pd.DataFrame({"epoch": [1, 2], "loss": [1 / 3, 0.25]}),
+            "weights": np.arange(6.0).reshape(2, 3)[:, ::2],
+        }
+        | options
+    )
+
+
+def test_round_trip(tmp_path):
+    head = make(test_scores=pd.DataFrame({"f1": [0.5]}, index=pd.Index([1], name="run")))
+    head.save(tmp_path / "head")
+    again = ToyHead.load(tmp_path / "head")
+    for name in ("outputs", "use_rep", "origin", "strategy", "params", "split", "model"):
+        assert getattr(again, name) == getattr(head, name)
+    for name in ("validation_scores", "test_scores", "history"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(head, name), check_exact=True)
+    np.testing.assert_array_equal(again.weights, head.weights)
+    features = torch.randn(13, 5)
+    for one, other in zip(head.networks, again.networks, strict=True):
+        assert torch.equal(one(features), other(features))
+        assert not other.training
+
+
+def test_files(tmp_path, model):
+    make(model=model).save(tmp_path / "head")
+    assert {path.name for path in (tmp_path / "head").iterdir()} == {
+        "config.json",
+        "head.safetensors",
+        "toys.tsv",
+        "validation_scores.tsv",
+        "history.tsv",
+        "model",
+    }
+    assert ToyHead.load(tmp_path / "head").model.fingerprint == model.fingerprint
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        make().save(tmp_path / "head")
+    make(outputs=("a", "b", "c")).save(tmp_path / "head", overwrite=True)
+    again = ToyHead.load(tmp_path / "head")
+    assert (again.outputs, again.model) == (("a", "b", "c"), None)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make(params={"what": object()}).save(tmp_path / "head")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder of a head"):
+        ToyHead.load(tmp_path)
+    make().save(tmp_path / "head")
+    with pytest.raises(ValueError, match="holds a head for toys, not one for other things"):
+        OtherHead.load(tmp_path / "head")
+    (tmp_path / "head" / "toys.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\['toys.tsv'\] missing"):
+        ToyHead.load(tmp_path / "head")
+    config = tmp_path / "head" / "config.json"
+    config.write_text(json.dumps({"name": "a checkpoint"}))
+    with pytest.raises(ValueError, match="holds no head"):
+        ToyHead.load(tmp_path / "head")
+    config.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        ToyHead.load(tmp_path / "head")
+
+
+def test_representation_and_names():
+    head = make()
+    assert repr(head) == "ToyHead(3 toys, use_rep=['X_a', 'X_b'], strategy='frozen')"
+    assert head.model_names() == {"model": "m", "model_fingerprint": "1"}
+
+
+def test_inputs_of_another_width_are_refused():
+    features = np.zeros((2, 6), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"reads 5 columns .*, found 6"):
+        make().check_inputs(Inputs(features, ("X_a", "X_b"), (2, 4), {}))
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [(make(), "a head for toys"), ("folder", r"OtherHead.load\(path\)"), (3, "a int")],
+)
+def test_only_heads_of_the_task(head, found):
+    with pytest.raises(TypeError, match=rf"head for other things .OtherHead., found .*{found}"):
+        require_head(head, OtherHead)
+
+
+def test_names_are_checked():
+    check_strategy("lora")
+    with pytest.raises(ValueError, match=r"strategy must be one of .*, found 'tuned'"):
+        check_strategy("tuned")
+    for key in ("X_stofm", "stofm_domain", "mine"):
+        with pytest.raises(ValueError, match=r"such as 'stofm_annotation'"):
+            refuse_reserved(key, "stofm_annotation", "mine", None)

@@ -1,0 +1,121 @@
+"""The head of stofm.tl.impute by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+import stofm as st
+from stofm.nn import HeadConfig, PredictionHead
+from stofm.tl import _imputation_head
+from stofm.tl._expression import ExpressionTargets
+from stofm.tl._gene_columns import Gene
+from stofm.tl._imputation_head import ImputationHead, predict_expression, score_genes
+
+GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
+
+
+@pytest.fixture
+def head(rng):
+    """Two networks with random weights, for five genes."""
+    torch.manual_seed(3)
+    config = HeadConfig(d_input=7, d_output=5, widths=(11, 6))
+    return ImputationHead(
+        networks=(PredictionHead(config).eval(), PredictionHead(config).eval()),
+        outputs=GENES,
+        use_rep=("mine",),
+        origin={"mine": {}},
+        strategy="frozen",
+        params={"seed": 0},
+        split={},
+        validation_scores=pd.DataFrame({"pearson": [0.5]}, index=pd.Index([1], name="network")),
+        history=pd.DataFrame({"epoch": [1], "loss": [0.5]}),
+        gene_scores=rng.random(5),
+        inputs=(Gene("A", "ENSG1"),),
+        output_ids=("ENSG2", "", "ENSG4", "ENSG5", ""),
+        mean=rng.random(5).astype(np.float32),
+        scale=(1 + rng.random(5)).astype(np.float32),
+    )
+
+
+@pytest.fixture
+def features(rng):
+    """Of 13 cells."""
+    return rng.normal(size=(13, 7)).astype(np.float32)
+
+
+def expected(networks, head, features):
+    """What networks predict, without any blocks."""
+    with torch.no_grad():
+        raw = np.mean([network(torch.from_numpy(features)).numpy() for network in networks], axis=0)
+    return np.maximum(raw * head.scale + head.mean, 0)
+
+
+def test_prediction_is_the_mean_of_the_networks_in_the_unit_of_the_genes(head, features):
+    head.mean[1] = -9.0  # clipped
+    found = head.predict(features)
+    assert found.dtype == np.float32
+    assert np.allclose(found, expected(head.networks, head, features), atol=1e-6)
+    assert not found[:, 1].any()
+
+
+def test_only_genes_asked_for_are_computed_some_at_a_time(head, features, monkeypatch):
+    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    asked = []
+    original = _imputation_head.apply_head
+
+    def watched(*args, columns, **options):
+        asked.append(columns.tolist())
+        return original(*args, columns=columns, **options)
+
+    monkeypatch.setattr(_imputation_head, "apply_head", watched)
+    found = head.predict(features, np.array([4, 0, 2]))
+    assert asked == [[4, 0], [4, 0], [2], [2]]
+    every = expected(head.networks, head, features)
+    assert np.allclose(found, every[:, [4, 0, 2]], atol=1e-6)
+
+
+def test_genes_by_name_or_id(head):
+    assert head.columns_of(None).tolist() == [0, 1, 2, 3, 4]
+    assert head.columns_of(["RELN", "ENSG4"]).tolist() == [4, 2]
+    assert head.columns_of("MBP").tolist() == [1]
+    with pytest.raises(ValueError, match=r"1 of 2 genes, for example \['GFA'\].*'GFAP'"):
+        head.columns_of(["GFA", "MBP"])
+    for genes in ([], ["SST", "ENSG4"]):
+        with pytest.raises(ValueError, match="each once"):
+            head.columns_of(genes)
+
+
+def test_scores_are_the_metrics(head, features, rng, monkeypatch):
+    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    true = rng.random((13, 5)).astype(np.float32)
+    true[:, 3] = 0
+    targets = ExpressionTargets(
+        kind="values",
+        values=sparse.csr_matrix(true),
+        n_outputs=5,
+        mean=head.mean,
+        scale=head.scale,
+        has_counts=np.ones(13, dtype=bool),
+    )
+    rows = np.array([1, 4, 5, 9, 11, 12])
+    scores = score_genes(head.networks, features, targets, rows)
+    found = predict_expression(head.networks, features[rows], np.arange(5), head.mean, head.scale)
+    for name in ("pearson", "rmse", "mae"):
+        own = getattr(st.metrics, name)(true[rows], found)
+        assert np.allclose(scores[name], own, equal_nan=True)
+    assert np.isnan(scores["pearson"][3])
+    assert score_genes(head.networks, features, targets, rows[:1]).isna().all(axis=None)
+
+
+def test_scores_have_the_genes_names(head, tmp_path):
+    assert head.gene_scores.index.tolist() == list(GENES)
+    head.save(tmp_path / "head")
+    loaded = ImputationHead.load(tmp_path / "head")
+    assert loaded.gene_scores.equals(head.gene_scores)
+    assert loaded.targets == head.targets
+    assert loaded.inputs == head.inputs
+    assert np.array_equal(loaded.scale, head.scale)

@@ -1,0 +1,384 @@
+"""stofm.tl.impute."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+import stofm as st
+from stofm._keys import Obsm, Uns
+from stofm.tl import _imputation_fitting, _imputation_head
+from stofm.tl._annotation_head import AnnotationHead
+from stofm.tl._imputation_head import ImputationHead
+from stofm.train import HeadTraining
+
+QUIET = {"show_progress_bar": False, "device": "cpu"}
+LIBRARY = {"library_key": "library", **QUIET}
+HELD_OUT = [f"ENSG{k:011d}" for k in (3, 11, 40)]
+
+
+@pytest.fixture
+def training(adata):
+    """Genes that follow others, so that there is something to learn."""
+    dense = adata.X.toarray()
+    for gene, (a, b) in zip((2, 10, 39), ((0, 1), (5, 6), (7, 8)), strict=True):
+        dense[:, gene] = dense[:, a] * 3 + dense[:, b]
+    adata.X = sparse.csr_matrix(dense)
+    return adata
+
+
+@pytest.fixture
+def query(training, rng):
+    """The right-hand slice of the training data, its rows mixed."""
+    right = training[training.obs["library"] == "right"]
+    return right[rng.permutation(right.n_obs)].copy()
+
+
+@pytest.fixture
+def fit(training, model, monkeypatch):
+    """Fit a head of two networks in a few steps; arguments as for `impute`."""
+    monkeypatch.setattr(_imputation_fitting, "_TRAINING", HeadTraining(max_epochs=4))
+
+    def run(data=training, **options):
+        return st.tl.impute(
+            data, **{"genes": HELD_OUT, "model": model, "n_heads": 2, **LIBRARY, **options}
+        )
+
+    return run
+
+
+@pytest.fixture
+def scrambled(rng):
+    """Copy an AnnData with other counts in the genes that are held out."""
+
+    def run(adata):
+        dense = adata.X.toarray()
+        places = adata.var_names.get_indexer(HELD_OUT)
+        dense[:, places] = rng.poisson(50.0, (adata.n_obs, len(places)))
+        other = adata.copy()
+        other.X = sparse.csr_matrix(dense)
+        return other
+
+    return run
+
+
+def seen_inputs(monkeypatch):
+    """Collect what heads are fitted to."""
+    seen = []
+
+    def watched(sections, **options):
+        found = original(sections, **options)
+        tokens = [table.obsm[Obsm.TOKENS].toarray() for table in sections.tables]
+        seen.append((found.features, tokens, [table.X.toarray() for table in sections.tables]))
+        return found
+
+    original = _imputation_fitting.read_inputs
+    monkeypatch.setattr(_imputation_fitting, "read_inputs", watched)
+    return seen
+
+
+def test_held_out_genes_reach_nothing_that_is_read(fit, training, scrambled, monkeypatch):
+    seen = seen_inputs(monkeypatch)
+    fit()
+    fit(scrambled(training))
+    (features, tokens, counts), other = seen
+    assert np.array_equal(features, other[0])
+    assert np.array_equal(tokens[0], other[1][0])
+    assert np.array_equal(counts[0], other[2][0])
+    # The same change in a gene that is read is seen.
+    training.X[:, 4] = training.X[:, 4] * 7
+    fit()
+    assert not np.array_equal(features, seen[-1][0])
+
+
+def test_counts_of_held_out_genes_in_a_query_change_nothing(fit, query, scrambled, model):
+    head = fit()
+    other, without = scrambled(query), query[:, ~query.var_names.isin(HELD_OUT)].copy()
+    for one in (query, other, without):
+        st.tl.impute(one, head=head, model=model, **LIBRARY)
+    assert other.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
+    assert without.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
+
+
+def test_stored_embeddings_and_tokens_are_not_read(fit, training, query, model):
+    head = fit()
+    st.tl.impute(query, head=head, model=model, **LIBRARY)
+    expected = query.obsm.pop(Obsm.IMPUTED)
+    for one in (training, query):
+        st.tl.embed(one, model, **LIBRARY)
+        one.obsm[Obsm.X][:] = 7.0
+    again = fit()
+    st.tl.impute(query, head=again, model=model, **LIBRARY)
+    assert query.obsm[Obsm.IMPUTED].equals(expected)
+    assert (query.obsm[Obsm.X] == 7.0).all()
+
+
+def test_second_columns_of_a_held_out_gene_are_held_out(fit, training, vocabulary, monkeypatch):
+    names = training.var_names.tolist()
+    names[-1] = str(vocabulary.symbols[2])  # the gene of HELD_OUT[0] under another name
+    training.var_names = names
+    seen = seen_inputs(monkeypatch)
+    head = fit()
+    assert seen[0][2][0].shape[1] == 71 - 4
+    assert vocabulary.symbols[2] not in {gene.name for gene in head.inputs}
+
+
+def test_what_is_written(fit, query, model):
+    head = fit()
+    before = query.copy()
+    changed = st.tl.impute(query, head=head, model=model, copy=True, **LIBRARY)
+    assert Obsm.IMPUTED not in query.obsm
+    assert st.tl.impute(query, head=head, model=model, **LIBRARY) is None
+    table = query.obsm[Obsm.IMPUTED]
+    assert changed.obsm[Obsm.IMPUTED].equals(table)
+    assert table.columns.tolist() == HELD_OUT
+    assert table.index.equals(query.obs_names)
+    assert (table.dtypes == np.float32).all()
+    assert table.to_numpy().min() >= 0
+    assert set(query.obsm) == {Obsm.SPATIAL, Obsm.IMPUTED}
+    assert query.obs.equals(before.obs)
+    assert query.var.equals(before.var)
+    assert (query.X != before.X).nnz == 0
+    record = query.uns[Uns.STOFM][Obsm.IMPUTED]
+    assert record["model_fingerprint"] == model.fingerprint
+    assert record["params"]["n_genes"] == 3
+
+
+def test_genes_are_learnt(fit, training, monkeypatch):
+    monkeypatch.setattr(_imputation_fitting, "_TRAINING", HeadTraining())
+    # Of random weights, the cell encoder says little about counts: exact features stand in.
+    training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
+    head = fit(use_rep="exact")
+    st.tl.impute(training, head=head, **LIBRARY)
+    dense = training.X.toarray()
+    total = np.delete(dense, training.var_names.get_indexer(HELD_OUT), axis=1).sum(axis=1)
+    true = np.log1p(1e4 * dense[:, training.var_names.get_indexer(HELD_OUT)] / total[:, None])
+    found = training.obsm[Obsm.IMPUTED].to_numpy()
+    assert (st.metrics.pearson(true, found) > 0.8).all()
+    assert (st.metrics.rmse(true, found) < true.std(axis=0)).all()
+    assert (head.gene_scores > 0.5).all()
+    assert head.model_names() == {}
+
+
+def test_gene_scores_are_of_held_out_cells(fit, training):
+    training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
+    head = fit(use_rep="exact", n_heads=1, split="slices")
+    name = head.split["held_out_slices"][0]
+    part = training[training.obs["library"] == name].copy()
+    st.tl.impute(part, head=head, **LIBRARY)
+    dense = part.X.toarray()
+    places = part.var_names.get_indexer(HELD_OUT)
+    total = np.delete(dense, places, axis=1).sum(axis=1, keepdims=True)
+    true = np.log1p(1e4 * dense[:, places] / total)
+    expected = st.metrics.pearson(true, part.obsm[Obsm.IMPUTED].to_numpy())
+    assert np.allclose(head.gene_scores, expected, atol=1e-5)
+    assert head.gene_scores.index.tolist() == HELD_OUT
+    assert head.validation_scores["pearson"].iloc[0] == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_order_of_cells_and_genes_does_not_matter(fit, training, query, model, rng):
+    # Spatial embeddings differ by rounding, which the steps of AdamW enlarge; these don't. What
+    # is left is the rounding of the genes' means.
+    rows, columns = rng.permutation(training.n_obs), rng.permutation(training.n_vars)
+    found = []
+    for data in (training, training[rows, columns].copy()):
+        st.tl.impute(query, head=fit(data, use_rep=Obsm.X_CELL), model=model, **LIBRARY)
+        found.append(query.obsm[Obsm.IMPUTED])
+    assert np.allclose(*found, rtol=0, atol=3e-5)
+
+
+def test_seeds(fit, query, model):
+    found = []
+    for seed in (0, 0, 1):
+        st.tl.impute(query, head=fit(seed=seed), model=model, **LIBRARY)
+        found.append(query.obsm[Obsm.IMPUTED])
+    assert found[0].equals(found[1])
+    assert np.abs(found[0] - found[2]).to_numpy().max() > 0.05
+
+
+def test_reference(training, query, model, vocabulary):
+    # Names of another kind, other genes, and no column of slices in the reference.
+    symbols = dict(zip(vocabulary.gene_ids, vocabulary.symbols, strict=True))
+    query.var_names = [symbols.get(name, name) for name in query.var_names]
+    lacks = query[:, ~query.var_names.isin([symbols[g] for g in HELD_OUT])].copy()
+    reference = training[training.obs["library"] == "left"].copy()
+    del reference.obs["library"]
+    head = st.tl.impute(lacks, reference=reference, model=model, n_heads=2, **LIBRARY)
+    assert head.genes == tuple(HELD_OUT)
+    assert len(head.inputs) == 68
+    assert lacks.obsm[Obsm.IMPUTED].columns.tolist() == HELD_OUT
+    again = lacks.copy()
+    st.tl.impute(again, head=head, model=model, **LIBRARY)
+    assert again.obsm[Obsm.IMPUTED].equals(lacks.obsm[Obsm.IMPUTED])
+    # Genes that the query has are held out of it too when they are named.
+    named = st.tl.impute(
+        query, reference=reference, genes=["GENE3"], model=model, n_heads=1, **LIBRARY
+    )
+    assert named.genes == ("GENE3",)
+    assert len(named.inputs) == 70
+
+
+def test_several_anndata(fit, training, query, model):
+    parts = {n: training[training.obs["library"] == n].copy() for n in ("left", "right")}
+    parts["left"] = parts["left"][:, 5:].copy()
+    head = fit(parts, genes=HELD_OUT[1:])
+    assert len(head.inputs) == 64
+    found = st.tl.impute([query, parts["left"]], head=head, model=model, copy=True, **LIBRARY)
+    assert [len(one.obsm[Obsm.IMPUTED]) for one in found] == [83, 101]
+
+
+def test_some_genes_of_a_head(fit, query, model, monkeypatch):
+    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    head = fit()
+    st.tl.impute(query, head=head, model=model, **LIBRARY)
+    every = query.obsm[Obsm.IMPUTED]
+    st.tl.impute(query, head=head, model=model, genes=[HELD_OUT[2], HELD_OUT[0]], **LIBRARY)
+    assert query.obsm[Obsm.IMPUTED].columns.tolist() == [HELD_OUT[2], HELD_OUT[0]]
+    assert np.allclose(query.obsm[Obsm.IMPUTED], every[[HELD_OUT[2], HELD_OUT[0]]], atol=1e-6)
+    with pytest.raises(ValueError, match=r"does not impute 1 of 2.*'nothing'"):
+        st.tl.impute(query, head=head, genes=["nothing", HELD_OUT[0]], model=model, **LIBRARY)
+    with pytest.raises(ValueError, match="each once"):
+        head.columns_of([HELD_OUT[0], HELD_OUT[0]])
+
+
+def test_save_and_load(fit, query, model, tmp_path):
+    head = fit()
+    head.save(tmp_path / "head")
+    loaded = ImputationHead.load(tmp_path / "head")
+    assert loaded.gene_scores.equals(head.gene_scores)
+    assert loaded.inputs == head.inputs
+    assert loaded.targets == head.targets
+    other = query.copy()
+    st.tl.impute(query, head=head, model=model, **LIBRARY)
+    st.tl.impute(other, head=loaded, model=model, **LIBRARY)
+    assert other.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
+    suffixes = {path.suffix for path in (tmp_path / "head").iterdir()}
+    assert suffixes == {".json", ".safetensors", ".tsv"}
+    with pytest.raises(ValueError, match="imputation"):
+        AnnotationHead.load(tmp_path / "head")
+
+
+def test_another_model_is_refused(fit, query, model):
+    head = fit()
+    with torch.no_grad():
+        next(model.se2_transformer.parameters()).add_(0.5)
+    with pytest.raises(ValueError, match="head was fitted to embeddings by"):
+        st.tl.impute(query, head=head, model=model, **LIBRARY)
+    assert Obsm.IMPUTED not in query.obsm
+
+
+def test_protocol(fit, training):
+    head = fit(protocol="stofm-paper", n_heads=1)
+    assert head.test_scores.shape == (3, 3)
+    assert head.test_scores.columns.tolist() == ["pearson", "rmse", "mae"]
+    assert head.split["how"] == "random"
+    assert head.split["n_test"] == 37
+    drawn = fit(genes=None, protocol="stofm-paper", n_heads=1)
+    assert len(drawn.genes) == 50
+    assert len(drawn.inputs) == 21
+    assert set(fit(genes=None, protocol="stofm-paper", n_heads=1, seed=1).genes) != set(drawn.genes)
+    with pytest.raises(ValueError, match="holds out 50 genes, and the slices share 40"):
+        fit(training[:, :40].copy(), genes=None, protocol="stofm-paper")
+
+
+def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
+    from stofm.tl import _head_fitting
+
+    weights = model.fingerprint
+    given = {}
+
+    def tune(slices, model, head, targets, **options):
+        given.update(options, slices=slices, kind=targets.kind)
+        tuned = st.Stofm(model.config, model.vocabulary, seed=9).eval()
+        return _Tuned(tuned, head)
+
+    class _Tuned:
+        def __init__(self, tuned, head):
+            self.model, self.head, self.best_step = tuned, head, 1
+            self.history = pd.DataFrame({"epoch": [1], "loss": [0.5]})
+
+    monkeypatch.setattr(_head_fitting, "fine_tune_head", tune)
+    held_out = []
+    original = _imputation_fitting.fit_head
+
+    def watched(*args, **options):
+        held_out.append(options["held_out"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(_imputation_fitting, "fit_head", watched)
+    head = fit(strategy="full")
+    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()]
+    assert model.fingerprint == weights != head.model.fingerprint
+    assert given["kind"] == "values"
+    assert not set(HELD_OUT) & set(given["slices"][0].var_names)
+    # The head brings its own model, also from a folder.
+    head.save(tmp_path / "head")
+    other = query.copy()
+    st.tl.impute(query, head=head, **LIBRARY)
+    st.tl.impute(other, head=ImputationHead.load(tmp_path / "head"), **LIBRARY)
+    assert other.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
+
+
+def test_query_with_few_of_the_genes(fit, query, model, caplog):
+    head = fit()
+    some = query[:, [*range(12, 36), *range(45, 50)]].copy()
+    with caplog.at_level(logging.WARNING, logger="stofm"):
+        st.tl.impute(some, head=head, model=model, **LIBRARY)
+    assert "29 of the 68 genes that the head reads (43%)" in caplog.text
+    with pytest.raises(ValueError, match=r"5 of the 68 .*At least 10% are needed"):
+        st.tl.impute(query[:, 12:17].copy(), head=head, model=model, **LIBRARY)
+
+
+def test_constant_genes(fit, training, caplog):
+    training.X = sparse.csr_matrix(
+        np.where(training.var_names.isin(HELD_OUT[:1]), 0, training.X.toarray())
+    )
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        head = fit()
+    assert "1 of 3 genes are constant" in caplog.text
+    assert head.gene_scores.isna().tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="All 1 genes to impute are constant"):
+        fit(genes=HELD_OUT[:1])
+
+
+def test_cells_without_counts(fit, training, model):
+    dense = training.X.toarray()
+    dense[5] = 0
+    dense[5, training.var_names.get_indexer(HELD_OUT)] = 9
+    training.X = sparse.csr_matrix(dense)
+    with pytest.warns(UserWarning, match="no count in any known gene"):
+        head = fit(n_heads=1)
+    assert head.split["n_fitted"] + head.split["n_held_out"] == 183
+    with pytest.warns(UserWarning, match="no count in any known gene"):
+        st.tl.impute(training, head=head, model=model, **LIBRARY)
+    assert np.isfinite(training.obsm[Obsm.IMPUTED].to_numpy()).all()
+
+
+def test_bad_calls(fit, training, query, model):
+    head = fit(n_heads=1)
+    cases = [
+        ({"genes": None}, "Pass genes= to learn"),
+        ({"head": head, "reference": query}, "fitted already"),
+        ({"reference": query, "protocol": "stofm-paper"}, "leave out reference="),
+        ({"copy": True}, "copy=True is for head="),
+        ({"n_heads": 0}, "n_heads must be a whole number"),
+        ({"strategy": "half"}, "strategy must be one of"),
+        ({"protocol": "another"}, "protocol must be None or one of"),
+        ({"genes": ["ENSG0000000004"]}, "near: "),
+        ({"key_added": Obsm.X}, "would replace something"),
+        ({"genes": training.var_names.tolist()}, "No gene is left to read"),
+        ({"reference": query, "genes": None}, "nothing to impute"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fit(**options)
+    with pytest.raises(TypeError, match="Expected a head for imputation"):
+        st.tl.impute(query, head="folder", model=model, **LIBRARY)
+    with pytest.raises(KeyError, match="no layer 'raw'"):
+        fit(layer="raw")
+    assert Obsm.IMPUTED not in query.obsm

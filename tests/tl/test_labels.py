@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._labels import read_labels
+
+
+def read(adata, labels, **options):
+    adata.obs["label"] = labels
+    return read_labels(resolve_slices(adata, "library"), "label", **options)
+
+
+def test_missing_labels_are_no_class(adata):
+    text = np.array(["b", "a", "Unknown", "c"], dtype=object)[np.arange(184) % 4]
+    text[4] = None
+    labels = read(adata, pd.Categorical(text), missing=["Unknown"])
+    assert labels.classes == ("a", "b", "c")
+    assert labels.codes[:6].tolist() == [1, 0, -1, 2, -1, 0]
+    assert labels.is_known.sum() == 184 - 46 - 1
+    assert labels.left_out == ()
+
+
+def test_rare_classes_are_left_out_and_named(adata, caplog):
+    text = np.where(np.arange(184) < 3, "rare", np.where(np.arange(184) < 90, "a", "b"))
+    labels = read(adata, text, min_share=0.02)
+    assert labels.classes == ("a", "b")
+    assert labels.left_out == ("rare",)
+    assert (labels.codes[:3] == -1).all()
+    assert "Classes with less than 2% of the labelled cells are left out (3 cells): rare" in (
+        caplog.text
+    )
+    assert read(adata, text, min_share=0).classes == ("a", "b", "rare")
+
+
+def test_numbers_and_truth_values(adata):
+    assert read(adata, np.arange(184) % 3).classes == ("0", "1", "2")
+    numbers = np.where(np.arange(184) % 5, np.arange(184) % 2, np.nan)
+    assert read(adata, numbers).classes == ("0", "1")
+    assert read(adata, np.arange(184) % 2 == 0).classes == ("False", "True")
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ("a", {}, "single class, 'a' .184 of 184 cells."),
+        ("Other", {"missing": ["Other"]}, "None of 184 cells has a label"),
+        (["a"] + ["b"] * 90 + ["c"] * 93, {}, r"one cell each: \['a'\]. A class needs two"),
+        (np.linspace(0, 1, 184), {}, "numbers with fractions"),
+        (["a", "b"] * 92, {"min_share": 1.5}, "min_share must be from 0"),
+    ],
+)
+def test_bad_labels(adata, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        read(adata, labels, **options)
+
+
+def test_wrong_names(adata):
+    sections = resolve_slices(adata, "library")
+    with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):
+        read_labels(sections, "kinds")
+    with pytest.raises(TypeError, match="must be a list of labels"):
+        read_labels(sections, "kind", missing="Unknown")
