@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy import sparse
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, f1_score, normalized_mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.sparsefuncs import mean_variance_axis
-from torch import nn
-from torch.nn import functional as F
+
+from stofm.train import Targets, apply_head, fit_head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,45 +27,13 @@ NO_CLASS = ""
 SMALLEST_SHARE = 0.01
 
 _COUNTS_PER_CELL = 1e4
+#: Share of the fitted cells that tells when to stop.
+_HELD_OUT = 0.1
 _N_COMPONENTS = 50
 #: PCs of more genes than this are those of the genes that vary most.
 _MOST_GENES = 3000
 _N_NEIGHBORS = 10
 _KMEANS_STARTS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """The classifier that is fitted to frozen embeddings: three fully connected layers.
-
-    Attributes
-    ----------
-    widths
-        Of the two hidden layers.
-    dropout
-        After each of them.
-    learning_rate, weight_decay, batch_size
-        Of AdamW.
-    max_epochs
-        Passes over the fitted cells, at most.
-    held_out
-        Share of the fitted cells that tells when to stop.
-    patience
-        Passes without a lower loss on these after which fitting stops.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section C.2.
-    """
-
-    widths: tuple[int, int] = (256, 128)
-    dropout: float = 0.1
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    batch_size: int = 128
-    max_epochs: int = 60
-    held_out: float = 0.1
-    patience: int = 8
 
 
 def common_classes(labels: NDArray[np.str_]) -> NDArray[np.str_]:
@@ -84,12 +50,11 @@ def probe(
     tested_labels: NDArray[np.str_],
     *,
     seeds: Sequence[int],
-    config: HeadConfig | None = None,
 ) -> list[float]:
-    """Fit a head to cells of some slices and test it on another slice.
+    """Fit the head of :func:`stofm.tl.annotate` to cells of some slices and test it on another.
 
-    Inputs are standardised by the mean and standard deviation of the fitted cells. Classes that
-    are rare among these are left out of fitting and testing.
+    A random tenth of the fitted cells tells when to stop. Classes that are rare among the fitted
+    cells are left out of fitting and testing.
 
     Parameters
     ----------
@@ -99,8 +64,6 @@ def probe(
         (n,) classes; :data:`NO_CLASS` for none.
     seeds
         Of first weights, order, dropout and the choice of held-out cells.
-    config
-        The head.
 
     Returns
     -------
@@ -121,67 +84,18 @@ def probe(
         )
         raise ValueError(msg)
     truth = tested_labels[test]
-    inputs = np.asarray(fitted[use], dtype=np.float64)
-    mean, deviation = inputs.mean(axis=0), inputs.std(axis=0) + 1e-6
-    standardized = [
-        torch.from_numpy((values - mean) / deviation).float() for values in (inputs, tested[test])
-    ]
-    targets = torch.from_numpy(np.searchsorted(classes, fitted_labels[use]))
+    inputs = fitted[use].astype(np.float32)
+    targets = Targets("classes", np.searchsorted(classes, fitted_labels[use]), len(classes))
     scores = []
     for seed in seeds:
-        head = _fit_head(standardized[0], targets, len(classes), config or HeadConfig(), seed)
-        with torch.inference_mode():
-            predicted = classes[head(standardized[1]).argmax(dim=1).numpy()]
+        order = np.random.default_rng(seed).permutation(len(inputs))
+        held_out, rows = np.split(order, [max(1, int(_HELD_OUT * len(inputs)))])
+        head = fit_head(inputs, targets, fitted=rows, held_out=held_out, seed=seed).head
+        probabilities = apply_head(head, tested[test].astype(np.float32), "classes")
+        predicted = classes[probabilities.argmax(axis=1)]
         score = f1_score(truth, predicted, average="macro", labels=np.unique(truth))
         scores.append(float(score))
     return scores
-
-
-def _fit_head(
-    inputs: torch.Tensor, targets: torch.Tensor, n_classes: int, config: HeadConfig, seed: int
-) -> nn.Module:
-    """Fit until the loss on the held-out cells falls no more; return the best head."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(inputs))
-    n_held_out = max(1, int(config.held_out * len(inputs)))
-    held_out, rows = order[:n_held_out], order[n_held_out:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = _make_head(inputs.shape[1], n_classes, config)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        lowest, best, waited = np.inf, head.state_dict(), 0
-        for _ in range(config.max_epochs):
-            head.train()
-            shuffled = rng.permutation(rows)
-            for batch in np.array_split(shuffled, max(1, len(rows) // config.batch_size)):
-                optimizer.zero_grad()
-                F.cross_entropy(head(inputs[batch]), targets[batch]).backward()
-                optimizer.step()
-            head.eval()
-            with torch.inference_mode():
-                loss = float(F.cross_entropy(head(inputs[held_out]), targets[held_out]))
-            if loss < lowest - 1e-4:
-                lowest, waited = loss, 0
-                best = {name: value.clone() for name, value in head.state_dict().items()}
-            elif (waited := waited + 1) >= config.patience:
-                break
-    head.load_state_dict(best)
-    return head.eval()
-
-
-def _make_head(d_input: int, n_classes: int, config: HeadConfig) -> nn.Sequential:
-    first, second = config.widths
-    return nn.Sequential(
-        nn.Linear(d_input, first),
-        nn.LeakyReLU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(first, second),
-        nn.LeakyReLU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(second, n_classes),
-    )
 
 
 def cluster(
