@@ -22,6 +22,7 @@ from task_baselines import (
 from task_sets import LABEL_KEY
 
 import stofm as st
+from stofm._frames import frame_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -109,6 +110,11 @@ def _with_classes(adata: AnnData, labels: NDArray[np.str_]) -> AnnData:
     return copy
 
 
+def _read(adata: AnnData, key: str) -> pd.DataFrame:
+    """What was predicted, under the true names: columns have names that a file can hold."""
+    return adata.obsm[key].set_axis(frame_names(adata, key), axis=1)
+
+
 def _score_classes(task: Annotation, found: Sequence[Any]) -> Scores:
     truth = np.where(task.truth == NO_CLASS, None, task.truth)
     return {
@@ -124,7 +130,7 @@ def _annotate(task: Annotation, seed: int, **options: Any) -> Scores:
     head = st.tl.annotate(fit, label_key=LABEL_KEY, seed=seed, **common, **options)
     st.tl.annotate(test, head=head, device=options["device"], **common)
     # The likeliest class counts, of cells that are called unknown too: baselines have none.
-    return _score_classes(task, test.obsm["stofm_annotation_proba"].idxmax(axis=1).to_numpy())
+    return _score_classes(task, _read(test, "stofm_annotation_proba").idxmax(axis=1).to_numpy())
 
 
 def annotate_with_model(task: Annotation, setting: Setting, seed: int, *, strategy: str) -> Scores:
@@ -208,7 +214,7 @@ def deconvolve_with_model(task: Deconvolution, setting: Setting, seed: int) -> S
         seed=seed,
         show_progress_bar=False,
     )
-    return _score_proportions(task, query.obsm["stofm_deconvolution"])
+    return _score_proportions(task, _read(query, "stofm_deconvolution"))
 
 
 def _learn_proportions(task: Proportions, seed: int, **options: Any) -> Scores:
@@ -216,7 +222,7 @@ def _learn_proportions(task: Proportions, seed: int, **options: Any) -> Scores:
     common = {"library_key": _library_key([spots]), "show_progress_bar": False}
     head = st.tl.deconvolve(spots, proportions_key="known", seed=seed, **common, **options)
     st.tl.deconvolve(spots, head=head, device=options["device"], **common)
-    return _score_proportions(task, spots.obsm["stofm_deconvolution"])
+    return _score_proportions(task, _read(spots, "stofm_deconvolution"))
 
 
 def proportions_with_model(
@@ -273,7 +279,7 @@ def _impute(task: Imputation, slices: Sequence[AnnData], seed: int, **options: A
         show_progress_bar=False,
         **options,
     )
-    return _score_values(task, query.obsm["stofm_imputed"])
+    return _score_values(task, _read(query, "stofm_imputed"))
 
 
 def impute_with_model(task: Imputation, setting: Setting, seed: int, *, strategy: str) -> Scores:

@@ -26,7 +26,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {"_anndata", "_counts", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {
+        "_anndata",
+        "_counts",
+        "_frames",
+        "pp",
+        "tl",
+        "pl",
+        "datasets",
+        "__main__",
+        "_demo",
+    },
     "torch": {"nn", "train", "tl"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},

@@ -56,3 +56,10 @@ class Suffix:
     COLORS: Final = "_colors"
     #: Column of a coarser level, to be formatted with its number.
     LEVEL: Final = "_level{}"
+
+
+class Label:
+    """Categories that stofm writes."""
+
+    #: Of a cell that no class is supported for.
+    UNKNOWN: Final = "unknown"

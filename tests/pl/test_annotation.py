@@ -211,3 +211,20 @@ def test_truth_of_other_classes(annotated: ad.AnnData) -> None:
         ValueError, match=r"found \['p', 'q'\], the annotation has \['z', 'y', 'w'\]"
     ):
         st.pl.annotation(annotated, truth_key="other", show=False)
+
+
+def test_numbers_are_classes_however_they_are_stored(annotated: ad.AnnData) -> None:
+    names = {"z": "0", "y": "1", "w": "2"}
+    annotated.obs["stofm_annotation"] = annotated.obs["stofm_annotation"].cat.rename_categories(
+        names
+    )
+    annotated.obsm["stofm_annotation_proba"].columns = ["0", "1", "2"]
+    truth = annotated.obs["kind"].map({"z": 0.0, "y": 1.0, "x": 2.0}).astype(float)
+    titles = []
+    for stored in (truth, truth.astype("category"), truth.astype("Int64")):
+        annotated.obs["truth"] = stored
+        panels = ["confusion", "reliability"]
+        axes = st.pl.annotation(annotated, truth_key="truth", panels=panels, show=False)
+        titles.append([ax.get_title() for ax in axes])
+    assert titles[0] == titles[1] == titles[2]
+    assert not titles[0][0].startswith("accuracy 0.000")

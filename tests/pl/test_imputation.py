@@ -45,6 +45,16 @@ def test_measured_beside_imputed(imputed: ad.AnnData) -> None:
     assert not imputed.uns
 
 
+def test_totals_are_of_the_genes_that_the_head_read(imputed: ad.AnnData) -> None:
+    read = imputed.var_names[:2]
+    imputed.uns["stofm"] = {KEY: {"params": {"inputs": read.to_numpy(dtype=object)}}}
+    measured, _ = st.pl.imputation(imputed, "GENE2", show=False)
+    counts = imputed.to_df().astype(float)
+    totals = counts[read].sum(axis=1)
+    expected = np.log1p(1e4 * counts["GENE2"] / totals.where(totals > 0)).fillna(0.0)
+    np.testing.assert_allclose(np.sort(measured.collections[0].get_array()), np.sort(expected))
+
+
 def test_each_map_has_its_scale_unless_shared(imputed: ad.AnnData) -> None:
     first, second = st.pl.imputation(imputed, "GENE2", vmin=None, vmax=None, show=False)
     assert first.collections[0].get_clim()[1] == normalized(imputed, "GENE2").max()

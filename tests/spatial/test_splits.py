@@ -68,6 +68,82 @@ def test_default_margin_is_two_distances_between_neighbours():
     assert len(split.left_out) < 0.35 * len(grid)
 
 
+@pytest.mark.parametrize("n_cells", [60, 341, 997])
+def test_held_out_blocks_are_spread(rng, n_cells):
+    xy = rng.random((n_cells, 2))
+    corners = (xy > np.median(xy, axis=0)) @ [1, 2]
+    for seed in range(4):
+        split = split_cells(xy, [np.arange(n_cells)], how="blocks", seed=seed)
+        counts = np.bincount(corners[split.held_out], minlength=4)
+        assert counts.sum() == pytest.approx(n_cells / 10, abs=n_cells / 30)
+        assert np.count_nonzero(counts >= 0.1 * counts.sum()) >= 3
+        assert len(split.left_out) <= 0.26 * n_cells
+
+
+def test_held_out_blocks_have_about_the_classes_of_their_slice(rng):
+    xy = rng.random((341, 2))
+    classes = np.where(xy[:, 0] < 0.1, 1, 0)
+    shares = []
+    for known in (None, classes):
+        splits = [
+            split_cells(xy, [np.arange(341)], how="blocks", classes=known, seed=s) for s in range(6)
+        ]
+        shares.append([classes[split.held_out].mean() for split in splits])
+    assert min(shares[0]) == 0
+    assert min(shares[1]) > 0
+    assert np.std(shares[1]) < np.std(shares[0])
+
+
+def test_slices_with_the_only_cells_of_a_class_are_fitted(plane):
+    xy, slices = plane
+    classes = np.zeros(len(xy), dtype=np.int64)
+    classes[slices[0]] = 1
+    classes[slices[2][:5]] = 2
+    for seed in range(6):
+        split = split_cells(xy, slices, how="slices", classes=classes, seed=seed)
+        assert split.slices == (1,)
+        assert len(split.moved) == 0
+
+
+def test_a_class_with_no_cell_to_fit_is_moved_with_a_margin(plane):
+    xy, slices = plane
+    classes = np.zeros(len(xy), dtype=np.int64)
+    lone = [rows[xy[rows, 0] < 3] for rows in slices[:2]]
+    classes[lone[0]], classes[lone[1]] = 1, 2
+    split = split_cells(xy, slices[:2], how="slices", classes=classes, margin=1.5)
+    (chosen,) = split.slices
+    assert np.array_equal(split.moved, lone[chosen])
+    assert np.isin(split.moved, split.fitted).all()
+    assert cdist(xy[split.moved], xy[split.held_out]).min() > 1.5
+    near = cdist(xy[split.left_out], xy[split.moved]).min(axis=1)
+    assert len(near)
+    assert near.max() <= 1.5
+    assert split.record()["n_moved"] == len(lone[chosen])
+
+
+def test_slices_that_share_no_class(plane):
+    xy, slices = plane
+    apart = np.zeros(len(xy), dtype=np.int64)
+    apart[slices[1]] = 1
+    with pytest.raises(ValueError, match="leaves no cell to hold out"):
+        split_cells(xy, slices[:2], how="slices", classes=apart)
+    fifths = np.array_split(slices[0], 5)
+    for k, rows in enumerate(fifths):
+        apart[rows[:9]] = k + 1
+    assert split_cells(xy, fifths).how == "slices"
+    assert split_cells(xy, fifths, classes=apart).how == "blocks"
+
+
+def test_classes_of_random_cells_are_fitted(plane):
+    xy, slices = plane
+    classes = np.zeros(len(xy), dtype=np.int64)
+    lone = split_cells(xy, slices, how="random").held_out[:3]
+    classes[lone] = 1
+    split = split_cells(xy, slices, how="random", classes=classes)
+    assert np.array_equal(split.moved, lone)
+    assert len(split.left_out) == 0
+
+
 def test_blocks_hold_cells_together(plane):
     xy, slices = plane
     lone = {}
@@ -117,6 +193,7 @@ def test_record(plane):
         "n_fitted": len(split.fitted),
         "n_held_out": len(split.held_out),
         "n_left_out": len(split.left_out),
+        "n_moved": 0,
         "held_out_slices": [],
     }
     split = split_cells(xy, slices, how="slices")

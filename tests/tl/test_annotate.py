@@ -7,6 +7,7 @@ import pytest
 import stofm as st
 from stofm._keys import Obs, Obsm, Uns
 from stofm.nn import Stofm
+from stofm.spatial import split_cells
 
 KEY, CONFIDENCE, PROBA = Obs.ANNOTATION, Obs.ANNOTATION_CONFIDENCE, Obsm.ANNOTATION_PROBA
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
@@ -123,13 +124,54 @@ def test_missing_and_rare_labels_are_left_out(cells):
 
 def test_a_class_that_would_be_held_out_is_fitted(cells, caplog):
     slices = cells.obs["library"].astype(str)
-    cells.obs["label"] = np.where(cells.obs["kind"] == "2", slices + "2", cells.obs["kind"])
+    lone = (cells.obs["kind"] == "2") & (
+        cells.obsm["spatial"][:, 0] > np.median(cells.obsm["spatial"][:, 0])
+    )
+    cells.obs["label"] = np.where(lone, slices + "2", cells.obs["kind"])
     head = fit(cells, label_key="label", split="slices")
     held_out = head.split["held_out_slices"][0]
-    assert f"would have all cells of {held_out}2" in caplog.text
     cells_of = (cells.obs["label"] == f"{held_out}2").sum()
-    assert head.split["n_held_out"] == (slices == held_out).sum() - cells_of
+    assert f"would have all cells of {held_out}2; these {cells_of} cells are fitted" in caplog.text
+    assert head.split["n_moved"] == cells_of
+    n_others = head.split["n_held_out"] + head.split["n_left_out"]
+    assert n_others == (slices == held_out).sum() - cells_of
     assert f"{held_out}2" in set(apply(cells, head, copy=True).obs[KEY])
+
+
+@pytest.mark.parametrize("class_weights", [None, "balanced"])
+def test_a_class_that_would_be_tested_only(cells, class_weights):
+    options = {"label_key": "label", "min_share": 0, "class_weights": class_weights}
+    rows = [np.flatnonzero(cells.obs["library"] == name) for name in ("left", "right")]
+    tested = split_cells(cells.obsm["spatial"], rows, how="random", share=0.2).held_out
+    # First by name, as the class that is lost must not be the last.
+    cells.obs["label"] = cells.obs["kind"].cat.rename_categories(["b", "c", "d"]).astype(str)
+    cells.obs.loc[cells.obs_names[tested[:2]], "label"] = "a"
+    head = fit(cells, protocol="stofm-paper", **options)
+    assert np.isfinite(head.surroundings.means).all()
+    assert head.split["n_moved"] == 2
+
+
+def test_few_held_out_cells_are_told_about(cells, caplog):
+    fit(cells, split="random")
+    assert "18 cells of 3 of 3 classes are held out" in caplog.text
+
+
+def test_options_are_checked_before_anything_is_embedded(adata, model):
+    reps = ("X_stofm_cell", "X_stofm")
+    adata.obs["kind"] = adata.obs["kind"].cat.rename_categories(["unknown", "b", "c"])
+    for wrong in ({"split": "rows"}, {"protocol": "mine"}, {"seed": -1}, {"missing": []}):
+        with pytest.raises(ValueError, match=r"must be|has a class 'unknown'"):
+            fit(adata, use_rep=reps, model=model, **wrong)
+    assert Obsm.X_CELL not in adata.obsm
+
+
+def test_numbers_with_missing_ones(cells):
+    cells.obs["number"] = np.where(np.arange(184) % 5, cells.obs["kind"].astype(int), np.nan)
+    head = fit(cells, label_key="number")
+    assert head.classes == ("0", "1", "2")
+    apply(cells, head)
+    axes = st.pl.annotation(cells, truth_key="number", library_key="library", show=False)
+    assert "accuracy" in " ".join(ax.get_title() for ax in axes)
 
 
 def test_unknown(cells, rng):
@@ -217,11 +259,11 @@ def test_another_models_embedding_is_refused(adata, model):
         ({"strategy": "tuned"}, "strategy must be one of"),
         ({"reject_rate": 1.0}, "reject_rate must be from 0"),
         ({"class_weights": "equal"}, "class_weights must be None or 'balanced'"),
-        ({"protocol": "mine"}, "protocol must be None"),
-        ({"split": "rows"}, "how must be one of"),
+        ({"protocol": "mine"}, "protocol must be"),
+        ({"split": "rows"}, "split must be one of"),
         ({"label_key": "one"}, "has a single class"),
         ({"label_key": "single", "min_share": 0}, r"one cell each: \['c'\]"),
-        ({"strategy": "full"}, "not embeddings of a model"),
+        ({"strategy": "full"}, "not embeddings"),
     ],
 )
 def test_bad_fits(cells, options, message):
@@ -246,6 +288,7 @@ def test_bad_use(cells):
         apply(cells, head)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("strategy", ["lora", "full"])
 def test_a_tuned_model_goes_with_the_head(adata, model, tmp_path, strategy):
     before = model.fingerprint

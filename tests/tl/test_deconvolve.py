@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
+from stofm.tl import _head_fitting
 
 RULES = st.spatial.SpotRules(n_spots=400, cells_per_spot=(1, 4))
 QUIET = {"device": "cpu", "show_progress_bar": False}
@@ -101,6 +104,28 @@ def test_from_known_proportions(spots):
     assert list(head.validation_scores.index) == list(head.types)
     assert head.split["how"] == "blocks"
     assert head.params["proportions_key"] == "truth"
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_types_that_a_file_can_not_name(spots, tmp_path, suffix):
+    spots.obsm["truth"].columns = types = ["L2/3", "L2_3", "oligo"]
+    head = from_known(spots, n_heads=2)
+    st.tl.deconvolve(spots, head=head, **QUIET)
+    del spots.obsm["truth"]
+    path = tmp_path / f"spots.{suffix}"
+    getattr(spots, f"write_{suffix}")(path)
+    again = getattr(ad, f"read_{suffix}")(path)
+    assert list(head.types) == types
+    for key in (Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD):
+        assert list(again.obsm[key]) == ["L2_3_2", "L2_3", "oligo"]
+        axes = st.pl.deconvolution(again, key=key, show=False)
+        assert [ax.get_title() for ax in axes] == types
+    plt.close("all")
+    # One head has no spread: that of the earlier run is gone, with its names.
+    st.tl.deconvolve(again, head=from_known(again, proportions_key=Obsm.DECONVOLUTION, n_heads=1))
+    assert list(st.tl.deconvolve(again, head=head, copy=True).obsm[Obsm.DECONVOLUTION_STD])
+    assert Obsm.DECONVOLUTION_STD not in {*again.obsm, *again.uns[Uns.STOFM]}
 
 
 def test_rows_without_proportions_are_left_out(spots, caplog):
@@ -199,6 +224,30 @@ def test_spots_without_counts_are_named(spots, cells, model, caplog):
     check_proportions(spots, head)
 
 
+def test_spots_without_counts_are_named_when_a_head_is_fitted(spots, cells, model, caplog):
+    spots.X = spots.X.toarray() * (np.arange(80) > 2)[:, None]
+    from_reference(spots, cells, model, n_heads=1)
+    assert "3 of 80 spots have no counts" in caplog.text
+
+
+def test_names_of_types_stay_when_they_look_like_something_else(spots, tmp_path):
+    spots.obsm["truth"].columns = ["0", "NA", "None"]
+    head = from_known(spots, n_heads=1)
+    head.save(tmp_path / "head")
+    again = st.tl.DeconvolutionHead.load(tmp_path / "head")
+    pd.testing.assert_frame_equal(head.validation_scores, again.validation_scores)
+    assert list(again.validation_scores.index) == ["0", "NA", "None"]
+
+
+def test_a_reference_with_several_tables(spots, cells, model):
+    several = SimpleNamespace(tables={"cells": cells, "bins": spots})
+    for reference in (several, [cells, several], {"a": several}):
+        with pytest.raises(KeyError, match=r"tables \['bins', 'cells'\]; .* reference=sdata"):
+            from_reference(spots, reference, model)
+    from_reference(spots, SimpleNamespace(tables={"cells": cells}), model, n_heads=1)
+    assert Obsm.DECONVOLUTION in spots.obsm
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -222,7 +271,22 @@ def test_spots_without_counts_are_named(spots, cells, model, caplog):
             {"reference": "cells", "label_key": "kind", "key_added": "X_stofm"},
             "key_added='X_stofm' would replace",
         ),
-        ({"proportions_key": "truth", "n_heads": 0}, "n_heads must be at least 1, found 0"),
+        (
+            {"proportions_key": "truth", "n_heads": 0},
+            "n_heads must be a whole number of at least 1, found 0",
+        ),
+        (
+            {"reference": "cells", "label_key": "kind", "n_components": -1},
+            "n_components must be a whole number of at least 0, found -1",
+        ),
+        ({"reference": "cells", "label_key": "kind", "split": "s"}, "split must be one of"),
+        ({"proportions_key": "truth", "split": "slices"}, "there is a single one"),
+        ({"proportions_key": "truth", "protocol": "paper"}, "protocol must be one of"),
+        ({"spot_size": 3.0, "label_key": "kind", "seed": -1}, "seed must be a whole number"),
+        (
+            {"proportions_key": "truth", "strategy": "lora", "use_rep": "X_known"},
+            r"obsm\['X_known'\] are not embeddings",
+        ),
         ({"proportions_key": "truth", "strategy": "some"}, "strategy must be one of"),
         ({"head": "folder"}, None),
     ],
@@ -252,9 +316,19 @@ def test_types_of_a_reference_that_can_not_be(spots, cells, model):
     assert head.types == ("astro", "micro", "oligo")
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_tuning_the_model(spots, model):
     head = from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), model=model, strategy="full", n_heads=2)
     assert head.model is not None
     assert len(head.networks) == 2
     st.tl.deconvolve(spots, head=head, **QUIET)
     check_proportions(spots, head)
+
+
+def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_fitted(
+    spots, model, monkeypatch
+):
+    st.tl.embed(spots, model, **QUIET)
+    monkeypatch.setattr(_head_fitting, "fit_head", None)
+    with pytest.raises(ValueError, match="pass that model as `model` to tune it"):
+        from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), strategy="full")

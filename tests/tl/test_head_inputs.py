@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pytest
+from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
 from stofm.nn import Stofm
-from stofm.tl._head_inputs import checked_reps, origin_by, read_inputs, resolve_slices
+from stofm.tl._embeddings import origin_by
+from stofm.tl._head_inputs import checked_reps, read_inputs, resolve_slices
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 
@@ -116,6 +119,86 @@ def test_an_embedding_without_a_record_is_refused_by_a_head(adata, model):
     adata.obsm[Obsm.X] = np.ones((184, 14), dtype=np.float32)
     with pytest.raises(ValueError, match="is by an unrecorded model"):
         read(adata, use_rep=Obsm.X, expected={Obsm.X: origin_by(model)[Obsm.X]})
+
+
+def embedded(data, model, **options):
+    st.tl.embed(data, model, **({"device": "cpu", "show_progress_bar": False} | options))
+    return data
+
+
+def test_an_embedding_without_a_record_is_no_input(pair, model, other):
+    for one in pair:
+        embedded(one, model)
+    bare = ad.concat(pair)
+    with pytest.raises(ValueError, match=r"no record of the model .* uns_merge='same'"):
+        read(bare)
+    # With a model that is given they are made anew, and stay as they are.
+    assert read(bare, model=other).origin == origin_by(other)
+    assert not bare.uns
+    joined = ad.concat(pair, uns_merge="same")
+    inputs = read(joined)
+    assert inputs.origin == origin_by(model)
+    np.testing.assert_array_equal(inputs.features[:101, 12:], pair[0].obsm[Obsm.X])
+
+
+def test_embeddings_of_other_counts_or_slices_are_refused(adata, model):
+    adata.layers["other"] = adata.X[:, ::-1].copy()
+    adata.obs["one"], adata.obs["same"] = "a", adata.obs["library"].map({"left": 2, "right": 1})
+    adata.obsm["moved"] = adata.obsm["spatial"][::-1].copy()
+    embedded(adata, model, library_key="library")
+    before = adata.obsm[Obsm.X].copy()
+    for options, found in [
+        ({"layer": "other"}, r"with layer=None, and layer='other' is asked for"),
+        ({"library_key": "one"}, r"with library_key='library', and library_key='one'"),
+        ({"spatial_key": "moved"}, r"with spatial_key='spatial', and spatial_key='moved'"),
+    ]:
+        with pytest.raises(ValueError, match=found):
+            read(adata, **options)
+        aside = read(adata, model=model, **options)
+        assert not np.array_equal(aside.features[:, 12:], before)
+    np.testing.assert_array_equal(adata.obsm[Obsm.X], before)
+    for key in ("same", "library"):
+        np.testing.assert_array_equal(read(adata, key).features[:, 12:], before)
+    with pytest.raises(KeyError, match="There is no layer 'nope'"):
+        read(adata, layer="nope")
+
+
+def test_options_of_an_embedding_need_not_be_repeated(adata, model):
+    left = adata[adata.obs["library"] == "left"].copy()
+    left.layers["counts"], left.obsm["places"] = left.X, left.obsm["spatial"]
+    embedded(left, model, layer="counts", spatial_key="places", library_key="library")
+    assert read(left, None).origin == origin_by(model)
+
+
+def test_all_tables_are_embedded_or_none(pair, model):
+    pair[1].X = pair[1].X * 0.37
+    keys = [[list(getattr(one, part)) for part in ("obs", "var", "obsm", "uns")] for one in pair]
+    with pytest.raises(ValueError, match="raw counts"):
+        read(pair, None, model=model)
+    after = [[list(getattr(one, part)) for part in ("obs", "var", "obsm", "uns")] for one in pair]
+    assert after == keys
+
+
+def test_nothing_is_embedded_where_another_entry_is_missing(adata, model):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]"):
+        read(adata, model=model, use_rep=(Obsm.X_CELL, "X_pca"))
+    assert Obsm.X_CELL not in adata.obsm
+
+
+def test_cells_are_embedded_aside_with_the_genes_that_were_mapped(adata, model, other):
+    plain = read(adata.copy(), model=other).features
+    adata.var["mine"] = adata.var_names
+    # Names by which other genes would be found.
+    adata.var_names = [*adata.var_names[:67][::-1], *adata.var_names[67:]]
+    st.pp.map_genes(adata, gene_key="mine", vocabulary=model)
+    embedded(adata, model, library_key="library")
+    np.testing.assert_array_equal(read(adata, model=other).features, plain)
+
+
+def test_a_sparse_entry(adata, rng):
+    values = rng.normal(size=(184, 5)).astype(np.float32)
+    adata.obsm["X_sparse"] = sparse.csr_matrix(values)
+    np.testing.assert_array_equal(read(adata, use_rep="X_sparse").features, values)
 
 
 def test_embeddings_under_another_name_keep_their_origin(adata, model, other):

@@ -17,7 +17,7 @@ from stofm.tl._heads import Head, check_strategy, refuse_reserved, require_head
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ToyHead(Head):
     task: ClassVar[str] = "toys"
-    outputs_file: ClassVar[str] = "toys.tsv"
+    called: ClassVar[str] = "toys"
     weights: np.ndarray
 
     def _own(self):
@@ -32,7 +32,7 @@ class ToyHead(Head):
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class OtherHead(Head):
     task: ClassVar[str] = "other things"
-    outputs_file: ClassVar[str] = "things.tsv"
+    called: ClassVar[str] = "things"
 
 
 def make(**options):
@@ -73,12 +73,47 @@ def test_round_trip(tmp_path):
         assert not other.training
 
 
+def test_any_name_and_numbers_of_numpy(tmp_path):
+    names = ("a\u2028b\x85\r\nc\x1c", "", " x ")
+    params = {"seed": np.int64(3), "spot_size": np.float32(50), "classes": np.array([1, 2])}
+    make(outputs=names, params=params).save(tmp_path / "head")
+    again = ToyHead.load(tmp_path / "head")
+    assert again.outputs == names
+    assert again.params == {"seed": 3, "spot_size": 50.0, "classes": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda config: config.pop("strategy"), "KeyError: 'strategy'"),
+        (lambda config: config["outputs"].pop(), r"2 toys, and networks with \[3, 3\] outputs"),
+        (lambda config: config["networks"].append(config["networks"][0]), "RuntimeError"),
+        (lambda config: config.update(use_rep=None), "TypeError"),
+    ],
+)
+def test_damaged_config(tmp_path, change, found):
+    make().save(tmp_path / "head")
+    path = tmp_path / "head" / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"(?s)head is damaged .*{found}.* save the head again"):
+        ToyHead.load(tmp_path / "head")
+
+
+def test_damaged_weights(tmp_path):
+    make().save(tmp_path / "head")
+    path = tmp_path / "head" / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"is damaged \(SafetensorError"):
+        ToyHead.load(tmp_path / "head")
+
+
 def test_files(tmp_path, model):
     make(model=model).save(tmp_path / "head")
     assert {path.name for path in (tmp_path / "head").iterdir()} == {
         "config.json",
         "head.safetensors",
-        "toys.tsv",
         "validation_scores.tsv",
         "history.tsv",
         "model",
@@ -103,8 +138,8 @@ def test_wrong_folders(tmp_path):
     make().save(tmp_path / "head")
     with pytest.raises(ValueError, match="holds a head for toys, not one for other things"):
         OtherHead.load(tmp_path / "head")
-    (tmp_path / "head" / "toys.tsv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"\['toys.tsv'\] missing"):
+    (tmp_path / "head" / "head.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\['head.safetensors'\] missing"):
         ToyHead.load(tmp_path / "head")
     config = tmp_path / "head" / "config.json"
     config.write_text(json.dumps({"name": "a checkpoint"}))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +17,8 @@ from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl import _imputation_head
 from stofm.tl._expression import ExpressionTargets
 from stofm.tl._gene_columns import Gene
-from stofm.tl._imputation_head import ImputationHead, predict_expression, score_genes
+from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._imputation_head import ImputationHead, predict_expression, score_genes, write_imputed
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
 
@@ -119,3 +124,22 @@ def test_scores_have_the_genes_names(head, tmp_path):
     assert loaded.targets == head.targets
     assert loaded.inputs == head.inputs
     assert np.array_equal(loaded.scale, head.scale)
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_genes_that_a_file_can_not_name(head, adata, rng, tmp_path, suffix):
+    genes = ("GENE1/GENE2", "GENE1_GENE2", "SST", "VIP", "RELN")
+    head = replace(head, outputs=genes)
+    left = adata[adata.obs["library"] == "left"].copy()
+    features = rng.normal(size=(101, 7)).astype(np.float32)
+    sections = resolve_slices(left, "library")
+    write_imputed(sections, head, features, np.array([1, 0, 4]), [["GENE3"]], "mine")
+    path = tmp_path / f"cells.{suffix}"
+    getattr(left, f"write_{suffix}")(path)
+    again = getattr(ad, f"read_{suffix}")(path)
+    assert list(again.obsm["mine"]) == ["GENE1_GENE2", "GENE1_GENE2_2", "RELN"]
+    ax = st.pl.imputation(again, "GENE1/GENE2", key="mine", show=False)
+    drawn = np.sort(ax.collections[0].get_array())
+    np.testing.assert_allclose(drawn, np.sort(head.predict(features)[:, 0]), rtol=1e-6)
+    plt.close("all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -352,11 +353,39 @@ def test_cells_without_counts(fit, training, model):
     dense[5, training.var_names.get_indexer(HELD_OUT)] = 9
     training.X = sparse.csr_matrix(dense)
     with pytest.warns(UserWarning, match="no count in any known gene"):
-        head = fit(n_heads=1)
+        head = fit(n_heads=1, split="slices")
     assert head.split["n_fitted"] + head.split["n_held_out"] == 183
     with pytest.warns(UserWarning, match="no count in any known gene"):
         st.tl.impute(training, head=head, model=model, **LIBRARY)
     assert np.isfinite(training.obsm[Obsm.IMPUTED].to_numpy()).all()
+
+
+def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
+    monkeypatch.setattr(_imputation_fitting, "read_inputs", None)
+    monkeypatch.setattr(_imputation_fitting, "read_panel", None)
+    for options in ({"split": "slice"}, {"protocol": "another"}, {"seed": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            fit(**options)
+
+
+def test_the_picture_normalises_by_the_genes_that_were_read(
+    fit, query, model, vocabulary, tmp_path
+):
+    # The second column of a gene that is held out is in no total.
+    names = query.var_names.tolist()
+    names[-1] = str(vocabulary.symbols[2])
+    query.var_names = names
+    head = fit(genes=HELD_OUT[:2])
+    st.tl.impute(query, head=head, model=model, genes=HELD_OUT[:1], **LIBRARY)
+    read = query.uns[Uns.STOFM][Obsm.IMPUTED]["params"]["inputs"].tolist()
+    assert read == [n for n in names[:-1] if n not in HELD_OUT[:2]]
+    counts = query.to_df()
+    true = np.log1p(1e4 * counts[HELD_OUT[0]] / counts[read].sum(axis=1))
+    query.write_h5ad(tmp_path / "query.h5ad")
+    for one in (query, ad.read_h5ad(tmp_path / "query.h5ad")):
+        measured, _ = st.pl.imputation(one, HELD_OUT[0], show=False)
+        drawn = np.sort(measured.collections[0].get_array())
+        np.testing.assert_allclose(drawn, np.sort(true), rtol=1e-5)
 
 
 def test_bad_calls(fit, training, query, model):
@@ -368,7 +397,10 @@ def test_bad_calls(fit, training, query, model):
         ({"copy": True}, "copy=True is for head="),
         ({"n_heads": 0}, "n_heads must be a whole number"),
         ({"strategy": "half"}, "strategy must be one of"),
-        ({"protocol": "another"}, "protocol must be None or one of"),
+        ({"protocol": "another"}, "protocol must be one of"),
+        ({"split": "slice"}, "split must be one of"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"strategy": "lora", "use_rep": "exact"}, r"obsm\['exact'\] are not embeddings"),
         ({"genes": ["ENSG0000000004"]}, "near: "),
         ({"key_added": Obsm.X}, "would replace something"),
         ({"genes": training.var_names.tolist()}, "No gene is left to read"),

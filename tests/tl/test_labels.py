@@ -42,6 +42,22 @@ def test_numbers_and_truth_values(adata):
     assert read(adata, np.arange(184) % 2 == 0).classes == ("False", "True")
 
 
+def test_whole_numbers_are_one_class_however_they_are_stored(adata):
+    numbers = np.arange(184) % 2
+    some = pd.Series(np.where(np.arange(184) % 5, numbers, np.nan), index=adata.obs_names)
+    assert read(adata, some.astype("category")).classes == ("0", "1")
+    mixed = numbers.astype(object)
+    mixed[:50] = mixed[:50].astype(float)
+    assert read(adata, mixed).classes == ("0", "1")
+
+
+def test_blanks_and_other_spellings_of_none(adata):
+    text = np.array(["b", "UNKNOWN ", " ", "a", "", "nan"], dtype=object)[np.arange(184) % 6]
+    labels = read(adata, text, missing=["unknown", "nan"])
+    assert labels.classes == ("a", "b")
+    assert read(adata, text).classes == ("UNKNOWN ", "a", "b", "nan")
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -49,6 +65,7 @@ def test_numbers_and_truth_values(adata):
         ("Other", {"missing": ["Other"]}, "None of 184 cells has a label"),
         (["a"] + ["b"] * 90 + ["c"] * 93, {}, r"one cell each: \['a'\]. A class needs two"),
         (np.linspace(0, 1, 184), {}, "numbers with fractions"),
+        ([0.0, np.inf] * 92, {}, "holds inf: numbers with fractions or infinite"),
         (["a", "b"] * 92, {"min_share": 1.5}, "min_share must be from 0"),
     ],
 )
@@ -61,5 +78,6 @@ def test_wrong_names(adata):
     sections = resolve_slices(adata, "library")
     with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):
         read_labels(sections, "kinds")
-    with pytest.raises(TypeError, match="must be a list of labels"):
-        read_labels(sections, "kind", missing="Unknown")
+    for missing in ("Unknown", None):
+        with pytest.raises(TypeError, match="must be a list of labels"):
+            read_labels(sections, "kind", missing=missing)

@@ -27,6 +27,21 @@ def test_the_papers_protocol(adata):
     assert not np.array_equal(runs[0].test, runs[1].test)
 
 
+def test_each_class_has_cells_to_fit_in_each_run(adata):
+    runs = plan(adata, protocol="stofm-paper")
+    classes = np.zeros(184, dtype=np.int64)
+    classes[runs[0].test[:2]] = 1
+    classes[runs[1].split.held_out[:2]] = 2
+    for run in plan(adata, classes=classes, protocol="stofm-paper"):
+        assert set(classes[run.split.fitted]) == {0, 1, 2}
+        assert not np.isin(run.test, run.split.fitted).any()
+        assert np.isin(run.split.moved, run.split.fitted).all()
+        if run.seed == 0:
+            assert np.isin(runs[0].test[:2], run.split.moved).all()
+    split = plan(adata, classes=classes)[0].split
+    assert set(classes[split.fitted]) == {0, 1, 2}
+
+
 def test_only_cells_with_a_target_are_split(adata, rng):
     known = rng.random(184) < 0.5
     for options in ({}, {"split": "blocks"}, {"protocol": "stofm-paper"}):
@@ -69,8 +84,10 @@ def test_record_names_slices(adata):
 def test_unknown_names(adata):
     with pytest.raises(ValueError, match="protocol must be None or one of"):
         plan(adata, protocol="paper")
-    with pytest.raises(ValueError, match="how must be one of"):
+    with pytest.raises(ValueError, match="split must be one of"):
         plan(adata, split="rows")
+    with pytest.raises(ValueError, match="seed must be 0 or more"):
+        plan(adata, seed=-1)
 
 
 def test_score_table():

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+import stofm as st
+from stofm._frames import make_frame, write_frame
 from stofm.tl._head_inputs import resolve_slices
 from stofm.tl._labels import read_labels
 from stofm.tl._spot_tables import grid_into_spots, read_proportions
@@ -122,6 +124,35 @@ def test_cells_of_several_tables(adata):
         np.testing.assert_array_equal(one, other)
 
 
+def test_spots_keep_the_genes_that_were_mapped(adata, vocabulary):
+    adata.var["mine"], adata.var_names = adata.var_names, [f"probe{k}" for k in range(71)]
+    st.pp.map_genes(adata, gene_key="mine", vocabulary=vocabulary)
+    table = grid(adata).sections.tables[0]
+    st.pp.tokenize(table, vocabulary, show_progress_bar=False)
+    assert table.obs["stofm_n_tokens"].min() > 0
+
+
+def test_types_that_a_file_can_not_name(spots):
+    names = ["T/NK", "b", "c"]
+    frame = make_frame(spots, spots.obs[["a", "b", "c"]].to_numpy(), names)
+    write_frame(spots, "mine", frame, names)
+    assert read(spots, "mine").types == names
+
+
 def test_size_that_can_not_be(adata):
     with pytest.raises(ValueError, match="spot_size must be positive"):
         grid(adata, spot_size=0.0)
+
+
+@pytest.mark.parametrize("kind", ["obs", "obsm", "second"])
+def test_a_type_that_occurs_twice_is_refused(spots, kind):
+    data, key = spots, "shares"
+    if kind == "obs":
+        key = ["a", "b", "a", "c"]
+    else:
+        twice = spots.copy() if kind == "second" else spots
+        shares = spots.obsm["shares"]
+        twice.obsm["shares"] = shares[["a", "b", "c", "a"]]
+        data = [spots, twice] if kind == "second" else spots
+    with pytest.raises(ValueError, match=r"has the types \['a'\] more than once"):
+        read(data, key)

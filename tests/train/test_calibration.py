@@ -30,6 +30,15 @@ def test_temperature_recovers_how_far_scores_are_overstated(rng):
     assert fit_temperature(scores[:0], drawn[:0]) == 1.0
 
 
+@pytest.mark.parametrize("n_cells", [1, 33])
+def test_few_cells_leave_the_temperature_near_one(rng, n_cells):
+    classes = rng.integers(0, 4, n_cells)
+    sure = np.eye(4)[classes] * 3
+    assert 0.5 < fit_temperature(sure, classes) < 1
+    wrong = fit_temperature(np.eye(4)[(classes + 1) % 4] * 9, classes)
+    assert 1 < wrong < (2 if n_cells == 1 else 5)
+
+
 def test_temperature_changes_probabilities_and_not_the_class(rng):
     scores = rng.normal(size=(53, 5)).astype(np.float32)
     found = calibrated_probabilities(scores, 2.5)

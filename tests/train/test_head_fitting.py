@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.train import HeadTraining, Targets, apply_head, fit_head
+from stofm.train import HeadTraining, Targets, apply_head, fit_head, head_fitting
 
 SHORT = HeadTraining(max_epochs=15, patience=3)
 
@@ -114,6 +114,26 @@ def test_columns_and_batches_do_not_change_predictions(problem):
             rtol=1e-5,
             atol=1e-6,
         )
+
+
+def test_many_outputs_are_validated_in_few_rows_at_a_time(problem, monkeypatch):
+    _features, classes, *_ = problem
+    parts = {"fitted": np.arange(60), "held_out": np.arange(60, 397)}
+    training = HeadTraining(max_epochs=2)
+
+    class Watched(Targets):
+        def take(self, rows):
+            sizes.append(len(rows))
+            return super().take(rows)
+
+    targets = Watched("values", np.eye(4, dtype=np.float32)[classes], 4)
+    losses = []
+    for most, expected in ((2**22, {337}), (4 * 300, {300, 37}), (4, {256, 81})):
+        sizes: list[int] = []
+        monkeypatch.setattr(head_fitting, "_MOST_OUTPUTS", most)
+        losses.append(fit(problem, targets, training=training, **parts).history["loss"])
+        assert {size for size in sizes if size > 16} == expected
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
 def test_bad_rows(problem):

@@ -9,7 +9,8 @@ import numpy as np
 
 from stofm import metrics
 from stofm._anndata import resolve_table
-from stofm._keys import Obs, Obsm
+from stofm._frames import frame_names
+from stofm._keys import Label, Obs, Obsm
 from stofm.pl._confusion import count_pairs, draw_confusion
 from stofm.pl._draw import add_key
 from stofm.pl._maps import fill_map
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 PanelKind = Literal["map", "truth", "confidence", "confusion", "reliability"]
 _MAPS: Final = ("map", "truth", "confidence")
 
-#: Category of cells that no class is supported for.
-_UNKNOWN: Final = "unknown"
 _UNKNOWN_COLOR: Final = "#bdbdbd"
 #: What is appended to the annotation's key.
 _CONFIDENCE: Final = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
@@ -248,7 +247,7 @@ def _resolve_colors(
     missing = [name for name in names if name not in shades]
     free = [c for c in distinct_colors(len(names) + len(shades)) if c not in shades.values()]
     shades |= dict(zip(missing, free, strict=False))
-    shades[_UNKNOWN] = _UNKNOWN_COLOR
+    shades[Label.UNKNOWN] = _UNKNOWN_COLOR
     colors: dict[str, Categories | Values] = {"map": resolve_color(adata, key, palette=shades)}
     if truth is not None:
         colors["truth"] = truth
@@ -260,9 +259,9 @@ def _resolve_colors(
 def _score(adata: AnnData, key: str, truth_key: str) -> _Scored:
     truth = category_names(adata.obs[truth_key])
     found = category_names(adata.obs[key])
-    proba = adata.obsm.get(key + _PROBA)
-    columns = found.cat.categories if proba is None else proba.columns
-    known = tuple(str(name) for name in columns if name != _UNKNOWN)
+    proba = key + _PROBA
+    columns = frame_names(adata, proba) if proba in adata.obsm else found.cat.categories
+    known = tuple(str(name) for name in columns if name != Label.UNKNOWN)
     cells = np.flatnonzero(truth.notna())
     scored = _Scored(
         cells=cells,
@@ -289,7 +288,7 @@ def _curve(adata: AnnData, key: str, scored: _Scored | None, n_bins: int) -> Rel
     found = scored.found[scored.is_known]
     proba: Any = adata.obsm.get(key + _PROBA)
     if proba is not None:
-        names = np.array([str(name) for name in proba.columns], dtype=object)
+        names = np.array(frame_names(adata, key + _PROBA), dtype=object)
         found = names[np.asarray(proba)[cells].argmax(axis=1)]
     confidence = adata.obs[key + _CONFIDENCE].to_numpy(dtype=np.float64)[cells]
     return Reliability.of(confidence, found == scored.true[scored.is_known], n_bins)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stofm._anndata import resolve_table
+from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.pl._draw import add_key, points_per_unit
@@ -175,7 +176,7 @@ def _read(adata: AnnData, key: str) -> pd.DataFrame:
             f"pd.DataFrame(adata.obsm[{key!r}], index=adata.obs_names, columns=types)."
         )
         raise TypeError(msg)
-    return stored.rename(columns=str).astype(np.float64)
+    return stored.set_axis(frame_names(adata, key), axis=1).astype(np.float64)
 
 
 def _choose(proportions: pd.DataFrame, types: str | Sequence[str] | None, key: str) -> list[str]:

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._anndata import resolve_table
+from stofm._anndata import read_record, resolve_table
 from stofm._counts import read_counts
+from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm.pl._maps import draw_maps
 from stofm.pl._panels import finish
@@ -53,10 +54,10 @@ def imputation(
     """Draw a gene as it was measured beside what was imputed, with their correlation.
 
     Measured counts are normalised for the picture as :func:`stofm.tl.impute` normalises them, to
-    ``log1p(10,000 x count / total)``, with the total over the genes of `adata` that were not
-    imputed (over all of `measured` if it has none of these); the AnnData stays as it is. The
-    correlation is Pearson's over the cells of the panel. A gene that was not measured has its
-    imputed map only.
+    ``log1p(10,000 x count / total)``, with the total over the genes that the head read, which the
+    record of `key` names; without a record over the genes of `adata` that were not imputed; over
+    all of `measured` if it has none of these. The AnnData stays as it is. The correlation is
+    Pearson's over the cells of the panel. A gene that was not measured has its imputed map only.
 
     Parameters
     ----------
@@ -126,8 +127,8 @@ def imputation(
     adata = resolve_table(adata, table_key)
     genes = [gene] if isinstance(gene, str) else list(gene)
     imputed = _read_imputed(adata, genes, key)
-    panel_genes = adata.var_names.difference(adata.obsm[key].columns)
-    known = _read_measured(adata, genes, measured, layer, panel_genes)
+    counted = _genes_in_totals(adata, key)
+    known = _read_measured(adata, genes, measured, layer, counted)
     panels = read_panels(adata, spatial_key, library_key)
     colors: list[Values] = []
     titles: list[list[str]] = []
@@ -162,14 +163,23 @@ def _read_imputed(adata: AnnData, genes: list[str], key: str) -> pd.DataFrame:
             f"{type(stored).__name__}."
         )
         raise TypeError(msg)
+    places = {name: k for k, name in enumerate(frame_names(adata, key))}
     if not genes:
-        msg = f"Name a gene to draw; obsm[{key!r}] has {list(stored.columns[:10])}."
+        msg = f"Name a gene to draw; obsm[{key!r}] has {list(places)[:10]}."
         raise ValueError(msg)
     for gene in genes:
-        if gene not in stored.columns:
+        if gene not in places:
             msg = f"{gene!r} was not imputed into obsm[{key!r}]."
-            raise KeyError(msg + nearest_names(gene, stored.columns))
-    return stored[genes].astype(np.float64)
+            raise KeyError(msg + nearest_names(gene, places))
+    chosen = stored.iloc[:, [places[gene] for gene in genes]]
+    return chosen.astype(np.float64).set_axis(genes, axis=1)
+
+
+def _genes_in_totals(adata: AnnData, key: str) -> pd.Index:
+    """Genes that the head read, as it recorded; without a record all that were not imputed."""
+    params = (read_record(adata, key) or {}).get("params", {})
+    read = params.get("inputs", adata.var_names.difference(frame_names(adata, key)))
+    return pd.Index(read, dtype=object)
 
 
 def _read_measured(

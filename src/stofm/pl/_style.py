@@ -14,6 +14,8 @@ import pandas as pd
 from matplotlib.colors import is_color_like, to_hex, to_rgba_array
 from scanpy.plotting.palettes import default_20
 
+from stofm._categories import label_text
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -138,10 +140,10 @@ def nearest_names(name: str, names: Iterable[object]) -> str:
 def category_names(column: pd.Series) -> pd.Series:
     """Return `column` as a categorical of strings, in its own order or in natural order."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        return column.cat.rename_categories([str(name) for name in column.cat.categories])
-    text = column.astype("string").astype(object).where(column.notna(), None)
-    names = sorted({name for name in text if name is not None}, key=_natural)
-    return text.astype(pd.CategoricalDtype(names))
+        return column.cat.rename_categories(label_text(pd.Series(column.cat.categories)).tolist())
+    text = pd.Series(label_text(column), index=column.index, name=column.name)
+    names = sorted(set(text[column.notna()]), key=_natural)
+    return text.where(column.notna(), None).astype(pd.CategoricalDtype(names))
 
 
 def distinct_colors(n_colors: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -23,12 +23,18 @@ SplitRule = Literal["auto", "slices", "blocks", "random"]
 #: From so many slices on, a whole one is held out by default: with fewer it would be missed too much
 #: in fitting (of two sections of cortex, half of all cells).
 _SEVERAL = 4
-#: What is held out of a slice is at most this many blocks, each of at least so many cells.
+#: What is held out of a slice is about this many blocks, however few cells it has: a single one
+#: would often lie in a single region.
 _N_BLOCKS = 4
-_LEAST_BLOCK = 50
-#: Width of the margin around blocks, in distances between neighbours.
+#: Width of the margin around blocks, in distances between neighbours, and the largest share of the
+#: other cells that it may take. Around the small blocks of a small slice it takes many.
 _MARGIN = 2.0
+_MARGIN_SHARE = 0.25
+#: So many draws are made where classes are known, of which the most even one is taken.
+_N_DRAWS = 16
 _N_NEIGHBORS = 6
+#: Parts of cells.
+_FITTED, _HELD_OUT, _LEFT_OUT = range(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +50,11 @@ class Split:
     left_out
         Row numbers of cells in neither: the margin around held-out blocks.
     slices
-        Numbers of the slices that are held out as a whole.
+        Numbers of the slices that are held out as a whole, but for moved cells.
     params
         What was asked for: share, margin, seed.
+    moved
+        Row numbers of cells that are fitted only since no other cell of their class would be.
     """
 
     how: str
@@ -55,6 +63,7 @@ class Split:
     left_out: NDArray[np.int64]
     slices: tuple[int, ...]
     params: dict[str, Any]
+    moved: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def record(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """What is written down of a split: rule, parameters, numbers of cells, held-out slices."""
@@ -64,6 +73,7 @@ class Split:
             "n_fitted": len(self.fitted),
             "n_held_out": len(self.held_out),
             "n_left_out": len(self.left_out),
+            "n_moved": len(self.moved),
             "held_out_slices": [str(k) if names is None else names[k] for k in self.slices],
         }
 
@@ -75,6 +85,7 @@ def split_cells(
     how: SplitRule = "auto",
     share: float = 0.1,
     margin: float | None = None,
+    classes: NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> Split:
     """Hold out a part of the cells, so that scores on it say something about new tissue.
@@ -90,21 +101,29 @@ def split_cells(
     slices
         Rows of each slice. Rows of none of them are in no part.
     how
-        ``"auto"``: ``"slices"`` if there are at least four, else ``"blocks"``. ``"slices"``: whole
-        slices, at least one. ``"blocks"``: about four compact blocks of each slice, apart from the
-        rest by a margin. ``"random"``: single cells, as in the paper.
+        ``"auto"``: ``"slices"`` if there are at least four, and each class has cells outside those
+        held out; else ``"blocks"``. ``"slices"``: whole slices, at least one. ``"blocks"``: about
+        four compact blocks spread over each slice, apart from the rest by a margin. ``"random"``:
+        single cells, as in the paper.
     share
         Share of the cells, or slices, to hold out.
     margin
         Distance from held-out blocks within which cells are left out, in the unit of the
-        coordinates; by default twice that between neighbours.
+        coordinates; by default twice that between neighbours, or less in a small slice, so that
+        no more than about a quarter of the other cells are left out.
+    classes
+        (n,) class of each row, from 0. With them, slices and blocks are the best of some draws:
+        slices leave cells of each class to fit if they can, and what is held out of a slice in
+        blocks has about its classes. Cells of a class that would have none to fit are fitted after
+        all, and held-out cells within the margin of them are left out.
     seed
         Seed of the draws.
 
     Raises
     ------
     ValueError
-        `how` or `share` is not usable, or whole slices are asked for and there is only one.
+        `how` or `share` is not usable, or whole slices are asked for and there is only one, or
+        none whose classes others have.
 
     References
     ----------
@@ -116,71 +135,180 @@ def split_cells(
     if not 0 < share < 1:
         msg = f"share must be between 0 and 1, found {share!r}."
         raise ValueError(msg)
-    if how == "auto":
-        how = "slices" if len(slices) >= _SEVERAL else "blocks"
     rng = np.random.default_rng(seed)
-    params = {"share": share, "margin": margin if how == "blocks" else None, "seed": seed}
-    empty = np.empty(0, dtype=np.int64)
+    kinds = classes if classes is not None else np.zeros(len(coordinates), dtype=np.int64)
+    rule = ("slices" if len(slices) >= _SEVERAL else "blocks") if how == "auto" else how
+    parts = _draw(rule, coordinates, slices, share, margin, kinds, rng)
+    if how == "auto" and rule == "slices" and len(_lost(slices, parts, kinds)):
+        rule = "blocks"
+        parts = _draw(rule, coordinates, slices, share, margin, kinds, rng)
+    chosen = [k for k, part in enumerate(parts) if part.all()] if rule == "slices" else []
+    moved = _fit_lost(rule, coordinates, slices, parts, margin, kinds)
+    every, part = _joined(slices), _joined(parts)
+    if rule == "slices" and not (part == _HELD_OUT).any():
+        msg = (
+            "how='slices' leaves no cell to hold out: each slice has classes that no other has. Use "
+            "'blocks'."
+        )
+        raise ValueError(msg)
+    return Split(
+        rule,
+        fitted=np.sort(every[part == _FITTED]),
+        held_out=np.sort(every[part == _HELD_OUT]),
+        left_out=np.sort(every[part == _LEFT_OUT]),
+        slices=tuple(chosen),
+        params={"share": share, "margin": margin if rule == "blocks" else None, "seed": int(seed)},
+        moved=moved,
+    )
+
+
+def _draw(
+    how: str,
+    coordinates: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    share: float,
+    margin: float | None,
+    classes: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> list[NDArray[np.int64]]:
+    """Part of each cell of each slice."""
     if how == "slices":
-        chosen = _choose_slices(len(slices), share, rng)
-        kept = [rows for k, rows in enumerate(slices) if k not in chosen]
-        held_out = [slices[k] for k in chosen]
-        return Split(how, _joined(kept), _joined(held_out), empty, chosen, params)
+        chosen = _choose_slices(slices, share, classes, rng)
+        return [
+            np.full(len(rows), _HELD_OUT if k in chosen else _FITTED)
+            for k, rows in enumerate(slices)
+        ]
     parts = []
     for rows in slices:
         xy = np.asarray(coordinates[rows], dtype=np.float64)
         order = canonical_order(xy, xy)
+        part = np.full(len(rows), _FITTED)
         if how == "random":
-            part = np.zeros(len(rows), dtype=np.int64)
-            part[order[rng.permutation(len(rows))[: round(share * len(rows))]]] = 1
+            part[order[rng.permutation(len(rows))[: round(share * len(rows))]]] = _HELD_OUT
         else:
-            part = np.empty(len(rows), dtype=np.int64)
-            part[order] = _block_parts(xy[order], share, margin, rng)
+            part[order] = _block_parts(xy[order], share, margin, classes[rows[order]], rng)
         parts.append(part)
-    every, part = _joined(list(slices), sort=False), _joined(parts, sort=False)
-    fitted, held_out_rows, left_out = (np.sort(every[part == k]) for k in range(3))
-    return Split(how, fitted, held_out_rows, left_out, (), params)
+    return parts
 
 
-def _joined(parts: list[NDArray[np.int64]], *, sort: bool = True) -> NDArray[np.int64]:
-    rows = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    return np.sort(rows) if sort else rows
+def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(parts) if len(parts) else np.empty(0, dtype=np.int64)
 
 
-def _choose_slices(n_slices: int, share: float, rng: np.random.Generator) -> tuple[int, ...]:
-    if n_slices < 2:
+def _lost(
+    slices: Sequence[NDArray[np.int64]],
+    parts: Sequence[NDArray[np.int64]],
+    classes: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Classes of which no cell is fitted."""
+    own = classes[_joined(slices)]
+    return np.setdiff1d(own, own[_joined(parts) == _FITTED])
+
+
+def _fit_lost(
+    how: str,
+    coordinates: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    parts: Sequence[NDArray[np.int64]],
+    margin: float | None,
+    classes: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Change parts so that each class has cells to fit; return their rows.
+
+    But for random cells, those held out that lie within the margin of them are left out.
+    """
+    lost = _lost(slices, parts, classes)
+    moved = [rows[np.isin(classes[rows], lost)] for rows in slices]
+    for rows, part, own in zip(slices, parts, moved, strict=True):
+        if not len(own):
+            continue
+        part[np.isin(rows, own)] = _FITTED
+        held_out = np.flatnonzero(part == _HELD_OUT)
+        if how != "random" and len(held_out):
+            xy = np.asarray(coordinates[rows], dtype=np.float64)
+            part[held_out[_is_near(xy, np.isin(rows, own), held_out, margin)]] = _LEFT_OUT
+    return np.sort(_joined(moved))
+
+
+def _choose_slices(
+    slices: Sequence[NDArray[np.int64]],
+    share: float,
+    classes: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Of some draws of slices, the first that leaves most classes to fit."""
+    if len(slices) < 2:
         msg = "how='slices' needs at least two slices, found one; use how='blocks'."
         raise ValueError(msg)
-    n_chosen = min(max(1, round(share * n_slices)), n_slices - 1)
-    return tuple(sorted(int(k) for k in rng.permutation(n_slices)[:n_chosen]))
+    n_chosen = min(max(1, round(share * len(slices))), len(slices) - 1)
+    draws = [rng.permutation(len(slices))[:n_chosen] for _ in range(_N_DRAWS)]
+
+    def n_fitted_classes(draw: NDArray[np.int64]) -> int:
+        kept = [classes[rows] for k, rows in enumerate(slices) if k not in draw]
+        return len(np.unique(np.concatenate(kept)))
+
+    return max(draws, key=n_fitted_classes)
 
 
 def _block_parts(
-    xy: NDArray[np.float64], share: float, margin: float | None, rng: np.random.Generator
+    xy: NDArray[np.float64],
+    share: float,
+    margin: float | None,
+    classes: NDArray[np.int64],
+    rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Part of each cell of a slice: 0 to fit, 1 to hold out, 2 to leave out.
+    """Part of each cell of a slice.
 
     Parameters
     ----------
     xy
         (n, 2) in canonical order.
+    classes
+        (n,) in this order.
     """
-    part = np.zeros(len(xy), dtype=np.int64)
+    part = np.full(len(xy), _FITTED)
     n_wanted = round(share * len(xy))
     if n_wanted == 0:
         return part
-    n_blocks = min(max(n_wanted // _LEAST_BLOCK, 1), _N_BLOCKS)
-    blocks = partition_balanced(xy, -(-n_wanted // n_blocks))
-    n_held_out = 0
-    for k in rng.permutation(len(blocks)):
-        if n_held_out + len(blocks[k]) // 2 >= n_wanted and n_held_out:
-            break
-        part[blocks[k]] = 1
-        n_held_out += len(blocks[k])
-    width = _MARGIN * _spacing(xy) if margin is None else margin
-    distance, _ = cKDTree(xy[part == 1]).query(xy)
-    part[(part == 0) & (distance <= width)] = 2
+    blocks = partition_balanced(xy, -(-n_wanted // min(_N_BLOCKS, n_wanted)))
+    n_chosen = max(1, round(n_wanted * len(blocks) / len(xy)))
+    # Blocks that follow one another lie side by side: one of each stretch is spread over the slice.
+    stretches = np.array_split(np.arange(len(blocks)), n_chosen)
+    draws = [[rng.choice(stretch) for stretch in stretches] for _ in range(_N_DRAWS)]
+    held_out = [np.concatenate([blocks[k] for k in draw]) for draw in draws]
+    part[_most_even(held_out, classes)] = _HELD_OUT
+    others = np.flatnonzero(part == _FITTED)
+    part[others[_is_near(xy, part == _HELD_OUT, others, margin)]] = _LEFT_OUT
     return part
+
+
+def _most_even(draws: Sequence[NDArray[np.int64]], classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of some draws of rows, the first whose shares of classes differ least from those of all."""
+    n_classes = int(classes.max()) + 1
+    shares = np.bincount(classes, minlength=n_classes) / len(classes)
+
+    def difference(rows: NDArray[np.int64]) -> float:
+        own = np.bincount(classes[rows], minlength=n_classes) / len(rows)
+        return float(np.abs(own - shares).sum())
+
+    return min(draws, key=difference)
+
+
+def _is_near(
+    xy: NDArray[np.float64],
+    are_sources: NDArray[np.bool_],
+    others: NDArray[np.int64],
+    margin: float | None,
+) -> NDArray[np.bool_]:
+    """Whether `others`, rows of `xy`, lie within the margin of the sources."""
+    if not len(others):
+        return np.zeros(0, dtype=bool)
+    distance, _ = cKDTree(xy[are_sources]).query(xy[others])
+    if margin is None:
+        nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
+        margin = min(_MARGIN * _spacing(xy), float(nearest))
+    near: NDArray[np.bool_] = distance <= margin
+    return near
 
 
 def _spacing(xy: NDArray[np.float64]) -> float:

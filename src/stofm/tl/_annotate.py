@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._keys import Obs, Obsm
+from stofm._keys import Label, Obs, Obsm
 from stofm.tl._annotation_fitting import AnnotationFitting
 from stofm.tl._annotation_head import AnnotationHead, write_annotation
+from stofm.tl._fit_options import check_fit_options
 from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._labels import read_labels
@@ -34,7 +35,7 @@ def annotate(
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = ("Unknown", "Other"),
+    missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
     min_share: float = 0.01,
     class_weights: Literal["balanced"] | None = None,
     split: SplitRule = "auto",
@@ -88,7 +89,8 @@ def annotate(
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
-        Labels that stand for none, besides NaN. Such cells are left out.
+        Labels that stand for none, in whatever case, besides NaN and blank ones. Such cells are
+        left out. No class can be called ``"unknown"``.
     min_share
         Classes with a smaller share of the labelled cells are left out; 0 for none.
     class_weights
@@ -96,8 +98,8 @@ def annotate(
     split
         How the tenth of the labelled cells is held out that tells when to stop and how far to
         trust the head: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
-        ``"auto"``, whole slices where there are four or more and blocks otherwise. Neighbours resemble
-        each other: a random split gives scores that are too good.
+        ``"auto"``: whole slices where there are four or more and each class is in others too, else
+        blocks. Neighbours resemble each other: a random split gives scores that are too good.
     protocol
         ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random
         fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
@@ -141,8 +143,8 @@ def annotate(
         `head` is no head for annotation.
     ValueError
         Neither or both of `label_key` and `head` are given, an option is not usable, there are
-        fewer than two classes, a class has a single cell, or embeddings are by another model than
-        the head's.
+        fewer than two classes, a class has a single cell or is called "unknown", or embeddings
+        are by another model than the head's.
 
     References
     ----------
@@ -195,10 +197,29 @@ def annotate(
         protocol=protocol,
         reject_rate=reject_rate,
         min_share=min_share,
-        missing=tuple(map(str, missing)),
+        missing=missing,
         seed=seed,
         reading=reading,
     )
+    check_fit_options(
+        sections,
+        strategy=strategy,
+        use_rep=use_rep,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        spatial_key=spatial_key,
+    )
     labels = read_labels(sections, str(label_key), missing=missing, min_share=min_share)
+    _refuse_unknown(labels.classes, str(label_key))
     source = sections.copied() if copy else sections
     return fitting.fit(source, labels, use_rep=use_rep, model=model)
+
+
+def _refuse_unknown(classes: Collection[str], label_key: str) -> None:
+    if Label.UNKNOWN in classes:
+        msg = (
+            f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, which is what cells are called that "
+            "no class is supported for. Rename it, or add it to `missing` to leave it out."
+        )
+        raise ValueError(msg)

@@ -12,7 +12,6 @@ from stofm._logging import logger
 from stofm.tl._annotation_head import AnnotationHead
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
-from stofm.tl._heads import check_strategy
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.train import Targets, apply_head
 from stofm.train.calibration import (
@@ -24,7 +23,7 @@ from stofm.train.calibration import (
 from stofm.train.head_fitting import row_order
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
     from stofm.tl._labels import Labels
     from stofm.tl._protocol import Protocol, Run
 
+#: With fewer held-out cells a line of the log says so.
+_FEW_HELD_OUT = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationFitting:
@@ -50,13 +52,12 @@ class AnnotationFitting:
     protocol: Protocol | None
     reject_rate: float
     min_share: float
-    missing: tuple[str, ...]
+    missing: Collection[object]
     seed: int
     reading: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Check what is not checked where it is used."""
-        check_strategy(self.strategy)
         if not 0 <= self.reject_rate < 1:
             msg = f"reject_rate must be from 0 to below 1, found {self.reject_rate!r}."
             raise ValueError(msg)
@@ -80,6 +81,7 @@ class AnnotationFitting:
             inputs.features,
             split=self.split,
             protocol=self.protocol,
+            classes=labels.codes,
             spatial_key=self.reading["spatial_key"],
             seed=self.seed,
         )
@@ -100,7 +102,8 @@ class AnnotationFitting:
         run: Run,
         model: Stofm | str | Path | None,
     ) -> tuple[AnnotationHead, Inputs]:
-        split = cover_classes(run.split, labels)
+        split = run.split
+        _tell_about(split, labels)
         targets = Targets(
             "classes",
             labels.codes,
@@ -163,12 +166,12 @@ class AnnotationFitting:
         options = ("layer", "library_key", "spatial_key")
         return {
             "label_key": self.label_key,
-            "missing": list(self.missing),
-            "min_share": self.min_share,
+            "missing": [str(one) for one in self.missing],
+            "min_share": float(self.min_share),
             "left_out_classes": list(labels.left_out),
             "class_weights": self.class_weights,
-            "reject_rate": self.reject_rate,
-            "seed": seed,
+            "reject_rate": float(self.reject_rate),
+            "seed": int(seed),
             **{name: self.reading[name] for name in options},
         }
 
@@ -182,23 +185,24 @@ class _Trust:
     surroundings: Surroundings | None
 
 
-def cover_classes(split: Split, labels: Labels) -> Split:
-    """Fit the cells of those classes that would be held out or left out altogether."""
-    n_fitted = np.bincount(labels.codes[split.fitted], minlength=len(labels.classes))
-    lost = np.flatnonzero(n_fitted == 0)
-    if not len(lost):
-        return split
-    logger.info(
-        "Held-out parts would have all cells of %s; these cells are fitted and not held out.",
-        ", ".join(labels.classes[k] for k in lost),
-    )
-    moved = [rows[np.isin(labels.codes[rows], lost)] for rows in (split.held_out, split.left_out)]
-    return replace(
-        split,
-        fitted=np.sort(np.concatenate([split.fitted, *moved])),
-        held_out=np.setdiff1d(split.held_out, moved[0]),
-        left_out=np.setdiff1d(split.left_out, moved[1]),
-    )
+def _tell_about(split: Split, labels: Labels) -> None:
+    """Log what the held-out cells lack, since it bears on when to stop and on the calibration."""
+    if len(split.moved):
+        codes = np.unique(labels.codes[split.moved])
+        logger.info(
+            "Held-out parts would have all cells of %s; these %d cells are fitted.",
+            ", ".join(labels.classes[k] for k in codes),
+            len(split.moved),
+        )
+    n_classes = len(np.unique(labels.codes[split.held_out]))
+    if len(split.held_out) < _FEW_HELD_OUT or n_classes < len(labels.classes):
+        logger.info(
+            "%d cells of %d of %d classes are held out. Few cells or classes tell little about when "
+            "to stop and how far to trust the head.",
+            len(split.held_out),
+            n_classes,
+            len(labels.classes),
+        )
 
 
 def score_classes(

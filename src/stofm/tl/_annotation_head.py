@@ -9,7 +9,8 @@ import numpy as np
 
 from stofm._anndata import write_record
 from stofm._config import build_dataclass
-from stofm._keys import Obs, Obsm, Suffix
+from stofm._frames import make_frame, write_frame
+from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
 from stofm.tl._heads import Head
 from stofm.train import apply_head
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.tl._head_inputs import Inputs, Sections
-
-UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ class AnnotationHead(Head):
     """
 
     task: ClassVar[str] = "annotation"
-    outputs_file: ClassVar[str] = "classes.tsv"
+    called: ClassVar[str] = "classes"
 
     temperature: float
     rejection: Rejection | None = None
@@ -122,18 +121,22 @@ def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation
     """Write classes, confidence and probabilities to each table, with a record."""
     import pandas as pd
 
+    # All is made before anything is written.
+    frames = [
+        make_frame(table, found.probabilities[part], head.classes)
+        for table, part in zip(sections.tables, sections.places, strict=True)
+    ]
     names = list(head.classes)
-    categories = names if UNKNOWN in names else [*names, UNKNOWN]
+    categories = [*names, Label.UNKNOWN]
     likeliest = found.probabilities.argmax(axis=1)
-    codes = np.where(found.is_unknown, categories.index(UNKNOWN), likeliest)
+    codes = np.where(found.is_unknown, categories.index(Label.UNKNOWN), likeliest)
     confidence = found.probabilities.max(axis=1)
     beside = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
-    for table, part in zip(sections.tables, sections.places, strict=True):
+    proba = key + Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
+    for table, part, frame in zip(sections.tables, sections.places, frames, strict=True):
         table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
         table.obs[key + beside] = confidence[part]
-        table.obsm[key + Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)] = pd.DataFrame(
-            found.probabilities[part], index=table.obs_names, columns=names
-        )
+        write_frame(table, proba, frame, head.classes)
         # Colours of an earlier run would be taken for these classes'.
         table.uns.pop(key + Suffix.COLORS, None)
         write_record(table, key, _params(head), **head.model_names())

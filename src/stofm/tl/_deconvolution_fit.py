@@ -11,9 +11,10 @@ from stofm._keys import Obsm
 from stofm.metrics import mae, pearson, rmse
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._deconvolution_head import DeconvolutionHead
+from stofm.tl._embeddings import origin_by
+from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
-from stofm.tl._head_inputs import origin_by, read_inputs
-from stofm.tl._heads import check_strategy
+from stofm.tl._head_inputs import read_inputs
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._spot_reference import SpotSimulation
 from stofm.train import HeadTraining, Targets, fit_head
@@ -66,10 +67,7 @@ class DeconvolutionFitting:
 
     def __post_init__(self) -> None:
         """Check what is not checked where it is used."""
-        check_strategy(self.strategy)
-        if self.n_heads < 1:
-            msg = f"n_heads must be at least 1, found {self.n_heads}."
-            raise ValueError(msg)
+        check_whole_number("n_heads", self.n_heads, least=1)
 
     def fit(
         self,

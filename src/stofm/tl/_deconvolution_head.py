@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pandas as pd
 
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.nn import choose_device, choose_dtype
+from stofm.tl._embeddings import describe_origin, origin_by, same_origin
 from stofm.tl._encode_cells import load_model
-from stofm.tl._head_inputs import describe_origin, origin_by, read_inputs, same_origin
+from stofm.tl._head_inputs import read_inputs
 from stofm.tl._heads import Head
-from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts
+from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
 from stofm.train import apply_head
 
 if TYPE_CHECKING:
@@ -42,9 +44,16 @@ class DeconvolutionHead(Head):
     """
 
     task: ClassVar[str] = "deconvolution"
-    outputs_file: ClassVar[str] = "types.tsv"
+    called: ClassVar[str] = "types"
 
     panel: SpotPanel | None = None
+
+    def __post_init__(self) -> None:
+        """Name the scores by type: in a file, types "0" and "NA" look like something else."""
+        if len(self.validation_scores):
+            index = pd.Index(self.outputs, name="type")
+            scores = self.validation_scores.set_axis(index, axis=0)
+            object.__setattr__(self, "validation_scores", scores)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -132,13 +141,7 @@ class DeconvolutionHead(Head):
                 len(places),
             )
         counts = read_panel_counts(adata, genes, places, layer)
-        if n_empty := int((np.diff(counts.indptr) == 0).sum()):
-            logger.warning(
-                "%d of %d spots have no counts in the genes that the head reads; what is predicted "
-                "for them says nothing.",
-                n_empty,
-                adata.n_obs,
-            )
+        remark_on_empty(counts)
         return counts
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stofm._anndata import write_record
+from stofm._frames import make_frame, remove_frame, write_frame
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.spatial.spot_simulation import SpotRules
 from stofm.tl._deconvolution_fit import DeconvolutionFitting
 from stofm.tl._deconvolution_head import DeconvolutionHead, Proportions
 from stofm.tl._encode_cells import load_model
+from stofm.tl._fit_options import check_fit_options, check_whole_number
 from stofm.tl._head_inputs import DEFAULT_REP, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._labels import read_labels
@@ -49,7 +51,7 @@ def deconvolve(
     layer: str | None = None,
     reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = ("Unknown", "Other"),
+    missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
     min_share: float = 0.0,
     spots: SpotRules | None = None,
     n_components: int = 50,
@@ -95,7 +97,8 @@ def deconvolve(
         whose types may be named in ``uns[proportions_key + "_names"]``; or a list of columns of
         ``obs``. Spots with NaN are left out.
     reference
-        Single cells with raw counts and types, AnnData or SpatialData. Places are not needed.
+        Single cells with raw counts and types: AnnData, SpatialData with a single table, or a list
+        or dict of them. Places are not needed.
     label_key
         Column of ``obs`` with the types: of `reference`, or of `data` with `spot_size`.
     spot_size
@@ -121,7 +124,7 @@ def deconvolve(
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
-        Labels that stand for none, besides NaN.
+        Labels that stand for none, in whatever case, besides NaN and blank ones.
     min_share
         Types with a smaller share of the labelled cells are left out.
     spots
@@ -130,8 +133,10 @@ def deconvolve(
         With `reference`: principal components of the log-normalised shared genes that are read
         beside the embedding; 0 for none.
     split
-        How a tenth of the spots is held out to stop early and to score: see
-        :func:`stofm.spatial.split_cells`. Not read with `reference`, where all are independent.
+        How a tenth of the spots is held out to stop early and to score: ``"slices"``,
+        ``"blocks"`` of the plane with a margin, ``"random"``, or ``"auto"``, which holds out whole
+        slices from four slices on and blocks otherwise; see :func:`stofm.spatial.split_cells`. Not
+        read with `reference`, where all are independent.
     protocol
         ``"stofm-paper"``: three runs, each with a random fifth of the spots to test and a random
         tenth of the others held out; ``head.test_scores`` has Pearson, RMSE and MAE, means over
@@ -143,7 +148,7 @@ def deconvolve(
     key_added
         Entry of ``obsm`` to write.
     table_key
-        Table of a SpatialData.
+        Table of a SpatialData; not of the reference.
     copy
         With `head`: return changed copies and leave `data` as it is. With `proportions_key`: write
         no embeddings to `data`. Not with `reference`, which writes to `data` and returns a head.
@@ -166,8 +171,10 @@ def deconvolve(
 
     Raises
     ------
+    ImportError
+        ``strategy="lora"`` without peft.
     KeyError
-        An entry, a column or a layer is not there.
+        An entry, a column, a layer or a table is not there, or the reference has several tables.
     TypeError
         `head` is no head for deconvolution.
     ValueError
@@ -203,8 +210,18 @@ def deconvolve(
         proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
     )
     _check_way(way, label_key=label_key, strategy=strategy, protocol=protocol, copy=copy)
+    check_whole_number("n_components", n_components, least=0)
     sections = resolve_slices(
         data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+    )
+    check_fit_options(
+        sections if way in ("proportions_key", "spot_size") else None,
+        strategy=strategy,
+        use_rep=use_rep,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        spatial_key=spatial_key,
     )
     reading = {
         "library_key": library_key,
@@ -213,7 +230,7 @@ def deconvolve(
         "device": device,
         "show_progress_bar": show_progress_bar,
     }
-    labels: dict[str, Any] = {"missing": tuple(missing), "min_share": min_share}
+    labels: dict[str, Any] = {"missing": missing, "min_share": min_share}
     fitting = DeconvolutionFitting(
         strategy=strategy,
         n_heads=n_heads,
@@ -243,7 +260,8 @@ def deconvolve(
         return replace(fitting, reading=own).fit(squares, use_rep=use_rep, model=model)
     refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key)
     # A reference's slices do not matter, nor whether they overlap.
-    cells = resolve_slices(reference, spatial_key="", table_key=None)
+    _require_single_tables(reference)
+    cells = resolve_slices(reference, spatial_key="")
     loaded = load_model(model)
     panels = read_panels(
         sections,
@@ -300,6 +318,19 @@ def _check_way(
         raise ValueError(msg)
 
 
+def _require_single_tables(reference: Any) -> None:
+    """Refuse SpatialData with several tables: `table_key` names one of the query."""
+    plain = list(reference.values()) if isinstance(reference, dict) else reference
+    for one in plain if isinstance(plain, list | tuple) else [plain]:
+        names = sorted(getattr(one, "tables", ()))
+        if len(names) > 1:
+            msg = (
+                f"The reference is a SpatialData with the tables {names}; pass the one with the "
+                f"single cells: reference=sdata.tables[{names[0]!r}]."
+            )
+            raise KeyError(msg)
+
+
 def _source(
     way: str,
     proportions_key: str | Sequence[str] | None,
@@ -312,29 +343,34 @@ def _source(
         is_name = isinstance(proportions_key, str)
         key = proportions_key if is_name else list(proportions_key or ())
         return {"proportions_key": key}
-    missing = [str(one) for one in labels["missing"]]
+    missing = [str(one) for one in labels["missing"] or ()]
     source = {"label_key": label_key, "missing": missing, "min_share": labels["min_share"]}
     return {**source, "spot_size": spot_size} if way == "spot_size" else source
 
 
 def _write(sections: Sections, head: DeconvolutionHead, found: Proportions, key: str) -> None:
     """Write proportions and their spread to each table, with a record."""
-    import pandas as pd
-
-    names = list(head.types)
+    names = head.types
     params = {
         "use_rep": list(head.use_rep),
         "strategy": head.strategy,
         "n_heads": len(head.networks),
         "seed": head.params["seed"],
     }
-    for table, part in zip(sections.tables, sections.places, strict=True):
-        rows = table.obs_names
-        table.obsm[key] = pd.DataFrame(found.mean[part], index=rows, columns=names)
-        if found.spread is not None:
-            table.obsm[key + _STD] = pd.DataFrame(found.spread[part], index=rows, columns=names)
-        elif key + _STD in table.obsm:
-            # That of an earlier run would be taken for this one's.
-            del table.obsm[key + _STD]
+    # All is made before anything is written.
+    frames = [
+        [
+            make_frame(table, values[part], names)
+            for values in (found.mean, found.spread)
+            if values is not None
+        ]
+        for table, part in zip(sections.tables, sections.places, strict=True)
+    ]
+    for table, (mean, *spread) in zip(sections.tables, frames, strict=True):
         write_record(table, key, params, **head.model_names())
+        write_frame(table, key, mean, names)
+        # That of an earlier run would be taken for this one's.
+        remove_frame(table, key + _STD)
+        for frame in spread:
+            write_frame(table, key + _STD, frame, names)
     logger.info("Proportions of %d types in %d spots: obsm[%r].", len(names), len(found.mean), key)

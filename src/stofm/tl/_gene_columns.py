@@ -94,6 +94,10 @@ class GeneColumns:
         nameless = (column for column in named if not self.genes[column].id)
         return sorted({*self._by_id.get(gene.id, []), *nameless})
 
+    def columns_of(self, genes: Iterable[Gene]) -> list[int]:
+        """All columns of some genes, each once."""
+        return sorted({column for gene in genes for column in self.same_gene(gene)})
+
     def measured(self, gene: Gene) -> list[int]:
         """Columns whose counts are the gene's: those called so, or all with its id."""
         called = [c for c in self._by_name.get(gene.name, []) if self.genes[c].name == gene.name]

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stofm.tl._embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
 from stofm.tl._encode_cells import load_model
 from stofm.tl._fine_tune import fine_tune_head
-from stofm.tl._head_inputs import (
-    MADE_BY_EMBED,
-    describe_origin,
-    origin_by,
-    read_inputs,
-    same_origin,
-)
+from stofm.tl._head_inputs import read_inputs
 from stofm.tl._heads import check_strategy
 from stofm.train import fit_head
 
@@ -25,7 +20,8 @@ if TYPE_CHECKING:
 
     from stofm.nn import PredictionHead, Stofm
     from stofm.spatial import Split
-    from stofm.tl._head_inputs import Inputs, Origin, Sections
+    from stofm.tl._embeddings import Origin
+    from stofm.tl._head_inputs import Inputs, Sections
     from stofm.tl._heads import Strategy
     from stofm.train import HeadTraining, Targets
 
@@ -96,6 +92,8 @@ def fit_task(
         There is no such strategy, or nothing that could be tuned for these representations.
     """
     check_strategy(strategy)
+    # Before the head is fitted: it may be refused.
+    tunable = None if strategy == "frozen" else model_to_tune(model, inputs.origin)
     fitted = fit_head(
         inputs.features,
         targets,
@@ -106,9 +104,10 @@ def fit_task(
     )
     if strategy == "frozen":
         return TaskFit(fitted.head, inputs, None, fitted.history)
+    assert tunable is not None
     tuned = fine_tune_head(
         sections.tables,
-        model_to_tune(model, inputs.origin),
+        tunable,
         fitted.head,
         targets,
         strategy=strategy,

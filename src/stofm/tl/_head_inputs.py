@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._anndata import (
-    Slices,
-    read_coordinates,
-    read_record,
-    read_slices,
-    resolve_table,
-)
+from stofm._anndata import Slices, read_coordinates, read_slices, resolve_table
+from stofm._counts import read_counts
 from stofm._keys import Obsm
-from stofm._logging import logger
-from stofm.tl._embed import embed
+from stofm.tl._embeddings import (
+    MADE_BY_EMBED,
+    EmbeddingSource,
+    Origin,
+    describe_origin,
+    origin_of,
+    same_origin,
+    unchanged_on_error,
+)
 from stofm.tl._encode_cells import load_model
 from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -30,13 +32,7 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
 
-#: Representations that :func:`stofm.tl.embed` makes, which are computed where they are missing.
-MADE_BY_EMBED = (Obsm.X_CELL, Obsm.X)
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
-_FINGERPRINTS = ("model", "model_fingerprint", "cell_encoder", "vocabulary")
-
-#: Where a representation comes from: name and fingerprints of its model; none if not recorded.
-Origin = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,8 +188,11 @@ def read_inputs(
 ) -> Inputs:
     """Read representations, and embed cells where those of :func:`stofm.tl.embed` are missing.
 
-    Embeddings that are missing are written to the tables, as `embed` does. Those by another model
-    than the given one are left as they are: the cells are embedded aside.
+    Embeddings that are missing are written to the tables, as `embed` does, to all or, if one can't
+    be embedded, to none. Those that don't fit stay as they are: with a given model the cells are
+    embedded aside. These don't fit: embeddings by another model, and ones that were made with
+    another layer or other slices than those asked for. Counts that were changed since are not
+    noticed.
 
     Parameters
     ----------
@@ -211,12 +210,20 @@ def read_inputs(
     Raises
     ------
     KeyError
-        A representation is missing that `embed` does not make.
+        `layer` is missing, or a representation that `embed` does not make.
     ValueError
-        Embeddings are by another model, by several, are not finite, or differ in width.
+        Embeddings don't fit and no model is given; they are not recorded, by several models, not
+        finite, or differ in width.
     """
     reps = checked_reps(use_rep)
-    chosen = _Model(None if model is None else load_model(model), expected)
+    parts = {
+        rep: [read_representation(table, rep) for table in sections.tables]
+        for rep in reps
+        if rep not in MADE_BY_EMBED
+    }
+    if layer is not None:
+        for table in sections.tables:
+            read_counts(table, layer=layer)
     options = {
         "library_key": library_key,
         "layer": layer,
@@ -224,18 +231,17 @@ def read_inputs(
         "device": device,
         "show_progress_bar": show_progress_bar,
     }
-    tables = [chosen.with_embeddings(table, reps, options) for table in sections.tables]
-    features, widths = [], []
+    source = EmbeddingSource(None if model is None else load_model(model), expected, options)
+    with unchanged_on_error(sections.tables):
+        tables = [source.with_embeddings(table, reps) for table in sections.tables]
+    origin = {}
     for rep in reps:
-        parts = [read_representation(table, rep) for table in tables]
-        found = {part.shape[1] for part in parts}
-        if len(found) > 1:
-            msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
-            raise ValueError(msg)
-        features.append(np.concatenate(parts))
-        widths.append(found.pop())
-    origin = {rep: _common_origin(tables, rep) for rep in reps}
-    return Inputs(np.concatenate(features, axis=1), reps, tuple(widths), origin)
+        own = tables if rep in MADE_BY_EMBED else sections.tables
+        parts.setdefault(rep, [read_representation(table, rep) for table in own])
+        origin[rep] = _common_origin(own, rep)
+    widths = tuple(_common_width(parts[rep], rep) for rep in reps)
+    features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
+    return Inputs(features, reps, widths, origin)
 
 
 def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:
@@ -253,125 +259,6 @@ def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:
     return reps
 
 
-def origin_of(adata: AnnData, rep: str) -> dict[str, str]:
-    """Name and fingerprints of the model that made an entry of ``obsm``, as far as recorded."""
-    record = read_record(adata, rep) or {}
-    return {name: str(record[name]) for name in _FINGERPRINTS if record.get(name)}
-
-
-def same_origin(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Whether two origins are the same model; its name does not change its numbers."""
-    return {**first, "model": ""} == {**second, "model": ""}
-
-
-def describe_origin(origin: Mapping[str, str]) -> str:
-    """A model by name and fingerprint, for messages."""
-    if not origin:
-        return "an unrecorded model"
-    fingerprint = origin.get("model_fingerprint") or origin.get("cell_encoder") or "none"
-    return f"{origin.get('model', 'a model')} ({fingerprint})"
-
-
-class _Model:
-    """The model whose embeddings are wanted, loaded when it is needed.
-
-    Parameters
-    ----------
-    model
-        None for whichever made what is there.
-    expected
-        What a head was fitted to.
-    """
-
-    def __init__(self, model: Stofm | None, expected: Origin | None) -> None:
-        self._given = model
-        self._model = model
-        self._expected = expected
-        self._made: Origin | None = None
-
-    def with_embeddings(
-        self, adata: AnnData, reps: Sequence[str], options: Mapping[str, Any]
-    ) -> AnnData:
-        """Return the table, with what was missing, or one aside that has the wanted ones."""
-        own = [rep for rep in reps if rep in MADE_BY_EMBED]
-        missing = [rep for rep in own if rep not in adata.obsm]
-        there = [rep for rep in reps if rep in adata.obsm]
-        wanted = self._wanted(is_needed=bool(missing))
-        wrong = [
-            r for r in there if r in wanted and not same_origin(origin_of(adata, r), wanted[r])
-        ]
-        if not missing and not wrong:
-            return adata
-        if wrong and (self._given is None or not set(wrong) <= set(own)):
-            raise ValueError(_refusal(adata, wrong[0], wanted[wrong[0]], is_fitted=self._is_fitted))
-        if wrong:
-            logger.info("obsm[%r] is by another model and stays; embedding aside.", wrong[0])
-            adata = _bare(adata, [r for r in reps if r not in own], options)
-        embed(adata, load_model(self._model), **options)
-        return adata
-
-    @property
-    def _is_fitted(self) -> bool:
-        return self._expected is not None
-
-    def _wanted(self, *, is_needed: bool) -> Origin:
-        """Origins that embeddings must have, by name."""
-        if self._model is None and is_needed:
-            self._model = load_model(None)
-        if self._model is not None and self._made is None:
-            self._made = origin_by(self._model)
-            self._check_against_head()
-        return {**(self._made or {}), **(self._expected or {})}
-
-    def _check_against_head(self) -> None:
-        for rep, origin in (self._expected or {}).items():
-            if rep in MADE_BY_EMBED and not same_origin((self._made or {})[rep], origin):
-                msg = (
-                    f"The head was fitted to embeddings by {describe_origin(origin)}, and the model "
-                    f"to embed with is {describe_origin((self._made or {})[rep])}. Pass the head's "
-                    "model as `model`, or fit a new head."
-                )
-                raise ValueError(msg)
-
-
-def origin_by(model: Stofm) -> Origin:
-    """Origin of what :func:`stofm.tl.embed` makes with a model."""
-    common = {"model": model.name, "vocabulary": model.vocabulary.fingerprint}
-    return {
-        Obsm.X_CELL: {**common, "cell_encoder": model.cell_encoder_fingerprint},
-        Obsm.X: {**common, "model_fingerprint": model.fingerprint},
-    }
-
-
-def _refusal(adata: AnnData, rep: str, wanted: Mapping[str, str], *, is_fitted: bool) -> str:
-    found = describe_origin(origin_of(adata, rep))
-    if is_fitted:
-        return (
-            f"obsm[{rep!r}] is by {found}, and the head was fitted to embeddings by "
-            f"{describe_origin(wanted)}. Embed with that model: st.tl.embed(adata, model), or pass "
-            "it as `model`."
-        )
-    return (
-        f"obsm[{rep!r}] is by {found}, and what is missing beside it would be made with "
-        f"{describe_origin(wanted)}. Pass the model that made it as `model`."
-    )
-
-
-def _bare(adata: AnnData, kept: Sequence[str], options: Mapping[str, Any]) -> AnnData:
-    """The table's counts, genes, cells and places, without anything that a model made."""
-    import anndata
-
-    layer = options["layer"]
-    keys = [key for key in (options["spatial_key"], *kept) if key in adata.obsm]
-    return anndata.AnnData(
-        X=None if layer is not None else adata.to_memory().X if adata.isbacked else adata.X,
-        obs=adata.obs.copy(),
-        var=adata.var.copy(),
-        obsm={key: adata.obsm[key] for key in keys},
-        layers=None if layer is None else {layer: adata.layers[layer]},
-    )
-
-
 def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
     found = [origin_of(table, rep) for table in tables]
     for k, other in enumerate(found):
@@ -383,3 +270,11 @@ def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
             )
             raise ValueError(msg)
     return found[0]
+
+
+def _common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
+    found = {int(part.shape[1]) for part in parts}
+    if len(found) > 1:
+        msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
+        raise ValueError(msg)
+    return found.pop()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Inputs, Origin
+    from stofm.tl._embeddings import Origin
+    from stofm.tl._head_inputs import Inputs
 
 #: ``"frozen"``: the head alone is fitted. Else the model is tuned with it: by changes of low rank
 #: (``"lora"``), or all its weights (``"full"``).
@@ -65,9 +66,9 @@ class Head:
         The tuned model; None for a frozen one.
     """
 
-    #: Name of the task in files and messages, and of the file with the names of the outputs.
+    #: Name of the task in files and messages, and what the outputs are called together.
     task: ClassVar[str]
-    outputs_file: ClassVar[str]
+    called: ClassVar[str]
 
     networks: tuple[PredictionHead, ...]
     outputs: tuple[str, ...]
@@ -84,7 +85,7 @@ class Head:
     def __repr__(self) -> str:
         """A line with task, outputs, inputs and strategy."""
         return (
-            f"{type(self).__name__}({len(self.outputs)} {self.outputs_file.removesuffix('.tsv')}, "
+            f"{type(self).__name__}({len(self.outputs)} {self.called}, "
             f"use_rep={list(self.use_rep)}, strategy={self.strategy!r})"
         )
 
@@ -108,7 +109,7 @@ class Head:
         Parameters
         ----------
         folder
-            Gets ``config.json``, ``head.safetensors``, the names of the outputs, scores and
+            Gets ``config.json`` with the names of the outputs, ``head.safetensors``, scores and
             history as tables, and a tuned model's checkpoint in ``model/``.
         overwrite
             Replace a head that is already there.
@@ -136,19 +137,36 @@ class Head:
         ValueError
             It holds a head of another task, or is damaged.
         """
-        from safetensors.numpy import load_file
+        from safetensors import SafetensorError
 
         where = Path(folder)
         config = _read_config(where, cls)
+        try:
+            return cls._read(where, config)
+        # A missing entry, one of another type, tables, tensors that do not fit.
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            msg = f"{where} is damaged ({type(error).__name__}: {error}); save the head again."
+            raise ValueError(msg) from error
+
+    @classmethod
+    def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
+        from safetensors.numpy import load_file
+
         tensors = load_file(where / _WEIGHTS)
         test = where / _TEST
         common = {name: config[name] for name in ("origin", "strategy", "params", "split")}
+        outputs = tuple(config["outputs"])
+        networks = tuple(
+            _read_network(sizes, tensors, f"{k}.") for k, sizes in enumerate(config["networks"])
+        )
+        if any(network.config.d_output != len(outputs) for network in networks):
+            sizes = [network.config.d_output for network in networks]
+            msg = f"{len(outputs)} {cls.called}, and networks with {sizes} outputs"
+            raise ValueError(msg)
         return cls(
             **common,
-            networks=tuple(
-                _read_network(sizes, tensors, f"{k}.") for k, sizes in enumerate(config["networks"])
-            ),
-            outputs=tuple((where / cls.outputs_file).read_text(encoding="utf-8").splitlines()),
+            networks=networks,
+            outputs=outputs,
             use_rep=tuple(config["use_rep"]),
             validation_scores=_read_table(where / _VALIDATION),
             history=_read_table(where / _HISTORY).reset_index(),
@@ -175,6 +193,7 @@ class Head:
         config = {
             "task": self.task,
             "stofm_version": __version__,
+            "outputs": list(self.outputs),
             "use_rep": list(self.use_rep),
             "origin": self.origin,
             "strategy": self.strategy,
@@ -183,14 +202,13 @@ class Head:
             "networks": [asdict(network.config) for network in self.networks],
             "own": entries,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=2, default=_plain)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         for k, network in enumerate(self.networks):
             for name, value in network.state_dict().items():
                 tensors[f"{k}.{name}"] = value.numpy()
         save_file(tensors, folder / _WEIGHTS)
-        names = "".join(f"{name}\n" for name in self.outputs)
-        (folder / self.outputs_file).write_text(names, encoding="utf-8")
         self.validation_scores.to_csv(folder / _VALIDATION, sep="\t")
         self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
@@ -250,10 +268,16 @@ def require_head(head: Any, kind: type[Head]) -> None:
     raise TypeError(msg)
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, which options may be, as those of Python."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    msg = f"Object of type {type(value).__name__} is not JSON serializable"
+    raise TypeError(msg)
+
+
 def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
-    missing = [
-        name for name in (CONFIG, _WEIGHTS, kind.outputs_file) if not (folder / name).is_file()
-    ]
+    missing = [name for name in (CONFIG, _WEIGHTS) if not (folder / name).is_file()]
     config: dict[str, Any] = {}
     if CONFIG not in missing:
         try:

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from stofm._logging import logger
+from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._expression import expression_targets, on_panel
+from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
-from stofm.tl._head_inputs import MADE_BY_EMBED, checked_reps, read_inputs
-from stofm.tl._heads import check_strategy
+from stofm.tl._head_inputs import checked_reps, read_inputs
 from stofm.tl._imputation_head import ImputationHead, score_genes
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.train import HeadTraining, fit_head
@@ -94,10 +95,7 @@ class ImputationFitting:
 
     def __post_init__(self) -> None:
         """Check what is not checked where it is used."""
-        check_strategy(self.strategy)
-        if self.n_heads != int(self.n_heads) or self.n_heads < 1:
-            msg = f"n_heads must be a whole number of at least 1, found {self.n_heads!r}."
-            raise ValueError(msg)
+        check_whole_number("n_heads", self.n_heads, least=1)
 
     def fit(
         self,

@@ -11,6 +11,7 @@ import pandas as pd
 
 from stofm import metrics
 from stofm._anndata import write_record
+from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
 from stofm.tl._gene_columns import Gene
 from stofm.tl._heads import Head
@@ -54,7 +55,7 @@ class ImputationHead(Head):
     """
 
     task: ClassVar[str] = "imputation"
-    outputs_file: ClassVar[str] = "genes.tsv"
+    called: ClassVar[str] = "genes"
 
     gene_scores: pd.Series[float]
     inputs: tuple[Gene, ...]
@@ -197,20 +198,27 @@ def write_imputed(
     head: ImputationHead,
     features: NDArray[np.float32],
     columns: NDArray[np.int64],
+    read: Sequence[Sequence[str]],
     key: str,
 ) -> None:
-    """Write imputed expression to each table, with a record."""
+    """Write imputed expression to each table, with a record of it and of the genes `read` there."""
     names = [head.outputs[k] for k in columns]
     # All is computed before anything is written.
     found = head.predict(features, columns)
-    for table, part in zip(sections.tables, sections.places, strict=True):
-        table.obsm[key] = pd.DataFrame(found[part], index=table.obs_names, columns=names)
+    frames = [
+        make_frame(table, found[part], names)
+        for table, part in zip(sections.tables, sections.places, strict=True)
+    ]
+    for table, frame, inputs in zip(sections.tables, frames, read, strict=True):
         params = {
             "n_genes": len(names),
             "n_inputs": len(head.inputs),
+            # Of these is the total that measured expression compares with.
+            "inputs": np.array(inputs, dtype=object),
             "use_rep": list(head.use_rep),
             "strategy": head.strategy,
             "seed": head.params["seed"],
         }
         write_record(table, key, params, **head.model_names())
+        write_frame(table, key, frame, names)
     logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)

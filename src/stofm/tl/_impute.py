@@ -10,7 +10,9 @@ import numpy as np
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.genes import embedded_vocabulary
+from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._encode_cells import load_model
+from stofm.tl._fit_options import check_fit_options
 from stofm.tl._gene_columns import (
     Gene,
     GeneColumns,
@@ -18,13 +20,7 @@ from stofm.tl._gene_columns import (
     find_genes,
     new_genes,
 )
-from stofm.tl._head_inputs import (
-    DEFAULT_REP,
-    MADE_BY_EMBED,
-    checked_reps,
-    read_inputs,
-    resolve_slices,
-)
+from stofm.tl._head_inputs import DEFAULT_REP, checked_reps, read_inputs, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._imputation_fitting import ImputationFitting, read_panel, reading_of_panel
 from stofm.tl._imputation_head import ImputationHead, write_imputed
@@ -124,8 +120,9 @@ def impute(
     split
         How the tenth of the cells is held out that tells when to stop and how well a gene is
         predicted: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
-        ``"auto"``, whole slices where there are several and blocks otherwise. Neighbours resemble
-        each other: a random split gives scores that are too good.
+        ``"auto"``, which holds out whole slices from four slices on and blocks otherwise; see
+        :func:`stofm.spatial.split_cells`. Neighbours resemble each other: a random split gives
+        scores that are too good.
     protocol
         ``"stofm-paper"``: 50 genes, drawn with `seed` unless they are given, and three runs
         (seeds `seed`, `seed` + 1, `seed` + 2), each with a random fifth of the cells to test and
@@ -138,7 +135,7 @@ def impute(
     key_added
         Entry of ``obsm`` to write.
     table_key
-        Table of a SpatialData.
+        Table of a SpatialData, of `data` and of `reference`.
     copy
         With `head`: return changed copies and leave `data` as it is.
     show_progress_bar
@@ -152,10 +149,13 @@ def impute(
     ``adata.obsm['stofm_imputed']`` : DataFrame
         float32 (n_obs, n_genes) log-normalised expression, not negative.
     ``adata.uns['stofm']['stofm_imputed']`` : dict
-        Parameters, and fingerprints of the embedding's model.
+        Parameters, among them the names of the genes that were read, whose counts are the total;
+        and fingerprints of the embedding's model.
 
     Raises
     ------
+    ImportError
+        ``strategy="lora"`` without peft.
     KeyError
         A column, an entry or a layer is not there.
     TypeError
@@ -203,10 +203,19 @@ def impute(
         layer=layer,
         reading=reading,
     )
-    loaded, vocabulary = _model_and_vocabulary(model, use_rep)
     training = sections
     if reference is not None:
         training = _resolve_reference(reference, library_key, spatial_key, table_key)
+    check_fit_options(
+        training,
+        strategy=strategy,
+        use_rep=use_rep,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        spatial_key=spatial_key,
+    )
+    loaded, vocabulary = _model_and_vocabulary(model, use_rep)
     columns = _read_columns(training, loaded, vocabulary)
     query = None if reference is None else _read_columns(sections, loaded, vocabulary)
     targets = _choose_targets(genes, columns, query, vocabulary, protocol, seed)
@@ -279,7 +288,11 @@ class _Writing:
             bare, use_rep=head.use_rep, model=loaded, expected=head.origin, **self.reading
         )
         head.check_inputs(inputs)
-        write_imputed(sections, head, inputs.features, columns, self.key_added)
+        read = [
+            table.var_names[one.columns_of(head.inputs)].astype(str).tolist()
+            for table, one in zip(sections.tables, known, strict=True)
+        ]
+        write_imputed(sections, head, inputs.features, columns, read, self.key_added)
 
 
 def _model_and_vocabulary(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stofm._categories import label_text
 from stofm._logging import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -56,7 +56,7 @@ def read_labels(
     key
         Column of ``obs``.
     missing
-        Labels that stand for none, besides NaN.
+        Labels that stand for none, in whatever case, besides NaN and blank ones.
     min_share
         Smallest share of the labelled cells that a class must have.
 
@@ -65,19 +65,19 @@ def read_labels(
     KeyError
         A table has no such column.
     ValueError
-        `min_share` is not usable, labels are numbers with fractions, there are fewer than two
-        classes, or a class has a single cell.
+        `min_share` is not usable, labels are numbers with fractions or infinite, there are fewer
+        than two classes, or a class has a single cell.
+    TypeError
+        `missing` is no list.
     """
     if not 0 <= min_share < 1:
         msg = f"min_share must be from 0 to below 1, found {min_share!r}."
         raise ValueError(msg)
-    if isinstance(missing, str):
-        msg = (
-            f"missing must be a list of labels, such as [{missing!r}]; found the text {missing!r}."
-        )
+    if isinstance(missing, str) or not isinstance(missing, Collection):
+        msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
         raise TypeError(msg)
     labels = np.concatenate([_read_column(table, key) for table in sections.tables])
-    is_known = (labels != "") & ~np.isin(labels, [str(one) for one in missing])
+    is_known = _are_known(labels, missing)
     names, counts = np.unique(labels[is_known].astype(str), return_counts=True)
     is_kept = counts >= min_share * counts.sum()
     left_out = tuple(names[~is_kept].tolist())
@@ -106,8 +106,8 @@ def _check_classes(
 ) -> None:
     if len(classes) == 0:
         msg = (
-            f"None of {n_obs} cells has a label in obs[{key!r}] (NaN and {list(missing)} count as "
-            "none). Pass labelled cells."
+            f"None of {n_obs} cells has a label in obs[{key!r}] (NaN, blanks and {list(missing)} "
+            "count as none). Pass labelled cells."
         )
         raise ValueError(msg)
     if len(classes) == 1:
@@ -136,10 +136,23 @@ def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
     column: pd.Series = adata.obs[key]
     if column.dtype.kind == "f":
         known = column[column.notna()]
-        if not (known == known.round()).all():
-            msg = f"obs[{key!r}] holds numbers with fractions, not classes: {known.iloc[0]!r}."
+        bad = known[~np.isfinite(known) | (known != known.round())]
+        if len(bad):
+            msg = (
+                f"obs[{key!r}] holds {float(bad.iloc[0])}: numbers with fractions or infinite ones are no "
+                "classes. Pass a column of labels."
+            )
             raise ValueError(msg)
-        column = column.astype("Int64")
-    text = column.astype(object).where(column.notna(), "")
-    labels: NDArray[np.object_] = text.astype(str).to_numpy(dtype=object)
-    return labels
+    return label_text(column)
+
+
+def _are_known(labels: NDArray[np.object_], missing: Collection[object]) -> NDArray[np.bool_]:
+    """Whether labels are neither blank nor stand for none."""
+    none = {"", *(_plain(str(one)) for one in missing)}
+    absent = [label for label in set(labels) if _plain(label) in none]
+    known: NDArray[np.bool_] = ~np.isin(labels, absent)
+    return known
+
+
+def _plain(label: str) -> str:
+    return label.strip().casefold()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from stofm._logging import logger
 from stofm.spatial import Split, split_cells
+from stofm.spatial.splits import SplitRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.spatial.splits import SplitRule
     from stofm.tl._head_inputs import Sections
 
 #: ``"stofm-paper"``: three runs, each with a random fifth of the cells to test, and a random tenth
@@ -46,6 +46,25 @@ class Run:
     test: NDArray[np.int64]
 
 
+def check_plan(split: SplitRule, protocol: Protocol | None, seed: int) -> None:
+    """Refuse options of :func:`plan_runs` that are not usable.
+
+    Raises
+    ------
+    ValueError
+        There is no such protocol or split, or `seed` is negative.
+    """
+    if protocol not in (None, *get_args(Protocol)):
+        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
+        raise ValueError(msg)
+    if split not in get_args(SplitRule):
+        msg = f"split must be one of {get_args(SplitRule)}, found {split!r}."
+        raise ValueError(msg)
+    if seed < 0:
+        msg = f"seed must be 0 or more, found {seed!r}."
+        raise ValueError(msg)
+
+
 def plan_runs(
     sections: Sections,
     is_known: NDArray[np.bool_],
@@ -53,6 +72,7 @@ def plan_runs(
     *,
     split: SplitRule = "auto",
     protocol: Protocol | None = None,
+    classes: NDArray[np.int64] | None = None,
     spatial_key: str,
     seed: int,
 ) -> list[Run]:
@@ -71,6 +91,9 @@ def plan_runs(
         random if there is only one. Not read with a protocol, which has its own.
     protocol
         Name of a protocol; its runs have the seeds `seed`, `seed` + 1 and so on.
+    classes
+        (n_obs,) class of each cell, -1 for none. Each has cells to fit in each run, and the parts
+        are drawn to be like one another.
     spatial_key
         Entry of ``obsm`` with coordinates.
     seed
@@ -81,11 +104,9 @@ def plan_runs(
     KeyError
         There are no coordinates to cut blocks of.
     ValueError
-        There is no such protocol or split.
+        There is no such protocol or split, or `seed` is negative.
     """
-    if protocol not in (None, *get_args(Protocol)):
-        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
-        raise ValueError(msg)
+    check_plan(split, protocol, seed)
     own = [rows[is_known[rows]] for rows in sections.slices.rows]
     slices = [rows for rows in own if len(rows)]
     has_places = all(spatial_key in table.obsm for table in sections.tables)
@@ -94,21 +115,31 @@ def plan_runs(
     else:
         places = features[:, [0, -1]].astype(np.float64)
     if protocol is not None:
-        return [_paper_run(places, slices, seed + k) for k in range(_N_RUNS)]
+        return [_paper_run(places, slices, classes, seed + k) for k in range(_N_RUNS)]
     if split == "auto" and not has_places:
         split = "slices" if len(slices) > 1 else "random"
         logger.info("There is no obsm[%r]: the split is %r.", spatial_key, split)
-    parts = split_cells(places, slices, how=split, share=_VALIDATED_SHARE, seed=seed)
+    parts = split_cells(
+        places, slices, how=split, share=_VALIDATED_SHARE, classes=classes, seed=seed
+    )
     return [Run(seed, parts, np.empty(0, dtype=np.int64))]
 
 
 def _paper_run(
-    coordinates: NDArray[np.float64], slices: Sequence[NDArray[np.int64]], seed: int
+    coordinates: NDArray[np.float64],
+    slices: Sequence[NDArray[np.int64]],
+    classes: NDArray[np.int64] | None,
+    seed: int,
 ) -> Run:
-    outer = split_cells(coordinates, slices, how="random", share=_TESTED_SHARE, seed=seed)
+    outer = split_cells(
+        coordinates, slices, how="random", share=_TESTED_SHARE, classes=classes, seed=seed
+    )
     rest = [np.intersect1d(rows, outer.fitted) for rows in slices]
-    inner = split_cells(coordinates, rest, how="random", share=_VALIDATED_SHARE, seed=seed)
-    return Run(seed, inner, outer.held_out)
+    inner = split_cells(
+        coordinates, rest, how="random", share=_VALIDATED_SHARE, classes=classes, seed=seed
+    )
+    moved = np.union1d(outer.moved, inner.moved)
+    return Run(seed, replace(inner, moved=moved), outer.held_out)
 
 
 def split_record(

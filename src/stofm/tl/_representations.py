@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -28,7 +29,8 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
         raise KeyError(msg)
-    values = np.asarray(adata.obsm[rep])
+    stored: Any = adata.obsm[rep]
+    values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
     if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "biuf":
         msg = (
             f"obsm[{rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "

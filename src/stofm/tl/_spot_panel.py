@@ -13,6 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._counts import read_counts
+from stofm._logging import logger
 from stofm.genes import rank_genes
 from stofm.nn import project_cells
 from stofm.pp._tokenize import find_columns
@@ -71,6 +72,18 @@ def read_panel_counts(
     choice = sparse.csr_matrix(entries, shape=shape)
     blocks = [sparse.csr_matrix(block @ choice) for block in read_counts(adata, layer=layer)]
     return sparse.csr_matrix(sparse.vstack(blocks, format="csr"))
+
+
+def remark_on_empty(counts: sparse.csr_matrix) -> None:
+    """Warn of spots of a query without counts in the panel, (n_obs, n_genes)."""
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    if n_empty := int((totals == 0).sum()):
+        logger.warning(
+            "%d of %d spots have no counts in the genes that the head reads; what is predicted for "
+            "them says nothing.",
+            n_empty,
+            len(totals),
+        )
 
 
 @dataclass(frozen=True, eq=False)

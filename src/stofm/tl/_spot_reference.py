@@ -15,7 +15,13 @@ from stofm.spatial.spot_simulation import (
     gene_scales,
     simulate_spots,
 )
-from stofm.tl._spot_panel import SpotPanel, component_loadings, genes_of, read_panel_counts
+from stofm.tl._spot_panel import (
+    SpotPanel,
+    component_loadings,
+    genes_of,
+    read_panel_counts,
+    remark_on_empty,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,7 +130,7 @@ class SpotSimulation:
     def run(
         self,
         panels: Panels,
-        predict: Callable[[SimulatedTraining], NDArray[np.float32]],
+        predict: Callable[[SimulatedTraining], NDArray[np.floating]],
     ) -> SimulatedTraining:
         """Simulate in two rounds.
 
@@ -254,8 +260,10 @@ def read_panels(
         len(labels.classes),
         len(rows),
     )
+    counts = counts[:, both]
+    remark_on_empty(counts)
     typed = TypedCells.sort(cells[:, both], labels.codes[rows], len(labels.classes))
-    return Panels(panel[both], counts[:, both], typed, list(labels.classes))
+    return Panels(panel[both], counts, typed, list(labels.classes))
 
 
 def _require_genes(panel: NDArray[np.int64], query: Sections, reference: Sections) -> None:

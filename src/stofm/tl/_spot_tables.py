@@ -10,9 +10,11 @@ from scipy import sparse
 
 from stofm._anndata import Slices
 from stofm._counts import read_counts
+from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.spatial.spot_grid import grid_spots
+from stofm.tl._embeddings import gene_records
 from stofm.tl._head_inputs import Sections
 
 if TYPE_CHECKING:
@@ -65,9 +67,11 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
     KeyError
         The entry or a column is not there.
     ValueError
-        Proportions are no numbers, negative, or don't sum to 1.
+        A type occurs twice, or proportions are no numbers, negative, or don't sum to 1.
     """
     frames = [_read_frame(table, key) for table in sections.tables]
+    for frame in frames:
+        _require_unique([str(name) for name in frame.columns], key)
     types = [str(name) for name in frames[0].columns]
     for k, frame in enumerate(frames[1:], start=2):
         if set(map(str, frame.columns)) != set(types):
@@ -87,6 +91,12 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
     if n_unknown := int((~known).sum()):
         logger.info("%d of %d spots have no known proportions (NaN).", n_unknown, len(values))
     return SpotTable(sections, types, values.astype(np.float32))
+
+
+def _require_unique(types: Sequence[str], key: str | Sequence[str]) -> None:
+    if twice := sorted({name for name in types if types.count(name) > 1}):
+        msg = f"{_where(key)} has the types {twice} more than once; each must have one column."
+        raise ValueError(msg)
 
 
 def _where(key: str | Sequence[str]) -> str:
@@ -110,7 +120,7 @@ def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
         raise KeyError(msg)
     values = adata.obsm[key]
     if isinstance(values, pd.DataFrame):
-        return values
+        return values.set_axis(frame_names(adata, key), axis=1)
     dense = np.asarray(values.toarray() if sparse.issparse(values) else values)
     return pd.DataFrame(dense, index=adata.obs_names, columns=_type_names(adata, key, dense))
 
@@ -230,4 +240,5 @@ def _spot_table(
         obs=pd.DataFrame({SLICE: names}, index=[f"spot{k}" for k in spots]),
         var=table.var.copy(),
         obsm={Obsm.SPATIAL: grid.centers[spots]},
+        uns=gene_records(table),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from typing import TYPE_CHECKING, Any, cast
 
@@ -85,10 +86,21 @@ def _changed(module: nn.Module) -> list[tuple[str, Any]]:
     return [(n, part) for n, part in module.named_modules() if hasattr(part, "get_delta_weight")]
 
 
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
+def require_peft() -> None:
+    """Say how to get peft where it is missing; it is not imported, which takes seconds.
+
+    Raises
+    ------
+    ImportError
+        It is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
         msg = "strategy='lora' needs peft: pip install 'stofm[lora]'. Or use strategy='full'."
-        raise ImportError(msg) from error
+        raise ImportError(msg)
+
+
+def _import_peft() -> Any:
+    require_peft()
+    import peft
+
     return peft

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
     from stofm.train.targets import TargetKind, Targets
 
-#: Rows that are computed at a time where no gradient is needed.
+#: Rows that are computed at a time where no gradient is needed: so many, and fewer where they have
+#: so many outputs that these would take much memory.
 _CHUNK = 8192
+_MOST_OUTPUTS = 2**22
+_LEAST_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +256,8 @@ class _Fitting:
     @torch.no_grad()
     def _evaluate(self, rows: NDArray[np.int64]) -> float:
         self._head.eval()
-        sums = [self._loss(rows[part]) for part in _chunks(len(rows), _CHUNK)]
+        at_once = max(_LEAST_CHUNK, min(_CHUNK, _MOST_OUTPUTS // self._targets.n_outputs))
+        sums = [self._loss(rows[part]) for part in _chunks(len(rows), at_once)]
         return sum(float(total) for total, _ in sums) / sum(n for _, n in sums)
 
     def _loss(self, rows: NDArray[np.int64]) -> tuple[Tensor, float]:

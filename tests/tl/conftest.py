@@ -1,0 +1,15 @@
+"""Fixtures of the tests of ``stofm.tl``."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Let models be tuned in a few steps where no other length is asked for."""
+    from stofm.tl import _fine_tune
+    from stofm.train import FineTuningConfig
+
+    short = FineTuningConfig(epochs=1, min_steps=4, validate_every=2)
+    monkeypatch.setattr(_fine_tune, "FineTuningConfig", lambda: short)

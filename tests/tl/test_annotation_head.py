@@ -1,0 +1,58 @@
+"""What stofm.tl.annotate writes."""
+
+from __future__ import annotations
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import stofm as st
+from stofm._frames import frame_names
+from stofm._keys import Obs, Obsm, Uns
+
+QUIET = {"device": "cpu", "show_progress_bar": False, "use_rep": "X_pca"}
+
+
+@pytest.fixture
+def cells(adata, rng):
+    """The left slice, with classes that h5ad and Zarr can't name columns by, and an embedding."""
+    left = adata[adata.obs["library"] == "left"].copy()
+    names = {"0": "T/NK", "1": "T_NK", "2": "L2/3"}
+    left.obs["label"] = left.obs["kind"].map(names).astype(str)
+    kind = left.obs["kind"].cat.codes.to_numpy()
+    left.obsm["X_pca"] = np.eye(3, 5, dtype=np.float32)[kind] * 4 + rng.normal(size=(101, 5))
+    return left
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_classes_that_a_file_can_not_name(cells, tmp_path, suffix):
+    head = st.tl.annotate(cells, label_key="label", split="random", **QUIET)
+    st.tl.annotate(cells, head=head, **QUIET)
+    path = tmp_path / f"cells.{suffix}"
+    getattr(cells, f"write_{suffix}")(path)
+    again = getattr(ad, f"read_{suffix}")(path)
+    assert head.classes == ("L2/3", "T/NK", "T_NK")
+    assert frame_names(again, Obsm.ANNOTATION_PROBA) == list(head.classes)
+    assert list(again.obsm[Obsm.ANNOTATION_PROBA]) == ["L2_3", "T_NK_2", "T_NK"]
+    assert set(again.obs[Obs.ANNOTATION]) <= {*head.classes, "unknown"}
+    for panels in (["confusion"], ["reliability"]):
+        drawn = [
+            st.pl.annotation(one, truth_key="label", panels=panels, show=False)
+            for one in (cells, again)
+        ]
+        assert drawn[0].get_title() == drawn[1].get_title()
+    accuracy = (again.obs[Obs.ANNOTATION].astype(str) == cells.obs["label"]).mean()
+    ax = st.pl.annotation(again, truth_key="label", panels=["confusion"], show=False)
+    assert f"accuracy {accuracy:.3f}" in ax.get_title()
+    plt.close("all")
+
+
+def test_all_or_nothing_is_written(cells):
+    head = st.tl.annotate(cells, label_key="label", split="random", **QUIET)
+    object.__setattr__(head, "outputs", head.outputs[:2])
+    with pytest.raises(ValueError, match="Shape of passed values"):
+        st.tl.annotate(cells, head=head, **QUIET)
+    assert Obs.ANNOTATION not in cells.obs
+    assert Uns.STOFM not in cells.uns
