@@ -99,7 +99,9 @@ def annotate(
         How the tenth of the labelled cells is held out that tells when to stop and how far to
         trust the head: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
         ``"auto"``: whole slices where there are four or more and each class is in others too, else
-        blocks. Neighbours resemble each other: a random split gives scores that are too good.
+        blocks. Neighbours resemble each other: a random split gives scores that are too good. Scores, temperature and thresholds come from a head
+        that has not seen the held-out cells; with ``strategy="frozen"`` the head that is returned
+        is then fitted to all labelled cells, in as many epochs.
     protocol
         ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random
         fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
@@ -129,7 +131,8 @@ def annotate(
     ``adata.obs['stofm_annotation_confidence']`` : float32
         Probability of the likeliest class.
     ``adata.obsm['stofm_annotation_proba']`` : DataFrame
-        Probabilities of all classes, (n_obs, n_classes), calibrated by temperature.
+        Probabilities of all classes, (n_obs, n_classes), calibrated by temperature. A ``/`` in a
+        class is ``_`` in its column, which files need; ``head.classes`` has the names.
     ``adata.uns['stofm']['stofm_annotation']`` : dict
         Parameters, and fingerprints of the embedding's model.
     ``adata.obsm['X_stofm']`` and others

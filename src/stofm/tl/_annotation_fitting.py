@@ -13,7 +13,7 @@ from stofm.tl._annotation_head import AnnotationHead
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._protocol import plan_runs, score_table, split_record
-from stofm.train import Targets, apply_head
+from stofm.train import Targets, apply_head, fit_head
 from stofm.train.calibration import (
     Rejection,
     Surroundings,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.nn import Stofm
+    from stofm.nn import PredictionHead, Stofm
     from stofm.spatial import Split
     from stofm.spatial.splits import SplitRule
     from stofm.tl._head_fitting import TaskFit
@@ -140,7 +140,27 @@ class AnnotationFitting:
         if len(split.held_out):
             scores = score_classes(head, fit.inputs, labels, split.held_out)
             head = replace(head, validation_scores=score_table([scores]))
+        if self.strategy == "frozen" and self.protocol is None:
+            head = replace(head, networks=(self._fit_to_all(fit, targets, run.seed),))
         return head, fit.inputs
+
+    def _fit_to_all(self, fit: TaskFit, targets: Targets, seed: int) -> PredictionHead:
+        """Fit again, for as many epochs, to all labelled cells: also those held out or between.
+
+        Blocks with their margins may be a third of a slice. What they were held out for is known.
+        """
+        losses = fit.history[fit.history["split"] == "validation"]
+        n_epochs = None if losses.empty else int(losses.loc[losses["loss"].idxmin(), "epoch"])
+        known = np.flatnonzero(targets.is_known)
+        weights = self._weights(targets.values[known], targets.n_outputs)
+        return fit_head(
+            fit.inputs.features,
+            replace(targets, class_weights=weights),
+            fitted=known,
+            held_out=known[:0],
+            n_epochs=n_epochs,
+            seed=seed,
+        ).head
 
     def _calibrate(self, fit: TaskFit, labels: Labels, split: Split) -> _Trust:
         """Fit temperature and thresholds to the held-out cells."""

@@ -161,7 +161,8 @@ def deconvolve(
     :class:`DeconvolutionHead`. Sets, with `head` or `reference`:
 
     ``adata.obsm['stofm_deconvolution']`` : DataFrame
-        Proportions, (n_obs, n_types), not negative; rows sum to 1.
+        Proportions, (n_obs, n_types), not negative; rows sum to 1. A ``/`` in a type is ``_`` in
+        its column, which files need; ``head.types`` has the names.
     ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
         Standard deviation between the networks; not for ``n_heads=1``.
     ``adata.uns['stofm']['stofm_deconvolution']`` : dict

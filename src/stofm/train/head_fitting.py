@@ -95,6 +95,7 @@ def fit_head(
     held_out: NDArray[np.int64],
     widths: tuple[int, int] = (256, 128),
     training: HeadTraining | None = None,
+    n_epochs: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> FittedHead:
@@ -116,6 +117,8 @@ def fit_head(
         Units of the two hidden layers.
     training
         Length, steps and their size.
+    n_epochs
+        Passes after which to stop, with the schedule of `max_epochs`; None for all of them.
     seed
         Of the first weights, the order of the steps and dropout.
     device
@@ -149,7 +152,9 @@ def fit_head(
         head = PredictionHead(config)
         head.fit_inputs(torch.from_numpy(features[order]))
         fitting = _Fitting(head.to(place), features, targets, training, place)
-        best_epoch = fitting.run(order, held_out, np.random.default_rng(seed))
+        best_epoch = fitting.run(
+            order, held_out, n_epochs or training.max_epochs, np.random.default_rng(seed)
+        )
     history = pd.DataFrame(fitting.rows)
     return FittedHead(head.cpu().eval(), history, best_epoch)
 
@@ -211,7 +216,11 @@ class _Fitting:
         self._step = 0
 
     def run(
-        self, fitted: NDArray[np.int64], held_out: NDArray[np.int64], rng: np.random.Generator
+        self,
+        fitted: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        n_epochs: int,
+        rng: np.random.Generator,
     ) -> int:
         """Fit, leave the head with its best weights, and return the epoch that they are of."""
         started = time.perf_counter()
@@ -219,7 +228,7 @@ class _Fitting:
         batch = min(training.batch_size, max(16, len(fitted) // 16))
         n_batches = -(-len(fitted) // batch)
         best, best_epoch, kept = math.inf, 0, None
-        for epoch in range(1, training.max_epochs + 1):
+        for epoch in range(1, n_epochs + 1):
             order = fitted[rng.permutation(len(fitted))]
             parts = np.array_split(order, n_batches)
             loss = self._train(parts, n_steps=training.max_epochs * n_batches)
