@@ -123,6 +123,7 @@ def test_missing_and_rare_labels_are_left_out(cells):
 
 
 def test_a_class_that_would_be_held_out_is_fitted(cells, caplog):
+    caplog.set_level("INFO", logger="stofm")
     slices = cells.obs["library"].astype(str)
     lone = (cells.obs["kind"] == "2") & (
         cells.obsm["spatial"][:, 0] > np.median(cells.obsm["spatial"][:, 0])
@@ -152,6 +153,7 @@ def test_a_class_that_would_be_tested_only(cells, class_weights):
 
 
 def test_few_held_out_cells_are_told_about(cells, caplog):
+    caplog.set_level("INFO", logger="stofm")
     fit(cells, split="random")
     assert "18 cells of 3 of 3 classes are held out" in caplog.text
 

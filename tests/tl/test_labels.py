@@ -24,6 +24,7 @@ def test_missing_labels_are_no_class(adata):
 
 
 def test_rare_classes_are_left_out_and_named(adata, caplog):
+    caplog.set_level("INFO", logger="stofm")
     text = np.where(np.arange(184) < 3, "rare", np.where(np.arange(184) < 90, "a", "b"))
     labels = read(adata, text, min_share=0.02)
     assert labels.classes == ("a", "b")

@@ -64,6 +64,7 @@ def test_split_by_slice_or_block(adata):
 
 
 def test_without_coordinates(adata, caplog):
+    caplog.set_level("INFO", logger="stofm")
     del adata.obsm["spatial"]
     (run,) = plan(adata, library_key=None)
     assert run.split.how == "random"
