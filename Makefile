@@ -6,6 +6,7 @@
 #   make check             lint and types
 #   make docs              the documentation, in docs/_build/html
 #   make bench             speed and memory against a plain implementation
+#   make install           the environment of all of these at once
 #   make clean             remove the environment and everything that was built
 #
 # PYTHON=... names the interpreter to build the environment with, VENV=... its folder.
@@ -19,7 +20,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo test check docs bench clean install
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,3 +66,9 @@ $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.insta
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -e ".$(if $*,[$(*:-%=%)])"
 	@touch $@
+
+# pip finds versions for all extras at once sooner than for one after the other.
+install: $(BIN)/pip
+	@echo "Installing stofm[dev,doc] into $(VENV); the first time takes some minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,doc]"
+	@touch $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-doc
