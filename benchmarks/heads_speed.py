@@ -1,4 +1,4 @@
-"""How long a frozen annotation head takes to fit and to predict, from stored embeddings.
+"""How long a frozen annotation head takes to fit and to predict, from stored embeddings and counts.
 
     python benchmarks/heads_speed.py                       20,000 cells to fit, 100,000 to predict
     python benchmarks/heads_speed.py --out results/heads_speed
@@ -31,7 +31,7 @@ _NOISE = 0.3
 
 
 def draw_cells(embedded: AnnData, n_cells: int, *, seed: int) -> AnnData:
-    """Draw cells with replacement, and move their embeddings a little."""
+    """Draw cells with replacement, with their counts, and move their embeddings a little."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, embedded.n_obs, n_cells)
     obsm = {"spatial": embedded.obsm["spatial"][rows]}
@@ -40,7 +40,7 @@ def draw_cells(embedded: AnnData, n_cells: int, *, seed: int) -> AnnData:
         noise = rng.standard_normal(values.shape, dtype=np.float32)
         obsm[key] = values + _NOISE * values.std(axis=0) * noise
     obs = embedded.obs.iloc[rows].set_axis([f"cell{k}" for k in range(n_cells)])
-    return AnnData(obs=obs, obsm=obsm, uns=embedded.uns)
+    return AnnData(embedded.X[rows], obs=obs, var=embedded.var, obsm=obsm, uns=embedded.uns)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

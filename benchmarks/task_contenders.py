@@ -142,7 +142,7 @@ def annotate_with_model(task: Annotation, setting: Setting, seed: int, *, strate
 def annotate_with_components(task: Annotation, setting: Setting, seed: int, *, name: str) -> Scores:
     """The same head on principal components."""
     add_components(list(task.slices.values()))
-    return _annotate(task, seed, use_rep=_PCS_KEY[name], device=setting.device)
+    return _annotate(task, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device)
 
 
 def annotate_with_regression(task: Annotation, _setting: Setting, _seed: int) -> Scores:
@@ -240,7 +240,9 @@ def proportions_with_components(
 ) -> Scores:
     """The same head on principal components."""
     add_components([task.query])
-    return _learn_proportions(task, seed, use_rep=_PCS_KEY[name], device=setting.device)
+    return _learn_proportions(
+        task, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device
+    )
 
 
 def deconvolve_with_least_squares(
@@ -296,7 +298,9 @@ def impute_with_components(task: Imputation, setting: Setting, seed: int, *, nam
     add_components(task.known_genes)
     for adata, known in zip(slices, task.known_genes, strict=True):
         adata.obsm[_PCS_KEY[name]] = known.obsm[_PCS_KEY[name]]
-    return _impute(task, slices, seed, use_rep=_PCS_KEY[name], device=setting.device)
+    return _impute(
+        task, slices, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device
+    )
 
 
 def impute_with_neighbors(task: Imputation, _setting: Setting, _seed: int) -> Scores:

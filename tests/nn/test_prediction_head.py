@@ -24,6 +24,25 @@ def test_three_layers_with_leaky_relu(head):
     torch.testing.assert_close(head(features), expected)
 
 
+def test_a_linear_head():
+    torch.manual_seed(4)
+    head = PredictionHead(HeadConfig(d_input=7, d_output=5, widths=(), dropout=0.5))
+    assert set(head.state_dict()) == {"input_mean", "input_scale", "last.weight", "last.bias"}
+    features = torch.randn(17, 7) * 3 + 2
+    head.fit_inputs(features)
+    inner = (features - features.mean(0)) / features.std(0, correction=0)
+    expected = inner @ head.last.weight.T + head.last.bias
+    # Nothing is hidden, so nothing is dropped while it is trained.
+    torch.testing.assert_close(head.train()(features), expected, atol=1e-5, rtol=1e-4)
+    columns = torch.tensor([3, 0])
+    torch.testing.assert_close(head(features, columns), head(features)[:, columns])
+
+
+def test_lists_become_tuples():
+    assert HeadConfig(d_input=2, d_output=2, widths=[]).widths == ()
+    assert HeadConfig(d_input=2, d_output=2, widths=[4, 3]).widths == (4, 3)
+
+
 def test_some_outputs_alone(head):
     features, columns = torch.randn(17, 7), torch.tensor([4, 1])
     torch.testing.assert_close(head(features, columns), head(features)[:, columns])
@@ -55,7 +74,8 @@ def test_dropout_only_while_training(head):
         ({"d_input": 0}, "d_input must be at least 1, found 0"),
         ({"d_output": 0}, "d_output must be at least 1"),
         ({"widths": (4, 0)}, "widths must be at least 1"),
-        ({"widths": (4,)}, "two hidden layers"),
+        ({"widths": (4,)}, r"two hidden layers or none, found \(4,\)"),
+        ({"widths": (4, 3, 2)}, "two hidden layers or none"),
         ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
     ],
 )

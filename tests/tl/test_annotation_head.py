@@ -10,6 +10,8 @@ import pytest
 import stofm as st
 from stofm._frames import frame_names
 from stofm._keys import Obs, Obsm, Uns
+from stofm.tl._annotation_head import write_annotation
+from stofm.tl._head_inputs import read_inputs, resolve_slices
 
 QUIET = {"device": "cpu", "show_progress_bar": False, "use_rep": "X_pca"}
 
@@ -51,8 +53,10 @@ def test_classes_that_a_file_can_not_name(cells, tmp_path, suffix):
 
 def test_all_or_nothing_is_written(cells):
     head = st.tl.annotate(cells, label_key="label", split="random", **QUIET)
+    sections = resolve_slices(cells)
+    found = head.predict(read_inputs(sections, **QUIET))
     object.__setattr__(head, "outputs", head.outputs[:2])
     with pytest.raises(ValueError, match="Shape of passed values"):
-        st.tl.annotate(cells, head=head, **QUIET)
+        write_annotation(sections, head, found, Obs.ANNOTATION)
     assert Obs.ANNOTATION not in cells.obs
     assert Uns.STOFM not in cells.uns

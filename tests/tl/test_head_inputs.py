@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import anndata as ad
@@ -76,7 +77,11 @@ def test_any_entry_can_be_read(adata, rng):
     )
     assert inputs.widths == (3, 5)
     assert inputs.origin == {"X_more": {}, "X_pca": {}}
-    np.testing.assert_array_equal(inputs.take(np.array([5, 2])).features, inputs.features[[5, 2]])
+    some = inputs.take(np.array([5, 2]))
+    np.testing.assert_array_equal(some.features, inputs.features[[5, 2]])
+    assert some.expression is None
+    both = replace(inputs, expression=np.arange(368.0).reshape(184, 2)).take(np.array([5, 2]))
+    assert both.expression.tolist() == [[10.0, 11.0], [4.0, 5.0]]
 
 
 def test_missing_embeddings_are_made_and_kept(adata, model):

@@ -17,7 +17,7 @@ from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl import _imputation_head
 from stofm.tl._expression import ExpressionTargets
 from stofm.tl._gene_columns import Gene
-from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._head_inputs import Inputs, resolve_slices
 from stofm.tl._imputation_head import ImputationHead, predict_expression, score_genes, write_imputed
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
@@ -52,6 +52,14 @@ def features(rng):
     return rng.normal(size=(13, 7)).astype(np.float32)
 
 
+def inputs_of(features, expression=None):
+    return Inputs(features, ("mine",), (features.shape[1],), {"mine": {}}, expression)
+
+
+def ballots(head, features):
+    return [(network, features) for network in head.networks]
+
+
 def expected(networks, head, features):
     """What networks predict, without any blocks."""
     with torch.no_grad():
@@ -61,10 +69,26 @@ def expected(networks, head, features):
 
 def test_prediction_is_the_mean_of_the_networks_in_the_unit_of_the_genes(head, features):
     head.mean[1] = -9.0  # clipped
-    found = head.predict(features)
+    found = head.predict(inputs_of(features))
     assert found.dtype == np.float32
     assert np.allclose(found, expected(head.networks, head, features), atol=1e-6)
     assert not found[:, 1].any()
+
+
+def test_networks_on_expression_have_a_vote_where_there_is_some(head, features, rng):
+    torch.manual_seed(4)
+    other = PredictionHead(HeadConfig(d_input=3, d_output=5, widths=(11, 6))).eval()
+    networks = (*head.networks, other)
+    mixed = replace(head, networks=networks, reads=("embedding", "embedding", "expression"))
+    expression = rng.normal(size=(13, 3)).astype(np.float32)
+    with torch.no_grad():
+        raw = [network(torch.from_numpy(features)).numpy() for network in head.networks]
+        raw.append(other(torch.from_numpy(expression)).numpy())
+    found = mixed.predict(inputs_of(features, expression))
+    wanted = np.maximum(np.mean(raw, axis=0) * head.scale + head.mean, 0)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    alone = mixed.predict(inputs_of(features))
+    np.testing.assert_array_equal(alone, head.predict(inputs_of(features)))
 
 
 def test_only_genes_asked_for_are_computed_some_at_a_time(head, features, monkeypatch):
@@ -77,7 +101,7 @@ def test_only_genes_asked_for_are_computed_some_at_a_time(head, features, monkey
         return original(*args, columns=columns, **options)
 
     monkeypatch.setattr(_imputation_head, "apply_head", watched)
-    found = head.predict(features, np.array([4, 0, 2]))
+    found = head.predict(inputs_of(features), np.array([4, 0, 2]))
     assert asked == [[4, 0], [4, 0], [2], [2]]
     every = expected(head.networks, head, features)
     assert np.allclose(found, every[:, [4, 0, 2]], atol=1e-6)
@@ -107,13 +131,14 @@ def test_scores_are_the_metrics(head, features, rng, monkeypatch):
         has_counts=np.ones(13, dtype=bool),
     )
     rows = np.array([1, 4, 5, 9, 11, 12])
-    scores = score_genes(head.networks, features, targets, rows)
-    found = predict_expression(head.networks, features[rows], np.arange(5), head.mean, head.scale)
+    scores = score_genes(ballots(head, features), targets, rows)
+    own = ballots(head, features[rows])
+    found = predict_expression(own, np.arange(5), head.mean, head.scale)
     for name in ("pearson", "rmse", "mae"):
         own = getattr(st.metrics, name)(true[rows], found)
         assert np.allclose(scores[name], own, equal_nan=True)
     assert np.isnan(scores["pearson"][3])
-    assert score_genes(head.networks, features, targets, rows[:1]).isna().all(axis=None)
+    assert score_genes(ballots(head, features), targets, rows[:1]).isna().all(axis=None)
 
 
 def test_scores_have_the_genes_names(head, tmp_path):
@@ -134,12 +159,12 @@ def test_genes_that_a_file_can_not_name(head, adata, rng, tmp_path, suffix):
     left = adata[adata.obs["library"] == "left"].copy()
     features = rng.normal(size=(101, 7)).astype(np.float32)
     sections = resolve_slices(left, "library")
-    write_imputed(sections, head, features, np.array([1, 0, 4]), [["GENE3"]], "mine")
+    write_imputed(sections, head, inputs_of(features), np.array([1, 0, 4]), [["GENE3"]], "mine")
     path = tmp_path / f"cells.{suffix}"
     getattr(left, f"write_{suffix}")(path)
     again = getattr(ad, f"read_{suffix}")(path)
     assert list(again.obsm["mine"]) == ["GENE1_GENE2", "GENE1_GENE2_2", "RELN"]
     ax = st.pl.imputation(again, "GENE1/GENE2", key="mine", show=False)
     drawn = np.sort(ax.collections[0].get_array())
-    np.testing.assert_allclose(drawn, np.sort(head.predict(features)[:, 0]), rtol=1e-6)
+    np.testing.assert_allclose(drawn, np.sort(head.predict(inputs_of(features))[:, 0]), rtol=1e-6)
     plt.close("all")

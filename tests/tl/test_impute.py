@@ -85,8 +85,9 @@ def seen_inputs(monkeypatch):
 
 def test_held_out_genes_reach_nothing_that_is_read(fit, training, scrambled, monkeypatch):
     seen = seen_inputs(monkeypatch)
-    fit()
-    fit(scrambled(training))
+    components = [fit(one).expression for one in (training, scrambled(training))]
+    for name in ("shares", "mean", "axes"):
+        np.testing.assert_array_equal(*(getattr(one, name) for one in components))
     (features, tokens, counts), other = seen
     assert np.array_equal(features, other[0])
     assert np.array_equal(tokens[0], other[1][0])
@@ -313,7 +314,8 @@ def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_imputation_fitting, "fit_head", watched)
     head = fit(strategy="full")
-    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()]
+    # Another network on embeddings, and two on expression.
+    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()] * 3
     assert model.fingerprint == weights != head.model.fingerprint
     assert given["kind"] == "values"
     assert not set(HELD_OUT) & set(given["slices"][0].var_names)

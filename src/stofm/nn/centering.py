@@ -61,7 +61,7 @@ def finish_embeddings(
     check_slices(slices, len(raw))
     centers = np.zeros((len(slices), raw.shape[1]), dtype=np.float32)
     for center, rows in zip(centers, slices, strict=True):
-        center[:] = _exact_mean(raw, rows)
+        center[:] = exact_mean(raw, rows)
         _scale_rows(raw, rows, center, features)
     return features, centers
 
@@ -95,7 +95,7 @@ def _scale_rows(
         features[part] = to_unit_length(torch.from_numpy(raw[part]), off).numpy()
 
 
-def _exact_mean(raw: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[np.float64]:
+def exact_mean(raw: NDArray[np.float32], rows: NDArray[np.integer]) -> NDArray[np.float64]:
     """Mean of some rows, the same to the last bit in whatever order they come.
 
     Each column is added up in integers, after scaling with the power of two that just keeps the

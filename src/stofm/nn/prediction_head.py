@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class HeadConfig:
     d_output
         Classes, cell types or genes.
     widths
-        Units of the two hidden layers.
+        Units of the hidden layers: two, or none for a linear head.
     dropout
         Share of hidden units that training drops.
     """
@@ -40,10 +41,11 @@ class HeadConfig:
     def __post_init__(self) -> None:
         """Check each value; lists become tuples."""
         object.__setattr__(self, "widths", tuple(self.widths))
-        if len(self.widths) != 2:
-            msg = f"widths must name two hidden layers, found {self.widths}."
+        if len(self.widths) not in (0, 2):
+            msg = f"widths must name two hidden layers or none, found {self.widths}."
             raise ValueError(msg)
-        sizes = {"d_input": self.d_input, "d_output": self.d_output, "widths": min(self.widths)}
+        smallest = min(self.widths, default=1)
+        sizes = {"d_input": self.d_input, "d_output": self.d_output, "widths": smallest}
         for name, value in sizes.items():
             if value < 1:
                 msg = f"{name} must be at least 1, found {value}."
@@ -54,7 +56,7 @@ class HeadConfig:
 
 
 class PredictionHead(nn.Module):
-    """Three fully connected layers with LeakyReLU between them.
+    """Three fully connected layers with LeakyReLU between them, or a single one.
 
     Inputs are standardised first, by numbers that :meth:`fit_inputs` takes from the training part.
 
@@ -74,19 +76,15 @@ class PredictionHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        first, second = config.widths
         #: What is taken off the inputs, and what they are divided by, (d_input,).
         self.register_buffer("input_mean", torch.zeros(config.d_input))
         self.register_buffer("input_scale", torch.ones(config.d_input))
-        self.hidden = nn.Sequential(
-            nn.Linear(config.d_input, first),
-            nn.LeakyReLU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(first, second),
-            nn.LeakyReLU(),
-            nn.Dropout(config.dropout),
-        )
-        self.last = nn.Linear(second, config.d_output)
+        layers: list[nn.Module] = []
+        sizes = (config.d_input, *config.widths)
+        for below, above in itertools.pairwise(sizes):
+            layers += [nn.Linear(below, above), nn.LeakyReLU(), nn.Dropout(config.dropout)]
+        self.hidden = nn.Sequential(*layers)
+        self.last = nn.Linear(sizes[-1], config.d_output)
 
     def fit_inputs(self, features: Float[Tensor, "n d_input"]) -> None:
         """Take mean and standard deviation of each column from the training part."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stofm._keys import Label, Obs, Obsm
 from stofm.tl._annotation_fitting import AnnotationFitting
 from stofm.tl._annotation_head import AnnotationHead, write_annotation
-from stofm.tl._fit_options import check_fit_options
+from stofm.tl._fit_options import check_fit_options, check_whole_number
 from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._labels import read_labels
@@ -32,6 +32,8 @@ def annotate(
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
     strategy: Strategy = "frozen",
+    n_components: int | None = None,
+    n_heads: int | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
@@ -55,9 +57,12 @@ def annotate(
         head = st.tl.annotate(labelled, label_key="cell_type")
         st.tl.annotate(query, head=head)
 
-    The query may be another slice, have other genes, or be of another species: only embeddings
-    are compared. Cells that are missing their embeddings are embedded first; do it yourself with
-    :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
+    The query may be another slice, have other genes, or be of another species. Some networks of
+    the head read embeddings, others principal components of expression; what each kind weighs was
+    found on held-out cells. Where a query lacks too many of the genes, or raw counts, those on
+    embeddings vote alone, which a warning says. Cells that are missing their embeddings are
+    embedded first; do it yourself with :func:`stofm.tl.embed` if that needs options of its own,
+    such as `orthologs`.
 
     A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
     low, and its embedding lies far from those of the labelled cells. The thresholds are such that
@@ -82,10 +87,19 @@ def annotate(
     strategy
         ``"frozen"`` fits a head on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model with it; the head then carries that model.
+    n_components
+        Principal components of log-normalised counts that further networks read, of the genes
+        that all labelled cells have; they are centred by slice if the labelled slices differ in
+        more than their composition. None: 150 beside the embeddings of a model, if there are raw
+        counts, and none beside other entries of ``obsm`` or with a `protocol`. 0: embeddings
+        alone.
+    n_heads
+        Networks of each kind that vote. None: three, or one for more than 15,000 labelled cells
+        or with a `protocol`.
     library_key
         Column of ``obs`` that names each cell's slice.
     layer
-        Layer with raw counts; read only where cells are to be embedded.
+        Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
@@ -99,9 +113,11 @@ def annotate(
         How the tenth of the labelled cells is held out that tells when to stop and how far to
         trust the head: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
         ``"auto"``: whole slices where there are four or more and each class is in others too, else
-        blocks. Neighbours resemble each other: a random split gives scores that are too good. Scores, temperature and thresholds come from a head
-        that has not seen the held-out cells; with ``strategy="frozen"`` the head that is returned
-        is then fitted to all labelled cells, in as many epochs.
+        blocks. Each network of a kind holds out other cells. Neighbours resemble each other: a
+        random split gives scores that are too good. Scores, weights of the networks, temperature
+        and thresholds come from networks that have not seen the held-out cells; with
+        ``strategy="frozen"`` the networks that are returned are then fitted to all labelled cells,
+        in as many epochs.
     protocol
         ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random
         fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
@@ -179,6 +195,10 @@ def annotate(
         "device": device,
         "show_progress_bar": show_progress_bar,
     }
+    if n_components is not None:
+        check_whole_number("n_components", n_components, least=0)
+    if n_heads is not None:
+        check_whole_number("n_heads", n_heads, least=1)
     if head is not None:
         require_head(head, AnnotationHead)
         refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
@@ -190,11 +210,14 @@ def annotate(
             expected=head.origin,
             **reading,
         )
+        inputs = head.read_expression(target, inputs, layer)
         write_annotation(target, head, head.predict(inputs), key_added)
         return target.as_given() if copy else None
     fitting = AnnotationFitting(
         label_key=str(label_key),
         strategy=strategy,
+        n_components=n_components,
+        n_heads=n_heads,
         class_weights=class_weights,
         split=split,
         protocol=protocol,

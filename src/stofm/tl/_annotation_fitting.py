@@ -9,11 +9,14 @@ import numpy as np
 
 from stofm import metrics
 from stofm._logging import logger
-from stofm.tl._annotation_head import AnnotationHead
+from stofm.tl._annotation_head import Annotation, AnnotationHead, log_scores
+from stofm.tl._embeddings import unchanged_on_error
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._protocol import plan_runs, score_table, split_record
-from stofm.train import Targets, apply_head, fit_head
+from stofm.tl._voter_fitting import choose_n_heads, fit_voters, splits_of_networks
+from stofm.tl._voting_head import add_expression, choose_n_components
+from stofm.train import Targets
 from stofm.train.calibration import (
     Rejection,
     Surroundings,
@@ -28,14 +31,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.nn import PredictionHead, Stofm
+    from stofm.nn import Stofm
     from stofm.spatial import Split
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._head_fitting import TaskFit
+    from stofm.tl._components import ExpressionComponents
     from stofm.tl._head_inputs import Inputs, Sections
     from stofm.tl._heads import Strategy
     from stofm.tl._labels import Labels
     from stofm.tl._protocol import Protocol, Run
+    from stofm.tl._voter_fitting import Voters
 
 #: With fewer held-out cells a line of the log says so.
 _FEW_HELD_OUT = 100
@@ -47,6 +51,8 @@ class AnnotationFitting:
 
     label_key: str
     strategy: Strategy
+    n_components: int | None
+    n_heads: int | None
     class_weights: Literal["balanced"] | None
     split: SplitRule
     protocol: Protocol | None
@@ -74,8 +80,39 @@ class AnnotationFitting:
         model: Stofm | str | Path | None,
     ) -> AnnotationHead:
         """Fit a head, or one for each run of a protocol, of which the first is kept."""
-        inputs = read_inputs(sections, use_rep=use_rep, model=model, **self.reading)
-        runs = plan_runs(
+        with unchanged_on_error(sections.tables):
+            inputs = read_inputs(sections, use_rep=use_rep, model=model, **self.reading)
+            inputs, expression = self._with_expression(sections, inputs, labels)
+        heads, tested = [], []
+        for run in self._plan(sections, labels, inputs, self.seed):
+            head, read = self._fit_run(sections, inputs, labels, run, model)
+            heads.append(
+                replace(head, expression=expression) if "expression" in head.reads else head
+            )
+            if len(run.test):
+                found = head.predict(read.take(run.test))
+                tested.append(score_classes(found, labels.codes[run.test]))
+        test_scores = score_table(tested) if tested else None
+        return replace(heads[0], test_scores=test_scores)
+
+    def _with_expression(
+        self, sections: Sections, inputs: Inputs, labels: Labels
+    ) -> tuple[Inputs, ExpressionComponents | None]:
+        known = np.flatnonzero(labels.is_known)
+        return add_expression(
+            sections,
+            inputs,
+            row_order(inputs.features, labels.codes, known),
+            n_components=choose_n_components(
+                self.n_components, inputs.use_rep, is_repeated=self.protocol is not None
+            ),
+            layer=self.reading["layer"],
+            is_asked_for=self.n_components is not None,
+            classes=labels.codes,
+        )
+
+    def _plan(self, sections: Sections, labels: Labels, inputs: Inputs, seed: int) -> list[Run]:
+        return plan_runs(
             sections,
             labels.is_known,
             inputs.features,
@@ -83,16 +120,8 @@ class AnnotationFitting:
             protocol=self.protocol,
             classes=labels.codes,
             spatial_key=self.reading["spatial_key"],
-            seed=self.seed,
+            seed=seed,
         )
-        heads, tested = [], []
-        for run in runs:
-            head, read = self._fit_run(sections, inputs, labels, run, model)
-            heads.append(head)
-            if len(run.test):
-                tested.append(score_classes(head, read, labels, run.test))
-        test_scores = score_table(tested) if tested else None
-        return replace(heads[0], test_scores=test_scores)
 
     def _fit_run(
         self,
@@ -104,12 +133,7 @@ class AnnotationFitting:
     ) -> tuple[AnnotationHead, Inputs]:
         split = run.split
         _tell_about(split, labels)
-        targets = Targets(
-            "classes",
-            labels.codes,
-            len(labels.classes),
-            self._weights(labels.codes[split.fitted], len(labels.classes)),
-        )
+        targets = Targets("classes", labels.codes, len(labels.classes), self._weights(labels, run))
         fit = fit_task(
             sections,
             inputs,
@@ -121,68 +145,82 @@ class AnnotationFitting:
             seed=run.seed,
             reading=self.reading,
         )
-        trust = self._calibrate(fit, labels, split)
+        is_repeated = self.protocol is not None
+        n_heads = choose_n_heads(self.n_heads, int(labels.is_known.sum()), is_repeated=is_repeated)
+        splits = splits_of_networks(
+            run,
+            lambda seed: self._plan(sections, labels, inputs, seed),
+            n_heads=n_heads,
+            is_shared=is_repeated or self.strategy != "frozen",
+        )
+        voters = fit_voters(
+            fit,
+            targets,
+            splits,
+            n_heads=n_heads,
+            # Blocks with their margins may be a third of a slice. What they were held out for is
+            # known once the networks are weighed and calibrated.
+            refit=self.strategy == "frozen" and self.protocol is None,
+            seed=run.seed,
+        )
+        trust, found = self._calibrate(fit.inputs, labels, splits, voters)
+        scores = [score_classes(found, labels.codes[voters.rows])] if len(voters.rows) else []
         head = AnnotationHead(
-            networks=(fit.network,),
+            networks=voters.networks,
+            reads=voters.reads,
+            weights=voters.weights,
             outputs=labels.classes,
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
             strategy=self.strategy,
-            params=self._params(labels, run.seed),
+            params=self._params(labels, run.seed, n_heads),
             split=split_record(split, run.test, sections, labels.is_known, self.protocol),
-            validation_scores=score_table([]),
-            history=fit.history,
+            validation_scores=score_table(scores),
+            history=voters.history,
             model=fit.model,
             temperature=trust.temperature,
             rejection=trust.rejection,
             surroundings=trust.surroundings,
         )
-        if len(split.held_out):
-            scores = score_classes(head, fit.inputs, labels, split.held_out)
-            head = replace(head, validation_scores=score_table([scores]))
-        if self.strategy == "frozen" and self.protocol is None:
-            head = replace(head, networks=(self._fit_to_all(fit, targets, run.seed),))
         return head, fit.inputs
 
-    def _fit_to_all(self, fit: TaskFit, targets: Targets, seed: int) -> PredictionHead:
-        """Fit again, for as many epochs, to all labelled cells: also those held out or between.
-
-        Blocks with their margins may be a third of a slice. What they were held out for is known.
-        """
-        losses = fit.history[fit.history["split"] == "validation"]
-        n_epochs = None if losses.empty else int(losses.loc[losses["loss"].idxmin(), "epoch"])
-        known = np.flatnonzero(targets.is_known)
-        weights = self._weights(targets.values[known], targets.n_outputs)
-        return fit_head(
-            fit.inputs.features,
-            replace(targets, class_weights=weights),
-            fitted=known,
-            held_out=known[:0],
-            n_epochs=n_epochs,
-            seed=seed,
-        ).head
-
-    def _calibrate(self, fit: TaskFit, labels: Labels, split: Split) -> _Trust:
-        """Fit temperature and thresholds to the held-out cells."""
-        features, rows = fit.inputs.features, split.held_out
-        scores = apply_head(fit.network, features[rows], "values")
-        temperature = fit_temperature(scores, labels.codes[rows])
+    def _calibrate(
+        self, inputs: Inputs, labels: Labels, splits: Sequence[Split], voters: Voters
+    ) -> tuple[_Trust, Annotation]:
+        """Fit temperature and thresholds to the held-out cells, and say what these are called."""
+        features, rows, codes = inputs.features, voters.rows, labels.codes
+        scores = log_scores(voters.votes)
+        temperature = fit_temperature(scores, codes[rows])
+        probabilities = calibrated_probabilities(scores, temperature)
         if not self.reject_rate or not len(rows):
-            return _Trust(temperature, None, None)
-        fitted = row_order(features, labels.codes, split.fitted)
-        around = Surroundings.fit(features[fitted], labels.codes[fitted])
-        confidence = calibrated_probabilities(scores, temperature).max(axis=1)
-        rejection = Rejection.fit(confidence, around.distances(features[rows]), self.reject_rate)
-        return _Trust(temperature, rejection, around)
+            is_unknown = np.zeros(len(rows), dtype=bool)
+            return _Trust(temperature, None, None), Annotation(
+                probabilities, np.empty(0), is_unknown
+            )
+        around = [
+            Surroundings.fit(features[fitted], codes[fitted])
+            for fitted in (row_order(features, codes, split.fitted) for split in splits)
+        ]
+        distances = np.concatenate(
+            [one.distances(features[own]) for one, own in zip(around, voters.held_out, strict=True)]
+        )
+        confidence = probabilities.max(axis=1)
+        rejection = Rejection.fit(confidence, distances, self.reject_rate)
+        is_unknown = rejection.rejects(confidence, distances)
+        return (
+            _Trust(temperature, rejection, around[0]),
+            Annotation(probabilities, distances, is_unknown),
+        )
 
-    def _weights(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float32] | None:
+    def _weights(self, labels: Labels, run: Run) -> NDArray[np.float32] | None:
         if self.class_weights is None:
             return None
-        sizes = np.bincount(codes, minlength=n_classes)
-        weights: NDArray[np.float32] = (len(codes) / (n_classes * sizes)).astype(np.float32)
+        rows = np.setdiff1d(np.flatnonzero(labels.is_known), run.test)
+        sizes = np.bincount(labels.codes[rows], minlength=len(labels.classes))
+        weights: NDArray[np.float32] = (len(rows) / (len(sizes) * sizes)).astype(np.float32)
         return weights
 
-    def _params(self, labels: Labels, seed: int) -> dict[str, Any]:
+    def _params(self, labels: Labels, seed: int, n_heads: int) -> dict[str, Any]:
         options = ("layer", "library_key", "spatial_key")
         return {
             "label_key": self.label_key,
@@ -190,6 +228,8 @@ class AnnotationFitting:
             "min_share": float(self.min_share),
             "left_out_classes": list(labels.left_out),
             "class_weights": self.class_weights,
+            "n_components": self.n_components,
+            "n_heads": n_heads,
             "reject_rate": float(self.reject_rate),
             "seed": int(seed),
             **{name: self.reading[name] for name in options},
@@ -225,18 +265,15 @@ def _tell_about(split: Split, labels: Labels) -> None:
         )
 
 
-def score_classes(
-    head: AnnotationHead, inputs: Inputs, labels: Labels, rows: NDArray[np.int64]
-) -> dict[str, float]:
-    """Score the likeliest classes of some cells, unknown ones too."""
-    found = head.predict(inputs.take(rows))
-    true, predicted = labels.codes[rows], found.probabilities.argmax(axis=1)
-    likelihood = found.probabilities[np.arange(len(rows)), true]
+def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float]:
+    """Score the likeliest classes of cells, unknown ones too."""
+    predicted = found.probabilities.argmax(axis=1)
+    likelihood = found.probabilities[np.arange(len(true)), true]
     return {
         "accuracy": metrics.accuracy(true, predicted),
         "macro_f1": metrics.macro_f1(true, predicted),
         "weighted_f1": metrics.weighted_f1(true, predicted),
         "log_loss": float(-np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)).mean()),
         "unknown": float(found.is_unknown.mean()),
-        "n_cells": len(rows),
+        "n_cells": len(true),
     }

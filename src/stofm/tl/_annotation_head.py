@@ -12,8 +12,7 @@ from stofm._config import build_dataclass
 from stofm._frames import make_frame, write_frame
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
-from stofm.tl._heads import Head
-from stofm.train import apply_head
+from stofm.tl._voting_head import VotingHead
 from stofm.train.calibration import Rejection, Surroundings, calibrated_probabilities
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Annotation:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class AnnotationHead(Head):
+class AnnotationHead(VotingHead):
     """A head that names the classes of cells, from :func:`stofm.tl.annotate`.
 
     Keep it with ``head.save(folder)``, and read it with ``AnnotationHead.load(folder)``. The
@@ -60,8 +59,10 @@ class AnnotationHead(Head):
         cells that they reject; None if none is to be.
     surroundings
         Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
-    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model, networks
+    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
         Classes; what is read and by which model; how the head was fitted and how good it is.
+    networks, reads, weights, expression
+        What votes on the classes, on what grounds, and with which weight.
     """
 
     task: ClassVar[str] = "annotation"
@@ -90,7 +91,10 @@ class AnnotationHead(Head):
             They have another width than those that the head was fitted to.
         """
         self.check_inputs(inputs)
-        scores = apply_head(self.networks[0], inputs.features, "values")
+        mean = np.zeros((len(inputs.features), len(self.outputs)))
+        for vote, weight in self.votes(inputs, "classes"):
+            mean += weight[:, None] * vote
+        scores = log_scores(mean)
         probabilities = calibrated_probabilities(scores, self.temperature)
         if self.rejection is None or self.surroundings is None:
             nothing = np.zeros(len(scores), dtype=bool)
@@ -100,21 +104,29 @@ class AnnotationHead(Head):
         return Annotation(probabilities, distances, unknown)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        entries: dict[str, Any] = {"temperature": self.temperature}
+        entries, arrays = super()._own()
+        entries["temperature"] = self.temperature
         if self.rejection is None or self.surroundings is None:
-            return entries, {}
-        return {**entries, "rejection": asdict(self.rejection)}, asdict(self.surroundings)
+            return entries, arrays
+        entries["rejection"] = asdict(self.rejection)
+        return entries, arrays | asdict(self.surroundings)
 
     @classmethod
     def _read_own(
         cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> dict[str, Any]:
-        fields: dict[str, Any] = {"temperature": entries["temperature"]}
+        fields = super()._read_own(entries, arrays)
+        fields["temperature"] = entries["temperature"]
         if "rejection" in entries:
             fields["rejection"] = build_dataclass(Rejection, entries["rejection"], "rejection")
             own = {name: arrays[name] for name in Surroundings.__dataclass_fields__}
             fields["surroundings"] = Surroundings(**own)
         return fields
+
+
+def log_scores(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores whose softmax is the probabilities, for a temperature to act on."""
+    return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 
 
 def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:

@@ -11,13 +11,16 @@ from stofm._keys import Obsm
 from stofm.metrics import mae, pearson, rmse
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._deconvolution_head import DeconvolutionHead
-from stofm.tl._embeddings import origin_by
+from stofm.tl._embeddings import origin_by, unchanged_on_error
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._spot_reference import SpotSimulation
+from stofm.tl._voter_fitting import fit_voters, splits_of_networks, voter_seeds
+from stofm.tl._voting_head import add_expression, choose_n_components
 from stofm.train import HeadTraining, Targets, fit_head
+from stofm.train.head_fitting import row_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +61,7 @@ class DeconvolutionFitting:
     """
 
     strategy: Strategy
+    n_components: int | None
     n_heads: int
     split: SplitRule
     protocol: Protocol | None
@@ -85,24 +89,41 @@ class DeconvolutionFitting:
                 "are needed to fit a head and to hold some out."
             )
             raise ValueError(msg)
-        inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
-        runs = plan_runs(
+        with unchanged_on_error(spots.sections.tables):
+            inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
+            known = np.flatnonzero(targets.is_known)
+            inputs, expression = add_expression(
+                spots.sections,
+                inputs,
+                row_order(inputs.features, targets.values, known),
+                n_components=choose_n_components(
+                    self.n_components, inputs.use_rep, is_repeated=self.protocol is not None
+                ),
+                layer=self.reading["layer"],
+                is_asked_for=self.n_components is not None,
+            )
+        heads, tested = [], []
+        for run in self._plan(spots, targets, inputs, self.seed):
+            head, read = self._fit_run(spots, inputs, targets, run, model)
+            heads.append(
+                replace(head, expression=expression) if "expression" in head.reads else head
+            )
+            if len(run.test):
+                found = head.predict(read.take(run.test)).mean
+                scores = score_types(head.types, spots.proportions[run.test], found)
+                tested.append(scores.mean().to_dict())
+        return replace(heads[0], test_scores=score_table(tested) if tested else None)
+
+    def _plan(self, spots: SpotTable, targets: Targets, inputs: Inputs, seed: int) -> list[Run]:
+        return plan_runs(
             spots.sections,
             targets.is_known,
             inputs.features,
             split=self.split,
             protocol=self.protocol,
             spatial_key=self.reading["spatial_key"],
-            seed=self.seed,
+            seed=seed,
         )
-        heads, tested = [], []
-        for run in runs:
-            head, read = self._fit_run(spots, inputs, targets, run, model)
-            heads.append(head)
-            if len(run.test):
-                scores = score_types(head, read.features, spots.proportions, run.test)
-                tested.append(scores.mean().to_dict())
-        return replace(heads[0], test_scores=score_table(tested) if tested else None)
 
     def _fit_run(
         self,
@@ -123,20 +144,25 @@ class DeconvolutionFitting:
             seed=run.seed,
             reading=self.reading,
         )
-        # A model is tuned with one head; the others are fitted to what it became.
-        others = [
-            fit_head(
-                fit.inputs.features,
-                targets,
-                fitted=run.split.fitted,
-                held_out=run.split.held_out,
-                seed=seed,
-            )
-            for seed in self._seeds(run.seed)[1:]
-        ]
+        voters = fit_voters(
+            fit,
+            targets,
+            splits_of_networks(
+                run,
+                lambda seed: self._plan(spots, targets, inputs, seed),
+                n_heads=self.n_heads,
+                is_shared=self.protocol is not None or self.strategy != "frozen",
+            ),
+            n_heads=self.n_heads,
+            refit=self.strategy == "frozen" and self.protocol is None,
+            seed=run.seed,
+        )
+        types = tuple(spots.types)
         head = DeconvolutionHead(
-            networks=(fit.network, *(other.head for other in others)),
-            outputs=tuple(spots.types),
+            networks=voters.networks,
+            reads=voters.reads,
+            weights=voters.weights,
+            outputs=types,
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
             strategy=self.strategy,
@@ -144,12 +170,11 @@ class DeconvolutionFitting:
             split=split_record(
                 run.split, run.test, spots.sections, targets.is_known, self.protocol
             ),
-            validation_scores=score_table([]),
-            history=_joined([fit.history, *(other.history for other in others)]),
+            validation_scores=score_types(types, spots.proportions[voters.rows], voters.votes),
+            history=voters.history,
             model=fit.model,
         )
-        scores = score_types(head, fit.inputs.features, spots.proportions, run.split.held_out)
-        return replace(head, validation_scores=scores), fit.inputs
+        return head, fit.inputs
 
     def fit_simulated(
         self, panels: Panels, rules: SpotRules, n_components: int, model: Stofm
@@ -167,18 +192,22 @@ class DeconvolutionFitting:
         )
         training = simulation.run(
             panels,
-            lambda first: (
-                self._simulated_head(first, panels.types, simulation, 1)
-                .predict(first.query_features)
-                .mean
-            ),
+            lambda first: self._query_proportions(first, panels.types, simulation),
         )
         head = self._simulated_head(training, panels.types, simulation, self.n_heads)
         options = {**asdict(rules), "n_components": n_components}
         params = {**head.params, **{k: _as_list(value) for k, value in options.items()}}
-        scores = score_types(head, training.features, training.proportions, training.held_out)
+        rows = training.held_out
+        found = head.predict(head.inputs_of(training.features[rows])).mean
+        scores = score_types(head.types, training.proportions[rows], found)
         head = replace(head, params=params, validation_scores=scores)
         return head, training.query_features
+
+    def _query_proportions(
+        self, training: SimulatedTraining, types: Sequence[str], simulation: SpotSimulation
+    ) -> NDArray[np.float64]:
+        head = self._simulated_head(training, types, simulation, 1)
+        return head.predict(head.inputs_of(training.query_features)).mean
 
     def _simulated_head(
         self,
@@ -198,7 +227,7 @@ class DeconvolutionFitting:
                 seed=seed,
                 device=simulation.device,
             )
-            for seed in self._seeds(self.seed)[:n_heads]
+            for seed in voter_seeds(self.seed, n_heads)
         ]
         networks: tuple[PredictionHead, ...] = tuple(one.head for one in fits)
         return DeconvolutionHead(
@@ -218,14 +247,11 @@ class DeconvolutionFitting:
             panel=training.panel,
         )
 
-    def _seeds(self, seed: int) -> list[int]:
-        # Runs of a protocol have neighbouring seeds; their networks should not be the same.
-        return [seed + 1000 * k for k in range(self.n_heads)]
-
     def _params(self, seed: int) -> dict[str, Any]:
         options = ("layer", "library_key", "spatial_key")
         return {
             **self.source,
+            "n_components": self.n_components,
             "n_heads": self.n_heads,
             "seed": seed,
             **{name: self.reading[name] for name in options},
@@ -233,21 +259,16 @@ class DeconvolutionFitting:
 
 
 def score_types(
-    head: DeconvolutionHead,
-    features: NDArray[np.float32],
-    proportions: NDArray[np.floating],
-    rows: NDArray[np.int64],
+    types: Sequence[str], true: NDArray[np.floating], found: NDArray[np.floating]
 ) -> pd.DataFrame:
     """Score each type over some spots.
 
     Parameters
     ----------
-    head
-        The head.
-    features, proportions
-        (n, d) and (n, n_types) what is read and known of all spots.
-    rows
-        Spots to score; fewer than two have no scores.
+    types
+        Their names.
+    true, found
+        (n, n_types) proportions; fewer than two spots have no scores.
 
     Returns
     -------
@@ -255,11 +276,10 @@ def score_types(
     """
     import pandas as pd
 
-    index = pd.Index(head.types, name="type")
-    if len(rows) < 2:
+    index = pd.Index(types, name="type")
+    if len(true) < 2:
         return pd.DataFrame(np.nan, index=index, columns=list(_SCORES))
-    true = np.asarray(proportions[rows], dtype=np.float64)
-    found = head.predict(features[rows]).mean
+    true = np.asarray(true, dtype=np.float64)
     scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
     return pd.DataFrame(scores, index=index)
 

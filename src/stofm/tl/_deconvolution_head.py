@@ -13,10 +13,9 @@ from stofm._logging import logger
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._embeddings import describe_origin, origin_by, same_origin
 from stofm.tl._encode_cells import load_model
-from stofm.tl._head_inputs import read_inputs
-from stofm.tl._heads import Head
+from stofm.tl._head_inputs import Inputs, read_inputs
 from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
-from stofm.train import apply_head
+from stofm.tl._voting_head import VotingHead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +32,7 @@ _MIN_PANEL: float = 0.5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DeconvolutionHead(Head):
+class DeconvolutionHead(VotingHead):
     """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
 
     Attributes
@@ -60,19 +59,25 @@ class DeconvolutionHead(Head):
         """Names of the cell types."""
         return self.outputs
 
-    def predict(self, features: NDArray[np.float32]) -> Proportions:
-        """Predict from what the head reads, (n, d_input)."""
-        found = np.stack([apply_head(one, features, "proportions") for one in self.networks])
-        mean = found.mean(axis=0, dtype=np.float64)
-        # In single precision a softmax sums to 1 only nearly.
-        mean /= mean.sum(axis=1, keepdims=True)
-        spread = found.std(axis=0, dtype=np.float64) if len(found) > 1 else None
+    def predict(self, inputs: Inputs) -> Proportions:
+        """Predict from what the head reads."""
+        shape = (len(inputs.features), len(self.outputs))
+        mean, squares = np.zeros(shape), np.zeros(shape)
+        n_votes = 0
+        for vote, weight in self.votes(inputs, "proportions"):
+            shares = vote.astype(np.float64)
+            # In single precision a softmax sums to 1 only nearly.
+            shares /= shares.sum(axis=1, keepdims=True)
+            mean += weight[:, None] * shares
+            squares += weight[:, None] * shares**2
+            n_votes += 1
+        spread = np.sqrt(np.maximum(squares - mean**2, 0.0)) if n_votes > 1 else None
         return Proportions(mean, spread)
 
     def read(
         self, sections: Sections, model: Stofm | str | Path | None, options: Mapping[str, Any]
-    ) -> NDArray[np.float32]:
-        """Return what the head reads of slices, (n_obs, d_input).
+    ) -> Inputs:
+        """Return what the head reads of slices.
 
         Parameters
         ----------
@@ -94,7 +99,7 @@ class DeconvolutionHead(Head):
                 sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
             )
             self.check_inputs(inputs)
-            return inputs.features
+            return self.read_expression(sections, inputs, options["layer"])
         encoder = self._encoder(model)
         device = choose_device(options["device"])
         parts = [
@@ -107,7 +112,11 @@ class DeconvolutionHead(Head):
             )
             for table in sections.tables
         ]
-        return np.concatenate(parts)
+        return self.inputs_of(np.concatenate(parts))
+
+    def inputs_of(self, features: NDArray[np.float32]) -> Inputs:
+        """Representations that are made here, not stored, as networks read them."""
+        return Inputs(features, self.use_rep, (features.shape[1],), self.origin)
 
     def _encoder(self, model: Stofm | str | Path | None) -> Stofm:
         """Load the model whose cell encoder the head was fitted to."""
@@ -145,19 +154,23 @@ class DeconvolutionHead(Head):
         return counts
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        entries, arrays = super()._own()
         if self.panel is None:
-            return {}, {}
-        entries = {"genes": self.panel.genes.tolist(), "target_sum": self.panel.target_sum}
-        return entries, {"panel.loadings": self.panel.loadings}
+            return entries, arrays
+        entries["genes"] = self.panel.genes.tolist()
+        entries["target_sum"] = self.panel.target_sum
+        return entries, {**arrays, "panel.loadings": self.panel.loadings}
 
     @classmethod
     def _read_own(
         cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> dict[str, Any]:
-        if not entries:
-            return {}
-        genes = np.array(entries["genes"], dtype=np.str_)
-        return {"panel": SpotPanel(genes, arrays["panel.loadings"], entries["target_sum"])}
+        fields = super()._read_own(entries, arrays)
+        if "genes" in entries:
+            genes = np.array(entries["genes"], dtype=np.str_)
+            loadings = arrays["panel.loadings"]
+            fields["panel"] = SpotPanel(genes, loadings, entries["target_sum"])
+        return fields
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stofm._anndata import write_record
 from stofm._frames import make_frame, remove_frame, write_frame
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from stofm.tl._protocol import Protocol
 
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
+#: Components that are read of spots simulated from a reference.
+_N_COMPONENTS: Final = 50
 
 
 def deconvolve(
@@ -54,7 +56,7 @@ def deconvolve(
     missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
     min_share: float = 0.0,
     spots: SpotRules | None = None,
-    n_components: int = 50,
+    n_components: int | None = None,
     split: SplitRule = "auto",
     protocol: Protocol | None = None,
     seed: int = 0,
@@ -116,7 +118,7 @@ def deconvolve(
         ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model, which the head then carries; not with `reference`.
     n_heads
-        Networks to fit.
+        Networks to fit; of each kind, if there are `n_components` beside the embeddings.
     library_key
         Column of ``obs`` that names each cell's slice.
     layer, reference_layer
@@ -130,8 +132,10 @@ def deconvolve(
     spots
         With `reference`: how many spots to simulate, of how many cells each.
     n_components
-        With `reference`: principal components of the log-normalised shared genes that are read
-        beside the embedding; 0 for none.
+        Principal components of log-normalised counts that are read beside the embedding; 0 for
+        none. With `reference` they are those of the shared genes, 50 by default. Else further
+        networks read those of the genes that all spots have: 150 by default beside the embeddings
+        of a model, if there are raw counts, and none with a `protocol`.
     split
         How a tenth of the spots is held out to stop early and to score: ``"slices"``,
         ``"blocks"`` of the plane with a margin, ``"random"``, or ``"auto"``, which holds out whole
@@ -164,7 +168,7 @@ def deconvolve(
         Proportions, (n_obs, n_types), not negative; rows sum to 1. A ``/`` in a type is ``_`` in
         its column, which files need; ``head.types`` has the names.
     ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
-        Standard deviation between the networks; not for ``n_heads=1``.
+        Standard deviation between the networks; not for a single one.
     ``adata.uns['stofm']['stofm_deconvolution']`` : dict
         Parameters, and fingerprints of the model.
     ``adata.obsm['X_stofm']`` and others
@@ -211,7 +215,8 @@ def deconvolve(
         proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
     )
     _check_way(way, label_key=label_key, strategy=strategy, protocol=protocol, copy=copy)
-    check_whole_number("n_components", n_components, least=0)
+    if n_components is not None:
+        check_whole_number("n_components", n_components, least=0)
     sections = resolve_slices(
         data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
     )
@@ -234,6 +239,7 @@ def deconvolve(
     labels: dict[str, Any] = {"missing": missing, "min_share": min_share}
     fitting = DeconvolutionFitting(
         strategy=strategy,
+        n_components=n_components,
         n_heads=n_heads,
         split=split,
         protocol=protocol,
@@ -245,8 +251,7 @@ def deconvolve(
         require_head(head, DeconvolutionHead)
         refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key, *head.use_rep)
         target = sections.copied() if copy else sections
-        features = head.read(target, model, reading)
-        _write(target, head, head.predict(features), key_added)
+        _write(target, head, head.predict(head.read(target, model, reading)), key_added)
         return target.as_given() if copy else None
     if way == "proportions_key":
         known = read_proportions(sections, proportions_key or ())
@@ -272,8 +277,9 @@ def deconvolve(
         layer=layer,
         reference_layer=reference_layer,
     )
-    made, features = fitting.fit_simulated(panels, spots or SpotRules(), n_components, loaded)
-    _write(sections, made, made.predict(features), key_added)
+    components = _N_COMPONENTS if n_components is None else n_components
+    made, features = fitting.fit_simulated(panels, spots or SpotRules(), components, loaded)
+    _write(sections, made, made.predict(made.inputs_of(features)), key_added)
     return made
 
 
@@ -355,7 +361,7 @@ def _write(sections: Sections, head: DeconvolutionHead, found: Proportions, key:
     params = {
         "use_rep": list(head.use_rep),
         "strategy": head.strategy,
-        "n_heads": len(head.networks),
+        "n_heads": head.params["n_heads"],
         "seed": head.params["seed"],
     }
     # All is made before anything is written.

@@ -69,6 +69,12 @@ def gene_records(adata: AnnData) -> dict[str, Any]:
     return {Uns.STOFM: {key: record for key, record in found.items() if record is not None}}
 
 
+def recorded_layer(adata: AnnData) -> str | None:
+    """Layer whose counts were embedded; None for ``X``, or if nothing is recorded."""
+    layer = (read_record(adata, Obsm.TOKENS) or {}).get("params", {}).get("layer")
+    return str(layer) if layer else None
+
+
 @contextmanager
 def unchanged_on_error(tables: Sequence[AnnData]) -> Iterator[None]:
     """Leave all of several AnnData as they were if one of them turns out not to be usable."""

@@ -140,9 +140,11 @@ def expression_targets(
     )
 
 
-def log_normalised(counts: sparse.csr_matrix, totals: NDArray[np.float64]) -> sparse.csr_matrix:
-    """``log1p(10,000 x count / total)`` of each cell; 0 for a cell without counts."""
-    factors = np.divide(TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
+def log_normalised(
+    counts: sparse.csr_matrix, totals: NDArray[np.float64], *, target_sum: float = TARGET_SUM
+) -> sparse.csr_matrix:
+    """``log1p(target_sum x count / total)`` of each cell; 0 for a cell without counts."""
+    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
     scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
     values = np.log1p(scaled).astype(np.float32)
     return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)

@@ -195,6 +195,12 @@ def choose_panel(
     if inputs:
         return GenePanel(tuple(inputs.values()), tuple(targets))
     examples = "; ".join(", ".join(repr(g.name) for g in table.genes[:3]) for table in tables)
+    if not targets:
+        msg = (
+            f"The {len(tables)} AnnData share no gene. Their genes are, for example: {examples}. "
+            "Give all of them Ensembl ids or symbols, see st.pp.map_genes."
+        )
+        raise ValueError(msg)
     msg = (
         f"No gene is left to read: the {len(tables)} AnnData share none besides the {len(targets)} "
         f"genes to impute. Their genes are, for example: {examples}. Hold out fewer genes, or give "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stofm.tl._embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
@@ -40,12 +40,15 @@ class TaskFit:
         The tuned model; None for ``strategy="frozen"``.
     history
         Losses: of the head, or of tuning.
+    best_epoch
+        Passes after which the head was best; of a tuned one, before tuning.
     """
 
     network: PredictionHead
     inputs: Inputs
     model: Stofm | None
     history: pd.DataFrame
+    best_epoch: int
 
 
 def fit_task(
@@ -103,7 +106,7 @@ def fit_task(
         seed=seed,
     )
     if strategy == "frozen":
-        return TaskFit(fitted.head, inputs, None, fitted.history)
+        return TaskFit(fitted.head, inputs, None, fitted.history, fitted.best_epoch)
     assert tunable is not None
     tuned = fine_tune_head(
         sections.tables,
@@ -119,7 +122,8 @@ def fit_task(
         **reading,
     )
     again = read_inputs(sections, use_rep=inputs.use_rep, model=tuned.model, **reading)
-    return TaskFit(tuned.head, again, tuned.model, tuned.history)
+    again = replace(again, expression=inputs.expression)
+    return TaskFit(tuned.head, again, tuned.model, tuned.history, fitted.best_epoch)
 
 
 def model_to_tune(model: Stofm | str | Path | None, origin: Origin) -> Stofm:

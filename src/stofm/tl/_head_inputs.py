@@ -80,6 +80,18 @@ class Sections:
             return list(self.tables)
         return dict(zip(self.keys, self.tables, strict=True))
 
+    def of_tables(self, numbers: Sequence[int]) -> tuple[Sections, NDArray[np.int64]]:
+        """Some of the tables, and the rows of their cells."""
+        places = self.places
+        rows = np.concatenate([np.arange(places[k].start, places[k].stop) for k in numbers])
+        slices = Slices(names=[], rows=[])
+        for name, own in zip(self.slices.names, self.slices.rows, strict=True):
+            if np.isin(own, rows).all():
+                slices.names.append(name)
+                slices.rows.append(np.searchsorted(rows, own))
+        tables = tuple(self.tables[k] for k in numbers)
+        return Sections(tables, None, self.is_single, slices), rows
+
     def coordinates(self, spatial_key: str) -> NDArray[np.float64]:
         """Places of all cells, (n_obs, 2)."""
         return np.concatenate([read_coordinates(table, spatial_key) for table in self.tables])
@@ -162,16 +174,20 @@ class Inputs:
         Columns of each.
     origin
         By name, which model they are by.
+    expression
+        float32 (n, k) components of the cells' expression; None if they are not read.
     """
 
     features: NDArray[np.float32]
     use_rep: tuple[str, ...]
     widths: tuple[int, ...]
     origin: Origin
+    expression: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> Inputs:
         """The same of some cells."""
-        return replace(self, features=self.features[rows])
+        expression = None if self.expression is None else self.expression[rows]
+        return replace(self, features=self.features[rows], expression=expression)
 
 
 def read_inputs(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stofm._logging import logger
+from stofm.tl._components import fit_components
 from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._expression import expression_targets, on_panel
 from stofm.tl._fit_options import check_whole_number
@@ -16,7 +17,9 @@ from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import checked_reps, read_inputs
 from stofm.tl._imputation_head import ImputationHead, score_genes
 from stofm.tl._protocol import plan_runs, score_table, split_record
+from stofm.tl._voting_head import choose_n_components
 from stofm.train import HeadTraining, fit_head
+from stofm.train.head_fitting import row_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,12 +29,15 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.spatial import Split
     from stofm.spatial.splits import SplitRule
+    from stofm.tl._components import ExpressionComponents
     from stofm.tl._expression import ExpressionTargets
     from stofm.tl._gene_columns import Gene, GeneColumns, GenePanel
     from stofm.tl._head_fitting import TaskFit
     from stofm.tl._head_inputs import Inputs, Sections
     from stofm.tl._heads import Strategy
+    from stofm.tl._imputation_head import Ballot
     from stofm.tl._protocol import Protocol, Run
+    from stofm.tl._voting_head import Source
 
 #: Column of ``obs`` that tells slices apart in the AnnData that models read.
 _SLICE: Final = "slice"
@@ -86,6 +92,7 @@ class ImputationFitting:
     """The options of :func:`stofm.tl.impute` that say how a head is fitted."""
 
     strategy: Strategy
+    n_components: int | None
     n_heads: int
     split: SplitRule
     protocol: Protocol | None
@@ -119,14 +126,35 @@ class ImputationFitting:
         targets = expression_targets(bare, counts)
         _refuse_constant(targets, panel.targets)
         inputs = read_inputs(bare, use_rep=use_rep, model=model, **self.reading)
+        inputs, expression = self._with_expression(sections, columns, panel, inputs, targets)
         heads, tested = [], []
         for run in self._plan(bare, targets, inputs, self.seed):
             head, scores = self._fit_run(bare, inputs, targets, panel, run, model)
-            heads.append(head)
+            heads.append(replace(head, expression=expression))
             if scores is not None:
                 tested.append(scores)
         _log_summary(heads[0])
         return replace(heads[0], test_scores=score_table(tested) if tested else None)
+
+    def _with_expression(
+        self,
+        sections: Sections,
+        columns: Sequence[GeneColumns],
+        panel: GenePanel,
+        inputs: Inputs,
+        targets: ExpressionTargets,
+    ) -> tuple[Inputs, ExpressionComponents | None]:
+        n_components = choose_n_components(
+            self.n_components, inputs.use_rep, is_repeated=self.protocol is not None
+        )
+        if not n_components:
+            return inputs, None
+        rows = row_order(inputs.features, targets.values, np.flatnonzero(targets.is_known))
+        layers = [self.layer] * len(columns)
+        components, scores = fit_components(
+            sections, rows, columns, panel.inputs, layers, n_components
+        )
+        return replace(inputs, expression=scores), components
 
     def _plan(
         self, bare: Sections, targets: ExpressionTargets, inputs: Inputs, seed: int
@@ -171,23 +199,26 @@ class ImputationFitting:
             seed=run.seed,
             reading=self.reading,
         )
-        networks, history = self._fit_others(first, targets, splits, run.seed)
-        by_network = [
-            score_genes([network], first.inputs.features, targets, split.held_out)
-            for network, split in zip(networks, splits, strict=True)
+        rounds, history = self._fit_all(first, targets, splits, run.seed)
+        by_round = [
+            score_genes(ballots, targets, split.held_out)
+            for ballots, split in zip(rounds, splits, strict=True)
         ]
+        has_expression = first.inputs.expression is not None
+        sources: tuple[Source, ...] = ("embedding", "expression") if has_expression else ()
         head = ImputationHead(
-            networks=tuple(networks),
+            networks=tuple(network for ballots in rounds for network, _ in ballots),
+            reads=sources * len(rounds),
             outputs=tuple(gene.name for gene in panel.targets),
             use_rep=first.inputs.use_rep,
             origin=first.inputs.origin,
             strategy=self.strategy,
             params={"seed": self.seed, "n_heads": self.n_heads, "n_inputs": len(panel.inputs)},
             split=split_record(run.split, run.test, bare, targets.is_known, self.protocol),
-            validation_scores=_by_network(by_network),
+            validation_scores=_by_round(by_round),
             history=history,
             model=first.model,
-            gene_scores=pd.concat([one["pearson"] for one in by_network], axis=1).mean(axis=1),
+            gene_scores=pd.concat([one["pearson"] for one in by_round], axis=1).mean(axis=1),
             inputs=panel.inputs,
             output_ids=tuple(gene.id for gene in panel.targets),
             mean=targets.mean,
@@ -195,26 +226,36 @@ class ImputationFitting:
         )
         if not len(run.test):
             return head, None
-        scores = score_genes(networks, first.inputs.features, targets, run.test)
+        every = [ballot for ballots in rounds for ballot in ballots]
+        scores = score_genes(every, targets, run.test)
         return head, {name: float(value) for name, value in scores.mean().items()}
 
-    def _fit_others(
+    def _fit_all(
         self, first: TaskFit, targets: ExpressionTargets, splits: Sequence[Split], seed: int
-    ) -> tuple[list[Any], pd.DataFrame]:
-        """Fit the other networks to what the first one reads, each with its own held-out cells."""
-        networks, histories = [first.network], [first.history.assign(network=1)]
-        for k, split in enumerate(splits[1:], start=1):
-            fitted = fit_head(
-                first.inputs.features,
-                targets,
-                fitted=split.fitted,
-                held_out=split.held_out,
-                training=_TRAINING,
-                seed=seed + k,
-            )
-            networks.append(fitted.head)
-            histories.append(fitted.history.assign(network=k + 1))
-        return networks, pd.concat(histories, ignore_index=True)
+    ) -> tuple[list[list[Ballot]], pd.DataFrame]:
+        """Fit networks to what the first one reads and to expression, each with its own split."""
+        inputs = first.inputs
+        read = [one for one in (inputs.features, inputs.expression) if one is not None]
+        rounds: list[list[Ballot]] = []
+        histories: list[pd.DataFrame] = []
+        for k, split in enumerate(splits):
+            ballots: list[Ballot] = []
+            for features in read:
+                network, history = first.network, first.history
+                if histories:
+                    fitted = fit_head(
+                        features,
+                        targets,
+                        fitted=split.fitted,
+                        held_out=split.held_out,
+                        training=_TRAINING,
+                        seed=seed + k,
+                    )
+                    network, history = fitted.head, fitted.history
+                ballots.append((network, features))
+                histories.append(history.assign(network=len(histories) + 1))
+            rounds.append(ballots)
+        return rounds, pd.concat(histories, ignore_index=True)
 
 
 def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
@@ -240,8 +281,8 @@ def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
         )
 
 
-def _by_network(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean over the genes for each network on its held-out cells."""
+def _by_round(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Mean over the genes for the networks of each split on its held-out cells."""
     index = pd.RangeIndex(1, len(scores) + 1, name="network")
     return pd.DataFrame([one.mean() for one in scores]).set_index(index)
 

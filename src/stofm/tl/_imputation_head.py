@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
@@ -14,7 +14,7 @@ from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
 from stofm.tl._gene_columns import Gene
-from stofm.tl._heads import Head
+from stofm.tl._voting_head import VotingHead
 from stofm.train import apply_head
 
 if TYPE_CHECKING:
@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 
     from stofm.nn import PredictionHead
     from stofm.tl._expression import ExpressionTargets
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._gene_columns import GeneColumns
+    from stofm.tl._head_inputs import Inputs, Sections
+
+    #: A network, and what it reads.
+    Ballot = tuple[PredictionHead, NDArray[np.float32]]
 
 #: Genes that are computed at a time.
 _GENES_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class ImputationHead(Head):
+class ImputationHead(VotingHead):
     """A head that imputes the expression of genes, from :func:`stofm.tl.impute`.
 
     Keep it with ``head.save(folder)``, and read it with ``ImputationHead.load(folder)``. The
@@ -49,9 +53,11 @@ class ImputationHead(Head):
         Ids of the genes to impute in the model's vocabulary, ``""`` for genes that it lacks.
     mean, scale
         (n_genes,) mean and standard deviation of each gene over the training cells.
-    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model, networks
+    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
         Genes to impute; what is read and by which model; how the head was fitted and how good it
-        is. The networks' mean is the prediction.
+        is.
+    networks, reads, weights, expression
+        Networks whose mean is the prediction, and what they read.
     """
 
     task: ClassVar[str] = "imputation"
@@ -102,14 +108,14 @@ class ImputationHead(Head):
         return columns
 
     def predict(
-        self, features: NDArray[np.float32], columns: NDArray[np.int64] | None = None
+        self, inputs: Inputs, columns: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
         """Impute log-normalised expression.
 
         Parameters
         ----------
-        features
-            (n, d) representations.
+        inputs
+            Representations, and components of expression if the head reads them.
         columns
             Genes to impute, as numbers among the outputs; None for all. Only these are computed.
 
@@ -118,21 +124,40 @@ class ImputationHead(Head):
         float32 (n, n_genes), not negative.
         """
         columns = np.arange(len(self.outputs)) if columns is None else columns
-        return predict_expression(self.networks, features, columns, self.mean, self.scale)
+        ballots = [(one, read) for one, read in self.ballots(inputs) if read is not None]
+        return predict_expression(ballots, columns, self.mean, self.scale)
+
+    def read_panel_expression(
+        self,
+        sections: Sections,
+        columns: Sequence[GeneColumns],
+        inputs: Inputs,
+        layer: str | None,
+    ) -> Inputs:
+        """Add components of the expression of the genes that are read; lacking ones are as usual."""
+        if self.expression is None:
+            return inputs
+        parts = [
+            self.expression.read(table, own, layer=layer, least_measured=0.0)
+            for table, own in zip(sections.tables, columns, strict=True)
+        ]
+        scores = np.concatenate([part for part in parts if part is not None])
+        scores = self.expression.centered(scores, sections.slices.rows)
+        return replace(inputs, expression=scores)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        entries = {
-            "inputs": [[gene.name, gene.id] for gene in self.inputs],
-            "output_ids": list(self.output_ids),
-        }
+        entries, arrays = super()._own()
+        entries["inputs"] = [[gene.name, gene.id] for gene in self.inputs]
+        entries["output_ids"] = list(self.output_ids)
         scores = self.gene_scores.to_numpy(dtype=np.float64)
-        return entries, {"mean": self.mean, "scale": self.scale, "gene_scores": scores}
+        own = {"mean": self.mean, "scale": self.scale, "gene_scores": scores}
+        return entries, arrays | own
 
     @classmethod
     def _read_own(
         cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> dict[str, Any]:
-        return {
+        return super()._read_own(entries, arrays) | {
             "inputs": tuple(Gene(*pair) for pair in entries["inputs"]),
             "output_ids": tuple(entries["output_ids"]),
             "mean": arrays["mean"],
@@ -148,30 +173,26 @@ class ImputationHead(Head):
 
 
 def predict_expression(
-    networks: Sequence[PredictionHead],
-    features: NDArray[np.float32],
+    ballots: Sequence[Ballot],
     columns: NDArray[np.int64],
     mean: NDArray[np.float32],
     scale: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """Mean of networks, back in the unit of the genes and clipped at 0; some genes at a time."""
-    found = np.empty((len(features), len(columns)), dtype=np.float32)
+    found = np.empty((len(ballots[0][1]), len(columns)), dtype=np.float32)
     for start in range(0, len(columns), _GENES_AT_ONCE):
         own = columns[start : start + _GENES_AT_ONCE]
-        part = apply_head(networks[0], features, "values", columns=own)
-        for network in networks[1:]:
+        part = np.zeros((len(found), len(own)), dtype=np.float32)
+        for network, features in ballots:
             part += apply_head(network, features, "values", columns=own)
-        part *= scale[own] / len(networks)
+        part *= scale[own] / len(ballots)
         part += mean[own]
         found[:, start : start + _GENES_AT_ONCE] = np.maximum(part, 0.0, out=part)
     return found
 
 
 def score_genes(
-    networks: Sequence[PredictionHead],
-    features: NDArray[np.float32],
-    targets: ExpressionTargets,
-    rows: NDArray[np.int64],
+    ballots: Sequence[Ballot], targets: ExpressionTargets, rows: NDArray[np.int64]
 ) -> pd.DataFrame:
     """Pearson correlation, RMSE and MAE of each gene over some cells, some genes at a time.
 
@@ -183,7 +204,8 @@ def score_genes(
     for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
         columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
         true = targets.values[rows][:, columns].toarray()
-        found = predict_expression(networks, features[rows], columns, targets.mean, targets.scale)
+        own = [(network, features[rows]) for network, features in ballots]
+        found = predict_expression(own, columns, targets.mean, targets.scale)
         scores = {
             "pearson": metrics.pearson(true, found),
             "rmse": metrics.rmse(true, found),
@@ -196,7 +218,7 @@ def score_genes(
 def write_imputed(
     sections: Sections,
     head: ImputationHead,
-    features: NDArray[np.float32],
+    inputs: Inputs,
     columns: NDArray[np.int64],
     read: Sequence[Sequence[str]],
     key: str,
@@ -204,17 +226,17 @@ def write_imputed(
     """Write imputed expression to each table, with a record of it and of the genes `read` there."""
     names = [head.outputs[k] for k in columns]
     # All is computed before anything is written.
-    found = head.predict(features, columns)
+    found = head.predict(inputs, columns)
     frames = [
         make_frame(table, found[part], names)
         for table, part in zip(sections.tables, sections.places, strict=True)
     ]
-    for table, frame, inputs in zip(sections.tables, frames, read, strict=True):
+    for table, frame, genes in zip(sections.tables, frames, read, strict=True):
         params = {
             "n_genes": len(names),
             "n_inputs": len(head.inputs),
             # Of these is the total that measured expression compares with.
-            "inputs": np.array(inputs, dtype=object),
+            "inputs": np.array(genes, dtype=object),
             "use_rep": list(head.use_rep),
             "strategy": head.strategy,
             "seed": head.params["seed"],

@@ -7,7 +7,7 @@ the genes that they share before anything is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy import sparse
@@ -17,6 +17,7 @@ from stofm._logging import logger
 from stofm.genes import rank_genes
 from stofm.nn import project_cells
 from stofm.pp._tokenize import find_columns
+from stofm.tl._components import principal_axes
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 #: Genes that enter the components: those that differ most between types.
 _MAX_GENES: Final = 2000
-_ROWS_AT_ONCE: Final = 4096
 
 
 def genes_of(adata: AnnData, model: Stofm) -> NDArray[np.int64]:
@@ -199,13 +199,9 @@ def component_loadings(
     profiles = log_normalize(sparse.csr_matrix(mean_counts), target_sum).toarray()
     chosen = np.sort(np.argsort(-profiles.var(axis=0), kind="stable")[:_MAX_GENES])
     values = sparse.csr_matrix(log_normalize(counts, target_sum)[:, chosen])
-    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
-    covariance: NDArray[Any] = np.zeros((len(chosen), len(chosen)))
-    for start in range(0, values.shape[0], _ROWS_AT_ONCE):
-        part = values[start : start + _ROWS_AT_ONCE].toarray() - mean
-        covariance += part.T @ part
-    vectors = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
-    largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
-    loadings = np.zeros((counts.shape[1], vectors.shape[1]), dtype=np.float32)
-    loadings[chosen] = vectors * np.where(largest < 0, -1.0, 1.0)
+    if not n_components:
+        return np.zeros((counts.shape[1], 0), dtype=np.float32)
+    axes = principal_axes(values, n_components)[1]
+    loadings = np.zeros((counts.shape[1], axes.shape[1]), dtype=np.float32)
+    loadings[chosen] = axes
     return loadings

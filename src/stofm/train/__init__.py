@@ -1,5 +1,6 @@
 """Pretraining: what is hidden, what is recovered, and the loop that learns it (torch)."""
 
+from stofm.train.blending import blend_weights
 from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import RunConfig, StageConfig, paper_schedule
@@ -15,6 +16,7 @@ from stofm.train.gene_masking import TokenMasking, drop_genes, mask_tokens
 from stofm.train.head_fitting import FittedHead, HeadTraining, apply_head, fit_head
 from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.linear_head import fit_linear_head
 from stofm.train.loop import TrainingLoop
 from stofm.train.losses import (
     ContrastiveConfig,
@@ -83,9 +85,11 @@ __all__ = [
     "TrainResult",
     "TrainingLoop",
     "apply_head",
+    "blend_weights",
     "contrastive_loss",
     "drop_genes",
     "fit_head",
+    "fit_linear_head",
     "head_loss",
     "mask_tokens",
     "masked_cell_loss",

@@ -1,0 +1,228 @@
+"""Heads whose networks vote: some read embeddings, others expression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from stofm._logging import logger
+from stofm.genes.vocabulary import embedded_vocabulary
+from stofm.tl._components import ExpressionComponents, fit_components
+from stofm.tl._embeddings import MADE_BY_EMBED, recorded_layer
+from stofm.tl._gene_columns import GeneColumns, choose_panel
+from stofm.tl._heads import Head
+from stofm.train import apply_head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.nn import PredictionHead
+    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.train.targets import TargetKind
+
+#: What a network reads.
+Source = Literal["embedding", "expression"]
+#: A panel of some hundred genes has hardly more that matter.
+_N_COMPONENTS: Final = 150
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class VotingHead(Head):
+    """A head whose networks' probabilities are averaged.
+
+    Attributes
+    ----------
+    reads
+        What each network reads: ``"embedding"`` or ``"expression"``; empty if all read embeddings.
+    weights
+        Weight of each network in the mean; empty for equal ones.
+    expression
+        Genes and components for the networks that read expression; None if there are none.
+    """
+
+    reads: tuple[Source, ...] = ()
+    weights: tuple[float, ...] = ()
+    expression: ExpressionComponents | None = None
+
+    def read_expression(self, sections: Sections, inputs: Inputs, layer: str | None) -> Inputs:
+        """Add the components of the cells' expression; NaN in tables that lack genes or counts."""
+        if self.expression is None:
+            return inputs
+        k = self.expression.axes.shape[1]
+        scores = np.full((len(inputs.features), k), np.nan, dtype=np.float32)
+        vocabulary = embedded_vocabulary()
+        for table, place in zip(sections.tables, sections.places, strict=True):
+            columns = GeneColumns.read(table, vocabulary, must_map=False)
+            try:
+                known = self.expression.read(table, columns, layer=counts_layer(table, layer))
+            except (KeyError, ValueError) as error:
+                _warn_of(error, table.n_obs)
+                continue
+            if known is not None:
+                scores[place] = known
+        return replace(inputs, expression=self.expression.centered(scores, sections.slices.rows))
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Refuse representations of another width than those that the head was fitted to."""
+        for network, source in self._sources():
+            if source == "embedding":
+                self.check_width(inputs, network.config.d_input)
+
+    def votes(
+        self, inputs: Inputs, kind: TargetKind
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        """Let each network predict, one after another.
+
+        Parameters
+        ----------
+        inputs
+            Representations, and the components of expression; networks that read these have no
+            vote on cells that have none.
+        kind
+            Classes or proportions.
+
+        Yields
+        ------
+        (n, n_outputs) probabilities of a network that has a vote, and its weight for each cell,
+        (n,); those of a cell sum to 1.
+        """
+        weights = self.weights or (1.0,) * len(self.networks)
+        ballots = [
+            (network, features, weight * np.isfinite(features[:, 0]))
+            for (network, features), weight in zip(self.ballots(inputs), weights, strict=True)
+            if features is not None
+        ]
+        total = np.sum([weight for *_, weight in ballots], axis=0)
+        for network, features, weight in ballots:
+            yield apply_head(network, np.nan_to_num(features), kind), weight / total
+
+    def ballots(self, inputs: Inputs) -> list[tuple[PredictionHead, NDArray[np.float32] | None]]:
+        """Each network with what it reads; None where cells lack it."""
+        read = [
+            inputs.features if source == "embedding" else inputs.expression
+            for _, source in self._sources()
+        ]
+        return list(zip(self.networks, read, strict=True))
+
+    def _sources(self) -> list[tuple[PredictionHead, Source]]:
+        default: Source = "embedding"
+        reads = self.reads or (default,) * len(self.networks)
+        return list(zip(self.networks, reads, strict=True))
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        entries: dict[str, Any] = {"reads": list(self.reads), "weights": list(self.weights)}
+        if self.expression is None:
+            return entries, {}
+        expression, arrays = self.expression.to_entries()
+        return {**entries, "expression": expression}, arrays
+
+    @classmethod
+    def _read_own(
+        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "reads": tuple(entries.get("reads", ())),
+            "weights": tuple(entries.get("weights", ())),
+        }
+        if "expression" in entries:
+            own = ExpressionComponents.from_entries(entries["expression"], arrays)
+            found["expression"] = own
+        return found
+
+
+def choose_n_components(
+    n_components: int | None, use_rep: tuple[str, ...], *, is_repeated: bool
+) -> int:
+    """Components to read: as asked for, or some beside embeddings that a model makes.
+
+    Parameters
+    ----------
+    n_components
+        What is asked for; None for a choice.
+    use_rep
+        Entries of ``obsm`` that are read.
+    is_repeated
+        Whether a protocol says what is fitted; it has none.
+    """
+    if n_components is not None:
+        return n_components
+    return _N_COMPONENTS if set(use_rep) <= set(MADE_BY_EMBED) and not is_repeated else 0
+
+
+def add_expression(
+    sections: Sections,
+    inputs: Inputs,
+    rows: NDArray[np.int64],
+    *,
+    n_components: int,
+    layer: str | None,
+    is_asked_for: bool,
+    classes: NDArray[np.int64] | None = None,
+) -> tuple[Inputs, ExpressionComponents | None]:
+    """Find components of the labelled cells' expression, and add those of their tables' cells.
+
+    Parameters
+    ----------
+    sections
+        The cells.
+    inputs
+        Their representations.
+    rows
+        Labelled cells, in an order that does not depend on the file.
+    n_components
+        Most components; 0 for none.
+    layer
+        Layer with raw counts; None for the one that was embedded.
+    is_asked_for
+        Whether it is an error, and not only worth a warning, if there are no counts to read.
+    classes
+        (n_obs,) classes of the cells; None if they have none.
+
+    Raises
+    ------
+    KeyError, ValueError
+        There are no raw counts, or no shared genes, and they are asked for.
+    """
+    if not n_components:
+        return inputs, None
+    # Tables without labels have no say in what is read.
+    known = np.zeros(sections.n_obs, dtype=bool)
+    known[rows] = True
+    own, places = sections.of_tables(
+        [k for k, place in enumerate(sections.places) if known[place].any()]
+    )
+    vocabulary = embedded_vocabulary()
+    try:
+        columns = [GeneColumns.read(table, vocabulary, must_map=False) for table in own.tables]
+        layers = [counts_layer(table, layer) for table in own.tables]
+        components, found = fit_components(
+            own,
+            np.searchsorted(places, rows),
+            columns,
+            choose_panel(columns, ()).inputs,
+            layers,
+            n_components,
+            None if classes is None else classes[places],
+        )
+    except (KeyError, ValueError) as error:
+        if is_asked_for:
+            raise
+        _warn_of(error, sections.n_obs)
+        return inputs, None
+    scores = np.full((sections.n_obs, found.shape[1]), np.nan, dtype=np.float32)
+    scores[places] = found
+    return replace(inputs, expression=scores), components
+
+
+def counts_layer(adata: AnnData, layer: str | None) -> str | None:
+    """Layer to read counts from: as asked for, or what was embedded; None for ``X``."""
+    return layer or recorded_layer(adata)
+
+
+def _warn_of(error: Exception, n_obs: int) -> None:
+    logger.warning("%d cells are judged by their embeddings alone: %s", n_obs, error.args[0])

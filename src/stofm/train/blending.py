@@ -1,0 +1,73 @@
+"""How much networks that vote should weigh: as much as makes held-out cells likeliest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stofm.train.targets import Targets
+
+#: Held-out cells that every voter is taken to have explained before any is looked at.
+_PRIOR = 1.0
+_ROUNDS = 200
+_TINY = 1e-6
+
+
+def blend_weights(
+    votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Find the weights with which probabilities of several voters are best averaged.
+
+    The weighted mean is a mixture, and its likelihood on the held-out cells is raised by
+    expectation maximisation, which from equal weights comes to the only maximum.
+
+    Parameters
+    ----------
+    votes
+        For each voter (n, n_outputs) probabilities or proportions of held-out cells that it was
+        not fitted to; rows sum to 1.
+    targets
+        Classes or proportions.
+    rows
+        (n,) which of the targets' rows the votes are of, in an order that does not depend on the
+        file. A row may occur more than once.
+
+    Returns
+    -------
+    (n_voters,) weights that sum to 1; equal without rows.
+
+    References
+    ----------
+    van der Laan et al. 2007, Super learner (Statistical Applications in Genetics and Molecular
+    Biology 6:25), for weights from held-out predictions. Dempster et al. 1977, Maximum likelihood
+    from incomplete data via the EM algorithm (J R Stat Soc B 39:1).
+    """
+    likelihood, mass = _likelihoods(votes, targets, rows)
+    weights = np.full(len(votes), 1 / len(votes))
+    for _ in range(_ROUNDS):
+        shares = likelihood * weights
+        shares /= shares.sum(axis=1, keepdims=True)
+        explained = mass @ shares + _PRIOR
+        weights = explained / explained.sum()
+    return weights
+
+
+def _likelihoods(
+    votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Each voter's probability of what is true, (n_events, n_voters), and how much that counts."""
+    values = targets.values[rows]
+    if targets.kind == "classes":
+        own = [vote[np.arange(len(rows)), values] for vote in votes]
+        weights = targets.class_weights
+        mass = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)[values]
+    else:
+        own = [vote.ravel() for vote in votes]
+        mass = np.asarray(values, dtype=np.float64).ravel()
+    return np.maximum(np.stack(own, axis=1).astype(np.float64), _TINY), mass
