@@ -201,7 +201,7 @@ def _score_proportions(task: Deconvolution | Proportions, found: pd.DataFrame) -
     }
 
 
-def deconvolve_with_model(task: Deconvolution, setting: Setting, seed: int) -> Scores:
+def deconvolve_with_model(task: Deconvolution | Proportions, setting: Setting, seed: int) -> Scores:
     """Heads on the model's embeddings of spots that are simulated from the reference."""
     query = task.query.copy()
     st.tl.deconvolve(
@@ -357,6 +357,8 @@ CONTENDERS: Mapping[str, Sequence[Contender]] = {
     ),
     "proportions": (
         *_strategies(proportions_with_model),
+        # What least squares read too.
+        Contender(name="stofm, reference", score=deconvolve_with_model, strategy="frozen"),
         *_components(proportions_with_components),
         *_PROFILES,
     ),

@@ -59,7 +59,7 @@ def annotate(
 
     The query may be another slice, have other genes, or be of another species. Some networks of
     the head read embeddings, others principal components of expression; what each kind weighs was
-    found on held-out cells. Where a query lacks too many of the genes, or raw counts, those on
+    found on held-out cells. Where a query lacks nearly all of the genes, or raw counts, those on
     embeddings vote alone, which a warning says. Cells that are missing their embeddings are
     embedded first; do it yourself with :func:`stofm.tl.embed` if that needs options of its own,
     such as `orthologs`.

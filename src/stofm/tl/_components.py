@@ -28,7 +28,9 @@ _MOST_GENES: Final = 2000
 #: Cells that the components are found from; of more, every second or third one is taken.
 _MOST_CELLS: Final = 20_000
 #: With a smaller share of what the components are made of, cells have no components.
-_LEAST_MEASURED: Final = 0.8
+_LEAST_MEASURED: Final = 0.1
+#: Variance of noise where genes are missing, as a share of the last component's.
+_NOISE: Final = 0.1
 _ROWS_AT_ONCE: Final = 4096
 #: Labelled slices whose mean lies so far from that of all, in shares of the variance, when cells of
 #: a class are compared: replicates in the benchmark have at most 0.06, patients whose expression
@@ -154,7 +156,8 @@ class ExpressionComponents:
     ) -> NDArray[np.float32] | None:
         """Components of the cells of an AnnData, whose counts are read block by block.
 
-        A gene that it lacks is taken to be expressed as in the mean labelled cell.
+        Where it lacks genes, components are those that are expected given the others: the mean of
+        probabilistic principal component analysis.
 
         Parameters
         ----------
@@ -188,15 +191,27 @@ class ExpressionComponents:
             return None
         choice = selector(found, adata.n_vars)
         target = TARGET_SUM * float(self.shares[is_there].sum(dtype=np.float64))
-        axes = self.axes * is_there[self.chosen][:, None].astype(np.float32)
-        offset = self.mean @ axes
+        known = is_there[self.chosen]
+        genes = self.chosen[known]
+        axes = self.axes if known.all() else self._expectation(known)
+        offset = self.mean[known] @ axes
         parts = []
         for block in read_counts(adata, layer=layer):
             counts = sparse.csr_matrix(block @ choice)
             totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-            values = log_normalised(counts, totals, target_sum=target)[:, self.chosen]
+            values = log_normalised(counts, totals, target_sum=target)[:, genes]
             parts.append((values @ axes - offset).astype(np.float32))
         return np.concatenate(parts)
+
+    def _expectation(self, known: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """What to multiply known genes with, (n_known, k), to expect components of a cell.
+
+        Tipping and Bishop 1999, Probabilistic principal component analysis (J R Stat Soc B 61:611).
+        """
+        axes = self.axes[known].astype(np.float64)
+        variances = self.variances.astype(np.float64)
+        inner = axes.T @ axes + np.diag(_NOISE * variances[-1] / variances)
+        return np.ascontiguousarray(np.linalg.solve(inner, axes.T).T, dtype=np.float32)
 
     def centered(
         self, scores: NDArray[np.float32], slices: Sequence[NDArray[np.int64]]
