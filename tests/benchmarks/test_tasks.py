@@ -275,6 +275,8 @@ def test_all_contenders_of_annotation_learn_the_same_cells(folder, setting, monk
     # All else is the same, but for the model.
     assert fits[0][1].pop("model") is setting.model
     assert fits[0][1].pop("strategy") == "frozen"
+    # Components are read instead of the model, not beside themselves.
+    assert [options.pop("n_components", None) for _, options in fits] == [None, 0, 0]
     for (learnt, options), (tested, _) in zip(fits, applied, strict=True):
         assert options == fits[0][1]
         assert options["seed"] == 3
@@ -384,6 +386,10 @@ def test_contenders_that_learn_proportions(deconvolution, setting, monkeypatch):
     )
 
     def deconvolve(data, *, head=None, **options):
+        if "reference" in options:
+            assert options["reference"] is task.reference
+            data.obsm["stofm_deconvolution"] = deconvolution.truth
+            return "a head"
         if head is None:
             calls.append((data.obsm["known"], options))
             return "a head"
@@ -394,13 +400,15 @@ def test_contenders_that_learn_proportions(deconvolution, setting, monkeypatch):
     monkeypatch.setattr(st.tl, "deconvolve", deconvolve)
     contenders = tasks.choose_contenders(["*"], ["frozen", "lora"])["proportions"]
     found = {one.name: one.score(task, setting, 3) for one in contenders}
-    assert list(found)[:4] == ["stofm frozen", "stofm lora", "PCs", "PCs + neighbours"]
+    ours = ["stofm frozen", "stofm lora", "stofm, reference"]
+    assert list(found)[:5] == [*ours, "PCs", "PCs + neighbours"]
     assert found["PCs"]["pearson"] == pytest.approx(1.0)
     assert found["least squares"]["pearson"] > 0.7
     assert [options.pop("strategy", None) for _, options in calls] == ["frozen", "lora", None, None]
     assert [options.pop("model", None) is setting.model for _, options in calls[:2]] == [True, True]
     keys = [options.pop("use_rep", None) for _, options in calls]
     assert keys == [None, None, "X_pca", "X_pca_neighbors"]
+    assert [options.pop("n_components", None) for _, options in calls] == [None, None, 0, 0]
     for learnt, options in calls:
         pd.testing.assert_frame_equal(learnt, known)
         assert options == calls[0][1]
@@ -448,6 +456,7 @@ def test_contenders_of_imputation(imputation, setting, monkeypatch):
     assert model[2].pop("strategy") == "frozen"
     for query, (fit,), options in components:
         key = options.pop("use_rep")
+        assert options.pop("n_components") == 0
         assert options == model[2]
         assert options["seed"] == 3
         # Made without the genes to impute, and of both slices together.
@@ -614,7 +623,7 @@ def test_the_command_line(folder, model, monkeypatch, tmp_path, capsys):
     words += ["--strategies", "frozen", "--device", "cpu", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     tasks.main()
-    assert "above both PCA baselines in macro-F1 on 0 of 1" in capsys.readouterr().out
+    assert "above both PCA baselines in macro-F1 on 1 of 1" in capsys.readouterr().out
     names = [one["contender"] for one in json.loads((tmp_path / "out.json").read_text())["results"]]
     assert names == ["stofm frozen", "PCs", "PCs + neighbours", "logistic regression"]
     for wrong, message in (
