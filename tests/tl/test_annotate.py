@@ -23,7 +23,8 @@ def cells(adata, rng):
 
 
 def fit(data, **options):
-    return st.tl.annotate(data, **({"label_key": "kind", "use_rep": "X_pca", **QUIET} | options))
+    usual = {"label_key": "kind", "use_rep": "X_pca", "n_heads": 1, **QUIET}
+    return st.tl.annotate(data, **(usual | options))
 
 
 def apply(data, head, **options):
