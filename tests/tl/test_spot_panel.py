@@ -7,11 +7,11 @@ from scipy import sparse
 
 from stofm.nn import project_cells
 from stofm.pp._tokenize import tokens_or_stored
+from stofm.tl._expression import log_normalised
 from stofm.tl._spot_panel import (
     SpotPanel,
     component_loadings,
     genes_of,
-    log_normalize,
     read_panel_counts,
 )
 
@@ -68,13 +68,15 @@ def test_components_stand_beside(adata, model, panel, rng):
 
 def test_a_spot_without_counts_is_normalised_to_nothing():
     counts = sparse.csr_matrix([[0, 0], [3, 1]])
-    np.testing.assert_allclose(log_normalize(counts, 4.0).toarray(), np.log1p([[0, 0], [3, 1]]))
+    np.testing.assert_allclose(
+        log_normalised(counts, target_sum=4.0).toarray(), np.log1p([[0, 0], [3, 1]])
+    )
 
 
 def test_components_are_those_of_the_covariance(rng):
     counts = sparse.csr_matrix(rng.poisson(3.0, (200, 12)))
     loadings = component_loadings(counts, rng.random((3, 12)), target_sum=30.0, n_components=4)
-    logs = log_normalize(counts, 30.0).toarray()
+    logs = log_normalised(counts, target_sum=30.0).toarray()
     scores = (logs - logs.mean(axis=0)) @ loadings
     values = np.linalg.svd(logs - logs.mean(axis=0), compute_uv=False)
     np.testing.assert_allclose((scores**2).sum(axis=0), values[:4] ** 2, rtol=1e-3)

@@ -124,7 +124,7 @@ class ExpressionComponents:
             Most components.
         """
         sums = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
-        values = log_normalised(counts, np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel())
+        values = log_normalised(counts)
         mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
         squares = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
         chosen = np.sort(np.argsort(mean**2 - squares, kind="stable")[:_MOST_GENES])
@@ -198,8 +198,7 @@ class ExpressionComponents:
         parts = []
         for block in read_counts(adata, layer=layer):
             counts = sparse.csr_matrix(block @ choice)
-            totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-            values = log_normalised(counts, totals, target_sum=target)[:, genes]
+            values = log_normalised(counts, target_sum=target)[:, genes]
             parts.append((values @ axes - offset).astype(np.float32))
         return np.concatenate(parts)
 

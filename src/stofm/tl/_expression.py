@@ -141,9 +141,24 @@ def expression_targets(
 
 
 def log_normalised(
-    counts: sparse.csr_matrix, totals: NDArray[np.float64], *, target_sum: float = TARGET_SUM
+    counts: sparse.csr_matrix,
+    totals: NDArray[np.float64] | None = None,
+    *,
+    target_sum: float = TARGET_SUM,
 ) -> sparse.csr_matrix:
-    """``log1p(target_sum x count / total)`` of each cell; 0 for a cell without counts."""
+    """``log1p(target_sum x count / total)`` of each cell; 0 for a cell without counts.
+
+    Parameters
+    ----------
+    counts
+        (n, n_genes).
+    totals
+        (n,) what counts are divided by; None for their own sums.
+    target_sum
+        Total to which counts are scaled.
+    """
+    if totals is None:
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
     factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
     scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
     values = np.log1p(scaled).astype(np.float32)

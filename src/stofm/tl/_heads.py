@@ -91,10 +91,7 @@ class Head:
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Refuse representations of another width than those that the head was fitted to."""
-        self.check_width(inputs, self.networks[0].config.d_input)
-
-    def check_width(self, inputs: Inputs, expected: int) -> None:
-        """Refuse representations of another width than a network's."""
+        expected = self.networks[0].config.d_input
         if inputs.features.shape[1] != expected:
             msg = (
                 f"The head reads {expected} columns from obsm{list(self.use_rep)}, found "

@@ -18,6 +18,7 @@ from stofm.genes import rank_genes
 from stofm.nn import project_cells
 from stofm.pp._tokenize import find_columns
 from stofm.tl._components import principal_axes
+from stofm.tl._expression import log_normalised
 
 if TYPE_CHECKING:
     import torch
@@ -156,17 +157,8 @@ class SpotPanel:
         )
         if not self.loadings.shape[1]:
             return projected
-        scores = log_normalize(counts, self.target_sum) @ self.loadings
+        scores = log_normalised(counts, target_sum=self.target_sum) @ self.loadings
         return np.hstack([projected, np.asarray(scores, dtype=np.float32)])
-
-
-def log_normalize(counts: sparse.csr_matrix, target_sum: float) -> sparse.csr_matrix:
-    """Return log(1 + count / total x `target_sum`); 0 for a spot without counts."""
-    totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    scale = target_sum / np.where(totals > 0, totals, 1.0)
-    values = np.log1p(counts.data * np.repeat(scale, np.diff(counts.indptr)))
-    parts = (values.astype(np.float32), counts.indices, counts.indptr)
-    return sparse.csr_matrix(parts, shape=counts.shape)
 
 
 def component_loadings(
@@ -196,9 +188,9 @@ def component_loadings(
     -------
     (n_genes, n_components).
     """
-    profiles = log_normalize(sparse.csr_matrix(mean_counts), target_sum).toarray()
+    profiles = log_normalised(sparse.csr_matrix(mean_counts), target_sum=target_sum).toarray()
     chosen = np.sort(np.argsort(-profiles.var(axis=0), kind="stable")[:_MAX_GENES])
-    values = sparse.csr_matrix(log_normalize(counts, target_sum)[:, chosen])
+    values = sparse.csr_matrix(log_normalised(counts, target_sum=target_sum)[:, chosen])
     if not n_components:
         return np.zeros((counts.shape[1], 0), dtype=np.float32)
     axes = principal_axes(values, n_components)[1]

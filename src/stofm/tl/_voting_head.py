@@ -38,7 +38,8 @@ class VotingHead(Head):
     Attributes
     ----------
     reads
-        What each network reads: ``"embedding"`` or ``"expression"``; empty if all read embeddings.
+        What each network reads: ``"embedding"``, as the first one does, or ``"expression"``; empty
+        if all read embeddings.
     weights
         Weight of each network in the mean; empty for equal ones.
     expression
@@ -67,12 +68,6 @@ class VotingHead(Head):
                 scores[place] = known
         return replace(inputs, expression=self.expression.centered(scores, sections.slices.rows))
 
-    def check_inputs(self, inputs: Inputs) -> None:
-        """Refuse representations of another width than those that the head was fitted to."""
-        for network, source in self._sources():
-            if source == "embedding":
-                self.check_width(inputs, network.config.d_input)
-
     def votes(
         self, inputs: Inputs, kind: TargetKind
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
@@ -99,20 +94,15 @@ class VotingHead(Head):
         ]
         total = np.sum([weight for *_, weight in ballots], axis=0)
         for network, features, weight in ballots:
-            yield apply_head(network, np.nan_to_num(features), kind), weight / total
+            # Only components may be lacking; a copy of all embeddings would be large.
+            read = features if weight.all() else np.nan_to_num(features)
+            yield apply_head(network, read, kind), weight / total
 
     def ballots(self, inputs: Inputs) -> list[tuple[PredictionHead, NDArray[np.float32] | None]]:
         """Each network with what it reads; None where cells lack it."""
-        read = [
-            inputs.features if source == "embedding" else inputs.expression
-            for _, source in self._sources()
-        ]
-        return list(zip(self.networks, read, strict=True))
-
-    def _sources(self) -> list[tuple[PredictionHead, Source]]:
-        default: Source = "embedding"
-        reads = self.reads or (default,) * len(self.networks)
-        return list(zip(self.networks, reads, strict=True))
+        read = {"embedding": inputs.features, "expression": inputs.expression}
+        sources = self.reads or ("embedding",) * len(self.networks)
+        return [(one, read[source]) for one, source in zip(self.networks, sources, strict=True)]
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries: dict[str, Any] = {"reads": list(self.reads), "weights": list(self.weights)}
