@@ -45,7 +45,7 @@ def accuracy(data, head):
 def test_expression_has_a_vote(cells):
     head = fit(cells)
     assert head.reads.count("embedding") == 2
-    assert {"embedding", "expression"} == set(head.reads)
+    assert {"embedding", "neighborhood", "expression"} == set(head.reads)
     assert sum(head.weights) == pytest.approx(1.0)
     # No more components than there are genes.
     assert head.expression.axes.shape == (71, 71)
@@ -76,8 +76,8 @@ def test_files(cells, tmp_path):
 
 
 def test_embeddings_alone(cells):
-    head = fit(cells, n_components=0)
-    assert head.expression is None
+    head = fit(cells, n_components=0, n_neighbors=0)
+    assert (head.expression, head.n_neighbors) == (None, 0)
     assert head.reads == ("embedding",) * 2
     before = probabilities(cells, head)
     # Counts are not read.
@@ -98,14 +98,14 @@ def test_fitting_without_raw_counts(cells, caplog):
     head = fit(cells)
     assert "are judged by their embeddings alone" in caplog.text
     assert head.expression is None
-    assert set(head.reads) == {"embedding"}
+    assert set(head.reads) == {"embedding", "neighborhood"}
     with pytest.raises(ValueError, match="raw counts"):
         fit(cells, n_components=20)
 
 
 def test_a_query_without_raw_counts(cells, caplog):
     # Nothing is divided by, so that votes can be read off.
-    head = fit(cells, reject_rate=0)
+    head = fit(cells, reject_rate=0, n_neighbors=0)
     query = cells.copy()
     query.X = query.X * 0.37
     found = probabilities(query, head)
@@ -178,7 +178,8 @@ def test_backed(cells, tmp_path):
 
 
 def test_a_query_of_one_class_is_judged_as_among_others(cells):
-    head = fit(cells)
+    # Its neighbours would be others.
+    head = fit(cells, n_neighbors=0)
     whole = probabilities(cells, head)
     some = cells[cells.obs["kind"] == "1"].copy()
     np.testing.assert_allclose(probabilities(some, head), whole.loc[some.obs_names], atol=1e-6)

@@ -140,7 +140,8 @@ def test_from_single_cells_on_a_grid(cells, spots, model, rng):
     cells.obsm["places"] = rng.random((90, 2)) * 70
     cells.obs["kind"] = cells.obs["kind"].where(np.arange(90) != 4, None)
     options = {"label_key": "kind", "spot_size": 10.0, "spatial_key": "places"}
-    head = st.tl.deconvolve(cells, model=model, n_heads=1, n_components=0, **options, **QUIET)
+    one_network = {"n_heads": 1, "n_components": 0, "n_neighbors": 0}
+    head = st.tl.deconvolve(cells, model=model, **one_network, **options, **QUIET)
     assert head.types == ("astro", "micro", "oligo")
     assert head.use_rep == (Obsm.X_CELL, Obsm.X)
     assert head.params["spot_size"] == 10.0

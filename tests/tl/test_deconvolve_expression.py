@@ -72,10 +72,9 @@ def test_mean_and_spread_are_by_weight(spots):
     sections = st.tl._head_inputs.resolve_slices(spots)
     options = {"library_key": None, "layer": None, "spatial_key": "spatial", **QUIET}
     inputs = head.read(sections, None, options)
-    read = {"embedding": inputs.features, "expression": inputs.expression}
     votes = np.stack(
         [
-            st.train.apply_head(network, read[source], "proportions").astype(float)
+            st.train.apply_head(network, inputs.of(source), "proportions").astype(float)
             for network, source in zip(head.networks, head.reads, strict=True)
         ]
     )
@@ -87,7 +86,7 @@ def test_mean_and_spread_are_by_weight(spots):
 
 
 def test_embeddings_alone(spots):
-    head = fit(spots, n_components=0)
+    head = fit(spots, n_components=0, n_neighbors=0)
     assert (head.expression, head.reads) == (None, ("embedding",) * 2)
     expected = apply(spots, head).obsm[KEY]
     spots.X = None
@@ -95,7 +94,7 @@ def test_embeddings_alone(spots):
 
 
 def test_without_raw_counts(spots, caplog):
-    head = fit(spots)
+    head = fit(spots, n_neighbors=0)
     spots.X = spots.X * 0.37
     made = apply(spots, head)
     assert "are judged by their embeddings alone" in caplog.text

@@ -47,6 +47,7 @@ def test_fields(embedded):
         "library_key": "library",
         "shared": True,
         "coarser": [3, 2],
+        "n_neighbors": 0,
         "smooth": 0,
         "centering": "slice",
         "use_rep": Obsm.X,
@@ -249,7 +250,7 @@ def test_slices_that_can_not_be_told_apart(embedded):
 
 
 def test_embedding_that_is_none(embedded):
-    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]: pass use_rep= one of \['X_stofm', 's"):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]; there are \['X_stofm', 'spa"):
         st.tl.domains(embedded, use_rep="X_pca", library_key="library")
     embedded.obsm[Obsm.X][5:8, 2] = np.nan
     with pytest.raises(ValueError, match=r"3 of 184 cells have NaN or infinite values in obsm\['X"):
@@ -258,5 +259,59 @@ def test_embedding_that_is_none(embedded):
     with pytest.raises(ValueError, match=r"shape \(184, 2\) and the type <U1; expected numbers"):
         st.tl.domains(embedded, library_key="library")
     del embedded.obsm[Obsm.X]
-    with pytest.raises(KeyError, match=r"run st\.tl\.embed\(adata\) first, or pass use_rep="):
+    with pytest.raises(KeyError, match=r"Run st\.tl\.embed\(adata\) first\."):
         st.tl.domains(embedded, library_key="library")
+
+
+@pytest.fixture
+def around(embedded, rng):
+    """Regions of which a single cell shows little, and ten neighbours much."""
+    region = embedded.obs["region"].cat.codes.to_numpy()
+    embedded.obsm[Obsm.X] = rng.normal(size=(184, 9)).astype(np.float32)
+    cell = rng.normal(size=(184, 5)) + 2.0 * np.eye(5)[region]
+    embedded.obsm[Obsm.X_CELL] = cell.astype(np.float32)
+    return embedded
+
+
+def agreement(adata, **options):
+    st.tl.domains(adata, n_domains=5, library_key="library", **options)
+    return adjusted_rand_score(adata.obs["region"], adata.obs[Obs.DOMAIN])
+
+
+def test_neighbours_tell_regions(around):
+    assert agreement(around) > 0.4
+    assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 10
+    assert agreement(around, n_neighbors=0) < 0.1
+    around.obsm["X_pca"] = around.obsm[Obsm.X_CELL]
+    # Other embeddings are read as they are unless neighbours are asked for.
+    alone = agreement(around, use_rep="X_pca")
+    assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0
+    assert agreement(around, use_rep="X_pca", n_neighbors=8) > alone
+
+
+def test_neighbours_of_each_slice_by_itself(around):
+    st.tl.domains(around, n_domains=3, library_key="library", shared=False)
+    whole = around.obs[Obs.DOMAIN].copy()
+    for name in ("left", "right"):
+        one = around[around.obs["library"] == name].copy()
+        st.tl.domains(one, n_domains=3)
+        pairs = pd.crosstab(one.obs[Obs.DOMAIN], whole[one.obs_names])
+        assert (pairs > 0).sum().sum() == 3
+
+
+@pytest.mark.parametrize("lack", ["places", "cell embedding", "its model"])
+def test_without_neighbours(around, lack):
+    expected = agreement(around, n_neighbors=0)
+    if lack == "places":
+        del around.obsm[Obsm.SPATIAL]
+        with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
+            agreement(around, n_neighbors=3)
+    elif lack == "cell embedding":
+        del around.obsm[Obsm.X_CELL]
+    else:
+        around.uns[Uns.STOFM] = {
+            key: {"model": name, "vocabulary": "v", "version": "1", "params": {}}
+            for key, name in ((Obsm.X, "one"), (Obsm.X_CELL, "another"))
+        }
+    assert agreement(around) == expected
+    assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0

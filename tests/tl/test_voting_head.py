@@ -84,7 +84,8 @@ def components(data, inputs, n_components=4, layer=None, *, is_asked_for=True, r
 
 
 def read(head, data, inputs, layer=None):
-    return head.read_expression(resolve_slices(data, "library"), inputs, layer)
+    sections = resolve_slices(data, "library")
+    return head.read_beside(sections, inputs, layer=layer, spatial_key=Obsm.SPATIAL)
 
 
 @pytest.fixture

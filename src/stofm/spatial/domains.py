@@ -76,6 +76,7 @@ def domain_space(
     slices: Sequence[NDArray[np.int64]],
     *,
     centering: Centering = "slice",
+    beside: NDArray[np.floating] | None = None,
 ) -> DomainSpace:
     """Reduce embeddings to the 20 principal components that domains are found in.
 
@@ -87,6 +88,8 @@ def domain_space(
         Rows of each slice; together all rows.
     centering
         ``"slice"`` takes each slice's mean off first, and with it what sets slices apart.
+    beside
+        (n, d) more of each cell, finite, put beside the embedding with the same total variance.
 
     Raises
     ------
@@ -96,6 +99,9 @@ def domain_space(
     if centering not in ("slice", "none"):
         msg = f"centering must be 'slice' or 'none', found {centering!r}."
         raise ValueError(msg)
+    n_own = features.shape[1]
+    if beside is not None:
+        features = np.concatenate([features, beside], axis=1)
     parts = [rows[canonical_order(features[rows][:, [0, -1]], features[rows])] for rows in slices]
     order = np.concatenate(parts)
     values = features[order]
@@ -106,6 +112,10 @@ def domain_space(
     if centering == "slice":
         for start, end in pairwise(starts):
             values[start:end] -= values[start:end].mean(axis=0, dtype=np.float64)
+    if beside is not None:
+        for block in (values[:, :n_own], values[:, n_own:]):
+            total = float(np.sqrt(block.var(axis=0, dtype=np.float64).sum()))
+            block /= total or 1.0
     scores = principal_components(values[is_new], min(_N_COMPONENTS, features.shape[1]))
     scale = np.sqrt(scores.var(axis=0).sum())
     return DomainSpace(order, np.cumsum(is_new) - 1, scores / scale if scale > 0 else scores)

@@ -1,4 +1,4 @@
-"""Exact neighbour graphs in few dimensions, weighted as UMAP weights them."""
+"""Exact neighbour graphs in few dimensions, weighted as UMAP weights them, and means over neighbours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
+from stofm.spatial.coordinates import canonical_order
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _MAX_BISECTIONS = 64
@@ -52,6 +56,44 @@ def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) 
     distances[rows, column] = distances[rows, 0]
     indices[rows, 0] = rows
     distances[rows, 0] = 0.0
+
+
+def neighbor_means(
+    values: NDArray[np.floating],
+    coordinates: NDArray[np.float64],
+    slices: Sequence[NDArray[np.int64]],
+    n_neighbors: int,
+) -> NDArray[np.float32]:
+    """Average values over the nearest neighbours of each cell, itself not counted.
+
+    Of neighbours at the same distance those count that come first by their place, so that the
+    order of the rows does not matter.
+
+    Parameters
+    ----------
+    values
+        (n, d).
+    coordinates
+        (n, 2), any unit.
+    slices
+        Rows of each slice; neighbours are of the same slice.
+    n_neighbors
+        At least 1. A smaller slice has as many as there are, and a cell by itself its own values.
+
+    Returns
+    -------
+    float32 (n, d); NaN for rows of no slice.
+    """
+    means = np.full(values.shape, np.nan, dtype=np.float32)
+    for rows in slices:
+        ordered = rows[canonical_order(coordinates[rows], values[rows])]
+        nearest = nearest_neighbors(coordinates[ordered], n_neighbors + 1)[0]
+        nearest = nearest[:, 1:] if len(ordered) > 1 else nearest
+        starts = np.arange(0, nearest.size + 1, nearest.shape[1])
+        weights = np.full(nearest.size, 1.0 / nearest.shape[1])
+        averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=(len(ordered),) * 2)
+        means[ordered] = averaging @ values[ordered]
+    return means
 
 
 def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> sp.csr_array:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stofm._keys import Label, Obs, Obsm
 from stofm.tl._annotation_fitting import AnnotationFitting
 from stofm.tl._annotation_head import AnnotationHead, write_annotation
-from stofm.tl._fit_options import check_fit_options, check_whole_number
+from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._labels import read_labels
@@ -32,6 +32,7 @@ def annotate(
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
     strategy: Strategy = "frozen",
+    n_neighbors: int | None = None,
     n_components: int | None = None,
     n_heads: int | None = None,
     library_key: str | None = None,
@@ -58,9 +59,9 @@ def annotate(
         st.tl.annotate(query, head=head)
 
     The query may be another slice, have other genes, or be of another species. Some networks of
-    the head read embeddings, others principal components of expression; what each kind weighs was
-    found on held-out cells. Where a query lacks nearly all of the genes, or raw counts, those on
-    embeddings vote alone, which a warning says. Cells that are missing their embeddings are
+    the head read embeddings, others the mean over a cell's neighbours beside them, others principal
+    components of expression; what each kind weighs was found on held-out cells. Where a query lacks
+    nearly all of the genes, or raw counts, those on embeddings vote alone, which a warning says. Cells that are missing their embeddings are
     embedded first; do it yourself with :func:`stofm.tl.embed` if that needs options of its own,
     such as `orthologs`.
 
@@ -87,6 +88,11 @@ def annotate(
     strategy
         ``"frozen"`` fits a head on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model with it; the head then carries that model.
+    n_neighbors
+        Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
+        (or all of `use_rep`, if that is not read); further networks read this mean beside the
+        embeddings. None: 10 beside the embeddings of a model, and 0, none, beside other entries of
+        ``obsm`` or with a `protocol`.
     n_components
         Principal components of log-normalised counts that further networks read, of the genes
         that all labelled cells have; they are centred by slice if the labelled slices differ in
@@ -195,10 +201,9 @@ def annotate(
         "device": device,
         "show_progress_bar": show_progress_bar,
     }
-    if n_components is not None:
-        check_whole_number("n_components", n_components, least=0)
-    if n_heads is not None:
-        check_whole_number("n_heads", n_heads, least=1)
+    check_if_given("n_neighbors", n_neighbors, least=0)
+    check_if_given("n_components", n_components, least=0)
+    check_if_given("n_heads", n_heads, least=1)
     if head is not None:
         require_head(head, AnnotationHead)
         refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
@@ -210,12 +215,13 @@ def annotate(
             expected=head.origin,
             **reading,
         )
-        inputs = head.read_expression(target, inputs, layer)
+        inputs = head.read_beside(target, inputs, layer=layer, spatial_key=spatial_key)
         write_annotation(target, head, head.predict(inputs), key_added)
         return target.as_given() if copy else None
     fitting = AnnotationFitting(
         label_key=str(label_key),
         strategy=strategy,
+        n_neighbors=n_neighbors,
         n_components=n_components,
         n_heads=n_heads,
         class_weights=class_weights,

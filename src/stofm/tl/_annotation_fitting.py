@@ -13,6 +13,7 @@ from stofm.tl._annotation_head import Annotation, AnnotationHead, log_scores
 from stofm.tl._embeddings import unchanged_on_error
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
+from stofm.tl._neighborhood import choose_neighborhood
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._voter_fitting import choose_n_heads, fit_voters, splits_of_networks
 from stofm.tl._voting_head import add_expression, choose_n_components
@@ -51,6 +52,7 @@ class AnnotationFitting:
 
     label_key: str
     strategy: Strategy
+    n_neighbors: int | None
     n_components: int | None
     n_heads: int | None
     class_weights: Literal["balanced"] | None
@@ -82,6 +84,13 @@ class AnnotationFitting:
         """Fit a head, or one for each run of a protocol, of which the first is kept."""
         with unchanged_on_error(sections.tables):
             inputs = read_inputs(sections, use_rep=use_rep, model=model, **self.reading)
+            inputs = choose_neighborhood(
+                sections,
+                inputs,
+                self.n_neighbors,
+                spatial_key=self.reading["spatial_key"],
+                is_repeated=self.protocol is not None,
+            )
             inputs, expression = self._with_expression(sections, inputs, labels)
         heads, tested = [], []
         for run in self._plan(sections, labels, inputs, self.seed):
@@ -169,6 +178,7 @@ class AnnotationFitting:
             networks=voters.networks,
             reads=voters.reads,
             weights=voters.weights,
+            n_neighbors=voters.n_neighbors,
             outputs=labels.classes,
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
@@ -228,6 +238,7 @@ class AnnotationFitting:
             "min_share": float(self.min_share),
             "left_out_classes": list(labels.left_out),
             "class_weights": self.class_weights,
+            "n_neighbors": self.n_neighbors,
             "n_components": self.n_components,
             "n_heads": n_heads,
             "reject_rate": float(self.reject_rate),

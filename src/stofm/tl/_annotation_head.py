@@ -61,7 +61,7 @@ class AnnotationHead(VotingHead):
         Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
     outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
         Classes; what is read and by which model; how the head was fitted and how good it is.
-    networks, reads, weights, expression
+    networks, reads, weights, expression, n_neighbors
         What votes on the classes, on what grounds, and with which weight.
     """
 

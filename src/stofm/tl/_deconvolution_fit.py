@@ -15,6 +15,7 @@ from stofm.tl._embeddings import origin_by, unchanged_on_error
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
+from stofm.tl._neighborhood import choose_neighborhood
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._spot_reference import SpotSimulation
 from stofm.tl._voter_fitting import fit_voters, splits_of_networks, voter_seeds
@@ -61,6 +62,7 @@ class DeconvolutionFitting:
     """
 
     strategy: Strategy
+    n_neighbors: int | None
     n_components: int | None
     n_heads: int
     split: SplitRule
@@ -91,6 +93,13 @@ class DeconvolutionFitting:
             raise ValueError(msg)
         with unchanged_on_error(spots.sections.tables):
             inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
+            inputs = choose_neighborhood(
+                spots.sections,
+                inputs,
+                self.n_neighbors,
+                spatial_key=self.reading["spatial_key"],
+                is_repeated=self.protocol is not None,
+            )
             known = np.flatnonzero(targets.is_known)
             inputs, expression = add_expression(
                 spots.sections,
@@ -162,6 +171,7 @@ class DeconvolutionFitting:
             networks=voters.networks,
             reads=voters.reads,
             weights=voters.weights,
+            n_neighbors=voters.n_neighbors,
             outputs=types,
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
@@ -251,6 +261,7 @@ class DeconvolutionFitting:
         options = ("layer", "library_key", "spatial_key")
         return {
             **self.source,
+            "n_neighbors": self.n_neighbors,
             "n_components": self.n_components,
             "n_heads": self.n_heads,
             "seed": seed,

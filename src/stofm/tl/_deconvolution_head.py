@@ -99,7 +99,9 @@ class DeconvolutionHead(VotingHead):
                 sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
             )
             self.check_inputs(inputs)
-            return self.read_expression(sections, inputs, options["layer"])
+            return self.read_beside(
+                sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
+            )
         encoder = self._encoder(model)
         device = choose_device(options["device"])
         parts = [

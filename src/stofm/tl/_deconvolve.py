@@ -13,7 +13,7 @@ from stofm.spatial.spot_simulation import SpotRules
 from stofm.tl._deconvolution_fit import DeconvolutionFitting
 from stofm.tl._deconvolution_head import DeconvolutionHead, Proportions
 from stofm.tl._encode_cells import load_model
-from stofm.tl._fit_options import check_fit_options, check_whole_number
+from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._head_inputs import DEFAULT_REP, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._labels import read_labels
@@ -56,6 +56,7 @@ def deconvolve(
     missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
     min_share: float = 0.0,
     spots: SpotRules | None = None,
+    n_neighbors: int | None = None,
     n_components: int | None = None,
     split: SplitRule = "auto",
     protocol: Protocol | None = None,
@@ -118,7 +119,7 @@ def deconvolve(
         ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model, which the head then carries; not with `reference`.
     n_heads
-        Networks to fit; of each kind, if there are `n_components` beside the embeddings.
+        Networks to fit; of each kind, if there are others beside those on the embeddings.
     library_key
         Column of ``obs`` that names each cell's slice.
     layer, reference_layer
@@ -131,6 +132,11 @@ def deconvolve(
         Types with a smaller share of the labelled cells are left out.
     spots
         With `reference`: how many spots to simulate, of how many cells each.
+    n_neighbors
+        Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
+        (or all of `use_rep`, if that is not read); further networks read this mean beside the
+        embeddings. None: 10 beside the embeddings of a model, and 0, none, beside other entries of
+        ``obsm`` or with a `protocol`. Not read with `reference`.
     n_components
         Principal components of log-normalised counts that are read beside the embedding; 0 for
         none. With `reference` they are those of the shared genes, 50 by default. Else further
@@ -215,8 +221,8 @@ def deconvolve(
         proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
     )
     _check_way(way, label_key=label_key, strategy=strategy, protocol=protocol, copy=copy)
-    if n_components is not None:
-        check_whole_number("n_components", n_components, least=0)
+    check_if_given("n_neighbors", n_neighbors, least=0)
+    check_if_given("n_components", n_components, least=0)
     sections = resolve_slices(
         data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
     )
@@ -239,6 +245,7 @@ def deconvolve(
     labels: dict[str, Any] = {"missing": missing, "min_share": min_share}
     fitting = DeconvolutionFitting(
         strategy=strategy,
+        n_neighbors=n_neighbors,
         n_components=n_components,
         n_heads=n_heads,
         split=split,

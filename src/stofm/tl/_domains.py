@@ -25,6 +25,11 @@ from stofm.spatial.domains import (
     merge_domains,
     smooth_domains,
 )
+from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.tl._embeddings import MADE_BY_EMBED
+from stofm.tl._fit_options import check_if_given
+from stofm.tl._neighborhood import N_NEIGHBORS
+from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +48,7 @@ def domains(
     library_key: str | None = None,
     shared: bool = True,
     coarser: Sequence[int] = (),
+    n_neighbors: int | None = None,
     smooth: int = 0,
     centering: Centering = "slice",
     use_rep: str = Obsm.X,
@@ -54,11 +60,11 @@ def domains(
 ) -> AnnData | None:
     """Find the regions of slices, without labels, as clusters of the embedding.
 
-    Clusters are found in the first 20 principal components of the embedding: a given number of
-    them with a Gaussian mixture whose components share one covariance, or as many as Leiden finds
-    on the neighbour graph. On slices with annotated layers and regions the mixture agrees best
-    with these, better than k-means or Leiden with a matched number. The order of the cells
-    does not matter.
+    Clusters are found in the first 20 principal components of the embedding and of what the cells
+    around are like: a given number of them with a Gaussian mixture whose components share one
+    covariance, or as many as Leiden finds on the neighbour graph. On slices with annotated layers
+    and regions the mixture agrees best with these, better than k-means or Leiden with a matched
+    number. The order of the cells does not matter.
 
     Parameters
     ----------
@@ -77,6 +83,11 @@ def domains(
     coarser
         Falling numbers of domains of coarser levels, such as ``(4, 2)``. Each is made of whole
         domains of the level below: those two are merged that differ least (Ward).
+    n_neighbors
+        Nearest neighbours in the plane, of the same slice, whose mean ``X_stofm_cell`` is read
+        beside the embedding (or whose mean `use_rep`, if that is not one of a model). None: 10
+        with the embedding of a model, if ``X_stofm_cell`` and coordinates are there, otherwise 0,
+        none.
     smooth
         Give each cell the most frequent domain among itself and as many nearest neighbours in
         the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
@@ -88,7 +99,8 @@ def domains(
     use_rep
         Entry of ``adata.obsm`` with the embedding, (n_obs, d).
     spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; needed to smooth.
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; needed to smooth and
+        for `n_neighbors`.
     seed
         Seed of the clustering.
     key_added
@@ -142,13 +154,21 @@ def domains(
     """
     table = resolve_table(adata, table_key, copy=copy)
     _check_numbers(n_domains, resolution, coarser, smooth)
+    check_if_given("n_neighbors", n_neighbors, least=0)
     _refuse_reserved(key_added, use_rep, spatial_key, library_key)
     if not shared and library_key is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
-    features = _read_embedding(table, use_rep)
+    features = read_representation(table, use_rep)
     coordinates = read_coordinates(table, spatial_key) if smooth else None
     slices = _read_slices(table, library_key, spatial_key)
+    n_neighbors = _choose_n_neighbors(table, use_rep, spatial_key, n_neighbors)
+    beside = None
+    if n_neighbors:
+        averaged = read_representation(table, _averaged(table, use_rep))
+        beside = neighbor_means(
+            averaged, read_coordinates(table, spatial_key), slices.rows, n_neighbors
+        )
     rules = _Rules(
         n_domains=n_domains,
         resolution=_RESOLUTION if resolution is None else resolution,
@@ -158,10 +178,10 @@ def domains(
         seed=seed,
     )
     if shared:
-        found = {"": rules.find(features, coordinates, slices.rows)}
+        found = {"": rules.find(features, coordinates, slices.rows, beside)}
     else:
         found = {
-            f"{name}:": rules.find_within(features, coordinates, rows)
+            f"{name}:": rules.find_within(features, coordinates, rows, beside)
             for name, rows in zip(slices.names, slices.rows, strict=True)
         }
     target = table.copy() if copy else table
@@ -172,6 +192,7 @@ def domains(
         "library_key": library_key,
         "shared": shared,
         "coarser": list(coarser),
+        "n_neighbors": n_neighbors,
         "smooth": smooth,
         "centering": centering,
         "use_rep": use_rep,
@@ -213,9 +234,10 @@ class _Rules:
         features: NDArray[np.floating],
         coordinates: NDArray[np.float64] | None,
         slices: Sequence[NDArray[np.int64]],
+        beside: NDArray[np.floating] | None,
     ) -> _Levels:
         """Find the domains of slices, which together have all rows, and the coarser levels."""
-        space = domain_space(features, slices, centering=self.centering)
+        space = domain_space(features, slices, centering=self.centering, beside=beside)
         labels = find_domains(
             space, n_domains=self.n_domains, resolution=self.resolution, seed=self.seed
         )
@@ -229,10 +251,12 @@ class _Rules:
         features: NDArray[np.floating],
         coordinates: NDArray[np.float64] | None,
         rows: NDArray[np.int64],
+        beside: NDArray[np.floating] | None,
     ) -> _Levels:
         """Find the domains of a single slice, and the coarser levels."""
         places = None if coordinates is None else coordinates[rows]
-        found = self.find(features[rows], places, [np.arange(len(rows))])
+        around = None if beside is None else beside[rows]
+        found = self.find(features[rows], places, [np.arange(len(rows))], around)
         return _Levels(rows, found.labels)
 
 
@@ -268,26 +292,24 @@ def _refuse_reserved(key_added: str, *read: str | None) -> None:
         raise ValueError(msg)
 
 
-def _read_embedding(adata: AnnData, use_rep: str) -> NDArray[np.floating]:
-    if use_rep not in adata.obsm:
-        there = sorted(map(str, adata.obsm))
-        first = "run st.tl.embed(adata) first, or " if use_rep == Obsm.X else ""
-        msg = f"There is no obsm[{use_rep!r}]: {first}pass use_rep= one of {there}."
-        raise KeyError(msg)
-    values = np.asarray(adata.obsm[use_rep])
-    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
-        msg = (
-            f"obsm[{use_rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
-            "numbers, (n_obs, d), of at least one cell."
-        )
-        raise ValueError(msg)
-    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
-        msg = (
-            f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{use_rep!r}]; "
-            "make it again or drop these cells."
-        )
-        raise ValueError(msg)
-    return values if values.dtype.kind == "f" else values.astype(np.float64)
+def _choose_n_neighbors(
+    adata: AnnData, use_rep: str, spatial_key: str, n_neighbors: int | None
+) -> int:
+    """Neighbours to average over: as asked for, or ten where it helps and can be done."""
+    if n_neighbors is not None:
+        return n_neighbors
+    can_be = _averaged(adata, use_rep) == Obsm.X_CELL and spatial_key in adata.obsm
+    return N_NEIGHBORS if can_be else 0
+
+
+def _averaged(adata: AnnData, use_rep: str) -> str:
+    """What is averaged over neighbours: the cells' own embedding by the same model, if there is one."""
+    if use_rep not in MADE_BY_EMBED or Obsm.X_CELL not in adata.obsm:
+        return use_rep
+    # Its record does not name the cell encoder of X_stofm, but the model.
+    own, cell = (read_record(adata, rep) or {} for rep in (use_rep, Obsm.X_CELL))
+    is_same = all(own.get(name) == cell.get(name) for name in ("model", "vocabulary"))
+    return Obsm.X_CELL if is_same else use_rep
 
 
 def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:

@@ -82,6 +82,18 @@ def check_whole_number(name: str, value: Any, *, least: int) -> None:
         raise ValueError(msg)
 
 
+def check_if_given(name: str, value: Any, *, least: int) -> None:
+    """Refuse what is neither None nor a whole number of at least that.
+
+    Raises
+    ------
+    ValueError
+        It is not.
+    """
+    if value is not None:
+        check_whole_number(name, value, least=least)
+
+
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices:
         msg = f"{name} must be one of {list(choices)}, found {value!r}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
+
+#: What a network of a head reads.
+Source = Literal["embedding", "neighborhood", "expression"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +179,11 @@ class Inputs:
         By name, which model they are by.
     expression
         float32 (n, k) components of the cells' expression; None if they are not read.
+    neighborhood
+        float32 (n, d) means over the neighbours of each cell, NaN where its neighbours are not
+        known; None if they are not read.
+    n_neighbors
+        Over how many neighbours.
     """
 
     features: NDArray[np.float32]
@@ -183,11 +191,37 @@ class Inputs:
     widths: tuple[int, ...]
     origin: Origin
     expression: NDArray[np.float32] | None = None
+    neighborhood: NDArray[np.float32] | None = None
+    n_neighbors: int = 0
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What there is to read, the embedding first."""
+        read = {
+            "embedding": self.features,
+            "neighborhood": self.neighborhood,
+            "expression": self.expression,
+        }
+        return tuple(source for source in get_args(Source) if read[source] is not None)
+
+    def of(self, source: Source) -> NDArray[np.float32] | None:
+        """What a network reads of the cells; None where they lack it."""
+        if source == "embedding":
+            return self.features
+        if source == "expression":
+            return self.expression
+        if self.neighborhood is None:
+            return None
+        return np.concatenate([self.neighborhood, self.features], axis=1)
 
     def take(self, rows: NDArray[np.int64]) -> Inputs:
         """The same of some cells."""
-        expression = None if self.expression is None else self.expression[rows]
-        return replace(self, features=self.features[rows], expression=expression)
+        expression, neighborhood = (
+            None if read is None else read[rows] for read in (self.expression, self.neighborhood)
+        )
+        return replace(
+            self, features=self.features[rows], expression=expression, neighborhood=neighborhood
+        )
 
 
 def read_inputs(

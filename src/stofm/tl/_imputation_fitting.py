@@ -16,6 +16,7 @@ from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import checked_reps, read_inputs
 from stofm.tl._imputation_head import ImputationHead, score_genes
+from stofm.tl._neighborhood import choose_neighborhood
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._voting_head import choose_n_components
 from stofm.train import HeadTraining, fit_head
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from stofm.tl._heads import Strategy
     from stofm.tl._imputation_head import Ballot
     from stofm.tl._protocol import Protocol, Run
-    from stofm.tl._voting_head import Source
 
 #: Column of ``obs`` that tells slices apart in the AnnData that models read.
 _SLICE: Final = "slice"
@@ -92,6 +92,7 @@ class ImputationFitting:
     """The options of :func:`stofm.tl.impute` that say how a head is fitted."""
 
     strategy: Strategy
+    n_neighbors: int | None
     n_components: int | None
     n_heads: int
     split: SplitRule
@@ -126,6 +127,13 @@ class ImputationFitting:
         targets = expression_targets(bare, counts)
         _refuse_constant(targets, panel.targets)
         inputs = read_inputs(bare, use_rep=use_rep, model=model, **self.reading)
+        inputs = choose_neighborhood(
+            bare,
+            inputs,
+            self.n_neighbors,
+            spatial_key=self.reading["spatial_key"],
+            is_repeated=self.protocol is not None,
+        )
         inputs, expression = self._with_expression(sections, columns, panel, inputs, targets)
         heads, tested = [], []
         for run in self._plan(bare, targets, inputs, self.seed):
@@ -204,11 +212,10 @@ class ImputationFitting:
             score_genes(ballots, targets, split.held_out)
             for ballots, split in zip(rounds, splits, strict=True)
         ]
-        has_expression = first.inputs.expression is not None
-        sources: tuple[Source, ...] = ("embedding", "expression") if has_expression else ()
         head = ImputationHead(
             networks=tuple(network for ballots in rounds for network, _ in ballots),
-            reads=sources * len(rounds),
+            reads=first.inputs.sources * len(rounds),
+            n_neighbors=first.inputs.n_neighbors,
             outputs=tuple(gene.name for gene in panel.targets),
             use_rep=first.inputs.use_rep,
             origin=first.inputs.origin,
@@ -233,9 +240,8 @@ class ImputationFitting:
     def _fit_all(
         self, first: TaskFit, targets: ExpressionTargets, splits: Sequence[Split], seed: int
     ) -> tuple[list[list[Ballot]], pd.DataFrame]:
-        """Fit networks to what the first one reads and to expression, each with its own split."""
-        inputs = first.inputs
-        read = [one for one in (inputs.features, inputs.expression) if one is not None]
+        """Fit networks to what the first one reads and what is beside it, each with its own split."""
+        read = [one for one in map(first.inputs.of, first.inputs.sources) if one is not None]
         rounds: list[list[Ballot]] = []
         histories: list[pd.DataFrame] = []
         for k, split in enumerate(splits):

@@ -14,6 +14,7 @@ from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
 from stofm.tl._gene_columns import Gene
+from stofm.tl._neighborhood import add_neighborhood
 from stofm.tl._voting_head import VotingHead
 from stofm.train import apply_head
 
@@ -56,7 +57,7 @@ class ImputationHead(VotingHead):
     outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
         Genes to impute; what is read and by which model; how the head was fitted and how good it
         is.
-    networks, reads, weights, expression
+    networks, reads, weights, expression, n_neighbors
         Networks whose mean is the prediction, and what they read.
     """
 
@@ -127,14 +128,17 @@ class ImputationHead(VotingHead):
         ballots = [(one, read) for one, read in self.ballots(inputs) if read is not None]
         return predict_expression(ballots, columns, self.mean, self.scale)
 
-    def read_panel_expression(
+    def read_beside_panel(
         self,
         sections: Sections,
         columns: Sequence[GeneColumns],
         inputs: Inputs,
+        *,
         layer: str | None,
+        spatial_key: str,
     ) -> Inputs:
-        """Add components of the expression of the genes that are read; lacking ones are as usual."""
+        """Add what networks read beside embeddings; genes that are lacking are taken to be as usual."""
+        inputs = add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=spatial_key)
         if self.expression is None:
             return inputs
         parts = [

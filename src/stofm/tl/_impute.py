@@ -12,7 +12,7 @@ from stofm._logging import logger
 from stofm.genes import embedded_vocabulary
 from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._encode_cells import load_model
-from stofm.tl._fit_options import check_fit_options, check_whole_number
+from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._gene_columns import (
     Gene,
     GeneColumns,
@@ -54,6 +54,7 @@ def impute(
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
     strategy: Strategy = "frozen",
+    n_neighbors: int | None = None,
     n_components: int | None = None,
     n_heads: int = 5,
     library_key: str | None = None,
@@ -109,6 +110,8 @@ def impute(
     strategy
         ``"frozen"`` fits heads on the embeddings. ``"lora"`` and ``"full"`` tune a copy of the
         model with the first of them; the head then carries that model.
+    n_neighbors
+        Neighbours whose mean further networks read; as in :func:`stofm.tl.annotate`.
     n_components
         Principal components of the log-normalised counts of the genes that are read, for networks
         beside those on the embeddings; 0 for none. By default 150 beside the embeddings of a
@@ -190,8 +193,8 @@ def impute(
     reading = reading_of_panel(
         spatial_key=spatial_key, device=device, show_progress_bar=show_progress_bar
     )
-    if n_components is not None:
-        check_whole_number("n_components", n_components, least=0)
+    check_if_given("n_neighbors", n_neighbors, least=0)
+    check_if_given("n_components", n_components, least=0)
     writing = _Writing(key_added, layer, spatial_key, reading)
     if head is not None:
         require_head(head, ImputationHead)
@@ -203,6 +206,7 @@ def impute(
     refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *checked_reps(use_rep))
     fitting = ImputationFitting(
         strategy=strategy,
+        n_neighbors=n_neighbors,
         n_components=n_components,
         n_heads=n_heads,
         split=split,
@@ -300,7 +304,9 @@ class _Writing:
             table.var_names[one.columns_of(head.inputs)].astype(str).tolist()
             for table, one in zip(sections.tables, known, strict=True)
         ]
-        inputs = head.read_panel_expression(sections, known, inputs, self.layer)
+        inputs = head.read_beside_panel(
+            sections, known, inputs, layer=self.layer, spatial_key=self.spatial_key
+        )
         write_imputed(sections, head, inputs, columns, read, self.key_added)
 
 

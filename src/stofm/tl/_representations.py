@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
+from stofm._keys import Obsm
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -27,14 +29,16 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
         there = sorted(map(str, adata.obsm))
         near = difflib.get_close_matches(rep, there, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if rep in (Obsm.X, Obsm.X_CELL):
+            hint = " Run st.tl.embed(adata) first."
         msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
         raise KeyError(msg)
     stored: Any = adata.obsm[rep]
     values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
-    if values.ndim != 2 or values.shape[1] == 0 or values.dtype.kind not in "biuf":
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
         msg = (
             f"obsm[{rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
-            "numbers, (n_obs, d)."
+            "numbers, (n_obs, d), of at least one cell."
         )
         raise ValueError(msg)
     values = values.astype(np.float32, copy=False)

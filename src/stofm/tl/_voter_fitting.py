@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from stofm.nn import PredictionHead
     from stofm.spatial import Split
     from stofm.tl._head_fitting import TaskFit
+    from stofm.tl._head_inputs import Source
     from stofm.tl._protocol import Run
-    from stofm.tl._voting_head import Source
     from stofm.train import Targets
 
 #: Strengths that linear heads try, weakest first.
@@ -83,7 +83,7 @@ class Voters:
 
     Attributes
     ----------
-    networks, reads, weights
+    networks, reads, weights, n_neighbors
         As a :class:`~stofm.tl._voting_head.VotingHead` has them.
     history
         Losses of those with hidden layers, numbered in the column ``network``.
@@ -97,6 +97,7 @@ class Voters:
     networks: tuple[PredictionHead, ...]
     reads: tuple[Source, ...]
     weights: tuple[float, ...]
+    n_neighbors: int
     history: pd.DataFrame
     held_out: tuple[NDArray[np.int64], ...]
     votes: NDArray[np.float64]
@@ -126,10 +127,10 @@ def fit_voters(
     refit: bool,
     seed: int,
 ) -> Voters:
-    """Fit networks to embeddings, and to components of expression if there are any.
+    """Fit networks to embeddings, and to neighbourhoods and components of expression if there are any.
 
-    There are `n_heads` networks with hidden layers on either; a linear one on the expression stands
-    for all that it would be alike. Weights of the three kinds are those with which the held-out cells
+    There are `n_heads` networks with hidden layers on each; a linear one on the expression stands
+    for all that it would be alike. Weights of these kinds are those with which the held-out cells
     are likeliest.
 
     Parameters
@@ -152,11 +153,14 @@ def fit_voters(
     rows = np.concatenate(held_out)
     fitting = _Fitting(targets, splits, held_out, voter_seeds(seed, n_heads), refit=refit)
     kinds = [fitting.networks("embedding", inputs.features, first)]
+    around = inputs.of("neighborhood")
+    if around is not None:
+        kinds.append(fitting.networks("neighborhood", around, None))
     if inputs.expression is not None:
         kinds.append(fitting.networks("expression", inputs.expression, None))
         kinds.append(fitting.linear("expression", inputs.expression))
     weights = blend_weights([kind.votes for kind in kinds], targets, rows)
-    # Cells without expression need the embedding's vote.
+    # Cells without expression and neighbours need the embedding's vote.
     kept = [k == 0 or weight >= _LEAST_WEIGHT for k, weight in enumerate(weights)]
     weights = np.where(kept, weights, 0.0) / weights[kept].sum()
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
@@ -174,6 +178,7 @@ def fit_voters(
         networks=tuple(networks),
         reads=tuple(reads),
         weights=tuple(shares),
+        n_neighbors=inputs.n_neighbors if "neighborhood" in reads else 0,
         history=pd.concat(fitting.histories, ignore_index=True),
         held_out=tuple(held_out),
         votes=np.asarray(votes),

@@ -1,9 +1,9 @@
-"""Heads whose networks vote: some read embeddings, others expression."""
+"""Heads whose networks vote: some read embeddings, others neighbourhoods or expression."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -13,20 +13,19 @@ from stofm.tl._components import ExpressionComponents, fit_components
 from stofm.tl._embeddings import MADE_BY_EMBED, recorded_layer
 from stofm.tl._gene_columns import GeneColumns, choose_panel
 from stofm.tl._heads import Head
+from stofm.tl._neighborhood import add_neighborhood
 from stofm.train import apply_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.nn import PredictionHead
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs, Sections, Source
     from stofm.train.targets import TargetKind
 
-#: What a network reads.
-Source = Literal["embedding", "expression"]
 #: A panel of some hundred genes has hardly more that matter.
 _N_COMPONENTS: Final = 150
 
@@ -38,20 +37,31 @@ class VotingHead(Head):
     Attributes
     ----------
     reads
-        What each network reads: ``"embedding"``, as the first one does, or ``"expression"``; empty
-        if all read embeddings.
+        What each network reads: ``"embedding"``, as the first one does, ``"neighborhood"``, which
+        is means over the neighbours beside it, or ``"expression"``; empty if all read embeddings.
     weights
         Weight of each network in the mean; empty for equal ones.
     expression
         Genes and components for the networks that read expression; None if there are none.
+    n_neighbors
+        Over how many neighbours means are, for the networks that read them; 0 if there are none.
     """
 
     reads: tuple[Source, ...] = ()
     weights: tuple[float, ...] = ()
     expression: ExpressionComponents | None = None
+    n_neighbors: int = 0
 
-    def read_expression(self, sections: Sections, inputs: Inputs, layer: str | None) -> Inputs:
-        """Add the components of the cells' expression; NaN in tables that lack genes or counts."""
+    def read_beside(
+        self, sections: Sections, inputs: Inputs, *, layer: str | None, spatial_key: str
+    ) -> Inputs:
+        """Add what networks read beside embeddings; NaN in tables that lack places, genes or counts."""
+        inputs = add_neighborhood(
+            sections, inputs, self.n_neighbors, spatial_key=spatial_key, needs_places=False
+        )
+        return self._read_expression(sections, inputs, layer)
+
+    def _read_expression(self, sections: Sections, inputs: Inputs, layer: str | None) -> Inputs:
         if self.expression is None:
             return inputs
         k = self.expression.axes.shape[1]
@@ -76,8 +86,8 @@ class VotingHead(Head):
         Parameters
         ----------
         inputs
-            Representations, and the components of expression; networks that read these have no
-            vote on cells that have none.
+            Representations, and what is read beside them; networks that read what cells lack have
+            no vote on these.
         kind
             Classes or proportions.
 
@@ -94,18 +104,22 @@ class VotingHead(Head):
         ]
         total = np.sum([weight for *_, weight in ballots], axis=0)
         for network, features, weight in ballots:
-            # Only components may be lacking; a copy of all embeddings would be large.
+            # Embeddings are never lacking, and a copy of all of them would be large.
             read = features if weight.all() else np.nan_to_num(features)
             yield apply_head(network, read, kind), weight / total
 
     def ballots(self, inputs: Inputs) -> list[tuple[PredictionHead, NDArray[np.float32] | None]]:
         """Each network with what it reads; None where cells lack it."""
-        read = {"embedding": inputs.features, "expression": inputs.expression}
-        sources = self.reads or ("embedding",) * len(self.networks)
+        sources: Sequence[Source] = self.reads or ["embedding"] * len(self.networks)
+        read = {source: inputs.of(source) for source in set(sources)}
         return [(one, read[source]) for one, source in zip(self.networks, sources, strict=True)]
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        entries: dict[str, Any] = {"reads": list(self.reads), "weights": list(self.weights)}
+        entries: dict[str, Any] = {
+            "reads": list(self.reads),
+            "weights": list(self.weights),
+            "n_neighbors": self.n_neighbors,
+        }
         if self.expression is None:
             return entries, {}
         expression, arrays = self.expression.to_entries()
@@ -118,6 +132,7 @@ class VotingHead(Head):
         found: dict[str, Any] = {
             "reads": tuple(entries.get("reads", ())),
             "weights": tuple(entries.get("weights", ())),
+            "n_neighbors": int(entries.get("n_neighbors", 0)),
         }
         if "expression" in entries:
             own = ExpressionComponents.from_entries(entries["expression"], arrays)
