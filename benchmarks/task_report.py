@@ -32,6 +32,14 @@ _WORDS = {
     "jensen_shannon": "Jensen-Shannon divergence",
 }
 _LESS = " (less is better)"
+_TITLES = {
+    "annotation": "Annotation",
+    "domains": "Domains",
+    "deconvolution": "Deconvolution with a single-cell reference",
+    "proportions": 'Deconvolution learnt from known proportions, in blocks of one slice ("stofm, '
+    'reference" and least squares read single cells instead)',
+    "imputation": "Imputation",
+}
 
 
 def means(
@@ -105,15 +113,20 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     results = report["results"]
     parts = [
         f"Model `{report['model']}` ({report['fingerprint']}), on slices and genes that heads were "
-        "not fitted to; mean and spread over seeds."
+        f"not fitted to; mean and spread of {_n_seeds(results)} seeds, or one number where nothing "
+        "is drawn."
     ]
     for family, measures in MEASURES.items():
         for measure, more_is_better in measures.items():
             found = means(results, family, measure)
             if found:
-                title = f"{family.capitalize()}, {_WORDS[measure]}{'' if more_is_better else _LESS}"
+                title = f"{_TITLES[family]}, {_WORDS[measure]}{'' if more_is_better else _LESS}"
                 parts.append(f"{title}:\n\n{_table(found)}")
     return "\n\n".join([*parts, *_verdict(results)]) + "\n"
+
+
+def _n_seeds(results: Sequence[Mapping[str, Any]]) -> int:
+    return len({row["seed"] for row in results})
 
 
 def _table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -138,7 +151,8 @@ def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
         ["family", "task", "measure", "best strategy", "score", "best baseline", "score", "ahead"],
         ["---"] * 8,
     ]
-    for row in rows:
+    deciding = [row for row in rows if row["decides"]]
+    for row in deciding:
         scores = [f"{row[key]:.3f}" for key in ("score", "baseline_score")]
         lines.append(
             [
@@ -152,7 +166,6 @@ def _verdict(results: Sequence[Mapping[str, Any]]) -> list[str]:
                 "yes" if row["ahead"] else "no",
             ]
         )
-    deciding = [row for row in rows if row["decides"]]
     behind = [f"{row['family']}/{row['task']}" for row in deciding if not row["ahead"]]
     parts = [
         f"Verdict:\n\n{_to_lines(lines)}",

@@ -3,6 +3,7 @@
     python benchmarks/tasks.py FOLDER                            everything, three seeds
     python benchmarks/tasks.py FOLDER --strategies frozen --seeds 1
     python benchmarks/tasks.py FOLDER --only-tasks 'annotation/*' '*/DLPFC*' --only-contenders PCs
+    python benchmarks/tasks.py --join A.json B.json --out OUT    reports of parts, in one
 
 Every contender of a task has the same cells to fit, the same to test, and the same truth; seeds differ
 in what the contender draws. Results are written to OUT.json and OUT.md after every contender, task and
@@ -101,6 +102,42 @@ def open_report(out: Path, model: Stofm) -> dict[str, Any]:
     return report
 
 
+def join(paths: Sequence[Path]) -> dict[str, Any]:
+    """Put reports of the same model together, in the order in which tasks and contenders stand here.
+
+    Of a score that several of them have the last one's counts.
+
+    Raises
+    ------
+    ValueError
+        They are of different models.
+    """
+    reports: list[dict[str, Any]] = [json.loads(path.read_text("utf-8")) for path in paths]
+    if len({report["fingerprint"] for report in reports}) > 1:
+        models = [
+            f"{path}: {r['model']} ({r['fingerprint']})"
+            for path, r in zip(paths, reports, strict=True)
+        ]
+        msg = f"Reports of different models can't be joined: {'; '.join(models)}."
+        raise ValueError(msg)
+    rows = {
+        (row["family"], row["task"], row["contender"], row["seed"]): row
+        for report in reports
+        for row in report["results"]
+    }
+    order = [
+        (family, task, one.name)
+        for family, tasks in TASK_SETS.items()
+        for one in CONTENDERS[family]
+        for task in tasks
+    ]
+    results = sorted(
+        rows.values(),
+        key=lambda row: (order.index((row["family"], row["task"], row["contender"])), row["seed"]),
+    )
+    return reports[0] | {"results": results, "verdict": verdicts(results)}
+
+
 def run(
     folder: Path,
     setting: Setting,
@@ -153,7 +190,8 @@ def n_seeds(contender: Contender, seeds: int, tuned_seeds: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the slices' .h5ad files")
+    parser.add_argument("folder", type=Path, nargs="?", help="of the slices' .h5ad files")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="REPORT", help="measure nothing")
     parser.add_argument("--model", default="stofm-mini", help="folder or name [%(default)s]")
     parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
     parser.add_argument(
@@ -170,6 +208,15 @@ def main() -> None:
     for name in ("seeds", "tuned_seeds"):
         if (value := getattr(options, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {value}.")
+    if (options.folder is None) == (options.join is None):
+        parser.error("Pass the folder of the slices, or reports to --join.")
+    if options.join:
+        try:
+            report = join(options.join)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        write_report(options.out, report, to_markdown(report))
+        return
     model = Stofm.from_pretrained(options.model)
     try:
         tasks = choose_tasks(options.only_tasks)

@@ -515,7 +515,11 @@ def test_tables(report):
     text = task_report.to_markdown(report)
     assert "| contender | A | B | C |" in text
     assert "| stofm frozen | 0.600 ± 0.141 | 0.400 |  |" in text
-    assert "Deconvolution, RMSE (less is better):" in text
+    assert "Deconvolution with a single-cell reference, RMSE (less is better):" in text
+    assert "mean and spread of 2 seeds" in text
+    # The verdict has the measures that decide.
+    assert "| D | Pearson correlation | stofm full | 0.800 |" in text
+    assert "| D | RMSE |" not in text
     assert "Imputation" not in text
     assert "above every baseline on 2 of 3 tasks; not on annotation/B." in text
     assert "above both PCA baselines in macro-F1 on 1 of 2 annotation tasks." in text
@@ -590,6 +594,34 @@ def test_run_goes_on_where_it_stopped(setting, tmp_path, monkeypatch, capsys):
     other = replace(setting.model.config, name="another")
     with pytest.raises(ValueError, match=r"mini-0\.1\.json is of tiny .* Give another --out"):
         tasks.open_report(out, st.Stofm(other, setting.model.vocabulary, seed=4))
+
+
+def test_reports_are_joined(report, tmp_path, monkeypatch):
+    rows = [
+        row("annotation", "STARmap types", "PCs", {"macro_f1": 0.5}),
+        row("annotation", "STARmap types", "stofm frozen", {"macro_f1": 0.6}, strategy="frozen"),
+        row("domains", "STARmap layers", "PCs", {"ari": 0.1}),
+        row("annotation", "STARmap layers", "PCs", {"macro_f1": 0.3}),
+        row("annotation", "STARmap types", "PCs", {"macro_f1": 0.55}, seed=1),
+    ]
+    again = row("annotation", "STARmap types", "PCs", {"macro_f1": 0.4})
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, own in zip(paths, (rows, [again]), strict=True):
+        path.write_text(json.dumps(report | {"results": own}))
+    words = ["tasks.py", "--join", *map(str, paths), "--out", str(tmp_path / "whole")]
+    monkeypatch.setattr(sys, "argv", words)
+    tasks.main()
+    joined = json.loads((tmp_path / "whole.json").read_text())
+    assert joined["results"] == [rows[1], rows[3], again, rows[4], rows[2]]
+    assert joined["verdict"] == task_report.verdicts(joined["results"])
+    assert "| PCs | 0.475 ± 0.106 | 0.300 |" in (tmp_path / "whole.md").read_text()
+    paths[1].write_text(json.dumps(report | {"results": [again], "fingerprint": "g"}))
+    with pytest.raises(ValueError, match=r"different models .*second\.json: m \(g\)"):
+        tasks.join(paths)
+    for words in (["tasks.py"], ["tasks.py", "folder", "--join", str(paths[0])]):
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit):
+            tasks.main()
 
 
 def test_tasks_and_contenders_are_chosen_by_name():
