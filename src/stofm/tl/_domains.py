@@ -16,7 +16,7 @@ from stofm._anndata import (
     resolve_table,
     write_record,
 )
-from stofm._keys import Obs, Obsm, Suffix, Uns
+from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm.spatial.domains import (
     Centering,
@@ -26,13 +26,14 @@ from stofm.spatial.domains import (
     smooth_domains,
 )
 from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.tl._domain_columns import DomainLevels, write_levels
 from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._fit_options import check_if_given
 from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -185,7 +186,7 @@ def domains(
             for name, rows in zip(slices.names, slices.rows, strict=True)
         }
     target = table.copy() if copy else table
-    names = _write_levels(target, key_added, found)
+    names = write_levels(target, key_added, found)
     params = {
         "n_domains": n_domains,
         "resolution": None if n_domains is not None else rules.resolution,
@@ -210,14 +211,6 @@ def domains(
     return target if copy else None
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """Rows that were clustered together, and their labels at each level, the finest first."""
-
-    rows: NDArray[np.int64]
-    labels: list[NDArray[np.int64]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Rules:
     """How domains are found: the options of :func:`domains`."""
@@ -235,7 +228,7 @@ class _Rules:
         coordinates: NDArray[np.float64] | None,
         slices: Sequence[NDArray[np.int64]],
         beside: NDArray[np.floating] | None,
-    ) -> _Levels:
+    ) -> DomainLevels:
         """Find the domains of slices, which together have all rows, and the coarser levels."""
         space = domain_space(features, slices, centering=self.centering, beside=beside)
         labels = find_domains(
@@ -244,7 +237,7 @@ class _Rules:
         if coordinates is not None:
             labels = smooth_domains(labels, coordinates, features, slices, self.smooth)
         levels = [labels, *merge_domains(space, labels, self.coarser)]
-        return _Levels(np.arange(len(labels)), levels)
+        return DomainLevels(np.arange(len(labels)), levels)
 
     def find_within(
         self,
@@ -252,12 +245,12 @@ class _Rules:
         coordinates: NDArray[np.float64] | None,
         rows: NDArray[np.int64],
         beside: NDArray[np.floating] | None,
-    ) -> _Levels:
+    ) -> DomainLevels:
         """Find the domains of a single slice, and the coarser levels."""
         places = None if coordinates is None else coordinates[rows]
         around = None if beside is None else beside[rows]
         found = self.find(features[rows], places, [np.arange(len(rows))], around)
-        return _Levels(rows, found.labels)
+        return DomainLevels(rows, found.labels)
 
 
 def _check_numbers(
@@ -326,75 +319,3 @@ def _origin(adata: AnnData, use_rep: str) -> dict[str, str]:
     record = read_record(adata, use_rep) or {}
     names = ("model", "model_fingerprint", "vocabulary")
     return {name: str(record[name]) for name in names if name in record}
-
-
-def _write_levels(adata: AnnData, key: str, found: Mapping[str, _Levels]) -> list[list[str]]:
-    """Write each level's column and colours, and drop those of an earlier run.
-
-    Parameters
-    ----------
-    found
-        By what the names of the domains begin with.
-
-    Returns
-    -------
-    For each level, the names of its domains.
-    """
-    import pandas as pd
-
-    n_before = len((read_record(adata, key) or {}).get("params", {}).get("coarser", ()))
-    n_levels = len(next(iter(found.values())).labels)
-    names: list[list[str]] = []
-    codes = np.empty((n_levels, adata.n_obs), dtype=np.int64)
-    for level in range(n_levels):
-        names.append([])
-        for prefix, part in found.items():
-            labels = part.labels[level]
-            codes[level, part.rows] = labels + len(names[level])
-            names[level] += [f"{prefix}{k}" for k in range(int(labels.max()) + 1)]
-        column = _column(key, level)
-        adata.obs[column] = pd.Categorical.from_codes(codes[level], categories=names[level])
-        _write_colors(adata, column, _colors(codes, level))
-    for level in range(n_levels, n_before + 1):
-        column = _column(key, level)
-        if column in adata.obs:
-            del adata.obs[column]
-        _write_colors(adata, column, None)
-    return names
-
-
-def _column(key: str, level: int) -> str:
-    return key + Suffix.LEVEL.format(level) if level else key
-
-
-def _colors(codes: NDArray[np.int64], level: int) -> list[str] | None:
-    """A level's colours: of each domain that of its largest part at the finest level."""
-    colors = _palette(int(codes[0].max()) + 1)
-    if colors is None:
-        return None
-    return [colors[k] for k in _largest_parts(codes[0], codes[level])]
-
-
-def _largest_parts(finest: NDArray[np.int64], codes: NDArray[np.int64]) -> list[int]:
-    """For each coarse domain its largest fine one."""
-    cells = np.zeros((int(codes.max()) + 1, int(finest.max()) + 1), dtype=np.int64)
-    np.add.at(cells, (codes, finest), 1)
-    return [int(k) for k in cells.argmax(axis=1)]
-
-
-def _write_colors(adata: AnnData, column: str, colors: list[str] | None) -> None:
-    if colors is None:
-        # Those of an earlier run would be taken for these domains'.
-        adata.uns.pop(column + Suffix.COLORS, None)
-    else:
-        adata.uns[column + Suffix.COLORS] = colors
-
-
-def _palette(n_colors: int) -> list[str] | None:
-    """Scanpy's colours for so many categories, None if it has none."""
-    from scanpy.plotting.palettes import default_20, default_28, default_102
-
-    for palette in (default_20, default_28, default_102):
-        if n_colors <= len(palette):
-            return [str(color) for color in palette[:n_colors]]
-    return None

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from stofm._keys import Obsm
-from stofm._logging import logger
-from stofm.genes import embedded_vocabulary
-from stofm.tl._embeddings import MADE_BY_EMBED
-from stofm.tl._encode_cells import load_model
 from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._gene_columns import (
     Gene,
@@ -20,10 +15,11 @@ from stofm.tl._gene_columns import (
     find_genes,
     new_genes,
 )
-from stofm.tl._head_inputs import DEFAULT_REP, checked_reps, read_inputs, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP, checked_reps, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._imputation_fitting import ImputationFitting, read_panel, reading_of_panel
-from stofm.tl._imputation_head import ImputationHead, write_imputed
+from stofm.tl._imputation_fitting import ImputationFitting, reading_of_panel
+from stofm.tl._imputation_head import ImputationHead
+from stofm.tl._imputation_writing import ImputationWriting, model_and_vocabulary, read_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +36,6 @@ if TYPE_CHECKING:
 
 #: Genes that ``protocol="stofm-paper"`` holds out.
 _N_PROTOCOL_GENES: Final = 50
-#: A query with a smaller share of a head's input genes is refused, or warned of.
-_LEAST_SHARE: Final = 0.1
-_LOW_SHARE: Final = 0.5
 
 
 def impute(
@@ -195,7 +188,7 @@ def impute(
     )
     check_if_given("n_neighbors", n_neighbors, least=0)
     check_if_given("n_components", n_components, least=0)
-    writing = _Writing(key_added, layer, spatial_key, reading)
+    writing = ImputationWriting(key_added, layer, spatial_key, reading)
     if head is not None:
         require_head(head, ImputationHead)
         refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *head.use_rep)
@@ -227,9 +220,9 @@ def impute(
         seed=seed,
         spatial_key=spatial_key,
     )
-    loaded, vocabulary = _model_and_vocabulary(model, use_rep)
-    columns = _read_columns(training, loaded, vocabulary)
-    query = None if reference is None else _read_columns(sections, loaded, vocabulary)
+    loaded, vocabulary = model_and_vocabulary(model, use_rep)
+    columns = read_columns(training, loaded, vocabulary)
+    query = None if reference is None else read_columns(sections, loaded, vocabulary)
     targets = _choose_targets(genes, columns, query, vocabulary, protocol, seed)
     panel = choose_panel(columns, targets, query)
     fitted = fitting.fit(training, columns, panel, use_rep=use_rep, model=loaded)
@@ -262,76 +255,6 @@ def _check_call(
         what = "nothing is written to data" if reference is None else "the head is returned"
         msg = f"copy=True is for head=; without it {what}. Pass data.copy() if need be."
         raise ValueError(msg)
-
-
-@dataclass(frozen=True)
-class _Writing:
-    """How a head is applied: options of :func:`impute`."""
-
-    key_added: str
-    layer: str | None
-    spatial_key: str
-    reading: dict[str, Any]
-
-    def impute(
-        self,
-        sections: Sections,
-        head: ImputationHead,
-        model: Stofm | str | Path | None,
-        genes: Sequence[str] | None,
-    ) -> None:
-        """Embed cells on a head's input genes, and write what it makes of them."""
-        columns = head.columns_of(genes)
-        loaded, vocabulary = _model_and_vocabulary(model, head.use_rep)
-        known = _read_columns(sections, loaded, vocabulary)
-        if loaded is not None:
-            for one in known:
-                _check_overlap(one, head.inputs)
-        bare, _ = read_panel(
-            sections,
-            known,
-            head.inputs,
-            (),
-            use_rep=head.use_rep,
-            layer=self.layer,
-            spatial_key=self.spatial_key,
-        )
-        inputs = read_inputs(
-            bare, use_rep=head.use_rep, model=loaded, expected=head.origin, **self.reading
-        )
-        head.check_inputs(inputs)
-        read = [
-            table.var_names[one.columns_of(head.inputs)].astype(str).tolist()
-            for table, one in zip(sections.tables, known, strict=True)
-        ]
-        inputs = head.read_beside_panel(
-            sections, known, inputs, layer=self.layer, spatial_key=self.spatial_key
-        )
-        write_imputed(sections, head, inputs, columns, read, self.key_added)
-
-
-def _model_and_vocabulary(
-    model: Stofm | str | Path | None, use_rep: str | Sequence[str]
-) -> tuple[Stofm | None, GeneVocabulary]:
-    """Load the model if something of it is read."""
-    reps = checked_reps(use_rep)
-    others = [rep for rep in reps if rep not in MADE_BY_EMBED]
-    if others:
-        logger.info(
-            "obsm%s are read as they are; genes to impute must have no part in them.", others
-        )
-    if len(others) == len(reps):
-        return None, embedded_vocabulary()
-    loaded = load_model(model)
-    return loaded, loaded.vocabulary
-
-
-def _read_columns(
-    sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary
-) -> list[GeneColumns]:
-    return [
-        GeneColumns.read(table, vocabulary, must_map=model is not None) for table in sections.tables
-    ]
 
 
 def _resolve_reference(
@@ -375,25 +298,3 @@ def _draw_genes(
         raise ValueError(msg)
     keys = np.random.default_rng(seed).permutation(sorted(keyed))[:_N_PROTOCOL_GENES]
     return tuple(keyed[key] for key in sorted(keys.tolist()))
-
-
-def _check_overlap(columns: GeneColumns, inputs: Sequence[Gene]) -> None:
-    """Refuse a query that lacks nearly all that the head reads, and warn if it lacks much."""
-    missing = [gene.name for gene in inputs if not columns.same_gene(gene)]
-    share = 1 - len(missing) / len(inputs)
-    found = (
-        f"The query has {len(inputs) - len(missing)} of the {len(inputs)} genes that the head reads "
-        f"({share:.0%}); missing are, for example, {missing[:3]}."
-    )
-    if share < _LEAST_SHARE:
-        msg = (
-            f"{found} At least {_LEAST_SHARE:.0%} are needed. Fit a head on the genes that both "
-            "have: st.tl.impute(query, reference=training)."
-        )
-        raise ValueError(msg)
-    if share < _LOW_SHARE:
-        logger.warning(
-            "%s Its embeddings differ from those that the head was fitted to; "
-            "st.tl.impute(query, reference=training) fits one on the genes that both have.",
-            found,
-        )
