@@ -222,3 +222,21 @@ def test_what_can_not_be_merged_stays(blobs):
     np.testing.assert_array_equal(more, labels)
     assert fewer.max() == 1
     assert merge_domains(space, labels, []) == []
+
+
+def test_what_is_beside_the_embedding_weighs_as_much(rng):
+    features, beside = rng.normal(size=(60, 5)), rng.normal(size=(60, 3))
+    slices = [np.arange(40), np.arange(40, 60)]
+    space = domain_space(features, slices, beside=beside)
+    for factor in (100.0, 0.01):
+        scaled = domain_space(features, slices, beside=beside * factor)
+        np.testing.assert_allclose(scaled.scores, space.scores, atol=1e-9)
+    assert not np.allclose(space.scores[:, :5], domain_space(features, slices).scores[:, :5])
+    # All components together hold both blocks.
+    assert space.scores.shape == (60, 8)
+    constant = domain_space(features, slices, beside=np.ones((60, 3)))
+    gaps = np.linalg.norm(constant.scores[:, None] - constant.scores[None], axis=-1)
+    alone = domain_space(features, slices).scores
+    np.testing.assert_allclose(
+        gaps, np.linalg.norm(alone[:, None] - alone[None], axis=-1), atol=1e-9
+    )

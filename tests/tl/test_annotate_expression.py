@@ -96,7 +96,7 @@ def test_other_entries_of_obsm(cells, rng):
 def test_fitting_without_raw_counts(cells, caplog):
     cells.X = cells.X * 0.37
     head = fit(cells)
-    assert "are judged by their embeddings alone" in caplog.text
+    assert "are judged without their expression" in caplog.text
     assert head.expression is None
     assert set(head.reads) == {"embedding", "neighborhood"}
     with pytest.raises(ValueError, match="raw counts"):
@@ -109,7 +109,7 @@ def test_a_query_without_raw_counts(cells, caplog):
     query = cells.copy()
     query.X = query.X * 0.37
     found = probabilities(query, head)
-    assert "are judged by their embeddings alone" in caplog.text
+    assert "are judged without their expression" in caplog.text
     own = [k for k, source in enumerate(head.reads) if source == "embedding"]
     features = np.hstack([cells.obsm[Obsm.X_CELL], cells.obsm[Obsm.X]])
     votes = [st.train.apply_head(head.networks[k], features, "classes") for k in own]

@@ -97,7 +97,7 @@ def test_without_raw_counts(spots, caplog):
     head = fit(spots, n_neighbors=0)
     spots.X = spots.X * 0.37
     made = apply(spots, head)
-    assert "are judged by their embeddings alone" in caplog.text
+    assert "are judged without their expression" in caplog.text
     features = np.hstack([spots.obsm[Obsm.X_CELL], spots.obsm[Obsm.X]])
     own = [
         st.train.apply_head(network, features, "proportions")

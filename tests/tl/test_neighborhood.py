@@ -11,6 +11,7 @@ import stofm as st
 from stofm._keys import Obs, Obsm
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl import _head_fitting
+from stofm.tl._gene_columns import GeneColumns
 from stofm.tl._head_inputs import DEFAULT_REP, Inputs, read_inputs, resolve_slices
 from stofm.tl._neighborhood import add_neighborhood, choose_neighborhood
 from stofm.train import HeadTraining, Targets, head_fitting
@@ -66,32 +67,78 @@ def test_what_is_averaged(adata, inputs, use_rep, widths, averaged):
     np.testing.assert_array_equal(some.neighborhood, means[7:20])
 
 
+def choose(data, inputs, n_neighbors=None, *, rows=None, **options):
+    sections = slices_of(data)
+    own = {"spatial_key": Obsm.SPATIAL, "split": "auto", "protocol": None} | options
+    rows = np.arange(sections.n_obs) if rows is None else rows
+    return choose_neighborhood(sections, inputs, n_neighbors, rows=rows, **own)
+
+
 @pytest.mark.parametrize(
-    ("n_neighbors", "use_rep", "is_repeated", "expected"),
+    ("n_neighbors", "use_rep", "options", "expected"),
     [
-        (None, (Obsm.X_CELL, Obsm.X), False, 10),
-        (None, (Obsm.X_CELL, Obsm.X), True, 0),
-        (None, (Obsm.X_CELL, "X_pca"), False, 0),
-        (4, (Obsm.X_CELL, "X_pca"), True, 4),
-        (0, (Obsm.X_CELL, Obsm.X), False, 0),
+        (None, DEFAULT_REP, {}, 10),
+        (None, DEFAULT_REP, {"split": "blocks"}, 10),
+        # Held-out cells would share their neighbours with fitted ones.
+        (None, DEFAULT_REP, {"split": "random"}, 0),
+        (None, DEFAULT_REP, {"protocol": "stofm-paper"}, 0),
+        (None, (Obsm.X_CELL, "X_pca"), {}, 0),
+        (4, (Obsm.X_CELL, "X_pca"), {"split": "random"}, 4),
+        (0, DEFAULT_REP, {}, 0),
     ],
 )
-def test_number_of_neighbors(adata, inputs, n_neighbors, use_rep, is_repeated, expected):
+def test_number_of_neighbors(adata, inputs, n_neighbors, use_rep, options, expected):
     read = inputs_of(adata, inputs.features, use_rep)
-    found = choose_neighborhood(
-        slices_of(adata), read, n_neighbors, spatial_key=Obsm.SPATIAL, is_repeated=is_repeated
-    )
+    found = choose(adata, read, n_neighbors, **options)
     assert found.n_neighbors == expected
     assert (found.neighborhood is None) == (expected == 0)
 
 
 def test_cells_without_places(adata, inputs):
     del adata.obsm["spatial"]
-    sections = slices_of(adata)
-    options = {"spatial_key": Obsm.SPATIAL, "is_repeated": False}
-    assert choose_neighborhood(sections, inputs, None, **options) is inputs
+    assert choose(adata, inputs) is inputs
     with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
-        choose_neighborhood(sections, inputs, 3, **options)
+        choose(adata, inputs, 3)
+
+
+@pytest.mark.parametrize("lack", ["no places", "no usable places"])
+def test_tables_without_labels_have_no_say(adata, inputs, lack):
+    pair = [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
+    expected = choose(pair[0], inputs.take(np.arange(101))).neighborhood
+    if lack == "no places":
+        del pair[1].obsm["spatial"]
+    else:
+        pair[1].obsm["spatial"][3, 0] = np.nan
+    found = choose(pair, inputs, rows=np.arange(90))
+    np.testing.assert_array_equal(found.neighborhood[:101], expected)
+    assert np.isnan(found.neighborhood[101:]).all()
+    with pytest.raises((KeyError, ValueError), match="spatial"):
+        choose(pair, inputs, 10, rows=np.arange(120))
+
+
+def test_slices_are_those_that_were_embedded(adata, model, inputs, rng):
+    adata.obs["bregma"] = adata.obs.pop("library")
+    adata.obsm["xy"], adata.obsm["spatial"] = adata.obsm["spatial"], rng.random((184, 2))
+    st.tl.embed(adata, model, **(QUIET | {"library_key": "bregma", "spatial_key": "xy"}))
+    rows = [np.flatnonzero(adata.obs["bregma"] == name) for name in ("left", "right")]
+    expected = neighbor_means(inputs.features[:, :4], adata.obsm["xy"], rows, 10)
+    sections = resolve_slices(adata, None)
+    found = add_neighborhood(sections, inputs, 10, spatial_key=Obsm.SPATIAL)
+    np.testing.assert_array_equal(found.neighborhood, expected)
+    st.tl.domains(adata, n_domains=3)
+    again = adata.copy()
+    st.tl.domains(again, n_domains=3, library_key="bregma", spatial_key="xy")
+    assert again.obs[Obs.DOMAIN].equals(adata.obs[Obs.DOMAIN])
+
+
+def test_small_slices_are_not_judged_by_their_neighbours(adata, inputs):
+    adata.obs["library"] = np.where(np.arange(184) < 5, "five", "many")
+    sections = slices_of(adata)
+    found = add_neighborhood(sections, inputs, 10, spatial_key=Obsm.SPATIAL)
+    assert np.isnan(found.neighborhood[:5]).all()
+    assert np.isfinite(found.neighborhood[5:]).all()
+    # Cells to fit to have what there is.
+    assert np.isfinite(choose(adata, inputs).neighborhood).all()
 
 
 @pytest.fixture
@@ -102,7 +149,7 @@ def _short(monkeypatch):
 
 
 def fit(data, **options):
-    own = {"label_key": "half", "n_heads": 1, "n_components": 0, "split": "random", **QUIET}
+    own = {"label_key": "half", "n_heads": 1, "n_components": 0, "n_neighbors": 10, **QUIET}
     return st.tl.annotate(data, **(own | options))
 
 
@@ -124,9 +171,13 @@ def test_regions_are_told_by_what_is_around(cells, tmp_path):
     assert head.n_neighbors == 10
     assert head.weights[1] > 0.5
     assert accuracy(right, head) > accuracy(right, fit(left, n_neighbors=0)) + 0.05
+    read = read_inputs(slices_of(right), **READING)
+    beside = head.read_beside(slices_of(right), read, layer=None, spatial_key=Obsm.SPATIAL)
+    means = neighbor_means(right.obsm[Obsm.X_CELL], right.obsm["spatial"], [np.arange(83)], 10)
+    np.testing.assert_array_equal(beside.neighborhood, means)
     head.save(tmp_path / "head")
     again = st.AnnotationHead.load(tmp_path / "head")
-    assert again.n_neighbors == 10
+    assert again.n_neighbors == head.params["n_neighbors"] == 10
     pd.testing.assert_frame_equal(
         named(cells, again).obsm[Obsm.ANNOTATION_PROBA],
         named(cells, head).obsm[Obsm.ANNOTATION_PROBA],
@@ -156,15 +207,20 @@ def test_a_query_without_places(cells, caplog):
 
 
 @pytest.mark.usefixtures("_short")
-def test_a_table_without_places_beside_one_with(cells):
-    pair = [cells[cells.obs["library"] == name].copy() for name in ("left", "right")]
+@pytest.mark.parametrize("lack", ["no places", "no usable places"])
+def test_a_table_without_places_beside_others(cells, lack, caplog):
+    parts = [cells[cells.obs["library"] == name].copy() for name in ("left", "right", "left")]
     head = fit(cells)
-    whole = named(pair, head, library_key=None)
-    del pair[1].obsm["spatial"]
-    found = named(pair, head, library_key=None)
+    whole = named(parts, head, library_key=None)
+    if lack == "no places":
+        del parts[1].obsm["spatial"]
+    else:
+        parts[1].obsm["spatial"][3, 0] = np.nan
+    found = named(parts, head)
+    assert "83 cells are judged without their neighbours" in caplog.text
     for one, other in zip(found, whole, strict=True):
         same = one.obsm[Obsm.ANNOTATION_PROBA].equals(other.obsm[Obsm.ANNOTATION_PROBA])
-        assert same == ("spatial" in one.obsm)
+        assert same == (one.n_obs == 101)
 
 
 def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
@@ -179,7 +235,7 @@ def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
     monkeypatch.setattr(_head_fitting, "fine_tune_head", lambda *args, **_: Tuned(args[2]))
     sections = slices_of(adata)
     read = read_inputs(sections, model=model, **READING)
-    read = add_neighborhood(sections, read, 6, spatial_key=Obsm.SPATIAL)
+    read = add_neighborhood(sections, read, 6, spatial_key=Obsm.SPATIAL, needed=[0])
     targets = Targets("classes", adata.obs["kind"].cat.codes.to_numpy().astype(np.int64), 3)
     split = st.spatial.split_cells(adata.obsm["spatial"], sections.slices.rows, seed=0)
     fitted = _head_fitting.fit_task(
@@ -207,7 +263,7 @@ def test_proportions(cells):
     options = {"proportions_key": "truth", "n_heads": 1, "n_components": 0, **QUIET}
     head = st.tl.deconvolve(cells, **options)
     assert "neighborhood" in head.reads
-    assert head.params["n_neighbors"] is None
+    assert head.params["n_neighbors"] == 10
     made = st.tl.deconvolve(cells, head=head, copy=True, **QUIET).obsm[Obsm.DECONVOLUTION]
     alone = st.tl.deconvolve(cells, n_neighbors=0, **options)
     assert alone.reads == ("embedding",)
@@ -216,7 +272,7 @@ def test_proportions(cells):
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_imputation(adata, model, monkeypatch):
+def test_imputation(adata, model, rng, monkeypatch):
     from stofm.tl import _imputation_fitting
 
     monkeypatch.setattr(_imputation_fitting, "_TRAINING", HeadTraining(max_epochs=3))
@@ -230,6 +286,12 @@ def test_imputation(adata, model, monkeypatch):
     query = adata.copy()
     st.tl.impute(query, head=head, model=model, **QUIET)
     assert query.obsm[Obsm.IMPUTED][gene].notna().all()
+    bare = resolve_slices(query, "library")
+    read = inputs_of(query, rng.normal(size=(184, 7)).astype(np.float32))
+    known = [GeneColumns.read(query, model.vocabulary)]
+    beside = head.read_beside_panel(bare, known, read, layer=None, spatial_key=Obsm.SPATIAL)
+    means = neighbor_means(read.features[:, :4], query.obsm["spatial"], bare.slices.rows, 10)
+    np.testing.assert_array_equal(beside.neighborhood, means)
     # Of what no model makes neither places nor neighbours are needed, unless asked for.
     query.obsm["X_pca"] = adata.obsm["X_pca"] = dense[:, :6].astype(np.float32)
     del query.obsm["spatial"]
@@ -254,5 +316,5 @@ def test_numbers_that_can_not_be(cells, value):
 
 @pytest.mark.usefixtures("_short")
 def test_protocol_has_none(cells):
-    head = fit(cells, protocol="stofm-paper")
+    head = fit(cells, protocol="stofm-paper", n_neighbors=None)
     assert head.reads == ("embedding",)

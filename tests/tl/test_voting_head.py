@@ -177,7 +177,7 @@ def test_embeddings_alone_vote_on_cells_of_a_table_without(mixed, pair, inputs, 
     found = read(head, pair, inputs)
     told = {"genes": "2 of the 71 genes", "raw counts": "raw counts", "a matrix": "is empty"}
     assert told[lack] in caplog.text
-    assert "embeddings alone" in caplog.text
+    assert "without their expression" in caplog.text
     np.testing.assert_array_equal(found.expression[:101], whole.expression[:101])
     assert np.isnan(found.expression[101:]).all()
     ballots = list(head.votes(found, "classes"))
@@ -267,7 +267,7 @@ def test_nothing_to_read(pair, inputs, caplog, lack):
     found, expression = components(pair, inputs, is_asked_for=False)
     assert found is inputs
     assert expression is None
-    assert "184 cells are judged by their embeddings alone" in caplog.text
+    assert "184 cells are judged without their expression" in caplog.text
     with pytest.raises(ValueError, match=r"raw counts|share no gene|is empty"):
         components(pair, inputs)
 

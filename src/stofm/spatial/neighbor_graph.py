@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_BISECTIONS = 64
+_ROWS_AT_ONCE = 65_536
 _TOLERANCE = 1e-5
 _MIN_BANDWIDTH = 1e-3
 
@@ -66,8 +67,8 @@ def neighbor_means(
 ) -> NDArray[np.float32]:
     """Average values over the nearest neighbours of each cell, itself not counted.
 
-    Of neighbours at the same distance those count that come first by their place, so that the
-    order of the rows does not matter.
+    The order of the rows does not matter. On a lattice more neighbours may be at the same distance
+    than count; which of them do is then arbitrary.
 
     Parameters
     ----------
@@ -90,9 +91,13 @@ def neighbor_means(
         nearest = nearest_neighbors(coordinates[ordered], n_neighbors + 1)[0]
         nearest = nearest[:, 1:] if len(ordered) > 1 else nearest
         starts = np.arange(0, nearest.size + 1, nearest.shape[1])
-        weights = np.full(nearest.size, 1.0 / nearest.shape[1])
+        weights = np.full(nearest.size, 1.0 / nearest.shape[1], dtype=np.float32)
         averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=(len(ordered),) * 2)
-        means[ordered] = averaging @ values[ordered]
+        own = values[ordered].astype(np.float32, copy=False)
+        for start in range(0, len(ordered), _ROWS_AT_ONCE):
+            means[ordered[start : start + _ROWS_AT_ONCE]] = (
+                averaging[start : start + _ROWS_AT_ONCE] @ own
+            )
     return means
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stofm._keys import Label, Obs, Obsm
 from stofm.tl._annotation_fitting import AnnotationFitting
 from stofm.tl._annotation_head import AnnotationHead, write_annotation
+from stofm.tl._embeddings import unchanged_on_error
 from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
 from stofm.tl._heads import refuse_reserved, require_head
@@ -61,9 +62,10 @@ def annotate(
     The query may be another slice, have other genes, or be of another species. Some networks of
     the head read embeddings, others the mean over a cell's neighbours beside them, others principal
     components of expression; what each kind weighs was found on held-out cells. Where a query lacks
-    nearly all of the genes, or raw counts, those on embeddings vote alone, which a warning says. Cells that are missing their embeddings are
-    embedded first; do it yourself with :func:`stofm.tl.embed` if that needs options of its own,
-    such as `orthologs`.
+    places, raw counts or nearly all of the genes, those that read them have no vote, which a warning
+    says. Neighbours are those in `data`: pass whole slices, and choose among their cells afterwards.
+    Cells that are missing their embeddings are embedded first; do it yourself with
+    :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
 
     A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
     low, and its embedding lies far from those of the labelled cells. The thresholds are such that
@@ -91,8 +93,10 @@ def annotate(
     n_neighbors
         Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
         (or all of `use_rep`, if that is not read); further networks read this mean beside the
-        embeddings. None: 10 beside the embeddings of a model, and 0, none, beside other entries of
-        ``obsm`` or with a `protocol`.
+        embeddings. None: 10 beside the embeddings of a model, if labelled cells have places, and 0,
+        none, beside other entries of ``obsm``, with a `protocol` or with ``split="random"``: cells
+        that are held out at random share neighbours with fitted ones, so that scores and the
+        weights of the networks are wrong.
     n_components
         Principal components of log-normalised counts that further networks read, of the genes
         that all labelled cells have; they are centred by slice if the labelled slices differ in
@@ -103,7 +107,7 @@ def annotate(
         Networks of each kind that vote. None: three, or one for more than 15,000 labelled cells
         or with a `protocol`.
     library_key
-        Column of ``obs`` that names each cell's slice.
+        Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer
         Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
@@ -208,14 +212,15 @@ def annotate(
         require_head(head, AnnotationHead)
         refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
         target = sections.copied() if copy else sections
-        inputs = read_inputs(
-            target,
-            use_rep=head.use_rep,
-            model=head.model if model is None else model,
-            expected=head.origin,
-            **reading,
-        )
-        inputs = head.read_beside(target, inputs, layer=layer, spatial_key=spatial_key)
+        with unchanged_on_error(target.tables):
+            inputs = read_inputs(
+                target,
+                use_rep=head.use_rep,
+                model=head.model if model is None else model,
+                expected=head.origin,
+                **reading,
+            )
+            inputs = head.read_beside(target, inputs, layer=layer, spatial_key=spatial_key)
         write_annotation(target, head, head.predict(inputs), key_added)
         return target.as_given() if copy else None
     fitting = AnnotationFitting(

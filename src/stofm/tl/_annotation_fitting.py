@@ -88,8 +88,10 @@ class AnnotationFitting:
                 sections,
                 inputs,
                 self.n_neighbors,
+                rows=np.flatnonzero(labels.is_known),
                 spatial_key=self.reading["spatial_key"],
-                is_repeated=self.protocol is not None,
+                split=self.split,
+                protocol=self.protocol,
             )
             inputs, expression = self._with_expression(sections, inputs, labels)
         heads, tested = [], []
@@ -183,7 +185,7 @@ class AnnotationFitting:
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
             strategy=self.strategy,
-            params=self._params(labels, run.seed, n_heads),
+            params=self._params(labels, run.seed, n_heads, inputs.n_neighbors),
             split=split_record(split, run.test, sections, labels.is_known, self.protocol),
             validation_scores=score_table(scores),
             history=voters.history,
@@ -230,7 +232,7 @@ class AnnotationFitting:
         weights: NDArray[np.float32] = (len(rows) / (len(sizes) * sizes)).astype(np.float32)
         return weights
 
-    def _params(self, labels: Labels, seed: int, n_heads: int) -> dict[str, Any]:
+    def _params(self, labels: Labels, seed: int, n_heads: int, n_neighbors: int) -> dict[str, Any]:
         options = ("layer", "library_key", "spatial_key")
         return {
             "label_key": self.label_key,
@@ -238,7 +240,7 @@ class AnnotationFitting:
             "min_share": float(self.min_share),
             "left_out_classes": list(labels.left_out),
             "class_weights": self.class_weights,
-            "n_neighbors": self.n_neighbors,
+            "n_neighbors": n_neighbors,
             "n_components": self.n_components,
             "n_heads": n_heads,
             "reject_rate": float(self.reject_rate),

@@ -183,8 +183,9 @@ class ExpressionComponents:
         measured = weights[is_there[self.chosen]].sum() / max(float(weights.sum()), 1e-30)
         if measured < least_measured:
             logger.warning(
-                "%d of the %d genes whose expression the head reads are there, too few: it reads "
-                "the embeddings alone. A head that is fitted to the shared genes is more accurate.",
+                "%d of the %d genes whose expression the head reads are there, too few: cells are "
+                "judged without their expression. A head that is fitted to the shared genes is more "
+                "accurate.",
                 is_there.sum(),
                 len(self.genes),
             )

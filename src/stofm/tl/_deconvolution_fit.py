@@ -93,14 +93,16 @@ class DeconvolutionFitting:
             raise ValueError(msg)
         with unchanged_on_error(spots.sections.tables):
             inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
+            known = np.flatnonzero(targets.is_known)
             inputs = choose_neighborhood(
                 spots.sections,
                 inputs,
                 self.n_neighbors,
+                rows=known,
                 spatial_key=self.reading["spatial_key"],
-                is_repeated=self.protocol is not None,
+                split=self.split,
+                protocol=self.protocol,
             )
-            known = np.flatnonzero(targets.is_known)
             inputs, expression = add_expression(
                 spots.sections,
                 inputs,
@@ -176,7 +178,7 @@ class DeconvolutionFitting:
             use_rep=fit.inputs.use_rep,
             origin=fit.inputs.origin,
             strategy=self.strategy,
-            params=self._params(run.seed),
+            params=self._params(run.seed, inputs.n_neighbors),
             split=split_record(
                 run.split, run.test, spots.sections, targets.is_known, self.protocol
             ),
@@ -246,7 +248,7 @@ class DeconvolutionFitting:
             use_rep=(Obsm.X_CELL,),
             origin={Obsm.X_CELL: origin_by(simulation.model)[Obsm.X_CELL]},
             strategy=self.strategy,
-            params=self._params(self.seed),
+            params=self._params(self.seed, 0),
             split={
                 "how": "simulated",
                 "n_fitted": len(training.fitted),
@@ -257,11 +259,11 @@ class DeconvolutionFitting:
             panel=training.panel,
         )
 
-    def _params(self, seed: int) -> dict[str, Any]:
+    def _params(self, seed: int, n_neighbors: int) -> dict[str, Any]:
         options = ("layer", "library_key", "spatial_key")
         return {
             **self.source,
-            "n_neighbors": self.n_neighbors,
+            "n_neighbors": n_neighbors,
             "n_components": self.n_components,
             "n_heads": self.n_heads,
             "seed": seed,

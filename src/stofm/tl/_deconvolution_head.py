@@ -11,7 +11,7 @@ import pandas as pd
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.nn import choose_device, choose_dtype
-from stofm.tl._embeddings import describe_origin, origin_by, same_origin
+from stofm.tl._embeddings import describe_origin, origin_by, same_origin, unchanged_on_error
 from stofm.tl._encode_cells import load_model
 from stofm.tl._head_inputs import Inputs, read_inputs
 from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
@@ -95,13 +95,14 @@ class DeconvolutionHead(VotingHead):
         """
         model = self.model if model is None else model
         if self.panel is None:
-            inputs = read_inputs(
-                sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
-            )
-            self.check_inputs(inputs)
-            return self.read_beside(
-                sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
-            )
+            with unchanged_on_error(sections.tables):
+                inputs = read_inputs(
+                    sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
+                )
+                self.check_inputs(inputs)
+                return self.read_beside(
+                    sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
+                )
         encoder = self._encoder(model)
         device = choose_device(options["device"])
         parts = [

@@ -133,10 +133,8 @@ def deconvolve(
     spots
         With `reference`: how many spots to simulate, of how many cells each.
     n_neighbors
-        Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
-        (or all of `use_rep`, if that is not read); further networks read this mean beside the
-        embeddings. None: 10 beside the embeddings of a model, and 0, none, beside other entries of
-        ``obsm`` or with a `protocol`. Not read with `reference`.
+        Nearest neighbours over which ``X_stofm_cell`` is averaged, for further networks; as in
+        :func:`stofm.tl.annotate`. Not read with `reference`.
     n_components
         Principal components of log-normalised counts that are read beside the embedding; 0 for
         none. With `reference` they are those of the shared genes, 50 by default. Else further

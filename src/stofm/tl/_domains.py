@@ -27,7 +27,7 @@ from stofm.spatial.domains import (
 )
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._domain_columns import DomainLevels, write_levels
-from stofm.tl._embeddings import MADE_BY_EMBED
+from stofm.tl._embeddings import MADE_BY_EMBED, places_entry, slices_column
 from stofm.tl._fit_options import check_if_given
 from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._representations import read_representation
@@ -86,9 +86,9 @@ def domains(
         domains of the level below: those two are merged that differ least (Ward).
     n_neighbors
         Nearest neighbours in the plane, of the same slice, whose mean ``X_stofm_cell`` is read
-        beside the embedding (or whose mean `use_rep`, if that is not one of a model). None: 10
-        with the embedding of a model, if ``X_stofm_cell`` and coordinates are there, otherwise 0,
-        none.
+        beside the embedding; or whose mean `use_rep`, if that is not by a model, or
+        ``X_stofm_cell`` not by the same one. None: 10 with the embedding of a model, if its
+        ``X_stofm_cell`` and coordinates are there, otherwise 0, none.
     smooth
         Give each cell the most frequent domain among itself and as many nearest neighbours in
         the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
@@ -157,19 +157,15 @@ def domains(
     _check_numbers(n_domains, resolution, coarser, smooth)
     check_if_given("n_neighbors", n_neighbors, least=0)
     _refuse_reserved(key_added, use_rep, spatial_key, library_key)
+    library_key = slices_column(table, library_key)
+    spatial_key = places_entry(table, spatial_key)
     if not shared and library_key is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
     features = read_representation(table, use_rep)
     coordinates = read_coordinates(table, spatial_key) if smooth else None
     slices = _read_slices(table, library_key, spatial_key)
-    n_neighbors = _choose_n_neighbors(table, use_rep, spatial_key, n_neighbors)
-    beside = None
-    if n_neighbors:
-        averaged = read_representation(table, _averaged(table, use_rep))
-        beside = neighbor_means(
-            averaged, read_coordinates(table, spatial_key), slices.rows, n_neighbors
-        )
+    n_neighbors, beside = _read_neighborhood(table, use_rep, spatial_key, slices, n_neighbors)
     rules = _Rules(
         n_domains=n_domains,
         resolution=_RESOLUTION if resolution is None else resolution,
@@ -285,14 +281,26 @@ def _refuse_reserved(key_added: str, *read: str | None) -> None:
         raise ValueError(msg)
 
 
-def _choose_n_neighbors(
-    adata: AnnData, use_rep: str, spatial_key: str, n_neighbors: int | None
-) -> int:
-    """Neighbours to average over: as asked for, or ten where it helps and can be done."""
-    if n_neighbors is not None:
-        return n_neighbors
-    can_be = _averaged(adata, use_rep) == Obsm.X_CELL and spatial_key in adata.obsm
-    return N_NEIGHBORS if can_be else 0
+def _read_neighborhood(
+    adata: AnnData, use_rep: str, spatial_key: str, slices: Slices, n_neighbors: int | None
+) -> tuple[int, NDArray[np.float32] | None]:
+    """Means over as many neighbours as asked for, or over ten where it helps and can be done."""
+    averaged = _averaged(adata, use_rep)
+    is_asked_for = n_neighbors is not None
+    if n_neighbors is None:
+        can_be = averaged == Obsm.X_CELL and spatial_key in adata.obsm
+        n_neighbors = N_NEIGHBORS if can_be else 0
+    if not n_neighbors:
+        return 0, None
+    try:
+        coordinates = read_coordinates(adata, spatial_key)
+    except ValueError as error:
+        if is_asked_for:
+            raise
+        logger.warning("No neighbours are read: %s", error.args[0])
+        return 0, None
+    values = read_representation(adata, averaged)
+    return n_neighbors, neighbor_means(values, coordinates, slices.rows, n_neighbors)
 
 
 def _averaged(adata: AnnData, use_rep: str) -> str:

@@ -215,6 +215,23 @@ def _options_of(adata: AnnData, rep: str) -> dict[str, str]:
     return {name: str(own[name] or "") for name, own in params.items() if name in own}
 
 
+def slices_column(adata: AnnData, library_key: str | None) -> str | None:
+    """Column that tells slices apart: as asked for, or the one that embeddings were made with."""
+    found = _recorded(adata, "library_key") if library_key is None else ""
+    return found if found in adata.obs else library_key
+
+
+def places_entry(adata: AnnData, spatial_key: str) -> str:
+    """Entry with coordinates: as asked for, or in place of the default what embeddings were made with."""
+    found = _recorded(adata, "spatial_key") if spatial_key == Obsm.SPATIAL else ""
+    return found if found in adata.obsm else spatial_key
+
+
+def _recorded(adata: AnnData, option: str) -> str:
+    made = (_options_of(adata, rep) for rep in (Obsm.X, Obsm.X_CELL) if rep in adata.obsm)
+    return next((own[option] for own in made if own.get(option)), "")
+
+
 def _same_slices(adata: AnnData, first: str, second: str) -> bool:
     """Whether two columns of ``obs`` (no name: one slice) put the same cells together."""
     if not {first, second} - {""} <= set(adata.obs):

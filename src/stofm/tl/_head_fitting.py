@@ -10,7 +10,7 @@ from stofm.tl._encode_cells import load_model
 from stofm.tl._fine_tune import fine_tune_head
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._heads import check_strategy
-from stofm.tl._neighborhood import add_neighborhood
+from stofm.tl._neighborhood import renew_neighborhood
 from stofm.train import fit_head
 
 if TYPE_CHECKING:
@@ -123,10 +123,10 @@ def fit_task(
         **reading,
     )
     again = read_inputs(sections, use_rep=inputs.use_rep, model=tuned.model, **reading)
-    again = add_neighborhood(
+    again = renew_neighborhood(
         sections,
         replace(again, expression=inputs.expression),
-        inputs.n_neighbors,
+        inputs,
         spatial_key=reading["spatial_key"],
     )
     return TaskFit(tuned.head, again, tuned.model, tuned.history, fitted.best_epoch)

@@ -17,6 +17,7 @@ from stofm.tl._embeddings import (
     describe_origin,
     origin_of,
     same_origin,
+    slices_column,
     unchanged_on_error,
 )
 from stofm.tl._encode_cells import load_model
@@ -115,7 +116,8 @@ def resolve_slices(
     data
         The data. Those of a list or dict are different slices.
     library_key
-        Column of ``obs`` that names each cell's slice.
+        Column of ``obs`` that names each cell's slice; by default the one that a table was embedded
+        with.
     spatial_key
         Entry of ``obsm`` with coordinates; they tell overlapping slices without `library_key`.
     table_key
@@ -155,6 +157,7 @@ def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> S
     if adata.n_obs == 0:
         msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
         raise ValueError(msg)
+    library_key = slices_column(adata, library_key)
     # Coordinates tell whether there are several slices where no column is given.
     if library_key is None and spatial_key in adata.obsm:
         return read_slices(adata, None, read_coordinates(adata, spatial_key))

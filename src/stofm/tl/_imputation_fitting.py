@@ -131,8 +131,10 @@ class ImputationFitting:
             bare,
             inputs,
             self.n_neighbors,
+            rows=np.flatnonzero(targets.is_known),
             spatial_key=self.reading["spatial_key"],
-            is_repeated=self.protocol is not None,
+            split=self.split,
+            protocol=self.protocol,
         )
         inputs, expression = self._with_expression(sections, columns, panel, inputs, targets)
         heads, tested = [], []

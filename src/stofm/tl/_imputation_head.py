@@ -137,8 +137,20 @@ class ImputationHead(VotingHead):
         layer: str | None,
         spatial_key: str,
     ) -> Inputs:
-        """Add what networks read beside embeddings; genes that are lacking are taken to be as usual."""
-        inputs = add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=spatial_key)
+        """Add what networks read beside embeddings; genes that are lacking are taken to be as usual.
+
+        Raises
+        ------
+        KeyError, ValueError
+            A table has no usable coordinates, and the head reads neighbours.
+        """
+        inputs = add_neighborhood(
+            sections,
+            inputs,
+            self.n_neighbors,
+            spatial_key=spatial_key,
+            needed=range(len(sections.tables)),
+        )
         if self.expression is None:
             return inputs
         parts = [

@@ -11,10 +11,16 @@ from stofm._anndata import read_coordinates
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._embeddings import MADE_BY_EMBED
+from stofm.tl._embeddings import MADE_BY_EMBED, places_entry
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from numpy.typing import NDArray
+
+    from stofm.spatial.splits import SplitRule
     from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._protocol import Protocol
 
 #: Neighbours over which embeddings of a model are averaged.
 N_NEIGHBORS: Final = 10
@@ -25,8 +31,10 @@ def choose_neighborhood(
     inputs: Inputs,
     n_neighbors: int | None,
     *,
+    rows: NDArray[np.int64],
     spatial_key: str,
-    is_repeated: bool,
+    split: SplitRule,
+    protocol: Protocol | None,
 ) -> Inputs:
     """Add means over the neighbours that a head is fitted to beside its representations.
 
@@ -35,15 +43,33 @@ def choose_neighborhood(
     sections, inputs, spatial_key
         As in :func:`add_neighborhood`.
     n_neighbors
-        As many as asked for; None for ten beside embeddings of a model where all cells have places.
-    is_repeated
-        Whether a protocol says what is fitted; it has no neighbours unless they are asked for.
+        As many as asked for. None for ten beside embeddings of a model where labelled cells have
+        places, and none where cells are held out at random: these share neighbours with fitted
+        ones, which would look as if the neighbours told their labels.
+    rows
+        Labelled cells; what other tables lack does not matter.
+    split, protocol
+        How cells are held out.
     """
+    tables = zip(sections.tables, sections.places, strict=True)
+    labelled = [
+        k
+        for k, (_, place) in enumerate(tables)
+        if ((rows >= place.start) & (rows < place.stop)).any()
+    ]
     if n_neighbors is None:
-        has_places = all(spatial_key in table.obsm for table in sections.tables)
+        keys = [
+            (sections.tables[k], places_entry(sections.tables[k], spatial_key)) for k in labelled
+        ]
+        has_places = all(key in table.obsm for table, key in keys)
         is_made = set(inputs.use_rep) <= set(MADE_BY_EMBED)
-        n_neighbors = N_NEIGHBORS if is_made and has_places and not is_repeated else 0
-    return add_neighborhood(sections, inputs, n_neighbors, spatial_key=spatial_key)
+        is_fair = split != "random" and protocol is None
+        n_neighbors = N_NEIGHBORS if is_made and is_fair and has_places else 0
+        if is_made and is_fair and not has_places:
+            logger.info(
+                "No neighbours are read: there are no coordinates in obsm[%r].", spatial_key
+            )
+    return add_neighborhood(sections, inputs, n_neighbors, spatial_key=spatial_key, needed=labelled)
 
 
 def add_neighborhood(
@@ -52,7 +78,7 @@ def add_neighborhood(
     n_neighbors: int,
     *,
     spatial_key: str,
-    needs_places: bool = True,
+    needed: Collection[int] = (),
 ) -> Inputs:
     """Add means over the neighbours of each cell.
 
@@ -68,16 +94,18 @@ def add_neighborhood(
     n_neighbors
         Neighbours in the plane, of the same slice; 0 for none.
     spatial_key
-        Entry of ``obsm`` with the coordinates.
-    needs_places
-        Refuse a table without coordinates; otherwise its cells have NaN, and a warning says so.
+        Entry of ``obsm`` with the coordinates; by default that which a table was embedded with.
+    needed
+        Numbers of the tables whose cells must have means. Those of other tables are NaN where there
+        are no usable coordinates, or a slice has less than half as many neighbours: the mean of a
+        few varies more than what a network was fitted to.
 
     Raises
     ------
     KeyError
-        A table has no coordinates and needs them.
+        A table that needs them has no coordinates.
     ValueError
-        Coordinates are not usable.
+        Its coordinates are not usable.
     """
     if not n_neighbors:
         return inputs
@@ -87,18 +115,36 @@ def add_neighborhood(
         start = sum(inputs.widths[:number])
         values = values[:, start : start + inputs.widths[number]]
     coordinates = np.zeros((sections.n_obs, 2))
-    lacking = np.zeros(sections.n_obs, dtype=bool)
-    for table, place in zip(sections.tables, sections.places, strict=True):
-        if needs_places or spatial_key in table.obsm:
-            coordinates[place] = read_coordinates(table, spatial_key)
-        else:
-            lacking[place] = True
-    slices = [rows for rows in sections.slices.rows if not lacking[rows].any()]
+    usable = np.zeros(sections.n_obs, dtype=bool)
+    must = np.zeros(sections.n_obs, dtype=bool)
+    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+        must[place] = k in needed
+        try:
+            coordinates[place] = read_coordinates(table, places_entry(table, spatial_key))
+            usable[place] = True
+        except (KeyError, ValueError) as error:
+            if k in needed:
+                raise
+            logger.warning(
+                "%d cells are judged without their neighbours: %s", table.n_obs, error.args[0]
+            )
+    slices = [
+        rows
+        for rows in sections.slices.rows
+        if usable[rows].all() and (must[rows].all() or len(rows) > n_neighbors // 2)
+    ]
     means = neighbor_means(values, coordinates, slices, n_neighbors)
-    if lacking.any():
-        logger.warning(
-            "%d cells are judged without their neighbours: their table has no obsm[%r].",
-            lacking.sum(),
-            spatial_key,
-        )
     return replace(inputs, neighborhood=means, n_neighbors=n_neighbors)
+
+
+def renew_neighborhood(
+    sections: Sections, inputs: Inputs, before: Inputs, *, spatial_key: str
+) -> Inputs:
+    """Add means to other representations of the same cells, for those that had means `before`."""
+    if before.neighborhood is None:
+        return inputs
+    means = before.neighborhood
+    had = [k for k, place in enumerate(sections.places) if np.isfinite(means[place]).all()]
+    return add_neighborhood(
+        sections, inputs, before.n_neighbors, spatial_key=spatial_key, needed=had
+    )

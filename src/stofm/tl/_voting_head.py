@@ -56,9 +56,7 @@ class VotingHead(Head):
         self, sections: Sections, inputs: Inputs, *, layer: str | None, spatial_key: str
     ) -> Inputs:
         """Add what networks read beside embeddings; NaN in tables that lack places, genes or counts."""
-        inputs = add_neighborhood(
-            sections, inputs, self.n_neighbors, spatial_key=spatial_key, needs_places=False
-        )
+        inputs = add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=spatial_key)
         return self._read_expression(sections, inputs, layer)
 
     def _read_expression(self, sections: Sections, inputs: Inputs, layer: str | None) -> Inputs:
@@ -230,4 +228,4 @@ def counts_layer(adata: AnnData, layer: str | None) -> str | None:
 
 
 def _warn_of(error: Exception, n_obs: int) -> None:
-    logger.warning("%d cells are judged by their embeddings alone: %s", n_obs, error.args[0])
+    logger.warning("%d cells are judged without their expression: %s", n_obs, error.args[0])
