@@ -289,6 +289,13 @@ def test_neighbours_tell_regions(around):
     assert agreement(around, use_rep="X_pca", n_neighbors=8) > alone
 
 
+def test_order_of_cells_does_not_matter_to_neighbours(around, rng):
+    shuffled = around[rng.permutation(around.n_obs)].copy()
+    for one in (around, shuffled):
+        st.tl.domains(one, n_domains=5, library_key="library")
+    assert shuffled.obs[Obs.DOMAIN].reindex(around.obs_names).equals(around.obs[Obs.DOMAIN])
+
+
 def test_neighbours_of_each_slice_by_itself(around):
     st.tl.domains(around, n_domains=3, library_key="library", shared=False)
     whole = around.obs[Obs.DOMAIN].copy()

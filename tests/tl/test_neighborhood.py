@@ -129,6 +129,9 @@ def test_slices_are_those_that_were_embedded(adata, model, inputs, rng):
     again = adata.copy()
     st.tl.domains(again, n_domains=3, library_key="bregma", spatial_key="xy")
     assert again.obs[Obs.DOMAIN].equals(adata.obs[Obs.DOMAIN])
+    # The column that is read can't be written.
+    with pytest.raises(ValueError, match="bregma"):
+        st.tl.domains(adata, n_domains=3, key_added="bregma")
 
 
 def test_small_slices_are_not_judged_by_their_neighbours(adata, inputs):

@@ -101,8 +101,8 @@ def annotate(
         Principal components of log-normalised counts that further networks read, of the genes
         that all labelled cells have; they are centred by slice if the labelled slices differ in
         more than their composition. None: 150 beside the embeddings of a model, if there are raw
-        counts, and none beside other entries of ``obsm`` or with a `protocol`. 0: embeddings
-        alone, which is safer for a query that was measured with another technology.
+        counts, and none beside other entries of ``obsm`` or with a `protocol`. 0: none, which is
+        safer for a query that was measured with another technology.
     n_heads
         Networks of each kind that vote. None: three, or one for more than 15,000 labelled cells
         or with a `protocol`.

@@ -121,7 +121,7 @@ def deconvolve(
     n_heads
         Networks to fit; of each kind, if there are others beside those on the embeddings.
     library_key
-        Column of ``obs`` that names each cell's slice.
+        Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer, reference_layer
         Layers of `data` and of `reference` with raw counts; ``X`` by default.
     spatial_key

@@ -77,7 +77,8 @@ def domains(
     resolution
         Resolution of Leiden instead, 1.0 if neither is given; higher values give more domains.
     library_key
-        Column of ``adata.obs`` that names each cell's slice; without it all cells are one slice.
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with, if any. Without it all cells are one slice.
     shared
         Cluster all slices together, so that a domain is the same in each. False: each slice by
         itself, with domains named ``"slice:0"`` and so on.
@@ -100,8 +101,8 @@ def domains(
     use_rep
         Entry of ``adata.obsm`` with the embedding, (n_obs, d).
     spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; needed to smooth and
-        for `n_neighbors`.
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; by default what was
+        embedded with. Needed to smooth and for `n_neighbors`.
     seed
         Seed of the clustering.
     key_added
@@ -156,9 +157,9 @@ def domains(
     table = resolve_table(adata, table_key, copy=copy)
     _check_numbers(n_domains, resolution, coarser, smooth)
     check_if_given("n_neighbors", n_neighbors, least=0)
-    _refuse_reserved(key_added, use_rep, spatial_key, library_key)
     library_key = slices_column(table, library_key)
     spatial_key = places_entry(table, spatial_key)
+    _refuse_reserved(key_added, use_rep, spatial_key, library_key)
     if not shared and library_key is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)

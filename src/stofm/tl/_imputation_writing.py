@@ -94,6 +94,7 @@ def model_and_vocabulary(
 def read_columns(
     sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary
 ) -> list[GeneColumns]:
+    """Genes of each table; without a model they need not be in its vocabulary."""
     return [
         GeneColumns.read(table, vocabulary, must_map=model is not None) for table in sections.tables
     ]

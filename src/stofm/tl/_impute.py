@@ -113,7 +113,8 @@ def impute(
         Networks of each kind; their mean is the prediction. Each holds out its own cells, but with
         a protocol or a tuned model, where they share them.
     library_key
-        Column of ``obs`` that names each cell's slice. A reference may lack it.
+        Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
+        A reference may lack it.
     layer
         Layer with raw counts; ``adata.X`` by default.
     spatial_key

@@ -51,17 +51,14 @@ def choose_neighborhood(
     split, protocol
         How cells are held out.
     """
-    tables = zip(sections.tables, sections.places, strict=True)
     labelled = [
         k
-        for k, (_, place) in enumerate(tables)
+        for k, place in enumerate(sections.places)
         if ((rows >= place.start) & (rows < place.stop)).any()
     ]
     if n_neighbors is None:
-        keys = [
-            (sections.tables[k], places_entry(sections.tables[k], spatial_key)) for k in labelled
-        ]
-        has_places = all(key in table.obsm for table, key in keys)
+        tables = [sections.tables[k] for k in labelled]
+        has_places = all(places_entry(table, spatial_key) in table.obsm for table in tables)
         is_made = set(inputs.use_rep) <= set(MADE_BY_EMBED)
         is_fair = split != "random" and protocol is None
         n_neighbors = N_NEIGHBORS if is_made and is_fair and has_places else 0
