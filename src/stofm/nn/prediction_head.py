@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Float, Int
 
 #: A column that varies by no more than this share of its largest value is constant but for rounding.
@@ -58,7 +60,8 @@ class HeadConfig:
 class PredictionHead(nn.Module):
     """Three fully connected layers with LeakyReLU between them, or a single one.
 
-    Inputs are standardised first, by numbers that :meth:`fit_inputs` takes from the training part.
+    Inputs are centred and scaled first, by numbers that :meth:`fit_inputs` takes from the training
+    part.
 
     Parameters
     ----------
@@ -86,12 +89,27 @@ class PredictionHead(nn.Module):
         self.hidden = nn.Sequential(*layers)
         self.last = nn.Linear(sizes[-1], config.d_output)
 
-    def fit_inputs(self, features: Float[Tensor, "n d_input"]) -> None:
-        """Take mean and standard deviation of each column from the training part."""
-        scale, mean = torch.std_mean(features.double(), dim=0, correction=0)
-        varies = scale > ROUNDING * features.abs().amax(dim=0)
+    def fit_inputs(
+        self, features: Float[Tensor, "n d_input"], widths: Sequence[int] | None = None
+    ) -> None:
+        """Take the mean of each column and the scale of each representation from the training part.
+
+        The columns of a representation are scaled as one, so that principal components that hardly
+        vary hardly count; the root of the mean of their variances becomes 1.
+
+        Parameters
+        ----------
+        features
+            Representations of the training part.
+        widths
+            Columns of each, if there are several side by side.
+        """
+        variance, mean = torch.var_mean(features.double(), dim=0, correction=0)
+        varies = variance.sqrt() > ROUNDING * features.abs().amax(dim=0)
+        parts = torch.where(varies, variance, 0.0).split(list(widths or [len(variance)]))
+        scale = torch.cat([part.mean().sqrt().expand_as(part) for part in parts])
         self.input_mean.copy_(mean)
-        self.input_scale.copy_(torch.where(varies, scale, 1.0))
+        self.input_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     def forward(
         self,

@@ -94,15 +94,6 @@ class DeconvolutionFitting:
         with unchanged_on_error(spots.sections.tables):
             inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
             known = np.flatnonzero(targets.is_known)
-            inputs = choose_neighborhood(
-                spots.sections,
-                inputs,
-                self.n_neighbors,
-                rows=known,
-                spatial_key=self.reading["spatial_key"],
-                split=self.split,
-                protocol=self.protocol,
-            )
             inputs, expression = add_expression(
                 spots.sections,
                 inputs,
@@ -113,11 +104,22 @@ class DeconvolutionFitting:
                 layer=self.reading["layer"],
                 is_asked_for=self.n_components is not None,
             )
+            inputs = choose_neighborhood(
+                spots.sections,
+                inputs,
+                self.n_neighbors,
+                rows=known,
+                spatial_key=self.reading["spatial_key"],
+                split=self.split,
+                protocol=self.protocol,
+            )
         heads, tested = [], []
         for run in self._plan(spots, targets, inputs, self.seed):
             head, read = self._fit_run(spots, inputs, targets, run, model)
             heads.append(
-                replace(head, expression=expression) if "expression" in head.reads else head
+                replace(head, expression=expression)
+                if any("expression" in one for one in head.reads)
+                else head
             )
             if len(run.test):
                 found = head.predict(read.take(run.test)).mean
@@ -235,6 +237,7 @@ class DeconvolutionFitting:
                 targets,
                 fitted=training.fitted,
                 held_out=training.held_out,
+                blocks=training.widths,
                 training=_ON_SIMULATED,
                 seed=seed,
                 device=simulation.device,

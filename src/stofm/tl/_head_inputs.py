@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 
 #: What a network of a head reads.
-Source = Literal["embedding", "neighborhood", "expression"]
+Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
+
+
+#: Components that are averaged over neighbours: the others are noise for the most part.
+_N_AVERAGED: Final = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +189,8 @@ class Inputs:
     neighborhood
         float32 (n, d) means over the neighbours of each cell, NaN where its neighbours are not
         known; None if they are not read.
+    expression_neighborhood
+        The same of the first components, (n, m); None if one or the other is not read.
     n_neighbors
         Over how many neighbours.
     """
@@ -195,36 +201,50 @@ class Inputs:
     origin: Origin
     expression: NDArray[np.float32] | None = None
     neighborhood: NDArray[np.float32] | None = None
+    expression_neighborhood: NDArray[np.float32] | None = None
     n_neighbors: int = 0
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """What there is to read, the embedding first."""
-        read = {
-            "embedding": self.features,
-            "neighborhood": self.neighborhood,
-            "expression": self.expression,
-        }
-        return tuple(source for source in get_args(Source) if read[source] is not None)
+        return tuple(source for source in get_args(Source) if self._parts(source))
 
     def of(self, source: Source) -> NDArray[np.float32] | None:
         """What a network reads of the cells; None where they lack it."""
-        if source == "embedding":
-            return self.features
-        if source == "expression":
-            return self.expression
-        if self.neighborhood is None:
-            return None
-        return np.concatenate([self.neighborhood, self.features], axis=1)
+        parts = self._parts(source)
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return np.concatenate(parts, axis=1)
+
+    def widths_of(self, source: Source) -> tuple[int, ...]:
+        """Columns of each representation in what :meth:`of` returns."""
+        widths = [part.shape[1] for part in self._parts(source)]
+        of_features = source in ("embedding", "neighborhood")
+        return (*widths[:-1], *self.widths) if of_features else tuple(widths)
+
+    def _parts(self, source: Source) -> tuple[NDArray[np.float32], ...]:
+        around = self.expression_neighborhood
+        parts: dict[Source, tuple[NDArray[np.float32] | None, ...]] = {
+            "embedding": (self.features,),
+            "neighborhood": (self.neighborhood, self.features),
+            "expression": (self.expression,),
+            "expression neighborhood": (around, self.first_components),
+        }
+        own = parts[source]
+        return tuple(part for part in own if part is not None) if own[0] is not None else ()
+
+    @property
+    def first_components(self) -> NDArray[np.float32] | None:
+        """Components that are averaged over neighbours; None if none are read."""
+        return None if self.expression is None else self.expression[:, :_N_AVERAGED]
 
     def take(self, rows: NDArray[np.int64]) -> Inputs:
         """The same of some cells."""
-        expression, neighborhood = (
-            None if read is None else read[rows] for read in (self.expression, self.neighborhood)
-        )
-        return replace(
-            self, features=self.features[rows], expression=expression, neighborhood=neighborhood
-        )
+        beside: dict[str, Any] = {
+            name: None if (read := getattr(self, name)) is None else read[rows]
+            for name in ("expression", "neighborhood", "expression_neighborhood")
+        }
+        return replace(self, features=self.features[rows], **beside)
 
 
 def read_inputs(

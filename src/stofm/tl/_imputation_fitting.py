@@ -127,6 +127,7 @@ class ImputationFitting:
         targets = expression_targets(bare, counts)
         _refuse_constant(targets, panel.targets)
         inputs = read_inputs(bare, use_rep=use_rep, model=model, **self.reading)
+        inputs, expression = self._with_expression(sections, columns, panel, inputs, targets)
         inputs = choose_neighborhood(
             bare,
             inputs,
@@ -136,7 +137,6 @@ class ImputationFitting:
             split=self.split,
             protocol=self.protocol,
         )
-        inputs, expression = self._with_expression(sections, columns, panel, inputs, targets)
         heads, tested = [], []
         for run in self._plan(bare, targets, inputs, self.seed):
             head, scores = self._fit_run(bare, inputs, targets, panel, run, model)
@@ -243,12 +243,17 @@ class ImputationFitting:
         self, first: TaskFit, targets: ExpressionTargets, splits: Sequence[Split], seed: int
     ) -> tuple[list[list[Ballot]], pd.DataFrame]:
         """Fit networks to what the first one reads and what is beside it, each with its own split."""
-        read = [one for one in map(first.inputs.of, first.inputs.sources) if one is not None]
+        inputs = first.inputs
+        read = [
+            (features, inputs.widths_of(source))
+            for source in inputs.sources
+            if (features := inputs.of(source)) is not None
+        ]
         rounds: list[list[Ballot]] = []
         histories: list[pd.DataFrame] = []
         for k, split in enumerate(splits):
             ballots: list[Ballot] = []
-            for features in read:
+            for features, blocks in read:
                 network, history = first.network, first.history
                 if histories:
                     fitted = fit_head(
@@ -256,6 +261,7 @@ class ImputationFitting:
                         targets,
                         fitted=split.fitted,
                         held_out=split.held_out,
+                        blocks=blocks,
                         training=_TRAINING,
                         seed=seed + k,
                     )

@@ -98,6 +98,12 @@ class SimulatedTraining:
     fitted: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of the cell encoder's projection, and of the components."""
+        n_components = self.panel.loadings.shape[1]
+        return self.features.shape[1] - n_components, n_components
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpotSimulation:

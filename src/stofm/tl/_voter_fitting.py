@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stofm.nn import PredictionHead
     from stofm.spatial import Split
     from stofm.tl._head_fitting import TaskFit
-    from stofm.tl._head_inputs import Source
+    from stofm.tl._head_inputs import Inputs, Source
     from stofm.tl._protocol import Run
     from stofm.train import Targets
 
@@ -152,15 +152,11 @@ def fit_voters(
     held_out = [row_order(inputs.features, targets.values, one.held_out) for one in splits]
     rows = np.concatenate(held_out)
     fitting = _Fitting(targets, splits, held_out, voter_seeds(seed, n_heads), refit=refit)
-    kinds = [fitting.networks("embedding", inputs.features, first)]
-    around = inputs.of("neighborhood")
-    if around is not None:
-        kinds.append(fitting.networks("neighborhood", around, None))
+    kinds = [fitting.networks(inputs, source, first) for source in inputs.sources]
     if inputs.expression is not None:
-        kinds.append(fitting.networks("expression", inputs.expression, None))
         kinds.append(fitting.linear("expression", inputs.expression))
     weights = blend_weights([kind.votes for kind in kinds], targets, rows)
-    # Cells without expression and neighbours need the embedding's vote.
+    # Cells without expression or neighbours need the embedding's vote.
     kept = [k == 0 or weight >= _LEAST_WEIGHT for k, weight in enumerate(weights)]
     weights = np.where(kept, weights, 0.0) / weights[kept].sum()
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
@@ -178,7 +174,7 @@ def fit_voters(
         networks=tuple(networks),
         reads=tuple(reads),
         weights=tuple(shares),
-        n_neighbors=inputs.n_neighbors if "neighborhood" in reads else 0,
+        n_neighbors=inputs.n_neighbors if any("neighborhood" in one for one in reads) else 0,
         history=pd.concat(fitting.histories, ignore_index=True),
         held_out=tuple(held_out),
         votes=np.asarray(votes),
@@ -205,14 +201,14 @@ class _Fitting:
         self._seeds = seeds
         self._known = np.flatnonzero(targets.is_known)
 
-    def networks(
-        self, reads: Source, features: NDArray[np.float32], first: TaskFit | None
-    ) -> _Kind:
+    def networks(self, inputs: Inputs, reads: Source, first: TaskFit) -> _Kind:
         """Networks with hidden layers, one for each split."""
+        features, blocks = inputs.of(reads), inputs.widths_of(reads)
+        assert features is not None
         fits: list[tuple[PredictionHead, int]] = []
         for k, seed in enumerate(self._seeds):
             split = self._splits[k % len(self._splits)]
-            if first is not None and not fits:
+            if reads == "embedding" and not fits:
                 network, best_epoch, history = first.network, first.best_epoch, first.history
             else:
                 one = fit_head(
@@ -220,6 +216,7 @@ class _Fitting:
                     self._targets,
                     fitted=split.fitted,
                     held_out=split.held_out,
+                    blocks=blocks,
                     seed=seed,
                 )
                 network, best_epoch, history = one.head, one.best_epoch, one.history
@@ -239,6 +236,7 @@ class _Fitting:
                     self._targets,
                     fitted=self._known,
                     held_out=self._known[:0],
+                    blocks=blocks,
                     n_epochs=n_epochs,
                     seed=seed,
                 ).head

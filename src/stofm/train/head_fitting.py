@@ -16,7 +16,7 @@ from stofm.spatial import canonical_order
 from stofm.train.targets import head_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -93,6 +93,7 @@ def fit_head(
     *,
     fitted: NDArray[np.int64],
     held_out: NDArray[np.int64],
+    blocks: Sequence[int] | None = None,
     widths: tuple[int, int] = (256, 128),
     training: HeadTraining | None = None,
     n_epochs: int | None = None,
@@ -113,6 +114,9 @@ def fit_head(
         Rows to fit; all with a target.
     held_out
         Rows that tell when to stop; none: all epochs are run.
+    blocks
+        Columns of each representation, if there are several side by side; those of one share a
+        scale.
     widths
         Units of the two hidden layers.
     training
@@ -150,7 +154,7 @@ def fit_head(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         head = PredictionHead(config)
-        head.fit_inputs(torch.from_numpy(features[order]))
+        head.fit_inputs(torch.from_numpy(features[order]), blocks)
         fitting = _Fitting(head.to(place), features, targets, training, place)
         best_epoch = fitting.run(
             order, held_out, n_epochs or training.max_epochs, np.random.default_rng(seed)
