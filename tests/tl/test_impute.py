@@ -314,8 +314,8 @@ def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(_imputation_fitting, "fit_head", watched)
     head = fit(strategy="full")
-    # Another network on embeddings, two on neighbourhoods, and two on expression.
-    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()] * 5
+    # Another network on embeddings, two on expression, and two on the neighbours of either.
+    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()] * 7
     assert model.fingerprint == weights != head.model.fingerprint
     assert given["kind"] == "values"
     assert not set(HELD_OUT) & set(given["slices"][0].var_names)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +15,7 @@ from stofm._keys import Obs, Obsm
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl import _head_fitting
 from stofm.tl._gene_columns import GeneColumns
-from stofm.tl._head_inputs import DEFAULT_REP, Inputs, read_inputs, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP, Inputs, Source, read_inputs, resolve_slices
 from stofm.tl._neighborhood import add_neighborhood, choose_neighborhood
 from stofm.train import HeadTraining, Targets, head_fitting
 
@@ -63,8 +66,30 @@ def test_what_is_averaged(adata, inputs, use_rep, widths, averaged):
     np.testing.assert_array_equal(found.neighborhood, means)
     assert found.n_neighbors == 5
     np.testing.assert_array_equal(found.of("neighborhood"), np.hstack([means, inputs.features]))
+    assert found.widths_of("neighborhood") == (means.shape[1], *widths)
     some = found.take(np.arange(7, 20))
     np.testing.assert_array_equal(some.neighborhood, means[7:20])
+
+
+def test_the_first_components_are_averaged_too(adata, inputs, rng):
+    sections = slices_of(adata)
+    expression = rng.normal(size=(184, 63)).astype(np.float32)
+    # The cells of one slice have none.
+    expression[sections.slices.rows[1]] = np.nan
+    read = replace(inputs, expression=expression)
+    assert read.sources == ("embedding", "expression")
+    found = add_neighborhood(sections, read, 5, spatial_key=Obsm.SPATIAL)
+    assert found.sources == get_args(Source)
+    first = expression[:, :50]
+    means = neighbor_means(first, adata.obsm["spatial"], sections.slices.rows, 5)
+    both = found.of("expression neighborhood")
+    np.testing.assert_array_equal(both, np.hstack([means, first]))
+    assert found.widths_of("expression neighborhood") == (50, 50)
+    assert found.widths_of("expression") == (63,)
+    has_expression = np.isfinite(expression[:, 0])
+    np.testing.assert_array_equal(np.isfinite(both), np.tile(has_expression[:, None], 100))
+    rows = np.arange(7, 20)
+    np.testing.assert_array_equal(found.take(rows).of("expression neighborhood"), both[rows])
 
 
 def choose(data, inputs, n_neighbors=None, *, rows=None, **options):
@@ -285,7 +310,7 @@ def test_imputation(adata, model, rng, monkeypatch):
     adata.X = sparse.csr_matrix(dense)
     gene = adata.var_names[2]
     head = st.tl.impute(adata, genes=[gene], model=model, n_heads=1, **QUIET)
-    assert head.reads == ("embedding", "neighborhood", "expression")
+    assert head.reads == get_args(Source)
     query = adata.copy()
     st.tl.impute(query, head=head, model=model, **QUIET)
     assert query.obsm[Obsm.IMPUTED][gene].notna().all()

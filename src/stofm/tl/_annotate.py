@@ -60,10 +60,10 @@ def annotate(
         st.tl.annotate(query, head=head)
 
     The query may be another slice, have other genes, or be of another species. Some networks of
-    the head read embeddings, others the mean over a cell's neighbours beside them, others principal
-    components of expression; what each kind weighs was found on held-out cells. Where a query lacks
-    places, raw counts or nearly all of the genes, those that read them have no vote, which a warning
-    says. Neighbours are those in `data`: pass whole slices, and choose among their cells afterwards.
+    the head read embeddings, others principal components of expression, and further ones the mean
+    over a cell's neighbours beside either; what each kind weighs was found on held-out cells. Where
+    a query lacks places, raw counts or nearly all of the genes, those that read them have no vote,
+    which a warning says. Neighbours are those in `data`: pass whole slices, and choose among their cells afterwards.
     Cells that are missing their embeddings are embedded first; do it yourself with
     :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
 
@@ -85,15 +85,16 @@ def annotate(
         Model whose embeddings are read: a :class:`stofm.Stofm`, a checkpoint folder or a hub id.
         By default the one that made the stored embeddings, or the embedded ``"stofm-mini"``.
     use_rep
-        Entry of ``obsm`` to learn from, or several, which are put side by side. With `head` its
-        own are read.
+        Entry of ``obsm`` to learn from, or several, which are put side by side. All columns of one
+        are divided by the same number: principal components need no scaling, columns of different
+        units do. With `head` its own are read.
     strategy
         ``"frozen"`` fits a head on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model with it; the head then carries that model.
     n_neighbors
         Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
         (or all of `use_rep`, if that is not read); further networks read this mean beside the
-        embeddings. None: 10 beside the embeddings of a model, if labelled cells have places, and 0,
+        embeddings, and others that of the first 50 components of expression. None: 10 beside the embeddings of a model, if labelled cells have places, and 0,
         none, beside other entries of ``obsm``, with a `protocol` or with ``split="random"``: cells
         that are held out at random share neighbours with fitted ones, so that scores and the
         weights of the networks are wrong.
@@ -125,8 +126,8 @@ def annotate(
         ``"auto"``: whole slices where there are four or more and each class is in others too, else
         blocks. Each network of a kind holds out other cells. Neighbours resemble each other: a
         random split gives scores that are too good. Scores, weights of the networks, temperature
-        and thresholds come from networks that have not seen the held-out cells; with
-        ``strategy="frozen"`` the networks that are returned are then fitted to all labelled cells,
+        and thresholds come from networks that have not seen the held-out cells; those that are
+        returned, but for one that was tuned with the model, are then fitted to all labelled cells,
         in as many epochs.
     protocol
         ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random

@@ -84,6 +84,7 @@ class AnnotationFitting:
         """Fit a head, or one for each run of a protocol, of which the first is kept."""
         with unchanged_on_error(sections.tables):
             inputs = read_inputs(sections, use_rep=use_rep, model=model, **self.reading)
+            inputs, expression = self._with_expression(sections, inputs, labels)
             inputs = choose_neighborhood(
                 sections,
                 inputs,
@@ -93,12 +94,13 @@ class AnnotationFitting:
                 split=self.split,
                 protocol=self.protocol,
             )
-            inputs, expression = self._with_expression(sections, inputs, labels)
         heads, tested = [], []
         for run in self._plan(sections, labels, inputs, self.seed):
             head, read = self._fit_run(sections, inputs, labels, run, model)
             heads.append(
-                replace(head, expression=expression) if "expression" in head.reads else head
+                replace(head, expression=expression)
+                if any("expression" in one for one in head.reads)
+                else head
             )
             if len(run.test):
                 found = head.predict(read.take(run.test))

@@ -144,22 +144,21 @@ class ImputationHead(VotingHead):
         KeyError, ValueError
             A table has no usable coordinates, and the head reads neighbours.
         """
-        inputs = add_neighborhood(
+        if self.expression is not None:
+            parts = [
+                self.expression.read(table, own, layer=layer, least_measured=0.0)
+                for table, own in zip(sections.tables, columns, strict=True)
+            ]
+            scores = np.concatenate([part for part in parts if part is not None])
+            scores = self.expression.centered(scores, sections.slices.rows)
+            inputs = replace(inputs, expression=scores)
+        return add_neighborhood(
             sections,
             inputs,
             self.n_neighbors,
             spatial_key=spatial_key,
             needed=range(len(sections.tables)),
         )
-        if self.expression is None:
-            return inputs
-        parts = [
-            self.expression.read(table, own, layer=layer, least_measured=0.0)
-            for table, own in zip(sections.tables, columns, strict=True)
-        ]
-        scores = np.concatenate([part for part in parts if part is not None])
-        scores = self.expression.centered(scores, sections.slices.rows)
-        return replace(inputs, expression=scores)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries, arrays = super()._own()

@@ -80,14 +80,14 @@ def add_neighborhood(
     """Add means over the neighbours of each cell.
 
     They are means of ``X_stofm_cell`` if that is read, which is of the cells alone, else of all
-    that is read.
+    that is read; and of the first components of expression, if there are any.
 
     Parameters
     ----------
     sections
         The cells.
     inputs
-        Their representations.
+        Their representations, and components of their expression if these are read.
     n_neighbors
         Neighbours in the plane, of the same slice; 0 for none.
     spatial_key
@@ -130,8 +130,15 @@ def add_neighborhood(
         for rows in sections.slices.rows
         if usable[rows].all() and (must[rows].all() or len(rows) > n_neighbors // 2)
     ]
-    means = neighbor_means(values, coordinates, slices, n_neighbors)
-    return replace(inputs, neighborhood=means, n_neighbors=n_neighbors)
+    around = None
+    if inputs.first_components is not None:
+        around = neighbor_means(inputs.first_components, coordinates, slices, n_neighbors)
+    return replace(
+        inputs,
+        neighborhood=neighbor_means(values, coordinates, slices, n_neighbors),
+        expression_neighborhood=around,
+        n_neighbors=n_neighbors,
+    )
 
 
 def renew_neighborhood(

@@ -37,8 +37,9 @@ class VotingHead(Head):
     Attributes
     ----------
     reads
-        What each network reads: ``"embedding"``, as the first one does, ``"neighborhood"``, which
-        is means over the neighbours beside it, or ``"expression"``; empty if all read embeddings.
+        What each network reads: ``"embedding"``, as the first one does, or ``"expression"``;
+        ``"neighborhood"`` and ``"expression neighborhood"`` are these with means over the
+        neighbours beside them. Empty if all read embeddings.
     weights
         Weight of each network in the mean; empty for equal ones.
     expression
@@ -56,8 +57,8 @@ class VotingHead(Head):
         self, sections: Sections, inputs: Inputs, *, layer: str | None, spatial_key: str
     ) -> Inputs:
         """Add what networks read beside embeddings; NaN in tables that lack places, genes or counts."""
-        inputs = add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=spatial_key)
-        return self._read_expression(sections, inputs, layer)
+        inputs = self._read_expression(sections, inputs, layer)
+        return add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=spatial_key)
 
     def _read_expression(self, sections: Sections, inputs: Inputs, layer: str | None) -> Inputs:
         if self.expression is None:
