@@ -215,7 +215,10 @@ class _Fitting:
             None if weights is None else torch.as_tensor(weights, dtype=torch.float32).to(device)
         )
         self._optimizer = torch.optim.AdamW(
-            head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+            head.parameters(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=True,
         )
         self._step = 0
 
