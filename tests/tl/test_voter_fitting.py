@@ -199,6 +199,18 @@ def test_refit(classes, splits, rng, monkeypatch):
     )
 
 
+def test_a_tuned_network_is_not_fitted_again(classes, splits, rng):
+    inputs = make_inputs(classes, rng, 1.0, 1.0)
+    first = first_of(inputs, classes, splits[0])
+    frozen = fit_voters(first, classes, splits[:1], n_heads=2, refit=True, seed=0)
+    tuned = replace(first, model=object())
+    voters = fit_voters(tuned, classes, splits[:1], n_heads=2, refit=True, seed=0)
+    assert voters.networks[0] is first.network
+    assert not same(frozen.networks[0], first.network)
+    assert voters.reads == frozen.reads
+    assert all(map(same, voters.networks[1:], frozen.networks[1:]))
+
+
 def test_strength_is_that_of_the_best_held_out_likelihood(classes, splits, rng, monkeypatch):
     inputs = make_inputs(classes, rng, 1.0, 1.5)
     made = []

@@ -173,7 +173,7 @@ class AnnotationFitting:
             n_heads=n_heads,
             # Blocks with their margins may be a third of a slice. What they were held out for is
             # known once the networks are weighed and calibrated.
-            refit=self.strategy == "frozen" and self.protocol is None,
+            refit=self.protocol is None,
             seed=run.seed,
         )
         trust, found = self._calibrate(fit.inputs, labels, splits, voters)

@@ -167,7 +167,7 @@ class DeconvolutionFitting:
                 is_shared=self.protocol is not None or self.strategy != "frozen",
             ),
             n_heads=self.n_heads,
-            refit=self.strategy == "frozen" and self.protocol is None,
+            refit=self.protocol is None,
             seed=run.seed,
         )
         types = tuple(spots.types)

@@ -144,7 +144,8 @@ def fit_voters(
     n_heads
         Number of networks of a kind.
     refit
-        Fit all networks again to all known cells, in as many epochs, once weights are known.
+        Fit all networks but a tuned one again to all known cells, in as many epochs, once weights
+        are known.
     seed
         Seed of the first network.
     """
@@ -230,7 +231,9 @@ class _Fitting:
         def finish() -> list[PredictionHead]:
             if not self._refit:
                 return [network for network, _ in fits]
-            return [
+            # The one that was tuned with the model stays as it is.
+            n_tuned = int(reads == "embedding" and first.model is not None)
+            return [network for network, _ in fits[:n_tuned]] + [
                 fit_head(
                     features,
                     self._targets,
@@ -240,7 +243,7 @@ class _Fitting:
                     n_epochs=n_epochs,
                     seed=seed,
                 ).head
-                for (_, n_epochs), seed in zip(fits, self._seeds, strict=True)
+                for (_, n_epochs), seed in list(zip(fits, self._seeds, strict=True))[n_tuned:]
             ]
 
         return _Kind(reads, np.concatenate(votes), finish)
