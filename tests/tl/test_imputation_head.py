@@ -18,7 +18,14 @@ from stofm.tl import _imputation_head
 from stofm.tl._expression import ExpressionTargets
 from stofm.tl._gene_columns import Gene
 from stofm.tl._head_inputs import Inputs, resolve_slices
-from stofm.tl._imputation_head import ImputationHead, predict_expression, score_genes, write_imputed
+from stofm.tl._imputation_head import (
+    Ballot,
+    ImputationHead,
+    error_products,
+    predict_expression,
+    score_genes,
+    write_imputed,
+)
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
 
@@ -57,7 +64,7 @@ def inputs_of(features, expression=None):
 
 
 def ballots(head, features):
-    return [(network, features) for network in head.networks]
+    return [Ballot(network, features) for network in head.networks]
 
 
 def expected(networks, head, features):
@@ -91,6 +98,29 @@ def test_networks_on_expression_have_a_vote_where_there_is_some(head, features, 
     np.testing.assert_array_equal(alone, head.predict(inputs_of(features)))
 
 
+def test_networks_count_as_they_weigh(head, features):
+    weighed = replace(head, weights=(0.6, 0.2))
+    with torch.no_grad():
+        raw = [network(torch.from_numpy(features)).numpy() for network in head.networks]
+    wanted = np.maximum((0.75 * raw[0] + 0.25 * raw[1]) * head.scale + head.mean, 0)
+    np.testing.assert_allclose(weighed.predict(inputs_of(features)), wanted, atol=1e-6)
+    alone = replace(head, weights=(0.0, 0.2)).predict(inputs_of(features))
+    np.testing.assert_allclose(alone, expected(head.networks[1:], head, features), atol=1e-6)
+
+
+def test_errors_of_standardised_expression(head, features, targets, monkeypatch):
+    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    rows = np.array([1, 4, 5, 9, 11, 12])
+    found = error_products(ballots(head, features), targets, rows)
+    true = (targets.values.toarray()[rows] - head.mean) / head.scale
+    with torch.no_grad():
+        errors = [
+            network(torch.from_numpy(features[rows])).numpy() - true for network in head.networks
+        ]
+    wanted = [[np.sum(one * other) for other in errors] for one in errors]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def test_only_genes_asked_for_are_computed_some_at_a_time(head, features, monkeypatch):
     monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
     asked = []
@@ -118,11 +148,12 @@ def test_genes_by_name_or_id(head):
             head.columns_of(genes)
 
 
-def test_scores_are_the_metrics(head, features, rng, monkeypatch):
-    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+@pytest.fixture
+def targets(head, rng):
+    """Five genes of 13 cells, one of them always 0."""
     true = rng.random((13, 5)).astype(np.float32)
     true[:, 3] = 0
-    targets = ExpressionTargets(
+    return ExpressionTargets(
         kind="values",
         values=sparse.csr_matrix(true),
         n_outputs=5,
@@ -130,6 +161,11 @@ def test_scores_are_the_metrics(head, features, rng, monkeypatch):
         scale=head.scale,
         has_counts=np.ones(13, dtype=bool),
     )
+
+
+def test_scores_are_the_metrics(head, features, targets, monkeypatch):
+    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    true = targets.values.toarray()
     rows = np.array([1, 4, 5, 9, 11, 12])
     scores = score_genes(ballots(head, features), targets, rows)
     own = ballots(head, features[rows])

@@ -167,6 +167,33 @@ def test_genes_are_learnt(fit, training, monkeypatch):
     assert head.model_names() == {}
 
 
+def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
+    monkeypatch.setattr(
+        _imputation_fitting, "stack_weights", lambda _: np.array([0.01, 0, 0.8, 0.2])
+    )
+    head = fit()
+    shares = np.array([0.01, 0.8, 0.2]) / 1.01 / 2
+    assert head.reads == ("embedding", "expression", "expression neighborhood") * 2
+    np.testing.assert_allclose(head.weights, np.tile(shares, 2))
+    assert head.n_neighbors == 10
+    st.tl.impute(query, head=head, model=model, **LIBRARY)
+    weighed = query.obsm[Obsm.IMPUTED].to_numpy()
+    monkeypatch.setattr(_imputation_fitting, "stack_weights", lambda _: np.array([1, 0, 0, 0.0]))
+    alone = fit()
+    assert (set(alone.reads), alone.expression, alone.n_neighbors) == ({"embedding"}, None, 0)
+    st.tl.impute(query, head=alone, model=model, **LIBRARY)
+    assert np.abs(query.obsm[Obsm.IMPUTED].to_numpy() - weighed).max() > 0.01
+
+
+def test_columns_of_each_representation_share_a_scale(fit, model, monkeypatch, scales_of):
+    monkeypatch.setattr(_imputation_fitting, "stack_weights", lambda _: np.full(4, 0.25))
+    head = fit(n_heads=1, n_components=55)
+    cell, spatial = model.config.cell_encoder.d_cell, model.config.se2_transformer.d_model
+    widths = ((cell, spatial), (cell, cell, spatial), (55,), (50, 50))
+    for network, own in zip(head.networks, widths, strict=True):
+        assert len(set(scales_of(network, own))) == len(own)
+
+
 def test_gene_scores_are_of_held_out_cells(fit, training):
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
     head = fit(use_rep="exact", n_heads=1, split="slices")

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from stofm.train import Targets, blend_weights
+from stofm.train import Targets, blend_weights, stack_weights
+from stofm.train.blending import drop_light
 
 PRIOR = 1.0
 
@@ -83,6 +84,45 @@ def test_equal_without_rows_and_for_equal_votes(classes, rng):
     np.testing.assert_allclose(blend_weights(nothing, targets, rows[:0]), 1 / 3, rtol=1e-12)
     same = [votes_on(classes, rng, 1.0)] * 3
     np.testing.assert_allclose(blend_weights(same, targets, rows), 1 / 3, rtol=1e-12)
+
+
+def products_of(errors):
+    return errors @ errors.T
+
+
+def test_values_are_stacked_with_the_least_error(rng):
+    errors = rng.normal(size=(3, 400)) * np.array([[1.0], [1.5], [2.0]])
+    weights = stack_weights(products_of(errors))
+    assert weights.sum() == pytest.approx(1.0, abs=1e-12)
+    best = (weights @ errors) @ (weights @ errors)
+    steps = 60
+    for a, b in itertools.product(range(steps + 1), repeat=2):
+        other = np.array([a, b, steps - a - b]) / steps
+        if other[2] >= 0:
+            assert best <= ((other @ errors) ** 2).sum() * (1 + 1e-5)
+    # Independent errors: as their variances say.
+    np.testing.assert_allclose(weights, np.array([1, 4 / 9, 1 / 4]) / (61 / 36), atol=0.06)
+    # The unit does not matter.
+    np.testing.assert_allclose(stack_weights(1e-9 * products_of(errors)), weights, atol=1e-9)
+
+
+def test_who_adds_nothing_has_no_weight(rng):
+    good = rng.normal(size=300)
+    worse = good + rng.normal(size=300)
+    assert stack_weights(products_of(np.stack([worse, good]))).tolist() == [0.0, 1.0]
+    equal = stack_weights(products_of(np.stack([good, good, worse])))
+    np.testing.assert_allclose(equal, [0.5, 0.5, 0.0], atol=0.02)
+
+
+def test_nothing_to_stack():
+    assert stack_weights(np.zeros((4, 4))).tolist() == [0.25] * 4
+    assert stack_weights(np.array([[3.0]])).tolist() == [1.0]
+
+
+def test_light_voters_are_left_out():
+    weights = drop_light(np.array([0.01, 0.5, 0.019, 0.471]))
+    np.testing.assert_allclose(weights, np.array([0.01, 0.5, 0.0, 0.471]) / 0.981)
+    assert drop_light(np.array([0.0, 1.0])).tolist() == [0.0, 1.0]
 
 
 def test_one_voter(classes, rng):

@@ -109,7 +109,7 @@ class PredictionHead(nn.Module):
         parts = torch.where(varies, variance, 0.0).split(list(widths or [len(variance)]))
         scale = torch.cat([part.mean().sqrt().expand_as(part) for part in parts])
         self.input_mean.copy_(mean)
-        self.input_scale.copy_(torch.where(scale > 0, scale, 1.0))
+        self.input_scale.copy_(torch.where(varies & (scale > 0), scale, 1.0))
 
     def forward(
         self,

@@ -97,11 +97,7 @@ class AnnotationFitting:
         heads, tested = [], []
         for run in self._plan(sections, labels, inputs, self.seed):
             head, read = self._fit_run(sections, inputs, labels, run, model)
-            heads.append(
-                replace(head, expression=expression)
-                if any("expression" in one for one in head.reads)
-                else head
-            )
+            heads.append(head.with_components(expression))
             if len(run.test):
                 found = head.predict(read.take(run.test))
                 tested.append(score_classes(found, labels.codes[run.test]))

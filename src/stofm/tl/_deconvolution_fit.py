@@ -116,11 +116,7 @@ class DeconvolutionFitting:
         heads, tested = [], []
         for run in self._plan(spots, targets, inputs, self.seed):
             head, read = self._fit_run(spots, inputs, targets, run, model)
-            heads.append(
-                replace(head, expression=expression)
-                if any("expression" in one for one in head.reads)
-                else head
-            )
+            heads.append(head.with_components(expression))
             if len(run.test):
                 found = head.predict(read.take(run.test)).mean
                 scores = score_types(head.types, spots.proportions[run.test], found)
@@ -237,7 +233,7 @@ class DeconvolutionFitting:
                 targets,
                 fitted=training.fitted,
                 held_out=training.held_out,
-                blocks=training.widths,
+                input_widths=training.widths,
                 training=_ON_SIMULATED,
                 seed=seed,
                 device=simulation.device,

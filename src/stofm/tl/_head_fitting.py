@@ -103,7 +103,7 @@ def fit_task(
         targets,
         fitted=split.fitted,
         held_out=split.held_out,
-        blocks=inputs.widths,
+        input_widths=inputs.widths,
         training=training,
         seed=seed,
     )

@@ -24,7 +24,7 @@ from stofm.tl._encode_cells import load_model
 from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import torch
@@ -218,9 +218,23 @@ class Inputs:
 
     def widths_of(self, source: Source) -> tuple[int, ...]:
         """Columns of each representation in what :meth:`of` returns."""
-        widths = [part.shape[1] for part in self._parts(source)]
-        of_features = source in ("embedding", "neighborhood")
-        return (*widths[:-1], *self.widths) if of_features else tuple(widths)
+        if source == "embedding":
+            return self.widths
+        if source == "neighborhood":
+            return (*self.averaged[1], *self.widths)
+        return tuple(part.shape[1] for part in self._parts(source))
+
+    @property
+    def averaged(self) -> tuple[NDArray[np.float32], tuple[int, ...]]:
+        """What is averaged over neighbours, and its widths.
+
+        ``X_stofm_cell`` if that is read, which is of the cells alone, else all that is read.
+        """
+        if Obsm.X_CELL not in self.use_rep:
+            return self.features, self.widths
+        number = self.use_rep.index(Obsm.X_CELL)
+        start, width = sum(self.widths[:number]), self.widths[number]
+        return self.features[:, start : start + width], (width,)
 
     def _parts(self, source: Source) -> tuple[NDArray[np.float32], ...]:
         around = self.expression_neighborhood
@@ -237,6 +251,10 @@ class Inputs:
     def first_components(self) -> NDArray[np.float32] | None:
         """Components that are averaged over neighbours; None if none are read."""
         return None if self.expression is None else self.expression[:, :_N_AVERAGED]
+
+    def neighbors_of(self, reads: Iterable[Source]) -> int:
+        """Over how many neighbours the means are that are read there; 0 if none are."""
+        return self.n_neighbors if any("neighborhood" in source for source in reads) else 0
 
     def take(self, rows: NDArray[np.int64]) -> Inputs:
         """The same of some cells."""

@@ -15,11 +15,12 @@ from stofm.tl._expression import expression_targets, on_panel
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import checked_reps, read_inputs
-from stofm.tl._imputation_head import ImputationHead, score_genes
+from stofm.tl._imputation_head import Ballot, ImputationHead, error_products, score_genes
 from stofm.tl._neighborhood import choose_neighborhood
 from stofm.tl._protocol import plan_runs, score_table, split_record
 from stofm.tl._voting_head import choose_n_components
-from stofm.train import HeadTraining, fit_head
+from stofm.train import HeadTraining, fit_head, stack_weights
+from stofm.train.blending import drop_light
 from stofm.train.head_fitting import row_order
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
     from stofm.tl._expression import ExpressionTargets
     from stofm.tl._gene_columns import Gene, GeneColumns, GenePanel
     from stofm.tl._head_fitting import TaskFit
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs, Sections, Source
     from stofm.tl._heads import Strategy
-    from stofm.tl._imputation_head import Ballot
     from stofm.tl._protocol import Protocol, Run
 
 #: Column of ``obs`` that tells slices apart in the AnnData that models read.
@@ -140,7 +140,7 @@ class ImputationFitting:
         heads, tested = [], []
         for run in self._plan(bare, targets, inputs, self.seed):
             head, scores = self._fit_run(bare, inputs, targets, panel, run, model)
-            heads.append(replace(head, expression=expression))
+            heads.append(head.with_components(expression))
             if scores is not None:
                 tested.append(scores)
         _log_summary(heads[0])
@@ -210,14 +210,16 @@ class ImputationFitting:
             reading=self.reading,
         )
         rounds, history = self._fit_all(first, targets, splits, run.seed)
+        rounds, reads = _weigh(rounds, first.inputs.sources, targets, splits)
         by_round = [
             score_genes(ballots, targets, split.held_out)
             for ballots, split in zip(rounds, splits, strict=True)
         ]
         head = ImputationHead(
-            networks=tuple(network for ballots in rounds for network, _ in ballots),
-            reads=first.inputs.sources * len(rounds),
-            n_neighbors=first.inputs.n_neighbors,
+            networks=tuple(one.network for ballots in rounds for one in ballots),
+            reads=reads * len(rounds),
+            weights=tuple(one.weight for ballots in rounds for one in ballots),
+            n_neighbors=first.inputs.neighbors_of(reads),
             outputs=tuple(gene.name for gene in panel.targets),
             use_rep=first.inputs.use_rep,
             origin=first.inputs.origin,
@@ -253,7 +255,7 @@ class ImputationFitting:
         histories: list[pd.DataFrame] = []
         for k, split in enumerate(splits):
             ballots: list[Ballot] = []
-            for features, blocks in read:
+            for features, widths in read:
                 network, history = first.network, first.history
                 if histories:
                     fitted = fit_head(
@@ -261,15 +263,37 @@ class ImputationFitting:
                         targets,
                         fitted=split.fitted,
                         held_out=split.held_out,
-                        blocks=blocks,
+                        input_widths=widths,
                         training=_TRAINING,
                         seed=seed + k,
                     )
                     network, history = fitted.head, fitted.history
-                ballots.append((network, features))
+                ballots.append(Ballot(network, features))
                 histories.append(history.assign(network=len(histories) + 1))
             rounds.append(ballots)
         return rounds, pd.concat(histories, ignore_index=True)
+
+
+def _weigh(
+    rounds: Sequence[Sequence[Ballot]],
+    sources: tuple[Source, ...],
+    targets: ExpressionTargets,
+    splits: Sequence[Split],
+) -> tuple[list[list[Ballot]], tuple[Source, ...]]:
+    """Weigh each kind of networks as is best for held-out cells; also what those that count read."""
+    errors = [
+        error_products(
+            ballots, targets, row_order(ballots[0].features, targets.values, one.held_out)
+        )
+        for ballots, one in zip(rounds, splits, strict=True)
+    ]
+    weights = drop_light(stack_weights(np.sum(errors, axis=0))).tolist()
+    # The first network stays: a tuned model was tuned with it.
+    kept = [k for k, weight in enumerate(weights) if weight or not k]
+    weighed = [
+        [ballots[k]._replace(weight=weights[k] / len(rounds)) for k in kept] for ballots in rounds
+    ]
+    return weighed, tuple(sources[k] for k in kept)
 
 
 def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from stofm.tl._gene_columns import GeneColumns
     from stofm.tl._head_inputs import Inputs, Sections
 
-    #: A network, and what it reads.
-    Ballot = tuple[PredictionHead, NDArray[np.float32]]
-
 #: Genes that are computed at a time.
 _GENES_AT_ONCE: Final = 512
+
+
+class Ballot(NamedTuple):
+    """A network, what it reads, and how much it counts."""
+
+    network: PredictionHead
+    features: NDArray[np.float32]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -58,7 +63,7 @@ class ImputationHead(VotingHead):
         Genes to impute; what is read and by which model; how the head was fitted and how good it
         is.
     networks, reads, weights, expression, n_neighbors
-        Networks whose mean is the prediction, and what they read.
+        Networks whose weighted mean is the prediction, and what they read.
     """
 
     task: ClassVar[str] = "imputation"
@@ -125,7 +130,12 @@ class ImputationHead(VotingHead):
         float32 (n, n_genes), not negative.
         """
         columns = np.arange(len(self.outputs)) if columns is None else columns
-        ballots = [(one, read) for one, read in self.ballots(inputs) if read is not None]
+        weights = self.weights or (1.0,) * len(self.networks)
+        ballots = [
+            Ballot(network, features, weight)
+            for (network, features), weight in zip(self.ballots(inputs), weights, strict=True)
+            if features is not None
+        ]
         return predict_expression(ballots, columns, self.mean, self.scale)
 
     def read_beside_panel(
@@ -193,14 +203,16 @@ def predict_expression(
     mean: NDArray[np.float32],
     scale: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Mean of networks, back in the unit of the genes and clipped at 0; some genes at a time."""
-    found = np.empty((len(ballots[0][1]), len(columns)), dtype=np.float32)
+    """Weighted mean of networks, in the unit of the genes and clipped at 0; some genes at a time."""
+    total = sum(ballot.weight for ballot in ballots)
+    found = np.empty((len(ballots[0].features), len(columns)), dtype=np.float32)
     for start in range(0, len(columns), _GENES_AT_ONCE):
         own = columns[start : start + _GENES_AT_ONCE]
         part = np.zeros((len(found), len(own)), dtype=np.float32)
-        for network, features in ballots:
-            part += apply_head(network, features, "values", columns=own)
-        part *= scale[own] / len(ballots)
+        for network, features, weight in ballots:
+            if weight:
+                part += weight / total * apply_head(network, features, "values", columns=own)
+        part *= scale[own]
         part += mean[own]
         found[:, start : start + _GENES_AT_ONCE] = np.maximum(part, 0.0, out=part)
     return found
@@ -219,7 +231,7 @@ def score_genes(
     for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
         columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
         true = targets.values[rows][:, columns].toarray()
-        own = [(network, features[rows]) for network, features in ballots]
+        own = [ballot._replace(features=ballot.features[rows]) for ballot in ballots]
         found = predict_expression(own, columns, targets.mean, targets.scale)
         scores = {
             "pearson": metrics.pearson(true, found),
@@ -228,6 +240,26 @@ def score_genes(
         }
         parts.append(pd.DataFrame(scores))
     return pd.concat(parts, ignore_index=True)
+
+
+def error_products(
+    ballots: Sequence[Ballot], targets: ExpressionTargets, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Products of the errors of each two networks, (n, n), summed over some cells and all genes.
+
+    Errors are those of standardised expression, so that all genes count the same.
+    """
+    read = [(ballot.network, ballot.features[rows]) for ballot in ballots]
+    products = np.zeros((len(read), len(read)))
+    for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
+        columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
+        true = targets.values[rows][:, columns].toarray() - targets.mean[columns]
+        true /= targets.scale[columns]
+        errors = np.stack(
+            [apply_head(*one, "values", columns=columns).ravel() - true.ravel() for one in read]
+        ).astype(np.float64)
+        products += errors @ errors.T
+    return products
 
 
 def write_imputed(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from stofm._anndata import read_coordinates
-from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._embeddings import MADE_BY_EMBED, places_entry
@@ -79,8 +78,8 @@ def add_neighborhood(
 ) -> Inputs:
     """Add means over the neighbours of each cell.
 
-    They are means of ``X_stofm_cell`` if that is read, which is of the cells alone, else of all
-    that is read; and of the first components of expression, if there are any.
+    They are means of :attr:`Inputs.averaged`, and of the first components of expression, if there
+    are any.
 
     Parameters
     ----------
@@ -106,11 +105,6 @@ def add_neighborhood(
     """
     if not n_neighbors:
         return inputs
-    values = inputs.features
-    if Obsm.X_CELL in inputs.use_rep:
-        number = inputs.use_rep.index(Obsm.X_CELL)
-        start = sum(inputs.widths[:number])
-        values = values[:, start : start + inputs.widths[number]]
     coordinates = np.zeros((sections.n_obs, 2))
     usable = np.zeros(sections.n_obs, dtype=bool)
     must = np.zeros(sections.n_obs, dtype=bool)
@@ -130,13 +124,14 @@ def add_neighborhood(
         for rows in sections.slices.rows
         if usable[rows].all() and (must[rows].all() or len(rows) > n_neighbors // 2)
     ]
-    around = None
-    if inputs.first_components is not None:
-        around = neighbor_means(inputs.first_components, coordinates, slices, n_neighbors)
+    values, components = inputs.averaged[0], inputs.first_components
+    both = values if components is None else np.concatenate([values, components], axis=1)
+    means = neighbor_means(both, coordinates, slices, n_neighbors)
+    width = values.shape[1]
     return replace(
         inputs,
-        neighborhood=neighbor_means(values, coordinates, slices, n_neighbors),
-        expression_neighborhood=around,
+        neighborhood=means[:, :width],
+        expression_neighborhood=None if components is None else means[:, width:],
         n_neighbors=n_neighbors,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stofm.train import apply_head, blend_weights, fit_head, fit_linear_head
+from stofm.train.blending import drop_light
 from stofm.train.head_fitting import row_order
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Strengths that linear heads try, weakest first.
 _STRENGTHS: Final = (0.01, 0.1, 1.0, 10.0)
-#: Kinds of networks with a smaller weight have no vote.
-_LEAST_WEIGHT: Final = 0.02
 #: With more known cells, networks that start elsewhere differ little, and one of a kind does.
 _MANY_CELLS: Final = 15_000
 _FEW_NETWORKS: Final = 3
@@ -156,16 +155,13 @@ def fit_voters(
     kinds = [fitting.networks(inputs, source, first) for source in inputs.sources]
     if inputs.expression is not None:
         kinds.append(fitting.linear("expression", inputs.expression))
-    weights = blend_weights([kind.votes for kind in kinds], targets, rows)
-    # Cells without expression or neighbours need the embedding's vote.
-    kept = [k == 0 or weight >= _LEAST_WEIGHT for k, weight in enumerate(weights)]
-    weights = np.where(kept, weights, 0.0) / weights[kept].sum()
+    weights = drop_light(blend_weights([kind.votes for kind in kinds], targets, rows))
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
     networks: list[PredictionHead] = []
     reads: list[Source] = []
     shares: list[float] = []
-    for kind, weight, is_kept in zip(kinds, weights.tolist(), kept, strict=True):
-        if not is_kept:
+    for kind, weight in zip(kinds, weights.tolist(), strict=True):
+        if not weight:
             continue
         own = kind.finish()
         networks += own
@@ -175,7 +171,7 @@ def fit_voters(
         networks=tuple(networks),
         reads=tuple(reads),
         weights=tuple(shares),
-        n_neighbors=inputs.n_neighbors if any("neighborhood" in one for one in reads) else 0,
+        n_neighbors=inputs.neighbors_of(reads),
         history=pd.concat(fitting.histories, ignore_index=True),
         held_out=tuple(held_out),
         votes=np.asarray(votes),
@@ -204,7 +200,7 @@ class _Fitting:
 
     def networks(self, inputs: Inputs, reads: Source, first: TaskFit) -> _Kind:
         """Networks with hidden layers, one for each split."""
-        features, blocks = inputs.of(reads), inputs.widths_of(reads)
+        features, widths = inputs.of(reads), inputs.widths_of(reads)
         assert features is not None
         fits: list[tuple[PredictionHead, int]] = []
         for k, seed in enumerate(self._seeds):
@@ -217,7 +213,7 @@ class _Fitting:
                     self._targets,
                     fitted=split.fitted,
                     held_out=split.held_out,
-                    blocks=blocks,
+                    input_widths=widths,
                     seed=seed,
                 )
                 network, best_epoch, history = one.head, one.best_epoch, one.history
@@ -239,7 +235,7 @@ class _Fitting:
                     self._targets,
                     fitted=self._known,
                     held_out=self._known[:0],
-                    blocks=blocks,
+                    input_widths=widths,
                     n_epochs=n_epochs,
                     seed=seed,
                 ).head

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
@@ -52,6 +52,11 @@ class VotingHead(Head):
     weights: tuple[float, ...] = ()
     expression: ExpressionComponents | None = None
     n_neighbors: int = 0
+
+    def with_components(self, expression: ExpressionComponents | None) -> Self:
+        """The same with components of expression, if a network reads them."""
+        is_read = any("expression" in source for source in self.reads)
+        return replace(self, expression=expression if is_read else None)
 
     def read_beside(
         self, sections: Sections, inputs: Inputs, *, layer: str | None, spatial_key: str

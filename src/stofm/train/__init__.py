@@ -1,6 +1,6 @@
 """Pretraining: what is hidden, what is recovered, and the loop that learns it (torch)."""
 
-from stofm.train.blending import blend_weights
+from stofm.train.blending import blend_weights, stack_weights
 from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import RunConfig, StageConfig, paper_schedule
@@ -98,5 +98,6 @@ __all__ = [
     "pair_distance_loss",
     "paper_schedule",
     "preparation_key",
+    "stack_weights",
     "write_slice",
 ]

@@ -1,10 +1,11 @@
-"""How much networks that vote should weigh: as much as makes held-out cells likeliest."""
+"""How much networks that vote should weigh: as much as is best for held-out cells."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import nnls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 _PRIOR = 1.0
 _ROUNDS = 200
 _TINY = 1e-6
+#: Voters with a smaller weight are left out.
+_LEAST_WEIGHT = 0.02
+#: Share of the mean squared error that is added to each voter's own: equal ones then weigh the same.
+_RIDGE = 1e-6
+#: How much more than the errors it counts that weights sum to 1, before they are made to.
+_SUM_TO_1 = 1e3
 
 
 def blend_weights(
@@ -56,6 +63,43 @@ def blend_weights(
         explained = mass @ shares + _PRIOR
         weights = explained / explained.sum()
     return weights
+
+
+def stack_weights(errors: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Find the weights with which values that several voters predict are best averaged.
+
+    Parameters
+    ----------
+    errors
+        (n_voters, n_voters) mean, or sum, over held-out values of the products of two voters'
+        errors.
+
+    Returns
+    -------
+    (n_voters,) weights of the weighted mean with the least squared error, not negative, that sum
+    to 1; equal if there are no errors.
+
+    References
+    ----------
+    Breiman 1996, Stacked regressions (Machine Learning 24:49).
+    """
+    n_voters = len(errors)
+    scale = float(np.trace(errors)) / n_voters
+    if not scale > 0:
+        return np.full(n_voters, 1 / n_voters)
+    root = np.linalg.cholesky(
+        np.asarray(errors, dtype=np.float64) / scale + _RIDGE * np.eye(n_voters)
+    )
+    conditions = np.vstack([root.T, np.full(n_voters, _SUM_TO_1)])
+    weights, _ = nnls(conditions, np.append(np.zeros(n_voters), _SUM_TO_1))
+    return np.asarray(weights / weights.sum())
+
+
+def drop_light(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Set weights under 0.02 to 0, but for the first voter's, which reads what all cells have."""
+    kept = weights >= _LEAST_WEIGHT
+    kept[0] = True
+    return np.asarray(np.where(kept, weights, 0.0) / weights[kept].sum())
 
 
 def _likelihoods(

@@ -93,7 +93,7 @@ def fit_head(
     *,
     fitted: NDArray[np.int64],
     held_out: NDArray[np.int64],
-    blocks: Sequence[int] | None = None,
+    input_widths: Sequence[int] | None = None,
     widths: tuple[int, int] = (256, 128),
     training: HeadTraining | None = None,
     n_epochs: int | None = None,
@@ -114,7 +114,7 @@ def fit_head(
         Rows to fit; all with a target.
     held_out
         Rows that tell when to stop; none: all epochs are run.
-    blocks
+    input_widths
         Columns of each representation, if there are several side by side; those of one share a
         scale.
     widths
@@ -154,7 +154,7 @@ def fit_head(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         head = PredictionHead(config)
-        head.fit_inputs(torch.from_numpy(features[order]), blocks)
+        head.fit_inputs(torch.from_numpy(features[order]), input_widths)
         fitting = _Fitting(head.to(place), features, targets, training, place)
         best_epoch = fitting.run(
             order, held_out, n_epochs or training.max_epochs, np.random.default_rng(seed)
@@ -218,7 +218,7 @@ class _Fitting:
             head.parameters(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            fused=True,
+            fused=device.type in ("cpu", "cuda"),
         )
         self._step = 0
 
