@@ -55,11 +55,11 @@ def baselines(loaded: LoadedTask) -> dict[str, Features]:
     """What a probe may read without a model, fitted to the task's own slices."""
     slices = list(loaded.slices.values())
     components = principal_components(slices)
-    joined = []
-    for adata, own in zip(slices, components, strict=True):
-        coordinates = np.asarray(adata.obsm["spatial"])[:, :2]
-        joined.append(np.hstack([own, neighbor_means(own, coordinates, rows_by_slice(adata))]))
-    return {PCS: components, PCS_AND_NEIGHBORS: joined}
+    means = [
+        neighbor_means(own, np.asarray(adata.obsm["spatial"])[:, :2], rows_by_slice(adata))
+        for adata, own in zip(slices, components, strict=True)
+    ]
+    return {PCS: components, PCS_AND_NEIGHBORS: side_by_side(components, means)}
 
 
 def score_probe(

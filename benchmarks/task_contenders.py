@@ -37,7 +37,9 @@ Scores = dict[str, float]
 
 STRATEGIES = ("frozen", "lora", "full")
 PCS, PCS_AND_NEIGHBORS = "PCs", "PCs + neighbours"
-_PCS_KEY = {PCS: "X_pca", PCS_AND_NEIGHBORS: "X_pca_neighbors"}
+#: What they read; heads scale each entry by itself.
+_COMPONENTS = {PCS: ("X_pca",), PCS_AND_NEIGHBORS: ("X_pca", "X_pca_around")}
+_JOINED_KEY = "X_joined"
 _KMEANS_STARTS = 10
 
 
@@ -96,11 +98,10 @@ def _library_key(slices: Sequence[AnnData]) -> str | None:
 
 
 def add_components(slices: Sequence[AnnData]) -> None:
-    """Write 50 PCs of shared genes to each slice, alone and with the neighbours' mean."""
+    """Write 50 PCs of shared genes to each slice, and their mean over the neighbours beside them."""
     for adata, own in zip(slices, principal_components(slices), strict=True):
         means = neighbor_means(own, np.asarray(adata.obsm["spatial"])[:, :2], rows_by_slice(adata))
-        adata.obsm[_PCS_KEY[PCS]] = own
-        adata.obsm[_PCS_KEY[PCS_AND_NEIGHBORS]] = np.hstack([own, means])
+        adata.obsm["X_pca"], adata.obsm["X_pca_around"] = own, means
 
 
 def _with_classes(adata: AnnData, labels: NDArray[np.str_]) -> AnnData:
@@ -142,7 +143,7 @@ def annotate_with_model(task: Annotation, setting: Setting, seed: int, *, strate
 def annotate_with_components(task: Annotation, setting: Setting, seed: int, *, name: str) -> Scores:
     """The same head on principal components."""
     add_components(list(task.slices.values()))
-    return _annotate(task, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device)
+    return _annotate(task, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device)
 
 
 def annotate_with_regression(task: Annotation, _setting: Setting, _seed: int) -> Scores:
@@ -188,7 +189,9 @@ def domains_of_model(task: Domains, setting: Setting, seed: int) -> Scores:
 def domains_of_components(task: Domains, _setting: Setting, seed: int, *, name: str) -> Scores:
     """Clusters of principal components of the slice."""
     add_components([task.adata])
-    return _score_domains(task, _PCS_KEY[name], task.adata.copy(), seed)
+    adata = task.adata.copy()
+    adata.obsm[_JOINED_KEY] = np.hstack([adata.obsm[key] for key in _COMPONENTS[name]])
+    return _score_domains(task, _JOINED_KEY, adata, seed)
 
 
 def _score_proportions(task: Deconvolution | Proportions, found: pd.DataFrame) -> Scores:
@@ -241,7 +244,7 @@ def proportions_with_components(
     """The same head on principal components."""
     add_components([task.query])
     return _learn_proportions(
-        task, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device
+        task, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device
     )
 
 
@@ -297,9 +300,10 @@ def impute_with_components(task: Imputation, setting: Setting, seed: int, *, nam
     slices = [one.copy() for one in (*task.fit, task.query)]
     add_components(task.known_genes)
     for adata, known in zip(slices, task.known_genes, strict=True):
-        adata.obsm[_PCS_KEY[name]] = known.obsm[_PCS_KEY[name]]
+        for key in _COMPONENTS[name]:
+            adata.obsm[key] = known.obsm[key]
     return _impute(
-        task, slices, seed, use_rep=_PCS_KEY[name], n_components=0, device=setting.device
+        task, slices, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device
     )
 
 
@@ -323,7 +327,7 @@ def _strategies(score: Callable[..., Scores]) -> list[Contender]:
 
 
 def _components(score: Callable[..., Scores]) -> list[Contender]:
-    return [Contender(name=one, score=partial(score, name=one)) for one in _PCS_KEY]
+    return [Contender(name=one, score=partial(score, name=one)) for one in _COMPONENTS]
 
 
 #: Who reads nothing of spots but their counts.

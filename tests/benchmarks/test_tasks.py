@@ -269,8 +269,8 @@ def test_all_contenders_of_annotation_learn_the_same_cells(folder, setting, monk
     fits, applied = calls[::2], calls[1::2]
     assert [options.pop("use_rep", None) for _, options in fits] == [
         None,
-        "X_pca",
-        "X_pca_neighbors",
+        ("X_pca",),
+        ("X_pca", "X_pca_around"),
     ]
     # All else is the same, but for the model.
     assert fits[0][1].pop("model") is setting.model
@@ -407,7 +407,7 @@ def test_contenders_that_learn_proportions(deconvolution, setting, monkeypatch):
     assert [options.pop("strategy", None) for _, options in calls] == ["frozen", "lora", None, None]
     assert [options.pop("model", None) is setting.model for _, options in calls[:2]] == [True, True]
     keys = [options.pop("use_rep", None) for _, options in calls]
-    assert keys == [None, None, "X_pca", "X_pca_neighbors"]
+    assert keys == [None, None, ("X_pca",), ("X_pca", "X_pca_around")]
     assert [options.pop("n_components", None) for _, options in calls] == [None, None, 0, 0]
     for learnt, options in calls:
         pd.testing.assert_frame_equal(learnt, known)
