@@ -13,3 +13,15 @@ def few_steps(monkeypatch):
 
     short = FineTuningConfig(epochs=1, min_steps=4, validate_every=2)
     monkeypatch.setattr(_fine_tune, "FineTuningConfig", lambda: short)
+
+
+@pytest.fixture
+def scales_of():
+    """Numbers that a network divides representations of some widths by: one for each of them."""
+
+    def read(network, widths):
+        parts = network.input_scale.split(list(widths))
+        assert all(bool((part == part[0]).all()) for part in parts)
+        return [float(part[0]) for part in parts]
+
+    return read

@@ -11,6 +11,7 @@ import pytest
 
 import stofm as st
 from stofm._keys import Obs, Obsm
+from stofm.tl import _voter_fitting
 from stofm.tl._head_inputs import Source
 from stofm.train import HeadTraining, head_fitting
 
@@ -54,6 +55,38 @@ def test_expression_has_a_vote(cells):
     assert head.expression.axes.shape == (71, 71)
     assert {"network", "reads"} <= set(head.history)
     assert accuracy(cells, head) > 0.9
+
+
+def test_columns_of_each_representation_share_a_scale(cells, scales_of):
+    for key, factor in ((Obsm.X_CELL, 10.0), (Obsm.X, 1000.0)):
+        cells.obsm[key] = factor * cells.obsm[key]
+    head = fit(cells, n_components=60)
+    cell, spatial = (cells.obsm[key].shape[1] for key in (Obsm.X_CELL, Obsm.X))
+    widths = {
+        "embedding": (cell, spatial),
+        "neighborhood": (cell, cell, spatial),
+        "expression": (60,),
+        "expression neighborhood": (50, 50),
+    }
+    for network, reads in zip(head.networks, head.reads, strict=True):
+        scales = scales_of(network, widths[reads])
+        assert len(set(scales)) == len(scales)
+
+
+def test_neighbours_of_expression_alone_beside_embeddings(cells, tmp_path, monkeypatch):
+    weights = np.array([0.3, 0.0, 0.0, 0.7, 0.0])
+    monkeypatch.setattr(_voter_fitting, "blend_weights", lambda *_: weights)
+    head = fit(cells)
+    assert set(head.reads) == {"embedding", "expression neighborhood"}
+    assert head.n_neighbors == 10
+    head.save(tmp_path / "head")
+    again = st.AnnotationHead.load(tmp_path / "head")
+    found = probabilities(cells, again)
+    pd.testing.assert_frame_equal(found, probabilities(cells, head), check_exact=True)
+    # They do vote: without counts others are left, and say something else.
+    bare = cells.copy()
+    bare.X = bare.X * 0.37
+    assert np.abs(probabilities(bare, again).to_numpy() - found.to_numpy()).max() > 0.01
 
 
 def test_expression_tells_what_embeddings_do_not(cells, rng):

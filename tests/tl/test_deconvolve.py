@@ -76,6 +76,13 @@ def check_proportions(spots, head, key=Obsm.DECONVOLUTION):
     assert spread.to_numpy().max() > 0.0
 
 
+def test_projection_and_components_have_a_scale_each(spots, cells, model, scales_of):
+    head = from_reference(spots, cells, model, n_components=6)
+    d_cell = model.config.cell_encoder.d_cell
+    for network in head.networks:
+        assert len(set(scales_of(network, (d_cell, 6)))) == 2
+
+
 def test_from_a_reference(spots, cells, model):
     before = spots.X.copy()
     head = from_reference(spots, cells, model)

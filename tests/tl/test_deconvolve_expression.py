@@ -67,6 +67,17 @@ def test_expression_has_a_vote(spots, tmp_path):
         pd.testing.assert_frame_equal(again.obsm[key], made.obsm[key], check_exact=True)
 
 
+def test_columns_of_each_representation_share_a_scale(spots, scales_of):
+    spots.obsm[Obsm.X] = 100 * spots.obsm[Obsm.X]
+    head = fit(spots, n_neighbors=0)
+    widths = [spots.obsm[key].shape[1] for key in (Obsm.X_CELL, Obsm.X)]
+    cell, spatial = scales_of(head.networks[0], widths)
+    assert spatial > 10 * cell
+    for network, reads in zip(head.networks, head.reads, strict=True):
+        if reads == "expression":
+            scales_of(network, (67,))
+
+
 def test_mean_and_spread_are_by_weight(spots):
     head = fit(spots, n_components=6)
     sections = st.tl._head_inputs.resolve_slices(spots)

@@ -63,9 +63,9 @@ def annotate(
     the head read embeddings, others principal components of expression, and further ones the mean
     over a cell's neighbours beside either; what each kind weighs was found on held-out cells. Where
     a query lacks places, raw counts or nearly all of the genes, those that read them have no vote,
-    which a warning says. Neighbours are those in `data`: pass whole slices, and choose among their cells afterwards.
-    Cells that are missing their embeddings are embedded first; do it yourself with
-    :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
+    which a warning says. Neighbours are those in `data`: pass whole slices, and choose among their
+    cells afterwards. Cells that are missing their embeddings are embedded first; do it yourself
+    with :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
 
     A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
     low, and its embedding lies far from those of the labelled cells. The thresholds are such that
@@ -94,10 +94,10 @@ def annotate(
     n_neighbors
         Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
         (or all of `use_rep`, if that is not read); further networks read this mean beside the
-        embeddings, and others that of the first 50 components of expression. None: 10 beside the embeddings of a model, if labelled cells have places, and 0,
-        none, beside other entries of ``obsm``, with a `protocol` or with ``split="random"``: cells
-        that are held out at random share neighbours with fitted ones, so that scores and the
-        weights of the networks are wrong.
+        embeddings, and others that of the first 50 components of expression. None: 10 beside the
+        embeddings of a model, if labelled cells have places, and 0, none, beside other entries of
+        ``obsm``, with a `protocol` or with ``split="random"``: cells that are held out at random
+        share neighbours with fitted ones, so that scores and the weights of the networks are wrong.
     n_components
         Principal components of log-normalised counts that further networks read, of the genes
         that all labelled cells have; they are centred by slice if the labelled slices differ in

@@ -112,8 +112,8 @@ def deconvolve(
         A :class:`stofm.Stofm`, a checkpoint folder or a hub id. By default the one that made the
         stored embeddings, or the embedded ``"stofm-mini"``.
     use_rep
-        Entry of ``obsm`` to learn from, or several, which are put side by side. Not read with
-        `reference`: simulated spots have no place. Their head reads what the cell encoder makes
+        Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
+        are divided by the same number. Not read with `reference`: simulated spots have no place. Their head reads what the cell encoder makes
         of the shared genes, before it is centred, and `n_components`.
     strategy
         ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
@@ -133,8 +133,8 @@ def deconvolve(
     spots
         With `reference`: how many spots to simulate, of how many cells each.
     n_neighbors
-        Nearest neighbours over which ``X_stofm_cell`` is averaged, for further networks; as in
-        :func:`stofm.tl.annotate`. Not read with `reference`.
+        Nearest neighbours over which ``X_stofm_cell`` and components of expression are averaged,
+        for further networks; as in :func:`stofm.tl.annotate`. Not read with `reference`.
     n_components
         Principal components of log-normalised counts that are read beside the embedding; 0 for
         none. With `reference` they are those of the shared genes, 50 by default. Else further
