@@ -216,6 +216,14 @@ class Inputs:
             return parts[0] if parts else None
         return np.concatenate(parts, axis=1)
 
+    def knows(self, source: Source) -> NDArray[np.bool_]:
+        """(n,) whether a cell has all that a network reads."""
+        parts = self._parts(source)
+        known = np.full(len(self.features), bool(parts))
+        for part in parts:
+            known &= np.isfinite(part[:, 0])
+        return known
+
     def widths_of(self, source: Source) -> tuple[int, ...]:
         """Columns of each representation in what :meth:`of` returns."""
         if source == "embedding":

@@ -131,10 +131,11 @@ class ImputationHead(VotingHead):
         """
         columns = np.arange(len(self.outputs)) if columns is None else columns
         weights = self.weights or (1.0,) * len(self.networks)
+        read = {source: inputs.of(source) for source in set(self.sources)}
         ballots = [
             Ballot(network, features, weight)
-            for (network, features), weight in zip(self.ballots(inputs), weights, strict=True)
-            if features is not None
+            for network, source, weight in zip(self.networks, self.sources, weights, strict=True)
+            if (features := read[source]) is not None
         ]
         return predict_expression(ballots, columns, self.mean, self.scale)
 

@@ -17,12 +17,11 @@ from stofm.tl._neighborhood import add_neighborhood
 from stofm.train import apply_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.nn import PredictionHead
     from stofm.tl._head_inputs import Inputs, Sections, Source
     from stofm.train.targets import TargetKind
 
@@ -101,22 +100,28 @@ class VotingHead(Head):
         (n,); those of a cell sum to 1.
         """
         weights = self.weights or (1.0,) * len(self.networks)
-        ballots = [
-            (network, features, weight * np.isfinite(features[:, 0]))
-            for (network, features), weight in zip(self.ballots(inputs), weights, strict=True)
-            if features is not None
+        known = {source: inputs.knows(source) for source in set(self.sources)}
+        shares = [
+            weight * known[source] for source, weight in zip(self.sources, weights, strict=True)
         ]
-        total = np.sum([weight for *_, weight in ballots], axis=0)
-        for network, features, weight in ballots:
-            # Embeddings are never lacking, and a copy of all of them would be large.
-            read = features if weight.all() else np.nan_to_num(features)
-            yield apply_head(network, read, kind), weight / total
+        total = np.sum(shares, axis=0)
+        source, features = None, inputs.features
+        for network, reads, share in zip(self.networks, self.sources, shares, strict=True):
+            if not share.any():
+                continue
+            # Networks of a kind follow one another, and what they read may be large.
+            if reads != source:
+                source, read = reads, inputs.of(reads)
+                assert read is not None
+                # Embeddings are never lacking, and a copy of all of them would be large.
+                features = read if share.all() else np.nan_to_num(read)
+            yield apply_head(network, features, kind), share / total
 
-    def ballots(self, inputs: Inputs) -> list[tuple[PredictionHead, NDArray[np.float32] | None]]:
-        """Each network with what it reads; None where cells lack it."""
-        sources: Sequence[Source] = self.reads or ["embedding"] * len(self.networks)
-        read = {source: inputs.of(source) for source in set(sources)}
-        return [(one, read[source]) for one, source in zip(self.networks, sources, strict=True)]
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What each network reads."""
+        embedding: Source = "embedding"
+        return self.reads or (embedding,) * len(self.networks)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries: dict[str, Any] = {
