@@ -114,7 +114,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"Model `{report['model']}` ({report['fingerprint']}), on slices and genes that heads were "
         f"not fitted to; mean and spread of {_n_seeds(results)} seeds, or one number where nothing "
-        "is drawn."
+        "is drawn or one seed was measured."
     ]
     for family, measures in MEASURES.items():
         for measure, more_is_better in measures.items():
