@@ -46,15 +46,14 @@ def test_two_rounds(query_and_reference, model):
         rounds.append(training)
         return np.tile(np.array([[0.9, 0.1, 0.0]], dtype=np.float32), (query.n_obs, 1))
 
-    found = SpotSimulation(
+    found, other = SpotSimulation(
         model=model,
         rules=SpotRules(n_spots=1000),
         n_components=5,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        seed=0,
         show_progress_bar=False,
-    ).run(panels, predict)
+    ).run(panels, predict, [0, 7])
     first = rounds[0].proportions
     assert len(first) == 1000
     np.testing.assert_allclose(first.mean(axis=0), 1 / 3, atol=0.05)
@@ -63,6 +62,13 @@ def test_two_rounds(query_and_reference, model):
     assert found.features.shape == (1000, model.config.cell_encoder.d_cell + 5)
     assert len(found.query_features) == query.n_obs
     assert (len(found.fitted), len(found.held_out)) == (900, 100)
+    # Each network has spots of its own, of the same kind and read the same way.
+    assert len(rounds) == 1
+    assert other.panel is found.panel
+    assert other.query_features is found.query_features
+    assert np.abs(other.proportions - found.proportions).max() > 0.5
+    np.testing.assert_allclose(other.proportions.mean(axis=0), [0.617, 0.217, 0.167], atol=0.05)
+    assert other.features.shape == found.features.shape
 
 
 def test_what_can_not_be_read(query_and_reference, model):

@@ -197,14 +197,15 @@ class DeconvolutionFitting:
             n_components=n_components,
             device=device,
             dtype=choose_dtype("auto", device),
-            seed=self.seed,
             show_progress_bar=self.reading["show_progress_bar"],
         )
-        training = simulation.run(
+        trainings = simulation.run(
             panels,
             lambda first: self._query_proportions(first, panels.types, simulation),
+            voter_seeds(self.seed, self.n_heads),
         )
-        head = self._simulated_head(training, panels.types, simulation, self.n_heads)
+        head = self._simulated_head(trainings, panels.types, simulation)
+        training = trainings[0]
         options = {**asdict(rules), "n_components": n_components}
         params = {**head.params, **{k: _as_list(value) for k, value in options.items()}}
         rows = training.held_out
@@ -216,21 +217,19 @@ class DeconvolutionFitting:
     def _query_proportions(
         self, training: SimulatedTraining, types: Sequence[str], simulation: SpotSimulation
     ) -> NDArray[np.float64]:
-        head = self._simulated_head(training, types, simulation, 1)
+        head = self._simulated_head([training], types, simulation)
         return head.predict(head.inputs_of(training.query_features)).mean
 
     def _simulated_head(
         self,
-        training: SimulatedTraining,
+        trainings: Sequence[SimulatedTraining],
         types: Sequence[str],
         simulation: SpotSimulation,
-        n_heads: int,
     ) -> DeconvolutionHead:
-        targets = Targets("proportions", training.proportions, len(types))
         fits: list[FittedHead] = [
             fit_head(
                 training.features,
-                targets,
+                Targets("proportions", training.proportions, len(types)),
                 fitted=training.fitted,
                 held_out=training.held_out,
                 input_widths=training.widths,
@@ -238,8 +237,11 @@ class DeconvolutionFitting:
                 seed=seed,
                 device=simulation.device,
             )
-            for seed in voter_seeds(self.seed, n_heads)
+            for training, seed in zip(
+                trainings, voter_seeds(self.seed, len(trainings)), strict=True
+            )
         ]
+        first = trainings[0]
         networks: tuple[PredictionHead, ...] = tuple(one.head for one in fits)
         return DeconvolutionHead(
             networks=networks,
@@ -250,12 +252,12 @@ class DeconvolutionFitting:
             params=self._params(self.seed, 0),
             split={
                 "how": "simulated",
-                "n_fitted": len(training.fitted),
-                "n_held_out": len(training.held_out),
+                "n_fitted": len(first.fitted),
+                "n_held_out": len(first.held_out),
             },
             validation_scores=score_table([]),
             history=_joined([one.history for one in fits]),
-            panel=training.panel,
+            panel=first.panel,
         )
 
     def _params(self, seed: int, n_neighbors: int) -> dict[str, Any]:

@@ -119,7 +119,8 @@ def deconvolve(
         ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model, which the head then carries; not with `reference`.
     n_heads
-        Networks to fit; of each kind, if there are others beside those on the embeddings.
+        Networks to fit; of each kind, if there are others beside those on the embeddings. With
+        `reference` each is fitted to simulated spots of its own.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer, reference_layer

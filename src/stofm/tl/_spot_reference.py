@@ -24,7 +24,7 @@ from stofm.tl._spot_panel import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from anndata import AnnData
@@ -119,8 +119,6 @@ class SpotSimulation:
         Principal components of expression that are read beside the projection; 0 for none.
     device, dtype
         Where and in which precision the cell encoder runs.
-    seed
-        Seed of the draws.
     show_progress_bar
         Show bars.
     """
@@ -130,15 +128,15 @@ class SpotSimulation:
     n_components: int
     device: torch.device
     dtype: torch.dtype
-    seed: int
     show_progress_bar: bool
 
     def run(
         self,
         panels: Panels,
         predict: Callable[[SimulatedTraining], NDArray[np.floating]],
-    ) -> SimulatedTraining:
-        """Simulate in two rounds.
+        seeds: Sequence[int],
+    ) -> list[SimulatedTraining]:
+        """Simulate in two rounds, the second one for each of some networks.
 
         The first round takes all types for equally frequent and all genes for equally well seen
         by both technologies. What a head that is fitted to it finds in the query on average tells
@@ -151,15 +149,21 @@ class SpotSimulation:
             Query and reference.
         predict
             Fits a head to the first round and returns the query's proportions, (n_obs, n_types).
+        seeds
+            Of the networks; the first one's is that of the first round too. All read the components
+            of the first one's spots.
         """
         equal = np.full(len(panels.types), 1 / len(panels.types))
         alike = np.ones(len(panels.places))
-        found = predict(self._read(panels, self._simulate(panels, alike, equal, round=0)))
+        found = predict(self._read(panels, self._simulate(panels, alike, equal, 2 * seeds[0])))
         composition = found.mean(axis=0, dtype=np.float64)
         composition /= composition.sum()
         scale = self._gene_scales(panels, composition)
-        spots = self._simulate(panels, scale, (composition + equal) / 2, round=1)
-        return self._read(panels, spots)
+        trainings: list[SimulatedTraining] = []
+        for seed in seeds:
+            spots = self._simulate(panels, scale, (composition + equal) / 2, 2 * seed + 1)
+            trainings.append(self._read(panels, spots, trainings[0] if trainings else None))
+        return trainings
 
     def _gene_scales(self, panels: Panels, composition: NDArray[np.float64]) -> NDArray[np.float64]:
         mean_counts = panels.cells.mean_counts()
@@ -171,8 +175,7 @@ class SpotSimulation:
         panels: Panels,
         gene_scale: NDArray[np.float64],
         composition: NDArray[np.float64],
-        *,
-        round: int,
+        seed: int,
     ) -> SimulatedSpots:
         return simulate_spots(
             panels.cells,
@@ -180,10 +183,26 @@ class SpotSimulation:
             gene_scale=gene_scale,
             composition=composition,
             rules=self.rules,
-            seed=2 * self.seed + round,
+            seed=seed,
         )
 
-    def _read(self, panels: Panels, spots: SimulatedSpots) -> SimulatedTraining:
+    def _read(
+        self, panels: Panels, spots: SimulatedSpots, first: SimulatedTraining | None = None
+    ) -> SimulatedTraining:
+        panel = self._find_panel(panels, spots) if first is None else first.panel
+        query = self._features(panel, panels.query) if first is None else first.query_features
+        n_spots = len(spots.proportions)
+        n_fitted = n_spots - round(_HELD_OUT * n_spots)
+        return SimulatedTraining(
+            panel=panel,
+            features=self._features(panel, spots.counts),
+            proportions=spots.proportions.astype(np.float32),
+            query_features=query,
+            fitted=np.arange(n_fitted),
+            held_out=np.arange(n_fitted, n_spots),
+        )
+
+    def _find_panel(self, panels: Panels, spots: SimulatedSpots) -> SpotPanel:
         target_sum = float(np.median(panels.depths))
         loadings = component_loadings(
             spots.counts[:_COMPONENT_SPOTS],
@@ -191,27 +210,15 @@ class SpotSimulation:
             target_sum=target_sum,
             n_components=self.n_components,
         )
-        genes = self.model.vocabulary.gene_ids[panels.places]
-        panel = SpotPanel(genes, loadings, target_sum)
-        features, query_features = (
-            panel.features(
-                counts,
-                self.model,
-                device=self.device,
-                dtype=self.dtype,
-                show_progress_bar=self.show_progress_bar,
-            )
-            for counts in (spots.counts, panels.query)
-        )
-        n_spots = len(features)
-        n_fitted = n_spots - round(_HELD_OUT * n_spots)
-        return SimulatedTraining(
-            panel=panel,
-            features=features,
-            proportions=spots.proportions.astype(np.float32),
-            query_features=query_features,
-            fitted=np.arange(n_fitted),
-            held_out=np.arange(n_fitted, n_spots),
+        return SpotPanel(self.model.vocabulary.gene_ids[panels.places], loadings, target_sum)
+
+    def _features(self, panel: SpotPanel, counts: sparse.csr_matrix) -> NDArray[np.float32]:
+        return panel.features(
+            counts,
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            show_progress_bar=self.show_progress_bar,
         )
 
 
