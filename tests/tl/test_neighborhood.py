@@ -309,11 +309,11 @@ def test_imputation(adata, model, rng, monkeypatch):
     dense[:, 2] = np.where(west, 9, 1)
     adata.X = sparse.csr_matrix(dense)
     gene = adata.var_names[2]
+    monkeypatch.setattr(
+        _imputation_fitting, "stack_weights", lambda errors: np.full(len(errors), 1 / len(errors))
+    )
     head = st.tl.impute(adata, genes=[gene], model=model, n_heads=1, **QUIET)
-    # A single held-out block may leave some kinds without a vote.
-    assert head.reads[0] == "embedding"
-    assert set(head.reads) & {"neighborhood", "expression neighborhood"}
-    assert sum(head.weights) == pytest.approx(1.0)
+    assert head.reads == get_args(Source)
     query = adata.copy()
     st.tl.impute(query, head=head, model=model, **QUIET)
     assert query.obsm[Obsm.IMPUTED][gene].notna().all()

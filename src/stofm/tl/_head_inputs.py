@@ -38,7 +38,6 @@ DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 #: What a network of a head reads.
 Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
 
-
 #: Components that are averaged over neighbours: the others are noise for the most part.
 _N_AVERAGED: Final = 50
 

@@ -98,8 +98,8 @@ def impute(
         ``"stofm-mini"`` by default.
     use_rep
         What the head reads: ``"X_stofm_cell"``, ``"X_stofm"``, or both, side by side. Other
-        entries of ``obsm`` are read as they are, but for one scale for all columns of each: see to it yourself that they were made without
-        the genes to impute. With `head` its own are read.
+        entries of ``obsm`` are read as they are, but for one scale for all columns of each: see to
+        it yourself that they were made without the genes to impute. With `head` its own are read.
     strategy
         ``"frozen"`` fits heads on the embeddings. ``"lora"`` and ``"full"`` tune a copy of the
         model with the first of them; the head then carries that model.
