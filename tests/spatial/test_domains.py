@@ -225,18 +225,24 @@ def test_what_can_not_be_merged_stays(blobs):
 
 
 def test_what_is_beside_the_embedding_weighs_as_much(rng):
-    features, beside = rng.normal(size=(60, 5)), rng.normal(size=(60, 3))
+    features, near, far = (rng.normal(size=(60, width)) for width in (5, 3, 2))
     slices = [np.arange(40), np.arange(40, 60)]
-    space = domain_space(features, slices, beside=beside)
+    space = domain_space(features, slices, beside=[near, far])
     for factor in (100.0, 0.01):
-        scaled = domain_space(features, slices, beside=beside * factor)
+        scaled = domain_space(features, slices, beside=[near * factor, far / factor])
         np.testing.assert_allclose(scaled.scores, space.scores, atol=1e-9)
     assert not np.allclose(space.scores[:, :5], domain_space(features, slices).scores[:, :5])
-    # All components together hold both blocks.
-    assert space.scores.shape == (60, 8)
-    constant = domain_space(features, slices, beside=np.ones((60, 3)))
+    # All components together hold all blocks, each with as much variance within slices.
+    assert space.scores.shape == (60, 10)
+    constant = domain_space(features, slices, beside=[np.ones((60, 3))])
     gaps = np.linalg.norm(constant.scores[:, None] - constant.scores[None], axis=-1)
     alone = domain_space(features, slices).scores
     np.testing.assert_allclose(
         gaps, np.linalg.norm(alone[:, None] - alone[None], axis=-1), atol=1e-9
     )
+
+
+def test_number_of_components(rng):
+    features, slices = rng.normal(size=(60, 25)), [np.arange(60)]
+    assert domain_space(features, slices).scores.shape == (60, 20)
+    assert domain_space(features, slices, beside=[features[:, :4]]).scores.shape == (60, 10)

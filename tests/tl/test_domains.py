@@ -10,6 +10,8 @@ from sklearn.metrics import adjusted_rand_score
 
 import stofm as st
 from stofm._keys import Obs, Obsm, Suffix, Uns
+from stofm.spatial.domains import domain_space, find_domains
+from stofm.spatial.neighbor_graph import neighbor_means
 
 LEVEL1, LEVEL2 = (Obs.DOMAIN + Suffix.LEVEL.format(k) for k in (1, 2))
 COLORS = Obs.DOMAIN + Suffix.COLORS
@@ -287,6 +289,19 @@ def test_neighbours_tell_regions(around):
     alone = agreement(around, use_rep="X_pca")
     assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0
     assert agreement(around, use_rep="X_pca", n_neighbors=8) > alone
+
+
+@pytest.mark.parametrize("n_neighbors", [None, 4])
+def test_near_and_farther_neighbours_are_read(around, n_neighbors):
+    st.tl.domains(around, n_domains=5, library_key="library", n_neighbors=n_neighbors)
+    slices = [np.flatnonzero(around.obs["library"] == name) for name in ("left", "right")]
+    near = n_neighbors or 10
+    means = [
+        neighbor_means(around.obsm[Obsm.X_CELL], around.obsm[Obsm.SPATIAL], slices, n)
+        for n in (near, 3 * near)
+    ]
+    expected = find_domains(domain_space(around.obsm[Obsm.X], slices, beside=means), n_domains=5)
+    np.testing.assert_array_equal(around.obs[Obs.DOMAIN].astype(int), expected)
 
 
 def test_order_of_cells_does_not_matter_to_neighbours(around, rng):

@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 Centering = Literal["slice", "none"]
 
 _N_COMPONENTS = 20
+#: What is read beside an embedding says much of the same again, and what they share comes first.
+_N_COMPONENTS_BESIDE = 10
 #: Neighbours of a cell in the graph for Leiden, the cell itself counted.
 _N_NEIGHBORS = 15
-#: Starts of the mixture, of which the likeliest goes on until the last tolerance: the gain in
-#: log-likelihood of a cell below which a round is the last.
-_N_STARTS = 10
+#: Starts of the mixture, on a sample of at most so many embeddings. The likeliest goes on with all
+#: until the last tolerance: the gain in log-likelihood of a cell below which a round is the last.
+_N_STARTS = 40
+_MAX_AT_START = 5_000
 _TOLERANCES = (1e-3, 1e-5)
 _MAX_ROUNDS = 300
+_N_KMEANS_STARTS = 10
 #: What is added to variances, as a share of the total variance.
 _REGULARIZATION = 1e-6
 #: Of more distinct embeddings a sample is clustered, so that time grows with the cells.
@@ -76,9 +80,11 @@ def domain_space(
     slices: Sequence[NDArray[np.int64]],
     *,
     centering: Centering = "slice",
-    beside: NDArray[np.floating] | None = None,
+    beside: Sequence[NDArray[np.floating]] = (),
 ) -> DomainSpace:
-    """Reduce embeddings to the 20 principal components that domains are found in.
+    """Reduce embeddings to the principal components that domains are found in.
+
+    These are 20, or 10 of an embedding and what is beside it.
 
     Parameters
     ----------
@@ -89,7 +95,8 @@ def domain_space(
     centering
         ``"slice"`` takes each slice's mean off first, and with it what sets slices apart.
     beside
-        (n, d) more of each cell, finite, put beside the embedding with the same total variance.
+        More of each cell, each (n, any), finite; put beside the embedding, with the same total
+        variance.
 
     Raises
     ------
@@ -99,9 +106,8 @@ def domain_space(
     if centering not in ("slice", "none"):
         msg = f"centering must be 'slice' or 'none', found {centering!r}."
         raise ValueError(msg)
-    n_own = features.shape[1]
-    if beside is not None:
-        features = np.concatenate([features, beside], axis=1)
+    edges = np.cumsum([features.shape[1], *(one.shape[1] for one in beside)])
+    features = np.concatenate([features, *beside], axis=1)
     parts = [rows[canonical_order(features[rows][:, [0, -1]], features[rows])] for rows in slices]
     order = np.concatenate(parts)
     values = features[order]
@@ -112,11 +118,12 @@ def domain_space(
     if centering == "slice":
         for start, end in pairwise(starts):
             values[start:end] -= values[start:end].mean(axis=0, dtype=np.float64)
-    if beside is not None:
-        for block in (values[:, :n_own], values[:, n_own:]):
+    if beside:
+        for block in np.split(values, edges[:-1], axis=1):
             total = float(np.sqrt(block.var(axis=0, dtype=np.float64).sum()))
             block /= total or 1.0
-    scores = principal_components(values[is_new], min(_N_COMPONENTS, features.shape[1]))
+    n_components = _N_COMPONENTS_BESIDE if beside else _N_COMPONENTS
+    scores = principal_components(values[is_new], min(n_components, features.shape[1]))
     scale = np.sqrt(scores.var(axis=0).sum())
     return DomainSpace(order, np.cumsum(is_new) - 1, scores / scale if scale > 0 else scores)
 
@@ -136,7 +143,7 @@ def find_domains(
         From :func:`domain_space`.
     n_domains
         Number of domains: components of a Gaussian mixture with one covariance for all, the
-        likeliest of ten starts. With None, Leiden clusters on the neighbour graph.
+        likeliest of 40 starts. With None, Leiden clusters on the neighbour graph.
     resolution
         Of Leiden; higher values give more domains.
     seed
@@ -176,17 +183,17 @@ def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return rank[codes]
 
 
-def _sample(n_points: int, seed: int) -> NDArray[np.int64]:
-    if n_points <= _MAX_CLUSTERED:
+def _sample(n_points: int, most: int, seed: int) -> NDArray[np.int64]:
+    if n_points <= most:
         return np.arange(n_points)
-    chosen = np.random.default_rng(seed).choice(n_points, _MAX_CLUSTERED, replace=False)
-    return np.sort(chosen)
+    return np.sort(np.random.default_rng(seed).choice(n_points, most, replace=False))
 
 
 def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> NDArray[np.int64]:
     if n_domains == 1:
         return np.zeros(len(scores), dtype=np.int64)
-    fitted = scores[_sample(len(scores), seed)]
+    fitted = scores[_sample(len(scores), _MAX_CLUSTERED, seed)]
+    tried = fitted[_sample(len(fitted), max(_MAX_AT_START, n_domains), seed)]
     starts = np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
     mixtures = [
         GaussianMixture(
@@ -200,13 +207,17 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
         for start in starts
     ]
     for mixture in mixtures:
-        _fit(mixture, fitted, _TOLERANCES[0])
+        _fit(mixture, tried, _TOLERANCES[0])
     likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
     _fit(likeliest, fitted, _TOLERANCES[1])
     labels = likeliest.predict(scores)
     if len(np.unique(labels)) < n_domains:
         # A component may be nowhere the likeliest; k-means leaves no domain empty.
-        labels = KMeans(n_domains, n_init=_N_STARTS, random_state=seed).fit(fitted).predict(scores)
+        labels = (
+            KMeans(n_domains, n_init=_N_KMEANS_STARTS, random_state=seed)
+            .fit(fitted)
+            .predict(scores)
+        )
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -223,7 +234,7 @@ def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -
     n_points = len(scores)
     if n_points <= 2:
         return np.zeros(n_points, dtype=np.int64)
-    chosen = _sample(n_points, seed)
+    chosen = _sample(n_points, _MAX_CLUSTERED, seed)
     n_neighbors = min(_N_NEIGHBORS, len(chosen))
     search = NearestNeighbors(n_neighbors=n_neighbors - 1, algorithm="brute").fit(scores[chosen])
     distances, indices = search.kneighbors()

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RESOLUTION = 1.0
+#: How many times as many neighbours the second mean is over.
+_FARTHER = 3
 
 
 def domains(
@@ -61,9 +63,9 @@ def domains(
 ) -> AnnData | None:
     """Find the regions of slices, without labels, as clusters of the embedding.
 
-    Clusters are found in the first 20 principal components of the embedding and of what the cells
-    around are like: a given number of them with a Gaussian mixture whose components share one
-    covariance, or as many as Leiden finds on the neighbour graph. On slices with annotated layers
+    Clusters are found in the first ten principal components of the embedding and of what the cells
+    around are like (20 of the embedding alone): a given number of them with a Gaussian mixture
+    whose components share one covariance, or as many as Leiden finds on the neighbour graph. On slices with annotated layers
     and regions the mixture agrees best with these, better than k-means or Leiden with a matched
     number. The order of the cells does not matter.
 
@@ -87,9 +89,10 @@ def domains(
         domains of the level below: those two are merged that differ least (Ward).
     n_neighbors
         Nearest neighbours in the plane, of the same slice, whose mean ``X_stofm_cell`` is read
-        beside the embedding; or whose mean `use_rep`, if that is not by a model, or
-        ``X_stofm_cell`` not by the same one. None: 10 with the embedding of a model, if its
-        ``X_stofm_cell`` and coordinates are there, otherwise 0, none.
+        beside the embedding, and beside that the mean over three times as many; or the means of
+        `use_rep`, if that is not by a model, or ``X_stofm_cell`` not by the same one. None: 10
+        with the embedding of a model, if its ``X_stofm_cell`` and coordinates are there,
+        otherwise 0, none.
     smooth
         Give each cell the most frequent domain among itself and as many nearest neighbours in
         the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
@@ -224,7 +227,7 @@ class _Rules:
         features: NDArray[np.floating],
         coordinates: NDArray[np.float64] | None,
         slices: Sequence[NDArray[np.int64]],
-        beside: NDArray[np.floating] | None,
+        beside: Sequence[NDArray[np.floating]],
     ) -> DomainLevels:
         """Find the domains of slices, which together have all rows, and the coarser levels."""
         space = domain_space(features, slices, centering=self.centering, beside=beside)
@@ -241,11 +244,11 @@ class _Rules:
         features: NDArray[np.floating],
         coordinates: NDArray[np.float64] | None,
         rows: NDArray[np.int64],
-        beside: NDArray[np.floating] | None,
+        beside: Sequence[NDArray[np.floating]],
     ) -> DomainLevels:
         """Find the domains of a single slice, and the coarser levels."""
         places = None if coordinates is None else coordinates[rows]
-        around = None if beside is None else beside[rows]
+        around = [one[rows] for one in beside]
         found = self.find(features[rows], places, [np.arange(len(rows))], around)
         return DomainLevels(rows, found.labels)
 
@@ -284,24 +287,28 @@ def _refuse_reserved(key_added: str, *read: str | None) -> None:
 
 def _read_neighborhood(
     adata: AnnData, use_rep: str, spatial_key: str, slices: Slices, n_neighbors: int | None
-) -> tuple[int, NDArray[np.float32] | None]:
-    """Means over as many neighbours as asked for, or over ten where it helps and can be done."""
+) -> tuple[int, list[NDArray[np.float32]]]:
+    """Means over the neighbours asked for, or over ten where it helps and can be done, and farther."""
     averaged = _averaged(adata, use_rep)
     is_asked_for = n_neighbors is not None
     if n_neighbors is None:
         can_be = averaged == Obsm.X_CELL and spatial_key in adata.obsm
         n_neighbors = N_NEIGHBORS if can_be else 0
     if not n_neighbors:
-        return 0, None
+        return 0, []
     try:
         coordinates = read_coordinates(adata, spatial_key)
     except ValueError as error:
         if is_asked_for:
             raise
         logger.warning("No neighbours are read: %s", error.args[0])
-        return 0, None
+        return 0, []
     values = read_representation(adata, averaged)
-    return n_neighbors, neighbor_means(values, coordinates, slices.rows, n_neighbors)
+    means = [
+        neighbor_means(values, coordinates, slices.rows, n)
+        for n in (n_neighbors, _FARTHER * n_neighbors)
+    ]
+    return n_neighbors, means
 
 
 def _averaged(adata: AnnData, use_rep: str) -> str:
