@@ -93,6 +93,16 @@ def test_gives_a_new_model_and_leaves_the_old_one(fine_tune, model, adata, strat
     assert not result.head.training
 
 
+def test_slices_are_read_as_they_were_embedded(fine_tune, adata, model):
+    expected = fine_tune()
+    adata.obs["puck"] = adata.obs.pop("library")
+    adata.layers["counts"], adata.obsm["places"] = adata.X, adata.obsm.pop("spatial")
+    adata.X = adata.X.log1p()
+    options = {"layer": "counts", "spatial_key": "places", "library_key": "puck"}
+    st.tl.embed(adata, model, device="cpu", show_progress_bar=False, **options)
+    assert same_weights(fine_tune(library_key=None).model, expected.model)
+
+
 def test_full_keeps_the_gene_embeddings_unless_asked(fine_tune, model):
     def words(model):
         return model.cell_encoder.bert.embeddings.word_embeddings.weight

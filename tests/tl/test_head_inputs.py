@@ -175,6 +175,20 @@ def test_options_of_an_embedding_need_not_be_repeated(adata, model):
     assert read(left, None).origin == origin_by(model)
 
 
+def test_cells_are_embedded_aside_as_they_were_embedded(adata, model, other):
+    adata.obs["puck"] = adata.obs.pop("library")
+    adata.layers["counts"], adata.obsm["places"] = adata.X, adata.obsm.pop("spatial")
+    adata.X = adata.X.log1p()
+    options = {"layer": "counts", "spatial_key": "places", "library_key": "puck"}
+    embedded(adata, model, **options)
+    expected = read(adata, model=other, **options).features
+    np.testing.assert_array_equal(read(adata, None, model=other).features, expected)
+    # So they are where one of two embeddings is missing.
+    expected = adata.obsm.pop(Obsm.X_CELL)
+    read(adata, None, model=model)
+    np.testing.assert_array_equal(adata.obsm[Obsm.X_CELL], expected)
+
+
 def test_all_tables_are_embedded_or_none(pair, model):
     pair[1].X = pair[1].X * 0.37
     keys = [[list(getattr(one, part)) for part in ("obs", "var", "obsm", "uns")] for one in pair]

@@ -75,6 +75,18 @@ def recorded_layer(adata: AnnData) -> str | None:
     return str(layer) if layer else None
 
 
+def recorded_options(
+    adata: AnnData, *, library_key: str | None, layer: str | None, spatial_key: str
+) -> dict[str, Any]:
+    """Options to read a table with: as asked for, or those that it was embedded with."""
+    made_with = recorded_layer(adata) if layer is None else None
+    return {
+        "library_key": slices_column(adata, library_key),
+        "layer": made_with if made_with in adata.layers else layer,
+        "spatial_key": places_entry(adata, spatial_key),
+    }
+
+
 @contextmanager
 def unchanged_on_error(tables: Sequence[AnnData]) -> Iterator[None]:
     """Leave all of several AnnData as they were if one of them turns out not to be usable."""
@@ -97,7 +109,8 @@ class EmbeddingSource:
     expected
         What a head was fitted to.
     options
-        For :func:`stofm.tl.embed`: library_key, layer, spatial_key, device, show_progress_bar.
+        For :func:`stofm.tl.embed`: library_key, layer, spatial_key, device, show_progress_bar. Of
+        the first three, those that a table was embedded with take the place of the defaults.
     """
 
     def __init__(
@@ -125,14 +138,16 @@ class EmbeddingSource:
             return adata
         if objections and (self._given is None or not set(objections) <= set(MADE_BY_EMBED)):
             raise ValueError(next(iter(objections.values())))
+        asked = {name: self._options[name] for name in ("library_key", "layer", "spatial_key")}
+        options = {**self._options, **recorded_options(adata, **asked)}
         if objections:
             logger.info(
                 "obsm[%r] is by another model, or of other counts or slices, and stays; embedding "
                 "aside.",
                 next(iter(objections)),
             )
-            adata = _bare(adata, self._options)
-        embed(adata, load_model(self._model), **self._options)
+            adata = _bare(adata, options)
+        embed(adata, load_model(self._model), **options)
         return adata
 
     def _wanted(self, *, is_needed: bool) -> Origin:

@@ -17,6 +17,7 @@ from stofm._anndata import read_coordinates, read_slices
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.spatial import canonical_order
+from stofm.tl._embeddings import recorded_options
 from stofm.tl._slice_sources import find_sources
 from stofm.tl._training_data import open_corpus, prepare_slices
 from stofm.train.cell_samples import Draws
@@ -118,7 +119,7 @@ def fine_tune_head(
         Becomes part of the new model's name.
     layer, spatial_key, library_key
         Layer with raw counts (``X`` by default), entry of ``obsm`` with the coordinates, column
-        of ``obs`` that names the slices.
+        of ``obs`` that names the slices; by default those that a table was embedded with.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
     training
@@ -161,7 +162,7 @@ def fine_tune_head(
         gene_key=gene_key,
         orthologs=orthologs,
     )
-    sources = find_sources(list(slices), options)
+    sources = [_as_embedded(source) for source in find_sources(list(slices), options)]
     # All but the vocabulary, which nothing changes.
     tuned = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary})
     head = copy.deepcopy(head)
@@ -200,6 +201,18 @@ def fine_tune_head(
     history = pd.DataFrame(found.rows).drop(columns=["stage", "head"])
     _log_summary(model, result, history, found.best_step, time.perf_counter() - started)
     return FineTuned(result, head.to("cpu").eval(), history, found.best_step)
+
+
+def _as_embedded(source: SliceSource) -> SliceSource:
+    """The source, read as it was embedded where nothing else is asked for."""
+    options = source.options
+    found = recorded_options(
+        source.data,
+        library_key=options.library_key,
+        layer=options.layer,
+        spatial_key=options.spatial_key,
+    )
+    return replace(source, options=replace(options, **found))
 
 
 def _check_strategy(strategy: str) -> None:
