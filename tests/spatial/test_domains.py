@@ -69,7 +69,7 @@ def test_order_of_rows_does_not_matter(rng, options):
 
 def test_seed(rng):
     space = whole(rng.normal(size=(120, 4)))
-    for options in ({"n_domains": 6}, {"resolution": 2.0}):
+    for options in ({"n_domains": 25}, {"resolution": 2.0}):
         first, second, other = (find_domains(space, seed=seed, **options) for seed in (3, 3, 4))
         np.testing.assert_array_equal(first, second)
         assert (first != other).any()
@@ -120,6 +120,23 @@ def test_few_cells(rng, n):
 
 def test_cells_all_alike():
     assert find_domains(whole(np.ones((9, 3)))).tolist() == [0] * 9
+
+
+def test_starts_are_tried_on_a_sample_and_the_likeliest_is_fitted_to_all(blobs, monkeypatch):
+    features, slices, group = blobs
+    space = domain_space(features, slices)
+    sizes = []
+
+    class Counted(GaussianMixture):
+        def fit(self, X, y=None):
+            sizes.append(len(X))
+            return super().fit(X, y)
+
+    monkeypatch.setattr(domains, "GaussianMixture", Counted)
+    monkeypatch.setattr(domains, "_MAX_AT_START", 60)
+    labels = find_domains(space, n_domains=4)
+    assert sizes == [60] * 40 + [211]
+    assert adjusted_rand_score(group, labels) > 0.9
 
 
 @pytest.mark.parametrize("options", [{"n_domains": 4}, {"resolution": 0.3}])

@@ -50,6 +50,7 @@ def test_fields(embedded):
         "shared": True,
         "coarser": [3, 2],
         "n_neighbors": 0,
+        "n_farther": 0,
         "smooth": 0,
         "centering": "slice",
         "use_rep": Obsm.X,
@@ -229,7 +230,14 @@ def test_one_cell(embedded):
         ({"resolution": 0.0}, r"resolution must be positive, found 0\.0"),
         ({"coarser": [3, 3]}, r"coarser must hold falling numbers of domains, found \[3, 3\]"),
         ({"n_domains": 4, "coarser": [4]}, r"falling numbers .* below n_domains=4, found \[4\]"),
-        ({"coarser": [2, 0]}, r"coarser must hold falling numbers of domains, found \[2, 0\]"),
+        (
+            {"coarser": [2, 0]},
+            "Each number in coarser must be a whole number of at least 1, found 0",
+        ),
+        ({"coarser": [2.5]}, r"number in coarser must be a whole number of at least 1, found 2\.5"),
+        ({"n_domains": 3.0}, r"n_domains must be a whole number of at least 1, found 3\.0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, found -1"),
+        ({"key_added": Obs.ANNOTATION}, "key_added='stofm_annotation' would replace"),
         ({"centering": "mean"}, "centering must be 'slice' or 'none', found 'mean'"),
         ({"key_added": Obsm.X}, "key_added='X_stofm' would replace something that is read"),
         ({"key_added": "library"}, "key_added='library' would replace something that is read"),
@@ -240,6 +248,18 @@ def test_options_that_can_not_be(embedded, options, message):
         st.tl.domains(embedded, library_key="library", **options)
     assert Obs.DOMAIN not in embedded.obs
     assert Uns.STOFM not in embedded.uns
+
+
+def test_a_single_number_of_coarser_domains(embedded):
+    with pytest.raises(TypeError, match=r"coarser must be a list of numbers .* found 2"):
+        st.tl.domains(embedded, library_key="library", coarser=2)
+
+
+def test_no_level_replaces_the_column_of_slices(embedded):
+    embedded.obs["d_level1"] = embedded.obs.pop("library")
+    with pytest.raises(ValueError, match="'d_level1' would replace something that is read"):
+        st.tl.domains(embedded, n_domains=4, coarser=[2], key_added="d", library_key="d_level1")
+    assert set(embedded.obs["d_level1"]) == {"left", "right"}
 
 
 def test_slices_that_can_not_be_told_apart(embedded):

@@ -135,6 +135,10 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 def test_wrong_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder of a head"):
         ToyHead.load(tmp_path)
+    make().save(tmp_path / "part")
+    (tmp_path / "part" / "validation_scores.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\['validation_scores.tsv'\] missing"):
+        ToyHead.load(tmp_path / "part")
     make().save(tmp_path / "head")
     with pytest.raises(ValueError, match="holds a head for toys, not one for other things"):
         OtherHead.load(tmp_path / "head")

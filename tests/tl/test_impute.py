@@ -83,6 +83,23 @@ def seen_inputs(monkeypatch):
     return seen
 
 
+def test_slices_are_read_as_they_were_embedded(fit, training, model):
+    expected = fit()
+    training.obs["puck"] = training.obs.pop("library")
+    training.layers["counts"], training.obsm["xy"] = training.X, training.obsm.pop("spatial")
+    training.X = training.X.log1p()
+    with pytest.raises(KeyError, match=r"no obsm\['spatial'\]\. These look like .*obsm\['xy'\]"):
+        fit(library_key="puck", layer="counts")
+    options = {"layer": "counts", "spatial_key": "xy", "library_key": "puck"}
+    st.tl.embed(training, model, **options, **QUIET)
+    head = fit(library_key=None)
+    pd.testing.assert_series_equal(head.gene_scores, expected.gene_scores)
+    st.tl.impute(training, head=head, model=model, **QUIET)
+    values = training.obsm["stofm_imputed"].copy()
+    st.tl.impute(training, head=expected, model=model, **options, **QUIET)
+    pd.testing.assert_frame_equal(training.obsm["stofm_imputed"], values)
+
+
 def test_held_out_genes_reach_nothing_that_is_read(fit, training, scrambled, monkeypatch):
     seen = seen_inputs(monkeypatch)
     components = [fit(one).expression for one in (training, scrambled(training))]
@@ -290,6 +307,20 @@ def test_save_and_load(fit, query, model, tmp_path):
     assert suffixes == {".json", ".safetensors", ".tsv"}
     with pytest.raises(ValueError, match="imputation"):
         AnnotationHead.load(tmp_path / "head")
+
+
+def test_genes_that_no_vocabulary_knows(fit, training, query, model):
+    strange = training.copy()
+    strange.var_names = [f"q{k}" for k in range(strange.n_vars)]
+    strange.var = strange.var[[]]
+    for data, reference, name in ((query, strange, "reference"), (strange, query, "query")):
+        with pytest.raises(ValueError, match=rf"Genes of the {name}: Only 0 of .*map_genes\(adata"):
+            st.tl.impute(data, reference=reference, model=model, **LIBRARY)
+        assert Obsm.IMPUTED not in data.obsm
+    # As the message says.
+    strange.var["mine"] = training.var_names
+    st.pp.map_genes(strange, gene_key="mine", vocabulary=model)
+    fit(query[:, 3:].copy(), genes=None, reference=strange)
 
 
 def test_another_model_is_refused(fit, query, model):

@@ -67,6 +67,12 @@ def test_blanks_and_other_spellings_of_none(adata):
         (["a"] + ["b"] * 90 + ["c"] * 93, {}, r"one cell each: \['a'\]. A class needs two"),
         (np.linspace(0, 1, 184), {}, "numbers with fractions"),
         ([0.0, np.inf] * 92, {}, "holds inf: numbers with fractions or infinite"),
+        (
+            ["a"] * 182 + ["b"] * 2,
+            {"min_share": 0.02},
+            r"2 classes of .*, 1 have 2\.0% .* out: b\.",
+        ),
+        (np.arange(184), {"min_share": 0.01}, "184 classes .*, 0 have .* and 174 more. Lower `min"),
         (["a", "b"] * 92, {"min_share": 1.5}, "min_share must be from 0"),
     ],
 )

@@ -95,3 +95,9 @@ def test_score_table():
     table = score_table([{"accuracy": 0.5}, {"accuracy": 0.25}])
     assert table.index.name == "run"
     assert table["accuracy"].to_dict() == {1: 0.5, 2: 0.25}
+
+
+def test_whole_slices_of_which_one_has_known_cells(adata):
+    known = (adata.obs["library"] == "left").to_numpy()
+    with pytest.raises(ValueError, match=r"split='slices' .* 1 of the 2 slices has cells to learn"):
+        plan(adata, known, split="slices")

@@ -21,20 +21,20 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 @pytest.fixture
 def panel(adata, model):
     """Every second gene that the vocabulary and the slices have."""
-    genes = genes_of(adata, model)
+    genes = genes_of(adata, model, "the query")
     return np.unique(genes[genes >= 0])[::2]
 
 
 def test_genes_are_found_by_any_name(adata, model):
-    genes = genes_of(adata, model)
+    genes = genes_of(adata, model, "the query")
     assert (genes[-4:] == -1).all()
     np.testing.assert_array_equal(genes[:-4], np.arange(67))
     adata.var_names = [f"GENE{k}" for k in range(1, 72)]
-    np.testing.assert_array_equal(genes_of(adata, model), genes)
+    np.testing.assert_array_equal(genes_of(adata, model, "the query"), genes)
 
 
 def test_counts_over_a_panel(adata, model, panel):
-    genes = genes_of(adata, model)
+    genes = genes_of(adata, model, "the query")
     # The second column becomes the first one's gene; a gene of the panel is not in the slices.
     genes[1], genes[2] = genes[0], -1
     counts = read_panel_counts(adata, genes, panel, None).toarray()
@@ -47,7 +47,7 @@ def test_counts_over_a_panel(adata, model, panel):
 
 def test_features_are_those_of_the_cell_encoder_before_centring(adata, model, panel):
     own = adata[:, panel].copy()
-    counts = read_panel_counts(adata, genes_of(adata, model), panel, None)
+    counts = read_panel_counts(adata, genes_of(adata, model, "the query"), panel, None)
     spots = SpotPanel(model.vocabulary.gene_ids[panel], np.zeros((len(panel), 0), "f4"), 1.0)
     ranked = tokens_or_stored(own, model, show_progress_bar=False).ranked
     expected = project_cells(model.cell_encoder, ranked, model.vocabulary, **CPU)
@@ -55,7 +55,7 @@ def test_features_are_those_of_the_cell_encoder_before_centring(adata, model, pa
 
 
 def test_components_stand_beside(adata, model, panel, rng):
-    counts = read_panel_counts(adata, genes_of(adata, model), panel, None)
+    counts = read_panel_counts(adata, genes_of(adata, model, "the query"), panel, None)
     loadings = rng.normal(size=(len(panel), 3)).astype(np.float32)
     features = SpotPanel(model.vocabulary.gene_ids[panel], loadings, 50.0).features(
         counts, model, **CPU

@@ -14,7 +14,7 @@ from scipy.special import softmax
 import stofm as st
 from stofm._keys import Obsm
 from stofm.nn import HeadConfig, PredictionHead
-from stofm.tl._embeddings import recorded_layer
+from stofm.tl._embeddings import counts_layer
 from stofm.tl._head_inputs import Inputs, resolve_slices
 from stofm.tl._voting_head import VotingHead, add_expression, choose_n_components
 
@@ -228,10 +228,10 @@ def test_layers(mixed, adata, inputs, model):
     named = read(head, adata, inputs, "raw")
     np.testing.assert_array_equal(named.expression, both.expression)
     # Without a name it is the one that was embedded.
-    assert recorded_layer(adata) is None
+    assert counts_layer(adata, None) is None
     options = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
     st.tl.embed(adata, model, layer="raw", **options)
-    assert recorded_layer(adata) == "raw"
+    assert counts_layer(adata, None) == "raw"
     np.testing.assert_array_equal(read(head, adata, inputs).expression, both.expression)
     again, _ = components(adata, inputs)
     np.testing.assert_array_equal(again.expression, both.expression)

@@ -88,7 +88,8 @@ class DeconvolutionFitting:
         if n_known < _MIN_SPOTS:
             msg = (
                 f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
-                "are needed to fit a head and to hold some out."
+                "are needed to fit a head and to hold some out. Pass more slices, or a smaller "
+                "spot_size if cells are summed into spots."
             )
             raise ValueError(msg)
         with unchanged_on_error(spots.sections.tables):

@@ -137,7 +137,7 @@ class DeconvolutionHead(VotingHead):
 
     def _panel_counts(self, adata: AnnData, model: Stofm, layer: str | None) -> Any:
         assert self.panel is not None
-        genes, places = genes_of(adata, model), self.panel.places(model)
+        genes, places = genes_of(adata, model, "the query"), self.panel.places(model)
         n_found = int(np.isin(places, genes).sum())
         if n_found < _MIN_PANEL * len(places):
             msg = (

@@ -60,6 +60,11 @@ def write_levels(adata: AnnData, key: str, found: Mapping[str, DomainLevels]) ->
     return names
 
 
+def level_columns(key: str, n_levels: int) -> list[str]:
+    """Columns of ``obs`` that levels are written to, the finest first."""
+    return [_column(key, level) for level in range(n_levels)]
+
+
 def _column(key: str, level: int) -> str:
     return key + Suffix.LEVEL.format(level) if level else key
 

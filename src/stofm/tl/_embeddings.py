@@ -69,20 +69,19 @@ def gene_records(adata: AnnData) -> dict[str, Any]:
     return {Uns.STOFM: {key: record for key, record in found.items() if record is not None}}
 
 
-def recorded_layer(adata: AnnData) -> str | None:
-    """Layer whose counts were embedded; None for ``X``, or if nothing is recorded."""
-    layer = (read_record(adata, Obsm.TOKENS) or {}).get("params", {}).get("layer")
-    return str(layer) if layer else None
+def counts_layer(adata: AnnData, layer: str | None) -> str | None:
+    """Layer to read counts from: as asked for, or what was embedded; None for ``X``."""
+    made_with = (read_record(adata, Obsm.TOKENS) or {}).get("params", {}).get("layer")
+    return layer or (str(made_with) if made_with else None)
 
 
 def recorded_options(
     adata: AnnData, *, library_key: str | None, layer: str | None, spatial_key: str
 ) -> dict[str, Any]:
     """Options to read a table with: as asked for, or those that it was embedded with."""
-    made_with = recorded_layer(adata) if layer is None else None
     return {
         "library_key": slices_column(adata, library_key),
-        "layer": made_with if made_with in adata.layers else layer,
+        "layer": counts_layer(adata, layer),
         "spatial_key": places_entry(adata, spatial_key),
     }
 

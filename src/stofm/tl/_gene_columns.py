@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from stofm.genes import GeneVocabulary
+    from stofm.pp._token_entries import Columns
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ class GeneColumns:
 
     @classmethod
     def read(
-        cls, adata: AnnData, vocabulary: GeneVocabulary, *, must_map: bool = True
+        cls,
+        adata: AnnData,
+        vocabulary: GeneVocabulary,
+        *,
+        must_map: bool = True,
+        name: str = "the AnnData",
     ) -> GeneColumns:
         """Read the names of an AnnData's columns, and find them in a vocabulary.
 
@@ -73,6 +79,8 @@ class GeneColumns:
         must_map
             Whether genes have to be in the vocabulary. Without it, an AnnData of which it knows
             too few is matched by name alone.
+        name
+            What the AnnData is, in messages.
 
         Raises
         ------
@@ -82,7 +90,7 @@ class GeneColumns:
         sources = gene_name_sources(adata)
         names = clean_names(sources.pop("var_names"))
         others = tuple(zip(*map(clean_names, sources.values()), strict=True))
-        ids = _vocabulary_ids(adata, vocabulary, must_map=must_map)
+        ids = _vocabulary_ids(adata, vocabulary, must_map=must_map, name=name)
         genes = tuple(Gene(name, id_) for name, id_ in zip(names, ids, strict=True))
         return cls(genes, others or ((),) * len(genes))
 
@@ -135,9 +143,34 @@ class GeneColumns:
         return dict(found)
 
 
-def _vocabulary_ids(adata: AnnData, vocabulary: GeneVocabulary, *, must_map: bool) -> list[str]:
+def map_columns(adata: AnnData, vocabulary: GeneVocabulary, name: str) -> Columns:
+    """Find the gene of each column, by the mapping that :func:`stofm.pp.map_genes` wrote if any.
+
+    Parameters
+    ----------
+    name
+        What the AnnData is, in messages.
+
+    Raises
+    ------
+    ValueError
+        Too few genes are in the vocabulary.
+    """
     try:
-        columns = find_columns(adata, vocabulary, species="auto", gene_key=None, orthologs=None)
+        return find_columns(adata, vocabulary, species="auto", gene_key=None, orthologs=None)
+    except ValueError as error:
+        msg = (
+            f"Genes of {name}: {error} These are options of st.pp.map_genes(adata, ...); call it "
+            f"on {name} first, and its result is used here."
+        )
+        raise ValueError(msg) from error
+
+
+def _vocabulary_ids(
+    adata: AnnData, vocabulary: GeneVocabulary, *, must_map: bool, name: str
+) -> list[str]:
+    try:
+        columns = map_columns(adata, vocabulary, name)
     except ValueError:
         if must_map:
             raise

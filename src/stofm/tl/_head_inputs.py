@@ -16,6 +16,7 @@ from stofm.tl._embeddings import (
     Origin,
     describe_origin,
     origin_of,
+    places_entry,
     same_origin,
     slices_column,
     unchanged_on_error,
@@ -100,8 +101,14 @@ class Sections:
         return Sections(tables, None, self.is_single, slices), rows
 
     def coordinates(self, spatial_key: str) -> NDArray[np.float64]:
-        """Places of all cells, (n_obs, 2)."""
-        return np.concatenate([read_coordinates(table, spatial_key) for table in self.tables])
+        """Places of all cells, (n_obs, 2): as asked for, or those that tables were embedded with."""
+        return np.concatenate(
+            [read_coordinates(table, places_entry(table, spatial_key)) for table in self.tables]
+        )
+
+    def has_coordinates(self, spatial_key: str) -> bool:
+        """Whether all tables have places."""
+        return all(places_entry(table, spatial_key) in table.obsm for table in self.tables)
 
 
 def resolve_slices(
@@ -161,6 +168,7 @@ def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> S
         msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
         raise ValueError(msg)
     library_key = slices_column(adata, library_key)
+    spatial_key = places_entry(adata, spatial_key)
     # Coordinates tell whether there are several slices where no column is given.
     if library_key is None and spatial_key in adata.obsm:
         return read_slices(adata, None, read_coordinates(adata, spatial_key))

@@ -277,7 +277,8 @@ def _plain(value: Any) -> Any:
 
 
 def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
-    missing = [name for name in (CONFIG, _WEIGHTS) if not (folder / name).is_file()]
+    parts = (CONFIG, _WEIGHTS, _VALIDATION, _HISTORY)
+    missing = [name for name in parts if not (folder / name).is_file()]
     config: dict[str, Any] = {}
     if CONFIG not in missing:
         try:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from stofm._anndata import read_coordinates
 from stofm._logging import logger
 from stofm.tl._components import fit_components
-from stofm.tl._embeddings import MADE_BY_EMBED
+from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer, places_entry
 from stofm.tl._expression import expression_targets, on_panel
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
@@ -63,13 +64,19 @@ def read_panel(
     names = np.empty(sections.n_obs, dtype=object)
     for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True):
         names[rows] = name
-    own = [rep for rep in checked_reps(use_rep) if rep not in MADE_BY_EMBED]
+    reps = checked_reps(use_rep)
+    own = [rep for rep in reps if rep not in MADE_BY_EMBED]
     tables, counts = [], []
     parts = zip(sections.tables, columns, sections.places, strict=True)
     for table, known, place in parts:
         bare, wanted = on_panel(
-            table, known, inputs, targets, layer=layer, kept_obsm=(spatial_key, *own)
+            table, known, inputs, targets, layer=counts_layer(table, layer), kept_obsm=own
         )
+        where = places_entry(table, spatial_key)
+        if len(own) < len(reps):
+            bare.obsm[spatial_key] = read_coordinates(table, where)
+        elif where in table.obsm:
+            bare.obsm[spatial_key] = table.obsm[where]
         bare.obs[_SLICE] = pd.Categorical(names[place])
         tables.append(bare)
         counts.append(wanted)
@@ -160,7 +167,7 @@ class ImputationFitting:
         if not n_components:
             return inputs, None
         rows = row_order(inputs.features, targets.values, np.flatnonzero(targets.is_known))
-        layers = [self.layer] * len(columns)
+        layers = [counts_layer(table, self.layer) for table in sections.tables]
         components, scores = fit_components(
             sections, rows, columns, panel.inputs, layers, n_components
         )

@@ -13,6 +13,7 @@ from stofm import metrics
 from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
+from stofm.tl._embeddings import counts_layer
 from stofm.tl._gene_columns import Gene
 from stofm.tl._neighborhood import add_neighborhood
 from stofm.tl._voting_head import VotingHead
@@ -157,7 +158,9 @@ class ImputationHead(VotingHead):
         """
         if self.expression is not None:
             parts = [
-                self.expression.read(table, own, layer=layer, least_measured=0.0)
+                self.expression.read(
+                    table, own, layer=counts_layer(table, layer), least_measured=0.0
+                )
                 for table, own in zip(sections.tables, columns, strict=True)
             ]
             scores = np.concatenate([part for part in parts if part is not None])

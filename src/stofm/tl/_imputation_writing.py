@@ -48,7 +48,7 @@ class ImputationWriting:
         """Embed cells on a head's input genes, and write what it makes of them."""
         columns = head.columns_of(genes)
         loaded, vocabulary = model_and_vocabulary(model, head.use_rep)
-        known = read_columns(sections, loaded, vocabulary)
+        known = read_columns(sections, loaded, vocabulary, "the query")
         if loaded is not None:
             for one in known:
                 _check_overlap(one, head.inputs)
@@ -92,11 +92,12 @@ def model_and_vocabulary(
 
 
 def read_columns(
-    sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary
+    sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary, name: str
 ) -> list[GeneColumns]:
     """Genes of each table; without a model they need not be in its vocabulary."""
     return [
-        GeneColumns.read(table, vocabulary, must_map=model is not None) for table in sections.tables
+        GeneColumns.read(table, vocabulary, must_map=model is not None, name=name)
+        for table in sections.tables
     ]
 
 

@@ -116,9 +116,10 @@ def impute(
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
         A reference may lack it.
     layer
-        Layer with raw counts; ``adata.X`` by default.
+        Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``.
     spatial_key
-        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
+        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit; by default the one that was
+        embedded with.
     split
         How the tenth of the cells is held out that tells when to stop and how well a gene is
         predicted: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
@@ -222,8 +223,9 @@ def impute(
         spatial_key=spatial_key,
     )
     loaded, vocabulary = model_and_vocabulary(model, use_rep)
-    columns = read_columns(training, loaded, vocabulary)
-    query = None if reference is None else read_columns(sections, loaded, vocabulary)
+    name = "the data" if reference is None else "the reference"
+    columns = read_columns(training, loaded, vocabulary, name)
+    query = None if reference is None else read_columns(sections, loaded, vocabulary, "the query")
     targets = _choose_targets(genes, columns, query, vocabulary, protocol, seed)
     panel = choose_panel(columns, targets, query)
     fitted = fitting.fit(training, columns, panel, use_rep=use_rep, model=loaded)

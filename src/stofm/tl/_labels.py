@@ -13,6 +13,8 @@ from stofm._categories import label_text
 from stofm._logging import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -86,14 +88,26 @@ def read_labels(
             "Classes with less than %g%% of the labelled cells are left out (%d cells): %s.",
             100 * min_share,
             counts[~is_kept].sum(),
-            ", ".join(left_out),
+            _some(left_out),
         )
     classes, sizes = names[is_kept], counts[is_kept]
+    if len(classes) < 2 and left_out:
+        msg = (
+            f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have {min_share:.1%} of "
+            f"the labelled cells or more; a head needs two. The others are left out: "
+            f"{_some(left_out)}. Lower `min_share`, or pass a column with larger classes."
+        )
+        raise ValueError(msg)
     _check_classes(key, classes, sizes, n_obs=len(labels), missing=missing)
     codes = np.full(len(labels), -1, dtype=np.int64)
     is_kept_cell = is_known & np.isin(labels, classes)
     codes[is_kept_cell] = np.searchsorted(classes, labels[is_kept_cell].astype(str))
     return Labels(tuple(classes.tolist()), codes, left_out)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to ten names."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _check_classes(
@@ -113,7 +127,7 @@ def _check_classes(
     if len(classes) == 1:
         msg = (
             f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {n_obs} cells); a "
-            "head needs at least two to tell apart."
+            "head needs at least two to tell apart. Pass slices or a column with more."
         )
         raise ValueError(msg)
     if (sizes < 2).any():

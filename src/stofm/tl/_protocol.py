@@ -109,7 +109,13 @@ def plan_runs(
     check_plan(split, protocol, seed)
     own = [rows[is_known[rows]] for rows in sections.slices.rows]
     slices = [rows for rows in own if len(rows)]
-    has_places = all(spatial_key in table.obsm for table in sections.tables)
+    if protocol is None and split == "slices" and len(slices) < 2:
+        msg = (
+            f"split='slices' holds out whole slices, and {len(slices)} of the {len(own)} slices has "
+            "cells to learn from; use split='blocks'."
+        )
+        raise ValueError(msg)
+    has_places = sections.has_coordinates(spatial_key)
     if has_places or (split == "blocks" and protocol is None):
         places = sections.coordinates(spatial_key)
     else:

@@ -16,9 +16,9 @@ from stofm._counts import read_counts
 from stofm._logging import logger
 from stofm.genes import rank_genes
 from stofm.nn import project_cells
-from stofm.pp._tokenize import find_columns
 from stofm.tl._components import principal_axes
 from stofm.tl._expression import log_normalised
+from stofm.tl._gene_columns import map_columns
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +31,25 @@ if TYPE_CHECKING:
 _MAX_GENES: Final = 2000
 
 
-def genes_of(adata: AnnData, model: Stofm) -> NDArray[np.int64]:
-    """Return the place in the model's vocabulary of each column's gene, -1 for none."""
-    tokens = _column_tokens(adata, model)
+def genes_of(adata: AnnData, model: Stofm, name: str) -> NDArray[np.int64]:
+    """Return the place in the model's vocabulary of each column's gene, -1 for none.
+
+    Parameters
+    ----------
+    name
+        What `adata` is, in messages.
+
+    Raises
+    ------
+    ValueError
+        Too few genes are in the vocabulary.
+    """
+    tokens = map_columns(adata, model.vocabulary, name).token_ids
     place = np.full(int(model.vocabulary.tokens.max()) + 2, -1, dtype=np.int64)
     place[model.vocabulary.tokens] = np.arange(len(model.vocabulary.tokens))
     # Token -1, no gene, reads the last entry.
     found: NDArray[np.int64] = place[tokens]
     return found
-
-
-def _column_tokens(adata: AnnData, model: Stofm) -> NDArray[np.int32]:
-    columns = find_columns(adata, model.vocabulary, species="auto", gene_key=None, orthologs=None)
-    return columns.token_ids
 
 
 def read_panel_counts(

@@ -252,7 +252,8 @@ def read_panels(
         Counts are not raw, or fewer than 10 genes are shared.
     """
     tables = (*query.tables, *reference.tables)
-    genes = [genes_of(table, model) for table in tables]
+    parts_of = {"the query": query, "the reference": reference}
+    genes = [genes_of(table, model, name) for name, own in parts_of.items() for table in own.tables]
     panel = reduce(np.intersect1d, (places[places >= 0] for places in genes))
     _require_genes(panel, query, reference)
     n_queries = len(query.tables)

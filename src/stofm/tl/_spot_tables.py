@@ -154,7 +154,8 @@ def _check_proportions(values: NDArray[np.float64], key: str | Sequence[str]) ->
     if negative.any():
         msg = (
             f"{int(negative.sum())} of {len(values)} spots have negative proportions in "
-            f"{_where(key)}, down to {values.min():.4g}; expected shares from 0 to 1."
+            f"{_where(key)}, down to {values.min():.4g}; expected shares from 0 to 1. "
+            "Correct them, or set rows that are not known to NaN."
         )
         raise ValueError(msg)
     sums = values.sum(axis=1)

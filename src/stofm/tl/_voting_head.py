@@ -10,7 +10,7 @@ import numpy as np
 from stofm._logging import logger
 from stofm.genes.vocabulary import embedded_vocabulary
 from stofm.tl._components import ExpressionComponents, fit_components
-from stofm.tl._embeddings import MADE_BY_EMBED, recorded_layer
+from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer
 from stofm.tl._gene_columns import GeneColumns, choose_panel
 from stofm.tl._heads import Head
 from stofm.tl._neighborhood import add_neighborhood
@@ -19,7 +19,6 @@ from stofm.train import apply_head
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.tl._head_inputs import Inputs, Sections, Source
@@ -231,11 +230,6 @@ def add_expression(
     scores = np.full((sections.n_obs, found.shape[1]), np.nan, dtype=np.float32)
     scores[places] = found
     return replace(inputs, expression=scores), components
-
-
-def counts_layer(adata: AnnData, layer: str | None) -> str | None:
-    """Layer to read counts from: as asked for, or what was embedded; None for ``X``."""
-    return layer or recorded_layer(adata)
 
 
 def _warn_of(error: Exception, n_obs: int) -> None:
