@@ -29,8 +29,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m stofm demo --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)")
 
+# As many processes as there are processors, each with one thread.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
