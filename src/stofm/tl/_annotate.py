@@ -69,7 +69,7 @@ def annotate(
 
     A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
     low, and its embedding lies far from those of the labelled cells. The thresholds are such that
-    of the held-out labelled cells the share `reject_rate` would be unknown. A class that the
+    of the held-out labelled cells no more than `reject_rate` would be unknown. A class that the
     labelled cells lack is found only in part this way; ``head.rejection`` tells how it was set.
 
     Parameters

@@ -50,7 +50,7 @@ class FineTuned:
     Attributes
     ----------
     model
-        The tuned model, on the CPU, with a name and a fingerprint of its own.
+        The tuned model, on the CPU, named after the other and the task, with its own fingerprint.
     head
         The head that was tuned along, on the CPU; it reads what :func:`stofm.tl.embed` gives with
         `model`.
