@@ -49,6 +49,18 @@ def test_history_and_early_stopping(problem):
     assert loss == pytest.approx(losses.min(), rel=1e-4)
 
 
+def test_less_patience_with_many_cells(problem, monkeypatch):
+    training = HeadTraining(learning_rate=0.05, patience=7)
+
+    def passes_in_vain():
+        result = fit(problem, training=training)
+        return int(result.history["epoch"].max()) - result.best_epoch
+
+    assert passes_in_vain() == 7
+    monkeypatch.setattr(head_fitting, "_MANY_CELLS", 299)
+    assert passes_in_vain() == 3
+
+
 def test_without_held_out_rows_all_epochs_are_run(problem):
     result = fit(problem, held_out=np.empty(0, dtype=np.int64), training=SHORT)
     assert result.best_epoch == 15

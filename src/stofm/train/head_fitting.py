@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _CHUNK = 8192
 _MOST_OUTPUTS = 2**22
 _LEAST_CHUNK = 256
+#: With more cells to fit a pass has so many steps that a third of the patience is enough.
+_MANY_CELLS = 15_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ class HeadTraining:
     max_epochs
         Most passes over the training part.
     patience
-        Passes without a lower loss on the held-out part after which fitting stops.
+        Passes without a lower loss on the held-out part after which fitting stops; a third
+        of them with more than 15,000 cells to fit, which take many steps in each.
     dropout
         Share of hidden units that is dropped.
     """
@@ -234,6 +237,9 @@ class _Fitting:
         training = self._training
         batch = min(training.batch_size, max(16, len(fitted) // 16))
         n_batches = -(-len(fitted) // batch)
+        patience = training.patience
+        if len(fitted) > _MANY_CELLS:
+            patience = -(-patience // 3)
         best, best_epoch, kept = math.inf, 0, None
         for epoch in range(1, n_epochs + 1):
             order = fitted[rng.permutation(len(fitted))]
@@ -248,7 +254,7 @@ class _Fitting:
             if loss < best:
                 best, best_epoch = loss, epoch
                 kept = {name: value.clone() for name, value in self._head.state_dict().items()}
-            elif epoch - best_epoch >= training.patience:
+            elif epoch - best_epoch >= patience:
                 break
         if kept is not None:
             self._head.load_state_dict(kept)
