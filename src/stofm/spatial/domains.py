@@ -107,7 +107,8 @@ def domain_space(
         msg = f"centering must be 'slice' or 'none', found {centering!r}."
         raise ValueError(msg)
     edges = np.cumsum([features.shape[1], *(one.shape[1] for one in beside)])
-    features = np.concatenate([features, *beside], axis=1)
+    if beside:
+        features = np.concatenate([features, *beside], axis=1)
     parts = []
     for rows in slices:
         own = features[rows]
@@ -149,7 +150,8 @@ def find_domains(
         From :func:`domain_space`.
     n_domains
         Number of domains: components of a Gaussian mixture with one covariance for all, the
-        likeliest of 40 starts on up to 5,000 cells. With None, Leiden clusters on the neighbour graph.
+        likeliest of 40 starts on up to 5,000 cells. With None, Leiden clusters on the neighbour
+        graph.
     resolution
         Of Leiden; higher values give more domains.
     seed
