@@ -352,8 +352,9 @@ def test_without_neighbours(around, lack):
         del around.obsm[Obsm.X_CELL]
     else:
         around.uns[Uns.STOFM] = {
-            key: {"model": name, "vocabulary": "v", "version": "1", "params": {}}
-            for key, name in ((Obsm.X, "one"), (Obsm.X_CELL, "another"))
+            # Models tuned for the same task share their name.
+            key: {"model": "m", "cell_encoder": encoder, "vocabulary": "v", "params": {}}
+            for key, encoder in ((Obsm.X, "one"), (Obsm.X_CELL, "another"))
         }
     assert agreement(around) == expected
     assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0

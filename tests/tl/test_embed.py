@@ -40,6 +40,7 @@ def test_writes_what_it_says(adata, model):
     record = adata.uns[Uns.STOFM][Obsm.X]
     assert record["model"] == "tiny"
     assert record["model_fingerprint"] == model.fingerprint
+    assert record["cell_encoder"] == model.cell_encoder_fingerprint
     assert record["vocabulary"] == model.vocabulary.fingerprint
     # The user's own parts stay as they were.
     assert (adata.X != before.X).nnz == 0

@@ -319,12 +319,11 @@ def _read_neighborhood(
 
 
 def _averaged(adata: AnnData, use_rep: str) -> str:
-    """What is averaged over neighbours: the cells' own embedding by the same model, if there is one."""
+    """What is averaged over neighbours: the cells' embedding by the same encoder, if there is one."""
     if use_rep not in MADE_BY_EMBED or Obsm.X_CELL not in adata.obsm:
         return use_rep
-    # Its record does not name the cell encoder of X_stofm, but the model.
     own, cell = (read_record(adata, rep) or {} for rep in (use_rep, Obsm.X_CELL))
-    is_same = all(own.get(name) == cell.get(name) for name in ("model", "vocabulary"))
+    is_same = all(own.get(name) == cell.get(name) for name in ("cell_encoder", "vocabulary"))
     return Obsm.X_CELL if is_same else use_rep
 
 

@@ -353,6 +353,7 @@ class _Run:
             fingerprints={
                 "model": self.model.name,
                 "model_fingerprint": self.model.fingerprint,
+                "cell_encoder": self.model.cell_encoder_fingerprint,
                 "vocabulary": self.model.vocabulary.fingerprint,
                 "subslice": layouts.digest,
             },

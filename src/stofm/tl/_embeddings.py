@@ -40,11 +40,12 @@ def origin_of(adata: AnnData, rep: str) -> dict[str, str]:
 
 def origin_by(model: Stofm) -> Origin:
     """Origin of what :func:`stofm.tl.embed` makes with a model."""
-    common = {"model": model.name, "vocabulary": model.vocabulary.fingerprint}
-    return {
-        Obsm.X_CELL: {**common, "cell_encoder": model.cell_encoder_fingerprint},
-        Obsm.X: {**common, "model_fingerprint": model.fingerprint},
+    cell = {
+        "model": model.name,
+        "cell_encoder": model.cell_encoder_fingerprint,
+        "vocabulary": model.vocabulary.fingerprint,
     }
+    return {Obsm.X_CELL: cell, Obsm.X: {**cell, "model_fingerprint": model.fingerprint}}
 
 
 def same_origin(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
