@@ -20,7 +20,7 @@ import torch
 import stofm as st
 from stofm.nn import Stofm
 from stofm.tl import _training_data
-from stofm.train import OptimizerConfig, SpatialMasking, StageConfig, TrainingLoop
+from stofm.train import LossWeights, OptimizerConfig, SpatialMasking, StageConfig, TrainingLoop
 from stofm.train.processes import Processes
 from stofm.train.recorder import RunRecorder
 from stofm.train.state import read_progress
@@ -498,6 +498,18 @@ def test_stages_with_and_without_a_learned_mask_have_heads_of_their_own(train):
     assert np.isfinite(result.history["loss"]).all()
     of_reference = result.history[result.history["stage"] == "spatial"]["masked_cells"]
     assert of_reference.between(0, 2).all()
+
+
+def test_losses_at_cells_that_are_not_hidden(train, model):
+    weights = LossWeights(visible_cells=0.5, surroundings=5.0)
+    stages = [replace(stage, weights=weights, surrounding_cells=3) for stage in (SPATIAL, JOINT)]
+    result = train(stage=stages)
+    for name in ("visible_cells", "surroundings"):
+        losses = result.history[result.history["split"] == "train"].groupby("stage")[name]
+        assert (losses.count() > 0).all()
+        # The joint stage goes on with the heads of the spatial stage.
+        assert losses.first()["joint"] < losses.first()["spatial"]
+    assert np.isfinite(result.history["loss"]).all()
 
 
 @pytest.mark.parametrize("stage", [CELLS, SPATIAL, JOINT], ids=lambda stage: stage.name)

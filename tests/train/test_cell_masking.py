@@ -214,6 +214,30 @@ def test_cells_in_a_row_move_by_spacings_along_it(subslice, direction):
     assert dense(masked.subslice.pairs)[1, 2] == pytest.approx(1.87 - 1.7)
 
 
+def test_visible_cells_and_their_surroundings(subslice, rng):
+    masking = SpatialMasking(masked=0.3, moved=0.3)
+    cells = np.flatnonzero(subslice.node_type == NodeType.CELL)
+    masked = apply(subslice, draw(len(cells), masking, rng), masking, n_surrounding=4)
+    nodes = masked.visible.nodes
+    np.testing.assert_array_equal(nodes, np.setdiff1d(cells, masked.hidden_nodes))
+    assert len(nodes) < len(cells)
+    np.testing.assert_array_equal(masked.visible.features, subslice.features[nodes])
+    # Hidden cells count with what they had, moved ones where they were.
+    distances = np.linalg.norm(
+        subslice.coordinates[nodes, None] - subslice.coordinates[None, cells], axis=2
+    )
+    nearest = cells[np.argsort(distances, axis=1)[:, 1:5]]
+    assert np.isin(nearest, masked.hidden_nodes).any()
+    np.testing.assert_allclose(
+        masked.visible.surroundings, subslice.features[nearest].mean(axis=1), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_nothing_is_asked_of_visible_cells_unless_it_is_wanted(subslice, rng):
+    masking = SpatialMasking()
+    assert apply(subslice, draw(30, masking, rng), masking).visible is None
+
+
 def test_errors():
     with pytest.raises(ValueError, match="moved is a share and must lie between 0 and 1"):
         SpatialMasking(moved=-0.1)

@@ -46,6 +46,7 @@ def test_the_defaults_are_the_papers():
         (OptimizerConfig, {"beta2": 1.0}, "beta2 must be at least 0 and below 1, found 1"),
         (OptimizerConfig, {"max_norm": 0.0}, "max_norm must be positive, or left out"),
         (StageConfig, {"name": "spatial", "sampled_cells": 0}, "sampled_cells must be at least 1"),
+        (StageConfig, {"name": "spatial", "surrounding_cells": 0}, "surrounding_cells must be at"),
         (StageConfig, {"name": "joint", "cell_loss": "l1"}, "cell_loss must be one of"),
     ],
 )

@@ -73,7 +73,8 @@ def masked(rng):
     parts = []
     for rows in rows_by_subslice(layout):
         subslice = build_subslice(layout, features, rows, RULES)
-        parts.append(apply(subslice, draw(len(rows), masking, rng), masking))
+        drawn = draw(len(rows), masking, rng)
+        parts.append(apply(subslice, drawn, masking, n_surrounding=3))
     return parts
 
 
@@ -82,7 +83,7 @@ def test_targets_of_a_batch_are_those_of_its_subslices(masked):
     n_nodes = batch.subslices.pairs.n_nodes
     assert n_nodes % 16 == 0
     assert len(masked) == 2
-    hidden, targets, pairs = 0, 0, 0
+    hidden, targets, pairs, visible = 0, 0, 0, 0
     for b, part in enumerate(masked):
         own = slice(hidden, hidden := hidden + len(part.hidden_nodes))
         np.testing.assert_array_equal(batch.hidden_places[own] - b * n_nodes, part.hidden_nodes)
@@ -94,10 +95,15 @@ def test_targets_of_a_batch_are_those_of_its_subslices(masked):
         np.testing.assert_array_equal(batch.pair_rows[own], part.pair_rows)
         np.testing.assert_array_equal(batch.pair_columns[own], part.pair_columns)
         np.testing.assert_array_equal(batch.pair_distances[own], part.pair_distances)
-    assert (hidden, targets, pairs) == tuple(
-        map(len, (batch.hidden_places, batch.target_places, batch.pair_rows))
+        own = slice(visible, visible := visible + len(part.visible.nodes))
+        np.testing.assert_array_equal(batch.visible.places[own] - b * n_nodes, part.visible.nodes)
+        np.testing.assert_array_equal(batch.visible.features[own], part.visible.features)
+        np.testing.assert_array_equal(batch.visible.surroundings[own], part.visible.surroundings)
+    assert (hidden, targets, pairs, visible) == tuple(
+        map(len, (batch.hidden_places, batch.target_places, batch.pair_rows, batch.visible.places))
     )
     flat = batch.subslices.features.flatten(0, 1)
+    assert torch.equal(flat[batch.visible.places], batch.visible.features)
     assert not flat[batch.hidden_places].any()
     kept = torch.isin(batch.target_places, batch.hidden_places, invert=True)
     assert kept.any()

@@ -178,5 +178,6 @@ def test_errors():
         MaskedGeneConfig(candidates="panel")
     with pytest.raises(ValueError, match="masked_cells is a share and must lie between 0 and 1"):
         LossWeights(masked_cells=1.5)
-    with pytest.raises(ValueError, match="contrastive must not be negative, found -1"):
-        LossWeights(contrastive=-1)
+    for name in ("contrastive", "visible_cells", "surroundings"):
+        with pytest.raises(ValueError, match=f"{name} must not be negative, found -1"):
+            LossWeights(**{name: -1})

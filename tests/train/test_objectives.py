@@ -13,7 +13,7 @@ from stofm.genes import RankedTokens
 from stofm.nn import SubSliceBatch, TokenBatch
 from stofm.nn.conversion import se2_from_reference
 from stofm.spatial import NodeType, build_subslice, lay_out_slice, rows_by_subslice
-from stofm.train.cell_masking import SpatialMasking, apply, draw
+from stofm.train.cell_masking import SpatialMasking, VisibleCells, apply, draw
 from stofm.train.gene_masking import TokenMasking
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
 from stofm.train.losses import LossWeights, MaskedGeneConfig, contrastive_loss
@@ -296,6 +296,63 @@ def test_lambda_of_one_and_zero(model, masked):
         )
         assert list(objective(batch)) == [only]
         assert objective.weights == {only: 1.0}
+
+
+def with_visible(masked, rng):
+    """The same sub-slices with made-up surroundings of the cells that are not hidden."""
+    parts = []
+    for part in masked:
+        nodes = np.setdiff1d(np.flatnonzero(part.subslice.cell_index >= 0), part.hidden_nodes)
+        features = part.subslice.features[nodes]
+        around = rng.normal(size=features.shape).astype(np.float32)
+        parts.append(replace(part, visible=VisibleCells(nodes, features, around)))
+    return MaskedSubSliceBatch.from_masked(parts, node_multiple=16)
+
+
+def test_losses_at_cells_that_are_not_hidden(model, masked, rng):
+    batch = with_visible(masked, rng)
+    model.se2_transformer.config = replace(model.se2_transformer.config, feature_scale=4.0)
+    objective = SpatialObjective(
+        model.se2_transformer, weights=LossWeights(visible_cells=0.3, surroundings=8.0)
+    ).eval()
+    assert list(objective.weights) == [
+        "masked_cells",
+        "pair_distances",
+        "visible_cells",
+        "surroundings",
+    ]
+    parts = objective(batch)
+    out = objective.transformer(objective_input(objective, batch))
+    hidden = out.last_hidden_state.flatten(0, 1)[batch.visible.places]
+    for name, head, target in (
+        ("visible_cells", objective.visible_head, batch.visible.features),
+        ("surroundings", objective.surroundings_head, batch.visible.surroundings),
+    ):
+        error = head(hidden) - 4 * target
+        assert parts[name].total.item() == pytest.approx(
+            error.square().mean(dim=1).sum().item(), rel=1e-5
+        )
+        assert parts[name].count == len(target) > 50
+    parts["surroundings"].total.backward()
+    assert objective.surroundings_head.layers[0].weight.grad.any()
+    assert objective.visible_head.layers[0].weight.grad is None
+
+
+def test_other_losses_are_the_same_with_and_without_those_at_visible_cells(model, masked, rng):
+    found = []
+    for weights in (LossWeights(), LossWeights(visible_cells=1.0, surroundings=1.0)):
+        torch.manual_seed(2)
+        objective = SpatialObjective(model.se2_transformer, weights=weights).eval()
+        with torch.no_grad():
+            found.append(totals(objective(with_visible(masked, rng))))
+    assert found[0] == {name: found[1][name] for name in found[0]}
+    assert "surroundings" not in found[0]
+
+
+def test_targets_at_visible_cells_that_are_missing(model, masked):
+    objective = SpatialObjective(model.se2_transformer, weights=LossWeights(surroundings=1.0))
+    with pytest.raises(ValueError, match="mask them with n_surrounding of at least 1"):
+        objective(MaskedSubSliceBatch.from_masked(masked))
 
 
 def test_units_of_the_losses(objective, masked):

@@ -62,7 +62,8 @@ def masked(rng, model):
     layout = lay_out_slice(rng.random((40, 2)), features, rules)
     subslice = build_subslice(layout, features, np.arange(40), rules)
     masking = SpatialMasking(masked=0.5, moved=0.5)
-    return MaskedSubSliceBatch.from_masked([apply(subslice, draw(40, masking, rng), masking)])
+    drawn = draw(40, masking, rng)
+    return MaskedSubSliceBatch.from_masked([apply(subslice, drawn, masking, n_surrounding=5)])
 
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
@@ -95,9 +96,18 @@ def test_frozen_weights_do_not_count(model, vocabulary, tokens, generators):
     assert objective.count_operations(inputs) == 6 * 2 * N_CELLS * 16 * 12
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_transformer_over_nodes_and_pairs(model, masked, share):
-    objective = SpatialObjective(model.se2_transformer, weights=LossWeights(masked_cells=share))
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"masked_cells": 0.0},
+        {"masked_cells": 0.5},
+        {"masked_cells": 1.0},
+        {"visible_cells": 1.0},
+        {"visible_cells": 1.0, "surroundings": 2.0},
+    ],
+)
+def test_transformer_over_nodes_and_pairs(model, masked, weights):
+    objective = SpatialObjective(model.se2_transformer, weights=LossWeights(**weights))
     # The bias is also computed of the one distance that stands for all pairs without.
     counted = forward_operations(objective, masked) - 2 * (5 * 5 + 5 * 2)
     assert objective.count_operations(masked) == 3 * counted

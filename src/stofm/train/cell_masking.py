@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from stofm.spatial import NodeType, PairDistances
+from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.train._checks import check_shares, check_sum
 
 if TYPE_CHECKING:
@@ -105,6 +106,26 @@ class Draw:
 
 
 @dataclass(frozen=True, eq=False)
+class VisibleCells:
+    """Cells of a sub-slice that are not hidden, and what is to be told from them.
+
+    Attributes
+    ----------
+    nodes
+        (n_visible,) nodes, ascending.
+    features
+        (n_visible, d_cell) float32, their own.
+    surroundings
+        (n_visible, d_cell) float32, mean of the original features of the cells nearest to each,
+        before any moved.
+    """
+
+    nodes: NDArray[np.int64]
+    features: NDArray[np.float32]
+    surroundings: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class MaskedSubSlice:
     """A sub-slice with cells hidden and moved, and what is to be recovered.
 
@@ -123,6 +144,8 @@ class MaskedSubSlice:
         (n_pairs,) nodes of the pairs whose distance is to be recovered, in both directions.
     pair_distances
         (n_pairs,) float32, their original distances, model units.
+    visible
+        What is asked of the cells that are not hidden; None for nothing.
     """
 
     subslice: SubSlice
@@ -132,6 +155,7 @@ class MaskedSubSlice:
     pair_rows: NDArray[np.int64]
     pair_columns: NDArray[np.int64]
     pair_distances: NDArray[np.float32]
+    visible: VisibleCells | None = None
 
 
 def draw(n_cells: int, masking: SpatialMasking, rng: Generator) -> Draw:
@@ -174,7 +198,9 @@ def _group_size(share: float, n_cells: int, rng: Generator) -> int:
     return int(expected) if expected >= 1 else int(rng.random() < expected)
 
 
-def apply(subslice: SubSlice, drawn: Draw, masking: SpatialMasking) -> MaskedSubSlice:
+def apply(
+    subslice: SubSlice, drawn: Draw, masking: SpatialMasking, *, n_surrounding: int = 0
+) -> MaskedSubSlice:
     """Hide and move the drawn cells of a sub-slice.
 
     A moved cell has exact distances, from where it now lies, to all nodes but the slice token,
@@ -190,6 +216,9 @@ def apply(subslice: SubSlice, drawn: Draw, masking: SpatialMasking) -> MaskedSub
         What :func:`draw` gave for its number of cells.
     masking
         How far cells move, and what hides features.
+    n_surrounding
+        Nearest cells of the sub-slice over which the surroundings of those that are not hidden
+        are averaged; 0: nothing is asked of these.
 
     References
     ----------
@@ -215,6 +244,20 @@ def apply(subslice: SubSlice, drawn: Draw, masking: SpatialMasking) -> MaskedSub
         pair_rows=np.concatenate([asked.rows, asked.columns]).astype(np.int64),
         pair_columns=np.concatenate([asked.columns, asked.rows]).astype(np.int64),
         pair_distances=np.tile(asked.distances, 2),
+        visible=_visible_cells(subslice, masked, n_surrounding) if n_surrounding else None,
+    )
+
+
+def _visible_cells(
+    subslice: SubSlice, masked: NDArray[np.int64], n_surrounding: int
+) -> VisibleCells:
+    cells = np.flatnonzero(subslice.node_type == NodeType.CELL)
+    features = subslice.features[cells]
+    places = subslice.coordinates[cells].astype(np.float64)
+    means = neighbor_means(features, places, [np.arange(len(cells))], n_surrounding)
+    is_visible = ~np.isin(cells, masked)
+    return VisibleCells(
+        nodes=cells[is_visible], features=features[is_visible], surroundings=means[is_visible]
     )
 
 

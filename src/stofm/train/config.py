@@ -113,6 +113,9 @@ class StageConfig:
         Model units (a slice's diagonal is 100) in which predicted and true distances are
         compared; 1 in the paper. With 10, a squared error of distances is of the size of one of
         cell embeddings, and the weights between them mean what they say.
+    surrounding_cells
+        Nearest cells of the sub-slice whose mean embedding is to be told, where the weights ask
+        for surroundings.
     subslice_cells
         Cells of a training sub-slice; None for the model's rule.
     vary_subslices
@@ -141,6 +144,7 @@ class StageConfig:
     spatial_masking: SpatialMasking = field(default_factory=SpatialMasking)
     cell_loss: CellLoss = "mse"
     distance_unit: float = 1.0
+    surrounding_cells: int = 10
     subslice_cells: int | None = None
     vary_subslices: bool = False
     virtual_cells: bool = True
@@ -154,9 +158,15 @@ class StageConfig:
         check_choice("cell_loss", self.cell_loss, get_args(CellLoss))
         _check_at_least_one(self, "epochs", "max_steps", "subslice_cells", "sampled_cells")
         _check_at_least_one(self, "refresh_every", "center_cells", "center_every")
+        _check_at_least_one(self, "surrounding_cells")
         if not self.distance_unit > 0:
             msg = f"distance_unit must be positive, found {self.distance_unit}."
             raise ValueError(msg)
+
+    @property
+    def n_surrounding(self) -> int:
+        """Cells around each that is not hidden, to be told from it; 0 if nothing is asked of it."""
+        return self.surrounding_cells if self.weights.asks_visible_cells else 0
 
     def settings(self) -> dict[str, Any]:
         """Entries that the trained weights depend on: all."""

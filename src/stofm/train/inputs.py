@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from stofm.genes import GeneVocabulary
     from stofm.nn import TokenBatch
-    from stofm.train.cell_masking import MaskedSubSlice
+    from stofm.train.cell_masking import MaskedSubSlice, VisibleCells
     from stofm.train.gene_masking import TokenMasking
 
 
@@ -161,6 +161,42 @@ class CellBatch:
 
 
 @dataclass(frozen=True)
+class VisibleCellBatch:
+    """Cells of a batch that are not hidden, and what is to be told from them.
+
+    Attributes
+    ----------
+    places
+        (n_visible,) nodes, counted through the padded sub-slices.
+    features
+        (n_visible, d_cell) their own.
+    surroundings
+        (n_visible, d_cell) mean features of the cells around them.
+    """
+
+    places: Int[Tensor, " visible"]
+    features: Float[Tensor, "visible d_cell"]
+    surroundings: Float[Tensor, "visible d_cell"]
+
+    def to(self, device: torch.device | str) -> VisibleCellBatch:
+        """Return a copy on `device`."""
+        return VisibleCellBatch(
+            places=self.places.to(device),
+            features=self.features.to(device),
+            surroundings=self.surroundings.to(device),
+        )
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[VisibleCells], n_nodes: int) -> VisibleCellBatch:
+        """Join the cells of sub-slices that were padded to `n_nodes` nodes."""
+        return cls(
+            places=_places([part.nodes for part in parts], n_nodes),
+            features=_joined([part.features for part in parts]),
+            surroundings=_joined([part.surroundings for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
 class MaskedSubSliceBatch:
     """Input of :class:`~stofm.train.objectives.SpatialObjective`.
 
@@ -178,6 +214,8 @@ class MaskedSubSliceBatch:
         (n_pairs,) the sub-slice and the two nodes in it of pairs whose distance is to be recovered.
     pair_distances
         (n_pairs,) these distances, model units.
+    visible
+        What is asked of the cells that are not hidden; None for nothing.
     """
 
     subslices: SubSliceBatch
@@ -188,6 +226,7 @@ class MaskedSubSliceBatch:
     pair_rows: Int[Tensor, " pairs"]
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
+    visible: VisibleCellBatch | None = None
 
     def to(self, device: torch.device | str) -> MaskedSubSliceBatch:
         """Return a copy on `device`."""
@@ -200,6 +239,7 @@ class MaskedSubSliceBatch:
             pair_rows=self.pair_rows.to(device),
             pair_columns=self.pair_columns.to(device),
             pair_distances=self.pair_distances.to(device),
+            visible=None if self.visible is None else self.visible.to(device),
         )
 
     @classmethod
@@ -220,6 +260,7 @@ class MaskedSubSliceBatch:
         )
         n_nodes = subslices.pairs.n_nodes
         n_pairs = [len(part.pair_rows) for part in masked]
+        visible = [part.visible for part in masked if part.visible is not None]
         return cls(
             subslices=subslices,
             hidden_places=_places([part.hidden_nodes for part in masked], n_nodes),
@@ -229,6 +270,7 @@ class MaskedSubSliceBatch:
             pair_rows=_joined([part.pair_rows for part in masked]),
             pair_columns=_joined([part.pair_columns for part in masked]),
             pair_distances=_joined([part.pair_distances for part in masked]),
+            visible=VisibleCellBatch.from_parts(visible, n_nodes) if visible else None,
         )
 
 

@@ -110,20 +110,30 @@ class LossWeights:
     masked_cells
         The paper's lambda, between 0 and 1: weight of the masked cells. The pairs' distances have
         the weight 1 - lambda.
+    visible_cells
+        Of telling, from a cell that is not hidden, its own embedding.
+    surroundings
+        Of telling, from a cell that is not hidden, the mean embedding of the cells around it. Such
+        a mean varies less than an embedding, a mean of ten about a tenth as much, and so do its
+        squared errors.
 
     References
     ----------
     SToFM (arXiv 2507.11588), sections A.1 and 3.4. The published code states no lambda.
+    DISCREPANCY: the paper has no loss at cells that are not hidden, where embeddings are read
+    after training; the weights of these two are 0 by default.
     """
 
     masked_genes: float = 1.0
     contrastive: float = 1.0
     masked_cells: float = 0.5
+    visible_cells: float = 0.0
+    surroundings: float = 0.0
 
     def __post_init__(self) -> None:
         """Check each weight."""
         check_shares(self, "masked_cells")
-        for name in ("masked_genes", "contrastive"):
+        for name in ("masked_genes", "contrastive", "visible_cells", "surroundings"):
             if not getattr(self, name) >= 0:
                 msg = f"{name} must not be negative, found {getattr(self, name)}."
                 raise ValueError(msg)
@@ -132,6 +142,11 @@ class LossWeights:
     def pair_distances(self) -> float:
         """Weight of the pairs' distances, 1 - lambda."""
         return 1.0 - self.masked_cells
+
+    @property
+    def asks_visible_cells(self) -> bool:
+        """Whether anything is asked of cells that are not hidden."""
+        return self.visible_cells > 0 or self.surroundings > 0
 
 
 def contrastive_loss(

@@ -134,11 +134,13 @@ class SpatialObjective(nn.Module):
         Model units in which distances are compared: 1 in the paper. Their squared error is then
         hundreds, and that of unit-length cell embeddings a hundredth.
     weights
-        Weights of the losses.
+        Weights of the losses; with one of those at cells that are not hidden, inputs need targets
+        for them.
 
     References
     ----------
-    SToFM (arXiv 2507.11588), section 3.4: L = lambda L_MCM + (1 - lambda) L_PDR.
+    SToFM (arXiv 2507.11588), section 3.4: L = lambda L_MCM + (1 - lambda) L_PDR. The losses at
+    cells that are not hidden are ours.
     """
 
     def __init__(
@@ -163,7 +165,20 @@ class SpatialObjective(nn.Module):
         weights = weights or LossWeights()
         #: Weight of each loss part that :meth:`forward` returns.
         self.weights = _positive(
-            {"masked_cells": weights.masked_cells, "pair_distances": weights.pair_distances}
+            {
+                "masked_cells": weights.masked_cells,
+                "pair_distances": weights.pair_distances,
+                "visible_cells": weights.visible_cells,
+                "surroundings": weights.surroundings,
+            }
+        )
+        # What is told from cells that are not hidden has heads of its own, so that hidden states
+        # have room for both a cell and what lies around it.
+        self.visible_head, self.surroundings_head = (
+            MaskedCellHead(d_model=config.d_model, d_cell=config.d_cell, learned_mask=False)
+            if name in self.weights
+            else None
+            for name in ("visible_cells", "surroundings")
         )
 
     def forward(
@@ -200,6 +215,30 @@ class SpatialObjective(nn.Module):
                 self.predict_distances(out, inputs) / self.distance_unit,
                 inputs.pair_distances / self.distance_unit,
             )
+        return parts | self._visible_losses(out, inputs)
+
+    def _visible_losses(self, out: SE2Output, inputs: MaskedSubSliceBatch) -> dict[str, LossPart]:
+        """Compute the losses at cells that are not hidden."""
+        if self.visible_head is None and self.surroundings_head is None:
+            return {}
+        visible = inputs.visible
+        if visible is None:
+            msg = (
+                "The weights ask for what cells that are not hidden tell, and the sub-slices have no "
+                "targets for it: mask them with n_surrounding of at least 1."
+            )
+            raise ValueError(msg)
+        hidden = out.last_hidden_state.flatten(0, 1)[visible.places]
+        scale = self.transformer.config.feature_scale
+        parts = {}
+        for name, head, target in (
+            ("visible_cells", self.visible_head, visible.features),
+            ("surroundings", self.surroundings_head, visible.surroundings),
+        ):
+            if head is not None:
+                with torch.autocast(hidden.device.type, enabled=False):
+                    predicted = head(hidden.float())
+                parts[name] = masked_cell_loss(predicted, target * scale, kind=self.cell_loss)
         return parts
 
     def count_operations(self, inputs: MaskedSubSliceBatch) -> int:
@@ -209,6 +248,9 @@ class SpatialObjective(nn.Module):
             products += len(inputs.target_places) * matrix_weights(self.cell_head.layers)
         if "pair_distances" in self.weights:
             products += len(inputs.pair_rows) * matrix_weights(self.pair_head)
+        for head in (self.visible_head, self.surroundings_head):
+            if head is not None and inputs.visible is not None:
+                products += len(inputs.visible.places) * matrix_weights(head)
         return PER_PRODUCT * products
 
     def predict_cells(

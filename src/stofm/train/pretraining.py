@@ -345,7 +345,7 @@ def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:
 def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> nn.Module:
     """Put the heads that earlier stages train in place of an objective's own."""
     for owner in (objective, getattr(objective, "spatial", None)):
-        for name in ("gene_head", "cell_head", "pair_head"):
+        for name in ("gene_head", "cell_head", "pair_head", "visible_head", "surroundings_head"):
             own = getattr(owner, name, None)
             if own is None:
                 continue

@@ -161,6 +161,7 @@ class SpatialStage(SubSliceSamples):
             masking=config.spatial_masking,
             vary=config.vary_subslices,
             node_multiple=setup.node_multiple,
+            n_surrounding=config.n_surrounding,
         )
         held_out = _held_out(setup, config)
         self.validation: Samples | None = held_out
@@ -216,6 +217,7 @@ class JointStage(JointSamples):
             masking=config.spatial_masking,
             vary=config.vary_subslices,
             node_multiple=setup.node_multiple,
+            n_surrounding=config.n_surrounding,
         )
         super().__init__(
             training,
@@ -274,4 +276,5 @@ def _held_out(setup: StageSetup, config: StageConfig) -> SubSliceSamples | None:
         masking=config.spatial_masking,
         vary=False,
         node_multiple=setup.node_multiple,
+        n_surrounding=config.n_surrounding,
     )

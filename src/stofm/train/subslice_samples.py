@@ -49,6 +49,8 @@ class SubSliceSamples:
         Cut slices anew in every epoch.
     node_multiple
         As in :meth:`stofm.nn.SubSliceBatch.from_subslices`.
+    n_surrounding
+        As in :func:`stofm.train.cell_masking.apply`.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class SubSliceSamples:
         masking: SpatialMasking,
         vary: bool,
         node_multiple: int = 1,
+        n_surrounding: int = 0,
     ) -> None:
         self._corpus = corpus
         self._rules = rules
         self._draws = draws
         self._masking = masking
         self._node_multiple = node_multiple
+        self._n_surrounding = n_surrounding
         self._sampler = SubSliceSampler(
             [s.coordinates for s in corpus.slices],
             rules,
@@ -119,7 +123,8 @@ class SubSliceSamples:
             subslice = self._subslice(sample, epoch)
             n_cells = int((subslice.cell_index >= 0).sum())
             rng = self._draws.generator(epoch, Purpose.MASKING, sample)
-            found.append(apply(subslice, draw(n_cells, self._masking, rng), self._masking))
+            drawn = draw(n_cells, self._masking, rng)
+            found.append(apply(subslice, drawn, self._masking, n_surrounding=self._n_surrounding))
         return found
 
     def collate(self, masked: Sequence[MaskedSubSlice]) -> MaskedSubSliceBatch:
