@@ -17,7 +17,8 @@ from stofm.train.cell_masking import SpatialMasking, VisibleCells, apply, draw
 from stofm.train.gene_masking import TokenMasking
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
 from stofm.train.losses import LossWeights, MaskedGeneConfig, contrastive_loss
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.objectives import CellEncoderObjective, JointObjective
+from stofm.train.spatial_objective import SpatialObjective
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -16,7 +16,8 @@ from stofm.train.cell_masking import SpatialMasking, apply, draw
 from stofm.train.gene_masking import TokenMasking
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
 from stofm.train.losses import LossWeights, MaskedGeneConfig
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.objectives import CellEncoderObjective, JointObjective
+from stofm.train.spatial_objective import SpatialObjective
 
 N_CELLS, N_GENES = 17, 30
 

@@ -15,7 +15,8 @@ from stofm.train.cell_masking import SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import StageConfig
 from stofm.train.losses import ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.objectives import CellEncoderObjective, JointObjective
+from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 
 CPU = torch.device("cpu")

@@ -28,12 +28,13 @@ from stofm.train.losses import (
     masked_gene_loss,
     pair_distance_loss,
 )
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.objectives import CellEncoderObjective, JointObjective
 from stofm.train.optimizer import OptimizerConfig
 from stofm.train.pretraining import Pretraining, TrainResult
 from stofm.train.processes import Processes
 from stofm.train.protocols import Recorder, Samples, Stage
 from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe
+from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
 from stofm.train.state import Progress, RunFolder

@@ -17,13 +17,14 @@ from stofm.train.fine_tuning_samples import FineTuningSamples
 from stofm.train.logs import ProgressBar
 from stofm.train.loop import TrainingLoop
 from stofm.train.losses import LossPart
-from stofm.train.objectives import embed_sampled, replace_rows
+from stofm.train.objectives import embed_sampled
 from stofm.train.operations import (
     PER_PRODUCT,
     matrix_weights,
     products_of_embeddings,
     products_of_transformer,
 )
+from stofm.train.spatial_objective import replace_rows
 from stofm.train.state import Progress
 from stofm.train.subslice_samples import JointSamples, SubSliceSamples
 from stofm.train.targets import head_loss

@@ -198,7 +198,7 @@ class VisibleCellBatch:
 
 @dataclass(frozen=True)
 class MaskedSubSliceBatch:
-    """Input of :class:`~stofm.train.objectives.SpatialObjective`.
+    """Input of :class:`~stofm.train.spatial_objective.SpatialObjective`.
 
     A node's place is its number counted through the padded sub-slices.
 

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from stofm.train._checks import check_choice, check_shares
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float, Int
 
     from stofm.nn import CellEncoder
@@ -147,6 +149,11 @@ class LossWeights:
     def asks_visible_cells(self) -> bool:
         """Whether anything is asked of cells that are not hidden."""
         return self.visible_cells > 0 or self.surroundings > 0
+
+
+def positive(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights of the losses that are computed: those above 0."""
+    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def contrastive_loss(

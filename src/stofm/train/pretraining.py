@@ -14,8 +14,9 @@ from stofm._logging import logger
 from stofm.train.cell_samples import Draws
 from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
 from stofm.train.loop import TrainingLoop
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.objectives import CellEncoderObjective, JointObjective
 from stofm.train.recorder import RunRecorder
+from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
 from stofm.train.state import Progress, Trained, load_checkpoint, read_progress, write_json

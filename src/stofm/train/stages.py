@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from stofm.spatial import SubSliceConfig
     from stofm.train.config import StageConfig
-    from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+    from stofm.train.objectives import CellEncoderObjective, JointObjective
     from stofm.train.protocols import Samples
+    from stofm.train.spatial_objective import SpatialObjective
     from stofm.train.stage_setup import StageSetup
 
 
