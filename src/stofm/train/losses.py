@@ -116,8 +116,7 @@ class LossWeights:
         Of telling, from a cell that is not hidden, its own embedding.
     surroundings
         Of telling, from a cell that is not hidden, the mean embedding of the cells around it. Such
-        a mean varies less than an embedding, a mean of ten about a tenth as much, and so do its
-        squared errors.
+        a mean varies less than an embedding does, and its squared errors are smaller.
 
     References
     ----------
