@@ -211,3 +211,56 @@ def test_without_values_it_says_what_to_run(golden, options):
         ValueError, match=r"reads expression values.*st\.pp\.tokenize\(adata, model"
     ):
         encoder(golden[1])
+
+
+# Gene embeddings of a width of their own: an option that the paper does not have.
+
+
+@pytest.mark.parametrize("d_gene", [20, 7])
+def test_bert_reads_a_linear_map_of_wider_or_narrower_gene_embeddings(
+    golden, batch_with_values, d_gene
+):
+    plain, _, _ = golden
+    torch.manual_seed(0)
+    encoder = CellEncoder(replace(plain.config, d_gene=d_gene, pooled=True)).eval()
+    tokens, batch = batch_with_values
+    with torch.no_grad():
+        genes = encoder.gene_embeddings.weight
+        assert genes.shape == (plain.config.n_tokens, d_gene)
+        assert not genes[0].any()
+        assert genes[1:].std().item() == pytest.approx(0.02, rel=0.1)
+        words = genes @ encoder.gene_projection.weight.T
+        torch.testing.assert_close(encoder.words(), words)
+        some = torch.tensor([9, 3])
+        torch.testing.assert_close(encoder.words(some), words[some])
+        expected = encoder.bert(
+            inputs_embeds=words[batch.tokens], attention_mask=batch.is_real.long()
+        ).last_hidden_state
+        hidden = encoder.hidden_states(batch)
+        found = encoder.project(batch, encoder.lay_out(torch.float32))
+    torch.testing.assert_close(hidden[batch.is_real], expected[batch.is_real], atol=2e-6, rtol=1e-5)
+    pooled = plain_pooled(encoder, tokens)
+    torch.testing.assert_close(
+        found, encoder.projection(expected[:, 0]) + pooled, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_gene_projection_is_the_same_with_gradients_and_learns(golden):
+    plain, batch, _ = golden
+    torch.manual_seed(0)
+    encoder = CellEncoder(replace(plain.config, d_gene=20)).eval()
+    with torch.no_grad():
+        once = encoder(batch)
+    learning = encoder(batch)
+    torch.testing.assert_close(learning, once, atol=1e-6, rtol=1e-5)
+    learning[:, 0].sum().backward()
+    assert encoder.gene_projection.weight.grad.any()
+    read = batch.tokens[batch.is_real].unique()
+    assert encoder.gene_embeddings.weight.grad[read[read > 0]].any(dim=1).all()
+
+
+def test_gene_embeddings_as_wide_as_bert_are_its_own(golden):
+    plain, _, _ = golden
+    same = CellEncoder(replace(plain.config, d_gene=plain.config.d_hidden))
+    assert set(same.state_dict()) == set(plain.state_dict())
+    assert same.words() is same.gene_embeddings.weight

@@ -83,6 +83,7 @@ def test_missing_entry_is_refused():
     [
         (lambda: CellEncoderConfig(n_tokens=9, d_hidden=10, n_heads=4), "divisible by n_heads"),
         (lambda: CellEncoderConfig(n_tokens=0), "n_tokens must be at least 1"),
+        (lambda: CellEncoderConfig(n_tokens=9, d_gene=0), "d_gene must be at least 1"),
         (lambda: CellEncoderConfig(n_tokens=9, activation="tanh"), "activation must be one of"),
         (lambda: CellEncoderConfig(n_tokens=9, max_positions=1), "room for <cls>"),
         (lambda: CellEncoderConfig(n_tokens=9, values="rank"), "values must be one of .*'log'"),

@@ -158,7 +158,7 @@ def test_the_seed_decides_neither_sign_nor_order(planted):
 
 def test_too_few_genes_are_refused(planted):
     genes = np.unique(planted[0][0].tokens)
-    message = f"Found {len(genes)} genes that vary within slices for {len(genes) + 1} factors; .* Lower d_hidden"
+    message = f"Found {len(genes)} genes that vary within slices for {len(genes) + 1} factors; .* Lower the width of gene embeddings"
     with pytest.raises(ValueError, match=message):
         coexpression_factors(planted[0][:1], N_TOKENS, len(genes) + 1)
     full = coexpression_factors(planted[0][:1], N_TOKENS, len(genes))
@@ -202,12 +202,12 @@ def make_model(vocabulary, model):
     return make
 
 
-@pytest.mark.parametrize("d_cell", [12, 16])
-def test_the_cell_embedding_is_then_the_linear_factorisation(corpus, make_model, d_cell):
-    model = make_model(d_cell=d_cell)
+@pytest.mark.parametrize(("d_cell", "d_gene"), [(12, None), (16, None), (18, 18), (12, 14)])
+def test_the_cell_embedding_is_then_the_linear_factorisation(corpus, make_model, d_cell, d_gene):
+    model = make_model(d_cell=d_cell, d_gene=d_gene)
     initialize_from_coexpression(corpus, model)
     ranked = [one.ranked for one in corpus.slices]
-    factors = coexpression_factors(ranked, N_TOKENS, 16)[:, :d_cell]
+    factors = coexpression_factors(ranked, N_TOKENS, d_gene or 16)[:, :d_cell]
     for one in ranked:
         found = encode_cells(model.cell_encoder, one, model.vocabulary, device=torch.device("cpu"))
         wanted = scores(one, factors)
@@ -235,8 +235,20 @@ def test_words_keep_their_spread_and_the_output_gets_variance_1(corpus, make_mod
     np.testing.assert_allclose(variance, 1, rtol=1e-4)
 
 
-def test_both_paths_learn_from_there(corpus, make_model):
-    model = make_model()
+@pytest.mark.parametrize("d_gene", [20, 10])
+def test_bert_reads_the_first_factors(corpus, make_model, d_gene):
+    model = make_model(d_gene=d_gene)
+    initialize_from_coexpression(corpus, model)
+    encoder = model.cell_encoder
+    genes, words = encoder.gene_embeddings.weight, encoder.words()
+    shared = min(d_gene, 16)
+    assert torch.equal(words[:, :shared], genes[:, :shared])
+    assert not words[:, shared:].any()
+
+
+@pytest.mark.parametrize("d_gene", [None, 20])
+def test_both_paths_learn_from_there(corpus, make_model, d_gene):
+    model = make_model(d_gene=d_gene)
     initialize_from_coexpression(corpus, model)
     encoder = model.cell_encoder
     tokens = TokenBatch.from_ranked(

@@ -34,7 +34,7 @@ def test_gene_scores_like_transformers(activation):
     scores = head(hidden, words)
     torch.testing.assert_close(scores, other(hidden))
     some = torch.tensor([3, 7, 30])
-    torch.testing.assert_close(head(hidden, words, some), scores[:, some])
+    torch.testing.assert_close(head(hidden, words[some], some), scores[:, some])
 
 
 def test_mask_is_as_long_as_an_embedding_or_absent():

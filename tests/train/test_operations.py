@@ -25,7 +25,7 @@ N_CELLS, N_GENES = 17, 30
 def forward_operations(objective, inputs):
     """Operations of all products of vectors with matrices."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with counter:
         objective(inputs)
     counts = counter.get_flop_counts()["Global"]
     return sum(n for op, n in counts.items() if str(op) in {"aten.mm", "aten.addmm"})
@@ -68,7 +68,9 @@ def masked(rng, model):
 
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
-@pytest.mark.parametrize("reads", [{}, {"values": "log", "pooled": True}])
+@pytest.mark.parametrize(
+    "reads", [{}, {"values": "log", "pooled": True}, {"pooled": True, "d_gene": 24}]
+)
 def test_cell_encoder(model, vocabulary, tokens, generators, candidates, reads):
     encoder = CellEncoder(replace(model.config.cell_encoder, **reads))
     inputs = CellBatch.build(

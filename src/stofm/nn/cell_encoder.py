@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from transformers import BertConfig
+    from jaxtyping import Bool, Float, Int
+    from transformers import BertConfig, BertModel
 
     from stofm.nn.batch import TokenBatch
     from stofm.nn.config import CellEncoderConfig
@@ -48,6 +48,7 @@ class EncoderWeights:
     """
 
     words: Tensor
+    gene_projection: Tensor | None
     positions: Tensor
     values: tuple[Tensor, Tensor] | None
     embedding_norm: tuple[Tensor, Tensor]
@@ -59,7 +60,8 @@ class CellEncoder(nn.Module):
 
     transformers holds the weights, so that published ``cell_bert`` folders load as they are;
     the computation is ours: of the last layer only position 0 is computed, and attention is
-    fused.
+    fused. With ``d_gene`` in the config, gene embeddings have a width of their own, and BERT reads
+    a linear map of them.
 
     With ``values="log"`` in the config, an embedding of log(1 + value) is added to each token;
     it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, a
@@ -82,6 +84,9 @@ class CellEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
+        if config.gene_width != config.d_hidden:
+            self.bert.embeddings.word_embeddings = _gene_embeddings(config, self.bert)
+            self.gene_projection = nn.Linear(config.gene_width, config.d_hidden, bias=False)
         self.projection = nn.Linear(config.d_hidden, config.d_cell)
         if config.values == "log":
             self.value_hidden = nn.Linear(1, _D_VALUE)
@@ -89,7 +94,7 @@ class CellEncoder(nn.Module):
             nn.init.zeros_(self.value_embedding.weight)
             nn.init.zeros_(self.value_embedding.bias)
         if config.pooled:
-            self.pooled_projection = nn.Linear(config.d_hidden, config.d_cell, bias=False)
+            self.pooled_projection = nn.Linear(config.gene_width, config.d_cell, bias=False)
 
     def forward(
         self, batch: TokenBatch, center: Float[Tensor, "#cells d_cell"] | None = None
@@ -151,15 +156,43 @@ class CellEncoder(nn.Module):
             hidden = self._layer(hidden, hidden, mask, layer)
         return hidden
 
+    @property
+    def gene_embeddings(self) -> nn.Embedding:
+        """Embeddings of all tokens, (n_tokens, d_gene)."""
+        embeddings: nn.Embedding = self.bert.embeddings.word_embeddings
+        return embeddings
+
+    def words(
+        self, tokens: Int[Tensor, " tokens"] | None = None
+    ) -> Float[Tensor, "tokens d_hidden"]:
+        """Compute the gene embeddings that BERT reads, of some tokens or of all."""
+        words = self.gene_embeddings.weight
+        if tokens is not None:
+            words = words[tokens]
+        return words if self._gene_projection is None else F.linear(words, self._gene_projection)
+
+    @property
+    def _gene_projection(self) -> Tensor | None:
+        """Map from gene embeddings to what BERT reads, if that is something else."""
+        if self.config.gene_width == self.config.d_hidden:
+            return None
+        weight: Tensor = self.gene_projection.weight
+        return weight
+
     def lay_out(self, dtype: torch.dtype) -> EncoderWeights:
         """Lay the weights out for running, in `dtype`."""
         embeddings = self.bert.embeddings
+        words, projection = self.gene_embeddings.weight, self._gene_projection
+        if projection is not None and not torch.is_grad_enabled():
+            # Once for a run. A step of training sees fewer tokens than there are.
+            words, projection = F.linear(words, projection), None
         # Token type 0 everywhere: its embedding joins those of the positions.
         positions = (
             embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         )
         return EncoderWeights(
-            words=embeddings.word_embeddings.weight.to(dtype),
+            words=words.to(dtype),
+            gene_projection=None if projection is None else projection.to(dtype),
             positions=positions.to(dtype),
             values=_pair(self.value_embedding, dtype) if self.config.values == "log" else None,
             embedding_norm=_pair(embeddings.LayerNorm, dtype),
@@ -168,7 +201,10 @@ class CellEncoder(nn.Module):
 
     def _embeddings(self, batch: TokenBatch, weights: EncoderWeights) -> Tensor:
         length = batch.tokens.shape[1]
-        hidden = F.embedding(batch.tokens, weights.words) + weights.positions[:length]
+        words = F.embedding(batch.tokens, weights.words)
+        if weights.gene_projection is not None:
+            words = _linear(words, (weights.gene_projection, None))
+        hidden = words + weights.positions[:length]
         if weights.values is not None:
             hidden = hidden + self._value_embeddings(batch, weights.values)
         hidden = self._norm(hidden, weights.embedding_norm)
@@ -193,7 +229,7 @@ class CellEncoder(nn.Module):
                 shares = shares.index_fill(0, bag.offsets[rows] + places, 0.0)
             summed = F.embedding_bag(
                 bag.tokens,
-                self.bert.embeddings.word_embeddings.weight.float(),
+                self.gene_embeddings.weight.float(),
                 bag.offsets,
                 mode="sum",
                 per_sample_weights=shares,
@@ -262,6 +298,15 @@ def _bert_config(config: CellEncoderConfig) -> BertConfig:
         layer_norm_eps=config.layer_norm_eps,
         pad_token_id=0,
     )
+
+
+def _gene_embeddings(config: CellEncoderConfig, bert: BertModel) -> nn.Embedding:
+    """Make gene embeddings of a width of their own, as spread as BERT's."""
+    embeddings = nn.Embedding(config.n_tokens, config.gene_width, padding_idx=0)
+    with torch.no_grad():
+        embeddings.weight.normal_(std=bert.config.initializer_range)
+        embeddings.weight[0] = 0
+    return embeddings
 
 
 def _attention_mask(is_real: Bool[Tensor, "cells length"]) -> Tensor | None:

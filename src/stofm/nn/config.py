@@ -53,6 +53,10 @@ class CellEncoderConfig:
         Width of the cell embedding.
     n_layers, d_hidden, n_heads, d_inner
         Depth, width, attention heads and feed-forward width of BERT.
+    d_gene
+        Width of the gene embeddings; None, the paper's setting: that of BERT. Where it differs,
+        BERT reads a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1), and the pooled
+        sum all of them: a narrow BERT is fast, and wide gene embeddings tell more genes apart.
     max_positions
         Longest input, ``<cls>`` counted.
     activation
@@ -80,6 +84,7 @@ class CellEncoderConfig:
     d_hidden: int = 512
     n_heads: int = 8
     d_inner: int = 1024
+    d_gene: int | None = None
     max_positions: int = 2048
     activation: Activation = "relu"
     dropout: float = 0.02
@@ -87,6 +92,11 @@ class CellEncoderConfig:
     values: Values = "none"
     pooled: bool = False
     centering: Centering = "none"
+
+    @property
+    def gene_width(self) -> int:
+        """Width of the gene embeddings."""
+        return self.d_hidden if self.d_gene is None else self.d_gene
 
     @property
     def reads_values(self) -> bool:
@@ -97,6 +107,8 @@ class CellEncoderConfig:
         """Check each value and how they fit together."""
         _check_positive(self, "n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner")
         _check_heads(self.d_hidden, self.n_heads, "d_hidden")
+        if self.d_gene is not None:
+            _check_positive(self, "d_gene")
         if self.max_positions < 2:
             msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
             raise ValueError(msg)

@@ -286,8 +286,8 @@ def _prepare_weights(
     if strategy == "lora":
         rank, alpha = training.lora_rank, training.lora_alpha
         return LowRankModel(model, rank=rank, alpha=alpha, seed=seed)
-    words = model.cell_encoder.bert.embeddings.word_embeddings
-    words.weight.requires_grad_(training.trains_gene_embeddings)
+    genes = model.cell_encoder.gene_embeddings
+    genes.weight.requires_grad_(training.trains_gene_embeddings)
     return None
 
 

@@ -76,7 +76,8 @@ def coexpression_factors(
     if (n_genes := int((deviation > 0).sum())) < n_factors:
         msg = (
             f"Found {n_genes} genes that vary within slices for {n_factors} factors; there must be "
-            "as many. Lower d_hidden of the cell encoder, or use gene_embeddings='random'."
+            "as many. Lower the width of gene embeddings (d_gene of the cell encoder, or d_hidden where "
+            "that is not set), or use gene_embeddings='random'."
         )
         raise ValueError(msg)
     smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
@@ -112,7 +113,8 @@ def initialize_from_coexpression(
 
     Afterwards the cell embedding is that of the linear factorisation: the pooled projection is
     the identity times a number that brings its output to variance 1 a dimension (for a cell
-    embedding of the encoder's width), and the projection of ``<cls>`` is 0 until it is trained.
+    embedding as wide as gene embeddings), and the projection of ``<cls>`` is 0 until it is trained.
+    BERT, if it is narrower than gene embeddings, reads the first factors.
 
     Parameters
     ----------
@@ -136,9 +138,9 @@ def initialize_from_coexpression(
         )
         raise ValueError(msg)
     slices = [one.ranked for one in corpus.slices]
-    n_tokens, width = encoder.bert.embeddings.word_embeddings.weight.shape
+    n_tokens, width = encoder.gene_embeddings.weight.shape
     factors = coexpression_factors(slices, n_tokens, width, scaling=scaling, seed=seed)
-    words = encoder.bert.embeddings.word_embeddings.weight
+    words = encoder.gene_embeddings.weight
     seen = torch.from_numpy(factors.any(axis=1))
     # As spread as the embeddings were before, so that positions and values weigh as usual.
     spread = float(np.sqrt(np.mean(factors[factors.any(axis=1)] ** 2)))
@@ -149,6 +151,8 @@ def initialize_from_coexpression(
         encoder.pooled_projection.weight.copy_(
             torch.eye(*encoder.pooled_projection.weight.shape) / variance**0.5
         )
+        if width != encoder.config.d_hidden:
+            encoder.gene_projection.weight.copy_(torch.eye(*encoder.gene_projection.weight.shape))
         encoder.projection.weight.zero_()
         encoder.projection.bias.zero_()
 

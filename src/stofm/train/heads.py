@@ -25,7 +25,7 @@ class MaskedGeneHead(nn.Module):
     n_tokens
         Rows of the word embedding.
     d_hidden
-        Width of the hidden states and of the word embeddings.
+        Width of the hidden states, and of the word embeddings as BERT reads them.
     activation
         ``"relu"`` or ``"gelu"``.
     layer_norm_eps
@@ -48,7 +48,7 @@ class MaskedGeneHead(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "targets d_hidden"],
-        words: Float[Tensor, "tokens d_hidden"],
+        words: Float[Tensor, "candidates d_hidden"],
         candidates: Int[Tensor, " candidates"] | None = None,
     ) -> Float[Tensor, "targets candidates"]:
         """Score candidates.
@@ -58,15 +58,13 @@ class MaskedGeneHead(nn.Module):
         hidden
             Hidden states of the positions to recover.
         words
-            Word embeddings of the whole vocabulary.
+            Word embeddings of the candidates.
         candidates
-            Tokens to score; None for all.
+            Tokens to score; None for the whole vocabulary.
         """
         inner = self.dense(hidden)
         inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
-        bias: Tensor = self.bias
-        if candidates is not None:
-            words, bias = words[candidates], bias[candidates]
+        bias = self.bias if candidates is None else self.bias[candidates]
         return F.linear(self.norm(inner), words, bias)
 
 

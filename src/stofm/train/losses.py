@@ -213,7 +213,7 @@ def masked_gene_loss(
     SToFM (arXiv 2507.11588), section A.1; BERT (Devlin et al. 2019), section 3.1.
     """
     hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
-    scores = head(hidden, encoder.bert.embeddings.word_embeddings.weight, candidates)
+    scores = head(hidden, encoder.words(candidates), candidates)
     answers = genes.labels
     if candidates is not None:
         answers = torch.searchsorted(candidates, answers)

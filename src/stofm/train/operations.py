@@ -40,7 +40,7 @@ def products_of_embeddings(encoder: CellEncoder, batch: TokenBatch) -> int:
     *layers, last = stack
     attention = last.attention.self
     keys_and_values = matrix_weights(attention.key, attention.value)
-    per_token = matrix_weights(*layers) + keys_and_values + _of_values(encoder)
+    per_token = matrix_weights(*layers) + keys_and_values + _of_inputs(encoder)
     per_cell = matrix_weights(last, encoder.projection) - keys_and_values
     if encoder.config.pooled:
         per_cell += matrix_weights(encoder.pooled_projection)
@@ -62,9 +62,10 @@ def products_of_masked_genes(
     n_candidates = encoder.config.n_tokens
     if candidates == "batch":
         n_candidates = len({token for group in groups for token in group.measured.tolist()})
-    per_token = matrix_weights(encoder.bert.encoder) + _of_values(encoder)
+    projected = _of_gene_projection(encoder)
+    per_token = matrix_weights(encoder.bert.encoder) + _of_inputs(encoder)
     per_target = matrix_weights(head.dense) + n_candidates * head.dense.out_features
-    return n_tokens * per_token + n_targets * per_target
+    return n_tokens * per_token + n_targets * per_target + n_candidates * projected
 
 
 def products_of_transformer(transformer: SE2Transformer, inputs: MaskedSubSliceBatch) -> int:
@@ -77,7 +78,12 @@ def products_of_transformer(transformer: SE2Transformer, inputs: MaskedSubSliceB
     return products
 
 
-def _of_values(encoder: CellEncoder) -> int:
-    if encoder.config.values == "none":
+def _of_inputs(encoder: CellEncoder) -> int:
+    of_values = 0 if encoder.config.values == "none" else matrix_weights(encoder.value_embedding)
+    return of_values + _of_gene_projection(encoder)
+
+
+def _of_gene_projection(encoder: CellEncoder) -> int:
+    if encoder.config.gene_width == encoder.config.d_hidden:
         return 0
-    return matrix_weights(encoder.value_embedding)
+    return matrix_weights(encoder.gene_projection)
