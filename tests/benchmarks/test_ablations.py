@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stofm.nn import Stofm, StofmConfig
-from stofm.train import Recipe
+from stofm.train import LossWeights, Recipe
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 ablations = importlib.import_module("ablations")
@@ -41,6 +41,7 @@ n_layers = 1
 d_hidden = 8
 n_heads = 2
 d_inner = 8
+d_gene = 8
 d_cell = 8
 [model.se2_transformer]
 d_cell = 8
@@ -67,6 +68,8 @@ name = "spatial"
 vary_subslices = true
 [stage.weights]
 masked_cells = 0.9
+visible_cells = 0.5
+surroundings = 2.0
 [stage.optimizer]
 batch_size = 2
 accumulation = 1
@@ -170,7 +173,7 @@ def test_each_variant_changes_one_thing(base):
         return replace(rules(n_cells=n_cells), stages=spatial(**batches(batch_size)).stages)
 
     def masked_cells(weight):
-        return spatial(weights=replace(base.stages[1].weights, masked_cells=weight))
+        return spatial(weights=LossWeights(masked_cells=weight))
 
     sizes = base.model.se2_transformer
     expected = {
@@ -183,6 +186,7 @@ def test_each_variant_changes_one_thing(base):
         "alpha-0": rules(position_weight=0.0),
         "alpha-0.5": rules(position_weight=0.5),
         "alpha-0.8": rules(position_weight=0.8),
+        "paper-losses": masked_cells(0.9),
         "lambda-0": masked_cells(0.0),
         "lambda-0.5": masked_cells(0.5),
         "lambda-1": masked_cells(1.0),
