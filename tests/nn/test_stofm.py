@@ -19,8 +19,12 @@ def saved(model, tmp_path):
     return tmp_path / "saved"
 
 
-def test_round_trip(model, saved):
-    again = Stofm.from_pretrained(saved)
+@pytest.mark.parametrize("d_gene", [None, 20])
+def test_round_trip(model, vocabulary, tmp_path, d_gene):
+    cells = replace(model.config.cell_encoder, d_gene=d_gene)
+    model = Stofm(replace(model.config, cell_encoder=cells), vocabulary, seed=1).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = Stofm.from_pretrained(tmp_path / "saved")
     assert again.config == model.config
     assert again.fingerprint == model.fingerprint
     for (name, own), (other, value) in zip(
