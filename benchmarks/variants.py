@@ -157,19 +157,14 @@ def with_resolution(resolution: float) -> Change:
     return lambda recipe: _with_subslice(recipe, leiden_resolution=resolution)
 
 
-def with_losses_of_the_paper(recipe: Recipe) -> Recipe:
-    """Masked cells and distances; nothing is asked of cells that are not hidden."""
-    weights = replace(spatial_stage(recipe).weights, visible_cells=0.0, surroundings=0.0)
-    return _with_spatial_stage(recipe, weights=weights)
-
-
 def with_masked_cells(weight: float) -> Change:
     """The paper's losses with another weight of masked cells against distances (its lambda)."""
 
     def change(recipe: Recipe) -> Recipe:
-        plain = with_losses_of_the_paper(recipe)
-        weights = replace(spatial_stage(plain).weights, masked_cells=weight)
-        return _with_spatial_stage(plain, weights=weights)
+        weights = replace(
+            spatial_stage(recipe).weights, masked_cells=weight, visible_cells=0.0, surroundings=0.0
+        )
+        return _with_spatial_stage(recipe, weights=weights)
 
     return change
 
@@ -184,7 +179,6 @@ VARIANTS = {
     "alpha-0": Variant("alpha 0", with_position_weight(0.0)),
     "alpha-0.5": Variant("alpha 0.5", with_position_weight(0.5)),
     "alpha-0.8": Variant("alpha 0.8", with_position_weight(0.8)),
-    "paper-losses": Variant("the paper's losses only", with_losses_of_the_paper),
     "lambda-0": Variant("lambda 0: distances only", with_masked_cells(0.0)),
     "lambda-0.5": Variant("lambda 0.5", with_masked_cells(0.5)),
     "lambda-1": Variant("lambda 1: masked cells only", with_masked_cells(1.0)),

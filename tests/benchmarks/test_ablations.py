@@ -186,7 +186,6 @@ def test_each_variant_changes_one_thing(base):
         "alpha-0": rules(position_weight=0.0),
         "alpha-0.5": rules(position_weight=0.5),
         "alpha-0.8": rules(position_weight=0.8),
-        "paper-losses": masked_cells(0.9),
         "lambda-0": masked_cells(0.0),
         "lambda-0.5": masked_cells(0.5),
         "lambda-1": masked_cells(1.0),

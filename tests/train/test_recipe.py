@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from stofm.nn import StofmConfig
 from stofm.train import (
     ContrastiveConfig,
     DataConfig,
@@ -219,3 +222,23 @@ def test_what_is_excluded_and_not_there_is_told(folder, caplog):
     caplog.clear()
     DataConfig(train=("st/*.h5ad",), exclude=("st/c.h5ad",)).find(folder)
     assert not caplog.records
+
+
+def test_the_wider_recipe_fits_together_and_sees_the_slices_of_the_embedded_models():
+    folder = Path(__file__).parents[2] / "recipes"
+    if not folder.is_dir():
+        pytest.skip("no recipes/ beside the tests")
+    embedded, wider = (
+        Recipe.from_toml(folder / f"{name}.toml") for name in ("stofm-mini", "stofm-mini-wide")
+    )
+    assert wider.data == embedded.data
+    preset = StofmConfig.mini(9)
+    config = replace(
+        preset,
+        cell_encoder=replace(preset.cell_encoder, **wider.model.cell_encoder),
+        se2_transformer=replace(preset.se2_transformer, **wider.model.se2_transformer),
+    )
+    transformer = config.se2_transformer
+    assert transformer.feature_scale**2 == pytest.approx(transformer.d_cell)
+    assert config.cell_encoder.projects_genes
+    assert [one.weights.asks_visible_cells for one in wider.stages] == [False, True, True]

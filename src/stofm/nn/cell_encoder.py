@@ -84,7 +84,7 @@ class CellEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
-        if config.gene_width != config.d_hidden:
+        if config.projects_genes:
             self.bert.embeddings.word_embeddings = _gene_embeddings(config, self.bert)
             self.gene_projection = nn.Linear(config.gene_width, config.d_hidden, bias=False)
         self.projection = nn.Linear(config.d_hidden, config.d_cell)
@@ -174,7 +174,7 @@ class CellEncoder(nn.Module):
     @property
     def _gene_projection(self) -> Tensor | None:
         """Map from gene embeddings to what BERT reads, if that is something else."""
-        if self.config.gene_width == self.config.d_hidden:
+        if not self.config.projects_genes:
             return None
         weight: Tensor = self.gene_projection.weight
         return weight

@@ -99,6 +99,11 @@ class CellEncoderConfig:
         return self.d_hidden if self.d_gene is None else self.d_gene
 
     @property
+    def projects_genes(self) -> bool:
+        """Whether BERT reads a linear map of the gene embeddings."""
+        return self.gene_width != self.d_hidden
+
+    @property
     def reads_values(self) -> bool:
         """Whether tokens must come with their values."""
         return self.values != "none" or self.pooled

@@ -151,7 +151,7 @@ def initialize_from_coexpression(
         encoder.pooled_projection.weight.copy_(
             torch.eye(*encoder.pooled_projection.weight.shape) / variance**0.5
         )
-        if width != encoder.config.d_hidden:
+        if encoder.config.projects_genes:
             encoder.gene_projection.weight.copy_(torch.eye(*encoder.gene_projection.weight.shape))
         encoder.projection.weight.zero_()
         encoder.projection.bias.zero_()

@@ -84,6 +84,4 @@ def _of_inputs(encoder: CellEncoder) -> int:
 
 
 def _of_gene_projection(encoder: CellEncoder) -> int:
-    if encoder.config.gene_width == encoder.config.d_hidden:
-        return 0
-    return matrix_weights(encoder.gene_projection)
+    return matrix_weights(encoder.gene_projection) if encoder.config.projects_genes else 0
