@@ -6,7 +6,6 @@ The core (``genes``, ``spatial``, ``nn``) sees arrays only.
 from __future__ import annotations
 
 import difflib
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from stofm import __version__
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger
+from stofm._messages import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -301,11 +301,9 @@ def remark_on_places(coordinates: NDArray[np.float64], slices: Slices) -> None:
         called = f"Slice {name!r}" if name else "The slice"
         extent = np.ptp(xy, axis=0)
         if len(xy) > 1 and not extent.any():
-            warnings.warn(
+            warn(
                 f"{called}: all {len(xy)} cells lie at one place ({xy[0, 0]:g}, {xy[0, 1]:g}), so "
-                "place says nothing about them. Check the coordinates.",
-                UserWarning,
-                stacklevel=4,
+                "place says nothing about them. Check the coordinates."
             )
         elif len(xy) > 2 and not extent.all():
             side = "width" if extent[0] == 0 else "height"

@@ -15,10 +15,13 @@ logger = logging.getLogger("stofm")
 
 
 class _FallbackHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Prints to stderr unless the application has set up logging of its own."""
+    """Prints to stderr unless the application has set up logging of its own.
+
+    Lines that are shown as a warning are left out.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
+        if not logging.getLogger().handlers and not getattr(record, "is_shown", False):
             super().emit(record)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from stofm import __version__
+from stofm._messages import warn
 from stofm.genes import GeneVocabulary
 from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder
@@ -87,12 +87,11 @@ class Stofm(nn.Module):
         """Say loudly that the weights are random, if they are."""
         if self.config.trained:
             return
-        warnings.warn(
+        warn(
             f"The weights of {self.name!r} are random, not trained: its embeddings are a random "
             "projection of the input and carry no learned biology. Use them to try the software "
             "only.",
             UntrainedModelWarning,
-            stacklevel=3,
         )
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
@@ -15,6 +14,7 @@ from stofm._anndata import read_record, resolve_table
 from stofm._counts import NotRawCountsError, read_counts, require_cells_and_genes
 from stofm._keys import Var
 from stofm._logging import counter, logger
+from stofm._messages import warn
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._map_genes import (
     compute_gene_mapping,
@@ -295,9 +295,7 @@ def warn_of_empty_cells(ranked: RankedTokens) -> None:
     """Warn if some cells have no tokens."""
     n_empty = int((ranked.n_tokens == 0).sum())
     if n_empty:
-        warnings.warn(
+        warn(
             f"{n_empty} of {ranked.n_cells} cells have no count in any known gene; they have no "
-            "tokens, so a model sees nothing but the <cls> token.",
-            UserWarning,
-            stacklevel=4,
+            "tokens, so a model sees nothing but the <cls> token."
         )

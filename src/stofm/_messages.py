@@ -1,0 +1,112 @@
+"""Messages that name the caller's own table, arguments and line.
+
+A function that reads a table writes its messages about ``adata`` and about arguments by the names
+that public functions have for them: ``adata.X``, ```layer```, ``layer='counts'``. A caller that has
+other names for these calls it within :func:`naming`, which puts the caller's names in.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from stofm._logging import logger
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+_PACKAGE: Final = str(Path(__file__).parent)
+#: What changes a message, innermost call first.
+_changes: ContextVar[tuple[Callable[[str], str], ...]] = ContextVar("changes", default=())
+
+
+@contextmanager
+def naming(where: str = "", **names: str) -> Iterator[None]:
+    """Within it, errors, warnings and log lines speak of the caller's table and arguments.
+
+    Parameters
+    ----------
+    where
+        What a message that does not name the table starts with, such as ``"the reference"``.
+    **names
+        The caller's name for ``adata`` and for arguments: ``layer="reference_layer"``, or
+        ``layer="--layer"`` on the command line.
+
+    Examples
+    --------
+    >>> with naming("the reference", adata="reference", layer="reference_layer"):
+    ...     raise ValueError("adata.X does not hold raw counts: pass layer='counts'.")
+    Traceback (most recent call last):
+    ValueError: reference.X does not hold raw counts: pass reference_layer='counts'.
+    """
+
+    def change(text: str) -> str:
+        return _put_in(text, where, names)
+
+    token = _changes.set((change, *_changes.get()))
+    try:
+        yield
+    except Exception as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (change(error.args[0]),)
+        raise
+    finally:
+        _changes.reset(token)
+
+
+def _put_in(text: str, where: str, names: dict[str, str]) -> str:
+    for name, own in names.items():
+        if name == "adata":
+            text = re.sub(r"\badata\b", own, text)
+        elif own.startswith("--"):
+            text = text.replace(f"`{name}`", own)
+            text = re.sub(rf"(?<![\w.]){name}=(['\"]?)([^\s'\",;()]+)\1", rf"{own} \2", text)
+        else:
+            text = text.replace(f"`{name}`", f"`{own}`")
+            text = re.sub(rf"(?<![\w.]){name}=", f"{own}=", text)
+    named = where.removeprefix("the ")
+    if where and not re.search(rf"(?<!\w){re.escape(named)}(?!\w)", text):
+        text = f"{where[0].upper()}{where[1:]}: {text}"
+    return text
+
+
+def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
+    """Tell the user of something that harms the result, at the line that called stofm.
+
+    It is a warning of the category, and a line of level WARNING for those who keep a log.
+    """
+    for change in _changes.get():
+        message = change(message)
+    logger.warning("%s", message, extra={"is_shown": True})
+    warnings.warn(message, category, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """Level of the frame that called the outermost function of this package, seen from `warn`."""
+    frame: FrameType | None = sys._getframe(1)
+    level = caller = 1
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            caller = level + 1
+        frame = frame.f_back
+        level += 1
+    return caller
+
+
+def _rename_line(record: logging.LogRecord) -> bool:
+    if _changes.get() and not getattr(record, "is_shown", False):
+        text = record.getMessage()
+        for change in _changes.get():
+            text = change(text)
+        record.msg, record.args = text, ()
+    return True
+
+
+logger.addFilter(_rename_line)
