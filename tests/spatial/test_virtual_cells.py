@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import igraph
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -18,6 +22,7 @@ from stofm.spatial import (
     umap_weights,
     virtual_cells,
 )
+from stofm.spatial.clustering import _igraph_numbers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SETTINGS = [
@@ -134,8 +139,6 @@ def test_weights_sum_to_the_bandwidths_target(rng):
 
 
 def test_leiden_leaves_the_random_module_alone(rng):
-    import random
-
     weights = umap_weights(*nearest_neighbors(rng.normal(size=(50, 2)), 6))
     random.seed(3)
     expected = random.random()
@@ -143,6 +146,35 @@ def test_leiden_leaves_the_random_module_alone(rng):
     for clustering in ("canonical", "scanpy"):
         leiden(weights, seed=1, clustering=clustering)
     assert random.random() == expected
+
+
+@pytest.mark.parametrize("clustering", ["canonical", "scanpy"])
+def test_threads_give_each_other_no_random_numbers(rng, clustering):
+    slices = [umap_weights(*nearest_neighbors(rng.normal(size=(150, 2)), 6)) for _ in range(4)]
+
+    def labels(weights):
+        return leiden(weights, seed=1, clustering=clustering)
+
+    expected = [labels(weights) for weights in slices]
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(labels, slices))
+    finally:
+        sys.setswitchinterval(interval)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_igraph_draws_from_the_random_module_again_after_an_error(rng):
+    weights = umap_weights(*nearest_neighbors(rng.normal(size=(50, 2)), 6))
+    with pytest.raises(ZeroDivisionError), _igraph_numbers(random.Random(1)):
+        raise ZeroDivisionError
+    random.seed(3)
+    before = random.getstate()
+    igraph.Graph(edges=np.column_stack(weights.nonzero())).community_leiden()
+    assert random.getstate() != before
 
 
 def test_same_seed_same_labels_other_seed_other(rng):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,8 @@ _MAX_HALVINGS = 20
 #: after ten, modularity is within a few thousandths of that, and time grows with the edges.
 _ROUNDS = 10
 _UNTIL_CONVERGED = -1
+# igraph has one generator for all threads: those that draw from it take turns.
+_turn = threading.Lock()
 
 
 class _ScanpyNumbers:
@@ -46,11 +49,12 @@ class _ScanpyNumbers:
 @contextmanager
 def _igraph_numbers(generator: random.Random | _ScanpyNumbers) -> Iterator[None]:
     """Let igraph draw from `generator`, and hand it back Python's module as it was."""
-    igraph.set_random_number_generator(generator)
-    try:
-        yield
-    finally:
-        igraph.set_random_number_generator(random)
+    with _turn:
+        try:
+            igraph.set_random_number_generator(generator)
+            yield
+        finally:
+            igraph.set_random_number_generator(random)
 
 
 def leiden(
