@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,11 +35,22 @@ if not logger.handlers:
         logger.setLevel(logging.INFO)
 
 
+def bars_can_be_seen() -> bool:
+    """Whether stderr is a terminal or this is a notebook; in a file a bar is a heap of lines."""
+    in_notebook = "ipykernel" in sys.modules and "IPKernelApp" in _ipython_config()
+    return in_notebook or bool(sys.stderr and sys.stderr.isatty())
+
+
+def _ipython_config() -> Any:
+    shell = sys.modules["IPython"].get_ipython()
+    return {} if shell is None else shell.config
+
+
 def progress(
     items: Iterable[T], *, total: int, description: str, unit: str, show: bool
 ) -> Iterable[T]:
-    """Wrap `items` in a progress bar, or hand them back as they are when `show` is false."""
-    if not show:
+    """Wrap `items` in a progress bar if it is to be shown and can be seen, or hand them back."""
+    if not (show and bars_can_be_seen()):
         return items
     from tqdm.auto import tqdm
 
@@ -50,8 +62,8 @@ def progress(
 def counter(
     *, total: int, description: str, unit: str, show: bool
 ) -> Iterator[Callable[[int], object]]:
-    """Show a bar that the returned function moves on, or nothing when `show` is false."""
-    if not show:
+    """Give a function that moves a bar on, if one is to be shown and can be seen."""
+    if not (show and bars_can_be_seen()):
         yield lambda _: None
         return
     from tqdm.auto import tqdm

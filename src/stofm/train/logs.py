@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stofm._logging import bars_can_be_seen
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -140,7 +142,7 @@ class ProgressBar:
 
     def __init__(self, name: str, *, total: int, done: int, show: bool) -> None:
         self._bar: Any = None
-        if show:
+        if show and bars_can_be_seen():
             from tqdm.auto import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=name, unit="step", leave=True)
