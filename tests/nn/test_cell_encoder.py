@@ -2,13 +2,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from stofm.genes import RankedTokens
-from stofm.nn import CellEncoder, TokenBatch
+from stofm.nn import CellEncoder, TokenBatch, cell_encoder
+from stofm.nn.batch import GeneBag
 from stofm.nn.conversion import cell_encoder_from_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -264,3 +266,27 @@ def test_gene_embeddings_as_wide_as_bert_are_its_own(golden):
     same = CellEncoder(replace(plain.config, d_gene=plain.config.d_hidden))
     assert set(same.state_dict()) == set(plain.state_dict())
     assert same.words() is same.gene_embeddings.weight
+
+
+def test_sums_over_genes_without_embedding_bag(rng, monkeypatch):
+    lengths = np.array([0, 3, 7, 0, 1])
+    tokens = torch.from_numpy(rng.integers(0, 20, lengths.sum()))
+    offsets = torch.from_numpy(np.cumsum(lengths) - lengths)
+    shares = torch.from_numpy(rng.random(lengths.sum(), dtype=np.float32))
+    words = torch.from_numpy(rng.normal(size=(20, 6)).astype(np.float32)).requires_grad_()
+    bag = GeneBag(tokens, offsets, shares)
+    expected = cell_encoder._weighted_sums(words, bag, shares)
+    (by_bag,) = torch.autograd.grad(expected.square().sum(), words)
+
+    def missing(*_, **__):
+        raise NotImplementedError
+
+    # torch before 2.10 has none on MPS.
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", missing)
+    found = cell_encoder._gathered_sums(words, bag, shares)
+    torch.testing.assert_close(found, expected)
+    (gathered,) = torch.autograd.grad(found.square().sum(), words)
+    torch.testing.assert_close(gathered, by_bag)
+    monkeypatch.setattr(cell_encoder, "_gathered_sums", lambda *_: "gathered")
+    on_mps = SimpleNamespace(device=torch.device("mps"))
+    assert cell_encoder._weighted_sums(on_mps, bag, shares) == "gathered"

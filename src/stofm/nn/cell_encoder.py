@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from transformers import BertConfig, BertModel
 
-    from stofm.nn.batch import TokenBatch
+    from stofm.nn.batch import GeneBag, TokenBatch
     from stofm.nn.config import CellEncoderConfig
 
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
@@ -227,13 +227,7 @@ class CellEncoder(nn.Module):
             if batch.is_hidden is not None:
                 rows, places = batch.is_hidden[:, 1:].nonzero(as_tuple=True)
                 shares = shares.index_fill(0, bag.offsets[rows] + places, 0.0)
-            summed = F.embedding_bag(
-                bag.tokens,
-                self.gene_embeddings.weight.float(),
-                bag.offsets,
-                mode="sum",
-                per_sample_weights=shares,
-            )
+            summed = _weighted_sums(self.gene_embeddings.weight.float(), bag, shares)
             return _linear(summed, (self.pooled_projection.weight.float(), None))
 
     def _layer(
@@ -307,6 +301,26 @@ def _gene_embeddings(config: CellEncoderConfig, bert: BertModel) -> nn.Embedding
         embeddings.weight.normal_(std=bert.config.initializer_range)
         embeddings.weight[0] = 0
     return embeddings
+
+
+def _weighted_sums(
+    words: Float[Tensor, "tokens d_gene"], bag: GeneBag, weights: Float[Tensor, " genes"]
+) -> Float[Tensor, "cells d_gene"]:
+    """Sum each cell's word embeddings with their weights."""
+    if words.device.type == "mps":
+        # torch has no embedding_bag there before 2.10.
+        return _gathered_sums(words, bag, weights)
+    return F.embedding_bag(bag.tokens, words, bag.offsets, mode="sum", per_sample_weights=weights)
+
+
+def _gathered_sums(words: Tensor, bag: GeneBag, weights: Tensor) -> Tensor:
+    """Compute what embedding_bag does, up to rounding; takes several times as long on a CPU."""
+    n_cells, n_genes = len(bag.offsets), len(bag.tokens)
+    lengths = torch.diff(bag.offsets, append=bag.offsets.new_full((1,), n_genes))
+    cells = torch.arange(n_cells, device=words.device)
+    cells = cells.repeat_interleave(lengths, output_size=n_genes)
+    found = words.new_zeros(n_cells, words.shape[1])
+    return found.index_add(0, cells, words.index_select(0, bag.tokens) * weights[:, None])
 
 
 def _attention_mask(is_real: Bool[Tensor, "cells length"]) -> Tensor | None:
