@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from dataclasses import replace
@@ -400,6 +401,20 @@ def test_bfloat16_is_near(one_slice, model):
     near = embed(one_slice, model, dtype="bfloat16", subslice=SubSliceConfig(n_cells=200))
     assert np.corrcoef(near.ravel(), expected.ravel())[0, 1] > 0.95
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_transformer_is_copied_once_for_all_slices(adata, model, monkeypatch):
+    from stofm.nn import inference
+
+    copied = []
+
+    def deepcopy(module):
+        copied.append(module)
+        return copy.deepcopy(module)
+
+    monkeypatch.setattr(inference, "copy", SimpleNamespace(deepcopy=deepcopy))
+    embed(adata, model, library_key="library", dtype="bfloat16")
+    assert copied == [model.se2_transformer]
 
 
 def test_records_tell_runs_apart(one_slice, model):

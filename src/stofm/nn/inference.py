@@ -230,7 +230,7 @@ def embed_slice(
     # Sub-slices of like size together: less padding.
     order = np.argsort([len(rows) for rows in parts], kind="stable")
     result = np.full((len(features), transformer.config.d_model), np.nan, dtype=np.float32)
-    transformer = _placed(transformer, device, dtype)
+    transformer = placed(transformer, device, dtype)
 
     def run(numbers: NDArray[np.int64]) -> None:
         subslices = [build_subslice(layout, features, parts[k], config) for k in numbers]
@@ -273,10 +273,11 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def _placed(
-    transformer: SE2Transformer, device: torch.device, dtype: torch.dtype
-) -> SE2Transformer:
-    """Put the transformer on a device; in another precision as a copy, so that no bit is lost."""
+def placed(transformer: SE2Transformer, device: torch.device, dtype: torch.dtype) -> SE2Transformer:
+    """Put the transformer on a device; in another precision as a copy, so that no bit is lost.
+
+    What is placed already is handed back: place once what embeds several slices.
+    """
     transformer = transformer.to(device)
     if next(transformer.parameters()).dtype != dtype:
         transformer = copy.deepcopy(transformer)

@@ -15,7 +15,13 @@ from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.device import free_memory
-from stofm.nn.inference import SUBSLICES_AT_ONCE, describe_bytes, device_memory, host_memory
+from stofm.nn.inference import (
+    SUBSLICES_AT_ONCE,
+    describe_bytes,
+    device_memory,
+    host_memory,
+    placed,
+)
 from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,
@@ -319,7 +325,7 @@ class _Run:
         self, layouts: Layouts, features: NDArray[np.float32], rules: SubSliceConfig
     ) -> NDArray[np.float32]:
         """Run the SE(2) Transformer slice by slice."""
-        transformer = self.model.se2_transformer
+        transformer = placed(self.model.se2_transformer, self.device, self.dtype)
         embedding = np.empty((len(features), transformer.config.d_model), dtype=np.float32)
         done = counter(
             total=layouts.n_subslices,
