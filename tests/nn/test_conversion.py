@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stofm.nn import Stofm, embed_slice, encode_cells
+from stofm.nn.conversion import read_reference
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -181,3 +182,9 @@ def test_weights_of_the_pretraining_wrapper_are_read(tmp_path):
     renamed = rename_se2(load_file(GOLDEN / "g_losses.safetensors"))
     plain = rename_se2(load_file(GOLDEN / "f_model_pre_ln.safetensors"))
     assert set(renamed) == set(plain)
+
+
+def test_reading_published_weights_leaves_torchs_generator_alone(published):
+    before = torch.get_rng_state()
+    read_reference(published)
+    assert torch.equal(torch.get_rng_state(), before)

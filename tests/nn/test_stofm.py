@@ -55,12 +55,18 @@ def test_same_seed_same_weights_other_seed_other(model, vocabulary):
     assert other != model.fingerprint
 
 
-def test_making_a_model_leaves_torchs_generator_alone(model, vocabulary):
-    torch.manual_seed(11)
-    expected = torch.rand(3)
-    torch.manual_seed(11)
+def test_making_and_loading_a_model_leaves_torchs_generators_alone(
+    model, vocabulary, tmp_path, monkeypatch
+):
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    before = torch.get_rng_state()
     Stofm(model.config, vocabulary, seed=4)
-    assert torch.equal(torch.rand(3), expected)
+    model.save_pretrained(tmp_path / "model")
+    Stofm.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
+    # It would seed the generators of all devices.
+    assert not seeded
 
 
 def test_fingerprint_follows_weights_rules_and_vocabulary(model, vocabulary):

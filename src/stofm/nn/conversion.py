@@ -11,6 +11,7 @@ import torch
 
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
+from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ _UNUSED_SE2 = ("encoder.final_layer_norm.", "lm_head.", "pair_head.")
 _UNUSED_BERT = ("pooler.", "embeddings.position_ids", "cls.")
 
 
+@seeded(0)
 def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> SE2Transformer:
     """Build the SE(2) Transformer from the published code's config and state dict.
 
@@ -110,6 +112,7 @@ def rename_se2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+@seeded(0)
 def cell_encoder_from_reference(folder: Path) -> CellEncoder:
     """Build the cell encoder from a published ``cell_encoder`` folder.
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import psutil
 import torch
 
 from stofm._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+_CPU = torch.device("cpu")
+# torch has one generator a device for all threads: those that seed it take turns.
+_turn = threading.RLock()
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -75,3 +85,36 @@ def free_memory(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Within it, torch draws from `seed` on the CPU and on `device`; then as it would have before.
+
+    Generators of other devices are not touched, which ``torch.manual_seed`` would seed too.
+    """
+    with _turn:
+        generators = _generators(device)
+        states = [generator.get_state() for generator in generators]
+        try:
+            reseed(seed, device)
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+def reseed(seed: int, device: torch.device = _CPU) -> None:
+    """Seed what computing on `device` draws from; only within :func:`seeded`."""
+    for generator in _generators(device):
+        generator.manual_seed(seed)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        # "cuda" without a number is the device that torch uses now.
+        found.append(torch.cuda.default_generators[torch.empty(0, device=device).device.index])
+    elif device.type == "mps":
+        found.append(torch.mps._get_default_mps_generator())
+    return found

@@ -18,6 +18,7 @@ from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import StofmConfig
 from stofm.nn.conversion import load_exactly, read_reference, read_weights
+from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
 from stofm.spatial import SubSliceConfig
 
@@ -61,8 +62,7 @@ class Stofm(nn.Module):
             raise ValueError(msg)
         self.config = config
         self.vocabulary = vocabulary
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.cell_encoder = CellEncoder(config.cell_encoder)
             self.se2_transformer = SE2Transformer(config.se2_transformer)
 

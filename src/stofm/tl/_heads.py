@@ -303,8 +303,10 @@ def _read_network(
     import torch
 
     from stofm._config import build_dataclass
+    from stofm.nn.device import seeded
 
-    network = PredictionHead(build_dataclass(HeadConfig, sizes, "networks of config.json"))
+    with seeded(0):
+        network = PredictionHead(build_dataclass(HeadConfig, sizes, "networks of config.json"))
     state: dict[str, torch.Tensor] = {
         name.removeprefix(prefix): torch.from_numpy(value)
         for name, value in tensors.items()

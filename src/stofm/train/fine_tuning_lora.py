@@ -7,7 +7,7 @@ import importlib.util
 import re
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from stofm.nn.device import seeded
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,8 +58,7 @@ class LowRankModel:
     def __init__(self, model: Stofm, *, rank: int, alpha: float, seed: int) -> None:
         peft = _import_peft()
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_CHANGED.pattern)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self._wrapped = peft.LoraModel(model, config, _ADAPTER)
         self.model = model
 

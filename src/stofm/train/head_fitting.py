@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.spatial import canonical_order
 from stofm.train.targets import head_loss
@@ -154,8 +155,7 @@ def fit_head(
         dropout=training.dropout,
     )
     place = torch.device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, place):
         head = PredictionHead(config)
         head.fit_inputs(torch.from_numpy(features[order]), input_widths)
         fitting = _Fitting(head.to(place), features, targets, training, place)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.train.targets import head_loss
 
@@ -56,9 +57,11 @@ def fit_linear_head(
     """
     rows = fitted[:: -(-len(fitted) // _MOST_CELLS)]
     values = torch.from_numpy(features[rows]).double()
-    head = PredictionHead(
-        HeadConfig(d_input=features.shape[1], d_output=targets.n_outputs, widths=(), dropout=0.0)
-    ).double()
+    config = HeadConfig(
+        d_input=features.shape[1], d_output=targets.n_outputs, widths=(), dropout=0.0
+    )
+    with seeded(0):
+        head = PredictionHead(config).double()
     mean = values.mean(dim=0)
     total = math.sqrt(float(values.var(dim=0, correction=0).sum()))
     head.input_mean.copy_(mean)

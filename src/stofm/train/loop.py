@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stofm._logging import logger
+from stofm.nn.device import reseed, seeded
 from stofm.train.optimizer import count_steps, learning_rate, make_optimizer, set_learning_rate
 from stofm.train.prefetch import Prefetch
 
@@ -135,7 +136,7 @@ class TrainingLoop:
         device = self._processes.device
         self._weight = torch.tensor([self._weights[n] for n in self.names], device=device)
         self._module.train()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with seeded(self._run.seed, device):
             while not self._is_done():
                 batches = self.stage.epoch(progress.epoch)
                 for steps in self._segments(batches):
@@ -250,7 +251,7 @@ class TrainingLoop:
         """Give each batch random numbers of its own, so that no generator's state is to be kept."""
         key = [self._run.seed, self.stage.number, self.progress.step, number]
         sequence = np.random.SeedSequence([*key, self._processes.rank])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+        reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
 
     def _require_finite(
         self, sums: NDArray[np.float64], batches: Sequence[NDArray[np.int64]]

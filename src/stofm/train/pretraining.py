@@ -11,6 +11,7 @@ from torch import nn
 
 from stofm import __version__
 from stofm._logging import logger
+from stofm.nn.device import seeded
 from stofm.train.cell_samples import Draws
 from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
 from stofm.train.loop import TrainingLoop
@@ -313,8 +314,7 @@ class Pretraining:
 def _make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
     """Objectives of all stages; heads that several stages need are one."""
     heads: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return [_share_heads(_make_objective(model, stage), heads) for stage in stages]
 
 
