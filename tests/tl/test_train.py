@@ -21,6 +21,7 @@ import stofm as st
 from stofm.nn import Stofm
 from stofm.tl import _training_data
 from stofm.train import LossWeights, OptimizerConfig, SpatialMasking, StageConfig, TrainingLoop
+from stofm.train.logs import read_history
 from stofm.train.processes import Processes
 from stofm.train.recorder import RunRecorder
 from stofm.train.state import read_progress
@@ -134,9 +135,7 @@ def test_history_has_a_row_for_each_step_and_validation(train, tmp_path):
     mean = 0.5 * (spatial["masked_cells"] + spatial["pair_distances"])
     np.testing.assert_allclose(spatial["loss"], mean)
     assert spatial["contrastive"].isna().all()
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "run" / "history.csv", float_precision="round_trip"), history
-    )
+    pd.testing.assert_frame_equal(read_history(tmp_path / "run" / "history.csv"), history)
 
 
 def test_frozen_and_kept_parts(train, model):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from stofm._tables import read_table
 from stofm.pl._panels import TITLE_SIZE, finish, root_figure
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _read(data: Any) -> pd.DataFrame:
         if not file.is_file():
             msg = f"There is no {file}; pass the folder of a run (out_dir of st.tl.train)."
             raise FileNotFoundError(msg)
-        history = pd.read_csv(file)
+        history = read_table(file)
     if not isinstance(history, pd.DataFrame):
         msg = (
             "Expected what st.tl.train returns, its history, or the folder of a run, found "

@@ -11,6 +11,7 @@ import numpy as np
 
 from stofm import __version__
 from stofm._keys import Obs, Obsm, Uns
+from stofm._tables import read_table
 from stofm.nn import Stofm
 from stofm.nn.checkpoint import CONFIG, write_atomically
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
@@ -317,6 +318,4 @@ def _read_network(
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.read_csv(path, sep="\t", index_col=0, float_precision="round_trip")
+    return read_table(path, sep="\t", index_col=0)

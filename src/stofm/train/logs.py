@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm._logging import bars_can_be_seen
+from stofm._tables import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,9 +86,7 @@ class History:
 
 def read_history(path: Path) -> pd.DataFrame:
     """Read a history; numbers are those that were written, to the last bit."""
-    import pandas as pd
-
-    return pd.read_csv(path, float_precision="round_trip")
+    return read_table(path)
 
 
 class TensorBoard:
