@@ -66,6 +66,7 @@ def laid_out(adata: ad.AnnData) -> ad.AnnData:
             "coordinates": np.array(means),
             "features": np.zeros((4, 3), dtype=np.float32),
             "slice": np.array(["a", "a", "b", "b"]),
+            "n_cells": np.bincount(half),
             "params": {"library_key": "slide", "spatial_key": "spatial"},
             "version": "0.1.0",
         }

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,20 +14,18 @@ import stofm as st
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import anndata as ad
-
 
 def test_markers_lie_at_the_positions_with_areas_by_cells(laid_out: ad.AnnData) -> None:
     axes = st.pl.virtual_cells(laid_out, show=False)
     assert [ax.get_title() for ax in axes] == ["a: 2 virtual cells", "b: 2 virtual cells"]
-    positions = laid_out.uns["stofm"]["subslice"]["coordinates"]
+    positions = laid_out.uns["stofm"]["subslice"]["coordinates"].round(9)
     n_cells = laid_out.obs["stofm_virtual_cell"].value_counts()
     per_cell = []
     for ax, own in zip(axes, ([0, 1], [2, 3]), strict=True):
         markers = ax.collections[1]
         at = {
             tuple(place): size
-            for place, size in zip(markers.get_offsets(), markers.get_sizes(), strict=True)
+            for place, size in zip(markers.get_offsets().round(9), markers.get_sizes(), strict=True)
         }
         assert set(at) == {tuple(positions[i]) for i in own}
         per_cell.extend(at[tuple(positions[i])] / n_cells[str(i)] for i in own)
@@ -63,7 +62,7 @@ def test_numbers_where_they_are_few(laid_out: ad.AnnData) -> None:
     laid_out.obs["stofm_virtual_cell"] = pd.Categorical.from_codes(
         np.arange(n), [str(i) for i in range(n)]
     )
-    laid_out.uns["stofm"]["subslice"]["coordinates"] = laid_out.obsm["stofm_spatial"].copy()
+    laid_out.uns["stofm"]["subslice"]["n_cells"] = np.ones(n, dtype=np.int64)
     axes = st.pl.virtual_cells(laid_out, show=False)
     assert not axes[0].texts
     assert len(axes[0].collections[1].get_offsets()) == 41
@@ -112,3 +111,51 @@ def test_missing_keys_say_what_to_call(laid_out: ad.AnnData) -> None:
     del whole.obs["stofm_virtual_cell"]
     with pytest.raises(KeyError, match=r"stofm_virtual_cell'\] is missing.*st.pp.subslice"):
         st.pl.virtual_cells(whole, show=False)
+
+
+def two_slices(laid_out: ad.AnnData) -> tuple[ad.AnnData, ad.AnnData]:
+    """Slices that were cut each for itself, with other numbers of cells and virtual cells."""
+    parts = []
+    for name, n_halves in (("a", 1), ("b", 2)):
+        part = laid_out[laid_out.obs["slide"] == name].copy()
+        half = (part.obsm["stofm_spatial"][:, 0] > 0) * (n_halves - 1)
+        part.obs["stofm_virtual_cell"] = pd.Categorical(half.astype(str))
+        part.uns["stofm"]["subslice"] |= {
+            "n_cells": np.bincount(half),
+            "params": {"library_key": ""},
+        }
+        parts.append(part)
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("uns_merge", ["first", None])
+def test_joined_slices_have_their_own_virtual_cells(
+    laid_out: ad.AnnData, order: int, uns_merge: str | None
+) -> None:
+    parts = two_slices(laid_out)
+    joined = ad.concat(parts[::order], uns_merge=uns_merge)
+    axes = st.pl.virtual_cells(joined, library_key="slide", show=False)
+    for ax, part in zip(axes, parts, strict=True):
+        alone = st.pl.virtual_cells(part, show=False)
+        np.testing.assert_allclose(
+            ax.collections[1].get_offsets(), alone.collections[1].get_offsets()
+        )
+
+
+@pytest.mark.parametrize("plot", [st.pl.virtual_cells, st.pl.subslices])
+@pytest.mark.parametrize("order", [1, -1])
+def test_joined_slices_need_a_library_key(laid_out: ad.AnnData, plot: Any, order: int) -> None:
+    joined = ad.concat(two_slices(laid_out)[::order], uns_merge="first")
+    with pytest.raises(KeyError, match=r"of other cells: .* here are 94 in .*library_key"):
+        plot(joined, show=False)
+
+
+def test_part_of_the_cells_has_markers_at_the_mean_of_the_part(laid_out: ad.AnnData) -> None:
+    part = laid_out[::2].copy()
+    axes = st.pl.virtual_cells(part, show=False)
+    markers = np.vstack([ax.collections[1].get_offsets() for ax in axes])
+    means = pd.DataFrame(part.obsm["stofm_spatial"]).groupby(
+        part.obs["stofm_virtual_cell"].to_numpy()
+    )
+    np.testing.assert_allclose(np.sort(markers, axis=0), np.sort(means.mean(), axis=0))

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from stofm._anndata import read_record
-from stofm._keys import Obsm, Uns
+from stofm._keys import Obs, Obsm, Uns
 from stofm.pl._style import NO_VALUE_LABEL, category_names, nearest_names
 
 if TYPE_CHECKING:
@@ -84,23 +84,45 @@ def _share_scale(sizes: NDArray[np.float64], spacings: NDArray[np.float64]) -> b
     )
 
 
-def layout_codes(adata: AnnData, key: str) -> NDArray[np.int64]:
+def layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
     """Read the sub-slice or virtual cell of each cell: (n_obs,) category codes, -1 for none.
 
     Raises
     ------
     KeyError
-        The slices have not been cut yet.
+        The slices have not been cut yet; or `library_key` is None, and the record that would say
+        it is of other cells.
     """
     if key not in adata.obs:
-        raise KeyError(missing_layout(f"obs['{key}']"))
+        raise KeyError(_missing_layout(f"obs['{key}']"))
     if Obsm.COORDINATES not in adata.obsm:
-        raise KeyError(missing_layout(f"obsm['{Obsm.COORDINATES}']"))
+        raise KeyError(_missing_layout(f"obsm['{Obsm.COORDINATES}']"))
+    if library_key is None:
+        _check_record(adata)
     codes: NDArray[np.int64] = adata.obs[key].astype("category").cat.codes.to_numpy(np.int64)
     return codes
 
 
-def missing_layout(what: str) -> str:
+def _check_record(adata: AnnData) -> None:
+    """Refuse the record of slices without some of these cells: the largest groups tell."""
+    n_made = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
+    if n_made is None or Obs.VIRTUAL_CELL not in adata.obs:
+        raise KeyError(_missing_layout(f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"))
+    n_made = np.sort(n_made)[::-1]
+    n_cells = adata.obs[Obs.VIRTUAL_CELL].value_counts().to_numpy()
+    n_cells = n_cells[n_cells > 0]
+    if len(n_cells) > len(n_made) or (n_cells > n_made[: len(n_cells)]).any():
+        msg = (
+            f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}'] is of other cells: of {n_made.sum()} in "
+            f"{len(n_made)} virtual cells, {n_made[0]} in the largest; here are {n_cells.sum()} in "
+            f"{len(n_cells)}, {n_cells[0]} in the largest. If slices were joined, pass the column "
+            "of obs that names them as library_key, or call st.pp.subslice(adata, library_key=...) "
+            "again."
+        )
+        raise KeyError(msg)
+
+
+def _missing_layout(what: str) -> str:
     """Return an error message that says how to make sub-slices and virtual cells."""
     return (
         f"{what} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if there are "

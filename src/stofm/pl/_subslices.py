@@ -84,7 +84,7 @@ def subslices(
     Raises
     ------
     KeyError
-        The slices have not been cut yet, or `library_key` is missing.
+        The slices have not been cut yet, or with other cells; or `library_key` is missing.
     ValueError
         `ax` does not fit the number of slices.
 
@@ -96,7 +96,7 @@ def subslices(
     >>> ax = st.pl.subslices(adata)  # doctest: +SKIP
     """
     adata = resolve_table(adata, table_key)
-    codes = layout_codes(adata, Obs.SUBSLICE)
+    codes = layout_codes(adata, Obs.SUBSLICE, library_key)
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
     axes, is_new = make_axes(ax, len(panels), what=f"{len(panels)} slices")
     for panel_ax, panel in zip(axes, panels, strict=True):

@@ -9,8 +9,8 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.lines import Line2D
 
-from stofm._anndata import read_record, resolve_table
-from stofm._keys import Obs, Obsm, Uns
+from stofm._anndata import resolve_table
+from stofm._keys import Obs, Obsm
 from stofm.pl._draw import (
     FONT_SIZE,
     LEGEND_STYLE,
@@ -20,7 +20,7 @@ from stofm.pl._draw import (
     round_below,
 )
 from stofm.pl._panels import Layout, finish, frame_panel, make_axes
-from stofm.pl._slices import layout_codes, missing_layout, read_panels
+from stofm.pl._slices import layout_codes, read_panels
 from stofm.pl._style import (
     Categories,
     distinct_colors,
@@ -98,7 +98,8 @@ def virtual_cells(
     Raises
     ------
     KeyError
-        There are no virtual cells yet, or `library_key` is missing.
+        There are no virtual cells yet, or they were made with other cells; or `library_key` is
+        missing.
     ValueError
         `ax` does not fit the number of slices.
 
@@ -110,12 +111,11 @@ def virtual_cells(
     >>> ax = st.pl.virtual_cells(adata)  # doctest: +SKIP
     """
     adata = resolve_table(adata, table_key)
-    codes = layout_codes(adata, Obs.VIRTUAL_CELL)
-    positions = _positions(adata)
+    codes = layout_codes(adata, Obs.VIRTUAL_CELL, library_key)
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
     color = _color_virtual_cells(adata, codes, panels)
     pale = replace(color, colors=tuple(mix_with_white(color.colors, _WHITE_SHARE)))
-    groups = [_group(panel, color, positions) for panel in panels]
+    groups = [_group(panel, color) for panel in panels]
     axes, is_new = make_axes(ax, len(panels), what=f"{len(panels)} slices")
     for panel_ax, panel, group in zip(axes, panels, groups, strict=True):
         count = f"{len(group.names)} virtual cell{'' if len(group.names) == 1 else 's'}"
@@ -145,14 +145,6 @@ class _Group:
     n_cells: NDArray[np.int64]
 
 
-def _positions(adata: AnnData) -> NDArray[np.float64]:
-    """Places of all virtual cells, (n_virtual, 2), in the frame of the normalised coordinates."""
-    record = read_record(adata, Uns.SUBSLICE)
-    if record is None or "coordinates" not in record:
-        raise KeyError(missing_layout(f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"))
-    return np.asarray(record["coordinates"], dtype=np.float64)
-
-
 def _color_virtual_cells(
     adata: AnnData, codes: NDArray[np.int64], panels: list[Panel]
 ) -> Categories:
@@ -172,15 +164,16 @@ def _color_virtual_cells(
     return color
 
 
-def _group(panel: Panel, color: Categories, positions: NDArray[np.float64]) -> _Group:
-    codes, n_cells = np.unique(color.codes[panel.rows], return_counts=True)
-    n_cells, codes = n_cells[codes >= 0], codes[codes >= 0]
-    names = [color.names[code] for code in codes]
-    # Categories are numbers of rows; a subset of the cells may have lost some categories.
+def _group(panel: Panel, color: Categories) -> _Group:
+    own = color.codes[panel.rows]
+    codes, member, n_cells = np.unique(own[own >= 0], return_inverse=True, return_counts=True)
+    sums = [
+        np.bincount(member, weights=axis, minlength=len(codes)) for axis in panel.places[own >= 0].T
+    ]
     return _Group(
-        names=names,
+        names=[color.names[code] for code in codes],
         colors=[color.colors[code] for code in codes],
-        places=positions[[int(name) for name in names]],
+        places=np.stack(sums, axis=1) / n_cells[:, None],
         n_cells=n_cells,
     )
 

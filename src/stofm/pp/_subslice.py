@@ -106,8 +106,9 @@ def subslice(
     ``adata.obs['stofm_virtual_cell']`` : category
         Virtual cell (cluster) of each cell, numbered over all slices.
     ``adata.uns['stofm']['subslice']`` : dict
-        ``coordinates`` float64 (n_virtual, 2), ``features`` float32 (n_virtual, d) and ``slice``
-        (n_virtual,) of the virtual cells, in order of the categories; ``params``.
+        ``coordinates`` float64 (n_virtual, 2), ``features`` float32 (n_virtual, d), ``slice``
+        (n_virtual,) and ``n_cells`` (n_virtual,) of the virtual cells, in order of the
+        categories; ``params``.
 
     Raises
     ------
@@ -298,6 +299,7 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
         "coordinates": np.vstack([y.virtual.coordinates for y in result.layouts]),
         "features": np.vstack([y.virtual.features for y in result.layouts]),
         "slice": names.astype(object),
+        "n_cells": np.bincount(virtual, minlength=n_virtual),
     }
     logger.info(
         "%d sub-slices and %d virtual cells in %d slice%s.",
