@@ -120,6 +120,8 @@ def test_colors_of_pies(spots: ad.AnnData) -> None:
     spots.uns[f"{KEY}_colors"] = ["#111111", "#222222", "#333333"]
     ax = st.pl.deconvolution(spots, kind="pies", show=False)
     assert {color for color, _ in wedges(ax)} == {"#111111", "#222222", "#333333"}
+    ax = st.pl.deconvolution(spots, kind="pies", palette="Set1", show=False)
+    assert {color for color, _ in wedges(ax)} == {"#e41a1c", "#ff7f00", "#999999"}
 
 
 def test_spots_without_proportions_are_grey(spots: ad.AnnData) -> None:

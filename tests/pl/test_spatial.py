@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgba
 from scanpy.plotting.palettes import default_20
@@ -82,7 +84,15 @@ def test_stored_colors_that_do_not_do_are_replaced(adata: ad.AnnData) -> None:
 
 
 @pytest.mark.parametrize(
-    "palette", [{"x": "blue", "y": "lime", "z": "red"}, ["red", "lime", "blue", "black"]]
+    "palette",
+    [
+        {"x": "blue", "y": "lime", "z": "red"},
+        ["red", "lime", "blue", "black"],
+        np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+        mpl.cycler(color=["red", "lime", "blue"]),
+        mpl.colors.ListedColormap(["red", "lime", "blue"]),
+    ],
+    ids=lambda palette: type(palette).__name__,
 )
 def test_palette(adata: ad.AnnData, palette: object) -> None:
     ax = st.pl.spatial(adata, "kind", palette=palette, show=False)
@@ -95,6 +105,39 @@ def test_palette_that_is_too_short(adata: ad.AnnData) -> None:
         st.pl.spatial(adata, "kind", palette=["red", "blue"], show=False)
     with pytest.raises(ValueError, match=r"no colour for \['x'\]"):
         st.pl.spatial(adata, "kind", palette={"y": "red", "z": "blue"}, show=False)
+    adata.obs["number"] = np.arange(adata.n_obs).astype(str)
+    with pytest.raises(ValueError, match="12 colours for 94 categories"):
+        st.pl.spatial(adata, "number", palette="Set3", show=False)
+
+
+@pytest.mark.parametrize("name", ["tab20", "Set3", "viridis"])
+@pytest.mark.parametrize("plot", [st.pl.spatial, st.pl.umap])
+def test_palette_by_name_is_that_of_scanpy(adata: ad.AnnData, name: str, plot: Any) -> None:
+    adata.obsm["X_umap"] = adata.obsm["spatial"]
+    plot(adata, "kind", palette=name, show=False)
+    found = list(adata.uns["kind_colors"])
+    sc.pl.embedding(adata, "umap", color="kind", palette=name, show=False)
+    assert found == list(adata.uns["kind_colors"])
+
+
+def test_palette_of_numbered_categories(adata: ad.AnnData) -> None:
+    adata.obs["level"] = pd.Categorical(np.arange(adata.n_obs) % 2)
+    st.pl.spatial(adata, "level", palette={0: "red", 1: "blue"}, show=False)
+    assert adata.uns["level_colors"] == ["#ff0000", "#0000ff"]
+
+
+def test_unknown_names_of_colors(adata: ad.AnnData) -> None:
+    with pytest.raises(ValueError, match=r"palette='set3' .*Nearest: \['Set3'"):
+        st.pl.spatial(adata, "kind", palette="set3", show=False)
+    with pytest.raises(ValueError, match=r"cmap='virids' .*Nearest: \['viridis'"):
+        st.pl.spatial(adata, "score", cmap="virids", show=False)
+    assert not plt.get_fignums()
+
+
+def test_color_map_itself(adata: ad.AnnData) -> None:
+    cmap = mpl.colormaps["magma"]
+    ax = st.pl.spatial(adata, "score", cmap=cmap, show=False)
+    assert ax.collections[0].get_cmap().name == "magma"
 
 
 def test_cells_without_category_are_grey_below_and_named(adata: ad.AnnData) -> None:

@@ -26,14 +26,16 @@ from stofm.pl._style import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
     from stofm.pl._slices import Panel
+    from stofm.pl._style import Palette
 
 Kind = Literal["maps", "pies"]
 
@@ -54,8 +56,8 @@ def deconvolution(
     key: str = Obsm.DECONVOLUTION,
     kind: Kind = "maps",
     shared: bool = True,
-    palette: Mapping[str, str] | Sequence[str] | None = None,
-    cmap: str = "viridis",
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
     vmin: float | str | None = 0.0,
     vmax: float | str | None = "p99",
     library_key: str | None = None,
@@ -88,8 +90,9 @@ def deconvolution(
         One colour scale for all maps, so that frequent and rare types can be told apart. False:
         each type has its own, so that rare ones can be seen.
     palette
-        Colours of the types in pies, by name or in the order of the DataFrame's columns. None:
-        those in ``uns[f"{key}_colors"]``, or the default ones.
+        Colours of the types in pies: the name of a colour map ("tab20"), a list or cycler in the
+        order of the DataFrame's columns, or a colour for each by name. None: those in
+        ``uns[f"{key}_colors"]``, or the default ones.
     cmap, vmin, vmax
         Colour map of the maps and its ends: a number, a percentile such as ``"p99"``, or None
         for the extreme.
@@ -193,7 +196,7 @@ def _choose(proportions: pd.DataFrame, types: str | Sequence[str] | None, key: s
 
 
 def _color_map(
-    values: pd.DataFrame, name: str, cmap: str, limits: tuple[float | str | None, ...]
+    values: pd.DataFrame, name: str, cmap: str | Colormap, limits: tuple[float | str | None, ...]
 ) -> Values:
     """Colour of the spots by one type, or the scale that several share."""
     flat = values.to_numpy().ravel()
@@ -216,7 +219,7 @@ def _color_types(
     key: str,
     proportions: pd.DataFrame,
     chosen: list[str],
-    palette: Mapping[str, str] | Sequence[str] | None,
+    palette: Palette | None,
 ) -> Categories:
     """Colours of the chosen types and, last, of the others; one row of each, for the legend."""
     names = tuple(proportions.columns)

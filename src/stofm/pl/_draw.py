@@ -73,7 +73,7 @@ def draw_cells(ax: Axes, panel: Panel, color: Categories | Values, *, area: floa
     if isinstance(color, Categories):
         ax.scatter(x, y, s=area, c=color.rgba(rows), linewidths=0, rasterized=True)
         return
-    cmap = mpl.colormaps[color.cmap].with_extremes(bad=NO_VALUE_COLOR)
+    cmap = mpl.colormaps.get_cmap(color.cmap).with_extremes(bad=NO_VALUE_COLOR)
     norm = Normalize(color.vmin, color.vmax)
     ax.scatter(
         x, y, s=area, c=color.values[rows], cmap=cmap, norm=norm, plotnonfinite=True, linewidths=0,

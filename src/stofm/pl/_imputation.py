@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
     from stofm.pl._slices import Panel
@@ -38,7 +39,7 @@ def imputation(
     layer: str | None = None,
     key: str = Obsm.IMPUTED,
     shared: bool = False,
-    cmap: str = "viridis",
+    cmap: str | Colormap = "viridis",
     vmin: float | str | None = "p1",
     vmax: float | str | None = "p99",
     library_key: str | None = None,

@@ -13,11 +13,14 @@ from stofm.pl._slices import read_panels
 from stofm.pl._style import resolve_color
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+
+    from stofm.pl._style import Palette
 
 
 def spatial(
@@ -27,8 +30,8 @@ def spatial(
     layer: str | None = None,
     library_key: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    palette: Mapping[str, str] | Sequence[str] | None = None,
-    cmap: str = "viridis",
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
     vmin: float | str | None = "p1",
     vmax: float | str | None = "p99",
     size: float | None = None,
@@ -61,7 +64,8 @@ def spatial(
     spatial_key
         Entry of ``obsm`` with the coordinates; of three columns the first two are used.
     palette
-        Colours of the categories, by name or in their order; replaces those in ``uns``.
+        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
+        order, or a colour for each by name. Replaces those in ``uns``.
     cmap, vmin, vmax
         Colour map of values and its ends: a number, a percentile such as ``"p99"`` over all
         panels, or None for the extreme.

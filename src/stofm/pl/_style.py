@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import is_color_like, to_hex, to_rgba_array
+from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
 from scanpy.plotting.palettes import default_20
 
 from stofm._categories import label_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from anndata import AnnData
     from numpy.typing import NDArray
+
+#: Name of a colour map, colours in the order of the categories, or by their names.
+Palette = str | Colormap | Iterable[Any] | Mapping[Any, Any]
 
 #: Cells without a category or value.
 NO_VALUE_COLOR: Final = "#d9d9d9"
@@ -71,14 +73,17 @@ class Values:
     vmin, vmax
         Ends of the colour map.
     cmap
-        Name of the colour map.
+        Colour map, or its name.
     """
 
     key: str
     values: NDArray[np.float64]
     vmin: float
     vmax: float
-    cmap: str
+    cmap: str | Colormap
+
+    def __post_init__(self) -> None:
+        find_colormap(self.cmap, "cmap")
 
     @property
     def extend(self) -> str:
@@ -99,8 +104,8 @@ def resolve_color(
     key: str | None,
     *,
     layer: str | None = None,
-    palette: Mapping[str, str] | Sequence[str] | None = None,
-    cmap: str = "viridis",
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
     vmin: float | str | None = None,
     vmax: float | str | None = None,
 ) -> Categories | Values:
@@ -205,16 +210,14 @@ def choose_colors(
     adata: AnnData,
     key: str,
     names: tuple[str, ...],
-    palette: Mapping[str, str] | Sequence[str] | None,
+    palette: Palette | None,
 ) -> list[str]:
     """Return a colour for each name: from `palette`, else those stored for `key`, else default."""
     colors = _palette_colors(names, palette) or stored_colors(adata, key, len(names))
     return distinct_colors(len(names)) if colors is None else colors
 
 
-def _categories(
-    adata: AnnData, key: str, palette: Mapping[str, str] | Sequence[str] | None
-) -> Categories:
+def _categories(adata: AnnData, key: str, palette: Palette | None) -> Categories:
     column = category_names(adata.obs[key])
     names = tuple(column.cat.categories)
     colors = choose_colors(adata, key, names, palette)
@@ -224,21 +227,51 @@ def _categories(
     return Categories(key, names, tuple(colors), column.cat.codes.to_numpy(dtype=np.int64))
 
 
-def _palette_colors(
-    names: tuple[str, ...], palette: Mapping[str, str] | Sequence[str] | None
-) -> list[str] | None:
+def find_colormap(name: str | Colormap, argument: str) -> Colormap:
+    """Return the colour map of this name.
+
+    Raises
+    ------
+    ValueError
+        matplotlib knows no such name.
+    """
+    if isinstance(name, Colormap):
+        return name
+    if name not in mpl.colormaps:
+        near = nearest_names(name, mpl.colormaps)
+        msg = f"{argument}={name!r} is not a colour map of matplotlib.{near}"
+        raise ValueError(msg)
+    return mpl.colormaps[name]
+
+
+def _palette_colors(names: tuple[str, ...], palette: Palette | None) -> list[str] | None:
     if palette is None:
         return None
     if isinstance(palette, Mapping):
-        missing = [name for name in names if name not in palette]
+        keys = label_text(pd.Series(list(palette), dtype=object))
+        by_name = dict(zip(keys, palette.values(), strict=True))
+        missing = [name for name in names if name not in by_name]
         if missing:
             msg = f"The palette has no colour for {missing[:5]}; give one for each category."
             raise ValueError(msg)
-        return [to_hex(palette[name]) for name in names]
-    if len(palette) < len(names):
-        msg = f"The palette has {len(palette)} colours for {len(names)} categories."
+        return [to_hex(by_name[name]) for name in names]
+    colors = _listed_colors(palette, len(names))
+    if len(colors) < len(names):
+        msg = (
+            f"The palette has {len(colors)} colours for {len(names)} categories. Pass a longer one; "
+            "palette=None has colours for any number."
+        )
         raise ValueError(msg)
-    return [to_hex(color) for color in palette[: len(names)]]
+    return colors[: len(names)]
+
+
+def _listed_colors(palette: str | Colormap | Iterable[Any], n_colors: int) -> list[str]:
+    if isinstance(palette, str | Colormap):
+        # Spread over the map as scanpy does; a map of fewer colours gives some of them twice.
+        spread = find_colormap(palette, "palette")(np.linspace(0.0, 1.0, n_colors))
+        return list(dict.fromkeys(to_hex(color) for color in spread))
+    # A cycler gives dictionaries.
+    return [to_hex(color["color"] if isinstance(color, Mapping) else color) for color in palette]
 
 
 def stored_colors(adata: AnnData, key: str, n_colors: int) -> list[str] | None:

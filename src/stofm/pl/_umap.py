@@ -15,12 +15,15 @@ from stofm.pl._panels import TITLE_SIZE, Layout, finish, make_axes
 from stofm.pl._style import NO_VALUE_COLOR, Categories, Values, resolve_color
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from numpy.typing import NDArray
+
+    from stofm.pl._style import Palette
 
 _UMAP: Final = "X_umap"
 _SIDE_INCHES: Final = 3.4
@@ -31,8 +34,8 @@ def umap(
     color: str | Sequence[str] | None = None,
     *,
     layer: str | None = None,
-    palette: Mapping[str, str] | Sequence[str] | None = None,
-    cmap: str = "viridis",
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
     vmin: float | str | None = "p1",
     vmax: float | str | None = "p99",
     size: float | None = None,
@@ -56,7 +59,8 @@ def umap(
     layer
         Layer to read genes from; None: ``X``.
     palette
-        Colours of the categories, by name or in their order; replaces those in ``uns``.
+        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
+        order, or a colour for each by name. Replaces those in ``uns``.
     cmap, vmin, vmax
         Colour map of values and its ends: a number, a percentile such as ``"p99"``, or None for
         the extreme.
