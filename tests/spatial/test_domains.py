@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -89,7 +92,7 @@ def test_a_component_that_is_nowhere_the_likeliest(rng, monkeypatch):
             labels[labels == 3] = 2
             return labels
 
-    monkeypatch.setattr(domains, "GaussianMixture", WithAnEmptyComponent)
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture", WithAnEmptyComponent)
     labels = find_domains(whole(rng.normal(size=(61, 2))), n_domains=5)
     np.testing.assert_array_equal(np.unique(labels), np.arange(5))
 
@@ -132,11 +135,28 @@ def test_starts_are_tried_on_a_sample_and_the_likeliest_is_fitted_to_all(blobs, 
             sizes.append(len(X))
             return super().fit(X, y)
 
-    monkeypatch.setattr(domains, "GaussianMixture", Counted)
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture", Counted)
     monkeypatch.setattr(domains, "_MAX_AT_START", 60)
     labels = find_domains(space, n_domains=4)
     assert sizes == [60] * 40 + [211]
     assert adjusted_rand_score(group, labels) > 0.9
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were(blobs, monkeypatch):
+    features, slices, _ = blobs
+    space = domain_space(features, slices)
+
+    class Slow(GaussianMixture):
+        def fit(self, X, y=None):
+            time.sleep(0.001)
+            return super().fit(X, y)
+
+    monkeypatch.setattr("sklearn.mixture.GaussianMixture", Slow)
+    monkeypatch.setattr(domains, "_N_STARTS", 5)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: find_domains(space, n_domains=4), range(6)))
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("options", [{"n_domains": 4}, {"resolution": 0.3}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,10 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.linalg import solve_triangular
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import NearestNeighbors
 
 from stofm.spatial.clustering import leiden
 from stofm.spatial.coordinates import canonical_order
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from sklearn.mixture import GaussianMixture
 
 Centering = Literal["slice", "none"]
 
@@ -43,6 +41,8 @@ _REGULARIZATION = 1e-6
 #: Of more distinct embeddings a sample is clustered, so that time grows with the cells.
 _MAX_CLUSTERED = 50_000
 _CHUNK = 65_536
+# All threads have the same filters of warnings: one that changes them waits for its turn.
+_turn = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,9 @@ def _sample(n_points: int, most: int, seed: int) -> NDArray[np.int64]:
 
 
 def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> NDArray[np.int64]:
+    from sklearn.cluster import KMeans
+    from sklearn.mixture import GaussianMixture
+
     if n_domains == 1:
         return np.zeros(len(scores), dtype=np.int64)
     fitted = scores[_sample(len(scores), _MAX_CLUSTERED, seed)]
@@ -231,14 +234,18 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
 
 def _fit(mixture: GaussianMixture, scores: NDArray[np.float64], tolerance: float) -> None:
     """Fit a mixture, from where it stands if it was fitted before."""
+    from sklearn.exceptions import ConvergenceWarning
+
     mixture.tol = tolerance
-    with warnings.catch_warnings():
+    with _turn, warnings.catch_warnings():
         # After so many rounds hardly a cell changes its domain.
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(scores)
 
 
 def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -> NDArray[np.int64]:
+    from sklearn.neighbors import NearestNeighbors
+
     n_points = len(scores)
     if n_points <= 2:
         return np.zeros(n_points, dtype=np.int64)
