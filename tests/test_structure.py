@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(stofm.__file__).parent
 API = Path(__file__).parents[1] / "docs" / "api"
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
@@ -65,14 +67,25 @@ EXCEPTIONS = {
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [
     "anndata",
+    "dask",
+    "igraph",
     "lightning_fabric",
     "matplotlib",
+    "numba",
+    "peft",
     "pooch",
     "scanpy",
+    "sklearn",
     "squidpy",
     "torch",
     "transformers",
 ]
+#: Extras of the package; those of its developers are none that users install.
+EXTRAS = {"lora", "train"}
+#: Read by type checkers and by the tests.
+TYPING_ONLY = {"jaxtyping"}
+#: Where a library comes from, if not from a package of its name.
+PROVIDERS = {"mpl_toolkits": "matplotlib", "sklearn": "scikit_learn"}
 
 
 def _part(path: Path) -> str:
@@ -202,10 +215,44 @@ def test_public_names_are_in_the_documentation(area: str) -> None:
     assert not missing, f"docs/api/{area}.md lacks {missing}"
 
 
-def test_importing_stofm_imports_nothing_heavy() -> None:
-    code = f"import sys, stofm; print([m for m in {HEAVY!r} if m in sys.modules])"
+def _run(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("module", "needed"), [("stofm", []), ("stofm.tl", ["torch"]), ("stofm.pl", ["matplotlib"])]
+)
+def test_an_import_loads_nothing_heavy_that_it_does_not_need(
+    module: str, needed: list[str]
+) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert _run(code) == str(needed)
+
+
+def test_imports_are_quick() -> None:
+    # Seconds of the processor, as others may be at work on the machine.
+    code = """
+from time import process_time as now
+times = [now()]
+for module in ("stofm", "torch", "stofm.tl"):
+    __import__(module)
+    times.append(now())
+print(*times)
+"""
+    start, stofm_there, torch_there, tl_there = map(float, _run(code).split())
+    assert stofm_there - start < 0.5
+    assert tl_there - torch_there < 2 * (torch_there - stofm_there)
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    extras = [project["optional-dependencies"][name] for name in EXTRAS]
+    texts = [text for part in (project["dependencies"], *extras) for text in part]
+    declared = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in texts}
+    imported = {name.split(".")[0] for path in FILES for name in _imported(path)}
+    libraries = imported - sys.stdlib_module_names - {"stofm", *TYPING_ONLY}
+    assert {PROVIDERS.get(name, name) for name in libraries} <= declared
 
 
 def test_package_is_typed() -> None:

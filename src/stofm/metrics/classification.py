@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from sklearn.metrics import f1_score
 
 from stofm.metrics._inputs import LabelPair, read_labels
 
@@ -117,6 +116,8 @@ def weighted_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -
 
 
 def _f1(labels: LabelPair, classes: NDArray[np.int64], average: str) -> float:
+    from sklearn.metrics import f1_score
+
     return float(
         f1_score(labels.true, labels.found, labels=classes, average=average, zero_division=0.0)
     )

@@ -5,12 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from sklearn.metrics import (
-    adjusted_mutual_info_score,
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
 
 from stofm.metrics._inputs import LabelPair, has_label, read_labels
 
@@ -56,6 +50,8 @@ def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
     >>> st.metrics.ari(["a", "a", "b", "b"], [1, 1, 0, 0])
     1.0
     """
+    from sklearn.metrics import adjusted_rand_score
+
     pair = _read_clusters(y_true, clusters, missing)
     return float(adjusted_rand_score(pair.true, pair.found))
 
@@ -89,6 +85,8 @@ def nmi(
     ValueError
         See :func:`ari`.
     """
+    from sklearn.metrics import normalized_mutual_info_score
+
     pair = _read_clusters(y_true, clusters, missing)
     return float(normalized_mutual_info_score(pair.true, pair.found, average_method=average))
 
@@ -125,6 +123,8 @@ def ami(
     Vinh, Epps and Bailey 2010, Information theoretic measures for clusterings comparison (JMLR
     11:2837).
     """
+    from sklearn.metrics import adjusted_mutual_info_score
+
     pair = _read_clusters(y_true, clusters, missing)
     return float(adjusted_mutual_info_score(pair.true, pair.found, average_method=average))
 
@@ -171,6 +171,8 @@ def silhouette(
         Shapes differ, features are not finite, or there are fewer than two groups, or as many
         as cells.
     """
+    from sklearn.metrics import silhouette_score
+
     values = np.asarray(features)
     if values.ndim != 2 or len(values) != len(labels):
         msg = (

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import rel_entr
-from scipy.stats import rankdata
 
 from stofm.metrics._inputs import Per, ValuePair, read_values
 
@@ -243,6 +242,8 @@ def _direction(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
 
 
 def _spearman(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.stats import rankdata
+
     return _pearson(rankdata(true, axis=0), rankdata(predicted, axis=0))
 
 

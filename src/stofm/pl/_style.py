@@ -13,7 +13,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
-from scanpy.plotting.palettes import default_20
 
 from stofm._categories import label_text
 
@@ -153,6 +152,8 @@ def category_names(column: pd.Series) -> pd.Series:
 
 def distinct_colors(n_colors: int) -> list[str]:
     """Return scanpy's default palette, continued by colours far from all before them."""
+    from scanpy.plotting.palettes import default_20
+
     if n_colors <= len(default_20):
         return [to_hex(color) for color in default_20[:n_colors]]
     return list(_continued_palette(n_colors))
@@ -290,6 +291,8 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 @cache
 def _continued_palette(n_colors: int) -> tuple[str, ...]:
+    from scanpy.plotting.palettes import default_20
+
     levels = np.linspace(0.0, 1.0, 12)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
     lab = _oklab(grid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -139,22 +138,19 @@ def _draw_embedding(
         if isinstance(color, Values)
         else {}
     )
-    with warnings.catch_warnings():
-        # scanpy calls what matplotlib 3.11 is going to deprecate.
-        warnings.simplefilter("ignore", PendingDeprecationWarning)
-        sc.pl.embedding(
-            table,
-            _UMAP,
-            color=color.key or None,
-            size=size,
-            na_color=na_color,
-            frameon=False,
-            legend_loc="none",
-            colorbar_loc=None,
-            ax=ax,
-            show=False,
-            **scale,
-        )
+    sc.pl.embedding(
+        table,
+        _UMAP,
+        color=color.key or None,
+        size=size,
+        na_color=na_color,
+        frameon=False,
+        legend_loc="none",
+        colorbar_loc=None,
+        ax=ax,
+        show=False,
+        **scale,
+    )
     for points in ax.collections:
         points.set_rasterized(True)
 

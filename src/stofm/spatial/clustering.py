@@ -7,7 +7,6 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-import igraph
 import numpy as np
 import scipy.sparse as sp
 
@@ -49,6 +48,8 @@ class _ScanpyNumbers:
 @contextmanager
 def _igraph_numbers(generator: random.Random | _ScanpyNumbers) -> Iterator[None]:
     """Let igraph draw from `generator`, and hand it back Python's module as it was."""
+    import igraph
+
     with _turn:
         try:
             igraph.set_random_number_generator(generator)
@@ -108,6 +109,9 @@ def _igraph_leiden(
     numbers: random.Random | _ScanpyNumbers,
     n_rounds: int = _UNTIL_CONVERGED,
 ) -> NDArray[np.int64]:
+    # It imports matplotlib, and takes half a second.
+    import igraph
+
     sources, targets, weights = edges
     graph = igraph.Graph(n=n_nodes, edges=np.column_stack([sources, targets]))
     with _igraph_numbers(numbers):
