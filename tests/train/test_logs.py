@@ -69,7 +69,8 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
         TensorBoard(tmp_path, 0)
 
 
-def test_the_bar_shows_loss_parts_and_speed(capsys):
+def test_the_bar_shows_loss_parts_and_speed(capsys, monkeypatch):
+    monkeypatch.setattr("stofm.train.logs.bars_can_be_seen", lambda: True)
     bar = ProgressBar("spatial", total=4, done=1, show=True)
     bar.show_row({"loss": 0.123456, "masked_cells": 2.0}, ("masked_cells", "pairs"), 1234.5)
     bar.advance()

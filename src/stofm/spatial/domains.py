@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +18,7 @@ from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
 from stofm.spatial.virtual_cells import principal_components
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from sklearn.mixture import GaussianMixture
@@ -41,7 +42,7 @@ _REGULARIZATION = 1e-6
 #: Of more distinct embeddings a sample is clustered, so that time grows with the cells.
 _MAX_CLUSTERED = 50_000
 _CHUNK = 65_536
-# All threads have the same filters of warnings: one that changes them waits for its turn.
+# All threads have the same filters of warnings, and scikit-learn changes them too.
 _turn = threading.Lock()
 
 
@@ -170,17 +171,29 @@ def find_domains(
     ----------
     Scrucca et al. 2016, mclust 5 (R J 8:289), whose model EEE the mixture is.
     """
-    if n_domains is None:
-        labels = _leiden_domains(space.scores, resolution, seed)
-    elif n_domains > space.n_points:
+    if n_domains is not None and n_domains > space.n_points:
         msg = (
             f"n_domains is {n_domains}, but the {len(space.order)} cells have only "
             f"{space.n_points} different embeddings; ask for fewer domains."
         )
         raise ValueError(msg)
-    else:
-        labels = _mixture_domains(space.scores, n_domains, seed)
+    with _turn, _without_convergence_warnings():
+        labels = (
+            _leiden_domains(space.scores, resolution, seed)
+            if n_domains is None
+            else _mixture_domains(space.scores, n_domains, seed)
+        )
     return number_by_size(space.to_rows(labels))
+
+
+@contextmanager
+def _without_convergence_warnings() -> Iterator[None]:
+    """Leave out what scikit-learn says of its rounds: after so many hardly a cell changes its domain."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -234,13 +247,8 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
 
 def _fit(mixture: GaussianMixture, scores: NDArray[np.float64], tolerance: float) -> None:
     """Fit a mixture, from where it stands if it was fitted before."""
-    from sklearn.exceptions import ConvergenceWarning
-
     mixture.tol = tolerance
-    with _turn, warnings.catch_warnings():
-        # After so many rounds hardly a cell changes its domain.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        mixture.fit(scores)
+    mixture.fit(scores)
 
 
 def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -> NDArray[np.int64]:
