@@ -31,6 +31,7 @@ HOMES = {
     "anndata": {
         "_anndata",
         "_counts",
+        "_features",
         "_frames",
         "pp",
         "tl",
@@ -50,6 +51,8 @@ FORBIDDEN = {
     "_config": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
     "_anndata": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
+    "_features": {"_counts", "nn", "train", "pp", "tl", "pl", "datasets"},
+    "_not_counts": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
     "_logging": {*LAYERS[1:], "_anndata", "_counts", "_messages", "pp", "pl", "datasets"},
     "_messages": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
@@ -57,12 +60,14 @@ FORBIDDEN = {
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
-    **{layer: {"_anndata", "_counts", "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
+    **{
+        layer: {"_anndata", "_counts", "_features", "pp", "pl", "datasets"} for layer in LAYERS[:-1]
+    },
 }
 #: Files that may use a part above them, when called and not when imported.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
-    "genes/fitting.py": {"_counts"},
+    "genes/fitting.py": {"_counts", "_features"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

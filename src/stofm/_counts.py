@@ -1,15 +1,18 @@
-"""The edge to AnnData for counts and genes' names: checked CSR blocks out of any matrix."""
+"""The edge to AnnData for counts: checked CSR blocks of genes out of any matrix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
 
-from stofm.genes.gene_ids import clean_names
+from stofm._features import read_features
+from stofm._not_counts import cause_of, fault_of
+from stofm.genes.compressed import DamagedMatrixError, require_sound, require_sound_pointers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,32 +27,7 @@ _BLOCK_ENTRIES: Final = 1 << 23
 _MAX_BLOCK_ROWS: Final = 1 << 15
 #: Rows of a CSC matrix cost a pass over all of it, so there are at most this many blocks.
 _MAX_CSC_BLOCKS: Final = 16
-#: A count this near to an integer is one: noise of float32 arithmetic, not a normalised value.
-_INTEGER_TOLERANCE: Final = 1e-3
 _SAMPLE_ROWS: Final = 256
-#: Columns of ``adata.var`` (in lower case) that hold names of genes in files of common tools.
-_NAME_COLUMNS: Final = (
-    "ensembl_id",
-    "ensembl_ids",
-    "ensembl_gene_id",
-    "ensembl",
-    "ensemblid",
-    "gene_ids",
-    "gene_id",
-    "geneid",
-    "gene_symbol",
-    "gene_symbols",
-    "symbol",
-    "symbols",
-    "gene_name",
-    "gene_names",
-    "gene_short_name",
-    "feature_name",
-    "feature_id",
-    "name",
-    "gene",
-)
-_VAR_NAMES: Final = "var_names"
 
 
 class NotRawCountsError(ValueError):
@@ -59,6 +37,8 @@ class NotRawCountsError(ValueError):
 @dataclass(frozen=True, eq=False)
 class CountReader:
     """Blocks of rows of a count matrix, read and checked one at a time.
+
+    Columns that are no genes are empty, so that they enter neither genes nor totals.
 
     Attributes
     ----------
@@ -77,15 +57,16 @@ class CountReader:
 
     def __iter__(self) -> Iterator[sparse.csr_matrix]:
         read = _row_reader(self.adata, self.layer)
+        is_gene = read_features(self.adata).is_gene
         for start, stop in self.bounds:
-            block = _to_csr(read(slice(start, stop)))
-            yield _checked(block, self.adata, self.layer, start)
+            block = _to_csr(read(slice(start, stop)), _name(self.layer), start)
+            yield _checked(_columns_only(block, is_gene), self.adata, self.layer, start)
 
 
 def read_counts(
     adata: AnnData, *, layer: str | None = None, chunk_size: int | None = None
 ) -> CountReader:
-    """Return the counts of `adata` as blocks of rows, without changing or copying the whole.
+    """Return the counts of the genes as blocks of rows, without changing or copying the whole.
 
     CSR, CSC and dense matrices are read, in memory, backed by a file, or as Dask arrays, also
     through views. Values may have any numeric type. Memory is bounded by a block.
@@ -103,8 +84,9 @@ def read_counts(
     Returns
     -------
     CountReader
-        Iterating over it gives CSR matrices of (rows of the block, n_vars). A block that does
-        not hold raw counts raises ValueError then.
+        Iterating over it gives CSR matrices of (rows of the block, n_vars), empty in columns that
+        are no genes, see :func:`stofm._features.read_features`. A block that does not hold raw
+        counts, or has indices out of range, raises ValueError then.
 
     Raises
     ------
@@ -155,28 +137,6 @@ def _open_zarr(path: Path) -> AnnData:
         layers={name: matrix(store[f"layers/{name}"]) for name in store.get("layers", {})},
         **{name: read_elem(store[name]) for name in ("obs", "var", "obsm", "uns") if name in store},
     )
-
-
-def gene_name_sources(adata: AnnData) -> dict[str, list[Any]]:
-    """Return all names of the genes: known columns of ``adata.var``, ids first, and var_names."""
-    columns = sorted(
-        (name for name in adata.var.columns if str(name).lower() in _NAME_COLUMNS),
-        key=lambda name: _NAME_COLUMNS.index(str(name).lower()),
-    )
-    names = {str(name): list(np.asarray(adata.var[name])) for name in columns}
-    return {**names, _VAR_NAMES: list(adata.var_names)}
-
-
-def gene_names(adata: AnnData) -> tuple[list[Any], list[Any]]:
-    """Return the names with most Ensembl ids, and second ones, symbols as a rule."""
-    sources = gene_name_sources(adata)
-    n_ids = {
-        source: sum(name.startswith("ENS") for name in clean_names(names))
-        for source, names in sources.items()
-    }
-    best = max(n_ids, key=lambda source: (n_ids[source], source == _VAR_NAMES))
-    others = sorted(set(sources) - {best}, key=lambda source: (n_ids[source], source != _VAR_NAMES))
-    return sources[best], sources[others[0]] if others else [""] * adata.n_vars
 
 
 def require_cells_and_genes(adata: AnnData) -> None:
@@ -230,11 +190,19 @@ def _matrix(adata: AnnData, layer: str | None) -> Any:
 
 def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], Any]:
     """Return a function that reads rows of the matrix, in whatever form it has them."""
+    if adata.is_view:
+        # Its rows and columns are taken by compiled code that trusts the indices.
+        require_sound(_matrix(adata._adata_ref, layer), _name(layer))
     if adata.is_view and not adata.isbacked:
         # The matrix of a view is a copy of all its rows; that of a view's slice is not.
         return lambda rows: _matrix(adata[rows], layer)
     # anndata cannot slice a view of a backed file again: its rows are read together.
     matrix = _matrix(adata, layer)
+    form = getattr(matrix, "format", "")
+    if form == "csr":
+        require_sound_pointers(matrix, _name(layer))
+    elif form == "csc":
+        require_sound(matrix, _name(layer))
 
     def read(rows: Rows) -> Any:
         is_csr = isinstance(matrix, sparse.csr_matrix | sparse.csr_array)
@@ -243,6 +211,10 @@ def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], Any]:
         return matrix[rows]
 
     return read
+
+
+def _name(layer: str | None) -> str:
+    return "adata.X" if layer is None else f"adata.layers[{layer!r}]"
 
 
 def _csr_rows(matrix: Any, start: int, stop: int) -> sparse.csr_matrix:
@@ -258,7 +230,7 @@ def _csr_rows(matrix: Any, start: int, stop: int) -> sparse.csr_matrix:
     )
 
 
-def _to_csr(rows: Any) -> sparse.csr_matrix:
+def _to_csr(rows: Any, name: str, start: int = 0) -> sparse.csr_matrix:
     if hasattr(rows, "compute"):
         rows = rows.compute()
     if hasattr(rows, "to_memory"):
@@ -268,21 +240,35 @@ def _to_csr(rows: Any) -> sparse.csr_matrix:
         # scipy has no sparse matrices of half precision.
         rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
     if rows.dtype.kind not in "buif":
-        msg = f"Counts must be numbers, found the type {rows.dtype}."
+        msg = (
+            f"Counts must be numbers, found the type {rows.dtype} in {name}. If they are numbers "
+            f"all the same: {name} = {name}.astype('float32')."
+        )
         raise TypeError(msg)
+    require_sound(rows, name, first_row=start)
     return sparse.csr_matrix(rows)
+
+
+def _columns_only(block: sparse.csr_matrix, kept: NDArray[np.bool_]) -> sparse.csr_matrix:
+    """The block with nothing in the other columns."""
+    if kept.all():
+        return block
+    is_kept = kept[block.indices]
+    indptr = np.concatenate([[0], np.cumsum(is_kept)])[block.indptr]
+    return sparse.csr_matrix((block.data[is_kept], block.indices[is_kept], indptr), block.shape)
 
 
 def _checked(
     block: sparse.csr_matrix, adata: AnnData, layer: str | None, start: int
 ) -> sparse.csr_matrix:
     """Return the block with integer values, or say what they are instead."""
-    fault = _fault(block.data)
+    fault = fault_of(block.data)
     if fault:
-        name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        cause = cause_of(block)
         msg = (
-            f"{name} does not hold raw counts: {fault} (non-zero entries of cells {start} to "
-            f"{start + block.shape[0] - 1}). {_where_counts_are(adata, layer)}"
+            f"{_name(layer)} does not hold raw counts: {fault} (non-zero entries of cells {start} "
+            f"to {start + block.shape[0] - 1}). {cause.finding}"
+            f"{_counts_elsewhere(adata, layer) or cause.way_out(_name(layer))}"
         )
         raise NotRawCountsError(msg)
     if block.dtype.kind != "f":
@@ -293,46 +279,33 @@ def _checked(
     return block
 
 
-def _fault(values: NDArray[Any]) -> str:
-    """What keeps `values` from being counts, with the share; ``""`` if nothing does."""
-    if not len(values) or values.dtype.kind in "bu":
-        return ""
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        undefined = np.isnan(values)
-        if undefined.any():
-            return f"{_percent(undefined)} are NaN"
-        return f"{_percent(np.isinf(values))} are infinite"
-    if values.min() < 0:
-        return f"{_percent(values < 0)} are negative, down to {values.min():.4g}"
-    if values.dtype.kind == "f":
-        off = np.abs(values - np.rint(values))
-        if off.max() > _INTEGER_TOLERANCE:
-            return (
-                f"{_percent(off > _INTEGER_TOLERANCE)} are not integers, up to {values.max():.4g}"
-            )
+def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
+    """Say which other matrix looks like raw counts; ``""`` if none does."""
+    places = {_name(name): (f"pass layer={name!r}", name) for name in adata.layers}
+    # To look at the matrix of a view would copy it.
+    if (adata._adata_ref if adata.is_view else adata).X is not None:
+        places = {"adata.X": ("leave out `layer`", None)} | places
+    first = slice(0, min(_SAMPLE_ROWS, adata.n_obs))
+    for where, (advice, name) in places.items():
+        if name != layer and _looks_raw(partial(_first_rows, adata, name, first)):
+            return f"{where} looks like raw counts: {advice}."
+    if adata.raw is not None and _looks_raw(partial(_rows_of_raw, adata, first)):
+        return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
     return ""
 
 
-def _percent(marks: NDArray[np.bool_]) -> str:
-    return f"{100 * marks.mean():.3g} %"
+def _first_rows(adata: AnnData, layer: str | None, rows: slice) -> Any:
+    return _row_reader(adata, layer)(rows)
 
 
-def _where_counts_are(adata: AnnData, layer: str | None) -> str:
-    places = [(f"adata.layers[{name!r}]", f"pass layer={name!r}", name) for name in adata.layers]
-    if adata.X is not None:
-        places.insert(0, ("adata.X", "leave out `layer`", None))
-    first = slice(0, min(_SAMPLE_ROWS, adata.n_obs))
-    for where, advice, name in places:
-        if name != layer and _looks_raw(_row_reader(adata, name)(first)):
-            return f"{where} looks like raw counts: {advice}."
-    if adata.raw is not None and _looks_raw(adata.raw.X[first]):
-        return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
-    return "No layer looks like raw counts either; they are needed, before any normalisation."
+def _rows_of_raw(adata: AnnData, rows: slice) -> Any:
+    require_sound(adata.raw.X, "adata.raw.X")
+    return adata.raw.X[rows]
 
 
-def _looks_raw(rows: Any) -> bool:
+def _looks_raw(read: Callable[[], Any]) -> bool:
     try:
-        values = _to_csr(rows).data
-    except TypeError:
+        values = _to_csr(read(), "").data
+    except (TypeError, DamagedMatrixError):
         return False
-    return bool(values.any()) and not _fault(values)
+    return bool(values.any()) and not fault_of(values)

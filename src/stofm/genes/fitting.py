@@ -10,6 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._logging import logger
+from stofm.genes.compressed import require_sound
 from stofm.genes.gene_ids import IdType, clean_names, id_type, strip_version
 from stofm.genes.mapping import map_gene_ids
 from stofm.genes.medians import ExactMedians, HistogramMedians
@@ -86,21 +87,18 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
         return item
     if isinstance(item, tuple):
         counts, ids, *symbols = item
+        require_sound(counts, "The matrix of counts")
         return CountSlice(
             blocks=[sparse.csr_matrix(counts)],
             ids=clean_names(ids),
             symbols=clean_names(symbols[0]) if symbols else [""] * len(ids),
         )
     # The only way from here to AnnData: who passes arrays does not need it.
-    from stofm import _counts
+    from stofm import _counts, _features
 
     adata = _counts.open_slice(item) if isinstance(item, str | Path) else item
-    ids, symbols = _counts.gene_names(adata)
-    return CountSlice(
-        blocks=_counts.read_counts(adata, layer=layer),
-        ids=clean_names(ids),
-        symbols=clean_names(symbols),
-    )
+    ids, symbols = _features.gene_names(adata)
+    return CountSlice(_counts.read_counts(adata, layer=layer), ids, symbols)
 
 
 def _human_gene_ids(

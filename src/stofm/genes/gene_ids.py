@@ -46,6 +46,17 @@ MOUSE_TYPES: Final = frozenset(
     {IdType.MOUSE_ENSEMBL, IdType.MOUSE_ENSEMBL_VERSION, IdType.MOUSE_SYMBOL}
 )
 
+ENSEMBL_TYPES: Final = frozenset(
+    {
+        IdType.HUMAN_ENSEMBL,
+        IdType.HUMAN_ENSEMBL_VERSION,
+        IdType.MOUSE_ENSEMBL,
+        IdType.MOUSE_ENSEMBL_VERSION,
+        IdType.OTHER_ENSEMBL,
+    }
+)
+SYMBOL_TYPES: Final = frozenset({IdType.HUMAN_SYMBOL, IdType.MOUSE_SYMBOL})
+
 
 def clean_names(names: Iterable[Any]) -> list[str]:
     """Return `names` as stripped strings, ``""`` where a value is missing (None, NaN, or their text)."""

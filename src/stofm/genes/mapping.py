@@ -19,7 +19,7 @@ from stofm.genes.gene_ids import (
 from stofm.genes.orthologs import read_orthologs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
@@ -35,6 +35,11 @@ MIN_SHARE: Final = 0.02
 #: A second species is named in the report from this share of the ids on.
 _MIXED_SHARE: Final = 0.1
 _N_EXAMPLES: Final = 3
+_ADVICE: Final = (
+    "Pass `gene_key` to name the column of adata.var with Ensembl ids or symbols, `species` "
+    "('human' or 'mouse'), or `orthologs` to translate mouse Ensembl ids; genes of other species "
+    "must be translated to human ones first."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +79,8 @@ class GeneMapping:
 
     @property
     def n_vars(self) -> int:
-        """Number of columns."""
-        return len(self.gene_index)
+        """Number of columns that may be genes."""
+        return sum(self.id_types.values())
 
     @property
     def n_matched(self) -> int:
@@ -96,6 +101,12 @@ class GeneMapping:
         return float(kept / self.counts_per_gene.sum())
 
     @property
+    def lost(self) -> list[str]:
+        """Names that were not found."""
+        rows = np.flatnonzero(self.gene_index < 0).tolist()
+        return [self.names[row] for row in rows if self.names[row]]
+
+    @property
     def unmatched(self) -> tuple[str, ...]:
         """Up to three names that were not found, those with most counts first."""
         missed = [row for row in np.flatnonzero(self.gene_index < 0).tolist() if self.names[row]]
@@ -113,8 +124,13 @@ class GeneMapping:
             + (f"; not matched, for example: {examples}" if examples else "")
         )
 
-    def require_enough(self) -> None:
+    def require_enough(self, advise: Callable[[], str] | None = None) -> None:
         """Refuse a mapping that found no gene, or so few that tokens would mean little.
+
+        Parameters
+        ----------
+        advise
+            Returns a better advice for the message than that to pass an argument, or ``""``.
 
         Raises
         ------
@@ -126,12 +142,11 @@ class GeneMapping:
         if self.n_matched >= fewest:
             return
         examples = ", ".join(repr(name) for name in self.unmatched)
+        advice = advise() if advise else ""
         msg = (
             f"Only {self.n_matched} of {self.n_vars} genes are in the vocabulary. Found "
             f"{self._types()} (species: {self.species}); not in the vocabulary, for example: "
-            f"{examples}. Pass `gene_key` to name the column of adata.var with Ensembl ids or "
-            "symbols, `species` ('human' or 'mouse'), or `orthologs` to translate mouse Ensembl "
-            "ids; genes of other species must be translated to human ones first."
+            f"{examples}. {advice or _ADVICE}"
         )
         raise ValueError(msg)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from scipy import sparse
 
+from stofm.genes.compressed import require_sound
 from stofm.genes.ranked_tokens import RankedTokens
 
 if TYPE_CHECKING:
@@ -90,8 +91,6 @@ def rank_genes(
 
     totals = _checked_totals(totals, counts.shape[0])
 
-    totals = _checked_totals(totals, counts.shape[0])
-
     def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
         start, block = start_and_block
         found = _defined_counts(block)
@@ -114,6 +113,7 @@ def _no_cells(*, values: bool) -> RankedTokens:
 
 
 def _canonical(counts: Any) -> sparse.csr_matrix:
+    require_sound(counts, "The matrix of counts")
     matrix = sparse.csr_matrix(counts)
     if matrix.has_canonical_format:
         return matrix

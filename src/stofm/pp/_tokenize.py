@@ -19,7 +19,9 @@ from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._map_genes import (
     compute_gene_mapping,
     names_fingerprint,
+    report_mapping,
     vocabulary_of,
+    warn_of_unknown_counts,
 )
 from stofm.pp._token_entries import Columns, Tokens, stored_tokens, write_tokens
 
@@ -224,9 +226,10 @@ def token_blocks(
             yield _rank(block, columns, params)
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
-    if columns.genes is not None:
-        mapping = replace(columns.genes.mapping, counts_per_gene=total)
-        logger.info(mapping.summary())
+    if columns.genes is None:
+        warn_of_unknown_counts(adata, columns.token_ids >= 0, total)
+    else:
+        report_mapping(adata, columns.genes, total)
 
 
 def token_params(
@@ -282,7 +285,7 @@ def _existing_mapping(
     asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
     if not asked or record.get("vocabulary") != vocabulary.fingerprint:
         return None
-    if record.get("names") != names_fingerprint(adata, made.get("gene_key") or None):
+    if record.get("names") != names_fingerprint(adata, made):
         return None
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from stofm._counts import gene_name_sources
+from stofm._features import VAR_NAMES, gene_name_sources
 from stofm.genes import map_gene_ids
 from stofm.genes.gene_ids import clean_names
 from stofm.pp._tokenize import find_columns
@@ -88,8 +88,8 @@ class GeneColumns:
             Too few genes are in the vocabulary.
         """
         sources = gene_name_sources(adata)
-        names = clean_names(sources.pop("var_names"))
-        others = tuple(zip(*map(clean_names, sources.values()), strict=True))
+        names = sources.pop(VAR_NAMES)
+        others = tuple(zip(*sources.values(), strict=True))
         ids = _vocabulary_ids(adata, vocabulary, must_map=must_map, name=name)
         genes = tuple(Gene(name, id_) for name, id_ in zip(names, ids, strict=True))
         return cls(genes, others or ((),) * len(genes))

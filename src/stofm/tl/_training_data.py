@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._counts import gene_names, read_counts
+from stofm._counts import read_counts
+from stofm._features import gene_names
 from stofm._logging import progress
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
 from stofm.genes.fitting import CountSlice
-from stofm.genes.gene_ids import clean_names
 from stofm.pp._map_genes import candidate_names
 from stofm.pp._subslice import read_places
 from stofm.pp._tokenize import (
@@ -271,10 +271,10 @@ def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
     for source in sources:
         with source.open() as adata:
             ids, symbols = _names(source, adata)
-            yield CountSlice(_blocks(source, adata), clean_names(ids), clean_names(symbols))
+            yield CountSlice(_blocks(source, adata), ids, symbols)
 
 
-def _names(source: SliceSource, adata: AnnData) -> tuple[list[Any], list[Any]]:
+def _names(source: SliceSource, adata: AnnData) -> tuple[list[str], list[str]]:
     gene_key = source.options.gene_key
     if gene_key is None:
         return gene_names(adata)
