@@ -217,3 +217,37 @@ def test_gene_names() -> None:
     assert others == ["GFAP", "MBP"]
     adata.var_names = ["ENSG00000131095", "ENSG00000197971"]
     assert gene_names(adata) == (list(adata.var_names), ["A", "B"])
+
+
+@pytest.mark.parametrize("form", ["csr_matrix", "csc_matrix", "csr_array"])
+@pytest.mark.parametrize(("place", "value"), [("indices", 50), ("indices", -2), ("indptr", 10**6)])
+@pytest.mark.parametrize("layer", [None, "raw"])
+def test_damaged_matrices(
+    counts: np.ndarray, form: str, place: str, value: int, layer: str | None, tmp_path: Path
+) -> None:
+    adata = anndata.AnnData(shape=SHAPE, layers={"raw": KINDS[form](counts)})
+    adata.X = KINDS[form](counts) if layer is None else None
+    getattr(adata.X if layer is None else adata.layers[layer], place)[5] = value
+    adata.write_h5ad(tmp_path / "slice.h5ad")
+    adata.write_zarr(tmp_path / "slice.zarr")
+    name = "adata.X" if layer is None else r"adata.layers\['raw'\]"
+    opened = [open_slice(tmp_path / f"slice.{end}") for end in ("h5ad", "zarr")]
+    for damaged in (adata, adata[3:, ::2], *opened):
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            list(read_counts(damaged, layer=layer))
+
+
+def test_duplicate_and_unsorted_indices_are_no_damage() -> None:
+    entries = (np.array([1.0, 2, 3, 4]), np.array([2, 0, 2, 1]), np.array([0, 3, 4]))
+    adata = anndata.AnnData(sparse.csr_matrix(entries, shape=(2, 3)))
+    assert together(adata).tolist() == [[2, 0, 4], [0, 4, 0]]
+
+
+@kinds
+def test_only_genes_are_counted(counts: np.ndarray, kind: str) -> None:
+    adata = anndata.AnnData(KINDS[kind](counts))
+    adata.var["type"] = ["Gene Expression"] * 9 + ["Antibody Capture"] * 4
+    assert np.array_equal(together(adata, chunk_size=11), counts * (np.arange(13) < 9))
+    normalised = counts * np.where(np.arange(13) < 9, 1, -0.7)
+    adata = anndata.AnnData(KINDS[kind](normalised), var=adata.var)
+    assert np.array_equal(together(adata)[:, :9], counts[:, :9])

@@ -15,6 +15,7 @@ from stofm import __version__
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import warn
+from stofm.genes.compressed import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,6 +161,7 @@ def read_coordinates(adata: AnnData, spatial_key: str = Obsm.SPATIAL) -> NDArray
         )
         raise KeyError(msg)
     stored = adata.obsm[spatial_key]
+    require_sound(stored, f"adata.obsm[{spatial_key!r}]")
     dense = stored.toarray() if hasattr(stored, "toarray") else stored
     values = np.asarray(dense, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] not in (2, 3):

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 VAR_NAMES: Final = "var_names"
 #: A column with more different values does not say of what kind a feature is.
 _MOST_KINDS: Final = 32
-#: A column of which fewer values are different does not hold names, unless they are Ensembl ids.
-_LEAST_DIFFERENT: Final = 0.5
 #: Beside these words, whatever does not speak of genes is something else.
 _EXPRESSION: Final = re.compile(r"gene expression|rna expression|gex|rna")
 _GENES: Final = re.compile(r"genes?|m ?rna|transcripts?|endogenous")
-_SPEAKS_OF_GENES: Final = re.compile(r"genes?\b|rna\b|coding|transcript|housekeeping|endogenous")
+_SPEAKS_OF_GENES: Final = re.compile(
+    r"genes?\b|rna\b|\bgex\b|coding|transcript|housekeeping|endogenous"
+)
 #: What is measured beside genes.
 _MEASURED: Final = r"antibod\w*|\badt\b|\bhto\b|hashtag\w*|\bprot(eins?)?\b(?! coding)|\batac\b|peaks?\b|\w* ?capture"
 _CONTROL: Final = (
@@ -168,8 +168,8 @@ def text_columns(adata: AnnData) -> list[str]:
 def gene_name_sources(adata: AnnData) -> dict[str, list[str]]:
     """Return all names that the genes may have, clean; ``""`` where there is none or no gene.
 
-    Columns of ``adata.var`` with Ensembl ids, or with what looks like symbols and differs from
-    column to column, those with most Ensembl ids first, and ``var_names`` last.
+    Columns of ``adata.var`` with Ensembl ids, or with words of which most occur once, those with
+    most Ensembl ids first, and ``var_names`` last.
     """
     sources = {str(name): names_of_genes(adata, name) for name in text_columns(adata)}
     kept = [source for source, names in sources.items() if _may_be_names(names)]
@@ -189,10 +189,10 @@ def names_of_genes(adata: AnnData, source: str) -> list[str]:
 
 def _may_be_names(names: list[str]) -> bool:
     known = [name for name in names if name]
-    n_ids = _count(known, ENSEMBL_TYPES)
-    is_varied = len(set(known)) >= _LEAST_DIFFERENT * len(known)
-    n_names = n_ids + (_count(known, SYMBOL_TYPES) if is_varied else 0)
-    return 2 * n_names > len(known)
+    if 2 * _count(known, ENSEMBL_TYPES) > len(known):
+        return True
+    n_words = sum(not name.isdigit() and " " not in name for name in known)
+    return 2 * n_words > len(known) and 2 * len(set(known)) >= len(known)
 
 
 def _count(names: Iterable[str], kinds: frozenset[Any]) -> int:

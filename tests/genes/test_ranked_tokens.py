@@ -69,6 +69,29 @@ def test_matrix_must_be_wide_enough_and_without_gaps() -> None:
         RankedTokens.from_csr(sparse.csr_matrix(np.array([[3, 0, 4]])))
 
 
+@pytest.mark.parametrize(
+    ("data", "indices", "message"),
+    [
+        ([3, 4, 5], [0, 0, 2], "empty places"),
+        ([3, 4, 5], [0, 2, 2], "empty places"),
+        ([3.0, 4.0, 5.5], [0, 1, 2], "must be positive integers, found the type float64"),
+        ([3, -4, 5], [0, 1, 2], "positive integers, found the type int64 and -4"),
+    ],
+)
+def test_tokens_that_stofm_did_not_write(data: list, indices: list, message: str) -> None:
+    matrix = sparse.csr_matrix((np.array(data), np.array(indices), [0, 3]), shape=(1, 5))
+    with pytest.raises(ValueError, match=message):
+        RankedTokens.from_csr(matrix)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_values_must_be_numbers(ranked: RankedTokens, value: float) -> None:
+    values = ranked.values_to_csr(11)
+    values.data[7] = value
+    with pytest.raises(ValueError, match="negative, NaN or infinite"):
+        ranked.with_values(values)
+
+
 def test_arrays_that_do_not_fit_are_refused() -> None:
     tokens = np.arange(3, dtype=np.int32)
     with pytest.raises(ValueError, match="offsets must rise"):

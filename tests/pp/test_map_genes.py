@@ -224,3 +224,116 @@ def test_real_slices_match_by_symbols_and_by_ids(shared: Path) -> None:
             assert mapped is not None
             known = (mapped.var[Var.TOKEN_ID] >= 0).to_numpy()
             assert counts[known].sum() / counts.sum() >= share
+
+
+@pytest.mark.parametrize("column", ["features", "_index", "Gene name", "gene_ids-0", "x"])
+def test_names_in_any_column(
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    column: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adata.var[column] = pd.Categorical(adata.var_names)
+    adata.var_names = [str(k) for k in range(13)]
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids, "", ""]
+    assert f"names in {column} and var_names" in caplog.text
+
+
+def test_columns_that_name_other_genes_are_not_read(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    adata.var["neighbour"] = [f"ABC{k}" for k in (*range(1, N_GENES), 0, 3, 5)]
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids, "", ""]
+    assert "var['neighbour'] names other genes than var_names and is not read" in caplog.text
+
+
+def test_mapping_stays_when_columns_are_added(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    pp.map_genes(adata, species="human", vocabulary=vocabulary)
+    adata.var["note"] = [f"n{k}" for k in range(13)]
+    pp.tokenize(adata, vocabulary, show_progress_bar=False)
+    record = read_record(adata, Var.GENE)
+    assert record is not None
+    assert record["params"]["species"] == "human"
+
+
+def test_columns_that_are_no_genes(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    adata.var["feature_types"] = ["Gene Expression"] * 6 + ["Antibody Capture"] * 7
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids[:6], *[""] * 7]
+    assert "6 of 6 genes matched (6 different), 100.0% of the counts" in caplog.text
+    assert "7 of 13 columns are no genes and are left out" in caplog.text
+
+
+def test_mapping_is_made_again_when_kinds_are_told(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    adata.X = np.ones(adata.shape)
+    pp.map_genes(adata, vocabulary=vocabulary)
+    adata.var["feature_types"] = ["Gene Expression"] * 6 + ["Antibody Capture"] * 7
+    pp.tokenize(adata, vocabulary, show_progress_bar=False)
+    assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids[:6], *[""] * 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("Unit_{}", "~adata.var_names.str.startswith('Unit')"), ("{}x", "adata.var['stofm_gene'] !=")],
+)
+@pytest.mark.parametrize("step", [pp.map_genes, pp.tokenize])
+def test_many_unknown_counts(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, name: str, code: str, step: Any
+) -> None:
+    counts = adata.X.toarray()
+    counts[:, N_GENES:] += 9
+    adata.X = counts
+    adata.var_names = [*adata.var_names[:N_GENES], name.format("p"), name.format("q")]
+    options = {"vocabulary": vocabulary} if step is pp.map_genes else {"show_progress_bar": False}
+    arguments = (adata,) if step is pp.map_genes else (adata, vocabulary)
+    with pytest.warns(UserWarning, match=r"6\d\.\d% of the counts are in 2 columns") as caught:
+        step(*arguments, **options)
+    assert code in str(caught[0].message)
+    assert name.format("p") in str(caught[0].message)
+
+
+def test_transposed(adata: anndata.AnnData, vocabulary: GeneVocabulary) -> None:
+    with pytest.raises(ValueError, match=r"11 of 13 obs_names are .*adata = adata.T.copy\(\)"):
+        pp.map_genes(adata.T.copy(), vocabulary=vocabulary)
+
+
+def test_names_with_a_prefix(adata: anndata.AnnData, vocabulary: GeneVocabulary) -> None:
+    names = adata.var_names
+    adata.var_names = [f"hg38_{name}" for name in names]
+    with pytest.raises(ValueError, match="without the prefix 'hg38_' are found") as caught:
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert "gene_key" not in str(caught.value)
+    adata.var_names = [*(f"hg38_{name}" for name in names[:4]), *names[4:]]
+    with pytest.warns(UserWarning) as warned:  # noqa: PT030
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert "6 of 13 genes were not found. Of those, 4 of 6 names" in str(warned[0].message)
+
+
+def test_dates_of_spreadsheets(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, caplog: pytest.LogCaptureFixture
+) -> None:
+    adata.var_names = [*adata.var_names[:N_GENES], "1-Mar", "2-Sep"]
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        pp.map_genes(adata, vocabulary=vocabulary)
+    assert (
+        "2 genes are lost whose names a spreadsheet turned into dates, such as 1-Mar" in caplog.text
+    )
+
+
+def test_damaged_counts_are_not_passed_over(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary
+) -> None:
+    adata.X.indices[3] = -2
+    with pytest.raises(ValueError, match=r"adata.X is damaged: a column index is -2 \(at cell 0\)"):
+        pp.map_genes(adata, vocabulary=vocabulary)

@@ -16,6 +16,7 @@ from stofm import pp
 from stofm._anndata import read_record
 from stofm._keys import Obs, Obsm, Var
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
+from stofm.pp._token_entries import read_ranked
 from stofm.pp._tokenize import _embedded_model_reads_values, token_params, tokens_or_stored
 
 if TYPE_CHECKING:
@@ -543,3 +544,42 @@ def test_embedded_vocabulary_on_a_real_slice(shared: Path) -> None:
     assert by_name is not None
     assert by_name.obs[Obs.N_TOKENS].median() > 20
     assert (by_name.obs[Obs.N_TOKENS] >= by_id.obs[Obs.N_TOKENS]).all()
+
+
+@pytest.mark.parametrize("suffix", ["", "-1"])
+def test_antibodies_of_the_same_names(
+    adata: anndata.AnnData, vocabulary: GeneVocabulary, rng: np.random.Generator, suffix: str
+) -> None:
+    proteins = sparse.csr_matrix(rng.poisson(300, size=(SHAPE[0], 8)))
+    names = [*adata.var_names, *(name + suffix for name in adata.var_names[:8])]
+    kinds = ["Gene Expression"] * SHAPE[1] + ["Antibody Capture"] * 8
+    joined = anndata.AnnData(sparse.hstack([adata.X, proteins]).tocsr(), obs=adata.obs)
+    joined.var_names = names
+    joined.var["feature_types"] = kinds
+    alone = run(adata, vocabulary, values=True)
+    assert np.array_equal(run(joined, vocabulary, values=True), alone)
+    values = [table.obsm[Obsm.TOKEN_VALUES].toarray() for table in (joined, adata)]
+    assert np.array_equal(*values)
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "value", "message"),
+    [
+        (Obsm.TOKENS, "data", 5000, "The token 5000 is not in the vocabulary"),
+        (Obsm.TOKENS, "data", -4, "Tokens must be positive integers"),
+        (Obsm.TOKENS, "indices", -4, "is damaged"),
+        (Obsm.TOKEN_VALUES, "data", np.nan, "negative, NaN or infinite"),
+    ],
+)
+def test_stored_tokens_are_checked(
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    key: str,
+    place: str,
+    value: Any,
+    message: str,
+) -> None:
+    run(adata, vocabulary, values=True)
+    getattr(adata.obsm[key], place)[7] = value
+    with pytest.raises(ValueError, match=f"{message}.* Run st.pp.tokenize"):
+        read_ranked(adata, vocabulary.n_tokens, values=True)

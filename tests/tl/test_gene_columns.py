@@ -84,14 +84,14 @@ def test_no_shared_genes(vocabulary):
 
 def test_genes_are_found_by_any_name(vocabulary, ensembl, symbols):
     ids = vocabulary.gene_ids
-    called = columns(vocabulary, ids[:20], nickname=[f"x{k}" for k in range(20)])
+    numbered = columns(vocabulary, ids[:20], rank=[str(k) for k in range(20)])
     assert find_genes(["GENE8", ids[9]], [ensembl, symbols], vocabulary) == (
         Gene("GENE8", ids[7]),
         Gene(ids[9], ids[9]),
     )
     assert find_genes("probe", [ensembl], vocabulary) == (Gene("probe", ""),)
-    assert called.find("x3") is None  # no known column of names
-    named = columns(vocabulary, ids[:20], feature_name=[f"x{k}" for k in range(20)])
+    assert numbered.find("3") is None  # numbers are no names
+    named = columns(vocabulary, ids[:20], nickname=[f"x{k}" for k in range(20)])
     assert find_genes(["x3"], [named], vocabulary) == (Gene("x3", ids[3]),)
     assert named.measured(Gene("x3", ids[3])) == [3]
 

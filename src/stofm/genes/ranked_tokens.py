@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
+
+from stofm.genes.compressed import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+#: Rows of a matrix of tokens that are checked at once.
+_ROWS_AT_ONCE: Final = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +105,16 @@ class RankedTokens:
         Raises
         ------
         ValueError
-            A row has a gap, so it does not hold tokens in order of rank.
+            A row has a gap, so it does not hold tokens in order of rank; an entry is no positive
+            integer, or an index is out of range.
         """
         entries, offsets = _entries_in_order(matrix)
+        if entries.dtype.kind not in "iu" or (len(entries) and entries.min() < 1):
+            msg = (
+                f"Tokens must be positive integers, found the type {entries.dtype} and "
+                f"{entries.min(initial=1):g} as the smallest; they were not made by stofm."
+            )
+            raise ValueError(msg)
         return cls(tokens=entries.astype(np.int32, copy=False), offsets=offsets)
 
     def with_values(self, matrix: Any) -> RankedTokens:
@@ -111,9 +123,13 @@ class RankedTokens:
         Raises
         ------
         ValueError
-            The matrix has its entries in other places than the tokens.
+            The matrix has its entries in other places than the tokens, or one is negative, NaN or
+            infinite.
         """
         entries, offsets = _entries_in_order(matrix)
+        if not (np.isfinite(entries) & (entries >= 0)).all():
+            msg = "Values of tokens are negative, NaN or infinite; they were not made by stofm."
+            raise ValueError(msg)
         if not np.array_equal(offsets, self.offsets):
             msg = (
                 "The values have their entries in other places than the tokens; they do not "
@@ -184,15 +200,17 @@ class RankedTokens:
 
 def _entries_in_order(matrix: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Return a sparse matrix's entries row after row, and where each row starts."""
+    require_sound(matrix, "The matrix of tokens")
     rows = sparse.csr_matrix(matrix)
     if not rows.has_sorted_indices:
         rows = rows.sorted_indices()
     offsets = rows.indptr.astype(np.int64)
-    lengths = np.diff(offsets)
-    filled = lengths > 0
-    if not np.array_equal(rows.indices[offsets[1:][filled] - 1], lengths[filled] - 1):
-        msg = "The matrix has empty places between tokens; it was not made by stofm."
-        raise ValueError(msg)
+    for start in range(0, len(offsets) - 1, _ROWS_AT_ONCE):
+        own = offsets[start : start + _ROWS_AT_ONCE + 1]
+        places = np.arange(own[0], own[-1]) - np.repeat(own[:-1], np.diff(own))
+        if not np.array_equal(rows.indices[own[0] : own[-1]], places):
+            msg = "The matrix has empty places between tokens; it was not made by stofm."
+            raise ValueError(msg)
     return rows.data, offsets
 
 

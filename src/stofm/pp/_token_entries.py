@@ -110,8 +110,34 @@ def stored_tokens(
     )
     if not fits or (params.get("values") and not values_are_stored(adata)):
         return None
-    ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
-    return ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES]) if params.get("values") else ranked
+    n_tokens = int(columns.token_ids.max(initial=0)) + 1
+    return read_ranked(adata, n_tokens, values=bool(params.get("values")))
+
+
+def read_ranked(adata: AnnData, n_tokens: int, *, values: bool) -> RankedTokens:
+    """Read the stored tokens, checked.
+
+    Parameters
+    ----------
+    n_tokens
+        Tokens must be smaller.
+    values
+        Read the values too.
+
+    Raises
+    ------
+    ValueError
+        The matrices are damaged, or were not made by stofm.
+    """
+    try:
+        ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+        if (largest := int(ranked.tokens.max(initial=0))) >= n_tokens:
+            msg = f"The token {largest} is not in the vocabulary."
+            raise ValueError(msg)
+        return ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES]) if values else ranked
+    except ValueError as error:
+        msg = f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run st.pp.tokenize(adata, model) again."
+        raise ValueError(msg) from error
 
 
 def values_are_stored(adata: AnnData) -> bool:

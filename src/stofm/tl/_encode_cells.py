@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import sparse
 
 from stofm._anndata import (
     read_coordinates,
@@ -18,10 +17,9 @@ from stofm._anndata import (
     write_record,
 )
 from stofm._keys import Obsm
-from stofm.genes import RankedTokens
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
-from stofm.pp._token_entries import values_are_stored
+from stofm.pp._token_entries import read_ranked, values_are_stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm.genes import RankedTokens
 
 
 def encode_cells(
@@ -171,16 +171,15 @@ def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
             "st.pp.tokenize(adata, model) again."
         )
         raise ValueError(msg)
-    ranked = RankedTokens.from_csr(sparse.csr_matrix(adata.obsm[Obsm.TOKENS]))
-    if model.config.cell_encoder.reads_values:
-        if not values_are_stored(adata):
-            msg = (
-                f"Model {model.name!r} reads the values of tokens, and there is no "
-                f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]: run "
-                "st.pp.tokenize(adata, model) again."
-            )
-            raise KeyError(msg)
-        ranked = ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES])
+    values = model.config.cell_encoder.reads_values
+    if values and not values_are_stored(adata):
+        msg = (
+            f"Model {model.name!r} reads the values of tokens, and there is no "
+            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]: run "
+            "st.pp.tokenize(adata, model) again."
+        )
+        raise KeyError(msg)
+    ranked = read_ranked(adata, model.vocabulary.n_tokens, values=values)
     return ranked.head(model.config.max_tokens)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._keys import Obsm
+from stofm.genes.compressed import require_sound
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,7 +24,7 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
     KeyError
         It is not there.
     ValueError
-        It does not hold numbers, or some are not finite.
+        It does not hold numbers, some are not finite, or it is a sparse matrix that is damaged.
     """
     if rep not in adata.obsm:
         there = sorted(map(str, adata.obsm))
@@ -34,6 +35,7 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
         msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
         raise KeyError(msg)
     stored: Any = adata.obsm[rep]
+    require_sound(stored, f"adata.obsm[{rep!r}]")
     values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
         msg = (
