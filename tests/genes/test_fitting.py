@@ -144,3 +144,19 @@ def test_arrays_need_no_anndata() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_unknown_columns_with_most_counts(slices: list) -> None:
+    (human, ids, _), _ = slices
+    counts = human.toarray()
+    counts[:, 3] += 9
+    options = {"min_cells": 1, "reference": None}
+    with pytest.warns(
+        UserWarning, match=r"Slice 2: [67]\d\.\d% of the counts are in columns of no"
+    ):
+        GeneVocabulary.fit([(human, ids), (counts, ids)], **options)
+    adata = anndata.AnnData(counts.astype(np.float32))
+    adata.var_names = [name or "unknown" for name in ids]
+    adata.var["feature_types"] = ["Gene Expression"] * 3 + ["Negative Control Probe"]
+    fitted = GeneVocabulary.fit([adata], **options)
+    assert fitted.fingerprint == GeneVocabulary.fit([adata[:, :3].copy()], **options).fingerprint

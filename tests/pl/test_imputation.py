@@ -55,6 +55,18 @@ def test_totals_are_of_the_genes_that_the_head_read(imputed: ad.AnnData) -> None
     np.testing.assert_allclose(np.sort(measured.collections[0].get_array()), np.sort(expected))
 
 
+def test_an_antibody_of_the_same_name_is_not_drawn(imputed: ad.AnnData) -> None:
+    n = imputed.n_vars
+    joined = imputed[:, [*range(n), *range(2)]]
+    with pytest.warns(UserWarning, match="names are not unique"):
+        joined = joined.copy()
+    joined.var["feature_types"] = ["Gene Expression"] * n + ["Antibody Capture"] * 2
+    joined.var_names = [*imputed.var_names, "GENE2", "GENE4"]
+    measured, _ = st.pl.imputation(joined, "GENE2", show=False)
+    expected = normalized(imputed, "GENE2")
+    np.testing.assert_allclose(np.sort(measured.collections[0].get_array()), np.sort(expected))
+
+
 def test_each_map_has_its_scale_unless_shared(imputed: ad.AnnData) -> None:
     first, second = st.pl.imputation(imputed, "GENE2", vmin=None, vmax=None, show=False)
     assert first.collections[0].get_clim()[1] == normalized(imputed, "GENE2").max()

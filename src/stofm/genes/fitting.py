@@ -10,9 +10,10 @@ import numpy as np
 from scipy import sparse
 
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.genes.compressed import require_sound
 from stofm.genes.gene_ids import IdType, clean_names, id_type, strip_version
-from stofm.genes.mapping import map_gene_ids
+from stofm.genes.mapping import MOST_UNKNOWN, map_gene_ids
 from stofm.genes.medians import ExactMedians, HistogramMedians
 from stofm.genes.names import GeneNames
 from stofm.genes.orthologs import read_orthologs
@@ -71,10 +72,16 @@ def fit_vocabulary(
         names.add(reference.gene_ids.tolist(), reference.symbols.tolist())
         names.add_aliases(reference.aliases)
     numbers: dict[str, int] = {}
-    for item in slices:
+    for place, item in enumerate(slices, start=1):
         columns = as_count_slice(item, layer=layer)
         genes = _human_gene_ids(columns, pairs, reference, names)
-        _add_values(medians, columns.blocks, genes, numbers)
+        known = _add_values(medians, columns.blocks, genes, numbers)
+        if 0 < known < 1 - MOST_UNKNOWN:
+            warn(
+                f"Slice {place}: {1 - known:.1%} of the counts are in columns of no known gene, and "
+                "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
+                "antibodies), drop their columns; `orthologs` and `reference` find more genes."
+            )
     n_cells, values = medians.result(len(numbers))
     kept = {gene: float(values[row]) for gene, row in numbers.items() if n_cells[row] >= min_cells}
     logger.info("%d of %d genes were seen in at least %d cells", len(kept), len(numbers), min_cells)
@@ -132,7 +139,8 @@ def _add_values(
     blocks: Iterable[sparse.csr_matrix],
     genes: list[str],
     numbers: dict[str, int],
-) -> None:
+) -> float:
+    """Add the values of a slice; returns the share of its counts that known genes have."""
     known = [column for column, gene in enumerate(genes) if gene]
     rows = [numbers.setdefault(genes[column], len(numbers)) for column in known]
     own, local = np.unique(rows, return_inverse=True)
@@ -140,6 +148,7 @@ def _add_values(
     sums = sparse.csr_matrix(
         (np.ones(len(known)), (known, local)), shape=(len(genes), len(own)), dtype=np.float64
     )
+    n_counts = n_known = 0.0
     for block in blocks:
         counts = block.astype(np.float64)
         totals = np.asarray(counts.sum(axis=1)).ravel()
@@ -147,6 +156,8 @@ def _add_values(
         per_gene.eliminate_zeros()
         cells = np.repeat(np.arange(per_gene.shape[0]), np.diff(per_gene.indptr))
         medians.add(own[per_gene.indices], per_gene.data / totals[cells] * _TARGET_SUM)
+        n_counts, n_known = n_counts + totals.sum(), n_known + per_gene.sum()
+    return float(n_known / n_counts) if n_counts else 1.0
 
 
 def _assemble(

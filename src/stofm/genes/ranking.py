@@ -77,7 +77,7 @@ def rank_genes(
     Raises
     ------
     ValueError
-        Sizes do not fit, a count is negative, a median of a known gene is not positive, or a
+        Sizes or indices do not fit, a count is negative, a median of a known gene is not positive, or a
         total is smaller than the sum of the cell's counts.
     """
     if duplicates not in ("sum", "keep"):

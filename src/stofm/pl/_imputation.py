@@ -10,6 +10,7 @@ import pandas as pd
 from stofm import metrics
 from stofm._anndata import read_record, resolve_table
 from stofm._counts import read_counts
+from stofm._features import read_features
 from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm.pl._maps import draw_maps
@@ -218,7 +219,9 @@ def _require_same_cells(adata: AnnData, measured: AnnData) -> None:
 def _log_normalize(
     adata: AnnData, genes: list[str], layer: str | None, counted: pd.Index
 ) -> pd.DataFrame:
-    columns = adata.var_names.get_indexer(genes)
+    # An antibody may have the name of its gene.
+    own = np.flatnonzero(read_features(adata).is_gene)
+    columns = own[adata.var_names[own].get_indexer(genes)]
     is_counted = adata.var_names.isin(counted)
     weights = (is_counted | (not is_counted.any())).astype(np.float64)
     parts = []

@@ -31,6 +31,7 @@ from stofm.genes import (
 )
 from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
+from stofm.genes.mapping import MOST_UNKNOWN
 from stofm.genes.name_advice import advice_for_names, spreadsheet_dates
 
 if TYPE_CHECKING:
@@ -49,10 +50,6 @@ _LEAST_AGREEMENT: Final = 0.9
 _MOST_ROWS: Final = 2000
 #: Share of lost genes from which on their names are looked at for a pattern.
 _MOST_LOST: Final = 0.2
-#: Share of the counts in unknown columns from which on a cell's embedding is another: where it is
-#: half, cosines to the embedding of the known genes alone are 0.98, and where it is 0.9, 0.87 to
-#: 0.90. Slices of the benchmark have up to 0.28 (mitochondrial and ribosomal RNA).
-_MOST_UNKNOWN: Final = 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +329,7 @@ def warn_of_unknown_counts(
     """Warn if a large share of the counts is in columns that no gene was found for."""
     unknown = np.where(is_known, 0.0, counts_per_column)
     total = counts_per_column.sum()
-    if unknown.sum() <= _MOST_UNKNOWN * total:
+    if unknown.sum() <= MOST_UNKNOWN * total:
         return
     largest = np.argsort(-unknown, kind="stable")[:3]
     names = ", ".join(f"{adata.var_names[k]} ({unknown[k] / total:.1%})" for k in largest)

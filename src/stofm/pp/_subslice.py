@@ -20,6 +20,7 @@ from stofm._anndata import (
 )
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm.genes.compressed import require_sound
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
 if TYPE_CHECKING:
@@ -216,7 +217,10 @@ def read_features(adata: AnnData, use_rep: str) -> NDArray[np.float32]:
         )
         msg = f"There is no obsm[{use_rep!r}]; {hint}{sorted(map(str, adata.obsm))}."
         raise KeyError(msg)
-    values = np.asarray(adata.obsm[use_rep], dtype=np.float32)
+    stored = adata.obsm[use_rep]
+    require_sound(stored, f"adata.obsm[{use_rep!r}]")
+    dense = stored.toarray() if hasattr(stored, "toarray") else stored
+    values = np.asarray(dense, dtype=np.float32)
     if values.ndim != 2 or values.shape[1] == 0:
         msg = f"obsm[{use_rep!r}] has the shape {values.shape}; expected ({adata.n_obs}, d)."
         raise ValueError(msg)

@@ -13,6 +13,7 @@ from stofm._counts import read_counts
 from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm.genes.compressed import require_sound
 from stofm.spatial.spot_grid import grid_spots
 from stofm.tl._embeddings import gene_records
 from stofm.tl._head_inputs import Sections
@@ -121,6 +122,7 @@ def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
     values = adata.obsm[key]
     if isinstance(values, pd.DataFrame):
         return values.set_axis(frame_names(adata, key), axis=1)
+    require_sound(values, f"adata.obsm[{key!r}]")
     dense = np.asarray(values.toarray() if sparse.issparse(values) else values)
     return pd.DataFrame(dense, index=adata.obs_names, columns=_type_names(adata, key, dense))
 
