@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +20,6 @@ from stofm._features import (
 )
 from stofm._keys import Var
 from stofm._logging import logger
-from stofm._messages import warn
 from stofm.genes import (
     GeneMapping,
     GeneVocabulary,
@@ -31,8 +29,8 @@ from stofm.genes import (
 )
 from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
-from stofm.genes.mapping import MOST_UNKNOWN
-from stofm.genes.name_advice import advice_for_names, spreadsheet_dates
+from stofm.genes.name_advice import advice_for_names
+from stofm.pp._gene_report import report_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -268,29 +266,6 @@ def _advice(adata: AnnData, mapping: GeneMapping, vocabulary: GeneVocabulary) ->
     return ""
 
 
-def report_mapping(
-    adata: AnnData, genes: MappedGenes, counts_per_gene: NDArray[np.float64] | None
-) -> None:
-    """Log which genes were found by what names, and what is left out; warn of lost counts."""
-    mapping = replace(genes.mapping, counts_per_gene=counts_per_gene)
-    sources = " and ".join(filter(None, (genes.params["source"], genes.params["fallback"])))
-    logger.info("%s; names in %s", mapping.summary(), sources)
-    read_features(adata).report()
-    if genes.advice:
-        warn(
-            f"{len(mapping.lost)} of {mapping.n_vars} genes were not found. Of those, {genes.advice}."
-        )
-    if dates := spreadsheet_dates(mapping.lost):
-        logger.info(
-            "%d genes are lost whose names a spreadsheet turned into dates, such as %s; take their "
-            "names from where they came from.",
-            len(dates),
-            dates[0],
-        )
-    if counts_per_gene is not None:
-        warn_of_unknown_counts(adata, mapping.gene_index >= 0, counts_per_gene)
-
-
 def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
     """Write the columns of ``adata.var`` and their records."""
     adata.var[Var.GENE] = np.asarray(genes.mapping.gene_id, dtype=object)
@@ -321,39 +296,6 @@ def names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
             return ""
         hashed.update("\n".join([source, *names_of_genes(adata, source)]).encode())
     return hashed.hexdigest()
-
-
-def warn_of_unknown_counts(
-    adata: AnnData, is_known: NDArray[np.bool_], counts_per_column: NDArray[np.float64]
-) -> None:
-    """Warn if a large share of the counts is in columns that no gene was found for."""
-    unknown = np.where(is_known, 0.0, counts_per_column)
-    total = counts_per_column.sum()
-    if unknown.sum() <= MOST_UNKNOWN * total:
-        return
-    largest = np.argsort(-unknown, kind="stable")[:3]
-    names = ", ".join(f"{adata.var_names[k]} ({unknown[k] / total:.1%})" for k in largest)
-    warn(
-        f"{unknown.sum() / total:.1%} of the counts are in {np.count_nonzero(unknown)} columns that "
-        f"no gene of the vocabulary was found for, most of them in {names}. They count in the "
-        "totals that the values of all genes are shares of. If they are no genes (controls, "
-        "spike-ins, antibodies, another species), drop them: "
-        f"{_code_to_drop(adata, is_known, unknown)}"
-    )
-
-
-def _code_to_drop(adata: AnnData, is_known: NDArray[np.bool_], unknown: NDArray[np.float64]) -> str:
-    """Code that drops the unknown columns: by the start of their names if that tells them."""
-    starts = np.array([re.match(r"[^\W\d_]*", str(name))[0] for name in adata.var_names])  # type: ignore[index]
-    first = str(starts[int(unknown.argmax())])
-    has_start = np.array([str(name).startswith(first) for name in adata.var_names])
-    if (
-        len(first) > 2
-        and unknown[has_start].sum() > 0.9 * unknown.sum()
-        and not (has_start & is_known).any()
-    ):
-        return f"adata = adata[:, ~adata.var_names.str.startswith({first!r})].copy()"
-    return f"adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy(), which leaves the known genes."
 
 
 def _describe_orthologs(orthologs: Mapping[str, str] | str | PathLike[str] | None) -> str:

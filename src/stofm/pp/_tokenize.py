@@ -16,12 +16,11 @@ from stofm._keys import Var
 from stofm._logging import counter, logger
 from stofm._messages import warn
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
+from stofm.pp._gene_report import report_mapping, warn_of_unknown_counts
 from stofm.pp._map_genes import (
     compute_gene_mapping,
     names_fingerprint,
-    report_mapping,
     vocabulary_of,
-    warn_of_unknown_counts,
 )
 from stofm.pp._token_entries import Columns, Tokens, stored_tokens, write_tokens
 

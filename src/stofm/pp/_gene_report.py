@@ -1,0 +1,88 @@
+"""What is said of a mapping of genes: what was found, what is left out, what is lost."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from stofm._features import read_features
+from stofm._keys import Var
+from stofm._logging import logger
+from stofm._messages import warn
+from stofm.genes.mapping import MOST_UNKNOWN
+from stofm.genes.name_advice import spreadsheet_dates
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.pp._map_genes import MappedGenes
+
+#: Unknown columns that are named, and the share of the unknown counts that makes them all.
+_N_NAMED: Final = 3
+_MOST_OF_UNKNOWN: Final = 0.9
+#: Letters from which on the start of names says what a column is.
+_SHORTEST_START: Final = 3
+
+
+def report_mapping(
+    adata: AnnData, genes: MappedGenes, counts_per_gene: NDArray[np.float64] | None
+) -> None:
+    """Log which genes were found by what names, and what is left out; warn of lost counts."""
+    mapping = replace(genes.mapping, counts_per_gene=counts_per_gene)
+    sources = " and ".join(filter(None, (genes.params["source"], genes.params["fallback"])))
+    logger.info("%s; names in %s", mapping.summary(), sources)
+    read_features(adata).report()
+    if genes.advice:
+        warn(
+            f"{len(mapping.lost)} of {mapping.n_vars} genes were not found. Of those, {genes.advice}."
+        )
+    if dates := spreadsheet_dates(mapping.lost):
+        logger.info(
+            "%d genes are lost whose names a spreadsheet turned into dates, such as %s; take their "
+            "names from where they came from.",
+            len(dates),
+            dates[0],
+        )
+    if counts_per_gene is not None:
+        warn_of_unknown_counts(adata, mapping.gene_index >= 0, counts_per_gene)
+
+
+def warn_of_unknown_counts(
+    adata: AnnData, is_known: NDArray[np.bool_], counts_per_column: NDArray[np.float64]
+) -> None:
+    """Warn if a large share of the counts is in columns that no gene was found for."""
+    unknown = np.where(is_known, 0.0, counts_per_column)
+    total = counts_per_column.sum()
+    if unknown.sum() <= MOST_UNKNOWN * total:
+        return
+    largest = np.argsort(-unknown, kind="stable")[:_N_NAMED]
+    names = ", ".join(f"{adata.var_names[k]} ({unknown[k] / total:.1%})" for k in largest)
+    warn(
+        f"{unknown.sum() / total:.1%} of the counts are in {np.count_nonzero(unknown)} columns that "
+        f"no gene of the vocabulary was found for, most of them in {names}. They count in the "
+        "totals that the values of all genes are shares of. If they are no genes (controls, "
+        "spike-ins, antibodies, another species), drop them: "
+        f"adata = adata[:, {_code_for_others(adata, is_known, unknown)}].copy()"
+    )
+
+
+def _code_for_others(
+    adata: AnnData, is_known: NDArray[np.bool_], unknown: NDArray[np.float64]
+) -> str:
+    """Code that is True for all but the unknown columns: by few names, their start, or mapping."""
+    names = adata.var_names.astype(str)
+    largest = np.argsort(-unknown, kind="stable")[:_N_NAMED]
+    enough = _MOST_OF_UNKNOWN * unknown.sum()
+    if unknown[largest].sum() >= enough:
+        few = [names[k] for k in largest if unknown[k]]
+        return f"~adata.var_names.isin({few!r})"
+    start = re.split(r"[\W\d_]", names[largest[0]])[0]
+    has_start = np.asarray(names.str.startswith(start))
+    is_start = len(start) >= _SHORTEST_START and not (has_start & is_known).any()
+    if is_start and unknown[has_start].sum() >= enough:
+        return f"~adata.var_names.str.startswith({start!r})"
+    return f"adata.var[{Var.GENE!r}] != ''"
