@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import matplotlib as mpl
@@ -12,7 +13,6 @@ from matplotlib.axes import Axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -33,14 +33,23 @@ def make_axes(
 
     Raises
     ------
+    TypeError
+        `ax` holds something else than Axes.
     ValueError
-        The number of axes given is not the number of panels.
+        The number of axes given is not the number of panels, or there are no panels.
     """
+    if n_panels == 0:
+        msg = f"There is nothing to draw: {what}."
+        raise ValueError(msg)
     if ax is None:
         figure = plt.figure()
         # Labels keep axes apart that lie at one place until they are laid out.
         return [figure.add_axes((0, 0, 1, 1), label=f"panel {i}") for i in range(n_panels)], True
-    given = [ax] if isinstance(ax, Axes) else list(ax)
+    # Of plt.subplots too, which gives them in rows.
+    given = np.ravel(np.asarray(ax, dtype=object)).tolist()
+    if others := [type(one).__name__ for one in given if not isinstance(one, Axes)]:
+        msg = f"ax must be Axes or several of them, found {others[0]}."
+        raise TypeError(msg)
     if len(given) != n_panels:
         msg = (
             f"{n_panels} panels are needed ({what}), but ax holds {len(given)}. Pass a list of "
@@ -86,6 +95,11 @@ class Layout:
     size: NDArray[np.float64]
     n_columns: int
     n_block_columns: int
+
+    def __post_init__(self) -> None:
+        if self.n_columns < 1 or self.n_block_columns < 1:
+            msg = f"ncols must be at least 1, found {min(self.n_columns, self.n_block_columns)}."
+            raise ValueError(msg)
 
     @classmethod
     def plan(cls, panels: list[Panel], n_colors: int, n_columns: int) -> Layout:
@@ -176,9 +190,19 @@ def _margins(slot: Slot) -> NDArray[np.float64]:
 
 
 def finish(axes: list[Axes], *, show: bool | None, save: str | Path | None) -> Axes | list[Axes]:
-    """Save and show the figure as asked; return the axes, a single one without its list."""
+    """Save and show the figure as asked; return the axes, a single one without its list.
+
+    Raises
+    ------
+    FileNotFoundError
+        `save` lies in a folder that is not there.
+    """
     if save is not None:
-        root_figure(axes[0]).savefig(save, dpi=150, bbox_inches="tight")
+        try:
+            root_figure(axes[0]).savefig(save, dpi=150, bbox_inches="tight")
+        except FileNotFoundError as error:
+            msg = f"There is no folder {Path(save).parent} for save={str(save)!r}; make it first."
+            raise FileNotFoundError(msg) from error
     if _should_show(show=show):
         plt.show()
     return axes[0] if len(axes) == 1 else axes

@@ -135,7 +135,7 @@ def nearest_names(name: str, names: Iterable[object]) -> str:
     """Return a hint for an error message: the names most like `name`, or all if they are few."""
     known = [str(other) for other in names]
     lower = {other.lower(): other for other in reversed(known)}
-    near = difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.5)
     if near:
         return f" Nearest: {[lower[other] for other in near]}."
     return f" There are: {known[:10]}{' ...' if len(known) > 10 else ''}."
@@ -184,6 +184,9 @@ def value_limits(
     values: NDArray[np.float64], vmin: float | str | None, vmax: float | str | None
 ) -> tuple[float, float]:
     """Return the ends of the colour map: numbers, percentiles such as "p99", None for extremes."""
+    if isinstance(vmin, (int, float)) and isinstance(vmax, (int, float)) and vmin > vmax:
+        msg = f"vmin={vmin:g} is above vmax={vmax:g}."
+        raise ValueError(msg)
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return 0.0, 1.0

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from stofm._tables import read_table
-from stofm.pl._panels import TITLE_SIZE, finish, root_figure
+from stofm.pl._panels import TITLE_SIZE, finish, make_axes, root_figure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from matplotlib.axes import Axes
 
 #: Columns of a history that are no losses.
 _NO_LOSSES: Final = frozenset(
@@ -93,7 +93,11 @@ def training(
         msg = f"x must be 'step', 'cells', 'tokens' or 'seconds', found {x!r}."
         raise KeyError(msg)
     panels = list(_panels(history, parts))
-    axes, is_new = _axes(ax, panels)
+    if not panels:
+        msg = "No stage of the history has these loss parts; leave `parts` out to see all."
+        raise ValueError(msg)
+    names = ", ".join(f"{panel.stage}: {panel.part}" for panel in panels)
+    axes, is_new = make_axes(ax, len(panels), what=names)
     for panel_ax, panel in zip(axes, panels, strict=True):
         _draw(panel_ax, panel, x)
     axes[0].legend(fontsize=7, frameon=False)
@@ -146,23 +150,6 @@ def _panels(history: pd.DataFrame, parts: str | Sequence[str] | None) -> Iterato
             if len(present):
                 is_train = present["split"] == "train"
                 yield _Panel(str(stage), part, present[is_train], present[~is_train])
-
-
-def _axes(ax: Axes | Sequence[Axes] | None, panels: list[_Panel]) -> tuple[list[Axes], bool]:
-    if not panels:
-        msg = "No stage of the history has these loss parts; leave `parts` out to see all."
-        raise ValueError(msg)
-    if ax is None:
-        figure = plt.figure()
-        # Labels keep axes apart that lie at one place until they are arranged.
-        labels = [f"{panel.stage} {panel.part}" for panel in panels]
-        return [figure.add_axes((0, 0, 1, 1), label=label) for label in labels], True
-    given = [ax] if isinstance(ax, Axes) else list(ax)
-    if len(given) != len(panels):
-        names = [f"{panel.stage}: {panel.part}" for panel in panels]
-        msg = f"{len(panels)} panels are needed ({names}), but ax holds {len(given)}."
-        raise ValueError(msg)
-    return given, False
 
 
 def _draw(ax: Axes, panel: _Panel, x: str) -> None:

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+import stofm as st
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import anndata as ad
+
+
+def test_folder_that_is_not_there(adata: ad.AnnData, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*figures for save='.*a.png'; make"):
+        st.pl.spatial(adata, show=False, save=tmp_path / "figures" / "a.png")
+
+
+def test_axes_in_rows(adata: ad.AnnData) -> None:
+    _, rows = plt.subplots(2, 2)
+    axes = st.pl.spatial(adata, ["kind", "score", "flag", "GENE0"], ax=rows, show=False)
+    assert axes == [*rows[0], *rows[1]]
+
+
+def test_what_is_no_axes(adata: ad.AnnData) -> None:
+    with pytest.raises(TypeError, match="ax must be Axes or several of them, found Figure"):
+        st.pl.spatial(adata, ax=plt.figure(), show=False)
+
+
+@pytest.mark.parametrize("plot", [st.pl.spatial, st.pl.umap])
+def test_nothing_to_draw_and_no_columns(adata: ad.AnnData, plot: Any) -> None:
+    adata.obsm["X_umap"] = adata.obsm["spatial"]
+    with pytest.raises(ValueError, match=r"There is nothing to draw: .*0 colours"):
+        plot(adata, [], show=False)
+    with pytest.raises(ValueError, match="ncols must be at least 1, found 0"):
+        plot(adata, "kind", ncols=0, show=False)
+    with pytest.raises(ValueError, match="vmin=3 is above vmax=1"):
+        plot(adata, "score", vmin=3, vmax=1, show=False)
