@@ -9,6 +9,7 @@ import pytest
 from anndata import AnnData
 
 from stofm._anndata import (
+    layer_names,
     read_coordinates,
     read_record,
     read_slices,
@@ -149,3 +150,8 @@ def test_records_survive_a_file(adata, tmp_path):
     assert not same_params(record, params | {"n": 4})
     assert not same_params(record, params | {"more": 1})
     assert read_record(adata, "other") is None
+
+
+def test_names_of_layers_without_that_of_x():
+    adata = AnnData(np.ones((3, 2)), layers={"b": np.ones((3, 2)), "a": np.ones((3, 2))})
+    assert layer_names(adata) == ["b", "a"]

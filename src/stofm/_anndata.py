@@ -102,6 +102,11 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
     return adata
 
 
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers; anndata 0.13 has ``X`` among them, as None."""
+    return [name for name in adata.layers if name is not None]
+
+
 def write_record(adata: AnnData, key: str, params: Mapping[str, Any], **fingerprints: str) -> None:
     """Record in ``uns["stofm"][key]`` how `key` was made.
 

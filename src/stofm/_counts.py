@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 
+from stofm._anndata import layer_names
 from stofm._features import read_features
 from stofm._not_counts import cause_of, fault_of
 from stofm.genes.compressed import DamagedMatrixError, require_sound, require_sound_pointers
@@ -100,7 +101,7 @@ def read_counts(
         msg = f"chunk_size must be at least 1, found {chunk_size}."
         raise ValueError(msg)
     if layer is not None and layer not in adata.layers:
-        msg = f"There is no layer {layer!r}; layers of the AnnData: {sorted(adata.layers)}."
+        msg = f"There is no layer {layer!r}; layers of the AnnData: {sorted(layer_names(adata))}."
         raise KeyError(msg)
     return CountReader(adata, layer, _block_bounds(adata, layer, chunk_size))
 
@@ -183,7 +184,7 @@ def _starts_at_chunks(chunk_rows: tuple[int, ...], rows: int) -> list[int]:
 def _matrix(adata: AnnData, layer: str | None) -> Any:
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
-        msg = f"adata.X is empty; pass `layer`, one of {sorted(adata.layers)}."
+        msg = f"adata.X is empty; pass `layer`, one of {sorted(layer_names(adata))}."
         raise ValueError(msg)
     return matrix
 
@@ -281,7 +282,7 @@ def _checked(
 
 def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
     """Say which other matrix looks like raw counts; ``""`` if none does."""
-    places = {_name(name): (f"pass layer={name!r}", name) for name in adata.layers}
+    places = {_name(name): (f"pass layer={name!r}", name) for name in layer_names(adata)}
     # To look at the matrix of a view would copy it.
     if (adata._adata_ref if adata.is_view else adata).X is not None:
         places = {"adata.X": ("leave out `layer`", None)} | places

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
 
+from stofm._anndata import layer_names
 from stofm._categories import label_text
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _is_number(column: pd.Series) -> bool:
 
 def _gene(adata: AnnData, gene: str, layer: str | None) -> NDArray[np.float64]:
     if layer is not None and layer not in adata.layers:
-        msg = f"There is no layer {layer!r}.{nearest_names(layer, adata.layers)}"
+        msg = f"There is no layer {layer!r}.{nearest_names(layer, layer_names(adata))}"
         raise KeyError(msg)
     import scanpy as sc
 
