@@ -3,6 +3,7 @@
 #   make demo              simulate a slice, embed it, write figures and the .h5ad to demo/
 #   make demo DATA=x.h5ad  the same with your own slice (several: LIBRARY_KEY=sample)
 #   make test              the tests          (ARGS="-k genes" goes to pytest)
+#   make test-newest       a part of the tests on the newest Python there is, in ~/.cache/stofm
 #   make check             lint and types
 #   make docs              the documentation, in docs/_build/html
 #   make bench             speed and memory against a plain implementation
@@ -14,13 +15,20 @@
 VENV ?= .venv
 DEMO ?= demo
 BIN := $(VENV)/bin
+# The newest comes last, also of those that pyenv keeps.
+NEWER := $(or $(PYTHON),python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.*/bin/python3))
+NEWEST = $(or $(shell for python in $(NEWER); do \
+  $$python -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null; \
+done | sort -V | tail -n 1),$(error None of these is there: $(NEWER)))
+QUICK := tests/test_*.py tests/datasets tests/pl tests/pp $(addprefix tests/tl/test_, \
+  annotate.py deconvolve.py domains.py embed.py encode_cells.py heads.py impute.py train.py)
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)
 
 # No target opens a window.
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench clean install
+.PHONY: help demo test test-newest check docs bench clean install
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +40,13 @@ demo: $(VENV)/.installed
 # As many processes as there are processors, each with one thread.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(ARGS)
+
+# Its environment lies outside the clone: it takes 6 GB where pip finds torch with CUDA only. Each
+# time it is told where this clone lies.
+test-newest: NEWEST_VENV = $(HOME)/.cache/stofm/python$(firstword $(NEWEST))
+test-newest:
+	@rm -f "$(NEWEST_VENV)/.installed-test"
+	@$(MAKE) test PYTHON="$(lastword $(NEWEST))" VENV="$(NEWEST_VENV)" ARGS="$(QUICK) $(ARGS)"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
