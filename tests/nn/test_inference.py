@@ -15,7 +15,7 @@ from stofm.nn import (
     finish_embeddings,
     project_cells,
 )
-from stofm.nn.inference import _halving, describe_bytes, device_memory, host_memory, padded_length
+from stofm.nn.inference import _halving, padded_length
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
@@ -233,22 +233,3 @@ def test_another_error_is_no_memory_shortage():
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         _halving(run, np.arange(4), "token_budget")
-
-
-def test_estimates_grow_with_the_work(model):
-    small = device_memory(model.se2_transformer, 500, 1)
-    assert device_memory(model.se2_transformer, 1000, 1) > 2 * small
-    assert device_memory(model.se2_transformer, 500, 4) == 4 * small
-    assert host_memory(model.se2_transformer, 2000, 40) == 2 * host_memory(
-        model.se2_transformer, 1000, 40
-    )
-    assert host_memory(model.se2_transformer, 10, 40, values=True) > host_memory(
-        model.se2_transformer, 10, 40
-    )
-
-
-@pytest.mark.parametrize(
-    ("n", "text"), [(7, "7 bytes"), (2_500, "2 kB"), (3_000_000, "3 MB"), (12e9, "12.0 GB")]
-)
-def test_bytes_are_described(n, text):
-    assert describe_bytes(n) == text

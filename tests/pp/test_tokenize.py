@@ -528,8 +528,12 @@ def test_values_for_the_embedded_model_as_its_config_says(
 
 
 def test_progress_bar(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, capsys: pytest.CaptureFixture[str]
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("stofm._logging.bars_can_be_seen", lambda: True)
     pp.tokenize(adata, vocabulary)
     assert "tokenize" in capsys.readouterr().err
     run(adata, vocabulary)

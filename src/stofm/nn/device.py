@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -84,7 +85,19 @@ def free_memory(device: torch.device) -> int:
         # What torch keeps for itself is free to it as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _allowed_memory())
+
+
+def _allowed_memory() -> int:
+    """Bytes that the process may still take by its own limit (``ulimit -v``)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 @contextmanager

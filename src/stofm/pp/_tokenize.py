@@ -25,7 +25,7 @@ from stofm.pp._map_genes import (
 from stofm.pp._token_entries import Columns, Tokens, stored_tokens, write_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from os import PathLike
 
     from anndata import AnnData
@@ -139,6 +139,7 @@ def tokens_or_stored(
     species: Species = "auto",
     gene_key: str | None = None,
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
+    on_columns: Callable[[Columns], object] = lambda _: None,
     show_progress_bar: bool = True,
 ) -> Tokens:
     """Make tokens, or take those stored if the counts are no longer raw; writes nothing.
@@ -150,6 +151,7 @@ def tokens_or_stored(
     columns = find_columns(
         adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
     )
+    on_columns(columns)
     params = token_params(model, layer=layer)
     stored = stored_tokens(adata, columns, params)
     try:

@@ -62,8 +62,7 @@ def principal_components(
     mean = features.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((d, d))
     for start in range(0, n, _CHUNK):
-        centred = features[start : start + _CHUNK] - mean
-        covariance += centred.T @ centred
+        covariance += _products(features[start : start + _CHUNK] - mean)
     loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
     largest = np.abs(loadings).argmax(axis=0)
     loadings = loadings * np.where(loadings[largest, np.arange(loadings.shape[1])] < 0, -1.0, 1.0)
@@ -72,6 +71,11 @@ def principal_components(
         rows = slice(start, start + _CHUNK)
         scores[rows, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
+
+
+def _products(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    products: NDArray[np.float64] = rows.T @ rows
+    return products
 
 
 def mix_expression_and_place(
@@ -150,8 +154,7 @@ def cluster_cells(
     n = len(points)
     if n <= 2:
         return np.zeros(n, dtype=np.int64)
-    indices, distances = nearest_neighbors(points, n_neighbors)
-    weights = umap_weights(indices, distances)
+    weights = umap_weights(*nearest_neighbors(points, n_neighbors))
     labels = leiden(weights, resolution=resolution, seed=seed, clustering=clustering)
     if max_clusters is not None:
         labels = merge_clusters(

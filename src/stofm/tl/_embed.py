@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from stofm._anndata import resolve_table, write_record
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
-from stofm.nn.device import free_memory
-from stofm.nn.inference import (
-    SUBSLICES_AT_ONCE,
-    describe_bytes,
-    device_memory,
-    host_memory,
-    placed,
-)
+from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
+from stofm.nn.memory import Nodes, Workload
 from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,
@@ -39,14 +33,17 @@ from stofm.tl._encode_cells import (
     stored_cell_embedding,
     write_cell_embedding,
 )
+from stofm.tl._memory import MemoryPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm._anndata import Slices
     from stofm.genes import RankedTokens
     from stofm.spatial import SubSliceConfig
 
@@ -169,18 +166,29 @@ def embed(
     run = _Run.choose(
         model, device, dtype, batch_size, token_budget, show_progress_bar=show_progress_bar
     )
-    run = run.fitted(rules, table.n_obs)
+    plan = run.memory(table, rules, places.slices, copy=copy)
 
     tokens: Tokens | None = None
-    if cell_rep is None:
-        options = {"layer": layer, "species": species, "gene_key": gene_key, "orthologs": orthologs}
-        tokens = tokens_or_stored(table, model, show_progress_bar=show_progress_bar, **options)
-        cells = run.embed_cells(table, tokens.ranked, places.slices.rows)
-    else:
-        cells = run.take_cells(table, cell_rep)
-    use_rep = cell_rep or Obsm.X_CELL
-    layouts = lay_out_or_reuse(table, cells.features, places, rules, use_rep=use_rep, seed=seed)
-    embedding = run.embed_slices(layouts, cells.features, rules)
+    with plan.explaining():
+        if cell_rep is None:
+            tokens = tokens_or_stored(
+                table,
+                model,
+                layer=layer,
+                species=species,
+                gene_key=gene_key,
+                orthologs=orthologs,
+                on_columns=partial(plan.count_genes, table, layer),
+                show_progress_bar=show_progress_bar,
+            )
+            cells = run.embed_cells(table, tokens.ranked, places.slices.rows)
+        else:
+            plan.require()
+            cells = run.take_cells(table, cell_rep)
+        use_rep = cell_rep or Obsm.X_CELL
+        layouts = lay_out_or_reuse(table, cells.features, places, rules, use_rep=use_rep, seed=seed)
+        at_once = plan.fit_batch(layouts, run.batch_size, is_fixed=run.batch_is_fixed)
+        embedding = run.embed_slices(layouts, cells.features, rules, batch_size=at_once)
     record = run.record(layouts, rules)
 
     # Nothing is written before this line, and from here on nothing is computed.
@@ -233,7 +241,7 @@ class _Run:
     dtype: torch.dtype
     batch_size: int
     batch_is_fixed: bool
-    token_budget: int | None
+    token_budget: int
     show_progress_bar: bool
 
     @classmethod
@@ -256,37 +264,29 @@ class _Run:
             dtype=choose_dtype(dtype, place),
             batch_size=at_once or SUBSLICES_AT_ONCE.get(place.type, 1),
             batch_is_fixed=at_once is not None,
-            token_budget=budget,
+            token_budget=budget or TOKEN_BUDGET.get(place.type, TOKEN_BUDGET["cpu"]),
             show_progress_bar=show_progress_bar,
         )
 
-    def fitted(self, rules: SubSliceConfig, n_obs: int) -> _Run:
-        """Fit an automatic batch to the device; raise MemoryError before work that can't fit."""
-        # A sub-slice of the reference partition may hold twice as many cells.
-        largest = min(n_obs, rules.n_cells * (2 if rules.partition == "reference" else 1))
-        n_nodes = 1 + (rules.max_virtual_cells or 200) + largest
-        free = free_memory(self.device)
-        transformer = self.model.se2_transformer
-        batch_size = self.batch_size
-        if not self.batch_is_fixed:
-            while batch_size > 1 and device_memory(transformer, n_nodes, batch_size) > free:
-                batch_size //= 2
-        needed = {self.device.type: device_memory(transformer, n_nodes, batch_size)}
-        config = self.model.config
-        values = config.cell_encoder.reads_values
-        host = host_memory(transformer, n_obs, config.max_tokens, values=values)
-        needed["cpu"] = needed.get("cpu", 0) + host
-        available = {self.device.type: free, "cpu": free_memory(torch.device("cpu"))}
-        for place, n_bytes in needed.items():
-            if n_bytes > available[place]:
-                msg = (
-                    f"Embedding {n_obs} cells takes about {describe_bytes(n_bytes)} on {place}, "
-                    f"and {describe_bytes(available[place])} are free. Lower batch_size (now "
-                    f"{batch_size}), pass subslice= with fewer n_cells (now {rules.n_cells}), or "
-                    "embed slice by slice."
-                )
-                raise MemoryError(msg)
-        return replace(self, batch_size=batch_size)
+    def memory(
+        self, adata: AnnData, rules: SubSliceConfig, slices: Slices, *, copy: bool
+    ) -> MemoryPlan:
+        """Put together what memory depends on, as far as it is known before the work."""
+        largest = max(len(rows) for rows in slices.rows)
+        n_copied = adata.__sizeof__() if copy else 0
+        return MemoryPlan(
+            config=self.model.config,
+            rules=rules,
+            work=Workload(
+                n_cells=adata.n_obs, largest_slice=largest, genes_per_cell=0, n_copied=n_copied
+            ),
+            nodes=Nodes.expected(rules, largest),
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.batch_size if self.batch_is_fixed else 1,
+            token_budget=self.token_budget,
+            is_backed=adata.isbacked,
+        )
 
     def embed_cells(
         self, adata: AnnData, ranked: RankedTokens, slices: Sequence[NDArray[np.int64]]
@@ -322,7 +322,12 @@ class _Run:
         return CellEmbedding(features, None)
 
     def embed_slices(
-        self, layouts: Layouts, features: NDArray[np.float32], rules: SubSliceConfig
+        self,
+        layouts: Layouts,
+        features: NDArray[np.float32],
+        rules: SubSliceConfig,
+        *,
+        batch_size: int,
     ) -> NDArray[np.float32]:
         """Run the SE(2) Transformer slice by slice."""
         transformer = placed(self.model.se2_transformer, self.device, self.dtype)
@@ -342,7 +347,7 @@ class _Run:
                     rules,
                     device=self.device,
                     dtype=self.dtype,
-                    batch_size=self.batch_size,
+                    batch_size=batch_size,
                     on_done=advance,
                 )
         return embedding
