@@ -282,7 +282,9 @@ def _checked(
 
 def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
     """Say which other matrix looks like raw counts; ``""`` if none does."""
-    places = {_name(name): (f"pass layer={name!r}", name) for name in layer_names(adata)}
+    places: dict[str, tuple[str, str | None]] = {
+        _name(name): (f"pass layer={name!r}", name) for name in layer_names(adata)
+    }
     # To look at the matrix of a view would copy it.
     if (adata._adata_ref if adata.is_view else adata).X is not None:
         places = {"adata.X": ("leave out `layer`", None)} | places
