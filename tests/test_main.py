@@ -163,7 +163,10 @@ def test_an_unknown_entry_of_a_recipe_is_named(recipe, capsys):
     )
     recipe.write_text(RECIPE.replace('checkpoint = "MODEL"', "[model.subslice]\nn_cell = 3"))
     assert train(recipe) == 1
-    assert "'n_cell' in [model.subslice]; did you mean 'n_cells'?" in capsys.readouterr().err
+    assert (
+        "'n_cell' in [model.subslice] of the recipe; did you mean 'n_cells'?"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_newer_format_is_refused():
 def test_unknown_entry_is_refused_with_the_nearest_name():
     entries = StofmConfig.mini(10).to_dict()
     entries["cell_encoder"]["n_layer"] = 3
-    with pytest.raises(ValueError, match="'n_layer' in cell_encoder; did you mean 'n_layers'"):
+    with pytest.raises(
+        ValueError, match=r"'n_layer' in \[cell_encoder\] of config; did you mean 'n_layers'"
+    ):
         StofmConfig.from_dict(entries)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from stofm._files import _HOST
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig, Progress, RunFolder
 from stofm.train.optimizer import make_optimizer
@@ -154,10 +155,14 @@ def test_pruning_keeps_what_is_named_and_the_ends_of_stages(folder):
 
 
 def test_leftovers_of_interrupted_writes_go(folder):
-    left = folder.checkpoints / ".1-spatial-00001200-ab3"
+    # Of a process that is no more.
+    left = folder.checkpoints / f".1-spatial-00001200.stofm-new-{_HOST}-99999999-ab3"
     left.mkdir()
+    (folder.checkpoints / ".1-spatial-00000900.stofm-old").mkdir()
     folder.remove_leftovers()
-    assert not left.exists()
+    names = {path.name for path in folder.checkpoints.iterdir()}
+    assert "1-spatial-00000900" in names
+    assert not any(name.startswith(".") for name in names)
     assert folder.newest().name == "1-spatial-00001000"
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from stofm._files import put_in_place
+
 if TYPE_CHECKING:
     import io
     from collections.abc import Iterator
+    from pathlib import Path
 
     from stofm.genes.vocabulary import GeneVocabulary
 
@@ -72,15 +72,7 @@ def write_table(vocabulary: GeneVocabulary, path: Path) -> None:
     if path.suffix == ".gz":
         # A fixed time stamp makes equal vocabularies equal files.
         content = gzip.compress(content, mtime=0)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    put_in_place(path, lambda part: part.write_bytes(content))
 
 
 def _lines(vocabulary: GeneVocabulary) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
+import contextlib
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from stofm._config import read_json
+from stofm._files import Kind, put_in_place, take_back
 from stofm.nn.config import StofmConfig
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.tsv"
 CARD = "README.md"
+#: Folder of what a run needs beside the model.
+TRAINING = "training"
+FILES = frozenset({CONFIG, WEIGHTS, VOCABULARY, CARD})
 
 #: Models that are embedded in the package.
 EMBEDDED = ("stofm-mini",)
@@ -48,7 +51,7 @@ def find_checkpoint(
     if isinstance(name, str) and name in EMBEDDED:
         # A folder of that name is meant by "./stofm-mini" or by a Path.
         return Path(str(resources.files("stofm") / "weights" / name))
-    if Path(name).is_dir():
+    if take_back(Path(name)).is_dir():
         return Path(name)
     if not _looks_like_hub_id(str(name)):
         msg = (
@@ -65,7 +68,7 @@ def find_checkpoint(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
-            allow_patterns=[CONFIG, WEIGHTS, VOCABULARY, CARD],
+            allow_patterns=sorted(FILES),
         )
     except Exception as error:
         msg = (
@@ -99,53 +102,57 @@ def read_config(folder: Path) -> tuple[StofmConfig, str]:
             hint = " It has the layout of SToFM's published weights: use Stofm.from_reference."
         msg = f"{folder} is no stofm checkpoint: {missing} missing.{hint}"
         raise FileNotFoundError(msg)
-    try:
-        entries: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        msg = f"{folder / CONFIG} is damaged ({error}); get the checkpoint again."
-        raise ValueError(msg) from error
+    entries = read_json(folder / CONFIG, "get the checkpoint again")
     vocabulary = str(entries.pop("vocabulary", ""))
-    return StofmConfig.from_dict(entries), vocabulary
+    return StofmConfig.from_dict(entries, str(folder / CONFIG)), vocabulary
 
 
-def write_atomically(folder: Path, fill: Callable[[Path], None], *, overwrite: bool) -> None:
+def _is_checkpoint(folder: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        entries = read_json(folder / CONFIG, "")
+        own = {"format_version", "cell_encoder", "se2_transformer"}
+        return own <= set(entries) and (folder / WEIGHTS).is_file()
+    return False
+
+
+#: What :meth:`stofm.Stofm.save_pretrained` writes, and what a run writes beside it.
+CHECKPOINT = Kind("a checkpoint of a model", _is_checkpoint, FILES.__contains__)
+RUN_CHECKPOINT = Kind(
+    "a checkpoint of a run",
+    lambda folder: _is_checkpoint(folder) and (folder / TRAINING).is_dir(),
+    lambda name: name in FILES or name.startswith(f"{TRAINING}/"),
+)
+
+
+def write_atomically(
+    folder: Path, fill: Callable[[Path], None], *, overwrite: bool, kind: Kind = CHECKPOINT
+) -> None:
     """Let `fill` write a folder beside `folder`, then put it in place.
 
     A crash leaves either the old folder or the new one, never half of one.
 
+    Parameters
+    ----------
+    folder
+        The folder.
+    fill
+        Gets an empty folder.
+    overwrite
+        Replace one that is already there.
+    kind
+        What may be replaced.
+
     Raises
     ------
     FileExistsError
-        `folder` is there and `overwrite` is false, or it holds something else than a checkpoint.
+        `folder` is there and `overwrite` is false, or it holds something else or more.
+    OSError
+        The disk is full, or can't be written to.
     """
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        msg = f"{folder} exists and is not empty; pass overwrite=True to replace it."
-        raise FileExistsError(msg)
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        msg = f"{folder} holds something else than a checkpoint and is not replaced."
-        raise FileExistsError(msg)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fill(temporary)
-        temporary.chmod(0o755)
-        replace_path(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    kind.refuse_other(folder, overwrite=overwrite)
 
+    def make(place: Path) -> None:
+        place.mkdir()
+        fill(place)
 
-def replace_path(new: Path, old: Path) -> None:
-    """Put a file or folder in the place of another, which comes back if that fails."""
-    aside = new.with_name(new.name + "-old")
-    if old.exists():
-        old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        if aside.exists():
-            aside.rename(old)
-        raise
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink(missing_ok=True)
+    put_in_place(folder, make)

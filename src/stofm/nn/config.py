@@ -23,11 +23,24 @@ Centering = Literal["none", "slice"]
 DistanceStart = Literal["random", "near"]
 
 
+#: More is damage: no array can be so wide.
+_MOST = 2**31 - 1
+
+
 def _check_positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < 1:
-            msg = f"{name} must be at least 1, found {getattr(config, name)}."
+        if not 1 <= getattr(config, name) <= _MOST:
+            msg = f"{name} must be at least 1 and at most {_MOST}, found {getattr(config, name)}."
             raise ValueError(msg)
+
+
+def _check_rates(config: Any) -> None:
+    if not 0 <= config.dropout < 1:
+        msg = f"dropout must be at least 0 and below 1, found {config.dropout}."
+        raise ValueError(msg)
+    if not 0 < config.layer_norm_eps < 1:
+        msg = f"layer_norm_eps must be above 0 and below 1, found {config.layer_norm_eps}."
+        raise ValueError(msg)
 
 
 def _check_heads(width: int, n_heads: int, name: str) -> None:
@@ -112,9 +125,10 @@ class CellEncoderConfig:
         """Check each value and how they fit together."""
         _check_positive(self, "n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner")
         _check_heads(self.d_hidden, self.n_heads, "d_hidden")
+        _check_rates(self)
         if self.d_gene is not None:
             _check_positive(self, "d_gene")
-        if self.max_positions < 2:
+        if not 2 <= self.max_positions <= _MOST:
             msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
             raise ValueError(msg)
         choices = {"activation": Activation, "values": Values, "centering": Centering}
@@ -169,6 +183,7 @@ class SE2TransformerConfig:
         """Check each value and how they fit together."""
         _check_positive(self, "d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
         _check_heads(self.d_model, self.n_heads, "d_model")
+        _check_rates(self)
         if self.distance_start not in get_args(DistanceStart):
             allowed = get_args(DistanceStart)
             msg = f"distance_start must be one of {allowed}, found {self.distance_start!r}."
@@ -238,32 +253,31 @@ class StofmConfig:
         }
 
     @classmethod
-    def from_dict(cls, entries: Mapping[str, Any]) -> StofmConfig:
+    def from_dict(cls, entries: Mapping[str, Any], where: str = "config") -> StofmConfig:
         """Build from what :meth:`to_dict` returned.
+
+        Parameters
+        ----------
+        entries
+            Values by name of field.
+        where
+            What they are called in messages, the file as a rule.
 
         Raises
         ------
         ValueError
-            An entry is unknown or missing, or comes from a newer version of stofm.
+            An entry is unknown, missing or of another type, or comes from a newer version of stofm.
         """
         entries = dict(entries)
         found = entries.pop("format_version", None)
-        if not isinstance(found, int) or found > FORMAT_VERSION:
+        if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
             msg = (
-                f"The config has format_version {found!r}; this stofm ({__version__}) reads up to "
+                f"{where} has format_version {found!r}; this stofm ({__version__}) reads up to "
                 f"{FORMAT_VERSION}. It was written by stofm "
                 f"{entries.get('stofm_version', '(unknown)')}: upgrade with `pip install -U stofm`."
             )
             raise ValueError(msg)
-        parts = {
-            "cell_encoder": CellEncoderConfig,
-            "se2_transformer": SE2TransformerConfig,
-            "subslice": SubSliceConfig,
-        }
-        for name, part in parts.items():
-            if isinstance(entries.get(name), dict):
-                entries[name] = build_dataclass(part, entries[name], name)
-        config: StofmConfig = build_dataclass(cls, entries, "config")
+        config: StofmConfig = build_dataclass(cls, entries, where)
         return config
 
     @classmethod

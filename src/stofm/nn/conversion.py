@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stofm._config import build_dataclass, read_json
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
+from stofm.nn.tensor_files import read_tensors, require_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
+#: Entries of the published config.json, and ours for them.
+_SE2_SIZES = {
+    "input_dim": "d_cell",
+    "embedding_dim": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "ffn_embedding_dim": "d_inner",
+    "gaussian_hidden_dim": "n_kernels",
+}
+#: The same of BERT's.
+_BERT_SIZES = {
+    "vocab_size": "n_tokens",
+    "num_hidden_layers": "n_layers",
+    "hidden_size": "d_hidden",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "d_inner",
+    "max_position_embeddings": "max_positions",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "layer_norm_eps": "layer_norm_eps",
+}
 _SE2_NAMES = {
     "embedding_layer": "input_projection",
     "token_type_embeddings": "node_type_embedding",
@@ -61,25 +83,13 @@ def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
     ValueError
         An entry of the config or a weight is missing, unexpected or of the wrong shape.
     """
-    needed = {
-        "input_dim": "d_cell",
-        "embedding_dim": "d_model",
-        "num_hidden_layers": "n_layers",
-        "num_attention_heads": "n_heads",
-        "ffn_embedding_dim": "d_inner",
-        "gaussian_hidden_dim": "n_kernels",
-    }
-    if missing := sorted(set(needed) - set(config)):
-        msg = f"The published config.json lacks {missing}; it has {sorted(config)}."
-        raise ValueError(msg)
-    sizes: dict[str, Any] = {ours: int(config[theirs]) for theirs, ours in needed.items()}
-    model = SE2Transformer(
-        SE2TransformerConfig(
-            **sizes,
-            norm_first=bool(config.get("pre_layernorm", False)),
-        )
-    )
-    load_exactly(model, rename_se2(state), "se2transformer")
+    sizes = _renamed(config, _SE2_SIZES, "config.json")
+    sizes["norm_first"] = config.get("pre_layernorm", False)
+    own = build_dataclass(SE2TransformerConfig, sizes, "the published config.json")
+    stored = rename_se2(state)
+    check_sizes(lambda: SE2Transformer(own), own.n_layers, shapes(stored), "se2transformer")
+    model = SE2Transformer(own)
+    load_exactly(model, stored, "se2transformer")
     return model
 
 
@@ -135,10 +145,12 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
     if set(projection) != {"weight", "bias"}:
         msg = f"cell_proj should hold 'weight' and 'bias', found {sorted(projection)}."
         raise ValueError(msg)
-    encoder = CellEncoder(_encoder_config(bert, d_cell=len(projection["bias"])))
+    config = _encoder_config(bert, d_cell=len(projection["bias"]))
     weights = read_weights(folder / "cell_bert", "model", "pytorch_model")
     named = {name.removeprefix("bert."): value for name, value in weights.items()}
     named = {name: v for name, v in named.items() if not name.startswith(_UNUSED_BERT)}
+    check_sizes(lambda: CellEncoder(config).bert, config.n_layers, shapes(named), "cell_bert")
+    encoder = CellEncoder(config)
     load_exactly(encoder.bert, named, "cell_bert")
     load_exactly(encoder.projection, projection, "cell_proj")
     return encoder
@@ -151,18 +163,15 @@ def _encoder_config(bert: Mapping[str, Any], d_cell: int) -> CellEncoderConfig:
             "stofm computes 'absolute' only."
         )
         raise ValueError(msg)
-    return CellEncoderConfig(
-        n_tokens=bert["vocab_size"],
-        d_cell=d_cell,
-        n_layers=bert["num_hidden_layers"],
-        d_hidden=bert["hidden_size"],
-        n_heads=bert["num_attention_heads"],
-        d_inner=bert["intermediate_size"],
-        max_positions=bert["max_position_embeddings"],
-        activation=bert["hidden_act"],
-        dropout=bert["hidden_dropout_prob"],
-        layer_norm_eps=bert["layer_norm_eps"],
-    )
+    sizes = _renamed(bert, _BERT_SIZES, "cell_bert/config.json") | {"d_cell": d_cell}
+    return build_dataclass(CellEncoderConfig, sizes, "the published cell_bert/config.json")
+
+
+def _renamed(config: Mapping[str, Any], names: Mapping[str, str], file: str) -> dict[str, Any]:
+    if missing := sorted(set(names) - set(config)):
+        msg = f"The published {file} lacks {missing}; it has {sorted(config)}."
+        raise ValueError(msg)
+    return {ours: config[theirs] for theirs, ours in names.items()}
 
 
 def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
@@ -195,8 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         msg = f"{path} is missing; it belongs to the layout of SToFM's published weights."
         raise FileNotFoundError(msg)
-    entries: dict[str, Any] = json.loads(path.read_text())
-    return entries
+    return read_json(path, "get the file again")
 
 
 def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
@@ -216,13 +224,10 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
     if found is None:
         msg = f"{folder} holds none of {names}."
         raise FileNotFoundError(msg)
+    if found.suffix == ".safetensors":
+        return read_tensors(found)
     try:
-        if found.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(found)
-        else:
-            state = torch.load(found, map_location="cpu", weights_only=True)
+        state: Any = torch.load(found, map_location="cpu", weights_only=True)
     except Exception as error:
         msg = (
             f"{found} can't be read as plain tensors ({type(error).__name__}): it is damaged or "
@@ -232,7 +237,13 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         msg = f"{found} should hold tensors by name, found {type(state).__name__} of other things."
         raise ValueError(msg)
+    require_finite(found, state)
     return state
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, by name."""
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -241,21 +252,38 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str
     Raises
     ------
     ValueError
-        A weight is missing, unexpected or of the wrong shape. The module is unchanged then.
+        A weight is missing, unexpected, of the wrong shape or no floating-point number where the
+        module has one. The module is unchanged then.
     """
     own = module.state_dict()
-    missing = sorted(set(own) - set(state))
-    unexpected = sorted(set(state) - set(own))
+    check_fit(shapes(own), shapes(state), what)
+    for name, value in own.items():
+        if value.is_floating_point() != state[name].is_floating_point():
+            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
+            raise ValueError(msg)
+    module.load_state_dict(dict(state))
+
+
+def check_fit(
+    own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Refuse weights that are not those of a module, by their names and shapes.
+
+    Raises
+    ------
+    ValueError
+        A weight is missing, unexpected or of the wrong shape.
+    """
     wrong = [
-        f"{name}: {tuple(state[name].shape)} in place of {tuple(own[name].shape)}"
-        for name in sorted(set(own) & set(state))
-        if state[name].shape != own[name].shape
+        f"{name}: {stored[name]} in place of {own[name]}"
+        for name in sorted(set(own) & set(stored))
+        if stored[name] != own[name]
     ]
     problems = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
+            ("missing", sorted(set(own) - set(stored))),
+            ("unexpected", sorted(set(stored) - set(own))),
             ("of wrong shape", wrong),
         )
         if names
@@ -263,4 +291,39 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str
     if problems:
         msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
         raise ValueError(msg)
-    module.load_state_dict(dict(state))
+
+
+def check_sizes(
+    make: Callable[[], torch.nn.Module],
+    n_layers: int,
+    stored: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> None:
+    """Refuse a config whose module is not that of the stored weights, before memory is taken.
+
+    Parameters
+    ----------
+    make
+        Makes the module.
+    n_layers
+        Layers that it will have.
+    stored
+        Shapes of the stored weights.
+    what
+        In messages.
+
+    Raises
+    ------
+    ValueError
+        They do not fit each other.
+    """
+    if n_layers > len(stored):
+        msg = f"The weights of {what} do not fit the config: {len(stored)} for {n_layers} layers."
+        raise ValueError(msg)
+    try:
+        with torch.device("meta"):
+            own = shapes(make().state_dict())
+    except RuntimeError as error:
+        msg = f"The sizes of {what} are beyond all memory: {error}"
+        raise ValueError(msg) from error
+    check_fit(own, stored, what)

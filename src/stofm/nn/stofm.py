@@ -17,9 +17,10 @@ from stofm.genes import GeneVocabulary
 from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import StofmConfig
-from stofm.nn.conversion import load_exactly, read_reference, read_weights
+from stofm.nn.conversion import check_sizes, load_exactly, read_reference
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
+from stofm.nn.tensor_files import read_shapes, read_tensors, write_tensors
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:
@@ -144,10 +145,15 @@ class Stofm(nn.Module):
                 "another model. Get the checkpoint again."
             )
             raise ValueError(msg)
-        weights = read_weights(folder, checkpoint.WEIGHTS.removesuffix(".safetensors"))
+        path = folder / checkpoint.WEIGHTS
+        n_layers = config.cell_encoder.n_layers + config.se2_transformer.n_layers
+        # First weights that are computed would need numbers.
+        sizes = replace(
+            config, se2_transformer=replace(config.se2_transformer, distance_start="random")
+        )
+        check_sizes(lambda: cls(sizes, vocabulary), n_layers, read_shapes(path), str(path))
         model = cls(config, vocabulary)
-        single = {name: value.float() for name, value in weights.items()}
-        load_exactly(model, single, f"{folder / checkpoint.WEIGHTS}")
+        load_exactly(model, read_tensors(path), str(path))
         return model.eval()
 
     @classmethod
@@ -219,25 +225,27 @@ class Stofm(nn.Module):
         Raises
         ------
         FileExistsError
-            `folder` is there and `overwrite` is false, or it holds something else.
+            `folder` is there and `overwrite` is false, or it holds something else, or other files
+            beside a checkpoint's.
+        OSError
+            The disk is full, or can't be written to.
         """
         checkpoint.write_atomically(
             Path(folder), lambda where: self._write(where, dtype), overwrite=overwrite
         )
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        from safetensors.torch import save_file
-
         config = replace(self.config, stofm_version=__version__)
         entries = config.to_dict() | {"vocabulary": self.vocabulary.fingerprint}
-        (folder / checkpoint.CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
+        (folder / checkpoint.CONFIG).write_text(
+            json.dumps(entries, indent=2) + "\n", encoding="utf-8"
+        )
         weights = {
-            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-            for name, value in self.state_dict().items()
+            name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()
         }
-        save_file(weights, folder / checkpoint.WEIGHTS)
+        write_tensors(folder / checkpoint.WEIGHTS, weights)
         self.vocabulary.save(folder / checkpoint.VOCABULARY)
-        (folder / checkpoint.CARD).write_text(self._card())
+        (folder / checkpoint.CARD).write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
         cells, spatial = self.config.cell_encoder, self.config.se2_transformer

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stofm._anndata import write_record
-from stofm._config import build_dataclass
 from stofm._frames import make_frame, write_frame
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
-from stofm.tl._voting_head import VotingHead
+from stofm.tl._voting_head import VotingEntries, VotingHead
 from stofm.train.calibration import Rejection, Surroundings, calibrated_probabilities
 
 if TYPE_CHECKING:
@@ -43,6 +42,12 @@ class Annotation:
     is_unknown: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entries(VotingEntries):
+    temperature: float
+    rejection: Rejection | None = None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class AnnotationHead(VotingHead):
     """A head that names the classes of cells, from :func:`stofm.tl.annotate`.
@@ -67,6 +72,8 @@ class AnnotationHead(VotingHead):
 
     task: ClassVar[str] = "annotation"
     called: ClassVar[str] = "classes"
+    own_entries: ClassVar[type[Any]] = _Entries
+    params_read: ClassVar[tuple[str, ...]] = ("label_key", "seed", "reject_rate")
 
     temperature: float
     rejection: Rejection | None = None
@@ -112,16 +119,28 @@ class AnnotationHead(VotingHead):
         return entries, arrays | asdict(self.surroundings)
 
     @classmethod
-    def _read_own(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
+    def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         fields = super()._read_own(entries, arrays)
-        fields["temperature"] = entries["temperature"]
-        if "rejection" in entries:
-            fields["rejection"] = build_dataclass(Rejection, entries["rejection"], "rejection")
+        fields["temperature"] = entries.temperature
+        fields["rejection"] = entries.rejection
+        if entries.rejection is not None:
             own = {name: arrays[name] for name in Surroundings.__dataclass_fields__}
             fields["surroundings"] = Surroundings(**own)
         return fields
+
+    def check(self) -> None:
+        """Refuse parts that do not belong together."""
+        super().check()
+        if not self.temperature > 0:
+            msg = f"temperature must be positive, found {self.temperature}"
+            raise ValueError(msg)
+        if self.surroundings is None:
+            return
+        shape = (len(self.surroundings.center), len(self.surroundings.means))
+        expected = (self.networks[0].config.d_input, len(self.outputs))
+        if shape != expected:
+            msg = f"surroundings of {shape} columns and classes; the head has {expected}"
+            raise ValueError(msg)
 
 
 def log_scores(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -77,6 +77,14 @@ def principal_axes(
     return mean, axes * np.where(largest < 0, -1.0, 1.0), variances[::-1]
 
 
+@dataclass(frozen=True)
+class ComponentsEntries:
+    """What components add to config.json; see :class:`ExpressionComponents`."""
+
+    genes: tuple[tuple[str, str], ...]
+    by_slice: bool
+
+
 @dataclass(frozen=True, eq=False)
 class ExpressionComponents:
     """Genes, and how their counts become components.
@@ -243,13 +251,28 @@ class ExpressionComponents:
 
     @classmethod
     def from_entries(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
+        cls, entries: ComponentsEntries, arrays: Mapping[str, NDArray[Any]]
     ) -> ExpressionComponents:
         """Read what :meth:`to_entries` returned."""
         names = ("shares", "chosen", "mean", "axes", "variances")
-        genes = tuple(Gene(name, id_) for name, id_ in entries["genes"])
+        genes = tuple(Gene(name, id_) for name, id_ in entries.genes)
         own = {name: arrays[f"expression.{name}"] for name in names}
-        return cls(genes, **own, by_slice=bool(entries["by_slice"]))
+        return cls(genes, **own, by_slice=entries.by_slice)
+
+    def __post_init__(self) -> None:
+        """Check how the arrays fit together."""
+        m, k = len(self.chosen), len(self.variances)
+        expected = {"shares": (len(self.genes),), "mean": (m,), "axes": (m, k)}
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                msg = f"expression.{name} must be {shape}, found {getattr(self, name).shape}"
+                raise ValueError(msg)
+        if m and not 0 <= self.chosen.min() <= self.chosen.max() < len(self.genes):
+            msg = f"expression.chosen must name some of {len(self.genes)} genes"
+            raise ValueError(msg)
+        if (self.variances <= 0).any() or (self.shares < 0).any():
+            msg = "expression.variances must be positive, and expression.shares not negative"
+            raise ValueError(msg)
 
 
 def fit_components(

@@ -15,7 +15,7 @@ from stofm.tl._embeddings import describe_origin, origin_by, same_origin, unchan
 from stofm.tl._encode_cells import load_model
 from stofm.tl._head_inputs import Inputs, read_inputs
 from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
-from stofm.tl._voting_head import VotingHead
+from stofm.tl._voting_head import VotingEntries, VotingHead
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 _MIN_PANEL: float = 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entries(VotingEntries):
+    genes: tuple[str, ...] | None = None
+    target_sum: float | None = None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class DeconvolutionHead(VotingHead):
     """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
@@ -44,6 +50,8 @@ class DeconvolutionHead(VotingHead):
 
     task: ClassVar[str] = "deconvolution"
     called: ClassVar[str] = "types"
+    own_entries: ClassVar[type[Any]] = _Entries
+    params_read: ClassVar[tuple[str, ...]] = ("n_heads", "seed")
 
     panel: SpotPanel | None = None
 
@@ -165,14 +173,11 @@ class DeconvolutionHead(VotingHead):
         return entries, {**arrays, "panel.loadings": self.panel.loadings}
 
     @classmethod
-    def _read_own(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
+    def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         fields = super()._read_own(entries, arrays)
-        if "genes" in entries:
-            genes = np.array(entries["genes"], dtype=np.str_)
-            loadings = arrays["panel.loadings"]
-            fields["panel"] = SpotPanel(genes, loadings, entries["target_sum"])
+        if entries.genes is not None:
+            genes = np.array(entries.genes, dtype=np.str_)
+            fields["panel"] = SpotPanel(genes, arrays["panel.loadings"], entries.target_sum)
         return fields
 
 

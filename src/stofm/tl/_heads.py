@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 import numpy as np
 
 from stofm import __version__
+from stofm._config import build_dataclass, read_json
+from stofm._files import Kind, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
 from stofm.nn import Stofm
 from stofm.nn.checkpoint import CONFIG, write_atomically
+from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
+from stofm.nn.conversion import check_sizes, load_exactly, shapes
+from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
+from stofm.nn.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +42,27 @@ _HISTORY = "history.tsv"
 _VALIDATION = "validation_scores.tsv"
 _TEST = "test_scores.tsv"
 _MODEL = "model"
+
+
+@dataclass(frozen=True)
+class NoEntries:
+    """A task that adds nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries:
+    """config.json of a head."""
+
+    task: str
+    stofm_version: str
+    outputs: tuple[str, ...]
+    use_rep: tuple[str, ...]
+    origin: dict[str, dict[str, str]]
+    strategy: Strategy
+    params: dict[str, Any]
+    split: dict[str, Any]
+    networks: tuple[HeadConfig, ...]
+    own: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +98,10 @@ class Head:
     #: Name of the task in files and messages, and what the outputs are called together.
     task: ClassVar[str]
     called: ClassVar[str]
+    #: What a task adds to config.json, the params that its records name, and arrays with NaN.
+    own_entries: ClassVar[type[Any]] = NoEntries
+    params_read: ClassVar[tuple[str, ...]] = ()
+    may_be_nan: ClassVar[frozenset[str]] = frozenset()
 
     networks: tuple[PredictionHead, ...]
     outputs: tuple[str, ...]
@@ -118,9 +150,12 @@ class Head:
         Raises
         ------
         FileExistsError
-            `folder` is there and `overwrite` is false, or it holds something else.
+            `folder` is there and `overwrite` is false, or it holds something else than a head of
+            this task, or other files beside it.
+        OSError
+            The disk is full, or can't be written to.
         """
-        write_atomically(Path(folder), self._write, overwrite=overwrite)
+        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=_kind(type(self)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -138,59 +173,89 @@ class Head:
         ValueError
             It holds a head of another task, or is damaged.
         """
-        from safetensors import SafetensorError
-
         where = Path(folder)
+        take_back(where)
         config = _read_config(where, cls)
         try:
             return cls._read(where, config)
+        except (OSError, MemoryError):
+            raise
         # A missing entry, one of another type, tables, tensors that do not fit.
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             msg = f"{where} is damaged ({type(error).__name__}: {error}); save the head again."
             raise ValueError(msg) from error
 
     @classmethod
     def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
-        from safetensors.numpy import load_file
-
-        tensors = load_file(where / _WEIGHTS)
+        entries = build_dataclass(_Entries, config, CONFIG)
+        own = build_dataclass(cls.own_entries, entries.own, CONFIG, "own")
+        tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
         test = where / _TEST
-        common = {name: config[name] for name in ("origin", "strategy", "params", "split")}
-        outputs = tuple(config["outputs"])
-        networks = tuple(
-            _read_network(sizes, tensors, f"{k}.") for k, sizes in enumerate(config["networks"])
-        )
-        if any(network.config.d_output != len(outputs) for network in networks):
-            sizes = [network.config.d_output for network in networks]
-            msg = f"{len(outputs)} {cls.called}, and networks with {sizes} outputs"
-            raise ValueError(msg)
-        return cls(
-            **common,
-            networks=networks,
-            outputs=outputs,
-            use_rep=tuple(config["use_rep"]),
+        head = cls(
+            networks=tuple(
+                _read_network(sizes, tensors, k) for k, sizes in enumerate(entries.networks)
+            ),
+            outputs=entries.outputs,
+            use_rep=entries.use_rep,
+            origin=entries.origin,
+            strategy=entries.strategy,
+            params=entries.params,
+            split=entries.split,
             validation_scores=_read_table(where / _VALIDATION),
             history=_read_table(where / _HISTORY).reset_index(),
             test_scores=_read_table(test) if test.is_file() else None,
             model=Stofm.from_pretrained(where / _MODEL) if (where / _MODEL).is_dir() else None,
-            **cls._read_own(config["own"], tensors),
+            **cls._read_own(own, {name: value.numpy() for name, value in tensors.items()}),
         )
+        head.check()
+        if others := sorted(set(tensors) - set(head._tensors())):
+            msg = f"{_WEIGHTS} holds {others[:3]}, which {CONFIG} does not name"
+            raise ValueError(msg)
+        return head
+
+    def check(self) -> None:
+        """Refuse parts that do not belong together.
+
+        Raises
+        ------
+        ValueError
+            Some do not.
+        """
+        sizes = [network.config.d_output for network in self.networks]
+        if not sizes or set(sizes) != {len(self.outputs)}:
+            msg = f"{len(self.outputs)} {self.called}, and networks with {sizes} outputs"
+            raise ValueError(msg)
+        if len(set(self.outputs)) < len(self.outputs):
+            msg = f"{self.called} occur twice among {list(self.outputs[:5])}"
+            raise ValueError(msg)
+        if missing := [rep for rep in self.use_rep if rep not in self.origin]:
+            msg = f"origin lacks {missing}"
+            raise ValueError(msg)
+        if missing := [name for name in self.params_read if name not in self.params]:
+            msg = f"params lacks {missing}"
+            raise ValueError(msg)
+        if self.strategy != "frozen" and self.model is None:
+            msg = f"strategy {self.strategy!r}, and no {_MODEL}/ with the tuned model"
+            raise ValueError(msg)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """What a task adds: entries of config.json, and arrays."""
         return {}, {}
 
     @classmethod
-    def _read_own(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
-        """Fields that a task adds, from what :meth:`_own` returned."""
+    def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """Fields that a task adds, from its entries and arrays."""
         return {}
 
-    def _write(self, folder: Path) -> None:
-        from safetensors.numpy import save_file
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        import torch
 
-        entries, arrays = self._own()
+        found = {name: torch.tensor(value) for name, value in self._own()[1].items()}
+        for k, network in enumerate(self.networks):
+            found |= {f"{k}.{name}": value for name, value in network.state_dict().items()}
+        return found
+
+    def _write(self, folder: Path) -> None:
         config = {
             "task": self.task,
             "stofm_version": __version__,
@@ -201,15 +266,11 @@ class Head:
             "params": self.params,
             "split": self.split,
             "networks": [asdict(network.config) for network in self.networks],
-            "own": entries,
+            "own": self._own()[0],
         }
         text = json.dumps(config, indent=2, default=_plain)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-        for k, network in enumerate(self.networks):
-            for name, value in network.state_dict().items():
-                tensors[f"{k}.{name}"] = value.numpy()
-        save_file(tensors, folder / _WEIGHTS)
+        write_tensors(folder / _WEIGHTS, self._tensors())
         self.validation_scores.to_csv(folder / _VALIDATION, sep="\t")
         self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
@@ -277,16 +338,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(msg)
 
 
+def _kind(kind: type[Head]) -> Kind:
+    """What a head may replace: one of the same task."""
+
+    def is_one(folder: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            config = read_json(folder / CONFIG, "")
+            return config.get("task") == kind.task and "networks" in config
+        return False
+
+    files = {CONFIG, _WEIGHTS, _HISTORY, _VALIDATION, _TEST}
+    files |= {f"{_MODEL}/{name}" for name in CHECKPOINT_FILES}
+    return Kind(f"a head for {kind.task}", is_one, files.__contains__)
+
+
 def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
     parts = (CONFIG, _WEIGHTS, _VALIDATION, _HISTORY)
     missing = [name for name in parts if not (folder / name).is_file()]
-    config: dict[str, Any] = {}
-    if CONFIG not in missing:
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            msg = f"{folder / CONFIG} is damaged ({error}); save the head again."
-            raise ValueError(msg) from error
+    config = {} if CONFIG in missing else read_json(folder / CONFIG, "save the head again")
     found = config.get("task")
     if config and found != kind.task:
         what = f"a head for {found}" if found else "no head"
@@ -299,21 +368,19 @@ def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
 
 
 def _read_network(
-    sizes: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], prefix: str
+    config: HeadConfig, tensors: Mapping[str, torch.Tensor], number: int
 ) -> PredictionHead:
-    import torch
-
-    from stofm._config import build_dataclass
-    from stofm.nn.device import seeded
-
-    with seeded(0):
-        network = PredictionHead(build_dataclass(HeadConfig, sizes, "networks of config.json"))
-    state: dict[str, torch.Tensor] = {
-        name.removeprefix(prefix): torch.from_numpy(value)
+    prefix = f"{number}."
+    state = {
+        name.removeprefix(prefix): value
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
-    network.load_state_dict(state)
+    what = f"network {number} in {_WEIGHTS}"
+    check_sizes(lambda: PredictionHead(config), len(config.widths), shapes(state), what)
+    with seeded(0):
+        network = PredictionHead(config)
+    load_exactly(network, state, what)
     return network.eval()
 
 

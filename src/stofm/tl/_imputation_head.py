@@ -16,7 +16,7 @@ from stofm._logging import logger
 from stofm.tl._embeddings import counts_layer
 from stofm.tl._gene_columns import Gene
 from stofm.tl._neighborhood import add_neighborhood
-from stofm.tl._voting_head import VotingHead
+from stofm.tl._voting_head import VotingEntries, VotingHead
 from stofm.train import apply_head
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ class Ballot(NamedTuple):
     network: PredictionHead
     features: NDArray[np.float32]
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entries(VotingEntries):
+    inputs: tuple[tuple[str, str], ...]
+    output_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -69,6 +75,9 @@ class ImputationHead(VotingHead):
 
     task: ClassVar[str] = "imputation"
     called: ClassVar[str] = "genes"
+    own_entries: ClassVar[type[Any]] = _Entries
+    params_read: ClassVar[tuple[str, ...]] = ("seed",)
+    may_be_nan: ClassVar[frozenset[str]] = frozenset({"gene_scores"})
 
     gene_scores: pd.Series[float]
     inputs: tuple[Gene, ...]
@@ -183,16 +192,24 @@ class ImputationHead(VotingHead):
         return entries, arrays | own
 
     @classmethod
-    def _read_own(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
+    def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        own = ("mean", "scale", "gene_scores")
         return super()._read_own(entries, arrays) | {
-            "inputs": tuple(Gene(*pair) for pair in entries["inputs"]),
-            "output_ids": tuple(entries["output_ids"]),
-            "mean": arrays["mean"],
-            "scale": arrays["scale"],
-            "gene_scores": arrays["gene_scores"],
+            "inputs": tuple(Gene(name, id_) for name, id_ in entries.inputs),
+            "output_ids": entries.output_ids,
+            **{name: arrays[name] for name in own},
         }
+
+    def check(self) -> None:
+        """Refuse parts that do not belong together."""
+        super().check()
+        for name in ("output_ids", "mean", "scale", "gene_scores"):
+            if np.shape(getattr(self, name)) != (len(self.outputs),):
+                msg = f"{name} must have {len(self.outputs)} entries, one for each gene"
+                raise ValueError(msg)
+        if not (self.scale > 0).all():
+            msg = "scale must be positive"
+            raise ValueError(msg)
 
     def __post_init__(self) -> None:
         """Name the scores."""

@@ -111,6 +111,15 @@ class SpotPanel:
     loadings: NDArray[np.float32]
     target_sum: float
 
+    def __post_init__(self) -> None:
+        """Check how the parts fit together."""
+        if self.loadings.ndim != 2 or len(self.loadings) != len(self.genes):
+            msg = f"{len(self.genes)} genes, and loadings of shape {self.loadings.shape}."
+            raise ValueError(msg)
+        if not self.target_sum or not 0 < self.target_sum < np.inf:
+            msg = f"target_sum must be positive, found {self.target_sum}."
+            raise ValueError(msg)
+
     def places(self, model: Stofm) -> NDArray[np.int64]:
         """Places of the genes in the model's vocabulary."""
         rows = model.vocabulary.rows_by_id

@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from stofm._config import build_dataclass
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
 from stofm.tl._slice_sources import SliceSource, find_sources
 from stofm.tl._training_data import fit_vocabulary, open_corpus, prepare_slices
 from stofm.train.coexpression import initialize_from_coexpression
-from stofm.train.config import RunConfig, StageConfig, StageName, build_part, paper_schedule
+from stofm.train.config import RunConfig, StageConfig, StageName, paper_schedule
 from stofm.train.pretraining import Pretraining, TrainResult
 from stofm.train.processes import Processes
 from stofm.train.recipe import FileConfig, GeneEmbeddings, ModelSource, Recipe
@@ -375,8 +376,11 @@ def _config_of_recipe(source: ModelSource, n_tokens: int) -> StofmConfig:
         "subslice": SubSliceConfig,
     }
     built = {
-        name: build_part(
-            part, asdict(getattr(preset, name)) | getattr(source, name), f"[model.{name}]"
+        name: build_dataclass(
+            part,
+            asdict(getattr(preset, name)) | getattr(source, name),
+            "the recipe",
+            f"model.{name}",
         )
         for name, part in parts.items()
     }

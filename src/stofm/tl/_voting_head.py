@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import numpy as np
 
 from stofm._logging import logger
 from stofm.genes.vocabulary import embedded_vocabulary
-from stofm.tl._components import ExpressionComponents, fit_components
+from stofm.tl._components import ComponentsEntries, ExpressionComponents, fit_components
 from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer
 from stofm.tl._gene_columns import GeneColumns, choose_panel
+from stofm.tl._head_inputs import Source  # noqa: TC001 - read when a head is loaded
 from stofm.tl._heads import Head
 from stofm.tl._neighborhood import add_neighborhood
 from stofm.train import apply_head
@@ -21,11 +22,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Inputs, Sections, Source
+    from stofm.tl._head_inputs import Inputs, Sections
     from stofm.train.targets import TargetKind
 
 #: A panel of some hundred genes has hardly more that matter.
 _N_COMPONENTS: Final = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class VotingEntries:
+    """What such a head adds to config.json; see :class:`VotingHead`."""
+
+    reads: tuple[Source, ...]
+    weights: tuple[float, ...]
+    n_neighbors: int
+    expression: ComponentsEntries | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -45,6 +56,8 @@ class VotingHead(Head):
     n_neighbors
         Over how many neighbours means are, for the networks that read them; 0 if there are none.
     """
+
+    own_entries: ClassVar[type[Any]] = VotingEntries
 
     reads: tuple[Source, ...] = ()
     weights: tuple[float, ...] = ()
@@ -134,18 +147,38 @@ class VotingHead(Head):
         return {**entries, "expression": expression}, arrays
 
     @classmethod
-    def _read_own(
-        cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "reads": tuple(entries.get("reads", ())),
-            "weights": tuple(entries.get("weights", ())),
-            "n_neighbors": int(entries.get("n_neighbors", 0)),
+    def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        components = entries.expression
+        return {
+            "reads": entries.reads,
+            "weights": entries.weights,
+            "n_neighbors": entries.n_neighbors,
+            "expression": components and ExpressionComponents.from_entries(components, arrays),
         }
-        if "expression" in entries:
-            own = ExpressionComponents.from_entries(entries["expression"], arrays)
-            found["expression"] = own
-        return found
+
+    def check(self) -> None:
+        """Refuse parts that do not belong together."""
+        super().check()
+        sizes = (len(self.reads), len(self.weights))
+        if not set(sizes) <= {0, len(self.networks)}:
+            msg = f"{len(self.networks)} networks, and reads and weights for {sizes}"
+            raise ValueError(msg)
+        if self.weights and not (min(self.weights) >= 0 and sum(self.weights) > 0):
+            msg = f"weights must be shares of a whole, found {list(self.weights)}"
+            raise ValueError(msg)
+        needs = " ".join(self.sources)
+        if ("expression" in needs) != (self.expression is not None):
+            msg = f"networks read {sorted(set(self.sources))}, and expression is {'given' if self.expression else 'missing'}"
+            raise ValueError(msg)
+        if ("neighborhood" in needs) != (self.n_neighbors > 0):
+            msg = (
+                f"networks read {sorted(set(self.sources))}, and n_neighbors is {self.n_neighbors}"
+            )
+            raise ValueError(msg)
+        widths = {(s, n.config.d_input) for s, n in zip(self.sources, self.networks, strict=True)}
+        if len(widths) > len(set(self.sources)):
+            msg = f"networks that read the same have several widths: {sorted(widths)}"
+            raise ValueError(msg)
 
 
 def choose_n_components(

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from stofm.nn.prediction_head import ROUNDING
+from stofm.train._checks import check_shares
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,6 +97,14 @@ class Surroundings:
     projection: NDArray[np.float32]
     means: NDArray[np.float32]
 
+    def __post_init__(self) -> None:
+        """Check how the arrays fit together."""
+        d, k = (*self.projection.shape, 0)[:2]
+        if self.center.shape != (d,) or self.means.ndim != 2 or self.means.shape[1] != k:
+            found = (self.center.shape, self.projection.shape, self.means.shape)
+            msg = f"center (d,), projection (d, k) and means (n, k) do not fit each other: {found}."
+            raise ValueError(msg)
+
     @classmethod
     def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
         """Take class means and the covariance within classes.
@@ -164,6 +173,14 @@ class Rejection:
     n_cells: int
     least_probability: float
     greatest_distance: float
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        check_shares(self, "rate", "measured", "least_probability")
+        for name in ("n_cells", "greatest_distance"):
+            if not getattr(self, name) >= 0:
+                msg = f"{name} must not be negative, found {getattr(self, name)}."
+                raise ValueError(msg)
 
     @classmethod
     def fit(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-from stofm._config import build_dataclass
 from stofm.train._checks import check_choice
 from stofm.train.cell_masking import SpatialMasking
 from stofm.train.gene_masking import TokenMasking
@@ -172,37 +169,6 @@ class StageConfig:
         """Entries that the trained weights depend on: all."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, entries: Mapping[str, Any], where: str) -> StageConfig:
-        """Build from plain tables.
-
-        Parameters
-        ----------
-        entries
-            Values by name of field, tables for the parts.
-        where
-            What the entries are called in messages.
-
-        Raises
-        ------
-        ValueError
-            An entry is unknown, missing or has a value that it can't have.
-        """
-        parts: dict[str, type[Any]] = {
-            "optimizer": OptimizerConfig,
-            "weights": LossWeights,
-            "masking": TokenMasking,
-            "masked_genes": MaskedGeneConfig,
-            "contrastive": ContrastiveConfig,
-            "spatial_masking": SpatialMasking,
-        }
-        built = dict(entries)
-        for name, part in parts.items():
-            if name in built:
-                built[name] = build_part(part, built[name], f"[stage.{name}] of {where}")
-        stage: StageConfig = build_part(cls, built, f"[[stage]] of {where}")
-        return stage
-
 
 def paper_schedule(
     *, epochs: tuple[int, int, int] = (1, 2, 1), optimizer: OptimizerConfig | None = None
@@ -226,51 +192,3 @@ def paper_schedule(
         StageConfig(name=name, epochs=n, optimizer=chosen)
         for name, n in zip(names, epochs, strict=True)
     )
-
-
-def build_part(cls: type[Any], entries: Any, where: str) -> Any:
-    """Build a dataclass from a plain table; messages say where the table stands.
-
-    Raises
-    ------
-    ValueError
-        An entry is unknown, missing, of the wrong type, or has a value that it can't have.
-    """
-    if not isinstance(entries, Mapping):
-        msg = f"{where} must be a table, found {entries!r}."
-        raise ValueError(msg)
-    hints = get_type_hints(cls)
-    for name, value in entries.items():
-        if name in hints and not _fits(value, hints[name]):
-            msg = f"{where}: {name} must be {_described(hints[name])}, found {value!r}."
-            raise ValueError(msg)
-    try:
-        return build_dataclass(cls, entries, where)
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(text if where in text else f"{where}: {text}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a TOML file has the type of a field."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if origin is Literal:
-        # Which of them is checked by the dataclass itself.
-        return isinstance(value, type(get_args(hint)[0]))
-    if origin is tuple:
-        one = get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(part, one) for part in value)
-    if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def _described(hint: Any) -> str:
-    """Words for the type of a field."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_described(one) for one in get_args(hint) if one is not NoneType)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    return words.get(hint, "a list of strings" if get_origin(hint) is tuple else "a string")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass
 from stofm._logging import logger
 from stofm.train._checks import check_choice
-from stofm.train.config import RunConfig, StageConfig, build_part
+from stofm.train.config import RunConfig, StageConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from os import PathLike
 
 GeneEmbeddings = Literal["random", "coexpression"]
@@ -207,7 +207,7 @@ class Recipe:
         file = Path(path)
         try:
             entries = tomllib.loads(file.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:
             msg = f"{file} is no TOML: {error}."
             raise ValueError(msg) from error
         return cls.from_dict(entries, file.name)
@@ -216,43 +216,15 @@ class Recipe:
     def from_dict(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Recipe:
         """Build from plain tables, as :meth:`from_toml` reads them."""
         tables = build_dataclass(_Tables, entries, where)
-        stages = _list_of_tables(tables.stage, "stage", where)
-        if not stages:
+        if not tables.stage:
             msg = f"{where} has no [[stage]]; add one, for example [[stage]] name = 'spatial'."
             raise ValueError(msg)
-        given: Any = tables.data
-        if not isinstance(given, Mapping):
-            msg = f"[data] of {where} must be a table, found {given!r}."
-            raise ValueError(msg)
-        data = dict(given)
-        options = [
-            build_part(FileConfig, t, f"[[data.options]] of {where}")
-            for t in _list_of_tables(data.pop("options", []), "data.options", where)
-        ]
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(
-            run=build_part(RunConfig, tables.run, f"[run] of {where}"),
-            data=replace(
-                build_part(DataConfig, lists, f"[data] of {where}"), options=tuple(options)
-            ),
-            model=build_part(ModelSource, tables.model, f"[model] of {where}"),
-            stages=tuple(StageConfig.from_dict(t, where) for t in stages),
-        )
-
-
-def _list_of_tables(value: Any, name: str, where: str) -> list[Mapping[str, Any]]:
-    if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
-        return value
-    msg = (
-        f"{name} of {where} must be a list of tables: write [[{name}]], with two brackets, above "
-        f"each; found {value!r}."
-    )
-    raise ValueError(msg)
+        return cls(run=tables.run, data=tables.data, model=tables.model, stages=tables.stage)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    stage: list[Mapping[str, Any]]
-    run: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)
+    stage: tuple[StageConfig, ...]
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelSource = field(default_factory=ModelSource)

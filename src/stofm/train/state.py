@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm._config import build_dataclass
+from stofm._files import tidy
 from stofm.nn import checkpoint
 from stofm.nn.conversion import load_exactly, read_weights
+from stofm.nn.tensor_files import write_tensors
 from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from torch import Tensor, nn
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 #: Raised when a run of this version can't be continued by an older one, or the reverse.
 FORMAT_VERSION = 1
 
-_TRAINING = "training"
+_TRAINING = checkpoint.TRAINING
 _STATE = "state.json"
 _HEADS, _OPTIMIZER = "heads", "optimizer"
 _FINAL = "final"
@@ -134,19 +136,17 @@ def write_checkpoint(
     optimizer
         The optimiser and the module whose weights it has; None at the end of a stage.
     """
-    from safetensors.torch import save_file
 
     def fill(place: Path) -> None:
         trained.model.save_pretrained(place)
         (place / _TRAINING).mkdir()
-        save_file(_stored(trained.head_tensors()), _file(place, _HEADS))
+        write_tensors(_file(place, _HEADS), trained.head_tensors())
         if optimizer is not None:
-            save_file(optimizer_tensors(*optimizer), _file(place, _OPTIMIZER))
+            write_tensors(_file(place, _OPTIMIZER), optimizer_tensors(*optimizer))
         entries = {"format_version": FORMAT_VERSION, **asdict(progress)}
         (place / _TRAINING / _STATE).write_text(json.dumps(entries, indent=2) + "\n")
-        _reach_disk(place)
 
-    checkpoint.write_atomically(folder, fill, overwrite=True)
+    checkpoint.write_atomically(folder, fill, overwrite=True, kind=checkpoint.RUN_CHECKPOINT)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -333,8 +333,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write has left."""
-        for folder in self.checkpoints.glob(".*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        tidy(self.checkpoints)
 
     def _all(self) -> list[Path]:
         return [p for p in self.checkpoints.glob("*-*-*") if not p.name.startswith(".")]
@@ -382,15 +381,3 @@ def _short(value: Any) -> str:
 
 def _file(place: Path, stem: str) -> Path:
     return place / _TRAINING / f"{stem}.safetensors"
-
-
-def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to("cpu").contiguous() for name, value in tensors.items()}
-
-
-def _reach_disk(folder: Path) -> None:
-    """Have the system write all files now: the folder's name must not get there before them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -1,0 +1,97 @@
+"""Tensors on disk, with a digest of what was written."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+_DIGEST = "stofm_digest"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name to a ``.safetensors`` file."""
+    from safetensors.torch import save_file
+
+    stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    save_file(stored, path, metadata={_DIGEST: _digest(stored)})
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a file's tensors, without the tensors.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, str(error))) from error
+
+
+def read_tensors(path: Path, *, may_be_nan: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    may_be_nan
+        Names of tensors that may hold NaN.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged: it can't be read, its content is not what was written, or a number is
+        NaN or infinite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get(_DIGEST)
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, str(error))) from error
+    if written is not None and written != _digest(tensors):
+        raise ValueError(_damaged(path, "its content has changed since it was written"))
+    require_finite(path, {n: v for n, v in tensors.items() if n not in may_be_nan})
+    return tensors
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with NaN or infinite numbers.
+
+    Raises
+    ------
+    ValueError
+        There are some.
+    """
+    for name, value in tensors.items():
+        if value.is_floating_point() and (bad := int((~torch.isfinite(value)).sum())):
+            found = f"{bad} of {value.numel()} numbers of {name!r} are NaN or infinite"
+            raise ValueError(_damaged(path, found))
+
+
+def _damaged(path: Path, found: str) -> str:
+    return f"{path} is damaged ({found}); get or write the file again."
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
