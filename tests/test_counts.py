@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from stofm._counts import open_slice, read_counts
+from stofm._counts import read_counts
 from stofm._features import gene_names
+from stofm._slice_files import open_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable

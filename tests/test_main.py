@@ -41,7 +41,8 @@ def test_embed_writes_the_result(files, adata, model, out):
 def test_user_errors_are_one_message_without_traceback(files, capsys):
     assert embed(files) == 1
     text = capsys.readouterr().err
-    assert "stofm: error: obs['library'] names 2 samples" in text
+    assert f"stofm: error: {files / 'in.h5ad'}: obs['library'] names 2 samples" in text
+    assert "Pass --library-key library." in text
     assert "Traceback" not in text
     assert not (files / "out.h5ad").exists()
 
@@ -52,11 +53,13 @@ def test_traceback_when_asked_for(files):
 
 
 def test_an_existing_output_is_kept(files, capsys):
-    (files / "out.h5ad").write_text("mine")
-    assert embed(files, "--library-key", "library") == 1
-    assert "pass --overwrite to replace it" in capsys.readouterr().err
-    assert (files / "out.h5ad").read_text() == "mine"
-    assert embed(files, "--library-key", "library", "--overwrite", "--quiet") == 0
+    before = (files / "in.h5ad").read_bytes()
+    words = ("--library-key", "library", "--quiet")
+    assert embed(files, *words, out="in.h5ad") == 1
+    assert "in.h5ad exists; pass --overwrite to replace it" in capsys.readouterr().err
+    assert (files / "in.h5ad").read_bytes() == before
+    assert embed(files, *words, "--overwrite", out="in.h5ad") == 0
+    assert "X_stofm" in ad.read_h5ad(files / "in.h5ad").obsm
 
 
 RECIPE = """
@@ -116,7 +119,7 @@ def test_train_follows_the_recipe(recipe, model, caplog):
 def test_a_run_is_resumed_or_overwritten_only_if_asked(recipe, capsys):
     assert train(recipe, "--quiet") == 0
     assert train(recipe, "--quiet") == 1
-    assert "holds a run (finished): pass resume=True (--resume)" in capsys.readouterr().err
+    assert "holds a run (finished): pass --resume to go on" in capsys.readouterr().err
     assert train(recipe, "--quiet", "--resume") == 0
     recipe.write_text(recipe.read_text().replace("epochs = 2", "epochs = 1"))
     assert train(recipe, "--quiet", "--resume") == 1
@@ -174,12 +177,13 @@ def test_an_unknown_entry_of_a_recipe_is_named(recipe, capsys):
     [
         (["train", "no.toml", "--data", ".", "--out", "run"], "There is no recipe no.toml"),
         (["embed", "nowhere.h5ad", "out.h5ad"], "There is no file nowhere.h5ad"),
-        (["embed", "in.h5ad", "out.csv"], "must end in .h5ad or .zarr, found 'out.csv'"),
+        (["embed", "tiny.h5ad", "out.csv"], "must end in .h5ad or .zarr, found 'out.csv'"),
         (["convert", "nowhere", "out"], "nowhere is no folder"),
     ],
 )
 def test_messages(words, message, tmp_path, monkeypatch, capsys, vocabulary):
     monkeypatch.chdir(tmp_path)
+    ad.AnnData(np.ones((3, 2))).write_h5ad("tiny.h5ad")
     if words[0] == "convert":
         vocabulary.save("genes.tsv")
         words = [*words, "--vocabulary", "genes.tsv"]

@@ -33,6 +33,7 @@ HOMES = {
         "_counts",
         "_features",
         "_frames",
+        "_slice_files",
         "pp",
         "tl",
         "pl",
@@ -50,6 +51,8 @@ HOMES = {
 FORBIDDEN = {
     "_config": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
     "_anndata": {"nn", "train", "pp", "tl", "pl", "datasets"},
+    "_files": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
+    "_slice_files": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_features": {"_counts", "nn", "train", "pp", "tl", "pl", "datasets"},
     "_not_counts": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
@@ -61,13 +64,14 @@ FORBIDDEN = {
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
     **{
-        layer: {"_anndata", "_counts", "_features", "pp", "pl", "datasets"} for layer in LAYERS[:-1]
+        layer: {"_anndata", "_counts", "_features", "_slice_files", "pp", "pl", "datasets"}
+        for layer in LAYERS[:-1]
     },
 }
 #: Files that may use a part above them, when called and not when imported.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
-    "genes/fitting.py": {"_counts", "_features"},
+    "genes/fitting.py": {"_counts", "_features", "_slice_files"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

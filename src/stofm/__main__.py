@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import linecache
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stofm import __version__
+from stofm._logging import logger
+from stofm._messages import naming
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from anndata import AnnData
+    from collections.abc import Iterator, Sequence
 
 _FAILED = 1
 _INTERRUPTED = 130
-_USER_ERRORS = (FloatingPointError, KeyError, MemoryError, OSError, TypeError, ValueError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,12 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
+        warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default")
         try:
-            options.run(options)
+            with naming(**options.flags):
+                options.run(options)
         except KeyboardInterrupt:
             print("stofm: interrupted.", file=sys.stderr)
             return _INTERRUPTED
-        except _USER_ERRORS as error:
+        except Exception as error:
             if options.traceback:
                 raise
             print(f"stofm: error: {_message(error)}", file=sys.stderr)
@@ -59,9 +60,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    # str(KeyError) is the repr of its message.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return text or type(error).__name__
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # str(KeyError) is the repr of its message
+    if not isinstance(error, OSError | ImportError | MemoryError) and not _is_meant(error):
+        text = f"unexpected {type(error).__name__}: {text} (--traceback shows where it comes from)"
+    return ": ".join([*getattr(error, "__notes__", ()), text or type(error).__name__])
+
+
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Say which file an error is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(str(file))
+        raise
+
+
+def _is_meant(error: Exception) -> bool:
+    """Whether a line of stofm raises it, as a message to the user."""
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    if where is None:
+        return True
+    file = where.tb_frame.f_code.co_filename
+    is_ours = Path(__file__).parent in Path(file).parents
+    return is_ours and linecache.getline(file, where.tb_lineno).lstrip().startswith("raise")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -81,9 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     embed = commands.add_parser("embed", parents=[shared], help="embed the cells of a file")
-    embed.add_argument("input", type=Path, help=".h5ad or .zarr with raw counts and coordinates")
-    embed.add_argument("output", type=Path, help=".h5ad or .zarr to write")
+    embed.add_argument("input", type=Path, help=".h5ad, or .zarr of an AnnData or SpatialData")
+    embed.add_argument(
+        "output", type=Path, help=".h5ad or .zarr to write; of a SpatialData, .h5ad gets the table"
+    )
     embed.add_argument("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
+    embed.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    embed.add_argument("--table-key", help="table of a SpatialData [the only one]")
     embed.add_argument("--layer", help="layer with raw counts [X]")
     embed.add_argument("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
     embed.add_argument("--library-key", help="obs column that names the slices")
@@ -94,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     embed.add_argument("--batch-size", type=int, help="sub-slices at a time")
     embed.add_argument("--seed", type=int, default=0)
+    embed.add_argument("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
     embed.add_argument("--overwrite", action="store_true", help="replace the output")
     embed.set_defaults(run=_embed)
 
@@ -106,9 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", type=Path, help=".toml with data, model and stages")
     train.add_argument("--data", type=Path, required=True, help="folder of .h5ad and .zarr")
-    train.add_argument("--out", type=Path, required=True, help="folder of the run")
+    train.add_argument(
+        "--out", dest="out_dir", metavar="OUT", type=Path, required=True, help="folder of the run"
+    )
     train.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
-    train.add_argument("--work", type=Path, help="folder of prepared slices [OUT/work]")
+    train.add_argument(
+        "--work",
+        dest="work_dir",
+        metavar="WORK",
+        type=Path,
+        help="folder of prepared slices [OUT/work]",
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run in OUT, if any")
     train.add_argument("--overwrite", action="store_true", help="throw away the run in OUT")
     train.set_defaults(run=_train)
@@ -131,32 +172,50 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder [%(default)s]")
     demo.add_argument("--data", type=Path, help=".h5ad or .zarr in place of a simulated slice")
     demo.add_argument("--library-key", help="obs column that names the slices")
+    demo.add_argument("--table-key", help="table of a SpatialData [the only one]")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="replace figures and data in OUT")
     demo.set_defaults(run=_demo)
+    for command in (embed, train, convert, demo):
+        # Messages speak of arguments; here these are flags.
+        flags = {one.dest: one.option_strings[0] for one in command._actions if one.option_strings}
+        command.set_defaults(flags=flags)
     return parser
 
 
 def _embed(options: argparse.Namespace) -> None:
-    _check_output(options.output, overwrite=options.overwrite)
-    adata = read_anndata(options.input)
     from stofm import tl
+    from stofm._anndata import resolve_table
+    from stofm._slice_files import is_spatialdata, read_slice, refuse_output, write_slice
+    from stofm.nn import Stofm
 
-    tl.embed(
-        adata,
-        options.model,
-        layer=options.layer,
-        spatial_key=options.spatial_key,
-        library_key=options.library_key,
-        species=options.species,
-        gene_key=options.gene_key,
-        orthologs=options.orthologs,
-        device=options.device,
-        dtype=options.dtype,
-        batch_size="auto" if options.batch_size is None else options.batch_size,
-        seed=options.seed,
-        show_progress_bar=not options.quiet and sys.stderr.isatty(),
-    )
-    write_anndata(adata, options.output)
+    has_tables = is_spatialdata(options.input)
+    refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)
+    model = Stofm.from_pretrained(options.model, revision=options.revision)
+    data = read_slice(options.input)
+    with _about(options.input):
+        tl.embed(
+            data,
+            model,
+            layer=options.layer,
+            spatial_key=options.spatial_key,
+            library_key=options.library_key,
+            species=options.species,
+            gene_key=options.gene_key,
+            orthologs=options.orthologs,
+            device=options.device,
+            dtype=options.dtype,
+            batch_size="auto" if options.batch_size is None else options.batch_size,
+            seed=options.seed,
+            key_added=options.key_added,
+            table_key=options.table_key,
+            show_progress_bar=not options.quiet and sys.stderr.isatty(),
+        )
+    if options.output.suffix == ".h5ad":
+        data = resolve_table(data, options.table_key)
+    write_slice(data, options.output)
+    what = "The SpatialData" if hasattr(data, "tables") else "The AnnData"
+    logger.info("%s is written to %s.", what, options.output)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -172,20 +231,22 @@ def _train(options: argparse.Namespace) -> None:
     result = train_recipe(
         options.data,
         Recipe.from_toml(options.recipe),
-        out_dir=options.out,
+        out_dir=options.out_dir,
         device=options.device,
-        work_dir=options.work,
+        work_dir=options.work_dir,
         resume=options.resume,
         overwrite=options.overwrite,
         show_progress_bar=not options.quiet and sys.stderr.isatty(),
     )
-    logging.getLogger("stofm").info("%s is trained: %s.", result.model.name, options.out / "model")
+    logger.info("%s is trained: %s.", result.model.name, options.out_dir / "model")
 
 
 def _convert(options: argparse.Namespace) -> None:
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
+    from stofm.nn.checkpoint import CHECKPOINT
 
+    CHECKPOINT.refuse_other(options.output, overwrite=options.overwrite)
     vocabulary = None
     if options.vocabulary is not None:
         vocabulary = GeneVocabulary.from_tsv(options.vocabulary)
@@ -196,48 +257,14 @@ def _convert(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from stofm._demo import run_demo
 
-    run_demo(options.out, data=options.data, library_key=options.library_key, seed=options.seed)
-
-
-def _check_output(path: Path, *, overwrite: bool) -> None:
-    if path.suffix not in (".h5ad", ".zarr"):
-        msg = f"The output must end in .h5ad or .zarr, found {path.name!r}."
-        raise ValueError(msg)
-    if path.exists() and not overwrite:
-        msg = f"{path} exists; pass --overwrite to replace it."
-        raise FileExistsError(msg)
-
-
-def read_anndata(path: Path) -> AnnData:
-    """Read an AnnData from an ``.h5ad`` file or a ``.zarr`` folder."""
-    import anndata
-
-    if not path.exists():
-        msg = f"There is no file {path}."
-        raise FileNotFoundError(msg)
-    if path.suffix == ".zarr":
-        return anndata.read_zarr(path)
-    if path.suffix != ".h5ad":
-        msg = f"Expected an .h5ad or .zarr file, found {path.name!r}."
-        raise ValueError(msg)
-    return anndata.read_h5ad(path)
-
-
-def write_anndata(adata: AnnData, path: Path) -> None:
-    """Write an AnnData beside `path` first, so that a crash leaves no half file."""
-    from stofm.nn.checkpoint import replace_path
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        part = folder / path.name
-        if path.suffix == ".zarr":
-            adata.write_zarr(part)
-        else:
-            adata.write_h5ad(part, compression="gzip")
-        replace_path(part, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    run_demo(
+        options.out,
+        data=options.data,
+        library_key=options.library_key,
+        table_key=options.table_key,
+        seed=options.seed,
+        overwrite=options.overwrite,
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -104,40 +103,6 @@ def read_counts(
         msg = f"There is no layer {layer!r}; layers of the AnnData: {sorted(layer_names(adata))}."
         raise KeyError(msg)
     return CountReader(adata, layer, _block_bounds(adata, layer, chunk_size))
-
-
-def open_slice(path: str | Path) -> AnnData:
-    """Open an AnnData from an ``.h5ad`` file or a Zarr store; ``X`` stays on disk.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is nothing at `path`.
-    """
-    import anndata
-
-    path = Path(path)
-    if not path.exists():
-        msg = f"There is no slice at {path}."
-        raise FileNotFoundError(msg)
-    return _open_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
-
-
-def _open_zarr(path: Path) -> AnnData:
-    import zarr
-    from anndata import AnnData
-    from anndata.io import read_elem, sparse_dataset
-
-    store: Any = zarr.open_group(path, mode="r")
-
-    def matrix(element: Any) -> Any:
-        return sparse_dataset(element) if isinstance(element, zarr.Group) else element
-
-    return AnnData(
-        X=matrix(store["X"]) if "X" in store else None,
-        layers={name: matrix(store[f"layers/{name}"]) for name in store.get("layers", {})},
-        **{name: read_elem(store[name]) for name in ("obs", "var", "obsm", "uns") if name in store},
-    )
 
 
 def require_cells_and_genes(adata: AnnData) -> None:

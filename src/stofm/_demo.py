@@ -16,10 +16,17 @@ _N_CELLS = 4000
 _N_GENES = 300
 _LABELS = ("region", "layer", "cell_type")
 _CLUSTERS = "leiden"
+_EMBEDDED = "embedded.h5ad"
 
 
 def run_demo(
-    out: Path, *, data: Path | None = None, library_key: str | None = None, seed: int = 0
+    out: Path,
+    *,
+    data: Path | None = None,
+    library_key: str | None = None,
+    table_key: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> AnnData:
     """Embed and cluster a slice with the embedded model; write figures and an ``.h5ad``.
 
@@ -32,26 +39,37 @@ def run_demo(
         ``.h5ad`` or ``.zarr`` to use; a simulated cortex-like slice by default.
     library_key
         Column of ``obs`` that names the slices of `data`.
+    table_key
+        Table of a SpatialData; may be left out if there is only one.
     seed
         Seed of the simulation and of the clusterings.
+    overwrite
+        Replace what an earlier demonstration wrote.
 
     Returns
     -------
     The embedded and clustered data.
+
+    Raises
+    ------
+    FileExistsError
+        The data are in `out` already, and `overwrite` is false.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from stofm import pl, tl
-    from stofm.__main__ import read_anndata, write_anndata
+    from stofm._anndata import resolve_table
+    from stofm._slice_files import read_slice, refuse_output, write_slice
 
+    refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
     if data is None:
         from stofm.datasets import simulate_slice
 
         adata = simulate_slice(_N_CELLS, _N_GENES, seed=seed)
         logger.info("Simulated a slice of %d cells and %d genes.", *adata.shape)
     else:
-        adata = read_anndata(data)
+        adata = resolve_table(read_slice(data), table_key)
     tl.embed(adata, library_key=library_key, seed=seed, show_progress_bar=False)
     _cluster(adata, seed)
 
@@ -61,7 +79,7 @@ def run_demo(
     pl.spatial(adata, color=color, show=False, save=out / "spatial.png")
     pl.subslices(adata, show=False, save=out / "subslices.png")
     pl.virtual_cells(adata, show=False, save=out / "virtual_cells.png")
-    write_anndata(adata, out / "embedded.h5ad")
+    write_slice(adata, out / _EMBEDDED)
     _compare_with_labels(adata)
     logger.info(
         "Wrote umap.png, spatial.png, subslices.png, virtual_cells.png and embedded.h5ad to %s/.",

@@ -185,22 +185,13 @@ def _is_left(part: Path) -> bool:
     host, pid, _ = part.name.rpartition(_NEW)[2].split("-")
     if host == _HOST and int(pid) == os.getpid():
         return part.name not in _in_use
-    # os.kill would end a process on Windows.
-    if host == _HOST and os.name == "posix":
-        return not _is_running(int(pid))
+    if host == _HOST:
+        import psutil
+
+        return not psutil.pid_exists(int(pid))
     with contextlib.suppress(FileNotFoundError):
         return time.time() - part.lstat().st_mtime > _WEEK
     return False
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _discard_old(place: Path) -> None:

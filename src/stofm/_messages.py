@@ -8,10 +8,12 @@ other names for these calls it within :func:`naming`, which puts the caller's na
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _PACKAGE: Final = str(Path(__file__).parent)
+#: A value of an argument, if it is one word or quoted.
+_VALUE: Final = r"""('[^']*'|"[^"]*"|[\w.+-]*\w|)"""
 #: What changes a message, innermost call first.
 _changes: ContextVar[tuple[Callable[[str], str], ...]] = ContextVar("changes", default=())
 
@@ -67,7 +71,7 @@ def _put_in(text: str, where: str, names: dict[str, str]) -> str:
             text = re.sub(r"\badata\b", own, text)
         elif own.startswith("--"):
             text = text.replace(f"`{name}`", own)
-            text = re.sub(rf"(?<![\w.]){name}=(['\"]?)([^\s'\",;()]+)\1", rf"{own} \2", text)
+            text = re.sub(rf"(?<![\w.]){name}={_VALUE}", partial(_as_flag, own), text)
         else:
             text = text.replace(f"`{name}`", f"`{own}`")
             text = re.sub(rf"(?<![\w.]){name}=", f"{own}=", text)
@@ -75,6 +79,11 @@ def _put_in(text: str, where: str, names: dict[str, str]) -> str:
     if where and not re.search(rf"(?<!\w){re.escape(named)}(?!\w)", text):
         text = f"{where[0].upper()}{where[1:]}: {text}"
     return text
+
+
+def _as_flag(flag: str, found: re.Match[str]) -> str:
+    value = found[1].strip("'\"")
+    return flag if value in ("", "True") else f"{flag} {shlex.quote(value)}"
 
 
 def warn(message: str, category: type[UserWarning] = UserWarning) -> None:

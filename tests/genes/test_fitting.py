@@ -129,7 +129,7 @@ def test_messages(slices: list, tmp_path: Path) -> None:
         GeneVocabulary.fit(slices, min_cells=99)
     with pytest.raises(ValueError, match=r"method must be one of \['exact', 'histogram'\]"):
         GeneVocabulary.fit(slices, method="mean")  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="There is no slice at"):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
         GeneVocabulary.fit([tmp_path / "none.h5ad"])
     adata = anndata.AnnData(np.array([[0.5, 1.0]], dtype=np.float32))
     with pytest.raises(ValueError, match=r"adata\.X does not hold raw counts"):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import anndata as ad
 import pooch
+
+from stofm._slice_files import read_slice
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -80,7 +81,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     is_address = "://" in name
     if not is_address and not Path(name).is_file():
         section = _find(name)
-        return ad.read_h5ad(_download(section.url, section.sha256, cache_dir))
+        return read_slice(_download(section.url, section.sha256, cache_dir))
     if sha256 is None:
         msg = (
             f"{name} is not in the list of sections, so its checksum is needed: pass sha256= (64 "
@@ -92,9 +93,9 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         msg = f"sha256 must be 64 hexadecimal digits, found {sha256!r}."
         raise ValueError(msg)
     if is_address:
-        return ad.read_h5ad(_download(name, digest, cache_dir))
+        return read_slice(_download(name, digest, cache_dir))
     _verify(Path(name), digest)
-    return ad.read_h5ad(name)
+    return read_slice(name)
 
 
 def _sections_file() -> str:

@@ -101,9 +101,9 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
             symbols=clean_names(symbols[0]) if symbols else [""] * len(ids),
         )
     # The only way from here to AnnData: who passes arrays does not need it.
-    from stofm import _counts, _features
+    from stofm import _counts, _features, _slice_files
 
-    adata = _counts.open_slice(item) if isinstance(item, str | Path) else item
+    adata = _slice_files.open_slice(item) if isinstance(item, str | Path) else item
     ids, symbols = _features.gene_names(adata)
     return CountSlice(_counts.read_counts(adata, layer=layer), ids, symbols)
 

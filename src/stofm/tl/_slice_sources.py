@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stofm._anndata import resolve_table
-from stofm._counts import open_slice
+from stofm._slice_files import open_slice
 from stofm.genes import read_orthologs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SliceSource:
     Attributes
     ----------
     data
-        AnnData or SpatialData, or the path of one AnnData.
+        AnnData or SpatialData, or the path of one.
     name
         In messages.
     options
@@ -49,6 +49,9 @@ class SliceSource:
         except KeyError as error:
             msg = f"{self.name}: {error.args[0] if error.args else error}"
             raise KeyError(msg) from error
+        except OSError as error:
+            msg = f"{self.name}: {error.strerror or error}"
+            raise OSError(error.errno, msg) from error
         except ValueError as error:
             # Not of its own type: some, as UnicodeDecodeError, are made of more than a message.
             msg = f"{self.name}: {error}"
@@ -58,7 +61,8 @@ class SliceSource:
     def open(self) -> Iterator[AnnData]:
         """Give the AnnData; a file is closed afterwards."""
         is_file = isinstance(self.data, Path)
-        adata = open_slice(self.data) if is_file else resolve_table(self.data)
+        key = self.options.table_key
+        adata = open_slice(self.data, key) if is_file else resolve_table(self.data, key)
         try:
             yield adata
         finally:

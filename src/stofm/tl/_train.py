@@ -50,6 +50,7 @@ def train(
     species: Literal["auto", "human", "mouse"] = "auto",
     gene_key: str | None = None,
     orthologs: str | None = None,
+    table_key: str | None = None,
     precision: Precision = "32",
     keep: Keep = "best",
     validate_every: int | None = None,
@@ -103,6 +104,8 @@ def train(
         of ``obs`` that names the slices.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
+    table_key
+        Table of a SpatialData; may be left out if there is only one.
     precision
         ``"32"``, ``"bf16-mixed"`` or (CUDA) ``"16-mixed"``.
     keep
@@ -166,6 +169,7 @@ def train(
         species=species,
         gene_key=gene_key,
         orthologs=orthologs,
+        table_key=table_key,
     )
     run = _Run(
         sources=find_sources(data, options),

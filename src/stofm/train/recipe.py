@@ -37,6 +37,8 @@ class FileConfig:
         As in :func:`stofm.pp.map_genes`.
     technology
         Name of the technology.
+    table_key
+        Table of a SpatialData; None for the only one.
     """
 
     files: str = "*"
@@ -47,6 +49,7 @@ class FileConfig:
     gene_key: str | None = None
     orthologs: str | None = None
     technology: str = ""
+    table_key: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -271,8 +271,8 @@ class RunFolder:
         if self.report.is_file() and not (resume or overwrite):
             msg = (
                 f"{self.path} holds a run ({self.read_report().get('status', 'unknown')}): pass "
-                "resume=True (--resume) to go on with it, overwrite=True (--overwrite) to throw it "
-                "away, or take another folder."
+                "resume=True to go on with it, overwrite=True to throw it away, or take another "
+                "folder."
             )
             raise FileExistsError(msg)
 

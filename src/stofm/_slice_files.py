@@ -1,0 +1,249 @@
+"""Slices in files: AnnData in ``.h5ad`` and Zarr stores, and SpatialData stores with their tables.
+
+What a file is, its content says, not its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from stofm._anndata import resolve_table
+from stofm._files import Kind, put_in_place, take_back
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+
+_ZARR: Final = ".zarr"
+_ENDINGS: Final = (".h5ad", _ZARR)
+_ANNDATA: Final = {"obs", "var"}
+_TABLES: Final = {"table", "tables"}
+_METADATA: Final = {".zattrs", ".zgroup", ".zmetadata", "zarr.json"}
+_GROUPS: Final = (
+    _METADATA | _ANNDATA | {"X", "layers", "obsm", "obsp", "raw", "uns", "varm", "varp"}
+)
+_ELEMENTS: Final = _METADATA | _TABLES | {"images", "labels", "points", "shapes"}
+_10X: Final = (
+    "It is a count matrix of 10x Genomics, which has no coordinates. Read the whole folder, for "
+    "example with squidpy.read.visium or spatialdata_io, and write that as .h5ad or .zarr."
+)
+
+
+def read_slice(path: str | Path) -> Any:
+    """Read an AnnData, or a SpatialData from its store.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing at `path`.
+    OSError
+        It may not be read.
+    ValueError
+        It is damaged, or holds something else.
+    """
+    import anndata
+
+    path = _found(path)
+    with _reading(path):
+        if _has_elements(path):
+            return _read_spatialdata(path)
+        return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
+
+
+def open_slice(path: str | Path, table_key: str | None = None) -> AnnData:
+    """Open an AnnData whose ``X`` stays on disk, or read the table of a SpatialData store.
+
+    Parameters
+    ----------
+    path
+        ``.h5ad`` file or Zarr store.
+    table_key
+        Name of a SpatialData's table; may be left out if there is only one.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing at `path`.
+    OSError
+        It may not be read.
+    ValueError
+        It is damaged, or holds something else.
+    KeyError
+        There is no such table, or none is named and there are several.
+    """
+    import anndata
+
+    path = _found(path)
+    with _reading(path):
+        if not _has_elements(path):
+            return _open_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
+        data = _read_spatialdata(path)
+    return resolve_table(data, table_key)
+
+
+def is_spatialdata(path: str | Path) -> bool:
+    """Whether a file holds a SpatialData, and not an AnnData.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is nothing at `path`.
+    OSError
+        It may not be read.
+    ValueError
+        It is damaged, or holds neither.
+    """
+    path = _found(path)
+    with _reading(path):
+        return _has_elements(path)
+
+
+def _has_elements(path: Path) -> bool:
+    names = _names(path)
+    if names >= _ANNDATA:
+        return False
+    if path.is_dir() and names & (_ELEMENTS - _METADATA):
+        return True
+    hint = _10X if "matrix" in names else f"Expected obs and var, found {sorted(names)[:8]}."
+    msg = f"{path} holds no AnnData. {hint}"
+    raise _NoSliceError(msg)
+
+
+class _NoSliceError(ValueError):
+    """A file is sound and holds something else."""
+
+
+def _names(path: Path) -> set[str]:
+    """Names at the top of a file."""
+    if path.is_dir():
+        import zarr
+
+        return set(zarr.open_group(path, mode="r").keys())
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return set(file)
+
+
+def _found(path: str | Path) -> Path:
+    path = Path(path)
+    if not take_back(path).exists():
+        msg = f"There is no file {path}."
+        raise FileNotFoundError(msg)
+    return path
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file, whatever a reader says of it."""
+    try:
+        yield
+    except (_NoSliceError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # Of a locked file, one that may not be read, too many open files.
+        if isinstance(error, OSError) and error.errno is not None:
+            msg = f"{path} can't be read: {error.strerror or error}"
+            raise OSError(error.errno, msg) from error
+        msg = (
+            f"{path} can't be read ({type(error).__name__}: {_first_line(error)}): it is damaged, "
+            "or no AnnData in an .h5ad file or a Zarr store. Get or write it again."
+        )
+        raise ValueError(msg) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _read_spatialdata(path: Path) -> Any:
+    try:
+        import spatialdata
+    except ImportError as error:
+        msg = f"{path} is a SpatialData; reading it needs spatialdata: `pip install spatialdata`."
+        raise ImportError(msg) from error
+    return spatialdata.read_zarr(path)
+
+
+def _open_zarr(path: Path) -> AnnData:
+    import zarr
+    from anndata import AnnData
+    from anndata.io import read_elem, sparse_dataset
+
+    store: Any = zarr.open_group(path, mode="r")
+
+    def matrix(element: Any) -> Any:
+        return sparse_dataset(element) if isinstance(element, zarr.Group) else element
+
+    return AnnData(
+        X=matrix(store["X"]) if "X" in store else None,
+        layers={name: matrix(store[f"layers/{name}"]) for name in store.get("layers", {})},
+        **{name: read_elem(store[name]) for name in ("obs", "var", "obsm", "uns") if name in store},
+    )
+
+
+def _holds(path: Path, *, spatialdata: bool) -> bool:
+    # Whatever a reader says, it is neither.
+    with contextlib.suppress(Exception):
+        return _has_elements(path) == spatialdata
+    return False
+
+
+_H5AD: Final = Kind(
+    "an AnnData in an .h5ad file", lambda file: file.is_file() and _holds(file, spatialdata=False)
+)
+_ANNDATA_STORE: Final = Kind(
+    "an AnnData in a Zarr store",
+    lambda store: store.is_dir() and _holds(store, spatialdata=False),
+    lambda name: name.split("/")[0] in _GROUPS,
+)
+_SPATIALDATA: Final = Kind(
+    "a SpatialData store",
+    lambda store: _holds(store, spatialdata=True),
+    lambda name: name.split("/")[0] in _ELEMENTS,
+)
+
+
+def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None:
+    """Refuse a place that a slice can't be written to, before there is anything to write.
+
+    Parameters
+    ----------
+    path
+        Where to write to.
+    has_spatialdata
+        Whether a SpatialData is to be written; of it, an ``.h5ad`` file gets the table.
+    overwrite
+        Replace a file of the kind that is written.
+
+    Raises
+    ------
+    ValueError
+        The name ends in something else than ``.h5ad`` or ``.zarr``.
+    FileExistsError
+        Something is there, and `overwrite` is false or it is of another kind.
+    OSError
+        The folder can't be written to.
+    """
+    if path.suffix not in _ENDINGS:
+        msg = f"The output must end in .h5ad or .zarr, found {path.name!r}."
+        raise ValueError(msg)
+    kind = _H5AD if path.suffix != _ZARR else _SPATIALDATA if has_spatialdata else _ANNDATA_STORE
+    kind.refuse_other(path, overwrite=overwrite)
+
+
+def write_slice(data: Any, path: Path) -> None:
+    """Write an AnnData to ``.h5ad`` or ``.zarr``, or a SpatialData to ``.zarr``, whole or not at all."""
+
+    def fill(part: Path) -> None:
+        if path.suffix != _ZARR:
+            data.write_h5ad(part, compression="gzip")
+        elif hasattr(data, "tables"):
+            data.write(part)
+        else:
+            data.write_zarr(part)
+
+    put_in_place(path, fill)
