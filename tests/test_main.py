@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stofm.__main__ import main
+from stofm._slice_files import write_slice
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -200,6 +201,70 @@ def test_an_interrupt_is_130(files, monkeypatch, capsys):
     monkeypatch.setattr(tl, "embed", interrupt)
     assert embed(files) == 130
     assert "stofm: interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [IndexError("list index out of range"), RuntimeError("odd")])
+def test_a_fault_of_the_software_is_said_to_be_one(error, files, monkeypatch, capsys):
+    from stofm import tl
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tl, "embed", fail)
+    assert embed(files) == 1
+    text = capsys.readouterr().err
+    assert f"in.h5ad: unexpected {type(error).__name__}: {error} (--traceback shows" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "message"),
+    [
+        ((), "taken/out.h5ad", "taken is a file, so nothing can be written into"),
+        ((), "text.h5ad", "text.h5ad exists; pass --overwrite to replace it."),
+        (("--overwrite",), "text.h5ad", "holds something else than an AnnData in an .h5ad file"),
+        (("--overwrite",), "model", "must end in .h5ad or .zarr"),
+        (("--model", "none"), "out.h5ad", "There is no checkpoint 'none'"),
+    ],
+)
+def test_what_can_be_known_is_said_before_the_work(words, out, message, files, monkeypatch, capsys):
+    from stofm import _slice_files
+
+    monkeypatch.setattr(_slice_files, "read_slice", lambda _: pytest.fail("it was read"))
+    for name in ("taken", "text.h5ad"):
+        (files / name).write_text("mine")
+    assert embed(files, *words, out=out) == 1
+    assert message in capsys.readouterr().err
+    assert (files / "text.h5ad").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*SpatialData:UserWarning")
+def test_a_spatialdata_store_is_embedded(files, adata, capsys):
+    spatialdata = pytest.importorskip("spatialdata")
+    adata.obs["region"], adata.obs["cell"] = "a", np.arange(adata.n_obs)
+    keys = {"region": "a", "region_key": "region", "instance_key": "cell"}
+    table = spatialdata.models.TableModel.parse(adata, **keys)
+    tables = {"cells": table, "bins": table.copy()}
+    write_slice(spatialdata.SpatialData(tables=tables), files / "s.zarr")
+    words = ["embed", "s.zarr", "out.h5ad", "--model", "model", "--library-key", "library"]
+    words = [
+        str(files / word) if word.endswith(("zarr", "h5ad", "model")) else word for word in words
+    ]
+    assert main([*words, "--quiet"]) == 1
+    assert "tables ['bins', 'cells']; pass one of them as --table-key" in capsys.readouterr().err
+    assert main([*words, "--quiet", "--table-key", "cells", "--key-added", "X_mine"]) == 0
+    assert "X_mine" in ad.read_h5ad(files / "out.h5ad").obsm
+    words[2] = str(files / "out.zarr")
+    assert main([*words, "--quiet", "--table-key", "cells"]) == 0
+    tables = spatialdata.read_zarr(files / "out.zarr").tables
+    assert "X_stofm" in tables["cells"].obsm
+    assert "X_stofm" not in tables["bins"].obsm
+
+
+def test_messages_have_flags_for_arguments(files, capsys):
+    assert embed(files, "--spatial-key", "place") == 1
+    assert "or pass --spatial-key." in capsys.readouterr().err
+    assert embed(files, "--library-key", "library", "--key-added", "X_stofm_cell") == 1
+    assert "--key-added X_stofm_cell would replace" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_2(capsys):

@@ -39,6 +39,9 @@ def test_other_names_that_end_alike_stay() -> None:
     ("text", "expected"),
     [
         ("Pass library_key='slide'.", "Pass --library-key slide."),
+        ("Pass library_key='tissue slide'.", "Pass --library-key 'tissue slide'."),
+        ("Pass library_key=True (or not).", "Pass --library-key (or not)."),
+        ("pass library_key= with a column", "pass --library-key with a column"),
         ("Pass `library_key`.", "Pass --library-key."),
     ],
 )

@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _show_warning
-        warnings.filterwarnings("ignore", "Writing zarr v2 data will no longer be the default")
         try:
             with naming(**options.flags):
                 options.run(options)

@@ -132,6 +132,42 @@ def take_back(path: Path) -> Path:
     return place
 
 
+@contextlib.contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Name the file that a user gave, whatever a library says of it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    expected
+        What it should be, without an article.
+
+    Raises
+    ------
+    OSError
+        It may not be read.
+    ValueError
+        It is damaged, or something else.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_named = isinstance(error, OSError | ValueError) and str(error).startswith(str(path))
+        if is_named or isinstance(error, ImportError | MemoryError):
+            raise
+        # Of a locked file, one that may not be read, too many open files.
+        if isinstance(error, OSError) and error.errno is not None:
+            msg = f"{path} can't be read: {error.strerror or error}"
+            raise OSError(error.errno, msg) from error
+        first = (str(error).splitlines() or [""])[0]
+        msg = (
+            f"{path} can't be read ({type(error).__name__}: {first}): it is damaged, or no "
+            f"{expected}. Get or write it again."
+        )
+        raise ValueError(msg) from error
+
+
 def tidy(folder: Path) -> None:
     """Take back, or delete, what writes to a folder that were killed have left."""
     for old in folder.glob(f".*{_OLD}"):
@@ -199,9 +235,11 @@ def _discard_old(place: Path) -> None:
     if not _old(place).exists():
         return
     part = _new_part(place)
-    with contextlib.suppress(FileNotFoundError):
-        _old(place).rename(part)
-    _remove(part)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _old(place).rename(part)
+    finally:
+        _remove(part)
 
 
 def _remove(part: Path) -> None:

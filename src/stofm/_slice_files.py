@@ -6,15 +6,14 @@ What a file is, its content says, not its name.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stofm._anndata import resolve_table
-from stofm._files import Kind, put_in_place, take_back
+from stofm._files import Kind, put_in_place, reading, take_back
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from anndata import AnnData
 
 _ZARR: Final = ".zarr"
@@ -26,6 +25,7 @@ _GROUPS: Final = (
     _METADATA | _ANNDATA | {"X", "layers", "obsm", "obsp", "raw", "uns", "varm", "varp"}
 )
 _ELEMENTS: Final = _METADATA | _TABLES | {"images", "labels", "points", "shapes"}
+_EXPECTED: Final = "AnnData in an .h5ad file or a Zarr store"
 _10X: Final = (
     "It is a count matrix of 10x Genomics, which has no coordinates. Read the whole folder, for "
     "example with squidpy.read.visium or spatialdata_io, and write that as .h5ad or .zarr."
@@ -47,7 +47,7 @@ def read_slice(path: str | Path) -> Any:
     import anndata
 
     path = _found(path)
-    with _reading(path):
+    with reading(path, _EXPECTED):
         if _has_elements(path):
             return _read_spatialdata(path)
         return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
@@ -77,7 +77,7 @@ def open_slice(path: str | Path, table_key: str | None = None) -> AnnData:
     import anndata
 
     path = _found(path)
-    with _reading(path):
+    with reading(path, _EXPECTED):
         if not _has_elements(path):
             return _open_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
         data = _read_spatialdata(path)
@@ -97,7 +97,7 @@ def is_spatialdata(path: str | Path) -> bool:
         It is damaged, or holds neither.
     """
     path = _found(path)
-    with _reading(path):
+    with reading(path, _EXPECTED):
         return _has_elements(path)
 
 
@@ -109,11 +109,7 @@ def _has_elements(path: Path) -> bool:
         return True
     hint = _10X if "matrix" in names else f"Expected obs and var, found {sorted(names)[:8]}."
     msg = f"{path} holds no AnnData. {hint}"
-    raise _NoSliceError(msg)
-
-
-class _NoSliceError(ValueError):
-    """A file is sound and holds something else."""
+    raise ValueError(msg)
 
 
 def _names(path: Path) -> set[str]:
@@ -134,29 +130,6 @@ def _found(path: str | Path) -> Path:
         msg = f"There is no file {path}."
         raise FileNotFoundError(msg)
     return path
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the file, whatever a reader says of it."""
-    try:
-        yield
-    except (_NoSliceError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        # Of a locked file, one that may not be read, too many open files.
-        if isinstance(error, OSError) and error.errno is not None:
-            msg = f"{path} can't be read: {error.strerror or error}"
-            raise OSError(error.errno, msg) from error
-        msg = (
-            f"{path} can't be read ({type(error).__name__}: {_first_line(error)}): it is damaged, "
-            "or no AnnData in an .h5ad file or a Zarr store. Get or write it again."
-        )
-        raise ValueError(msg) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _read_spatialdata(path: Path) -> Any:
@@ -246,4 +219,7 @@ def write_slice(data: Any, path: Path) -> None:
         else:
             data.write_zarr(part)
 
-    put_in_place(path, fill)
+    with warnings.catch_warnings():
+        # anndata announces what it will write by default some day.
+        warnings.filterwarnings("ignore", "(Writing )?zarr v[23] ")
+        put_in_place(path, fill)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import warnings
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stofm.genes import GeneVocabulary
 from stofm.nn import Stofm, StofmConfig, UntrainedModelWarning
@@ -154,20 +157,99 @@ def test_an_embedded_name_is_never_a_folder_that_happens_to_be_there(tmp_path, m
     assert checkpoint_module.find_checkpoint("./stofm-mini").resolve() == tmp_path / "stofm-mini"
 
 
-def test_a_failed_rename_leaves_the_old_checkpoint(model, saved, monkeypatch):
-    before = Stofm.from_pretrained(saved).fingerprint
-    rename = Path.rename
+@pytest.mark.parametrize("k", range(4))
+def test_killed_at_any_rename_old_or_new_is_loaded(k, model, vocabulary, saved, monkeypatch):
+    new = Stofm(model.config, vocabulary, seed=9)
+    both = {model.fingerprint, new.fingerprint}
+    calls = iter(range(100))
+    real = {name: getattr(os, name) for name in ("rename", "rmdir")}
 
-    def fail(self, target):
-        if Path(target) == saved and "-old" not in self.name:
-            raise OSError("busy")
-        return rename(self, target)
+    def kill(name, *args, **options):
+        if next(calls) >= k:
+            raise KeyboardInterrupt
+        real[name](*args, **options)
 
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="busy"):
-        model.save_pretrained(saved, overwrite=True)
+    for name in real:
+        monkeypatch.setattr(os, name, partial(kill, name))
+    with contextlib.suppress(KeyboardInterrupt):
+        new.save_pretrained(saved, overwrite=True)
     monkeypatch.undo()
-    assert Stofm.from_pretrained(saved).fingerprint == before
+    assert Stofm.from_pretrained(saved).fingerprint in both
+    new.save_pretrained(saved, overwrite=True)
+    assert Stofm.from_pretrained(saved).fingerprint == new.fingerprint
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def change_weights(saved, change):
+    path = saved / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+NAME = "se2_transformer.layers.0.fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda w: w[NAME].view(-1)[3:5].fill_(float("nan")), rf"2 of \d+ numbers of '{NAME}'"),
+        (lambda w: w.update({NAME: w[NAME].int()}), rf"{NAME} is torch.int32"),
+        (lambda w: w.pop(NAME), rf"1 missing \({NAME}\)"),
+        (lambda w: w.update(more=w[NAME] + 0), r"1 unexpected \(more\)"),
+        (lambda w: w.update({NAME: w[NAME][1:] + 0}), rf"of wrong shape \({NAME}"),
+    ],
+)
+def test_weights_that_are_none_are_refused(change, found, saved):
+    change_weights(saved, change)
+    with pytest.raises(ValueError, match=rf"model\.safetensors .*{found}"):
+        Stofm.from_pretrained(saved)
+
+
+def test_a_flipped_bit_is_noticed(saved):
+    change_weights(saved, lambda w: w[NAME].view(torch.int32).view(-1)[3].bitwise_xor_(1))
+    Stofm.from_pretrained(saved)  # nobody has written a digest of these
+    path = saved / "model.safetensors"
+    Stofm.from_pretrained(saved).save_pretrained(saved, overwrite=True)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged .*has changed since"):
+        Stofm.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "found"),
+    [
+        ("cell_encoder", "n_layers", 10**12, "n_layers must be at least 1 and at most"),
+        ("cell_encoder", "n_layers", 10**9, r"do not fit the config: \d+ for 10+\d layers"),
+        ("cell_encoder", "d_inner", 2**31 - 1, "wrong shape|beyond all memory"),
+        ("se2_transformer", "n_kernels", 10**9, "of wrong shape"),
+        ("cell_encoder", "dropout", "0.1", "dropout must be a finite number, found '0.1'"),
+        ("se2_transformer", "norm_first", "false", "norm_first must be true or false"),
+        ("subslice", "n_cells", 1.5, "n_cells must be an integer, found 1.5"),
+    ],
+)
+def test_sizes_are_checked_before_memory_is_taken(part, name, value, found, saved):
+    path = saved / "config.json"
+    entries = json.loads(path.read_text())
+    entries[part][name] = value
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=rf"{saved}.*({found})"):
+        Stofm.from_pretrained(saved)
+
+
+def test_only_a_checkpoint_is_replaced(model, tmp_path, saved):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(FileExistsError, match="holds something else than a checkpoint"):
+        model.save_pretrained(project, overwrite=True)
+    (saved / ".git").mkdir()
+    (saved / ".git" / "HEAD").write_text("ref")
+    with pytest.raises(FileExistsError, match=r"holds more than a checkpoint .*\['.git/HEAD'\]"):
+        model.save_pretrained(saved, overwrite=True)
+    assert (saved / ".git" / "HEAD").exists()
 
 
 def test_a_name_that_is_nothing_is_refused():

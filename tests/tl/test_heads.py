@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl._head_inputs import Inputs
@@ -106,7 +110,7 @@ def test_damaged_config(tmp_path, change, found):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=rf"(?s)head is damaged .*{found}.* save the head again"):
+    with pytest.raises(ValueError, match=rf"(?s)head is damaged .*({found}).* save the head again"):
         ToyHead.load(tmp_path / "head")
 
 
@@ -133,6 +137,68 @@ def test_files(tmp_path, model):
     make(outputs=("a", "b", "c")).save(tmp_path / "head", overwrite=True)
     again = ToyHead.load(tmp_path / "head")
     assert (again.outputs, again.model) == (("a", "b", "c"), None)
+
+
+def test_a_head_replaces_one_of_its_task_only(tmp_path, model):
+    model.save_pretrained(tmp_path / "model")
+    make().save(tmp_path / "toys")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "config.json").write_text("{}")
+    for name in ("model", "files"):
+        with pytest.raises(FileExistsError, match="something else than a head for toys"):
+            make().save(tmp_path / name, overwrite=True)
+    with pytest.raises(FileExistsError, match="something else than a checkpoint of a model"):
+        model.save_pretrained(tmp_path / "toys", overwrite=True)
+    (tmp_path / "toys" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"more than a head .*\['notes.txt'\]"):
+        make().save(tmp_path / "toys", overwrite=True)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_killed_at_any_rename_old_or_new_is_loaded(k, tmp_path, monkeypatch):
+    folder = tmp_path / "head"
+    make().save(folder)
+    calls = iter(range(100))
+    real = os.rename
+
+    def kill(*args):
+        if next(calls) >= k:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(os, "rename", kill)
+    with contextlib.suppress(KeyboardInterrupt):
+        make(outputs=("a", "b", "c")).save(folder, overwrite=True)
+    monkeypatch.undo()
+    assert ToyHead.load(folder).outputs in (make().outputs, ("a", "b", "c"))
+    make().save(folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("1.last.bias", lambda value: value * np.nan, "3 of 3 numbers of '1.last.bias' are NaN"),
+        ("1.last.bias", lambda value: value[1:], r"wrong shape \(last.bias: \(2,\) in place of"),
+        ("1.last.bias", lambda value: value.astype(int), "last.bias is torch.int64"),
+        ("more", lambda _: np.ones(2), r"holds \['more'\], which config.json does not name"),
+    ],
+)
+def test_damaged_arrays(tmp_path, name, change, found):
+    make().save(tmp_path / "head")
+    path = tmp_path / "head" / "head.safetensors"
+    arrays = load_file(path)
+    arrays[name] = np.ascontiguousarray(change(arrays.get(name)))
+    save_file(arrays, path)
+    with pytest.raises(ValueError, match=found):
+        ToyHead.load(tmp_path / "head")
+
+
+def test_a_tuned_head_needs_its_model(tmp_path, model):
+    make(model=model, strategy="lora").save(tmp_path / "head")
+    shutil.rmtree(tmp_path / "head" / "model")
+    with pytest.raises(ValueError, match="strategy 'lora', and no model/"):
+        ToyHead.load(tmp_path / "head")
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):

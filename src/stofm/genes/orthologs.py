@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urldefrag
 
+from stofm._files import reading
 from stofm._logging import logger
 from stofm.genes.gene_ids import strip_version
 from stofm.genes.vocabulary_table import open_text
@@ -64,7 +65,7 @@ def _download(address: str) -> Path:
 
 
 def _read_table(path: Path) -> dict[str, str]:
-    with open_text(path) as file:
+    with reading(path, "ortholog table"), open_text(path) as file:
         header = file.readline().rstrip("\r\n").split("\t")
         if _MOUSE not in header or _HUMAN not in header:
             msg = (
@@ -73,5 +74,8 @@ def _read_table(path: Path) -> dict[str, str]:
             )
             raise ValueError(msg)
         mouse, human = header.index(_MOUSE), header.index(_HUMAN)
-        rows = [line.rstrip("\r\n").split("\t") for line in file]
-    return {row[mouse]: row[human] for row in rows if len(row) > max(mouse, human)}
+        rows = [line.rstrip("\r\n").split("\t") for line in file if line.strip()]
+    if short := [k for k, row in enumerate(rows, start=2) if len(row) <= max(mouse, human)]:
+        msg = f"{path}: {len(short)} rows lack a gene, for example row {short[0]}."
+        raise ValueError(msg)
+    return {row[mouse]: row[human] for row in rows}

@@ -162,7 +162,12 @@ class GeneVocabulary:
         """
         from stofm.genes.vocabulary_table import read_table
 
-        return cls(**read_table(Path(path)))
+        fields = read_table(Path(path))
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table that :meth:`from_tsv` reads back exactly.

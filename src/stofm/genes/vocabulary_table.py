@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._files import put_in_place
+from stofm._files import put_in_place, reading
 
 if TYPE_CHECKING:
     import io
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COLUMNS: Final = ("token", "gene_id", "symbol", "median", "aliases")
 #: Column names of plain copies of Geneformer's dictionaries, and ours for them.
 _OTHER_NAMES: Final = {"token_id": "token", "ensembl_id": "gene_id"}
+_LARGEST_TOKEN: Final = 2**31 - 2
 _REQUIRED: Final = ("token", "gene_id", "median")
 
 
@@ -35,6 +36,9 @@ def read_table(path: Path) -> dict[str, Any]:
         except ValueError:
             msg = f"{path}, line {number}: token or median is not a number: {row}."
             raise ValueError(msg) from None
+        if not 0 <= token <= _LARGEST_TOKEN:
+            msg = f"{path}, line {number}: tokens are from 0 to {_LARGEST_TOKEN}, found {token}."
+            raise ValueError(msg)
         if gene_id.startswith("<"):
             special[gene_id.strip("<>")] = token
             continue
@@ -108,7 +112,7 @@ def _require_plain(gene_id: str, symbol: str, aliases: list[str]) -> None:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    with open_text(path) as file:
+    with reading(path, "vocabulary table"), open_text(path) as file:
         header = file.readline().rstrip("\r\n").split("\t")
         columns = [_OTHER_NAMES.get(name, name) for name in header]
         if not set(_REQUIRED) <= set(columns):

@@ -12,7 +12,7 @@ import numpy as np
 
 from stofm import __version__
 from stofm._config import build_dataclass, read_json
-from stofm._files import Kind, take_back
+from stofm._files import Kind, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
 from stofm.nn import Stofm
@@ -182,6 +182,8 @@ class Head:
             raise
         # A missing entry, one of another type, tables, tensors that do not fit.
         except Exception as error:
+            if str(where) in str(error):
+                raise
             msg = f"{where} is damaged ({type(error).__name__}: {error}); save the head again."
             raise ValueError(msg) from error
 
@@ -385,4 +387,5 @@ def _read_network(
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    return read_table(path, sep="\t", index_col=0)
+    with reading(path, "table"):
+        return read_table(path, sep="\t", index_col=0)
