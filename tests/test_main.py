@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from stofm.__main__ import main
@@ -238,22 +239,21 @@ def test_what_can_be_known_is_said_before_the_work(words, out, message, files, m
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*SpatialData:UserWarning")
-def test_a_spatialdata_store_is_embedded(files, adata, capsys):
+def test_a_spatialdata_store_is_embedded(files, adata, monkeypatch, capsys):
     spatialdata = pytest.importorskip("spatialdata")
-    adata.obs["region"], adata.obs["cell"] = "a", np.arange(adata.n_obs)
+    adata.obs["region"] = pd.Categorical(["a"] * adata.n_obs)
+    adata.obs["cell"] = np.arange(adata.n_obs)
     keys = {"region": "a", "region_key": "region", "instance_key": "cell"}
     table = spatialdata.models.TableModel.parse(adata, **keys)
     tables = {"cells": table, "bins": table.copy()}
     write_slice(spatialdata.SpatialData(tables=tables), files / "s.zarr")
+    monkeypatch.chdir(files)
     words = ["embed", "s.zarr", "out.h5ad", "--model", "model", "--library-key", "library"]
-    words = [
-        str(files / word) if word.endswith(("zarr", "h5ad", "model")) else word for word in words
-    ]
     assert main([*words, "--quiet"]) == 1
     assert "tables ['bins', 'cells']; pass one of them as --table-key" in capsys.readouterr().err
     assert main([*words, "--quiet", "--table-key", "cells", "--key-added", "X_mine"]) == 0
     assert "X_mine" in ad.read_h5ad(files / "out.h5ad").obsm
-    words[2] = str(files / "out.zarr")
+    words[2] = "out.zarr"
     assert main([*words, "--quiet", "--table-key", "cells"]) == 0
     tables = spatialdata.read_zarr(files / "out.zarr").tables
     assert "X_stofm" in tables["cells"].obsm
