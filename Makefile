@@ -34,7 +34,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m stofm demo --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
+	$(BIN)/python -m stofm demo --overwrite --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)")
 
 # As many processes as there are processors, each with one thread.

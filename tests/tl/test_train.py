@@ -385,7 +385,9 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_like_the_uninterrupted_one(
 
 def test_a_folder_with_a_run_is_refused(train, tmp_path):
     result = train()
-    with pytest.raises(FileExistsError, match=r"holds a run \(finished\): pass resume=True \("):
+    with pytest.raises(
+        FileExistsError, match=r"holds a run \(finished\): pass resume=True to go on"
+    ):
         train()
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         train(resume=True, overwrite=True)
