@@ -133,11 +133,8 @@ def _found(path: str | Path) -> Path:
 
 
 def _read_spatialdata(path: Path) -> Any:
-    try:
-        import spatialdata
-    except ImportError as error:
-        msg = f"{path} is a SpatialData; reading it needs spatialdata: `pip install spatialdata`."
-        raise ImportError(msg) from error
+    import spatialdata
+
     return spatialdata.read_zarr(path)
 
 
