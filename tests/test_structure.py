@@ -26,21 +26,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
 LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
+#: Modules that read AnnData for all others.
+EDGE = (
+    "_anndata",
+    "_coordinates",
+    "_counts",
+    "_features",
+    "_places",
+    "_planes",
+    "_slice_files",
+    "_slices",
+    "_spatialdata",
+)
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {
-        "_anndata",
-        "_counts",
-        "_features",
-        "_frames",
-        "_slice_files",
-        "pp",
-        "tl",
-        "pl",
-        "datasets",
-        "__main__",
-        "_demo",
-    },
+    "anndata": {*EDGE, "_frames", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "train", "tl"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
@@ -50,12 +50,9 @@ HOMES = {
 #: What else a part of the package must not use.
 FORBIDDEN = {
     "_config": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
-    "_anndata": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "_files": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
-    "_slice_files": {"nn", "train", "pp", "tl", "pl", "datasets"},
-    "_counts": {"nn", "train", "pp", "tl", "pl", "datasets"},
-    "_features": {"_counts", "nn", "train", "pp", "tl", "pl", "datasets"},
-    "_not_counts": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
+    **{part: {"nn", "train", "pp", "tl", "pl", "datasets"} for part in EDGE},
+    "_not_counts": {*LAYERS, *EDGE, "pp", "pl", "datasets"},
     "_logging": {*LAYERS[1:], "_anndata", "_counts", "_messages", "pp", "pl", "datasets"},
     "_messages": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
@@ -63,10 +60,7 @@ FORBIDDEN = {
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
-    **{
-        layer: {"_anndata", "_counts", "_features", "_slice_files", "pp", "pl", "datasets"}
-        for layer in LAYERS[:-1]
-    },
+    **{layer: {*EDGE, "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
 }
 #: Files that may use a part above them, when called and not when imported.
 EXCEPTIONS = {

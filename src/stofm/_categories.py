@@ -28,3 +28,13 @@ def label_text(column: pd.Series) -> NDArray[np.object_]:
 def _text(label: Any) -> str:
     is_whole = isinstance(label, float | np.floating) and float(label).is_integer()
     return str(int(label)) if is_whole else str(label)
+
+
+def value_codes(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
+    """Number the values of a column, those that are missing as one more."""
+    import pandas as pd
+
+    codes, values = pd.factorize(column)
+    codes = np.where(codes < 0, len(values), codes)
+    used = int(codes.max(initial=-1)) + 1
+    return codes, [*map(str, values), "(none)"][:used]

@@ -149,6 +149,7 @@ def test_record_tells_slices_apart_if_the_model_centres(adata, model, reader):
 
 
 def test_slices_that_overlap_must_be_told_apart(adata, model, reader):
+    adata = adata[np.argsort(adata.obs["library"])].copy()
     st.pp.tokenize(adata, reader, show_progress_bar=False)
     with pytest.raises(ValueError, match="Pass library_key='library'"):
         st.tl.encode_cells(adata, reader)

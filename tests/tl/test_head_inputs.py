@@ -56,7 +56,7 @@ def test_spatialdata(adata):
 
 def test_coordinates_tell_several_slices_apart(adata, pair):
     with pytest.raises(ValueError, match=r"Pass library_key='library'"):
-        resolve_slices(adata)
+        resolve_slices(adata[np.argsort(adata.obs["library"])].copy())
     with pytest.raises(ValueError, match="some are the same"):
         resolve_slices([adata, adata], "library")
     with pytest.raises(ValueError, match="list of AnnData is empty"):

@@ -9,7 +9,9 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from stofm._anndata import read_record
+from stofm._coordinates import read_coordinates
 from stofm._keys import Obs, Obsm, Uns
+from stofm._slices import described_column
 from stofm.pl._style import NO_VALUE_LABEL, category_names, nearest_names
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> li
     Parameters
     ----------
     library_key
-        Column of ``obs``; None: the one that the sub-slices were made with, if any.
+        Column of ``obs``; None: the one that the sub-slices were made with, or that the metadata
+        names, if any.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> li
     ValueError
         There are no cells, or coordinates that are not finite.
     """
-    places = _read_places(adata, spatial_key)
+    places = read_coordinates(adata, spatial_key)
     members = _members(adata, library_key)
     ranges = np.array([np.ptp(places[rows], axis=0) for _, rows in members])
     spacings = np.array([_spacing(places[rows]) for _, rows in members])
@@ -134,7 +137,8 @@ def _members(adata: AnnData, library_key: str | None) -> list[tuple[str, NDArray
     """Name and rows of each slice."""
     if library_key is None:
         record = read_record(adata, Uns.SUBSLICE) or {}
-        library_key = record.get("params", {}).get("library_key") or None
+        recorded = record.get("params", {}).get("library_key")
+        library_key = recorded or described_column(adata)
     if library_key is None:
         return [("", np.arange(adata.n_obs))]
     if library_key not in adata.obs:
@@ -175,23 +179,3 @@ def _spacing(places: NDArray[np.float64]) -> float:
     sample = places[:: max(1, len(places) // _SAMPLE)]
     distances = cKDTree(places).query(sample, k=[k + 1])[0]
     return float(np.median(distances))
-
-
-def _read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
-    if spatial_key not in adata.obsm:
-        near = nearest_names(spatial_key, adata.obsm)
-        msg = f"obsm[{spatial_key!r}] is missing.{near} Pass the right one as spatial_key."
-        raise KeyError(msg)
-    if adata.n_obs == 0:
-        msg = "The AnnData has no cells: there is nothing to draw."
-        raise ValueError(msg)
-    places = np.asarray(adata.obsm[spatial_key], dtype=np.float64)[:, :2]
-    is_bad = ~np.isfinite(places).all(axis=1)
-    if is_bad.any():
-        cells = list(adata.obs_names[is_bad][:3])
-        msg = (
-            f"obsm[{spatial_key!r}] is not finite for {is_bad.sum()} of {adata.n_obs} cells "
-            f"(for example {cells}); drop them first."
-        )
-        raise ValueError(msg)
-    return places

@@ -8,18 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._anndata import (
-    Slices,
-    read_coordinates,
-    read_record,
-    read_slices,
-    remark_on_places,
-    resolve_table,
-    same_params,
-    write_record,
-)
+from stofm._anndata import read_record, resolve_table, same_params, write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm._places import Places, read_places
 from stofm.genes.compressed import require_sound
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
@@ -169,16 +161,6 @@ def _rules_of(model_or_config: Any) -> SubSliceConfig:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Coordinates and slices of an AnnData, and where they were read."""
-
-    coordinates: NDArray[np.float64]
-    slices: Slices
-    spatial_key: str
-    library_key: str | None
-
-
-@dataclass(frozen=True)
 class Layouts:
     """Layouts of all slices, in order of the slices, with what they were made from."""
 
@@ -197,14 +179,6 @@ class Layouts:
     def n_virtual(self) -> int:
         """Number of virtual cells of all slices together."""
         return sum(layout.virtual.n_virtual for layout in self.layouts)
-
-
-def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
-    """Read coordinates and slices, and remark on places that carry little."""
-    coordinates = read_coordinates(adata, spatial_key)
-    slices = read_slices(adata, library_key, coordinates)
-    remark_on_places(coordinates, slices)
-    return Places(coordinates, slices, spatial_key, library_key)
 
 
 def read_features(adata: AnnData, use_rep: str) -> NDArray[np.float32]:

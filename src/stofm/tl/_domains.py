@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stofm._anndata import (
-    Slices,
-    read_coordinates,
     read_record,
-    read_slices,
     resolve_table,
     write_record,
 )
+from stofm._coordinates import read_coordinates
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm._slices import Slices, read_slices
 from stofm.spatial.domains import (
     Centering,
     domain_space,
@@ -166,12 +165,12 @@ def domains(
     spatial_key = places_entry(table, spatial_key)
     for column in level_columns(key_added, 1 + len(coarser)):
         _refuse_reserved(column, use_rep, spatial_key, library_key)
-    if not shared and library_key is None:
-        msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
-        raise ValueError(msg)
     features = read_representation(table, use_rep)
     coordinates = read_coordinates(table, spatial_key) if smooth else None
-    slices = _read_slices(table, library_key, spatial_key)
+    slices = read_slices(table, library_key, spatial_key)
+    if not shared and slices.column is None:
+        msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
+        raise ValueError(msg)
     n_neighbors, beside = _read_neighborhood(table, use_rep, spatial_key, slices, n_neighbors)
     rules = _Rules(
         n_domains=n_domains,
@@ -193,7 +192,7 @@ def domains(
     params = {
         "n_domains": n_domains,
         "resolution": None if n_domains is not None else rules.resolution,
-        "library_key": library_key,
+        "library_key": slices.column,
         "shared": shared,
         "coarser": list(coarser),
         "n_neighbors": n_neighbors,
@@ -297,19 +296,12 @@ def _read_neighborhood(
 ) -> tuple[int, list[NDArray[np.float32]]]:
     """Means over the neighbours asked for, or over ten where it helps and can be done, and farther."""
     averaged = _averaged(adata, use_rep)
-    is_asked_for = n_neighbors is not None
     if n_neighbors is None:
         can_be = averaged == Obsm.X_CELL and spatial_key in adata.obsm
         n_neighbors = N_NEIGHBORS if can_be else 0
     if not n_neighbors:
         return 0, []
-    try:
-        coordinates = read_coordinates(adata, spatial_key)
-    except ValueError as error:
-        if is_asked_for:
-            raise
-        logger.warning("No neighbours are read: %s", error.args[0])
-        return 0, []
+    coordinates = read_coordinates(adata, spatial_key)
     values = read_representation(adata, averaged)
     means = [
         neighbor_means(values, coordinates, slices.rows, n)
@@ -325,15 +317,6 @@ def _averaged(adata: AnnData, use_rep: str) -> str:
     own, cell = (read_record(adata, rep) or {} for rep in (use_rep, Obsm.X_CELL))
     is_same = all(own.get(name) == cell.get(name) for name in ("cell_encoder", "vocabulary"))
     return Obsm.X_CELL if is_same else use_rep
-
-
-def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
-    # Coordinates tell whether there are several slices where no column is given.
-    is_needed = library_key is None and spatial_key in adata.obsm
-    coordinates = read_coordinates(adata, spatial_key) if is_needed else np.empty((0, 2))
-    if library_key is None and not is_needed:
-        return Slices(names=[""], rows=[np.arange(adata.n_obs)])
-    return read_slices(adata, library_key, coordinates)
 
 
 def _origin(adata: AnnData, use_rep: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from stofm._anndata import resolve_table, write_record
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
+from stofm._places import read_places
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
@@ -20,7 +21,6 @@ from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,
     read_features,
-    read_places,
     write_layouts,
 )
 from stofm.pp._token_entries import Tokens, write_tokens
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._anndata import Slices
+    from stofm._slices import Slices
     from stofm.genes import RankedTokens
     from stofm.spatial import SubSliceConfig
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stofm._anndata import (
-    read_coordinates,
     read_record,
-    read_slices,
     resolve_table,
     write_record,
 )
 from stofm._keys import Obsm
+from stofm._slices import read_slices
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
 from stofm.pp._token_entries import read_ranked, values_are_stored
@@ -141,11 +140,7 @@ def _read_slices(
     """Rows of each slice, if the model centres by slice."""
     if model.config.cell_encoder.centering == "none":
         return None
-    if library_key is None and Obsm.SPATIAL not in adata.obsm:
-        return [np.arange(adata.n_obs)]
-    # Coordinates tell whether there are several slices where no column is given.
-    coordinates = np.empty((0, 2)) if library_key else read_coordinates(adata)
-    return read_slices(adata, library_key, coordinates).rows
+    return read_slices(adata, library_key, Obsm.SPATIAL).rows
 
 
 def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from stofm._anndata import read_coordinates, read_slices
+from stofm._coordinates import read_coordinates
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._slices import read_slices
 from stofm.spatial import canonical_order
 from stofm.tl._embeddings import recorded_options
 from stofm.tl._slice_sources import find_sources
@@ -341,7 +342,7 @@ def _canonical_rows(source: SliceSource, adata: AnnData) -> list[NDArray[np.int6
     """Rows of each slice in an order that is of their places: the user's must not matter."""
     options = source.options
     coordinates = read_coordinates(adata, options.spatial_key)
-    slices = read_slices(adata, options.library_key, coordinates)
+    slices = read_slices(adata, options.library_key, options.spatial_key)
     return [
         rows[canonical_order(coordinates[rows], np.empty((len(rows), 0)))] for rows in slices.rows
     ]

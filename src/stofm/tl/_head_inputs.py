@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._anndata import Slices, read_coordinates, read_slices, resolve_table
+from stofm._anndata import resolve_table
+from stofm._coordinates import read_coordinates
 from stofm._counts import read_counts
 from stofm._keys import Obsm
+from stofm._slices import Slices, read_slices
 from stofm.tl._embeddings import (
     MADE_BY_EMBED,
     EmbeddingSource,
@@ -167,14 +169,7 @@ def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> S
     if adata.n_obs == 0:
         msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
         raise ValueError(msg)
-    library_key = slices_column(adata, library_key)
-    spatial_key = places_entry(adata, spatial_key)
-    # Coordinates tell whether there are several slices where no column is given.
-    if library_key is None and spatial_key in adata.obsm:
-        return read_slices(adata, None, read_coordinates(adata, spatial_key))
-    if library_key is None:
-        return Slices(names=[""], rows=[np.arange(adata.n_obs)])
-    return read_slices(adata, library_key, np.empty((0, 2)))
+    return read_slices(adata, slices_column(adata, library_key), places_entry(adata, spatial_key))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from stofm._anndata import read_coordinates
+from stofm._coordinates import read_coordinates
 from stofm._logging import logger
 from stofm.tl._components import fit_components
 from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer, places_entry

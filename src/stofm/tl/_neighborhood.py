@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._anndata import read_coordinates
+from stofm._coordinates import read_coordinates
 from stofm._logging import logger
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._embeddings import MADE_BY_EMBED, places_entry

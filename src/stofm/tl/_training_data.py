@@ -13,10 +13,10 @@ import numpy as np
 from stofm._counts import read_counts
 from stofm._features import gene_names
 from stofm._logging import progress
+from stofm._places import read_places
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
 from stofm.genes.fitting import CountSlice
 from stofm.pp._map_genes import candidate_names
-from stofm.pp._subslice import read_places
 from stofm.pp._tokenize import (
     compute_tokens,
     find_columns,
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
+    from stofm._places import Places
     from stofm.nn import Stofm
-    from stofm.pp._subslice import Places
     from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import TokenizedSlice
 
 #: Part of each key: a change of how slices are prepared makes new ones.
-_PREPARATION = 1
+_PREPARATION = 2
 
 
 def prepare_slices(

@@ -1,0 +1,263 @@
+"""The edge to AnnData for slices: which cells belong to which, by column, by metadata or refused."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._categories import value_codes
+from stofm._coordinates import read_axes
+from stofm._logging import logger
+from stofm._planes import refuse_planes
+from stofm.spatial.overlays import Nearest, boxes_overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pandas as pd
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+_MAX_SLICES: Final = 1000
+#: Cells that a slice has at least on average, for a column to name slices.
+_MIN_CELLS: Final = 5
+#: What other columns may explain less than the best one and be named beside it.
+_ALSO: Final = 0.15
+#: Share of cells with a neighbour of another region, from which on regions adjoin.
+_ADJOINING: Final = 0.002
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which cells belong to which slice.
+
+    Attributes
+    ----------
+    names
+        Values of ``obs[column]`` in alphabetical order, or the empty string for the one slice of an
+        AnnData without such a column.
+    rows
+        Row numbers of each slice's cells, ascending.
+    column
+        The column that separates them, asked for or named by the metadata; None for one slice.
+    """
+
+    names: list[str]
+    rows: list[NDArray[np.int64]]
+    column: str | None = None
+
+
+def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
+    """Separate the slices of an AnnData.
+
+    Parameters
+    ----------
+    library_key
+        The column to separate them by. None: that of the metadata if there is one, else all cells
+        are one slice, unless their places tell that they are not.
+    spatial_key
+        Entry of ``obsm`` with the places, which need not be there.
+
+    Raises
+    ------
+    KeyError
+        There is no ``obs[library_key]``.
+    ValueError
+        A cell has no value there; or no `library_key` is given, and slices lie on each other, so
+        that cells of several slices would be taken as neighbours.
+    """
+    if library_key is not None or spatial_key not in adata.obsm:
+        return separate(adata, library_key or described_column(adata), spatial_key)
+    return tell_slices(adata, *read_axes(adata, spatial_key), spatial_key=spatial_key)
+
+
+def tell_slices(
+    adata: AnnData,
+    xy: NDArray[np.float64],
+    z: NDArray[np.float64] | None,
+    *,
+    spatial_key: str,
+) -> Slices:
+    """Separate slices where no column is given; see :func:`read_slices`."""
+    column = described_column(adata)
+    if column is not None and _are_slices(adata, column, xy):
+        slices = separate(adata, column, spatial_key)
+        logger.info(
+            "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
+            len(slices.rows),
+            column,
+            column,
+        )
+        return slices
+    slices = Slices(names=[""], rows=[np.arange(adata.n_obs)])
+    if z is not None:
+        refuse_planes(adata, slices, xy, z, spatial_key)
+    _refuse_overlays(adata, xy)
+    return slices
+
+
+def separate(adata: AnnData, column: str | None, spatial_key: str) -> Slices:
+    """Slices by a column; all cells are one where it is None."""
+    if column is None:
+        return Slices(names=[""], rows=[np.arange(adata.n_obs)])
+    if column not in adata.obs:
+        near = difflib.get_close_matches(column, [str(n) for n in adata.obs.columns])
+        likely = []
+        if spatial_key in adata.obsm:
+            likely = [name for name, _, _ in _overlaid(adata, read_axes(adata, spatial_key)[0])]
+        msg = (
+            f"There is no obs[{column!r}] to separate slices by; "
+            f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}."
+        )
+        raise KeyError(msg)
+    values = adata.obs[column]
+    if n_missing := int(values.isna().sum()):
+        msg = (
+            f"{n_missing} cells have no value in obs[{column!r}]; every cell must belong to "
+            "a slice. Fill the column or drop the cells."
+        )
+        raise ValueError(msg)
+    names, codes = np.unique(values.astype(str).to_numpy().astype(str), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    return Slices(names=names.tolist(), rows=rows, column=column)
+
+
+def described_column(adata: AnnData) -> str | None:
+    """Column of ``obs`` that the metadata says tells slices apart; None if nothing says so.
+
+    That is the region column of a SpatialData's table, or the one whose values are the images that
+    squidpy and scanpy keep in ``uns["spatial"]``.
+    """
+    attrs = adata.uns.get("spatialdata_attrs", {})
+    key = attrs.get("region_key") if hasattr(attrs, "get") else None
+    if key in adata.obs and adata.obs[key].nunique() > 1:
+        return str(key)
+    images = adata.uns.get("spatial")
+    if not isinstance(images, dict) or len(images) < 2:
+        return None
+    names = {str(name) for name in images}
+    for column in adata.obs.columns:
+        values = adata.obs[column]
+        if 1 < values.nunique() <= len(names) and set(values.dropna().astype(str)) <= names:
+            return str(column)
+    return None
+
+
+def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
+    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
+    codes, names = value_codes(adata.obs[column])
+    if boxes_overlap(xy, codes, len(names)):
+        return True
+    nearest = Nearest.find(xy)
+    if nearest.mixing(codes[nearest.rows]) < _ADJOINING:
+        return True
+    logger.info(
+        "The %d regions in obs[%r] adjoin, as fields of one slide do: they are taken as one slice. "
+        "Pass library_key=%r to separate them.",
+        len(names),
+        column,
+        column,
+    )
+    return False
+
+
+def _overlaid(
+    adata: AnnData, xy: NDArray[np.float64], slices: NDArray[np.integer] | None = None
+) -> list[tuple[str, int, str]]:
+    """Columns whose values lie on each other as slices would: name, number and examples of values."""
+    if adata.n_obs < 2 * _MIN_CELLS:
+        return []
+    nearest = Nearest.find(xy, slices)
+    own = None if slices is None else slices[nearest.rows]
+    found = []
+    for name, codes, names in _groupings(adata.obs, nearest):
+        codes = codes if own is None else own * len(names) + codes
+        share = nearest.same_share(codes)
+        if share == 1.0 and own is None and nearest.are_joined(codes):
+            share = 0.5
+        found.append((share, name, names))
+    best = min((share for share, _, _ in found), default=1.0)
+    near = sorted((f for f in found if f[0] < 1.0 and f[0] <= best + _ALSO), key=lambda f: f[0])
+    return [(name, len(names), ", ".join(names[:3])) for _, name, names in near]
+
+
+def _groupings(
+    columns: pd.DataFrame, nearest: Nearest
+) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:
+    """Columns that put cells into groups of several, numbered for the rows that are looked at."""
+    most = min(_MAX_SLICES, len(nearest.cells) // _MIN_CELLS)
+    for name in columns.columns:
+        column = columns[name]
+        if column.iloc[nearest.rows[nearest.cells]].nunique() > most:
+            continue
+        codes, names = value_codes(column.iloc[nearest.rows])
+        if len(names) > 1:
+            yield str(name), codes, names
+
+
+def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
+    found = _overlaid(adata, xy)
+    if found:
+        column, n, examples = found[0]
+        others = [f"library_key={name!r}" for name, _, _ in found[1:]]
+        msg = (
+            f"obs[{column!r}] names {n} samples ({examples}{', ...' if n > 3 else ''}) whose "
+            "coordinates overlap: cells of different slices would be taken as neighbours. Pass "
+            f"{' or '.join([f'library_key={column!r}', *others])}. If they are one slice, pass a "
+            "column that is the same for all cells."
+        )
+        raise ValueError(msg)
+    _refuse_joined_names(adata, xy)
+
+
+def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
+    """Refuse slices on each other that were joined without a column that names them."""
+    import pandas as pd
+
+    if adata.n_obs < 2 * _MIN_CELLS:
+        return
+    names = pd.Series(adata.obs_names)
+    if not adata.obs_names.is_unique:
+        times = names.groupby(names, sort=False).cumcount().to_numpy()
+        n = int(times.max()) + 1
+        share = float(np.isin(names, names[times > 0]).mean())
+        if share >= 0.05 and boxes_overlap(xy, times, n):
+            msg = (
+                f"{share:.0%} of the obs_names are there several times (up to {n}), and their cells "
+                "lie on each other: slices that were joined without a column that names them? Join "
+                'them with ad.concat(slices, label="sample", index_unique="-"), slices a dict, and '
+                "pass library_key='sample'. If they are one slice, make the names unique: "
+                "adata.obs_names_make_unique()."
+            )
+            raise ValueError(msg)
+        return
+    nearest = Nearest.find(xy)
+    ends = {
+        "rsplit": names.str.rsplit(r"-", n=1).str[-1],
+        "split": names.str.split("_", n=1).str[0],
+    }
+    for name, codes, values in _groupings(pd.DataFrame(ends), nearest):
+        if nearest.same_share(codes) < 1.0:
+            part = (
+                "str.rsplit('-', n=1).str[-1]" if name == "rsplit" else "str.split('_', n=1).str[0]"
+            )
+            msg = (
+                f"obs_names are of {len(values)} samples ({', '.join(values[:3])}, ...) whose "
+                "coordinates overlap: cells of different slices would be taken as neighbours. Make "
+                f"a column of it and pass it: adata.obs['sample'] = adata.obs_names.{part}, "
+                "library_key='sample'. If they are one slice, pass a column that is the same for "
+                "all cells."
+            )
+            raise ValueError(msg)
+
+
+def overlaid_within(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> list[Any]:
+    """Columns that lie on each other within slices which were asked for; see `_overlaid`."""
+    codes = np.empty(adata.n_obs, dtype=np.int64)
+    for k, rows in enumerate(slices.rows):
+        codes[rows] = k
+    return _overlaid(adata, xy, codes)
