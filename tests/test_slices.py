@@ -143,7 +143,7 @@ def test_names_that_are_there_twice_tell_of_joined_slices(rng):
     with pytest.raises(ValueError, match=r"100% of the obs_names .*label=\"sample\", index_uni"):
         read(joined)
     ended = ad.concat(parts, index_unique="-")
-    with pytest.raises(ValueError, match=r"are of 2 samples \(0, 1, ") as error:
+    with pytest.raises(ValueError, match=r"are of 2 samples \(0, 1\)") as error:
         read(ended)
     exec(str(error.value).partition("pass it: ")[2].partition(", library_key")[0], {"adata": ended})
     assert len(read_slices(ended, "sample", "spatial").rows) == 2

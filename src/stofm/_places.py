@@ -155,6 +155,8 @@ def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def remark_on_places(coordinates: NDArray[np.float64], slices: Slices) -> None:
     """Warn of slices whose coordinates carry little: one place, a line, many duplicates."""
+    import pandas as pd
+
     for name, rows in zip(slices.names, slices.rows, strict=True):
         xy = coordinates[rows]
         called = f"Slice {name!r}" if name else "The slice"
@@ -167,7 +169,7 @@ def remark_on_places(coordinates: NDArray[np.float64], slices: Slices) -> None:
         elif len(xy) > 2 and not extent.all():
             side = "width" if extent[0] == 0 else "height"
             warn(f"{called} has zero {side}: its cells lie on a line. Check the coordinates.")
-        n_places = len(np.unique(xy.view([("x", "f8"), ("y", "f8")])))
+        n_places = len(xy) - int(pd.DataFrame(xy).duplicated().sum())
         if extent.any() and n_places < len(xy):
             tell = warn if n_places < _FEW_PLACES * len(xy) else logger.info
             tell(

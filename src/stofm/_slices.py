@@ -26,6 +26,8 @@ _MAX_SLICES: Final = 1000
 _MIN_CELLS: Final = 5
 #: What other columns may explain less than the best one and be named beside it.
 _ALSO: Final = 0.15
+#: Share of cells whose name another has, from which on slices were joined.
+_REPEATED: Final = 0.05
 #: Share of cells with a neighbour of another region, from which on regions adjoin.
 _ADJOINING: Final = 0.002
 
@@ -107,7 +109,8 @@ def separate(adata: AnnData, column: str | None, spatial_key: str) -> Slices:
         near = difflib.get_close_matches(column, [str(n) for n in adata.obs.columns])
         likely = []
         if spatial_key in adata.obsm:
-            likely = [name for name, _, _ in _overlaid(adata, read_axes(adata, spatial_key)[0])]
+            nearest = Nearest.find(read_axes(adata, spatial_key)[0])
+            likely = [name for name, _, _ in _overlaid(adata, nearest)]
         msg = (
             f"There is no obs[{column!r}] to separate slices by; "
             f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}."
@@ -166,12 +169,9 @@ def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
 
 
 def _overlaid(
-    adata: AnnData, xy: NDArray[np.float64], slices: NDArray[np.integer] | None = None
+    adata: AnnData, nearest: Nearest, slices: NDArray[np.integer] | None = None
 ) -> list[tuple[str, int, str]]:
     """Columns whose values lie on each other as slices would: name, number and examples of values."""
-    if adata.n_obs < 2 * _MIN_CELLS:
-        return []
-    nearest = Nearest.find(xy, slices)
     own = None if slices is None else slices[nearest.rows]
     found = []
     for name, codes, names in _groupings(adata.obs, nearest):
@@ -189,7 +189,7 @@ def _groupings(
     columns: pd.DataFrame, nearest: Nearest
 ) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:
     """Columns that put cells into groups of several, numbered for the rows that are looked at."""
-    most = min(_MAX_SLICES, len(nearest.cells) // _MIN_CELLS)
+    most = _most_groups(nearest)
     for name in columns.columns:
         column = columns[name]
         if column.iloc[nearest.rows[nearest.cells]].nunique() > most:
@@ -199,8 +199,13 @@ def _groupings(
             yield str(name), codes, names
 
 
+def _most_groups(nearest: Nearest) -> int:
+    return min(_MAX_SLICES, len(nearest.cells) // _MIN_CELLS)
+
+
 def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
-    found = _overlaid(adata, xy)
+    nearest = Nearest.find(xy)
+    found = _overlaid(adata, nearest)
     if found:
         column, n, examples = found[0]
         others = [f"library_key={name!r}" for name, _, _ in found[1:]]
@@ -211,48 +216,51 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
             "column that is the same for all cells."
         )
         raise ValueError(msg)
-    _refuse_joined_names(adata, xy)
+    _refuse_joined_names(adata, xy, nearest)
 
 
-def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
+def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Nearest) -> None:
     """Refuse slices on each other that were joined without a column that names them."""
     import pandas as pd
 
-    if adata.n_obs < 2 * _MIN_CELLS:
-        return
-    names = pd.Series(adata.obs_names)
     if not adata.obs_names.is_unique:
-        times = names.groupby(names, sort=False).cumcount().to_numpy()
-        n = int(times.max()) + 1
-        share = float(np.isin(names, names[times > 0]).mean())
-        if share >= 0.05 and boxes_overlap(xy, times, n):
-            msg = (
-                f"{share:.0%} of the obs_names are there several times (up to {n}), and their cells "
-                "lie on each other: slices that were joined without a column that names them? Join "
-                'them with ad.concat(slices, label="sample", index_unique="-"), slices a dict, and '
-                "pass library_key='sample'. If they are one slice, make the names unique: "
-                "adata.obs_names_make_unique()."
-            )
-            raise ValueError(msg)
+        _refuse_repeated_names(adata, xy)
         return
-    nearest = Nearest.find(xy)
-    ends = {
-        "rsplit": names.str.rsplit(r"-", n=1).str[-1],
-        "split": names.str.split("_", n=1).str[0],
-    }
-    for name, codes, values in _groupings(pd.DataFrame(ends), nearest):
+    names = pd.Series(adata.obs_names[nearest.rows])
+    most = _most_groups(nearest)
+    for split, sign, place in (("rsplit", "-", -1), ("split", "_", 0)):
+        few = getattr(names.iloc[nearest.cells].str, split)(sign, n=1).str[place]
+        if not 1 < few.nunique() <= most:
+            continue
+        codes, values = value_codes(getattr(names.str, split)(sign, n=1).str[place])
         if nearest.same_share(codes) < 1.0:
-            part = (
-                "str.rsplit('-', n=1).str[-1]" if name == "rsplit" else "str.split('_', n=1).str[0]"
-            )
+            part = f"str.{split}({sign!r}, n=1).str[{place}]"
             msg = (
-                f"obs_names are of {len(values)} samples ({', '.join(values[:3])}, ...) whose "
-                "coordinates overlap: cells of different slices would be taken as neighbours. Make "
-                f"a column of it and pass it: adata.obs['sample'] = adata.obs_names.{part}, "
-                "library_key='sample'. If they are one slice, pass a column that is the same for "
-                "all cells."
+                f"obs_names are of {len(values)} samples ({', '.join(values[:3])}"
+                f"{', ...' if len(values) > 3 else ''}) whose coordinates overlap: cells of "
+                "different slices would be taken as neighbours. Make a column of it and pass it: "
+                f"adata.obs['sample'] = adata.obs_names.{part}, library_key='sample'. If they are "
+                "one slice, pass a column that is the same for all cells."
             )
             raise ValueError(msg)
+
+
+def _refuse_repeated_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
+    import pandas as pd
+
+    names = pd.Series(adata.obs_names)
+    times = names.groupby(names, sort=False).cumcount().to_numpy()
+    n = int(times.max()) + 1
+    share = float(np.isin(names, names[times > 0]).mean())
+    if share >= _REPEATED and boxes_overlap(xy, times, n):
+        msg = (
+            f"{share:.0%} of the obs_names are there several times (up to {n}), and their cells "
+            "lie on each other: slices that were joined without a column that names them? Join "
+            'them with ad.concat(slices, label="sample", index_unique="-"), slices a dict, and '
+            "pass library_key='sample'. If they are one slice, make the names unique: "
+            "adata.obs_names_make_unique()."
+        )
+        raise ValueError(msg)
 
 
 def overlaid_within(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> list[Any]:
@@ -260,4 +268,4 @@ def overlaid_within(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> 
     codes = np.empty(adata.n_obs, dtype=np.int64)
     for k, rows in enumerate(slices.rows):
         codes[rows] = k
-    return _overlaid(adata, xy, codes)
+    return _overlaid(adata, Nearest.find(xy, codes), codes)
