@@ -59,6 +59,8 @@ class Nearest:
     ) -> Nearest:
         """Find the neighbours of cells, (n, 2), of the same of several slices if these are given."""
         n = len(coordinates)
+        # Of a small slice, what is around a cell is not the whole.
+        k = min(_NEIGHBORS, max(8, n // 8), n - 1)
         places, limit = coordinates, np.inf
         if slices is not None:
             limit = 2.0 * float(np.ptp(coordinates, axis=0).max()) + 1.0
@@ -67,9 +69,7 @@ class Nearest:
         if n > _CELLS:
             chosen = np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False))
         tree = cKDTree(places, balanced_tree=False, compact_nodes=False)
-        distances, neighbors = tree.query(
-            places[chosen], k=np.arange(1, min(_NEIGHBORS + 1, n) + 1)
-        )
+        distances, neighbors = tree.query(places[chosen], k=np.arange(1, k + 2))
         # Among many cells at one place, the cell itself may be missing.
         is_self = neighbors == chosen[:, None]
         is_self[~is_self.any(axis=1), -1] = True
