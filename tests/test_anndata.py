@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from anndata import AnnData
 
 from stofm._anndata import layer_names, read_record, resolve_table, same_params, write_record
 

@@ -262,7 +262,7 @@ def test_a_spatialdata_store_is_embedded(files, adata, monkeypatch, capsys):
 
 def test_messages_have_flags_for_arguments(files, capsys):
     assert embed(files, "--spatial-key", "place") == 1
-    assert "or pass --spatial-key." in capsys.readouterr().err
+    assert "(pass --spatial-key spatial)" in capsys.readouterr().err
     assert embed(files, "--library-key", "library", "--key-added", "X_stofm_cell") == 1
     assert "--key-added X_stofm_cell would replace" in capsys.readouterr().err
 

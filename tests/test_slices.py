@@ -188,6 +188,7 @@ def images(adata, column):
 
 @pytest.mark.parametrize("describe", [regions, images])
 def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, caplog):
+    adata.obsm["spatial"][adata.obs["library"] == "right", 0] += 1e4
     expected = st.tl.embed(adata, model, library_key="library", copy=True, show_progress_bar=False)
     describe(adata, "library")
     with caplog.at_level("INFO", logger="stofm"):
@@ -196,6 +197,25 @@ def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, caplo
     np.testing.assert_array_equal(adata.obsm[Obsm.X], expected.obsm[Obsm.X])
     assert adata.uns["stofm"][Obsm.X] == expected.uns["stofm"][Obsm.X]
     assert len(st.pl.spatial(adata, show=False)) == 2
+
+
+@pytest.mark.parametrize("describe", [regions, images])
+def test_slices_of_the_metadata_that_lie_on_each_other_are_refused(adata, describe):
+    adata.obs["field"] = pd.Categorical(adata.obs.pop("library"))
+    describe(adata, "field")
+    with pytest.raises(ValueError, match=r"obs\['field'\] names 2 samples .*library_key='field'"):
+        read(adata)
+
+
+@pytest.mark.parametrize("name", ["library", "orig.ident", "Sample_ID", "section label", "fov"])
+def test_columns_named_as_those_of_slices_are_enough_where_these_mix(adata, name):
+    adata.obs = adata.obs.rename(columns={"library": name})[[name]]
+    with pytest.raises(
+        ValueError, match=r"names 2 samples \(left, right\) whose coordinates overlap"
+    ):
+        read(adata)
+    adata.obsm["spatial"][adata.obs[name] == "right", 0] += 1e4
+    assert len(read(adata).rows) == 1
 
 
 def test_regions_that_adjoin_are_fields_of_one_slice(rng, caplog):
@@ -275,9 +295,10 @@ def test_metadata_of_a_spatialdata_gives_places(adata, model):
             )
         },
     )
-    new = st.tl.embed(sdata, model, copy=True, show_progress_bar=False)
+    options = {"library_key": "library", "show_progress_bar": False}
+    new = st.tl.embed(sdata, model, copy=True, **options)
     assert "spatial" not in sdata["cells"].obsm
-    st.tl.embed(sdata, model, show_progress_bar=False)
+    st.tl.embed(sdata, model, **options)
     np.testing.assert_allclose(sdata["cells"].obsm["spatial"], xy)
     for found in (new, sdata["cells"]):
         np.testing.assert_allclose(found.obsm[Obsm.X], expected.obsm[Obsm.X], atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,12 @@ _MAX_SLICES: Final = 1000
 _MIN_CELLS: Final = 5
 #: What other columns may explain less than the best one and be named beside it.
 _ALSO: Final = 0.15
+#: Words in the name of a column that names slices.
+_SLICE_WORDS: Final = re.compile(
+    r"animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample|section|slice"
+    r"|slide|specimen|subject",
+    re.IGNORECASE,
+)
 #: Share of cells whose name another has, from which on slices were joined.
 _REPEATED: Final = 0.05
 #: Share of cells with a neighbour of another region, from which on regions adjoin.
@@ -85,7 +92,7 @@ def tell_slices(
 ) -> Slices:
     """Separate slices where no column is given; see :func:`read_slices`."""
     column = described_column(adata)
-    if column is not None and _are_slices(adata, column, xy):
+    if column is not None and _are_apart(adata, column, xy):
         slices = separate(adata, column, spatial_key)
         logger.info(
             "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
@@ -150,11 +157,17 @@ def described_column(adata: AnnData) -> str | None:
     return None
 
 
-def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
-    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
+def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
+    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do.
+
+    Raises
+    ------
+    ValueError
+        They lie on each other.
+    """
     codes, names = value_codes(adata.obs[column])
     if boxes_overlap(xy, codes, len(names)):
-        return True
+        raise ValueError(_overlay_message([column], len(names), ", ".join(names[:3])))
     nearest = Nearest.find(xy)
     if nearest.mixing(codes[nearest.rows]) < _ADJOINING:
         return True
@@ -177,7 +190,8 @@ def _overlaid(
     for name, codes, names in _groupings(adata.obs, nearest):
         codes = codes if own is None else own * len(names) + codes
         share = nearest.same_share(codes)
-        if share == 1.0 and own is None and nearest.are_joined(codes):
+        is_named = _SLICE_WORDS.search(name) is not None
+        if share == 1.0 and own is None and nearest.are_joined(codes, is_named=is_named):
             share = 0.5
         found.append((share, name, names))
     best = min((share for share, _, _ in found), default=1.0)
@@ -207,16 +221,19 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
     nearest = Nearest.find(xy)
     found = _overlaid(adata, nearest)
     if found:
-        column, n, examples = found[0]
-        others = [f"library_key={name!r}" for name, _, _ in found[1:]]
-        msg = (
-            f"obs[{column!r}] names {n} samples ({examples}{', ...' if n > 3 else ''}) whose "
-            "coordinates overlap: cells of different slices would be taken as neighbours. Pass "
-            f"{' or '.join([f'library_key={column!r}', *others])}. If they are one slice, pass a "
-            "column that is the same for all cells."
-        )
-        raise ValueError(msg)
+        _, n, examples = found[0]
+        raise ValueError(_overlay_message([name for name, _, _ in found], n, examples))
     _refuse_joined_names(adata, xy, nearest)
+
+
+def _overlay_message(columns: list[str], n: int, examples: str) -> str:
+    """What to say of slices on each other that the first of some columns names."""
+    ways = " or ".join(f"library_key={column!r}" for column in columns)
+    return (
+        f"obs[{columns[0]!r}] names {n} samples ({examples}{', ...' if n > 3 else ''}) whose "
+        f"coordinates overlap: cells of different slices would be taken as neighbours. Pass {ways}. "
+        "If they are one slice, pass a column that is the same for all cells."
+    )
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Nearest) -> None:

@@ -111,13 +111,13 @@ class Nearest:
         share = found / max(expected, 1.0)
         return float(share) if is_significant and share <= _MAX_SHARE else 1.0
 
-    def are_joined(self, codes: NDArray[np.integer]) -> bool:
-        """Whether groups follow each other in the file and fill the same area evenly, as slices do.
+    def are_joined(self, codes: NDArray[np.integer], *, is_named: bool) -> bool:
+        """Whether groups fill the same area evenly, and follow each other in the file or are named so.
 
         It counts where cells keep no distance, so that their places tell nothing: in a sparse sample.
         """
         own = codes[self.cells]
-        if np.count_nonzero(np.diff(own)) != len(np.unique(own)) - 1:
+        if not is_named and np.count_nonzero(np.diff(own)) != len(np.unique(own)) - 1:
             return False
         pairs = _Pairs.among(self, codes)
         return pairs is not None and pairs.clustering <= _MAX_CLUSTERING and pairs.are_strewn()
