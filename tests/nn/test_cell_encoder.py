@@ -50,6 +50,18 @@ def test_hidden_states_like_transformers(golden):
     torch.testing.assert_close(ours[batch.is_real], expected[batch.is_real], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [2, 3])
+def test_shortest_inputs_are_computed_as_the_beginning_of_longer_ones(golden, length):
+    encoder, batch, _ = golden
+    short = TokenBatch(batch.tokens[:, :length], batch.is_real[:, :length])
+    is_real = batch.is_real.clone()
+    is_real[:, length:] = False
+    with torch.no_grad():
+        expected = encoder.hidden_states(replace(batch, is_real=is_real))[:, :length]
+        hidden = encoder.hidden_states(short)
+    torch.testing.assert_close(hidden[short.is_real], expected[short.is_real])
+
+
 def test_gelu_like_transformers(golden):
     encoder, batch, _ = golden
     torch.manual_seed(0)

@@ -4,10 +4,13 @@ import ast
 import copy
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +23,18 @@ import torch
 import stofm as st
 from stofm.nn import Stofm
 from stofm.tl import _training_data
-from stofm.train import LossWeights, OptimizerConfig, SpatialMasking, StageConfig, TrainingLoop
+from stofm.train import (
+    LossWeights,
+    OptimizerConfig,
+    SpatialMasking,
+    StageConfig,
+    TrainingLoop,
+    pretraining,
+)
 from stofm.train.logs import read_history
 from stofm.train.processes import Processes
 from stofm.train.recorder import RunRecorder
-from stofm.train.state import read_progress
+from stofm.train.run_checkpoint import read_progress
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.
@@ -316,7 +326,7 @@ def test_a_loss_that_is_not_finite_says_how_to_go_on(train, monkeypatch, tmp_pat
     losses = iter([1.0, np.nan])
     monkeypatch.setattr(TrainingLoop, "evaluate", lambda self: np.full((2, 2), next(losses)))
     with pytest.raises(FloatingPointError, match="The last checkpoint is good") as caught:
-        train()
+        train(checkpoint_every=2)
     monkeypatch.setattr(TrainingLoop, "evaluate", evaluate)
     (newest,) = re.findall(r"train\(data, ('.*?'), out_dir=<a new folder>\)", str(caught.value))
     newest = ast.literal_eval(newest)
@@ -376,11 +386,131 @@ def test_a_run_killed_in_the_middle_of_an_epoch_ends_like_the_uninterrupted_one(
     command = [sys.executable, "-c", _KILLED, str(tmp_path), str(torch.get_num_threads()), "5"]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert left == ["0-cell_encoder-00000004"]
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"0-cell_encoder-00000002", "0-cell_encoder-00000004"}
     rest = train(resume=True, **options)
     assert_same_weights(rest.model, whole.model)
     pd.testing.assert_frame_equal(without_times(rest.history), without_times(whole.history))
+
+
+def cut_history(run):
+    lines = (run / "history.csv").read_text().splitlines(keepends=True)
+    (run / "history.csv").write_text("".join(lines[:-1]))
+
+
+def empty_report(run):
+    (run / "run.json").write_text("")
+
+
+def lose_both(run):
+    (run / "run.json").unlink()
+    (run / "history.csv").unlink()
+
+
+def damage_newest(run):
+    path = run / "checkpoints" / "0-spatial-00000004" / "training" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def lose_config_of_newest(run):
+    (run / "checkpoints" / "0-spatial-00000004" / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "harm", [cut_history, empty_report, lose_both, damage_newest, lose_config_of_newest]
+)
+def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
+    train, kill_at, monkeypatch, tmp_path, harm
+):
+    options = {"checkpoint_every": 2}
+    whole = train(out_dir=tmp_path / "whole", **options)
+    kill_at(5)
+    with pytest.raises(KilledError):
+        train(**options)
+    monkeypatch.undo()
+    harm(tmp_path / "run")
+    damaged = r"0-spatial-00000004/\S+ is damaged.* goes on from the checkpoint before"
+    is_newest = harm in (damage_newest, lose_config_of_newest)
+    told = pytest.warns(UserWarning, match=damaged) if is_newest else nullcontext()
+    with told:
+        rest = train(resume=True, **options)
+    assert_same_weights(rest.model, whole.model)
+    pd.testing.assert_frame_equal(without_times(rest.history), without_times(whole.history))
+    assert rest.run["settings"] == whole.run["settings"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == rest.run
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_best_weights_that_are_damaged_give_way_to_the_last(train, held_out_losses, monkeypatch):
+    stage = replace(SPATIAL, epochs=5)
+    last = train(stage=stage, keep="last")
+    monkeypatch.setattr(pretraining, "find_damage", lambda folder: f"{folder} is damaged.")
+    with pytest.warns(UserWarning, match=r"00000004 is damaged. The stage's last weights are"):
+        found = train(stage=stage, overwrite=True)
+    assert found.model.fingerprint == last.model.fingerprint
+
+
+def test_without_steps_asked_for_a_short_stage_has_the_checkpoints_of_its_end(train, tmp_path):
+    result = train(validation=None)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"0-spatial-00000006", "0-spatial-final"}
+    assert result.last.name == "0-spatial-00000006"
+
+
+def test_a_run_that_is_going_on_is_not_begun_again(train, monkeypatch):
+    train()
+    seen = []
+
+    def advance(self):
+        with pytest.raises(FileExistsError, match=f"process {os.getpid()} on .* trains into it"):
+            train(resume=True)
+        seen.append(1)
+
+    monkeypatch.setattr(RunRecorder, "advance", advance)
+    train(overwrite=True, stage=CELLS)
+    assert seen == [1] * 3
+
+
+def test_options_without_effect_are_told(train):
+    with pytest.warns(UserWarning, match="patience=2: has no effect without held-out slices"):
+        train(validation=None, patience=2)
+
+
+def global_state():
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002 it must stay
+        "python": random.getstate(),
+        "filters": list(warnings.filters),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "signals": [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)],
+        "hook": sys.excepthook,
+    }
+
+
+def test_training_leaves_every_global_state_as_it_was(train):
+    torch.manual_seed(3)
+    before = global_state()
+    train(stage=[CELLS, SPATIAL, JOINT])
+    assert global_state() == before
+
+
+def test_a_damaged_vocabulary_in_the_work_folder_is_fitted_again(train, slices, model, tmp_path):
+    slices[0].write_h5ad(tmp_path / "left.h5ad")
+    options = {"validation": None, "stage": CELLS, "work_dir": tmp_path / "work"}
+    first = train(tmp_path / "left.h5ad", model.config, **options)
+    (table,) = (tmp_path / "work").glob("vocabulary-*/vocabulary.tsv")
+    whole = table.read_text()
+    table.write_text(whole.replace("1", "2", 1))
+    with pytest.warns(UserWarning, match=r"vocabulary.tsv is damaged: .* It is made again"):
+        again = train(tmp_path / "left.h5ad", model.config, overwrite=True, **options)
+    assert table.read_text() == whole
+    assert_same_weights(again.model, first.model)
 
 
 def test_a_folder_with_a_run_is_refused(train, tmp_path):

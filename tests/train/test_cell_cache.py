@@ -8,7 +8,7 @@ import torch
 
 from stofm.nn import Stofm, encode_cells
 from stofm.spatial import lay_out_slice
-from stofm.train.cell_cache import CellCache
+from stofm.train.cell_cache import CellCache, CenterCache
 
 CPU = torch.device("cpu")
 
@@ -146,5 +146,56 @@ def test_removed_result_is_missed_with_advice(tmp_path, corpus, model):
     assert len(one.open(key)) == 3
     one.remove(key)
     assert list((tmp_path / "cells").iterdir()) == []
-    with pytest.raises(FileNotFoundError, match=r"'slice-0' .* start the stage again"):
+    with pytest.raises(FileNotFoundError, match=r"'slice-0' .* and resume, and the stage begins"):
         one.open(key)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def widen(path):
+    np.save(path, np.load(path).astype(np.float64))
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, widen])
+@pytest.mark.parametrize("name", ["cells-*/features", "cells-*/center", "virtual-*/features"])
+def test_a_damaged_result_is_made_again(tmp_path, write_corpus, centring, name, harm):
+    corpus = write_corpus([13, 9], values=True)
+    one = cache(tmp_path, corpus, centring)
+    key, made = one.encode(centring, ALONE)
+    # Not the mapped file, which changes.
+    expected = [replace(old, features=old.features.copy()) for old in made]
+    path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
+    harm(path)
+    with pytest.raises(ValueError, match=f"{path} is damaged: .* delete the stage's checkpoints"):
+        one.check(key, ALONE)
+    with pytest.warns(
+        UserWarning, match=f"{path} is damaged: it is not what was written. It is ma"
+    ):
+        _, found = one.encode(centring, ALONE)
+    one.check(key, ALONE)
+    for new, old in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(new.features, old.features)
+        np.testing.assert_array_equal(new.center, old.center)
+
+
+def test_damaged_centres_are_refused_and_made_again(tmp_path, write_corpus, centring):
+    corpus = write_corpus([13, 9], values=True)
+    options = {"folder": tmp_path, "corpus": corpus, "device": CPU, "dtype": torch.float32}
+    one = CenterCache(n_cells=5, **options)
+    key = one.compute(centring, ALONE)
+    expected = one.open(key)
+    (path,) = tmp_path.glob("centers-*/centers.npy")
+    flip(path)
+    with pytest.raises(ValueError, match=r"centers\.npy is damaged"):
+        one.open(key)
+    with pytest.warns(UserWarning, match=r"centers\.npy is damaged.*It is made again"):
+        one.compute(centring, ALONE)
+    np.testing.assert_array_equal(one.open(key), expected)

@@ -130,6 +130,50 @@ def test_damaged_slice_says_what_to_do(tmp_path, ranked, places, name):
         open_slice(tmp_path, "k")
 
 
+def cast(path, dtype):
+    np.save(path, np.load(path).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("tokens", np.int64, r"tokens.npy is int64 .*, expected int32"),
+        ("values", np.float64, r"values.npy is float64 .*, expected float32"),
+        ("offsets", np.int32, r"offsets.npy is int32 .*, expected int64"),
+        ("coordinates", np.float32, r"coordinates.npy is float32 .*, expected float64"),
+    ],
+)
+def test_arrays_of_another_type_are_refused(tmp_path, ranked, places, name, dtype, message):
+    write_slice(tmp_path, "k", name="s", ranked=ranked, coordinates=places)
+    cast(tmp_path / "k" / f"{name}.npy", dtype)
+    with pytest.raises(ValueError, match=f"damaged .*{message}"):
+        open_slice(tmp_path, "k")
+
+
+def test_places_that_are_not_finite_are_refused(tmp_path, ranked, places):
+    write_slice(tmp_path, "k", name="s", ranked=ranked, coordinates=places)
+    np.save(tmp_path / "k" / "coordinates.npy", np.full_like(places, np.nan))
+    with pytest.raises(ValueError, match=r"coordinates.npy is not finite"):
+        open_slice(tmp_path, "k")
+
+
+@pytest.mark.parametrize("name", ["tokens", "values", "offsets", "coordinates"])
+def test_a_slice_with_a_changed_bit_is_written_again(tmp_path, ranked, places, name):
+    options = {"name": "s", "ranked": ranked, "coordinates": places}
+    expected = write_slice(tmp_path, "k", **options)
+    path = tmp_path / "k" / f"{name}.npy"
+    whole = path.read_bytes()
+    content = bytearray(whole)
+    # Of the middle of the numbers, their lowest bit.
+    content[128 + 8] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"The prepared slice .*k is .* It is prepared again"):
+        found = write_slice(tmp_path, "k", **options)
+    assert path.read_bytes() == whole
+    assert found.digest == expected.digest
+    assert write_slice(tmp_path, "k", **options).digest == expected.digest
+
+
 def test_too_many_open_files_are_no_damage(tmp_path, ranked, places, monkeypatch):
     write_slice(tmp_path, "k", name="s", ranked=ranked, coordinates=places)
 

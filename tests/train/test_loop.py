@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from stofm.train import loop as loop_module
+from stofm.train.losses import LossPart
 from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from stofm.train.processes import Processes
-from stofm.train.state import Progress
+from stofm.train.run_checkpoint import Progress
 
 _SPEC = importlib.util.spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py"))
 toy = importlib.util.module_from_spec(_SPEC)
@@ -164,14 +166,42 @@ def test_epochs_of_one_length_are_looked_at_once(monkeypatch):
 def test_early_stopping_and_the_best_checkpoint():
     stage = toy.ToyStage(toy.ToyObjective(contrastive=0.0), held_out=True)
     options = {"learning_rate": 3.0, "max_norm": None}
-    run = {"patience": 2, "validate_every": 1, "checkpoint_every": None}
+    run = {"patience": 2, "validate_every": 1}
     loop, recorder = train(stage, optimizer=options, run=run, n_epochs=60)
     losses = [row["loss"] for row in recorder.rows if row["split"] == "validation"]
-    best = [step for step, is_best in recorder.saved if is_best]
     assert loop.progress.step == len(losses) < loop.n_steps
-    assert best[-1] == int(np.argmin(losses)) + 1 == len(losses) - 2
+    assert recorder.kept[-1] == int(np.argmin(losses)) + 1 == len(losses) - 2
     assert loop.progress.best_loss == min(losses)
-    assert recorder.saved[-1] == (len(losses), False)
+    assert recorder.saved == [len(losses)]
+
+
+def test_checkpoints_come_by_steps_or_by_time_and_at_the_end(monkeypatch):
+    def saved(**run):
+        return train(toy.ToyStage(toy.ToyObjective()), run=run)[1].saved
+
+    # Two epochs of five steps, which take no ten minutes.
+    assert saved() == [10]
+    assert saved(checkpoint_every=4) == [4, 8, 10]
+    monkeypatch.setattr(loop_module, "_BETWEEN_CHECKPOINTS", 0.0)
+    assert saved() == list(range(1, 11))
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_the_scale_of_weights_of_what_is_asked_does_not_matter(factor):
+    def gradients(scale):
+        stage = toy.ToyStage(toy.ToyObjective(contrastive=0.0))
+        plain = stage.objective.forward
+
+        def weighted(inputs, gather=None):
+            part = plain(inputs, gather)["squares"]
+            return {"squares": LossPart(part.total * scale, part.count * scale)}
+
+        stage.objective.forward = weighted
+        options = {"max_norm": None}
+        recorder = train(stage, optimizer=options, n_epochs=1, max_steps=2)[1]
+        return [row["gradient_norm"] for row in recorder.rows]
+
+    assert gradients(factor) == pytest.approx(gradients(1.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 5, 8])
@@ -241,7 +271,7 @@ def test_a_loss_that_is_not_finite_names_step_and_slices_and_changes_nothing():
     newest = str(Path("run", "checkpoints", "1-toy-2"))
     assert f"new run with it, train(data, {newest!r}, out_dir=<a new folder>)" in str(caught.value)
     assert "lower learning_rate (now 0.02), a longer warm-up (now 2 steps)." in str(caught.value)
-    assert recorder.saved == [(1, False), (2, False)]
+    assert recorder.saved == [1, 2]
     assert loop.progress.step == 2
     assert all(value.isfinite().all() for value in weights(stage).values())
 

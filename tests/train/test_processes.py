@@ -8,6 +8,7 @@ from stofm.train.processes import _places_of_environment
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
+SRUN = SLURM | {"SLURM_STEP_NUM_TASKS": "6"}
 
 
 @pytest.mark.parametrize(
@@ -15,20 +16,29 @@ SLURM = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_J
     [
         ({}, (1, 1)),
         (TORCHRUN, (4, 2)),
-        (SLURM, (2, 3)),
+        (SRUN, (2, 3)),
         # One task, and a shell in an allocation.
-        (SLURM | {"SLURM_NTASKS": "1"}, (1, 1)),
-        (SLURM | {"SLURM_JOB_NAME": "bash"}, (1, 1)),
+        (SRUN | {"SLURM_NTASKS": "1"}, (1, 1)),
+        (SRUN | {"SLURM_JOB_NAME": "bash"}, (1, 1)),
         # torchrun within a SLURM job.
-        (SLURM | TORCHRUN, (4, 2)),
+        (SRUN | TORCHRUN, (4, 2)),
     ],
 )
 def test_processes_of_a_node_and_nodes(monkeypatch, variables, expected):
-    for name in (*TORCHRUN, *SLURM):
+    for name in (*TORCHRUN, *SRUN):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert _places_of_environment() == expected
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_job_script_without_srun_is_one_process(monkeypatch, step):
+    for name, value in (SLURM | step).items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match=r"SLURM gives this job 6 tasks, .* write `srun` before"):
+        processes = Processes.start("cpu")
+    assert processes.count == 1
 
 
 def test_one_process_alone():

@@ -22,7 +22,7 @@ def test_results_stay_while_checkpoints_refer_to_them(removed):
     for key in "abcd":
         results.replace(key)
         results.state()
-    # When d came, the checkpoint on disk referred to c, or still to b.
+    # When d came, the checkpoints on disk referred to c and b.
     assert removed == ["a"]
     results.replace("e")
     assert removed == ["a", "b"]

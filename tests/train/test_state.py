@@ -3,23 +3,24 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stofm._files import _HOST
 from stofm.nn import Stofm
-from stofm.train import OptimizerConfig, Progress, RunFolder
+from stofm.train import OptimizerConfig, Progress, RunFolder, state
 from stofm.train.optimizer import make_optimizer
-from stofm.train.state import (
+from stofm.train.run_checkpoint import (
     Trained,
     load_checkpoint,
     read_progress,
     write_checkpoint,
-    write_json,
 )
+from stofm.train.state import write_json
 
 
 class Objective(nn.Module):
@@ -93,65 +94,141 @@ def test_other_heads_are_refused(make, tmp_path):
 def test_a_failed_write_leaves_no_checkpoint(make, tmp_path, monkeypatch):
     trained, objective, optimizer = make()
     folder = RunFolder(tmp_path)
-    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), None)
+    one = (optimizer, objective)
+    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), one)
 
     def fail(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(
-            folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), (optimizer, objective)
-        )
+        write_checkpoint(folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), one)
     assert [path.name for path in folder.checkpoints.iterdir()] == ["0-spatial-00000002"]
     assert folder.newest() == folder.checkpoint(0, "spatial", 2)
 
 
-def test_damaged_and_newer_checkpoints_are_refused(make, tmp_path):
+def flip(path, at=-1):
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(), None)
+    write_checkpoint(tmp_path / "one", trained, Progress(step=3), None)
     state = tmp_path / "one" / "training" / "state.json"
-    entries = json.loads(state.read_text())
-    state.write_text(json.dumps(entries | {"format_version": 99}))
-    with pytest.raises(ValueError, match=r"format_version 99, this stofm reads 1"):
+    text = state.read_text()
+    state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
+    with pytest.raises(ValueError, match=r"format_version 99, this stofm reads 2"):
         read_progress(tmp_path / "one")
-    state.write_text(state.read_text()[:20])
-    with pytest.raises(ValueError, match=r"delete .*one to go on from the one before"):
-        read_progress(tmp_path / "one")
+    for damaged in (text[:20], "", "[1]", text.replace('"step": 3', '"step": 4')):
+        state.write_text(damaged)
+        with pytest.raises(ValueError, match=r"Delete .*one and resume: .* the checkpoint before"):
+            read_progress(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "training/heads.safetensors",
+        "training/optimizer.safetensors",
+        "training/history.csv",
+        "training/state.json",
+    ],
+)
+def test_any_damage_is_found_and_the_checkpoint_before_taken(make, tmp_path, name):
+    trained, objective, optimizer = make()
+    objective.step(optimizer)
+    folder = RunFolder(tmp_path)
+    folder.history.write_text("step\n1\n")
+    first, second = (folder.checkpoint(0, "spatial", step) for step in (2, 4))
+    for place in (first, second):
+        one = (trained, Progress(), (optimizer, objective))
+        write_checkpoint(place, *one, history=folder.history)
+    assert folder.newest() == second
+    flip(second / name, at=-20 if name.endswith(".json") else -1)
+    with pytest.warns(
+        UserWarning, match=f"{name} is damaged.*the checkpoint before {second}, which is made"
+    ):
+        assert folder.newest() == first
+    (first / name).unlink()
+    with pytest.warns(UserWarning, match=name):
+        assert folder.newest() is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["heads", "optimizer"])
+def test_tensors_that_can_not_be_trained_on_are_refused(make, tmp_path, name, value):
+    trained, objective, optimizer = make()
+    objective.step(optimizer)
+    write_checkpoint(tmp_path / "one", trained, Progress(), (optimizer, objective))
+    path = tmp_path / "one" / "training" / f"{name}.safetensors"
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[0] = value
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=f"{name}.safetensors is damaged .*1 of .*{key}.* and resume"
+    ):
+        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
+    tensors[key] = torch.zeros_like(tensors[key]).half()
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=f"{name}.safetensors: {key} is torch.float16, not float32"
+    ):
+        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "find_damage", lambda folder: "")
     folder = RunFolder(tmp_path / "run")
     for stage, name, step in (
         (0, "cell_encoder", None),
+        (1, "spatial", 800),
         (1, "spatial", 900),
         (1, "spatial", 1000),
         (1, "spatial", 20),
     ):
-        path = folder.checkpoint(stage, name, step) / "training"
-        path.mkdir(parents=True)
-        (path / "state.json").touch()
+        mark(folder.checkpoint(stage, name, step))
     return folder
+
+
+def mark(folder):
+    """Make it look like a checkpoint to go on from."""
+    (folder / "training").mkdir(parents=True)
+    for name in ("state.json", "optimizer.safetensors"):
+        (folder / "training" / name).touch()
 
 
 def test_the_newest_checkpoint_is_that_of_the_latest_stage_and_step(folder):
     assert folder.newest().name == "1-spatial-00001000"
-    shutil.rmtree(folder.checkpoint(1, "spatial", 1000) / "training")
+    # Kept for its weights alone.
+    (folder.checkpoint(1, "spatial", 1000) / "training" / "optimizer.safetensors").unlink()
     assert folder.newest().name == "1-spatial-00000900"
-    end = folder.checkpoint(1, "spatial", None)
-    (end / "training").mkdir(parents=True)
-    (end / "training" / "state.json").touch()
-    assert folder.newest() == end
+    mark(folder.checkpoint(1, "spatial", None))
+    assert folder.newest() == folder.checkpoint(1, "spatial", None)
     assert RunFolder(folder.path / "nowhere").newest() is None
 
 
-def test_pruning_keeps_what_is_named_and_the_ends_of_stages(folder):
-    folder.prune({"1-spatial-00000020"})
+def test_pruning_keeps_what_is_named_the_one_before_and_the_ends_of_stages(folder):
+    # The latest is damaged: training goes on from before it.
+    folder.remove_later(folder.checkpoint(1, "spatial", 900))
+    folder.prune(folder.checkpoint(1, "spatial", 900), {"1-spatial-00000020"})
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
         "0-cell_encoder-final",
         "1-spatial-00000020",
+        "1-spatial-00000800",
+        "1-spatial-00000900",
     ]
+
+
+def test_without_a_sound_checkpoint_none_is_left(folder):
+    folder.remove_later(None)
+    assert list(folder.checkpoints.iterdir()) == []
 
 
 def test_leftovers_of_interrupted_writes_go(folder):
@@ -206,14 +283,45 @@ def test_refreshed_results_go_and_the_work_folder_stays(folder):
     assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", None])
+def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, content):
+    trained, objective, optimizer = make()
+    folder = RunFolder(tmp_path)
+    report = {"status": "begun", "settings": {"seed": 1}}
+    one = (optimizer, objective)
+    place = folder.checkpoint(0, "spatial", 2)
+    write_checkpoint(place, trained, Progress(), one, report=report)
+    if content is not None:
+        folder.report.write_text(content)
+    folder.check(resume=True, overwrite=False)
+    assert folder.read_report() == report
+    with pytest.raises(FileExistsError, match=r"holds a run \(begun\)"):
+        folder.check(resume=False, overwrite=False)
+
+
+def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    folder.report.touch()
+    folder.history.write_text("stage,split\n")
+    (tmp_path / ".run.json.stofm-new-x").write_text("{")
+    folder.check(resume=True, overwrite=False)
+    # Of another program.
+    folder.report.write_text('{"framework": "other"}')
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+            folder.check(resume=False, overwrite=overwrite)
+
+
 def test_settings_that_differ_are_named(tmp_path):
     folder = RunFolder(tmp_path)
     old = {"run": {"seed": 1}, "stages": [{"name": "a", "epochs": 2}], "slices": ["x", "y"]}
     write_json(folder.report, {"settings": old})
-    folder.check_settings(copy.deepcopy(old))
-    folder.check_settings(old | {"slices": ("x", "y")})
+    begun = folder.read_report()["settings"]
+    folder.check_settings(begun, copy.deepcopy(old))
+    folder.check_settings(begun, old | {"slices": ("x", "y")})
     new = {"run": {"seed": 2}, "stages": [{"name": "a", "epochs": 3}], "slices": ["x"]}
     with pytest.raises(ValueError, match="begun with other settings") as error:
-        folder.check_settings(new)
+        folder.check_settings(begun, new)
     for text in ("run.seed was 1, now 2", "stages[0].epochs was 2, now 3", "slices was ['x', 'y']"):
         assert text in str(error.value)

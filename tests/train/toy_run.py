@@ -24,7 +24,7 @@ from stofm.train.loop import TrainingLoop
 from stofm.train.losses import LossPart, MaskedGeneConfig, contrastive_loss
 from stofm.train.optimizer import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
 from stofm.train.processes import Processes
-from stofm.train.state import Progress
+from stofm.train.run_checkpoint import Progress
 
 N_SAMPLES, N_HELD_OUT = 37, 11
 
@@ -129,7 +129,8 @@ class ToyRecorder:
         self.loop, self.stop_at = loop, stop_at
         self.newest: Path | None = None
         self.rows: list[dict[str, Any]] = []
-        self.saved: list[tuple[int, bool]] = []
+        self.saved: list[int] = []
+        self.kept: list[int] = []
         self.n_steps = 0
 
     def record(self, row: Any) -> None:
@@ -138,8 +139,11 @@ class ToyRecorder:
     def advance(self) -> None:
         self.n_steps += 1
 
-    def save(self, *, is_best: bool) -> None:
-        self.saved.append((self.loop.progress.step, is_best))
+    def keep(self) -> None:
+        self.kept.append(self.loop.progress.step)
+
+    def save(self) -> None:
+        self.saved.append(self.loop.progress.step)
         self.newest = Path("run", "checkpoints", f"1-toy-{self.loop.progress.step}")
         if self.loop.progress.step == self.stop_at:
             raise StoppedError
@@ -178,7 +182,11 @@ def toy_loop(
 def main(out: Path, options: dict[str, Any]) -> None:
     """Train from a stored state, if there is one, to a checkpoint or the end; store the state."""
     torch.set_num_threads(1)
-    processes = Processes.start("cpu")
+    with Processes.start("cpu") as processes:
+        _train_toy(out, options, processes)
+
+
+def _train_toy(out: Path, options: dict[str, Any], processes: Processes) -> None:
     stage = ToyStage(ToyObjective(), held_out=True, batch_size=options["batch_size"])
     begin = options["begin"]
     progress = Progress(**json.loads(Path(begin, "progress.json").read_text())) if begin else None

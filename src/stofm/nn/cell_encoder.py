@@ -238,7 +238,7 @@ class CellEncoder(nn.Module):
         queries, keys, values = self._heads(queried, hidden, weights.qkv)
         n_queries = queries.shape[2]
         if n_queries < _MIN_QUERIES:
-            queries = queries.expand(-1, -1, _MIN_QUERIES, -1)
+            queries = queries.repeat(1, 1, -(-_MIN_QUERIES // n_queries), 1)
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, dropout_p=dropout
         )[:, :, :n_queries]

@@ -169,9 +169,8 @@ def fine_tune_head(
     head = copy.deepcopy(head)
     changes = _prepare_weights(tuned, strategy, training, seed)
     objective = FineTuningObjective(tuned, head, use_rep=names, targets=targets, low_rank=changes)
-    processes = Processes.start(device)
-    show = show_progress_bar and processes.is_first
-    with _temporary_folder(processes) as folder:
+    with Processes.start(device) as processes, _temporary_folder(processes) as folder:
+        show = show_progress_bar and processes.is_first
         corpus, rows = _read(sources, model, folder, parts[0] | parts[1], processes, show=show)
         known = [KnownCells(targets, rows, counts) for counts in parts]
         stage = FineTuningStage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from stofm.train.config import RunConfig, StageConfig, StageName, paper_schedule
 from stofm.train.pretraining import Pretraining, TrainResult
 from stofm.train.processes import Processes
 from stofm.train.recipe import FileConfig, GeneEmbeddings, ModelSource, Recipe
+from stofm.train.run_lock import locked
 from stofm.train.state import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from os import PathLike
 
     import torch
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from stofm.train.config import Keep, Precision
     from stofm.train.optimizer import OptimizerConfig
     from stofm.train.pretraining import Initializer
-
-    #: Makes the model that is trained.
-    ModelMaker = Callable[["_Run"], Stofm]
 
 
 def train(
@@ -55,7 +54,7 @@ def train(
     keep: Keep = "best",
     validate_every: int | None = None,
     patience: int | None = None,
-    checkpoint_every: int | None = 500,
+    checkpoint_every: int | None = None,
     log_every: int = 10,
     n_threads: int = 2,
     tensorboard: bool = False,
@@ -115,7 +114,8 @@ def train(
         Optimiser steps between validations (by default one per epoch), and validations without a
         lower loss after which a stage stops (by default it does not).
     checkpoint_every, log_every
-        Optimiser steps between checkpoints, and between rows of the history.
+        Optimiser steps between checkpoints (by default one is written every 10 minutes), and
+        between rows of the history.
     n_threads
         Threads that load ahead; does not change the result.
     tensorboard
@@ -142,7 +142,8 @@ def train(
     Raises
     ------
     FileExistsError
-        `out_dir` holds a run and neither `resume` nor `overwrite` is set, or something else.
+        `out_dir` holds a run and neither `resume` nor `overwrite` is set, or something else; or
+        another process trains into it.
     FloatingPointError
         A loss is NaN or infinite; the message names step and slices.
     ValueError
@@ -171,31 +172,32 @@ def train(
         orthologs=orthologs,
         table_key=table_key,
     )
-    run = _Run(
-        sources=find_sources(data, options),
-        held_out=[] if validation is None else find_sources(validation, options),
-        stages=_stages(stage, epochs, optimizer),
-        config=RunConfig(
-            seed=seed,
-            precision=precision,
-            keep=keep,
-            validate_every=validate_every,
-            patience=patience,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            n_threads=n_threads,
-            tensorboard=tensorboard,
-        ),
-        folder=RunFolder(out_dir, work_dir),
-        device=device,
-        show_progress_bar=show_progress_bar,
+    stages = _stages(stage, epochs, optimizer)
+    config = RunConfig(
+        seed=seed,
+        precision=precision,
+        keep=keep,
+        validate_every=validate_every,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        n_threads=n_threads,
+        tensorboard=tensorboard,
     )
-    return run.train(
-        lambda run: _model(run, model, vocabulary),
-        gene_embeddings=gene_embeddings,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    initialize = _initializer(gene_embeddings, seed)
+    folder = RunFolder(out_dir, work_dir)
+    with _started(folder, device, precision, resume=resume, overwrite=overwrite) as processes:
+        run = _Run(
+            sources=find_sources(data, options),
+            held_out=[] if validation is None else find_sources(validation, options),
+            stages=stages,
+            config=config,
+            folder=folder,
+            processes=processes,
+            show_progress_bar=show_progress_bar,
+        )
+        trained = _model(run, model, vocabulary)
+        return run.train(trained, initialize, resume=resume, overwrite=overwrite)
 
 
 def train_recipe(
@@ -220,63 +222,72 @@ def train_recipe(
     out_dir, device, work_dir, resume, overwrite, show_progress_bar
         As in :func:`train`.
     """
-    train_on, held_out = recipe.data.find(data)
 
     def sources(files: Sequence[Path]) -> list[SliceSource]:
         return [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
 
-    run = _Run(
-        sources=sources(train_on),
-        held_out=sources(held_out),
-        stages=recipe.stages,
-        config=recipe.run,
-        folder=RunFolder(out_dir, work_dir),
-        device=device,
-        show_progress_bar=show_progress_bar,
-    )
-    return run.train(
-        lambda run: _model_of_recipe(run, recipe.model),
-        gene_embeddings=recipe.model.gene_embeddings,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    config = recipe.run
+    initialize = _initializer(recipe.model.gene_embeddings, config.seed)
+    folder = RunFolder(out_dir, work_dir)
+    with _started(
+        folder, device, config.precision, resume=resume, overwrite=overwrite
+    ) as processes:
+        train_on, held_out = recipe.data.find(data)
+        run = _Run(
+            sources=sources(train_on),
+            held_out=sources(held_out),
+            stages=recipe.stages,
+            config=config,
+            folder=folder,
+            processes=processes,
+            show_progress_bar=show_progress_bar,
+        )
+        model = _model_of_recipe(run, recipe.model)
+        return run.train(model, initialize, resume=resume, overwrite=overwrite)
+
+
+@contextmanager
+def _started(
+    folder: RunFolder,
+    device: str | torch.device,
+    precision: Precision,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Iterator[Processes]:
+    """Processes that train together, of which the first has the run's folder to itself."""
+    with Processes.start(device, precision) as processes, ExitStack() as stack:
+        if processes.is_first:
+            # Before hours of preparation.
+            folder.check(resume=resume, overwrite=overwrite)
+            stack.enter_context(locked(folder.path))
+        yield processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """A run before its model and slices are prepared."""
+    """A run before its slices are prepared."""
 
     sources: Sequence[SliceSource]
     held_out: Sequence[SliceSource]
     stages: Sequence[StageConfig]
     config: RunConfig
     folder: RunFolder
-    device: str | torch.device
+    processes: Processes
     show_progress_bar: bool
-    processes: Processes | None = None
 
     def train(
-        self,
-        make_model: ModelMaker,
-        *,
-        gene_embeddings: GeneEmbeddings,
-        resume: bool,
-        overwrite: bool,
+        self, model: Stofm, initialize: Initializer | None, *, resume: bool, overwrite: bool
     ) -> TrainResult:
         """Prepare the slices, then train."""
-        # Before hours of preparation.
-        self.folder.check(resume=resume, overwrite=overwrite)
-        processes = Processes.start(self.device, self.config.precision)
-        run = replace(self, processes=processes)
-        model = make_model(run)
         pretraining = Pretraining(
             stages=self.stages,
             run=self.config,
-            corpus=run.corpus(self.sources, model),
-            validation=run.corpus(self.held_out, model) if self.held_out else None,
+            corpus=self.corpus(self.sources, model),
+            validation=self.corpus(self.held_out, model) if self.held_out else None,
             folder=self.folder,
-            processes=processes,
-            initialize=_initializer(gene_embeddings, self.config.seed),
+            processes=self.processes,
+            initialize=initialize,
             show_progress_bar=self.show_progress_bar,
         )
         return pretraining.train(model, resume=resume, overwrite=overwrite)
@@ -296,7 +307,6 @@ class _Run:
 
     def _in_first(self, compute: Callable[[], Any]) -> Any:
         """Compute in the first process, and give the result to all."""
-        assert self.processes is not None
         return self.processes.agree(compute() if self.processes.is_first else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from stofm._counts import read_counts
 from stofm._features import gene_names
 from stofm._logging import progress
+from stofm._messages import warn
 from stofm._places import read_places
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
 from stofm.genes.fitting import CountSlice
@@ -26,8 +28,10 @@ from stofm.pp._tokenize import (
 )
 from stofm.spatial import normalize_coordinates
 from stofm.tl._slice_sources import orthologs_digest, read_ortholog_tables
-from stofm.train.corpus import Corpus, preparation_key, write_slice
+from stofm.train.arrays import is_there, write_folder
+from stofm.train.corpus import Corpus, preparation_key, reuse_slice, write_slice
 from stofm.train.corpus import open_slice as open_prepared
+from stofm.train.state import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -105,8 +109,10 @@ def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
                 "system that all machines share."
             )
             raise FileNotFoundError(msg)
-        if one.n_cells:
-            slices.append(one)
+        slices.append(one)
+    if empty := [one.name for one in slices if not one.n_cells]:
+        warn(f"{len(empty)} of {len(slices)} slices have no cells and are left out: {empty[:8]}.")
+    slices = [one for one in slices if one.n_cells]
     _refuse_repeated(slices)
     return Corpus(tuple(slices))
 
@@ -132,15 +138,22 @@ def _prepare(
         return _write(source, model, folder, None, settings)
     key = preparation_key(source.data, settings)
     index = folder / f"{key}.json"
-    if index.is_file():
-        names: list[str] = json.loads(index.read_text(encoding="utf-8"))
-        if all(open_prepared(folder, name) is not None for name in names):
-            return names
+    names = _read_index(index)
+    if names and all(reuse_slice(folder, name) is not None for name in names):
+        return names
     names = _write(source, model, folder, key, settings)
-    part = index.with_name(f".{index.name}-part")
-    part.write_text(json.dumps(names), encoding="utf-8")
-    part.replace(index)
+    write_json(index, names)
     return names
+
+
+def _read_index(index: Path) -> list[str]:
+    """Names of the slices of a file; none if that is not known."""
+    try:
+        names: Any = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else []
 
 
 def _settings(source: SliceSource, model: Stofm, orthologs: str | None) -> dict[str, Any]:
@@ -246,17 +259,21 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
         "reference": _described_vocabulary(reference),
         "sources": [_described(one, orthologs_digest(one, orthologs)) for one in sources],
     }
-    table = folder / f"vocabulary-{preparation_key(None, settings)}.tsv"
-    if table.is_file() and all(isinstance(source.data, Path) for source in sources):
-        return table
-    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"vocabulary-{preparation_key(None, settings)}"
+    table = place / "vocabulary.tsv"
+    if all(isinstance(source.data, Path) for source in sources):
+        if is_there(place):
+            return table
+    elif place.is_dir():
+        # Of other data: what is in memory has no name.
+        shutil.rmtree(place)
     vocabulary = GeneVocabulary.fit(
         _counted(sources),
         orthologs={mouse: human for pairs in orthologs.values() for mouse, human in pairs.items()},
         reference=reference,
         method="histogram",
     )
-    vocabulary.save(table)
+    write_folder(place, lambda part: vocabulary.save(part / table.name))
     return table
 
 

@@ -34,10 +34,11 @@ from stofm.train.pretraining import Pretraining, TrainResult
 from stofm.train.processes import Processes
 from stofm.train.protocols import Recorder, Samples, Stage
 from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe
+from stofm.train.run_checkpoint import Progress
 from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
-from stofm.train.state import Progress, RunFolder
+from stofm.train.state import RunFolder
 from stofm.train.targets import Targets, head_loss
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -12,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stofm._logging import progress
-from stofm.nn.checkpoint import write_atomically
 from stofm.nn.inference import finish_embeddings, project_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.arrays import open_array
+from stofm.train.arrays import find_damage, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +44,11 @@ class Together(Protocol):
         ...
 
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_BEGIN_AGAIN = (
+    "The cell encoder has changed since, so it can't be made again: delete the stage's checkpoints "
+    "and resume, and the stage begins again."
+)
 #: Rules that decide virtual cells; the others take effect when a sub-slice is built.
 _VIRTUAL_RULES = (
     "leiden_resolution",
@@ -150,6 +152,19 @@ class CellCache:
         """
         return [self._open_slice(s, key) for s in self.corpus.slices]
 
+    def check(self, key: str, processes: Together) -> None:
+        """Compare this process's share of a result with what was written.
+
+        Raises
+        ------
+        ValueError
+            A file is damaged.
+        """
+        for one in self.corpus.slices[processes.rank :: processes.count]:
+            _require_sound(self._cells(one, key))
+            if self.virtual_cells:
+                _require_sound(self._virtual(one, key))
+
     def remove(self, key: str) -> None:
         """Delete a result that is not needed any more."""
         for s in self.corpus.slices:
@@ -169,7 +184,7 @@ class CellCache:
 
     def _encode_slice(self, model: Stofm, one: TokenizedSlice, key: str) -> None:
         cells, virtual = self._cells(one, key), self._virtual(one, key)
-        if not cells.is_dir():
+        if not is_there(cells):
             raw = project_cells(
                 model.cell_encoder,
                 one.ranked,
@@ -181,7 +196,7 @@ class CellCache:
             features, centers = finish_embeddings(raw, [np.arange(len(raw))], centering)
             center = centers if centering != "none" else centers[:0]
             _write(cells, features=features.astype(_STORED), center=center)
-        if self.virtual_cells and not virtual.is_dir():
+        if self.virtual_cells and not is_there(virtual):
             # From what is stored, not from what was computed: it must not matter who found it.
             features = open_array(cells / "features.npy").astype(np.float32)
             found = lay_out_slice(one.coordinates, features, self.rules).virtual
@@ -191,8 +206,8 @@ class CellCache:
         place = self._cells(one, key)
         if not place.is_dir():
             msg = (
-                f"There are no cell embeddings of slice {one.name!r} in {self.folder} for this "
-                "cell encoder. If the folder was cleared, start the stage again from its beginning."
+                f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the cell "
+                f"encoder of the checkpoint. {_BEGIN_AGAIN}"
             )
             raise FileNotFoundError(msg)
         features = open_array(place / "features.npy")
@@ -243,7 +258,7 @@ class CenterCache:
         A key under which :meth:`open` finds the result.
         """
         key = self.key_of(model)
-        if processes.rank == 0 and not self._place(key).is_dir():
+        if processes.rank == 0 and not is_there(self._place(key)):
             rows = [self._rows(k) for k in range(len(self.corpus.slices))]
             raw = project_cells(
                 model.cell_encoder,
@@ -270,10 +285,11 @@ class CenterCache:
         place = self._place(key)
         if not place.is_dir():
             msg = (
-                f"There are no centres of slices in {self.folder} for this cell encoder. If the "
-                "folder was cleared, start the stage again from its beginning."
+                f"There are no centres of slices in {self.folder} for the cell encoder of the "
+                f"checkpoint. {_BEGIN_AGAIN}"
             )
             raise FileNotFoundError(msg)
+        _require_sound(place)
         centers: NDArray[np.float32] = np.load(place / "centers.npy", allow_pickle=False)
         return centers
 
@@ -324,6 +340,10 @@ def _write(folder: Path, **arrays: NDArray[Any]) -> None:
         for name, array in arrays.items():
             np.save(place / f"{name}.npy", array)
 
-    # Unless another run that shares the folder was faster.
-    with contextlib.suppress(FileExistsError):
-        write_atomically(folder, fill, overwrite=False)
+    write_folder(folder, fill)
+
+
+def _require_sound(folder: Path) -> None:
+    if folder.is_dir() and (damage := find_damage(folder)):
+        msg = f"{damage} {_BEGIN_AGAIN}"
+        raise ValueError(msg)

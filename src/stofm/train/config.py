@@ -43,7 +43,8 @@ class RunConfig:
     patience
         Validations without a lower loss after which a stage stops; None: never.
     checkpoint_every
-        Optimiser steps between checkpoints, besides those at the end of each epoch; None: none.
+        Optimiser steps between checkpoints, besides that at the end of a stage; None: every 10
+        minutes.
     log_every
         Optimiser steps that a row of the history is the mean of.
     n_threads
@@ -57,7 +58,7 @@ class RunConfig:
     keep: Keep = "best"
     validate_every: int | None = None
     patience: int | None = None
-    checkpoint_every: int | None = 500
+    checkpoint_every: int | None = None
     log_every: int = 10
     n_threads: int = 2
     tensorboard: bool = False

@@ -5,28 +5,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stofm._messages import warn
 from stofm.genes import RankedTokens
 from stofm.nn.checkpoint import write_atomically
-from stofm.train.arrays import explained_file_limit, is_file_limit, open_array
+from stofm.train.arrays import GrowingArray, explained_file_limit, is_file_limit, open_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
 #: Raised when a slice written by this version can't be read by an older one, or the reverse.
 FORMAT_VERSION = 1
 
-_HEADER_BYTES = 128
 _INFO = "slice.json"
 _TOKENS, _VALUES, _OFFSETS = "tokens.npy", "values.npy", "offsets.npy"
 _COORDINATES = "coordinates.npy"
@@ -132,7 +131,7 @@ def write_slice(
         Coordinates are not finite or do not fit the cells, or some blocks have values and
         others have none.
     """
-    if (found := open_slice(folder, key)) is not None:
+    if (found := reuse_slice(folder, key)) is not None:
         return found
     xy = np.ascontiguousarray(coordinates, dtype=np.float64)
     if xy.ndim != 2 or xy.shape[1] != 2 or not np.isfinite(xy).all():
@@ -149,9 +148,8 @@ def write_slice(
             )
             raise ValueError(msg)
         np.save(place / _COORDINATES, xy)
-        hashed = hashlib.blake2b(info["digest"].encode(), digest_size=8)
-        hashed.update(xy.data)
-        info |= {"digest": hashed.hexdigest(), "name": name, "technology": technology}
+        digest = _digest_with(info["digest"], xy)
+        info |= {"digest": digest, "name": name, "technology": technology}
         (place / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
     # Unless another run that shares the folder was faster.
@@ -167,8 +165,8 @@ def _write_tokens(place: Path, blocks: Iterable[RankedTokens], name: str) -> dic
     lengths: list[NDArray[np.int32]] = []
     with_values: set[bool] = set()
     with (
-        _GrowingArray(place / _TOKENS, np.int32) as tokens,
-        _GrowingArray(place / _VALUES, np.float32) as values,
+        GrowingArray(place / _TOKENS, np.int32) as tokens,
+        GrowingArray(place / _VALUES, np.float32) as values,
     ):
         for block in blocks:
             lengths.append(block.n_tokens)
@@ -184,62 +182,58 @@ def _write_tokens(place: Path, blocks: Iterable[RankedTokens], name: str) -> dic
     offsets = np.zeros(sum(map(len, lengths)) + 1, dtype=np.int64)
     np.cumsum(np.concatenate([np.empty(0, np.int32), *lengths]), out=offsets[1:])
     np.save(place / _OFFSETS, offsets)
-    hashed = hashlib.blake2b(offsets.data, digest_size=8)
-    hashed.update((tokens.digest + values.digest).encode())
     return {
         "format_version": FORMAT_VERSION,
         "n_cells": len(offsets) - 1,
         "n_tokens": int(offsets[-1]),
         "has_values": with_values == {True},
-        "digest": hashed.hexdigest(),
+        "digest": _digest_of_tokens(offsets, tokens.digest, values.digest),
     }
 
 
-class _GrowingArray:
-    """A one-dimensional .npy file whose length is known only when all is written."""
+def _digest_of_tokens(offsets: NDArray[np.int64], tokens: str, values: str) -> str:
+    hashed = hashlib.blake2b(offsets.data, digest_size=8)
+    hashed.update((tokens + values).encode())
+    return hashed.hexdigest()
 
-    def __init__(self, path: Path, dtype: type[np.generic]) -> None:
-        self._path = path
-        self._dtype = np.dtype(dtype)
-        self._length = 0
-        self._file: BinaryIO | None = None
-        self._hashed = hashlib.blake2b(digest_size=8)
 
-    @property
-    def digest(self) -> str:
-        """Hash of all that was appended, however it was cut into blocks."""
-        return self._hashed.hexdigest()
+def _digest_with(tokens: str, coordinates: NDArray[np.float64]) -> str:
+    hashed = hashlib.blake2b(tokens.encode(), digest_size=8)
+    hashed.update(np.ascontiguousarray(coordinates).data)
+    return hashed.hexdigest()
 
-    def __enter__(self) -> _GrowingArray:
-        self._file = self._path.open("wb")
-        self._file.write(bytes(_HEADER_BYTES))
-        return self
 
-    def append(self, values: NDArray[np.generic]) -> None:
-        assert self._file is not None
-        entries = np.ascontiguousarray(values, dtype=self._dtype)
-        self._file.write(entries.data)
-        self._hashed.update(entries.data)
-        self._length += len(values)
+def _is_as_written(one: TokenizedSlice) -> bool:
+    """Whether a slice's content has the digest that stands beside it."""
+    parts = (one.ranked.tokens, one.ranked.values)
+    digests = [
+        hashlib.blake2b(b"" if part is None else part.data, digest_size=8).hexdigest()
+        for part in parts
+    ]
+    tokens = _digest_of_tokens(np.ascontiguousarray(one.ranked.offsets), *digests)
+    return _digest_with(tokens, one.coordinates) == one.digest
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._file is not None
-        header = BytesIO()
-        described = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._length,),
-        }
-        np.lib.format.write_array_header_1_0(header, described)
-        assert len(header.getvalue()) == _HEADER_BYTES
-        self._file.seek(0)
-        self._file.write(header.getvalue())
-        self._file.close()
+
+def reuse_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
+    """Open a slice that is as :func:`write_slice` wrote it; None if there is none of that key.
+
+    A damaged one is deleted, with a warning. Unlike :func:`open_slice` this reads all of it.
+
+    Raises
+    ------
+    OSError
+        Too many files are open.
+    """
+    try:
+        found = open_slice(folder, key)
+        if found is None or _is_as_written(found):
+            return found
+        damage = f"The prepared slice {Path(folder) / key} is not what was written."
+    except ValueError as error:
+        damage = str(error)
+    warn(f"{damage} It is prepared again.")
+    shutil.rmtree(Path(folder) / key)
+    return None
 
 
 def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
@@ -274,9 +268,7 @@ def _read_slice(place: Path) -> TokenizedSlice:
         offsets=_read(place / _OFFSETS),
         values=open_array(place / _VALUES) if info["has_values"] else None,
     )
-    if (ranked.n_cells, len(coordinates)) != (info["n_cells"], info["n_cells"]):
-        msg = f"{ranked.n_cells} cells with tokens, {len(coordinates)} with coordinates"
-        raise ValueError(msg)
+    _check_arrays(ranked, coordinates, info["n_cells"])
     return TokenizedSlice(
         name=info["name"],
         ranked=ranked,
@@ -284,6 +276,26 @@ def _read_slice(place: Path) -> TokenizedSlice:
         technology=info["technology"],
         digest=info["digest"],
     )
+
+
+def _check_arrays(ranked: RankedTokens, coordinates: NDArray[Any], n_cells: int) -> None:
+    """Refuse arrays of other kinds or sizes than were written."""
+    offsets, n_tokens = ranked.offsets, int(ranked.offsets[-1])
+    expected: dict[str, tuple[NDArray[Any], type[np.generic], tuple[int, ...]]] = {
+        _TOKENS: (ranked.tokens, np.int32, (n_tokens,)),
+        _OFFSETS: (offsets, np.int64, (n_cells + 1,)),
+        _COORDINATES: (coordinates, np.float64, (n_cells, 2)),
+    }
+    if ranked.values is not None:
+        expected[_VALUES] = (ranked.values, np.float32, (n_tokens,))
+    for name, (array, dtype, shape) in expected.items():
+        if array.dtype != dtype or array.shape != shape:
+            found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
+            msg = f"{name} is {found}, expected {wanted}"
+            raise ValueError(msg)
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or not np.isfinite(coordinates).all():
+        msg = f"{_OFFSETS} does not rise from 0, or {_COORDINATES} is not finite"
+        raise ValueError(msg)
 
 
 def _read(path: Path) -> NDArray[Any]:

@@ -24,8 +24,8 @@ from stofm.train.operations import (
     products_of_embeddings,
     products_of_transformer,
 )
+from stofm.train.run_checkpoint import Progress
 from stofm.train.spatial_objective import replace_rows
-from stofm.train.state import Progress
 from stofm.train.subslice_samples import JointSamples, SubSliceSamples
 from stofm.train.targets import head_loss
 
@@ -266,11 +266,14 @@ class BestWeights:
         """One more optimiser step is done."""
         self._bar.advance()
 
-    def save(self, *, is_best: bool) -> None:
-        """Keep the weights if they are the best so far."""
-        if is_best:
-            self._kept = [weight.detach().clone() for weight in self._trained]
-        if is_best or self._loop.stage.validation is None:
+    def keep(self) -> None:
+        """Keep the weights, the best so far."""
+        self._kept = [weight.detach().clone() for weight in self._trained]
+        self.best_step = self._loop.progress.step
+
+    def save(self) -> None:
+        """Without a validation, the last weights are the best."""
+        if self._loop.stage.validation is None:
             self.best_step = self._loop.progress.step
 
     def restore(self) -> None:
@@ -328,7 +331,6 @@ def tune(
             seed=seed,
             validate_every=every,
             patience=config.patience,
-            checkpoint_every=None,
             log_every=config.validate_every,
         ),
         n_epochs=-(-n_steps // per_epoch),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stofm._files import put_in_place
 from stofm._logging import bars_can_be_seen
 from stofm._tables import read_table
 
@@ -40,28 +41,17 @@ class History:
     Parameters
     ----------
     path
-        The file.
-    n_rows
-        Rows that it holds and that count; later ones, of steps that will be repeated, go.
+        The file; rows that it has stay.
     """
 
-    def __init__(self, path: Path, n_rows: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         self._columns = list(_COLUMNS)
-        rows: list[dict[str, str]] = []
-        if n_rows:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._columns = list(reader.fieldnames or _COLUMNS)
-                rows = [row for _, row in zip(range(n_rows), reader, strict=False)]
-            if len(rows) < n_rows:
-                msg = (
-                    f"{path} has {len(rows)} rows, the checkpoint was written after {n_rows}: the "
-                    "file was changed. Put it back, or begin the run again."
-                )
-                raise ValueError(msg)
-        self.n_rows = len(rows)
-        self._write_all(rows)
+        if not path.is_file():
+            self._write_all([])
+            return
+        with path.open(newline="") as file:
+            self._columns = list(csv.DictReader(file).fieldnames or _COLUMNS)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write a row."""
@@ -73,15 +63,15 @@ class History:
             self._write_all(rows)
         with self._path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
-        self.n_rows += 1
 
     def _write_all(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        part = self._path.with_name(f".{self._path.name}-part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(self._path)
+        def fill(part: Path) -> None:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+
+        put_in_place(self._path, fill)
 
 
 def read_history(path: Path) -> pd.DataFrame:

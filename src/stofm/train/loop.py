@@ -16,6 +16,9 @@ from stofm.nn.device import reseed, seeded
 from stofm.train.optimizer import count_steps, learning_rate, make_optimizer, set_learning_rate
 from stofm.train.prefetch import Prefetch
 
+#: Seconds between checkpoints, where no number of steps is asked for.
+_BETWEEN_CHECKPOINTS = 600.0
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from stofm.train.optimizer import OptimizerConfig
     from stofm.train.processes import Processes, RowGatherer
     from stofm.train.protocols import Recorder, Samples, Stage
-    from stofm.train.state import Progress
+    from stofm.train.run_checkpoint import Progress
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class TrainingLoop:
             The loss is NaN or infinite.
         """
         self._recorder = recorder
+        self._saved_at = time.monotonic()
         progress = self.progress
         device = self._processes.device
         self._weight = torch.tensor([self._weights[n] for n in self.names], device=device)
@@ -224,8 +228,10 @@ class TrainingLoop:
         """Forward and backward pass of one batch; returns what :meth:`_forward` sums."""
         totals, sums = self._forward(self.stage, share, inputs)
         n = len(self.names)
+        # The weights of what was asked may be small; where nothing was there is no gradient.
+        counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
         # Gradients are averaged over the processes: their number takes that back.
-        scale = self._weight * (weight * self._processes.count) / sums[n : 2 * n].clamp(min=1)
+        scale = self._weight * (weight * self._processes.count) / counts
         self._processes.fabric.backward((totals * scale).sum())
         return sums
 
@@ -235,14 +241,10 @@ class TrainingLoop:
         totals, counts = self._module(_Work(inputs.to(self._processes.device), gather))
         if not share.is_active:
             totals, counts = totals * 0, counts * 0
-        size = [samples.n_cells(inputs), samples.n_tokens(inputs), self._operations(inputs)]
+        n_operations = cast("Any", self.stage.objective).count_operations(inputs)
+        size = [samples.n_cells(inputs), samples.n_tokens(inputs), n_operations]
         seen = totals.new_tensor([float(n) * share.is_active for n in size])
         return totals, self._processes.sum(torch.cat([totals.detach(), counts, seen]))
-
-    def _operations(self, inputs: Any) -> int:
-        objective = cast("Any", self.stage.objective)
-        found: int = objective.count_operations(inputs)
-        return found
 
     def _learning_rate(self) -> float:
         return learning_rate(self.progress.step, self.n_steps, self._config)
@@ -311,12 +313,18 @@ class TrainingLoop:
             self._record_training(epoch, rate)
         if ends_epoch:
             progress.epoch, progress.position = epoch + 1, 0
-        is_best = False
-        if self._is_time_to_validate(ends_epoch=ends_epoch, is_last=is_last):
-            is_best = self._validate(epoch)
-        is_due = run.checkpoint_every is not None and progress.step % run.checkpoint_every == 0
-        if is_best or is_due or ends_epoch or self._is_done():
-            self._recorder.save(is_best=is_best)
+        validates = self._is_time_to_validate(ends_epoch=ends_epoch, is_last=is_last)
+        if validates and self._validate(epoch):
+            self._recorder.keep()
+        if self._is_done() or self._is_time_to_save():
+            self._recorder.save()
+            self._saved_at = time.monotonic()
+
+    def _is_time_to_save(self) -> bool:
+        every = self._run.checkpoint_every
+        if every is not None:
+            return self.progress.step % every == 0
+        return time.monotonic() - self._saved_at >= _BETWEEN_CHECKPOINTS
 
     def _is_time_to_validate(self, *, ends_epoch: bool, is_last: bool) -> bool:
         if self.stage.validation is None:

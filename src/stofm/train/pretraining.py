@@ -11,16 +11,25 @@ from torch import nn
 
 from stofm import __version__
 from stofm._logging import logger
-from stofm.nn.device import seeded
+from stofm._messages import warn
 from stofm.train.cell_samples import Draws
 from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
 from stofm.train.loop import TrainingLoop
 from stofm.train.objectives import CellEncoderObjective, JointObjective
 from stofm.train.recorder import RunRecorder
+from stofm.train.run_checkpoint import (
+    Progress,
+    Trained,
+    find_damage,
+    load_checkpoint,
+    read_progress,
+    restore_history,
+)
 from stofm.train.spatial_objective import SpatialObjective
+from stofm.train.stage_objectives import make_objectives
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
-from stofm.train.state import Progress, Trained, load_checkpoint, read_progress, write_json
+from stofm.train.state import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -120,29 +129,26 @@ class Pretraining:
             A loss is NaN or infinite.
         """
         self._refuse_shared_slices()
+        self._say_what_has_no_effect()
         settings = self._settings(model)
-        self.folder.check(resume=resume, overwrite=overwrite)
-        begun = resume and self.folder.report.is_file()
-        if begun:
-            self.folder.check_settings(settings)
-        # No process may write before all have looked.
-        self.processes.wait()
+        report, newest = self.processes.agree(
+            self._find_run(settings, resume=resume, overwrite=overwrite)
+        )
         model = copy.deepcopy(model)
         model.config = replace(model.config, trained=True)
-        report = self.folder.read_report() if begun else self._begin(settings, model)
-        objectives = _make_objectives(model, self.stages, seed=self.run.seed)
+        if report:
+            self._write(report)
+        else:
+            report = self._begin(settings, model)
+        objectives = make_objectives(model, self.stages, seed=self.run.seed)
         trained = Trained(model, nn.ModuleList(objectives))
-        progress = self._start(trained, fresh=not begun)
+        progress = self._start(trained, newest)
         for number in range(progress.stage, len(self.stages)):
             if not progress.is_finished:
-                self._run_stage(objectives[number], trained, progress)
+                self._run_stage(objectives[number], trained, progress, newest, report)
             self._note(objectives[number], progress, report)
             if number + 1 < len(self.stages):
-                progress = Progress(
-                    stage=number + 1,
-                    n_history_rows=progress.n_history_rows,
-                    scaler=progress.scaler,
-                )
+                progress = Progress(stage=number + 1, scaler=progress.scaler)
         return self._finish(model, report)
 
     def _refuse_shared_slices(self) -> None:
@@ -156,6 +162,12 @@ class Pretraining:
                     f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
                 )
                 raise ValueError(msg)
+
+    def _say_what_has_no_effect(self) -> None:
+        given = {name: getattr(self.run, name) for name in ("patience", "validate_every")}
+        if self.validation is None and (idle := {n: v for n, v in given.items() if v is not None}):
+            text = ", ".join(f"{name}={value}" for name, value in idle.items())
+            warn(f"{text}: has no effect without held-out slices; pass `validation`.")
 
     def _settings(self, model: Stofm) -> dict[str, Any]:
         config = model.config.to_dict()
@@ -192,16 +204,32 @@ class Pretraining:
         self.processes.wait()
         return report
 
-    def _start(self, trained: Trained, *, fresh: bool) -> Progress:
-        """Load the newest checkpoint, or set the first weights."""
+    def _find_run(
+        self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> tuple[dict[str, Any], Path | None]:
+        """Report and newest checkpoint of the run to go on with; the first process looks."""
+        if not self.processes.is_first:
+            return {}, None
+        self.folder.check(resume=resume, overwrite=overwrite)
+        report = self.folder.read_report()
+        if overwrite or not report:
+            return {}, None
+        self.folder.check_settings(report["settings"], settings)
+        return report, self.folder.newest()
+
+    def _start(self, trained: Trained, newest: Path | None) -> Progress:
+        """Load a checkpoint, or set the first weights."""
         if self.processes.is_first:
             self.folder.remove_leftovers()
-        newest = None if fresh else self.folder.newest()
+            self.folder.remove_later(newest)
+            self.folder.history.unlink(missing_ok=True)
         if newest is None:
             if self.initialize is not None:
                 self.initialize(self.corpus, trained.model)
             return Progress()
         logger.info("Going on from %s.", newest)
+        if self.processes.is_first:
+            restore_history(newest, self.folder.history)
         load_checkpoint(newest, trained)
         return read_progress(newest)
 
@@ -210,6 +238,8 @@ class Pretraining:
         objective: nn.Module,
         trained: Trained,
         progress: Progress,
+        newest: Path | None,
+        report: Mapping[str, Any],
     ) -> None:
         """Train one stage, from where it stands to its end."""
         config = self.stages[progress.stage]
@@ -223,12 +253,13 @@ class Pretraining:
             processes=self.processes,
             progress=progress,
         )
-        self._go_on(stage, loop, trained)
+        self._go_on(stage, loop, trained, newest)
         recorder = RunRecorder(
             loop,
             trained,
             self.folder,
             self.processes,
+            report=report,
             tensorboard=self.run.tensorboard,
             show_progress_bar=self.show_progress_bar,
         )
@@ -236,9 +267,21 @@ class Pretraining:
             loop.train(recorder)
         finally:
             recorder.close()
+        # The first process may still be writing.
+        self.processes.wait()
         if self.run.keep == "best" and progress.best_checkpoint:
-            load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
+            self._take_best(trained, self.folder.checkpoints / progress.best_checkpoint)
         recorder.save_end()
+
+    def _take_best(self, trained: Trained, best: Path) -> None:
+        damage = self.processes.agree(find_damage(best) if self.processes.is_first else "")
+        if not damage:
+            load_checkpoint(best, trained)
+        elif self.processes.is_first:
+            warn(
+                f"{damage} The stage's last weights are handed on in place of the best: to have "
+                "those, train again (overwrite=True)."
+            )
 
     def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
         """Write the report of a stage that is finished, and delete what it alone needed."""
@@ -279,14 +322,15 @@ class Pretraining:
         assert isinstance(objective, JointObjective)
         return JointStage(objective, setup, config)
 
-    def _go_on(self, stage: Stage, loop: TrainingLoop, trained: Trained) -> None:
+    def _go_on(
+        self, stage: Stage, loop: TrainingLoop, trained: Trained, newest: Path | None
+    ) -> None:
         """Bring optimiser and stage to where the progress stands."""
         progress = loop.progress
         self.processes.load_scaler_state(progress.scaler)
         if not progress.step:
             stage.refresh()
             return
-        newest = self.folder.newest()
         assert newest is not None
         load_checkpoint(newest, trained, (loop.optimizer, stage.objective))
         stage.restore(progress.stage_state)
@@ -309,50 +353,6 @@ class Pretraining:
         if self.processes.is_first:
             write_json(self.folder.report, report)
         self.processes.wait()
-
-
-def _make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
-    """Objectives of all stages; heads that several stages need are one."""
-    heads: dict[str, nn.Module] = {}
-    with seeded(seed):
-        return [_share_heads(_make_objective(model, stage), heads) for stage in stages]
-
-
-def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:
-    if config.name == "cell_encoder":
-        return CellEncoderObjective(
-            model.cell_encoder,
-            masked_genes=config.masked_genes,
-            contrastive=config.contrastive,
-            weights=config.weights,
-        )
-    spatial = SpatialObjective(
-        model.se2_transformer,
-        learned_mask=config.spatial_masking.mask_value == "learned",
-        cell_loss=config.cell_loss,
-        distance_unit=config.distance_unit,
-        weights=config.weights,
-    )
-    if config.name == "spatial":
-        return spatial
-    return JointObjective(
-        model.cell_encoder,
-        spatial,
-        masked_genes=config.masked_genes if config.trains_masked_genes else None,
-        weights=config.weights,
-    )
-
-
-def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> nn.Module:
-    """Put the heads that earlier stages train in place of an objective's own."""
-    for owner in (objective, getattr(objective, "spatial", None)):
-        for name in ("gene_head", "cell_head", "pair_head", "visible_head", "surroundings_head"):
-            own = getattr(owner, name, None)
-            if own is None:
-                continue
-            learns_mask = getattr(own, "mask", None) is not None
-            setattr(owner, name, heads.setdefault(f"{name}, {learns_mask}", own))
-    return objective
 
 
 def _digests(corpus: Corpus | None) -> list[str]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
+import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from stofm._messages import warn
 from stofm.nn.device import choose_device
+from stofm.train.watch import Watch, accept_all, connect, open_server
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
-    from typing import TypeVar
+    from types import TracebackType
+    from typing import Self, TypeVar
 
     from lightning_fabric import Fabric
     from torch import nn
@@ -24,15 +29,19 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: The first process may tokenise a whole corpus while the others wait for it.
-_PATIENCE = timedelta(hours=12)
+#: All processes must have come within this time. It holds for DistributedDataParallel too, whose
+#: exchanges follow on others that wait longer.
+_START = timedelta(minutes=3)
+#: The first process may tokenise a whole corpus while the others wait for it; that it has failed
+#: they learn otherwise (:mod:`stofm.train.watch`).
+_PATIENCE = timedelta(days=30)
 
 
 class Processes:
     """What a process knows of itself and of those that train with it.
 
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
-    is one.
+    is one. As a context: a failure within it ends all of them, with its message.
 
     Parameters
     ----------
@@ -42,6 +51,45 @@ class Processes:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+        self._watch: Watch | None = None
+        #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
+        self._waiting: Any = None
+        self._own: Any = None
+        if self.count > 1:
+            self._waiting = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            self._own = torch.distributed.new_group(timeout=_PATIENCE)
+
+    def __enter__(self) -> Self:
+        if self.count > 1:
+            self._watch = Watch(self.rank, self._connect())
+        return self
+
+    def _connect(self) -> dict[int, socket.socket]:
+        if self.is_first:
+            server, place = open_server()
+            self.agree(place)
+            return accept_all(server, self.count - 1)
+        names, port = self.agree(([""], 0))
+        return connect(self.rank, names, port)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        watch = self._watch
+        if watch is None:
+            return
+        if error is None:
+            watch.leave()
+        elif watch.failed_elsewhere(error):
+            watch.leave(watch.reason)
+            msg = f"{watch.reason} All other processes end with it; its own output says more."
+            raise RuntimeError(msg) from error
+        else:
+            where = f"Process {self.rank} of {self.count} ({socket.gethostname()}, {os.getpid()})"
+            watch.leave(f"{where} failed: {type(error).__name__}: {error}")
 
     @classmethod
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
@@ -58,11 +106,15 @@ class Processes:
         ------
         ValueError
             The device is not there, or can't compute in this precision.
+        RuntimeError
+            Not all processes have come.
         """
-        # Takes more than a second to import, which who only embeds should not wait for.
-        from lightning_fabric import Fabric
-        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-        from lightning_fabric.strategies.ddp import DDPStrategy
+        # Takes more than a second to import, which who only embeds should not wait for, and adds
+        # to the filters of warnings.
+        with warnings.catch_warnings():
+            from lightning_fabric import Fabric
+            from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+            from lightning_fabric.strategies.ddp import DDPStrategy
 
         place = choose_device(device)
         if precision == "16-mixed" and place.type != "cuda":
@@ -73,7 +125,10 @@ class Processes:
             raise ValueError(msg)
         per_node, n_nodes = _places_of_environment()
         if per_node * n_nodes > 1:
-            strategy = DDPStrategy(find_unused_parameters=True, timeout=_PATIENCE)
+            # No buffer changes; to send them with each batch would be for nothing.
+            strategy = DDPStrategy(
+                find_unused_parameters=True, broadcast_buffers=False, timeout=_START
+            )
             fabric = Fabric(
                 accelerator=place.type,
                 devices=per_node,
@@ -89,7 +144,7 @@ class Processes:
                 precision=_fabric_name(precision),
                 plugins=[LightningEnvironment()],
             )
-        fabric.launch()
+        _launch(fabric, per_node * n_nodes)
         return cls(fabric)
 
     @property
@@ -114,20 +169,27 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
-        self.fabric.barrier()
+        if self.count > 1:
+            torch.distributed.barrier(group=self._waiting)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all processes."""
-        if self.count == 1:
-            return values
-        return cast("Tensor", self.fabric.all_reduce(values, reduce_op="sum"))
+        if self.count > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values, group=self._own)
+        return values
 
     def agree(self, value: T) -> T:
         """The first process's value, in every process."""
-        return self.fabric.broadcast(value) if self.count > 1 else value
+        if self.count == 1:
+            return value
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared, src=0, group=self._waiting)
+        return shared[0]
 
     def set_up(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         """Place a module and its optimiser, and have gradients averaged over the processes."""
+        self.wait()
         return cast("tuple[Any, Any]", self.fabric.setup(module, optimizer))
 
     def scaler_state(self) -> dict[str, float]:
@@ -152,7 +214,7 @@ class Processes:
         is_active
             Whether this process's rows count; the others don't see them if not.
         """
-        return RowGatherer(self, is_active=is_active) if self.count > 1 else None
+        return RowGatherer(self, self._own, is_active=is_active) if self.count > 1 else None
 
 
 class RowGatherer:
@@ -162,13 +224,17 @@ class RowGatherer:
     ----------
     processes
         Those that call it, all the same number of times.
+    group
+        Their process group for it: with DistributedDataParallel's, its exchanges could meet others
+        of the backward pass in another order in each process.
     is_active
         False for a process whose rows are none of the batch: it gets those of the others with
         its own behind them.
     """
 
-    def __init__(self, processes: Processes, *, is_active: bool) -> None:
+    def __init__(self, processes: Processes, group: Any, *, is_active: bool) -> None:
         self._processes = processes
+        self._group = group
         self._is_active = is_active
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, int]:
@@ -187,7 +253,7 @@ class RowGatherer:
         counts = torch.zeros(self._processes.count, dtype=torch.int64, device=rows.device)
         counts[self._processes.rank] = len(own)
         n_rows = [int(n) for n in self._processes.sum(counts).tolist()]
-        gathered: Tensor = _GatherRows.apply(own, n_rows, self._processes.rank)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _GatherRows.apply(own, n_rows, self._processes.rank, self._group)  # type: ignore[no-untyped-call]
         if not self._is_active:
             return torch.cat([gathered, rows]), len(gathered)
         return gathered, sum(n_rows[: self._processes.rank])
@@ -197,19 +263,32 @@ class _GatherRows(torch.autograd.Function):
     """All-gather of different numbers of rows; backward sums each row's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, n_rows: list[int], rank: int) -> Tensor:
-        ctx.start, ctx.length = sum(n_rows[:rank]), n_rows[rank]
+    def forward(ctx: Any, rows: Tensor, n_rows: list[int], rank: int, group: Any) -> Tensor:
+        ctx.start, ctx.length, ctx.group = sum(n_rows[:rank]), n_rows[rank], group
         padded = rows.new_zeros((max(*n_rows, 1), rows.shape[1]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in n_rows]
-        torch.distributed.all_gather(parts, padded)
+        torch.distributed.all_gather(parts, padded, group=group)
         return torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = gradients[0].contiguous()
-        torch.distributed.all_reduce(total)
-        return total[ctx.start : ctx.start + ctx.length], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total[ctx.start : ctx.start + ctx.length], None, None, None
+
+
+def _launch(fabric: Fabric, n_expected: int) -> None:
+    try:
+        fabric.launch()
+    except torch.distributed.DistError as error:
+        minutes = _START.total_seconds() / 60
+        msg = (
+            f"{n_expected} processes should train together, and not all of them have come within "
+            f"{minutes:g} minutes ({error}). See what the others say; each must call the same "
+            "function. To train with one process, start it without torchrun or srun."
+        )
+        raise RuntimeError(msg) from error
 
 
 def _fabric_name(precision: Precision) -> Any:
@@ -222,10 +301,17 @@ def _places_of_environment() -> tuple[int, int]:
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local
     total = int(os.environ.get("SLURM_NTASKS", "1"))
-    if total > 1 and "SLURM_PROCID" in os.environ and not _is_interactive_slurm():
-        n_nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return total // n_nodes, n_nodes
-    return 1, 1
+    if total == 1 or _is_interactive_slurm():
+        return 1, 1
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        # A job script has the variables of its job, and is one process all the same.
+        warn(
+            f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
+            "alone. To train in all of them, write `srun` before the command."
+        )
+        return 1, 1
+    n_nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    return total // n_nodes, n_nodes
 
 
 def _is_interactive_slurm() -> bool:

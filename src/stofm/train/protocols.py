@@ -102,6 +102,10 @@ class Recorder(Protocol):
         """One more optimiser step is done."""
         ...
 
-    def save(self, *, is_best: bool) -> None:
-        """Write a checkpoint."""
+    def keep(self) -> None:
+        """Take the present weights as the best so far."""
+        ...
+
+    def save(self) -> None:
+        """Write a checkpoint; processes may call it at different steps, but all at the end."""
         ...

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass
-from stofm._logging import logger
+from stofm._messages import warn
 from stofm.train._checks import check_choice
 from stofm.train.config import RunConfig, StageConfig
 
@@ -77,7 +77,7 @@ class DataConfig:
     def find(self, folder: str | PathLike[str]) -> tuple[list[Path], list[Path]]:
         """Find the files to train on and those to validate on, in alphabetical order.
 
-        Patterns of `exclude` that name nothing are logged as a warning: a folder need not have
+        Patterns of `exclude` that name nothing get a warning: a folder need not have
         every file that a recipe leaves out, but the pattern may also be misspelt.
 
         Raises
@@ -91,10 +91,9 @@ class DataConfig:
             raise FileNotFoundError(msg)
         default = type(self)().train
         if unused := [pattern for pattern in self.exclude if not any(root.glob(pattern))]:
-            logger.warning(
-                "exclude = %s names no file in %s; check the spelling if one is to be left out.",
-                unused,
-                root,
+            warn(
+                f"exclude = {unused} names no file in {root}; check the spelling if one is to be "
+                "left out."
             )
         excluded = _matches(root, self.exclude)
         held_out = _matches(root, self.validation, required=True) - excluded

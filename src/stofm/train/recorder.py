@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stofm.train.logs import History, ProgressBar, TensorBoard
-from stofm.train.state import write_checkpoint
+from stofm.train.run_checkpoint import Trained, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
     from stofm.train.loop import TrainingLoop
     from stofm.train.processes import Processes
-    from stofm.train.state import RunFolder, Trained
+    from stofm.train.run_checkpoint import Progress
+    from stofm.train.state import RunFolder
 
 
 class RunRecorder:
@@ -30,6 +33,8 @@ class RunRecorder:
         Of the run.
     processes
         Those that train together.
+    report
+        What ``run.json`` says; checkpoints hold it too.
     tensorboard
         Write TensorBoard's files too.
     show_progress_bar
@@ -43,6 +48,7 @@ class RunRecorder:
         folder: RunFolder,
         processes: Processes,
         *,
+        report: Mapping[str, Any],
         tensorboard: bool,
         show_progress_bar: bool,
     ) -> None:
@@ -50,12 +56,15 @@ class RunRecorder:
         self._trained = trained
         self._folder = folder
         self._processes = processes
+        self._report = report
         self._stage = loop.stage
+        #: The best weights so far, until they are on disk.
+        self._best: tuple[Trained, Progress] | None = None
         self._history: History | None = None
         self._board: TensorBoard | None = None
         progress = loop.progress
         if processes.is_first:
-            self._history = History(folder.history, progress.n_history_rows)
+            self._history = History(folder.history)
             if tensorboard:
                 where = folder.path / "tensorboard" / f"{self._stage.number}-{self._stage.name}"
                 self._board = TensorBoard(where, progress.step)
@@ -74,7 +83,6 @@ class RunRecorder:
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""
-        self._loop.progress.n_history_rows += 1
         if self._history is not None:
             self._history.append(row)
         if self._board is not None:
@@ -89,19 +97,38 @@ class RunRecorder:
         """One more optimiser step is done."""
         self._bar.advance()
 
-    def save(self, *, is_best: bool) -> None:
-        """Write a checkpoint of the stage's present step, and delete the one before."""
+    def keep(self) -> None:
+        """Take the present weights as the best so far."""
+        progress = self._loop.progress
+        progress.best_checkpoint = self._path(progress.step).name
+        if self._processes.is_first:
+            vocabulary = self._trained.model.vocabulary
+            kept = copy.deepcopy(self._trained, {id(vocabulary): vocabulary})
+            kept.model.to("cpu")
+            kept.heads.to("cpu")
+            self._best = (kept, replace(progress))
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, and the best weights; only the first process does.
+
+        The others may call it at other steps.
+        """
         progress = self._loop.progress
         target = self._path(progress.step)
         progress.last_checkpoint = target.name
-        if is_best:
-            progress.best_checkpoint = target.name
+        if not self._processes.is_first:
+            return
+        if self._best is not None and progress.best_checkpoint != target.name:
+            trained, then = self._best
+            write_checkpoint(self._path(then.step), trained, then, None, report=self._report)
+        self._best = None
         self._write(target)
 
     def save_end(self) -> None:
         """Write the checkpoint of the stage's end, without the optimiser."""
         self._loop.progress.is_finished = True
-        self._write(self._path(None))
+        if self._processes.is_first:
+            self._write(self._path(None))
 
     def close(self) -> None:
         """Close bar and files."""
@@ -116,10 +143,15 @@ class RunRecorder:
         progress = self._loop.progress
         progress.stage_state = self._stage.state()
         progress.scaler = self._processes.scaler_state()
-        if self._processes.is_first:
-            optimizer = None
-            if not progress.is_finished:
-                optimizer = (self._loop.optimizer, self._stage.objective)
-            write_checkpoint(target, self._trained, progress, optimizer)
-            self._folder.prune({progress.last_checkpoint, progress.best_checkpoint})
-        self._processes.wait()
+        optimizer = None
+        if not progress.is_finished:
+            optimizer = (self._loop.optimizer, self._stage.objective)
+        write_checkpoint(
+            target,
+            self._trained,
+            progress,
+            optimizer,
+            report=self._report,
+            history=self._folder.history,
+        )
+        self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from stofm.train.corpus import Corpus
     from stofm.train.subslice_samples import SubSliceSamples
 
-#: What a checkpoint refers to stays on disk for this many checkpoints: the one that is there
-#: until the next is written, and the next.
+#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
 _REFERRED_TO = 2
 _CUDA_NODE_MULTIPLE = 8
 
@@ -209,9 +208,10 @@ class KeptFeatures:
         self._held_out.encoded = kept
 
     def _get(self, cache: CellCache, key: str, *, encode: bool) -> list[EncodedSlice]:
-        if not encode:
-            return cache.open(key)
         setup = self._setup
+        if not encode:
+            cache.check(key, setup.processes)
+            return cache.open(key)
         return cache.encode(
             setup.model, setup.processes, show_progress_bar=setup.show_progress_bar
         )[1]

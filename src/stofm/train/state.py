@@ -1,201 +1,23 @@
-"""Checkpoints of a run: all that is needed to go on as if nothing had happened."""
+"""The folder of a run, and which of its checkpoints training goes on from."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from stofm._config import build_dataclass
-from stofm._files import tidy
-from stofm.nn import checkpoint
-from stofm.nn.conversion import load_exactly, read_weights
-from stofm.nn.tensor_files import write_tensors
-from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from stofm._files import put_in_place, tidy
+from stofm._messages import warn
+from stofm.train.run_checkpoint import FINAL, can_go_on, find_damage, read_stored_report
+from stofm.train.run_lock import LOCK
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
-    from stofm.nn import Stofm
-
-#: Raised when a run of this version can't be continued by an older one, or the reverse.
-FORMAT_VERSION = 1
-
-_TRAINING = checkpoint.TRAINING
-_STATE = "state.json"
-_HEADS, _OPTIMIZER = "heads", "optimizer"
-_FINAL = "final"
 _WORK = "work"
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes
-    ----------
-    stage
-        Number of the present stage in the run.
-    epoch, position
-        Present epoch, and its batches that are done.
-    step
-        Optimiser steps of the stage that are done.
-    is_finished
-        Whether the stage is.
-    best_loss, best_checkpoint, n_without_improvement
-        Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
-    last_checkpoint
-        The checkpoint written last.
-    n_cells, n_tokens
-        Cells and tokens (or nodes) seen in the stage, by all processes.
-    n_operations
-        Estimate of the floating-point operations of the stage's steps, of all processes.
-    seconds, waited
-        Time spent on the stage's steps, and the part of it spent waiting for data.
-    n_history_rows
-        Rows of the history that belong to what is done.
-    totals, counts
-        Sums of the loss parts since the last row of the history, and what they are sums over.
-    stage_state
-        What the stage itself needs.
-    scaler
-        State of the gradients' scale, in precision ``"16-mixed"``.
-    """
-
-    stage: int = 0
-    epoch: int = 0
-    position: int = 0
-    step: int = 0
-    is_finished: bool = False
-    best_loss: float | None = None
-    best_checkpoint: str = ""
-    last_checkpoint: str = ""
-    n_without_improvement: int = 0
-    n_cells: int = 0
-    n_tokens: int = 0
-    n_operations: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    n_history_rows: int = 0
-    totals: list[float] = field(default_factory=list)
-    counts: list[float] = field(default_factory=list)
-    stage_state: dict[str, str] = field(default_factory=dict)
-    scaler: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a checkpoint holds the tensors of.
-
-    Attributes
-    ----------
-    model
-        The model.
-    heads
-        What stands on it in training; may hold parts of the model, which are not stored twice.
-    """
-
-    model: Stofm
-    heads: nn.Module
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """Weights of the heads that are none of the model's, each once."""
-        seen = {id(value) for value in self.model.state_dict(keep_vars=True).values()}
-        found = {}
-        for name, value in self.heads.state_dict(keep_vars=True).items():
-            if id(value) not in seen:
-                seen.add(id(value))
-                found[name] = value.detach()
-        return found
-
-
-def write_checkpoint(
-    folder: Path,
-    trained: Trained,
-    progress: Progress,
-    optimizer: tuple[Optimizer, nn.Module] | None,
-) -> None:
-    """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
-
-    Parameters
-    ----------
-    folder
-        Must not be there.
-    trained
-        The weights.
-    progress
-        How far the run has come.
-    optimizer
-        The optimiser and the module whose weights it has; None at the end of a stage.
-    """
-
-    def fill(place: Path) -> None:
-        trained.model.save_pretrained(place)
-        (place / _TRAINING).mkdir()
-        write_tensors(_file(place, _HEADS), trained.head_tensors())
-        if optimizer is not None:
-            write_tensors(_file(place, _OPTIMIZER), optimizer_tensors(*optimizer))
-        entries = {"format_version": FORMAT_VERSION, **asdict(progress)}
-        (place / _TRAINING / _STATE).write_text(json.dumps(entries, indent=2) + "\n")
-
-    checkpoint.write_atomically(folder, fill, overwrite=True, kind=checkpoint.RUN_CHECKPOINT)
-
-
-def read_progress(folder: Path) -> Progress:
-    """Read how far the run had come at a checkpoint.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint was written by a newer version of stofm, or is damaged.
-    """
-    path = folder / _TRAINING / _STATE
-    try:
-        entries: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        msg = f"{path} can't be read ({error}); delete {folder} to go on from the one before."
-        raise ValueError(msg) from error
-    found = entries.pop("format_version", None)
-    if found != FORMAT_VERSION:
-        msg = (
-            f"{path} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: go on with "
-            "the version of stofm that began the run (see run.json)."
-        )
-        raise ValueError(msg)
-    return build_dataclass(Progress, entries, str(path))
-
-
-def load_checkpoint(
-    folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
-) -> None:
-    """Put a checkpoint's weights into model, heads and optimiser.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint belongs to other weights.
-    """
-    weights = read_weights(folder, checkpoint.WEIGHTS.removesuffix(".safetensors"))
-    load_exactly(trained.model, weights, str(folder))
-    stored = read_weights(folder / _TRAINING, _HEADS)
-    own = trained.head_tensors()
-    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in stored.items()}:
-        differing = sorted(set(own) ^ set(stored))[:3]
-        msg = f"The heads in {folder} are others than those of this run: {differing} differ."
-        raise ValueError(msg)
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(stored[name])
-    if optimizer is not None:
-        load_optimizer_tensors(*optimizer, read_weights(folder / _TRAINING, _OPTIMIZER))
 
 
 class RunFolder:
@@ -261,35 +83,42 @@ class RunFolder:
         if resume and overwrite:
             msg = "resume and overwrite exclude each other: go on with the run, or begin again?"
             raise ValueError(msg)
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        # Of a run that was stopped while its slices were prepared there is only the work folder.
-        others = {p.name for p in self.path.iterdir()} - {_WORK, self._work_name}
-        if others and not self.report.is_file():
+        if not self._may_hold_run():
             msg = f"{self.path} holds something else than a run of stofm; take another folder."
             raise FileExistsError(msg)
-        if self.report.is_file() and not (resume or overwrite):
+        if (report := self.read_report()) and not (resume or overwrite):
             msg = (
-                f"{self.path} holds a run ({self.read_report().get('status', 'unknown')}): pass "
-                "resume=True to go on with it, overwrite=True to throw it away, or take another "
-                "folder."
+                f"{self.path} holds a run ({report.get('status', 'unknown')}): pass "
+                "resume=True to go on with it, overwrite=True to throw it "
+                "away, or take another folder."
             )
             raise FileExistsError(msg)
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
+    def _may_hold_run(self) -> bool:
+        """Whether all that is in the folder is a run, or what one that was hardly begun leaves."""
+        if not self.path.exists() or self.read_report():
+            return True
+        # A run that was stopped before its first checkpoint has left at most these, some empty.
+        mine = {_WORK, self._work_name, LOCK, self.history.name}
+        others = [p for p in self.path.iterdir() if p.name not in mine and not _is_part(p)]
+        return all(p in (self.report, self.checkpoints) and _is_empty(p) for p in others)
+
+    def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run under other settings.
 
         Parameters
         ----------
+        begun
+            Settings that the run was begun with.
         settings
-            All that the run's result depends on, as JSON can hold it.
+            All that the run's result depends on now, as JSON can hold it.
 
         Raises
         ------
         ValueError
-            They differ from those that the run was begun with.
+            They differ.
         """
-        if changed := _differences(self.read_report().get("settings", {}), plain_json(settings)):
+        if changed := _differences(begun, plain_json(settings)):
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             msg = (
                 f"The run in {self.path} was begun with other settings: {'; '.join(changed[:5])}"
@@ -298,11 +127,17 @@ class RunFolder:
             raise ValueError(msg)
 
     def read_report(self) -> dict[str, Any]:
-        """Return what ``run.json`` says; nothing if it is not there."""
-        if not self.report.is_file():
-            return {}
-        entries: dict[str, Any] = json.loads(self.report.read_text())
-        return entries
+        """Return what ``run.json`` says, or else the newest checkpoint that can; nothing if there is no run."""
+        try:
+            entries: Any = json.loads(self.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            entries = None
+        if isinstance(entries, dict) and "settings" in entries:
+            return entries
+        for folder in reversed(self._to_go_on()):
+            with contextlib.suppress(ValueError):
+                return read_stored_report(folder)
+        return {}
 
     def clear(self) -> None:
         """Delete a run, but not what was prepared for it in the work folder."""
@@ -313,18 +148,40 @@ class RunFolder:
 
     def checkpoint(self, stage: int, name: str, step: int | None) -> Path:
         """Folder of a stage's checkpoint after `step` steps, or of its end."""
-        at = _FINAL if step is None else f"{step:08d}"
+        at = FINAL if step is None else f"{step:08d}"
         return self.checkpoints / f"{stage}-{name}-{at}"
 
     def newest(self) -> Path | None:
-        """The checkpoint to go on from; None if there is none."""
-        found = [p for p in self._all() if (p / _TRAINING / _STATE).is_file()]
-        return max(found, key=_age, default=None)
+        """The newest sound checkpoint, to go on from; None if there is none.
 
-    def prune(self, keep: set[str]) -> None:
-        """Delete checkpoints that nothing needs: all but those to keep and the ends of stages."""
+        Those that are damaged are named in a warning.
+        """
+        for folder in reversed(self._to_go_on()):
+            damage = find_damage(folder)
+            if not damage:
+                return folder
+            warn(
+                f"{damage} The run goes on from the checkpoint before {folder}, which is made again."
+            )
+        return None
+
+    def prune(self, current: Path, keep: set[str]) -> None:
+        """Delete checkpoints that nothing needs.
+
+        Left are those to keep, the ends of stages, the present one, and the one before, for which
+        the present one may be damaged.
+        """
+        found = self._to_go_on()
+        at = found.index(current)
+        needed = {*keep, *(folder.name for folder in found[max(0, at - 1) : at + 1])}
         for folder in self._all():
-            if folder.name not in keep and not folder.name.endswith(_FINAL):
+            if folder.name not in needed and not folder.name.endswith(FINAL):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def remove_later(self, than: Path | None) -> None:
+        """Delete the checkpoints of steps that will be repeated: damaged ones, and weights alone."""
+        for folder in self._all():
+            if than is None or _age(folder) > _age(than):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove_refreshed(self) -> None:
@@ -336,7 +193,10 @@ class RunFolder:
         tidy(self.checkpoints)
 
     def _all(self) -> list[Path]:
-        return [p for p in self.checkpoints.glob("*-*-*") if not p.name.startswith(".")]
+        return list(self.checkpoints.glob("[0-9]*-*-*"))
+
+    def _to_go_on(self) -> list[Path]:
+        return sorted((p for p in self._all() if can_go_on(p)), key=_age)
 
 
 def plain_json(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,11 +205,18 @@ def plain_json(entries: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def write_json(path: Path, entries: Mapping[str, Any]) -> None:
+def write_json(path: Path, entries: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    part = path.with_name(f".{path.name}-part")
-    part.write_text(json.dumps(entries, indent=2) + "\n")
-    part.replace(path)
+    text = json.dumps(entries, indent=2) + "\n"
+    put_in_place(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith(".") and ".stofm-" in path.name
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
 
 
 def _age(folder: Path) -> tuple[int, str]:
@@ -377,7 +244,3 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _file(place: Path, stem: str) -> Path:
-    return place / _TRAINING / f"{stem}.safetensors"

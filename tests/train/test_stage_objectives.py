@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stofm.train import MaskedGeneConfig, SpatialMasking, StageConfig
-from stofm.train.pretraining import _make_objectives
+from stofm.train.stage_objectives import make_objectives
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def stages():
 
 
 def test_stages_train_the_same_heads_unless_they_need_others(model, stages):
-    cells, spatial, reference, joint = _make_objectives(model, stages, seed=0)
+    cells, spatial, reference, joint = make_objectives(model, stages, seed=0)
     assert joint.gene_head is cells.gene_head
     assert joint.spatial.cell_head is spatial.cell_head
     # One has a learned vector in place of hidden features, the other a number.
@@ -31,7 +31,7 @@ def test_stages_train_the_same_heads_unless_they_need_others(model, stages):
 
 
 def test_the_seed_decides_the_heads(model, stages):
-    first, second, other = (_make_objectives(model, stages, seed=seed)[1] for seed in (1, 1, 2))
+    first, second, other = (make_objectives(model, stages, seed=seed)[1] for seed in (1, 1, 2))
     weights = [one.cell_head.layers[0].weight for one in (first, second, other)]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
