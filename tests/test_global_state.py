@@ -1,0 +1,193 @@
+"""No public function changes what belongs to the user's whole program."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import lightning_fabric  # noqa: F401  (some libraries add filters when they are imported)
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import stofm as st
+from stofm._keys import Obs, Obsm
+from stofm.train import HeadTraining, OptimizerConfig, StageConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from anndata import AnnData
+
+QUIET: dict[str, Any] = {"device": "cpu", "show_progress_bar": False}
+SLICES: dict[str, Any] = {"library_key": "library", **QUIET}
+#: Needs the network.
+ELSEWHERE = {"datasets.load"}
+
+
+def state() -> dict[str, Any]:
+    """All global settings and random generators that a function could move."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    options = pd.get_option
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": (kind, keys.tolist(), rest),
+        "random": random.getstate(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "filters": list(warnings.filters),
+        "matplotlib": dict(mpl.rcParams),
+        "errors": np.geterr(),
+        "printing": np.get_printoptions(),
+        "pandas": {name: options(name) for name in ("mode.chained_assignment", "display.max_rows")},
+    }
+
+
+mpl.use("Agg")
+
+
+@pytest.fixture
+def made(adata: AnnData, model: Any, monkeypatch: pytest.MonkeyPatch) -> AnnData:
+    """Slices with all that functions write."""
+    for module in ("_imputation_fitting", "_deconvolution_fit"):
+        name = "_TRAINING" if module == "_imputation_fitting" else "_ON_SIMULATED"
+        monkeypatch.setattr(f"stofm.tl.{module}.{name}", HeadTraining(max_epochs=2))
+    st.tl.embed(adata, model, **SLICES)
+    adata.obsm["X_umap"] = adata.obsm["spatial"] / 100
+    adata.obsm["truth"] = pd.get_dummies(adata.obs["kind"]).astype(float)
+    adata.obs[Obs.ANNOTATION] = adata.obs["kind"]
+    proba = adata.obsm["truth"].astype(np.float32)
+    adata.obsm[Obsm.ANNOTATION_PROBA] = adata.obsm[Obsm.DECONVOLUTION] = proba
+    adata.obs[Obs.ANNOTATION_CONFIDENCE] = np.float32(0.9)
+    return adata
+
+
+def _pp(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "pp.map_genes": lambda: st.pp.map_genes(adata, vocabulary=model),
+        "pp.tokenize": lambda: st.pp.tokenize(adata, model, show_progress_bar=False),
+        "pp.subslice": lambda: st.pp.subslice(adata, library_key="library"),
+    }
+
+
+def _tl(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    heads = {"n_heads": 1, "n_components": 3, **SLICES}
+
+    def annotate() -> None:
+        head = st.tl.annotate(adata, label_key="kind", **heads)
+        st.tl.annotate(adata, head=head, **SLICES)
+
+    def deconvolve() -> None:
+        rules = st.spatial.SpotRules(n_spots=100)
+        options: dict[str, Any] = {"label_key": "kind", "spots": rules, **heads}
+        st.tl.deconvolve(adata.copy(), reference=adata.copy(), model=model, **options)
+        st.tl.deconvolve(adata, proportions_key="truth", **heads)
+
+    def impute() -> None:
+        query = adata[:, 4:].copy()
+        options = {**heads, "n_heads": 2}
+        st.tl.impute(query, reference=adata.copy(), model=model, **options)
+
+    return {
+        "tl.encode_cells": lambda: st.tl.encode_cells(adata, model, **SLICES),
+        "tl.embed": lambda: st.tl.embed(adata, model, **SLICES),
+        "tl.annotate": annotate,
+        "tl.deconvolve": deconvolve,
+        "tl.impute": impute,
+        "tl.domains": lambda: st.tl.domains(adata, n_domains=3, coarser=[2], smooth=3),
+    }
+
+
+def _train(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], object]]:
+    steps = OptimizerConfig(learning_rate=1e-3, warmup_steps=1, batch_size=16)
+    stage = StageConfig(name="cell_encoder", max_steps=2, optimizer=steps)
+    left = adata[adata.obs["library"] == "left"].copy()
+    options: dict[str, Any] = {"stage": stage, "out_dir": folder / "run", **QUIET}
+
+    def draw() -> None:
+        st.pl.training(folder / "run", show=False)
+
+    return {"tl.train": lambda: st.tl.train(left, model, **options), "pl.training": draw}
+
+
+def _pl(adata: AnnData, _model: Any, folder: Path) -> dict[str, Callable[[], object]]:
+    slices: dict[str, Any] = {"library_key": "library", "show": False}
+    imputed = adata.copy()
+    imputed.obsm[Obsm.IMPUTED] = adata.to_df().iloc[:, :3]
+    gene = adata.var_names[0]
+    return {
+        "pl.umap": lambda: st.pl.umap(adata, color="kind", show=False, save=folder / "umap.png"),
+        "pl.spatial": lambda: st.pl.spatial(adata, color="kind", **slices),
+        "pl.subslices": lambda: st.pl.subslices(adata, show=False),
+        "pl.virtual_cells": lambda: st.pl.virtual_cells(adata, show=False),
+        "pl.annotation": lambda: st.pl.annotation(adata, truth_key="kind", **slices),
+        "pl.deconvolution": lambda: st.pl.deconvolution(adata, kind="pies", **slices),
+        "pl.imputation": lambda: st.pl.imputation(imputed, gene, **slices),
+    }
+
+
+def _metrics(adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    labels = adata.obs["kind"].to_numpy()
+    counts = adata.to_df().to_numpy(dtype=float) + 0.1
+    places = adata.obsm["spatial"]
+    given: dict[str, tuple[Any, ...]] = dict.fromkeys(st.metrics.__all__, (counts, counts))
+    named = ("accuracy", "ami", "ari", "macro_f1", "nmi", "weighted_f1")
+    given |= dict.fromkeys(named, (labels, labels))
+    given |= {"silhouette": (places, labels), "ssim": (counts, counts, places)}
+    return {
+        f"metrics.{name}": lambda name=name: getattr(st.metrics, name)(*given[name])
+        for name in given
+    }
+
+
+def _datasets(_adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    return {"datasets.simulate_slice": lambda: st.datasets.simulate_slice(60, 30, seed=3)}
+
+
+AREAS = [_pp, _tl, _train, _pl, _metrics, _datasets]
+
+
+@pytest.mark.parametrize("calls", AREAS)
+def test_nothing_global_is_changed(
+    made: AnnData,
+    model: Any,
+    tmp_path: Path,
+    calls: Callable[..., dict[str, Callable[[], object]]],
+) -> None:
+    for name, call in calls(made, model, tmp_path).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(5)
+            np.random.seed(5)  # noqa: NPY002
+            random.seed(5)
+            before = state()
+            call()
+            after = state()
+        changed = [part for part in before if before[part] != after[part]]
+        assert not changed, f"{name} changes {changed}"
+
+
+def test_every_public_function_is_called(made: AnnData, model: Any, tmp_path: Path) -> None:
+    called = {name for calls in AREAS for name in calls(made, model, tmp_path)}
+    public = {
+        f"{area}.{name}"
+        for area in ("pp", "tl", "pl", "datasets", "metrics")
+        for name in getattr(st, area).__all__
+        if inspect.isfunction(getattr(getattr(st, area), name))
+    }
+    assert called | ELSEWHERE == public
+
+
+def test_a_head_that_is_loaded_draws_nothing(made: AnnData, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"n_heads": 1, "n_components": 0, **SLICES}
+    st.tl.annotate(made, label_key="kind", **options).save(tmp_path / "head")
+    before = torch.get_rng_state()
+    st.AnnotationHead.load(tmp_path / "head")
+    assert torch.equal(torch.get_rng_state(), before)
