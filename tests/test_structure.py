@@ -40,7 +40,7 @@ EDGE = (
 )
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {*EDGE, "_frames", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {*EDGE, "_frames", "_writing", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "train", "tl"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
@@ -54,6 +54,7 @@ FORBIDDEN = {
     **{part: {"nn", "train", "pp", "tl", "pl", "datasets"} for part in EDGE},
     "_not_counts": {*LAYERS, *EDGE, "pp", "pl", "datasets"},
     "_logging": {*LAYERS[1:], "_anndata", "_counts", "_messages", "pp", "pl", "datasets"},
+    "_writing": {*LAYERS[1:], "_counts", "_logging", "pp", "pl", "datasets"},
     "_messages": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
     "metrics": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
