@@ -105,6 +105,22 @@ def read_counts(
     return CountReader(adata, layer, _block_bounds(adata, layer, chunk_size))
 
 
+def peek_counts(
+    adata: AnnData, layer: str | None, rows: NDArray[np.integer]
+) -> tuple[sparse.csr_matrix, bool]:
+    """Read some rows, ascending, whatever they hold, and tell whether they are raw counts.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        There is no such matrix, or it does not hold numbers.
+    """
+    block = _to_csr(_row_reader(adata, layer)(rows), _name(layer), int(rows[0]))
+    values = _columns_only(block, read_features(adata).is_gene)
+    is_raw = not fault_of(values.data)
+    return (_rounded(values) if is_raw else values), is_raw
+
+
 def require_cells_and_genes(adata: AnnData) -> None:
     """Refuse an AnnData without rows or columns.
 
@@ -237,12 +253,16 @@ def _checked(
             f"{_counts_elsewhere(adata, layer) or cause.way_out(_name(layer))}"
         )
         raise NotRawCountsError(msg)
+    return _rounded(block)
+
+
+def _rounded(block: sparse.csr_matrix) -> sparse.csr_matrix:
     if block.dtype.kind != "f":
         return block
     integers = np.rint(block.data)
-    if not np.array_equal(integers, block.data):
-        block = sparse.csr_matrix((integers, block.indices, block.indptr), shape=block.shape)
-    return block
+    if np.array_equal(integers, block.data):
+        return block
+    return sparse.csr_matrix((integers, block.indices, block.indptr), shape=block.shape)
 
 
 def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:

@@ -20,6 +20,7 @@ from stofm._features import (
 )
 from stofm._keys import Var
 from stofm._logging import logger
+from stofm._writing import all_or_nothing
 from stofm.genes import (
     GeneMapping,
     GeneVocabulary,
@@ -146,7 +147,8 @@ def map_genes(
         counts_per_gene=counts,
     )
     report_mapping(target, genes, counts)
-    write_gene_mapping(target, genes)
+    with all_or_nothing(target):
+        write_gene_mapping(target, genes)
     return target if copy else None
 
 

@@ -12,7 +12,9 @@ from stofm._anndata import read_record, resolve_table, same_params, write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._places import Places, read_places
+from stofm._writing import all_or_nothing
 from stofm.genes.compressed import require_sound
+from stofm.pp._staleness import outdate_by_places, stale_reason
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
 if TYPE_CHECKING:
@@ -141,7 +143,8 @@ def subslice(
     where = read_places(table, spatial_key=spatial_key, library_key=library_key)
     result = lay_out(read_features(table, use_rep), where, rules, use_rep=use_rep, seed=seed)
     target = table.copy() if copy else table
-    write_layouts(target, result)
+    with all_or_nothing(target):
+        write_layouts(target, result)
     return target if copy else None
 
 
@@ -204,6 +207,9 @@ def read_features(adata: AnnData, use_rep: str) -> NDArray[np.float32]:
             "make it again or drop these cells."
         )
         raise ValueError(msg)
+    if reason := stale_reason(adata, use_rep):
+        msg = f"{reason} Make it again: st.pp.tokenize(adata), st.tl.encode_cells(adata)."
+        raise ValueError(msg)
     return values
 
 
@@ -262,6 +268,7 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
         n_virtual += layout.virtual.n_virtual
     names = np.repeat(result.places.slices.names, [y.virtual.n_virtual for y in result.layouts])
 
+    outdate_by_places(adata)
     adata.obsm[Obsm.COORDINATES] = coordinates
     for key, codes, n in (
         (Obs.SUBSLICE, subslices, n_subslices),
@@ -305,6 +312,10 @@ def lay_out_or_reuse(
             stored = _read_layouts(adata, record, places)
             if stored is not None:
                 return Layouts(stored, places, params, digest, is_new=False)
+        logger.info(
+            "Cells, their embeddings, places or the rules are not those of the stored layout: "
+            "slices are cut again."
+        )
     return lay_out(features, places, rules, use_rep=use_rep, seed=seed)
 
 

@@ -11,6 +11,7 @@ from stofm._anndata import read_record, same_params, write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm.genes import RankedTokens
 from stofm.pp._map_genes import MappedGenes, write_gene_mapping
+from stofm.pp._staleness import outdate_by_counts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,13 +72,15 @@ class Tokens:
 def write_tokens(adata: AnnData, tokens: Tokens) -> None:
     """Write tokens, their number, their values, a new mapping of the columns, and the records.
 
-    Values that belong to other tokens, which the new ones replace, are removed.
+    Values that belong to other tokens, which the new ones replace, are removed. Embeddings that
+    are of other counts are marked as such.
     """
     max_tokens = tokens.params["max_tokens"]
     matrix = tokens.ranked.to_csr(max_tokens)
     with_values = bool(tokens.params.get("values"))
     values = tokens.ranked.values_to_csr(max_tokens) if with_values else None
     columns = tokens.columns
+    outdate_by_counts(adata)
     if columns.genes is not None:
         write_gene_mapping(adata, columns.genes)
     adata.obsm[Obsm.TOKENS] = matrix

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from stofm._anndata import read_record, resolve_table
-from stofm._counts import NotRawCountsError, read_counts, require_cells_and_genes
+from stofm._counts import read_counts, require_cells_and_genes
 from stofm._keys import Var
 from stofm._logging import counter, logger
 from stofm._messages import warn
+from stofm._writing import all_or_nothing
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._gene_report import report_mapping, warn_of_unknown_counts
 from stofm.pp._map_genes import (
@@ -127,7 +128,8 @@ def tokenize(
     tokens = compute_tokens(
         target, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
     )
-    write_tokens(target, tokens)
+    with all_or_nothing(target):
+        write_tokens(target, tokens)
     return target if copy else None
 
 
@@ -142,11 +144,10 @@ def tokens_or_stored(
     on_columns: Callable[[Columns], object] = lambda _: None,
     show_progress_bar: bool = True,
 ) -> Tokens:
-    """Make tokens, or take those stored if the counts are no longer raw; writes nothing.
+    """Make tokens, or take those stored if they are the same; writes nothing.
 
     Ranking costs little beside what follows, so the counts are always read again: no change of
-    them goes unnoticed. Counts that were normalised since can't be ranked; the stored tokens,
-    made from the raw counts, then hold.
+    them goes unnoticed.
     """
     columns = find_columns(
         adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
@@ -154,15 +155,11 @@ def tokens_or_stored(
     on_columns(columns)
     params = token_params(model, layer=layer)
     stored = stored_tokens(adata, columns, params)
-    try:
-        tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
-    except NotRawCountsError:
-        if stored is None:
-            raise
-        logger.info("The counts are no longer raw: the stored tokens are used.")
-        return Tokens(stored, columns, params, is_new=False)
-    same = stored is not None and columns.genes is None and tokens.ranked.equals(stored)
-    return replace(tokens, is_new=not same)
+    tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+    is_same = stored is not None and tokens.ranked.equals(stored)
+    if stored is not None and not is_same:
+        logger.info("The counts are not those of the stored tokens, which are made again.")
+    return replace(tokens, is_new=not is_same or columns.genes is not None)
 
 
 def find_columns(
