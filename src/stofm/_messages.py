@@ -77,7 +77,9 @@ def _put_in(text: str, where: str, names: dict[str, str]) -> str:
             text = re.sub(rf"(?<![\w.]){name}=", f"{own}=", text)
     named = where.removeprefix("the ")
     if where and not re.search(rf"(?<!\w){re.escape(named)}(?!\w)", text):
-        text = f"{where[0].upper()}{where[1:]}: {text}"
+        # What the user writes stays as it is.
+        start = where if "[" in where else f"{where[0].upper()}{where[1:]}"
+        text = f"{start}: {text}"
     return text
 
 

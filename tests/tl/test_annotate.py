@@ -115,7 +115,10 @@ def test_missing_and_rare_labels_are_left_out(cells):
     labels = cells.obs["kind"].astype(str).to_numpy(dtype=object)
     labels[:20], labels[20:30], labels[30] = "Other", None, "rare"
     cells.obs["label"] = labels
-    head = fit(cells, label_key="label", split="random")
+    told = r"in obs\['label'\] are left out.*'Other' \(20 cells, 10.9%\).* pass missing=\[\]"
+    rare = r"0.01 of .* \(1 cells\): rare.* pass min_share=0"
+    with pytest.warns(UserWarning, match=rare), pytest.warns(UserWarning, match=told):
+        head = fit(cells, label_key="label", split="random")
     assert head.classes == ("0", "1", "2")
     assert head.params["left_out_classes"] == ["rare"]
     assert head.split["n_fitted"] + head.split["n_held_out"] == 184 - 31
@@ -293,6 +296,7 @@ def test_bad_use(cells):
 
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("strategy", ["lora", "full"])
+@pytest.mark.filterwarnings("ignore:Tuning")
 def test_a_tuned_model_goes_with_the_head(adata, model, tmp_path, strategy):
     before = model.fingerprint
     st.tl.embed(adata, model, **QUIET)

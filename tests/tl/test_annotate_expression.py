@@ -73,6 +73,7 @@ def test_columns_of_each_representation_share_a_scale(cells, scales_of):
         assert len(set(scales)) == len(scales)
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_neighbours_of_expression_alone_beside_embeddings(cells, tmp_path, monkeypatch):
     weights = np.array([0.3, 0.0, 0.0, 0.7, 0.0])
     monkeypatch.setattr(_voter_fitting, "blend_weights", lambda *_: weights)
@@ -130,6 +131,7 @@ def test_other_entries_of_obsm(cells, rng):
     assert accuracy(cells, head) > 0.85
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_fitting_without_raw_counts(cells, caplog):
     cells.X = cells.X * 0.37
     head = fit(cells)
@@ -140,6 +142,7 @@ def test_fitting_without_raw_counts(cells, caplog):
         fit(cells, n_components=20)
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_a_query_without_raw_counts(cells, caplog):
     # Nothing is divided by, so that votes can be read off.
     head = fit(cells, reject_rate=0, n_neighbors=0)
@@ -156,6 +159,7 @@ def test_a_query_without_raw_counts(cells, caplog):
     assert np.abs(found.to_numpy() - probabilities(cells, head).to_numpy()).max() > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_a_query_with_few_of_the_genes(cells, caplog):
     head = fit(cells)
     query = cells[:, :2].copy()
@@ -239,6 +243,7 @@ def test_protocol(cells):
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning(cells, model, tmp_path):
     head = fit(cells, model=model, strategy="full", n_components=5)
     assert head.reads.count("embedding") == 2

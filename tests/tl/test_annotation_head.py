@@ -16,7 +16,8 @@ from stofm._frames import frame_names
 from stofm._keys import Obs, Obsm, Uns
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl._annotation_head import AnnotationHead, write_annotation
-from stofm.tl._head_inputs import read_inputs, resolve_slices
+from stofm.tl._head_inputs import read_inputs
+from stofm.tl._sections import resolve_slices
 from stofm.train.calibration import Rejection, Surroundings
 
 QUIET = {"device": "cpu", "show_progress_bar": False, "use_rep": "X_pca"}

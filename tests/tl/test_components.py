@@ -14,7 +14,7 @@ from scipy import sparse
 from stofm.tl import _components
 from stofm.tl._components import ExpressionComponents, fit_components, principal_axes
 from stofm.tl._gene_columns import Gene, GeneColumns, choose_panel
-from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._sections import resolve_slices
 
 N_GENES = 40
 GENES = tuple(Gene(f"g{k}", "") for k in range(N_GENES))
@@ -167,6 +167,7 @@ def test_missing_genes_leave_what_is_expected(counts, components, vocabulary):
     assert ((found - whole) ** 2).sum() < 0.8 * ((filled - whole) ** 2).sum()
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_too_few_genes(counts, components, vocabulary, caplog):
     # What counts is what the genes make up, and not how many there are.
     weight = (components.axes**2) @ components.variances

@@ -209,10 +209,25 @@ def test_seed_and_order(spots, cells, model, rng):
     np.testing.assert_allclose(shuffled.obsm[Obsm.DECONVOLUTION], found[0][order], atol=1e-4)
 
 
+def test_messages_name_the_reference(spots, cells, model):
+    cells.layers["counts"], cells.X = cells.X, cells.X * 0.37
+    told = r"^reference.X does not .*reference.layers\['counts'\] .*pass reference_layer='counts'"
+    with pytest.raises(ValueError, match=told):
+        from_reference(spots, cells, model)
+    with pytest.raises(KeyError, match=r"^.The reference: There is no obs\['nope'\] with labels"):
+        from_reference(spots, cells, model, label_key="nope")
+    with pytest.raises(KeyError, match=r"The query: There is no layer 'counts'"):
+        from_reference(spots, cells, model, layer="counts")
+    cells.obs.loc[cells.obs_names[:40], "kind"] = "other"
+    with pytest.warns(UserWarning, match=r"^The reference: .*'other' \(40 cells, 44.4%\)"):
+        from_reference(spots, cells, model, reference_layer="counts")
+
+
+@pytest.mark.filterwarnings("ignore:.*count as 0")
 def test_a_head_for_other_genes(spots, cells, model, caplog):
     head = from_reference(spots, cells, model)
     st.tl.deconvolve(spots[:, :50].copy(), head=head, model=model, **QUIET)
-    assert "genes that the head reads are not in the data and count as 0" in caplog.text
+    assert "genes that the head reads are not in adata and count as 0" in caplog.text
     with pytest.raises(ValueError, match=r"Only \d+ of the 60 genes that the head reads"):
         st.tl.deconvolve(spots[:, :20].copy(), head=head, model=model, **QUIET)
 
@@ -224,6 +239,7 @@ def test_a_head_for_another_model(spots, cells, model):
         st.tl.deconvolve(spots, head=head, model=other, **QUIET)
 
 
+@pytest.mark.filterwarnings("ignore:.*have no counts")
 def test_spots_without_counts_are_named(spots, cells, model, caplog):
     head = from_reference(spots, cells, model)
     spots.X = spots.X.toarray() * (np.arange(80) > 2)[:, None]
@@ -232,6 +248,7 @@ def test_spots_without_counts_are_named(spots, cells, model, caplog):
     check_proportions(spots, head)
 
 
+@pytest.mark.filterwarnings("ignore:.*have no counts")
 def test_spots_without_counts_are_named_when_a_head_is_fitted(spots, cells, model, caplog):
     spots.X = spots.X.toarray() * (np.arange(80) > 2)[:, None]
     from_reference(spots, cells, model, n_heads=1)
@@ -325,6 +342,7 @@ def test_types_of_a_reference_that_can_not_be(spots, cells, model):
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(spots, model):
     head = from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), model=model, strategy="full", n_heads=2)
     assert head.model is not None

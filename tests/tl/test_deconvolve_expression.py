@@ -80,7 +80,7 @@ def test_columns_of_each_representation_share_a_scale(spots, scales_of):
 
 def test_mean_and_spread_are_by_weight(spots):
     head = fit(spots, n_components=6)
-    sections = st.tl._head_inputs.resolve_slices(spots)
+    sections = st.tl._sections.resolve_slices(spots)
     options = {"library_key": None, "layer": None, "spatial_key": "spatial", **QUIET}
     inputs = head.read(sections, None, options)
     votes = np.stack(
@@ -104,6 +104,7 @@ def test_embeddings_alone(spots):
     pd.testing.assert_frame_equal(apply(spots, head).obsm[KEY], expected, check_exact=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_without_raw_counts(spots, caplog):
     head = fit(spots, n_neighbors=0)
     spots.X = spots.X * 0.37
@@ -136,6 +137,7 @@ def test_order_of_spots(spots, rng):
     pd.testing.assert_frame_equal(first, again, check_exact=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*have a single cell")
 def test_spots_made_of_cells_of_which_a_layer_has_the_counts(spots, model, rng):
     cells = spots.copy()
     cells.obs["kind"] = spots.obsm["truth"].idxmax(axis=1).astype(str)

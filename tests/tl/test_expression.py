@@ -10,7 +10,7 @@ from scipy import sparse
 from stofm._keys import Obsm
 from stofm.tl._expression import expression_targets, log_normalised, on_panel
 from stofm.tl._gene_columns import GeneColumns
-from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._sections import resolve_slices
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from stofm.tl._fine_tune import fine_tune_head
 from stofm.train import FineTuningConfig, Targets
 from stofm.train.targets import head_loss
 
+pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")
+
 SHORT = FineTuningConfig(
     learning_rate=5e-3,
     warmup_steps=1,

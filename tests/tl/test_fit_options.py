@@ -7,7 +7,7 @@ import pytest
 
 from stofm._keys import Obsm
 from stofm.tl._fit_options import check_fit_options, check_whole_number
-from stofm.tl._head_inputs import resolve_slices
+from stofm.tl._sections import resolve_slices
 
 GOOD = {
     "strategy": "frozen",

@@ -14,6 +14,7 @@ from stofm.tl._gene_columns import (
     find_genes,
     new_genes,
     selector,
+    warn_of_few_shared,
 )
 
 
@@ -33,6 +34,14 @@ def ensembl(vocabulary):
 def symbols(vocabulary):
     """The genes 5 to 24 by symbol, and the probe."""
     return columns(vocabulary, ["probe", *vocabulary.symbols[5:25]])
+
+
+def test_few_shared_genes_are_told() -> None:
+    warn_of_few_shared(5, [10, 3000])
+    with pytest.warns(
+        UserWarning, match="4 genes are shared by all 2 AnnData, which have 10, 3000"
+    ):
+        warn_of_few_shared(4, [10, 3000])
 
 
 def test_genes_meet_by_id_or_name(ensembl, symbols, vocabulary):

@@ -12,7 +12,8 @@ import stofm as st
 from stofm._keys import Obsm, Uns
 from stofm.nn import Stofm
 from stofm.tl._embeddings import origin_by
-from stofm.tl._head_inputs import checked_reps, read_inputs, resolve_slices
+from stofm.tl._head_inputs import checked_reps, read_inputs
+from stofm.tl._sections import resolve_slices
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 
@@ -166,6 +167,56 @@ def test_embeddings_of_other_counts_or_slices_are_refused(adata, model):
         np.testing.assert_array_equal(read(adata, key).features[:, 12:], before)
     with pytest.raises(KeyError, match="There is no layer 'nope'"):
         read(adata, layer="nope")
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [("X", "was made from other counts: of 184 cells"), ("spatial", "made with other coordinates")],
+)
+def test_embeddings_that_are_stale_are_refused_or_made_aside(adata, model, part, found):
+    embedded(adata, model, library_key="library")
+    before = adata.obsm[Obsm.X].copy()
+    if part == "X":
+        adata.X = adata.X[::-1]
+    else:
+        adata.obsm["spatial"] = adata.obsm["spatial"][::-1]
+    with pytest.raises(ValueError, match=rf"{found}.* Embed the cells again.*pass `model`"):
+        read(adata)
+    aside = read(adata, model=model)
+    np.testing.assert_array_equal(adata.obsm[Obsm.X], before)
+    fresh = adata.copy()
+    embedded(fresh, model, library_key="library")
+    np.testing.assert_array_equal(aside.features[:, 12:], fresh.obsm[Obsm.X])
+    assert read(fresh).origin == origin_by(model)
+    some = fresh[fresh.obs["kind"] == "1", 5:].copy()
+    np.testing.assert_array_equal(read(some).features[:, 12:], some.obsm[Obsm.X])
+
+
+def test_cells_without_places(adata, model):
+    places = adata.obsm.pop("spatial")
+    expected = read(adata, use_rep=Obsm.X_CELL, model=model).features
+    assert set(adata.obsm) == {Obsm.TOKENS, Obsm.X_CELL}
+    told = r"no obsm\['spatial'\].* Dissociated cells have none: .*use_rep='X_stofm_cell'"
+    with pytest.raises(KeyError, match=told):
+        read(adata, model=model)
+    adata.obsm["spatial"] = places
+    embedded(adata, model, library_key="library")
+    np.testing.assert_array_equal(adata.obsm[Obsm.X_CELL], expected)
+
+
+def test_messages_name_the_table(pair, model):
+    pair[1].X = pair[1].X * 0.37
+    named = {"a": pair[0], "b": pair[1]}
+    for data, where in ((pair, r"data\[1\]"), (named, r"data\['b'\]"), (pair[1], "adata")):
+        with pytest.raises(ValueError, match=rf"^{where}\.X does not hold raw counts"):
+            read(data, model=model)
+    pair[1].layers["raw"] = pair[1].X.rint()
+    for data, where in ((pair[1], "reference"), (named, r"reference\['b'\]")):
+        sections = resolve_slices(data, "library", role="reference")
+        with pytest.raises(ValueError, match=rf"^{where}\..*pass reference_layer='raw'"):
+            read_inputs(sections, model=model, **QUIET)
+    with pytest.raises(KeyError, match=r"The query: There is no obs\['nope'\]"):
+        resolve_slices(pair[0], "nope", role="query")
 
 
 def test_options_of_an_embedding_need_not_be_repeated(adata, model):

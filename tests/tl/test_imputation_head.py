@@ -17,7 +17,7 @@ from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl import _imputation_head
 from stofm.tl._expression import ExpressionTargets
 from stofm.tl._gene_columns import Gene
-from stofm.tl._head_inputs import Inputs, resolve_slices
+from stofm.tl._head_inputs import Inputs
 from stofm.tl._imputation_head import (
     Ballot,
     ImputationHead,
@@ -26,6 +26,7 @@ from stofm.tl._imputation_head import (
     score_genes,
     write_imputed,
 )
+from stofm.tl._sections import resolve_slices
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
 

@@ -314,7 +314,9 @@ def test_genes_that_no_vocabulary_knows(fit, training, query, model):
     strange.var_names = [f"q{k}" for k in range(strange.n_vars)]
     strange.var = strange.var[[]]
     for data, reference, name in ((query, strange, "reference"), (strange, query, "query")):
-        with pytest.raises(ValueError, match=rf"Genes of the {name}: Only 0 of .*map_genes\(adata"):
+        with pytest.raises(
+            ValueError, match=rf"Genes of the {name}: Only 0 of .*map_genes\((adata|{name})"
+        ):
             st.tl.impute(data, reference=reference, model=model, **LIBRARY)
         assert Obsm.IMPUTED not in data.obsm
     # As the message says.
@@ -385,6 +387,38 @@ def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     assert other.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
 
 
+@pytest.mark.filterwarnings("ignore:The query has")
+def test_each_side_has_its_layer(fit, training, query, model):
+    raw = training.copy()
+    raw.layers["counts"], raw.X = raw.X, raw.X * 0.37
+    some = query[:, 3:].copy()
+    for options in ({"reference_layer": "counts"}, {"layer": "counts"}):
+        fit(some, genes=None, reference=raw, **options)
+        assert some.obsm.pop(Obsm.IMPUTED).shape == (83, 3)
+    told = "^reference.X does not hold raw counts.* pass reference_layer='counts'"
+    with pytest.raises(ValueError, match=told):
+        fit(some, genes=None, reference=raw)
+    some.X, some.layers["own"] = some.X * 0.37, some.X
+    told = r"^The query: adata.X does not .*adata.layers\['own'\] .*: pass layer='own'"
+    with pytest.raises(ValueError, match=told):
+        fit(some, genes=None, reference=raw, reference_layer="counts")
+    fit(some, genes=None, reference=raw, layer="own", reference_layer="counts")
+    with pytest.raises(KeyError, match="The query: There is no layer 'nope'"):
+        fit(some, genes=None, reference=raw, layer="nope", reference_layer="counts")
+
+
+def test_a_dissociated_reference(fit, training, query, model):
+    del training.obsm["spatial"]
+    some = query[:, 3:].copy()
+    with pytest.raises(
+        KeyError, match=r"into reference.obsm\['spatial'\].* use_rep='X_stofm_cell'"
+    ):
+        fit(some, genes=None, reference=training)
+    head = fit(some, genes=None, reference=training, use_rep=Obsm.X_CELL)
+    assert head.n_neighbors == 0
+    assert some.obsm[Obsm.IMPUTED].shape == (83, 3)
+
+
 def test_query_with_few_of_the_genes(fit, query, model, caplog):
     head = fit()
     some = query[:, [*range(12, 36), *range(45, 50)]].copy()
@@ -395,6 +429,7 @@ def test_query_with_few_of_the_genes(fit, query, model, caplog):
         st.tl.impute(query[:, 12:17].copy(), head=head, model=model, **LIBRARY)
 
 
+@pytest.mark.filterwarnings("ignore:.*are constant")
 def test_constant_genes(fit, training, caplog):
     training.X = sparse.csr_matrix(
         np.where(training.var_names.isin(HELD_OUT[:1]), 0, training.X.toarray())

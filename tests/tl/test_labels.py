@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stofm.tl._head_inputs import resolve_slices
-from stofm.tl._labels import read_labels
+from stofm.tl._labels import MIN_SHARE, MISSING, read_labels
+from stofm.tl._sections import resolve_slices
 
 
 def read(adata, labels, **options):
@@ -30,9 +30,7 @@ def test_rare_classes_are_left_out_and_named(adata, caplog):
     assert labels.classes == ("a", "b")
     assert labels.left_out == ("rare",)
     assert (labels.codes[:3] == -1).all()
-    assert "Classes with less than 2% of the labelled cells are left out (3 cells): rare" in (
-        caplog.text
-    )
+    assert "with less than 0.02 of the labelled cells are left out (3 cells): rare" in caplog.text
     assert read(adata, text, min_share=0).classes == ("a", "b", "rare")
 
 
@@ -72,13 +70,26 @@ def test_blanks_and_other_spellings_of_none(adata):
             {"min_share": 0.02},
             r"2 classes of .*, 1 have 2\.0% .* out: b\.",
         ),
-        (np.arange(184), {"min_share": 0.01}, "184 classes .*, 0 have .* and 174 more. Lower `min"),
+        (np.arange(184), {"min_share": 0.02}, "184 classes .*, 0 have .* and 174 more. Lower `min"),
         (["a", "b"] * 92, {"min_share": 1.5}, "min_share must be from 0"),
     ],
 )
 def test_bad_labels(adata, labels, options, message):
     with pytest.raises(ValueError, match=message):
         read(adata, labels, **options)
+
+
+def test_labels_that_stand_for_none(adata, caplog):
+    caplog.set_level("INFO", logger="stofm")
+    text = np.array(["other", "Unknown", "", *["a"] * 90, *["b"] * 91], dtype=object)
+    told = r"'Unknown' \(1 cells, 0.5%\), 'other' \(1 cells, 0.5%\)\. .*pass missing=\[\]"
+    with pytest.warns(UserWarning, match=told):
+        assert read(adata, text, missing=MISSING).classes == ("a", "b")
+    assert "1 of 184 cells have no label" in caplog.text
+    # As it was asked for.
+    assert read(adata, text, missing=["other", "unknown"]).classes == ("a", "b")
+    with pytest.warns(UserWarning, match=r"with less than 0.01 .*\(1 cells\): Unknown"):
+        read(adata, text, missing=["other"], min_share=MIN_SHARE)
 
 
 def test_wrong_names(adata):

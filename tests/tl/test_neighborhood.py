@@ -15,8 +15,9 @@ from stofm._keys import Obs, Obsm
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl import _head_fitting
 from stofm.tl._gene_columns import GeneColumns
-from stofm.tl._head_inputs import DEFAULT_REP, Inputs, Source, read_inputs, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP, Inputs, Source, read_inputs
 from stofm.tl._neighborhood import add_neighborhood, choose_neighborhood
+from stofm.tl._sections import resolve_slices
 from stofm.train import HeadTraining, Targets, head_fitting
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
@@ -127,6 +128,7 @@ def test_cells_without_places(adata, inputs):
 
 
 @pytest.mark.parametrize("lack", ["no places", "no usable places"])
+@pytest.mark.filterwarnings("ignore:.*without their neighbours")
 def test_tables_without_labels_have_no_say(adata, inputs, lack):
     pair = [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
     expected = choose(pair[0], inputs.take(np.arange(101))).neighborhood
@@ -221,6 +223,7 @@ def test_order_of_cells(cells, rng):
 
 
 @pytest.mark.usefixtures("_short")
+@pytest.mark.filterwarnings("ignore:.*without their neighbours")
 def test_a_query_without_places(cells, caplog):
     head = fit(cells, reject_rate=0)
     query = cells.copy()
@@ -236,6 +239,7 @@ def test_a_query_without_places(cells, caplog):
 
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("lack", ["no places", "no usable places"])
+@pytest.mark.filterwarnings("ignore:.*without their neighbours")
 def test_a_table_without_places_beside_others(cells, lack, caplog):
     parts = [cells[cells.obs["library"] == name].copy() for name in ("left", "right", "left")]
     head = fit(cells)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stofm.tl._head_inputs import resolve_slices
 from stofm.tl._protocol import plan_runs, score_table, split_record
+from stofm.tl._sections import resolve_slices
 
 
 def plan(adata, known=None, library_key="library", **options):

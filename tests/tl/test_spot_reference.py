@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from stofm.spatial.spot_simulation import SpotRules
-from stofm.tl._head_inputs import resolve_slices
 from stofm.tl._labels import read_labels
+from stofm.tl._sections import resolve_slices
 from stofm.tl._spot_reference import SpotSimulation, read_panels
 
 

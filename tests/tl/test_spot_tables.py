@@ -7,8 +7,8 @@ from scipy import sparse
 
 import stofm as st
 from stofm._frames import make_frame, write_frame
-from stofm.tl._head_inputs import resolve_slices
 from stofm.tl._labels import read_labels
+from stofm.tl._sections import resolve_slices
 from stofm.tl._spot_tables import grid_into_spots, read_proportions
 
 
@@ -107,6 +107,19 @@ def test_cells_become_spots(adata):
         np.testing.assert_array_equal(np.asarray(summed), adata[own].X.sum(axis=0))
     np.testing.assert_allclose(found.proportions.sum(axis=1), 1.0, rtol=1e-6)
     assert list(table.var_names) == list(adata.var_names)
+
+
+@pytest.mark.parametrize(("spot_size", "is_small"), [(90.0, False), (3.0, True)])
+def test_spots_of_a_single_cell_are_told(adata, caplog, spot_size, is_small):
+    caplog.set_level("INFO", logger="stofm")
+    if is_small:
+        with pytest.warns(
+            UserWarning, match=r"100% have a single cell.* Is spot_size=3 in the unit"
+        ):
+            grid(adata, spot_size)
+    else:
+        grid(adata, spot_size)
+        assert "cells on average" in caplog.text
 
 
 def test_cells_of_several_tables(adata):

@@ -15,7 +15,8 @@ import stofm as st
 from stofm._keys import Obsm
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl._embeddings import counts_layer
-from stofm.tl._head_inputs import Inputs, resolve_slices
+from stofm.tl._head_inputs import Inputs
+from stofm.tl._sections import resolve_slices
 from stofm.tl._voting_head import VotingHead, add_expression, choose_n_components
 
 
@@ -166,6 +167,7 @@ def test_a_head_of_embeddings_reads_no_counts(adata, inputs):
 
 
 @pytest.mark.parametrize("lack", ["raw counts", "genes", "a matrix"])
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_embeddings_alone_vote_on_cells_of_a_table_without(mixed, pair, inputs, caplog, lack):
     head, _ = mixed
     whole = read(head, pair, inputs)
@@ -187,6 +189,7 @@ def test_embeddings_alone_vote_on_cells_of_a_table_without(mixed, pair, inputs, 
     assert all(np.isfinite(vote).all() for vote, _ in ballots)
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_slices_without_expression_are_not_centred(mixed, pair, inputs):
     head, _ = mixed
     object.__setattr__(head, "expression", replace(head.expression, by_slice=True))
@@ -197,6 +200,7 @@ def test_slices_without_expression_are_not_centred(mixed, pair, inputs):
     assert np.isnan(found[101:]).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_a_layer_that_is_gone(mixed, adata, inputs, model, caplog):
     head, _ = mixed
     adata.layers["raw"] = adata.X.copy()
@@ -257,6 +261,7 @@ def test_components_of_labelled_cells(adata, inputs):
 
 
 @pytest.mark.parametrize("lack", ["raw counts", "genes", "a matrix"])
+@pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_nothing_to_read(pair, inputs, caplog, lack):
     if lack == "raw counts":
         pair[1].X = pair[1].X * 0.37

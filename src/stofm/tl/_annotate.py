@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Label, Obs, Obsm
+from stofm._writing import all_or_nothing
 from stofm.tl._annotation_fitting import AnnotationFitting
-from stofm.tl._annotation_head import AnnotationHead, write_annotation
-from stofm.tl._embeddings import unchanged_on_error
+from stofm.tl._annotation_head import AnnotationHead, refuse_foreign_annotation, write_annotation
 from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP, read_inputs, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP, read_inputs
 from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import read_labels
+from stofm.tl._labels import MIN_SHARE, MISSING, read_labels
+from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -39,8 +40,8 @@ def annotate(
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
-    min_share: float = 0.01,
+    missing: Collection[object] = MISSING,
+    min_share: float = MIN_SHARE,
     class_weights: Literal["balanced"] | None = None,
     split: SplitRule = "auto",
     protocol: Protocol | None = None,
@@ -114,10 +115,12 @@ def annotate(
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
-        Labels that stand for none, in whatever case, besides NaN and blank ones. Such cells are
-        left out. No class can be called ``"unknown"``.
+        Labels that stand for none, in whatever case, besides NaN and blank ones: by default
+        ``"unknown"``, ``"unassigned"``, ``"other"`` and ``"nan"``. Such cells are left out. No
+        class can be called ``"unknown"``.
     min_share
-        Classes with a smaller share of the labelled cells are left out; 0 for none.
+        Classes with a smaller share of the labelled cells are left out, by default 0.01; 0 for
+        none.
     class_weights
         ``"balanced"``: classes weigh the same in the loss however few cells they have.
     split
@@ -173,8 +176,9 @@ def annotate(
         `head` is no head for annotation.
     ValueError
         Neither or both of `label_key` and `head` are given, an option is not usable, there are
-        fewer than two classes, a class has a single cell or is called "unknown", or embeddings
-        are by another model than the head's.
+        fewer than two classes, a class has a single cell or is called "unknown", `key_added` would
+        replace something else, or embeddings are by another model than the head's, or of other
+        counts or coordinates than there are now.
 
     References
     ----------
@@ -212,8 +216,9 @@ def annotate(
     if head is not None:
         require_head(head, AnnotationHead)
         refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
+        refuse_foreign_annotation(sections, key_added)
         target = sections.copied() if copy else sections
-        with unchanged_on_error(target.tables):
+        with all_or_nothing(*target.tables):
             inputs = read_inputs(
                 target,
                 use_rep=head.use_rep,
@@ -222,7 +227,7 @@ def annotate(
                 **reading,
             )
             inputs = head.read_beside(target, inputs, layer=layer, spatial_key=spatial_key)
-        write_annotation(target, head, head.predict(inputs), key_added)
+            write_annotation(target, head, head.predict(inputs), key_added)
         return target.as_given() if copy else None
     fitting = AnnotationFitting(
         label_key=str(label_key),

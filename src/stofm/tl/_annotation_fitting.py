@@ -9,8 +9,8 @@ import numpy as np
 
 from stofm import metrics
 from stofm._logging import logger
+from stofm._writing import all_or_nothing
 from stofm.tl._annotation_head import Annotation, AnnotationHead, log_scores
-from stofm.tl._embeddings import unchanged_on_error
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._neighborhood import choose_neighborhood
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from stofm.spatial import Split
     from stofm.spatial.splits import SplitRule
     from stofm.tl._components import ExpressionComponents
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
     from stofm.tl._heads import Strategy
     from stofm.tl._labels import Labels
     from stofm.tl._protocol import Protocol, Run
+    from stofm.tl._sections import Sections
     from stofm.tl._voter_fitting import Voters
 
 #: With fewer held-out cells a line of the log says so.
@@ -82,7 +83,7 @@ class AnnotationFitting:
         model: Stofm | str | Path | None,
     ) -> AnnotationHead:
         """Fit a head, or one for each run of a protocol, of which the first is kept."""
-        with unchanged_on_error(sections.tables):
+        with all_or_nothing(*sections.tables):
             inputs = read_inputs(sections, use_rep=use_rep, model=model, **self.reading)
             inputs, expression = self._with_expression(sections, inputs, labels)
             inputs = choose_neighborhood(

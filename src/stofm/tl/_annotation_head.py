@@ -11,6 +11,7 @@ from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
+from stofm._writing import refuse_foreign
 from stofm.tl._voting_head import VotingEntries, VotingHead
 from stofm.train.calibration import Rejection, Surroundings, calibrated_probabilities
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
+    from stofm.tl._sections import Sections
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,17 @@ def log_scores(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 
 
+_CONFIDENCE = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
+_PROBA = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
+
+
+def refuse_foreign_annotation(sections: Sections, key: str) -> None:
+    """Refuse a key beside which something else is stored where an annotation would be written."""
+    sections.each(
+        lambda table: refuse_foreign(table, key, obs=[key + _CONFIDENCE], obsm=[key + _PROBA])
+    )
+
+
 def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:
     """Write classes, confidence and probabilities to each table, with a record."""
     import pandas as pd
@@ -162,12 +175,10 @@ def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation
     likeliest = found.probabilities.argmax(axis=1)
     codes = np.where(found.is_unknown, categories.index(Label.UNKNOWN), likeliest)
     confidence = found.probabilities.max(axis=1)
-    beside = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
-    proba = key + Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
     for table, part, frame in zip(sections.tables, sections.places, frames, strict=True):
         table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
-        table.obs[key + beside] = confidence[part]
-        write_frame(table, proba, frame, head.classes)
+        table.obs[key + _CONFIDENCE] = confidence[part]
+        write_frame(table, key + _PROBA, frame, head.classes)
         # Colours of an earlier run would be taken for these classes'.
         table.uns.pop(key + Suffix.COLORS, None)
         write_record(table, key, _params(head), **head.model_names())

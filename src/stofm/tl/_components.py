@@ -11,6 +11,7 @@ from scipy.linalg import eigh
 
 from stofm._counts import read_counts
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.nn.centering import exact_mean
 from stofm.tl._expression import TARGET_SUM, log_normalised
 from stofm.tl._gene_columns import Gene, GeneColumns, selector
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
 
 #: Genes that enter the components: those that vary most.
 _MOST_GENES: Final = 2000
@@ -190,12 +191,10 @@ class ExpressionComponents:
         weights = (self.axes**2) @ self.variances
         measured = weights[is_there[self.chosen]].sum() / max(float(weights.sum()), 1e-30)
         if measured < least_measured:
-            logger.warning(
-                "%d of the %d genes whose expression the head reads are there, too few: cells are "
-                "judged without their expression. A head that is fitted to the shared genes is more "
-                "accurate.",
-                is_there.sum(),
-                len(self.genes),
+            warn(
+                f"{is_there.sum()} of the {len(self.genes)} genes whose expression the head reads "
+                "are there, too few: cells are judged without their expression. A head that is "
+                "fitted to the shared genes is more accurate."
             )
             return None
         choice = selector(found, adata.n_vars)
@@ -312,10 +311,10 @@ def fit_components(
     """
     kept = rows[:: -(-len(rows) // _MOST_CELLS)]
     parts = list(zip(sections.tables, columns, layers, strict=True))
-    blocks = [
-        _panel_rows(table, own, genes, layer, kept - place.start)
-        for (table, own, layer), place in zip(parts, sections.places, strict=True)
-    ]
+    blocks = []
+    for k, ((table, own, layer), place) in enumerate(zip(parts, sections.places, strict=True)):
+        with sections.naming(k):
+            blocks.append(_panel_rows(table, own, genes, layer, kept - place.start))
     stacked = sparse.vstack(blocks, format="csr", dtype=np.float32)
     components = ExpressionComponents.fit(
         stacked[np.argsort(np.argsort(kept))], genes, n_components

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._keys import Obsm
+from stofm._writing import all_or_nothing
 from stofm.metrics import mae, pearson, rmse
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._deconvolution_head import DeconvolutionHead
-from stofm.tl._embeddings import origin_by, unchanged_on_error
+from stofm.tl._embeddings import origin_by
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs
@@ -92,7 +93,7 @@ class DeconvolutionFitting:
                 "spot_size if cells are summed into spots."
             )
             raise ValueError(msg)
-        with unchanged_on_error(spots.sections.tables):
+        with all_or_nothing(*spots.sections.tables):
             inputs = read_inputs(spots.sections, use_rep=use_rep, model=model, **self.reading)
             known = np.flatnonzero(targets.is_known)
             inputs, expression = add_expression(

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from stofm._anndata import write_record
+from stofm._frames import make_frame, remove_frame, write_frame
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._messages import warn
+from stofm._writing import refuse_foreign
 from stofm.nn import choose_device, choose_dtype
-from stofm.tl._embeddings import describe_origin, origin_by, same_origin, unchanged_on_error
+from stofm.tl._embeddings import describe_origin, origin_by, same_origin
 from stofm.tl._encode_cells import load_model
 from stofm.tl._head_inputs import Inputs, read_inputs
 from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
@@ -25,8 +29,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
 
+_STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: A query with a smaller share of the genes of a head's panel is refused.
 _MIN_PANEL: float = 0.5
 
@@ -103,25 +108,25 @@ class DeconvolutionHead(VotingHead):
         """
         model = self.model if model is None else model
         if self.panel is None:
-            with unchanged_on_error(sections.tables):
-                inputs = read_inputs(
-                    sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
-                )
-                self.check_inputs(inputs)
-                return self.read_beside(
-                    sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
-                )
+            inputs = read_inputs(
+                sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
+            )
+            self.check_inputs(inputs)
+            return self.read_beside(
+                sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
+            )
         encoder = self._encoder(model)
         device = choose_device(options["device"])
+        counts = sections.each(lambda table: self._panel_counts(table, encoder, options["layer"]))
         parts = [
             self.panel.features(
-                self._panel_counts(table, encoder, options["layer"]),
+                own,
                 encoder,
                 device=device,
                 dtype=choose_dtype("auto", device),
                 show_progress_bar=options["show_progress_bar"],
             )
-            for table in sections.tables
+            for own in counts
         ]
         return self.inputs_of(np.concatenate(parts))
 
@@ -154,11 +159,9 @@ class DeconvolutionHead(VotingHead):
             )
             raise ValueError(msg)
         if n_found < len(places):
-            logger.warning(
-                "%d of the %d genes that the head reads are not in the data and count as 0; a head "
-                "that is fitted to these genes is more accurate.",
-                len(places) - n_found,
-                len(places),
+            warn(
+                f"{len(places) - n_found} of the {len(places)} genes that the head reads are not in "
+                "adata and count as 0; a head that is fitted to these genes is more accurate."
             )
         counts = read_panel_counts(adata, genes, places, layer)
         remark_on_empty(counts)
@@ -195,3 +198,38 @@ class Proportions:
 
     mean: NDArray[np.float64]
     spread: NDArray[np.float64] | None
+
+
+def refuse_foreign_proportions(sections: Sections, key: str) -> None:
+    """Refuse a key beside which something else is stored where its spread would be written."""
+    sections.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
+
+
+def write_proportions(
+    sections: Sections, head: DeconvolutionHead, found: Proportions, key: str
+) -> None:
+    """Write proportions and their spread to each table, with a record."""
+    names = head.types
+    params = {
+        "use_rep": list(head.use_rep),
+        "strategy": head.strategy,
+        "n_heads": head.params["n_heads"],
+        "seed": head.params["seed"],
+    }
+    # All is made before anything is written.
+    frames = [
+        [
+            make_frame(table, values[part], names)
+            for values in (found.mean, found.spread)
+            if values is not None
+        ]
+        for table, part in zip(sections.tables, sections.places, strict=True)
+    ]
+    for table, (mean, *spread) in zip(sections.tables, frames, strict=True):
+        write_record(table, key, params, **head.model_names())
+        write_frame(table, key, mean, names)
+        # That of an earlier run would be taken for this one's.
+        remove_frame(table, key + _STD)
+        for frame in spread:
+            write_frame(table, key + _STD, frame, names)
+    logger.info("Proportions of %d types in %d spots: obsm[%r].", len(names), len(found.mean), key)

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from stofm._anndata import write_record
-from stofm._frames import make_frame, remove_frame, write_frame
 from stofm._keys import Obsm
-from stofm._logging import logger
+from stofm._messages import naming
+from stofm._writing import all_or_nothing
 from stofm.spatial.spot_simulation import SpotRules
 from stofm.tl._deconvolution_fit import DeconvolutionFitting
-from stofm.tl._deconvolution_head import DeconvolutionHead, Proportions
+from stofm.tl._deconvolution_head import (
+    DeconvolutionHead,
+    refuse_foreign_proportions,
+    write_proportions,
+)
 from stofm.tl._encode_cells import load_model
 from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP
 from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import read_labels
+from stofm.tl._labels import MISSING, read_labels
+from stofm.tl._sections import resolve_slices
 from stofm.tl._spot_reference import read_panels
 from stofm.tl._spot_tables import SLICE, grid_into_spots, read_proportions
 
@@ -28,11 +32,9 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._head_inputs import Sections
     from stofm.tl._heads import Strategy
     from stofm.tl._protocol import Protocol
 
-_STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: Components that are read of spots simulated from a reference.
 _N_COMPONENTS: Final = 50
 
@@ -53,7 +55,7 @@ def deconvolve(
     layer: str | None = None,
     reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = ("unknown", "unassigned", "other", "nan"),
+    missing: Collection[object] = MISSING,
     min_share: float = 0.0,
     spots: SpotRules | None = None,
     n_neighbors: int | None = None,
@@ -129,7 +131,8 @@ def deconvolve(
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
-        Labels that stand for none, in whatever case, besides NaN and blank ones.
+        Labels that stand for none, in whatever case, besides NaN and blank ones: by default
+        ``"unknown"``, ``"unassigned"``, ``"other"`` and ``"nan"``.
     min_share
         Types with a smaller share of the labelled cells are left out.
     spots
@@ -192,7 +195,8 @@ def deconvolve(
         Not one way is chosen, an option is not usable or does not go with it, proportions are
         negative or don't sum to 1, there are fewer than 20 spots with known ones, query and
         reference share fewer than 10 genes, there are fewer than two types or one has a single
-        cell, or embeddings are by another model than the head's.
+        cell, `key_added` would replace something else, or embeddings are by another model than
+        the head's, or of other counts or coordinates than there are now.
 
     Notes
     -----
@@ -224,7 +228,12 @@ def deconvolve(
     check_if_given("n_neighbors", n_neighbors, least=0)
     check_if_given("n_components", n_components, least=0)
     sections = resolve_slices(
-        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+        data,
+        library_key,
+        spatial_key=spatial_key,
+        table_key=table_key,
+        copy=copy,
+        role="" if reference is None else "query",
     )
     check_fit_options(
         sections if way in ("proportions_key", "spot_size") else None,
@@ -257,36 +266,38 @@ def deconvolve(
     if head is not None:
         require_head(head, DeconvolutionHead)
         refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key, *head.use_rep)
+        refuse_foreign_proportions(sections, key_added)
         target = sections.copied() if copy else sections
-        _write(target, head, head.predict(head.read(target, model, reading)), key_added)
+        with all_or_nothing(*target.tables):
+            found = head.predict(head.read(target, model, reading))
+            write_proportions(target, head, found, key_added)
         return target.as_given() if copy else None
     if way == "proportions_key":
         known = read_proportions(sections, proportions_key or ())
         known = replace(known, sections=sections.copied()) if copy else known
         return fitting.fit(known, use_rep=use_rep, model=model)
     if way == "spot_size":
-        found = read_labels(sections, str(label_key), **labels)
+        types = read_labels(sections, str(label_key), **labels)
         squares = grid_into_spots(
-            sections, found, spot_size=spot_size or 0.0, layer=layer, spatial_key=spatial_key
+            sections, types, spot_size=spot_size or 0.0, layer=layer, spatial_key=spatial_key
         )
         own = {**reading, "library_key": SLICE, "layer": None, "spatial_key": Obsm.SPATIAL}
         return replace(fitting, reading=own).fit(squares, use_rep=use_rep, model=model)
     refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key)
+    refuse_foreign_proportions(sections, key_added)
     # A reference's slices do not matter, nor whether they overlap.
     _require_single_tables(reference)
-    cells = resolve_slices(reference, spatial_key="")
+    with naming("the reference", adata="reference"):
+        cells = resolve_slices(reference, spatial_key="", role="reference")
+        types = read_labels(cells, str(label_key), **labels)
     loaded = load_model(model)
     panels = read_panels(
-        sections,
-        cells,
-        read_labels(cells, str(label_key), **labels),
-        loaded,
-        layer=layer,
-        reference_layer=reference_layer,
+        sections, cells, types, loaded, layer=layer, reference_layer=reference_layer
     )
     components = _N_COMPONENTS if n_components is None else n_components
     made, features = fitting.fit_simulated(panels, spots or SpotRules(), components, loaded)
-    _write(sections, made, made.predict(made.inputs_of(features)), key_added)
+    with all_or_nothing(*sections.tables):
+        write_proportions(sections, made, made.predict(made.inputs_of(features)), key_added)
     return made
 
 
@@ -360,31 +371,3 @@ def _source(
     missing = [str(one) for one in labels["missing"] or ()]
     source = {"label_key": label_key, "missing": missing, "min_share": labels["min_share"]}
     return {**source, "spot_size": spot_size} if way == "spot_size" else source
-
-
-def _write(sections: Sections, head: DeconvolutionHead, found: Proportions, key: str) -> None:
-    """Write proportions and their spread to each table, with a record."""
-    names = head.types
-    params = {
-        "use_rep": list(head.use_rep),
-        "strategy": head.strategy,
-        "n_heads": head.params["n_heads"],
-        "seed": head.params["seed"],
-    }
-    # All is made before anything is written.
-    frames = [
-        [
-            make_frame(table, values[part], names)
-            for values in (found.mean, found.spread)
-            if values is not None
-        ]
-        for table, part in zip(sections.tables, sections.places, strict=True)
-    ]
-    for table, (mean, *spread) in zip(sections.tables, frames, strict=True):
-        write_record(table, key, params, **head.model_names())
-        write_frame(table, key, mean, names)
-        # That of an earlier run would be taken for this one's.
-        remove_frame(table, key + _STD)
-        for frame in spread:
-            write_frame(table, key + _STD, frame, names)
-    logger.info("Proportions of %d types in %d spots: obsm[%r].", len(names), len(found.mean), key)

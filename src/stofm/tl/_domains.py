@@ -17,6 +17,8 @@ from stofm._coordinates import read_coordinates
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._slices import Slices, read_slices
+from stofm._writing import all_or_nothing, refuse_foreign
+from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (
     Centering,
     domain_space,
@@ -133,8 +135,9 @@ def domains(
     KeyError
         `use_rep`, `spatial_key` or `library_key` is not there.
     ValueError
-        Both `n_domains` and `resolution` are given, a number is not usable, the embedding holds
-        NaN or has fewer different rows than domains, or there are several slices and no
+        Both `n_domains` and `resolution` are given, a number is not usable, the embedding is of
+        other counts or coordinates than there are now, holds NaN or has fewer different rows than
+        domains, `key_added` would replace something else, or there are several slices and no
         `library_key`.
 
     Notes
@@ -163,9 +166,12 @@ def domains(
     check_whole_number("seed", seed, least=0)
     library_key = slices_column(table, library_key)
     spatial_key = places_entry(table, spatial_key)
-    for column in level_columns(key_added, 1 + len(coarser)):
+    columns = level_columns(key_added, 1 + len(coarser))
+    for column in columns:
         _refuse_reserved(column, use_rep, spatial_key, library_key)
+    refuse_foreign(table, key_added, obs=columns[1:])
     features = read_representation(table, use_rep)
+    _require_fresh(table, use_rep)
     coordinates = read_coordinates(table, spatial_key) if smooth else None
     slices = read_slices(table, library_key, spatial_key)
     if not shared and slices.column is None:
@@ -188,7 +194,6 @@ def domains(
             for name, rows in zip(slices.names, slices.rows, strict=True)
         }
     target = table.copy() if copy else table
-    names = write_levels(target, key_added, found)
     params = {
         "n_domains": n_domains,
         "resolution": None if n_domains is not None else rules.resolution,
@@ -203,7 +208,9 @@ def domains(
         "spatial_key": spatial_key,
         "seed": seed,
     }
-    write_record(target, key_added, params, **_origin(table, use_rep))
+    with all_or_nothing(target):
+        names = write_levels(target, key_added, found)
+        write_record(target, key_added, params, **_origin(table, use_rep))
     logger.info(
         "%d domains in %d slice%s%s.",
         len(names[0]),
@@ -276,6 +283,13 @@ def _check_numbers(
     if any(after >= before for before, after in pairwise(numbers)):
         below = "" if n_domains is None else f" below n_domains={n_domains}"
         msg = f"coarser must hold falling numbers of domains{below}, found {list(coarser)}."
+        raise ValueError(msg)
+
+
+def _require_fresh(adata: AnnData, use_rep: str) -> None:
+    """Refuse an embedding that is not of the counts and coordinates that are there now."""
+    if reason := stale_reason(adata, use_rep):
+        msg = f"{reason} Embed the cells again: st.tl.embed(adata)."
         raise ValueError(msg)
 
 

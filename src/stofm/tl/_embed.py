@@ -13,6 +13,7 @@ from stofm._anndata import resolve_table, write_record
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm._places import read_places
+from stofm._writing import all_or_nothing
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
@@ -193,14 +194,15 @@ def embed(
 
     # Nothing is written before this line, and from here on nothing is computed.
     target = table.copy() if copy else table
-    if tokens is not None and tokens.is_new:
-        write_tokens(target, tokens)
-    write_cell_embedding(target, cells)
-    if layouts.is_new:
-        write_layouts(target, layouts)
-    target.obsm[key_added] = embedding
-    write_record(target, key_added, record.params, **record.fingerprints)
-    _log_summary(table.n_obs, key_added, layouts, time.perf_counter() - started)
+    with all_or_nothing(target):
+        if tokens is not None and tokens.is_new:
+            write_tokens(target, tokens)
+        write_cell_embedding(target, cells)
+        if layouts.is_new:
+            write_layouts(target, layouts)
+        target.obsm[key_added] = embedding
+        write_record(target, key_added, record.params, **record.fingerprints)
+        _log_summary(table.n_obs, key_added, layouts, time.perf_counter() - started)
     return target if copy else None
 
 
@@ -367,6 +369,7 @@ class _Run:
                 "cell_encoder": self.model.cell_encoder_fingerprint,
                 "vocabulary": self.model.vocabulary.fingerprint,
                 "subslice": layouts.digest,
+                "n_cells": str(len(layouts.places.coordinates)),
             },
         )
 

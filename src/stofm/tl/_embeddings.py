@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from stofm._anndata import read_record
+from stofm._coordinates import read_coordinates
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
+from stofm.pp._staleness import stale_reason
+from stofm.pp._tokenize import tokenize
 from stofm.tl._embed import embed
-from stofm.tl._encode_cells import load_model
+from stofm.tl._encode_cells import encode_cells, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -87,18 +89,6 @@ def recorded_options(
     }
 
 
-@contextmanager
-def unchanged_on_error(tables: Sequence[AnnData]) -> Iterator[None]:
-    """Leave all of several AnnData as they were if one of them turns out not to be usable."""
-    before = [(t.obs.copy(), t.var.copy(), dict(t.obsm), dict(t.uns)) for t in tables]
-    try:
-        yield
-    except BaseException:
-        for table, parts in zip(tables, before, strict=True):
-            table.obs, table.var, table.obsm, table.uns = parts
-        raise
-
-
 class EmbeddingSource:
     """The model whose embeddings are wanted, loaded when it is needed.
 
@@ -142,12 +132,12 @@ class EmbeddingSource:
         options = {**self._options, **recorded_options(adata, **asked)}
         if objections:
             logger.info(
-                "obsm[%r] is by another model, or of other counts or slices, and stays; embedding "
-                "aside.",
+                "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
+                "embedding aside.",
                 next(iter(objections)),
             )
             adata = _bare(adata, options)
-        embed(adata, load_model(self._model), **options)
+        _embed(adata, load_model(self._model), options, with_places=Obsm.X in reps)
         return adata
 
     def _wanted(self, *, is_needed: bool) -> Origin:
@@ -180,7 +170,16 @@ class EmbeddingSource:
                 "it could not tell which cells it can be used on. Embed the cells again with "
                 f"st.tl.embed, or pass `model` to embed them aside.{_NO_RECORD}"
             )
-        return _changed_option(adata, rep, self._options)
+        return _changed_option(adata, rep, self._options) or self._staleness(adata, rep)
+
+    def _staleness(self, adata: AnnData, rep: str) -> str:
+        reason = stale_reason(adata, rep, None if self._model is None else self._model.vocabulary)
+        if not reason:
+            return ""
+        return (
+            f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them "
+            "aside."
+        )
 
     def _name_models(self, rep: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
         if self._expected is not None:
@@ -193,6 +192,44 @@ class EmbeddingSource:
             f"obsm[{rep!r}] is by {describe_origin(found)}, and what is missing beside it would be "
             f"made with {describe_origin(wanted)}. Pass the model that made it as `model`."
         )
+
+
+def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_places: bool) -> None:
+    """Embed cells, without regard to place if only that is read."""
+    if with_places:
+        read_places(adata, options["spatial_key"])
+        embed(adata, model, **options)
+        return
+    show = options["show_progress_bar"]
+    tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
+    encode_cells(
+        adata,
+        model,
+        library_key=options["library_key"],
+        device=options["device"],
+        show_progress_bar=show,
+    )
+
+
+def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
+    """Read coordinates to embed with.
+
+    Raises
+    ------
+    KeyError
+        There are none.
+    ValueError
+        They are not usable.
+    """
+    try:
+        return read_coordinates(adata, spatial_key)
+    except KeyError as error:
+        msg = (
+            f"{error.args[0]} Dissociated cells have none: for them pass "
+            f"use_rep={Obsm.X_CELL!r}, which st.pp.tokenize and st.tl.encode_cells make of counts "
+            "alone."
+        )
+        raise KeyError(msg) from error
 
 
 def _changed_option(adata: AnnData, rep: str, options: Mapping[str, Any]) -> str:

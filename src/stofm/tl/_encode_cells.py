@@ -16,8 +16,10 @@ from stofm._anndata import (
 )
 from stofm._keys import Obsm
 from stofm._slices import read_slices
+from stofm._writing import all_or_nothing
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
+from stofm.pp._staleness import changed_counts, is_outdated
 from stofm.pp._token_entries import read_ranked, values_are_stored
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def encode_cells(
     KeyError
         There are no tokens, no values of tokens for a model that reads them, or no such column.
     ValueError
-        The tokens belong to another vocabulary, or slices are needed and can't be told apart.
+        The tokens belong to another vocabulary or are of other counts, or slices are needed and can't be told apart.
     MemoryError
         The device has no room for a single cell.
     FloatingPointError
@@ -120,7 +122,8 @@ def encode_cells(
     )
     result = CellEmbedding(features, cell_record(model, ranked, precision, slices))
     target = table.copy() if copy else table
-    write_cell_embedding(target, result)
+    with all_or_nothing(target):
+        write_cell_embedding(target, result)
     return target if copy else None
 
 
@@ -153,7 +156,7 @@ def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
     KeyError
         There are no tokens, or no values although the model reads them.
     ValueError
-        The tokens belong to another vocabulary, or were changed.
+        The tokens belong to another vocabulary, are of other counts, or were changed.
     """
     if Obsm.TOKENS not in adata.obsm:
         msg = f"There is no obsm[{Obsm.TOKENS!r}]: run st.pp.tokenize(adata, model) first."
@@ -165,6 +168,9 @@ def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
             f"and model {model.name!r} has {model.vocabulary.fingerprint}: run "
             "st.pp.tokenize(adata, model) again."
         )
+        raise ValueError(msg)
+    if found := changed_counts(adata, model.vocabulary):
+        msg = f"The tokens are of other counts: {found} Run st.pp.tokenize(adata, model) again."
         raise ValueError(msg)
     values = model.config.cell_encoder.reads_values
     if values and not values_are_stored(adata):
@@ -217,6 +223,7 @@ def cell_record(
         "tokens": ranked.digest,
         "dtype": str(dtype).removeprefix("torch."),
         "slices": _slices_digest(slices, ranked.n_cells) if centres else "",
+        "n_cells": str(ranked.n_cells),
     }
 
 
@@ -243,9 +250,14 @@ def stored_cell_embedding(
 ) -> NDArray[np.float32] | None:
     """Return the stored cell embeddings if their record is the expected one, else None."""
     record = read_record(adata, Obsm.X_CELL)
-    if record is None or Obsm.X_CELL not in adata.obsm:
+    if record is None or Obsm.X_CELL not in adata.obsm or is_outdated(record):
         return None
-    found = {"slices": "", **record, "dtype": record.get("params", {}).get("dtype")}
+    found = {
+        "slices": "",
+        "n_cells": expected["n_cells"],
+        **record,
+        "dtype": record.get("params", {}).get("dtype"),
+    }
     stored = np.asarray(adata.obsm[Obsm.X_CELL])
     # A model's name does not change its numbers.
     fits = all(found.get(name) == value for name, value in expected.items() if name != "model")

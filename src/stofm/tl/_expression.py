@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.tl._gene_columns import Gene, GeneColumns
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
 
 #: Counts are scaled to this total before the logarithm.
 TARGET_SUM: Final = 10_000.0

@@ -16,6 +16,7 @@ import pandas as pd
 from stofm._coordinates import read_coordinates
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm._slices import read_slices
 from stofm.spatial import canonical_order
 from stofm.tl._embeddings import recorded_options
@@ -362,12 +363,10 @@ def _log_summary(
     if len(losses):
         by = f"loss on held-out cells {losses[0]:.4g} -> {losses[1:].min():.4g}, "
         if losses[1:].min() > losses[0]:
-            logger.warning(
-                "Tuning %r made the loss on the held-out cells no lower (%.4g at the beginning, "
-                "at best %.4g afterwards): strategy='frozen' may serve as well.",
-                model.name,
-                losses[0],
-                losses[1:].min(),
+            warn(
+                f"Tuning {model.name!r} made the loss on the held-out cells no lower "
+                f"({losses[0]:.4g} at the beginning, at best {losses[1:].min():.4g} afterwards): "
+                "strategy='frozen' may serve as well."
             )
     logger.info(
         "%r was tuned from %r: %sbest step %d of %d, %.1f s.",

@@ -15,7 +15,7 @@ from stofm.train.fine_tuning_lora import require_peft
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
 
 
 def check_fit_options(

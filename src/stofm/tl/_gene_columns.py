@@ -6,12 +6,13 @@ import difflib
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy import sparse
 
 from stofm._features import VAR_NAMES, gene_name_sources
+from stofm._messages import warn
 from stofm.genes import map_gene_ids
 from stofm.genes.gene_ids import clean_names
 from stofm.pp._tokenize import find_columns
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
     from stofm.genes import GeneVocabulary
     from stofm.pp._token_entries import Columns
+
+
+#: With a smaller share of the smallest table's genes, names may not match.
+_FEW_SHARED: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,11 @@ def choose_panel(
         if all(columns) and not any(h & set(c) for h, c in zip(hidden, columns, strict=True)):
             inputs[gene.key] = gene
     if inputs:
+        n_genes = [
+            len({gene.key for c, gene in enumerate(table.genes) if gene.key and c not in own})
+            for table, own in zip(tables, hidden, strict=True)
+        ]
+        warn_of_few_shared(len(inputs), n_genes)
         return GenePanel(tuple(inputs.values()), tuple(targets))
     examples = "; ".join(", ".join(repr(g.name) for g in table.genes[:3]) for table in tables)
     if not targets:
@@ -240,6 +250,16 @@ def choose_panel(
         "all AnnData Ensembl ids or symbols, see st.pp.map_genes."
     )
     raise ValueError(msg)
+
+
+def warn_of_few_shared(n_shared: int, n_genes: Sequence[int]) -> None:
+    """Warn if tables share few of the genes that the smallest of them has."""
+    if n_shared < _FEW_SHARED * min(n_genes):
+        warn(
+            f"{n_shared} genes are shared by all {len(n_genes)} AnnData, which have "
+            f"{', '.join(map(str, n_genes[:5]))}: the others are not read. If more should be shared, "
+            "give all of them Ensembl ids or symbols, see st.pp.map_genes."
+        )
 
 
 def find_genes(

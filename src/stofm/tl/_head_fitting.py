@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from stofm.nn import PredictionHead, Stofm
     from stofm.spatial import Split
     from stofm.tl._embeddings import Origin
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
     from stofm.tl._heads import Strategy
+    from stofm.tl._sections import Sections
     from stofm.train import HeadTraining, Targets
 
 

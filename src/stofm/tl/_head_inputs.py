@@ -1,4 +1,4 @@
-"""What heads read: tables of cells, the slices in them, and representations by a known model."""
+"""What heads read of cells: representations by a known model, and what is beside them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._anndata import resolve_table
-from stofm._coordinates import read_coordinates
 from stofm._counts import read_counts
 from stofm._keys import Obsm
-from stofm._slices import Slices, read_slices
+from stofm._writing import all_or_nothing
 from stofm.tl._embeddings import (
     MADE_BY_EMBED,
     EmbeddingSource,
     Origin,
     describe_origin,
     origin_of,
-    places_entry,
     same_origin,
-    slices_column,
-    unchanged_on_error,
 )
 from stofm.tl._encode_cells import load_model
 from stofm.tl._representations import read_representation
@@ -35,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
+    from stofm.tl._sections import Sections
 
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 
@@ -43,133 +39,6 @@ Source = Literal["embedding", "neighborhood", "expression", "expression neighbor
 
 #: Components that are averaged over neighbours: the others are noise for the most part.
 _N_AVERAGED: Final = 50
-
-
-@dataclass(frozen=True, eq=False)
-class Sections:
-    """Tables whose cells are taken one after another, and the slices in them.
-
-    Attributes
-    ----------
-    tables
-        The AnnData objects.
-    keys
-        Of the tables in the dict that was given; None for a list, or for a single one.
-    is_single
-        Whether a single one was given.
-    slices
-        Names and rows of the slices; rows count through all tables.
-    """
-
-    tables: tuple[AnnData, ...]
-    keys: tuple[str, ...] | None
-    is_single: bool
-    slices: Slices
-
-    @property
-    def n_obs(self) -> int:
-        """Number of cells."""
-        return sum(table.n_obs for table in self.tables)
-
-    @property
-    def places(self) -> list[slice]:
-        """Rows of each table."""
-        ends = np.cumsum([table.n_obs for table in self.tables]).tolist()
-        return [slice(end - t.n_obs, end) for t, end in zip(self.tables, ends, strict=True)]
-
-    def copied(self) -> Sections:
-        """The same with copies of the tables."""
-        tables = tuple(table.copy() for table in self.tables)
-        return Sections(tables, self.keys, self.is_single, self.slices)
-
-    def as_given(self) -> Any:
-        """The tables in the form in which they were given: one, a list or a dict."""
-        if self.is_single:
-            return self.tables[0]
-        if self.keys is None:
-            return list(self.tables)
-        return dict(zip(self.keys, self.tables, strict=True))
-
-    def of_tables(self, numbers: Sequence[int]) -> tuple[Sections, NDArray[np.int64]]:
-        """Some of the tables, and the rows of their cells."""
-        places = self.places
-        rows = np.concatenate([np.arange(places[k].start, places[k].stop) for k in numbers])
-        slices = Slices(names=[], rows=[])
-        for name, own in zip(self.slices.names, self.slices.rows, strict=True):
-            if np.isin(own, rows).all():
-                slices.names.append(name)
-                slices.rows.append(np.searchsorted(rows, own))
-        tables = tuple(self.tables[k] for k in numbers)
-        return Sections(tables, None, self.is_single, slices), rows
-
-    def coordinates(self, spatial_key: str) -> NDArray[np.float64]:
-        """Places of all cells, (n_obs, 2): as asked for, or those that tables were embedded with."""
-        return np.concatenate(
-            [read_coordinates(table, places_entry(table, spatial_key)) for table in self.tables]
-        )
-
-    def has_coordinates(self, spatial_key: str) -> bool:
-        """Whether all tables have places."""
-        return all(places_entry(table, spatial_key) in table.obsm for table in self.tables)
-
-
-def resolve_slices(
-    data: Any,
-    library_key: str | None = None,
-    *,
-    spatial_key: str = Obsm.SPATIAL,
-    table_key: str | None = None,
-    copy: bool = False,
-) -> Sections:
-    """Take an AnnData, a SpatialData, or a list or dict of them, and tell slices apart.
-
-    Parameters
-    ----------
-    data
-        The data. Those of a list or dict are different slices.
-    library_key
-        Column of ``obs`` that names each cell's slice; by default the one that a table was embedded
-        with.
-    spatial_key
-        Entry of ``obsm`` with coordinates; they tell overlapping slices without `library_key`.
-    table_key
-        Table of SpatialData.
-    copy
-        Whether copies of the tables will be made later on.
-
-    Raises
-    ------
-    KeyError
-        There is no such table or column.
-    TypeError
-        `data` is something else.
-    ValueError
-        There are no cells, an AnnData occurs twice, or slices can't be told apart.
-    """
-    is_dict, is_list = isinstance(data, dict), isinstance(data, list | tuple)
-    given = list(data.values()) if is_dict else list(data) if is_list else [data]
-    tables = tuple(resolve_table(one, table_key, copy=copy) for one in given)
-    if not tables or len({id(table) for table in tables}) < len(tables):
-        msg = f"Expected different AnnData, found {len(tables)} of which some are the same."
-        raise ValueError(msg if tables else "The list of AnnData is empty.")
-    names = [str(k) for k in (data if is_dict else range(len(tables)))]
-    slices = Slices(names=[], rows=[])
-    start = 0
-    for name, table in zip(names, tables, strict=True):
-        own = _read_slices(table, library_key, spatial_key)
-        prefix = name if is_dict or is_list else ""
-        slices.names.extend(":".join(filter(None, (prefix, part))) for part in own.names)
-        slices.rows.extend(rows + start for rows in own.rows)
-        start += table.n_obs
-    keys = tuple(names) if is_dict else None
-    return Sections(tables, keys, not (is_dict or is_list), slices)
-
-
-def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
-    if adata.n_obs == 0:
-        msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
-        raise ValueError(msg)
-    return read_slices(adata, slices_column(adata, library_key), places_entry(adata, spatial_key))
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,9 +160,9 @@ def read_inputs(
 
     Embeddings that are missing are written to the tables, as `embed` does, to all or, if one can't
     be embedded, to none. Those that don't fit stay as they are: with a given model the cells are
-    embedded aside. These don't fit: embeddings by another model, and ones that were made with
-    another layer or other slices than those asked for. Counts that were changed since are not
-    noticed.
+    embedded aside. These don't fit: embeddings by another model, ones that were made with another
+    layer or other slices than those asked for, and ones of other counts or coordinates than there
+    are now, see :func:`~stofm.pp._staleness.stale_reason`.
 
     Parameters
     ----------
@@ -317,14 +186,9 @@ def read_inputs(
         finite, or differ in width.
     """
     reps = checked_reps(use_rep)
-    parts = {
-        rep: [read_representation(table, rep) for table in sections.tables]
-        for rep in reps
-        if rep not in MADE_BY_EMBED
-    }
+    parts = {rep: _read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
     if layer is not None:
-        for table in sections.tables:
-            read_counts(table, layer=layer)
+        sections.each(lambda table: read_counts(table, layer=layer))
     options = {
         "library_key": library_key,
         "layer": layer,
@@ -333,16 +197,21 @@ def read_inputs(
         "show_progress_bar": show_progress_bar,
     }
     source = EmbeddingSource(None if model is None else load_model(model), expected, options)
-    with unchanged_on_error(sections.tables):
-        tables = [source.with_embeddings(table, reps) for table in sections.tables]
+    with all_or_nothing(*sections.tables):
+        tables = sections.each(lambda table: source.with_embeddings(table, reps))
+    embedded = replace(sections, tables=tuple(tables))
     origin = {}
     for rep in reps:
-        own = tables if rep in MADE_BY_EMBED else sections.tables
-        parts.setdefault(rep, [read_representation(table, rep) for table in own])
-        origin[rep] = _common_origin(own, rep)
+        own = embedded if rep in MADE_BY_EMBED else sections
+        parts.setdefault(rep, _read_each(own, rep))
+        origin[rep] = _common_origin(own.tables, rep)
     widths = tuple(_common_width(parts[rep], rep) for rep in reps)
     features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
     return Inputs(features, reps, widths, origin)
+
+
+def _read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
+    return sections.each(lambda table: read_representation(table, rep))
 
 
 def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:

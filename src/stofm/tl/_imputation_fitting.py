@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from stofm._coordinates import read_coordinates
+from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.tl._components import fit_components
-from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer, places_entry
+from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
 from stofm.tl._expression import expression_targets, on_panel
 from stofm.tl._fit_options import check_whole_number
 from stofm.tl._head_fitting import fit_task
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
     from stofm.tl._expression import ExpressionTargets
     from stofm.tl._gene_columns import Gene, GeneColumns, GenePanel
     from stofm.tl._head_fitting import TaskFit
-    from stofm.tl._head_inputs import Inputs, Sections, Source
+    from stofm.tl._head_inputs import Inputs, Source
     from stofm.tl._heads import Strategy
     from stofm.tl._protocol import Protocol, Run
+    from stofm.tl._sections import Sections
 
 #: Column of ``obs`` that tells slices apart in the AnnData that models read.
 _SLICE: Final = "slice"
@@ -68,15 +70,16 @@ def read_panel(
     own = [rep for rep in reps if rep not in MADE_BY_EMBED]
     tables, counts = [], []
     parts = zip(sections.tables, columns, sections.places, strict=True)
-    for table, known, place in parts:
-        bare, wanted = on_panel(
-            table, known, inputs, targets, layer=counts_layer(table, layer), kept_obsm=own
-        )
+    for k, (table, known, place) in enumerate(parts):
         where = places_entry(table, spatial_key)
-        if len(own) < len(reps):
-            bare.obsm[spatial_key] = read_coordinates(table, where)
-        elif where in table.obsm:
-            bare.obsm[spatial_key] = table.obsm[where]
+        with sections.naming(k):
+            bare, wanted = on_panel(
+                table, known, inputs, targets, layer=counts_layer(table, layer), kept_obsm=own
+            )
+            if Obsm.X in reps:
+                bare.obsm[spatial_key] = read_places(table, where)
+        if where in table.obsm:
+            bare.obsm.setdefault(spatial_key, table.obsm[where])
         bare.obs[_SLICE] = pd.Categorical(names[place])
         tables.append(bare)
         counts.append(wanted)
@@ -317,12 +320,10 @@ def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
         )
         raise ValueError(msg)
     if flat.any():
-        logger.info(
-            "%d of %d genes are constant over the training cells and will be imputed as such, for "
-            "example %s.",
-            int(flat.sum()),
-            len(genes),
-            examples,
+        warn(
+            f"{int(flat.sum())} of {len(genes)} genes are constant over the training cells and will "
+            f"be imputed as such, which says nothing, for example {examples}. Leave them out of "
+            "`genes`."
         )
 
 

@@ -13,6 +13,7 @@ from stofm import metrics
 from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
+from stofm._writing import all_or_nothing
 from stofm.tl._embeddings import counts_layer
 from stofm.tl._gene_columns import Gene
 from stofm.tl._neighborhood import add_neighborhood
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from stofm.nn import PredictionHead
     from stofm.tl._expression import ExpressionTargets
     from stofm.tl._gene_columns import GeneColumns
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
+    from stofm.tl._sections import Sections
 
 #: Genes that are computed at a time.
 _GENES_AT_ONCE: Final = 512
@@ -166,12 +168,13 @@ class ImputationHead(VotingHead):
             A table has no usable coordinates, and the head reads neighbours.
         """
         if self.expression is not None:
-            parts = [
-                self.expression.read(
-                    table, own, layer=counts_layer(table, layer), least_measured=0.0
-                )
-                for table, own in zip(sections.tables, columns, strict=True)
-            ]
+            parts = []
+            for k, (table, own) in enumerate(zip(sections.tables, columns, strict=True)):
+                with sections.naming(k):
+                    counted = counts_layer(table, layer)
+                    parts.append(
+                        self.expression.read(table, own, layer=counted, least_measured=0.0)
+                    )
             scores = np.concatenate([part for part in parts if part is not None])
             scores = self.expression.centered(scores, sections.slices.rows)
             inputs = replace(inputs, expression=scores)
@@ -299,16 +302,17 @@ def write_imputed(
         make_frame(table, found[part], names)
         for table, part in zip(sections.tables, sections.places, strict=True)
     ]
-    for table, frame, genes in zip(sections.tables, frames, read, strict=True):
-        params = {
-            "n_genes": len(names),
-            "n_inputs": len(head.inputs),
-            # Of these is the total that measured expression compares with.
-            "inputs": np.array(genes, dtype=object),
-            "use_rep": list(head.use_rep),
-            "strategy": head.strategy,
-            "seed": head.params["seed"],
-        }
-        write_record(table, key, params, **head.model_names())
-        write_frame(table, key, frame, names)
+    with all_or_nothing(*sections.tables):
+        for table, frame, genes in zip(sections.tables, frames, read, strict=True):
+            params = {
+                "n_genes": len(names),
+                "n_inputs": len(head.inputs),
+                # Of these is the total that measured expression compares with.
+                "inputs": np.array(genes, dtype=object),
+                "use_rep": list(head.use_rep),
+                "strategy": head.strategy,
+                "seed": head.params["seed"],
+            }
+            write_record(table, key, params, **head.model_names())
+            write_frame(table, key, frame, names)
     logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._encode_cells import load_model
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
     from stofm.tl._gene_columns import Gene
-    from stofm.tl._head_inputs import Sections
     from stofm.tl._imputation_head import ImputationHead
+    from stofm.tl._sections import Sections
 
 #: A query with a smaller share of a head's input genes is refused, or warned of.
 _LEAST_SHARE: Final = 0.1
@@ -95,10 +96,9 @@ def read_columns(
     sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary, name: str
 ) -> list[GeneColumns]:
     """Genes of each table; without a model they need not be in its vocabulary."""
-    return [
-        GeneColumns.read(table, vocabulary, must_map=model is not None, name=name)
-        for table in sections.tables
-    ]
+    return sections.each(
+        lambda table: GeneColumns.read(table, vocabulary, must_map=model is not None, name=name)
+    )
 
 
 def _check_overlap(columns: GeneColumns, inputs: Sequence[Gene]) -> None:
@@ -116,8 +116,7 @@ def _check_overlap(columns: GeneColumns, inputs: Sequence[Gene]) -> None:
         )
         raise ValueError(msg)
     if share < _LOW_SHARE:
-        logger.warning(
-            "%s Its embeddings differ from those that the head was fitted to; "
-            "st.tl.impute(query, reference=training) fits one on the genes that both have.",
-            found,
+        warn(
+            f"{found} Its embeddings differ from those that the head was fitted to; "
+            "st.tl.impute(query, reference=training) fits one on the genes that both have."
         )

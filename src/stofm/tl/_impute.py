@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._keys import Obsm
+from stofm._messages import naming
 from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._gene_columns import (
     Gene,
@@ -15,11 +16,12 @@ from stofm.tl._gene_columns import (
     find_genes,
     new_genes,
 )
-from stofm.tl._head_inputs import DEFAULT_REP, checked_reps, resolve_slices
+from stofm.tl._head_inputs import DEFAULT_REP, checked_reps
 from stofm.tl._heads import refuse_reserved, require_head
 from stofm.tl._imputation_fitting import ImputationFitting, reading_of_panel
 from stofm.tl._imputation_head import ImputationHead
 from stofm.tl._imputation_writing import ImputationWriting, model_and_vocabulary, read_columns
+from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._head_inputs import Sections
     from stofm.tl._heads import Strategy
     from stofm.tl._protocol import Protocol
+    from stofm.tl._sections import Sections
 
 #: Genes that ``protocol="stofm-paper"`` holds out.
 _N_PROTOCOL_GENES: Final = 50
@@ -52,6 +54,7 @@ def impute(
     n_heads: int = 5,
     library_key: str | None = None,
     layer: str | None = None,
+    reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
     split: SplitRule = "auto",
     protocol: Protocol | None = None,
@@ -116,7 +119,10 @@ def impute(
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
         A reference may lack it.
     layer
-        Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``.
+        Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``. One
+        that only the reference has is read there.
+    reference_layer
+        Layer of `reference` with raw counts; by default `layer`, if the reference has it.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit; by default the one that was
         embedded with.
@@ -183,22 +189,31 @@ def impute(
     """
     _check_call(genes=genes, reference=reference, head=head, protocol=protocol, copy=copy)
     sections = resolve_slices(
-        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+        data,
+        library_key,
+        spatial_key=spatial_key,
+        table_key=table_key,
+        copy=copy,
+        role="" if reference is None else "query",
     )
     reading = reading_of_panel(
         spatial_key=spatial_key, device=device, show_progress_bar=show_progress_bar
     )
     check_if_given("n_neighbors", n_neighbors, least=0)
     check_if_given("n_components", n_components, least=0)
-    writing = ImputationWriting(key_added, layer, spatial_key, reading)
     if head is not None:
         require_head(head, ImputationHead)
         refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *head.use_rep)
         target = sections.copied() if copy else sections
+        writing = ImputationWriting(key_added, layer, spatial_key, reading)
         writing.impute(target, head, head.model if model is None else model, genes)
         return target.as_given() if copy else None
 
     refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *checked_reps(use_rep))
+    training = sections
+    if reference is not None:
+        training = _resolve_reference(reference, library_key, spatial_key, table_key)
+        layer, reference_layer = _layers(sections, training, layer, reference_layer)
     fitting = ImputationFitting(
         strategy=strategy,
         n_neighbors=n_neighbors,
@@ -207,12 +222,9 @@ def impute(
         split=split,
         protocol=protocol,
         seed=seed,
-        layer=layer,
+        layer=layer if reference is None else reference_layer,
         reading=reading,
     )
-    training = sections
-    if reference is not None:
-        training = _resolve_reference(reference, library_key, spatial_key, table_key)
     check_fit_options(
         training,
         strategy=strategy,
@@ -230,6 +242,7 @@ def impute(
     panel = choose_panel(columns, targets, query)
     fitted = fitting.fit(training, columns, panel, use_rep=use_rep, model=loaded)
     if reference is not None:
+        writing = ImputationWriting(key_added, layer, spatial_key, reading)
         writing.impute(sections, fitted, fitted.model or loaded, None)
     return fitted
 
@@ -269,7 +282,27 @@ def _resolve_reference(
         tables = plain if isinstance(plain, list | tuple) else [plain]
         if not any(library_key in getattr(table, "obs", {}) for table in tables):
             library_key = None
-    return resolve_slices(reference, library_key, spatial_key=spatial_key, table_key=table_key)
+    with naming("the reference", adata="reference"):
+        return resolve_slices(
+            reference,
+            library_key,
+            spatial_key=spatial_key,
+            table_key=table_key,
+            role="reference",
+        )
+
+
+def _layers(
+    query: Sections, reference: Sections, layer: str | None, reference_layer: str | None
+) -> tuple[str | None, str | None]:
+    """Layers of both: what is asked for, on the side that has it if that is one only."""
+    if reference_layer is not None or layer is None:
+        return layer, reference_layer
+    has_query, has_reference = (
+        any(layer in table.layers for table in sections.tables) for sections in (query, reference)
+    )
+    own = layer if has_query or not has_reference else None
+    return own, layer if has_reference else None
 
 
 def _choose_targets(

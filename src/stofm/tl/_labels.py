@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from stofm._categories import label_text
 from stofm._logging import logger
+from stofm._messages import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
+
+
+#: Labels that stand for none, and smallest share of a class of cells, unless others are asked for.
+MISSING: Final = ("unknown", "unassigned", "other", "nan")
+MIN_SHARE: Final = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,8 @@ def read_labels(
 ) -> Labels:
     """Read a column of labels, leave out missing ones and rare classes.
 
+    What is left out by default is warned of; what is asked for, or has no label, is told.
+
     Parameters
     ----------
     sections
@@ -78,17 +86,18 @@ def read_labels(
     if isinstance(missing, str) or not isinstance(missing, Collection):
         msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
         raise TypeError(msg)
-    labels = np.concatenate([_read_column(table, key) for table in sections.tables])
+    labels = np.concatenate(sections.each(lambda table: _read_column(table, key)))
     is_known = _are_known(labels, missing)
     names, counts = np.unique(labels[is_known].astype(str), return_counts=True)
     is_kept = counts >= min_share * counts.sum()
     left_out = tuple(names[~is_kept].tolist())
+    _tell_of_missing(key, labels, is_known, is_default=missing is MISSING)
     if left_out:
-        logger.info(
-            "Classes with less than %g%% of the labelled cells are left out (%d cells): %s.",
-            100 * min_share,
-            counts[~is_kept].sum(),
-            _some(left_out),
+        tell = warn if min_share == MIN_SHARE else logger.info
+        tell(
+            f"Classes of obs[{key!r}] with less than {min_share:.3g} of the labelled cells are left "
+            f"out ({counts[~is_kept].sum()} cells): {_some(left_out)}. To learn them too, pass "
+            "min_share=0."
         )
     classes, sizes = names[is_kept], counts[is_kept]
     if len(classes) < 2 and left_out:
@@ -103,6 +112,27 @@ def read_labels(
     is_kept_cell = is_known & np.isin(labels, classes)
     codes[is_kept_cell] = np.searchsorted(classes, labels[is_kept_cell].astype(str))
     return Labels(tuple(classes.tolist()), codes, left_out)
+
+
+def _tell_of_missing(
+    key: str, labels: NDArray[np.object_], is_known: NDArray[np.bool_], *, is_default: bool
+) -> None:
+    """Say how many cells are left out because of their label, or because they have none."""
+    n_blank = int((labels == "").sum())
+    if n_blank:
+        logger.info("%d of %d cells have no label in obs[%r].", n_blank, len(labels), key)
+    names, counts = np.unique(labels[~is_known & (labels != "")].astype(str), return_counts=True)
+    if not len(names):
+        return
+    parts = ", ".join(
+        f"{name!r} ({n} cells, {n / len(labels):.1%})"
+        for name, n in zip(names[:10].tolist(), counts[:10].tolist(), strict=True)
+    )
+    tell = warn if is_default else logger.info
+    tell(
+        f"Cells with these labels in obs[{key!r}] are left out, since they stand for none: {parts}. "
+        "To learn them as classes, pass missing=[]."
+    )
 
 
 def _some(names: Sequence[str]) -> str:

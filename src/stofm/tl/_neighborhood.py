@@ -9,6 +9,7 @@ import numpy as np
 
 from stofm._coordinates import read_coordinates
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._embeddings import MADE_BY_EMBED, places_entry
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
     from stofm.tl._protocol import Protocol
+    from stofm.tl._sections import Sections
 
 #: Neighbours over which embeddings of a model are averaged.
 N_NEIGHBORS: Final = 10
@@ -111,14 +113,13 @@ def add_neighborhood(
     for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
         must[place] = k in needed
         try:
-            coordinates[place] = read_coordinates(table, places_entry(table, spatial_key))
+            with sections.naming(k):
+                coordinates[place] = read_coordinates(table, places_entry(table, spatial_key))
             usable[place] = True
         except (KeyError, ValueError) as error:
             if k in needed:
                 raise
-            logger.warning(
-                "%d cells are judged without their neighbours: %s", table.n_obs, error.args[0]
-            )
+            warn(f"{table.n_obs} cells are judged without their neighbours: {error.args[0]}")
     slices = [
         rows
         for rows in sections.slices.rows

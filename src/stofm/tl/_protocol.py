@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Sections
+    from stofm.tl._sections import Sections
 
 #: ``"stofm-paper"``: three runs, each with a random fifth of the cells to test, and a random tenth
 #: of the others to validate (SToFM, arXiv 2507.11588, section C.2).

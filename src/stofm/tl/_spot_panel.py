@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._counts import read_counts
-from stofm._logging import logger
+from stofm._messages import warn
 from stofm.genes import rank_genes
 from stofm.nn import project_cells
 from stofm.tl._components import principal_axes
@@ -85,11 +85,9 @@ def remark_on_empty(counts: sparse.csr_matrix) -> None:
     """Warn of spots of a query without counts in the panel, (n_obs, n_genes)."""
     totals = np.asarray(counts.sum(axis=1)).ravel()
     if n_empty := int((totals == 0).sum()):
-        logger.warning(
-            "%d of %d spots have no counts in the genes that the head reads; what is predicted for "
-            "them says nothing.",
-            n_empty,
-            len(totals),
+        warn(
+            f"{n_empty} of {len(totals)} spots have no counts in the genes that the head reads; what "
+            "is predicted for them says nothing."
         )
 
 

@@ -15,6 +15,7 @@ from stofm.spatial.spot_simulation import (
     gene_scales,
     simulate_spots,
 )
+from stofm.tl._gene_columns import warn_of_few_shared
 from stofm.tl._spot_panel import (
     SpotPanel,
     component_loadings,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
     from stofm.spatial.spot_simulation import SimulatedSpots, SpotRules
-    from stofm.tl._head_inputs import Sections
     from stofm.tl._labels import Labels
+    from stofm.tl._sections import Sections
 
 #: Fewer shared genes than this say too little about types.
 _MIN_GENES: Final = 10
@@ -251,20 +252,14 @@ def read_panels(
     ValueError
         Counts are not raw, or fewer than 10 genes are shared.
     """
-    tables = (*query.tables, *reference.tables)
-    parts_of = {"the query": query, "the reference": reference}
-    genes = [genes_of(table, model, name) for name, own in parts_of.items() for table in own.tables]
-    panel = reduce(np.intersect1d, (places[places >= 0] for places in genes))
+    genes = query.each(lambda table: genes_of(table, model, "the query"))
+    theirs = reference.each(lambda table: genes_of(table, model, "the reference"))
+    panel = reduce(np.intersect1d, (places[places >= 0] for places in (*genes, *theirs)))
     _require_genes(panel, query, reference)
-    n_queries = len(query.tables)
-    layers = [layer] * n_queries + [reference_layer] * len(reference.tables)
-    parts = [
-        read_panel_counts(table, own, panel, name)
-        for table, own, name in zip(tables, genes, layers, strict=True)
-    ]
+    warn_of_few_shared(len(panel), [len(np.unique(own[own >= 0])) for own in (*genes, *theirs)])
     rows = np.flatnonzero(labels.is_known)
-    counts = sparse.csr_matrix(sparse.vstack(parts[:n_queries], format="csr"))
-    cells = sparse.csr_matrix(sparse.vstack(parts[n_queries:], format="csr"))[rows]
+    counts = _read_counts(query, genes, panel, layer)
+    cells = _read_counts(reference, theirs, panel, reference_layer)[rows]
     seen = [np.asarray(matrix.sum(axis=0)).ravel() > 0 for matrix in (counts, cells)]
     both = np.flatnonzero(seen[0] & seen[1])
     _require_genes(panel[both], query, reference)
@@ -278,6 +273,20 @@ def read_panels(
     remark_on_empty(counts)
     typed = TypedCells.sort(cells[:, both], labels.codes[rows], len(labels.classes))
     return Panels(panel[both], counts, typed, list(labels.classes))
+
+
+def _read_counts(
+    sections: Sections,
+    genes: Sequence[NDArray[np.int64]],
+    panel: NDArray[np.int64],
+    layer: str | None,
+) -> sparse.csr_matrix:
+    """Counts of all tables over a panel."""
+    parts = []
+    for k, (table, own) in enumerate(zip(sections.tables, genes, strict=True)):
+        with sections.naming(k):
+            parts.append(read_panel_counts(table, own, panel, layer))
+    return sparse.csr_matrix(sparse.vstack(parts, format="csr"))
 
 
 def _require_genes(panel: NDArray[np.int64], query: Sections, reference: Sections) -> None:

@@ -12,11 +12,12 @@ from stofm._counts import read_counts
 from stofm._frames import frame_names
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm._slices import Slices
 from stofm.genes.compressed import require_sound
 from stofm.spatial.spot_grid import grid_spots
 from stofm.tl._embeddings import gene_records
-from stofm.tl._head_inputs import Sections
+from stofm.tl._sections import Sections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 #: By so much the proportions of a spot may miss 1: rounding, not something left out.
 _TOLERANCE: Final = 1e-3
+#: With fewer cells in most spots, hardly any spot is mixed.
+_FEW_CELLS: Final = 2
 #: Column of ``obs`` that names the slice of spots made from cells.
 SLICE: Final = "slice"
 
@@ -70,7 +73,7 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
     ValueError
         A type occurs twice, or proportions are no numbers, negative, or don't sum to 1.
     """
-    frames = [_read_frame(table, key) for table in sections.tables]
+    frames = sections.each(lambda table: _read_frame(table, key))
     for frame in frames:
         _require_unique([str(name) for name in frame.columns], key)
     types = [str(name) for name in frames[0].columns]
@@ -198,28 +201,40 @@ def grid_into_spots(
         spot_size=spot_size,
     )
     tables, order = [], []
-    for table, place in zip(sections.tables, sections.places, strict=True):
+    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
         spots = np.unique(grid.spot[place])
         spots = spots[spots >= 0]
         if len(spots):
-            names = [sections.slices.names[k] for k in grid.slices[spots]]
-            tables.append(_spot_table(table, place.start, grid, spots, names, layer))
+            names = [sections.slices.names[number] for number in grid.slices[spots]]
+            with sections.naming(k):
+                tables.append(_spot_table(table, place.start, grid, spots, names, layer))
             order.append(spots)
-    n_cells = int(labels.is_known.sum())
-    logger.info(
-        "%d cells with types make %d spots, of %.1f cells on average.",
-        n_cells,
-        len(grid.centers),
-        n_cells / len(grid.centers),
-    )
+    _tell_of_sizes(grid, spot_size)
     rows = np.concatenate(order)
     numbers = np.unique(grid.slices[rows])
     slices = Slices(
         names=[sections.slices.names[k] for k in numbers],
         rows=[np.flatnonzero(grid.slices[rows] == k) for k in numbers],
     )
-    spotted = Sections(tuple(tables), None, sections.is_single, slices)
+    spotted = Sections(
+        tuple(tables), None, sections.is_single, slices, (("the spots", "adata"),) * len(tables)
+    )
     return SpotTable(spotted, list(labels.classes), grid.proportions[rows].astype(np.float32))
+
+
+def _tell_of_sizes(grid: SpotGrid, spot_size: float) -> None:
+    """Say how many cells a spot has, and warn if most are hardly mixed: the unit may be another."""
+    sizes = np.bincount(grid.spot[grid.spot >= 0])
+    made = f"{sizes.sum()} cells with types make {len(sizes)} spots"
+    if np.median(sizes) >= _FEW_CELLS:
+        logger.info("%s, of %.1f cells on average.", made, sizes.mean())
+        return
+    single = (sizes == 1).mean()
+    warn(
+        f"{made}, of {sizes.mean():.1f} cells on average; {single:.0%} have a single cell, and hardly "
+        f"any are mixed. Is spot_size={spot_size:g} in the unit of the coordinates? A larger "
+        "`spot_size` makes larger spots."
+    )
 
 
 def _spot_table(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import numpy as np
 
-from stofm._logging import logger
+from stofm._messages import warn
 from stofm.genes.vocabulary import embedded_vocabulary
 from stofm.tl._components import ComponentsEntries, ExpressionComponents, fit_components
 from stofm.tl._embeddings import MADE_BY_EMBED, counts_layer
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.tl._head_inputs import Inputs, Sections
+    from stofm.tl._head_inputs import Inputs
+    from stofm.tl._sections import Sections
     from stofm.train.targets import TargetKind
 
 #: A panel of some hundred genes has hardly more that matter.
@@ -82,10 +83,11 @@ class VotingHead(Head):
         k = self.expression.axes.shape[1]
         scores = np.full((len(inputs.features), k), np.nan, dtype=np.float32)
         vocabulary = embedded_vocabulary()
-        for table, place in zip(sections.tables, sections.places, strict=True):
+        for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
             columns = GeneColumns.read(table, vocabulary, must_map=False)
             try:
-                known = self.expression.read(table, columns, layer=counts_layer(table, layer))
+                with sections.naming(k):
+                    known = self.expression.read(table, columns, layer=counts_layer(table, layer))
             except (KeyError, ValueError) as error:
                 _warn_of(error, table.n_obs)
                 continue
@@ -266,4 +268,4 @@ def add_expression(
 
 
 def _warn_of(error: Exception, n_obs: int) -> None:
-    logger.warning("%d cells are judged without their expression: %s", n_obs, error.args[0])
+    warn(f"{n_obs} cells are judged without their expression: {error.args[0]}")
