@@ -387,7 +387,6 @@ def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     assert other.obsm[Obsm.IMPUTED].equals(query.obsm[Obsm.IMPUTED])
 
 
-@pytest.mark.filterwarnings("ignore:The query has")
 def test_each_side_has_its_layer(fit, training, query, model):
     raw = training.copy()
     raw.layers["counts"], raw.X = raw.X, raw.X * 0.37
@@ -419,6 +418,7 @@ def test_a_dissociated_reference(fit, training, query, model):
     assert some.obsm[Obsm.IMPUTED].shape == (83, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The query has")
 def test_query_with_few_of_the_genes(fit, query, model, caplog):
     head = fit()
     some = query[:, [*range(12, 36), *range(45, 50)]].copy()
