@@ -40,7 +40,11 @@ def draw_cells(embedded: AnnData, n_cells: int, *, seed: int) -> AnnData:
         noise = rng.standard_normal(values.shape, dtype=np.float32)
         obsm[key] = values + _NOISE * values.std(axis=0) * noise
     obs = embedded.obs.iloc[rows].set_axis([f"cell{k}" for k in range(n_cells)])
-    return AnnData(embedded.X[rows], obs=obs, var=embedded.var, obsm=obsm, uns=embedded.uns)
+    drawn = AnnData(embedded.X[rows], obs=obs, var=embedded.var, obsm=obsm)
+    # The records are of fewer cells, which heads would notice.
+    records = {key: {**record, "n_cells": n_cells} for key, record in embedded.uns["stofm"].items()}
+    drawn.uns["stofm"] = records
+    return drawn
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

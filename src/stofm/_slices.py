@@ -29,8 +29,8 @@ _MIN_CELLS: Final = 5
 _ALSO: Final = 0.15
 #: Words in the name of a column that names slices.
 _SLICE_WORDS: Final = re.compile(
-    r"animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample|section|slice"
-    r"|slide|specimen|subject",
+    r"(?<![a-z])(animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample"
+    r"|section|slice|slide|specimen|subject)",
     re.IGNORECASE,
 )
 #: Share of cells whose name another has, from which on slices were joined.

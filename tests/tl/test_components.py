@@ -11,8 +11,14 @@ import pytest
 from anndata import AnnData
 from scipy import sparse
 
+from stofm._config import build_dataclass
 from stofm.tl import _components
-from stofm.tl._components import ExpressionComponents, fit_components, principal_axes
+from stofm.tl._components import (
+    ComponentsEntries,
+    ExpressionComponents,
+    fit_components,
+    principal_axes,
+)
 from stofm.tl._gene_columns import Gene, GeneColumns, choose_panel
 from stofm.tl._sections import resolve_slices
 
@@ -235,7 +241,8 @@ def test_centring_does_not_depend_on_the_order_of_cells(components, rng):
 def test_entries_are_exact(counts, components, vocabulary):
     for one in (components, replace(components, by_slice=True)):
         entries, arrays = one.to_entries()
-        again = ExpressionComponents.from_entries(json.loads(json.dumps(entries)), arrays)
+        stored = build_dataclass(ComponentsEntries, json.loads(json.dumps(entries)), "entries")
+        again = ExpressionComponents.from_entries(stored, arrays)
         assert again.genes == one.genes
         assert again.by_slice is one.by_slice
         for name in ("shares", "chosen", "mean", "axes", "variances"):

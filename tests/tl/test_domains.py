@@ -266,6 +266,7 @@ def test_slices_that_can_not_be_told_apart(embedded):
     sorted_by_slice = embedded[np.argsort(embedded.obs["library"])].copy()
     with pytest.raises(ValueError, match="Pass library_key='library'"):
         st.tl.domains(sorted_by_slice, n_domains=2)
+    del embedded.obs["library"]
     with pytest.raises(ValueError, match="shared=False clusters each slice by itself"):
         st.tl.domains(embedded, n_domains=2, shared=False)
     with pytest.raises(KeyError, match=r"There is no obs\['slide'\]"):

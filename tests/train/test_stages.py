@@ -276,7 +276,7 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
     assert n_kept(setup) == n_slices + 3 * 3
     resumed = make_stage("joint", setup)
     resumed.restore(states[-1])
-    with pytest.raises(FileNotFoundError, match="start the stage again from its beginning"):
+    with pytest.raises(FileNotFoundError, match="and the stage begins again"):
         make_stage("joint", setup).restore(states[0])
     # What the run before the interruption made is cleared away too.
     resumed.refresh()
@@ -358,7 +358,7 @@ def test_centres_are_renewed_and_restored(centring):
     # The first and, of the run alone, the present: of the slices to train on and of those held out.
     assert [len(names(folder)) for folder in (centring.folder, centring.own_folder)] == [2, 2]
     shutil.rmtree(centring.folder)
-    with pytest.raises(FileNotFoundError, match=r"no centres .* start the stage again"):
+    with pytest.raises(FileNotFoundError, match=r"no centres .* the stage begins again"):
         make_stage("cell_encoder", centring).restore(state)
 
 

@@ -120,7 +120,9 @@ class Nearest:
         if not is_named and np.count_nonzero(np.diff(own)) != len(np.unique(own)) - 1:
             return False
         pairs = _Pairs.among(self, codes)
-        return pairs is not None and pairs.clustering <= _MAX_CLUSTERING and pairs.are_strewn()
+        if pairs is None or not pairs.nearest.any():
+            return False
+        return pairs.clustering <= _MAX_CLUSTERING and pairs.are_strewn()
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,20 +99,19 @@ def train(
         First gene embeddings: those of the model (``"random"`` in a new one), or
         ``"coexpression"``, factors of the co-expression of genes over `data`.
     layer, spatial_key, library_key
-        Layer with raw counts (``X`` by default), entry of ``obsm`` with the coordinates, column
-        of ``obs`` that names the slices.
+        Layer with raw counts (``X`` by default), entry of ``obsm`` with coordinates, column that
+        names the slices.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
     table_key
-        Table of a SpatialData; may be left out if there is only one.
+        Table of a SpatialData.
     precision
         ``"32"``, ``"bf16-mixed"`` or (CUDA) ``"16-mixed"``.
     keep
-        Weights that go on to the next stage and into the result: ``"best"`` on the held-out
-        slices, or ``"last"``.
+        Weights that go on from a stage: ``"best"`` on the held-out slices, or ``"last"``.
     validate_every, patience
-        Optimiser steps between validations (by default one per epoch), and validations without a
-        lower loss after which a stage stops (by default it does not).
+        Optimiser steps between validations (by default once per epoch), and how many without a
+        lower loss end a stage.
     checkpoint_every, log_every
         Optimiser steps between checkpoints (by default one is written every 10 minutes), and
         between rows of the history.
