@@ -145,3 +145,23 @@ def test_arrays_that_look_like_places_are_named(xy):
 
 def test_nothing_looks_like_places():
     assert "Nothing in obsm or obs looks like coordinates" in message_of_missing(table())
+
+
+def test_a_transposed_table_is_told_by_its_places(adata):
+    with pytest.raises(KeyError, match=r"but varm\['spatial'\]: cells are in columns .* adata.T"):
+        read_coordinates(adata.T)
+
+
+@pytest.mark.parametrize("flaw", ["comma", "text", "missing"])
+def test_columns_of_places_with_flaws_are_named_and_then_explained(adata, flaw):
+    xy = adata.obsm.pop("spatial").astype(str).astype(object)
+    if flaw == "comma":
+        xy = np.char.replace(xy.astype(str), ".", ",").astype(object)
+    else:
+        xy[3, 0] = "NA" if flaw == "text" else np.nan
+    adata.obs["x"], adata.obs["y"] = xy.T
+    with pytest.raises(KeyError, match=r"adata.obs\[\['x', 'y'\]\].to_numpy\(\)"):
+        read_coordinates(adata)
+    adata.obsm["spatial"] = adata.obs[["x", "y"]].to_numpy()
+    with pytest.raises(ValueError, match=r"decimal comma|cell3"):
+        read_coordinates(adata)

@@ -55,7 +55,8 @@ def test_hardly_any_cells_are_not_remarked_on(n, caplog):
 
 
 @pytest.mark.parametrize(
-    ("off", "on"), [(0, 1), (False, True), ("0", "1"), (0.0, 1.0), ("False", "True")]
+    ("off", "on"),
+    [(0, 1), (False, True), ("0", "1"), (0.0, 1.0), ("False", "True"), ("no", "yes")],
 )
 @pytest.mark.parametrize("is_category", [True, False])
 def test_spots_off_tissue_are_counted(off, on, is_category):
@@ -102,3 +103,17 @@ def test_depth_is_warned_of_if_it_is_more_than_the_distance_of_cells(rng, caplog
     adata.obsm["spatial"][:, 2] *= 9
     with pytest.warns(UserWarning, match=r"z extends over 8.\d+, x over 14 and y over 14"):
         read(adata)
+
+
+@pytest.mark.parametrize("name", ["on_tissue", "is_in_tissue", "array_in_tissue"])
+def test_columns_of_tissue_of_other_names(name):
+    with pytest.warns(UserWarning, match=rf"5 of 225 spots are not on tissue by obs\['{name}'\]"):
+        read(one_slice(grid(), **{name: np.arange(225) >= 5}))
+
+
+def test_cells_scattered_far_off_are_told_with_how_they_shrink_the_slice(rng):
+    xy = 100 * rng.random((2000, 2))
+    xy[:40] = 300 + 500 * rng.random((40, 2))
+    with pytest.warns(UserWarning, match="40 of 2000 cells .* lie far off the others") as caught:
+        read(one_slice(xy))
+    assert "np.setdiff1d(np.arange(adata.n_obs), [0, 1, 2," in str(caught[0].message)

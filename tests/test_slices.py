@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -124,7 +126,8 @@ def test_slices_side_by_side_are_one(overlaid):
     name_slices(overlaid, "sample", ["a", "b", "c"])
     overlaid.obsm["spatial"][overlaid.obs["sample"] == "b", 0] += 1e4
     overlaid.obsm["spatial"][overlaid.obs["sample"] == "c", 1] += 1e4
-    assert len(read(overlaid).rows) == 1
+    with pytest.warns(UserWarning, match=r"3 values of obs\['sample'\] .* lie apart"):
+        assert len(read(overlaid).rows) == 1
 
 
 def test_names_that_are_there_twice_tell_of_joined_slices(rng):
@@ -215,6 +218,69 @@ def test_columns_named_as_those_of_slices_are_enough_where_these_mix(adata, name
     ):
         read(adata)
     adata.obsm["spatial"][adata.obs[name] == "right", 0] += 1e4
+    with pytest.warns(UserWarning, match=f"pass library_key='{name}'"):
+        assert len(read(adata).rows) == 1
+
+
+@pytest.mark.parametrize("scale", [0.05, 4.7, 20.0])
+def test_slices_of_another_unit_on_each_other(overlaid, scale):
+    name_slices(overlaid, "sample", ["a", "b", "c"])
+    overlaid.obsm["spatial"][overlaid.obs["sample"] == "b"] *= scale
+    with pytest.raises(ValueError, match="library_key='sample'"):
+        read(overlaid)
+
+
+@pytest.mark.parametrize(
+    "form", ["{k}_s{s}", "pat_{s}_c{k}-1", "A{s}#AC{k}-1", "c_1_{s}_{k}", "{k}.{s}"]
+)
+def test_names_of_cells_that_tell_slices(overlaid, form):
+    slices = overlaid.obs.pop("number")
+    overlaid.obs_names = [form.format(k=k, s=s) for k, s in enumerate(slices)]
+    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
+        read(overlaid)
+    code = re.search(r"= (adata.obs_names.*), library_key", str(error.value))[1]
+    assert eval(code, {"adata": overlaid}).nunique() == 3
+
+
+def test_names_that_were_made_unique_tell_slices(overlaid):
+    overlaid = overlaid[np.argsort(overlaid.obs["number"], kind="stable")].copy()
+    slices = overlaid.obs.pop("number").to_numpy()
+    own = pd.Series(slices).groupby(slices).cumcount()
+    overlaid.obs_names = [f"cell{k}" for k in own]
+    overlaid.obs_names_make_unique()
+    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
+        read(overlaid)
+    assert "str.extract" in str(error.value)
+
+
+def test_own_columns_are_not_proposed(overlaid):
+    overlaid.obs["stofm_subslice"] = overlaid.obs["number"]
+    with pytest.raises(ValueError, match="library_key") as error:
+        read(overlaid)
+    assert "stofm_subslice" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["obs", "obsm"])
+def test_planes_whose_z_is_elsewhere(planes, rng, place):
+    xyz = planes.obsm["spatial"] + [0, 0, 1] * rng.normal(0, 0.7, (planes.n_obs, 1))
+    del planes.obs["level"]
+    planes.obsm["spatial"] = xyz[:, :2]
+    if place == "obs":
+        planes.obs["z_um"] = xyz[:, 2]
+    else:
+        planes.obsm["spatial3d"] = xyz
+    with pytest.raises(ValueError, match=r"z in \S+ takes 3 values") as error:
+        read(planes)
+    code = re.search(r"= (\S.*), library_key='plane'", str(error.value))[1]
+    planes.obs["plane"] = eval(code, {"adata": planes, "np": np})
+    assert len(read_slices(planes, "plane", "spatial").rows) == planes.obs["plane"].nunique()
+
+
+def test_planes_finer_than_cells_are_one_section(rng):
+    xy = tissue(rng)
+    adata = AnnData(
+        np.ones((len(xy), 1)), obsm={"spatial": np.c_[xy, rng.choice([0, 0.1], len(xy))]}
+    )
     assert len(read(adata).rows) == 1
 
 

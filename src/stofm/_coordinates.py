@@ -138,6 +138,8 @@ def _text_message(adata: AnnData, key: str, text: pd.DataFrame, is_bad: NDArray[
         )
     names = adata.obs_names[rows[:3]].tolist()
     drop = f"adata = adata[~adata.obs_names.isin({names})].copy()"
+    if len(rows) == adata.n_obs:
+        return f"{found} Turn them into numbers first: no unit, no sign between thousands."
     return f"{found} Correct or drop them{': ' if len(rows) <= 3 else ', for example '}{drop}"
 
 
@@ -165,6 +167,11 @@ def _refuse_other_first_axis(values: NDArray[np.float64], key: str) -> None:
 
 
 def _missing(adata: AnnData, key: str) -> str:
+    if key in adata.varm:
+        return (
+            f"There is no obsm[{key!r}], but varm[{key!r}]: cells are in columns and genes in rows. "
+            "Swap them: adata = adata.T"
+        )
     found = [*_arrays_like_places(adata, key), *_columns_like_places(adata, key)]
     if not found:
         return (
@@ -198,21 +205,30 @@ def _arrays_like_places(adata: AnnData, key: str) -> list[str]:
 def _columns_like_places(adata: AnnData, key: str) -> list[str]:
     """Pairs of columns of ``obs`` that could be x and y, those named so first, and how to use them."""
     rows = np.unique(np.linspace(0, adata.n_obs - 1, _SAMPLE).astype(int))
-    columns = {}
+    columns, flawed = {}, set()
     for name in adata.obs.columns:
-        values = _to_numbers(adata.obs[name].iloc[rows].astype(object)).to_numpy(np.float64, np.nan)
-        if np.isfinite(values).all() and len(np.unique(values)) >= min(8, len(rows)):
+        column = adata.obs[name].iloc[rows].astype(object)
+        values = _to_numbers(column).to_numpy(np.float64, np.nan)
+        if not np.isfinite(values).all():
+            # With decimal commas, or without a number in some cells; only a name tells of these.
+            points = column.astype(str).str.replace(",", ".")
+            values = _to_numbers(points).to_numpy(np.float64, np.nan)
+            flawed.add(name)
+        is_number = np.isfinite(values)
+        if is_number.mean() > 0.5 and len(np.unique(values[is_number])) >= min(8, len(rows)):
             columns[name] = values
     pairs = list(itertools.combinations(columns, 2))
     named = [pair for pair in pairs if {axis_of(name) for name in pair} == {"x", "y"}]
     named = [pair[:: 1 if axis_of(pair[0]) == "x" else -1] for pair in named if _alike(*pair)]
-    spread = {} if named else {(x, y): _spread(columns[x], columns[y]) for x, y in pairs}
+    whole = [] if named else [pair for pair in pairs if not flawed & set(pair)]
+    spread = {(x, y): _spread(columns[x], columns[y]) for x, y in whole}
     least = max(_EVEN, 0.9 * max(spread.values(), default=0.0))
     even = sorted(
         (pair for pair in spread if spread[pair] >= least), key=lambda pair: -spread[pair]
     )
     return [
-        f"obs[{list(pair)}] (adata.obsm[{key!r}] = adata.obs[{list(pair)}].to_numpy(dtype=float))"
+        f"obs[{list(pair)}] (adata.obsm[{key!r}] = adata.obs[{list(pair)}].to_numpy("
+        f"{'' if flawed & set(pair) else 'dtype=float'}))"
         for pair in (named or even)[:_MAX_PAIRS]
     ]
 

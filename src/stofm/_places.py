@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-_ON_TISSUE: Final = {
-    "1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False
-}  # fmt: skip
+_ON: Final = {"1", "1.0", "true", "yes", "on", "in", "tissue"}
+_OFF: Final = {"0", "0.0", "false", "no", "off", "out", "background"}
 #: From which share of different places on, those that are shared are worth a line only.
 _FEW_PLACES: Final = 0.99
 #: Cells at one end of a slice that may lie astray, at most, and as a share of the slice.
 _MAX_STRAY: Final = 10
 _STRAY_SHARE: Final = 0.02
+#: Of larger slices this share of the cells at one end may, beyond as much of the others' extent.
+_SCATTERED_SHARE: Final = 0.03
+_SCATTERED_BEYOND: Final = 0.35
 #: How far they lie off, in units of the others' extent, and how much the whole grows by them.
 _STRAY_GAP: Final = 0.1
 _STRAY_GROWTH: Final = 1.2
@@ -57,7 +59,7 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
         slices = separate(adata, library_key, spatial_key)
     if z is not None:
         if slices.column is not None:
-            refuse_planes(adata, slices, xy, z, spatial_key)
+            refuse_planes(adata, slices, xy, z, f"obsm[{spatial_key!r}]")
         _remark_on_depth(slices, xy, z, spatial_key)
     if slices.column is not None:
         _warn_of_overlays(adata, slices, xy)
@@ -102,17 +104,20 @@ def _warn_of_overlays(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -
 def _warn_of_spots_off_tissue(adata: AnnData) -> None:
     """Warn of spots that the metadata says are not on tissue."""
     for name in adata.obs.columns:
-        if "".join(filter(str.isalpha, str(name).lower())) not in ("intissue", "tissue"):
+        if "tissue" not in str(name).lower():
             continue
-        values = {_ON_TISSUE.get(str(v).lower()): v for v in adata.obs[name].dropna().unique()}
-        if False not in values or None in values:
+        values = {str(value).lower(): value for value in adata.obs[name].dropna().unique()}
+        off = sorted(set(values) & _OFF)
+        if len(off) != 1 or not set(values) <= _ON | _OFF:
             continue
-        n = int((adata.obs[name] == values[False]).sum())
-        on = np.asarray(values.get(True, 1)).item()
+        n = int((adata.obs[name] == values[off[0]]).sum())
+        without = (
+            f"adata = adata[adata.obs[{name!r}] != {np.asarray(values[off[0]]).item()!r}].copy()"
+        )
+        todo = f"Drop them: {without}" if n < adata.n_obs else "Is that column right?"
         warn(
             f"{n} of {adata.n_obs} spots are not on tissue by obs[{name!r}]; they are taken like "
-            "the others, and change what is found for their neighbours. Drop them: adata = "
-            f"adata[adata.obs[{name!r}] == {on!r}].copy()"
+            f"the others, and change what is found for their neighbours. {todo}"
         )
 
 
@@ -126,14 +131,17 @@ def _warn_of_stray_cells(adata: AnnData, slices: Slices, xy: NDArray[np.float64]
         growth = np.hypot(*np.ptp(own, axis=0)) / np.hypot(*np.ptp(own[~is_stray], axis=0))
         if growth < _STRAY_GROWTH:
             continue
-        names = adata.obs_names[rows[is_stray]].tolist()
-        n = len(names)
+        stray = rows[is_stray]
+        names, n = adata.obs_names[stray].tolist(), len(stray)
+        kept = f"~adata.obs_names.isin({names})"
+        if not adata.obs_names.is_unique or n > _MAX_STRAY:
+            kept = f"np.setdiff1d(np.arange(adata.n_obs), {stray.tolist()})"
         warn(
             f"{f'Slice {name!r}' if name else 'The slice'}: {n} of {len(rows)} cells "
             f"({', '.join(names[:3])}{', ...' if n > 3 else ''}) lie far off the others. With them "
             f"the slice is {growth:.3g} times as large, and as its size is set to a fixed one, all "
             "its cells are as much nearer to each other, which changes all embeddings. If they are "
-            f"debris or misplaced, drop them: adata = adata[~adata.obs_names.isin({names})].copy()"
+            f"debris or misplaced, drop them: adata = adata[{kept}].copy()"
         )
 
 
@@ -150,6 +158,9 @@ def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
         gaps = np.flatnonzero(np.diff(values[outer]) > _STRAY_GAP * others)
         if len(gaps):
             is_stray[outer[gaps[0] + 1 :]] = True
+    low, high = np.quantile(xy, [_SCATTERED_SHARE, 1 - _SCATTERED_SHARE], axis=0)
+    beyond = _SCATTERED_BEYOND * (high - low)
+    is_stray |= ((xy < low - beyond) | (xy > high + beyond)).any(axis=1)
     return is_stray
 
 

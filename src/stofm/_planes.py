@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from stofm._categories import value_codes
+from stofm._coordinates import axis_of
 from stofm.spatial.overlays import Nearest, boxes_overlap
 
 if TYPE_CHECKING:
@@ -21,14 +22,44 @@ _MAX_PLANES: Final = 1000
 _MIN_CELLS: Final = 5
 
 
+def other_z(adata: AnnData, xy: NDArray[np.float64]) -> tuple[NDArray[np.float64], str] | None:
+    """Heights of the cells, and where they are, beside places that are in the plane only."""
+    for name, values in adata.obsm.items():
+        if getattr(values, "shape", ())[1:] != (3,):
+            continue
+        array = np.asarray(values)
+        if array.dtype.kind in "iuf" and np.array_equal(array[:, :2], xy):
+            return array[:, 2].astype(np.float64), f"obsm[{name!r}]"
+    for name in adata.obs.columns:
+        if axis_of(name) == "z" and adata.obs[name].dtype.kind in "iuf":
+            return adata.obs[name].to_numpy(dtype=np.float64), f"obs[{name!r}]"
+    return None
+
+
 def refuse_planes(
     adata: AnnData,
     slices: Slices,
     xy: NDArray[np.float64],
     z: NDArray[np.float64],
-    spatial_key: str,
+    source: str,
+    *,
+    is_read: bool = True,
 ) -> None:
-    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice."""
+    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice.
+
+    Parameters
+    ----------
+    source
+        Where z is: an entry of ``obsm`` whose third column it is, or a column of ``obs``.
+    is_read
+        Whether it stands beside the places that are read.
+    """
+    values = f"np.asarray(adata.{source})[:, 2]" if source.startswith("obsm") else f"adata.{source}"
+    one_slice = (
+        f"leave z out: adata.{source} = np.asarray(adata.{source})[:, :2]"
+        if is_read
+        else "pass a column that is the same for all cells as library_key"
+    )
     for name, rows in zip(slices.names, slices.rows, strict=True):
         planes = _plane_codes(xy[rows], z[rows])
         if planes is None or not boxes_overlap(xy[rows], planes, int(planes.max()) + 1):
@@ -48,15 +79,13 @@ def refuse_planes(
         todo = (
             f"Pass library_key={column!r}, which names them"
             if column
-            else f"Make a column of z and pass it: adata.obs['plane'] = {joined}np.asarray("
-            f"adata.obsm[{spatial_key!r}])[:, 2].astype(float).round({digits}).astype(str), "
-            "library_key='plane'"
+            else f"Make a column of z and pass it: adata.obs['plane'] = {joined}{values}"
+            f".astype(float).round({digits}).astype(str), library_key='plane'"
         )
         msg = (
-            f"{where}z in obsm[{spatial_key!r}] takes {n} values, {apart} apart, and these planes "
+            f"{where}z in {source} takes {n} values, {apart} apart, and these planes "
             "overlap in x and y: cells of different planes would be taken as neighbours. "
-            f"{todo}. If they are one slice, leave z out: adata.obsm[{spatial_key!r}] = "
-            f"np.asarray(adata.obsm[{spatial_key!r}])[:, :2]."
+            f"{todo}. If they are one slice, {one_slice}."
         )
         raise ValueError(msg)
 
@@ -83,12 +112,17 @@ def _plane_codes(xy: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[np.
 def _are_apart(
     xy: NDArray[np.float64], codes: NDArray[np.int64], z: NDArray[np.float64], n: int
 ) -> bool:
-    """Whether many planes are sections, and not the steps of a volume that are finer than cells."""
-    if n <= 10:
-        return True
+    """Whether planes are sections, and not the steps of a volume that are finer than cells.
+
+    Steps may be numbers of planes: a few whose cells lie on each other are sections all the same.
+    """
     own = xy[codes == np.bincount(codes).argmax()]
-    nearest = Nearest.find(own).distances[:, 0]
-    return bool(np.ptp(z) / (n - 1) >= 0.5 * np.median(nearest))
+    spacing = np.median(Nearest.find(own).distances[:, 0])
+    if np.ptp(z) / (n - 1) >= 0.5 * spacing:
+        return True
+    nearest = Nearest.find(xy)
+    found = codes[nearest.rows]
+    return n <= 10 and (nearest.same_share(found) < 1 or nearest.are_joined(found, is_named=True))
 
 
 def _matching_column(columns: pd.DataFrame, planes: NDArray[np.int64]) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 
 from stofm._categories import value_codes
 from stofm._coordinates import read_axes
+from stofm._keys import Uns
 from stofm._logging import logger
-from stofm._planes import refuse_planes
+from stofm._messages import warn
+from stofm._planes import other_z, refuse_planes
 from stofm.spatial.overlays import Nearest, boxes_overlap
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ _SLICE_WORDS: Final = re.compile(
     r"|section|slice|slide|specimen|subject)",
     re.IGNORECASE,
 )
+#: What separates parts of the names of cells, and what anndata appends to names that occur again.
+_SIGNS: Final = "[^0-9A-Za-z]+"
+_NUMBERED: Final = r"-(\d+)$"
 #: Share of cells whose name another has, from which on slices were joined.
 _REPEATED: Final = 0.05
 #: Share of cells with a neighbour of another region, from which on regions adjoin.
@@ -102,8 +107,9 @@ def tell_slices(
         )
         return slices
     slices = Slices(names=[""], rows=[np.arange(adata.n_obs)])
-    if z is not None:
-        refuse_planes(adata, slices, xy, z, spatial_key)
+    found = other_z(adata, xy) if z is None else (z, f"obsm[{spatial_key!r}]")
+    if found is not None:
+        refuse_planes(adata, slices, xy, *found, is_read=z is not None)
     _refuse_overlays(adata, xy)
     return slices
 
@@ -120,7 +126,8 @@ def separate(adata: AnnData, column: str | None, spatial_key: str) -> Slices:
             likely = [name for name, _, _ in _overlaid(adata, nearest)]
         msg = (
             f"There is no obs[{column!r}] to separate slices by; "
-            f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}."
+            f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}. If all cells are one "
+            f"slice, add it: adata.obs[{column!r}] = 'one'."
         )
         raise KeyError(msg)
     values = adata.obs[column]
@@ -191,7 +198,14 @@ def _overlaid(
         codes = codes if own is None else own * len(names) + codes
         share = nearest.same_share(codes)
         is_named = _SLICE_WORDS.search(name) is not None
-        if share == 1.0 and own is None and nearest.are_joined(codes, is_named=is_named):
+        if (
+            share == 1.0
+            and own is None
+            and (
+                nearest.are_joined(codes, is_named=is_named)
+                or (is_named and nearest.are_in_one_box(codes))
+            )
+        ):
             share = 0.5
         found.append((share, name, names))
     best = min((share for share, _, _ in found), default=1.0)
@@ -206,6 +220,8 @@ def _groupings(
     most = _most_groups(nearest)
     for name in columns.columns:
         column = columns[name]
+        if str(name).startswith(Uns.STOFM):
+            continue
         if column.iloc[nearest.rows[nearest.cells]].nunique() > most:
             continue
         codes, names = value_codes(column.iloc[nearest.rows])
@@ -224,6 +240,23 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
         _, n, examples = found[0]
         raise ValueError(_overlay_message([name for name, _, _ in found], n, examples))
     _refuse_joined_names(adata, xy, nearest)
+    _warn_of_slices_apart(adata, nearest)
+
+
+def _warn_of_slices_apart(adata: AnnData, nearest: Nearest) -> None:
+    """Warn of a column that names parts with gaps between them, which may be slices."""
+    apart = [
+        (name, names)
+        for name, codes, names in _groupings(adata.obs, nearest)
+        if _SLICE_WORDS.search(name) and nearest.mixing(codes) == 0.0
+    ]
+    if apart:
+        (name, names), *_ = apart
+        warn(
+            f"The {len(names)} values of obs[{name!r}] ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}) lie apart from each other and are taken as parts of "
+            f"one slice, whose size is set to a fixed one. If they are slices, pass library_key={name!r}."
+        )
 
 
 def _overlay_message(columns: list[str], n: int, examples: str) -> str:
@@ -244,22 +277,35 @@ def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Neare
         _refuse_repeated_names(adata, xy)
         return
     names = pd.Series(adata.obs_names[nearest.rows])
-    most = _most_groups(nearest)
-    for split, sign, place in (("rsplit", "-", -1), ("split", "_", 0)):
-        few = getattr(names.iloc[nearest.cells].str, split)(sign, n=1).str[place]
-        if not 1 < few.nunique() <= most:
-            continue
-        codes, values = value_codes(getattr(names.str, split)(sign, n=1).str[place])
-        if nearest.same_share(codes) < 1.0:
-            part = f"str.{split}({sign!r}, n=1).str[{place}]"
+    for few, code in _parts_of_names(adata, names, nearest):
+        codes, values = value_codes(few)
+        if nearest.same_share(codes) < 1.0 or nearest.are_joined(codes, is_named=False):
             msg = (
                 f"obs_names are of {len(values)} samples ({', '.join(values[:3])}"
                 f"{', ...' if len(values) > 3 else ''}) whose coordinates overlap: cells of "
                 "different slices would be taken as neighbours. Make a column of it and pass it: "
-                f"adata.obs['sample'] = adata.obs_names.{part}, library_key='sample'. If they are "
-                "one slice, pass a column that is the same for all cells."
+                f"adata.obs['sample'] = {code}, library_key='sample'. If they are one slice, pass a "
+                "column that is the same for all cells."
             )
             raise ValueError(msg)
+
+
+def _parts_of_names(
+    adata: AnnData, names: pd.Series, nearest: Nearest
+) -> Iterator[tuple[pd.Series, str]]:
+    """Parts of the names of cells that few values have, and the code that makes a column of them."""
+    most = _most_groups(nearest)
+    bare = names.str.replace(_NUMBERED, "", regex=True)
+    if (bare != names).mean() >= _REPEATED and adata.obs_names.isin(bare[bare != names]).any():
+        # Names that occurred several times, and were made unique.
+        number = names.str.extract(_NUMBERED, expand=False).fillna("")
+        if 1 < number.nunique() <= most:
+            yield number, f"adata.obs_names.str.extract(r'{_NUMBERED}', expand=False).fillna('')"
+    parts = names.str.split(_SIGNS, regex=True)
+    for number in (-1, 0, 1, 2, -2, -3):
+        few = parts.str[number]
+        if 1 < few.iloc[nearest.cells].nunique() <= most:
+            yield few, f"adata.obs_names.str.split(r'{_SIGNS}', regex=True).str[{number}]"
 
 
 def _refuse_repeated_names(adata: AnnData, xy: NDArray[np.float64]) -> None:

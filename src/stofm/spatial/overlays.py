@@ -28,6 +28,8 @@ _SIGNIFICANT: Final = 4.0
 _LATTICE_SPREAD: Final = 1.3
 _LATTICE_SHIFT: Final = 0.8
 _LATTICE_NEIGHBORS: Final = 3.0
+#: Share of cells with a neighbour of another group, where groups are random parts of a tissue.
+_RANDOM: Final = 0.9
 #: What groups that each fill the same area have; cells of one type have more.
 _MAX_CLUSTERING: Final = 1.15
 
@@ -40,6 +42,8 @@ class Nearest:
     ----------
     rows
         Rows of the cells and of their neighbours, ascending.
+    places
+        (len(rows), 2) their coordinates.
     cells
         (m,) the cells, as positions in `rows`.
     neighbors
@@ -49,6 +53,7 @@ class Nearest:
     """
 
     rows: NDArray[np.int64]
+    places: NDArray[np.float64]
     cells: NDArray[np.int64]
     neighbors: NDArray[np.int64]
     distances: NDArray[np.float64]
@@ -80,7 +85,13 @@ class Nearest:
         )
         distances[distances >= limit] = np.inf
         rows = np.unique(np.concatenate([chosen, neighbors.ravel()]))
-        return cls(rows, np.searchsorted(rows, chosen), np.searchsorted(rows, neighbors), distances)
+        return cls(
+            rows,
+            coordinates[rows],
+            np.searchsorted(rows, chosen),
+            np.searchsorted(rows, neighbors),
+            distances,
+        )
 
     def mixing(self, codes: NDArray[np.integer]) -> float:
         """Share of the cells that have one of another group among their neighbours."""
@@ -123,6 +134,18 @@ class Nearest:
         if pairs is None or not pairs.nearest.any():
             return False
         return pairs.clustering <= _MAX_CLUSTERING and pairs.are_strewn()
+
+    def are_in_one_box(self, codes: NDArray[np.integer]) -> bool:
+        """Whether groups lie in the same area, and not as random parts of one tissue would.
+
+        It counts for groups that are named as slices: those of another unit are never close.
+        """
+        xy, own = self.places[self.cells], codes[self.cells]
+        _, own = np.unique(own, return_inverse=True)
+        if not boxes_overlap(xy, own, int(own.max()) + 1):
+            return False
+        tenth, median = np.quantile(self.distances[:, 0], [0.1, 0.5])
+        return bool(0 < tenth <= _STREWN * median or self.mixing(codes) < _RANDOM)
 
 
 @dataclass(frozen=True, eq=False)
