@@ -54,7 +54,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-doc
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py $(ARGS)
