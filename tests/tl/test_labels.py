@@ -92,6 +92,28 @@ def test_labels_that_stand_for_none(adata, caplog):
         read(adata, text, missing=["other"], min_share=MIN_SHARE)
 
 
+@pytest.mark.parametrize(
+    "label",
+    """NA|N/A|na|None|Others|unlabeled|Unlabelled cells|Unclassified|Undetermined|Undefined|?|-|???
+    Unannotated|Ambiguous|Unknown cell|unknown_2|Not assigned|not-available|Doublet|Doublets|UNK
+    Low quality|low_quality cells|LowQuality|Unassigned cell type|Doublet_T_B|Unidentified""".replace(
+        "\n", "|"
+    ).split("|"),
+)
+def test_what_reads_like_none(adata, label):
+    text = np.array([label.strip(), *["a"] * 90, *["b"] * 93], dtype=object)
+    with pytest.warns(UserWarning, match=r"\(1 cells, 0.5%\)\. .*pass missing=\[\]"):
+        assert read(adata, text, missing=MISSING).classes == ("a", "b")
+
+
+def test_classes_whose_names_begin_alike(adata):
+    names = """NK|Neutrophil|Neural crest|Other neurons|Undifferentiated|Unswitched B|Naive T|Nano
+    Na+ channel|Doublecortin|Low grade|Ambiguous zone|Unipolar brush|Nonclassical monocyte|1|2|+
+    cluster 1|type 2|cells|NA-like|Untypical|Unclear cell carcinoma|Known|Annular|nonneuronal"""
+    names = [name.strip() for name in names.replace("\n", "|").split("|")]
+    assert len(read(adata, np.resize(names, 184), missing=MISSING).classes) == len(names)
+
+
 def test_wrong_names(adata):
     sections = resolve_slices(adata, "library")
     with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):

@@ -116,7 +116,8 @@ def annotate(
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
         Labels that stand for none, in whatever case, besides NaN and blank ones: by default
-        ``"unknown"``, ``"unassigned"``, ``"other"`` and ``"nan"``. Such cells are left out. No
+        all that reads as unknown, unassigned, other, missing, ambiguous, a doublet or of low
+        quality, such as ``"Unlabelled"``, ``"N/A"``, ``"?"`` and ``"Unknown cells"``. Such cells are left out. No
         class can be called ``"unknown"``.
     min_share
         Classes with a smaller share of the labelled cells are left out, by default 0.01; 0 for

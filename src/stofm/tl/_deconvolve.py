@@ -132,7 +132,8 @@ def deconvolve(
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
     missing
         Labels that stand for none, in whatever case, besides NaN and blank ones: by default
-        ``"unknown"``, ``"unassigned"``, ``"other"`` and ``"nan"``.
+        all that reads as unknown, unassigned, other, missing, ambiguous, a doublet or of low
+        quality, such as ``"Unlabelled"``, ``"N/A"``, ``"?"`` and ``"Unknown cells"``.
     min_share
         Types with a smaller share of the labelled cells are left out.
     spots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
     from stofm.tl._sections import Sections
 
 
-#: Labels that stand for none, and smallest share of a class of cells, unless others are asked for.
-MISSING: Final = ("unknown", "unassigned", "other", "nan")
+#: What labels that stand for none mean, and smallest share of a class of cells, unless others are
+#: asked for. By default such labels are known by their words, not by this list.
+MISSING: Final = ("unknown", "unassigned", "other", "nan", "doublet", "low quality")
 MIN_SHARE: Final = 0.01
+#: Such labels, in lower case and without words for cells; one of marks alone, such as ?, is one too.
+_NO_CLASS: Final = re.compile(
+    r"(un|not |non ?)(known|assign\w*|annotated|label?led|classifi\w+|determined|defined|identified"
+    r"|specified|resolved|mapped|named|typed|available|applicable|clear|certain|sure|decided)( ?\d+)?"
+    r"|unk|n ?a|nan|none|null|missing|no (label|call|match|annotation|type)|tbd|indeterminate"
+    r"|ambiguous|others?|low ?q(uality|c)?|poor ?quality|(doublet|multiplet)s?( .*)?"
+)
+_CELLS: Final = re.compile(r"\b(cells?|(cell ?)?types?|clusters?|spots?)\b")
+_MARKS: Final = re.compile(r"[^\w+]+|_+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +77,8 @@ def read_labels(
     key
         Column of ``obs``.
     missing
-        Labels that stand for none, in whatever case, besides NaN and blank ones.
+        Labels that stand for none, in whatever case, besides NaN and blank ones; with
+        :data:`MISSING` itself all that reads like one.
     min_share
         Smallest share of the labelled cells that a class must have.
 
@@ -194,8 +206,16 @@ def _are_known(labels: NDArray[np.object_], missing: Collection[object]) -> NDAr
     """Whether labels are neither blank nor stand for none."""
     none = {"", *(_plain(str(one)) for one in missing)}
     absent = [label for label in set(labels) if _plain(label) in none]
+    if missing is MISSING:
+        absent += [label for label in set(labels) if _is_no_class(label)]
     known: NDArray[np.bool_] = ~np.isin(labels, absent)
     return known
+
+
+def _is_no_class(label: str) -> bool:
+    words = _MARKS.sub(" ", label.casefold()).strip()
+    kind = " ".join(_CELLS.sub(" ", words).split())
+    return not words or bool(_NO_CLASS.fullmatch(kind))
 
 
 def _plain(label: str) -> str:
