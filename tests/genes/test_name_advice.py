@@ -45,5 +45,11 @@ def test_no_idea(vocabulary: GeneVocabulary, name: str) -> None:
 
 
 def test_dates_of_spreadsheets() -> None:
-    dates = ["1-Mar", "2-Sep", "SEP-11", "Dec-01", "10-Mar"]
+    dates = ["1-Mar", "2-Sep", "SEP-11", "Dec-01", "10-Mar", "2019-09-02 00:00:00", "3/1/2020"]
     assert spreadsheet_dates([*dates, "MARCHF1", "Sept7", "DEC1", "HLA-A", "1-Foo"]) == dates
+
+
+def test_days_that_a_spreadsheet_counts() -> None:
+    assert spreadsheet_dates(["43891", "MARCHF1", "44075"]) == ["43891", "44075"]
+    # Ids of genes are numbers too.
+    assert spreadsheet_dates(["43891", "7157"]) == spreadsheet_dates(["43891", "43840"]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from datetime import date, timedelta
 from typing import TYPE_CHECKING, Final
 
 from stofm.genes.mapping import map_gene_ids
@@ -19,10 +20,14 @@ _SAMPLE: Final = 2000
 _SEPARATORS: Final = ("_", ":", "|", "-", " ", "/")
 #: Parts of names that say that it is no gene, although one is named.
 _OTHER: Final = re.compile(r"adt|hto|prot(ein)?|ab|antibody|totalseq\w*", re.IGNORECASE)
-#: What a spreadsheet makes of MARCH1, SEPT7 and DEC1.
+#: What a spreadsheet makes of MARCH1, SEPT7 and DEC1, and how it numbers days.
 _DATE: Final = re.compile(
-    r"\d{1,2}[-/. ](mar|sep|dec)\w*|(mar|sep|dec)\w*[-/. ]\d{1,2}", re.IGNORECASE
+    r"\d{1,2}[-/. ](mar|sep|dec)\w*|(mar|sep|dec)\w*[-/. ]\d{1,2}"
+    r"|\d{4}-(03|09|12)-\d\d( 00:00:00)?|\d{1,2}/\d{1,2}/\d{2,4}",
+    re.IGNORECASE,
 )
+_FIRST_DAY: Final = date(1899, 12, 30)
+_MONTHS: Final = (3, 9, 12)
 
 
 def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: str) -> str:
@@ -51,8 +56,18 @@ def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: st
 
 
 def spreadsheet_dates(names: Iterable[str]) -> list[str]:
-    """Names that a spreadsheet turned into dates, such as 1-Mar for MARCH1."""
-    return [name for name in names if _DATE.fullmatch(name)]
+    """Names that a spreadsheet turned into dates, such as 1-Mar or 43525 for MARCH1.
+
+    Numbers are taken for days only if all of them can be.
+    """
+    known = list(names)
+    numbers = [name for name in known if name.isdecimal()]
+    are_days = all(len(name) == 5 and _day(int(name)).month in _MONTHS for name in numbers)
+    return [name for name in known if _DATE.fullmatch(name) or (are_days and name.isdecimal())]
+
+
+def _day(number: int) -> date:
+    return _FIRST_DAY + timedelta(days=number)
 
 
 def _changes(names: Sequence[str]) -> Iterator[tuple[list[str], str, str]]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: Unknown columns that are named, and the share of the unknown counts that makes them all.
 _N_NAMED: Final = 3
 _MOST_OF_UNKNOWN: Final = 0.9
+#: Share of genes with names that became dates from which on more than a few are meant.
+_MOST_DATES: Final = 0.01
 #: Letters from which on the start of names says what a column is.
 _SHORTEST_START: Final = 3
 
@@ -41,11 +43,10 @@ def report_mapping(
             f"{len(mapping.lost)} of {mapping.n_vars} genes were not found. Of those, {genes.advice}."
         )
     if dates := spreadsheet_dates(mapping.lost):
-        logger.info(
-            "%d genes are lost whose names a spreadsheet turned into dates, such as %s; take their "
-            "names from where they came from.",
-            len(dates),
-            dates[0],
+        tell = warn if len(dates) >= _MOST_DATES * mapping.n_vars else logger.info
+        tell(
+            f"{len(dates)} of {mapping.n_vars} genes are lost, because a spreadsheet turned their names "
+            f"into dates, such as {dates[0]}. Take adata.var_names from where they came from."
         )
     if counts_per_gene is not None:
         warn_of_unknown_counts(adata, mapping.gene_index >= 0, counts_per_gene)
@@ -59,15 +60,25 @@ def warn_of_unknown_counts(
     total = counts_per_column.sum()
     if unknown.sum() <= MOST_UNKNOWN * total:
         return
-    largest = np.argsort(-unknown, kind="stable")[:_N_NAMED]
-    names = ", ".join(f"{adata.var_names[k]} ({unknown[k] / total:.1%})" for k in largest)
     warn(
-        f"{unknown.sum() / total:.1%} of the counts are in {np.count_nonzero(unknown)} columns that "
-        f"no gene of the vocabulary was found for, most of them in {names}. They count in the "
+        f"{unknown.sum() / total:.1%} of the counts are in {_columns(unknown)} that no gene of the "
+        f"vocabulary was found for: {_largest(adata, unknown / total)}. They count in the "
         "totals that the values of all genes are shares of. If they are no genes (controls, "
         "spike-ins, antibodies, another species), drop them: "
         f"adata = adata[:, {_code_for_others(adata, is_known, unknown)}].copy()"
     )
+
+
+def _columns(counts: NDArray[np.float64]) -> str:
+    n_columns = np.count_nonzero(counts)
+    return f"{n_columns} column{'s' if n_columns > 1 else ''}"
+
+
+def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
+    """The columns with most counts, with their shares."""
+    order = np.argsort(-shares, kind="stable")[:_N_NAMED]
+    named = ", ".join(f"{adata.var_names[k]} ({shares[k]:.1%})" for k in order if shares[k])
+    return f"most of them in {named}" if np.count_nonzero(shares) > _N_NAMED else named
 
 
 def _code_for_others(
