@@ -47,6 +47,40 @@ def test_columns_that_are_no_genes(
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Gene", "CITE"),
+        ("mRNA", "Ab"),
+        ("expression", "surface"),
+        ("Gene Expression", None),
+        ("Gene Expression", np.nan),
+        ("Gene Expression", ""),
+        ("Gene Expression", "None"),
+    ],
+)
+@pytest.mark.parametrize("as_type", [None, "category"])
+def test_namesakes_of_genes_are_no_genes(first: str, second: object, as_type: str | None) -> None:
+    kinds = pd.Series([second] * 4 + [first] * 8, dtype=object)
+    adata = make(kind=kinds.astype(as_type or object).to_numpy())
+    if as_type:
+        adata.var["kind"] = adata.var["kind"].astype(as_type)
+    assert read_features(adata).is_gene.all()
+    # One of the four has a name of its own.
+    adata.var_names = [*(f"ABC{k}" for k in (4, 5, 6, 3)), *(f"ABC{k}" for k in range(4, N))]
+    features = read_features(adata)
+    assert features.is_gene.tolist() == [False] * 4 + [True] * 8
+    kind = str(second) if second in ("CITE", "Ab", "surface") else "(none)"
+    assert features.others == {"kind": {kind: 4}}
+
+
+@pytest.mark.parametrize("kinds", [["coding gene", "TEC"], ["GRCh38", "mm10"], ["yes", None]])
+def test_features_of_one_name_that_may_be_genes(kinds: list[str | None]) -> None:
+    adata = make(kind=np.array([kinds[0]] * 8 + [kinds[1]] * 4))
+    adata.var_names = [*adata.var_names[:8], "ABC0", "ABC1", "ABC10", "ABC11"]
+    assert read_features(adata).is_gene.all()
+
+
+@pytest.mark.parametrize(
     ("column", "kinds"),
     [
         ("feature_types", ["Gene Expression"]),

@@ -29,6 +29,8 @@ _GENES: Final = re.compile(r"genes?|m ?rna|transcripts?|endogenous")
 _SPEAKS_OF_GENES: Final = re.compile(
     r"genes?\b|rna\b|\bgex\b|coding|transcript|housekeeping|endogenous"
 )
+#: Features of another kind of which more than this share are called as genes are no genes.
+_MOST_NAMESAKES: Final = 0.5
 #: What is measured beside genes.
 _MEASURED: Final = r"antibod\w*|\badt\b|\bhto\b|hashtag\w*|\bprot(eins?)?\b(?! coding)|\batac\b|peaks?\b|\w* ?capture"
 _CONTROL: Final = (
@@ -81,7 +83,8 @@ def read_features(adata: AnnData) -> Features:
     """Find out which columns are no genes: antibodies, controls, peaks and the like.
 
     Any column of ``adata.var`` with few values may say so, whatever it is called: one of its
-    values is gene expression, and others are something else.
+    values is gene expression, and others are something else. So are features of another value, or
+    of none, that are called as features with gene expression are.
 
     Raises
     ------
@@ -90,8 +93,9 @@ def read_features(adata: AnnData) -> Features:
     """
     is_gene = np.ones(adata.n_vars, dtype=bool)
     others: dict[str, dict[str, int]] = {}
+    names = adata.var_names
     for name in adata.var.columns:
-        kinds = _other_kinds(adata.var[name], str(name))
+        kinds = _other_kinds(adata.var[name], str(name), names)
         is_other = np.array([bool(kind) for kind in kinds], dtype=bool)
         if is_other.any():
             found = Counter(
@@ -109,7 +113,7 @@ def read_features(adata: AnnData) -> Features:
     return features
 
 
-def _other_kinds(column: pd.Series, name: str) -> list[str]:
+def _other_kinds(column: pd.Series, name: str, names: pd.Index) -> list[str]:
     """What each feature is if it is no gene, else ``""``; empty if the column does not say."""
     if column.dtype == bool:
         words = _words(name)
@@ -122,10 +126,34 @@ def _other_kinds(column: pd.Series, name: str) -> list[str]:
     codes, values = _text_codes(column)
     if not 0 < len(values) <= _MOST_KINDS:
         return []
-    texts = clean_names(values)
-    is_other = _are_other([_words(text) for text in texts])
-    kinds = [text if other else "" for text, other in zip(texts, is_other, strict=True)]
-    return [kinds[code] if code >= 0 else "" for code in codes] if any(kinds) else []
+    # The last is that of features without a value, whose code is -1.
+    texts = [*clean_names(values), ""]
+    in_words = [_words(text) for text in texts]
+    is_other = np.array(_are_other(in_words), dtype=bool)
+    if not names.is_unique:
+        is_gene = ~is_other & [_speaks_of_genes(words) for words in in_words]
+        is_other |= ~is_gene & _are_namesakes(codes, is_gene, names)
+    kinds = [
+        (text or "(none)") if other else "" for text, other in zip(texts, is_other, strict=True)
+    ]
+    return [kinds[code] for code in codes] if any(kinds) else []
+
+
+def _speaks_of_genes(words: str) -> bool:
+    return words == "expression" or bool(_SPEAKS_OF_GENES.search(words))
+
+
+def _are_namesakes(
+    codes: NDArray[np.int64], is_gene: NDArray[np.bool_], names: pd.Index
+) -> NDArray[np.bool_]:
+    """Of which values most features have names of features whose value speaks of genes."""
+    is_namesake = names.isin(names[is_gene[codes]])
+    codes = codes % len(is_gene)
+    n_features, n_namesakes = (
+        np.bincount(codes, weights, len(is_gene)) for weights in (None, is_namesake)
+    )
+    found: NDArray[np.bool_] = n_namesakes > _MOST_NAMESAKES * n_features
+    return found
 
 
 def _are_other(words: list[str]) -> list[bool]:

@@ -29,7 +29,9 @@ ORTHOLOGS = {
 @pytest.fixture
 def slices(rng: np.random.Generator) -> list[tuple[sparse.csr_matrix, list, list]]:
     human = sparse.csr_matrix(rng.poisson(1.3, size=(17, 4)))
-    mouse = sparse.csr_matrix(rng.poisson(0.9, size=(23, 4)).astype(np.float32))
+    # The paralog has few counts; with many it could be no gene.
+    rates = [9.0, 1.9, 0.1, 5.0]
+    mouse = sparse.csr_matrix(rng.poisson(rates, size=(23, 4)).astype(np.float32))
     return [(human, HUMAN, HUMAN_SYMBOLS), (mouse, MOUSE, MOUSE_SYMBOLS)]
 
 
@@ -160,3 +162,14 @@ def test_unknown_columns_with_most_counts(slices: list) -> None:
     adata.var["feature_types"] = ["Gene Expression"] * 3 + ["Negative Control Probe"]
     fitted = GeneVocabulary.fit([adata], **options)
     assert fitted.fingerprint == GeneVocabulary.fit([adata[:, :3].copy()], **options).fingerprint
+
+
+def test_many_counts_in_several_columns_of_a_gene(slices: list) -> None:
+    (human, ids, _), _ = slices
+    antibodies = sparse.csr_matrix(human[:, :2] * 7)
+    told = r"Slice 1: [78]\d\.\d% of the counts are in several .* beside the 2 columns"
+    for parts in ([human, antibodies], [antibodies, human]):
+        counts = sparse.hstack(parts, format="csr")
+        names = [[*ids, *ids[:2]], [*ids[:2], *ids]][parts[0] is antibodies]
+        with pytest.warns(UserWarning, match=told):
+            GeneVocabulary.fit([(counts, names)], min_cells=1)

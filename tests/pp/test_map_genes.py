@@ -115,7 +115,8 @@ def test_missing_ids_are_looked_up_by_name(
 
 def test_gene_key_settles_the_column(adata: anndata.AnnData, vocabulary: GeneVocabulary) -> None:
     adata.var["mine"] = vocabulary.gene_ids[[*range(10, -1, -1), 0, 0]]
-    pp.map_genes(adata, vocabulary=vocabulary, gene_key="mine")
+    with pytest.warns(UserWarning, match="2 columns of 1 gene that another column after them"):
+        pp.map_genes(adata, vocabulary=vocabulary, gene_key="mine")
     assert adata.var[Var.GENE].tolist() == adata.var["mine"].tolist()
     with pytest.raises(KeyError, match=r"adata.var has no column 'yours'; it has \['mine'"):
         pp.map_genes(adata, vocabulary=vocabulary, gene_key="yours")
@@ -148,6 +149,7 @@ def test_ortholog_table(adata: anndata.AnnData, vocabulary: GeneVocabulary, tmp_
 def test_mouse_symbols_with_the_embedded_vocabulary(rng: np.random.Generator) -> None:
     names = ["Gfap", "Mbp", "Slc17a7", "Plp1", "Gad1", "ENSMUSG00000020932.3", "Nothing1"]
     adata = anndata.AnnData(rng.poisson(1.0, size=(5, 7)), var=pd.DataFrame(index=names))
+    adata.X[:, 5] = 0
     pp.map_genes(adata)
     vocabulary = embedded_vocabulary()
     symbols = ["GFAP", "MBP", "SLC17A7", "PLP1", "GAD1", "GFAP"]
@@ -316,6 +318,51 @@ def test_many_unknown_counts(
     assert "1 columns" not in text
     kept = eval(f"adata{code.removesuffix('.copy()')}", {"adata": adata})
     assert kept.n_vars == N_GENES
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("n_antibodies", [1, 4])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda adata, vocabulary: pp.map_genes(adata, vocabulary=vocabulary),
+        lambda adata, vocabulary: pp.tokenize(adata, vocabulary, show_progress_bar=False),
+    ],
+)
+def test_counts_of_several_columns_of_one_gene(
+    rng: np.random.Generator,
+    vocabulary: GeneVocabulary,
+    step: Any,
+    n_antibodies: int,
+    *,
+    is_first: bool,
+) -> None:
+    genes = [f"ABC{k}" for k in range(N_GENES)]
+    counts = rng.poisson(1.0, size=(17, N_GENES)) + 1
+    antibodies = rng.poisson(20.0, size=(17, n_antibodies))
+    parts = [(counts, genes), (antibodies, genes[:n_antibodies])]
+    parts = parts[::-1] if is_first else parts
+    adata = anndata.AnnData(np.hstack([part for part, _ in parts]).astype(np.float32))
+    adata.var_names = [name for _, names in parts for name in names]
+    some = "1 column of 1 gene" if n_antibodies == 1 else "4 columns of 4 genes"
+    told = rf"\d\d\.\d% of the counts are in {some} that another column .*ABC0 \(\d+\.\d%\)"
+    with pytest.warns(UserWarning, match=told) as caught:
+        step(adata, vocabulary)
+    code = str(caught[0].message).partition("drop them: ")[2]
+    names: dict[str, Any] = {"adata": adata}
+    exec(code, names)
+    assert np.array_equal(names["adata"].X, counts)
+    # The advice heals it.
+    step(names["adata"], vocabulary)
+
+
+def test_few_counts_in_further_columns_are_paralogs(
+    rng: np.random.Generator, vocabulary: GeneVocabulary
+) -> None:
+    counts = np.hstack([np.full((17, N_GENES), 100), np.full((17, 1), 20)])
+    adata = anndata.AnnData(counts.astype(np.float32))
+    adata.var_names = [*(f"ABC{k}" for k in range(N_GENES)), "Abc3"]
+    pp.map_genes(adata, vocabulary=vocabulary)
 
 
 def test_transposed(adata: anndata.AnnData, vocabulary: GeneVocabulary) -> None:

@@ -13,7 +13,7 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.compressed import require_sound
 from stofm.genes.gene_ids import IdType, clean_names, id_type, strip_version
-from stofm.genes.mapping import MOST_UNKNOWN, map_gene_ids
+from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes, map_gene_ids
 from stofm.genes.medians import ExactMedians, HistogramMedians
 from stofm.genes.names import GeneNames
 from stofm.genes.orthologs import read_orthologs
@@ -23,6 +23,8 @@ from stofm.genes.vocabulary_table import vocabulary_fields
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from os import PathLike
+
+    from numpy.typing import NDArray
 
 _TARGET_SUM: Final = 10_000
 _FIRST_GENE_TOKEN: Final = 2
@@ -75,13 +77,8 @@ def fit_vocabulary(
     for place, item in enumerate(slices, start=1):
         columns = as_count_slice(item, layer=layer)
         genes = _human_gene_ids(columns, pairs, reference, names)
-        known = _add_values(medians, columns.blocks, genes, numbers)
-        if 0 < known < 1 - MOST_UNKNOWN:
-            warn(
-                f"Slice {place}: {1 - known:.1%} of the counts are in columns of no known gene, and "
-                "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
-                "antibodies), drop their columns; `orthologs` and `reference` find more genes."
-            )
+        counts = _add_values(medians, columns.blocks, genes, numbers)
+        _warn_of_counts(place, np.array([numbers.get(gene, -1) for gene in genes]), counts)
     n_cells, values = medians.result(len(numbers))
     kept = {gene: float(values[row]) for gene, row in numbers.items() if n_cells[row] >= min_cells}
     logger.info("%d of %d genes were seen in at least %d cells", len(kept), len(numbers), min_cells)
@@ -139,8 +136,8 @@ def _add_values(
     blocks: Iterable[sparse.csr_matrix],
     genes: list[str],
     numbers: dict[str, int],
-) -> float:
-    """Add the values of a slice; returns the share of its counts that known genes have."""
+) -> NDArray[np.float64]:
+    """Add the values of a slice; returns the counts of its columns."""
     known = [column for column, gene in enumerate(genes) if gene]
     rows = [numbers.setdefault(genes[column], len(numbers)) for column in known]
     own, local = np.unique(rows, return_inverse=True)
@@ -148,7 +145,7 @@ def _add_values(
     sums = sparse.csr_matrix(
         (np.ones(len(known)), (known, local)), shape=(len(genes), len(own)), dtype=np.float64
     )
-    n_counts = n_known = 0.0
+    per_column = np.zeros(len(genes))
     for block in blocks:
         counts = block.astype(np.float64)
         totals = np.asarray(counts.sum(axis=1)).ravel()
@@ -156,8 +153,28 @@ def _add_values(
         per_gene.eliminate_zeros()
         cells = np.repeat(np.arange(per_gene.shape[0]), np.diff(per_gene.indptr))
         medians.add(own[per_gene.indices], per_gene.data / totals[cells] * _TARGET_SUM)
-        n_counts, n_known = n_counts + totals.sum(), n_known + per_gene.sum()
-    return float(n_known / n_counts) if n_counts else 1.0
+        per_column += np.asarray(counts.sum(axis=0)).ravel()
+    return per_column
+
+
+def _warn_of_counts(place: int, genes: NDArray[np.int64], counts: NDArray[np.float64]) -> None:
+    """Warn if many counts of a slice are of no known gene, or in several columns of one gene."""
+    shares = counts / (counts.sum() or 1.0)
+    unknown = shares[genes < 0].sum()
+    if unknown > MOST_UNKNOWN and (shares[genes >= 0] > 0).any():
+        warn(
+            f"Slice {place}: {unknown:.1%} of the counts are in columns of no known gene, and "
+            "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
+            "antibodies), drop their columns; `orthologs` and `reference` find more genes."
+        )
+    shared, _ = counts_of_shared_genes(genes, shares)
+    if shared.any():
+        n_genes = len(np.unique(genes[shared > 0]))
+        warn(
+            f"Slice {place}: {shared.sum():.1%} of the counts are in several columns of one gene, "
+            f"beside the {n_genes} columns that hold the others, and they count together. "
+            "If some of these columns are no genes (antibodies, another modality), drop them."
+        )
 
 
 def _assemble(

@@ -36,6 +36,12 @@ MIN_SHARE: Final = 0.02
 #: half, cosines to the embedding of the known genes alone are 0.98, and where it is 0.9, 0.87 to
 #: 0.90. Slices of the benchmark have up to 0.28 (mitochondrial and ribosomal RNA).
 MOST_UNKNOWN: Final = 0.4
+#: Share of the counts in columns beyond the first of their gene from which on they may be no genes:
+#: paralogs of mice that are one human gene have up to 0.01 in slices of the benchmark, and
+#: antibodies often more than RNA. In columns before the last, which antibodies can be too, the
+#: genes themselves have up to 0.02 there, and a gene of a small panel has more.
+_MOST_BEYOND_FIRST: Final = 0.03
+_MOST_BEFORE_LAST: Final = 0.2
 #: A second species is named in the report from this share of the ids on.
 _MIXED_SHARE: Final = 0.1
 _N_EXAMPLES: Final = 3
@@ -213,6 +219,40 @@ def map_gene_ids(
         msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
         raise ValueError(msg)
     return _report(shown, found, vocabulary, counts_per_gene)
+
+
+def counts_of_shared_genes(
+    genes: NDArray[np.integer], counts: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], Literal["first", "last"]]:
+    """Counts of columns that share their gene with another, if there are too many for genes.
+
+    Parameters
+    ----------
+    genes
+        (n_vars,) number of each column's gene, negative for none.
+    counts
+        (n_vars,) counts over all cells.
+
+    Returns
+    -------
+    counts
+        (n_vars,) counts of the columns that may be no genes; 0 in all others.
+    keep
+        Which column of each gene is not one of them.
+    """
+    beyond_first = np.where(_stand_again(genes), counts, 0.0)
+    before_last = np.where(_stand_again(genes[::-1])[::-1], counts, 0.0)
+    after, before = beyond_first.sum(), before_last.sum()
+    is_much = after > _MOST_BEYOND_FIRST * counts.sum() or before > _MOST_BEFORE_LAST * counts.sum()
+    if not is_much:
+        return np.zeros_like(counts), "first"
+    return (beyond_first, "first") if after >= before else (before_last, "last")
+
+
+def _stand_again(genes: NDArray[np.integer]) -> NDArray[np.bool_]:
+    again = genes >= 0
+    again[np.unique(genes, return_index=True)[1]] = False
+    return again
 
 
 def _lookup_tables(

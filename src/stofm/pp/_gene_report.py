@@ -12,7 +12,7 @@ from stofm._features import read_features
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.mapping import MOST_UNKNOWN
+from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes
 from stofm.genes.name_advice import spreadsheet_dates
 
 if TYPE_CHECKING:
@@ -49,13 +49,46 @@ def report_mapping(
             f"into dates, such as {dates[0]}. Take adata.var_names from where they came from."
         )
     if counts_per_gene is not None:
-        warn_of_unknown_counts(adata, mapping.gene_index >= 0, counts_per_gene)
+        warn_of_counts(adata, mapping.gene_index, counts_per_gene)
 
 
-def warn_of_unknown_counts(
+def warn_of_counts(
+    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
+) -> None:
+    """Warn if many counts are in columns that no gene was found for, or that share their gene.
+
+    Parameters
+    ----------
+    genes
+        (n_vars,) number of each column's gene, negative for none.
+    counts_per_column
+        (n_vars,) counts over all cells.
+    """
+    _warn_of_unknown_counts(adata, genes >= 0, counts_per_column)
+    _warn_of_shared_genes(adata, genes, counts_per_column)
+
+
+def _warn_of_shared_genes(
+    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
+) -> None:
+    shared, keep = counts_of_shared_genes(genes, counts_per_column)
+    if not shared.any():
+        return
+    total = counts_per_column.sum()
+    side, argument = ("before", "") if keep == "first" else ("after", "keep='last'")
+    n_genes = len(np.unique(genes[shared > 0]))
+    warn(
+        f"{shared.sum() / total:.1%} of the counts are in {_columns(shared)} of {n_genes} "
+        f"gene{'s' if n_genes > 1 else ''} that another column {side} them has too: "
+        f"{_largest(adata, shared / total)}. The columns of a gene count together. If these are no "
+        f"genes (antibodies, another modality), drop them: gene = adata.var[{Var.GENE!r}]; "
+        f"adata = adata[:, ((gene == '') | ~gene.duplicated({argument})).to_numpy()].copy()"
+    )
+
+
+def _warn_of_unknown_counts(
     adata: AnnData, is_known: NDArray[np.bool_], counts_per_column: NDArray[np.float64]
 ) -> None:
-    """Warn if a large share of the counts is in columns that no gene was found for."""
     unknown = np.where(is_known, 0.0, counts_per_column)
     total = counts_per_column.sum()
     if unknown.sum() <= MOST_UNKNOWN * total:

@@ -17,7 +17,7 @@ from stofm._logging import counter, logger
 from stofm._messages import warn
 from stofm._writing import all_or_nothing
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
-from stofm.pp._gene_report import report_mapping, warn_of_unknown_counts
+from stofm.pp._gene_report import report_mapping, warn_of_counts
 from stofm.pp._map_genes import (
     compute_gene_mapping,
     names_fingerprint,
@@ -225,7 +225,7 @@ def token_blocks(
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
     if columns.genes is None:
-        warn_of_unknown_counts(adata, columns.token_ids >= 0, total)
+        warn_of_counts(adata, columns.token_ids, total)
     else:
         report_mapping(adata, columns.genes, total)
 
