@@ -300,6 +300,11 @@ def names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
     return hashed.hexdigest()
 
 
+def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
+    """Return 16 hexadecimal digits over the tokens of all columns."""
+    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+
+
 def _describe_orthologs(orthologs: Mapping[str, str] | str | PathLike[str] | None) -> str:
     if orthologs is None:
         return ""

@@ -10,8 +10,10 @@ import numpy as np
 from stofm._anndata import read_record
 from stofm._coordinates import read_coordinates
 from stofm._counts import peek_counts
+from stofm._features import VAR_NAMES, names_of_genes
 from stofm._keys import Obsm, Uns, Var
-from stofm.genes import RankedTokens, embedded_vocabulary, rank_genes
+from stofm.genes import RankedTokens, embedded_vocabulary, map_gene_ids, rank_genes
+from stofm.pp._map_genes import columns_fingerprint, compute_gene_mapping, names_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Cells whose tokens are made again.
 _N_CELLS: Final = 512
+#: Where columns are taken away, or names that genes were found by, genes that several columns had
+#: are others: so large a share of a cell's tokens may be, and more than this of the cells must.
+_FEW: Final = 0.1
+_MOST: Final = 0.5
 #: Normalised coordinates span 100; by less than this they may differ, which is rounding.
 _SAME_PLACE: Final = 0.01
 _SAME_SCALE: Final = 1e-3
@@ -112,13 +118,37 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
     no longer there. What is done to a table as a whole is noticed so: cells or genes permuted,
     counts replaced. A change of a few cells is not. Counts that can't be ranked again, since they
     are normalised by now or the vocabulary is not at hand, must have the genes of the tokens.
+    Columns that lost their tokens when tables were joined are mapped again, and columns whose
+    names are of other genes by now are other counts.
     """
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
-    is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
-    is_whole = {"layer", "max_tokens", "duplicates"} <= set(record.get("params", {}))
-    if not (is_there and is_whole) or made.get("vocabulary") != record.get("vocabulary"):
+    is_there = Obsm.TOKENS in adata.obsm and adata.n_obs > 0
+    is_told = {"layer", "max_tokens", "duplicates"} <= set(record.get("params", {}))
+    if not (is_there and is_told) or made.get("vocabulary") != record.get("vocabulary"):
         return ""
-    layer = str(record["params"]["layer"]) or None
+    known = (vocabulary, embedded_vocabulary())
+    own = next((v for v in known if v and v.fingerprint == record.get("vocabulary")), None)
+    columns = _stored_columns(adata)
+    if columns is not None and own and (found := _renamed(adata, made, own, columns)):
+        return found
+    if columns is None and own:
+        columns = _map_again(adata, made, own)
+    if columns is None:
+        return ""
+    is_whole = columns_fingerprint(columns) == record.get("columns")
+    return _other_tokens(adata, record["params"], columns, own, is_whole=is_whole)
+
+
+def _other_tokens(
+    adata: AnnData,
+    params: Mapping[str, Any],
+    columns: NDArray[np.int64],
+    vocabulary: GeneVocabulary | None,
+    *,
+    is_whole: bool,
+) -> str:
+    """Say how many cells have other tokens now; if columns are not those of the tokens, if most do."""
+    layer = str(params["layer"]) or None
     rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
     try:
         counts, is_raw = peek_counts(adata, layer, rows)
@@ -126,17 +156,75 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
         return ""
     if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
         return ""
-    known = (vocabulary, embedded_vocabulary())
-    own = [one for one in known if one and one.fingerprint == record.get("vocabulary")]
-    sample = _Sample.of(adata, rows, record["params"])
-    differ = sample.differ(counts, own[0] if own and is_raw else None)
-    if not differ.any():
+    sample = _Sample.of(adata, rows, params, columns)
+    order = vocabulary if is_raw and is_whole else None
+    differ = sample.differ(counts, order, tolerance=0 if is_whole else _FEW)
+    if differ.sum() <= (0 if is_whole else _MOST * len(rows)):
         return ""
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
         f"of {len(rows)} cells that were looked at, {int(differ.sum())} have other genes, or "
         f"another order of these, than {where} has for them now."
     )
+
+
+def _stored_columns(adata: AnnData) -> NDArray[np.int64] | None:
+    """(n_vars,) token of each column, -1 for none; None where joining tables dropped them."""
+    import pandas as pd
+
+    if Var.TOKEN_ID not in adata.var:
+        return None
+    # Where tables were joined, columns can lack their token.
+    tokens = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
+    stored: NDArray[np.int64] = tokens.to_numpy(dtype=np.int64)
+    return stored
+
+
+def _renamed(
+    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary, stored: NDArray[np.int64]
+) -> str:
+    """Say how many columns have names of other genes than those that their tokens are of."""
+    if not _has_names(adata, made) or names_fingerprint(adata, made["params"]) == made.get("names"):
+        return ""
+    now = _map_again(adata, made, vocabulary)
+    if now is None:
+        return ""
+    n_renamed = np.count_nonzero((now >= 0) & (stored >= 0) & (now != stored))
+    return (
+        f"{n_renamed} of {adata.n_vars} columns have names of other genes than those that their "
+        "tokens are of."
+        if n_renamed
+        else ""
+    )
+
+
+def _has_names(adata: AnnData, made: Mapping[str, Any]) -> bool:
+    """Whether the names that a mapping was made from are all there."""
+    sources = _name_sources(made)
+    return bool(sources) and all(one == VAR_NAMES or one in adata.var for one in sources)
+
+
+def _name_sources(made: Mapping[str, Any]) -> list[str]:
+    params = made.get("params", {})
+    return [params[name] for name in ("source", "fallback") if params.get(name)]
+
+
+def _map_again(
+    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary
+) -> NDArray[np.int64] | None:
+    """Token of each column by its names, or by what is left of these; None if they say little."""
+    species = made.get("params", {}).get("species", "auto")
+    try:
+        if not _has_names(adata, made):
+            mapping = compute_gene_mapping(adata, vocabulary, species=species).mapping
+        else:
+            names, *others = (names_of_genes(adata, one) for one in _name_sources(made))
+            mapping = map_gene_ids(
+                names, vocabulary, species=species, fallback_ids=others[0] if others else None
+            )
+    except ValueError:
+        return None
+    return mapping.token_id.astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +249,13 @@ class _Sample:
     duplicates: Any
 
     @classmethod
-    def of(cls, adata: AnnData, rows: NDArray[np.int64], params: Mapping[str, Any]) -> _Sample:
-        import pandas as pd
-
-        # Where tables were joined, columns can lack their token.
-        columns = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
-        columns = columns.to_numpy(dtype=np.int64)
+    def of(
+        cls,
+        adata: AnnData,
+        rows: NDArray[np.int64],
+        params: Mapping[str, Any],
+        columns: NDArray[np.int64],
+    ) -> _Sample:
         stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
         is_there = np.isin(stored.tokens, columns)
         ends = np.concatenate([[0], np.cumsum(is_there)])
@@ -178,9 +267,12 @@ class _Sample:
         )
 
     def differ(
-        self, counts: sparse.csr_matrix, vocabulary: GeneVocabulary | None
+        self, counts: sparse.csr_matrix, vocabulary: GeneVocabulary | None, tolerance: float
     ) -> NDArray[np.bool_]:
-        """Which cells have tokens that counts do not give; the order counts with a vocabulary."""
+        """Which cells have more than a share of tokens that counts do not give.
+
+        The order counts with a vocabulary.
+        """
         medians = np.ones(int(self.columns.max(initial=0)) + 2)
         if vocabulary is not None:
             is_used = vocabulary.tokens < len(medians) - 1
@@ -197,7 +289,8 @@ class _Sample:
         own, found = (_keys(one, ordered=is_ordered) for one in (self.tokens, now))
         cells = np.repeat(np.arange(now.n_cells), self.tokens.n_tokens)
         is_lost = ~np.isin(own, found)
-        differ = np.bincount(cells[is_lost], minlength=now.n_cells) > 0
+        n_lost = np.bincount(cells[is_lost], minlength=now.n_cells)
+        differ: NDArray[np.bool_] = n_lost > tolerance * self.tokens.n_tokens
         has_more = ~self.is_cut & (now.n_tokens != self.tokens.n_tokens)
         return differ | has_more if is_ordered else differ
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stofm._anndata import read_record, same_params, write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm.genes import RankedTokens
-from stofm.pp._map_genes import MappedGenes, write_gene_mapping
+from stofm.pp._map_genes import MappedGenes, columns_fingerprint, write_gene_mapping
 from stofm.pp._staleness import outdate_by_counts
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Columns:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the tokens of all columns."""
-        return hashlib.sha256(self.token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+        return columns_fingerprint(self.token_ids)
 
 
 @dataclass(frozen=True, eq=False)
