@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
+import zarr
 
 from stofm._slice_files import is_spatialdata, open_slice, read_slice, refuse_output, write_slice
 
@@ -81,7 +83,12 @@ def test_a_damaged_file_is_named(how: str, read, adata: AnnData, tmp_path: Path)
 
 def test_other_files_are_named_and_explained(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "counts.h5", "w") as file:
-        file.create_group("matrix")["data"] = [1]
+        for part in ("barcodes", "data", "indices", "indptr"):
+            file[f"matrix/{part}"] = [1]
+    with h5py.File(tmp_path / "other.loom", "w") as file:
+        file["matrix"] = [1]
+    with pytest.raises(ValueError, match=r"Expected obs and var, found \['matrix'\]"):
+        read_slice(tmp_path / "other.loom")
     with pytest.raises(ValueError, match=r"counts\.h5 .* 10x Genomics, which has no coordinates"):
         read_slice(tmp_path / "counts.h5")
     (tmp_path / "folder.zarr").mkdir()
@@ -107,6 +114,71 @@ def test_only_files_of_the_kind_are_replaced(adata: AnnData, store: Path, tmp_pa
         refuse_output(store, has_spatialdata=True, overwrite=True)
     with pytest.raises(ValueError, match=r"must end in \.h5ad or \.zarr"):
         refuse_output(tmp_path / "out.csv", has_spatialdata=False, overwrite=True)
+
+
+def foreign(path: Path, kind: str) -> Path:
+    with h5py.File(path / "x.h5ad", "w") as file:
+        for name in ("obs", "var"):
+            group = file.create_group(name)
+            if kind != "no frames":
+                group.attrs["encoding-type"] = "dataframe"
+        if kind == "MuData":
+            file.attrs["encoding-type"] = kind
+        if kind == "more":
+            file["my_data"] = [1]
+    return path / "x.h5ad"
+
+
+@pytest.mark.parametrize("kind", ["MuData", "more", "no frames"])
+def test_what_only_looks_like_an_anndata_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+        refuse_output(foreign(tmp_path, kind), has_spatialdata=False, overwrite=True)
+
+
+def test_a_zarr_store_without_frames_is_not_replaced(tmp_path: Path) -> None:
+    root = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    for name in ("obs", "var", "uns"):
+        root.create_group(name)
+    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+        refuse_output(tmp_path / "x.zarr", has_spatialdata=False, overwrite=True)
+
+
+def test_of_a_mudata_a_modality_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a MuData.*write_h5ad"):
+        read_slice(foreign(tmp_path, "MuData"))
+
+
+@pytest.mark.parametrize(
+    "array", ["X/data", "X/indices", "X/indptr", "obsm/spatial", "var/_index", "obs/library"]
+)
+@pytest.mark.parametrize("read", [read_slice, open_slice])
+def test_a_store_that_lacks_chunks_is_refused(
+    array: str, read, adata: AnnData, tmp_path: Path
+) -> None:
+    write_slice(adata, tmp_path / "x.zarr")
+    for file in (tmp_path / "x.zarr" / array).rglob("*"):
+        if file.is_file() and file.name not in {".zarray", ".zattrs", ".zgroup", "zarr.json"}:
+            file.unlink()
+    with pytest.raises(ValueError, match=rf"lacks a part: the array '{array}.* has 0 of 1 chunks"):
+        read(tmp_path / "x.zarr")
+
+
+def test_a_store_that_lacks_an_array_is_refused(adata: AnnData, tmp_path: Path) -> None:
+    write_slice(adata, tmp_path / "x.zarr")
+    zarr.consolidate_metadata(tmp_path / "x.zarr")
+    shutil.rmtree(tmp_path / "x.zarr" / "obsm" / "spatial")
+    with pytest.raises(ValueError, match=r"the array 'obsm/spatial' is not in the folder"):
+        read_slice(tmp_path / "x.zarr")
+
+
+def test_chunks_of_zeros_may_be_left_out(adata: AnnData, tmp_path: Path) -> None:
+    small = adata[:3, :2].copy()
+    small.X = small.X * 0
+    small.X.eliminate_zeros()
+    small.layers["zeros"] = np.zeros((3, 2))
+    small.obs["same"] = "a"
+    write_slice(small, tmp_path / "x.zarr")
+    assert read_slice(tmp_path / "x.zarr").n_obs == 3
 
 
 @pytest.mark.parametrize(("name", "k"), [("x.h5ad", 0), ("x.zarr", 1)])

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stofm._anndata import resolve_table
 from stofm._files import Kind, put_in_place, reading, take_back
+from stofm._zarr_stores import require_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from anndata import AnnData
 
 _ZARR: Final = ".zarr"
@@ -22,13 +25,21 @@ _ANNDATA: Final = {"obs", "var"}
 _TABLES: Final = {"table", "tables"}
 _METADATA: Final = {".zattrs", ".zgroup", ".zmetadata", "zarr.json"}
 _GROUPS: Final = (
-    _METADATA | _ANNDATA | {"X", "layers", "obsm", "obsp", "raw", "uns", "varm", "varp"}
+    _METADATA
+    | _ANNDATA
+    | {"X", "layers", "obsm", "obsp", "raw", "raw.X", "raw.var", "raw.varm", "uns", "varm", "varp"}
 )
 _ELEMENTS: Final = _METADATA | _TABLES | {"images", "labels", "points", "shapes"}
 _EXPECTED: Final = "AnnData in an .h5ad file or a Zarr store"
 _10X: Final = (
     "It is a count matrix of 10x Genomics, which has no coordinates. Read the whole folder, for "
     "example with squidpy.read.visium or spatialdata_io, and write that as .h5ad or .zarr."
+)
+#: In the group of such a file: "matrix", or of old ones the genome.
+_10X_PARTS: Final = {"barcodes", "data", "indices", "indptr"}
+_MUDATA: Final = (
+    "{} holds a MuData, and stofm takes one AnnData of it. Write the modality that has the counts "
+    "of genes, for example mdata.mod['rna'].write_h5ad('rna.h5ad')."
 )
 
 
@@ -50,7 +61,10 @@ def read_slice(path: str | Path) -> Any:
     with reading(path, _EXPECTED):
         if _has_elements(path):
             return _read_spatialdata(path)
-        return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
+        if not path.is_dir():
+            return anndata.read_h5ad(path)
+        require_whole(path)
+        return anndata.read_zarr(path)
 
 
 def open_slice(path: str | Path, table_key: str | None = None) -> AnnData:
@@ -102,26 +116,35 @@ def is_spatialdata(path: str | Path) -> bool:
 
 
 def _has_elements(path: Path) -> bool:
-    names = _names(path)
-    if names >= _ANNDATA:
-        return False
-    if path.is_dir() and names & (_ELEMENTS - _METADATA):
-        return True
-    hint = _10X if "matrix" in names else f"Expected obs and var, found {sorted(names)[:8]}."
+    with _root(path) as root:
+        names, encoding = set(root), root.attrs.get("encoding-type", "anndata")
+        if encoding == "MuData":
+            raise ValueError(_MUDATA.format(path))
+        if names >= _ANNDATA and encoding == "anndata":
+            return False
+        if path.is_dir() and names & (_ELEMENTS - _METADATA):
+            return True
+        hint = _10X if _is_10x(root) else f"Expected obs and var, found {sorted(names)[:8]}."
     msg = f"{path} holds no AnnData. {hint}"
     raise ValueError(msg)
 
 
-def _names(path: Path) -> set[str]:
-    """Names at the top of a file."""
+@contextlib.contextmanager
+def _root(path: Path) -> Iterator[Any]:
+    """Root group of a file."""
     if path.is_dir():
         import zarr
 
-        return set(zarr.open_group(path, mode="r").keys())
+        yield zarr.open_group(path, mode="r")
+        return
     import h5py
 
     with h5py.File(path, "r") as file:
-        return set(file)
+        yield file
+
+
+def _is_10x(root: Any) -> bool:
+    return any(hasattr(group, "keys") and set(group) >= _10X_PARTS for group in root.values())
 
 
 def _found(path: str | Path) -> Path:
@@ -135,6 +158,7 @@ def _found(path: str | Path) -> Path:
 def _read_spatialdata(path: Path) -> Any:
     import spatialdata
 
+    require_whole(path)
     return spatialdata.read_zarr(path)
 
 
@@ -143,6 +167,7 @@ def _open_zarr(path: Path) -> AnnData:
     from anndata import AnnData
     from anndata.io import read_elem, sparse_dataset
 
+    require_whole(path)
     store: Any = zarr.open_group(path, mode="r")
 
     def matrix(element: Any) -> Any:
@@ -158,8 +183,22 @@ def _open_zarr(path: Path) -> AnnData:
 def _holds(path: Path, *, spatialdata: bool) -> bool:
     # Whatever a reader says, it is neither.
     with contextlib.suppress(Exception):
-        return _has_elements(path) == spatialdata
+        return _has_elements(path) == spatialdata and (spatialdata or _is_anndata(path))
     return False
+
+
+def _is_anndata(path: Path) -> bool:
+    """Whether all of a file with obs and var is an AnnData's; old ones don't say what they are."""
+    with _root(path) as root:
+        if "encoding-type" not in root.attrs and not all(
+            map(_is_frame, (root["obs"], root["var"]))
+        ):
+            return False
+        return set(root) <= _GROUPS
+
+
+def _is_frame(element: Any) -> bool:
+    return hasattr(element, "dtype") or element.attrs.get("encoding-type") == "dataframe"
 
 
 _H5AD: Final = Kind(
