@@ -3,9 +3,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pytest
 
-from stofm._config import build_dataclass, read_json
+from stofm._config import build_dataclass, check_seed, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,3 +123,11 @@ def test_a_damaged_json_file_is_named(content: bytes, found: str, tmp_path: Path
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json is damaged.*{found}.*; get it again\."):
         read_json(path, "get it again")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 99999999999999999999, 1.0, "1", None])
+def test_a_seed_is_one_for_every_generator(seed: object) -> None:
+    check_seed(2**32 - 1)
+    check_seed(np.int64(3))
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
+        check_seed(seed)

@@ -15,7 +15,7 @@ from scipy import sparse
 import stofm as st
 from stofm import _writing
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing, refuse_foreign
+from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,3 +292,9 @@ def heads_by_key(cells):
     """Annotate cells under a key."""
     head = st.tl.annotate(cells, label_key="kind", **FAST)
     return lambda key: st.tl.annotate(cells, head=head, key_added=key, **SLICES)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "/", ".", "..", "a\0b"])
+def test_a_name_that_files_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"key_added=.* can't be written to a file.*such as 'x'"):
+        refuse_taken(name, "x")

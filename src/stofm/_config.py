@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -69,6 +70,19 @@ def build_dataclass(
     except ValueError as error:
         msg = f"{place}: {error}"
         raise ValueError(msg) from error
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed for every generator that is used.
+
+    Raises
+    ------
+    ValueError
+        It is no whole number from 0 to 2**32 - 1.
+    """
+    if not (hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32):
+        msg = f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}."
+        raise ValueError(msg)
 
 
 def _check_names(

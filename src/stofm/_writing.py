@@ -33,6 +33,37 @@ def all_or_nothing(*tables: AnnData) -> Iterator[None]:
         raise
 
 
+def refuse_taken(key_added: str, suggestion: str, *taken: str | None) -> None:
+    """Refuse a name that files can't hold, or that is one of these.
+
+    Parameters
+    ----------
+    key_added
+        Name of what is written.
+    suggestion
+        A name that can be had.
+    taken
+        Names that are read, or that mean something else.
+
+    Raises
+    ------
+    ValueError
+        `key_added` is no such name, or taken.
+    """
+    if not key_added.strip(".") or set(key_added) & {"/", "\0"}:
+        msg = (
+            f"key_added={key_added!r} can't be written to a file: a name has to have letters and no "
+            f"'/'. Choose one such as {suggestion!r}."
+        )
+        raise ValueError(msg)
+    if key_added in taken:
+        msg = (
+            f"key_added={key_added!r} would replace something that is read or that means something "
+            f"else; choose another name, such as {suggestion!r}."
+        )
+        raise ValueError(msg)
+
+
 def refuse_foreign(
     adata: AnnData, key: str, *, obs: Iterable[str] = (), obsm: Iterable[str] = ()
 ) -> None:

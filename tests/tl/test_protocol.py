@@ -87,7 +87,7 @@ def test_unknown_names(adata):
         plan(adata, protocol="paper")
     with pytest.raises(ValueError, match="split must be one of"):
         plan(adata, split="rows")
-    with pytest.raises(ValueError, match="seed must be 0 or more"):
+    with pytest.raises(ValueError, match="seed must be a whole number from 0"):
         plan(adata, seed=-1)
 
 

@@ -34,7 +34,7 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("config", "entries", "message"),
     [
-        (RunConfig, {"seed": -1}, "seed must not be negative, found -1"),
+        (RunConfig, {"seed": -1}, "seed must be a whole number from 0 to 4294967295, found -1"),
         (RunConfig, {"keep": "worst"}, r"keep must be one of \['best', 'last'\]"),
         (RunConfig, {"log_every": 0}, "log_every must be at least 1, found 0"),
         (FileConfig, {"species": "rat"}, r"species must be one of \['auto', 'human', 'mouse'\]"),

@@ -11,6 +11,7 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
+from stofm._config import check_seed
 from stofm._keys import Obsm
 from stofm.datasets._counts import draw_counts
 from stofm.datasets._geometry import (
@@ -147,6 +148,7 @@ def simulate_slice(
     _check_choice("regions", regions, get_args(Regions))
     for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_slices", n_slices)):
         _check_count(name, value)
+    check_seed(seed)
     platform = _PLATFORMS[technology]
     if cells_per_spot is None:
         cells_per_spot = platform.cells_per_spot

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stofm._anndata import read_record, resolve_table, same_params, write_record
+from stofm._config import check_seed
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._places import Places, read_places
@@ -126,6 +127,7 @@ def subslice(
     >>> adata.obs["stofm_subslice"].nunique()
     3
     """
+    check_seed(seed)
     table = resolve_table(adata, table_key, copy=copy)
     chosen: dict[str, Any] = {
         "n_cells": n_cells,

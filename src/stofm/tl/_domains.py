@@ -13,11 +13,12 @@ from stofm._anndata import (
     resolve_table,
     write_record,
 )
+from stofm._config import check_seed
 from stofm._coordinates import read_coordinates
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._slices import Slices, read_slices
-from stofm._writing import all_or_nothing, refuse_foreign
+from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
 from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (
     Centering,
@@ -163,7 +164,7 @@ def domains(
     table = resolve_table(adata, table_key, copy=copy)
     _check_numbers(n_domains, resolution, coarser, smooth)
     check_if_given("n_neighbors", n_neighbors, least=0)
-    check_whole_number("seed", seed, least=0)
+    check_seed(seed)
     library_key = slices_column(table, library_key)
     spatial_key = places_entry(table, spatial_key)
     columns = level_columns(key_added, 1 + len(coarser))
@@ -297,12 +298,7 @@ def _refuse_reserved(key_added: str, *read: str | None) -> None:
     """Refuse a column or record that is read or means something else."""
     own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.ANNOTATION, Uns.SUBSLICE)
     entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
-    if key_added in {*own, *entries, *read}:
-        msg = (
-            f"key_added={key_added!r} would replace something that is read or that means something "
-            f"else; choose another name, such as {Obs.DOMAIN!r}."
-        )
-        raise ValueError(msg)
+    refuse_taken(key_added, Obs.DOMAIN, *own, *entries, *read)
 
 
 def _read_neighborhood(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stofm._anndata import resolve_table, write_record
+from stofm._config import check_seed
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm._places import read_places
-from stofm._writing import all_or_nothing
+from stofm._writing import all_or_nothing, refuse_taken
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
@@ -160,6 +161,7 @@ def embed(
     started = time.perf_counter()
     table = resolve_table(adata, table_key, copy=copy)
     _refuse_reserved(key_added, spatial_key, cell_rep)
+    check_seed(seed)
     model = load_model(model)
     model.warn_if_untrained()
     rules = subslice or model.config.subslice
@@ -218,12 +220,7 @@ def _refuse_reserved(key_added: str, spatial_key: str, cell_rep: str | None) -> 
         Var.TOKEN_ID,
     )
     counted = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL)
-    if key_added in {*own, *counted, spatial_key, cell_rep}:
-        msg = (
-            f"key_added={key_added!r} would replace something that is read or that means something "
-            f"else; choose another name, such as {Obsm.X!r} or 'X_mine'."
-        )
-        raise ValueError(msg)
+    refuse_taken(key_added, Obsm.X, *own, *counted, spatial_key, cell_rep)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from stofm._config import check_seed
 from stofm._coordinates import read_coordinates
 from stofm._keys import Obsm
 from stofm._logging import logger
@@ -151,6 +152,7 @@ def fine_tune_head(
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
     started = time.perf_counter()
+    check_seed(seed)
     training = training or FineTuningConfig()
     names = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
     _check_strategy(strategy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any, get_args
 
+from stofm._config import check_seed
 from stofm.spatial.splits import SplitRule
 from stofm.tl._embeddings import MADE_BY_EMBED
 from stofm.tl._head_inputs import checked_reps
@@ -49,7 +50,7 @@ def check_fit_options(
     check_strategy(strategy)
     _check_choice("split", split, get_args(SplitRule))
     _check_choice("protocol", protocol, (None, *get_args(Protocol)))
-    check_whole_number("seed", seed, least=0)
+    check_seed(seed)
     if strategy != "frozen":
         _check_tuning(strategy, checked_reps(use_rep))
     if sections is None:

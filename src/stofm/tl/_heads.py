@@ -15,6 +15,7 @@ from stofm._config import build_dataclass, read_json
 from stofm._files import Kind, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
+from stofm._writing import refuse_taken
 from stofm.nn import Stofm
 from stofm.nn.checkpoint import CONFIG, write_atomically
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
@@ -300,16 +301,11 @@ def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
     Raises
     ------
     ValueError
-        `key_added` is one of stofm's other keys, or among those that are read.
+        `key_added` can't be written to a file, is one of stofm's other keys, or among those that are read.
     """
     own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
     entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
-    if key_added in {*own, *entries, *read}:
-        msg = (
-            f"key_added={key_added!r} would replace something that is read or that means something "
-            f"else; choose another name, such as {suggestion!r}."
-        )
-        raise ValueError(msg)
+    refuse_taken(key_added, suggestion, *own, *entries, *read)
 
 
 def require_head(head: Any, kind: type[Head]) -> None:

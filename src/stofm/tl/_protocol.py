@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from stofm._config import check_seed
 from stofm._logging import logger
 from stofm.spatial import Split, split_cells
 from stofm.spatial.splits import SplitRule
@@ -52,7 +53,7 @@ def check_plan(split: SplitRule, protocol: Protocol | None, seed: int) -> None:
     Raises
     ------
     ValueError
-        There is no such protocol or split, or `seed` is negative.
+        There is no such protocol or split, or `seed` is no seed.
     """
     if protocol not in (None, *get_args(Protocol)):
         msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
@@ -60,9 +61,7 @@ def check_plan(split: SplitRule, protocol: Protocol | None, seed: int) -> None:
     if split not in get_args(SplitRule):
         msg = f"split must be one of {get_args(SplitRule)}, found {split!r}."
         raise ValueError(msg)
-    if seed < 0:
-        msg = f"seed must be 0 or more, found {seed!r}."
-        raise ValueError(msg)
+    check_seed(seed)
 
 
 def plan_runs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from stofm._config import check_seed
 from stofm.train._checks import check_choice
 from stofm.train.cell_masking import SpatialMasking
 from stofm.train.gene_masking import TokenMasking
@@ -68,10 +69,10 @@ class RunConfig:
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("keep", self.keep, get_args(Keep))
         _check_at_least_one(self, "validate_every", "patience", "checkpoint_every", "log_every")
-        for name in ("seed", "n_threads"):
-            if getattr(self, name) < 0:
-                msg = f"{name} must not be negative, found {getattr(self, name)}."
-                raise ValueError(msg)
+        check_seed(self.seed)
+        if self.n_threads < 0:
+            msg = f"n_threads must not be negative, found {self.n_threads}."
+            raise ValueError(msg)
 
     def settings(self) -> dict[str, Any]:
         """Entries that the trained weights depend on."""
