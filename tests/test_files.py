@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stofm._files import Kind, put_in_place, take_back, tidy
+from stofm._files import Kind, local, put_in_place, take_back, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -220,3 +220,33 @@ def test_a_place_below_a_file_is_refused_at_once(tmp_path):
     (tmp_path / "results").write_text("a file")
     with pytest.raises(NotADirectoryError, match="results is a file"):
         BOXES.refuse_other(tmp_path / "results" / "deep" / "box", overwrite=False)
+
+
+@pytest.mark.parametrize(("write", "mode"), [(write_file, 0o640), (write_folder, 0o750)])
+def test_permissions_stay(write, mode, tmp_path):
+    put_in_place(tmp_path / "thing", write("old"))
+    (tmp_path / "thing").chmod(mode)
+    put_in_place(tmp_path / "thing", write("new"))
+    assert (tmp_path / "thing").stat().st_mode & 0o777 == mode
+    assert content(tmp_path / "thing") == {"new"}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put_in_place(Path("~/thing"), write_file("new"))
+    assert names(tmp_path) == ["thing"]
+    assert local("~/thing") == tmp_path / "thing"
+    assert local("~draft.h5ad") == Path("~draft.h5ad")
+
+
+def test_links_that_lead_back_are_an_error(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=r"loop is a symbolic link that leads back to itself"):
+        take_back(tmp_path / "loop")
+
+
+def test_what_comes_back_is_told(tmp_path, caplog):
+    (tmp_path / ".thing.stofm-old").write_text("old")
+    assert take_back(tmp_path / "thing").read_text() == "old"
+    assert "thing was not there, but an older one" in caplog.text
+    assert caplog.records[0].levelname == "WARNING"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stofm import __version__
+from stofm._files import local
 from stofm._logging import logger
 from stofm._messages import naming
 
@@ -108,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     embed = commands.add_parser("embed", parents=[shared], help="embed the cells of a file")
-    embed.add_argument("input", type=Path, help=".h5ad, or .zarr of an AnnData or SpatialData")
+    embed.add_argument("input", type=local, help=".h5ad, or .zarr of an AnnData or SpatialData")
     embed.add_argument(
-        "output", type=Path, help=".h5ad or .zarr to write; of a SpatialData, .h5ad gets the table"
+        "output", type=local, help=".h5ad or .zarr to write; of a SpatialData, .h5ad gets the table"
     )
     embed.add_argument("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
     embed.add_argument("--revision", help="branch, tag or commit of a model on the hub")
@@ -136,17 +137,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain a model on a folder of slices, as a recipe says. To use several "
         "devices: torchrun --nproc-per-node 4 -m stofm train ..., or srun in a SLURM job.",
     )
-    train.add_argument("recipe", type=Path, help=".toml with data, model and stages")
-    train.add_argument("--data", type=Path, required=True, help="folder of .h5ad and .zarr")
+    train.add_argument("recipe", type=local, help=".toml with data, model and stages")
+    train.add_argument("--data", type=local, required=True, help="folder of .h5ad and .zarr")
     train.add_argument(
-        "--out", dest="out_dir", metavar="OUT", type=Path, required=True, help="folder of the run"
+        "--out", dest="out_dir", metavar="OUT", type=local, required=True, help="folder of the run"
     )
     train.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
     train.add_argument(
         "--work",
         dest="work_dir",
         metavar="WORK",
-        type=Path,
+        type=local,
         help="folder of prepared slices [OUT/work]",
     )
     train.add_argument("--resume", action="store_true", help="go on with the run in OUT, if any")
@@ -156,10 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert", parents=[shared], help="turn SToFM's published weights into a checkpoint"
     )
-    convert.add_argument("reference", type=Path, help="folder in the published layout")
-    convert.add_argument("output", type=Path, help="checkpoint folder to write")
+    convert.add_argument("reference", type=local, help="folder in the published layout")
+    convert.add_argument("output", type=local, help="checkpoint folder to write")
     convert.add_argument(
-        "--vocabulary", type=Path, help="table of genes [Geneformer 30M's, from the hub]"
+        "--vocabulary", type=local, help="table of genes [Geneformer 30M's, from the hub]"
     )
     convert.add_argument("--name", default="stofm-reference", help="the model's name")
     convert.add_argument("--overwrite", action="store_true", help="replace the output")
@@ -168,8 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", parents=[shared], help="embed and cluster a slice and draw figures"
     )
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder [%(default)s]")
-    demo.add_argument("--data", type=Path, help=".h5ad or .zarr in place of a simulated slice")
+    demo.add_argument("--out", type=local, default=Path("demo"), help="folder [%(default)s]")
+    demo.add_argument("--data", type=local, help=".h5ad or .zarr in place of a simulated slice")
     demo.add_argument("--library-key", help="obs column that names the slices")
     demo.add_argument("--table-key", help="table of a SpatialData [the only one]")
     demo.add_argument("--seed", type=int, default=0)

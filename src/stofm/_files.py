@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import logging
 import os
 import platform
 import re
 import secrets
 import shutil
+import stat
 import time
 import zlib
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+_logger = logging.getLogger("stofm")
 #: Names of what this process is writing now.
 _in_use: set[str] = set()
 _OLD: Final = ".stofm-old"
@@ -94,7 +97,7 @@ def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a file or folder beside `path`, then put it there.
 
     Interrupted, it leaves what was there, or the new one. A symbolic link stays, and what it leads
-    to is replaced.
+    to is replaced, with its permissions.
 
     Raises
     ------
@@ -112,6 +115,7 @@ def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
         with _explained(path):
             fill(part)
             _reach_disk(part)
+            _keep_mode(part, place)
             _swap(part, place)
             _sync(place.parent)
     finally:
@@ -120,16 +124,40 @@ def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
             _discard_old(place)
 
 
+def local(path: str | os.PathLike[str]) -> Path:
+    """Path that a user gave, with the home folder in place of ``~``."""
+    # That of pathlib fails for names such as "~draft.h5ad".
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def take_back(path: Path) -> Path:
     """Follow links, and give an old folder its name back if a kill left only that.
 
     Whoever reads or writes a file or folder of stofm calls this first.
+
+    Raises
+    ------
+    OSError
+        Links lead to each other.
     """
-    place = path.resolve()
-    old = _old(place)
-    if not place.exists() and old.exists():
-        old.rename(place)
+    place = Path(os.path.realpath(local(path)))
+    if place.is_symlink():
+        msg = f"{path} is a symbolic link that leads back to itself: make it anew."
+        raise OSError(errno.ELOOP, msg)
+    if _restore_old(place):
+        _logger.warning(
+            "%s was not there, but an older one that an interrupted write had set aside: it has its "
+            "name back. If you had deleted it, delete it again.",
+            path,
+        )
     return place
+
+
+def _restore_old(place: Path) -> bool:
+    is_left = not place.exists() and _old(place).exists()
+    if is_left:
+        _old(place).rename(place)
+    return is_left
 
 
 @contextlib.contextmanager
@@ -182,6 +210,12 @@ def _remove_left(parts: Iterable[Path]) -> None:
             _remove(part)
 
 
+def _keep_mode(part: Path, place: Path) -> None:
+    # Some file systems have no permissions.
+    with contextlib.suppress(OSError):
+        part.chmod(stat.S_IMODE(place.stat().st_mode))
+
+
 def _swap(part: Path, place: Path) -> None:
     if not part.is_dir() and not place.is_dir():
         part.replace(place)
@@ -197,7 +231,7 @@ def _swap(part: Path, place: Path) -> None:
                 if not place.exists():
                     raise
     except BaseException:
-        take_back(place)
+        _restore_old(place)
         raise
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stofm._anndata import resolve_table
-from stofm._files import Kind, put_in_place, reading, take_back
+from stofm._files import Kind, local, put_in_place, reading, take_back
 from stofm._zarr_stores import require_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from anndata import AnnData
 
@@ -148,7 +148,7 @@ def _is_10x(root: Any) -> bool:
 
 
 def _found(path: str | Path) -> Path:
-    path = Path(path)
+    path = local(path)
     if not take_back(path).exists():
         msg = f"There is no file {path}."
         raise FileNotFoundError(msg)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pooch
 
+from stofm._files import local
 from stofm._slice_files import read_slice
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     >>> adata = st.datasets.load(url, sha256=digest)  # doctest: +SKIP
     """
     is_address = "://" in name
-    if not is_address and not Path(name).is_file():
+    if not is_address and not local(name).is_file():
         section = _find(name)
         return read_slice(_download(section.url, section.sha256, cache_dir))
     if sha256 is None:
@@ -94,7 +95,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         raise ValueError(msg)
     if is_address:
         return read_slice(_download(name, digest, cache_dir))
-    _verify(Path(name), digest)
+    _verify(local(name), digest)
     return read_slice(name)
 
 
@@ -125,7 +126,7 @@ def _find(name: str) -> Section:
 
 def _download(url: str, digest: str, cache_dir: str | Path | None) -> str:
     """Path of the verified file; its name starts with the checksum, so that two never collide."""
-    folder = pooch.os_cache("stofm") if cache_dir is None else Path(cache_dir)
+    folder = pooch.os_cache("stofm") if cache_dir is None else local(cache_dir)
     stem = Path(urlsplit(url).path).name or "slice.h5ad"
     path: str = pooch.retrieve(
         url, known_hash=f"sha256:{digest}", fname=f"{digest[:12]}-{stem}", path=folder

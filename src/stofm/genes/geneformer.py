@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from stofm._files import local
 from stofm._logging import logger
 from stofm.genes.pickle_tables import file_sha256, read_pickle_table
 from stofm.genes.vocabulary_table import vocabulary_fields
@@ -70,7 +71,7 @@ def _download(name: str, table: str, revision: str | None) -> Path:
 
 
 def _find(name: str, table: str, folder: str | PathLike[str]) -> Path:
-    candidates = [Path(folder) / pattern.format(table) for pattern in _LOCAL_FILES[name]]
+    candidates = [local(folder) / pattern.format(table) for pattern in _LOCAL_FILES[name]]
     for path in candidates:
         if path.is_file():
             return path

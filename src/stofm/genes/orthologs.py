@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urldefrag
 
-from stofm._files import reading
+from stofm._files import local, reading
 from stofm._logging import logger
 from stofm.genes.gene_ids import strip_version
 from stofm.genes.vocabulary_table import open_text
@@ -44,7 +44,7 @@ def read_orthologs(source: Mapping[str, str] | str | PathLike[str]) -> dict[str,
     else:
         address = str(source)
         is_remote = address.startswith(("http://", "https://", "ftp://"))
-        pairs = _read_table(_download(address) if is_remote else Path(source))
+        pairs = _read_table(_download(address) if is_remote else local(source))
     return {strip_version(mouse): strip_version(human) for mouse, human in pairs.items()}
 
 

@@ -8,10 +8,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from stofm._files import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -162,7 +163,7 @@ class GeneVocabulary:
         """
         from stofm.genes.vocabulary_table import read_table
 
-        fields = read_table(Path(path))
+        fields = read_table(local(path))
         try:
             return cls(**fields)
         except ValueError as error:
@@ -177,7 +178,7 @@ class GeneVocabulary:
         """
         from stofm.genes.vocabulary_table import write_table
 
-        write_table(self, Path(path))
+        write_table(self, local(path))
 
     @classmethod
     def fit(

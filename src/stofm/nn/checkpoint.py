@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stofm._config import read_json
-from stofm._files import Kind, put_in_place, take_back
+from stofm._files import Kind, local, put_in_place, take_back
 from stofm.nn.config import StofmConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def find_checkpoint(
         # A folder of that name is meant by "./stofm-mini" or by a Path.
         return Path(str(resources.files("stofm") / "weights" / name))
     if take_back(Path(name)).is_dir():
-        return Path(name)
+        return local(name)
     if not _looks_like_hub_id(str(name)):
         msg = (
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "

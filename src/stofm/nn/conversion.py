@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stofm._config import build_dataclass, read_json
+from stofm._files import local
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
@@ -17,6 +17,7 @@ from stofm.nn.tensor_files import read_tensors, require_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -190,7 +191,7 @@ def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
     ValueError
         A file does not fit.
     """
-    folder = Path(folder)
+    folder = local(folder)
     if not folder.is_dir():
         msg = f"{folder} is no folder; expected one with cell_encoder/, config.json and se2transformer.pth."
         raise FileNotFoundError(msg)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import matplotlib as mpl
@@ -11,8 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from stofm._files import local
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
@@ -199,9 +201,9 @@ def finish(axes: list[Axes], *, show: bool | None, save: str | Path | None) -> A
     """
     if save is not None:
         try:
-            root_figure(axes[0]).savefig(save, dpi=150, bbox_inches="tight")
+            root_figure(axes[0]).savefig(local(save), dpi=150, bbox_inches="tight")
         except FileNotFoundError as error:
-            msg = f"There is no folder {Path(save).parent} for save={str(save)!r}; make it first."
+            msg = f"There is no folder {local(save).parent} for save={str(save)!r}; make it first."
             raise FileNotFoundError(msg) from error
     if _should_show(show=show):
         plt.show()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
+from stofm._files import local
 from stofm._tables import read_table
 from stofm.pl._panels import TITLE_SIZE, finish, make_axes, root_figure
 
@@ -119,7 +120,7 @@ class _Panel:
 def _read(data: Any) -> pd.DataFrame:
     history = getattr(data, "history", data)
     if isinstance(history, str | Path):
-        file = Path(history) / "history.csv"
+        file = local(history) / "history.csv"
         if not file.is_file():
             msg = f"There is no {file}; pass the folder of a run (out_dir of st.tl.train)."
             raise FileNotFoundError(msg)

@@ -12,7 +12,7 @@ import numpy as np
 
 from stofm import __version__
 from stofm._config import build_dataclass, read_json
-from stofm._files import Kind, reading, take_back
+from stofm._files import Kind, local, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
 from stofm._writing import refuse_taken
@@ -174,7 +174,7 @@ class Head:
         ValueError
             It holds a head of another task, or is damaged.
         """
-        where = Path(folder)
+        where = local(folder)
         take_back(where)
         config = _read_config(where, cls)
         try:

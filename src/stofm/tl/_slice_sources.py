@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stofm._anndata import resolve_table
+from stofm._files import local
 from stofm._slice_files import open_slice
 from stofm.genes import read_orthologs
 
@@ -98,7 +99,7 @@ def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
             for k, source in enumerate(found)
         ]
     if isinstance(data, str | Path):
-        return [SliceSource(path, path.stem, options) for path in _files(Path(data))]
+        return [SliceSource(path, path.stem, options) for path in _files(local(data))]
     if not hasattr(data, "obsm") and not hasattr(data, "tables"):
         msg = (
             "data must be an AnnData, a path, a folder of .h5ad and .zarr, or a list of these, "

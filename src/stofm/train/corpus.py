@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stofm._files import local
 from stofm._messages import warn
 from stofm.genes import RankedTokens
 from stofm.nn.checkpoint import write_atomically
@@ -84,7 +85,7 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
     """
     state: list[list[Any]] = []
     if source is not None:
-        path = Path(source)
+        path = local(source)
         if not path.exists():
             msg = f"There is no file or folder {str(path)!r}; check the path."
             raise FileNotFoundError(msg)

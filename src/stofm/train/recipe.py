@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass
+from stofm._files import local
 from stofm._messages import warn
 from stofm.train._checks import check_choice
 from stofm.train.config import RunConfig, StageConfig
@@ -15,6 +15,7 @@ from stofm.train.config import RunConfig, StageConfig
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
+    from pathlib import Path
 
 GeneEmbeddings = Literal["random", "coexpression"]
 
@@ -85,7 +86,7 @@ class DataConfig:
         FileNotFoundError
             The folder is not there, or a pattern of `train` or `validation` names nothing in it.
         """
-        root = Path(folder)
+        root = local(folder)
         if not root.is_dir():
             msg = f"There is no data folder {root}."
             raise FileNotFoundError(msg)
@@ -109,7 +110,7 @@ class DataConfig:
 
     def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
         """How a file is read: the last table whose pattern names it."""
-        relative = file.relative_to(folder)
+        relative = file.relative_to(local(folder))
         fitting = [one for one in self.options if relative.match(one.files)]
         return fitting[-1] if fitting else FileConfig()
 
@@ -206,7 +207,7 @@ class Recipe:
             The file is no TOML, an entry is unknown (the nearest name is given), missing or has
             a value that it can't have.
         """
-        file = Path(path)
+        file = local(path)
         try:
             entries = tomllib.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

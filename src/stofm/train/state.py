@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stofm._files import put_in_place, tidy
+from stofm._files import local, put_in_place, tidy
 from stofm._messages import warn
 from stofm.train.run_checkpoint import FINAL, can_go_on, find_damage, read_stored_report
 from stofm.train.run_lock import LOCK
@@ -16,6 +15,7 @@ from stofm.train.run_lock import LOCK
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from pathlib import Path
 
 _WORK = "work"
 
@@ -40,7 +40,7 @@ class RunFolder:
     def __init__(
         self, path: str | os.PathLike[str], work: str | os.PathLike[str] | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path = local(path)
         self.checkpoints = self.path / "checkpoints"
         self.history = self.path / "history.csv"
         self.report = self.path / "run.json"
@@ -48,7 +48,7 @@ class RunFolder:
         #: For what the present stage computes anew as it goes on.
         self.refreshed = self.path / "refreshed"
         self._cleared = (self.checkpoints, self.model, self.path / "tensorboard", self.refreshed)
-        self.work = self.path / _WORK if work is None else Path(work)
+        self.work = self.path / _WORK if work is None else local(work)
         self._work_name = self._name_inside(self.work)
 
     def _name_inside(self, work: Path) -> str | None:
