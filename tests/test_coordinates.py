@@ -165,3 +165,10 @@ def test_columns_of_places_with_flaws_are_named_and_then_explained(adata, flaw):
     adata.obsm["spatial"] = adata.obs[["x", "y"]].to_numpy()
     with pytest.raises(ValueError, match=r"decimal comma|cell3"):
         read_coordinates(adata)
+
+
+def test_huge_coordinates_are_refused(adata: AnnData) -> None:
+    adata.obsm["spatial"] = adata.obsm["spatial"].astype(float)
+    adata.obsm["spatial"][3, 1] = 1e160
+    with pytest.raises(ValueError, match=rf"1 of {adata.n_obs} cells .* beyond 1e\+100 .*1e\+160"):
+        read_coordinates(adata)

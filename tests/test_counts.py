@@ -196,6 +196,8 @@ def test_unusable_arguments(counts: np.ndarray) -> None:
     adata = anndata.AnnData(shape=SHAPE, layers={"raw": counts})
     with pytest.raises(ValueError, match=r"adata.X is empty; pass `layer`, one of \['raw'\]"):
         read_counts(adata)
+    with pytest.raises(ValueError, match=r"adata.X is empty; put raw counts there"):
+        read_counts(anndata.AnnData(shape=SHAPE))
     with pytest.raises(KeyError, match=r"no layer 'counts'; layers of the AnnData: \['raw'\]"):
         read_counts(adata, layer="counts")
     with pytest.raises(ValueError, match="chunk_size must be at least 1, found 0"):

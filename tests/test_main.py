@@ -321,3 +321,19 @@ def test_quiet_means_quiet(files):
     )
     assert result.stderr == ""
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1, or left out, found 0"),
+        (["--table-key", "t"], "--table-key names a table of a SpatialData, and"),
+        (["--revision", "x"], "--revision is for models on the hub, and"),
+        (["--seed", "99999999999999999999"], "seed must be a whole number from 0 to"),
+        (["--key-added", "a/b"], "can't be written to a file"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_any_work(files, capsys, words, message):
+    assert embed(files, "--library-key", "library", "--quiet", *words) == 1
+    assert message in capsys.readouterr().err
+    assert not (files / "out.h5ad").exists()

@@ -190,6 +190,7 @@ def _embed(options: argparse.Namespace) -> None:
     from stofm.nn import Stofm
 
     has_tables = is_spatialdata(options.input)
+    _refuse_table_key(options.input, options.table_key, has_tables=has_tables)
     refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)
     model = Stofm.from_pretrained(options.model, revision=options.revision)
     data = read_slice(options.input)
@@ -216,6 +217,12 @@ def _embed(options: argparse.Namespace) -> None:
     write_slice(data, options.output)
     what = "The SpatialData" if hasattr(data, "tables") else "The AnnData"
     logger.info("%s is written to %s.", what, options.output)
+
+
+def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) -> None:
+    if table_key is not None and not has_tables:
+        msg = f"--table-key names a table of a SpatialData, and {file} holds an AnnData: leave it out."
+        raise ValueError(msg)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -256,7 +263,11 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from stofm._demo import run_demo
+    from stofm._slice_files import is_spatialdata
 
+    if options.data is not None:
+        has_tables = is_spatialdata(options.data)
+        _refuse_table_key(options.data, options.table_key, has_tables=has_tables)
     run_demo(
         options.out,
         data=options.data,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _AXES: Final = {"x": "x", "col": "x", "column": "x", "y": "y", "row": "y", "z": "z"}
+#: Squares of larger distances can overflow.
+_LARGEST: Final = 1e100
 _SAMPLE: Final = 2000
 _MAX_PAIRS: Final = 3
 #: Median distance to the nearest neighbour, in units of what points at random in the box have. That of
@@ -33,7 +35,7 @@ def read_coordinates(adata: AnnData, spatial_key: str = Obsm.SPATIAL) -> NDArray
         There is no ``obsm[spatial_key]``.
     ValueError
         There are no cells, the array is not (n_obs, 2) or (n_obs, 3), it holds text that is no
-        number, or a coordinate is NaN or infinite.
+        number, or a coordinate is NaN, infinite or so large that squares overflow.
     """
     return read_axes(adata, spatial_key)[0]
 
@@ -69,7 +71,19 @@ def read_axes(
             f"adata = adata[np.isfinite({array}).all(axis=1)].copy()"
         )
         raise ValueError(msg)
+    _refuse_huge(adata, spatial_key, values[:, :2])
     return np.ascontiguousarray(values[:, :2]), values[:, 2] if values.shape[1] == 3 else None
+
+
+def _refuse_huge(adata: AnnData, key: str, xy: NDArray[np.float64]) -> None:
+    huge = np.flatnonzero((np.abs(xy) > _LARGEST).any(axis=1))
+    if len(huge):
+        msg = (
+            f"{len(huge)} of {adata.n_obs} cells have coordinates beyond {_LARGEST:g} in "
+            f"obsm[{key!r}], for example {adata.obs_names[huge[:3]].tolist()} at "
+            f"{xy[huge[0]].tolist()}: no unit of length has such numbers. Correct or drop them."
+        )
+        raise ValueError(msg)
 
 
 def _in_order(stored: Any) -> Any:

@@ -165,7 +165,9 @@ def _starts_at_chunks(chunk_rows: tuple[int, ...], rows: int) -> list[int]:
 def _matrix(adata: AnnData, layer: str | None) -> Any:
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
-        msg = f"adata.X is empty; pass `layer`, one of {sorted(layer_names(adata))}."
+        names = sorted(layer_names(adata))
+        way_out = f"pass `layer`, one of {names}" if names else "put raw counts there"
+        msg = f"adata.X is empty; {way_out}."
         raise ValueError(msg)
     return matrix
 

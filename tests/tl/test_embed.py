@@ -499,7 +499,7 @@ def test_nan_from_a_device_is_not_written(one_slice, model, part):
 
 @pytest.mark.parametrize("option", ["batch_size", "token_budget"])
 def test_batches_of_nothing_are_refused(one_slice, model, option):
-    with pytest.raises(ValueError, match=f"{option} must be 'auto' or at least 1, found 0"):
+    with pytest.raises(ValueError, match=f"`{option}` must be at least 1, or left out, found 0"):
         embed(one_slice, model, **{option: 0})
 
 

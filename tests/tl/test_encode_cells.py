@@ -62,7 +62,9 @@ def test_chunks_of_cells_like_all_at_once(tokenized, model):
 
 
 def test_a_budget_of_nothing_is_refused(tokenized, model):
-    with pytest.raises(ValueError, match="token_budget must be 'auto' or at least 1, found -1"):
+    with pytest.raises(
+        ValueError, match="`token_budget` must be at least 1, or left out, found -1"
+    ):
         st.tl.encode_cells(tokenized, model, token_budget=-1)
 
 

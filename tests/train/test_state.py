@@ -325,3 +325,9 @@ def test_settings_that_differ_are_named(tmp_path):
         folder.check_settings(begun, new)
     for text in ("run.seed was 1, now 2", "stages[0].epochs was 2, now 3", "slices was ['x', 'y']"):
         assert text in str(error.value)
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="notes is a file, and a run needs a folder"):
+        RunFolder(tmp_path / "notes")

@@ -47,12 +47,17 @@ def find_checkpoint(
     ------
     FileNotFoundError
         There is no such folder, and `name` can't be found on the hub.
+    ValueError
+        A `revision` of a folder or an embedded model is asked for.
     """
-    if isinstance(name, str) and name in EMBEDDED:
-        # A folder of that name is meant by "./stofm-mini" or by a Path.
-        return Path(str(resources.files("stofm") / "weights" / name))
-    if take_back(Path(name)).is_dir():
-        return local(name)
+    if found := _at_hand(name):
+        if revision is not None:
+            msg = (
+                f"`revision` is for models on the hub, and {str(name)!r} is on this machine: leave "
+                "it out."
+            )
+            raise ValueError(msg)
+        return found
     if not _looks_like_hub_id(str(name)):
         msg = (
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
@@ -78,6 +83,13 @@ def find_checkpoint(
         )
         raise FileNotFoundError(msg) from error
     return Path(folder)
+
+
+def _at_hand(name: str | Path) -> Path | None:
+    if isinstance(name, str) and name in EMBEDDED:
+        # A folder of that name is meant by "./stofm-mini" or by a Path.
+        return Path(str(resources.files("stofm") / "weights" / name))
+    return local(name) if take_back(Path(name)).is_dir() else None
 
 
 def _looks_like_hub_id(name: str) -> bool:

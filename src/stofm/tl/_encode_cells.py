@@ -195,7 +195,7 @@ def checked_budget(name: str, value: int | Literal["auto"]) -> int | None:
     if value == "auto":
         return None
     if value < 1:
-        msg = f"{name} must be 'auto' or at least 1, found {value}."
+        msg = f"`{name}` must be at least 1, or left out, found {value}."
         raise ValueError(msg)
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ class RunFolder:
 
     Raises
     ------
+    NotADirectoryError
+        There is a file at `path`.
     ValueError
         The work folder is the run's folder or one that the run uses itself.
     """
@@ -41,6 +44,9 @@ class RunFolder:
         self, path: str | os.PathLike[str], work: str | os.PathLike[str] | None = None
     ) -> None:
         self.path = local(path)
+        if self.path.is_file():
+            msg = f"{self.path} is a file, and a run needs a folder: name another place."
+            raise NotADirectoryError(errno.ENOTDIR, msg)
         self.checkpoints = self.path / "checkpoints"
         self.history = self.path / "history.csv"
         self.report = self.path / "run.json"
