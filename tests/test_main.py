@@ -337,3 +337,10 @@ def test_flags_that_do_not_fit_are_refused_before_any_work(files, capsys, words,
     assert embed(files, "--library-key", "library", "--quiet", *words) == 1
     assert message in capsys.readouterr().err
     assert not (files / "out.h5ad").exists()
+
+
+def test_figures_are_not_replaced_unasked(tmp_path, capsys):
+    (tmp_path / "umap.png").write_text("mine")
+    assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 1
+    assert "has ['umap.png'] already; pass --overwrite to replace them" in capsys.readouterr().err
+    assert (tmp_path / "umap.png").read_text() == "mine"

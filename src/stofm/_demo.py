@@ -17,6 +17,7 @@ _N_GENES = 300
 _LABELS = ("region", "layer", "cell_type")
 _CLUSTERS = "leiden"
 _EMBEDDED = "embedded.h5ad"
+_FIGURES = ("umap.png", "spatial.png", "subslices.png", "virtual_cells.png")
 
 
 def run_demo(
@@ -53,7 +54,7 @@ def run_demo(
     Raises
     ------
     FileExistsError
-        The data are in `out` already, and `overwrite` is false.
+        The data or a figure are in `out` already, and `overwrite` is false.
     """
     import matplotlib as mpl
 
@@ -63,6 +64,10 @@ def run_demo(
     from stofm._slice_files import read_slice, refuse_output, write_slice
 
     refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
+    figures = [out / name for name in _FIGURES]
+    if (found := [figure.name for figure in figures if figure.exists()]) and not overwrite:
+        msg = f"{out} has {found} already; pass overwrite=True to replace them."
+        raise FileExistsError(msg)
     if data is None:
         from stofm.datasets import simulate_slice
 
@@ -75,16 +80,13 @@ def run_demo(
 
     out.mkdir(parents=True, exist_ok=True)
     color = [_CLUSTERS, *(key for key in _LABELS if key in adata.obs)]
-    pl.umap(adata, color=color, show=False, save=out / "umap.png")
-    pl.spatial(adata, color=color, show=False, save=out / "spatial.png")
-    pl.subslices(adata, show=False, save=out / "subslices.png")
-    pl.virtual_cells(adata, show=False, save=out / "virtual_cells.png")
+    pl.umap(adata, color=color, show=False, save=figures[0])
+    pl.spatial(adata, color=color, show=False, save=figures[1])
+    pl.subslices(adata, show=False, save=figures[2])
+    pl.virtual_cells(adata, show=False, save=figures[3])
     write_slice(adata, out / _EMBEDDED)
     _compare_with_labels(adata)
-    logger.info(
-        "Wrote umap.png, spatial.png, subslices.png, virtual_cells.png and embedded.h5ad to %s/.",
-        out,
-    )
+    logger.info("Wrote %s and %s to %s/.", ", ".join(_FIGURES), _EMBEDDED, out)
     return adata
 
 
