@@ -37,7 +37,7 @@ _DISK_ERRORS: Final = {errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS} | (
     {errno.EDQUOT} if hasattr(errno, "EDQUOT") else set()
 )
 #: What file browsers and git put into a folder, and can be made again.
-_TRIFLES: Final = {".DS_Store", ".gitattributes", "Thumbs.db", "desktop.ini"}
+TRIFLES: Final = {".DS_Store", ".gitattributes", "Thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Kind:
 
     def _others(self, folder: Path) -> list[str]:
         files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = (path.relative_to(folder).as_posix() for path in files if path.name not in _TRIFLES)
+        names = (path.relative_to(folder).as_posix() for path in files if path.name not in TRIFLES)
         return sorted(name for name in names if not self.has(name))
 
 

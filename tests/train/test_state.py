@@ -13,6 +13,7 @@ from torch import nn
 from stofm._files import _HOST
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig, Progress, RunFolder, state
+from stofm.train.logs import History
 from stofm.train.optimizer import make_optimizer
 from stofm.train.run_checkpoint import (
     Trained,
@@ -122,7 +123,7 @@ def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
     with pytest.raises(ValueError, match=r"format_version 99, this stofm reads 2"):
         read_progress(tmp_path / "one")
-    for damaged in (text[:20], "", "[1]", text.replace('"step": 3', '"step": 4')):
+    for damaged in (text[:20], "", "[1]", "{}", text.replace('"step": 3', '"step": 4')):
         state.write_text(damaged)
         with pytest.raises(ValueError, match=r"Delete .*one and resume: .* the checkpoint before"):
             read_progress(tmp_path / "one")
@@ -283,11 +284,18 @@ def test_refreshed_results_go_and_the_work_folder_stays(folder):
     assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", None])
+def report_of(settings):
+    return {"stofm_version": "0.1", "status": "begun", "stages": [], "settings": settings}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", None, '{"settings": {}}', '{"settings": null}', '{"settings": []}'],
+)
 def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, content):
     trained, objective, optimizer = make()
     folder = RunFolder(tmp_path)
-    report = {"status": "begun", "settings": {"seed": 1}}
+    report = report_of({"stages": [], "run": {"seed": 1}, "model": {}})
     one = (optimizer, objective)
     place = folder.checkpoint(0, "spatial", 2)
     write_checkpoint(place, trained, Progress(), one, report=report)
@@ -303,24 +311,80 @@ def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     folder.report.touch()
-    folder.history.write_text("stage,split\n")
+    History(folder.history)
     (tmp_path / ".run.json.stofm-new-x").write_text("{")
     folder.check(resume=True, overwrite=False)
-    # Of another program.
-    folder.report.write_text('{"framework": "other"}')
-    for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
-            folder.check(resume=False, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", '{"framework": "other"}'),
+        ("run.json", '{"settings": {"seed": 1}, "status": "done"}'),
+        ("history.csv", "date,amount\n2020-01-01,3\n"),
+        ("model", "mine"),
+    ],
+)
+def test_files_of_others_are_no_run(tmp_path, name, content, resume, overwrite):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+        RunFolder(tmp_path).check(resume=resume, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/notes.txt",
+        "checkpoints/paper.docx",
+        "checkpoints/1-spatial-00000020/training/notes.txt",
+        "tensorboard/x",
+        "refreshed/cells-mine/a.npy",
+    ],
+)
+def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, name):
+    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
+    (folder.path / "model").mkdir()
+    (folder.path / "model" / "config.json").touch()
+    folder.check(resume=False, overwrite=True)
+    place = folder.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    with pytest.raises(FileExistsError, match=f"none of its own, for example .*{name}"):
+        folder.check(resume=False, overwrite=True)
+    folder.check(resume=True, overwrite=False)
+    # What goes in the course of a run takes nothing with it.
+    folder.remove_later(None)
+    folder.remove_refreshed()
+    assert place.exists()
+
+
+def test_folders_with_names_of_others_are_no_checkpoints(folder):
+    others = {"1x-foo-bar", "2024-09-data", "3-spatial-figures"}
+    for name in others:
+        (folder.checkpoints / name).mkdir()
+    assert folder.newest().name == "1-spatial-00001000"
+    folder.remove_later(None)
+    assert {path.name for path in folder.checkpoints.iterdir()} == others
+
+
+@pytest.mark.parametrize("name", ["history.csv", "run.lock"])
+def test_folders_in_the_place_of_files_are_named(folder, name):
+    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
+    (folder.path / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"{name} is a folder"):
+        folder.check(resume=True, overwrite=False)
 
 
 def test_settings_that_differ_are_named(tmp_path):
     folder = RunFolder(tmp_path)
     old = {"run": {"seed": 1}, "stages": [{"name": "a", "epochs": 2}], "slices": ["x", "y"]}
-    write_json(folder.report, {"settings": old})
+    old["model"] = {}
+    write_json(folder.report, report_of(old))
     begun = folder.read_report()["settings"]
     folder.check_settings(begun, copy.deepcopy(old))
     folder.check_settings(begun, old | {"slices": ("x", "y")})
-    new = {"run": {"seed": 2}, "stages": [{"name": "a", "epochs": 3}], "slices": ["x"]}
+    new = {"model": {}, "run": {"seed": 2}, "stages": [{"name": "a", "epochs": 3}], "slices": ["x"]}
     with pytest.raises(ValueError, match="begun with other settings") as error:
         folder.check_settings(begun, new)
     for text in ("run.seed was 1, now 2", "stages[0].epochs was 2, now 3", "slices was ['x', 'y']"):

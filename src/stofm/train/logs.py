@@ -74,6 +74,15 @@ class History:
         put_in_place(self._path, fill)
 
 
+def is_history(path: Path) -> bool:
+    """Whether a file begins as a history does."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return file.readline().rstrip().split(",")[: len(_COLUMNS)] == list(_COLUMNS)
+    except (OSError, ValueError):
+        return False
+
+
 def read_history(path: Path) -> pd.DataFrame:
     """Read a history; numbers are those that were written, to the last bit."""
     return read_table(path)

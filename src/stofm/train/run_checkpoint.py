@@ -34,6 +34,7 @@ _STATE = f"{_TRAINING}/state.json"
 _HISTORY = f"{_TRAINING}/history.csv"
 _HEADS = f"{_TRAINING}/heads.safetensors"
 _OPTIMIZER = f"{_TRAINING}/optimizer.safetensors"
+TRAINING_FILES = (_STATE, _HISTORY, _HEADS, _OPTIMIZER)
 #: How the name of a checkpoint at the end of a stage ends.
 FINAL = "final"
 
@@ -261,7 +262,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise _DamagedError(folder, f"{path} is damaged: it holds {type(entries).__name__}.")
     found = entries.get("format_version")
-    if found != FORMAT_VERSION:
+    if isinstance(found, int) and found != FORMAT_VERSION:
         msg = (
             f"{path} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: go on with "
             "the version of stofm that began the run (see run.json)."

@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, get_args
 
-from stofm._files import local, put_in_place, tidy
+from stofm._files import TRIFLES, local, put_in_place, tidy
 from stofm._messages import warn
-from stofm.train.run_checkpoint import FINAL, can_go_on, find_damage, read_stored_report
+from stofm.nn.checkpoint import FILES
+from stofm.train.config import StageName
+from stofm.train.logs import is_history
+from stofm.train.run_checkpoint import (
+    FINAL,
+    TRAINING_FILES,
+    can_go_on,
+    find_damage,
+    read_stored_report,
+)
 from stofm.train.run_lock import LOCK
 
 if TYPE_CHECKING:
@@ -19,6 +29,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _WORK = "work"
+_STAGE: Final = rf"\d+-(?:{'|'.join(get_args(StageName))})"
+_CHECKPOINT: Final = re.compile(rf"{_STAGE}-(?:\d{{8,}}|{FINAL})")
+_MODEL_FILES: Final = "|".join(map(re.escape, FILES))
+#: Files that a run writes into the folders that it clears, and what a killed write has left.
+_WRITTEN: Final = re.compile(
+    "|".join(
+        (
+            rf"checkpoints/{_CHECKPOINT.pattern}/(?:{_MODEL_FILES}|{'|'.join(map(re.escape, TRAINING_FILES))})",
+            rf"model/(?:{_MODEL_FILES})",
+            rf"tensorboard/{_STAGE}/events\.out\.tfevents\.[^/]*",
+            r"refreshed/(?:cells|virtual|centers)-[0-9a-f]{16}/[^/]*",
+            r"(?:.*/)?\.[^/]*\.stofm-.*",
+        )
+    )
+)
 
 
 class RunFolder:
@@ -92,6 +117,14 @@ class RunFolder:
         if not self._may_hold_run():
             msg = f"{self.path} holds something else than a run of stofm; take another folder."
             raise FileExistsError(msg)
+        self._refuse_folders()
+        if overwrite and (others := self._others()):
+            msg = (
+                f"{self.path} holds a run, and files that are none of its own, for example "
+                f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
+                "another folder."
+            )
+            raise FileExistsError(msg)
         if (report := self.read_report()) and not (resume or overwrite):
             msg = (
                 f"{self.path} holds a run ({report.get('status', 'unknown')}): pass "
@@ -105,9 +138,27 @@ class RunFolder:
         if not self.path.exists() or self.read_report():
             return True
         # A run that was stopped before its first checkpoint has left at most these, some empty.
-        mine = {_WORK, self._work_name, LOCK, self.history.name}
+        mine = {_WORK, self._work_name, LOCK}
         others = [p for p in self.path.iterdir() if p.name not in mine and not _is_part(p)]
-        return all(p in (self.report, self.checkpoints) and _is_empty(p) for p in others)
+        empty = (self.report, self.checkpoints, self.history)
+        return all(
+            (p in empty and _is_empty(p)) or (p == self.history and is_history(p)) for p in others
+        )
+
+    def _refuse_folders(self) -> None:
+        """Refuse folders where the run writes files."""
+        for path in (self.history, self.report, self.path / LOCK):
+            if path.is_dir():
+                msg = f"{path} is a folder, and a run has a file there; take another folder."
+                raise FileExistsError(msg)
+
+    def _others(self, within: Path | None = None) -> list[str]:
+        """Files that no run has written, in what the run clears or in a folder of that."""
+        folders = self._cleared if within is None else (within,)
+        found = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+        files = [path for path in found if path.is_symlink() or path.is_file()]
+        names = [p.relative_to(self.path).as_posix() for p in files if p.name not in TRIFLES]
+        return sorted(name for name in names if not _WRITTEN.fullmatch(name))
 
     def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run under other settings.
@@ -138,11 +189,13 @@ class RunFolder:
             entries: Any = json.loads(self.report.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             entries = None
-        if isinstance(entries, dict) and "settings" in entries:
-            return entries
+        if _is_report(entries):
+            report: dict[str, Any] = entries
+            return report
         for folder in reversed(self._to_go_on()):
             with contextlib.suppress(ValueError):
-                return read_stored_report(folder)
+                if _is_report(stored := read_stored_report(folder)):
+                    return stored
         return {}
 
     def clear(self) -> None:
@@ -182,24 +235,29 @@ class RunFolder:
         needed = {*keep, *(folder.name for folder in found[max(0, at - 1) : at + 1])}
         for folder in self._all():
             if folder.name not in needed and not folder.name.endswith(FINAL):
-                shutil.rmtree(folder, ignore_errors=True)
+                self._remove(folder)
 
     def remove_later(self, than: Path | None) -> None:
         """Delete the checkpoints of steps that will be repeated: damaged ones, and weights alone."""
         for folder in self._all():
             if than is None or _age(folder) > _age(than):
-                shutil.rmtree(folder, ignore_errors=True)
+                self._remove(folder)
 
     def remove_refreshed(self) -> None:
         """Delete what a stage that is finished has computed anew."""
-        shutil.rmtree(self.refreshed, ignore_errors=True)
+        self._remove(self.refreshed)
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write has left."""
         tidy(self.checkpoints)
 
+    def _remove(self, folder: Path) -> None:
+        """Delete a folder that the run has written, if it holds nothing else."""
+        if not self._others(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _all(self) -> list[Path]:
-        return list(self.checkpoints.glob("[0-9]*-*-*"))
+        return [p for p in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(p.name)]
 
     def _to_go_on(self) -> list[Path]:
         return sorted((p for p in self._all() if can_go_on(p)), key=_age)
@@ -215,6 +273,16 @@ def write_json(path: Path, entries: Any) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(entries, indent=2) + "\n"
     put_in_place(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _is_report(entries: Any) -> bool:
+    """Whether JSON is what a run of stofm says of itself, and not another program's."""
+    own = {"stofm_version": str, "status": str, "stages": list, "settings": dict}
+    return (
+        isinstance(entries, dict)
+        and all(isinstance(entries.get(name), kind) for name, kind in own.items())
+        and {"stages", "run", "model"} <= set(entries["settings"])
+    )
 
 
 def _is_part(path: Path) -> bool:
