@@ -15,7 +15,7 @@ from scipy import sparse
 import stofm as st
 from stofm import _writing
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
+from stofm._writing import all_or_nothing, refuse_foreign, refuse_not_finite, refuse_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -298,3 +298,12 @@ def heads_by_key(cells):
 def test_a_name_that_files_cannot_hold_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"key_added=.* can't be written to a file.*such as 'x'"):
         refuse_taken(name, "x")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_predictions_that_are_not_finite_are_not_written(bad):
+    found = np.ones((3, 2))
+    refuse_not_finite("annotation", found, None)
+    found[1, 0] = bad
+    with pytest.raises(FloatingPointError, match="annotation of 1 of 3 cells is not finite"):
+        refuse_not_finite("annotation", found)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stofm._anndata import read_record
 from stofm._keys import Uns
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -113,3 +116,21 @@ class _Slots:
                 if key not in held or held[key] is not value:
                     held[key] = value
         adata.obs, adata.var = self.obs, self.var
+
+
+def refuse_not_finite(task: str, *predicted: NDArray[Any] | None) -> None:
+    """Refuse to write predictions that are NaN or infinite.
+
+    Raises
+    ------
+    FloatingPointError
+        Some are.
+    """
+    for values in predicted:
+        if values is not None and (n_bad := int((~np.isfinite(values)).any(axis=1).sum())):
+            msg = (
+                f"The {task} of {n_bad} of {len(values)} cells is not finite, and nothing is "
+                "written: the head's weights are damaged. Fit it again, or load it from where it "
+                "was saved."
+            )
+            raise FloatingPointError(msg)

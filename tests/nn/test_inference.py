@@ -15,7 +15,7 @@ from stofm.nn import (
     finish_embeddings,
     project_cells,
 )
-from stofm.nn.inference import _halving, padded_length
+from stofm.nn.inference import _halving, _refuse_not_finite, padded_length
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
@@ -233,3 +233,11 @@ def test_another_error_is_no_memory_shortage():
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         _halving(run, np.arange(4), "token_budget")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_refused_with_a_remedy_that_is_left(dtype):
+    values = np.array([[0.0], [np.inf]], dtype=np.float32)
+    with pytest.raises(FloatingPointError, match="1 of 2 cells is not finite") as error:
+        _refuse_not_finite(values, torch.device("cpu"), dtype)
+    assert ("dtype=" in str(error.value)) == (dtype != torch.float32)

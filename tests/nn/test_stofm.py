@@ -239,6 +239,46 @@ def test_sizes_are_checked_before_memory_is_taken(part, name, value, found, save
         Stofm.from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("cell_encoder", "centering"),
+        ("cell_encoder", "n_heads"),
+        ("se2_transformer", "norm_first"),
+        ("se2_transformer", "feature_scale"),
+        ("subslice", "n_cells"),
+    ],
+)
+def test_an_entry_that_is_missing_does_not_take_its_default(part, name, model, tmp_path):
+    other = {
+        "cell_encoder": {"centering": "slice", "n_heads": 1},
+        "se2_transformer": {"norm_first": True, "feature_scale": 2.0},
+        "subslice": {"n_cells": 77},
+    }
+    changed = {k: replace(getattr(model.config, k), **own) for k, own in other.items()}
+    saved = tmp_path / "own"
+    Stofm(replace(model.config, **changed), model.vocabulary).save_pretrained(saved)
+    path = saved / "config.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps(entries | {"provenance": "renamed"}))
+    Stofm.from_pretrained(saved)
+    del entries[part][name]
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"config.json is damaged .*has changed since"):
+        Stofm.from_pretrained(saved)
+
+
+def test_symbols_that_changed_places_are_noticed(saved):
+    path = saved / "vocabulary.tsv"
+    lines = [line.split("\t") for line in path.read_text().splitlines()]
+    column = lines[0].index("symbol")
+    genes = [line for line in lines[1:] if line[column]]
+    genes[0][column], genes[1][column] = genes[1][column], genes[0][column]
+    path.write_text("\n".join("\t".join(line) for line in lines) + "\n")
+    with pytest.raises(ValueError, match=r"vocabulary.tsv is damaged .*has changed since"):
+        Stofm.from_pretrained(saved)
+
+
 def test_only_a_checkpoint_is_replaced(model, tmp_path, saved):
     project = tmp_path / "project"
     project.mkdir()

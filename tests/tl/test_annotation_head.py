@@ -95,7 +95,8 @@ def folder(tmp_path, rng):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda own: own.update(temperature=-1), "temperature must be positive, found -1"),
+        (lambda own: own.update(temperature=-1), "temperature must be from 0.2 to 5.0, found -1"),
+        (lambda own: own.update(temperature=1e300), "temperature must be from 0.2 to 5.0"),
         (lambda own: own.update(temperature=float("nan")), "temperature must be a finite number"),
         (lambda own: own.update(temperature="1"), "temperature must be a finite number, found '1'"),
         (lambda own: own.pop("rejection"), r"\['center', 'means', 'projection'\], which config.js"),
@@ -105,6 +106,7 @@ def folder(tmp_path, rng):
         (lambda own: own.pop("reads"), r"Missing from \[own\] of config.json: \['reads'\]"),
         (lambda own: own.update(weights=[1.0, 1.0]), "1 networks, and reads and weights for"),
         (lambda own: own.update(weights=[-1.0]), "weights must be shares of a whole"),
+        (lambda own: own.update(weights=[0.7]), r"and sum to 1, found \[0.7\]"),
         (lambda own: own.update(n_neighbors=5), "and n_neighbors is 5"),
         (lambda own: own.update(reads=["expression"]), "expression is missing"),
         (lambda own: own.update(reads=["thoughts"]), "reads must be a list of one of"),

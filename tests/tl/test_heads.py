@@ -15,7 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.tl._head_inputs import Inputs
-from stofm.tl._heads import Head, check_strategy, refuse_reserved, require_head
+from stofm.tl._heads import (
+    Head,
+    check_strategy,
+    refuse_reserved,
+    require_head,
+)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,39 @@ def test_damaged_config(tmp_path, change, found):
         ToyHead.load(tmp_path / "head")
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda config: config["outputs"].reverse()),
+        ("config.json", lambda config: config["params"].update(seed=None)),
+        ("config.json", lambda config: config["networks"][0].pop("dropout")),
+    ],
+)
+def test_a_config_that_fits_and_is_not_what_was_written(tmp_path, name, change):
+    make().save(tmp_path / "head")
+    path = tmp_path / "head" / name
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config))
+    ToyHead.load(tmp_path / "head")
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{name} is damaged .*has changed since it was written"):
+        ToyHead.load(tmp_path / "head")
+    # One of an earlier version has no record of it.
+    weights = tmp_path / "head" / "head.safetensors"
+    save_file(load_file(weights), weights)
+    ToyHead.load(tmp_path / "head")
+
+
+def test_a_table_that_is_not_what_was_written(tmp_path):
+    make().save(tmp_path / "head")
+    path = tmp_path / "head" / "validation_scores.tsv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[-1]]))
+    with pytest.raises(ValueError, match=r"validation_scores.tsv is damaged"):
+        ToyHead.load(tmp_path / "head")
+
+
 def test_damaged_weights(tmp_path):
     make().save(tmp_path / "head")
     path = tmp_path / "head" / "head.safetensors"
@@ -179,6 +217,7 @@ def test_killed_at_any_rename_old_or_new_is_loaded(k, tmp_path, monkeypatch):
     ("name", "change", "found"),
     [
         ("1.last.bias", lambda value: value * np.nan, "3 of 3 numbers of '1.last.bias' are NaN"),
+        ("1.input_scale", lambda value: value * 0, "input_scale of a network must be positive"),
         ("1.last.bias", lambda value: value[1:], r"wrong shape \(last.bias: \(2,\) in place of"),
         ("1.last.bias", lambda value: value.astype(int), "last.bias is torch.int64"),
         ("more", lambda _: np.ones(2), r"holds \['more'\], which config.json does not name"),

@@ -254,10 +254,12 @@ def _refuse_not_finite(
 ) -> None:
     """Stop rather than hand on NaN, which some devices give where the CPU does not."""
     if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
+        is_safest = device.type == "cpu" and dtype == torch.float32
+        remedy = "" if is_safest else "Try dtype='float32' or device='cpu'. If that does not help: "
         msg = (
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
-            f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "
-            "does not help, the model's weights are not finite."
+            f"{str(dtype).removeprefix('torch.')}. "
+            f"{remedy}The model's weights are damaged; take another model."
         )
         raise FloatingPointError(msg)
 

@@ -20,7 +20,7 @@ from stofm.nn.config import StofmConfig
 from stofm.nn.conversion import check_sizes, load_exactly, read_reference
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
-from stofm.nn.tensor_files import read_shapes, read_tensors, write_tensors
+from stofm.nn.tensor_files import read_shapes, read_tensors, require_beside, write_tensors
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class Stofm(nn.Module):
         check_sizes(lambda: cls(sizes, vocabulary), n_layers, read_shapes(path), str(path))
         model = cls(config, vocabulary)
         load_exactly(model, read_tensors(path), str(path))
+        require_beside(path, _beside(config, folder))
         return model.eval()
 
     @classmethod
@@ -243,8 +244,8 @@ class Stofm(nn.Module):
         weights = {
             name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()
         }
-        write_tensors(folder / checkpoint.WEIGHTS, weights)
         self.vocabulary.save(folder / checkpoint.VOCABULARY)
+        write_tensors(folder / checkpoint.WEIGHTS, weights, _beside(config, folder))
         (folder / checkpoint.CARD).write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
@@ -300,6 +301,12 @@ class Stofm(nn.Module):
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
         return str(commit.commit_url)
+
+
+def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:
+    """What embeddings depend on besides weights: rules, and names of genes."""
+    lines = (folder / checkpoint.VOCABULARY).read_text(encoding="utf-8").splitlines()
+    return {checkpoint.CONFIG: config.rules(), checkpoint.VOCABULARY: lines}
 
 
 def _digest(state: dict[str, Tensor] | dict[str, Any]) -> str:

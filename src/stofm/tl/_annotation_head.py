@@ -11,9 +11,14 @@ from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
-from stofm._writing import refuse_foreign
+from stofm._writing import refuse_foreign, refuse_not_finite
 from stofm.tl._voting_head import VotingEntries, VotingHead
-from stofm.train.calibration import Rejection, Surroundings, calibrated_probabilities
+from stofm.train.calibration import (
+    TEMPERATURES,
+    Rejection,
+    Surroundings,
+    calibrated_probabilities,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -133,8 +138,10 @@ class AnnotationHead(VotingHead):
     def check(self) -> None:
         """Refuse parts that do not belong together."""
         super().check()
-        if not self.temperature > 0:
-            msg = f"temperature must be positive, found {self.temperature}"
+        low, high = TEMPERATURES
+        # Fitted on a logarithm, which may be over by a rounding.
+        if not low * (1 - 1e-9) <= self.temperature <= high * (1 + 1e-9):
+            msg = f"temperature must be from {low} to {high}, found {self.temperature}"
             raise ValueError(msg)
         if self.surroundings is None:
             return
@@ -165,6 +172,7 @@ def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation
     """Write classes, confidence and probabilities to each table, with a record."""
     import pandas as pd
 
+    refuse_not_finite(head.task, found.probabilities)
     # All is made before anything is written.
     frames = [
         make_frame(table, found.probabilities[part], head.classes)

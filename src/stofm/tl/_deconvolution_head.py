@@ -13,7 +13,7 @@ from stofm._frames import make_frame, remove_frame, write_frame
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._writing import refuse_foreign
+from stofm._writing import refuse_foreign, refuse_not_finite
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._embeddings import describe_origin, origin_by, same_origin
 from stofm.tl._encode_cells import load_model
@@ -216,6 +216,7 @@ def write_proportions(
         "n_heads": head.params["n_heads"],
         "seed": head.params["seed"],
     }
+    refuse_not_finite(head.task, found.mean, found.spread)
     # All is made before anything is written.
     frames = [
         [

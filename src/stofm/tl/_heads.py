@@ -22,7 +22,7 @@ from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
 from stofm.nn.conversion import check_sizes, load_exactly, shapes
 from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
-from stofm.nn.tensor_files import read_tensors, write_tensors
+from stofm.nn.tensor_files import read_tensors, require_beside, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -214,6 +214,7 @@ class Head:
         if others := sorted(set(tensors) - set(head._tensors())):
             msg = f"{_WEIGHTS} holds {others[:3]}, which {CONFIG} does not name"
             raise ValueError(msg)
+        require_beside(where / _WEIGHTS, _beside(where, config))
         return head
 
     def check(self) -> None:
@@ -227,6 +228,9 @@ class Head:
         sizes = [network.config.d_output for network in self.networks]
         if not sizes or set(sizes) != {len(self.outputs)}:
             msg = f"{len(self.outputs)} {self.called}, and networks with {sizes} outputs"
+            raise ValueError(msg)
+        if any(not (network.input_scale > 0).all() for network in self.networks):
+            msg = "input_scale of a network must be positive"
             raise ValueError(msg)
         if len(set(self.outputs)) < len(self.outputs):
             msg = f"{self.called} occur twice among {list(self.outputs[:5])}"
@@ -273,11 +277,11 @@ class Head:
         }
         text = json.dumps(config, indent=2, default=_plain)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        write_tensors(folder / _WEIGHTS, self._tensors())
         self.validation_scores.to_csv(folder / _VALIDATION, sep="\t")
         self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
             self.test_scores.to_csv(folder / _TEST, sep="\t")
+        write_tensors(folder / _WEIGHTS, self._tensors(), _beside(folder, json.loads(text)))
         if self.model is not None:
             self.model.save_pretrained(folder / _MODEL)
 
@@ -363,6 +367,11 @@ def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
         msg = f"{folder} is no folder of a head: {missing} missing."
         raise FileNotFoundError(msg)
     return config
+
+
+def _beside(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    tables = [p for name in (_VALIDATION, _HISTORY, _TEST) if (p := folder / name).is_file()]
+    return {CONFIG: config} | {p.name: p.read_text("utf-8").splitlines() for p in tables}
 
 
 def _read_network(

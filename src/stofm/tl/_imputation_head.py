@@ -13,7 +13,7 @@ from stofm import metrics
 from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
-from stofm._writing import all_or_nothing
+from stofm._writing import all_or_nothing, refuse_not_finite
 from stofm.tl._embeddings import counts_layer
 from stofm.tl._gene_columns import Gene
 from stofm.tl._neighborhood import add_neighborhood
@@ -298,6 +298,7 @@ def write_imputed(
     names = [head.outputs[k] for k in columns]
     # All is computed before anything is written.
     found = head.predict(inputs, columns)
+    refuse_not_finite(head.task, found)
     frames = [
         make_frame(table, found[part], names)
         for table, part in zip(sections.tables, sections.places, strict=True)

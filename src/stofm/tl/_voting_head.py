@@ -165,8 +165,8 @@ class VotingHead(Head):
         if not set(sizes) <= {0, len(self.networks)}:
             msg = f"{len(self.networks)} networks, and reads and weights for {sizes}"
             raise ValueError(msg)
-        if self.weights and not (min(self.weights) >= 0 and sum(self.weights) > 0):
-            msg = f"weights must be shares of a whole, found {list(self.weights)}"
+        if self.weights and not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) < 1e-6):
+            msg = f"weights must be shares of a whole and sum to 1, found {list(self.weights)}"
             raise ValueError(msg)
         needs = " ".join(self.sources)
         if ("expression" in needs) != (self.expression is not None):

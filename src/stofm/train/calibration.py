@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Bounds of the temperature, and its value without cells to fit it to.
-_TEMPERATURES = (0.2, 5.0)
+TEMPERATURES = (0.2, 5.0)
 _NO_TEMPERATURE = 1.0
 #: How firmly the temperature is held to 1: few cells, all of them right or all of them wrong, would
 #: draw it without end. A hundred cells or more do as they like.
@@ -58,7 +58,7 @@ def fit_temperature(scores: NDArray[np.floating], classes: NDArray[np.int64]) ->
         likelihood = log_softmax(values / np.exp(log_temperature), axis=1)[rows, classes].sum()
         return _PRIOR * log_temperature**2 / 2 - float(likelihood)
 
-    found = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
     return float(np.exp(found.x))
 
 
