@@ -226,7 +226,7 @@ def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) ->
 
 
 def _train(options: argparse.Namespace) -> None:
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
         # Of several processes the first one speaks.
         logging.getLogger("stofm").setLevel(logging.WARNING)
     from stofm.tl._train import train_recipe

@@ -174,6 +174,21 @@ def test_a_slice_with_a_changed_bit_is_written_again(tmp_path, ranked, places, n
     assert write_slice(tmp_path, "k", **options).digest == expected.digest
 
 
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}"])
+@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "coordinates.npy", "slice.json"])
+def test_a_slice_with_an_empty_or_missing_file_is_written_again(
+    tmp_path, ranked, places, name, content
+):
+    options = {"name": "s", "ranked": ranked, "coordinates": places}
+    expected = write_slice(tmp_path, "k", **options)
+    path = tmp_path / "k" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"The prepared slice .*k is .* It is prepared again"):
+        assert write_slice(tmp_path, "k", **options).digest == expected.digest
+
+
 def test_too_many_open_files_are_no_damage(tmp_path, ranked, places, monkeypatch):
     write_slice(tmp_path, "k", name="s", ranked=ranked, coordinates=places)
 

@@ -20,6 +20,9 @@ SRUN = SLURM | {"SLURM_STEP_NUM_TASKS": "6"}
         # One task, and a shell in an allocation.
         (SRUN | {"SLURM_NTASKS": "1"}, (1, 1)),
         (SRUN | {"SLURM_JOB_NAME": "bash"}, (1, 1)),
+        (SRUN | {"SLURM_NTASKS": ""}, (1, 1)),
+        (SRUN | {"SLURM_NTASKS": "four"}, (1, 1)),
+        (SRUN | {"SLURM_NNODES": ""}, (6, 1)),
         # torchrun within a SLURM job.
         (SRUN | TORCHRUN, (4, 2)),
     ],

@@ -70,6 +70,18 @@ def test_a_process_of_another_machine_is_there_while_it_gives_signs_of_life(tmp_
         pass
 
 
+@pytest.mark.parametrize("content", ["", "x", "[]", '{"host": "a"}', None])
+def test_a_file_that_is_no_lock_is_replaced_soon(tmp_path, monkeypatch, caplog, content):
+    monkeypatch.setattr(run_lock, "_BEAT", 0.02)
+    if content is None:
+        write(tmp_path, pid=os.getpid(), started="now")
+    else:
+        (tmp_path / LOCK).write_text(content)
+    with caplog.at_level("INFO", logger="stofm"), locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert f"{LOCK} was left by something that does not say who it is: waiting" in caplog.text
+
+
 def test_of_two_that_find_a_dead_process_one_has_the_folder(tmp_path, monkeypatch):
     write(tmp_path, pid=2**22 + 1, started=1.0)
     sleep = time.sleep

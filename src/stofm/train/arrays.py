@@ -108,6 +108,8 @@ def find_damage(folder: Path) -> str:
         changed = [name for name, digest in digests.items() if _digest(folder / name) != digest]
     except (OSError, ValueError, TypeError) as error:
         return f"{folder} can't be read ({error})."
+    if not digests:
+        return f"{folder / _DIGESTS} is damaged: it names no files."
     return f"{folder / changed[0]} is damaged: it is not what was written." if changed else ""
 
 

@@ -248,12 +248,12 @@ def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
         Too many files are open.
     """
     place = Path(folder) / key
-    if not (place / _INFO).is_file():
+    if not place.is_dir():
         return None
     try:
         with explained_file_limit():
             return _read_slice(place)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError) as error:
         if is_file_limit(error):
             raise
         msg = f"The prepared slice {place} is damaged ({error}); delete that folder and run again."

@@ -300,18 +300,24 @@ def _places_of_environment() -> tuple[int, int]:
     if torch.distributed.is_torchelastic_launched():
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local
-    total = int(os.environ.get("SLURM_NTASKS", "1"))
+    total = _number("SLURM_NTASKS")
     if total == 1 or _is_interactive_slurm():
         return 1, 1
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if _number("SLURM_STEP_NUM_TASKS") == 1:
         # A job script has the variables of its job, and is one process all the same.
         warn(
             f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
             "alone. To train in all of them, write `srun` before the command."
         )
         return 1, 1
-    n_nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    n_nodes = _number("SLURM_NNODES")
     return total // n_nodes, n_nodes
+
+
+def _number(variable: str) -> int:
+    """A count in the environment; 1 where none is stated, as outside of SLURM."""
+    text = os.environ.get(variable, "")
+    return max(int(text), 1) if text.isdecimal() else 1
 
 
 def _is_interactive_slurm() -> bool:

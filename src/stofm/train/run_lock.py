@@ -79,26 +79,36 @@ def _take(path: Path, own: Mapping[str, Any]) -> None:
 
 
 def _refusal(path: Path, holder: Mapping[str, Any]) -> str:
+    who = f"process {holder['pid']} on {holder['host']!r}" if holder else "another process"
     return (
-        f"{path.parent} is in use: process {holder.get('pid')} on {holder.get('host')!r} trains into "
-        "it. Wait until it has ended, or take another out_dir. If there is no such process any "
+        f"{path.parent} is in use: {who} trains into it. Wait until it has ended, or take another out_dir. If there is no such process any "
         f"more, delete {path}."
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the lock says; nothing if it is just being written, or gone."""
+    """What the lock says; nothing if it is just being written, is none, or gone."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    own = {"pid": int, "host": str, "started": int | float}
+    is_one = isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in own.items())
+    return found if is_one else {}
 
 
 def _is_alive(path: Path, holder: Mapping[str, Any]) -> bool:
     if holder.get("host") == socket.gethostname():
-        return abs(_started(holder.get("pid")) - float(holder.get("started", -1))) < _CLOCK
-    before, until = _stamp(path), time.monotonic() + _SILENCE
+        return abs(_started(holder["pid"]) - float(holder["started"])) < _CLOCK
+    # Who has just made the file is about to write who it is; else it is no lock.
+    silence = _SILENCE if holder else 2 * _BEAT
+    logger.info(
+        "%s was left by %s: waiting up to %.0f s for a sign of life of it.",
+        path,
+        f"a process on {holder['host']!r}" if holder else "something that does not say who it is",
+        silence,
+    )
+    before, until = _stamp(path), time.monotonic() + silence
     while time.monotonic() < until:
         time.sleep(_BEAT / 5)
         if (now := _stamp(path)) != before:
