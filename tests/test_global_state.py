@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import random
+import subprocess
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -191,3 +193,12 @@ def test_a_head_that_is_loaded_draws_nothing(made: AnnData, tmp_path: Path) -> N
     before = torch.get_rng_state()
     st.AnnotationHead.load(tmp_path / "head")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_calls_import_leaves_the_random_numbers_of_python() -> None:
+    code = (
+        "import random, stofm as st; state = random.getstate(); st.tl; import sklearn.neighbors; "
+        "print(random.getstate() == state)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

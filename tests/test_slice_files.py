@@ -163,6 +163,7 @@ def test_a_store_that_lacks_chunks_is_refused(
         read(tmp_path / "x.zarr")
 
 
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 def test_a_store_that_lacks_an_array_is_refused(adata: AnnData, tmp_path: Path) -> None:
     write_slice(adata, tmp_path / "x.zarr")
     zarr.consolidate_metadata(tmp_path / "x.zarr")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,7 +56,14 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY:
         msg = f"module 'stofm' has no attribute {name!r}"
         raise AttributeError(msg)
-    module = importlib.import_module(_LAZY[name])
+    state = random.getstate()
+    try:
+        # It draws a number when it is imported, and scikit-learn imports it, within calls of ours.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("rich.style")
+        module = importlib.import_module(_LAZY[name])
+    finally:
+        random.setstate(state)
     value = module if _LAZY[name] == f"stofm.{name}" else getattr(module, name)
     globals()[name] = value
     return value

@@ -30,19 +30,22 @@ def require_whole(path: Path) -> None:
     root: Any = zarr.open_group(path, mode="r")
     tables = [root] if "obs" in root else [*_groups(root, "tables"), *_groups(root, "table")]
     for table in tables:
-        for group in _walk(table):
+        for group, is_index in _walk(table):
             for name, array in group.arrays():
-                _require_array(path, array, may_lack=not _is_never_zero(group, name, array))
+                is_full = is_index and name == "values"
+                is_full = is_full or _is_never_zero(group, name, array)
+                _require_array(path, array, may_lack=not is_full)
 
 
 def _groups(root: Any, name: str) -> list[Any]:
     return [group for _, group in root[name].groups()] if name in root else []
 
 
-def _walk(group: Any) -> Iterator[Any]:
-    yield group
-    for _, inner in group.groups():
-        yield from _walk(inner)
+def _walk(group: Any, *, is_index: bool = False) -> Iterator[tuple[Any, bool]]:
+    """A group and all within it, and whether each holds the names of a table's rows."""
+    yield group, is_index
+    for name, inner in group.groups():
+        yield from _walk(inner, is_index=name == group.attrs.get("_index"))
 
 
 def _require_array(path: Path, array: Any, *, may_lack: bool) -> None:
