@@ -210,7 +210,7 @@ def _embed(options: argparse.Namespace) -> None:
             seed=options.seed,
             key_added=options.key_added,
             table_key=options.table_key,
-            show_progress_bar=not options.quiet and sys.stderr.isatty(),
+            show_progress_bar=not options.quiet,
         )
     if options.output.suffix == ".h5ad":
         data = resolve_table(data, options.table_key)
@@ -243,7 +243,7 @@ def _train(options: argparse.Namespace) -> None:
         work_dir=options.work_dir,
         resume=options.resume,
         overwrite=options.overwrite,
-        show_progress_bar=not options.quiet and sys.stderr.isatty(),
+        show_progress_bar=not options.quiet,
     )
     logger.info("%s is trained: %s.", result.model.name, options.out_dir / "model")
 
