@@ -64,9 +64,9 @@ class CellEncoder(nn.Module):
     a linear map of them.
 
     With ``values="log"`` in the config, an embedding of log(1 + value) is added to each token;
-    it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, a
-    linear map of the sum over a cell's genes of log(1 + value) x word embedding is added to
-    that of position 0; it is computed in float32 in any precision.
+    it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, sums over
+    all genes of a cell stand in front of BERT's part; they are computed in float32 in any
+    precision, and their weights are not trained.
 
     Parameters
     ----------
@@ -87,14 +87,17 @@ class CellEncoder(nn.Module):
         if config.projects_genes:
             self.bert.embeddings.word_embeddings = _gene_embeddings(config, self.bert)
             self.gene_projection = nn.Linear(config.gene_width, config.d_hidden, bias=False)
-        self.projection = nn.Linear(config.d_hidden, config.d_cell)
+        self.projection = nn.Linear(config.d_hidden, config.d_learned)
         if config.values == "log":
             self.value_hidden = nn.Linear(1, _D_VALUE)
             self.value_embedding = nn.Linear(_D_VALUE, config.d_hidden)
             nn.init.zeros_(self.value_embedding.weight)
             nn.init.zeros_(self.value_embedding.bias)
         if config.pooled:
-            self.pooled_projection = nn.Linear(config.gene_width, config.d_cell, bias=False)
+            self.gene_embeddings.weight.requires_grad_(requires_grad=False)
+            self.gene_offset = nn.Parameter(torch.zeros(config.gene_width), requires_grad=False)
+            # The vocabulary's, which Stofm sets.
+            self.register_buffer("medians", torch.ones(config.n_tokens), persistent=False)
 
     def forward(
         self, batch: TokenBatch, center: Float[Tensor, "#cells d_cell"] | None = None
@@ -111,7 +114,7 @@ class CellEncoder(nn.Module):
 
         Returns
         -------
-        Cell embeddings of unit length.
+        Cell embeddings, of unit length unless the model pools.
 
         Raises
         ------
@@ -127,7 +130,8 @@ class CellEncoder(nn.Module):
         center: Float[Tensor, "#cells d_cell"] | None = None,
     ) -> Float[Tensor, "cells d_cell"]:
         """Embed cells with weights laid out before (:meth:`lay_out`)."""
-        return to_unit_length(self.project(batch, weights), center)
+        projected = self.project(batch, weights)
+        return projected if self.config.pooled else to_unit_length(projected, center)
 
     def project(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
         """Compute cell embeddings before centring and scaling to unit length.
@@ -145,7 +149,11 @@ class CellEncoder(nn.Module):
         projected = _linear(
             first.to(self.projection.weight.dtype), (self.projection.weight, self.projection.bias)
         )
-        return projected + self._pooled(batch) if self.config.pooled else projected
+        if not self.config.pooled:
+            return projected
+        # About 1 in each number, as the pooled ones are.
+        told = to_unit_length(projected) * self.config.d_learned**0.5
+        return torch.cat([self._pooled(batch), told], dim=-1)
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""
@@ -218,17 +226,20 @@ class CellEncoder(nn.Module):
         return _linear(bent.to(output[0].dtype), output)
 
     def _pooled(self, batch: TokenBatch) -> Tensor:
-        """Map the sum over a cell's genes, those that are hidden left out."""
+        """Sums over a cell's genes, those that are hidden left out."""
         if batch.bag is None:
             raise ValueError(NO_VALUES)
         bag = batch.bag
         with torch.autocast(bag.values.device.type, enabled=False):
-            shares = torch.log1p(bag.values)
+            medians = self.medians.index_select(0, bag.tokens)
+            weights = (torch.log1p(bag.values * medians), torch.log1p(bag.values))
             if batch.is_hidden is not None:
                 rows, places = batch.is_hidden[:, 1:].nonzero(as_tuple=True)
-                shares = shares.index_fill(0, bag.offsets[rows] + places, 0.0)
-            summed = _weighted_sums(self.gene_embeddings.weight.float(), bag, shares)
-            return _linear(summed, (self.pooled_projection.weight.float(), None))
+                hidden = bag.offsets[rows] + places
+                weights = tuple(one.index_fill(0, hidden, 0.0) for one in weights)
+            halves = self.gene_embeddings.weight.float().chunk(2, dim=-1)
+            sums = [_weighted_sums(*one, bag) for one in zip(halves, weights, strict=True)]
+            return torch.cat(sums, dim=-1) - self.gene_offset
 
     def _layer(
         self, queried: Tensor, hidden: Tensor, mask: Tensor | None, weights: _LayerWeights
@@ -304,16 +315,16 @@ def _gene_embeddings(config: CellEncoderConfig, bert: BertModel) -> nn.Embedding
 
 
 def _weighted_sums(
-    words: Float[Tensor, "tokens d_gene"], bag: GeneBag, weights: Float[Tensor, " genes"]
-) -> Float[Tensor, "cells d_gene"]:
+    words: Float[Tensor, "tokens width"], weights: Float[Tensor, " genes"], bag: GeneBag
+) -> Float[Tensor, "cells width"]:
     """Sum each cell's word embeddings with their weights."""
     if words.device.type == "mps":
         # torch has no embedding_bag there before 2.10.
-        return _gathered_sums(words, bag, weights)
+        return _gathered_sums(words, weights, bag)
     return F.embedding_bag(bag.tokens, words, bag.offsets, mode="sum", per_sample_weights=weights)
 
 
-def _gathered_sums(words: Tensor, bag: GeneBag, weights: Tensor) -> Tensor:
+def _gathered_sums(words: Tensor, weights: Tensor, bag: GeneBag) -> Tensor:
     """Compute what embedding_bag does, up to rounding; takes several times as long on a CPU."""
     n_cells, n_genes = len(bag.offsets), len(bag.tokens)
     lengths = torch.diff(bag.offsets, append=bag.offsets.new_full((1,), n_genes))

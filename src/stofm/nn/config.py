@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +19,7 @@ FORMAT_VERSION = 1
 Activation = Literal["relu", "gelu"]
 Values = Literal["none", "log"]
 Centering = Literal["none", "slice"]
-DistanceStart = Literal["random", "near"]
+Start = Literal["random", "residual"]
 
 
 #: More is damage: no array can be so wide.
@@ -68,8 +67,8 @@ class CellEncoderConfig:
         Depth, width, attention heads and feed-forward width of BERT.
     d_gene
         Width of the gene embeddings; None, the paper's setting: that of BERT. Where it differs,
-        BERT reads a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1), and the pooled
-        sum all of them: a narrow BERT is fast, and wide gene embeddings tell more genes apart.
+        BERT reads a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1), and pooled
+        sums all of them: a narrow BERT is fast, and wide gene embeddings tell more genes apart.
     max_positions
         Longest input, ``<cls>`` counted.
     activation
@@ -81,9 +80,11 @@ class CellEncoderConfig:
         embedding of log(1 + value) to each token, where a value is count / total count of the
         cell x 10,000 / median of the gene: rank alone does not say how much of a gene there is.
     pooled
-        Add a linear map of the sum over **all** genes of a cell, log(1 + value) x embedding of
-        the gene, to the cell embedding; a short path from counts to embedding, which also
-        carries the genes beyond `max_positions`. Off in the paper.
+        Put sums over **all** genes of a cell in front of what BERT tells: weight x embedding of
+        the gene, with log(1 + value x median) as weight for the first half of the gene embeddings'
+        numbers, and log(1 + value) for the second. Gene embeddings are then not trained, and
+        nothing is scaled to unit length but BERT's part: a linear view of a cell's counts that no
+        training can lose. Off in the paper.
     centering
         ``"slice"`` takes the mean over the slice off the cell embedding before it is scaled to
         unit length, so that what all cells of a slice share (panel, technology) does not
@@ -112,6 +113,11 @@ class CellEncoderConfig:
         return self.d_hidden if self.d_gene is None else self.d_gene
 
     @property
+    def d_learned(self) -> int:
+        """Width of what BERT tells, at the end of the cell embedding."""
+        return self.d_cell - self.gene_width if self.pooled else self.d_cell
+
+    @property
     def projects_genes(self) -> bool:
         """Whether BERT reads a linear map of the gene embeddings."""
         return self.gene_width != self.d_hidden
@@ -130,6 +136,13 @@ class CellEncoderConfig:
             _check_positive(self, "d_gene")
         if not 2 <= self.max_positions <= _MOST:
             msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
+            raise ValueError(msg)
+        if self.pooled and (self.gene_width % 2 or self.d_learned < 1 or self.centering != "none"):
+            msg = (
+                "pooled=True needs gene embeddings of an even width, a wider cell embedding and "
+                f"centering='none', found {self.gene_width}, d_cell={self.d_cell} and "
+                f"centering={self.centering!r}."
+            )
             raise ValueError(msg)
         choices = {"activation": Activation, "values": Values, "centering": Centering}
         for name, allowed in choices.items():
@@ -154,10 +167,11 @@ class SE2TransformerConfig:
         Layer norm before each block in place of after it; without a norm at the end.
     pair_bias
         Distances, and logits carried from layer to layer, enter attention.
-    distance_start
-        First weights of the distance encoder in a new model. ``"random"`` is the paper's setting:
-        what is near must be learnt. With ``"near"`` three of four heads attend to near cells from
-        the start, each with another reach; masked cells are then learnt in about half the steps.
+    start
+        First weights of a new model. ``"random"`` is the paper's setting. ``"residual"``: the
+        embedding begins, in the first half of its numbers, as the first features of the cell
+        itself, and in the second half as their mean over the cells around it, the nearer the more.
+        Training adds to that. It needs `norm_first` and `pair_bias`.
     dropout
         In training only.
     feature_scale
@@ -174,7 +188,7 @@ class SE2TransformerConfig:
     n_kernels: int = 128
     norm_first: bool = False
     pair_bias: bool = True
-    distance_start: DistanceStart = "random"
+    start: Start = "random"
     dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     feature_scale: float = 1.0
@@ -184,9 +198,14 @@ class SE2TransformerConfig:
         _check_positive(self, "d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
         _check_heads(self.d_model, self.n_heads, "d_model")
         _check_rates(self)
-        if self.distance_start not in get_args(DistanceStart):
-            allowed = get_args(DistanceStart)
-            msg = f"distance_start must be one of {allowed}, found {self.distance_start!r}."
+        if self.start not in get_args(Start):
+            msg = f"start must be one of {get_args(Start)}, found {self.start!r}."
+            raise ValueError(msg)
+        if self.start == "residual" and not (self.norm_first and self.pair_bias):
+            msg = (
+                f"start='residual' needs norm_first and pair_bias, found {self.norm_first} and "
+                f"{self.pair_bias}; set both, or use start='random'."
+            )
             raise ValueError(msg)
         if not self.feature_scale > 0:
             msg = f"feature_scale must be positive, found {self.feature_scale}."
@@ -244,7 +263,7 @@ class StofmConfig:
         default.
         """
         transformer = _not_default(self.se2_transformer)
-        transformer.pop("distance_start", None)  # decides first weights only
+        transformer.pop("start", None)  # decides first weights only
         return {
             "cell_encoder": _not_default(self.cell_encoder),
             "se2_transformer": transformer,
@@ -300,10 +319,11 @@ class StofmConfig:
     def mini(cls, n_tokens: int) -> StofmConfig:
         """A model for a laptop's CPU.
 
-        It departs from the paper where that costs little and helps a small model: values beside
-        ranks, a pooled path and centring by slice (:class:`CellEncoderConfig`), sub-slices of 400
-        cells, clusters on ten principal components beside place, layer norms before the blocks,
-        with which it learns twice as fast, and attention to near cells from the start.
+        It departs from the paper where that costs little and helps a small model: a fixed linear
+        view of all counts in front of what a small BERT tells of ranks and values
+        (:class:`CellEncoderConfig`); an SE(2) Transformer that starts as a cell's features beside
+        their mean around it, with layer norms before the blocks; sub-slices of 500 cells, with
+        distances in spacings of cells; clusters on ten principal components beside place.
 
         Parameters
         ----------
@@ -314,27 +334,26 @@ class StofmConfig:
             name="stofm-mini",
             cell_encoder=CellEncoderConfig(
                 n_tokens=n_tokens,
-                d_cell=128,
+                d_cell=576,
                 n_layers=2,
                 d_hidden=128,
                 n_heads=4,
                 d_inner=256,
+                d_gene=512,
                 max_positions=129,
                 values="log",
                 pooled=True,
-                centering="slice",
             ),
             se2_transformer=SE2TransformerConfig(
-                d_cell=128,
+                d_cell=576,
                 n_layers=3,
-                d_model=128,
-                n_heads=4,
-                d_inner=256,
+                d_model=512,
+                n_heads=8,
+                d_inner=512,
                 n_kernels=32,
                 norm_first=True,
-                distance_start="near",
-                feature_scale=math.sqrt(128),
+                start="residual",
             ),
-            subslice=SubSliceConfig(n_cells=400, n_components=10),
-            max_tokens=4096,
+            subslice=SubSliceConfig(n_cells=500, n_components=10, unit="spacing"),
+            max_tokens=8192,
         )

@@ -100,6 +100,8 @@ def encode_cells(
         token_budget=token_budget,
         show_progress_bar=show_progress_bar,
     )
+    if encoder.config.pooled:
+        return raw
     return finish_embeddings(raw, slices, encoder.config.centering)[0]
 
 

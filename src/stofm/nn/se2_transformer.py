@@ -167,8 +167,6 @@ class SE2Transformer(nn.Module):
         self.distance_bias = GaussianDistanceBias(
             n_kernels=config.n_kernels, n_heads=config.n_heads
         )
-        if config.distance_start == "near":
-            self.distance_bias.favor_near()
         self.layers = nn.ModuleList(
             SE2Layer(
                 d_model=config.d_model,
@@ -180,6 +178,38 @@ class SE2Transformer(nn.Module):
             )
             for _ in range(config.n_layers)
         )
+        if config.start == "residual":
+            self._start_from_surroundings()
+
+    @torch.no_grad()
+    def _start_from_surroundings(self) -> None:
+        """Let the output be a cell's features beside their mean around it, half and half.
+
+        The first layer's attention, which falls with distance, finds the mean, of features as its
+        layer norm scales them. All that other parts add is 0.
+        """
+        self.distance_bias.favor_near()
+        d_model = self.config.d_model
+        n_own = min(self.config.d_cell, d_model // 2)
+        for part in (self.input_projection, self.node_type_embedding):
+            nn.init.zeros_(part.weight)
+        nn.init.zeros_(self.input_projection.bias)
+        self.input_projection.weight[:n_own, :n_own] = torch.eye(n_own)
+        for module in self.layers:
+            layer = cast("SE2Layer", module)
+            for linear in (layer.out, layer.fc2):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        first = cast("SE2Layer", self.layers[0])
+        # Distances alone decide at first; keys stay random, so that queries learn.
+        nn.init.zeros_(first.qkv.weight[:d_model])
+        nn.init.zeros_(first.qkv.bias)
+        # A feature goes through two heads or more, which reach differently far.
+        places = torch.arange(d_model)
+        values = torch.zeros(d_model, d_model)
+        values[places, places % n_own] = 1.0
+        first.qkv.weight[2 * d_model :] = values
+        first.out.weight[d_model // 2 : d_model // 2 + n_own] = values.T[:n_own] * n_own / d_model
 
     def forward(self, batch: SubSliceBatch) -> SE2Output:
         """Embed the nodes of sub-slices.

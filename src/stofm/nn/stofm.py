@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -66,6 +67,10 @@ class Stofm(nn.Module):
         with seeded(seed):
             self.cell_encoder = CellEncoder(config.cell_encoder)
             self.se2_transformer = SE2Transformer(config.se2_transformer)
+        if config.cell_encoder.pooled:
+            tokens = torch.from_numpy(vocabulary.tokens.astype(np.int64))
+            medians = torch.from_numpy(vocabulary.medians.astype(np.float32))
+            self.cell_encoder.medians[tokens] = medians
 
     @property
     def name(self) -> str:
@@ -149,7 +154,7 @@ class Stofm(nn.Module):
         n_layers = config.cell_encoder.n_layers + config.se2_transformer.n_layers
         # First weights that are computed would need numbers.
         sizes = replace(
-            config, se2_transformer=replace(config.se2_transformer, distance_start="random")
+            config, se2_transformer=replace(config.se2_transformer, start="random")
         )
         check_sizes(lambda: cls(sizes, vocabulary), n_layers, read_shapes(path), str(path))
         model = cls(config, vocabulary)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Length of a slice's bounding-box diagonal in the model's frame.
 MODEL_DIAGONAL = 100.0
+#: Neighbours of a cell in a hexagonal lattice.
+_N_AROUND = 6
 
 
 def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -39,6 +42,27 @@ def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float
         return np.zeros_like(xy)
     scaled: NDArray[np.float64] = (xy - (high + low) / 2) / diagonal * MODEL_DIAGONAL
     return scaled
+
+
+def spacing(coordinates: NDArray[np.floating]) -> float:
+    """Typical distance of neighbouring cells: the median distance to the sixth nearest.
+
+    Those of a hexagonal lattice lie exactly so far apart.
+
+    Parameters
+    ----------
+    coordinates
+        (n_cells, 2), any unit.
+
+    Returns
+    -------
+    The distance; 1 where there is none, as for a single cell, or for cells at one place.
+    """
+    n_asked = min(_N_AROUND + 1, len(coordinates))
+    if n_asked < 2:
+        return 1.0
+    distances = cKDTree(coordinates).query(coordinates, k=[n_asked])[0]
+    return float(np.median(distances)) or 1.0
 
 
 def canonical_order(

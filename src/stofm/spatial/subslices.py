@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from stofm.spatial.clustering import Clustering
-from stofm.spatial.coordinates import canonical_order, normalize_coordinates
+from stofm.spatial.coordinates import canonical_order, normalize_coordinates, spacing
 from stofm.spatial.node_types import NodeType
 from stofm.spatial.pairs import NeighborsAmong, PairDistances, pair_distances
 from stofm.spatial.partition import partition_balanced, partition_reference
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Partition = Literal["balanced", "reference"]
+Unit = Literal["diagonal", "spacing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,10 @@ class SubSliceConfig:
         of 200 is without effect).
     n_neighbors, neighbors_among
         Which pairs of cells have a distance (:func:`~stofm.spatial.pair_distances`).
+    unit
+        What distances are measured in. ``"diagonal"``: a hundredth of the slice's, as in the
+        published code. ``"spacing"``: that of the sub-slice's cells, the median distance to the
+        sixth nearest; so dense and sparse slices look alike, and a part of a slice like the whole.
     """
 
     n_cells: int = 1000
@@ -65,6 +70,7 @@ class SubSliceConfig:
     max_virtual_cells: int | None = 200
     n_neighbors: int = 50
     neighbors_among: NeighborsAmong = "cells"
+    unit: Unit = "diagonal"
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
@@ -73,6 +79,7 @@ class SubSliceConfig:
             ("mixing", get_args(Mixing)),
             ("clustering", get_args(Clustering)),
             ("neighbors_among", get_args(NeighborsAmong)),
+            ("unit", get_args(Unit)),
         ):
             if getattr(self, name) not in allowed:
                 msg = f"{name} must be one of {list(allowed)}, found {getattr(self, name)!r}."
@@ -143,7 +150,7 @@ class SubSlice:
     Attributes
     ----------
     coordinates
-        (n_nodes, 2) model units; the slice token lies at the origin.
+        (n_nodes, 2) in the unit of the rules; the slice token lies at the origin.
     features
         (n_nodes, d) cell embeddings, float32; zeros for the slice token.
     node_type
@@ -274,6 +281,8 @@ def build_subslice(
     node_type[0] = NodeType.SLICE
     node_type[1 : 1 + n_virtual] = NodeType.VIRTUAL
     coordinates = np.vstack([np.zeros((1, 2)), virtual.coordinates, layout.coordinates[cells]])
+    if config.unit == "spacing":
+        coordinates /= spacing(layout.coordinates[cells])
     blank = np.zeros((1, width), dtype=np.float32)
     return SubSlice(
         coordinates=coordinates,

@@ -211,10 +211,19 @@ def _write_slices(
     tokens: RankedTokens | Iterator[RankedTokens],
 ) -> list[str]:
     """Write the slices of a source; blocks of tokens are those of its only slice."""
+    excluded = source.options.exclude
+    if unknown := sorted({*excluded} - {*places.slices.names}):
+        msg = (
+            f"exclude = {unknown} names no slice of {source.name}, which has "
+            f"{list(places.slices.names)[:8]} by library_key={source.options.library_key!r}."
+        )
+        raise ValueError(msg)
     names = []
     for number, (name, rows) in enumerate(
         zip(places.slices.names, places.slices.rows, strict=True)
     ):
+        if name in excluded:
+            continue
         names.append(f"{key}-{number}")
         written = write_slice(
             folder,

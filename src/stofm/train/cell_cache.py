@@ -194,6 +194,8 @@ class CellCache:
             )
             centering = model.config.cell_encoder.centering
             features, centers = finish_embeddings(raw, [np.arange(len(raw))], centering)
+            if model.config.cell_encoder.pooled:
+                features = raw
             center = centers if centering != "none" else centers[:0]
             _write(cells, features=features.astype(_STORED), center=center)
         if self.virtual_cells and not is_there(virtual):

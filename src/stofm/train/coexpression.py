@@ -31,11 +31,12 @@ def coexpression_factors(
     *,
     iterations: int = 5,
     scaling: float = 0.5,
+    scale: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> NDArray[np.float32]:
     """Factorise the co-expression of genes over slices that measure different genes.
 
-    With x the values log(1 + value) of a slice, each gene's less its mean over the slice and
+    With x the values log(1 + value x scale) of a slice, each gene's less its mean over the slice and
     divided by its standard deviation to the power of `scaling`, the factors W maximise the
     variance of x W, averaged over slices with the square root of their number of cells as weight.
     A gene counts over the slices where it occurs. W is found by power iteration on sparse
@@ -54,13 +55,16 @@ def coexpression_factors(
     scaling
         1 gives all genes the same variance, 0 leaves them as they are, so that genes that vary
         most count most.
+    scale
+        (n_tokens,) what values are multiplied by, such as the genes' medians, which makes counts of
+        them; 1 by default.
     seed
         Seed of the first factors.
 
     Returns
     -------
     (n_tokens, n_factors) weight of each gene in each factor, such that a cell's factors are the
-    sum over its genes of log(1 + value) x weight, less the slice's mean; in order of falling
+    sum over its genes of log(1 + value x scale) x weight, less the slice's mean; in order of falling
     variance. 0 for tokens that occur nowhere.
 
     Raises
@@ -68,7 +72,8 @@ def coexpression_factors(
     ValueError
         The tokens have no values, or fewer genes vary than there are factors.
     """
-    moments = [_moments(_values(ranked, n_tokens)) for ranked in slices]
+    scale = np.ones(n_tokens, dtype=np.float32) if scale is None else scale
+    moments = [_moments(_values(ranked, scale)) for ranked in slices]
     weights = np.sqrt([float(ranked.n_cells) for ranked in slices])
     seen = sum(w * (m.mean > 0) for w, m in zip(weights, moments, strict=True))
     variance = sum(w * m.variance for w, m in zip(weights, moments, strict=True))
@@ -90,7 +95,7 @@ def coexpression_factors(
         product = np.zeros((n_tokens, n_factors))
         for ranked, moment, weight in zip(slices, moments, weights, strict=True):
             product += weight * _covariance_product(
-                _values(ranked, n_tokens), moment.mean, factors * inverse[:, None]
+                _values(ranked, scale), moment.mean, factors * inverse[:, None]
             )
         product *= (inverse / np.maximum(seen, 1e-12))[:, None]
         factors, strength, _ = np.linalg.svd(product, full_matrices=False)
@@ -109,11 +114,10 @@ def coexpression_factors(
 def initialize_from_coexpression(
     corpus: Corpus, model: Stofm, *, scaling: float = 0.5, seed: int = 0
 ) -> None:
-    """Set a model's gene embeddings, and the path from them to the cell embedding, in place.
+    """Set the gene embeddings of a model that pools, in place.
 
-    Afterwards the cell embedding is that of the linear factorisation: the pooled projection is
-    the identity times a number that brings its output to variance 1 a dimension (for a cell
-    embedding as wide as gene embeddings), and the projection of ``<cls>`` is 0 until it is trained.
+    The first half of their numbers are factors of log(1 + value x median), the second half of
+    log(1 + value). Of each half the pooled sums have mean 0 over the slices, and variance 1 a number.
     BERT, if it is narrower than gene embeddings, reads the first factors.
 
     Parameters
@@ -133,54 +137,64 @@ def initialize_from_coexpression(
     encoder = model.cell_encoder
     if not encoder.config.pooled:
         msg = (
-            "gene_embeddings='coexpression' sets the path from pooled genes to the cell "
-            "embedding, and this cell encoder has none: set cell_encoder.pooled to true."
+            "gene_embeddings='coexpression' sets what is pooled over a cell's genes, and this cell "
+            "encoder pools nothing: set cell_encoder.pooled to true."
         )
         raise ValueError(msg)
     slices = [one.ranked for one in corpus.slices]
     n_tokens, width = encoder.gene_embeddings.weight.shape
-    factors = coexpression_factors(slices, n_tokens, width, scaling=scaling, seed=seed)
-    words = encoder.gene_embeddings.weight
-    seen = torch.from_numpy(factors.any(axis=1))
-    # As spread as the embeddings were before, so that positions and values weigh as usual.
-    spread = float(np.sqrt(np.mean(factors[factors.any(axis=1)] ** 2)))
-    factors *= float(encoder.bert.config.initializer_range) / spread
-    variance = float(np.mean([_pooled_variance(one, factors) for one in slices]))
-    with torch.no_grad():
-        words[seen] = torch.from_numpy(factors)[seen].to(words)
-        encoder.pooled_projection.weight.copy_(
-            torch.eye(*encoder.pooled_projection.weight.shape) / variance**0.5
+    medians = encoder.medians.numpy()
+    halves, means = [], []
+    for scale in (medians, np.ones_like(medians)):
+        factors = coexpression_factors(
+            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
         )
+        moments = [_pooled_moments(one, scale, factors) for one in slices]
+        size = float(np.mean([m.variance.mean() for m in moments])) ** 0.5
+        halves.append(factors / size)
+        means.append(np.mean([m.mean for m in moments], axis=0) / size)
+    table = np.hstack(halves)
+    with torch.no_grad():
+        encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))
+        encoder.gene_offset.copy_(torch.from_numpy(np.concatenate(means)))
         if encoder.config.projects_genes:
-            encoder.gene_projection.weight.copy_(torch.eye(*encoder.gene_projection.weight.shape))
-        encoder.projection.weight.zero_()
-        encoder.projection.bias.zero_()
+            # As spread as BERT's own would be, so that positions and values weigh as usual.
+            spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
+            ratio = float(encoder.bert.config.initializer_range) / spread
+            encoder.gene_projection.weight.copy_(
+                torch.eye(*encoder.gene_projection.weight.shape) * ratio
+            )
 
 
-def _pooled_variance(ranked: RankedTokens, factors: NDArray[np.float32]) -> float:
-    """Variance over a slice's cells of their pooled factors, mean over the factors."""
-    pooled = _values(ranked, len(factors)) @ factors
-    return float(pooled.var(axis=0, dtype=np.float64).mean())
+def _pooled_moments(
+    ranked: RankedTokens, scale: NDArray[np.float32], factors: NDArray[np.float32]
+) -> _Moments:
+    """Mean and variance of each factor over a slice's cells."""
+    pooled = _values(ranked, scale) @ factors
+    return _Moments(
+        mean=pooled.mean(axis=0, dtype=np.float64), variance=pooled.var(axis=0, dtype=np.float64)
+    )
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Mean and variance of each gene over a slice."""
+    """Mean and variance of each gene, or factor, over a slice."""
 
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
 
 
-def _values(ranked: RankedTokens, n_tokens: int) -> sparse.csr_matrix:
-    """Values log(1 + value) of a slice, (n_cells, n_tokens)."""
+def _values(ranked: RankedTokens, scale: NDArray[np.float32]) -> sparse.csr_matrix:
+    """Values log(1 + value x scale) of a slice, (n_cells, n_tokens)."""
     if ranked.values is None:
         msg = (
             "Co-expression needs the values of the tokens, and they have none: prepare the slices "
             "for a model with cell_encoder.pooled = true."
         )
         raise ValueError(msg)
-    shape = (ranked.n_cells, n_tokens)
-    return sparse.csr_matrix((np.log1p(ranked.values), ranked.tokens, ranked.offsets), shape=shape)
+    logs = np.log1p(ranked.values * scale[ranked.tokens])
+    shape = (ranked.n_cells, len(scale))
+    return sparse.csr_matrix((logs, ranked.tokens, ranked.offsets), shape=shape)
 
 
 def _moments(values: sparse.csr_matrix) -> _Moments:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: brings either to its output or input.
 _CHANGED = re.compile(
     r"se2_transformer\.(input_projection|layers\.\d+\.(qkv|out|fc1|fc2))"
-    r"|cell_encoder\.(projection|pooled_projection)"
+    r"|cell_encoder\.projection"
     r"|cell_encoder\.bert\.encoder\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)"
 )
 _ADAPTER = "default"

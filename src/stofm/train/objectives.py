@@ -92,7 +92,10 @@ class CellEncoderObjective(nn.Module):
                 ),
             )
         if "contrastive" in self.weights:
-            first, second = (self.encoder(view, inputs.centers) for view in inputs.views)
+            d_learned = self.encoder.config.d_learned
+            first, second = (
+                self.encoder(view, inputs.centers)[:, -d_learned:] for view in inputs.views
+            )
             parts["contrastive"] = contrastive_loss(
                 first, second, temperature=self.contrastive.temperature, gather=gather
             )

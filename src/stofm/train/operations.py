@@ -42,8 +42,6 @@ def products_of_embeddings(encoder: CellEncoder, batch: TokenBatch) -> int:
     keys_and_values = matrix_weights(attention.key, attention.value)
     per_token = matrix_weights(*layers) + keys_and_values + _of_inputs(encoder)
     per_cell = matrix_weights(last, encoder.projection) - keys_and_values
-    if encoder.config.pooled:
-        per_cell += matrix_weights(encoder.pooled_projection)
     return int(batch.is_real.sum()) * per_token + len(batch.tokens) * per_cell
 
 

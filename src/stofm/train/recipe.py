@@ -34,6 +34,8 @@ class FileConfig:
         Entry of ``obsm`` with the coordinates.
     library_key
         Column of ``obs`` that names the slices of a file; None for one slice.
+    exclude
+        Names of slices in that column that are not trained on.
     species, gene_key, orthologs
         As in :func:`stofm.pp.map_genes`.
     technology
@@ -46,6 +48,7 @@ class FileConfig:
     layer: str | None = None
     spatial_key: str = "spatial"
     library_key: str | None = None
+    exclude: tuple[str, ...] = ()
     species: Literal["auto", "human", "mouse"] = "auto"
     gene_key: str | None = None
     orthologs: str | None = None
