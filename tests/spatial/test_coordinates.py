@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stofm.spatial import canonical_order, normalize_coordinates
+from stofm.spatial.coordinates import spacing
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -56,3 +57,15 @@ def test_canonical_order_decides_by_x_y_then_features():
     xy = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [0.0, 1.0]])
     features = np.array([[0.0, 0.0], [0.0, 0.0], [5.0, 2.0], [5.0, 1.0]])
     assert canonical_order(xy, features).tolist() == [3, 2, 1, 0]
+
+
+def test_spacing_of_a_hexagonal_lattice():
+    rows, columns = np.divmod(np.arange(900), 30)
+    xy = np.column_stack([columns + rows % 2 / 2, rows * np.sqrt(3) / 2]) * 7
+    assert spacing(xy) == pytest.approx(7)
+    assert spacing(xy[rows < 12]) == pytest.approx(7)
+
+
+@pytest.mark.parametrize("xy", [np.empty((0, 2)), np.zeros((1, 2)), np.ones((20, 2))])
+def test_spacing_is_1_where_there_is_none(xy):
+    assert spacing(xy) == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from sklearn.metrics import adjusted_rand_score
 
 from stofm.spatial import (
@@ -118,3 +119,24 @@ def test_bad_rules_are_refused(options, message):
 def test_mismatched_rows_are_refused():
     with pytest.raises(ValueError, match="3 coordinates and 2 rows"):
         lay_out_slice(np.zeros((3, 2)), np.zeros((2, 4)), SubSliceConfig())
+
+
+def test_distances_in_spacings_are_those_of_a_part_and_of_a_scaled_slice(slice_):
+    xy, features = slice_
+    rules = SubSliceConfig(n_cells=100, unit="spacing")
+    layout = lay_out_slice(xy, features, rules)
+    rows = rows_by_subslice(layout)[2]
+    whole = build_subslice(layout, features, rows, rules)
+    scaled = build_subslice(lay_out_slice(xy * 3, features, rules), features, rows, rules)
+    np.testing.assert_allclose(whole.pairs.distances, scaled.pairs.distances, rtol=1e-5)
+    alone = lay_out_slice(xy[rows], features[rows], rules)
+    part = build_subslice(alone, features[rows], np.arange(len(rows)), rules)
+
+    def between_cells(one):
+        is_cell = one.node_type == NodeType.CELL
+        both = is_cell[one.pairs.rows] & is_cell[one.pairs.columns]
+        return np.sort(one.pairs.distances[both])
+
+    np.testing.assert_allclose(between_cells(whole), between_cells(part), rtol=1e-4)
+    places = whole.coordinates[whole.node_type == NodeType.CELL]
+    assert np.median(np.sort(cdist(places, places))[:, 6]) == pytest.approx(1)
