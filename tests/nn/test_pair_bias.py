@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,19 +30,31 @@ def plain_bias(module, distance):
     return module.output(torch.relu(module.hidden(torch.stack(density))))
 
 
-def test_near_start_falls_with_distance_in_every_head():
+def test_near_start_falls_with_distance_in_three_heads_of_four():
     torch.manual_seed(0)
     module = GaussianDistanceBias(n_kernels=64, n_heads=4)
     before = {name: value.clone() for name, value in module.named_parameters()}
     module.favor_near()
     with torch.no_grad():
         bias = module(torch.tensor([0.0, 1.0, 2.0, 40.0, 90.0]))
-    expected = torch.tensor([[0.0, -0.5, -2.0, -6.0], [0.0, -0.03125, -0.125, -6.0]])
-    torch.testing.assert_close(bias[:3, [0, 3]].T, expected[:, :3], atol=0.3, rtol=0)
-    torch.testing.assert_close(bias[3, [0, 3]], expected[:, 3], atol=0.8, rtol=0)
-    assert (bias[0] - bias[4] > 4).all()
+    expected = torch.tensor([[0.0, -0.5, -2.0, -6.0], [0.0, -0.125, -0.5, -6.0]])
+    torch.testing.assert_close(bias[:4, :2].T, expected, atol=0.15, rtol=0)
+    assert bias[0, 2] - bias[3, 2] > 4  # the farthest reach too
+    torch.testing.assert_close(bias[:, 3], torch.zeros(5), atol=1e-4, rtol=0)
     changed = [n for n, v in module.named_parameters() if not torch.equal(v, before[n])]
     assert changed == ["output.weight", "output.bias"]
+
+
+def test_models_start_near_if_their_config_says_so():
+    config = SE2TransformerConfig(d_cell=8, n_layers=1, d_model=8, n_heads=4, n_kernels=32)
+    distances = torch.tensor([0.0, 50.0])
+    falls = {}
+    for start in ("random", "near"):
+        torch.manual_seed(1)
+        transformer = SE2Transformer(replace(config, distance_start=start))
+        near, far = transformer.distance_bias(distances)[:, 0].tolist()
+        falls[start] = near - far
+    assert falls["near"] > 5 > abs(falls["random"])
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy.spatial.distance import cdist
 
 from stofm.nn import SE2Transformer, SE2TransformerConfig, SubSliceBatch
 from stofm.nn.conversion import se2_from_reference
@@ -114,54 +113,35 @@ def embed(model, *subslices, node_multiple=1):
     return [hidden[b, : s.n_nodes] for b, s in enumerate(subslices)]
 
 
-@pytest.mark.parametrize(("d_cell", "d_model"), [(12, 16), (6, 16), (8, 16)])
-def test_residual_start_is_a_cell_beside_the_mean_around_it(d_cell, d_model, rng):
-    torch.manual_seed(0)
-    model = SE2Transformer(
-        SE2TransformerConfig(
-            d_cell=d_cell, n_layers=2, d_model=d_model, n_heads=4, norm_first=True, start="residual"
-        )
-    ).eval()
-    n_own = min(d_cell, d_model // 2)
-    coordinates = rng.uniform(0, 12, (150, 2))
-    waves = np.sin(coordinates @ rng.normal(size=(2, d_cell)) / 3)
-    features = (waves + 0.3 * rng.normal(size=(150, d_cell))).astype(np.float32)
-    rules = SubSliceConfig(n_cells=200, unit="spacing")
-    layout = lay_out_slice(coordinates, features, rules)
-    subslice = build_subslice(layout, features, np.arange(150), rules)
+def test_embeddings_pass_features_on_with_their_mean_around(model, slice_):
+    reach, n_passed = 2.5, 4
+    torch.manual_seed(3)
+    passing = SE2Transformer(replace(model.config, n_passed=n_passed, reach=reach)).eval()
+    parts = subslices(*slice_)
     with torch.no_grad():
-        out = model(SubSliceBatch.from_subslices([subslice])).last_hidden_state[0].numpy()
-    is_cell = subslice.cell_index >= 0
-    found = out[is_cell]
-    np.testing.assert_allclose(found[:, :n_own], features[:, :n_own], atol=1e-5)
-    assert not found[:, n_own : d_model // 2].any()
-    assert not found[:, d_model // 2 + n_own :].any()
-    near = np.exp(-(cdist(*[subslice.coordinates[is_cell]] * 2) ** 2) / (2 * 2**2))
-    means = (near @ features / near.sum(axis=1, keepdims=True))[:, :n_own]
-    around = found[:, d_model // 2 : d_model // 2 + n_own]
-    assert np.corrcoef(around.ravel(), means.ravel())[0, 1] > 0.9
-
-
-def test_training_moves_all_parts_of_a_residual_start(slice_):
-    torch.manual_seed(0)
-    config = SE2TransformerConfig(
-        d_cell=slice_[1].shape[1],
-        n_layers=2,
-        d_model=16,
-        n_heads=4,
-        norm_first=True,
-        start="residual",
-    )
-    model = SE2Transformer(config)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batch = SubSliceBatch.from_subslices(subslices(*slice_))
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(batch).last_hidden_state.square().mean().backward()
-        optimizer.step()
-    still = [n for n, v in model.named_parameters() if torch.equal(v, before[n])]
-    assert not still
+        batch = SubSliceBatch.from_subslices(parts)
+        found = passing.embed(batch).numpy()
+        hidden = passing(batch).last_hidden_state.numpy()
+        assert torch.equal(model.embed(batch), model(batch).last_hidden_state)
+    assert found.shape[-1] == passing.config.d_embedding == 2 * n_passed + 10
+    told = found[..., 2 * n_passed :]
+    for b, one in enumerate(parts):
+        is_cell = one.cell_index >= 0
+        weights = np.zeros((one.n_nodes, one.n_nodes))
+        pairs = one.pairs
+        near = np.exp(-(pairs.distances.astype(float) ** 2) / (2 * reach**2))
+        weights[pairs.rows, pairs.columns] = weights[pairs.columns, pairs.rows] = near
+        weights = weights[np.ix_(is_cell, is_cell)] + np.eye(is_cell.sum())
+        own = one.features[is_cell, :n_passed]
+        means = weights @ own / weights.sum(axis=1, keepdims=True)
+        cells = found[b, : one.n_nodes][is_cell]
+        np.testing.assert_array_equal(cells[:, :n_passed], own)
+        np.testing.assert_allclose(cells[:, n_passed : 2 * n_passed], means, atol=1e-5)
+        lengths = np.linalg.norm(told[b, : one.n_nodes], axis=1)
+        np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
+        cosine = (told[b, : one.n_nodes] * hidden[b, : one.n_nodes]).sum(axis=1)
+        cosine /= lengths * np.linalg.norm(hidden[b, : one.n_nodes], axis=1)
+        np.testing.assert_allclose(cosine, 1, atol=1e-5)
 
 
 def test_feature_scale_multiplies_the_features(model, slice_):

@@ -212,14 +212,20 @@ def test_the_cell_embedding_then_begins_with_factors_of_counts_and_of_values(
     medians = encoder.medians.numpy()
     assert np.ptp(medians) > 0
     parts = []
-    for scale in (medians, np.ones_like(medians)):
+    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
         factors = coexpression_factors(
-            [one.ranked for one in corpus.slices], N_TOKENS, width // 2, scale=scale
+            [one.ranked for one in corpus.slices],
+            N_TOKENS,
+            width // 2,
+            scaling=scaling,
+            scale=scale,
         )
         pooled = [np.log1p(np.expm1(dense(one.ranked)) * scale) @ factors for one in corpus.slices]
-        size = np.sqrt(np.mean([one.var(axis=0).mean() for one in pooled]))
+        deviation = np.sqrt(np.mean([one.var(axis=0) for one in pooled], axis=0))
+        pooled = [one / np.sqrt(deviation) for one in pooled]
         mean = np.mean([one.mean(axis=0) for one in pooled], axis=0)
-        parts.append([(one - mean) / size for one in pooled])
+        total = np.mean([one.var(axis=0).mean() for one in pooled])
+        parts.append([(one - mean) / np.sqrt(total) * size for one in pooled])
     for one, *wanted in zip(corpus.slices, *parts, strict=True):
         found = encode_cells(encoder, one.ranked, model.vocabulary, device=torch.device("cpu"))
         np.testing.assert_allclose(found[:, :width], np.hstack(wanted), atol=1e-4)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
 _MIN_ROWS = 16
 _MIN_QUERIES = 4
+# Of what BERT tells beside pooled sums, whose variances are about 1 a number over many slices and far
+# less in a panel of few genes: it shall not drown them there.
+_LEARNED_LENGTH = 2.0
 # Width of the hidden layer that bends log(1 + value) before it becomes an embedding.
 _D_VALUE = 32
 
@@ -151,8 +154,7 @@ class CellEncoder(nn.Module):
         )
         if not self.config.pooled:
             return projected
-        # About 1 in each number, as the pooled ones are.
-        told = to_unit_length(projected) * self.config.d_learned**0.5
+        told = to_unit_length(projected) * _LEARNED_LENGTH
         return torch.cat([self._pooled(batch), told], dim=-1)
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,7 +20,7 @@ FORMAT_VERSION = 1
 Activation = Literal["relu", "gelu"]
 Values = Literal["none", "log"]
 Centering = Literal["none", "slice"]
-Start = Literal["random", "residual"]
+DistanceStart = Literal["random", "near"]
 
 
 #: More is damage: no array can be so wide.
@@ -167,11 +168,17 @@ class SE2TransformerConfig:
         Layer norm before each block in place of after it; without a norm at the end.
     pair_bias
         Distances, and logits carried from layer to layer, enter attention.
-    start
-        First weights of a new model. ``"random"`` is the paper's setting. ``"residual"``: the
-        embedding begins, in the first half of its numbers, as the first features of the cell
-        itself, and in the second half as their mean over the cells around it, the nearer the more.
-        Training adds to that. It needs `norm_first` and `pair_bias`.
+    distance_start
+        First weights of the distance encoder in a new model. ``"random"`` is the paper's setting:
+        what is near must be learnt. With ``"near"`` three of four heads attend to near cells from
+        the start, each with another reach; masked cells are then learnt in about half the steps.
+    n_passed
+        First features of a cell that its embedding passes on: as they are, and as their mean over
+        the cells around it, in front of what the transformer tells. No training can lose these. 0
+        in the paper.
+    reach
+        Deviation of the Gaussian of distance that weighs the cells around in that mean, in the
+        unit of the sub-slice's distances.
     dropout
         In training only.
     feature_scale
@@ -188,24 +195,32 @@ class SE2TransformerConfig:
     n_kernels: int = 128
     norm_first: bool = False
     pair_bias: bool = True
-    start: Start = "random"
+    distance_start: DistanceStart = "random"
+    n_passed: int = 0
+    reach: float = 2.0
     dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     feature_scale: float = 1.0
+
+    @property
+    def d_embedding(self) -> int:
+        """Width of the embedding: what is passed on, and what the transformer tells."""
+        return 2 * self.n_passed + self.d_model
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
         _check_positive(self, "d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
         _check_heads(self.d_model, self.n_heads, "d_model")
         _check_rates(self)
-        if self.start not in get_args(Start):
-            msg = f"start must be one of {get_args(Start)}, found {self.start!r}."
+        if self.distance_start not in get_args(DistanceStart):
+            allowed = get_args(DistanceStart)
+            msg = f"distance_start must be one of {allowed}, found {self.distance_start!r}."
             raise ValueError(msg)
-        if self.start == "residual" and not (self.norm_first and self.pair_bias):
-            msg = (
-                f"start='residual' needs norm_first and pair_bias, found {self.norm_first} and "
-                f"{self.pair_bias}; set both, or use start='random'."
-            )
+        if not 0 <= self.n_passed <= self.d_cell:
+            msg = f"n_passed must be from 0 to d_cell, {self.d_cell}, found {self.n_passed}."
+            raise ValueError(msg)
+        if not 0 < self.reach < math.inf:
+            msg = f"reach must be positive and finite, found {self.reach}."
             raise ValueError(msg)
         if not self.feature_scale > 0:
             msg = f"feature_scale must be positive, found {self.feature_scale}."
@@ -263,7 +278,7 @@ class StofmConfig:
         default.
         """
         transformer = _not_default(self.se2_transformer)
-        transformer.pop("start", None)  # decides first weights only
+        transformer.pop("distance_start", None)  # decides first weights only
         return {
             "cell_encoder": _not_default(self.cell_encoder),
             "se2_transformer": transformer,
@@ -321,9 +336,10 @@ class StofmConfig:
 
         It departs from the paper where that costs little and helps a small model: a fixed linear
         view of all counts in front of what a small BERT tells of ranks and values
-        (:class:`CellEncoderConfig`); an SE(2) Transformer that starts as a cell's features beside
-        their mean around it, with layer norms before the blocks; sub-slices of 500 cells, with
-        distances in spacings of cells; clusters on ten principal components beside place.
+        (:class:`CellEncoderConfig`); half of that view, and its mean around the cell, in front of
+        what the SE(2) Transformer tells, which has its layer norms before the blocks and attends to
+        near cells from the start; sub-slices of 500 cells, with distances in spacings of cells;
+        clusters on ten principal components beside place.
 
         Parameters
         ----------
@@ -347,12 +363,13 @@ class StofmConfig:
             se2_transformer=SE2TransformerConfig(
                 d_cell=576,
                 n_layers=3,
-                d_model=512,
-                n_heads=8,
-                d_inner=512,
+                d_model=192,
+                n_heads=6,
+                d_inner=384,
                 n_kernels=32,
                 norm_first=True,
-                start="residual",
+                distance_start="near",
+                n_passed=256,
             ),
             subslice=SubSliceConfig(n_cells=500, n_components=10, unit="spacing"),
             max_tokens=8192,

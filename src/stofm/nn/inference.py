@@ -231,14 +231,14 @@ def embed_slice(
     parts = rows_by_subslice(layout)
     # Sub-slices of like size together: less padding.
     order = np.argsort([len(rows) for rows in parts], kind="stable")
-    result = np.full((len(features), transformer.config.d_model), np.nan, dtype=np.float32)
+    result = np.full((len(features), transformer.config.d_embedding), np.nan, dtype=np.float32)
     transformer = placed(transformer, device, dtype)
 
     def run(numbers: NDArray[np.int64]) -> None:
         subslices = [build_subslice(layout, features, parts[k], config) for k in numbers]
         multiple = _CUDA_NODE_MULTIPLE if device.type == "cuda" else 1
         batch = SubSliceBatch.from_subslices(subslices, node_multiple=multiple)
-        hidden = transformer(batch.to(device)).last_hidden_state.float().cpu().numpy()
+        hidden = transformer.embed(batch.to(device)).float().cpu().numpy()
         is_cell = batch.cell_index.numpy() >= 0
         result[batch.cell_index.numpy()[is_cell]] = hidden[is_cell]
         if on_done is not None:

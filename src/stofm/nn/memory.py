@@ -159,7 +159,7 @@ def host_memory(
     n, slice_ = work.n_cells, work.largest_slice
     token = 8 if encoder.reads_values else 4
     tokens = token * work.genes_per_cell + 8
-    cell, spatial = 4 * encoder.d_cell, 4 * config.se2_transformer.d_model
+    cell, spatial = 4 * encoder.d_cell, 4 * config.se2_transformer.d_embedding
     # While all results are put together and the largest slice is worked on.
     laid_out = n * (tokens + cell + _LAYOUT_BYTES)
     components = slice_ * cell + min(slice_, _COMPONENT_ROWS) * 8 * encoder.d_cell

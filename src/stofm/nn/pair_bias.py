@@ -51,16 +51,19 @@ class GaussianDistanceBias(nn.Module):
     def favor_near(self) -> None:
         """Set the output weights so that attention falls with distance from the start.
 
-        The heads' biases become -d^2 / (2 r^2), with reaches r from 1 to 4 model units and -6 at
-        the least. Only the last linear map changes; it is the least-squares fit to these curves.
+        The biases of three heads in four become -d^2 / (2 r^2), with reaches r from 1 to 4 model
+        units (a slice's diagonal is 100) and -6 at the least; those of the others become 0. Only
+        the last linear map changes; it is the least-squares fit to these curves.
         """
         device, dtype = self.output.weight.device, self.output.weight.dtype
         near = torch.linspace(0.0, _FIT_UP_TO, _FIT_POINTS)
         far = torch.full((_FIT_POINTS // 4,), _FAR)
         distances = torch.cat([near, far])
         n_heads = self.output.out_features
-        reaches = torch.logspace(0.0, math.log10(4.0), n_heads, dtype=torch.float64)
-        wanted = (-(distances[:, None] ** 2) / (2 * reaches**2)).clamp(min=_LOWEST_BIAS)
+        n_near = n_heads - n_heads // 4
+        wanted = torch.zeros(len(distances), n_heads, dtype=torch.float64)
+        for head, reach in enumerate(torch.logspace(0.0, math.log10(4.0), n_near).tolist()):
+            wanted[:, head] = (-(distances**2) / (2 * reach**2)).clamp(min=_LOWEST_BIAS)
         hidden = self._hidden(distances.to(device)).cpu().double()
         design = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
         ridge = _RIDGE * torch.eye(design.shape[1], dtype=torch.float64)

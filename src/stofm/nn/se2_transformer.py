@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stofm.nn.batch import SubSliceBatch
     from stofm.nn.config import SE2TransformerConfig
 
+#: Of what the transformer tells, beside features that are passed on.
+_TOLD_LENGTH = 2.0
+
 
 @dataclass(frozen=True)
 class PairState:
@@ -68,7 +71,7 @@ class SE2Output:
     Attributes
     ----------
     last_hidden_state
-        (batch, nodes, d_model) embeddings of the nodes; arbitrary at padding.
+        (batch, nodes, d_model) hidden states of the nodes; arbitrary at padding.
     hidden_states
         Input of the first layer and output of every layer.
     pairs
@@ -167,6 +170,8 @@ class SE2Transformer(nn.Module):
         self.distance_bias = GaussianDistanceBias(
             n_kernels=config.n_kernels, n_heads=config.n_heads
         )
+        if config.distance_start == "near":
+            self.distance_bias.favor_near()
         self.layers = nn.ModuleList(
             SE2Layer(
                 d_model=config.d_model,
@@ -178,38 +183,6 @@ class SE2Transformer(nn.Module):
             )
             for _ in range(config.n_layers)
         )
-        if config.start == "residual":
-            self._start_from_surroundings()
-
-    @torch.no_grad()
-    def _start_from_surroundings(self) -> None:
-        """Let the output be a cell's features beside their mean around it, half and half.
-
-        The first layer's attention, which falls with distance, finds the mean, of features as its
-        layer norm scales them. All that other parts add is 0.
-        """
-        self.distance_bias.favor_near()
-        d_model = self.config.d_model
-        n_own = min(self.config.d_cell, d_model // 2)
-        for part in (self.input_projection, self.node_type_embedding):
-            nn.init.zeros_(part.weight)
-        nn.init.zeros_(self.input_projection.bias)
-        self.input_projection.weight[:n_own, :n_own] = torch.eye(n_own)
-        for module in self.layers:
-            layer = cast("SE2Layer", module)
-            for linear in (layer.out, layer.fc2):
-                nn.init.zeros_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        first = cast("SE2Layer", self.layers[0])
-        # Distances alone decide at first; keys stay random, so that queries learn.
-        nn.init.zeros_(first.qkv.weight[:d_model])
-        nn.init.zeros_(first.qkv.bias)
-        # A feature goes through two heads or more, which reach differently far.
-        places = torch.arange(d_model)
-        values = torch.zeros(d_model, d_model)
-        values[places, places % n_own] = 1.0
-        first.qkv.weight[2 * d_model :] = values
-        first.out.weight[d_model // 2 : d_model // 2 + n_own] = values.T[:n_own] * n_own / d_model
 
     def forward(self, batch: SubSliceBatch) -> SE2Output:
         """Embed the nodes of sub-slices.
@@ -253,6 +226,37 @@ class SE2Transformer(nn.Module):
             all_hidden.append(hidden)
         pairs = PairState(bias, torch.cat(queries, -1), torch.cat(keys, -1), batch.is_real)
         return SE2Output(hidden, tuple(all_hidden), pairs)
+
+    def embed(self, batch: SubSliceBatch) -> Float[Tensor, "batch nodes d_embedding"]:
+        """Embed the nodes: what is passed on, in front of the last hidden states.
+
+        Parameters
+        ----------
+        batch
+            Padded sub-slices.
+
+        Returns
+        -------
+        Embeddings, arbitrary at padding: the first features, their mean over the node and the cells
+        around it, and the last hidden states, then scaled to a fixed length; these alone, as
+        they are, in a model that passes nothing on.
+        """
+        hidden: Tensor = self(batch).last_hidden_state
+        if not self.config.n_passed:
+            return hidden
+        own = batch.features[..., : self.config.n_passed].to(hidden.dtype)
+        told = F.normalize(hidden, dim=-1) * _TOLD_LENGTH
+        return torch.cat([own, self._around(batch, own), told], dim=-1)
+
+    def _around(self, batch: SubSliceBatch, features: Tensor) -> Tensor:
+        """Mean of features over each node and the cells near it."""
+        pairs = batch.pairs
+        near = torch.exp(pairs.distances.square() / (-2 * self.config.reach**2))
+        weights = scatter_pairs(near[:, None], near.new_zeros(1), pairs)[:, 0]
+        weights = weights * (batch.node_type == NodeType.CELL)[:, None, :]
+        weights.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(features.dtype) @ features
 
     def attention_bias(self, batch: SubSliceBatch) -> Float[Tensor, "batch heads nodes nodes"]:
         """Distance encoder's output for every pair of nodes.

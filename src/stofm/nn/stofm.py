@@ -153,7 +153,9 @@ class Stofm(nn.Module):
         path = folder / checkpoint.WEIGHTS
         n_layers = config.cell_encoder.n_layers + config.se2_transformer.n_layers
         # First weights that are computed would need numbers.
-        sizes = replace(config, se2_transformer=replace(config.se2_transformer, start="random"))
+        sizes = replace(
+            config, se2_transformer=replace(config.se2_transformer, distance_start="random")
+        )
         check_sizes(lambda: cls(sizes, vocabulary), n_layers, read_shapes(path), str(path))
         model = cls(config, vocabulary)
         load_exactly(model, read_tensors(path), str(path))

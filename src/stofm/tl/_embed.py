@@ -124,7 +124,7 @@ def embed(
     -------
     None, or with ``copy=True`` the new AnnData. Sets:
 
-    ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_model)
+    ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_embedding)
         Spatial cell embeddings.
     ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
         See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
@@ -330,7 +330,7 @@ class _Run:
     ) -> NDArray[np.float32]:
         """Run the SE(2) Transformer slice by slice."""
         transformer = placed(self.model.se2_transformer, self.device, self.dtype)
-        embedding = np.empty((len(features), transformer.config.d_model), dtype=np.float32)
+        embedding = np.empty((len(features), transformer.config.d_embedding), dtype=np.float32)
         done = counter(
             total=layouts.n_subslices,
             description="embed sub-slices",

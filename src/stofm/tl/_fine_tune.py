@@ -232,7 +232,7 @@ def _check_head(
 ) -> None:
     """Refuse a head that does not read what the model gives, or predicts something else."""
     config = model.config
-    widths = {Obsm.X_CELL: config.cell_encoder.d_cell, Obsm.X: config.se2_transformer.d_model}
+    widths = {Obsm.X_CELL: config.cell_encoder.d_cell, Obsm.X: config.se2_transformer.d_embedding}
     if not names or len(set(names)) < len(names) or not set(names) <= set(widths):
         msg = (
             f"use_rep={list(names)}: gradients reach {sorted(widths)} only, so that a model can be "

@@ -111,14 +111,16 @@ def coexpression_factors(
     return kept
 
 
-def initialize_from_coexpression(
-    corpus: Corpus, model: Stofm, *, scaling: float = 0.5, seed: int = 0
-) -> None:
+def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0) -> None:
     """Set the gene embeddings of a model that pools, in place.
 
-    The first half of their numbers are factors of log(1 + value x median), the second half of
-    log(1 + value). Of each half the pooled sums have mean 0 over the slices, and variance 1 a number.
-    BERT, if it is narrower than gene embeddings, reads the first factors.
+    The first half of their numbers are factors of log(1 + value x median), in which genes count by
+    their variance, as in principal components. The second half are factors of log(1 + value), in which
+    rare genes count more, and which are half as large, because these are noisier. Each factor is
+    divided by the root of its deviation over the slices: what varies most in all of them, such as the
+    depth of sequencing, shall not drown the rest. Pooled sums then have mean 0 over the slices, and
+    the first half's have a mean variance of 1. BERT, if it is narrower than gene embeddings, reads the
+    first factors.
 
     Parameters
     ----------
@@ -126,7 +128,7 @@ def initialize_from_coexpression(
         Training slices, with values.
     model
         Its cell encoder must pool (``pooled=True``).
-    scaling, seed
+    seed
         See :func:`coexpression_factors`.
 
     Raises
@@ -145,14 +147,16 @@ def initialize_from_coexpression(
     n_tokens, width = encoder.gene_embeddings.weight.shape
     medians = encoder.medians.numpy()
     halves, means = [], []
-    for scale in (medians, np.ones_like(medians)):
+    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
         factors = coexpression_factors(
             slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
         )
         moments = [_pooled_moments(one, scale, factors) for one in slices]
-        size = float(np.mean([m.variance.mean() for m in moments])) ** 0.5
-        halves.append(factors / size)
-        means.append(np.mean([m.mean for m in moments], axis=0) / size)
+        deviation = np.sqrt(np.mean([m.variance for m in moments], axis=0))
+        # Variances become deviations, whose mean is then `size` squared.
+        ratio = (size / np.sqrt(deviation.mean() * deviation)).astype(np.float32)
+        halves.append(factors * ratio)
+        means.append(np.mean([m.mean for m in moments], axis=0) * ratio)
     table = np.hstack(halves)
     with torch.no_grad():
         encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))

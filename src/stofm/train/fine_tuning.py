@@ -112,8 +112,8 @@ class FineTuningObjective(nn.Module):
             features = replace_rows(features, inputs.cells.places, fresh)
         found = {Obsm.X_CELL: features}
         if Obsm.X in self.use_rep:
-            out = self.model.se2_transformer(replace(subslices, features=features))
-            found[Obsm.X] = out.last_hidden_state
+            batch = replace(subslices, features=features)
+            found[Obsm.X] = self.model.se2_transformer.embed(batch)
         read = [found[name].flatten(0, 1)[inputs.places].float() for name in self.use_rep]
         with torch.autocast(features.device.type, enabled=False):
             predicted: Tensor = self.head(torch.cat(read, dim=1))
