@@ -3,10 +3,9 @@
 from stofm.nn.attention import biased_attention, gather_logits
 from stofm.nn.batch import GeneBag, PairIndex, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import CellEncoder
-from stofm.nn.centering import finish_embeddings
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
 from stofm.nn.device import choose_device, choose_dtype
-from stofm.nn.inference import embed_slice, encode_cells, project_cells
+from stofm.nn.inference import embed_slice, encode_cells
 from stofm.nn.pair_bias import GaussianDistanceBias
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.nn.se2_transformer import PairState, SE2Output, SE2Transformer
@@ -36,7 +35,5 @@ __all__ = [
     "choose_dtype",
     "embed_slice",
     "encode_cells",
-    "finish_embeddings",
     "gather_logits",
-    "project_cells",
 ]

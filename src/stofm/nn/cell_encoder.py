@@ -59,7 +59,7 @@ class EncoderWeights:
 
 
 class CellEncoder(nn.Module):
-    """BERT (transformers' ``BertModel``) and a linear map of position 0 to unit length.
+    """BERT (transformers' ``BertModel``) and a linear map of position 0, scaled to unit length.
 
     transformers holds the weights, so that published ``cell_bert`` folders load as they are;
     the computation is ours: of the last layer only position 0 is computed, and attention is
@@ -98,22 +98,17 @@ class CellEncoder(nn.Module):
             nn.init.zeros_(self.value_embedding.bias)
         if config.pooled:
             self.gene_embeddings.weight.requires_grad_(requires_grad=False)
-            self.gene_offset = nn.Parameter(torch.zeros(config.gene_width), requires_grad=False)
+            self.register_buffer("gene_offset", torch.zeros(config.gene_width))
             # The vocabulary's, which Stofm sets.
             self.register_buffer("medians", torch.ones(config.n_tokens), persistent=False)
 
-    def forward(
-        self, batch: TokenBatch, center: Float[Tensor, "#cells d_cell"] | None = None
-    ) -> Float[Tensor, "cells d_cell"]:
+    def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_cell"]:
         """Embed cells.
 
         Parameters
         ----------
         batch
             Padded token lists, ``<cls>`` in front.
-        center
-            What to take off before scaling to unit length, for a model that centres: the mean of
-            :meth:`project` over the slice, one for all cells or one per cell.
 
         Returns
         -------
@@ -124,38 +119,20 @@ class CellEncoder(nn.Module):
         ValueError
             The model reads values and the batch has none.
         """
-        return self.embed(batch, self.lay_out(self.projection.weight.dtype), center)
+        return self.embed(batch, self.lay_out(self.projection.weight.dtype))
 
-    def embed(
-        self,
-        batch: TokenBatch,
-        weights: EncoderWeights,
-        center: Float[Tensor, "#cells d_cell"] | None = None,
-    ) -> Float[Tensor, "cells d_cell"]:
+    def embed(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
         """Embed cells with weights laid out before (:meth:`lay_out`)."""
-        projected = self.project(batch, weights)
-        return projected if self.config.pooled else to_unit_length(projected, center)
-
-    def project(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
-        """Compute cell embeddings before centring and scaling to unit length.
-
-        Raises
-        ------
-        ValueError
-            The model reads values and the batch has none.
-        """
         hidden = self._embeddings(batch, weights)
         mask = _attention_mask(batch.is_real)
         for layer in weights.layers[:-1]:
             hidden = self._layer(hidden, hidden, mask, layer)
         first = self._layer(hidden[:, :1], hidden, mask, weights.layers[-1])[:, 0]
-        projected = _linear(
-            first.to(self.projection.weight.dtype), (self.projection.weight, self.projection.bias)
-        )
+        projection = (self.projection.weight, self.projection.bias)
+        learned = F.normalize(_linear(first.to(projection[0].dtype), projection), dim=-1)
         if not self.config.pooled:
-            return projected
-        told = to_unit_length(projected) * _LEARNED_LENGTH
-        return torch.cat([self._pooled(batch), told], dim=-1)
+            return learned
+        return torch.cat([self._pooled(batch), learned * _LEARNED_LENGTH], dim=-1)
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""
@@ -279,14 +256,6 @@ class CellEncoder(nn.Module):
         return F.layer_norm(
             hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
         )
-
-
-def to_unit_length(
-    projected: Float[Tensor, "cells d_cell"],
-    center: Float[Tensor, "#cells d_cell"] | None = None,
-) -> Float[Tensor, "cells d_cell"]:
-    """Take `center` off, if given, and scale to unit length; what equals the centre becomes 0."""
-    return F.normalize(projected if center is None else projected - center, dim=-1)
 
 
 def _bert_config(config: CellEncoderConfig) -> BertConfig:

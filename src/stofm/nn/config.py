@@ -19,7 +19,6 @@ FORMAT_VERSION = 1
 
 Activation = Literal["relu", "gelu"]
 Values = Literal["none", "log"]
-Centering = Literal["none", "slice"]
 DistanceStart = Literal["random", "near"]
 
 
@@ -86,11 +85,6 @@ class CellEncoderConfig:
         numbers, and log(1 + value) for the second. Gene embeddings are then not trained, and
         nothing is scaled to unit length but BERT's part: a linear view of a cell's counts that no
         training can lose. Off in the paper.
-    centering
-        ``"slice"`` takes the mean over the slice off the cell embedding before it is scaled to
-        unit length, so that what all cells of a slice share (panel, technology) does not
-        dominate. A cell's embedding then depends on which other cells are in its slice.
-        ``"none"`` is the paper's setting.
     """
 
     n_tokens: int
@@ -106,7 +100,6 @@ class CellEncoderConfig:
     layer_norm_eps: float = 1e-12
     values: Values = "none"
     pooled: bool = False
-    centering: Centering = "none"
 
     @property
     def gene_width(self) -> int:
@@ -138,14 +131,13 @@ class CellEncoderConfig:
         if not 2 <= self.max_positions <= _MOST:
             msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
             raise ValueError(msg)
-        if self.pooled and (self.gene_width % 2 or self.d_learned < 1 or self.centering != "none"):
+        if self.pooled and (self.gene_width % 2 or self.d_learned < 1):
             msg = (
-                "pooled=True needs gene embeddings of an even width, a wider cell embedding and "
-                f"centering='none', found {self.gene_width}, d_cell={self.d_cell} and "
-                f"centering={self.centering!r}."
+                "pooled=True needs gene embeddings of an even width, and a wider cell embedding; "
+                f"found {self.gene_width} and d_cell={self.d_cell}."
             )
             raise ValueError(msg)
-        choices = {"activation": Activation, "values": Values, "centering": Centering}
+        choices = {"activation": Activation, "values": Values}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 msg = f"{name} must be one of {get_args(allowed)}, found {getattr(self, name)!r}."

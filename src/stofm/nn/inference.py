@@ -12,12 +12,10 @@ import torch
 from stofm._logging import logger, progress
 from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
-from stofm.nn.centering import check_slices
-from stofm.nn.centering import finish_embeddings as finish_embeddings
 from stofm.spatial import build_subslice, rows_by_subslice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -53,10 +51,11 @@ def encode_cells(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     token_budget: int | None = None,
-    slices: Sequence[NDArray[np.integer]] | None = None,
     show_progress_bar: bool = False,
 ) -> NDArray[np.float32]:
-    """Embed cells with the cell encoder: :func:`project_cells`, then :func:`finish_embeddings`.
+    """Embed cells with the cell encoder.
+
+    Cells of one padded length make a batch, with as many cells as the token budget allows.
 
     Parameters
     ----------
@@ -71,62 +70,13 @@ def encode_cells(
         Where and in which precision to compute.
     token_budget
         Tokens at a time, padding counted; fitted to the device by default.
-    slices
-        Rows of each slice, for a model that centres by slice; all rows are one slice by default.
     show_progress_bar
         Show a bar.
 
     Returns
     -------
-    (n_cells, d_cell) embeddings of unit length, rows in the order of `ranked`.
-
-    Raises
-    ------
-    MemoryError
-        The device has no room for a single cell.
-    FloatingPointError
-        The device gave NaN or infinite numbers.
-    ValueError
-        The model reads values and the tokens have none, or the slices do not hold each row once.
-    """
-    if encoder.config.centering != "none" and slices is not None:
-        check_slices(slices, ranked.n_cells)
-    raw = project_cells(
-        encoder,
-        ranked,
-        vocabulary,
-        device=device,
-        dtype=dtype,
-        token_budget=token_budget,
-        show_progress_bar=show_progress_bar,
-    )
-    if encoder.config.pooled:
-        return raw
-    return finish_embeddings(raw, slices, encoder.config.centering)[0]
-
-
-def project_cells(
-    encoder: CellEncoder,
-    ranked: RankedTokens,
-    vocabulary: GeneVocabulary,
-    *,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    token_budget: int | None = None,
-    show_progress_bar: bool = False,
-) -> NDArray[np.float32]:
-    """Run the cell encoder up to its projection: before centring and scaling to unit length.
-
-    Cells of one padded length make a batch, with as many cells as the token budget allows.
-
-    Parameters
-    ----------
-    encoder, ranked, vocabulary, device, dtype, token_budget, show_progress_bar
-        As in :func:`encode_cells`.
-
-    Returns
-    -------
-    (n_cells, d_cell) projections, rows in the order of `ranked`.
+    (n_cells, d_cell) embeddings, rows in the order of `ranked`; of unit length unless the model
+    pools.
 
     Raises
     ------
@@ -156,7 +106,7 @@ def project_cells(
             pad_token=vocabulary.pad,
             length=int(lengths[cells[0]]),
         )
-        result[cells] = encoder.project(batch.to(device), weights).float().cpu().numpy()
+        result[cells] = encoder.embed(batch.to(device), weights).float().cpu().numpy()
 
     with torch.inference_mode(), _evaluating(encoder):
         weights = encoder.lay_out(dtype)

@@ -12,7 +12,6 @@ from scipy.linalg import eigh
 from stofm._counts import read_counts
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.nn.centering import exact_mean
 from stofm.tl._expression import TARGET_SUM, log_normalised
 from stofm.tl._gene_columns import Gene, GeneColumns, selector
 
@@ -238,7 +237,7 @@ class ExpressionComponents:
         for own in slices:
             rows = own[np.isfinite(scores[own, 0])]
             if len(rows) >= _FEW_CELLS:
-                found[rows] -= exact_mean(scores, rows).astype(np.float32)
+                found[rows] -= _mean(scores, rows).astype(np.float32)
         return found
 
     def to_entries(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -346,10 +345,16 @@ def _differ(
     shifts = np.zeros_like(scores)
     for code in np.unique(codes[rows]):
         own = rows[codes[rows] == code]
-        shifts[own] = scores[own] - exact_mean(scores, own).astype(np.float32)
+        shifts[own] = scores[own] - _mean(scores, own).astype(np.float32)
     labelled = (np.intersect1d(own, rows) for own in slices)
-    means = [exact_mean(shifts, own) for own in labelled if len(own) >= _FEW_CELLS]
+    means = [_mean(shifts, own) for own in labelled if len(own) >= _FEW_CELLS]
     return any(float(mean @ mean) > _FAR * float(variances.sum()) for mean in means)
+
+
+def _mean(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean of some rows; sorted, so that their order does not change a bit."""
+    mean: NDArray[np.float64] = np.sort(scores[rows], axis=0).mean(axis=0, dtype=np.float64)
+    return mean
 
 
 def _panel_rows(

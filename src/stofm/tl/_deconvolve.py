@@ -116,8 +116,7 @@ def deconvolve(
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
         are divided by the same number. Not read with `reference`: simulated spots have no place.
-        Their head reads what the cell encoder makes of the shared genes, before it is centred, and
-        `n_components`.
+        Their head reads cell embeddings of the shared genes, and `n_components`.
     strategy
         ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
         tune a copy of the model, which the head then carries; not with `reference`.

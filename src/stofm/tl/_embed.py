@@ -38,7 +38,6 @@ from stofm.tl._encode_cells import (
 from stofm.tl._memory import MemoryPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -184,7 +183,7 @@ def embed(
                 on_columns=partial(plan.count_genes, table, layer),
                 show_progress_bar=show_progress_bar,
             )
-            cells = run.embed_cells(table, tokens.ranked, places.slices.rows)
+            cells = run.embed_cells(table, tokens.ranked)
         else:
             plan.require()
             cells = run.take_cells(table, cell_rep)
@@ -287,11 +286,9 @@ class _Run:
             is_backed=adata.isbacked,
         )
 
-    def embed_cells(
-        self, adata: AnnData, ranked: RankedTokens, slices: Sequence[NDArray[np.int64]]
-    ) -> CellEmbedding:
+    def embed_cells(self, adata: AnnData, ranked: RankedTokens) -> CellEmbedding:
         """Take the stored cell embeddings if they fit the tokens, else compute them."""
-        record = cell_record(self.model, ranked, self.dtype, slices)
+        record = cell_record(self.model, ranked, self.dtype)
         d_cell = self.model.config.cell_encoder.d_cell
         stored = stored_cell_embedding(adata, record, d_cell)
         if stored is not None:
@@ -303,7 +300,6 @@ class _Run:
             device=self.device,
             dtype=self.dtype,
             token_budget=self.token_budget,
-            slices=slices,
             show_progress_bar=self.show_progress_bar,
         )
         return CellEmbedding(features, record)

@@ -202,13 +202,7 @@ def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_pla
         return
     show = options["show_progress_bar"]
     tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
-    encode_cells(
-        adata,
-        model,
-        library_key=options["library_key"],
-        device=options["device"],
-        show_progress_bar=show,
-    )
+    encode_cells(adata, model, device=options["device"], show_progress_bar=show)
 
 
 def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
@@ -257,12 +251,8 @@ def _options_of(adata: AnnData, rep: str) -> dict[str, str]:
         return {}
     sources: dict[str, Mapping[str, Any]] = {"layer": read_record(adata, Obsm.TOKENS) or {}}
     # Without their digest, records are of several AnnData that were joined: slices of their own.
-    if rep != Obsm.X_CELL and "subslice" in record:
+    if "subslice" in record:
         sources |= {"library_key": record, "spatial_key": record}
-    elif rep == Obsm.X_CELL and "slices" in record:
-        # The model centres by slice.
-        layout = read_record(adata, Uns.SUBSLICE) or {}
-        sources["library_key"] = layout if "input" in layout else {}
     params = {name: source.get("params", {}) for name, source in sources.items()}
     return {name: str(own[name] or "") for name, own in params.items() if name in own}
 
@@ -280,8 +270,7 @@ def places_entry(adata: AnnData, spatial_key: str) -> str:
 
 
 def _recorded(adata: AnnData, option: str) -> str:
-    made = (_options_of(adata, rep) for rep in (Obsm.X, Obsm.X_CELL) if rep in adata.obsm)
-    return next((own[option] for own in made if own.get(option)), "")
+    return _options_of(adata, Obsm.X).get(option, "") if Obsm.X in adata.obsm else ""
 
 
 def _same_slices(adata: AnnData, first: str, second: str) -> bool:

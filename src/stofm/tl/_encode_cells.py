@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,6 @@ from stofm._anndata import (
     write_record,
 )
 from stofm._keys import Obsm
-from stofm._slices import read_slices
 from stofm._writing import all_or_nothing
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
@@ -23,8 +21,6 @@ from stofm.pp._staleness import changed_counts, is_outdated
 from stofm.pp._token_entries import read_ranked, values_are_stored
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -36,7 +32,6 @@ def encode_cells(
     adata: Any,
     model: Stofm | str | Path | None = None,
     *,
-    library_key: str | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     token_budget: int | Literal["auto"] = "auto",
@@ -53,9 +48,6 @@ def encode_cells(
         table.
     model
         A model, a checkpoint folder or a hub id; the embedded ``"stofm-mini"`` by default.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice, for a model that centres by slice;
-        without it all cells are one slice. Other models do not read it.
     device
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     dtype
@@ -75,16 +67,16 @@ def encode_cells(
     None, or with ``copy=True`` the new AnnData. Sets:
 
     ``adata.obsm['X_stofm_cell']`` : float32 (n_obs, d_cell)
-        Cell embeddings of unit length; 0 where a model that centres has a slice of one cell.
+        Cell embeddings, of unit length unless the model pools.
     ``adata.uns['stofm']['X_stofm_cell']`` : dict
         Parameters and fingerprints of model and vocabulary.
 
     Raises
     ------
     KeyError
-        There are no tokens, no values of tokens for a model that reads them, or no such column.
+        There are no tokens, or no values of tokens for a model that reads them.
     ValueError
-        The tokens belong to another vocabulary or are of other counts, or slices are needed and can't be told apart.
+        The tokens belong to another vocabulary or are of other counts.
     MemoryError
         The device has no room for a single cell.
     FloatingPointError
@@ -107,7 +99,6 @@ def encode_cells(
     model = load_model(model)
     model.warn_if_untrained()
     ranked = read_tokens(table, model)
-    slices = _read_slices(table, model, library_key)
     place = choose_device(device)
     precision = choose_dtype(dtype, place)
     features = encode_ranked(
@@ -117,10 +108,9 @@ def encode_cells(
         device=place,
         dtype=precision,
         token_budget=checked_budget("token_budget", token_budget),
-        slices=slices,
         show_progress_bar=show_progress_bar,
     )
-    result = CellEmbedding(features, cell_record(model, ranked, precision, slices))
+    result = CellEmbedding(features, cell_record(model, ranked, precision))
     target = table.copy() if copy else table
     with all_or_nothing(target):
         write_cell_embedding(target, result)
@@ -135,15 +125,6 @@ def load_model(model: Any) -> Stofm:
         msg = f"model must be a Stofm, a folder or a hub id, found {type(model).__name__}."
         raise TypeError(msg)
     return model
-
-
-def _read_slices(
-    adata: AnnData, model: Stofm, library_key: str | None
-) -> list[NDArray[np.int64]] | None:
-    """Rows of each slice, if the model centres by slice."""
-    if model.config.cell_encoder.centering == "none":
-        return None
-    return read_slices(adata, library_key, Obsm.SPATIAL).rows
 
 
 def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
@@ -208,32 +189,16 @@ class CellEmbedding:
     record: dict[str, str] | None
 
 
-def cell_record(
-    model: Stofm,
-    ranked: RankedTokens,
-    dtype: torch.dtype,
-    slices: Sequence[NDArray[np.integer]] | None,
-) -> dict[str, str]:
-    """Return all that cell embeddings depend on; slices only if the model centres by them."""
-    centres = model.config.cell_encoder.centering != "none"
+def cell_record(model: Stofm, ranked: RankedTokens, dtype: torch.dtype) -> dict[str, str]:
+    """Return all that cell embeddings depend on."""
     return {
         "model": model.name,
         "cell_encoder": model.cell_encoder_fingerprint,
         "vocabulary": model.vocabulary.fingerprint,
         "tokens": ranked.digest,
         "dtype": str(dtype).removeprefix("torch."),
-        "slices": _slices_digest(slices, ranked.n_cells) if centres else "",
         "n_cells": str(ranked.n_cells),
     }
-
-
-def _slices_digest(slices: Sequence[NDArray[np.integer]] | None, n_cells: int) -> str:
-    """16 hexadecimal digits over which cells share a slice, whatever the slices are called."""
-    number = np.zeros(n_cells, dtype=np.int64)
-    filled = [rows for rows in slices or [] if len(rows)]
-    for k, rows in enumerate(sorted(filled, key=lambda rows: int(rows.min()))):
-        number[rows] = k
-    return hashlib.blake2b(number.data, digest_size=8).hexdigest()
 
 
 def write_cell_embedding(adata: AnnData, result: CellEmbedding) -> None:
@@ -253,7 +218,6 @@ def stored_cell_embedding(
     if record is None or Obsm.X_CELL not in adata.obsm or is_outdated(record):
         return None
     found = {
-        "slices": "",
         "n_cells": expected["n_cells"],
         **record,
         "dtype": record.get("params", {}).get("dtype"),

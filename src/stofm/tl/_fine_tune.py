@@ -111,7 +111,8 @@ def fine_tune_head(
     targets
         A row for each cell, slice after slice.
     strategy
-        ``"full"``: all weights but the table of gene embeddings are trained. ``"lora"``: changes
+        ``"full"``: all weights are trained but the table of gene embeddings, so that genes that
+        these slices don't measure still lie where they did among those that they do. ``"lora"``: changes
         of low rank, which are added to the weights at the end; needs peft.
     fitted, held_out
         Rows of `targets` to train on, and to choose the best step by; without the latter the last
@@ -194,7 +195,9 @@ def fine_tune_head(
         )
         found = tune(stage, training, processes=processes, seed=seed, show_progress_bar=show)
     result = tuned if changes is None else changes.merged()
-    result = result.requires_grad_(requires_grad=True).to("cpu").eval()
+    for weight, given in zip(result.parameters(), model.parameters(), strict=True):
+        weight.requires_grad_(given.requires_grad)
+    result = result.to("cpu").eval()
     result.config = replace(
         model.config,
         name=f"{model.name}-{task}",
@@ -289,8 +292,7 @@ def _prepare_weights(
     if strategy == "lora":
         rank, alpha = training.lora_rank, training.lora_alpha
         return LowRankModel(model, rank=rank, alpha=alpha, seed=seed)
-    genes = model.cell_encoder.gene_embeddings
-    genes.weight.requires_grad_(training.trains_gene_embeddings)
+    model.cell_encoder.gene_embeddings.weight.requires_grad_(requires_grad=False)
     return None
 
 

@@ -15,7 +15,7 @@ from scipy import sparse
 from stofm._counts import read_counts
 from stofm._messages import warn
 from stofm.genes import rank_genes
-from stofm.nn import project_cells
+from stofm.nn import encode_cells
 from stofm.tl._components import principal_axes
 from stofm.tl._expression import log_normalised
 from stofm.tl._gene_columns import map_columns
@@ -132,10 +132,7 @@ class SpotPanel:
         dtype: torch.dtype,
         show_progress_bar: bool = False,
     ) -> NDArray[np.float32]:
-        """Return what the head reads of spots: the cell encoder's projection, and components.
-
-        The projection is taken before it is centred by slice and scaled to unit length: simulated
-        spots have no slice, and the length tells how mixed a spot is.
+        """Return what the head reads of spots: cell embeddings, and components.
 
         Parameters
         ----------
@@ -160,7 +157,7 @@ class SpotPanel:
             max_tokens=model.config.max_tokens,
             values=model.config.cell_encoder.reads_values,
         )
-        projected = project_cells(
+        embedded = encode_cells(
             model.cell_encoder,
             ranked,
             vocabulary,
@@ -169,9 +166,9 @@ class SpotPanel:
             show_progress_bar=show_progress_bar,
         )
         if not self.loadings.shape[1]:
-            return projected
+            return embedded
         scores = log_normalised(counts, target_sum=self.target_sum) @ self.loadings
-        return np.hstack([projected, np.asarray(scores, dtype=np.float32)])
+        return np.hstack([embedded, np.asarray(scores, dtype=np.float32)])
 
 
 def component_loadings(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from stofm._logging import progress
-from stofm.nn.inference import finish_embeddings, project_cells
+from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
 from stofm.train.arrays import find_damage, is_there, open_array, write_folder
 
@@ -58,7 +58,7 @@ _VIRTUAL_RULES = (
     "clustering",
     "max_virtual_cells",
 )
-#: float16 ends at 65,504; embeddings have unit length, so none comes near it.
+#: float16 ends at 65,504; no number of an embedding comes near it.
 _STORED = np.float16
 
 
@@ -70,15 +70,11 @@ class EncodedSlice:
     ----------
     features
         (n_cells, d_cell) cell embeddings, float16, memory-mapped.
-    center
-        (d_cell,) mean that was taken off before scaling to unit length, float32; None for a
-        cell encoder that does not centre.
     layout
         Coordinates and virtual cells; for :func:`stofm.spatial.build_subslice`.
     """
 
     features: NDArray[np.float16]
-    center: NDArray[np.float32] | None
     layout: SliceLayout
 
 
@@ -173,7 +169,13 @@ class CellCache:
 
     def key_of(self, model: Stofm) -> str:
         """Key of what :meth:`encode` would give for the cell encoder as it is now."""
-        return _encoder_key(model, self.dtype)
+        return _digest(
+            _FORMAT_VERSION,
+            model.cell_encoder_fingerprint,
+            model.vocabulary.fingerprint,
+            asdict(model.config.cell_encoder),
+            str(self.dtype),
+        )
 
     def _cells(self, one: TokenizedSlice, key: str) -> Path:
         return self.folder / f"cells-{_digest(key, one.digest)}"
@@ -185,19 +187,14 @@ class CellCache:
     def _encode_slice(self, model: Stofm, one: TokenizedSlice, key: str) -> None:
         cells, virtual = self._cells(one, key), self._virtual(one, key)
         if not is_there(cells):
-            raw = project_cells(
+            features = encode_cells(
                 model.cell_encoder,
                 one.ranked,
                 model.vocabulary,
                 device=self.device,
                 dtype=self.dtype,
             )
-            centering = model.config.cell_encoder.centering
-            features, centers = finish_embeddings(raw, [np.arange(len(raw))], centering)
-            if model.config.cell_encoder.pooled:
-                features = raw
-            center = centers if centering != "none" else centers[:0]
-            _write(cells, features=features.astype(_STORED), center=center)
+            _write(cells, features=features.astype(_STORED))
         if self.virtual_cells and not is_there(virtual):
             # From what is stored, not from what was computed: it must not matter who found it.
             features = open_array(cells / "features.npy").astype(np.float32)
@@ -213,10 +210,8 @@ class CellCache:
             )
             raise FileNotFoundError(msg)
         features = open_array(place / "features.npy")
-        centers = np.load(place / "center.npy", allow_pickle=False)
         return EncodedSlice(
             features=features,
-            center=centers[0] if len(centers) else None,
             layout=_layout(one, self._open_virtual(one, key, features.shape[1])),
         )
 
@@ -228,102 +223,6 @@ class CellCache:
             coordinates=np.load(place / "coordinates.npy", allow_pickle=False),
             features=np.load(place / "features.npy", allow_pickle=False),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CenterCache:
-    """Estimates the centres of slices from some of their cells, and keeps them on disk.
-
-    Attributes
-    ----------
-    folder
-        Where the results are kept.
-    corpus
-        The slices.
-    device, dtype
-        Where and in which precision cells are encoded.
-    n_cells
-        Cells of a slice, at most.
-    """
-
-    folder: Path
-    corpus: Corpus
-    device: torch.device
-    dtype: torch.dtype
-    n_cells: int
-
-    def compute(self, model: Stofm, processes: Together) -> str:
-        """Estimate centres with the cell encoder as it is now; the first process does it.
-
-        Returns
-        -------
-        A key under which :meth:`open` finds the result.
-        """
-        key = self.key_of(model)
-        if processes.rank == 0 and not is_there(self._place(key)):
-            rows = [self._rows(k) for k in range(len(self.corpus.slices))]
-            raw = project_cells(
-                model.cell_encoder,
-                self.corpus.take(np.concatenate(rows)),
-                model.vocabulary,
-                device=self.device,
-                dtype=self.dtype,
-            )
-            ends = np.cumsum([len(own) for own in rows])
-            slices = np.split(np.arange(len(raw)), ends[:-1])
-            centering = model.config.cell_encoder.centering
-            _write(self._place(key), centers=finish_embeddings(raw, slices, centering)[1])
-        processes.wait()
-        return key
-
-    def open(self, key: str) -> NDArray[np.float32]:
-        """(n_slices, d_cell) centres that :meth:`compute` found.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no such result.
-        """
-        place = self._place(key)
-        if not place.is_dir():
-            msg = (
-                f"There are no centres of slices in {self.folder} for the cell encoder of the "
-                f"checkpoint. {_BEGIN_AGAIN}"
-            )
-            raise FileNotFoundError(msg)
-        _require_sound(place)
-        centers: NDArray[np.float32] = np.load(place / "centers.npy", allow_pickle=False)
-        return centers
-
-    def remove(self, key: str) -> None:
-        """Delete a result that is not needed any more."""
-        shutil.rmtree(self._place(key), ignore_errors=True)
-
-    def key_of(self, model: Stofm) -> str:
-        """Key of what :meth:`compute` would give for the cell encoder as it is now."""
-        return _encoder_key(model, self.dtype)
-
-    def _place(self, key: str) -> Path:
-        digests = [s.digest for s in self.corpus.slices]
-        return self.folder / f"centers-{_digest(key, digests, self.n_cells)}"
-
-    def _rows(self, number: int) -> NDArray[np.int64]:
-        """Cells spread evenly over a slice's rows, numbered through the corpus."""
-        first, end = self.corpus.first_cell[number : number + 2]
-        n = min(self.n_cells, int(end - first))
-        rows: NDArray[np.int64] = first + np.arange(n) * (end - first) // max(n, 1)
-        return rows
-
-
-def _encoder_key(model: Stofm, dtype: torch.dtype) -> str:
-    """Name all that a cell's embedding depends on besides its tokens and its slice."""
-    return _digest(
-        _FORMAT_VERSION,
-        model.cell_encoder_fingerprint,
-        model.vocabulary.fingerprint,
-        asdict(model.config.cell_encoder),
-        str(dtype),
-    )
 
 
 def _layout(one: TokenizedSlice, virtual: VirtualCells) -> SliceLayout:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from stofm.nn import TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
@@ -116,11 +115,6 @@ class CellSamples:
         Which genes are hidden.
     gene_dropout
         Share of a cell's genes that each contrastive view leaves out.
-
-    Attributes
-    ----------
-    centers
-        (n_slices, d_cell) what the cell encoder takes off; None for a model that does not centre.
     """
 
     epochs_differ_in_length = False
@@ -132,7 +126,6 @@ class CellSamples:
         self._draws = draws
         self._masking = masking
         self._gene_dropout = gene_dropout
-        self.centers: NDArray[np.float32] | None = None
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each cell once."""
@@ -145,14 +138,12 @@ class CellSamples:
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
         """Hide genes of some cells and make their two views."""
-        slices, _ = self._reader.corpus.locate(samples)
         return CellBatch.build(
             self._reader.read(samples),
             [self._draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples],
             masking=self._masking,
             gene_dropout=self._gene_dropout,
             vocabulary=self._reader.vocabulary,
-            centers=None if self.centers is None else torch.from_numpy(self.centers[slices]),
         )
 
     def n_cells(self, inputs: CellBatch) -> int:

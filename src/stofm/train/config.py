@@ -103,9 +103,6 @@ class StageConfig:
     masking, masked_genes, contrastive
         Options of the cell encoder's losses; the joint stage has the first two, if
         `trains_masked_genes`.
-    center_cells, center_every
-        Cell encoder, for a model that centres by slice: the mean over a slice is estimated from
-        this many of its cells, anew after this many optimiser steps.
     spatial_masking, cell_loss
         Options of the losses on sub-slices.
     distance_unit
@@ -138,8 +135,6 @@ class StageConfig:
     masking: TokenMasking = field(default_factory=TokenMasking)
     masked_genes: MaskedGeneConfig = field(default_factory=MaskedGeneConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    center_cells: int = 128
-    center_every: int = 200
     spatial_masking: SpatialMasking = field(default_factory=SpatialMasking)
     cell_loss: CellLoss = "mse"
     distance_unit: float = 1.0
@@ -156,8 +151,7 @@ class StageConfig:
         check_choice("name", self.name, get_args(StageName))
         check_choice("cell_loss", self.cell_loss, get_args(CellLoss))
         _check_at_least_one(self, "epochs", "max_steps", "subslice_cells", "sampled_cells")
-        _check_at_least_one(self, "refresh_every", "center_cells", "center_every")
-        _check_at_least_one(self, "surrounding_cells")
+        _check_at_least_one(self, "refresh_every", "surrounding_cells")
         if not self.distance_unit > 0:
             msg = f"distance_unit must be positive, found {self.distance_unit}."
             raise ValueError(msg)

@@ -133,7 +133,7 @@ class FineTuningObjective(nn.Module):
         if self._low_rank is None:
             return encoder
         weights = self._low_rank.encoder_weights()
-        return lambda group, center: functional_call(encoder, weights, (group, center))
+        return lambda group: functional_call(encoder, weights, (group,))
 
 
 class FineTuningStage(FineTuningSamples):

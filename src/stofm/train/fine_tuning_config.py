@@ -38,9 +38,6 @@ class FineTuningConfig:
         Cells of a sub-slice that go through the cell encoder in a step, with gradients.
     vary_subslices
         Cut the slices anew in every epoch, at another angle.
-    trains_gene_embeddings
-        ``"full"``: train the table of gene embeddings too. By default it stays, so that genes
-        that these slices don't measure still lie where they did among those that they do.
     lora_rank, lora_alpha
         ``"lora"``: rank of the changes, and their scale times the rank.
     """
@@ -55,7 +52,6 @@ class FineTuningConfig:
     patience: int = 5
     sampled_cells: int = 32
     vary_subslices: bool = True
-    trains_gene_embeddings: bool = False
     lora_rank: int = 8
     lora_alpha: float = 16.0
 

@@ -98,14 +98,10 @@ class CellBatch:
         The cells with hidden genes.
     views
         The cells as contrastive learning sees them, twice; one object if they are the same.
-    centers
-        (cells, d_cell) what the cell encoder takes off before scaling to unit length; None for a
-        model that does not centre.
     """
 
     genes: MaskedGenes
     views: tuple[TokenBatch, TokenBatch]
-    centers: Float[Tensor, "cells d_cell"] | None = None
 
     @property
     def n_cells(self) -> int:
@@ -116,11 +112,7 @@ class CellBatch:
         """Return a copy on `device`."""
         first = self.views[0].to(device)
         second = first if self.views[1] is self.views[0] else self.views[1].to(device)
-        return CellBatch(
-            genes=self.genes.to(device),
-            views=(first, second),
-            centers=None if self.centers is None else self.centers.to(device),
-        )
+        return CellBatch(genes=self.genes.to(device), views=(first, second))
 
     @classmethod
     def build(
@@ -131,7 +123,6 @@ class CellBatch:
         masking: TokenMasking,
         gene_dropout: float,
         vocabulary: GeneVocabulary,
-        centers: Float[Tensor, "cells d_cell"] | None = None,
     ) -> CellBatch:
         """Hide genes of cells, and make the two views of them.
 
@@ -147,8 +138,6 @@ class CellBatch:
             Share of a cell's genes that each view leaves out; drawn for each view.
         vocabulary
             Gives the special tokens and the genes.
-        centers
-            As in the class.
         """
         genes = MaskedGenes.build(cells, rngs, masking=masking, vocabulary=vocabulary)
         views = (cells, cells)
@@ -157,7 +146,7 @@ class CellBatch:
                 drop_genes(cells, gene_dropout, pad_token=vocabulary.pad, rngs=rngs),
                 drop_genes(cells, gene_dropout, pad_token=vocabulary.pad, rngs=rngs),
             )
-        return cls(genes=genes, views=views, centers=centers)
+        return cls(genes=genes, views=views)
 
 
 @dataclass(frozen=True)
@@ -287,8 +276,6 @@ class JointBatch:
     places
         (sampled,) where these cells' fresh embeddings go, group after group; places as in
         :class:`MaskedSubSliceBatch`.
-    centers
-        (sampled, d_cell) as in :class:`CellBatch`.
     genes
         The groups with hidden genes; empty if masked genes are not trained along.
     """
@@ -296,7 +283,6 @@ class JointBatch:
     masked: MaskedSubSliceBatch
     cells: tuple[TokenBatch, ...]
     places: Int[Tensor, " sampled"]
-    centers: Float[Tensor, "sampled d_cell"] | None = None
     genes: tuple[MaskedGenes, ...] = ()
 
     def to(self, device: torch.device | str) -> JointBatch:
@@ -305,7 +291,6 @@ class JointBatch:
             masked=self.masked.to(device),
             cells=tuple(group.to(device) for group in self.cells),
             places=self.places.to(device),
-            centers=None if self.centers is None else self.centers.to(device),
             genes=tuple(group.to(device) for group in self.genes),
         )
 

@@ -22,7 +22,7 @@ from stofm.train.operations import PER_PRODUCT, products_of_embeddings, products
 from stofm.train.spatial_objective import replace_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from jaxtyping import Float
 
@@ -93,9 +93,7 @@ class CellEncoderObjective(nn.Module):
             )
         if "contrastive" in self.weights:
             d_learned = self.encoder.config.d_learned
-            first, second = (
-                self.encoder(view, inputs.centers)[:, -d_learned:] for view in inputs.views
-            )
+            first, second = (self.encoder(view)[:, -d_learned:] for view in inputs.views)
             parts["contrastive"] = contrastive_loss(
                 first, second, temperature=self.contrastive.temperature, gather=gather
             )
@@ -219,12 +217,7 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
 
 
 def embed_sampled(
-    encoder: Callable[[TokenBatch, Tensor | None], Tensor], inputs: JointBatch
+    encoder: Callable[[TokenBatch], Tensor], inputs: JointBatch
 ) -> Float[Tensor, "sampled d_cell"]:
     """Embed a batch's sampled cells anew, group by group."""
-    sizes = [len(group.tokens) for group in inputs.cells]
-    centers: Sequence[Tensor | None] = [None] * len(sizes)
-    if inputs.centers is not None:
-        centers = inputs.centers.split(sizes)
-    groups = zip(inputs.cells, centers, strict=True)
-    return torch.cat([encoder(group, center) for group, center in groups])
+    return torch.cat([encoder(group) for group in inputs.cells])

@@ -131,7 +131,7 @@ class KeptFeatures:
     """Cell embeddings on disk of the sub-slices to train on and to validate on.
 
     Those to validate on are the stage's first, so that losses at different steps are of the same
-    targets; only the means that a model takes off freshly computed embeddings are renewed.
+    targets.
 
     Parameters
     ----------
@@ -164,9 +164,7 @@ class KeptFeatures:
             )
             for corpus in setup.corpora
         ]
-        self._own = [replace(cache, folder=setup.own_folder) for cache in self._shared]
-        # Of these only the means are used.
-        self._own[1:] = [replace(cache, virtual_cells=False) for cache in self._own[1:]]
+        self._own = replace(self._shared[0], folder=setup.own_folder)
         self._results = KeptResults(self._remove)
 
     def refresh(self) -> None:
@@ -196,16 +194,11 @@ class KeptFeatures:
     def _fill(self, key: str, *, encode: bool) -> None:
         """Give the sub-slices a result: make it, or open what is there."""
         first = self._results.first(key)
-        caches = self._shared if key == first else self._own
-        self._training.encoded = self._get(caches[0], key, encode=encode)
-        if self._held_out is None:
-            return
-        kept = self._get(self._shared[1], first, encode=encode and key == first)
-        if key != first and self._setup.model.config.cell_encoder.centering != "none":
-            now = self._get(caches[1], key, encode=encode)
-            pairs = zip(kept, now, strict=True)
-            kept = [replace(old, center=new.center) for old, new in pairs]
-        self._held_out.encoded = kept
+        cache = self._shared[0] if key == first else self._own
+        self._training.encoded = self._get(cache, key, encode=encode)
+        if self._held_out is not None:
+            is_new = encode and key == first
+            self._held_out.encoded = self._get(self._shared[1], first, encode=is_new)
 
     def _get(self, cache: CellCache, key: str, *, encode: bool) -> list[EncodedSlice]:
         setup = self._setup
@@ -218,5 +211,4 @@ class KeptFeatures:
 
     def _remove(self, key: str) -> None:
         if self._setup.processes.rank == 0:
-            for cache in self._own:
-                cache.remove(key)
+            self._own.remove(key)

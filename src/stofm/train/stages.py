@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stofm.train.cell_cache import CenterCache
 from stofm.train.cell_samples import CellSamples
-from stofm.train.stage_setup import KeptFeatures, KeptResults
+from stofm.train.stage_setup import KeptFeatures
 from stofm.train.subslice_samples import JointSamples, SubSliceSamples
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 class CellEncoderStage(CellSamples):
     """Domain adaptation of the cell encoder: masked genes and contrastive learning.
 
-    A model that centres takes the slices' means off before embeddings are compared; they are
-    estimated from a sample of cells, and anew as training goes on.
-
     Parameters
     ----------
     objective
@@ -45,7 +41,7 @@ class CellEncoderStage(CellSamples):
     setup
         Model, slices, draws.
     config
-        Which genes are hidden, and how slices' means are estimated.
+        Which genes are hidden.
 
     References
     ----------
@@ -58,6 +54,7 @@ class CellEncoderStage(CellSamples):
         self.name: str = "cell_encoder"
         self.number: int = setup.draws.stage
         self.objective: nn.Module = objective
+        self.refresh_every: int | None = None
         gene_dropout = objective.contrastive.gene_dropout
         super().__init__(
             setup.reader(setup.corpus),
@@ -66,70 +63,23 @@ class CellEncoderStage(CellSamples):
             gene_dropout=gene_dropout,
         )
         self.validation: Samples | None = None
-        self._samples: list[CellSamples] = [self]
         if setup.validation is not None:
-            held_out = CellSamples(
+            self.validation = CellSamples(
                 setup.reader(setup.validation),
                 setup.draws,
                 masking=config.masking,
                 gene_dropout=gene_dropout,
             )
-            self.validation = held_out
-            self._samples.append(held_out)
-        centering = setup.model.config.cell_encoder.centering
-        self._centres = centering != "none" and "contrastive" in objective.weights
-        self.refresh_every: int | None = config.center_every if self._centres else None
-        self._setup = setup
-        self._shared = [
-            CenterCache(
-                folder=setup.folder,
-                corpus=corpus,
-                device=setup.device,
-                dtype=setup.dtype,
-                n_cells=config.center_cells,
-            )
-            for corpus in setup.corpora
-        ]
-        self._own = [replace(cache, folder=setup.own_folder) for cache in self._shared]
-        self._results = KeptResults(self._remove)
 
     def refresh(self) -> None:
-        """Estimate the slices' centres anew, if the model centres."""
-        if not self._centres:
-            return
-        key = self._shared[0].key_of(self._setup.model)
-        for cache in self._caches(key):
-            cache.compute(self._setup.model, self._setup.processes)
-        self._open(key)
-        self._results.replace(key)
+        """Nothing: cells are encoded in each step."""
 
     def state(self) -> dict[str, str]:
-        """Which centres are in use."""
-        return self._results.state()
+        """Nothing: what is read are tokens."""
+        return {}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """Use the centres that :meth:`state` noted.
-
-        Raises
-        ------
-        FileNotFoundError
-            They are not on disk any more.
-        """
-        if (key := self._results.restore(state)) is not None:
-            self._open(key)
-
-    def _caches(self, key: str) -> list[CenterCache]:
-        """Where the result of that key is kept."""
-        return self._shared if key == self._results.first(key) else self._own
-
-    def _open(self, key: str) -> None:
-        for samples, cache in zip(self._samples, self._caches(key), strict=True):
-            samples.centers = cache.open(key)
-
-    def _remove(self, key: str) -> None:
-        if self._setup.processes.rank == 0:
-            for cache in self._own:
-                cache.remove(key)
+        """Nothing: what is read are tokens."""
 
 
 class SpatialStage(SubSliceSamples):

@@ -39,7 +39,7 @@ _WRITTEN: Final = re.compile(
             rf"checkpoints/{_CHECKPOINT.pattern}/(?:{_MODEL_FILES}|{'|'.join(map(re.escape, TRAINING_FILES))})",
             rf"model/(?:{_MODEL_FILES})",
             rf"tensorboard/{_STAGE}/events\.out\.tfevents\.[^/]*",
-            r"refreshed/(?:cells|virtual|centers)-[0-9a-f]{16}/[^/]*",
+            r"refreshed/(?:cells|virtual)-[0-9a-f]{16}/[^/]*",
             r"(?:.*/)?\.[^/]*\.stofm-.*",
         )
     )

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from stofm.nn import TokenBatch
     from stofm.spatial import SubSlice, SubSliceConfig
@@ -240,7 +239,6 @@ class JointSamples:
             masked=batch,
             cells=read,
             places=torch.from_numpy(places[in_order]),
-            centers=self._centers(slices[in_order]),
             genes=self._hide_genes(read, [cells[group] for group in groups], epoch),
         )
 
@@ -262,11 +260,6 @@ class JointSamples:
         cells = np.flatnonzero(part.subslice.cell_index >= 0)
         visible = np.setdiff1d(cells, part.hidden_nodes)
         return np.sort(rng.permutation(visible if len(visible) else cells)[: self._sampled_cells])
-
-    def _centers(self, slices: NDArray[np.int64]) -> Tensor | None:
-        centers = [self.subslices.encoded[k].center for k in slices]
-        known = [center for center in centers if center is not None]
-        return torch.from_numpy(np.stack(known)) if known else None
 
     def _hide_genes(
         self, read: Sequence[TokenBatch], cells: Sequence[NDArray[np.int64]], epoch: int
