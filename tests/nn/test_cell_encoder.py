@@ -89,14 +89,17 @@ def test_gradients_reach_every_weight_that_is_used(golden):
 
 
 def reading(golden, **options):
-    """The golden encoder's weights in one that reads values, whose own weights are random."""
+    """The golden encoder's weights in one that reads values, whose own numbers are random."""
     encoder, _, _ = golden
     torch.manual_seed(0)
+    if options.get("pooled"):
+        options["d_cell"] = encoder.config.d_hidden + encoder.config.d_cell
     other = CellEncoder(replace(encoder.config, **options)).eval()
     missing = other.load_state_dict(encoder.state_dict(), strict=False).missing_keys
-    with torch.no_grad():
-        for name in missing:
-            other.get_parameter(name).normal_(std=0.3)
+    for name in missing:
+        other.state_dict()[name].normal_(std=0.3)
+    if other.config.pooled:
+        other.medians.uniform_(0.5, 4.0)
     return other
 
 
@@ -150,17 +153,21 @@ def test_value_embeddings_like_transformers(golden, batch_with_values):
 
 def plain_pooled(encoder, tokens, hidden=()):
     """One gene after another; `hidden` holds pairs of row and rank to leave out."""
-    words = encoder.bert.embeddings.word_embeddings.weight.double()
-    sums = torch.zeros(tokens.n_cells, words.shape[1], dtype=torch.float64)
+    table = encoder.gene_embeddings.weight.detach().double().numpy()
+    medians = encoder.medians.double().numpy()
+    half = table.shape[1] // 2
+    sums = np.zeros((tokens.n_cells, table.shape[1]))
     for cell in range(tokens.n_cells):
         for place in range(tokens.offsets[cell], tokens.offsets[cell + 1]):
             if (cell, place - tokens.offsets[cell]) not in hidden:
-                sums[cell] += np.log1p(tokens.values[place]) * words[tokens.tokens[place]]
-    return (sums @ encoder.pooled_projection.weight.double().T).float()
+                gene, value = tokens.tokens[place], float(tokens.values[place])
+                sums[cell, :half] += np.log(1 + value * medians[gene]) * table[gene, :half]
+                sums[cell, half:] += np.log(1 + value) * table[gene, half:]
+    return torch.from_numpy(sums - encoder.gene_offset.double().numpy()).float()
 
 
 @pytest.mark.parametrize("hidden", [[], [(2, 0), (2, 2), (5, 1)]])
-def test_pooled_sum_is_over_all_genes_that_are_not_hidden(golden, batch_with_values, hidden):
+def test_sums_over_all_genes_that_are_not_hidden_stand_in_front(golden, batch_with_values, hidden):
     plain, _, _ = golden
     encoder = reading(golden, pooled=True)
     tokens, batch = batch_with_values
@@ -170,52 +177,44 @@ def test_pooled_sum_is_over_all_genes_that_are_not_hidden(golden, batch_with_val
             is_hidden[row, 1 + rank] = True
         batch = replace(batch, is_hidden=is_hidden)
     with torch.no_grad():
-        expected = plain.project(batch, plain.lay_out(torch.float32)) + plain_pooled(
-            encoder, tokens, hidden
-        )
-        found = encoder.project(batch, encoder.lay_out(torch.float32))
-        embedded = encoder(batch)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(embedded, found / found.norm(dim=1, keepdim=True))
+        pooled, learned = encoder(batch).split([encoder.config.gene_width, plain.config.d_cell], 1)
+        expected = plain(batch) * plain.config.d_cell**0.5
+    torch.testing.assert_close(pooled, plain_pooled(encoder, tokens, hidden), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(learned, expected)
+    assert encoder.config.d_learned == plain.config.d_cell
+    square = torch.full((len(learned),), float(plain.config.d_cell))
+    torch.testing.assert_close(learned.square().sum(dim=1), square)
 
 
-def test_pooled_sum_is_computed_in_float32(golden, batch_with_values):
+def test_sums_are_computed_in_float32(golden, batch_with_values):
     encoder = reading(golden, pooled=True)
-    torch.nn.init.zeros_(encoder.projection.weight)
-    _, batch = batch_with_values
+    tokens, batch = batch_with_values
+    width = encoder.config.gene_width
     with torch.no_grad():
-        single = encoder.project(batch, encoder.lay_out(torch.float32))
-        assert torch.equal(encoder.project(batch, encoder.lay_out(torch.bfloat16)), single)
-        encoder.projection.bias.zero_()
-        single = encoder.project(batch, encoder.lay_out(torch.float32))
+        single = encoder(batch)
+        near = encoder.embed(batch, encoder.lay_out(torch.bfloat16))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(encoder.project(batch, encoder.lay_out(torch.float32)), single)
+            mixed = encoder(batch)
+        low = encoder.to(torch.bfloat16)(batch)
+    for found in (near, mixed):
+        assert torch.equal(found[:, :width], single[:, :width])
+        assert 0 < (found - single)[:, width:].abs().max() < 0.2
+    assert low.dtype == torch.float32
+    expected = plain_pooled(encoder, tokens)
+    torch.testing.assert_close(low[:, :width], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_center_is_taken_off_before_scaling(golden):
-    encoder, batch, _ = golden
-    weights = encoder.lay_out(torch.float32)
-    with torch.no_grad():
-        projected = encoder.project(batch, weights)
-        torch.testing.assert_close(encoder(batch), projected / projected.norm(dim=1, keepdim=True))
-        mean = projected.mean(dim=0)
-        off = projected - mean
-        torch.testing.assert_close(
-            encoder(batch, mean[None]), off / off.norm(dim=1, keepdim=True), atol=1e-6, rtol=1e-5
-        )
-        per_cell = encoder.embed(batch, weights, projected)
-    assert not per_cell.any()
-
-
-def test_gradients_reach_every_weight_of_values(golden, batch_with_values):
+def test_gradients_reach_every_weight_but_what_is_pooled_by(golden, batch_with_values):
     encoder = reading(golden, values="log", pooled=True).train()
     _, batch = batch_with_values
-    encoder(batch)[:, 0].sum().backward()
-    own = [n for n, _ in encoder.named_parameters() if n.startswith(("value_", "pooled_"))]
-    assert len(own) == 5
+    encoder(batch)[:, -1].sum().backward()
+    without = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert without == ["bert.embeddings.word_embeddings.weight"]
+    own = [name for name, _ in encoder.named_parameters() if name.startswith("value_")]
+    assert len(own) == 4
     assert all(encoder.get_parameter(name).grad.any() for name in own)
-    # The pooled sum also trains the embeddings of genes that BERT does not read.
-    assert encoder.bert.embeddings.word_embeddings.weight.grad[7].any()
+    # Not a weight, but saved with them.
+    assert "gene_offset" in encoder.state_dict()
 
 
 @pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}])
@@ -230,13 +229,15 @@ def test_without_values_it_says_what_to_run(golden, options):
 # Gene embeddings of a width of their own: an option that the paper does not have.
 
 
-@pytest.mark.parametrize("d_gene", [20, 7])
+@pytest.mark.parametrize("d_gene", [20, 6])
 def test_bert_reads_a_linear_map_of_wider_or_narrower_gene_embeddings(
     golden, batch_with_values, d_gene
 ):
     plain, _, _ = golden
     torch.manual_seed(0)
-    encoder = CellEncoder(replace(plain.config, d_gene=d_gene, pooled=True)).eval()
+    encoder = CellEncoder(
+        replace(plain.config, d_gene=d_gene, d_cell=d_gene + 8, pooled=True)
+    ).eval()
     tokens, batch = batch_with_values
     with torch.no_grad():
         genes = encoder.gene_embeddings.weight
@@ -251,12 +252,11 @@ def test_bert_reads_a_linear_map_of_wider_or_narrower_gene_embeddings(
             inputs_embeds=words[batch.tokens], attention_mask=batch.is_real.long()
         ).last_hidden_state
         hidden = encoder.hidden_states(batch)
-        found = encoder.project(batch, encoder.lay_out(torch.float32))
+        pooled, learned = encoder(batch).split([d_gene, 8], dim=1)
+        first = torch.nn.functional.normalize(encoder.projection(expected[:, 0]))
     torch.testing.assert_close(hidden[batch.is_real], expected[batch.is_real], atol=2e-6, rtol=1e-5)
-    pooled = plain_pooled(encoder, tokens)
-    torch.testing.assert_close(
-        found, encoder.projection(expected[:, 0]) + pooled, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(pooled, plain_pooled(encoder, tokens), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(learned, first * 8**0.5, atol=1e-5, rtol=1e-4)
 
 
 def test_gene_projection_is_the_same_with_gradients_and_learns(golden):
@@ -285,20 +285,16 @@ def test_sums_over_genes_without_embedding_bag(rng, monkeypatch):
     tokens = torch.from_numpy(rng.integers(0, 20, lengths.sum()))
     offsets = torch.from_numpy(np.cumsum(lengths) - lengths)
     shares = torch.from_numpy(rng.random(lengths.sum(), dtype=np.float32))
-    words = torch.from_numpy(rng.normal(size=(20, 6)).astype(np.float32)).requires_grad_()
+    words = torch.from_numpy(rng.normal(size=(20, 6)).astype(np.float32))
     bag = GeneBag(tokens, offsets, shares)
-    expected = cell_encoder._weighted_sums(words, bag, shares)
-    (by_bag,) = torch.autograd.grad(expected.square().sum(), words)
+    expected = cell_encoder._weighted_sums(words, shares, bag)
 
     def missing(*_, **__):
         raise NotImplementedError
 
     # torch before 2.10 has none on MPS.
     monkeypatch.setattr(torch.nn.functional, "embedding_bag", missing)
-    found = cell_encoder._gathered_sums(words, bag, shares)
-    torch.testing.assert_close(found, expected)
-    (gathered,) = torch.autograd.grad(found.square().sum(), words)
-    torch.testing.assert_close(gathered, by_bag)
+    torch.testing.assert_close(cell_encoder._gathered_sums(words, shares, bag), expected)
     monkeypatch.setattr(cell_encoder, "_gathered_sums", lambda *_: "gathered")
     on_mps = SimpleNamespace(device=torch.device("mps"))
-    assert cell_encoder._weighted_sums(on_mps, bag, shares) == "gathered"
+    assert cell_encoder._weighted_sums(on_mps, shares, bag) == "gathered"

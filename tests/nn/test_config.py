@@ -26,17 +26,17 @@ def test_base_is_the_papers_table():
 def test_departures_from_the_paper_are_off_and_may_be_left_out():
     config = StofmConfig.base(101)
     entries = config.to_dict()
-    for name, off in (("values", "none"), ("pooled", False), ("centering", "none")):
+    for name, off in (("values", "none"), ("pooled", False)):
         assert entries["cell_encoder"].pop(name) == off
     assert entries["se2_transformer"].pop("feature_scale") == 1
-    assert entries["se2_transformer"].pop("distance_start") == "random"
+    assert entries["se2_transformer"].pop("start") == "random"
     assert StofmConfig.from_dict(entries) == config
 
 
-def test_distance_start_is_one_of_two():
+def test_start_is_one_of_two():
     config = StofmConfig.base(10).se2_transformer
-    with pytest.raises(ValueError, match=r"distance_start must be one of .*found 'far'"):
-        replace(config, distance_start="far")
+    with pytest.raises(ValueError, match=r"start must be one of .*found 'far'"):
+        replace(config, start="far")
 
 
 def test_feature_scale_must_be_positive():
@@ -49,9 +49,8 @@ def test_feature_scale_must_be_positive():
     ("options", "reads"),
     [
         ({}, False),
-        ({"centering": "slice"}, False),
         ({"values": "log"}, True),
-        ({"pooled": True}, True),
+        ({"pooled": True, "d_gene": 8}, True),
     ],
 )
 def test_what_needs_values(options, reads):
@@ -89,7 +88,14 @@ def test_missing_entry_is_refused():
         (lambda: CellEncoderConfig(n_tokens=9, activation="tanh"), "activation must be one of"),
         (lambda: CellEncoderConfig(n_tokens=9, max_positions=1), "room for <cls>"),
         (lambda: CellEncoderConfig(n_tokens=9, values="rank"), "values must be one of .*'log'"),
-        (lambda: CellEncoderConfig(n_tokens=9, centering="cell"), "centering must be one of"),
+        (
+            lambda: CellEncoderConfig(n_tokens=9, pooled=True, d_gene=7),
+            "an even width, and a wider cell embedding; found 7 and d_cell=256",
+        ),
+        (
+            lambda: CellEncoderConfig(n_tokens=9, pooled=True, d_gene=256),
+            "an even width, and a wider cell embedding; found 256 and d_cell=256",
+        ),
         (lambda: SE2TransformerConfig(d_model=30, n_heads=4), "found 30 and 4"),
         (
             lambda: replace(StofmConfig.mini(9), se2_transformer=SE2TransformerConfig(d_cell=3)),
@@ -111,7 +117,7 @@ def test_rules_leave_out_labels_defaults_and_first_weights():
         config,
         name="other",
         trained=True,
-        se2_transformer=replace(config.se2_transformer, distance_start="random"),
+        se2_transformer=replace(config.se2_transformer, start="random"),
     )
     assert changed.rules() == rules
     assert replace(config, max_tokens=7).rules() != rules

@@ -7,36 +7,27 @@ import pytest
 import torch
 
 from stofm.genes import RankedTokens
-from stofm.nn import (
-    Stofm,
-    TokenBatch,
-    embed_slice,
-    encode_cells,
-    finish_embeddings,
-    project_cells,
-)
+from stofm.nn import Stofm, TokenBatch, embed_slice, encode_cells
 from stofm.nn.inference import _halving, _refuse_not_finite, padded_length
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
 
 
-OPTIONS = [
-    {},
-    {"values": "log"},
-    {"pooled": True},
-    {"centering": "slice"},
-    {"values": "log", "pooled": True, "centering": "slice"},
-]
+POOLED = {"pooled": True, "d_gene": 8}
+OPTIONS = [{}, {"values": "log"}, POOLED, {"values": "log", **POOLED}]
 options = pytest.mark.parametrize("options", OPTIONS, ids=lambda chosen: "+".join(chosen) or "off")
 
 
 def with_options(model, options):
-    """A model of other options, with no weight at 0."""
+    """A model of other options, with no number at 0."""
     cell_encoder = replace(model.config.cell_encoder, **options)
     other = Stofm(replace(model.config, cell_encoder=cell_encoder), model.vocabulary, seed=5).eval()
     if cell_encoder.values == "log":
         torch.nn.init.normal_(other.cell_encoder.value_embedding.weight, std=0.2)
+    if cell_encoder.pooled:
+        torch.nn.init.normal_(other.cell_encoder.gene_embeddings.weight)
+        torch.nn.init.normal_(other.cell_encoder.gene_offset)
     return other
 
 
@@ -81,20 +72,16 @@ def test_token_budget_changes_no_bit(model, tokens, budget, options):
 @options
 def test_order_and_company_of_cells_change_no_bit(model, tokens, rng, options):
     model = with_options(model, options)
-    left, right = np.split(rng.permutation(97), [31])
-    expected = encode(model, tokens, slices=[left, right])
+    left = rng.permutation(97)[:31]
+    expected = encode(model, tokens)
     np.testing.assert_array_equal(encode(model, take(tokens, left)), expected[left])
     order = rng.permutation(97)
-    place = np.argsort(order)
-    slices = [place[right], rng.permutation(place[left])]
-    shuffled = encode(model, take(tokens, order), slices=slices)
-    np.testing.assert_array_equal(shuffled, expected[order])
+    np.testing.assert_array_equal(encode(model, take(tokens, order)), expected[order])
 
 
-@pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}, {"centering": "slice"}])
-def test_each_option_changes_the_embedding(model, tokens, options):
+def test_values_change_the_embedding(model, tokens):
     plain = with_options(model, {})
-    other = with_options(model, options)
+    other = with_options(model, {"values": "log"})
     other.cell_encoder.load_state_dict(plain.cell_encoder.state_dict(), strict=False)
     assert np.abs(encode(other, tokens) - encode(plain, tokens)).max() > 1e-3
 
@@ -103,23 +90,29 @@ def test_values_that_the_model_does_not_read_change_nothing(model, tokens):
     np.testing.assert_array_equal(encode(model, tokens), encode(model, tokens.without_values()))
 
 
-def test_projections_are_those_that_embeddings_are_made_of(model, tokens, rng):
-    model = with_options(model, OPTIONS[-1])
-    slices = np.split(rng.permutation(97), [40])
-    raw = project_cells(model.cell_encoder, tokens, model.vocabulary, device=CPU)
-    features, centers = finish_embeddings(raw, slices, "slice")
-    np.testing.assert_array_equal(encode(model, tokens, slices=slices), features)
-    # What training computes when it is told the centre.
+@options
+def test_embeddings_are_those_that_training_computes(model, tokens, options):
+    model = with_options(model, options)
     batch = TokenBatch.from_ranked(
         tokens,
-        slices[0],
+        np.arange(40),
         cls_token=model.vocabulary.cls,
         pad_token=model.vocabulary.pad,
         length=41,
     )
     with torch.no_grad():
-        again = model.cell_encoder(batch, torch.from_numpy(centers[:1]))
-    np.testing.assert_allclose(again, features[slices[0]], atol=1e-4)
+        expected = model.cell_encoder(batch)
+    np.testing.assert_allclose(encode(model, tokens)[:40], expected, atol=1e-4)
+
+
+def test_a_model_that_pools_reads_the_medians_of_its_vocabulary(model):
+    model = with_options(model, POOLED)
+    medians = model.cell_encoder.medians.numpy()
+    vocabulary = model.vocabulary
+    assert len(np.unique(vocabulary.medians)) > 1
+    np.testing.assert_array_equal(medians[vocabulary.tokens], vocabulary.medians.astype(np.float32))
+    special = np.setdiff1d(np.arange(len(medians)), vocabulary.tokens)
+    np.testing.assert_array_equal(medians[special], 1.0)
 
 
 def test_pooled_sum_holds_the_genes_that_bert_does_not_read(model):
@@ -134,21 +127,14 @@ def test_pooled_sum_holds_the_genes_that_bert_does_not_read(model):
     for options in ({}, {"values": "log"}):
         long, short = encode(with_options(model, options), both)
         np.testing.assert_array_equal(long, short)
-    long, short = encode(with_options(model, {"pooled": True}), both)
+    long, short = encode(with_options(model, POOLED), both)
     assert np.abs(long - short).max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}])
+@pytest.mark.parametrize("options", [{"values": "log"}, POOLED])
 def test_a_model_that_reads_values_needs_them(model, tokens, options):
     with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
         encode(with_options(model, options), tokens.without_values())
-
-
-def test_slices_that_do_not_fit_are_refused_before_any_work(model, tokens, monkeypatch):
-    model = with_options(model, {"centering": "slice"})
-    monkeypatch.setattr(type(model.cell_encoder), "project", None)
-    with pytest.raises(ValueError, match="must hold each of 97 rows exactly once"):
-        encode(model, tokens, slices=[np.arange(96)])
 
 
 def test_cells_without_genes_are_embedded_from_cls(model, tokens):
