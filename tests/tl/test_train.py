@@ -618,8 +618,42 @@ def test_first_gene_embeddings_from_coexpression(train, model, slices):
     ]
     words = [m.cell_encoder.bert.embeddings.word_embeddings.weight for m in found]
     assert not torch.allclose(*words, atol=1e-2)
-    with pytest.raises(ValueError, match="must be 'random' or 'coexpression', found 'pca'"):
+    with pytest.raises(ValueError, match=r"must be 'random', 'coexpression' or a table .*'pca'"):
         train(gene_embeddings="pca", overwrite=True)
+
+
+def test_first_gene_embeddings_from_a_table(train, model, rng, tmp_path):
+    tables = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for table in tables:
+        values = rng.standard_normal((67, 30))
+        pd.DataFrame(values, index=model.vocabulary.gene_ids).add_prefix("d").to_parquet(table)
+    options = {"stage": replace(CELLS, max_steps=2), "validation": None, "checkpoint_every": 1}
+    first = train(gene_embeddings=tables[0], **options)
+    words = first.model.cell_encoder.gene_embeddings.weight.detach().numpy()
+    # Two steps have changed little of the start.
+    start = pd.read_parquet(tables[0]).to_numpy(dtype=np.float32)
+    start = start - start.mean(axis=0)
+    scores = np.linalg.svd(start, full_matrices=False)
+    scores = scores[0][:, :16] * scores[1][:16]
+    close = np.corrcoef(np.abs(words[model.vocabulary.tokens]).ravel(), np.abs(scores).ravel())
+    assert close[0, 1] > 0.9
+    assert first.run["settings"]["gene_table"].startswith("a.parquet ")
+    assert len(first.run["settings"]["gene_table"]) == len("a.parquet ") + 16
+
+    with pytest.raises(ValueError, match=r"gene_table was 'a\.parquet .*', now 'b\.parquet"):
+        train(gene_embeddings=tables[1], resume=True, **options)
+    again = train(gene_embeddings=tables[0], resume=True, **options)
+    assert_same_weights(again.model, first.model)
+    with pytest.raises(FileNotFoundError, match="no table of genes"):
+        train(gene_embeddings=tmp_path / "c.parquet", overwrite=True, **options)
+
+
+def test_a_table_that_does_not_fit_is_refused_before_slices_are_prepared(train, tmp_path):
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"a": [1.0, 2.0]}, index=["GENE1", "GENE2"]).to_csv(path)
+    with pytest.raises(ValueError, match=r"x\.csv has 1 numbers for each gene"):
+        train(gene_embeddings=path)
+    assert not (tmp_path / "run" / "work" / "slices").exists()
 
 
 def test_stages_with_and_without_a_learned_mask_have_heads_of_their_own(train):

@@ -136,6 +136,7 @@ def test_a_recipe_gives_dataclasses():
         ('name = "spatial"', "", r"Missing from \[\[stage\]\] of the recipe: \['name'\]"),
         ('precision = "bf16-mixed"', 'precision = "bf16"', "precision must be one of"),
         ('preset = "mini"', 'checkpoint = "stofm-mini"', "A checkpoint's sizes can't be changed"),
+        ('"coexpression"', '"x.pkl"', "'random', 'coexpression' or a table that ends in .parquet"),
     ],
 )
 def test_what_a_recipe_must_not_hold(old, new, message):
@@ -239,3 +240,16 @@ def test_the_wider_recipe_fits_together_and_sees_the_slices_of_the_embedded_mode
     assert transformer.feature_scale**2 == pytest.approx(transformer.d_cell)
     assert config.cell_encoder.projects_genes
     assert [one.weights.asks_visible_cells for one in wider.stages] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["genes.npz", "../genes.csv.gz"])
+def test_a_table_of_gene_embeddings_is_found_from_the_recipe(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.replace('"coexpression"', f'"{name}"'))
+    assert Recipe.from_toml(file).model.gene_embeddings == str(tmp_path / name)
+    file.write_text(RECIPE.replace('"coexpression"', f'"{tmp_path / "other" / "genes.npz"}"'))
+    assert Recipe.from_toml(file).model.gene_embeddings == str(tmp_path / "other" / "genes.npz")
+    file.write_text(RECIPE)
+    assert Recipe.from_toml(file).model.gene_embeddings == "coexpression"

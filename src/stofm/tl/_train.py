@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,11 +12,11 @@ from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
 from stofm.tl._slice_sources import SliceSource, find_sources
 from stofm.tl._training_data import fit_vocabulary, open_corpus, prepare_slices
-from stofm.train.coexpression import initialize_from_coexpression
 from stofm.train.config import RunConfig, StageConfig, StageName, paper_schedule
+from stofm.train.gene_embeddings import make_initializer, read_gene_embeddings
 from stofm.train.pretraining import Pretraining, TrainResult
 from stofm.train.processes import Processes
-from stofm.train.recipe import FileConfig, GeneEmbeddings, ModelSource, Recipe
+from stofm.train.recipe import FileConfig, ModelSource, Recipe
 from stofm.train.run_lock import locked
 from stofm.train.state import RunFolder
 
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.genes.gene_table import GeneTable
     from stofm.train.config import Keep, Precision
     from stofm.train.optimizer import OptimizerConfig
-    from stofm.train.pretraining import Initializer
 
 
 def train(
@@ -42,7 +41,7 @@ def train(
     epochs: int | None = None,
     optimizer: OptimizerConfig | None = None,
     vocabulary: GeneVocabulary | None = None,
-    gene_embeddings: GeneEmbeddings = "random",
+    gene_embeddings: str | PathLike[str] = "random",
     layer: str | None = None,
     spatial_key: str = "spatial",
     library_key: str | None = None,
@@ -96,8 +95,10 @@ def train(
     vocabulary
         Genes of a new model; fitted on `data` by default.
     gene_embeddings
-        First gene embeddings: those of the model (``"random"`` in a new one), or
-        ``"coexpression"``, factors of the co-expression of genes over `data`.
+        First gene embeddings: those of the model (``"random"`` in a new one), ``"coexpression"``,
+        factors of the co-expression of genes over `data`, or a table (``.parquet``, ``.npz``,
+        ``.tsv``, ``.csv``): genes in the first column, numbers in the others. Genes that it lacks
+        keep theirs.
     layer, spatial_key, library_key
         Layer with raw counts (``X`` by default), entry of ``obsm`` with coordinates, column that
         names the slices.
@@ -183,7 +184,7 @@ def train(
         n_threads=n_threads,
         tensorboard=tensorboard,
     )
-    initialize = _initializer(gene_embeddings, seed)
+    first_genes = read_gene_embeddings(gene_embeddings)
     folder = RunFolder(out_dir, work_dir)
     with _started(folder, device, precision, resume=resume, overwrite=overwrite) as processes:
         run = _Run(
@@ -191,12 +192,13 @@ def train(
             held_out=[] if validation is None else find_sources(validation, options),
             stages=stages,
             config=config,
+            gene_embeddings=first_genes,
             folder=folder,
             processes=processes,
             show_progress_bar=show_progress_bar,
         )
         trained = _model(run, model, vocabulary)
-        return run.train(trained, initialize, resume=resume, overwrite=overwrite)
+        return run.train(trained, resume=resume, overwrite=overwrite)
 
 
 def train_recipe(
@@ -226,7 +228,7 @@ def train_recipe(
         return [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
 
     config = recipe.run
-    initialize = _initializer(recipe.model.gene_embeddings, config.seed)
+    first_genes = read_gene_embeddings(recipe.model.gene_embeddings)
     folder = RunFolder(out_dir, work_dir)
     with _started(
         folder, device, config.precision, resume=resume, overwrite=overwrite
@@ -237,12 +239,13 @@ def train_recipe(
             held_out=sources(held_out),
             stages=recipe.stages,
             config=config,
+            gene_embeddings=first_genes,
             folder=folder,
             processes=processes,
             show_progress_bar=show_progress_bar,
         )
         model = _model_of_recipe(run, recipe.model)
-        return run.train(model, initialize, resume=resume, overwrite=overwrite)
+        return run.train(model, resume=resume, overwrite=overwrite)
 
 
 @contextmanager
@@ -271,14 +274,15 @@ class _Run:
     held_out: Sequence[SliceSource]
     stages: Sequence[StageConfig]
     config: RunConfig
+    gene_embeddings: str | GeneTable
     folder: RunFolder
     processes: Processes
     show_progress_bar: bool
 
-    def train(
-        self, model: Stofm, initialize: Initializer | None, *, resume: bool, overwrite: bool
-    ) -> TrainResult:
+    def train(self, model: Stofm, *, resume: bool, overwrite: bool) -> TrainResult:
         """Prepare the slices, then train."""
+        genes = self.gene_embeddings
+        initialize = make_initializer(genes, model, seed=self.config.seed)
         pretraining = Pretraining(
             stages=self.stages,
             run=self.config,
@@ -287,6 +291,7 @@ class _Run:
             folder=self.folder,
             processes=self.processes,
             initialize=initialize,
+            gene_table="" if isinstance(genes, str) else f"{genes.file} {genes.digest}",
             show_progress_bar=self.show_progress_bar,
         )
         return pretraining.train(model, resume=resume, overwrite=overwrite)
@@ -307,16 +312,6 @@ class _Run:
     def _in_first(self, compute: Callable[[], Any]) -> Any:
         """Compute in the first process, and give the result to all."""
         return self.processes.agree(compute() if self.processes.is_first else None)
-
-
-def _initializer(gene_embeddings: GeneEmbeddings, seed: int) -> Initializer | None:
-    """What sets the first gene embeddings; None to leave them."""
-    if gene_embeddings not in get_args(GeneEmbeddings):
-        msg = f"gene_embeddings must be 'random' or 'coexpression', found {gene_embeddings!r}."
-        raise ValueError(msg)
-    if gene_embeddings == "random":
-        return None
-    return partial(initialize_from_coexpression, seed=seed)
 
 
 def _stages(

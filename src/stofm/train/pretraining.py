@@ -94,6 +94,8 @@ class Pretraining:
     initialize
         Called before the first stage to set first weights from the slices; None leaves the
         model's. Must give the same in every process.
+    gene_table
+        Name and fingerprint of the file that it takes gene embeddings from, if any; for the record.
     show_progress_bar
         Show bars.
     """
@@ -105,6 +107,7 @@ class Pretraining:
     folder: RunFolder
     processes: Processes
     initialize: Initializer | None = None
+    gene_table: str = ""
     show_progress_bar: bool = True
 
     def train(self, model: Stofm, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -179,6 +182,7 @@ class Pretraining:
             "model": {**config, "weights": model.fingerprint},
             "vocabulary": model.vocabulary.fingerprint,
             "initialized": self.initialize is not None,
+            **({"gene_table": self.gene_table} if self.gene_table else {}),
             "slices": _digests(self.corpus),
             "held_out_slices": _digests(self.validation),
         }

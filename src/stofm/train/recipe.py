@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._config import build_dataclass
 from stofm._files import local
 from stofm._messages import warn
 from stofm.train._checks import check_choice
 from stofm.train.config import RunConfig, StageConfig
+from stofm.train.gene_embeddings import WORDS, require_gene_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
     from pathlib import Path
-
-GeneEmbeddings = Literal["random", "coexpression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +143,9 @@ class ModelSource:
     vocabulary
         Of a new model: ``"embedded"``, ``"fit"`` on the training slices, or a table's path.
     gene_embeddings
-        First gene embeddings: those of the model (``"random"`` in a new one), or
-        ``"coexpression"``, factors of the co-expression of genes over the training slices.
+        First gene embeddings: those of the model (``"random"`` in a new one), ``"coexpression"``,
+        factors of the co-expression of genes over the training slices, or the path of a table, as
+        in :func:`stofm.tl.train`; in a file it is relative to the recipe.
     provenance
         What the model card says of data, recipe and licence.
     cell_encoder, se2_transformer, subslice
@@ -158,7 +158,7 @@ class ModelSource:
     preset: Literal["mini", "base"] = "mini"
     name: str = ""
     vocabulary: str = "embedded"
-    gene_embeddings: GeneEmbeddings = "random"
+    gene_embeddings: str = "random"
     provenance: str = ""
     cell_encoder: dict[str, Any] = field(default_factory=dict)
     se2_transformer: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +168,7 @@ class ModelSource:
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
         check_choice("preset", self.preset, ("mini", "base"))
-        check_choice("gene_embeddings", self.gene_embeddings, get_args(GeneEmbeddings))
+        require_gene_embeddings(self.gene_embeddings)
         changes = [
             name
             for name in ("cell_encoder", "se2_transformer", "subslice", "max_tokens")
@@ -204,6 +204,8 @@ class Recipe:
     def from_toml(cls, path: str | PathLike[str]) -> Recipe:
         """Read a recipe: tables ``[run]``, ``[data]``, ``[model]`` and one or more ``[[stage]]``.
 
+        The path of a table of gene embeddings is relative to the recipe's folder.
+
         Raises
         ------
         ValueError
@@ -216,7 +218,12 @@ class Recipe:
         except ValueError as error:
             msg = f"{file} is no TOML: {error}."
             raise ValueError(msg) from error
-        return cls.from_dict(entries, file.name)
+        recipe = cls.from_dict(entries, file.name)
+        model = recipe.model
+        if model.gene_embeddings in WORDS:
+            return recipe
+        table = file.parent / local(model.gene_embeddings)
+        return replace(recipe, model=replace(model, gene_embeddings=str(table)))
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any], where: str = "the recipe") -> Recipe:

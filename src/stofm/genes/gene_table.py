@@ -1,0 +1,226 @@
+"""Tables of numbers for genes, such as embeddings of texts about them or of their proteins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._files import local, reading
+from stofm._tables import read_table
+from stofm.genes.gene_ids import clean_names, strip_version
+from stofm.genes.mapping import map_gene_ids
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from stofm.genes.vocabulary import GeneVocabulary
+
+_SEPARATORS: Final = {".tsv": "\t", ".tsv.gz": "\t", ".csv": ",", ".csv.gz": ","}
+_SUFFIXES: Final = (".parquet", ".npz", *_SEPARATORS)
+#: Array of an ``.npz`` file with the names of the genes.
+_GENES: Final = "genes"
+_EXPECTED: Final = "Expected human or mouse genes, as Ensembl ids or symbols."
+
+
+@dataclass(frozen=True, eq=False)
+class GeneTable:
+    """Numbers for genes, as many for each.
+
+    Attributes
+    ----------
+    names
+        (n,) Ensembl ids or symbols, each once.
+    values
+        (n, width) float32, finite.
+    file
+        Name of the file.
+    digest
+        16 hexadecimal digits over its content.
+    """
+
+    names: tuple[str, ...]
+    values: NDArray[np.float32]
+    file: str
+    digest: str
+
+    @property
+    def width(self) -> int:
+        """Numbers of a gene."""
+        return int(self.values.shape[1])
+
+    @classmethod
+    def read(cls, path: str | PathLike[str]) -> GeneTable:
+        """Read a table; pickles in it are not.
+
+        Parameters
+        ----------
+        path
+            ``.parquet``, ``.tsv`` or ``.csv``, the latter two also with ``.gz``: genes in the
+            first column (Parquet: or in the index), numbers in all others. ``.npz``: the array
+            ``genes``, (n,) of text, and one other, (n, width). Rows without a gene are left out.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            It is no such table, a number is not finite, or a gene is there twice.
+        """
+        suffix = require_suffix(path, "A table of genes must be a file")
+        place = local(path)
+        if not place.is_file():
+            msg = f"There is no table of genes {path}."
+            raise FileNotFoundError(msg)
+        with reading(place, "table of genes"):
+            if suffix == ".npz":
+                names, values = _read_arrays(place)
+            else:
+                names, values = _split(_read_frame(place, suffix), place, suffix)
+            digest = hashlib.blake2b(place.read_bytes(), digest_size=8).hexdigest()
+        is_named = np.array([bool(name) for name in names], dtype=bool)
+        names = [name for name in names if name]
+        _require_numbers_of_genes(names, values[is_named], place)
+        return cls(tuple(names), values[is_named], place.name, digest)
+
+    def rows_of(self, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
+        """Find the row of each gene of a vocabulary.
+
+        Of several rows that are one gene, the first that has its id or symbol counts, or else the
+        first of its other names (aliases, mouse orthologs).
+
+        Returns
+        -------
+        (n_genes,) row, -1 for none.
+
+        Raises
+        ------
+        ValueError
+            None of the genes is in the vocabulary.
+        """
+        mapping = map_gene_ids(self.names, vocabulary)
+        genes = mapping.gene_index
+        if not mapping.n_matched:
+            found = ", ".join(repr(name) for name in mapping.unmatched)
+            msg = (
+                f"{self.file}: none of its {len(self.names)} genes is in the vocabulary; found, for "
+                f"example, {found}. {_EXPECTED}"
+            )
+            raise ValueError(msg)
+        bare = np.array([strip_version(name) for name in self.names])
+        place = np.maximum(genes, 0)
+        is_own = (bare == vocabulary.gene_ids[place]) | (bare == vocabulary.symbols[place])
+        order = np.argsort(~is_own, kind="stable")
+        order = order[genes[order] >= 0]
+        found_genes, first = np.unique(genes[order], return_index=True)
+        rows = np.full(vocabulary.n_genes, -1, dtype=np.int64)
+        rows[found_genes] = order[first]
+        return rows
+
+
+def require_suffix(path: str | PathLike[str], what: str) -> str:
+    """Return the ending of a table's name.
+
+    Raises
+    ------
+    ValueError
+        It is of none that is read. `what` is how the message begins.
+    """
+    suffix = next((one for one in _SUFFIXES if str(path).endswith(one)), "")
+    if not suffix:
+        msg = (
+            f"{what} that ends in {', '.join(_SUFFIXES)}, found {str(path)!r}. Pickles are never "
+            "read: write what they hold to one of these."
+        )
+        raise ValueError(msg)
+    return suffix
+
+
+def _read_frame(path: Path, suffix: str) -> pd.DataFrame:
+    import pandas as pd
+
+    is_text = suffix in _SEPARATORS
+    frame = read_table(path, sep=_SEPARATORS[suffix]) if is_text else pd.read_parquet(path)
+    # The header of R's tables has no word for the names.
+    return frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
+
+
+def _split(frame: pd.DataFrame, path: Path, suffix: str) -> tuple[list[str], NDArray[np.float32]]:
+    """Names in the first column, and the numbers in the others."""
+    if frame.shape[1] < 2:
+        how = "separated by tabs" if ".tsv" in suffix else "separated by commas"
+        how = f", {how}," if suffix in _SEPARATORS else ""
+        msg = (
+            f"{path} has {frame.shape[1]} column: expected genes in the first one{how} and numbers "
+            "in others."
+        )
+        raise ValueError(msg)
+    names, numbers = clean_names(frame.iloc[:, 0]), frame.iloc[:, 1:]
+    for name, kind in numbers.dtypes.items():
+        if len(frame) and kind.kind not in "biuf":
+            msg = (
+                f"{path}: column {name!r} has {numbers[name].iloc[0]!r}, expected numbers in all "
+                "columns but the first, one number in each."
+            )
+            raise ValueError(msg)
+    with np.errstate(over="ignore"):
+        return names, numbers.to_numpy(dtype=np.float32, na_value=np.nan)
+
+
+def _read_arrays(path: Path) -> tuple[list[str], NDArray[np.float32]]:
+    with np.load(path, allow_pickle=False) as file:
+        others = [name for name in file.files if name != _GENES]
+        if _GENES not in file.files or len(others) != 1:
+            msg = (
+                f"{path} has the arrays {file.files}: expected {_GENES!r}, (n,), and one other, "
+                "(n, width)."
+            )
+            raise ValueError(msg)
+        names, values = (_array(file, name, path) for name in (_GENES, others[0]))
+    if names.ndim != 1 or values.ndim != 2 or len(names) != len(values):
+        msg = (
+            f"{path}: {_GENES!r} is {names.shape} and {others[0]!r} is {values.shape}; expected (n,) "
+            "and (n, width)."
+        )
+        raise ValueError(msg)
+    if values.dtype.kind not in "biuf":
+        msg = f"{path}: {others[0]!r} has the type {values.dtype}, expected numbers."
+        raise ValueError(msg)
+    with np.errstate(over="ignore"):
+        return clean_names(names), values.astype(np.float32)
+
+
+def _array(file: Any, name: str, path: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = file[name]
+    except ValueError as error:
+        msg = (
+            f"{path}: {name!r} can't be read without unpickling ({error}). Save names as text, "
+            "np.array(names, dtype=str), and numbers as numbers."
+        )
+        raise ValueError(msg) from error
+    return array
+
+
+def _require_numbers_of_genes(names: list[str], values: NDArray[np.float32], path: Path) -> None:
+    if not names or not values.shape[1]:
+        msg = f"{path} names {len(names)} genes, with {values.shape[1]} numbers each. {_EXPECTED}"
+        raise ValueError(msg)
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        msg = f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}."
+        raise ValueError(msg)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        examples = [names[row] for row in bad[:3]]
+        msg = (
+            f"{path}: numbers of {len(bad)} genes are missing, infinite or beyond float32, for "
+            f"example those of {examples}. Fill them in, or leave these genes out."
+        )
+        raise ValueError(msg)
