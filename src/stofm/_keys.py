@@ -42,6 +42,7 @@ class Obsm:
     TOKEN_VALUES: Final = "stofm_token_values"
     X_CELL: Final = "X_stofm_cell"
     X: Final = "X_stofm"
+    X_GENES: Final = "X_genes"
     COORDINATES: Final = "stofm_spatial"
     ANNOTATION_PROBA: Final = "stofm_annotation_proba"
     DECONVOLUTION: Final = "stofm_deconvolution"

@@ -224,10 +224,17 @@ def token_blocks(
             yield _rank(block, columns, params)
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
+    report_columns(adata, columns, total)
+
+
+def report_columns(
+    adata: AnnData, columns: Columns, counts_per_column: NDArray[np.float64]
+) -> None:
+    """Report a new mapping; warn of what counts are lost by one that is there."""
     if columns.genes is None:
-        warn_of_counts(adata, columns.token_ids, total)
+        warn_of_counts(adata, columns.token_ids, counts_per_column)
     else:
-        report_mapping(adata, columns.genes, total)
+        report_mapping(adata, columns.genes, counts_per_column)
 
 
 def token_params(

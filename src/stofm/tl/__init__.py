@@ -9,6 +9,7 @@ from stofm.tl._embed import embed
 from stofm.tl._encode_cells import encode_cells
 from stofm.tl._imputation_head import ImputationHead
 from stofm.tl._impute import impute
+from stofm.tl._pool_genes import pool_genes
 from stofm.tl._train import train
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "embed",
     "encode_cells",
     "impute",
+    "pool_genes",
     "train",
 ]
