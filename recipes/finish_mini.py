@@ -31,18 +31,22 @@ PROVENANCE = (
 )
 INTRODUCTION = """\
 A small model for spatial transcriptomics slices, human and mouse, panels and whole transcriptomes.
-It is embedded in the package so that `st.tl.embed(adata)` works offline, on a laptop, at thousands
-of cells per second. It follows SToFM (arXiv 2507.11588), at a twelfth of its size.
+It is embedded in the package so that `st.tl.embed(adata)` works offline, on a laptop, at more than
+a thousand cells per second. It follows SToFM (arXiv 2507.11588), with a fixed linear view of a
+cell's counts in front of what its two networks learnt.
+
+It is a zero-shot representation: nothing is fitted to your slice, and cells of any two slices can be
+compared. Read alone or side by side, `X_stofm_cell` and `X_stofm` tell types and regions about as
+well as principal components that are fitted to the slices in question, or better; the tables below say
+where, and where not.
 """
 LIMITS = """\
 ## What it is not good for
 
-- It has seen {n_cells:,} cells of {n_slices} slices: mostly brain, breast and embryo. In other
-  tissues expect little more than principal components give.
-- Embeddings are centred by slice: a cell's embedding depends on what else is in its slice, and
-  differences of a whole slice from another are taken away. Don't use it to compare slices as wholes.
-- Cell types that differ by a few genes of a large panel are told apart better by components that
-  are fitted to those data (see the probes).
+- It has seen {n_cells:,} cells of {n_slices} slices: mostly brain, breast and embryo.
+- Nothing is done about differences between donors and technologies. Where these are larger than
+  those that you look for, centre by slice what you read (`st.tl.domains` does).
+- Genes without a human counterpart are not read.
 - No clinical use.
 """
 
@@ -92,6 +96,9 @@ def card(model: Stofm, run: Mapping[str, Any], files: Sequence[Path], probes: st
             f"{encoder.max_positions - 1} top genes with their values, and the pooled sum of all",
             f"- SE(2) Transformer: {spatial.n_layers} layers, {spatial.d_model} wide; sub-slices of "
             f"{model.config.subslice.n_cells} cells",
+            f"- `X_stofm_cell`: {encoder.gene_width} numbers of pooled sums, then {encoder.d_learned} "
+            f"that BERT tells; `X_stofm`: the first {spatial.n_passed} of these sums, their mean around "
+            f"the cell, then {spatial.d_model} that the SE(2) Transformer tells",
             "\n## How it was trained\n",
             "`stofm train recipes/stofm-mini.toml`: gene embeddings start from the co-expression of "
             f"genes over the slices; then, on {run['device']}:\n",

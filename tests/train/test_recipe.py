@@ -222,26 +222,6 @@ def test_what_is_excluded_and_not_there_is_told(folder):
     DataConfig(train=("st/*.h5ad",), exclude=("st/c.h5ad",)).find(folder)
 
 
-def test_the_wider_recipe_fits_together_and_sees_the_slices_of_the_embedded_models():
-    folder = Path(__file__).parents[2] / "recipes"
-    if not folder.is_dir():
-        pytest.skip("no recipes/ beside the tests")
-    embedded, wider = (
-        Recipe.from_toml(folder / f"{name}.toml") for name in ("stofm-mini", "stofm-mini-wide")
-    )
-    assert wider.data == embedded.data
-    preset = StofmConfig.mini(9)
-    config = replace(
-        preset,
-        cell_encoder=replace(preset.cell_encoder, **wider.model.cell_encoder),
-        se2_transformer=replace(preset.se2_transformer, **wider.model.se2_transformer),
-    )
-    transformer = config.se2_transformer
-    assert transformer.feature_scale**2 == pytest.approx(transformer.d_cell)
-    assert config.cell_encoder.projects_genes
-    assert [one.weights.asks_visible_cells for one in wider.stages] == [False, True, True]
-
-
 @pytest.mark.parametrize("name", ["genes.npz", "../genes.csv.gz"])
 def test_a_table_of_gene_embeddings_is_found_from_the_recipe(tmp_path, monkeypatch, name):
     (tmp_path / "here").mkdir()

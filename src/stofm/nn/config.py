@@ -362,6 +362,7 @@ class StofmConfig:
                 norm_first=True,
                 distance_start="near",
                 n_passed=256,
+                reach=3.0,
             ),
             subslice=SubSliceConfig(n_cells=500, n_components=10, unit="spacing"),
             max_tokens=8192,
