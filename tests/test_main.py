@@ -141,12 +141,14 @@ vocabulary = "fit"
 max_tokens = 30
 [model.cell_encoder]
 d_hidden = 16
+d_gene = 8
 d_cell = 12
 n_layers = 1
 d_inner = 8
 [model.se2_transformer]
 d_cell = 12
 d_model = 12
+n_heads = 4
 n_layers = 1
 [model.subslice]
 n_cells = 60

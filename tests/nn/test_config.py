@@ -29,14 +29,14 @@ def test_departures_from_the_paper_are_off_and_may_be_left_out():
     for name, off in (("values", "none"), ("pooled", False)):
         assert entries["cell_encoder"].pop(name) == off
     assert entries["se2_transformer"].pop("feature_scale") == 1
-    assert entries["se2_transformer"].pop("start") == "random"
+    assert entries["se2_transformer"].pop("distance_start") == "random"
     assert StofmConfig.from_dict(entries) == config
 
 
-def test_start_is_one_of_two():
+def test_distance_start_is_one_of_two():
     config = StofmConfig.base(10).se2_transformer
-    with pytest.raises(ValueError, match=r"start must be one of .*found 'far'"):
-        replace(config, start="far")
+    with pytest.raises(ValueError, match=r"distance_start must be one of .*found 'far'"):
+        replace(config, distance_start="far")
 
 
 def test_feature_scale_must_be_positive():
@@ -117,7 +117,7 @@ def test_rules_leave_out_labels_defaults_and_first_weights():
         config,
         name="other",
         trained=True,
-        se2_transformer=replace(config.se2_transformer, start="random"),
+        se2_transformer=replace(config.se2_transformer, distance_start="random"),
     )
     assert changed.rules() == rules
     assert replace(config, max_tokens=7).rules() != rules

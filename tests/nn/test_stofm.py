@@ -242,7 +242,7 @@ def test_sizes_are_checked_before_memory_is_taken(part, name, value, found, save
 @pytest.mark.parametrize(
     ("part", "name"),
     [
-        ("cell_encoder", "values"),
+        ("cell_encoder", "activation"),
         ("cell_encoder", "n_heads"),
         ("se2_transformer", "norm_first"),
         ("se2_transformer", "feature_scale"),
@@ -251,7 +251,7 @@ def test_sizes_are_checked_before_memory_is_taken(part, name, value, found, save
 )
 def test_an_entry_that_is_missing_does_not_take_its_default(part, name, model, tmp_path):
     other = {
-        "cell_encoder": {"values": "log", "n_heads": 1},
+        "cell_encoder": {"activation": "gelu", "n_heads": 1},
         "se2_transformer": {"norm_first": True, "feature_scale": 2.0},
         "subslice": {"n_cells": 77},
     }

@@ -296,13 +296,13 @@ def test_layout_with_other_rules_is_replaced_unless_they_are_passed(one_slice, m
     assert counted["layout"] == 2
 
 
-# Models that read values and centre by slice
+# Models that read values
 
 
 @pytest.fixture
 def reader(model):
     cell_encoder = replace(
-        model.config.cell_encoder, values="log", pooled=True, centering="slice", max_positions=21
+        model.config.cell_encoder, values="log", pooled=True, d_gene=8, max_positions=21
     )
     return Stofm(replace(model.config, cell_encoder=cell_encoder), model.vocabulary, seed=3).eval()
 
@@ -317,34 +317,12 @@ def test_values_are_written_and_reused(one_slice, reader, monkeypatch):
     assert Obsm.TOKEN_VALUES in one_slice.obsm
 
 
-def test_a_centred_slice_alone_is_embedded_as_among_others(adata, reader):
-    together = embed(adata.copy(), reader, library_key="library")
-    for name in ("left", "right"):
-        rows = (adata.obs["library"] == name).to_numpy()
-        np.testing.assert_allclose(embed(adata[rows].copy(), reader), together[rows], atol=1e-5)
-
-
-def test_other_slices_make_the_cells_again_if_the_model_centres(adata, model, reader, monkeypatch):
+def test_other_slices_need_other_sub_slices_only(adata, reader, monkeypatch):
     adata.obs["one"] = "all"
-    for one, n_cells in ((model, 0), (reader, 1)):
-        embed(adata, one, library_key="library")
-        counted = calls(monkeypatch)
-        embed(adata, one, library_key="one")
-        assert counted == {"cells": n_cells, "layout": 1}
-        monkeypatch.undo()
-
-
-def test_embeddings_of_a_model_that_centres_are_not_those_of_one_that_does_not(one_slice, model):
-    """Both have the same weights, so that only the record of slices tells them apart."""
-    cell_encoder = replace(model.config.cell_encoder, centering="slice")
-    centred = Stofm(replace(model.config, cell_encoder=cell_encoder), model.vocabulary)
-    centred.load_state_dict(model.state_dict())
-    embed(one_slice, centred.eval())
-    first = one_slice.obsm[Obsm.X_CELL].copy()
-    embed(one_slice, model)
-    assert np.abs(one_slice.obsm[Obsm.X_CELL] - first).max() > 0.1
-    embed(one_slice, centred)
-    np.testing.assert_array_equal(one_slice.obsm[Obsm.X_CELL], first)
+    embed(adata, reader, library_key="library")
+    counted = calls(monkeypatch)
+    embed(adata, reader, library_key="one")
+    assert counted == {"cells": 0, "layout": 1}
 
 
 # Other input

@@ -68,7 +68,7 @@ def test_a_budget_of_nothing_is_refused(tokenized, model):
         st.tl.encode_cells(tokenized, model, token_budget=-1)
 
 
-# Models that read values, and that centre by slice
+# Models that read values
 
 
 def with_options(model, **options):
@@ -78,7 +78,7 @@ def with_options(model, **options):
 
 @pytest.fixture
 def reader(model):
-    return with_options(model, pooled=True, values="log", centering="slice")
+    return with_options(model, pooled=True, values="log", d_gene=8)
 
 
 def encode(adata, model, **options):
@@ -88,7 +88,7 @@ def encode(adata, model, **options):
 
 
 def test_values_are_read(adata, model):
-    reader = with_options(model, pooled=True)
+    reader = with_options(model, pooled=True, d_gene=8)
     first = encode(adata, reader)
     assert Obsm.TOKEN_VALUES in adata.obsm
     other = adata.copy()
@@ -103,17 +103,17 @@ def test_values_are_read(adata, model):
 def test_tokens_without_values_are_refused_by_a_model_that_reads_them(tokenized, reader):
     message = r"reads the values of tokens.*stofm_token_values.*run st\.pp\.tokenize\(adata, model"
     with pytest.raises(KeyError, match=message):
-        st.tl.encode_cells(tokenized, reader, library_key="library")
+        st.tl.encode_cells(tokenized, reader)
     st.pp.tokenize(tokenized, reader, show_progress_bar=False)
     values = tokenized.obsm[Obsm.TOKEN_VALUES]
     st.pp.tokenize(tokenized, reader, values=False, show_progress_bar=False)
     tokenized.obsm[Obsm.TOKEN_VALUES] = values  # of unknown origin
     with pytest.raises(KeyError, match=message):
-        st.tl.encode_cells(tokenized, reader, library_key="library")
+        st.tl.encode_cells(tokenized, reader)
 
 
 def test_tokens_beyond_those_that_the_model_keeps_are_not_read(adata, model):
-    reader = with_options(model, pooled=True)
+    reader = with_options(model, pooled=True, d_gene=8)
     short = Stofm(replace(reader.config, max_tokens=7), reader.vocabulary, seed=3).eval()
     expected = encode(adata.copy(), short)
     st.pp.tokenize(adata, reader, show_progress_bar=False)
@@ -121,42 +121,17 @@ def test_tokens_beyond_those_that_the_model_keeps_are_not_read(adata, model):
     np.testing.assert_array_equal(adata.obsm[Obsm.X_CELL], expected)
 
 
-def test_slices_are_centred_one_by_one(adata, reader, rng):
-    together = encode(adata.copy(), reader, library_key="library")
-    for name in ("left", "right"):
-        rows = (adata.obs["library"] == name).to_numpy()
-        np.testing.assert_array_equal(encode(adata[rows].copy(), reader), together[rows])
+def test_magnitudes_are_kept_of_what_is_pooled(adata, reader):
+    embedding = encode(adata, reader)
+    lengths = np.linalg.norm(embedding, axis=1)
+    assert lengths.max() > 1.1 * lengths.min()
+    np.testing.assert_allclose(np.linalg.norm(embedding[:, 8:], axis=1), 2.0, atol=1e-6)
+
+
+def test_neither_order_nor_company_matters(adata, reader, rng):
+    together = encode(adata.copy(), reader)
+    left = (adata.obs["library"] == "left").to_numpy()
+    np.testing.assert_array_equal(encode(adata[left].copy(), reader), together[left])
     order = rng.permutation(adata.n_obs)
-    shuffled = encode(adata[order].copy(), reader, library_key="library", token_budget=77)
+    shuffled = encode(adata[order].copy(), reader, token_budget=77)
     np.testing.assert_array_equal(shuffled, together[order])
-    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-6)
-
-
-def test_record_tells_slices_apart_if_the_model_centres(adata, model, reader):
-    def recorded(model, **options):
-        encode(adata, model, **options)
-        return adata.uns[Uns.STOFM][Obsm.X_CELL].get("slices")
-
-    assert recorded(model, library_key="library") is None
-    both = recorded(reader, library_key="library")
-    assert len(both) == 16
-    # Names of slices do not count, only who shares one.
-    adata.obs["other"] = adata.obs["library"].map({"left": "z", "right": "a"})
-    assert recorded(reader, library_key="other") == both
-    adata.obs["one"] = "all"
-    one = recorded(reader, library_key="one")
-    assert one != both
-    del adata.obsm[Obsm.SPATIAL]
-    assert recorded(reader) == one
-
-
-def test_slices_that_overlap_must_be_told_apart(adata, model, reader):
-    adata = adata[np.argsort(adata.obs["library"])].copy()
-    st.pp.tokenize(adata, reader, show_progress_bar=False)
-    with pytest.raises(ValueError, match="Pass library_key='library'"):
-        st.tl.encode_cells(adata, reader)
-    with pytest.raises(KeyError, match=r"no obs\['slide'\]"):
-        st.tl.encode_cells(adata, reader, library_key="slide")
-    # A model that does not centre needs none.
-    encode(adata, model)
-    encode(adata, model, library_key="slide")

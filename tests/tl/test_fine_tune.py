@@ -105,13 +105,20 @@ def test_slices_are_read_as_they_were_embedded(fine_tune, adata, model):
     assert same_weights(fine_tune(library_key=None).model, expected.model)
 
 
-def test_full_keeps_the_gene_embeddings_unless_asked(fine_tune, model):
-    def words(model):
-        return model.cell_encoder.bert.embeddings.word_embeddings.weight
-
-    assert torch.equal(words(fine_tune().model), words(model))
-    training = replace(SHORT, trains_gene_embeddings=True)
-    assert not torch.equal(words(fine_tune(training=training).model), words(model))
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gene_embeddings_stay_and_what_is_pooled_by(fine_tune, model, pooled, strategy):
+    config = replace(model.config.cell_encoder, pooled=pooled, d_gene=8)
+    model = Stofm(replace(model.config, cell_encoder=config), model.vocabulary, seed=1).eval()
+    before = model.cell_encoder.state_dict()
+    tuned = fine_tune(trained=model, strategy=strategy).model.cell_encoder
+    after = tuned.state_dict()
+    same = {name for name, value in before.items() if torch.equal(value, after[name])}
+    table = "bert.embeddings.word_embeddings.weight"
+    assert same >= ({table, "gene_offset"} if pooled else {table})
+    assert "projection.weight" not in same
+    assert tuned.gene_embeddings.weight.requires_grad is not pooled
+    assert all(w.requires_grad for w in tuned.parameters() if w is not tuned.gene_embeddings.weight)
 
 
 def test_the_result_can_be_saved_and_embeds(fine_tune, adata, tmp_path):
@@ -123,14 +130,8 @@ def test_the_result_can_be_saved_and_embeds(fine_tune, adata, tmp_path):
     assert adata.uns["stofm"]["X_stofm"]["model_fingerprint"] == loaded.fingerprint
 
 
-@pytest.mark.parametrize("centering", ["none", "slice"])
-def test_the_loss_is_that_of_the_head_on_stored_embeddings(
-    fine_tune, adata, model, targets, parts, centering
-):
+def test_the_loss_is_that_of_the_head_on_stored_embeddings(fine_tune, adata, model, targets, parts):
     """What tuning sees of the held-out cells is what the head will be applied to."""
-    encoder = replace(model.config.cell_encoder, centering=centering)
-    model.config = replace(model.config, cell_encoder=encoder)
-    model.cell_encoder.config = encoder
     result = fine_tune(strategy="lora")
     losses = result.history[result.history["split"] == "validation"].set_index("step")["loss"]
     for one, head, step in (

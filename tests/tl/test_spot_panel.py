@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from stofm.nn import project_cells
+from stofm.nn import encode_cells
 from stofm.pp._tokenize import tokens_or_stored
 from stofm.tl._expression import log_normalised
 from stofm.tl._spot_panel import (
@@ -45,12 +45,12 @@ def test_counts_over_a_panel(adata, model, panel):
     np.testing.assert_array_equal(expected[:, 0], dense[:, 0] + dense[:, 1])
 
 
-def test_features_are_those_of_the_cell_encoder_before_centring(adata, model, panel):
+def test_features_are_those_of_the_cell_encoder(adata, model, panel):
     own = adata[:, panel].copy()
     counts = read_panel_counts(adata, genes_of(adata, model, "the query"), panel, None)
     spots = SpotPanel(model.vocabulary.gene_ids[panel], np.zeros((len(panel), 0), "f4"), 1.0)
     ranked = tokens_or_stored(own, model, show_progress_bar=False).ranked
-    expected = project_cells(model.cell_encoder, ranked, model.vocabulary, **CPU)
+    expected = encode_cells(model.cell_encoder, ranked, model.vocabulary, **CPU)
     np.testing.assert_allclose(spots.features(counts, model, **CPU), expected, atol=1e-6)
 
 

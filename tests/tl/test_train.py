@@ -608,9 +608,8 @@ def test_a_new_model_gets_a_fitted_vocabulary(train, slices, model):
 def test_first_gene_embeddings_from_coexpression(train, model, slices):
     with pytest.raises(ValueError, match=r"set cell_encoder\.pooled to true"):
         train(gene_embeddings="coexpression")
-    config = replace(
-        model.config, cell_encoder=replace(model.config.cell_encoder, values="log", pooled=True)
-    )
+    pooling = replace(model.config.cell_encoder, values="log", pooled=True, d_gene=8)
+    config = replace(model.config, cell_encoder=pooling)
     options = {"vocabulary": model.vocabulary, "stage": replace(CELLS, max_steps=1)}
     found = [
         train(trained=config, gene_embeddings=kind, overwrite=True, **options).model

@@ -6,18 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.nn import Stofm, encode_cells
+from stofm.nn import encode_cells
 from stofm.spatial import lay_out_slice
-from stofm.train.cell_cache import CellCache, CenterCache
+from stofm.train.cell_cache import CellCache
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def centring(vocabulary, model):
-    """A model that reads values and centres by slice."""
-    cells = replace(model.config.cell_encoder, values="log", pooled=True, centering="slice")
-    return Stofm(replace(model.config, cell_encoder=cells), vocabulary, seed=1).eval()
 
 
 def cache(tmp_path, corpus, model, **changed):
@@ -49,7 +42,6 @@ def test_features_are_those_of_the_cell_encoder_in_half_precision(tmp_path, corp
         expected = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, device=CPU)
         assert encoded.features.dtype == np.float16
         np.testing.assert_array_equal(encoded.features, expected.astype(np.float16))
-        assert encoded.center is None
         np.testing.assert_array_equal(encoded.layout.coordinates, one.coordinates)
 
 
@@ -69,22 +61,9 @@ def test_without_virtual_cells(tmp_path, corpus, model):
     assert found[0].layout.virtual.features.shape == (0, 12)
 
 
-def test_center_is_the_mean_of_the_slice(tmp_path, write_corpus, centring):
-    corpus = write_corpus([23, 17], values=True)
-    _, found = cache(tmp_path, corpus, centring).encode(centring, ALONE)
-    from stofm.nn.inference import project_cells
-
-    for one, encoded in zip(corpus.slices, found, strict=True):
-        raw = project_cells(centring.cell_encoder, one.ranked, centring.vocabulary, device=CPU)
-        np.testing.assert_allclose(encoded.center, raw.mean(axis=0), atol=1e-6)
-        shifted = raw - raw.mean(axis=0)
-        expected = shifted / np.linalg.norm(shifted, axis=1, keepdims=True)
-        np.testing.assert_allclose(encoded.features, expected, atol=1e-3)
-
-
 def test_second_time_nothing_is_computed(tmp_path, corpus, model, monkeypatch):
     key, found = cache(tmp_path, corpus, model).encode(model, ALONE)
-    monkeypatch.setattr("stofm.train.cell_cache.project_cells", None)
+    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", None)
     monkeypatch.setattr("stofm.train.cell_cache.lay_out_slice", None)
     again_key, again = cache(tmp_path, corpus, model).encode(model, ALONE)
     assert again_key == key
@@ -111,16 +90,13 @@ def test_other_weights_or_rules_are_computed_anew(tmp_path, corpus, model):
 
 
 def test_processes_share_the_slices(tmp_path, corpus, model, monkeypatch):
-    from stofm.nn import inference
-
     encoded = []
-    project = inference.project_cells
 
     def counted(encoder, ranked, *args, **options):
         encoded.append(ranked.n_cells)
-        return project(encoder, ranked, *args, **options)
+        return encode_cells(encoder, ranked, *args, **options)
 
-    monkeypatch.setattr("stofm.train.cell_cache.project_cells", counted)
+    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", counted)
 
     def second_works():
         encoded.append("wait")
@@ -165,11 +141,11 @@ def widen(path):
 
 
 @pytest.mark.parametrize("harm", [flip, truncate, widen])
-@pytest.mark.parametrize("name", ["cells-*/features", "cells-*/center", "virtual-*/features"])
-def test_a_damaged_result_is_made_again(tmp_path, write_corpus, centring, name, harm):
-    corpus = write_corpus([13, 9], values=True)
-    one = cache(tmp_path, corpus, centring)
-    key, made = one.encode(centring, ALONE)
+@pytest.mark.parametrize("name", ["cells-*/features", "virtual-*/features"])
+def test_a_damaged_result_is_made_again(tmp_path, write_corpus, model, name, harm):
+    corpus = write_corpus([13, 9])
+    one = cache(tmp_path, corpus, model)
+    key, made = one.encode(model, ALONE)
     # Not the mapped file, which changes.
     expected = [replace(old, features=old.features.copy()) for old in made]
     path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
@@ -179,23 +155,7 @@ def test_a_damaged_result_is_made_again(tmp_path, write_corpus, centring, name, 
     with pytest.warns(
         UserWarning, match=f"{path} is damaged: it is not what was written. It is ma"
     ):
-        _, found = one.encode(centring, ALONE)
+        _, found = one.encode(model, ALONE)
     one.check(key, ALONE)
     for new, old in zip(found, expected, strict=True):
         np.testing.assert_array_equal(new.features, old.features)
-        np.testing.assert_array_equal(new.center, old.center)
-
-
-def test_damaged_centres_are_refused_and_made_again(tmp_path, write_corpus, centring):
-    corpus = write_corpus([13, 9], values=True)
-    options = {"folder": tmp_path, "corpus": corpus, "device": CPU, "dtype": torch.float32}
-    one = CenterCache(n_cells=5, **options)
-    key = one.compute(centring, ALONE)
-    expected = one.open(key)
-    (path,) = tmp_path.glob("centers-*/centers.npy")
-    flip(path)
-    with pytest.raises(ValueError, match=r"centers\.npy is damaged"):
-        one.open(key)
-    with pytest.warns(UserWarning, match=r"centers\.npy is damaged.*It is made again"):
-        one.compute(centring, ALONE)
-    np.testing.assert_array_equal(one.open(key), expected)

@@ -96,15 +96,7 @@ def test_values_come_along_only_if_they_are_read(make, write_corpus):
     assert view.values.shape == view.tokens.shape
     np.testing.assert_array_equal(view.bag.values, corpus.take(np.arange(5)).values)
     with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
-        make(write_corpus([5], names="bare"), pooled=True)
-
-
-def test_centres_are_those_of_the_slices(make, corpus):
-    samples = make(corpus)
-    assert samples.load(np.arange(3), 0).centers is None
-    samples.centers = np.arange(36, dtype=np.float32).reshape(3, 12)
-    centers = samples.load(np.array([144, 0, 113]), 0).centers
-    np.testing.assert_array_equal(centers, samples.centers[[2, 0, 1]])
+        make(write_corpus([5], names="bare"), pooled=True, d_gene=8)
 
 
 def test_numbers_and_names_for_messages(make, corpus):

@@ -133,7 +133,7 @@ def test_model_with_all_its_inputs_does_not_see_which_gene_is_masked(lists):
     encoder = CellEncoder(
         CellEncoderConfig(
             n_tokens=70,
-            d_cell=6,
+            d_cell=14,
             n_layers=1,
             d_hidden=8,
             n_heads=2,

@@ -128,10 +128,9 @@ def test_all_tensors_go_to_the_device(cells, vocabulary, masked):
         masked=MaskedSubSliceBatch.from_masked(masked),
         cells=(cells,),
         places=torch.tensor([40, 41, 45]),
-        centers=torch.zeros(3, 5),
         genes=(MaskedGenes.build(cells, rngs(), masking=TokenMasking(), vocabulary=vocabulary),),
     )
-    views = build(cells, vocabulary, gene_dropout=0.2, centers=torch.zeros(3, 5))
+    views = build(cells, vocabulary, gene_dropout=0.2)
     for batch in (joint, views):
         found = list(tensors(batch.to("meta")))
         assert [name for name, tensor in found if tensor.device.type != "meta"] == []

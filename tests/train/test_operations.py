@@ -69,7 +69,12 @@ def masked(rng, model):
 
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 @pytest.mark.parametrize(
-    "reads", [{}, {"values": "log", "pooled": True}, {"pooled": True, "d_gene": 24}]
+    "reads",
+    [
+        {},
+        {"values": "log", "pooled": True, "d_cell": 28},
+        {"pooled": True, "d_gene": 24, "d_cell": 36},
+    ],
 )
 def test_cell_encoder(model, vocabulary, tokens, generators, candidates, reads):
     encoder = CellEncoder(replace(model.config.cell_encoder, **reads))

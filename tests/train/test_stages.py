@@ -10,12 +10,12 @@ import torch
 
 from stofm.nn import Stofm
 from stofm.train import stages
-from stofm.train.cell_cache import CellCache
 from stofm.train.cell_masking import SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import StageConfig
 from stofm.train.losses import ContrastiveConfig, LossWeights, MaskedGeneConfig
 from stofm.train.objectives import CellEncoderObjective, JointObjective
+from stofm.train.optimizer import OptimizerConfig, make_optimizer
 from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 
@@ -185,9 +185,7 @@ def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
     assert not torch.equal(stage.load(stage.epoch(0)[0], 0).masked.target_features, loaded)
 
 
-@pytest.mark.parametrize("centres", [False, True])
-def test_held_out_slices_keep_the_first_embeddings(setup, centring, centres):
-    setup = centring if centres else setup
+def test_held_out_slices_keep_the_first_embeddings(setup):
     stage = make_stage("joint", setup)
     stage.refresh()
     batch = stage.validation.epoch(0)[0]
@@ -200,28 +198,11 @@ def test_held_out_slices_keep_the_first_embeddings(setup, centring, centres):
         after = one.validation.load(batch, 0)
         assert torch.equal(after.masked.target_features, before.masked.target_features)
         assert torch.equal(after.masked.subslices.features, before.masked.subslices.features)
-        (held_out,) = one.validation.subslices.encoded
-        if centres:
-            # What the sampled cells' fresh embeddings are made with is the present mean.
-            _, (expected,) = CellCache(
-                folder=setup.own_folder,
-                corpus=setup.validation,
-                device=CPU,
-                dtype=torch.float32,
-                rules=setup.model.config.subslice,
-                virtual_cells=False,
-            ).encode(setup.model, Together())
-            np.testing.assert_array_equal(held_out.center, expected.center)
-            assert not torch.equal(after.centers, before.centers)
-        else:
-            assert held_out.center is None
 
 
-@pytest.mark.parametrize("name", ["cell_encoder", "joint"])
-def test_runs_with_one_work_folder_leave_each_others_results(setup, centring, name):
-    setup = centring if name == "cell_encoder" else setup
+def test_runs_with_one_work_folder_leave_each_others_results(setup):
     other_model = copy.deepcopy(setup.model)
-    stage = make_stage(name, setup)
+    stage = make_stage("joint", setup)
     stage.refresh()
     shared = names(setup.folder)
     change(setup.model)
@@ -232,14 +213,14 @@ def test_runs_with_one_work_folder_leave_each_others_results(setup, centring, na
     assert names(setup.folder) == shared
 
     other = replace(setup, model=other_model, own_folder=setup.folder.parent / "other")
-    second = make_stage(name, other)
+    second = make_stage("joint", other)
     second.refresh()
     for _ in range(4):
         change(other_model)
         second.refresh()
     assert names(setup.folder) == shared
     assert names(setup.own_folder) == used
-    make_stage(name, setup).restore(state)
+    make_stage("joint", setup).restore(state)
 
 
 def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
@@ -315,90 +296,52 @@ def test_second_process_removes_nothing(setup):
 
 
 @pytest.fixture
-def centring(setup, write_corpus):
-    """The same with a model that reads values and centres by slice."""
+def pooling(setup, write_corpus):
+    """The same with a model that reads values and pools them."""
     config = setup.model.config
-    cells = replace(config.cell_encoder, values="log", pooled=True, centering="slice")
+    cells = replace(config.cell_encoder, values="log", pooled=True, d_gene=8)
     model = Stofm(replace(config, cell_encoder=cells), setup.model.vocabulary, seed=1).eval()
+    model.cell_encoder.gene_offset.uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     corpus = write_corpus([113, 31, 59], values=True, names="valued")
     held_out = write_corpus([61], values=True, names="valued-held-out")
     return replace(setup, model=model, corpus=corpus, validation=held_out)
 
 
-def test_cell_encoder_compares_cells_with_the_mean_of_their_slice_taken_off(centring):
-    stage = make_stage("cell_encoder", centring, center_cells=1000)
-    assert stage.refresh_every == 200
+def test_nothing_is_computed_beforehand_for_cells(setup):
+    stage = make_stage("cell_encoder", setup)
     stage.refresh()
-    from stofm.nn.inference import project_cells
-
-    for samples, corpus in ((stage, centring.corpus), (stage.validation, centring.validation)):
-        for one, center in zip(corpus.slices, samples.centers, strict=True):
-            raw = project_cells(
-                centring.model.cell_encoder, one.ranked, centring.model.vocabulary, device=CPU
-            )
-            np.testing.assert_allclose(center, raw.mean(axis=0), atol=1e-6)
-    batch = stage.epoch(0)[0]
-    inputs = stage.load(batch, 0)
-    np.testing.assert_array_equal(inputs.centers, stage.centers[centring.corpus.locate(batch)[0]])
-
-
-def test_centres_are_renewed_and_restored(centring):
-    stage = make_stage("cell_encoder", centring)
-    stage.refresh()
-    before, state = stage.centers, stage.state()
-    change(centring.model)
-    stage.refresh()
-    assert not np.array_equal(stage.centers, before)
-    resumed = make_stage("cell_encoder", centring)
-    resumed.restore(state)
-    np.testing.assert_array_equal(resumed.centers, before)
-    for _ in range(3):
-        change(centring.model)
-        stage.refresh()
-    # The first and, of the run alone, the present: of the slices to train on and of those held out.
-    assert [len(names(folder)) for folder in (centring.folder, centring.own_folder)] == [2, 2]
-    shutil.rmtree(centring.folder)
-    with pytest.raises(FileNotFoundError, match=r"no centres .* the stage begins again"):
-        make_stage("cell_encoder", centring).restore(state)
-
-
-def test_nothing_is_estimated_where_nothing_is_centred(setup, centring):
-    without = make_stage("cell_encoder", centring, weights=LossWeights(contrastive=0.0))
-    for stage in (make_stage("cell_encoder", setup), without):
-        stage.refresh()
-        assert stage.state() == {}
-        assert stage.refresh_every is None
-        stage.restore({})
-        assert stage.centers is None
+    assert stage.state() == {}
+    assert stage.refresh_every is None
+    stage.restore({})
     assert not setup.folder.exists()
 
 
 @pytest.mark.parametrize("name", ["cell_encoder", "spatial", "joint"])
-def test_centring_model_learns_in_each_stage(centring, name):
-    stage = make_stage(name, centring)
+def test_what_is_pooled_by_stays_in_each_stage(pooling, name):
+    stage = make_stage(name, pooling)
     stage.refresh()
-    inputs = stage.load(stage.epoch(0)[0], 0)
-    assert (getattr(inputs, "centers", None) is not None) == (name != "spatial")
-    loss = total(stage, inputs)
-    loss.backward()
-    assert torch.isfinite(loss)
+    encoder = pooling.model.cell_encoder
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    optimizer = make_optimizer(stage.objective, OptimizerConfig(learning_rate=0.1))
+    total(stage, stage.load(stage.epoch(0)[0], 0)).backward()
     assert moves(stage.objective)
+    assert moves(encoder) == (name != "spatial")
+    optimizer.step()
+    changed = {key for key, value in encoder.state_dict().items() if not before[key].equal(value)}
+    assert ("gene_projection.weight" in changed) == (name != "spatial")
+    assert not changed & {"bert.embeddings.word_embeddings.weight", "gene_offset"}
 
 
-def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(centring):
-    stage = make_stage("joint", centring)
+def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
+    stage = make_stage("joint", pooling)
     stage.refresh()
     inputs = stage.load(stage.epoch(0)[0], 0)
     with torch.no_grad():
-        centers = inputs.centers.split([len(group.tokens) for group in inputs.cells])
-        fresh = [
-            centring.model.cell_encoder(group, own)
-            for group, own in zip(inputs.cells, centers, strict=True)
-        ]
+        fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.cells])
     kept = inputs.masked.subslices.features.flatten(0, 1)[inputs.places]
-    torch.testing.assert_close(torch.cat(fresh), kept, atol=1e-3, rtol=0)
+    torch.testing.assert_close(fresh, kept, atol=1e-3, rtol=1e-3)
 
 
-def test_model_that_reads_values_needs_them(setup, centring):
+def test_model_that_reads_values_needs_them(setup, pooling):
     with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
-        make_stage("cell_encoder", replace(centring, corpus=setup.corpus))
+        make_stage("cell_encoder", replace(pooling, corpus=setup.corpus))

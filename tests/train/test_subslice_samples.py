@@ -23,7 +23,7 @@ RULES = SubSliceConfig(n_cells=20, n_neighbors=7)
 def encode(rng):
     """Made-up embeddings and three virtual cells for each slice of a corpus."""
 
-    def encode(corpus, *, centers=False):
+    def encode(corpus):
         found = []
         for one in corpus.slices:
             n = one.n_cells
@@ -31,9 +31,8 @@ def encode(rng):
                 rng.normal(size=(3, 2)), rng.normal(size=(3, 12)).astype(np.float32)
             )
             layout = SliceLayout(one.coordinates, np.zeros(n, int), np.zeros(n, int), virtual)
-            center = rng.normal(size=12).astype(np.float32) if centers else None
             features = rng.normal(size=(n, 12)).astype(np.float16)
-            found.append(EncodedSlice(features=features, center=center, layout=layout))
+            found.append(EncodedSlice(features=features, layout=layout))
         return found
 
     return encode
@@ -253,7 +252,6 @@ def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
     for k, tokens in enumerate(read):
         own = expected.tokens[expected.offsets[k] : expected.offsets[k + 1]][:40]
         assert tokens == [69, *own.tolist()]
-    assert inputs.centers is None
     assert inputs.genes == ()
 
 
@@ -278,16 +276,6 @@ def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
     assert sorted(inputs.places.tolist()) == sorted(inputs.masked.hidden_places.tolist())
     with pytest.raises(ValueError, match="sampled_cells must be at least 1, found 0"):
         joint(sampled_cells=0)
-
-
-def test_centres_are_those_of_the_slices(joint, encode, corpus):
-    samples = joint()
-    samples.subslices.encoded = encode(corpus, centers=True)
-    batch = np.array([0, 1 << 32, 2 << 32])
-    inputs = samples.load(batch, 0)
-    row = inputs.places.numpy() // inputs.masked.subslices.pairs.n_nodes
-    expected = np.stack([samples.subslices.encoded[k].center for k in row])
-    np.testing.assert_array_equal(inputs.centers, expected)
 
 
 def test_genes_are_hidden_if_asked(joint):
