@@ -101,7 +101,7 @@ class SimulatedTraining:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Columns of the cell encoder's projection, and of the components."""
+        """Columns of the cell embeddings, and of the components."""
         n_components = self.panel.loadings.shape[1]
         return self.features.shape[1] - n_components, n_components
 
@@ -117,7 +117,7 @@ class SpotSimulation:
     rules
         Numbers and kinds of spots.
     n_components
-        Principal components of expression that are read beside the projection; 0 for none.
+        Principal components of expression that are read beside cell embeddings; 0 for none.
     device, dtype
         Where and in which precision the cell encoder runs.
     show_progress_bar

@@ -71,11 +71,6 @@ class StageSetup:
         """What the padded number of nodes is a multiple of."""
         return _CUDA_NODE_MULTIPLE if self.device.type == "cuda" else 1
 
-    @property
-    def corpora(self) -> tuple[Corpus, ...]:
-        """The slices to train on, and those held out if there are any."""
-        return (self.corpus,) if self.validation is None else (self.corpus, self.validation)
-
 
 class KeptResults:
     """Results of a stage on disk: the first, the present one, and older ones.
@@ -162,7 +157,8 @@ class KeptFeatures:
                 rules=setup.model.config.subslice,
                 virtual_cells=config.virtual_cells,
             )
-            for corpus in setup.corpora
+            for corpus in (setup.corpus, setup.validation)
+            if corpus is not None
         ]
         self._own = replace(self._shared[0], folder=setup.own_folder)
         self._results = KeptResults(self._remove)
