@@ -174,9 +174,9 @@ class SE2TransformerConfig:
     dropout
         In training only.
     feature_scale
-        Cell embeddings are multiplied by this on entry. They have unit length, so that each of
-        their entries is about 1 / sqrt(d_cell); the square root of d_cell gives them the size of
-        the node types' embeddings beside them. 1 in the paper.
+        Cell embeddings are multiplied by this on entry. Those of unit length have entries of about
+        1 / sqrt(d_cell), and the square root of d_cell gives them the size of the node types'
+        embeddings beside them; those of a model that pools have it. 1 in the paper.
     """
 
     d_cell: int = 256

@@ -112,8 +112,8 @@ def fine_tune_head(
         A row for each cell, slice after slice.
     strategy
         ``"full"``: all weights are trained but the table of gene embeddings, so that genes that
-        these slices don't measure still lie where they did among those that they do. ``"lora"``: changes
-        of low rank, which are added to the weights at the end; needs peft.
+        these slices don't measure still lie where they did among those that they do.
+        ``"lora"``: changes of low rank, which are added to the weights at the end; needs peft.
     fitted, held_out
         Rows of `targets` to train on, and to choose the best step by; without the latter the last
         step is taken.
