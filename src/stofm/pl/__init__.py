@@ -3,6 +3,7 @@
 from stofm.pl._annotation import annotation
 from stofm.pl._deconvolution import deconvolution
 from stofm.pl._imputation import imputation
+from stofm.pl._probe import probe
 from stofm.pl._spatial import spatial
 from stofm.pl._subslices import subslices
 from stofm.pl._training import training
@@ -13,6 +14,7 @@ __all__ = [
     "annotation",
     "deconvolution",
     "imputation",
+    "probe",
     "spatial",
     "subslices",
     "training",

@@ -11,11 +11,12 @@ from stofm import metrics
 from stofm._anndata import resolve_table
 from stofm._frames import frame_names
 from stofm._keys import Label, Obs, Obsm
+from stofm.metrics.calibration import Reliability
 from stofm.pl._confusion import count_pairs, draw_confusion
 from stofm.pl._draw import add_key
 from stofm.pl._maps import fill_map
 from stofm.pl._panels import Layout, Slot, arrange, finish, frame_panel, make_axes
-from stofm.pl._reliability import Reliability, draw_reliability
+from stofm.pl._reliability import draw_reliability
 from stofm.pl._slices import read_panels
 from stofm.pl._style import (
     NO_VALUE_LABEL,

@@ -162,6 +162,37 @@ def split_cells(
     )
 
 
+def leave_out_blocks(
+    coordinates: NDArray[np.floating], n_blocks: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Cut a slice into compact blocks, each of which is left out once, with a margin around it.
+
+    The order of the rows does not matter, but for cells at one place.
+
+    Parameters
+    ----------
+    coordinates
+        (n, 2), any unit.
+    n_blocks
+        Blocks of nearly equal numbers of cells; fewer in a slice of fewer cells.
+
+    Returns
+    -------
+    For each block the rows to fit and its own, ascending. Cells within the margin are in neither:
+    that of :func:`split_cells`.
+    """
+    xy = np.asarray(coordinates, dtype=np.float64)
+    order = canonical_order(xy, xy)
+    folds = []
+    for block in partition_balanced(xy[order], -(-len(xy) // n_blocks)):
+        is_own = np.zeros(len(xy), dtype=bool)
+        is_own[order[block]] = True
+        others = np.flatnonzero(~is_own)
+        fitted = others[~_is_near(xy, is_own, others, None)]
+        folds.append((fitted, np.flatnonzero(is_own)))
+    return folds
+
+
 def _draw(
     how: str,
     coordinates: NDArray[np.floating],

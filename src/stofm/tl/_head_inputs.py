@@ -186,7 +186,7 @@ def read_inputs(
         finite, or differ in width.
     """
     reps = checked_reps(use_rep)
-    parts = {rep: _read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
+    parts = {rep: read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
     if layer is not None:
         sections.each(lambda table: read_counts(table, layer=layer))
     options = {
@@ -203,14 +203,15 @@ def read_inputs(
     origin = {}
     for rep in reps:
         own = embedded if rep in MADE_BY_EMBED else sections
-        parts.setdefault(rep, _read_each(own, rep))
+        parts.setdefault(rep, read_each(own, rep))
         origin[rep] = _common_origin(own.tables, rep)
-    widths = tuple(_common_width(parts[rep], rep) for rep in reps)
+    widths = tuple(common_width(parts[rep], rep) for rep in reps)
     features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
     return Inputs(features, reps, widths, origin)
 
 
-def _read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
+def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
+    """Read an entry of ``obsm`` of each table, checked."""
     return sections.each(lambda table: read_representation(table, rep))
 
 
@@ -242,7 +243,14 @@ def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
     return found[0]
 
 
-def _common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
+def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
+    """Columns of a representation in all tables.
+
+    Raises
+    ------
+    ValueError
+        They differ.
+    """
     found = {int(part.shape[1]) for part in parts}
     if len(found) > 1:
         msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."

@@ -95,15 +95,10 @@ def read_labels(
     if not 0 <= min_share < 1:
         msg = f"min_share must be from 0 to below 1, found {min_share!r}."
         raise ValueError(msg)
-    if isinstance(missing, str) or not isinstance(missing, Collection):
-        msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
-        raise TypeError(msg)
-    labels = np.concatenate(sections.each(lambda table: _read_column(table, key)))
-    is_known = _are_known(labels, missing)
-    names, counts = np.unique(labels[is_known].astype(str), return_counts=True)
+    labels = read_label_names(sections, key, missing=missing)
+    names, counts = np.unique(labels[labels != ""], return_counts=True)
     is_kept = counts >= min_share * counts.sum()
     left_out = tuple(names[~is_kept].tolist())
-    _tell_of_missing(key, labels, is_known, is_default=missing is MISSING)
     if left_out:
         tell = warn if min_share == MIN_SHARE else logger.info
         tell(
@@ -119,11 +114,42 @@ def read_labels(
             f"{_some(left_out)}. Lower `min_share`, or pass a column with larger classes."
         )
         raise ValueError(msg)
-    _check_classes(key, classes, sizes, n_obs=len(labels), missing=missing)
+    _check_classes(key, classes, sizes, n_obs=len(labels))
     codes = np.full(len(labels), -1, dtype=np.int64)
-    is_kept_cell = is_known & np.isin(labels, classes)
-    codes[is_kept_cell] = np.searchsorted(classes, labels[is_kept_cell].astype(str))
+    is_kept_cell = np.isin(labels, classes)
+    codes[is_kept_cell] = np.searchsorted(classes, labels[is_kept_cell])
     return Labels(tuple(classes.tolist()), codes, left_out)
+
+
+def read_label_names(
+    sections: Sections, key: str, *, missing: Collection[object] = ()
+) -> NDArray[np.str_]:
+    """Read a column of labels as text, (n_obs,), empty for none.
+
+    Parameters
+    ----------
+    sections, key, missing
+        As in :func:`read_labels`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As there, or no cell has a label.
+    """
+    if isinstance(missing, str) or not isinstance(missing, Collection):
+        msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
+        raise TypeError(msg)
+    labels = np.concatenate(sections.each(lambda table: _read_column(table, key)))
+    is_known = _are_known(labels, missing)
+    _tell_of_missing(key, labels, is_known, is_default=missing is MISSING)
+    if not is_known.any():
+        msg = (
+            f"None of {len(labels)} cells has a label in obs[{key!r}] (NaN, blanks and "
+            f"{list(missing)} count as none). Pass labelled cells."
+        )
+        raise ValueError(msg)
+    known: NDArray[np.str_] = np.where(is_known, labels, "").astype(str)
+    return known
 
 
 def _tell_of_missing(
@@ -158,14 +184,7 @@ def _check_classes(
     sizes: NDArray[np.int64],
     *,
     n_obs: int,
-    missing: Collection[object],
 ) -> None:
-    if len(classes) == 0:
-        msg = (
-            f"None of {n_obs} cells has a label in obs[{key!r}] (NaN, blanks and {list(missing)} "
-            "count as none). Pass labelled cells."
-        )
-        raise ValueError(msg)
     if len(classes) == 1:
         msg = (
             f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {n_obs} cells); a "

@@ -1,0 +1,162 @@
+"""What ``stofm.tl.probe`` leaves out: slices, blocks of a single one, or the cells of a protocol."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from stofm._messages import warn
+from stofm.spatial.splits import leave_out_blocks
+from stofm.tl._labels import MIN_SHARE
+from stofm.tl._probe_scores import NO_CLASS, Fold
+from stofm.tl._protocol import plan_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stofm.tl._protocol import Protocol
+    from stofm.tl._sections import Sections
+
+#: Blocks of a single slice.
+_N_BLOCKS: Final = 5
+_MOST_NAMED: Final = 10
+#: Between the names of what belongs together.
+AND: Final = " + "
+
+
+def plan_folds(
+    sections: Sections,
+    labels: NDArray[np.str_],
+    *,
+    left_out: str | Sequence[str | tuple[str, ...]] | None,
+    spatial_key: str,
+) -> list[Fold]:
+    """Leave out slices in turn, or blocks if a single slice has labels.
+
+    Parameters
+    ----------
+    labels
+        (n_obs,) classes; :data:`NO_CLASS` for none.
+    left_out
+        Names of slices or keys of tables, a tuple of them for those that are left out together;
+        None for each slice with labels.
+    spatial_key
+        Entry of ``obsm`` with the coordinates.
+
+    Raises
+    ------
+    ValueError
+        There is no such slice, nothing is left to fit or test, or fewer than two classes are.
+    """
+    known = np.flatnonzero(labels != NO_CLASS)
+    own = {
+        name: rows
+        for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True)
+        if len(np.intersect1d(rows, known))
+    }
+    if left_out is None and len(own) == 1:
+        parts = leave_out_blocks(sections.coordinates(spatial_key)[known], _N_BLOCKS)
+        return _checked(
+            [
+                Fold.of(f"block {number}", labels, known[fitted], known[tested])
+                for number, (fitted, tested) in enumerate(parts, 1)
+            ]
+        )
+    groups = own if left_out is None else _find(sections, left_out)
+    return _checked(
+        [Fold.of(name, labels, np.setdiff1d(known, rows), rows) for name, rows in groups.items()]
+    )
+
+
+def plan_protocol(
+    sections: Sections, labels: NDArray[np.str_], *, protocol: Protocol, spatial_key: str
+) -> list[Fold]:
+    """Leave out random cells, as a protocol says, and warn of the leak.
+
+    Raises
+    ------
+    ValueError
+        There is no such protocol, or there are fewer than two classes.
+    """
+    codes = np.unique(labels, return_inverse=True)[1] - int(NO_CLASS in labels)
+    runs = plan_runs(
+        sections,
+        labels != NO_CLASS,
+        sections.coordinates(spatial_key).astype(np.float32),
+        protocol=protocol,
+        classes=codes,
+        spatial_key=spatial_key,
+        seed=0,
+    )
+    warn(
+        f"protocol={protocol!r} tests random cells: their neighbours were fitted, and embeddings of "
+        "a cell's surroundings saw both. Scores are higher than those on new slices will be; leave "
+        "`protocol` out to test on left-out ones."
+    )
+    return _checked(
+        [
+            Fold.of(
+                "random cells",
+                labels,
+                np.union1d(run.split.fitted, run.split.held_out),
+                run.test,
+                held_out=run.split.held_out,
+            )
+            for run in runs
+        ]
+    )
+
+
+def _find(
+    sections: Sections, left_out: str | Sequence[str | tuple[str, ...]]
+) -> dict[str, NDArray[np.int64]]:
+    """Rows of what is to be left out, by name."""
+    known = dict(zip(sections.slices.names, sections.slices.rows, strict=True))
+    for key, place in zip(sections.keys or (), sections.places, strict=False):
+        known.setdefault(key, np.arange(place.start, place.stop))
+    found = {}
+    for one in [left_out] if isinstance(left_out, str) else left_out:
+        names = [one] if isinstance(one, str) else list(one)
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {list(known)[:10]}."
+                msg = f"left_out names {name!r}, which is no slice; {hint}"
+                raise ValueError(msg)
+        found[AND.join(names)] = np.unique(np.concatenate([known[name] for name in names]))
+    return found
+
+
+def _checked(folds: Sequence[Fold]) -> list[Fold]:
+    """Warn of what can't be tested, and take away folds where nothing can."""
+    absent = [
+        f"{name!r} ({n} cells of {fold.name})" for fold in folds for name, n in fold.absent.items()
+    ]
+    if absent:
+        more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
+        warn(
+            "Classes that no cell outside of what is left out has are not tested: "
+            f"{', '.join(absent[:_MOST_NAMED])}{more}."
+        )
+    for fold in folds:
+        if len(fold.classes) < 2:
+            msg = (
+                f"With {fold.name} left out, the other labelled cells have the classes "
+                f"{fold.classes.tolist()}, each with {MIN_SHARE:.0%} of them or more; a head needs "
+                "two. Pass more slices, a column with more classes, or another `left_out`."
+            )
+            raise ValueError(msg)
+    usable = [fold for fold in folds if len(fold.tested)]
+    if not usable:
+        msg = (
+            "Nothing can be tested: no cell that is left out has a class that other labelled cells "
+            f"have, {MIN_SHARE:.0%} of them or more. Check the labels, or pass another `left_out`."
+        )
+        raise ValueError(msg)
+    if empty := [fold.name for fold in folds if not len(fold.tested)]:
+        warn(f"No cell of {', '.join(empty[:_MOST_NAMED])} has a class that can be tested.")
+    return usable
