@@ -1,12 +1,13 @@
-"""How good a model's frozen embeddings are on slices that it was not trained on.
+"""How good models' frozen embeddings are on slices that they were not trained on.
 
     python benchmarks/probes.py FOLDER                     the embedded model
     python benchmarks/probes.py FOLDER --model DIR --seeds 3 --out results/probes
+    python benchmarks/probes.py FOLDER --model A B --tasks "STARmap layers" "heart regions"
 
-A head is fitted to cells of sibling slices and tested on the left-out slice: macro-F1. Without any
-labels, k-means clusters of the left-out slice are compared with its classes: ARI and NMI. Beside the
-model stand the same model untrained, 50 PCs of log-normalised counts, and these with the mean of the
-ten nearest cells' PCs. The tables go to OUT.md, all numbers to OUT.json.
+stofm.tl.probe on the tasks of probe_tasks.py: a head is fitted to cells of some slices and tested on
+left-out ones, and without any labels k-means clusters of these are compared with their classes.
+Beside each model stand the first one untrained, principal components, these with neighbours, and
+logistic regression on log-counts. The tables go to OUT.md, all numbers to OUT.json.
 """
 
 from __future__ import annotations
@@ -19,68 +20,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from probe_tasks import embed_with, load_tasks, rows_by_slice
-from probing import cluster, neighbor_means, principal_components, probe, side_by_side
+from probe_tasks import BOTH, CELL, SPATIAL, TASKS, embed_with, load_tasks
 
 from stofm.nn import Stofm
+from stofm.tl._probe_baselines import PCS, PCS_AND_NEIGHBORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from numpy.typing import NDArray
-    from probe_tasks import Embedding, LoadedTask
+    import pandas as pd
+    from probe_tasks import LoadedTask
 
-    #: Embeddings of a task's slices, in the order of :attr:`LoadedTask.slices`.
-    Features = Sequence[NDArray[np.floating]]
-
-PCS, PCS_AND_NEIGHBORS = "PCs", "PCs + neighbours"
-CELL, SPATIAL, BOTH = "cell", "spatial", "cell + spatial"
 UNTRAINED = "untrained "
-#: What both scales of the model together are compared with: the best of each group.
+MEASURES = ("macro_f1", "accuracy", "calibration_error", "ari", "nmi")
+#: What both scales of a model together are compared with: the best of each group. The cell
+#: embedding is the model's own.
 _RIVALS = {
     "the better of the PCs": (PCS, PCS_AND_NEIGHBORS),
     "the best of the untrained model": tuple(UNTRAINED + name for name in (CELL, SPATIAL, BOTH)),
-    "the cell embedding alone": (CELL,),
 }
 
 
-def representations(embeddings: Mapping[str, Embedding], loaded: LoadedTask) -> dict[str, Features]:
-    """What a probe may read of a model: either scale, or both side by side."""
-    cell = [embeddings[name].cell for name in loaded.slices]
-    spatial = [embeddings[name].spatial for name in loaded.slices]
-    return {CELL: cell, SPATIAL: spatial, BOTH: side_by_side(cell, spatial)}
-
-
-def baselines(loaded: LoadedTask) -> dict[str, Features]:
-    """What a probe may read without a model, fitted to the task's own slices."""
-    slices = list(loaded.slices.values())
-    components = principal_components(slices)
-    means = [
-        neighbor_means(own, np.asarray(adata.obsm["spatial"])[:, :2], rows_by_slice(adata))
-        for adata, own in zip(slices, components, strict=True)
-    ]
-    return {PCS: components, PCS_AND_NEIGHBORS: side_by_side(components, means)}
-
-
-def score_probe(
-    loaded: LoadedTask, features: Features, *, seeds: Sequence[int]
-) -> dict[str, list[float]]:
-    """``"macro_f1"`` on the left-out slice by seed; nothing for a task of clustering only."""
-    if not loaded.task.fit:
-        return {}
-    *fitted, tested = loaded.labels
-    scores = probe(
-        np.concatenate(features[:-1]), np.concatenate(fitted), features[-1], tested, seeds=seeds
-    )
-    return {"macro_f1": scores}
-
-
-def score(
-    loaded: LoadedTask, features: Features, *, seeds: Sequence[int]
-) -> dict[str, list[float]]:
-    """``"macro_f1"``, ``"ari"`` and ``"nmi"`` on the left-out slice, each by seed."""
-    clustered = cluster(features[-1], loaded.labels[-1], seeds=seeds)
-    return score_probe(loaded, features, seeds=seeds) | clustered
+def by_seed(scores: pd.DataFrame, task: str) -> list[dict[str, Any]]:
+    """Results of a task: for each representation the measures by seed, means over what is left out."""
+    rows = []
+    for name, own in scores.groupby("representation", sort=False):
+        means = own.groupby("seed")[list(MEASURES)].mean().dropna(axis=1)
+        rows.append({"representation": name, "task": task} | means.to_dict("list"))
+    return rows
 
 
 def describe(scores: Sequence[float]) -> str:
@@ -89,7 +56,9 @@ def describe(scores: Sequence[float]) -> str:
     return f"{mean} ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else mean
 
 
-def to_table(results: Sequence[Mapping[str, Any]], measure: str) -> str:
+def to_table(
+    results: Sequence[Mapping[str, Any]], measure: str, prefixes: Sequence[str] = ("",)
+) -> str:
     """Markdown of one measure: a line per representation, a column per task; then who wins."""
     rows = [row for row in results if measure in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -103,20 +72,22 @@ def to_table(results: Sequence[Mapping[str, Any]], measure: str) -> str:
         {name: float(np.mean(found[name, task])) for name in names if (name, task) in found}
         for task in tasks
     ]
-    return "\n".join(lines + _verdict(means))
+    return "\n".join(lines + _verdict(means, prefixes))
 
 
-def _verdict(means: Sequence[Mapping[str, float]]) -> list[str]:
+def _verdict(means: Sequence[Mapping[str, float]], prefixes: Sequence[str]) -> list[str]:
     """The better baseline and the winner of each task, and how often both scales together win."""
     better = [_best(own, (PCS, PCS_AND_NEIGHBORS)) for own in means]
     pcs = ["" if b is None else f"{own[b]:.3f}" for own, b in zip(means, better, strict=True)]
     lines = [_line("better of the PCs", pcs), _line("winner", [_best(own) or "" for own in means])]
-    for what, rivals in _RIVALS.items():
-        pairs = [(own[BOTH], _best(own, rivals), own) for own in means if BOTH in own]
-        compared = [(ours, own[best]) for ours, best, own in pairs if best is not None]
-        n_above = sum(ours > theirs for ours, theirs in compared)
-        if compared:
-            lines.append(f"\n{BOTH} is above {what} in {n_above} of {len(compared)} tasks.")
+    for prefix in prefixes:
+        both = prefix + BOTH
+        for what, rivals in (*_RIVALS.items(), ("the cell embedding alone", (prefix + CELL,))):
+            pairs = [(own[both], _best(own, rivals), own) for own in means if both in own]
+            compared = [(ours, own[best]) for ours, best, own in pairs if best is not None]
+            n_above = sum(ours > theirs for ours, theirs in compared)
+            if compared:
+                lines.append(f"\n{both} is above {what} in {n_above} of {len(compared)} tasks.")
     return lines
 
 
@@ -133,17 +104,17 @@ def _line(first: str, cells: Sequence[str]) -> str:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """All tables."""
     titles = {
-        "macro_f1": "Probe on the left-out slice, macro-F1",
-        "ari": "k-means on the left-out slice, ARI",
-        "nmi": "k-means on the left-out slice, NMI",
+        "macro_f1": "Probe on what is left out, macro-F1",
+        "ari": "k-means on what is left out, ARI",
+        "nmi": "k-means on what is left out, NMI",
     }
-    seeds = report["seeds"]
-    parts = [
-        f"Model `{report['model']}` ({report['fingerprint']}), mean and spread of {seeds} seeds."
-    ]
+    models = ", ".join(f"`{one['name']}` ({one['fingerprint']})" for one in report["models"])
+    what = "Model" if len(report["models"]) == 1 else "Models"
+    parts = [f"{what} {models}, mean and spread of {report['seeds']} seeds."]
+    prefixes = [one["prefix"] for one in report["models"]]
     for measure, title in titles.items():
         if any(measure in row for row in report["results"]):
-            parts.append(f"{title}:\n\n{to_table(report['results'], measure)}")
+            parts.append(f"{title}:\n\n{to_table(report['results'], measure, prefixes)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,32 +135,74 @@ def untrained(model: Stofm, *, seed: int = 0) -> Stofm:
 
 
 def run(
-    model: Stofm, tasks: Sequence[LoadedTask], out: Path, *, seeds: Sequence[int], device: str
+    models: Mapping[str, Stofm],
+    tasks: Sequence[LoadedTask],
+    out: Path,
+    *,
+    seeds: int,
+    device: str,
 ) -> dict[str, Any]:
-    """Measure everything; after each task of each representation write what there is."""
+    """Measure everything; after each task write what there is.
+
+    Parameters
+    ----------
+    models
+        By what the names of their representations begin with.
+    """
     report: dict[str, Any] = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "seeds": len(seeds),
+        "models": [
+            {"prefix": prefix, "name": one.name, "fingerprint": one.fingerprint}
+            for prefix, one in models.items()
+        ],
+        "seeds": seeds,
         "results": [],
     }
-    for prefix, one in (("", model), (UNTRAINED, untrained(model)), ("", None)):
-        print(f"embedding with {prefix}{one.name if one else 'PCs'} ...", file=sys.stderr)
-        embeddings = embed_with(one, tasks, device=device) if one else {}
-        for loaded in tasks:
-            found = representations(embeddings, loaded) if one else baselines(loaded)
-            for name, features in found.items():
-                scores = score(loaded, features, seeds=seeds)
-                row = {"representation": prefix + name, "task": loaded.task.name} | scores
-                report["results"].append(row)
-            write_report(out, report, to_markdown(report))
+    use_rep: dict[str, str | tuple[str, ...]] = {}
+    for prefix, one in (*models.items(), (UNTRAINED, untrained(next(iter(models.values()))))):
+        print(f"embedding with {prefix}{one.name} ...", file=sys.stderr)
+        use_rep |= embed_with(one, tasks, prefix=prefix, device=device)
+    for loaded in tasks:
+        print(f"probing {loaded.task.name} ...", file=sys.stderr)
+        report["results"] += by_seed(loaded.probe(use_rep, seeds=seeds), loaded.task.name)
+        write_report(out, report, to_markdown(report))
     return report
+
+
+def read_models(names: Sequence[str]) -> dict[str, Stofm]:
+    """Read models; of several, names of representations begin with that of the folder.
+
+    Raises
+    ------
+    ValueError
+        Two have the same name.
+    """
+    prefixes = [f"{Path(name).name} " for name in names] if len(names) > 1 else [""]
+    if len(set(prefixes)) < len(prefixes):
+        msg = f"--model names folders of the same name: {', '.join(names)}. Rename one."
+        raise ValueError(msg)
+    return {
+        prefix: Stofm.from_pretrained(name) for prefix, name in zip(prefixes, names, strict=True)
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the slices' .h5ad files")
-    parser.add_argument("--model", default="stofm-mini", help="folder or name [%(default)s]")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["stofm-mini"],
+        metavar="DIR",
+        help="folders or names [%(default)s]",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=[task.name for task in TASKS],
+        default=[task.name for task in TASKS],
+        metavar="NAME",
+        help="all of them, or some",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many [%(default)s]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "probes")
@@ -197,11 +210,11 @@ def main() -> None:
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, found {options.seeds}.")
     try:
-        tasks = load_tasks(options.folder)
+        tasks = load_tasks(options.folder, [t for t in TASKS if t.name in options.tasks])
+        models = read_models(options.model)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    model = Stofm.from_pretrained(options.model)
-    report = run(model, tasks, options.out, seeds=range(options.seeds), device=options.device)
+    report = run(models, tasks, options.out, seeds=options.seeds, device=options.device)
     print(to_markdown(report))
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from probe_tasks import LIBRARY_KEY, rows_by_slice
-from probing import NO_CLASS, log_counts, neighbor_means, principal_components
+from probe_tasks import LIBRARY_KEY
 from scipy import sparse
 from sklearn.cluster import KMeans
 from task_baselines import (
@@ -23,6 +22,17 @@ from task_sets import LABEL_KEY
 
 import stofm as st
 from stofm._frames import frame_names
+from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.tl._neighborhood import N_NEIGHBORS
+from stofm.tl._probe_baselines import (
+    PCS,
+    PCS_AND_NEIGHBORS,
+    log_counts,
+    most_variable,
+    principal_components,
+)
+from stofm.tl._probe_scores import NO_CLASS
+from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +46,6 @@ if TYPE_CHECKING:
 Scores = dict[str, float]
 
 STRATEGIES = ("frozen", "lora", "full")
-PCS, PCS_AND_NEIGHBORS = "PCs", "PCs + neighbours"
 #: What they read; heads scale each entry by itself.
 _COMPONENTS = {PCS: ("X_pca",), PCS_AND_NEIGHBORS: ("X_pca", "X_pca_around")}
 _JOINED_KEY = "X_joined"
@@ -99,9 +108,13 @@ def _library_key(slices: Sequence[AnnData]) -> str | None:
 
 def add_components(slices: Sequence[AnnData]) -> None:
     """Write 50 PCs of shared genes to each slice, and their mean over the neighbours beside them."""
-    for adata, own in zip(slices, principal_components(slices), strict=True):
-        means = neighbor_means(own, np.asarray(adata.obsm["spatial"])[:, :2], rows_by_slice(adata))
-        adata.obsm["X_pca"], adata.obsm["X_pca_around"] = own, means
+    sections = resolve_slices(list(slices), _library_key(slices))
+    components = principal_components(most_variable(log_counts(sections)))
+    means = neighbor_means(
+        components, sections.coordinates("spatial"), sections.slices.rows, N_NEIGHBORS
+    )
+    for adata, place in zip(slices, sections.places, strict=True):
+        adata.obsm["X_pca"], adata.obsm["X_pca_around"] = components[place], means[place]
 
 
 def _with_classes(adata: AnnData, labels: NDArray[np.str_]) -> AnnData:
@@ -148,7 +161,9 @@ def annotate_with_components(task: Annotation, setting: Setting, seed: int, *, n
 
 def annotate_with_regression(task: Annotation, _setting: Setting, _seed: int) -> Scores:
     """Logistic regression on the log-normalised counts of the genes in common."""
-    counts = dict(zip(task.slices, log_counts(list(task.slices.values())), strict=True))
+    sections = resolve_slices(dict(task.slices), _library_key(list(task.slices.values())))
+    values = log_counts(sections)
+    counts = {name: values[place] for name, place in zip(task.slices, sections.places, strict=True)}
     rows = {name: np.flatnonzero(own != NO_CLASS) for name, own in task.fitted.items()}
     fitted = [counts[name][own] for name, own in rows.items()]
     labels = [task.fitted[name][own] for name, own in rows.items()]
@@ -309,7 +324,9 @@ def impute_with_components(task: Imputation, setting: Setting, seed: int, *, nam
 
 def impute_with_neighbors(task: Imputation, _setting: Setting, _seed: int) -> Scores:
     """Mean of the cells that are nearest in the principal components of the other genes."""
-    *fit, query = principal_components(task.known_genes)
+    sections = resolve_slices(task.known_genes, _library_key(task.known_genes))
+    components = principal_components(most_variable(log_counts(sections)))
+    *fit, query = (components[place] for place in sections.places)
     found = nearest_neighbor_values(np.concatenate(fit), task.values, query)
     return _score_values(task, found)
 

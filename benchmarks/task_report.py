@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from probes import PCS, PCS_AND_NEIGHBORS, describe
+from probes import describe
+
+from stofm.tl._probe_baselines import PCS, PCS_AND_NEIGHBORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -10,10 +10,10 @@ import anndata
 import numpy as np
 import pandas as pd
 from probe_tasks import TASKS, LoadedTask, Task, rows_by_slice
-from probing import NO_CLASS, common_classes
 from scipy.spatial import cKDTree
 
 from stofm.spatial import split_cells
+from stofm.tl._probe_scores import NO_CLASS, common_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,12 +73,12 @@ class Annotation:
     slices
         By file, to fit and to test.
     fitted
-        Class of each cell of the slices to fit; :data:`probing.NO_CLASS` where it must not be
+        Class of each cell of the slices to fit; :data:`NO_CLASS` where it must not be
         learnt: in the tested part, its margin, and for rare classes.
     test
         The tested slice.
     truth
-        Class of each of its cells; :data:`probing.NO_CLASS` where it is not tested.
+        Class of each of its cells; :data:`NO_CLASS` where it is not tested.
     """
 
     slices: Mapping[str, AnnData]
@@ -96,7 +96,7 @@ class Domains:
     adata
         The slice.
     truth
-        Region of each cell; :data:`probing.NO_CLASS` where it is not known or rare.
+        Region of each cell; :data:`NO_CLASS` where it is not known or rare.
     """
 
     adata: AnnData
@@ -304,7 +304,7 @@ def composition(
     spots, cells
         (n, 2) in one frame.
     labels
-        (n,) types; :data:`probing.NO_CLASS` for none.
+        (n,) types; :data:`NO_CLASS` for none.
     radius
         Of a spot.
 
@@ -347,7 +347,7 @@ def hold_out(fit: Sequence[AnnData], test: AnnData) -> Imputation:
 
 
 XENIUM_TYPES = Task(name="Xenium breast types", test="xenium_breast_tile", label=LABEL_KEY)
-_LAYERS, _TYPES, _SEQFISH, _MERFISH, _DLPFC, _HER2, _BULB = TASKS
+_LAYERS, _TYPES, _SEQFISH, _MERFISH, _DLPFC, _HER2, _BULB = TASKS[:7]
 _BARREL = Task(name="osmFISH regions", test="osmfish_sscortex", label="region")
 #: Loaders of all tasks by family and name.
 TASK_SETS: Mapping[str, Mapping[str, Callable[[Folder], Any]]] = {

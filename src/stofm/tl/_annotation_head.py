@@ -152,7 +152,7 @@ class AnnotationHead(VotingHead):
             raise ValueError(msg)
 
 
-def log_scores(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
+def log_scores(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Scores whose softmax is the probabilities, for a temperature to act on."""
     return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
 

@@ -139,7 +139,10 @@ def score_head(features: NDArray[np.float32], fold: Fold, *, seed: int) -> dict[
     rows, held_out = fold.parts(seed)
     targets = Targets("classes", fold.codes, len(fold.classes))
     head = fit_head(features, targets, fitted=rows, held_out=held_out, seed=seed).head
-    found, known = (apply_head(head, features[own], "classes") for own in (fold.tested, held_out))
+    found, known = (
+        apply_head(head, features[own], "classes").astype(np.float64)
+        for own in (fold.tested, held_out)
+    )
     temperature = fit_temperature(log_scores(known), fold.codes[held_out])
     calibrated = calibrated_probabilities(log_scores(found), temperature)
     return _score(found.argmax(axis=1), calibrated.max(axis=1), fold)
