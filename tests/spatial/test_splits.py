@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
 from stofm.spatial import split_cells
+from stofm.spatial.splits import leave_out_blocks
 
 
 @pytest.fixture
@@ -208,3 +211,23 @@ def test_bad_options(plane):
         split_cells(xy, slices, share=1)
     with pytest.raises(ValueError, match="at least two slices"):
         split_cells(xy, slices[:1], how="slices")
+
+
+def test_each_block_is_left_out_once_with_a_margin(rng):
+    xy = rng.random((203, 2)) * [30.0, 10.0]
+    folds = leave_out_blocks(xy, 5)
+    assert_array_equal(np.sort(np.concatenate([own for _, own in folds])), np.arange(203))
+    assert {len(own) for _, own in folds} <= {40, 41}
+    for fitted, own in folds:
+        assert not set(fitted) & set(own)
+        n_margin = 203 - len(fitted) - len(own)
+        assert 0 < n_margin <= 0.26 * (203 - len(own))
+        distance = cKDTree(xy[own]).query(xy)[0]
+        rest = np.setdiff1d(np.arange(203), np.concatenate([fitted, own]))
+        assert distance[fitted].min() > distance[rest].max()
+    order = rng.permutation(203)
+    again = leave_out_blocks(xy[order], 5)
+    for (fitted, own), (other_fitted, other_own) in zip(folds, again, strict=True):
+        assert_array_equal(np.sort(order[other_own]), own)
+        assert_array_equal(np.sort(order[other_fitted]), fitted)
+    assert [len(own) for _, own in leave_out_blocks(xy[:3], 5)] == [1, 1, 1]

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import sparse
+from sklearn.metrics import f1_score
+
+from stofm.tl._probe_scores import (
+    Fold,
+    common_classes,
+    score_clusters,
+    score_head,
+    score_regression,
+    side_by_side,
+)
+from stofm.train import Targets, apply_head, fit_head
+
+
+def blobs(rng, n, *, spread=1.0):
+    """Cells of three classes that lie apart."""
+    labels = np.array(["x", "y", "z"])[np.arange(n) % 3]
+    centers = {"x": (0, 9), "y": (9, 0), "z": (-9, -9)}
+    places = np.array([centers[label] for label in labels])
+    return (rng.normal(scale=spread, size=(n, 2)) + places).astype(np.float32), labels
+
+
+def fold_of(labels, n_fitted):
+    rows = np.arange(len(labels))
+    return Fold.of("s", labels, rows[:n_fitted], rows[n_fitted:])
+
+
+def macro_f1(features, labels, n_fitted, seed=0):
+    return score_head(features, fold_of(labels, n_fitted), seed=seed)["macro_f1"]
+
+
+def test_a_head_learns_classes_that_lie_apart_and_nothing_else(rng):
+    features, labels = blobs(rng, 150)
+    found = score_head(features, fold_of(labels, 90), seed=0)
+    assert found["macro_f1"] == found["accuracy"] == 1.0
+    assert found["calibration_error"] < 0.1
+    noise = rng.normal(size=(150, 2)).astype(np.float32)
+    assert macro_f1(noise, labels, 90) < 0.7
+
+
+def test_scores_are_those_of_fitting_the_head_directly(rng):
+    """The rule that published numbers of probes were measured with."""
+    features, labels = blobs(rng, 130, spread=6.0)
+    labels[:9] = ""
+    known = labels[:90] != ""
+    fitted, classes = features[:90][known], np.unique(labels[:90][known])
+    targets = Targets("classes", np.searchsorted(classes, labels[:90][known]), 3)
+    for seed in (0, 1):
+        order = np.random.default_rng(seed).permutation(len(fitted))
+        held_out, rows = np.split(order, [8])
+        head = fit_head(fitted, targets, fitted=rows, held_out=held_out, seed=seed).head
+        predicted = classes[apply_head(head, features[90:], "classes").argmax(axis=1)]
+        expected = f1_score(labels[90:], predicted, average="macro")
+        assert macro_f1(features, labels, 90, seed) == expected
+
+
+def test_scores_depend_on_the_seed_alone(rng):
+    features, labels = blobs(rng, 120, spread=9.0)
+    state = torch.get_rng_state()
+    first = [macro_f1(features, labels, 60, seed) for seed in range(3)]
+    assert_array_equal(state, torch.get_rng_state())
+    torch.manual_seed(6)
+    assert [macro_f1(features, labels, 60, seed) for seed in range(3)] == first
+    assert len(set(first)) > 1
+
+
+def test_inputs_are_standardised_by_the_fitted_cells(rng):
+    features, labels = blobs(rng, 210)
+    scaled = features.astype(np.float64) * 1e6 + 1e8
+    assert macro_f1(scaled.astype(np.float32), labels, 150) == 1.0
+
+
+def test_rare_classes_and_cells_without_class_are_left_out():
+    labels = np.array(["x"] * 100 + ["y"] * 98 + ["z"] * 2 + ["w"] + [""] * 9)
+    assert common_classes(labels[:200]).tolist() == ["x", "y", "z"]
+    assert common_classes(labels).tolist() == ["x", "y"]
+    fold = fold_of(np.concatenate([labels, ["x", "w", "v", "v", ""]]), len(labels))
+    assert fold.classes.tolist() == ["x", "y"]
+    assert_array_equal(fold.fitted, np.arange(198))
+    # Of w there are too few cells to fit, and of v none.
+    assert fold.tested.tolist() == [210]
+    assert fold.labelled.tolist() == [210, 211, 212, 213]
+    assert fold.absent == {"v": 2}
+
+
+def test_f1_is_a_mean_over_the_tested_classes(rng):
+    features, labels = blobs(rng, 210)
+    # All x are found as x, half of the true y too; z does not occur.
+    kept = np.concatenate([np.arange(150), 150 + np.flatnonzero(labels[150:] == "x")])
+    half = labels[kept].copy()
+    half[150:] = np.where(np.arange(20) < 10, "x", "y")
+    assert_allclose(macro_f1(features[kept], half, 150), (2 / 3 + 0) / 2)
+
+
+def test_logistic_regression_is_as_good_where_classes_lie_apart(rng):
+    features, labels = blobs(rng, 150)
+    fold = fold_of(labels, 90)
+    found = score_regression(sparse.csr_matrix(features), fold)
+    assert found["macro_f1"] == 1.0
+    assert found == score_regression(sparse.csr_matrix(features), fold)
+    noise = score_regression(sparse.csr_matrix(rng.normal(size=(150, 4))), fold)
+    assert noise["macro_f1"] < 0.7
+
+
+def test_clusters_are_compared_with_the_classes(rng):
+    features, labels = blobs(rng, 90)
+    features[:9], labels[:9] = rng.normal(scale=50, size=(9, 2)), ""
+    found = score_clusters(features, labels, seed=1)
+    assert found == {"ari": 1.0, "nmi": pytest.approx(1.0)}
+    noise = score_clusters(rng.normal(size=(90, 2)).astype(np.float32), labels, seed=0)
+    assert abs(noise["ari"]) < 0.2
+    single = score_clusters(features, np.repeat("x", 90), seed=0)
+    assert np.isnan(list(single.values())).all()
+
+
+def test_side_by_side_no_part_drowns_the_others(rng):
+    small = rng.normal(scale=1e-3, size=(50, 3)) + 5
+    large = rng.normal(scale=100, size=(50, 2))
+    found = side_by_side([small, large, np.ones((50, 1))])
+    assert found.shape == (50, 6)
+    assert found.dtype == np.float32
+    assert_allclose(found[:, :3].var(axis=0).mean(), 1.0, rtol=1e-3)
+    assert_allclose(found[:, 3:5].var(axis=0).mean(), 1.0, rtol=1e-3)
+    # One scale for all columns of a part.
+    ratio = found[:, 3:5] / large
+    assert_allclose(ratio, np.full((50, 2), ratio[0, 0]), rtol=1e-4)
+    assert_array_equal(found[:, 5], 1.0)
+    assert_array_equal(side_by_side([large]), large.astype(np.float32))
