@@ -104,6 +104,9 @@ def _tl(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
         "tl.deconvolve": deconvolve,
         "tl.impute": impute,
         "tl.domains": lambda: st.tl.domains(adata, n_domains=3, coarser=[2], smooth=3),
+        "tl.probe": lambda: st.tl.probe(
+            adata, label_key="kind", library_key="library", left_out="left", seeds=1
+        ),
     }
 
 
@@ -124,6 +127,8 @@ def _pl(adata: AnnData, _model: Any, folder: Path) -> dict[str, Callable[[], obj
     imputed = adata.copy()
     imputed.obsm[Obsm.IMPUTED] = adata.to_df().iloc[:, :3]
     gene = adata.var_names[0]
+    scores = pd.DataFrame({"representation": ["PCs", "PCs + neighbours"], "macro_f1": [0.5, 0.6]})
+    result = st.tl.ProbeResult(scores.assign(slice="left", seed=0))
     return {
         "pl.umap": lambda: st.pl.umap(adata, color="kind", show=False, save=folder / "umap.png"),
         "pl.spatial": lambda: st.pl.spatial(adata, color="kind", **slices),
@@ -132,6 +137,7 @@ def _pl(adata: AnnData, _model: Any, folder: Path) -> dict[str, Callable[[], obj
         "pl.annotation": lambda: st.pl.annotation(adata, truth_key="kind", **slices),
         "pl.deconvolution": lambda: st.pl.deconvolution(adata, kind="pies", **slices),
         "pl.imputation": lambda: st.pl.imputation(imputed, gene, **slices),
+        "pl.probe": lambda: st.pl.probe(result, show=False),
     }
 
 

@@ -15,7 +15,6 @@ from stofm.train import LossWeights, Recipe
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 ablations = importlib.import_module("ablations")
 probe_tasks = importlib.import_module("probe_tasks")
-probes = importlib.import_module("probes")
 variants = importlib.import_module("variants")
 
 RECIPE = """
@@ -77,10 +76,7 @@ warmup_steps = 1
 [[stage]]
 name = "joint"
 """
-TASKS = (
-    probe_tasks.Task(name="kinds", fit=("a",), test="c", label="kind"),
-    probe_tasks.Task(name="libraries", test="c", label="library"),
-)
+TASKS = (probe_tasks.Task(name="kinds", fit=("a",), test="c", label="kind"),)
 
 
 @pytest.fixture
@@ -120,7 +116,7 @@ def trainer(folder, base, tmp_path):
 
 @pytest.fixture
 def tasks(folder):
-    return probe_tasks.load_tasks(folder, TASKS[:1])
+    return probe_tasks.load_tasks(folder, TASKS)
 
 
 def weights(module):
@@ -346,14 +342,13 @@ def test_a_trained_slice_is_not_tested(base, folder, tasks):
 
 
 def test_the_command_line(folder, recipe_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablations, "load_tasks", lambda path: probe_tasks.load_tasks(path, TASKS))
+    monkeypatch.setattr(ablations, "TASKS", TASKS)
     words = ["ablations.py", str(folder), "--recipe", str(recipe_file), "--steps", "1"]
     words += ["--cell-steps", "1", "--seeds", "1", "--probe-seeds", "1", "--only", "full"]
     words += ["--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", words)
     ablations.main()
     assert "| as the recipe | 1.000 | 1.000 |" in capsys.readouterr().out
-    # Tasks of clustering only have nothing to probe.
     row = json.loads((tmp_path / "out.json").read_text())["results"][0]
     assert list(row["macro_f1"]["spatial"]) == ["kinds"]
     # Of a variant that is done only what all share stays.
@@ -375,3 +370,9 @@ def test_each_change_is_an_entry_of_the_model(base):
         model = variant.change(base).model
         replace(preset.se2_transformer, **model.se2_transformer)
         replace(preset.subslice, **model.subslice)
+
+
+def test_tasks_leave_out_files_that_the_recipe_excludes():
+    recipe = Recipe.from_toml(Path(__file__).parents[2] / "recipes" / "stofm-mini.toml")
+    tasks = ablations.TASKS[: ablations._N_TASKS]
+    assert all(task.fit and f"{task.test}.h5ad" in recipe.data.exclude for task in tasks)
