@@ -142,21 +142,17 @@ def _checked(folds: Sequence[Fold]) -> list[Fold]:
             "Classes that no cell outside of what is left out has are not tested: "
             f"{', '.join(absent[:_MOST_NAMED])}{more}."
         )
-    for fold in folds:
-        if len(fold.classes) < 2:
-            msg = (
-                f"With {fold.name} left out, the other labelled cells have the classes "
-                f"{fold.classes.tolist()}, each with {MIN_SHARE:.0%} of them or more; a head needs "
-                "two. Pass more slices, a column with more classes, or another `left_out`."
-            )
-            raise ValueError(msg)
-    usable = [fold for fold in folds if len(fold.tested)]
+    usable = [fold for fold in folds if len(fold.classes) > 1 and len(fold.tested)]
     if not usable:
         msg = (
-            "Nothing can be tested: no cell that is left out has a class that other labelled cells "
-            f"have, {MIN_SHARE:.0%} of them or more. Check the labels, or pass another `left_out`."
+            "Nothing can be tested: that needs two classes with "
+            f"{MIN_SHARE:.0%} or more of the cells that are fitted, and cells of them among those "
+            "that are left out. Pass more slices, a column with larger classes, or another `left_out`."
         )
         raise ValueError(msg)
-    if empty := [fold.name for fold in folds if not len(fold.tested)]:
-        warn(f"No cell of {', '.join(empty[:_MOST_NAMED])} has a class that can be tested.")
+    if lost := [fold.name for fold in folds if fold not in usable]:
+        warn(
+            f"{', '.join(lost[:_MOST_NAMED])} can't be tested: the other cells have fewer than two "
+            "classes, or none that is there."
+        )
     return usable

@@ -156,23 +156,25 @@ def score_regression(values: sparse.csr_matrix, fold: Fold) -> dict[str, float]:
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
 
     rows, held_out = fold.parts(0)
     model = LogisticRegression(max_iter=_MOST_ROUNDS, tol=_TOLERANCE, warm_start=True)
-    best, found = np.inf, np.empty(0)
+    best, found = np.inf, np.zeros((len(fold.tested), len(fold.classes)))
     with warnings.catch_warnings():
         # Scores on held-out cells no longer change in the last rounds.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for strength in _STRENGTHS:
             model.set_params(C=strength).fit(values[rows], fold.codes[rows])
-            known = model.predict_proba(values[held_out])
-            loss = log_loss(fold.codes[held_out], known, labels=model.classes_)
+            # All fitted cells of a class may be held out.
+            known, tested = (
+                np.zeros((len(own), len(fold.classes))) for own in (held_out, fold.tested)
+            )
+            known[:, model.classes_] = model.predict_proba(values[held_out])
+            loss = -log_scores(known)[np.arange(len(known)), fold.codes[held_out]].mean()
             if loss >= best:
                 break
-            best = loss
-            found = np.zeros((len(fold.tested), len(fold.classes)))
-            found[:, model.classes_] = model.predict_proba(values[fold.tested])
+            tested[:, model.classes_] = model.predict_proba(values[fold.tested])
+            best, found = loss, tested
     return _score(found.argmax(axis=1), found.max(axis=1), fold)
 
 
