@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from stofm.nn import StofmConfig
 from stofm.train import (
     ContrastiveConfig,
     DataConfig,
