@@ -142,8 +142,8 @@ def measure(
     use_rep = embed_with(model, tasks, virtual_cells=virtual_cells, device=trainer.device)
     scores: dict[str, dict[str, list[float]]] = {CELL: {}, SPATIAL: {}, BOTH: {}}
     for loaded in tasks:
-        for name, found in loaded.head_scores(use_rep, seeds=probe_seeds).items():
-            scores[name][loaded.task.name] = found
+        for representation, found in loaded.head_scores(use_rep, seeds=probe_seeds).items():
+            scores[representation][loaded.task.name] = found
     return {"variant": name, "seed": seed, "seconds": round(seconds, 1), "macro_f1": scores}
 
 
