@@ -82,6 +82,9 @@ class CellEncoder(nn.Module):
     SToFM (arXiv 2507.11588), section 3.1; Geneformer (Theodoris et al. 2023, Nature 618:616).
     """
 
+    gene_offset: Tensor
+    medians: Tensor
+
     def __init__(self, config: CellEncoderConfig) -> None:
         from transformers import BertModel
 
@@ -98,7 +101,7 @@ class CellEncoder(nn.Module):
             nn.init.zeros_(self.value_embedding.weight)
             nn.init.zeros_(self.value_embedding.bias)
         if config.pooled:
-            self.gene_embeddings.weight.requires_grad_(requires_grad=False)
+            self.gene_embeddings.weight.requires_grad = False
             self.register_buffer("gene_offset", torch.zeros(config.gene_width))
             # The vocabulary's, which Stofm sets.
             self.register_buffer("medians", torch.ones(config.n_tokens), persistent=False)
@@ -219,11 +222,11 @@ class CellEncoder(nn.Module):
         bag = batch.bag
         with torch.autocast(bag.values.device.type, enabled=False):
             medians = self.medians.index_select(0, bag.tokens)
-            weights = (torch.log1p(bag.values * medians), torch.log1p(bag.values))
+            weights = [torch.log1p(bag.values * medians), torch.log1p(bag.values)]
             if batch.is_hidden is not None:
                 rows, places = batch.is_hidden[:, 1:].nonzero(as_tuple=True)
                 hidden = bag.offsets[rows] + places
-                weights = tuple(one.index_fill(0, hidden, 0.0) for one in weights)
+                weights = [one.index_fill(0, hidden, 0.0) for one in weights]
             sums = [_weighted_sums(*one, bag) for one in zip(halves, weights, strict=True)]
             return torch.cat(sums, dim=-1) - self.gene_offset
 

@@ -292,7 +292,7 @@ def _prepare_weights(
     if strategy == "lora":
         rank, alpha = training.lora_rank, training.lora_alpha
         return LowRankModel(model, rank=rank, alpha=alpha, seed=seed)
-    model.cell_encoder.gene_embeddings.weight.requires_grad_(requires_grad=False)
+    model.cell_encoder.gene_embeddings.weight.requires_grad = False
     return None
 
 
