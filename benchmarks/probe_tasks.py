@@ -303,9 +303,7 @@ def _embed_without_virtual_cells(
     adata: AnnData, model: Stofm, library_key: str, device: str
 ) -> Embedding:
     st.pp.tokenize(adata, model, show_progress_bar=False)
-    st.tl.encode_cells(
-        adata, model, library_key=library_key, device=device, show_progress_bar=False
-    )
+    st.tl.encode_cells(adata, model, device=device, show_progress_bar=False)
     place = choose_device(device)
     rules, transformer = model.config.subslice, model.se2_transformer
     cells = np.asarray(adata.obsm["X_stofm_cell"])

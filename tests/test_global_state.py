@@ -98,7 +98,7 @@ def _tl(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
         st.tl.impute(query, reference=adata.copy(), model=model, **options)
 
     return {
-        "tl.encode_cells": lambda: st.tl.encode_cells(adata, model, **SLICES),
+        "tl.encode_cells": lambda: st.tl.encode_cells(adata, model, **QUIET),
         "tl.embed": lambda: st.tl.embed(adata, model, **SLICES),
         "tl.annotate": annotate,
         "tl.deconvolve": deconvolve,
