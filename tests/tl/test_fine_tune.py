@@ -109,7 +109,7 @@ def test_slices_are_read_as_they_were_embedded(fine_tune, adata, model):
 @pytest.mark.parametrize("pooled", [False, True])
 def test_gene_embeddings_stay_and_what_is_pooled_by(fine_tune, model, pooled, strategy):
     config = replace(model.config.cell_encoder, pooled=pooled, d_gene=8)
-    model = Stofm(replace(model.config, cell_encoder=config), model.vocabulary, seed=1).eval()
+    model = st.Stofm(replace(model.config, cell_encoder=config), model.vocabulary, seed=1).eval()
     before = model.cell_encoder.state_dict()
     tuned = fine_tune(trained=model, strategy=strategy).model.cell_encoder
     after = tuned.state_dict()
