@@ -152,20 +152,23 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Rejection:
-    """When a cell is called unknown: if both thresholds are passed.
+    """When a cell is called unknown: if both thresholds are passed, or networks disagree.
 
     Attributes
     ----------
     rate
-        Share of known cells that may be.
+        Share of known cells that may pass both.
     measured
-        Share of the held-out known cells that are.
+        Share of the held-out known cells that do.
     n_cells
         Number of these.
     least_probability
         Below it the likeliest class is not supported by its probability.
     greatest_distance
         Above it no class is supported by the embedding.
+    unanimous
+        Whether all networks must find the same class likeliest: another batch is nothing that
+        held-out cells have shown.
     """
 
     rate: float
@@ -173,6 +176,7 @@ class Rejection:
     n_cells: int
     least_probability: float
     greatest_distance: float
+    unanimous: bool = False
 
     def __post_init__(self) -> None:
         """Check each value."""
