@@ -19,10 +19,10 @@ import torch
 from stofm import Stofm
 from stofm._logging import logger
 from stofm._slice_files import open_slice
-from stofm.train.recipe import Recipe
+from stofm.train.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 RECIPE = Path(__file__).with_name("stofm-mini.toml")
 PROVENANCE = (
@@ -51,19 +51,23 @@ LIMITS = """\
 """
 
 
-def sources(files: Sequence[Path]) -> str:
+def sources(data: DataConfig, folder: Path) -> str:
     """Table of the slices: what they are, where they come from, under which licence."""
     lines = ["| slice | technology | species | tissue | cells | source, licence | paper |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for file in files:
+    for file in data.find(folder)[0]:
         adata = open_slice(file)
+        options = data.options_of(file, folder)
+        n_cells = adata.n_obs
+        if options.exclude:
+            n_cells -= int(adata.obs[options.library_key].isin(options.exclude).sum())
         told: Mapping[str, Any] = adata.uns["stofm_source"]
         columns = [
             file.stem,
             told["technology"],
             told["species"],
             told["tissue"],
-            f"{adata.n_obs:,}",
+            f"{n_cells:,}",
             f"{told['repo']} ({told['licence']})",
             told["paper"],
         ]
@@ -82,7 +86,7 @@ def history(run: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def card(model: Stofm, run: Mapping[str, Any], files: Sequence[Path], probes: str) -> str:
+def card(model: Stofm, run: Mapping[str, Any], table: str, probes: str) -> str:
     """The model card."""
     encoder, spatial = model.config.cell_encoder, model.config.se2_transformer
     n_weights = sum(weights.numel() for weights in model.parameters())
@@ -109,7 +113,7 @@ def card(model: Stofm, run: Mapping[str, Any], files: Sequence[Path], probes: st
             "## Data\n",
             "The vocabulary and its medians, one number per gene, come from more slices (see "
             "recipes/fit_mini_vocabulary.py). Weights were trained on these only:\n",
-            sources(files),
+            table,
             "",
         ]
     )
@@ -126,12 +130,12 @@ def main() -> None:
     report = json.loads((options.run / "run.json").read_text(encoding="utf-8"))
     model = Stofm.from_pretrained(options.run / "model")
     model.config = replace(model.config, provenance=PROVENANCE)
-    files, _ = Recipe.from_toml(RECIPE).data.find(options.slices)
+    table = sources(Recipe.from_toml(RECIPE).data, options.slices)
     probes = "Not measured."
     if options.probes is not None:
         probes = options.probes.read_text(encoding="utf-8").strip()
     model.save_pretrained(options.out, dtype=torch.float16, overwrite=True)
-    (options.out / "README.md").write_text(card(model, report, files, probes), encoding="utf-8")
+    (options.out / "README.md").write_text(card(model, report, table, probes), encoding="utf-8")
     size = sum(file.stat().st_size for file in options.out.iterdir())
     logger.info("%s: %.1f MB", options.out, size / 1e6)
 
