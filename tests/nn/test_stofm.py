@@ -372,5 +372,5 @@ def test_embedded_model_loads_and_is_small():
         trained=model.config.trained,
     )
     folder = checkpoint_module.find_checkpoint("stofm-mini")
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 15e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 30e6
     assert all(torch.isfinite(p).all() for p in model.parameters())
