@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obs, Obsm
 from stofm.tl import _voter_fitting
-from stofm.tl._head_inputs import Source, read_inputs
-from stofm.tl._sections import resolve_slices
+from stofm.tl._head_inputs import Source
 from stofm.train import HeadTraining, head_fitting
 
 KEY, PROBA = Obs.ANNOTATION, Obsm.ANNOTATION_PROBA
@@ -234,59 +231,6 @@ def test_scores_and_rejection_are_of_all_held_out_cells(cells):
     # Two draws of a tenth each.
     assert head.validation_scores["n_cells"].tolist() == [2 * head.split["n_held_out"]]
     assert 0.0 < head.rejection.measured <= 0.2
-
-
-def test_a_head_of_several_batches_doubts_where_networks_disagree(cells, model, rng, tmp_path):
-    counts = cells.X.toarray()
-    right = np.flatnonzero(cells.obs["library"] == "right")
-    batches = cells[:, :].copy()
-    # A tenth of what is there of every second gene.
-    counts[np.ix_(right, range(0, 71, 2))] = rng.binomial(
-        counts[np.ix_(right, range(0, 71, 2))].astype(int), 0.1
-    )
-    batches.X = sparse.csr_matrix(counts)
-    st.tl.embed(batches, model, **QUIET)
-    assert not fit(cells).rejection.unanimous
-    head = fit(batches)
-    assert head.rejection.unanimous
-    head.save(tmp_path / "head")
-    again = st.AnnotationHead.load(tmp_path / "head")
-    assert again.rejection == head.rejection
-
-    sections = resolve_slices(batches, "library")
-    inputs = read_inputs(sections, expected=head.origin, **QUIET)
-    inputs = head.read_beside(sections, inputs, layer=None, spatial_key="spatial")
-    likeliest = np.stack([vote.argmax(axis=1) for vote, _ in head.votes(inputs, "classes")])
-    differ = (likeliest != likeliest[0]).any(axis=0)
-    assert 0 < differ.sum() < len(differ)
-    found = again.predict(inputs)
-    passed = head.rejection.rejects(found.probabilities.max(axis=1), found.distances)
-    np.testing.assert_array_equal(found.is_unknown, passed | differ)
-    assert fit(batches, reject_rate=0).rejection is None
-
-
-def test_networks_without_a_vote_on_a_cell_do_not_disagree(cells):
-    head = fit(cells)
-    head = replace(head, rejection=replace(head.rejection, unanimous=True))
-    sections = resolve_slices(cells, "library")
-    inputs = read_inputs(sections, expected=head.origin, **QUIET)
-    inputs = head.read_beside(sections, inputs, layer=None, spatial_key="spatial")
-    lacking = inputs.expression.copy()
-    lacking[::2] = np.nan
-    blind = replace(
-        inputs,
-        expression=lacking,
-        expression_neighborhood=np.full_like(inputs.expression_neighborhood, np.nan),
-    )
-    embedded = [
-        vote.argmax(axis=1)
-        for (vote, _), source in zip(head.votes(inputs, "classes"), head.sources, strict=True)
-        if "expression" not in source
-    ]
-    differ = (np.stack(embedded) != embedded[0]).any(axis=0)
-    found = head.predict(blind)
-    passed = head.rejection.rejects(found.probabilities.max(axis=1), found.distances)
-    np.testing.assert_array_equal(found.is_unknown[::2], (passed | differ)[::2])
 
 
 def test_protocol(cells):

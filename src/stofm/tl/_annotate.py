@@ -72,8 +72,6 @@ def annotate(
     low, and its embedding lies far from those of the labelled cells. The thresholds are such that
     of the held-out labelled cells no more than `reject_rate` would be unknown. A class that the
     labelled cells lack is found only in part this way; ``head.rejection`` tells how it was set.
-    Where labelled slices differ in more than their composition, as those of several patients do, a
-    query may differ as much: a cell is then unknown too if the networks disagree on its class.
 
     Parameters
     ----------
@@ -140,8 +138,7 @@ def annotate(
         fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
         has their scores. The head is that of the first run.
     reject_rate
-        Share of known cells that may be called unknown while networks agree, from 0 to below 1; 0
-        for no unknown cells at all.
+        Share of known cells that may be called unknown, from 0 to below 1; 0 for none.
     seed
         Seed of splits, first weights and order of steps.
     device

@@ -98,10 +98,9 @@ class AnnotationFitting:
         heads, tested = [], []
         for run in self._plan(sections, labels, inputs, self.seed):
             head, read = self._fit_run(sections, inputs, labels, run, model)
-            head = head.with_components(expression)
-            heads.append(_doubting(head) if expression and expression.by_slice else head)
+            heads.append(head.with_components(expression))
             if len(run.test):
-                found = heads[-1].predict(read.take(run.test))
+                found = head.predict(read.take(run.test))
                 tested.append(score_classes(found, labels.codes[run.test]))
         test_scores = score_table(tested) if tested else None
         return replace(heads[0], test_scores=test_scores)
@@ -247,12 +246,6 @@ class AnnotationFitting:
             "seed": int(seed),
             **{name: self.reading[name] for name in options},
         }
-
-
-def _doubting(head: AnnotationHead) -> AnnotationHead:
-    """The head whose networks must agree: its slices are batches, and others will be too."""
-    rejection = head.rejection and replace(head.rejection, unanimous=True)
-    return replace(head, rejection=rejection)
 
 
 @dataclass(frozen=True)

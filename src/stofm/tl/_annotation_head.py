@@ -105,12 +105,9 @@ class AnnotationHead(VotingHead):
             They have another width than those that the head was fitted to.
         """
         self.check_inputs(inputs)
-        n_cells, n_classes = len(inputs.features), len(self.outputs)
-        mean = np.zeros((n_cells, n_classes))
-        is_likeliest = np.zeros((n_cells, n_classes), dtype=bool)
+        mean = np.zeros((len(inputs.features), len(self.outputs)))
         for vote, weight in self.votes(inputs, "classes"):
             mean += weight[:, None] * vote
-            is_likeliest[np.arange(n_cells), vote.argmax(axis=1)] |= weight > 0
         scores = log_scores(mean)
         probabilities = calibrated_probabilities(scores, self.temperature)
         if self.rejection is None or self.surroundings is None:
@@ -118,8 +115,6 @@ class AnnotationHead(VotingHead):
             return Annotation(probabilities, np.empty(0), nothing)
         distances = self.surroundings.distances(inputs.features)
         unknown = self.rejection.rejects(probabilities.max(axis=1), distances)
-        if self.rejection.unanimous:
-            unknown |= is_likeliest.sum(axis=1) > 1
         return Annotation(probabilities, distances, unknown)
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -152,23 +152,20 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Rejection:
-    """When a cell is called unknown: if both thresholds are passed, or networks disagree.
+    """When a cell is called unknown: if both thresholds are passed.
 
     Attributes
     ----------
     rate
-        Share of known cells that may pass both.
+        Share of known cells that may be.
     measured
-        Share of the held-out known cells that do.
+        Share of the held-out known cells that are.
     n_cells
         Number of these.
     least_probability
         Below it the likeliest class is not supported by its probability.
     greatest_distance
         Above it no class is supported by the embedding.
-    unanimous
-        Whether all networks must find the same class likeliest: another batch is nothing that
-        held-out cells have shown.
     """
 
     rate: float
@@ -176,7 +173,6 @@ class Rejection:
     n_cells: int
     least_probability: float
     greatest_distance: float
-    unanimous: bool = False
 
     def __post_init__(self) -> None:
         """Check each value."""
