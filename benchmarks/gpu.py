@@ -155,7 +155,7 @@ def checks(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def embedded_cells(net: Any, batch: TokenBatch, dtype: torch.dtype) -> Tensor:
-    return net.project(batch.to(device_of(net)), net.lay_out(dtype))
+    return net.embed(batch.to(device_of(net)), net.lay_out(dtype))
 
 
 def hidden_nodes(net: nn.Module, batch: SubSliceBatch) -> Tensor:

@@ -79,8 +79,11 @@ def _pp(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
     }
 
 
-def _tl(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+def _tl(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], object]]:
     heads = {"n_heads": 1, "n_components": 3, **SLICES}
+    table = folder / "genes.tsv"
+    numbers = np.arange(2.0 * adata.n_vars).reshape(adata.n_vars, 2)
+    pd.DataFrame(numbers, index=adata.var_names).to_csv(table, sep="\t")
 
     def annotate() -> None:
         head = st.tl.annotate(adata, label_key="kind", **heads)
@@ -98,6 +101,7 @@ def _tl(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
         st.tl.impute(query, reference=adata.copy(), model=model, **options)
 
     return {
+        "tl.pool_genes": lambda: st.tl.pool_genes(adata, table, show_progress_bar=False),
         "tl.encode_cells": lambda: st.tl.encode_cells(adata, model, **QUIET),
         "tl.embed": lambda: st.tl.embed(adata, model, **SLICES),
         "tl.annotate": annotate,

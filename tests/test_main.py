@@ -147,6 +147,7 @@ n_layers = 1
 d_inner = 8
 [model.se2_transformer]
 d_cell = 12
+n_passed = 8
 d_model = 12
 n_heads = 4
 n_layers = 1

@@ -33,7 +33,8 @@ def counted(work):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"values": "log", "pooled": True, "d_gene": 24}, {"max_positions": 31}]
+    "options",
+    [{}, {"values": "log", "pooled": True, "d_gene": 24, "d_cell": 36}, {"max_positions": 31}],
 )
 def test_operations_of_the_cell_encoder(model, vocabulary, rng, options):
     config = replace(model.config.cell_encoder, n_layers=3, d_hidden=64, d_inner=80, **options)
@@ -93,7 +94,7 @@ def test_the_table_has_a_row_for_each_recipe(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compute.py", *paths, "--n-cells", "1e6"])
     compute.main()
     small, base = capsys.readouterr().out.splitlines()[2:]
-    assert small.startswith("| `stofm-small` | 10.9 million |")
+    assert small.startswith("| `stofm-small` | 16.2 million |")
     assert base.startswith("| `stofm-base` | 38.6 million |")
 
 
@@ -102,12 +103,20 @@ def test_a_recipe_trains(name, tmp_path):
     recipe = Recipe.from_toml(FOLDER / "recipes" / f"stofm-{name}.toml")
     (tmp_path / "data").mkdir()
     simulate_slice(60, 120, seed=0).write_h5ad(tmp_path / "data" / "slice.h5ad")
-    sizes = {"d_cell": 8, "n_layers": 1, "n_heads": 2, "d_inner": 8}
+    sizes = {"d_cell": 24, "n_layers": 1, "n_heads": 2, "d_inner": 8}
+    genes = {"d_gene": 16} if name == "small" else {}
+    passed = {"n_passed": 8} if name == "small" else {}
     model = replace(
         recipe.model,
         vocabulary="fit",
-        cell_encoder=recipe.model.cell_encoder | sizes | {"d_hidden": 8, "max_positions": 21},
-        se2_transformer=recipe.model.se2_transformer | sizes | {"d_model": 8, "n_kernels": 4},
+        cell_encoder=recipe.model.cell_encoder
+        | sizes
+        | genes
+        | {"d_hidden": 8, "max_positions": 21},
+        se2_transformer=recipe.model.se2_transformer
+        | sizes
+        | passed
+        | {"d_model": 8, "n_kernels": 4},
     )
     stages = tuple(
         replace(s, epochs=9, max_steps=2, optimizer=replace(s.optimizer, batch_size=1))

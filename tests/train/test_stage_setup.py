@@ -73,5 +73,4 @@ def test_nodes_are_padded_for_the_device(tmp_path, model, corpus, device, multip
         device=torch.device(device),
     )
     assert setup.node_multiple == multiple
-    assert setup.corpora == (corpus,)
     assert setup.reader(corpus).max_length == 41

@@ -328,7 +328,7 @@ class StofmConfig:
 
         It departs from the paper where that costs little and helps a small model: a fixed linear
         view of all counts in front of what a small BERT tells of ranks and values
-        (:class:`CellEncoderConfig`); half of that view, and its mean around the cell, in front of
+        (:class:`CellEncoderConfig`); a quarter of that view, and its mean around the cell, in front of
         what the SE(2) Transformer tells, which has its layer norms before the blocks and attends to
         near cells from the start; sub-slices of 500 cells, with distances in spacings of cells;
         clusters on ten principal components beside place.
@@ -361,7 +361,7 @@ class StofmConfig:
                 n_kernels=32,
                 norm_first=True,
                 distance_start="near",
-                n_passed=256,
+                n_passed=128,
                 reach=3.0,
             ),
             subslice=SubSliceConfig(n_cells=500, n_components=10, unit="spacing"),

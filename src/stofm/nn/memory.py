@@ -166,12 +166,13 @@ def host_memory(
     graph = slice_ * (_GRAPH_BYTES[rules.clustering] + 8 * rules.n_components)
     block = min(_ENTRY_BYTES * work.genes_per_cell * min(n, _BLOCK_ROWS), _BLOCK_BYTES)
     kept = _KEPT * encoding
+    copied = 0 if slice_ == n else slice_
     peaks = (
         n * 2 * tokens,
         n * (tokens + 24 + cell) + encoding,
         n * (tokens + 24 + 2 * cell) + kept,
         laid_out + slice_ * cell + max(components, graph) + kept,
-        laid_out + n * spatial + slice_ * (cell + spatial) + max(kept, transforming),
+        laid_out + n * spatial + copied * (cell + spatial) + max(kept, transforming),
         # Columns of the sparse matrices, and what they are made from.
         laid_out + n * (spatial + (token + 4) * work.genes_per_cell) + kept + work.n_copied,
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stofm.nn.config import SE2TransformerConfig
 
 #: Of what the transformer tells, beside features that are passed on.
-_TOLD_LENGTH = 2.0
+_TOLD_LENGTH = 10.0
 
 
 @dataclass(frozen=True)

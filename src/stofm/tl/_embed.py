@@ -326,25 +326,27 @@ class _Run:
     ) -> NDArray[np.float32]:
         """Run the SE(2) Transformer slice by slice."""
         transformer = placed(self.model.se2_transformer, self.device, self.dtype)
-        embedding = np.empty((len(features), transformer.config.d_embedding), dtype=np.float32)
         done = counter(
             total=layouts.n_subslices,
             description="embed sub-slices",
             unit="sub-slice",
             show=self.show_progress_bar,
         )
+        run = partial(
+            embed_slice,
+            transformer,
+            config=rules,
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=batch_size,
+        )
         with done as advance:
+            if len(layouts.layouts) == 1:
+                # All rows, in order: nothing is copied.
+                return run(layouts.layouts[0], features, on_done=advance)
+            embedding = np.empty((len(features), transformer.config.d_embedding), dtype=np.float32)
             for rows, layout in zip(layouts.places.slices.rows, layouts.layouts, strict=True):
-                embedding[rows] = embed_slice(
-                    transformer,
-                    layout,
-                    features[rows],
-                    rules,
-                    device=self.device,
-                    dtype=self.dtype,
-                    batch_size=batch_size,
-                    on_done=advance,
-                )
+                embedding[rows] = run(layout, features[rows], on_done=advance)
         return embedding
 
     def record(self, layouts: Layouts, rules: SubSliceConfig) -> _Record:
