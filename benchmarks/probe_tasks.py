@@ -307,7 +307,7 @@ def _embed_without_virtual_cells(
     place = choose_device(device)
     rules, transformer = model.config.subslice, model.se2_transformer
     cells = np.asarray(adata.obsm["X_stofm_cell"])
-    spatial = np.empty((adata.n_obs, transformer.config.d_model), dtype=np.float32)
+    spatial = np.empty((adata.n_obs, transformer.config.d_embedding), dtype=np.float32)
     for rows in resolve_slices(adata, library_key).slices.rows:
         coordinates = np.asarray(adata.obsm["spatial"])[rows, :2]
         layout = lay_out_slice(coordinates, cells[rows], rules)

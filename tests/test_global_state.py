@@ -81,9 +81,10 @@ def _pp(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
 
 def _tl(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], object]]:
     heads = {"n_heads": 1, "n_components": 3, **SLICES}
+    known = st.datasets.simulate_slice(60, 120, seed=3)
     table = folder / "genes.tsv"
-    numbers = np.arange(2.0 * adata.n_vars).reshape(adata.n_vars, 2)
-    pd.DataFrame(numbers, index=adata.var_names).to_csv(table, sep="\t")
+    numbers = np.arange(2.0 * known.n_vars).reshape(known.n_vars, 2)
+    pd.DataFrame(numbers, index=known.var_names).to_csv(table, sep="\t")
 
     def annotate() -> None:
         head = st.tl.annotate(adata, label_key="kind", **heads)
@@ -101,7 +102,7 @@ def _tl(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], obje
         st.tl.impute(query, reference=adata.copy(), model=model, **options)
 
     return {
-        "tl.pool_genes": lambda: st.tl.pool_genes(adata, table, show_progress_bar=False),
+        "tl.pool_genes": lambda: st.tl.pool_genes(known, table, show_progress_bar=False),
         "tl.encode_cells": lambda: st.tl.encode_cells(adata, model, **QUIET),
         "tl.embed": lambda: st.tl.embed(adata, model, **SLICES),
         "tl.annotate": annotate,
