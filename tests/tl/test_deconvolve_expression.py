@@ -10,7 +10,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm
-from stofm.train import HeadTraining, head_fitting
+from stofm.heads.network import HeadTraining
 
 KEY, STD = Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD
 TYPES = ["astro", "micro", "oligo"]
@@ -21,7 +21,7 @@ QUIET = {"device": "cpu", "show_progress_bar": False}
 def _short(monkeypatch):
     """Fit networks in a moment."""
     short = HeadTraining(learning_rate=5e-3, max_epochs=8, patience=3)
-    monkeypatch.setattr(head_fitting, "HeadTraining", lambda: short)
+    monkeypatch.setattr("stofm.heads.network.HeadTraining", lambda: short)
 
 
 @pytest.fixture

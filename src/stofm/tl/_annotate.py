@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Label, Obs, Obsm
 from stofm._writing import all_or_nothing
-from stofm.tl._annotation_fitting import AnnotationFitting
-from stofm.tl._annotation_head import AnnotationHead, refuse_foreign_annotation, write_annotation
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP, read_inputs
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import MIN_SHARE, MISSING, read_labels
-from stofm.tl._sections import resolve_slices
+from stofm.heads.annotation import AnnotationHead, refuse_foreign_annotation, write_annotation
+from stofm.heads.annotation_fitting import AnnotationFitting
+from stofm.heads.base import refuse_reserved, require_head
+from stofm.heads.inputs import DEFAULT_REP, read_inputs
+from stofm.heads.labels import MIN_SHARE, MISSING, read_labels
+from stofm.heads.options import check_fit_options, check_if_given
+from stofm.heads.sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.heads.base import Strategy
+    from stofm.heads.splits import Protocol
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
 
 
 def annotate(

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, Final
 from stofm._keys import Obsm
 from stofm._messages import naming
 from stofm._writing import all_or_nothing
-from stofm.spatial.spot_simulation import SpotRules
-from stofm.tl._deconvolution_fit import DeconvolutionFitting
-from stofm.tl._deconvolution_head import (
+from stofm.heads.base import refuse_reserved, require_head
+from stofm.heads.inputs import DEFAULT_REP
+from stofm.heads.labels import MISSING, read_labels
+from stofm.heads.options import check_fit_options, check_if_given
+from stofm.heads.sections import resolve_slices
+from stofm.heads.spot_reference import read_panels
+from stofm.heads.spot_tables import SLICE, grid_into_spots, read_proportions
+from stofm.heads.spots import (
     DeconvolutionHead,
     refuse_foreign_proportions,
     write_proportions,
 )
-from stofm.tl._encode_cells import load_model
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import MISSING, read_labels
-from stofm.tl._sections import resolve_slices
-from stofm.tl._spot_reference import read_panels
-from stofm.tl._spot_tables import SLICE, grid_into_spots, read_proportions
+from stofm.heads.spots_fitting import DeconvolutionFitting
+from stofm.nn.stofm import load_model
+from stofm.spatial.spot_simulation import SpotRules
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.heads.base import Strategy
+    from stofm.heads.splits import Protocol
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
 
 #: Components that are read of spots simulated from a reference.
 _N_COMPONENTS: Final = 50

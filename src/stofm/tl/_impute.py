@@ -8,20 +8,20 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._messages import naming
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._gene_columns import (
+from stofm.heads.base import refuse_reserved, require_head
+from stofm.heads.gene_columns import (
     Gene,
     GeneColumns,
     choose_panel,
     find_genes,
     new_genes,
 )
-from stofm.tl._head_inputs import DEFAULT_REP, checked_reps
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._imputation_fitting import ImputationFitting, reading_of_panel
-from stofm.tl._imputation_head import ImputationHead
-from stofm.tl._imputation_writing import ImputationWriting, model_and_vocabulary, read_columns
-from stofm.tl._sections import resolve_slices
+from stofm.heads.genes import ImputationHead
+from stofm.heads.genes_fitting import ImputationFitting, reading_of_panel
+from stofm.heads.genes_writing import ImputationWriting, model_and_vocabulary, read_columns
+from stofm.heads.inputs import DEFAULT_REP, checked_reps
+from stofm.heads.options import check_fit_options, check_if_given
+from stofm.heads.sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     import torch
 
     from stofm.genes import GeneVocabulary
+    from stofm.heads.base import Strategy
+    from stofm.heads.sections import Sections
+    from stofm.heads.splits import Protocol
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
-    from stofm.tl._sections import Sections
 
 #: Genes that ``protocol="stofm-paper"`` holds out.
 _N_PROTOCOL_GENES: Final = 50
