@@ -16,6 +16,7 @@ from stofm._frames import frame_names
 from stofm._keys import Obs, Obsm, Uns
 from stofm.heads.annotation import AnnotationHead, write_annotation
 from stofm.heads.inputs import read_inputs
+from stofm.heads.options import Reading
 from stofm.heads.sections import resolve_slices
 from stofm.heads.trust import Rejection, Surroundings
 from stofm.nn import HeadConfig, PredictionHead
@@ -61,7 +62,7 @@ def test_classes_that_a_file_can_not_name(cells, tmp_path, suffix):
 def test_all_or_nothing_is_written(cells):
     head = st.tl.annotate(cells, label_key="label", split="random", **QUIET)
     sections = resolve_slices(cells)
-    found = head.predict(read_inputs(sections, **QUIET))
+    found = head.predict(read_inputs(sections, Reading(device="cpu"), use_rep="X_pca"))
     object.__setattr__(head, "outputs", head.outputs[:2])
     with pytest.raises(ValueError, match="Shape of passed values"):
         write_annotation(sections, head, found, Obs.ANNOTATION)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stofm.heads import ensemble, network
-from stofm.heads.ensemble import choose_n_heads, fit_voters, voter_seeds
-from stofm.heads.fitting import TaskFit
+from stofm.heads.ensemble import fit_voters
+from stofm.heads.fitting import FirstFit
 from stofm.heads.inputs import Inputs
 from stofm.heads.network import HeadTraining, apply_head, fit_head
 from stofm.heads.targets import Targets
@@ -54,16 +54,20 @@ def make_inputs(targets, rng, embedding, expression):
     return Inputs(features, ("X_a",), (5,), {"X_a": {}}, own)
 
 
+def seeds(seed, n_heads):
+    return [seed + 1000 * k for k in range(n_heads)]
+
+
 def first_of(inputs, targets, split, seed=0):
     one = fit_head(
         inputs.features, targets, fitted=split.fitted, held_out=split.held_out, seed=seed
     )
-    return TaskFit(one.head, inputs, None, one.history, one.best_epoch)
+    return FirstFit(one, inputs)
 
 
 def fit(inputs, targets, splits, *, n_heads=2, refit=False, seed=0):
     first = first_of(inputs, targets, splits[0], seed)
-    return first, fit_voters(first, targets, splits, n_heads=n_heads, refit=refit, seed=seed)
+    return first, fit_voters(first, targets, splits, seeds(seed, n_heads), refit=refit)
 
 
 def say(voters, inputs, kind="classes"):
@@ -87,7 +91,7 @@ def test_embeddings_alone(classes, splits, rng):
     first, voters = fit(inputs, classes, splits)
     assert voters.reads == ("embedding",) * 2
     assert voters.weights == pytest.approx((0.5, 0.5))
-    assert voters.networks[0] is first.network
+    assert voters.networks[0] is first.fitted.head
     assert sorted(voters.history["network"].unique()) == [0, 1]
     assert len(voters.votes) == len(voters.rows) == 60
     # The second network is of the second split and of its seed.
@@ -96,7 +100,7 @@ def test_embeddings_alone(classes, splits, rng):
         classes,
         fitted=splits[1].fitted,
         held_out=splits[1].held_out,
-        seed=voter_seeds(0, 2)[1],
+        seed=seeds(0, 2)[1],
     )
     assert same(voters.networks[1], second.head)
 
@@ -181,13 +185,13 @@ def test_refit(classes, splits, rng, monkeypatch):
 
     first = first_of(inputs, classes, splits[0])
     monkeypatch.setattr(ensemble, "fit_head", spy)
-    after = fit_voters(first, classes, splits, n_heads=2, refit=True, seed=0)
+    after = fit_voters(first, classes, splits, seeds(0, 2), refit=True)
     # Weights, and what they are found by, are those of before.
     np.testing.assert_array_equal(after.votes, before.votes)
     again = [one for one in asked if "n_epochs" in one]
     assert len(again) == 4
-    assert [one["seed"] for one in again] == voter_seeds(0, 2) * 2
-    assert again[0]["n_epochs"] == first.best_epoch
+    assert [one["seed"] for one in again] == seeds(0, 2) * 2
+    assert again[0]["n_epochs"] == first.fitted.best_epoch
     for one in again:
         np.testing.assert_array_equal(one["fitted"], known)
         assert len(one["held_out"]) == 0
@@ -203,11 +207,11 @@ def test_refit(classes, splits, rng, monkeypatch):
 def test_a_tuned_network_is_not_fitted_again(classes, splits, rng):
     inputs = make_inputs(classes, rng, 1.0, 1.0)
     first = first_of(inputs, classes, splits[0])
-    frozen = fit_voters(first, classes, splits[:1], n_heads=2, refit=True, seed=0)
+    frozen = fit_voters(first, classes, splits[:1], seeds(0, 2), refit=True)
     tuned = replace(first, model=object())
-    voters = fit_voters(tuned, classes, splits[:1], n_heads=2, refit=True, seed=0)
-    assert voters.networks[0] is first.network
-    assert not same(frozen.networks[0], first.network)
+    voters = fit_voters(tuned, classes, splits[:1], seeds(0, 2), refit=True)
+    assert voters.networks[0] is first.fitted.head
+    assert not same(frozen.networks[0], first.fitted.head)
     assert voters.reads == frozen.reads
     assert all(map(same, voters.networks[1:], frozen.networks[1:]))
 
@@ -264,18 +268,3 @@ def test_order_of_rows(classes, splits, rng, refit):
     np.testing.assert_array_equal(again.votes, first.votes)
     assert again.weights == first.weights
     assert all(same(*pair) for pair in zip(first.networks, again.networks, strict=True))
-
-
-def test_number_of_networks(monkeypatch):
-    monkeypatch.setattr(ensemble, "_MANY_CELLS", 700)
-    assert choose_n_heads(None, 700, is_repeated=False) == 3
-    assert choose_n_heads(None, 701, is_repeated=False) == 1
-    assert choose_n_heads(None, 50, is_repeated=True) == 1
-    assert choose_n_heads(5, 10**6, is_repeated=True) == 5
-
-
-def test_seeds():
-    assert len(set(voter_seeds(3, 4))) == 4
-    assert voter_seeds(3, 4)[0] == 3
-    # Runs of a protocol have neighbouring seeds, and share none.
-    assert not set(voter_seeds(3, 4)) & set(voter_seeds(4, 4))

@@ -11,7 +11,8 @@ from scipy import sparse
 import stofm as st
 from stofm._keys import Obsm, Uns
 from stofm.heads.embeddings import origin_by
-from stofm.heads.inputs import checked_reps, read_inputs
+from stofm.heads.inputs import read_inputs
+from stofm.heads.options import Reading, checked_reps
 from stofm.heads.sections import resolve_slices
 from stofm.nn import Stofm
 
@@ -31,7 +32,9 @@ def other(model):
 
 def read(data, library_key="library", **options):
     sections = resolve_slices(data, library_key)
-    return read_inputs(sections, **({**QUIET, "library_key": library_key} | options))
+    own = {**QUIET, "library_key": library_key} | options
+    asked = {name: own.pop(name) for name in ("use_rep", "model", "expected") if name in own}
+    return read_inputs(sections, Reading(**own), **asked)
 
 
 def test_one_several_and_named(adata, pair):
@@ -214,7 +217,7 @@ def test_messages_name_the_table(pair, model):
     for data, where in ((pair[1], "reference"), (named, r"reference\['b'\]")):
         sections = resolve_slices(data, "library", role="reference")
         with pytest.raises(ValueError, match=rf"^{where}\..*pass reference_layer='raw'"):
-            read_inputs(sections, model=model, **QUIET)
+            read_inputs(sections, Reading(**QUIET), model=model)
     with pytest.raises(KeyError, match=r"The query: There is no obs\['nope'\]"):
         resolve_slices(pair[0], "nope", role="query")
 

@@ -12,17 +12,18 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obs, Obsm
-from stofm.heads import fitting, network
+from stofm.heads import fitting, imputation, network
 from stofm.heads.gene_columns import GeneColumns
-from stofm.heads.inputs import DEFAULT_REP, Inputs, Source, read_inputs
+from stofm.heads.inputs import Inputs, Source, read_inputs
 from stofm.heads.neighborhood import add_neighborhood, choose_neighborhood
 from stofm.heads.network import HeadTraining
+from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
 from stofm.heads.sections import resolve_slices
 from stofm.heads.targets import Targets
 from stofm.spatial.neighbor_graph import neighbor_means
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
-READING = {**QUIET, "layer": None, "spatial_key": Obsm.SPATIAL}
+READING = Reading(**QUIET)
 
 
 @pytest.fixture
@@ -96,9 +97,9 @@ def test_the_first_components_are_averaged_too(adata, inputs, rng):
 
 def choose(data, inputs, n_neighbors=None, *, rows=None, **options):
     sections = slices_of(data)
-    own = {"spatial_key": Obsm.SPATIAL, "split": "auto", "protocol": None} | options
+    own = FitOptions(n_neighbors=n_neighbors, **options)
     rows = np.arange(sections.n_obs) if rows is None else rows
-    return choose_neighborhood(sections, inputs, n_neighbors, rows=rows, **own)
+    return choose_neighborhood(sections, inputs, own, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,8 @@ def test_regions_are_told_by_what_is_around(cells, tmp_path):
     assert head.n_neighbors == 10
     assert head.weights[1] > 0.5
     assert accuracy(right, head) > accuracy(right, fit(left, n_neighbors=0)) + 0.05
-    read = read_inputs(slices_of(right), **READING)
-    beside = head.read_beside(slices_of(right), read, layer=None, spatial_key=Obsm.SPATIAL)
+    read = read_inputs(slices_of(right), READING)
+    beside = head.read_beside(slices_of(right), read, Reading())
     means = neighbor_means(right.obsm[Obsm.X_CELL], right.obsm["spatial"], [np.arange(83)], 10)
     np.testing.assert_array_equal(beside.neighborhood, means)
     head.save(tmp_path / "head")
@@ -256,6 +257,17 @@ def test_a_table_without_places_beside_others(cells, lack, caplog):
         assert same == (one.n_obs == 101)
 
 
+class Toys(fitting.Task):
+    name = "toys"
+    training = HeadTraining(max_epochs=1)
+
+    def make_head(self, first, run, splits, common):
+        raise NotImplementedError
+
+    def score(self, head, inputs, rows):
+        raise NotImplementedError
+
+
 def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
     tuned = st.Stofm(model.config, model.vocabulary, seed=9).eval()
 
@@ -267,21 +279,13 @@ def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
 
     monkeypatch.setattr(fitting, "fine_tune_head", lambda *args, **_: Tuned(args[2]))
     sections = slices_of(adata)
-    read = read_inputs(sections, model=model, **READING)
+    read = read_inputs(sections, READING, model=model)
     read = add_neighborhood(sections, read, 6, spatial_key=Obsm.SPATIAL, needed=[0])
     targets = Targets("classes", adata.obs["kind"].cat.codes.to_numpy().astype(np.int64), 3)
     split = st.spatial.split_cells(adata.obsm["spatial"], sections.slices.rows, seed=0)
-    fitted = fitting.fit_task(
-        sections,
-        read,
-        targets,
-        split,
-        strategy="full",
-        model=model,
-        task="x",
-        seed=0,
-        training=HeadTraining(max_epochs=1),
-        reading=READING,
+    options = FitOptions(strategy="full", model=model, reading=READING)
+    fitted = fitting.fit_first(
+        Toys(targets=targets, options=options), sections, read, split, seed=0
     )
     own = fitted.inputs.features[:, : read.widths[0]]
     expected = neighbor_means(own, adata.obsm["spatial"], sections.slices.rows, 6)
@@ -306,16 +310,14 @@ def test_proportions(cells):
 
 
 def test_imputation(adata, model, rng, monkeypatch):
-    from stofm.heads import genes_fitting
-
-    monkeypatch.setattr(genes_fitting, "_TRAINING", HeadTraining(max_epochs=3))
+    monkeypatch.setattr(imputation.ExpressionTask, "training", HeadTraining(max_epochs=3))
     west = adata.obsm["spatial"][:, 0] < 350
     dense = adata.X.toarray()
     dense[:, 2] = np.where(west, 9, 1)
     adata.X = sparse.csr_matrix(dense)
     gene = adata.var_names[2]
     monkeypatch.setattr(
-        genes_fitting, "stack_weights", lambda errors: np.full(len(errors), 1 / len(errors))
+        imputation, "stack_weights", lambda errors: np.full(len(errors), 1 / len(errors))
     )
     head = st.tl.impute(adata, genes=[gene], model=model, n_heads=1, **QUIET)
     assert head.reads == get_args(Source)
@@ -325,7 +327,7 @@ def test_imputation(adata, model, rng, monkeypatch):
     bare = resolve_slices(query, "library")
     read = inputs_of(query, rng.normal(size=(184, 7)).astype(np.float32))
     known = [GeneColumns.read(query, model.vocabulary)]
-    beside = head.read_beside_panel(bare, known, read, layer=None, spatial_key=Obsm.SPATIAL)
+    beside = head.read_beside_panel(bare, known, read, Reading())
     means = neighbor_means(read.features[:, :4], query.obsm["spatial"], bare.slices.rows, 10)
     np.testing.assert_array_equal(beside.neighborhood, means)
     # Of what no model makes neither places nor neighbours are needed, unless asked for.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from stofm._keys import Obsm
-from stofm.heads.options import check_fit_options, check_whole_number
+from stofm.heads import options as module
+from stofm.heads.options import FitOptions, Reading, check_whole_number
 from stofm.heads.sections import resolve_slices
 
 GOOD = {
@@ -15,12 +16,12 @@ GOOD = {
     "split": "auto",
     "protocol": None,
     "seed": np.int64(3),
-    "spatial_key": Obsm.SPATIAL,
+    "reading": Reading(),
 }
 
 
 def check(adata, library_key="library", **options):
-    check_fit_options(resolve_slices(adata, library_key), **{**GOOD, **options})
+    FitOptions(**{**GOOD, **options}).check(resolve_slices(adata, library_key))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_places_are_asked_for_where_they_are_needed(adata, options):
     with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
         check(adata, **options)
     # Simulated spots have no place, and the split none of the slices.
-    check_fit_options(None, **{**GOOD, "split": "blocks"})
+    FitOptions(**{**GOOD, "split": "blocks"}).check(None)
 
 
 def test_low_rank_needs_peft(adata, monkeypatch):
@@ -81,3 +82,11 @@ def test_whole_numbers(value):
     check_whole_number("n", np.int32(7), least=1)
     with pytest.raises(ValueError, match="n must be a whole number of at least 1, found"):
         check_whole_number("n", value, least=1)
+
+
+def test_number_of_networks(monkeypatch):
+    monkeypatch.setattr(module, "_MANY_CELLS", 700)
+    assert FitOptions().heads_of(700) == 3
+    assert FitOptions().heads_of(701) == 1
+    assert FitOptions(protocol="stofm-paper").heads_of(50) == 1
+    assert FitOptions(protocol="stofm-paper", n_heads=5).heads_of(10**6) == 5

@@ -6,6 +6,7 @@ import torch
 from scipy import sparse
 
 from stofm.heads.expression import log_normalised
+from stofm.heads.options import Reading
 from stofm.heads.spot_panel import (
     SpotPanel,
     component_loadings,
@@ -15,6 +16,7 @@ from stofm.heads.spot_panel import (
 from stofm.nn import encode_cells
 from stofm.pp._tokenize import tokens_or_stored
 
+READING = Reading(device="cpu", show_progress_bar=False)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
@@ -51,14 +53,14 @@ def test_features_are_those_of_the_cell_encoder(adata, model, panel):
     spots = SpotPanel(model.vocabulary.gene_ids[panel], np.zeros((len(panel), 0), "f4"), 1.0)
     ranked = tokens_or_stored(own, model, show_progress_bar=False).ranked
     expected = encode_cells(model.cell_encoder, ranked, model.vocabulary, **CPU)
-    np.testing.assert_allclose(spots.features(counts, model, **CPU), expected, atol=1e-6)
+    np.testing.assert_allclose(spots.features(counts, model, READING), expected, atol=1e-6)
 
 
 def test_components_stand_beside(adata, model, panel, rng):
     counts = read_panel_counts(adata, genes_of(adata, model, "the query"), panel, None)
     loadings = rng.normal(size=(len(panel), 3)).astype(np.float32)
     features = SpotPanel(model.vocabulary.gene_ids[panel], loadings, 50.0).features(
-        counts, model, **CPU
+        counts, model, READING
     )
     dense = counts.toarray()
     logs = np.log1p(dense / dense.sum(axis=1, keepdims=True) * 50.0)

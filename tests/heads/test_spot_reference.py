@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from stofm.heads.labels import read_labels
+from stofm.heads.options import Reading
 from stofm.heads.sections import resolve_slices
 from stofm.heads.spot_reference import SpotSimulation, read_panels
 from stofm.spatial.spot_simulation import SpotRules
@@ -50,9 +50,7 @@ def test_two_rounds(query_and_reference, model):
         model=model,
         rules=SpotRules(n_spots=1000),
         n_components=5,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        show_progress_bar=False,
+        reading=Reading(device="cpu", show_progress_bar=False),
     ).run(panels, predict, [0, 7])
     first = rounds[0].proportions
     assert len(first) == 1000

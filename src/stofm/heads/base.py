@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from stofm import __version__
-from stofm._config import build_dataclass, read_json
-from stofm._files import Kind, local, reading, take_back
+from stofm._config import build_dataclass
+from stofm._files import local, take_back
 from stofm._keys import Obs, Obsm, Uns
-from stofm._tables import read_table
 from stofm._writing import refuse_taken
+from stofm.heads.components import ComponentsEntries, ExpressionComponents, read_expression
+from stofm.heads.head_files import (
+    HISTORY,
+    MODEL,
+    TEST,
+    VALIDATION,
+    WEIGHTS,
+    beside_weights,
+    kind_of,
+    plain,
+    read_config,
+    read_network,
+    read_table,
+)
+from stofm.heads.inputs import Source  # noqa: TC001 - read when a head is loaded
+from stofm.heads.neighborhood import add_neighborhood
+from stofm.heads.network import apply_head
+from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn import Stofm
 from stofm.nn.checkpoint import CONFIG, write_atomically
-from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
-from stofm.nn.conversion import check_sizes, load_exactly, shapes
-from stofm.nn.device import seeded
-from stofm.nn.prediction_head import HeadConfig, PredictionHead
+from stofm.nn.prediction_head import HeadConfig  # noqa: TC001 - read when a head is loaded
 from stofm.nn.tensor_files import read_tensors, require_beside, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import pandas as pd
     import torch
@@ -33,25 +46,24 @@ if TYPE_CHECKING:
 
     from stofm.heads.embeddings import Origin
     from stofm.heads.inputs import Inputs
-
-#: ``"frozen"``: the head alone is fitted. Else the model is tuned with it: by changes of low rank
-#: (``"lora"``), or all its weights (``"full"``).
-Strategy = Literal["frozen", "lora", "full"]
-
-_WEIGHTS = "head.safetensors"
-_HISTORY = "history.tsv"
-_VALIDATION = "validation_scores.tsv"
-_TEST = "test_scores.tsv"
-_MODEL = "model"
-
-
-@dataclass(frozen=True)
-class NoEntries:
-    """A task that adds nothing."""
+    from stofm.heads.options import Reading
+    from stofm.heads.sections import Sections
+    from stofm.heads.targets import TargetKind
+    from stofm.nn import PredictionHead
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entries:
+class Entries:
+    """What config.json holds of the networks of a head and of its task; see :class:`Head`."""
+
+    reads: tuple[Source, ...]
+    weights: tuple[float, ...]
+    n_neighbors: int
+    expression: ComponentsEntries | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
     """config.json of a head."""
 
     task: str
@@ -73,7 +85,7 @@ class Head:
     Attributes
     ----------
     networks
-        One network, or several that vote.
+        One network, or several whose weighted mean is the prediction.
     outputs
         Names of what is predicted: classes, cell types or genes.
     use_rep
@@ -88,10 +100,20 @@ class Head:
         How cells were held out, and how many.
     validation_scores
         Scores on the held-out cells.
-    test_scores
-        Scores of the runs of a protocol; None without one.
     history
         Losses while the head was fitted.
+    reads
+        What each network reads: ``"embedding"``, as the first one does, or ``"expression"``;
+        ``"neighborhood"`` and ``"expression neighborhood"`` are these with means over the
+        neighbours beside them. Empty if all read embeddings.
+    weights
+        Weight of each network in the mean; empty for equal ones.
+    expression
+        Genes and components for the networks that read expression; None if there are none.
+    n_neighbors
+        Over how many neighbours means are, for the networks that read them; 0 if there are none.
+    test_scores
+        Scores of the runs of a protocol; None without one.
     model
         The tuned model; None for a frozen one.
     """
@@ -100,7 +122,7 @@ class Head:
     task: ClassVar[str]
     called: ClassVar[str]
     #: What a task adds to config.json, the params that its records name, and arrays with NaN.
-    own_entries: ClassVar[type[Any]] = NoEntries
+    own_entries: ClassVar[type[Entries]] = Entries
     params_read: ClassVar[tuple[str, ...]] = ()
     may_be_nan: ClassVar[frozenset[str]] = frozenset()
 
@@ -113,6 +135,10 @@ class Head:
     split: dict[str, Any]
     validation_scores: pd.DataFrame
     history: pd.DataFrame
+    reads: tuple[Source, ...] = ()
+    weights: tuple[float, ...] = ()
+    expression: ExpressionComponents | None = None
+    n_neighbors: int = 0
     test_scores: pd.DataFrame | None = None
     model: Stofm | None = None
 
@@ -122,6 +148,17 @@ class Head:
             f"{type(self).__name__}({len(self.outputs)} {self.called}, "
             f"use_rep={list(self.use_rep)}, strategy={self.strategy!r})"
         )
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What each network reads."""
+        embedding: Source = "embedding"
+        return self.reads or (embedding,) * len(self.networks)
+
+    def with_components(self, expression: ExpressionComponents | None) -> Self:
+        """The same with components of expression, if a network reads them."""
+        is_read = any("expression" in source for source in self.reads)
+        return replace(self, expression=expression if is_read else None)
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Refuse representations of another width than those that the head was fitted to."""
@@ -136,6 +173,37 @@ class Head:
     def model_names(self) -> dict[str, str]:
         """Name and fingerprints of the model, for records; none if it is not recorded."""
         return {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
+
+    def read_beside(self, sections: Sections, inputs: Inputs, reading: Reading) -> Inputs:
+        """Add what networks read beside embeddings; NaN in tables that lack places, genes or counts."""
+        if self.expression is not None:
+            inputs = read_expression(self.expression, sections, inputs, reading.layer)
+        return add_neighborhood(sections, inputs, self.n_neighbors, spatial_key=reading.spatial_key)
+
+    def votes(
+        self, inputs: Inputs, kind: TargetKind
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        """Yield the probabilities of each network, (n, n_outputs), and its weight for each cell, (n,).
+
+        Networks that read what a cell lacks have no weight for it; those of a cell sum to 1.
+        """
+        weights = self.weights or (1.0,) * len(self.networks)
+        known = {source: inputs.knows(source) for source in set(self.sources)}
+        shares = [
+            weight * known[source] for source, weight in zip(self.sources, weights, strict=True)
+        ]
+        total = np.sum(shares, axis=0)
+        source, features = None, inputs.features
+        for network, reads, share in zip(self.networks, self.sources, shares, strict=True):
+            if not share.any():
+                continue
+            # Networks of a kind follow one another, and what they read may be large.
+            if reads != source:
+                source, read = reads, inputs.of(reads)
+                assert read is not None
+                # Embeddings are never lacking, and a copy of all of them would be large.
+                features = read if share.all() else np.nan_to_num(read)
+            yield apply_head(network, features, kind), share / total
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the head to a folder; a crash leaves nothing half-written.
@@ -156,7 +224,7 @@ class Head:
         OSError
             The disk is full, or can't be written to.
         """
-        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=_kind(type(self)))
+        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=kind_of(self.task))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -176,7 +244,7 @@ class Head:
         """
         where = local(folder)
         take_back(where)
-        config = _read_config(where, cls)
+        config = read_config(where, cls.task)
         try:
             return cls._read(where, config)
         except (OSError, MemoryError):
@@ -190,69 +258,92 @@ class Head:
 
     @classmethod
     def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
-        entries = build_dataclass(_Entries, config, CONFIG)
+        entries = build_dataclass(_Config, config, CONFIG)
         own = build_dataclass(cls.own_entries, entries.own, CONFIG, "own")
-        tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
-        test = where / _TEST
+        tensors = read_tensors(where / WEIGHTS, may_be_nan=cls.may_be_nan)
+        test, model = where / TEST, where / MODEL
+        same = ("outputs", "use_rep", "origin", "strategy", "params", "split")
         head = cls(
+            **{name: getattr(entries, name) for name in same},
             networks=tuple(
-                _read_network(sizes, tensors, k) for k, sizes in enumerate(entries.networks)
+                read_network(sizes, tensors, k) for k, sizes in enumerate(entries.networks)
             ),
-            outputs=entries.outputs,
-            use_rep=entries.use_rep,
-            origin=entries.origin,
-            strategy=entries.strategy,
-            params=entries.params,
-            split=entries.split,
-            validation_scores=_read_table(where / _VALIDATION),
-            history=_read_table(where / _HISTORY).reset_index(),
-            test_scores=_read_table(test) if test.is_file() else None,
-            model=Stofm.from_pretrained(where / _MODEL) if (where / _MODEL).is_dir() else None,
+            validation_scores=read_table(where / VALIDATION),
+            history=read_table(where / HISTORY).reset_index(),
+            test_scores=read_table(test) if test.is_file() else None,
+            model=Stofm.from_pretrained(model) if model.is_dir() else None,
             **cls._read_own(own, {name: value.numpy() for name, value in tensors.items()}),
         )
         head.check()
         if others := sorted(set(tensors) - set(head._tensors())):
-            msg = f"{_WEIGHTS} holds {others[:3]}, which {CONFIG} does not name"
+            msg = f"{WEIGHTS} holds {others[:3]}, which {CONFIG} does not name"
             raise ValueError(msg)
-        require_beside(where / _WEIGHTS, _beside(where, config))
+        require_beside(where / WEIGHTS, beside_weights(where, config))
         return head
 
     def check(self) -> None:
-        """Refuse parts that do not belong together.
+        """Refuse parts that do not belong together."""
+        for problem in self._problems():
+            raise ValueError(problem)
 
-        Raises
-        ------
-        ValueError
-            Some do not.
-        """
+    def _problems(self) -> Iterator[str]:
+        """What does not belong together; a task adds its own."""
+        called = self.called
         sizes = [network.config.d_output for network in self.networks]
         if not sizes or set(sizes) != {len(self.outputs)}:
-            msg = f"{len(self.outputs)} {self.called}, and networks with {sizes} outputs"
-            raise ValueError(msg)
+            yield f"{len(self.outputs)} {called}, and networks with {sizes} outputs"
         if any(not (network.input_scale > 0).all() for network in self.networks):
-            msg = "input_scale of a network must be positive"
-            raise ValueError(msg)
+            yield "input_scale of a network must be positive"
         if len(set(self.outputs)) < len(self.outputs):
-            msg = f"{self.called} occur twice among {list(self.outputs[:5])}"
-            raise ValueError(msg)
+            yield f"{called} occur twice among {list(self.outputs[:5])}"
         if missing := [rep for rep in self.use_rep if rep not in self.origin]:
-            msg = f"origin lacks {missing}"
-            raise ValueError(msg)
+            yield f"origin lacks {missing}"
         if missing := [name for name in self.params_read if name not in self.params]:
-            msg = f"params lacks {missing}"
-            raise ValueError(msg)
+            yield f"params lacks {missing}"
         if self.strategy != "frozen" and self.model is None:
-            msg = f"strategy {self.strategy!r}, and no {_MODEL}/ with the tuned model"
-            raise ValueError(msg)
+            yield f"strategy {self.strategy!r}, and no {MODEL}/ with the tuned model"
+        yield from self._problems_of_reading()
+
+    def _problems_of_reading(self) -> Iterator[str]:
+        """What networks read and there is not, or the other way round."""
+        read = sorted(set(self.sources))
+        counts = (len(self.reads), len(self.weights))
+        if not set(counts) <= {0, len(self.networks)}:
+            yield f"{len(self.networks)} networks, and reads and weights for {counts}"
+        if self.weights and not (min(self.weights) >= 0 and abs(sum(self.weights) - 1) < 1e-6):
+            yield f"weights must be shares of a whole and sum to 1, found {list(self.weights)}"
+        needs = " ".join(self.sources)
+        if ("expression" in needs) != (self.expression is not None):
+            there = "given" if self.expression else "missing"
+            yield f"networks read {read}, and expression is {there}"
+        if ("neighborhood" in needs) != (self.n_neighbors > 0):
+            yield f"networks read {read}, and n_neighbors is {self.n_neighbors}"
+        widths = {(s, n.config.d_input) for s, n in zip(self.sources, self.networks, strict=True)}
+        if len(widths) > len(read):
+            yield f"networks that read the same have several widths: {sorted(widths)}"
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """What a task adds: entries of config.json, and arrays."""
-        return {}, {}
+        """Entries of config.json beside those that all heads have, and arrays."""
+        entries: dict[str, Any] = {
+            "reads": list(self.reads),
+            "weights": list(self.weights),
+            "n_neighbors": self.n_neighbors,
+        }
+        if self.expression is None:
+            return entries, {}
+        expression, arrays = self.expression.to_entries()
+        return {**entries, "expression": expression}, arrays
 
     @classmethod
     def _read_own(cls, entries: Any, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """Fields that a task adds, from its entries and arrays."""
-        return {}
+        """Fields from what :meth:`_own` returned."""
+        components = entries.expression
+        return {
+            "reads": entries.reads,
+            "weights": entries.weights,
+            "n_neighbors": entries.n_neighbors,
+            "expression": components and ExpressionComponents.from_entries(components, arrays),
+        }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         import torch
@@ -275,51 +366,26 @@ class Head:
             "networks": [asdict(network.config) for network in self.networks],
             "own": self._own()[0],
         }
-        text = json.dumps(config, indent=2, default=_plain)
+        text = json.dumps(config, indent=2, default=plain)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        self.validation_scores.to_csv(folder / _VALIDATION, sep="\t")
-        self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
+        self.validation_scores.to_csv(folder / VALIDATION, sep="\t")
+        self.history.to_csv(folder / HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
-            self.test_scores.to_csv(folder / _TEST, sep="\t")
-        write_tensors(folder / _WEIGHTS, self._tensors(), _beside(folder, json.loads(text)))
+            self.test_scores.to_csv(folder / TEST, sep="\t")
+        write_tensors(folder / WEIGHTS, self._tensors(), beside_weights(folder, json.loads(text)))
         if self.model is not None:
-            self.model.save_pretrained(folder / _MODEL)
-
-
-def check_strategy(strategy: str) -> None:
-    """Refuse an unknown strategy.
-
-    Raises
-    ------
-    ValueError
-        `strategy` is none of :data:`Strategy`.
-    """
-    if strategy not in get_args(Strategy):
-        msg = f"strategy must be one of {get_args(Strategy)}, found {strategy!r}."
-        raise ValueError(msg)
+            self.model.save_pretrained(folder / MODEL)
 
 
 def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
-    """Refuse a key whose entry or record is read, or means something else.
-
-    Raises
-    ------
-    ValueError
-        `key_added` can't be written to a file, is one of stofm's other keys, or among those that are read.
-    """
+    """Refuse a key whose entry or record is read, or means something else."""
     own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
     entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
     refuse_taken(key_added, suggestion, *own, *entries, *read)
 
 
 def require_head(head: Any, kind: type[Head]) -> None:
-    """Refuse something else than a head of a task.
-
-    Raises
-    ------
-    TypeError
-        `head` is of another task, or no head.
-    """
+    """Refuse something else than a head of a task."""
     if isinstance(head, kind):
         return
     if isinstance(head, str | Path):
@@ -330,67 +396,3 @@ def require_head(head: Any, kind: type[Head]) -> None:
         found = f"a {type(head).__name__}"
     msg = f"Expected a head for {kind.task} ({kind.__name__}), found {found}."
     raise TypeError(msg)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy, which options may be, as those of Python."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    msg = f"Object of type {type(value).__name__} is not JSON serializable"
-    raise TypeError(msg)
-
-
-def _kind(kind: type[Head]) -> Kind:
-    """What a head may replace: one of the same task."""
-
-    def is_one(folder: Path) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            config = read_json(folder / CONFIG, "")
-            return config.get("task") == kind.task and "networks" in config
-        return False
-
-    files = {CONFIG, _WEIGHTS, _HISTORY, _VALIDATION, _TEST}
-    files |= {f"{_MODEL}/{name}" for name in CHECKPOINT_FILES}
-    return Kind(f"a head for {kind.task}", is_one, files.__contains__)
-
-
-def _read_config(folder: Path, kind: type[Head]) -> dict[str, Any]:
-    parts = (CONFIG, _WEIGHTS, _VALIDATION, _HISTORY)
-    missing = [name for name in parts if not (folder / name).is_file()]
-    config = {} if CONFIG in missing else read_json(folder / CONFIG, "save the head again")
-    found = config.get("task")
-    if config and found != kind.task:
-        what = f"a head for {found}" if found else "no head"
-        msg = f"{folder} holds {what}, not one for {kind.task}."
-        raise ValueError(msg)
-    if missing:
-        msg = f"{folder} is no folder of a head: {missing} missing."
-        raise FileNotFoundError(msg)
-    return config
-
-
-def _beside(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    tables = [p for name in (_VALIDATION, _HISTORY, _TEST) if (p := folder / name).is_file()]
-    return {CONFIG: config} | {p.name: p.read_text("utf-8").splitlines() for p in tables}
-
-
-def _read_network(
-    config: HeadConfig, tensors: Mapping[str, torch.Tensor], number: int
-) -> PredictionHead:
-    prefix = f"{number}."
-    state = {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-    what = f"network {number} in {_WEIGHTS}"
-    check_sizes(lambda: PredictionHead(config), len(config.widths), shapes(state), what)
-    with seeded(0):
-        network = PredictionHead(config)
-    load_exactly(network, state, what)
-    return network.eval()
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    with reading(path, "table"):
-        return read_table(path, sep="\t", index_col=0)

@@ -12,15 +12,19 @@ from scipy.linalg import eigh
 from stofm._counts import read_counts
 from stofm._logging import logger
 from stofm._messages import warn
+from stofm.genes.vocabulary import embedded_vocabulary
+from stofm.heads.embeddings import counts_layer
 from stofm.heads.expression import TARGET_SUM, log_normalised
-from stofm.heads.gene_columns import Gene, GeneColumns, selector
+from stofm.heads.gene_columns import Gene, GeneColumns, choose_panel, selector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.heads.inputs import Inputs
+    from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
 
 #: Genes that enter the components: those that vary most.
@@ -48,21 +52,8 @@ def principal_axes(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Find principal components of a sparse matrix without making it dense.
 
-    Parameters
-    ----------
-    values
-        (n, n_genes); rows in an order that does not depend on the file.
-    n_components
-        Most components; there are no more than genes.
-
-    Returns
-    -------
-    mean
-        (n_genes,) what is taken off.
-    axes
-        (n_genes, k), each column with its largest entry positive.
-    variances
-        (k,) along the axes, the largest first.
+    Returns what is taken off, (n_genes,), the axes, (n_genes, k), each column with its largest entry
+    positive, and the variances along them, (k,), the largest first.
     """
     n, n_genes = values.shape
     mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
@@ -120,17 +111,7 @@ class ExpressionComponents:
     def fit(
         cls, counts: sparse.csr_matrix, genes: Sequence[Gene], n_components: int
     ) -> ExpressionComponents:
-        """Find the components.
-
-        Parameters
-        ----------
-        counts
-            (n, n_genes) of labelled cells, in an order that does not depend on the file.
-        genes
-            What the columns are.
-        n_components
-            Most components.
-        """
+        """Find the components of the counts of labelled cells, in an order that does not depend on the file."""
         sums = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
         values = log_normalised(counts)
         mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
@@ -162,28 +143,11 @@ class ExpressionComponents:
         layer: str | None,
         least_measured: float = _LEAST_MEASURED,
     ) -> NDArray[np.float32] | None:
-        """Components of the cells of an AnnData, whose counts are read block by block.
+        """Components of the cells of an AnnData, (n_obs, k), whose counts are read block by block.
 
         Where it lacks genes, components are those that are expected given the others: the mean of
-        probabilistic principal component analysis.
-
-        Parameters
-        ----------
-        adata, columns
-            Raw counts, and the names of the columns.
-        layer
-            Layer with raw counts; None for ``X``.
-        least_measured
-            Share of the components' variance that is needed from the genes that are there.
-
-        Returns
-        -------
-        (n_obs, k); None if the genes that are there make up too little of the components.
-
-        Raises
-        ------
-        ValueError
-            The matrix does not hold raw counts.
+        probabilistic principal component analysis. None if those that are there make up a smaller share
+        of the components' variance than `least_measured`.
         """
         found = [columns.same_gene(gene) for gene in self.genes]
         is_there = np.array([bool(own) for own in found])
@@ -222,14 +186,9 @@ class ExpressionComponents:
     def centered(
         self, scores: NDArray[np.float32], slices: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.float32]:
-        """Take off the mean of each slice, if that is how the components are to be read.
+        """Take off the mean of each slice, but of one of a few cells, if that is how the components are read.
 
-        Parameters
-        ----------
-        scores
-            (n_obs, k) from :meth:`read`; NaN for cells without.
-        slices
-            Rows of each slice; the mean of a few cells is not taken off.
+        `scores` are from :meth:`read`; NaN for cells without.
         """
         if not self.by_slice:
             return scores
@@ -282,7 +241,7 @@ def fit_components(
     n_components: int,
     classes: NDArray[np.int64] | None = None,
 ) -> tuple[ExpressionComponents, NDArray[np.float32]]:
-    """Find components of the labelled cells' expression, and those of all cells.
+    """Find components of the labelled cells' expression, and those of all cells, (n_obs, k).
 
     Parameters
     ----------
@@ -298,15 +257,6 @@ def fit_components(
         Most components.
     classes
         (n_obs,) classes, so that slices are compared class by class; None for one.
-
-    Returns
-    -------
-    The components, and those of all cells, (n_obs, k).
-
-    Raises
-    ------
-    ValueError
-        A matrix does not hold raw counts, or these do not vary.
     """
     kept = rows[:: -(-len(rows) // _MOST_CELLS)]
     parts = list(zip(sections.tables, columns, layers, strict=True))
@@ -368,15 +318,82 @@ def _panel_rows(
     choice = selector([columns.same_gene(gene) for gene in genes], adata.n_vars)
     wanted = np.zeros(adata.n_obs, dtype=bool)
     wanted[rows[(rows >= 0) & (rows < adata.n_obs)]] = True
-    return sparse.vstack(
-        [block[mask] @ choice for block, mask in _with_rows(adata, layer, wanted)], format="csr"
-    )
-
-
-def _with_rows(
-    adata: AnnData, layer: str | None, wanted: NDArray[np.bool_]
-) -> Iterator[tuple[sparse.csr_matrix, NDArray[np.bool_]]]:
-    start = 0
+    parts, start = [], 0
     for block in read_counts(adata, layer=layer):
-        yield block, wanted[start : start + block.shape[0]]
+        parts.append(block[wanted[start : start + block.shape[0]]] @ choice)
         start += block.shape[0]
+    return sparse.vstack(parts, format="csr")
+
+
+def read_expression(
+    components: ExpressionComponents, sections: Sections, inputs: Inputs, layer: str | None
+) -> Inputs:
+    """Add components of the cells' expression; NaN, and a warning, in tables that lack genes or counts."""
+    scores = np.full((len(inputs.features), components.axes.shape[1]), np.nan, dtype=np.float32)
+    vocabulary = embedded_vocabulary()
+    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+        columns = GeneColumns.read(table, vocabulary, must_map=False)
+        try:
+            with sections.naming(k):
+                known = components.read(table, columns, layer=counts_layer(table, layer))
+        except (KeyError, ValueError) as error:
+            _warn_of(error, table.n_obs)
+            continue
+        if known is not None:
+            scores[place] = known
+    return replace(inputs, expression=components.centered(scores, sections.slices.rows))
+
+
+def add_expression(
+    sections: Sections,
+    inputs: Inputs,
+    rows: NDArray[np.int64],
+    options: FitOptions,
+    *,
+    classes: NDArray[np.int64] | None = None,
+) -> tuple[Inputs, ExpressionComponents | None]:
+    """Find components of the labelled cells' expression, and add those of their tables' cells.
+
+    What can't be read is an error if components are asked for, and else worth a warning.
+
+    Parameters
+    ----------
+    rows
+        Labelled cells, in an order that does not depend on the file.
+    classes
+        (n_obs,) classes of the cells; None if they have none.
+    """
+    n_components, layer = options.components_beside(inputs.use_rep), options.reading.layer
+    if not n_components:
+        return inputs, None
+    # Tables without labels have no say in what is read.
+    known = np.zeros(sections.n_obs, dtype=bool)
+    known[rows] = True
+    own, places = sections.of_tables(
+        [k for k, place in enumerate(sections.places) if known[place].any()]
+    )
+    vocabulary = embedded_vocabulary()
+    try:
+        columns = [GeneColumns.read(table, vocabulary, must_map=False) for table in own.tables]
+        layers = [counts_layer(table, layer) for table in own.tables]
+        components, found = fit_components(
+            own,
+            np.searchsorted(places, rows),
+            columns,
+            choose_panel(columns, ()).inputs,
+            layers,
+            n_components,
+            None if classes is None else classes[places],
+        )
+    except (KeyError, ValueError) as error:
+        if options.n_components is not None:
+            raise
+        _warn_of(error, sections.n_obs)
+        return inputs, None
+    scores = np.full((sections.n_obs, found.shape[1]), np.nan, dtype=np.float32)
+    scores[places] = found
+    return replace(inputs, expression=scores), components
+
+
+def _warn_of(error: Exception, n_obs: int) -> None:
+    warn(f"{n_obs} cells are judged without their expression: {error.args[0]}")

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.heads.options import Reading
     from stofm.nn import Stofm
+    from stofm.train.recipe import FileConfig
 
 #: Representations that :func:`stofm.tl.embed` makes, which are computed where they are missing.
 MADE_BY_EMBED = (Obsm.X_CELL, Obsm.X)
@@ -77,14 +79,12 @@ def counts_layer(adata: AnnData, layer: str | None) -> str | None:
     return layer or (str(made_with) if made_with else None)
 
 
-def recorded_options(
-    adata: AnnData, *, library_key: str | None, layer: str | None, spatial_key: str
-) -> dict[str, Any]:
+def recorded_options(adata: AnnData, reading: Reading | FileConfig) -> dict[str, Any]:
     """Options to read a table with: as asked for, or those that it was embedded with."""
     return {
-        "library_key": slices_column(adata, library_key),
-        "layer": counts_layer(adata, layer),
-        "spatial_key": places_entry(adata, spatial_key),
+        "library_key": slices_column(adata, reading.library_key),
+        "layer": counts_layer(adata, reading.layer),
+        "spatial_key": places_entry(adata, reading.spatial_key),
     }
 
 
@@ -97,18 +97,15 @@ class EmbeddingSource:
         None for whichever made what is there.
     expected
         What a head was fitted to.
-    options
-        For :func:`stofm.tl.embed`: library_key, layer, spatial_key, device, show_progress_bar. Of
-        the first three, those that a table was embedded with take the place of the defaults.
+    reading
+        How to embed; keys and layer that a table was embedded with take the place of the defaults.
     """
 
-    def __init__(
-        self, model: Stofm | None, expected: Origin | None, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: Stofm | None, expected: Origin | None, reading: Reading) -> None:
         self._given = model
         self._model = model
         self._expected = expected
-        self._options = options
+        self._reading = reading
         self._made: Origin | None = None
 
     def with_embeddings(self, adata: AnnData, reps: Sequence[str]) -> AnnData:
@@ -127,8 +124,10 @@ class EmbeddingSource:
             return adata
         if objections and (self._given is None or not set(objections) <= set(MADE_BY_EMBED)):
             raise ValueError(next(iter(objections.values())))
-        asked = {name: self._options[name] for name in ("library_key", "layer", "spatial_key")}
-        options = {**self._options, **recorded_options(adata, **asked)}
+        options = {
+            **self._reading.as_dict(),
+            **recorded_options(adata, self._reading),
+        }
         if objections:
             logger.info(
                 "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
@@ -169,7 +168,7 @@ class EmbeddingSource:
                 "it could not tell which cells it can be used on. Embed the cells again with "
                 f"st.tl.embed, or pass `model` to embed them aside.{_NO_RECORD}"
             )
-        return _changed_option(adata, rep, self._options) or self._staleness(adata, rep)
+        return _changed_option(adata, rep, self._reading.keys) or self._staleness(adata, rep)
 
     def _staleness(self, adata: AnnData, rep: str) -> str:
         reason = stale_reason(adata, rep, None if self._model is None else self._model.vocabulary)

@@ -1,14 +1,14 @@
-"""Fitting the networks of a head that vote, and finding what each kind of them should weigh."""
+"""The networks of a head that vote, and what each kind of them weighs: as held-out cells say."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import nnls
 
-from stofm.heads.blending import blend_weights, drop_light
 from stofm.heads.linear import fit_linear_head
 from stofm.heads.network import apply_head, fit_head, row_order
 
@@ -17,63 +17,25 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.fitting import TaskFit
-    from stofm.heads.inputs import Inputs, Source
-    from stofm.heads.splits import Run
+    from stofm.heads.fitting import FirstFit
+    from stofm.heads.inputs import Source
+    from stofm.heads.network import FittedHead, HeadTraining
     from stofm.heads.targets import Targets
     from stofm.nn import PredictionHead
     from stofm.spatial import Split
 
 #: Strengths that linear heads try, weakest first.
 _STRENGTHS: Final = (0.01, 0.1, 1.0, 10.0)
-#: With more known cells, networks that start elsewhere differ little, and one of a kind does.
-_MANY_CELLS: Final = 15_000
-_FEW_NETWORKS: Final = 3
-#: Between the seeds of networks; runs of a protocol have neighbouring seeds.
-_SEED_STEP: Final = 1000
-
-
-def choose_n_heads(n_heads: int | None, n_known: int, *, is_repeated: bool) -> int:
-    """Number of networks of a kind: as asked for, or by the number of cells.
-
-    Parameters
-    ----------
-    n_heads
-        What is asked for; None for a choice.
-    n_known
-        Cells with a target.
-    is_repeated
-        Whether the fit is one of several runs, as a protocol has them: these have one network.
-    """
-    if n_heads is not None:
-        return n_heads
-    return 1 if is_repeated or n_known > _MANY_CELLS else _FEW_NETWORKS
-
-
-def voter_seeds(seed: int, n_heads: int) -> list[int]:
-    """Seeds of the networks of a kind and of the splits they are fitted on."""
-    return [seed + _SEED_STEP * k for k in range(n_heads)]
-
-
-def splits_of_networks(
-    run: Run, plan: Callable[[int], list[Run]], *, n_heads: int, is_shared: bool
-) -> list[Split]:
-    """Splits that networks are fitted on: each its own, or all the same.
-
-    Parameters
-    ----------
-    run
-        The first one's.
-    plan
-        Plans runs from a seed.
-    n_heads
-        Number of networks of a kind.
-    is_shared
-        Whether there is one for all, as where a protocol tests cells, or a model is tuned on some.
-    """
-    if is_shared:
-        return [run.split]
-    return [run.split, *(plan(seed)[0].split for seed in voter_seeds(run.seed, n_heads)[1:])]
+#: Held-out cells that every voter is taken to have explained before any is looked at.
+_PRIOR: Final = 1.0
+_ROUNDS: Final = 200
+_TINY: Final = 1e-6
+#: Voters with a smaller weight are left out.
+_LEAST_WEIGHT: Final = 0.02
+#: Share of the mean squared error that is added to each voter's own: equal ones then weigh the same.
+_RIDGE: Final = 1e-6
+#: How much more than the errors it counts that weights sum to 1, before they are made to.
+_SUM_TO_1: Final = 1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +45,7 @@ class Voters:
     Attributes
     ----------
     networks, reads, weights, n_neighbors
-        As a :class:`~stofm.heads.voting.VotingHead` has them.
+        As a :class:`~stofm.heads.base.Head` has them.
     history
         Losses of those with hidden layers, numbered in the column ``network``.
     held_out
@@ -102,6 +64,12 @@ class Voters:
     votes: NDArray[np.float64]
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """What a head has of them."""
+        names = ("networks", "reads", "weights", "n_neighbors", "history")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def rows(self) -> NDArray[np.int64]:
         """Held-out cells of all splits in turn; a cell may be in several."""
         return np.concatenate(self.held_out)
@@ -109,28 +77,53 @@ class Voters:
 
 @dataclass(frozen=True, eq=False)
 class _Kind:
-    """Networks of a kind, one for each split or one for all, and what they say of held-out cells."""
+    """Networks that read the same, what they say of held-out cells, and how they are finished."""
 
     reads: Source
     votes: NDArray[np.float32]
-    #: Fits the networks that are kept.
     finish: Callable[[], list[PredictionHead]]
 
 
-def fit_voters(
-    first: TaskFit,
+def fit_networks(
+    first: FirstFit,
+    reads: Source,
     targets: Targets,
     splits: Sequence[Split],
+    seeds: Sequence[int],
+    training: HeadTraining | None = None,
+) -> list[FittedHead]:
+    """Fit networks with hidden layers that read the same, one for each seed, each on its split."""
+    features = first.inputs.of(reads)
+    assert features is not None
+    fits = [first.fitted] if reads == "embedding" else []
+    for k in range(len(fits), len(seeds)):
+        split = splits[k % len(splits)]
+        one = fit_head(
+            features,
+            targets,
+            fitted=split.fitted,
+            held_out=split.held_out,
+            input_widths=first.inputs.widths_of(reads),
+            training=training,
+            seed=seeds[k],
+        )
+        fits.append(one)
+    return fits
+
+
+def fit_voters(
+    first: FirstFit,
+    targets: Targets,
+    splits: Sequence[Split],
+    seeds: Sequence[int],
     *,
-    n_heads: int,
     refit: bool,
-    seed: int,
 ) -> Voters:
     """Fit networks to embeddings, and to neighbourhoods and components of expression if there are any.
 
-    There are `n_heads` networks with hidden layers on each; a linear one on the expression stands
-    for all that it would be alike. Weights of these kinds are those with which the held-out cells
-    are likeliest.
+    Of each there is a network with hidden layers for each seed; a linear one on the expression
+    stands for all that it would be alike. Weights of these kinds are those with which the held-out
+    cells are likeliest.
 
     Parameters
     ----------
@@ -140,33 +133,30 @@ def fit_voters(
         Classes or proportions.
     splits
         Cells to fit and to hold out: one split for each network, or a single one for all.
-    n_heads
-        Number of networks of a kind.
+    seeds
+        Of the networks.
     refit
         Fit all networks but a tuned one again to all known cells, in as many epochs, once weights
         are known.
-    seed
-        Seed of the first network.
     """
     inputs = first.inputs
     held_out = [row_order(inputs.features, targets.values, one.held_out) for one in splits]
-    rows = np.concatenate(held_out)
-    fitting = _Fitting(targets, splits, held_out, voter_seeds(seed, n_heads), refit=refit)
-    kinds = [fitting.networks(inputs, source, first) for source in inputs.sources]
+    fitting = _Fitting(first, targets, splits, held_out, seeds, refit=refit)
+    kinds = [fitting.networks(source) for source in inputs.sources]
     if inputs.expression is not None:
         kinds.append(fitting.linear("expression", inputs.expression))
-    weights = drop_light(blend_weights([kind.votes for kind in kinds], targets, rows))
+    weights = blend_weights([kind.votes for kind in kinds], targets, np.concatenate(held_out))
+    weights = drop_light(weights)
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
     networks: list[PredictionHead] = []
     reads: list[Source] = []
     shares: list[float] = []
     for kind, weight in zip(kinds, weights.tolist(), strict=True):
-        if not weight:
-            continue
-        own = kind.finish()
-        networks += own
-        reads += [kind.reads] * len(own)
-        shares += [weight / len(own)] * len(own)
+        if weight:
+            own = kind.finish()
+            networks += own
+            reads += [kind.reads] * len(own)
+            shares += [weight / len(own)] * len(own)
     return Voters(
         networks=tuple(networks),
         reads=tuple(reads),
@@ -183,6 +173,7 @@ class _Fitting:
 
     def __init__(
         self,
+        first: FirstFit,
         targets: Targets,
         splits: Sequence[Split],
         held_out: Sequence[NDArray[np.int64]],
@@ -191,55 +182,42 @@ class _Fitting:
         refit: bool,
     ) -> None:
         self.histories: list[pd.DataFrame] = []
+        self._first = first
         self._targets = targets
         self._splits = splits
         self._held_out = held_out
-        self._refit = refit
         self._seeds = seeds
+        self._refit = refit
         self._known = np.flatnonzero(targets.is_known)
 
-    def networks(self, inputs: Inputs, reads: Source, first: TaskFit) -> _Kind:
-        """Networks with hidden layers, one for each split."""
-        features, widths = inputs.of(reads), inputs.widths_of(reads)
+    def networks(self, reads: Source) -> _Kind:
+        """Networks with hidden layers, one for each seed."""
+        first = self._first
+        features = first.inputs.of(reads)
         assert features is not None
-        fits: list[tuple[PredictionHead, int]] = []
-        for k, seed in enumerate(self._seeds):
-            split = self._splits[k % len(self._splits)]
-            if reads == "embedding" and not fits:
-                network, best_epoch, history = first.network, first.best_epoch, first.history
-            else:
-                one = fit_head(
-                    features,
-                    self._targets,
-                    fitted=split.fitted,
-                    held_out=split.held_out,
-                    input_widths=widths,
-                    seed=seed,
-                )
-                network, best_epoch, history = one.head, one.best_epoch, one.history
-            fits.append((network, best_epoch))
-            self.histories.append(history.assign(network=len(self.histories), reads=reads))
+        fits = fit_networks(first, reads, self._targets, self._splits, self._seeds)
+        for one in fits:
+            self.histories.append(one.history.assign(network=len(self.histories), reads=reads))
         votes = [
-            self._mean_vote([one for one, _ in fits[k :: len(self._splits)]], features[rows])
+            self._mean_vote([one.head for one in fits[k :: len(self._splits)]], features[rows])
             for k, rows in enumerate(self._held_out)
         ]
 
         def finish() -> list[PredictionHead]:
-            if not self._refit:
-                return [network for network, _ in fits]
             # The one that was tuned with the model stays as it is.
             n_tuned = int(reads == "embedding" and first.model is not None)
-            return [network for network, _ in fits[:n_tuned]] + [
+            n_kept = n_tuned if self._refit else len(fits)
+            return [one.head for one in fits[:n_kept]] + [
                 fit_head(
                     features,
                     self._targets,
                     fitted=self._known,
                     held_out=self._known[:0],
-                    input_widths=widths,
-                    n_epochs=n_epochs,
+                    input_widths=first.inputs.widths_of(reads),
+                    n_epochs=one.best_epoch,
                     seed=seed,
                 ).head
-                for (_, n_epochs), seed in list(zip(fits, self._seeds, strict=True))[n_tuned:]
+                for one, seed in list(zip(fits, self._seeds, strict=True))[n_kept:]
             ]
 
         return _Kind(reads, np.concatenate(votes), finish)
@@ -284,3 +262,94 @@ class _Fitting:
         if self._targets.kind == "classes":
             return -float(likelihood[np.arange(len(values)), values].sum())
         return -float((values * likelihood).sum())
+
+
+def blend_weights(
+    votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Find the weights with which probabilities of several voters are best averaged.
+
+    The weighted mean is a mixture, and its likelihood on the held-out cells is raised by
+    expectation maximisation, which from equal weights comes to the only maximum.
+
+    Parameters
+    ----------
+    votes
+        For each voter (n, n_outputs) probabilities or proportions of held-out cells that it was
+        not fitted to; rows sum to 1.
+    targets
+        Classes or proportions.
+    rows
+        (n,) which of the targets' rows the votes are of, in an order that does not depend on the
+        file. A row may occur more than once.
+
+    Returns
+    -------
+    (n_voters,) weights that sum to 1; equal without rows.
+
+    References
+    ----------
+    van der Laan et al. 2007, Super learner (Statistical Applications in Genetics and Molecular
+    Biology 6:25), for weights from held-out predictions. Dempster et al. 1977, Maximum likelihood
+    from incomplete data via the EM algorithm (J R Stat Soc B 39:1).
+    """
+    likelihood, mass = _likelihoods(votes, targets, rows)
+    weights = np.full(len(votes), 1 / len(votes))
+    for _ in range(_ROUNDS):
+        shares = likelihood * weights
+        shares /= shares.sum(axis=1, keepdims=True)
+        explained = mass @ shares + _PRIOR
+        weights = explained / explained.sum()
+    return weights
+
+
+def stack_weights(errors: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Find the weights with which values that several voters predict are best averaged.
+
+    Parameters
+    ----------
+    errors
+        (n_voters, n_voters) mean, or sum, over held-out values of the products of two voters'
+        errors.
+
+    Returns
+    -------
+    (n_voters,) weights of the weighted mean with the least squared error, not negative, that sum
+    to 1; equal if there are no errors.
+
+    References
+    ----------
+    Breiman 1996, Stacked regressions (Machine Learning 24:49).
+    """
+    n_voters = len(errors)
+    scale = float(np.trace(errors)) / n_voters
+    if not scale > 0:
+        return np.full(n_voters, 1 / n_voters)
+    root = np.linalg.cholesky(
+        np.asarray(errors, dtype=np.float64) / scale + _RIDGE * np.eye(n_voters)
+    )
+    conditions = np.vstack([root.T, np.full(n_voters, _SUM_TO_1)])
+    weights, _ = nnls(conditions, np.append(np.zeros(n_voters), _SUM_TO_1))
+    return np.asarray(weights / weights.sum())
+
+
+def drop_light(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Set weights under 0.02 to 0, but for the first voter's, which reads what all cells have."""
+    kept = weights >= _LEAST_WEIGHT
+    kept[0] = True
+    return np.asarray(np.where(kept, weights, 0.0) / weights[kept].sum())
+
+
+def _likelihoods(
+    votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Each voter's probability of what is true, (n_events, n_voters), and how much that counts."""
+    values = targets.values[rows]
+    if targets.kind == "classes":
+        own = [vote[np.arange(len(rows)), values] for vote in votes]
+        weights = targets.class_weights
+        mass = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=float)[values]
+    else:
+        own = [vote.ravel() for vote in votes]
+        mass = np.asarray(values, dtype=np.float64).ravel()
+    return np.maximum(np.stack(own, axis=1).astype(np.float64), _TINY), mass

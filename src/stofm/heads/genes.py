@@ -14,20 +14,21 @@ from stofm._anndata import write_record
 from stofm._frames import make_frame, write_frame
 from stofm._logging import logger
 from stofm._writing import all_or_nothing, refuse_not_finite
+from stofm.heads.base import Entries, Head
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.gene_columns import Gene
 from stofm.heads.neighborhood import add_neighborhood
 from stofm.heads.network import apply_head
-from stofm.heads.voting import VotingEntries, VotingHead
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from stofm.heads.expression import ExpressionTargets
     from stofm.heads.gene_columns import GeneColumns
     from stofm.heads.inputs import Inputs
+    from stofm.heads.options import Reading
     from stofm.heads.sections import Sections
     from stofm.nn import PredictionHead
 
@@ -44,13 +45,13 @@ class Ballot(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entries(VotingEntries):
+class _Entries(Entries):
     inputs: tuple[tuple[str, str], ...]
     output_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class ImputationHead(VotingHead):
+class ImputationHead(Head):
     """A head that imputes the expression of genes, from :func:`stofm.tl.impute`.
 
     Keep it with ``head.save(folder)``, and read it with ``ImputationHead.load(folder)``. The
@@ -99,13 +100,7 @@ class ImputationHead(VotingHead):
         return tuple(Gene(name, gene_id) for name, gene_id in pairs)
 
     def columns_of(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
-        """Find genes among the outputs, by name or id of the vocabulary; None for all.
-
-        Raises
-        ------
-        ValueError
-            There are none, one occurs twice, or the head does not know one.
-        """
+        """Find genes among the outputs, by name or id of the vocabulary; None for all."""
         if genes is None:
             return np.arange(len(self.outputs))
         asked = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
@@ -128,53 +123,24 @@ class ImputationHead(VotingHead):
     def predict(
         self, inputs: Inputs, columns: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Impute log-normalised expression.
-
-        Parameters
-        ----------
-        inputs
-            Representations, and components of expression if the head reads them.
-        columns
-            Genes to impute, as numbers among the outputs; None for all. Only these are computed.
-
-        Returns
-        -------
-        float32 (n, n_genes), not negative.
-        """
+        """Log-normalised expression, float32 (n, n_genes), not negative; of some outputs, or of all."""
         columns = np.arange(len(self.outputs)) if columns is None else columns
-        weights = self.weights or (1.0,) * len(self.networks)
-        read = {source: inputs.of(source) for source in set(self.sources)}
-        ballots = [
-            Ballot(network, features, weight)
-            for network, source, weight in zip(self.networks, self.sources, weights, strict=True)
-            if (features := read[source]) is not None
-        ]
-        return predict_expression(ballots, columns, self.mean, self.scale)
+        return predict_expression(ballots_of(self, inputs), columns, self.mean, self.scale)
 
     def read_beside_panel(
         self,
         sections: Sections,
         columns: Sequence[GeneColumns],
         inputs: Inputs,
-        *,
-        layer: str | None,
-        spatial_key: str,
+        reading: Reading,
     ) -> Inputs:
-        """Add what networks read beside embeddings; genes that are lacking are taken to be as usual.
-
-        Raises
-        ------
-        KeyError, ValueError
-            A table has no usable coordinates, and the head reads neighbours.
-        """
+        """Add what networks read beside embeddings; genes that are lacking are taken to be as usual."""
         if self.expression is not None:
             parts = []
             for k, (table, own) in enumerate(zip(sections.tables, columns, strict=True)):
                 with sections.naming(k):
-                    counted = counts_layer(table, layer)
-                    parts.append(
-                        self.expression.read(table, own, layer=counted, least_measured=0.0)
-                    )
+                    layer = counts_layer(table, reading.layer)
+                    parts.append(self.expression.read(table, own, layer=layer, least_measured=0.0))
             scores = np.concatenate([part for part in parts if part is not None])
             scores = self.expression.centered(scores, sections.slices.rows)
             inputs = replace(inputs, expression=scores)
@@ -182,7 +148,7 @@ class ImputationHead(VotingHead):
             sections,
             inputs,
             self.n_neighbors,
-            spatial_key=spatial_key,
+            spatial_key=reading.spatial_key,
             needed=range(len(sections.tables)),
         )
 
@@ -203,22 +169,30 @@ class ImputationHead(VotingHead):
             **{name: arrays[name] for name in own},
         }
 
-    def check(self) -> None:
-        """Refuse parts that do not belong together."""
-        super().check()
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
         for name in ("output_ids", "mean", "scale", "gene_scores"):
             if np.shape(getattr(self, name)) != (len(self.outputs),):
-                msg = f"{name} must have {len(self.outputs)} entries, one for each gene"
-                raise ValueError(msg)
+                yield f"{name} must have {len(self.outputs)} entries, one for each gene"
         if not (self.scale > 0).all():
-            msg = "scale must be positive"
-            raise ValueError(msg)
+            yield "scale must be positive"
 
     def __post_init__(self) -> None:
         """Name the scores."""
         scores = np.asarray(self.gene_scores, dtype=np.float64)
         index = pd.Index(self.outputs, name="gene")
         object.__setattr__(self, "gene_scores", pd.Series(scores, index=index, name="pearson"))
+
+
+def ballots_of(head: ImputationHead, inputs: Inputs) -> list[Ballot]:
+    """The networks of a head with what they read of some cells, and their weights."""
+    weights = head.weights or (1.0,) * len(head.networks)
+    read = {source: inputs.of(source) for source in set(head.sources)}
+    return [
+        Ballot(network, features, weight)
+        for network, source, weight in zip(head.networks, head.sources, weights, strict=True)
+        if (features := read[source]) is not None
+    ]
 
 
 def predict_expression(

@@ -18,20 +18,19 @@ from stofm.heads.embeddings import (
     origin_of,
     same_origin,
 )
+from stofm.heads.options import DEFAULT_REP, checked_reps
 from stofm.nn.stofm import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.heads.options import Reading
     from stofm.heads.sections import Sections
     from stofm.nn import Stofm
-
-DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 
 #: What a network of a head reads.
 Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
@@ -145,57 +144,33 @@ class Inputs:
 
 def read_inputs(
     sections: Sections,
+    reading: Reading,
     *,
     use_rep: str | Sequence[str] = DEFAULT_REP,
     model: Stofm | str | Path | None = None,
     expected: Origin | None = None,
-    library_key: str | None = None,
-    layer: str | None = None,
-    spatial_key: str = Obsm.SPATIAL,
-    device: str | torch.device = "auto",
-    show_progress_bar: bool = True,
 ) -> Inputs:
     """Read representations, and embed cells where those of :func:`stofm.tl.embed` are missing.
 
-    Embeddings that are missing are written to the tables, as `embed` does, to all or, if one can't
-    be embedded, to none. Those that don't fit stay as they are: with a given model the cells are
-    embedded aside. These don't fit: embeddings by another model, ones that were made with another
-    layer or other slices than those asked for, and ones of other counts or coordinates than there
-    are now, see :func:`~stofm.pp._staleness.stale_reason`.
+    Embeddings that are missing are written to the tables, to all or to none. Those that don't fit
+    stay as they are: with a given model the cells are embedded aside, else they are refused. These
+    don't fit: embeddings by another model, with another layer or other slices than those asked for,
+    and of other counts or coordinates than there are now (:mod:`stofm.pp._staleness`).
 
     Parameters
     ----------
-    sections
-        The cells.
     use_rep
         Names of entries of ``obsm``.
     model
         Whose embeddings to read; None for whatever is there, or stofm-mini if nothing is.
     expected
         Origin of what a head was fitted to; other models' embeddings are refused.
-    library_key, layer, spatial_key, device, show_progress_bar
-        As in :func:`stofm.tl.embed`.
-
-    Raises
-    ------
-    KeyError
-        `layer` is missing, or a representation that `embed` does not make.
-    ValueError
-        Embeddings don't fit and no model is given; they are not recorded, by several models, not
-        finite, or differ in width.
     """
     reps = checked_reps(use_rep)
     parts = {rep: read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
-    if layer is not None:
-        sections.each(lambda table: read_counts(table, layer=layer))
-    options = {
-        "library_key": library_key,
-        "layer": layer,
-        "spatial_key": spatial_key,
-        "device": device,
-        "show_progress_bar": show_progress_bar,
-    }
-    source = EmbeddingSource(None if model is None else load_model(model), expected, options)
+    if reading.layer is not None:
+        sections.each(lambda table: read_counts(table, layer=reading.layer))
+    source = EmbeddingSource(None if model is None else load_model(model), expected, reading)
     with all_or_nothing(*sections.tables):
         tables = sections.each(lambda table: source.with_embeddings(table, reps))
     embedded = replace(sections, tables=tuple(tables))
@@ -216,21 +191,6 @@ def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
     return sections.each(lambda table: read_representation(table, rep))
 
 
-def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of representations as a tuple.
-
-    Raises
-    ------
-    ValueError
-        There are none, or one occurs twice.
-    """
-    reps = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
-    if not reps or len(set(reps)) < len(reps):
-        msg = f"use_rep must name one or several entries of obsm, each once; found {use_rep!r}."
-        raise ValueError(msg)
-    return reps
-
-
 def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
     found = [origin_of(table, rep) for table in tables]
     for k, other in enumerate(found):
@@ -245,13 +205,7 @@ def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
 
 
 def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
-    """Columns of a representation in all tables.
-
-    Raises
-    ------
-    ValueError
-        They differ.
-    """
+    """Columns of a representation, the same in all tables."""
     found = {int(part.shape[1]) for part in parts}
     if len(found) > 1:
         msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."

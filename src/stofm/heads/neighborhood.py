@@ -19,39 +19,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.inputs import Inputs
+    from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Protocol
-    from stofm.spatial.splits import SplitRule
 
 #: Neighbours over which embeddings of a model are averaged.
 N_NEIGHBORS: Final = 10
 
 
 def choose_neighborhood(
-    sections: Sections,
-    inputs: Inputs,
-    n_neighbors: int | None,
-    *,
-    rows: NDArray[np.int64],
-    spatial_key: str,
-    split: SplitRule,
-    protocol: Protocol | None,
+    sections: Sections, inputs: Inputs, options: FitOptions, *, rows: NDArray[np.int64]
 ) -> Inputs:
     """Add means over the neighbours that a head is fitted to beside its representations.
 
+    By default over ten beside embeddings of a model where labelled cells have places, and none where
+    cells are held out at random: these share neighbours with fitted ones, which would look as if the
+    neighbours told their labels.
+
     Parameters
     ----------
-    sections, inputs, spatial_key
-        As in :func:`add_neighborhood`.
-    n_neighbors
-        As many as asked for. None for ten beside embeddings of a model where labelled cells have
-        places, and none where cells are held out at random: these share neighbours with fitted
-        ones, which would look as if the neighbours told their labels.
     rows
         Labelled cells; what other tables lack does not matter.
-    split, protocol
-        How cells are held out.
     """
+    n_neighbors, spatial_key = options.n_neighbors, options.reading.spatial_key
     labelled = [
         k
         for k, place in enumerate(sections.places)
@@ -61,7 +50,7 @@ def choose_neighborhood(
         tables = [sections.tables[k] for k in labelled]
         has_places = all(places_entry(table, spatial_key) in table.obsm for table in tables)
         is_made = set(inputs.use_rep) <= set(MADE_BY_EMBED)
-        is_fair = split != "random" and protocol is None
+        is_fair = options.split != "random" and options.protocol is None
         n_neighbors = N_NEIGHBORS if is_made and is_fair and has_places else 0
         if is_made and is_fair and not has_places:
             logger.info(
@@ -97,13 +86,6 @@ def add_neighborhood(
         Numbers of the tables whose cells must have means. Those of other tables are NaN where there
         are no usable coordinates, or a slice has less than half as many neighbours: the mean of a
         few varies more than what a network was fitted to.
-
-    Raises
-    ------
-    KeyError
-        A table that needs them has no coordinates.
-    ValueError
-        Its coordinates are not usable.
     """
     if not n_neighbors:
         return inputs

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._config import check_seed
 from stofm._logging import logger
+from stofm.heads.options import PROTOCOLS, check_choice
 from stofm.spatial import Split, split_cells
-from stofm.spatial.splits import SplitRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,11 +17,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from stofm.heads.options import Protocol
     from stofm.heads.sections import Sections
+    from stofm.spatial.splits import SplitRule
 
-#: ``"stofm-paper"``: three runs, each with a random fifth of the cells to test, and a random tenth
-#: of the others to validate (SToFM, arXiv 2507.11588, section C.2).
-Protocol = Literal["stofm-paper"]
 _N_RUNS = 3
 _TESTED_SHARE = 0.2
 _VALIDATED_SHARE = 0.1
@@ -46,22 +44,13 @@ class Run:
     split: Split
     test: NDArray[np.int64]
 
-
-def check_plan(split: SplitRule, protocol: Protocol | None, seed: int) -> None:
-    """Refuse options of :func:`plan_runs` that are not usable.
-
-    Raises
-    ------
-    ValueError
-        There is no such protocol or split, or `seed` is no seed.
-    """
-    if protocol not in (None, *get_args(Protocol)):
-        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
-        raise ValueError(msg)
-    if split not in get_args(SplitRule):
-        msg = f"split must be one of {get_args(SplitRule)}, found {split!r}."
-        raise ValueError(msg)
-    check_seed(seed)
+    def record(
+        self, sections: Sections, is_known: NDArray[np.bool_], protocol: Protocol | None
+    ) -> dict[str, Any]:
+        """What is written down of the parts; `is_known` as in :func:`plan_runs`."""
+        slices = zip(sections.slices.names, sections.slices.rows, strict=True)
+        names = [name for name, rows in slices if is_known[rows].any()]
+        return {**self.split.record(names), "protocol": protocol or "", "n_test": len(self.test)}
 
 
 def plan_runs(
@@ -97,15 +86,8 @@ def plan_runs(
         Entry of ``obsm`` with coordinates.
     seed
         Seed of the draws.
-
-    Raises
-    ------
-    KeyError
-        There are no coordinates to cut blocks of.
-    ValueError
-        There is no such protocol or split, or `seed` is negative.
     """
-    check_plan(split, protocol, seed)
+    check_choice("protocol", protocol, PROTOCOLS)
     own = [rows[is_known[rows]] for rows in sections.slices.rows]
     slices = [rows for rows in own if len(rows)]
     if protocol is None and split == "slices" and len(slices) < 2:
@@ -145,19 +127,6 @@ def _paper_run(
     )
     moved = np.union1d(outer.moved, inner.moved)
     return Run(seed, replace(inner, moved=moved), outer.held_out)
-
-
-def split_record(
-    split: Split,
-    test: NDArray[np.int64],
-    sections: Sections,
-    is_known: NDArray[np.bool_],
-    protocol: Protocol | None,
-) -> dict[str, Any]:
-    """What is written down of a run's split; `is_known` as in :func:`plan_runs`."""
-    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
-    names = [name for name, rows in slices if is_known[rows].any()]
-    return {**split.record(names), "protocol": protocol or "", "n_test": len(test)}
 
 
 def score_table(scores: Sequence[Mapping[str, float]]) -> pd.DataFrame:

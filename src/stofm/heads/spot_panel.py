@@ -18,13 +18,13 @@ from stofm.genes import rank_genes
 from stofm.heads.components import principal_axes
 from stofm.heads.expression import log_normalised
 from stofm.heads.gene_columns import map_columns
-from stofm.nn import encode_cells
+from stofm.nn import choose_device, choose_dtype, encode_cells
 
 if TYPE_CHECKING:
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.heads.options import Reading
     from stofm.nn import Stofm
 
 #: Genes that enter the components: those that differ most between types.
@@ -124,15 +124,9 @@ class SpotPanel:
         return np.array([rows[gene] for gene in self.genes.tolist()], dtype=np.int64)
 
     def features(
-        self,
-        counts: sparse.csr_matrix,
-        model: Stofm,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        show_progress_bar: bool = False,
+        self, counts: sparse.csr_matrix, model: Stofm, reading: Reading
     ) -> NDArray[np.float32]:
-        """Return what the head reads of spots: cell embeddings, and components.
+        """What the head reads of spots, (n_spots, d_cell + n_components): cell embeddings, and components.
 
         Parameters
         ----------
@@ -140,14 +134,8 @@ class SpotPanel:
             (n_spots, n_genes) over the panel.
         model
             Model whose cell encoder to run.
-        device, dtype
-            Where and in which precision.
-        show_progress_bar
-            Show a bar.
-
-        Returns
-        -------
-        (n_spots, d_cell + n_components).
+        reading
+            Where to run it, and whether to show a bar.
         """
         vocabulary, places = model.vocabulary, self.places(model)
         ranked = rank_genes(
@@ -157,13 +145,14 @@ class SpotPanel:
             max_tokens=model.config.max_tokens,
             values=model.config.cell_encoder.reads_values,
         )
+        device = choose_device(reading.device)
         embedded = encode_cells(
             model.cell_encoder,
             ranked,
             vocabulary,
             device=device,
-            dtype=dtype,
-            show_progress_bar=show_progress_bar,
+            dtype=choose_dtype("auto", device),
+            show_progress_bar=reading.show_progress_bar,
         )
         if not self.loadings.shape[1]:
             return embedded

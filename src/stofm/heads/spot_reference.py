@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
+from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm.heads.embeddings import origin_by
 from stofm.heads.gene_columns import warn_of_few_shared
+from stofm.heads.network import HeadTraining, fit_head
+from stofm.heads.splits import score_table
 from stofm.heads.spot_panel import (
     SpotPanel,
     component_loadings,
@@ -18,6 +23,8 @@ from stofm.heads.spot_panel import (
     read_panel_counts,
     remark_on_empty,
 )
+from stofm.heads.spots import DeconvolutionHead, ProportionsTask, params_of, score_types
+from stofm.heads.targets import Targets
 from stofm.spatial.spot_simulation import (
     TypedCells,
     gene_scales,
@@ -25,22 +32,26 @@ from stofm.spatial.spot_simulation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.heads.labels import Labels
+    from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
     from stofm.nn import Stofm
-    from stofm.spatial.spot_simulation import SimulatedSpots, SpotRules
+    from stofm.spatial.spot_simulation import SpotRules
 
 #: Fewer shared genes than this say too little about types.
 _MIN_GENES: Final = 10
 #: Simulated spots that the components are found from.
 _COMPONENT_SPOTS: Final = 5000
 _HELD_OUT: Final = 0.1
+#: Simulated spots are many, and a tenth of them tells well when to stop.
+_TRAINING: Final = HeadTraining(
+    learning_rate=2e-3, batch_size=512, max_epochs=40, patience=8, dropout=0.1
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +129,14 @@ class SpotSimulation:
         Numbers and kinds of spots.
     n_components
         Principal components of expression that are read beside cell embeddings; 0 for none.
-    device, dtype
-        Where and in which precision the cell encoder runs.
-    show_progress_bar
-        Show bars.
+    reading
+        Where the cell encoder runs, and whether bars are shown.
     """
 
     model: Stofm
     rules: SpotRules
     n_components: int
-    device: torch.device
-    dtype: torch.dtype
-    show_progress_bar: bool
+    reading: Reading
 
     def run(
         self,
@@ -156,20 +163,17 @@ class SpotSimulation:
         """
         equal = np.full(len(panels.types), 1 / len(panels.types))
         alike = np.ones(len(panels.places))
-        found = predict(self._read(panels, self._simulate(panels, alike, equal, 2 * seeds[0])))
+        found = predict(self._simulate(panels, alike, equal, 2 * seeds[0]))
         composition = found.mean(axis=0, dtype=np.float64)
         composition /= composition.sum()
-        scale = self._gene_scales(panels, composition)
+        n_spots, means = panels.query.shape[0], panels.cells.mean_counts()
+        scale = gene_scales(panels.query_mean, n_spots, means, composition)
         trainings: list[SimulatedTraining] = []
         for seed in seeds:
-            spots = self._simulate(panels, scale, (composition + equal) / 2, 2 * seed + 1)
-            trainings.append(self._read(panels, spots, trainings[0] if trainings else None))
+            first = trainings[0] if trainings else None
+            own = self._simulate(panels, scale, (composition + equal) / 2, 2 * seed + 1, first)
+            trainings.append(own)
         return trainings
-
-    def _gene_scales(self, panels: Panels, composition: NDArray[np.float64]) -> NDArray[np.float64]:
-        mean_counts = panels.cells.mean_counts()
-        n_spots = panels.query.shape[0]
-        return gene_scales(panels.query_mean, n_spots, mean_counts, composition)
 
     def _simulate(
         self,
@@ -177,8 +181,9 @@ class SpotSimulation:
         gene_scale: NDArray[np.float64],
         composition: NDArray[np.float64],
         seed: int,
-    ) -> SimulatedSpots:
-        return simulate_spots(
+        first: SimulatedTraining | None = None,
+    ) -> SimulatedTraining:
+        spots = simulate_spots(
             panels.cells,
             depths=panels.depths,
             gene_scale=gene_scale,
@@ -186,41 +191,104 @@ class SpotSimulation:
             rules=self.rules,
             seed=seed,
         )
-
-    def _read(
-        self, panels: Panels, spots: SimulatedSpots, first: SimulatedTraining | None = None
-    ) -> SimulatedTraining:
-        panel = self._find_panel(panels, spots) if first is None else first.panel
-        query = self._features(panel, panels.query) if first is None else first.query_features
+        if first is None:
+            panel = self._find_panel(panels, spots.counts)
+            query = panel.features(panels.query, self.model, self.reading)
+        else:
+            panel, query = first.panel, first.query_features
         n_spots = len(spots.proportions)
         n_fitted = n_spots - round(_HELD_OUT * n_spots)
         return SimulatedTraining(
             panel=panel,
-            features=self._features(panel, spots.counts),
+            features=panel.features(spots.counts, self.model, self.reading),
             proportions=spots.proportions.astype(np.float32),
             query_features=query,
             fitted=np.arange(n_fitted),
             held_out=np.arange(n_fitted, n_spots),
         )
 
-    def _find_panel(self, panels: Panels, spots: SimulatedSpots) -> SpotPanel:
+    def _find_panel(self, panels: Panels, counts: sparse.csr_matrix) -> SpotPanel:
         target_sum = float(np.median(panels.depths))
         loadings = component_loadings(
-            spots.counts[:_COMPONENT_SPOTS],
+            counts[:_COMPONENT_SPOTS],
             panels.cells.mean_counts(),
             target_sum=target_sum,
             n_components=self.n_components,
         )
         return SpotPanel(self.model.vocabulary.gene_ids[panels.places], loadings, target_sum)
 
-    def _features(self, panel: SpotPanel, counts: sparse.csr_matrix) -> NDArray[np.float32]:
-        return panel.features(
-            counts,
-            self.model,
-            device=self.device,
-            dtype=self.dtype,
-            show_progress_bar=self.show_progress_bar,
+
+def fit_simulated(
+    panels: Panels,
+    simulation: SpotSimulation,
+    options: FitOptions,
+    source: Mapping[str, Any],
+) -> tuple[DeconvolutionHead, NDArray[np.float32]]:
+    """Fit a head to spots simulated from a reference; also what it reads of the query."""
+
+    def head_of(trainings: Sequence[SimulatedTraining]) -> DeconvolutionHead:
+        return _simulated_head(trainings, panels.types, simulation, options, source)
+
+    def predict(training: SimulatedTraining) -> NDArray[np.float64]:
+        head = head_of([training])
+        return head.predict(head.inputs_of(training.query_features)).mean
+
+    seeds = _seeds(options)
+    trainings = simulation.run(panels, predict, seeds)
+    head, first = head_of(trainings), trainings[0]
+    rules = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(simulation.rules).items()}
+    found = head.predict(head.inputs_of(first.features[first.held_out])).mean
+    head = replace(
+        head,
+        params={**head.params, **rules, "n_components": simulation.n_components},
+        validation_scores=score_types(head.types, first.proportions[first.held_out], found),
+    )
+    return head, first.query_features
+
+
+def _seeds(options: FitOptions) -> list[int]:
+    n_heads = 1 if options.n_heads is None else options.n_heads
+    return [options.seed + ProportionsTask.seed_step * k for k in range(n_heads)]
+
+
+def _simulated_head(
+    trainings: Sequence[SimulatedTraining],
+    types: Sequence[str],
+    simulation: SpotSimulation,
+    options: FitOptions,
+    source: Mapping[str, Any],
+) -> DeconvolutionHead:
+    fits = [
+        fit_head(
+            one.features,
+            Targets("proportions", one.proportions, len(types)),
+            fitted=one.fitted,
+            held_out=one.held_out,
+            input_widths=one.widths,
+            training=_TRAINING,
+            seed=seed,
+            device=simulation.reading.device,
         )
+        for one, seed in zip(trainings, _seeds(options), strict=False)
+    ]
+    first = trainings[0]
+    histories = [one.history.assign(network=k) for k, one in enumerate(fits)]
+    return DeconvolutionHead(
+        networks=tuple(one.head for one in fits),
+        outputs=tuple(types),
+        use_rep=(Obsm.X_CELL,),
+        origin={Obsm.X_CELL: origin_by(simulation.model)[Obsm.X_CELL]},
+        strategy=options.strategy,
+        params=params_of(options, source, options.seed, 0),
+        split={
+            "how": "simulated",
+            "n_fitted": len(first.fitted),
+            "n_held_out": len(first.held_out),
+        },
+        validation_scores=score_table([]),
+        history=pd.concat(histories, ignore_index=True),
+        panel=first.panel,
+    )
 
 
 def read_panels(
@@ -232,26 +300,7 @@ def read_panels(
     layer: str | None,
     reference_layer: str | None,
 ) -> Panels:
-    """Read query and reference over the genes that all of their tables have.
-
-    Parameters
-    ----------
-    query, reference
-        Measured spots, and single cells.
-    labels
-        Types of the reference's cells.
-    model
-        Model whose vocabulary tells genes.
-    layer, reference_layer
-        Layers with raw counts.
-
-    Raises
-    ------
-    KeyError
-        There is no such layer.
-    ValueError
-        Counts are not raw, or fewer than 10 genes are shared.
-    """
+    """Read query and reference over the genes that all of their tables have, and the cells with a type."""
     genes = query.each(lambda table: genes_of(table, model, "the query"))
     theirs = reference.each(lambda table: genes_of(table, model, "the reference"))
     panel = reduce(np.intersect1d, (places[places >= 0] for places in (*genes, *theirs)))

@@ -1,9 +1,9 @@
-"""The head that :func:`stofm.tl.deconvolve` fits, and what it predicts."""
+"""Proportions of cell types: the head of ``stofm.tl.deconvolve``, how it is fitted and what it writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import pandas as pd
@@ -13,37 +13,49 @@ from stofm._frames import make_frame, remove_frame, write_frame
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._writing import refuse_foreign, refuse_not_finite
+from stofm._writing import all_or_nothing, refuse_foreign, refuse_not_finite
+from stofm.heads.base import Entries, Head, refuse_reserved, require_head
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
+from stofm.heads.ensemble import fit_voters
+from stofm.heads.fitting import Task
 from stofm.heads.inputs import Inputs, read_inputs
 from stofm.heads.spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
-from stofm.heads.voting import VotingEntries, VotingHead
-from stofm.nn import choose_device, choose_dtype
+from stofm.heads.targets import Targets
+from stofm.metrics import mae, pearson, rmse
+from stofm.nn import choose_device
 from stofm.nn.stofm import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.heads.fitting import FirstFit
+    from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
+    from stofm.heads.splits import Run
+    from stofm.heads.spot_tables import SpotTable
     from stofm.nn import Stofm
+    from stofm.spatial import Split
 
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: A query with a smaller share of the genes of a head's panel is refused.
-_MIN_PANEL: float = 0.5
+_MIN_PANEL: Final = 0.5
+#: With fewer spots than this there is nothing to hold out.
+_MIN_SPOTS: Final = 20
+_SCORES: Final = {"pearson": pearson, "rmse": rmse, "mae": mae}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entries(VotingEntries):
+class _Entries(Entries):
     genes: tuple[str, ...] | None = None
     target_sum: float | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DeconvolutionHead(VotingHead):
+class DeconvolutionHead(Head):
     """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
 
     Attributes
@@ -88,47 +100,22 @@ class DeconvolutionHead(VotingHead):
         return Proportions(mean, spread)
 
     def read(
-        self, sections: Sections, model: Stofm | str | Path | None, options: Mapping[str, Any]
+        self, sections: Sections, model: Stofm | str | Path | None, reading: Reading
     ) -> Inputs:
-        """Return what the head reads of slices.
-
-        Parameters
-        ----------
-        sections
-            The slices.
-        model
-            Model to embed with where embeddings are missing; by default the head's own.
-        options
-            As :func:`stofm.heads.inputs.read_inputs` takes them.
-
-        Raises
-        ------
-        ValueError
-            Embeddings are by another model, or genes that the head reads are missing.
-        """
+        """What the head reads of slices; a given model stands for the head's own."""
         model = self.model if model is None else model
         if self.panel is None:
             inputs = read_inputs(
-                sections, use_rep=self.use_rep, model=model, expected=self.origin, **options
+                sections, reading, use_rep=self.use_rep, model=model, expected=self.origin
             )
             self.check_inputs(inputs)
-            return self.read_beside(
-                sections, inputs, layer=options["layer"], spatial_key=options["spatial_key"]
-            )
-        encoder = self._encoder(model)
-        device = choose_device(options["device"])
-        counts = sections.each(lambda table: self._panel_counts(table, encoder, options["layer"]))
-        parts = [
-            self.panel.features(
-                own,
-                encoder,
-                device=device,
-                dtype=choose_dtype("auto", device),
-                show_progress_bar=options["show_progress_bar"],
-            )
-            for own in counts
-        ]
-        return self.inputs_of(np.concatenate(parts))
+            return self.read_beside(sections, inputs, reading)
+        panel, encoder = self.panel, self._encoder(model)
+        reading = replace(reading, device=choose_device(reading.device))
+        counts = sections.each(lambda table: self._panel_counts(table, encoder, reading.layer))
+        return self.inputs_of(
+            np.concatenate([panel.features(own, encoder, reading) for own in counts])
+        )
 
     def inputs_of(self, features: NDArray[np.float32]) -> Inputs:
         """Representations that are made here, not stored, as networks read them."""
@@ -200,8 +187,110 @@ class Proportions:
     spread: NDArray[np.float64] | None
 
 
-def refuse_foreign_proportions(sections: Sections, key: str) -> None:
-    """Refuse a key beside which something else is stored where its spread would be written."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ProportionsTask(Task):
+    """Learning proportions that are known.
+
+    Attributes
+    ----------
+    types
+        Names of the types.
+    source
+        What is learnt from, for the head's record.
+    """
+
+    name: ClassVar[str] = DeconvolutionHead.task
+
+    types: tuple[str, ...]
+    source: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, spots: SpotTable, options: FitOptions, source: Mapping[str, Any]
+    ) -> ProportionsTask:
+        """The task of learning what is known of spots; refuses too few."""
+        targets = Targets("proportions", spots.proportions, len(spots.types))
+        n_known = int(targets.is_known.sum())
+        if n_known < _MIN_SPOTS:
+            msg = (
+                f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
+                "are needed to fit a head and to hold some out. Pass more slices, or a smaller "
+                "spot_size if cells are summed into spots."
+            )
+            raise ValueError(msg)
+        return cls(targets=targets, options=options, types=tuple(spots.types), source=source)
+
+    def make_head(
+        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+    ) -> DeconvolutionHead:
+        """Fit the networks that vote."""
+        seeds = self.seeds(run.seed)
+        refit = self.options.protocol is None
+        voters = fit_voters(first, self.targets, splits, seeds, refit=refit)
+        true = self.targets.values[voters.rows]
+        return DeconvolutionHead(
+            **common,
+            **voters.fields,
+            outputs=self.types,
+            params=params_of(self.options, self.source, run.seed, first.inputs.n_neighbors),
+            validation_scores=score_types(self.types, true, voters.votes),
+        )
+
+    def score(
+        self, head: DeconvolutionHead, inputs: Inputs, rows: NDArray[np.int64]
+    ) -> dict[str, float]:
+        """Score the proportions of some spots, means over the types."""
+        found = head.predict(inputs.take(rows)).mean
+        means = score_types(self.types, self.targets.values[rows], found).mean()
+        return {str(name): float(value) for name, value in means.items()}
+
+
+def params_of(
+    options: FitOptions, source: Mapping[str, Any], seed: int, n_neighbors: int
+) -> dict[str, Any]:
+    """What is written down of how a head was fitted."""
+    return {
+        **source,
+        "n_neighbors": n_neighbors,
+        "n_components": options.n_components,
+        "n_heads": options.n_heads,
+        "seed": seed,
+        **options.reading.keys,
+    }
+
+
+def score_types(
+    types: Sequence[str], true: NDArray[np.floating], found: NDArray[np.floating]
+) -> pd.DataFrame:
+    """Score each type over some spots: a row per type, columns pearson, rmse and mae.
+
+    Fewer than two spots have no scores, NaN; a constant type has no Pearson correlation.
+    """
+    index = pd.Index(types, name="type")
+    if len(true) < 2:
+        return pd.DataFrame(np.nan, index=index, columns=list(_SCORES))
+    true = np.asarray(true, dtype=np.float64)
+    scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
+    return pd.DataFrame(scores, index=index)
+
+
+def deconvolve_with(
+    sections: Sections, head: DeconvolutionHead, options: FitOptions, key: str
+) -> None:
+    """Find the proportions of some spots, and write them."""
+    reading = options.reading
+    require_head(head, DeconvolutionHead)
+    refuse_keys(sections, key, reading, head.use_rep)
+    with all_or_nothing(*sections.tables):
+        found = head.predict(head.read(sections, options.model, reading))
+        write_proportions(sections, head, found, key)
+
+
+def refuse_keys(
+    sections: Sections, key: str, reading: Reading, use_rep: Sequence[str] = ()
+) -> None:
+    """Refuse a key that is read, or where or beside which something else is stored."""
+    refuse_reserved(key, Obsm.DECONVOLUTION, reading.spatial_key, reading.library_key, *use_rep)
     sections.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
 
 

@@ -212,12 +212,7 @@ def fine_tune_head(
 def _as_embedded(source: SliceSource) -> SliceSource:
     """The source, read as it was embedded where nothing else is asked for."""
     options = source.options
-    found = recorded_options(
-        source.data,
-        library_key=options.library_key,
-        layer=options.layer,
-        spatial_key=options.spatial_key,
-    )
+    found = recorded_options(source.data, options)
     return replace(source, options=replace(options, **found))
 
 

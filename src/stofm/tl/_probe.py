@@ -9,11 +9,10 @@ import numpy as np
 from stofm._keys import Obsm
 from stofm._logging import counter
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
-from stofm.heads.inputs import DEFAULT_REP, common_width, read_each
+from stofm.heads.inputs import common_width, read_each
 from stofm.heads.labels import MISSING, read_label_names
-from stofm.heads.options import check_whole_number
+from stofm.heads.options import DEFAULT_REP, Protocol, check_whole_number
 from stofm.heads.sections import resolve_slices
-from stofm.heads.splits import Protocol
 from stofm.tl._probe_baselines import (
     LOG_COUNTS,
     PCS,

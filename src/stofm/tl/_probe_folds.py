@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from stofm.heads.options import Protocol
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Protocol
 
 #: Blocks of a single slice.
 _N_BLOCKS: Final = 5

@@ -42,7 +42,7 @@ from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
 from stofm.train.state import RunFolder
 
 if TYPE_CHECKING:
-    from stofm.heads.blending import blend_weights, stack_weights
+    from stofm.heads.ensemble import blend_weights, stack_weights
     from stofm.heads.linear import fit_linear_head
     from stofm.heads.network import FittedHead, HeadTraining, apply_head, fit_head
     from stofm.heads.targets import Targets, head_loss
@@ -55,11 +55,11 @@ _HEADS = {
     "HeadTraining": "network",
     "Targets": "targets",
     "apply_head": "network",
-    "blend_weights": "blending",
+    "blend_weights": "ensemble",
     "fit_head": "network",
     "fit_linear_head": "linear",
     "head_loss": "targets",
-    "stack_weights": "blending",
+    "stack_weights": "ensemble",
 }
 
 

@@ -13,15 +13,17 @@ from scipy.special import softmax
 
 import stofm as st
 from stofm._keys import Obsm
+from stofm.heads.base import Head
+from stofm.heads.components import add_expression
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.inputs import Inputs
+from stofm.heads.options import FitOptions, Reading
 from stofm.heads.sections import resolve_slices
-from stofm.heads.voting import VotingHead, add_expression, choose_n_components
 from stofm.nn import HeadConfig, PredictionHead
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Ballot(VotingHead):
+class Ballot(Head):
     task: ClassVar[str] = "ballots"
     called: ClassVar[str] = "sides"
 
@@ -30,7 +32,7 @@ class Ballot(VotingHead):
 def inputs(adata, rng):
     """184 cells with five columns of an embedding."""
     features = rng.normal(size=(184, 5)).astype(np.float32)
-    return Inputs(features, ("X_a",), (5,), {"X_a": {}})
+    return Inputs(features, ("X_stofm",), (5,), {"X_stofm": {}})
 
 
 @pytest.fixture
@@ -48,8 +50,8 @@ def ballot(*d_inputs, **options):
         **{
             "networks": tuple(network(d, seed) for seed, d in enumerate(d_inputs)),
             "outputs": ("a", "b", "c"),
-            "use_rep": ("X_a",),
-            "origin": {"X_a": {}},
+            "use_rep": ("X_stofm",),
+            "origin": {"X_stofm": {}},
             "strategy": "frozen",
             "params": {},
             "split": {},
@@ -74,19 +76,18 @@ def votes_of(head, inputs, kind="classes"):
 
 def components(data, inputs, n_components=4, layer=None, *, is_asked_for=True, rows=None):
     sections = resolve_slices(data, "library")
+    asked = n_components if is_asked_for else None
     return add_expression(
         sections,
         inputs,
         np.arange(sections.n_obs) if rows is None else rows,
-        n_components=n_components,
-        layer=layer,
-        is_asked_for=is_asked_for,
+        FitOptions(n_components=asked, use_rep="X_stofm", reading=Reading(layer=layer)),
     )
 
 
 def read(head, data, inputs, layer=None):
     sections = resolve_slices(data, "library")
-    return head.read_beside(sections, inputs, layer=layer, spatial_key=Obsm.SPATIAL)
+    return head.read_beside(sections, inputs, Reading(layer=layer))
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_all_count_the_same_by_default(inputs):
 def test_widths_of_embeddings_are_checked(mixed):
     head, both = mixed
     head.check_inputs(both)
-    narrow = Inputs(both.features[:, :4], ("X_a",), (4,), {"X_a": {}}, both.expression)
+    narrow = Inputs(both.features[:, :4], ("X_stofm",), (4,), {"X_stofm": {}}, both.expression)
     with pytest.raises(ValueError, match="The head reads 5 columns"):
         head.check_inputs(narrow)
 
@@ -278,17 +279,18 @@ def test_nothing_to_read(pair, inputs, caplog, lack):
 
 
 @pytest.mark.parametrize(
-    ("n_components", "use_rep", "is_repeated", "expected"),
+    ("n_components", "use_rep", "protocol", "expected"),
     [
-        (None, (Obsm.X_CELL, Obsm.X), False, 150),
-        (None, (Obsm.X,), False, 150),
-        (None, (Obsm.X, "X_pca"), False, 0),
-        (None, ("X_pca",), False, 0),
-        (None, (Obsm.X_CELL, Obsm.X), True, 0),
-        (7, ("X_pca",), False, 7),
-        (7, (Obsm.X,), True, 7),
-        (0, (Obsm.X,), False, 0),
+        (None, (Obsm.X_CELL, Obsm.X), None, 150),
+        (None, (Obsm.X,), None, 150),
+        (None, (Obsm.X, "X_pca"), None, 0),
+        (None, ("X_pca",), None, 0),
+        (None, (Obsm.X_CELL, Obsm.X), "stofm-paper", 0),
+        (7, ("X_pca",), None, 7),
+        (7, (Obsm.X,), "stofm-paper", 7),
+        (0, (Obsm.X,), None, 0),
     ],
 )
-def test_number_of_components(n_components, use_rep, is_repeated, expected):
-    assert choose_n_components(n_components, use_rep, is_repeated=is_repeated) == expected
+def test_number_of_components(n_components, use_rep, protocol, expected):
+    options = FitOptions(n_components=n_components, protocol=protocol)
+    assert options.components_beside(use_rep) == expected

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stofm.heads.blending import blend_weights, drop_light, stack_weights
+from stofm.heads.ensemble import blend_weights, drop_light, stack_weights
 from stofm.heads.targets import Targets
 
 PRIOR = 1.0
