@@ -109,13 +109,7 @@ class EmbeddingSource:
         self._made: Origin | None = None
 
     def with_embeddings(self, adata: AnnData, reps: Sequence[str]) -> AnnData:
-        """Return the table, with what was missing, or one aside that has the wanted ones.
-
-        Raises
-        ------
-        ValueError
-            What is there does not fit, and no model is given to embed the cells with.
-        """
+        """Return the table, with what was missing, or one aside that has the wanted ones."""
         missing = [rep for rep in reps if rep in MADE_BY_EMBED and rep not in adata.obsm]
         wanted = self._wanted(is_needed=bool(missing))
         found = {rep: self._objection(adata, rep, wanted) for rep in reps if rep in adata.obsm}
@@ -207,15 +201,7 @@ def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_pla
 
 
 def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
-    """Read coordinates to embed with.
-
-    Raises
-    ------
-    KeyError
-        There are none.
-    ValueError
-        They are not usable.
-    """
+    """Read coordinates to embed with."""
     try:
         return read_coordinates(adata, spatial_key)
     except KeyError as error:

@@ -86,11 +86,6 @@ class GeneColumns:
             too few is matched by name alone.
         name
             What the AnnData is, in messages.
-
-        Raises
-        ------
-        ValueError
-            Too few genes are in the vocabulary.
         """
         sources = gene_name_sources(adata)
         names = sources.pop(VAR_NAMES)
@@ -155,11 +150,6 @@ def map_columns(adata: AnnData, vocabulary: GeneVocabulary, name: str) -> Column
     ----------
     name
         What the AnnData is, in messages.
-
-    Raises
-    ------
-    ValueError
-        Too few genes are in the vocabulary.
     """
     try:
         return find_columns(adata, vocabulary, species="auto", gene_key=None, orthologs=None)
@@ -215,11 +205,6 @@ def choose_panel(
         Genes to learn.
     query
         Columns of the AnnData to impute in, if it is known.
-
-    Raises
-    ------
-    ValueError
-        No gene is left.
     """
     tables = [*training, *(query or ())]
     hidden = [{c for gene in targets for c in table.same_gene(gene)} for table in tables]
@@ -265,13 +250,7 @@ def warn_of_few_shared(n_shared: int, n_genes: Sequence[int]) -> None:
 def find_genes(
     names: Iterable[str], training: Sequence[GeneColumns], vocabulary: GeneVocabulary
 ) -> tuple[Gene, ...]:
-    """Find genes by any of their names, and by their ids in a vocabulary.
-
-    Raises
-    ------
-    ValueError
-        There are none, one occurs twice, or an AnnData to learn from lacks one.
-    """
+    """Find genes by any of their names, and by their ids in a vocabulary."""
     asked = clean_names([names] if isinstance(names, str) else names)
     if not asked or len(set(asked)) < len(asked):
         twice = sorted({name for name in asked if asked.count(name) > 1})[:3]
@@ -296,13 +275,7 @@ def find_genes(
 
 
 def new_genes(training: Sequence[GeneColumns], query: Sequence[GeneColumns]) -> tuple[Gene, ...]:
-    """Genes that every AnnData to learn from has and one of the query's lacks.
-
-    Raises
-    ------
-    ValueError
-        There are none.
-    """
+    """Genes that every AnnData to learn from has and one of the query's lacks."""
     found = {
         gene.name: gene
         for gene in training[0].genes

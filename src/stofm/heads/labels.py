@@ -81,16 +81,6 @@ def read_labels(
         :data:`MISSING` itself all that reads like one.
     min_share
         Smallest share of the labelled cells that a class must have.
-
-    Raises
-    ------
-    KeyError
-        A table has no such column.
-    ValueError
-        `min_share` is not usable, labels are numbers with fractions or infinite, there are fewer
-        than two classes, or a class has a single cell.
-    TypeError
-        `missing` is no list.
     """
     if not 0 <= min_share < 1:
         msg = f"min_share must be from 0 to below 1, found {min_share!r}."
@@ -130,11 +120,6 @@ def read_label_names(
     ----------
     sections, key, missing
         As in :func:`read_labels`.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        As there, or no cell has a label.
     """
     if isinstance(missing, str) or not isinstance(missing, Collection):
         msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."

@@ -142,15 +142,6 @@ def resolve_slices(
         Whether copies of the tables will be made later on.
     role
         What `data` is where there are two of its kind; for messages.
-
-    Raises
-    ------
-    KeyError
-        There is no such table or column.
-    TypeError
-        `data` is something else.
-    ValueError
-        There are no cells, an AnnData occurs twice, or slices can't be told apart.
     """
     is_dict, is_list = isinstance(data, dict), isinstance(data, list | tuple)
     given = list(data.values()) if is_dict else list(data) if is_list else [data]

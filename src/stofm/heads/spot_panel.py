@@ -38,11 +38,6 @@ def genes_of(adata: AnnData, model: Stofm, name: str) -> NDArray[np.int64]:
     ----------
     name
         What `adata` is, in messages.
-
-    Raises
-    ------
-    ValueError
-        Too few genes are in the vocabulary.
     """
     tokens = map_columns(adata, model.vocabulary, name).token_ids
     place = np.full(int(model.vocabulary.tokens.max()) + 2, -1, dtype=np.int64)

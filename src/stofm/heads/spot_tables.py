@@ -65,13 +65,6 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
         The spots.
     key
         Entry of ``obsm``, or columns of ``obs``.
-
-    Raises
-    ------
-    KeyError
-        The entry or a column is not there.
-    ValueError
-        A type occurs twice, or proportions are no numbers, negative, or don't sum to 1.
     """
     frames = sections.each(lambda table: _read_frame(table, key))
     for frame in frames:
@@ -185,13 +178,6 @@ def grid_into_spots(
     """Sum cells with types into square spots, whose proportions are known.
 
     The spots have their slice in ``obs["slice"]`` and their centre in ``obsm["spatial"]``.
-
-    Raises
-    ------
-    KeyError
-        `spatial_key` or `layer` is not there.
-    ValueError
-        `spot_size` is not usable, or counts are not raw.
     """
     grid = grid_spots(
         sections.coordinates(spatial_key),

@@ -137,15 +137,6 @@ def fine_tune_head(
     -------
     Tuned model and head, and the history.
 
-    Raises
-    ------
-    ImportError
-        ``strategy="lora"`` without peft.
-    ValueError
-        An option, the rows or the head do not fit, or a slice is not usable.
-    FloatingPointError
-        A loss is NaN or infinite.
-
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).

@@ -45,11 +45,6 @@ class LowRankModel:
     model
         The model, with the changes in it.
 
-    Raises
-    ------
-    ImportError
-        peft is not installed.
-
     References
     ----------
     LoRA (Hu et al. 2021, arXiv 2106.09685).
@@ -86,13 +81,7 @@ def _changed(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def require_peft() -> None:
-    """Say how to get peft where it is missing; it is not imported, which takes seconds.
-
-    Raises
-    ------
-    ImportError
-        It is not installed.
-    """
+    """Say how to get peft where it is missing; it is not imported, which takes seconds."""
     if importlib.util.find_spec("peft") is None:
         msg = "strategy='lora' needs peft: pip install 'stofm[lora]'. Or use strategy='full'."
         raise ImportError(msg)

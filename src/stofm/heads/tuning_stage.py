@@ -314,11 +314,6 @@ def tune(
     Returns
     -------
     The history, and which step was best.
-
-    Raises
-    ------
-    FloatingPointError
-        The loss is NaN or infinite.
     """
     every, per_epoch = stage.refresh_every, len(stage.epoch(0))
     assert every is not None
