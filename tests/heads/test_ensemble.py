@@ -22,7 +22,9 @@ N = 160
 def _short(monkeypatch):
     """Fit networks in a moment."""
     short = HeadTraining(learning_rate=5e-3, max_epochs=6, patience=2)
-    monkeypatch.setattr(network, "HeadTraining", lambda: short)
+    monkeypatch.setattr(
+        network, "HeadTraining", lambda **own: HeadTraining(**own) if own else short
+    )
 
 
 @pytest.fixture

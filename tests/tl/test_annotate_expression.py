@@ -23,7 +23,9 @@ QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 def _short(monkeypatch):
     """Fit networks in a moment."""
     short = HeadTraining(learning_rate=5e-3, max_epochs=5, patience=2)
-    monkeypatch.setattr("stofm.heads.network.HeadTraining", lambda: short)
+    monkeypatch.setattr(
+        "stofm.heads.network.HeadTraining", lambda **own: HeadTraining(**own) if own else short
+    )
 
 
 @pytest.fixture
