@@ -22,8 +22,9 @@ from task_sets import LABEL_KEY
 
 import stofm as st
 from stofm._frames import frame_names
+from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.sections import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._probe_baselines import (
     PCS,
     PCS_AND_NEIGHBORS,
@@ -32,7 +33,6 @@ from stofm.tl._probe_baselines import (
     principal_components,
 )
 from stofm.tl._probe_scores import NO_CLASS
-from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -58,9 +58,8 @@ mpl.use("Agg")
 @pytest.fixture
 def made(adata: AnnData, model: Any, monkeypatch: pytest.MonkeyPatch) -> AnnData:
     """Slices with all that functions write."""
-    for module in ("_imputation_fitting", "_deconvolution_fit"):
-        name = "_TRAINING" if module == "_imputation_fitting" else "_ON_SIMULATED"
-        monkeypatch.setattr(f"stofm.tl.{module}.{name}", HeadTraining(max_epochs=2))
+    for name in ("imputation.ExpressionTask.training", "spot_reference._TRAINING"):
+        monkeypatch.setattr(f"stofm.heads.{name}", HeadTraining(max_epochs=2))
     st.tl.embed(adata, model, **SLICES)
     adata.obsm["X_umap"] = adata.obsm["spatial"] / 100
     adata.obsm["truth"] = pd.get_dummies(adata.obs["kind"]).astype(float)

@@ -25,7 +25,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
-LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
+LAYERS = ["_keys", "genes", "spatial", "nn", "train", "heads", "tl"]
 #: Modules that read AnnData for all others.
 EDGE = (
     "_anndata",
@@ -40,8 +40,19 @@ EDGE = (
 )
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {*EDGE, "_frames", "_writing", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
-    "torch": {"nn", "train", "tl"},
+    "anndata": {
+        *EDGE,
+        "_frames",
+        "_writing",
+        "heads",
+        "pp",
+        "tl",
+        "pl",
+        "datasets",
+        "__main__",
+        "_demo",
+    },
+    "torch": {"nn", "train", "heads", "tl"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
     "tensorboard": {"train"},
@@ -61,12 +72,19 @@ FORBIDDEN = {
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
-    **{layer: {*EDGE, "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
+    **{layer: {*EDGE, "pp", "pl", "datasets"} for layer in LAYERS[:-2]},
+    "heads": {"pl", "datasets"},
 }
 #: Files that may use a part above them, when called and not when imported.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
     "genes/fitting.py": {"_counts", "_features", "_slice_files"},
+    # Cells without embeddings are embedded, slices to tune on are prepared, by what users call too.
+    "heads/embeddings.py": {"tl"},
+    "heads/inputs.py": {"tl"},
+    "heads/tuning.py": {"tl"},
+    # Names of heads that are public in stofm.train.
+    "train/__init__.py": {"heads"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

@@ -119,27 +119,27 @@ def cells(adata, rng):
     return few
 
 
-def _map(adata, _model, vocabulary, _heads):
+def _map(adata, _model, vocabulary, base):
     st.pp.map_genes(adata, vocabulary=vocabulary)
 
 
-def _tokenize(adata, model, _vocabulary, _heads):
+def _tokenize(adata, model, _vocabulary, base):
     st.pp.tokenize(adata, model, show_progress_bar=False)
 
 
-def _encode(adata, model, _vocabulary, _heads):
+def _encode(adata, model, _vocabulary, base):
     st.tl.encode_cells(adata, model, **QUIET)
 
 
-def _subslice(adata, _model, _vocabulary, _heads):
+def _subslice(adata, _model, _vocabulary, base):
     st.pp.subslice(adata, use_rep="X_pca", library_key="library")
 
 
-def _embed(adata, model, _vocabulary, _heads):
+def _embed(adata, model, _vocabulary, base):
     st.tl.embed(adata, model, **SLICES)
 
 
-def _domains(adata, _model, _vocabulary, _heads):
+def _domains(adata, _model, _vocabulary, base):
     st.tl.domains(adata, n_domains=4, coarser=[2], use_rep="X_pca", library_key="library")
 
 

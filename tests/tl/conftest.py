@@ -8,11 +8,11 @@ import pytest
 @pytest.fixture
 def few_steps(monkeypatch):
     """Let models be tuned in a few steps where no other length is asked for."""
-    from stofm.tl import _fine_tune
-    from stofm.train import FineTuningConfig
+    from stofm.heads import tuning
+    from stofm.heads.tuning_config import FineTuningConfig
 
     short = FineTuningConfig(epochs=1, min_steps=4, validate_every=2)
-    monkeypatch.setattr(_fine_tune, "FineTuningConfig", lambda: short)
+    monkeypatch.setattr(tuning, "FineTuningConfig", lambda: short)
 
 
 @pytest.fixture

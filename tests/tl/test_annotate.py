@@ -264,7 +264,7 @@ def test_another_models_embedding_is_refused(adata, model):
         ({"label_key": None}, "found neither"),
         ({"strategy": "tuned"}, "strategy must be one of"),
         ({"reject_rate": 1.0}, "reject_rate must be from 0"),
-        ({"class_weights": "equal"}, "class_weights must be None or 'balanced'"),
+        ({"class_weights": "equal"}, "class_weights must be one of \\[None, 'balanced'\\]"),
         ({"protocol": "mine"}, "protocol must be"),
         ({"split": "rows"}, "split must be one of"),
         ({"label_key": "one"}, "has a single class"),

@@ -11,9 +11,9 @@ import pytest
 
 import stofm as st
 from stofm._keys import Obs, Obsm
-from stofm.tl import _voter_fitting
-from stofm.tl._head_inputs import Source
-from stofm.train import HeadTraining, head_fitting
+from stofm.heads import ensemble
+from stofm.heads.inputs import Source
+from stofm.heads.network import HeadTraining
 
 KEY, PROBA = Obs.ANNOTATION, Obsm.ANNOTATION_PROBA
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
@@ -23,7 +23,9 @@ QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 def _short(monkeypatch):
     """Fit networks in a moment."""
     short = HeadTraining(learning_rate=5e-3, max_epochs=5, patience=2)
-    monkeypatch.setattr(head_fitting, "HeadTraining", lambda: short)
+    monkeypatch.setattr(
+        "stofm.heads.network.HeadTraining", lambda **own: HeadTraining(**own) if own else short
+    )
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_columns_of_each_representation_share_a_scale(cells, scales_of):
 @pytest.mark.filterwarnings("ignore:.*without their expression")
 def test_neighbours_of_expression_alone_beside_embeddings(cells, tmp_path, monkeypatch):
     weights = np.array([0.3, 0.0, 0.0, 0.7, 0.0])
-    monkeypatch.setattr(_voter_fitting, "blend_weights", lambda *_: weights)
+    monkeypatch.setattr(ensemble, "blend_weights", lambda *_: weights)
     head = fit(cells)
     assert set(head.reads) == {"embedding", "expression neighborhood"}
     assert head.n_neighbors == 10

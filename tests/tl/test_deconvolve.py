@@ -13,7 +13,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.tl import _head_fitting
+from stofm.heads import fitting
 
 RULES = st.spatial.SpotRules(n_spots=400, cells_per_spot=(1, 4))
 QUIET = {"device": "cpu", "show_progress_bar": False}
@@ -355,6 +355,6 @@ def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_fitted(
     spots, model, monkeypatch
 ):
     st.tl.embed(spots, model, **QUIET)
-    monkeypatch.setattr(_head_fitting, "fit_head", None)
+    monkeypatch.setattr(fitting, "fit_head", None)
     with pytest.raises(ValueError, match="pass that model as `model` to tune it"):
         from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), strategy="full")

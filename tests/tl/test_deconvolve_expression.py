@@ -10,7 +10,9 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm
-from stofm.train import HeadTraining, head_fitting
+from stofm.heads.network import HeadTraining
+from stofm.heads.options import Reading
+from stofm.heads.sections import resolve_slices
 
 KEY, STD = Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD
 TYPES = ["astro", "micro", "oligo"]
@@ -21,7 +23,9 @@ QUIET = {"device": "cpu", "show_progress_bar": False}
 def _short(monkeypatch):
     """Fit networks in a moment."""
     short = HeadTraining(learning_rate=5e-3, max_epochs=8, patience=3)
-    monkeypatch.setattr(head_fitting, "HeadTraining", lambda: short)
+    monkeypatch.setattr(
+        "stofm.heads.network.HeadTraining", lambda **own: HeadTraining(**own) if own else short
+    )
 
 
 @pytest.fixture
@@ -80,9 +84,8 @@ def test_columns_of_each_representation_share_a_scale(spots, scales_of):
 
 def test_mean_and_spread_are_by_weight(spots):
     head = fit(spots, n_components=6)
-    sections = st.tl._sections.resolve_slices(spots)
-    options = {"library_key": None, "layer": None, "spatial_key": "spatial", **QUIET}
-    inputs = head.read(sections, None, options)
+    sections = resolve_slices(spots)
+    inputs = head.read(sections, None, Reading(**QUIET))
     votes = np.stack(
         [
             st.train.apply_head(network, inputs.of(source), "proportions").astype(float)

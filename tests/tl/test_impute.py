@@ -13,10 +13,10 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.tl import _imputation_fitting, _imputation_head
-from stofm.tl._annotation_head import AnnotationHead
-from stofm.tl._imputation_head import ImputationHead
-from stofm.train import HeadTraining
+from stofm.heads import ensemble, fitting, imputation
+from stofm.heads.annotation import AnnotationHead
+from stofm.heads.genes import ImputationHead
+from stofm.heads.network import HeadTraining
 
 QUIET = {"show_progress_bar": False, "device": "cpu"}
 LIBRARY = {"library_key": "library", **QUIET}
@@ -43,7 +43,7 @@ def query(training, rng):
 @pytest.fixture
 def fit(training, model, monkeypatch):
     """Fit a head of two networks in a few steps; arguments as for `impute`."""
-    monkeypatch.setattr(_imputation_fitting, "_TRAINING", HeadTraining(max_epochs=4))
+    monkeypatch.setattr(imputation.ExpressionTask, "training", HeadTraining(max_epochs=4))
 
     def run(data=training, **options):
         return st.tl.impute(
@@ -72,14 +72,14 @@ def seen_inputs(monkeypatch):
     """Collect what heads are fitted to."""
     seen = []
 
-    def watched(sections, **options):
-        found = original(sections, **options)
+    def watched(sections, reading, **options):
+        found = original(sections, reading, **options)
         tokens = [table.obsm[Obsm.TOKENS].toarray() for table in sections.tables]
         seen.append((found.features, tokens, [table.X.toarray() for table in sections.tables]))
         return found
 
-    original = _imputation_fitting.read_inputs
-    monkeypatch.setattr(_imputation_fitting, "read_inputs", watched)
+    original = fitting.read_inputs
+    monkeypatch.setattr(fitting, "read_inputs", watched)
     return seen
 
 
@@ -169,7 +169,7 @@ def test_what_is_written(fit, query, model):
 
 
 def test_genes_are_learnt(fit, training, monkeypatch):
-    monkeypatch.setattr(_imputation_fitting, "_TRAINING", HeadTraining())
+    monkeypatch.setattr(imputation.ExpressionTask, "training", HeadTraining())
     # Of random weights, the cell encoder says little about counts: exact features stand in.
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
     head = fit(use_rep="exact")
@@ -185,9 +185,7 @@ def test_genes_are_learnt(fit, training, monkeypatch):
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
-    monkeypatch.setattr(
-        _imputation_fitting, "stack_weights", lambda _: np.array([0.01, 0, 0.8, 0.2])
-    )
+    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([0.01, 0, 0.8, 0.2]))
     head = fit()
     shares = np.array([0.01, 0.8, 0.2]) / 1.01 / 2
     assert head.reads == ("embedding", "expression", "expression neighborhood") * 2
@@ -195,7 +193,7 @@ def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model,
     assert head.n_neighbors == 10
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     weighed = query.obsm[Obsm.IMPUTED].to_numpy()
-    monkeypatch.setattr(_imputation_fitting, "stack_weights", lambda _: np.array([1, 0, 0, 0.0]))
+    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([1, 0, 0, 0.0]))
     alone = fit()
     assert (set(alone.reads), alone.expression, alone.n_neighbors) == ({"embedding"}, None, 0)
     st.tl.impute(query, head=alone, model=model, **LIBRARY)
@@ -203,7 +201,7 @@ def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model,
 
 
 def test_columns_of_each_representation_share_a_scale(fit, model, monkeypatch, scales_of):
-    monkeypatch.setattr(_imputation_fitting, "stack_weights", lambda _: np.full(4, 0.25))
+    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.full(4, 0.25))
     head = fit(n_heads=1, n_components=55)
     cell, spatial = model.config.cell_encoder.d_cell, model.config.se2_transformer.d_model
     widths = ((cell, spatial), (cell, cell, spatial), (55,), (50, 50))
@@ -279,7 +277,7 @@ def test_several_anndata(fit, training, query, model):
 
 
 def test_some_genes_of_a_head(fit, query, model, monkeypatch):
-    monkeypatch.setattr(_imputation_head, "_GENES_AT_ONCE", 2)
+    monkeypatch.setattr("stofm.heads.genes._GENES_AT_ONCE", 2)
     head = fit()
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     every = query.obsm[Obsm.IMPUTED]
@@ -349,8 +347,6 @@ def test_protocol(fit, training):
 
 
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
-    from stofm.tl import _head_fitting
-
     weights = model.fingerprint
     given = {}
 
@@ -364,15 +360,15 @@ def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
             self.model, self.head, self.best_step = tuned, head, 1
             self.history = pd.DataFrame({"epoch": [1], "loss": [0.5]})
 
-    monkeypatch.setattr(_head_fitting, "fine_tune_head", tune)
+    monkeypatch.setattr(fitting, "fine_tune_head", tune)
     held_out = []
-    original = _imputation_fitting.fit_head
+    original = ensemble.fit_head
 
     def watched(*args, **options):
         held_out.append(options["held_out"])
         return original(*args, **options)
 
-    monkeypatch.setattr(_imputation_fitting, "fit_head", watched)
+    monkeypatch.setattr(ensemble, "fit_head", watched)
     head = fit(strategy="full")
     # Another network on embeddings, two on expression, and two on the neighbours of either.
     assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()] * 7
@@ -456,8 +452,8 @@ def test_cells_without_counts(fit, training, model):
 
 
 def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
-    monkeypatch.setattr(_imputation_fitting, "read_inputs", None)
-    monkeypatch.setattr(_imputation_fitting, "read_panel", None)
+    monkeypatch.setattr(fitting, "read_inputs", None)
+    monkeypatch.setattr(imputation, "read_panel", None)
     for options in ({"split": "slice"}, {"protocol": "another"}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be"):
             fit(**options)

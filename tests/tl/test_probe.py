@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import stofm as st
+from stofm.heads.network import HeadTraining, fit_head
 from stofm.tl import _probe_scores
-from stofm.train import HeadTraining, fit_head
 
 BASELINES = ["PCs", "PCs + neighbours", "log counts"]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from stofm.heads.sections import resolve_slices
 from stofm.tl import _probe_baselines
 from stofm.tl._probe_baselines import (
     log_counts,
@@ -11,7 +12,6 @@ from stofm.tl._probe_baselines import (
     principal_components,
     with_neighbors,
 )
-from stofm.tl._sections import resolve_slices
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 from sklearn.metrics import f1_score
 
+from stofm.heads.network import apply_head, fit_head
+from stofm.heads.targets import Targets
 from stofm.tl._probe_scores import (
     Fold,
     common_classes,
@@ -15,7 +17,6 @@ from stofm.tl._probe_scores import (
     score_regression,
     side_by_side,
 )
-from stofm.train import Targets, apply_head, fit_head
 
 
 def blobs(rng, n, *, spread=1.0):

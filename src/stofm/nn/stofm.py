@@ -320,3 +320,13 @@ def _digest(state: dict[str, Tensor] | dict[str, Any]) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def load_model(model: Any) -> Stofm:
+    """Take a model as it is, or load it by name."""
+    if model is None or isinstance(model, str | Path):
+        return Stofm.from_pretrained("stofm-mini" if model is None else model)
+    if not isinstance(model, Stofm):
+        msg = f"model must be a Stofm, a folder or a hub id, found {type(model).__name__}."
+        raise TypeError(msg)
+    return model

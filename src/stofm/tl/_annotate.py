@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._keys import Label, Obs, Obsm
-from stofm._writing import all_or_nothing
-from stofm.tl._annotation_fitting import AnnotationFitting
-from stofm.tl._annotation_head import AnnotationHead, refuse_foreign_annotation, write_annotation
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP, read_inputs
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import MIN_SHARE, MISSING, read_labels
-from stofm.tl._sections import resolve_slices
+from stofm._keys import Obs, Obsm
+from stofm.heads.annotation import AnnotationHead, AnnotationTask, annotate_with
+from stofm.heads.fitting import fit
+from stofm.heads.labels import MIN_SHARE, MISSING
+from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
+from stofm.heads.sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -20,10 +17,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.heads.options import Protocol, Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
 
 
 def annotate(
@@ -201,69 +197,39 @@ def annotate(
         given = "both" if head is not None else "neither"
         msg = f"Pass label_key= to fit a head, or head= to use one; found {given}."
         raise ValueError(msg)
-    sections = resolve_slices(
-        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
-    )
-    reading: dict[str, Any] = {
-        "library_key": library_key,
-        "layer": layer,
-        "spatial_key": spatial_key,
-        "device": device,
-        "show_progress_bar": show_progress_bar,
-    }
-    check_if_given("n_neighbors", n_neighbors, least=0)
-    check_if_given("n_components", n_components, least=0)
-    check_if_given("n_heads", n_heads, least=1)
-    if head is not None:
-        require_head(head, AnnotationHead)
-        refuse_reserved(key_added, Obs.ANNOTATION, spatial_key, library_key, *head.use_rep)
-        refuse_foreign_annotation(sections, key_added)
-        target = sections.copied() if copy else sections
-        with all_or_nothing(*target.tables):
-            inputs = read_inputs(
-                target,
-                use_rep=head.use_rep,
-                model=head.model if model is None else model,
-                expected=head.origin,
-                **reading,
-            )
-            inputs = head.read_beside(target, inputs, layer=layer, spatial_key=spatial_key)
-            write_annotation(target, head, head.predict(inputs), key_added)
-        return target.as_given() if copy else None
-    fitting = AnnotationFitting(
-        label_key=str(label_key),
+    options = FitOptions(
+        use_rep=use_rep,
+        model=model,
         strategy=strategy,
         n_neighbors=n_neighbors,
         n_components=n_components,
         n_heads=n_heads,
-        class_weights=class_weights,
         split=split,
         protocol=protocol,
-        reject_rate=reject_rate,
-        min_share=min_share,
-        missing=missing,
         seed=seed,
-        reading=reading,
+        reading=Reading(
+            library_key=library_key,
+            layer=layer,
+            spatial_key=spatial_key,
+            device=device,
+            show_progress_bar=show_progress_bar,
+        ),
     )
-    check_fit_options(
+    sections = resolve_slices(
+        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+    )
+    if head is not None:
+        target = sections.copied() if copy else sections
+        annotate_with(target, head, options, key_added)
+        return target.as_given() if copy else None
+    options.check(sections)
+    task = AnnotationTask.of(
         sections,
-        strategy=strategy,
-        use_rep=use_rep,
-        split=split,
-        protocol=protocol,
-        seed=seed,
-        spatial_key=spatial_key,
+        options,
+        label_key=label_key,
+        missing=missing,
+        min_share=min_share,
+        class_weights=class_weights,
+        reject_rate=reject_rate,
     )
-    labels = read_labels(sections, str(label_key), missing=missing, min_share=min_share)
-    _refuse_unknown(labels.classes, str(label_key))
-    source = sections.copied() if copy else sections
-    return fitting.fit(source, labels, use_rep=use_rep, model=model)
-
-
-def _refuse_unknown(classes: Collection[str], label_key: str) -> None:
-    if Label.UNKNOWN in classes:
-        msg = (
-            f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, which is what cells are called that "
-            "no class is supported for. Rename it, or add it to `missing` to leave it out."
-        )
-        raise ValueError(msg)
+    return fit(task, sections.copied() if copy else sections)

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
-from stofm._messages import naming
-from stofm._writing import all_or_nothing
-from stofm.spatial.spot_simulation import SpotRules
-from stofm.tl._deconvolution_fit import DeconvolutionFitting
-from stofm.tl._deconvolution_head import (
-    DeconvolutionHead,
-    refuse_foreign_proportions,
-    write_proportions,
+from stofm.heads.deconvolution_calls import (
+    LabelOptions,
+    ReferenceCells,
+    check_way,
+    chosen_way,
+    learn_proportions,
+    learn_reference,
+    learn_squares,
 )
-from stofm.tl._encode_cells import load_model
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._head_inputs import DEFAULT_REP
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._labels import MISSING, read_labels
-from stofm.tl._sections import resolve_slices
-from stofm.tl._spot_reference import read_panels
-from stofm.tl._spot_tables import SLICE, grid_into_spots, read_proportions
+from stofm.heads.labels import MISSING
+from stofm.heads.options import DEFAULT_REP, FitOptions, Reading, check_whole_number
+from stofm.heads.sections import resolve_slices
+from stofm.heads.spots import DeconvolutionHead, deconvolve_with
+from stofm.spatial.spot_simulation import SpotRules
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     import torch
 
+    from stofm.heads.options import Protocol, Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
-
-#: Components that are read of spots simulated from a reference.
-_N_COMPONENTS: Final = 50
 
 
 def deconvolve(
@@ -221,12 +213,30 @@ def deconvolve(
     >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
     True
     """
-    way = _chosen_way(
+    way = chosen_way(
         proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
     )
-    _check_way(way, label_key=label_key, strategy=strategy, protocol=protocol, copy=copy)
-    check_if_given("n_neighbors", n_neighbors, least=0)
-    check_if_given("n_components", n_components, least=0)
+    check_whole_number("n_heads", n_heads, least=1)
+    options = FitOptions(
+        use_rep=use_rep,
+        model=model,
+        strategy=strategy,
+        n_neighbors=n_neighbors,
+        n_components=n_components,
+        n_heads=n_heads,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        reading=Reading(
+            library_key=library_key,
+            layer=layer,
+            spatial_key=spatial_key,
+            device=device,
+            show_progress_bar=show_progress_bar,
+        ),
+    )
+    labels = LabelOptions(label_key, missing, min_share)
+    check_way(way, options, labels, copy=copy)
     sections = resolve_slices(
         data,
         library_key,
@@ -235,139 +245,13 @@ def deconvolve(
         copy=copy,
         role="" if reference is None else "query",
     )
-    check_fit_options(
-        sections if way in ("proportions_key", "spot_size") else None,
-        strategy=strategy,
-        use_rep=use_rep,
-        split=split,
-        protocol=protocol,
-        seed=seed,
-        spatial_key=spatial_key,
-    )
-    reading = {
-        "library_key": library_key,
-        "layer": layer,
-        "spatial_key": spatial_key,
-        "device": device,
-        "show_progress_bar": show_progress_bar,
-    }
-    labels: dict[str, Any] = {"missing": missing, "min_share": min_share}
-    fitting = DeconvolutionFitting(
-        strategy=strategy,
-        n_neighbors=n_neighbors,
-        n_components=n_components,
-        n_heads=n_heads,
-        split=split,
-        protocol=protocol,
-        seed=seed,
-        source=_source(way, proportions_key, label_key, spot_size, labels),
-        reading=reading,
-    )
     if head is not None:
-        require_head(head, DeconvolutionHead)
-        refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key, *head.use_rep)
-        refuse_foreign_proportions(sections, key_added)
         target = sections.copied() if copy else sections
-        with all_or_nothing(*target.tables):
-            found = head.predict(head.read(target, model, reading))
-            write_proportions(target, head, found, key_added)
+        deconvolve_with(target, head, options, key_added)
         return target.as_given() if copy else None
-    if way == "proportions_key":
-        known = read_proportions(sections, proportions_key or ())
-        known = replace(known, sections=sections.copied()) if copy else known
-        return fitting.fit(known, use_rep=use_rep, model=model)
-    if way == "spot_size":
-        types = read_labels(sections, str(label_key), **labels)
-        squares = grid_into_spots(
-            sections, types, spot_size=spot_size or 0.0, layer=layer, spatial_key=spatial_key
-        )
-        own = {**reading, "library_key": SLICE, "layer": None, "spatial_key": Obsm.SPATIAL}
-        return replace(fitting, reading=own).fit(squares, use_rep=use_rep, model=model)
-    refuse_reserved(key_added, Obsm.DECONVOLUTION, spatial_key, library_key)
-    refuse_foreign_proportions(sections, key_added)
-    # A reference's slices do not matter, nor whether they overlap.
-    _require_single_tables(reference)
-    with naming("the reference", adata="reference"):
-        cells = resolve_slices(reference, spatial_key="", role="reference")
-        types = read_labels(cells, str(label_key), **labels)
-    loaded = load_model(model)
-    panels = read_panels(
-        sections, cells, types, loaded, layer=layer, reference_layer=reference_layer
-    )
-    components = _N_COMPONENTS if n_components is None else n_components
-    made, features = fitting.fit_simulated(panels, spots or SpotRules(), components, loaded)
-    with all_or_nothing(*sections.tables):
-        write_proportions(sections, made, made.predict(made.inputs_of(features)), key_added)
-    return made
-
-
-def _chosen_way(**ways: Any) -> str:
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) == 1:
-        return given[0]
-    msg = (
-        "Pass one of proportions_key= (spots with known proportions), reference= (single cells), "
-        "spot_size= (slices of single cells to sum into spots), or head= (a fitted head); found "
-        f"{given or 'none'}."
-    )
-    raise ValueError(msg)
-
-
-def _check_way(
-    way: str, *, label_key: str | None, strategy: str, protocol: str | None, copy: bool
-) -> None:
-    """Refuse options that do not go together."""
-    if way in ("reference", "spot_size") and label_key is None:
-        msg = f"{way}= needs label_key=, the column of obs with the types of the cells."
-        raise ValueError(msg)
-    if way != "reference":
-        return
-    if strategy != "frozen":
-        msg = (
-            f"strategy={strategy!r} does not go with reference=: a model is tuned on slices, and "
-            "simulated spots have no place in one. Use strategy='frozen', or spot_size= with a "
-            "slice of single cells."
-        )
-        raise ValueError(msg)
-    if protocol is not None:
-        msg = (
-            f"protocol={protocol!r} does not go with reference=: it tests on spots whose "
-            "proportions are known. Pass proportions_key= or spot_size=."
-        )
-        raise ValueError(msg)
-    if copy:
-        msg = (
-            "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
-            "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
-        )
-        raise ValueError(msg)
-
-
-def _require_single_tables(reference: Any) -> None:
-    """Refuse SpatialData with several tables: `table_key` names one of the query."""
-    plain = list(reference.values()) if isinstance(reference, dict) else reference
-    for one in plain if isinstance(plain, list | tuple) else [plain]:
-        names = sorted(getattr(one, "tables", ()))
-        if len(names) > 1:
-            msg = (
-                f"The reference is a SpatialData with the tables {names}; pass the one with the "
-                f"single cells: reference=sdata.tables[{names[0]!r}]."
-            )
-            raise KeyError(msg)
-
-
-def _source(
-    way: str,
-    proportions_key: str | Sequence[str] | None,
-    label_key: str | None,
-    spot_size: float | None,
-    labels: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What a head is learnt from, for its record."""
-    if way == "proportions_key":
-        is_name = isinstance(proportions_key, str)
-        key = proportions_key if is_name else list(proportions_key or ())
-        return {"proportions_key": key}
-    missing = [str(one) for one in labels["missing"] or ()]
-    source = {"label_key": label_key, "missing": missing, "min_share": labels["min_share"]}
-    return {**source, "spot_size": spot_size} if way == "spot_size" else source
+    if proportions_key is not None:
+        return learn_proportions(sections, proportions_key, options, copy=copy)
+    if spot_size is not None:
+        return learn_squares(sections, spot_size, labels, options)
+    cells = ReferenceCells(reference, reference_layer, labels)
+    return learn_reference(sections, cells, spots or SpotRules(), options, key_added)

@@ -19,6 +19,9 @@ from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._slices import Slices, read_slices
 from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
+from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
+from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.options import check_if_given, check_whole_number
 from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (
     Centering,
@@ -29,9 +32,6 @@ from stofm.spatial.domains import (
 )
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._domain_columns import DomainLevels, level_columns, write_levels
-from stofm.tl._embeddings import MADE_BY_EMBED, places_entry, slices_column
-from stofm.tl._fit_options import check_if_given, check_whole_number
-from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:

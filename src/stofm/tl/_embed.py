@@ -19,6 +19,7 @@ from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
 from stofm.nn.memory import Nodes, Workload
+from stofm.nn.stofm import load_model
 from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,
@@ -31,7 +32,6 @@ from stofm.tl._encode_cells import (
     CellEmbedding,
     cell_record,
     checked_budget,
-    load_model,
     stored_cell_embedding,
     write_cell_embedding,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,10 +16,13 @@ from stofm._keys import Obsm
 from stofm._writing import all_or_nothing
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
+from stofm.nn.stofm import load_model
 from stofm.pp._staleness import changed_counts, is_outdated
 from stofm.pp._token_entries import read_ranked, values_are_stored
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -115,16 +117,6 @@ def encode_cells(
     with all_or_nothing(target):
         write_cell_embedding(target, result)
     return target if copy else None
-
-
-def load_model(model: Any) -> Stofm:
-    """Take a model as it is, or load it by name."""
-    if model is None or isinstance(model, str | Path):
-        return Stofm.from_pretrained("stofm-mini" if model is None else model)
-    if not isinstance(model, Stofm):
-        msg = f"model must be a Stofm, a folder or a hub id, found {type(model).__name__}."
-        raise TypeError(msg)
-    return model
 
 
 def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:

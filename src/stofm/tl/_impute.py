@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
-from stofm._messages import naming
-from stofm.tl._fit_options import check_fit_options, check_if_given
-from stofm.tl._gene_columns import (
-    Gene,
-    GeneColumns,
-    choose_panel,
-    find_genes,
-    new_genes,
-)
-from stofm.tl._head_inputs import DEFAULT_REP, checked_reps
-from stofm.tl._heads import refuse_reserved, require_head
-from stofm.tl._imputation_fitting import ImputationFitting, reading_of_panel
-from stofm.tl._imputation_head import ImputationHead
-from stofm.tl._imputation_writing import ImputationWriting, model_and_vocabulary, read_columns
-from stofm.tl._sections import resolve_slices
+from stofm.heads.imputation import impute_with
+from stofm.heads.imputation_calls import check_call, learn, resolve_reference
+from stofm.heads.options import DEFAULT_REP, FitOptions, Reading, check_whole_number
+from stofm.heads.sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,15 +16,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.genes import GeneVocabulary
+    from stofm.heads.genes import ImputationHead
+    from stofm.heads.options import Protocol, Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.tl._heads import Strategy
-    from stofm.tl._protocol import Protocol
-    from stofm.tl._sections import Sections
-
-#: Genes that ``protocol="stofm-paper"`` holds out.
-_N_PROTOCOL_GENES: Final = 50
 
 
 def impute(
@@ -187,7 +169,26 @@ def impute(
     >>> query.obsm["stofm_imputed"].shape, len(head.gene_scores)
     ((400, 10), 10)
     """
-    _check_call(genes=genes, reference=reference, head=head, protocol=protocol, copy=copy)
+    check_call(genes=genes, reference=reference, head=head, protocol=protocol, copy=copy)
+    check_whole_number("n_heads", n_heads, least=1)
+    options = FitOptions(
+        use_rep=use_rep,
+        model=model,
+        strategy=strategy,
+        n_neighbors=n_neighbors,
+        n_components=n_components,
+        n_heads=n_heads,
+        split=split,
+        protocol=protocol,
+        seed=seed,
+        reading=Reading(
+            library_key=library_key,
+            layer=layer,
+            spatial_key=spatial_key,
+            device=device,
+            show_progress_bar=show_progress_bar,
+        ),
+    )
     sections = resolve_slices(
         data,
         library_key,
@@ -196,141 +197,11 @@ def impute(
         copy=copy,
         role="" if reference is None else "query",
     )
-    reading = reading_of_panel(
-        spatial_key=spatial_key, device=device, show_progress_bar=show_progress_bar
-    )
-    check_if_given("n_neighbors", n_neighbors, least=0)
-    check_if_given("n_components", n_components, least=0)
     if head is not None:
-        require_head(head, ImputationHead)
-        refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *head.use_rep)
         target = sections.copied() if copy else sections
-        writing = ImputationWriting(key_added, layer, spatial_key, reading)
-        writing.impute(target, head, head.model if model is None else model, genes)
+        impute_with(target, head, options, key_added, genes)
         return target.as_given() if copy else None
-
-    refuse_reserved(key_added, Obsm.IMPUTED, spatial_key, *checked_reps(use_rep))
-    training = sections
+    training = None
     if reference is not None:
-        training = _resolve_reference(reference, library_key, spatial_key, table_key)
-        layer, reference_layer = _layers(sections, training, layer, reference_layer)
-    fitting = ImputationFitting(
-        strategy=strategy,
-        n_neighbors=n_neighbors,
-        n_components=n_components,
-        n_heads=n_heads,
-        split=split,
-        protocol=protocol,
-        seed=seed,
-        layer=layer if reference is None else reference_layer,
-        reading=reading,
-    )
-    check_fit_options(
-        training,
-        strategy=strategy,
-        use_rep=use_rep,
-        split=split,
-        protocol=protocol,
-        seed=seed,
-        spatial_key=spatial_key,
-    )
-    loaded, vocabulary = model_and_vocabulary(model, use_rep)
-    name = "the data" if reference is None else "the reference"
-    columns = read_columns(training, loaded, vocabulary, name)
-    query = None if reference is None else read_columns(sections, loaded, vocabulary, "the query")
-    targets = _choose_targets(genes, columns, query, vocabulary, protocol, seed)
-    panel = choose_panel(columns, targets, query)
-    fitted = fitting.fit(training, columns, panel, use_rep=use_rep, model=loaded)
-    if reference is not None:
-        writing = ImputationWriting(key_added, layer, spatial_key, reading)
-        writing.impute(sections, fitted, fitted.model or loaded, None)
-    return fitted
-
-
-def _check_call(
-    *,
-    genes: Sequence[str] | None,
-    reference: Any,
-    head: ImputationHead | None,
-    protocol: str | None,
-    copy: bool,
-) -> None:
-    if head is not None and (reference is not None or protocol is not None):
-        msg = "head= is fitted already: leave out reference= and protocol=, or leave out head=."
-        raise ValueError(msg)
-    if head is None and reference is None and genes is None and protocol is None:
-        msg = (
-            "Pass genes= to learn some genes of these slices, reference= to learn from other "
-            "slices the genes that these lack, or head= to use what was learnt."
-        )
-        raise ValueError(msg)
-    if protocol is not None and reference is not None:
-        msg = "A protocol tests on cells of the training slices: leave out reference=."
-        raise ValueError(msg)
-    if copy and head is None:
-        what = "nothing is written to data" if reference is None else "the head is returned"
-        msg = f"copy=True is for head=; without it {what}. Pass data.copy() if need be."
-        raise ValueError(msg)
-
-
-def _resolve_reference(
-    reference: Any, library_key: str | None, spatial_key: str, table_key: str | None
-) -> Sections:
-    """Slices of a reference, which may do without the query's column of slices."""
-    if library_key is not None:
-        plain = reference.values() if isinstance(reference, dict) else reference
-        tables = plain if isinstance(plain, list | tuple) else [plain]
-        if not any(library_key in getattr(table, "obs", {}) for table in tables):
-            library_key = None
-    with naming("the reference", adata="reference"):
-        return resolve_slices(
-            reference,
-            library_key,
-            spatial_key=spatial_key,
-            table_key=table_key,
-            role="reference",
-        )
-
-
-def _layers(
-    query: Sections, reference: Sections, layer: str | None, reference_layer: str | None
-) -> tuple[str | None, str | None]:
-    """Layers of both: what is asked for, on the side that has it if that is one only."""
-    if reference_layer is not None or layer is None:
-        return layer, reference_layer
-    has_query, has_reference = (
-        any(layer in table.layers for table in sections.tables) for sections in (query, reference)
-    )
-    own = layer if has_query or not has_reference else None
-    return own, layer if has_reference else None
-
-
-def _choose_targets(
-    genes: Sequence[str] | None,
-    training: Sequence[GeneColumns],
-    query: Sequence[GeneColumns] | None,
-    vocabulary: GeneVocabulary,
-    protocol: Protocol | None,
-    seed: int,
-) -> tuple[Gene, ...]:
-    if genes is not None:
-        return find_genes(genes, training, vocabulary)
-    if query is not None:
-        return new_genes(training, query)
-    return _draw_genes(training, seed, protocol)
-
-
-def _draw_genes(
-    training: Sequence[GeneColumns], seed: int, protocol: Protocol | None
-) -> tuple[Gene, ...]:
-    """Draw a protocol's genes; the order of the columns does not matter."""
-    first, *others = training
-    keyed = {g.key: g for g in first.genes if g.name and all(t.same_gene(g) for t in others)}
-    if len(keyed) <= _N_PROTOCOL_GENES:
-        msg = (
-            f"protocol={protocol!r} holds out {_N_PROTOCOL_GENES} genes, and the slices share "
-            f"{len(keyed)}; name fewer with genes=[...]."
-        )
-        raise ValueError(msg)
-    keys = np.random.default_rng(seed).permutation(sorted(keyed))[:_N_PROTOCOL_GENES]
-    return tuple(keyed[key] for key in sorted(keys.tolist()))
+        training = resolve_reference(reference, library_key, spatial_key, table_key)
+    return learn(sections, training, options, genes, reference_layer, key_added)

@@ -15,9 +15,9 @@ from stofm._messages import warn
 from stofm._writing import all_or_nothing
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
+from stofm.heads.base import refuse_reserved
+from stofm.heads.expression import log_normalised
 from stofm.pp._tokenize import find_columns, report_columns
-from stofm.tl._expression import log_normalised
-from stofm.tl._heads import refuse_reserved
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -8,10 +8,11 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import counter
-from stofm.tl._embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
-from stofm.tl._fit_options import check_whole_number
-from stofm.tl._head_inputs import DEFAULT_REP, common_width, read_each
-from stofm.tl._labels import MISSING, read_label_names
+from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
+from stofm.heads.inputs import common_width, read_each
+from stofm.heads.labels import MISSING, read_label_names
+from stofm.heads.options import DEFAULT_REP, Protocol, check_whole_number
+from stofm.heads.sections import resolve_slices
 from stofm.tl._probe_baselines import (
     LOG_COUNTS,
     PCS,
@@ -24,16 +25,14 @@ from stofm.tl._probe_baselines import (
 from stofm.tl._probe_folds import AND, plan_folds, plan_protocol
 from stofm.tl._probe_result import ProbeResult
 from stofm.tl._probe_scores import score_clusters, score_head, score_regression, side_by_side
-from stofm.tl._protocol import Protocol
-from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from stofm.heads.sections import Sections
     from stofm.tl._probe_scores import Fold
-    from stofm.tl._sections import Sections
 
 _N_SEEDS: Final = 3
 

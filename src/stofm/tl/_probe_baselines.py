@@ -9,18 +9,18 @@ from scipy import sparse
 
 from stofm._counts import read_counts
 from stofm.genes import embedded_vocabulary
+from stofm.heads.embeddings import counts_layer
+from stofm.heads.expression import log_normalised
+from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
+from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._embeddings import counts_layer
-from stofm.tl._expression import log_normalised
-from stofm.tl._gene_columns import GeneColumns, choose_panel, selector
-from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._probe_scores import side_by_side
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.tl._sections import Sections
+    from stofm.heads.sections import Sections
 
 PCS: Final = "PCs"
 PCS_AND_NEIGHBORS: Final = "PCs + neighbours"

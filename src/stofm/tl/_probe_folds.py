@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from stofm._messages import warn
+from stofm.heads.labels import MIN_SHARE
+from stofm.heads.splits import plan_runs
 from stofm.spatial.splits import leave_out_blocks
-from stofm.tl._labels import MIN_SHARE
 from stofm.tl._probe_scores import NO_CLASS, Fold
-from stofm.tl._protocol import plan_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from stofm.tl._protocol import Protocol
-    from stofm.tl._sections import Sections
+    from stofm.heads.options import Protocol
+    from stofm.heads.sections import Sections
 
 #: Blocks of a single slice.
 _N_BLOCKS: Final = 5

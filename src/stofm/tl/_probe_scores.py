@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm import metrics
+from stofm.heads.annotation import log_scores
+from stofm.heads.labels import MIN_SHARE
+from stofm.heads.network import apply_head, fit_head
+from stofm.heads.targets import Targets
+from stofm.heads.trust import calibrated_probabilities, fit_temperature
 from stofm.metrics.calibration import Reliability
-from stofm.tl._annotation_head import log_scores
-from stofm.tl._labels import MIN_SHARE
-from stofm.train import Targets, apply_head, fit_head
-from stofm.train.calibration import calibrated_probabilities, fit_temperature
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,6 +1,10 @@
 """Pretraining: what is hidden, what is recovered, and the loop that learns it (torch)."""
 
-from stofm.train.blending import blend_weights, stack_weights
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
 from stofm.train.cell_samples import Draws
 from stofm.train.config import RunConfig, StageConfig, paper_schedule
@@ -11,12 +15,9 @@ from stofm.train.corpus import (
     preparation_key,
     write_slice,
 )
-from stofm.train.fine_tuning_config import FineTuningConfig
 from stofm.train.gene_masking import TokenMasking, drop_genes, mask_tokens
-from stofm.train.head_fitting import FittedHead, HeadTraining, apply_head, fit_head
 from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
 from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.linear_head import fit_linear_head
 from stofm.train.loop import TrainingLoop
 from stofm.train.losses import (
     ContrastiveConfig,
@@ -39,7 +40,35 @@ from stofm.train.spatial_objective import SpatialObjective
 from stofm.train.stage_setup import StageSetup
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
 from stofm.train.state import RunFolder
-from stofm.train.targets import Targets, head_loss
+
+if TYPE_CHECKING:
+    from stofm.heads.ensemble import blend_weights, stack_weights
+    from stofm.heads.linear import fit_linear_head
+    from stofm.heads.network import FittedHead, HeadTraining, apply_head, fit_head
+    from stofm.heads.targets import Targets, head_loss
+    from stofm.heads.tuning_config import FineTuningConfig
+
+#: Public here, and kept with the heads, which are built on training.
+_HEADS = {
+    "FineTuningConfig": "tuning_config",
+    "FittedHead": "network",
+    "HeadTraining": "network",
+    "Targets": "targets",
+    "apply_head": "network",
+    "blend_weights": "ensemble",
+    "fit_head": "network",
+    "fit_linear_head": "linear",
+    "head_loss": "targets",
+    "stack_weights": "ensemble",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HEADS:
+        msg = f"module 'stofm.train' has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(importlib.import_module(f"stofm.heads.{_HEADS[name]}"), name)
+
 
 __all__ = [
     "CellBatch",

@@ -1,0 +1,291 @@
+"""Embeddings that heads read: which model made them, and made where there are none that fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._anndata import read_record
+from stofm._coordinates import read_coordinates
+from stofm._keys import Obsm, Uns, Var
+from stofm._logging import logger
+from stofm.nn.stofm import load_model
+from stofm.pp._staleness import stale_reason
+from stofm.pp._tokenize import tokenize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.heads.options import Reading
+    from stofm.nn import Stofm
+    from stofm.train.recipe import FileConfig
+
+#: Representations that :func:`stofm.tl.embed` makes, which are computed where they are missing.
+MADE_BY_EMBED = (Obsm.X_CELL, Obsm.X)
+_FINGERPRINTS = ("model", "model_fingerprint", "cell_encoder", "vocabulary")
+_NO_RECORD: Final = (
+    " Records are in uns['stofm'], which ad.concat drops unless it is called with uns_merge='same'."
+)
+
+#: Where a representation comes from: name and fingerprints of its model; none if not recorded.
+Origin = dict[str, dict[str, str]]
+
+
+def origin_of(adata: AnnData, rep: str) -> dict[str, str]:
+    """Name and fingerprints of the model that made an entry of ``obsm``, as far as recorded."""
+    record = read_record(adata, rep) or {}
+    return {name: str(record[name]) for name in _FINGERPRINTS if record.get(name)}
+
+
+def origin_by(model: Stofm) -> Origin:
+    """Origin of what :func:`stofm.tl.embed` makes with a model."""
+    cell = {
+        "model": model.name,
+        "cell_encoder": model.cell_encoder_fingerprint,
+        "vocabulary": model.vocabulary.fingerprint,
+    }
+    return {Obsm.X_CELL: cell, Obsm.X: {**cell, "model_fingerprint": model.fingerprint}}
+
+
+def same_origin(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Whether two origins are the same model; its name does not change its numbers."""
+    return {**first, "model": ""} == {**second, "model": ""}
+
+
+def describe_origin(origin: Mapping[str, str]) -> str:
+    """A model by name and fingerprint, for messages."""
+    if not origin:
+        return "an unrecorded model"
+    fingerprint = origin.get("model_fingerprint") or origin.get("cell_encoder") or "none"
+    return f"{origin.get('model', 'a model')} ({fingerprint})"
+
+
+def gene_records(adata: AnnData) -> dict[str, Any]:
+    """What ``uns`` of an AnnData with the same ``var`` must hold for its genes to be the same.
+
+    A mapping by :func:`stofm.pp.map_genes` is only used with its record.
+    """
+    found = {key: read_record(adata, key) for key in (Var.GENE, Var.TOKEN_ID)}
+    return {Uns.STOFM: {key: record for key, record in found.items() if record is not None}}
+
+
+def counts_layer(adata: AnnData, layer: str | None) -> str | None:
+    """Layer to read counts from: as asked for, or what was embedded; None for ``X``."""
+    made_with = (read_record(adata, Obsm.TOKENS) or {}).get("params", {}).get("layer")
+    return layer or (str(made_with) if made_with else None)
+
+
+def recorded_options(adata: AnnData, reading: Reading | FileConfig) -> dict[str, Any]:
+    """Options to read a table with: as asked for, or those that it was embedded with."""
+    return {
+        "library_key": slices_column(adata, reading.library_key),
+        "layer": counts_layer(adata, reading.layer),
+        "spatial_key": places_entry(adata, reading.spatial_key),
+    }
+
+
+class EmbeddingSource:
+    """The model whose embeddings are wanted, loaded when it is needed.
+
+    Parameters
+    ----------
+    model
+        None for whichever made what is there.
+    expected
+        What a head was fitted to.
+    reading
+        How to embed; keys and layer that a table was embedded with take the place of the defaults.
+    """
+
+    def __init__(self, model: Stofm | None, expected: Origin | None, reading: Reading) -> None:
+        self._given = model
+        self._model = model
+        self._expected = expected
+        self._reading = reading
+        self._made: Origin | None = None
+
+    def with_embeddings(self, adata: AnnData, reps: Sequence[str]) -> AnnData:
+        """Return the table, with what was missing, or one aside that has the wanted ones."""
+        missing = [rep for rep in reps if rep in MADE_BY_EMBED and rep not in adata.obsm]
+        wanted = self._wanted(is_needed=bool(missing))
+        found = {rep: self._objection(adata, rep, wanted) for rep in reps if rep in adata.obsm}
+        objections = {rep: objection for rep, objection in found.items() if objection}
+        if not missing and not objections:
+            return adata
+        if objections and (self._given is None or not set(objections) <= set(MADE_BY_EMBED)):
+            raise ValueError(next(iter(objections.values())))
+        options = {
+            **self._reading.as_dict(),
+            **recorded_options(adata, self._reading),
+        }
+        if objections:
+            logger.info(
+                "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
+                "embedding aside.",
+                next(iter(objections)),
+            )
+            adata = _bare(adata, options)
+        _embed(adata, load_model(self._model), options, with_places=Obsm.X in reps)
+        return adata
+
+    def _wanted(self, *, is_needed: bool) -> Origin:
+        """Origins that embeddings must have, by name."""
+        if self._model is None and is_needed:
+            self._model = load_model(None)
+        if self._model is not None and self._made is None:
+            self._made = origin_by(self._model)
+            self._check_against_head()
+        return {**(self._made or {}), **(self._expected or {})}
+
+    def _check_against_head(self) -> None:
+        for rep, origin in (self._expected or {}).items():
+            if rep in MADE_BY_EMBED and not same_origin((self._made or {})[rep], origin):
+                msg = (
+                    f"The head was fitted to embeddings by {describe_origin(origin)}, and the model "
+                    f"to embed with is {describe_origin((self._made or {})[rep])}. Pass the head's "
+                    "model as `model`, or fit a new head."
+                )
+                raise ValueError(msg)
+
+    def _objection(self, adata: AnnData, rep: str, wanted: Origin) -> str:
+        """Why an entry can't be read; empty if it can."""
+        found = origin_of(adata, rep)
+        if rep in wanted and not same_origin(found, wanted[rep]):
+            return self._name_models(rep, found, wanted[rep]) + ("" if found else _NO_RECORD)
+        if rep in MADE_BY_EMBED and not found:
+            return (
+                f"obsm[{rep!r}] has no record of the model that made it, so that a head fitted to "
+                "it could not tell which cells it can be used on. Embed the cells again with "
+                f"st.tl.embed, or pass `model` to embed them aside.{_NO_RECORD}"
+            )
+        return _changed_option(adata, rep, self._reading.keys) or self._staleness(adata, rep)
+
+    def _staleness(self, adata: AnnData, rep: str) -> str:
+        reason = stale_reason(adata, rep, None if self._model is None else self._model.vocabulary)
+        if not reason:
+            return ""
+        return (
+            f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them "
+            "aside."
+        )
+
+    def _name_models(self, rep: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+        if self._expected is not None:
+            return (
+                f"obsm[{rep!r}] is by {describe_origin(found)}, and the head was fitted to "
+                f"embeddings by {describe_origin(wanted)}. Embed with that model: "
+                "st.tl.embed(adata, model), or pass it as `model`."
+            )
+        return (
+            f"obsm[{rep!r}] is by {describe_origin(found)}, and what is missing beside it would be "
+            f"made with {describe_origin(wanted)}. Pass the model that made it as `model`."
+        )
+
+
+def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_places: bool) -> None:
+    """Embed cells, without regard to place if only that is read."""
+    from stofm.tl._embed import embed
+    from stofm.tl._encode_cells import encode_cells
+
+    if with_places:
+        read_places(adata, options["spatial_key"])
+        embed(adata, model, **options)
+        return
+    show = options["show_progress_bar"]
+    tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
+    encode_cells(adata, model, device=options["device"], show_progress_bar=show)
+
+
+def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
+    """Read coordinates to embed with."""
+    try:
+        return read_coordinates(adata, spatial_key)
+    except KeyError as error:
+        msg = (
+            f"{error.args[0]} Dissociated cells have none: for them pass "
+            f"use_rep={Obsm.X_CELL!r}, which st.pp.tokenize and st.tl.encode_cells make of counts "
+            "alone."
+        )
+        raise KeyError(msg) from error
+
+
+def _changed_option(adata: AnnData, rep: str, options: Mapping[str, Any]) -> str:
+    """Say which option is given and not the one that an embedding was made with."""
+    made = _options_of(adata, rep)
+    for name, value in made.items():
+        asked = options[name]
+        # Nobody need repeat the options of `embed` to read what it made.
+        if asked is None or asked == value or (name, asked) == ("spatial_key", Obsm.SPATIAL):
+            continue
+        if name == "library_key" and _same_slices(adata, value, asked):
+            continue
+        return (
+            f"obsm[{rep!r}] was made with {name}={value or None!r}, and {name}={asked!r} is asked "
+            f"for. Embed the cells again: st.tl.embed(adata, {name}={asked!r}); or pass `model` to "
+            f"embed them aside, or leave {name} out if it does not matter."
+        )
+    return ""
+
+
+def _options_of(adata: AnnData, rep: str) -> dict[str, str]:
+    """Options that an embedding was made with, as far as recorded; empty text for none."""
+    record = read_record(adata, rep) or {}
+    if not origin_of(adata, rep):
+        return {}
+    sources: dict[str, Mapping[str, Any]] = {"layer": read_record(adata, Obsm.TOKENS) or {}}
+    # Without their digest, records are of several AnnData that were joined: slices of their own.
+    if "subslice" in record:
+        sources |= {"library_key": record, "spatial_key": record}
+    params = {name: source.get("params", {}) for name, source in sources.items()}
+    return {name: str(own[name] or "") for name, own in params.items() if name in own}
+
+
+def slices_column(adata: AnnData, library_key: str | None) -> str | None:
+    """Column that tells slices apart: as asked for, or the one that embeddings were made with."""
+    found = _recorded(adata, "library_key") if library_key is None else ""
+    return found if found in adata.obs else library_key
+
+
+def places_entry(adata: AnnData, spatial_key: str) -> str:
+    """Entry with coordinates: as asked for, or in place of the default what embeddings were made with."""
+    found = _recorded(adata, "spatial_key") if spatial_key == Obsm.SPATIAL else ""
+    return found if found in adata.obsm else spatial_key
+
+
+def _recorded(adata: AnnData, option: str) -> str:
+    return _options_of(adata, Obsm.X).get(option, "") if Obsm.X in adata.obsm else ""
+
+
+def _same_slices(adata: AnnData, first: str, second: str) -> bool:
+    """Whether two columns of ``obs`` (no name: one slice) put the same cells together."""
+    if not {first, second} - {""} <= set(adata.obs):
+        return False
+    return bool(np.array_equal(_slice_codes(adata, first), _slice_codes(adata, second)))
+
+
+def _slice_codes(adata: AnnData, key: str) -> NDArray[np.int64]:
+    import pandas as pd
+
+    if not key:
+        return np.zeros(adata.n_obs, dtype=np.int64)
+    codes: NDArray[np.int64] = pd.factorize(adata.obs[key].astype(str).to_numpy())[0]
+    return codes
+
+
+def _bare(adata: AnnData, options: Mapping[str, Any]) -> AnnData:
+    """The table's counts, genes, cells and places, without anything that a model made."""
+    import anndata
+
+    layer, spatial_key = options["layer"], options["spatial_key"]
+    return anndata.AnnData(
+        X=None if layer is not None else adata.to_memory().X if adata.isbacked else adata.X,
+        obs=adata.obs.copy(),
+        var=adata.var.copy(),
+        obsm={key: adata.obsm[key] for key in (spatial_key,) if key in adata.obsm},
+        layers=None if layer is None else {layer: adata.layers[layer]},
+        uns=gene_records(adata),
+    )

@@ -1,0 +1,225 @@
+"""Fitting a head, whatever its task: networks on what is read of cells, tuned with the model if asked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from stofm._writing import all_or_nothing
+from stofm.heads.components import add_expression
+from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
+from stofm.heads.inputs import read_inputs
+from stofm.heads.neighborhood import choose_neighborhood, renew_neighborhood
+from stofm.heads.network import FittedHead, fit_head, row_order
+from stofm.heads.splits import plan_runs, score_table
+from stofm.heads.tuning import fine_tune_head
+from stofm.nn.stofm import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from stofm.heads.base import Head
+    from stofm.heads.components import ExpressionComponents
+    from stofm.heads.embeddings import Origin
+    from stofm.heads.inputs import Inputs
+    from stofm.heads.network import HeadTraining
+    from stofm.heads.options import FitOptions
+    from stofm.heads.sections import Sections
+    from stofm.heads.splits import Run
+    from stofm.heads.targets import Targets
+    from stofm.nn import Stofm
+    from stofm.spatial import Split
+
+
+@dataclass(frozen=True, eq=False)
+class FirstFit:
+    """The first network on the embeddings of cells.
+
+    Attributes
+    ----------
+    fitted
+        The network; of a tuned one the history is that of tuning, the best epoch that before it.
+    inputs
+        What is read of all cells; embeddings are by the tuned model if there is one.
+    model
+        The tuned model; None for ``strategy="frozen"``.
+    """
+
+    fitted: FittedHead
+    inputs: Inputs
+    model: Stofm | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task(ABC):
+    """What a head learns of cells, and what networks that learnt it become.
+
+    Attributes
+    ----------
+    targets
+        A row for each cell.
+    options
+        How to fit.
+    """
+
+    name: ClassVar[str]
+    #: How networks are fitted; None for the usual.
+    training: ClassVar[HeadTraining | None] = None
+    #: Between the seeds of networks; runs of a protocol have neighbouring seeds.
+    seed_step: ClassVar[int] = 1000
+
+    targets: Targets
+    options: FitOptions
+
+    @property
+    def classes(self) -> NDArray[np.int64] | None:
+        """(n_obs,) classes, which parts of the cells are to be alike in; None if there are none."""
+        return self.targets.values if self.targets.kind == "classes" else None
+
+    def seeds(self, seed: int) -> list[int]:
+        """Seeds of the networks of a kind, and of the splits that they are fitted on."""
+        n_heads = self.options.heads_of(int(self.targets.is_known.sum()))
+        return [seed + self.seed_step * k for k in range(n_heads)]
+
+    def add_expression(
+        self, sections: Sections, inputs: Inputs, rows: NDArray[np.int64]
+    ) -> tuple[Inputs, ExpressionComponents | None]:
+        """Find components of the expression of some cells, and add those of all."""
+        return add_expression(sections, inputs, rows, self.options, classes=self.classes)
+
+    def for_rows(self, rows: NDArray[np.int64]) -> Task:
+        """The task with what its targets take from the cells of a run."""
+        return self
+
+    @abstractmethod
+    def make_head(
+        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+    ) -> Head:
+        """Fit the other networks, and weigh them.
+
+        Parameters
+        ----------
+        first
+            The first network, and what is read.
+        run
+            Seed and cells.
+        splits
+            Cells to fit and to hold out: a split for each network, or a single one for all.
+        common
+            Fields of the head that no network changes.
+        """
+
+    @abstractmethod
+    def score(self, head: Any, inputs: Inputs, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Score a head on some cells."""
+
+
+def fit(task: Task, sections: Sections) -> Any:
+    """Fit a head, or one for each run of a protocol, of which the first is kept."""
+    options, known = task.options, np.flatnonzero(task.targets.is_known)
+    with all_or_nothing(*sections.tables):
+        inputs = read_inputs(
+            sections, options.reading, use_rep=options.use_rep, model=options.model
+        )
+        rows = row_order(inputs.features, task.targets.values, known)
+        inputs, expression = task.add_expression(sections, inputs, rows)
+        inputs = choose_neighborhood(sections, inputs, options, rows=known)
+    plan = partial(
+        plan_runs,
+        sections,
+        task.targets.is_known,
+        inputs.features,
+        split=options.split,
+        protocol=options.protocol,
+        classes=task.classes,
+        spatial_key=options.reading.spatial_key,
+    )
+    heads, tested = [], []
+    for run in plan(seed=options.seed):
+        own = task.for_rows(np.setdiff1d(known, run.test))
+        splits = [run.split]
+        if not options.is_shared:
+            splits += [plan(seed=seed)[0].split for seed in own.seeds(run.seed)[1:]]
+        first = fit_first(own, sections, inputs, run.split, seed=run.seed)
+        common = {
+            "use_rep": first.inputs.use_rep,
+            "origin": first.inputs.origin,
+            "strategy": options.strategy,
+            "split": run.record(sections, task.targets.is_known, options.protocol),
+            "model": first.model,
+        }
+        head = own.make_head(first, run, splits, common).with_components(expression)
+        heads.append(head)
+        if len(run.test):
+            tested.append(own.score(head, first.inputs, run.test))
+    return replace(heads[0], test_scores=score_table(tested) if tested else None)
+
+
+def fit_first(
+    task: Task, sections: Sections, inputs: Inputs, split: Split, *, seed: int
+) -> FirstFit:
+    """Fit a network to embeddings, and go on to tune the model if asked."""
+    options, targets = task.options, task.targets
+    is_frozen = options.strategy == "frozen"
+    # Before the network is fitted: it may be refused.
+    tunable = None if is_frozen else model_to_tune(options.model, inputs.origin)
+    fitted = fit_head(
+        inputs.features,
+        targets,
+        fitted=split.fitted,
+        held_out=split.held_out,
+        input_widths=inputs.widths,
+        training=task.training,
+        seed=seed,
+    )
+    if tunable is None or options.strategy == "frozen":
+        return FirstFit(fitted, inputs)
+    tuned = fine_tune_head(
+        sections.tables,
+        tunable,
+        fitted.head,
+        targets,
+        strategy=options.strategy,
+        fitted=split.fitted,
+        held_out=split.held_out,
+        use_rep=inputs.use_rep,
+        task=task.name,
+        seed=seed,
+        **options.reading.as_dict(),
+    )
+    again = read_inputs(sections, options.reading, use_rep=inputs.use_rep, model=tuned.model)
+    again = renew_neighborhood(
+        sections,
+        replace(again, expression=inputs.expression),
+        inputs,
+        spatial_key=options.reading.spatial_key,
+    )
+    network = FittedHead(tuned.head, tuned.history, fitted.best_epoch)
+    return FirstFit(network, again, tuned.model)
+
+
+def model_to_tune(model: Stofm | str | Path | None, origin: Origin) -> Stofm:
+    """The model that representations are by; refuse those that are not all by one, or by another."""
+    if strange := [rep for rep in origin if rep not in MADE_BY_EMBED]:
+        msg = (
+            f"obsm{strange} are not embeddings of a model that could be tuned; use "
+            f"strategy='frozen', or use_rep from {list(MADE_BY_EMBED)}."
+        )
+        raise ValueError(msg)
+    loaded = load_model(model)
+    made = origin_by(loaded)
+    for rep, found in origin.items():
+        if not same_origin(found, made[rep]):
+            msg = (
+                f"obsm[{rep!r}] is by {describe_origin(found)}; pass that model as `model` to tune "
+                "it."
+            )
+            raise ValueError(msg)
+    return loaded

@@ -1,0 +1,354 @@
+"""Fitting a head alone, to representations of cells that are stored."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from stofm.heads.targets import head_loss
+from stofm.nn.device import seeded
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
+from stofm.spatial import canonical_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from stofm.heads.targets import TargetKind, Targets
+
+#: Rows that are computed at a time where no gradient is needed: so many, and fewer where they have
+#: so many outputs that these would take much memory.
+_CHUNK = 8192
+_MOST_OUTPUTS = 2**22
+_LEAST_CHUNK = 256
+#: With more cells to fit a pass has so many steps that a third of the patience is enough.
+_MANY_CELLS = 15_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTraining:
+    """How a head is fitted.
+
+    Attributes
+    ----------
+    learning_rate
+        Of AdamW; falls along a half cosine to 0 over `max_epochs`.
+    weight_decay
+        Of AdamW.
+    batch_size
+        Most cells in a step; a sixteenth of the cells if these are fewer, but at least 16.
+    max_epochs
+        Most passes over the training part.
+    patience
+        Passes without a lower loss on the held-out part after which fitting stops; a third
+        of them with more than 15,000 cells to fit, which take many steps in each.
+    dropout
+        Share of hidden units that is dropped.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch_size: int = 256
+    max_epochs: int = 60
+    patience: int = 8
+    dropout: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        for name in ("batch_size", "max_epochs", "patience"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be at least 1, found {getattr(self, name)}."
+                raise ValueError(msg)
+        if not 0 < self.learning_rate < math.inf:
+            msg = f"learning_rate must be positive, found {self.learning_rate}."
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A head and how it was fitted.
+
+    Attributes
+    ----------
+    head
+        On the CPU, in evaluation mode, with the weights of the best epoch.
+    history
+        Columns epoch, step, split (``"train"`` or ``"validation"``), loss, learning_rate, seconds.
+    best_epoch
+        The epoch, from 1, with the lowest loss on the held-out part; the last one without it.
+    """
+
+    head: PredictionHead
+    history: pd.DataFrame
+    best_epoch: int
+
+
+def fit_head(
+    features: NDArray[np.float32],
+    targets: Targets,
+    *,
+    fitted: NDArray[np.int64],
+    held_out: NDArray[np.int64],
+    input_widths: Sequence[int] | None = None,
+    widths: tuple[int, int] = (256, 128),
+    training: HeadTraining | None = None,
+    n_epochs: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> FittedHead:
+    """Fit a head to representations.
+
+    The order of the rows does not matter.
+
+    Parameters
+    ----------
+    features
+        (n, d) representations.
+    targets
+        Of the same rows.
+    fitted
+        Rows to fit; all with a target.
+    held_out
+        Rows that tell when to stop; none: all epochs are run.
+    input_widths
+        Columns of each representation, if there are several side by side; those of one share a
+        scale.
+    widths
+        Units of the two hidden layers.
+    training
+        Length, steps and their size.
+    n_epochs
+        Passes after which to stop, with the schedule of `max_epochs`; None for all of them.
+    seed
+        Of the first weights, the order of the steps and dropout.
+    device
+        Where to compute.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to fit, or a row has no target.
+    FloatingPointError
+        The loss is NaN or infinite.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section C.2. Loshchilov and Hutter 2019, Decoupled weight decay
+    regularization (ICLR).
+    """
+    training = training or HeadTraining()
+    _check_rows(targets, fitted, held_out)
+    order = row_order(features, targets.values, fitted)
+    held_out = row_order(features, targets.values, held_out)
+    config = HeadConfig(
+        d_input=features.shape[1],
+        d_output=targets.n_outputs,
+        widths=widths,
+        dropout=training.dropout,
+    )
+    place = torch.device(device)
+    with seeded(seed, place):
+        head = PredictionHead(config)
+        head.fit_inputs(torch.from_numpy(features[order]), input_widths)
+        fitting = _Fitting(head.to(place), features, targets, training, place)
+        best_epoch = fitting.run(
+            order, held_out, n_epochs or training.max_epochs, np.random.default_rng(seed)
+        )
+    history = pd.DataFrame(fitting.rows)
+    return FittedHead(head.cpu().eval(), history, best_epoch)
+
+
+def _check_rows(targets: Targets, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> None:
+    if not len(fitted):
+        msg = "There are no cells to fit a head to."
+        raise ValueError(msg)
+    known = targets.is_known
+    if n_unknown := int((~known[fitted]).sum() + (~known[held_out]).sum()):
+        msg = f"{n_unknown} of the cells to fit or validate a head have no target; leave them out."
+        raise ValueError(msg)
+
+
+def row_order(
+    features: NDArray[np.float32], values: Any, rows: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Order rows by what they hold, so that their order in the file does not matter.
+
+    Parameters
+    ----------
+    features
+        (n, d) representations.
+    values
+        Targets; classes order cells with the same representation.
+    rows
+        Rows to order.
+    """
+    keys = features[rows]
+    if np.ndim(values) == 1:
+        keys = np.column_stack([keys, values[rows].astype(np.float32)])
+    return rows[canonical_order(keys[:, [0, keys.shape[1] // 2]], keys)]
+
+
+class _Fitting:
+    """A run of :func:`fit_head`."""
+
+    def __init__(
+        self,
+        head: PredictionHead,
+        features: NDArray[np.float32],
+        targets: Targets,
+        training: HeadTraining,
+        device: torch.device,
+    ) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._head = head
+        self._features = features
+        self._targets = targets
+        self._training = training
+        self._device = device
+        weights = targets.class_weights
+        self._class_weights = (
+            None if weights is None else torch.as_tensor(weights, dtype=torch.float32).to(device)
+        )
+        self._optimizer = torch.optim.AdamW(
+            head.parameters(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self._step = 0
+
+    def run(
+        self,
+        fitted: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        n_epochs: int,
+        rng: np.random.Generator,
+    ) -> int:
+        """Fit, leave the head with its best weights, and return the epoch that they are of."""
+        started = time.perf_counter()
+        training = self._training
+        batch = min(training.batch_size, max(16, len(fitted) // 16))
+        n_batches = -(-len(fitted) // batch)
+        patience = training.patience
+        if len(fitted) > _MANY_CELLS:
+            patience = -(-patience // 3)
+        best, best_epoch, kept = math.inf, 0, None
+        for epoch in range(1, n_epochs + 1):
+            order = fitted[rng.permutation(len(fitted))]
+            parts = np.array_split(order, n_batches)
+            loss = self._train(parts, n_steps=training.max_epochs * n_batches)
+            self._record(epoch, "train", loss, started)
+            if not len(held_out):
+                best_epoch = epoch
+                continue
+            loss = self._evaluate(held_out)
+            self._record(epoch, "validation", loss, started)
+            if loss < best:
+                best, best_epoch = loss, epoch
+                kept = {name: value.clone() for name, value in self._head.state_dict().items()}
+            elif epoch - best_epoch >= patience:
+                break
+        if kept is not None:
+            self._head.load_state_dict(kept)
+        return best_epoch
+
+    def _train(self, parts: list[NDArray[np.int64]], n_steps: int) -> float:
+        self._head.train()
+        total, count = 0.0, 0.0
+        for rows in parts:
+            share = self._step / n_steps
+            rate = self._training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+            self._optimizer.param_groups[0]["lr"] = rate
+            loss, n = self._loss(rows)
+            self._optimizer.zero_grad(set_to_none=True)
+            (loss / n).backward()
+            self._optimizer.step()
+            self._step += 1
+            total, count = total + float(loss.detach()), count + n
+        return total / count
+
+    @torch.no_grad()
+    def _evaluate(self, rows: NDArray[np.int64]) -> float:
+        self._head.eval()
+        at_once = max(_LEAST_CHUNK, min(_CHUNK, _MOST_OUTPUTS // self._targets.n_outputs))
+        sums = [self._loss(rows[part]) for part in _chunks(len(rows), at_once)]
+        return sum(float(total) for total, _ in sums) / sum(n for _, n in sums)
+
+    def _loss(self, rows: NDArray[np.int64]) -> tuple[Tensor, float]:
+        features = torch.from_numpy(self._features[rows]).to(self._device)
+        targets = self._targets.take(rows).to(self._device)
+        return head_loss(self._head(features), targets, self._targets.kind, self._class_weights)
+
+    def _record(self, epoch: int, split: str, loss: float, started: float) -> None:
+        if not math.isfinite(loss):
+            msg = (
+                f"The {split} loss of the head is {loss} in epoch {epoch}; look for extreme values "
+                "in the representations, or lower learning_rate."
+            )
+            raise FloatingPointError(msg)
+        self.rows.append(
+            {
+                "epoch": epoch,
+                "step": self._step,
+                "split": split,
+                "loss": loss,
+                "learning_rate": self._optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - started,
+            }
+        )
+
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, start + size)
+
+
+@torch.no_grad()
+def apply_head(
+    head: PredictionHead,
+    features: NDArray[np.float32],
+    kind: TargetKind,
+    *,
+    columns: NDArray[np.int64] | None = None,
+    batch_size: int = _CHUNK,
+) -> NDArray[np.float32]:
+    """Predict with a head, where its weights are.
+
+    Parameters
+    ----------
+    head
+        In evaluation mode.
+    features
+        (n, d_input) representations.
+    kind
+        Classes and proportions give a softmax, values what comes out.
+    columns
+        Outputs to return, None for all; of values, only these are computed.
+    batch_size
+        Rows computed at a time.
+
+    Returns
+    -------
+    float32 (n, d_output), or as many columns as asked for.
+    """
+    device = head.input_mean.device
+    picked = None if columns is None else torch.as_tensor(columns).to(device)
+    n_columns = head.config.d_output if columns is None else len(columns)
+    found = np.empty((len(features), n_columns), dtype=np.float32)
+    for part in _chunks(len(features), batch_size):
+        rows = torch.from_numpy(np.ascontiguousarray(features[part], dtype=np.float32)).to(device)
+        if kind == "values":
+            outputs = head(rows, picked)
+        else:
+            outputs = head(rows).softmax(dim=1)
+            outputs = outputs if picked is None else outputs[:, picked]
+        found[part] = outputs.cpu().numpy()
+    return found

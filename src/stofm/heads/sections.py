@@ -1,0 +1,182 @@
+"""Tables of cells that heads read: one, a list or a dict, and the slices in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from stofm._anndata import resolve_table
+from stofm._coordinates import read_coordinates
+from stofm._keys import Obsm
+from stofm._messages import naming
+from stofm._slices import Slices, read_slices
+from stofm.heads.embeddings import places_entry, slices_column
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True, eq=False)
+class Sections:
+    """Tables whose cells are taken one after another, and the slices in them.
+
+    Attributes
+    ----------
+    tables
+        The AnnData objects.
+    keys
+        Of the tables in the dict that was given; None for a list, or for a single one.
+    is_single
+        Whether a single one was given.
+    slices
+        Names and rows of the slices; rows count through all tables.
+    called
+        Of each table, what messages start with and how the user writes it.
+    layer_argument
+        The user's argument for the layer with counts.
+    """
+
+    tables: tuple[AnnData, ...]
+    keys: tuple[str, ...] | None
+    is_single: bool
+    slices: Slices
+    called: tuple[tuple[str, str], ...]
+    layer_argument: str = "layer"
+
+    @property
+    def n_obs(self) -> int:
+        """Number of cells."""
+        return sum(table.n_obs for table in self.tables)
+
+    @property
+    def places(self) -> list[slice]:
+        """Rows of each table."""
+        ends = np.cumsum([table.n_obs for table in self.tables]).tolist()
+        return [slice(end - t.n_obs, end) for t, end in zip(self.tables, ends, strict=True)]
+
+    def naming(self, number: int) -> AbstractContextManager[None]:
+        """Within it, messages speak of one of the tables as the user does."""
+        where, written = self.called[number]
+        return naming(where, adata=written, layer=self.layer_argument)
+
+    def each(self, read: Callable[[AnnData], _Read]) -> list[_Read]:
+        """What a function gives of each table; its messages name that one."""
+        found = []
+        for k, table in enumerate(self.tables):
+            with self.naming(k):
+                found.append(read(table))
+        return found
+
+    def copied(self) -> Sections:
+        """The same with copies of the tables."""
+        return replace(self, tables=tuple(table.copy() for table in self.tables))
+
+    def as_given(self) -> Any:
+        """The tables in the form in which they were given: one, a list or a dict."""
+        if self.is_single:
+            return self.tables[0]
+        if self.keys is None:
+            return list(self.tables)
+        return dict(zip(self.keys, self.tables, strict=True))
+
+    def of_tables(self, numbers: Sequence[int]) -> tuple[Sections, NDArray[np.int64]]:
+        """Some of the tables, and the rows of their cells."""
+        places = self.places
+        rows = np.concatenate([np.arange(places[k].start, places[k].stop) for k in numbers])
+        slices = Slices(names=[], rows=[])
+        for name, own in zip(self.slices.names, self.slices.rows, strict=True):
+            if np.isin(own, rows).all():
+                slices.names.append(name)
+                slices.rows.append(np.searchsorted(rows, own))
+        found = replace(
+            self,
+            tables=tuple(self.tables[k] for k in numbers),
+            keys=None,
+            slices=slices,
+            called=tuple(self.called[k] for k in numbers),
+        )
+        return found, rows
+
+    def coordinates(self, spatial_key: str) -> NDArray[np.float64]:
+        """Places of all cells, (n_obs, 2): as asked for, or those that tables were embedded with."""
+        return np.concatenate(
+            self.each(lambda table: read_coordinates(table, places_entry(table, spatial_key)))
+        )
+
+    def has_coordinates(self, spatial_key: str) -> bool:
+        """Whether all tables have places."""
+        return all(places_entry(table, spatial_key) in table.obsm for table in self.tables)
+
+
+def resolve_slices(
+    data: Any,
+    library_key: str | None = None,
+    *,
+    spatial_key: str = Obsm.SPATIAL,
+    table_key: str | None = None,
+    copy: bool = False,
+    role: Literal["", "query", "reference"] = "",
+) -> Sections:
+    """Take an AnnData, a SpatialData, or a list or dict of them, and tell slices apart.
+
+    Parameters
+    ----------
+    data
+        The data. Those of a list or dict are different slices.
+    library_key
+        Column of ``obs`` that names each cell's slice; by default the one that a table was embedded
+        with.
+    spatial_key
+        Entry of ``obsm`` with coordinates; they tell overlapping slices without `library_key`.
+    table_key
+        Table of SpatialData.
+    copy
+        Whether copies of the tables will be made later on.
+    role
+        What `data` is where there are two of its kind; for messages.
+    """
+    is_dict, is_list = isinstance(data, dict), isinstance(data, list | tuple)
+    given = list(data.values()) if is_dict else list(data) if is_list else [data]
+    tables = tuple(resolve_table(one, table_key, copy=copy) for one in given)
+    if not tables or len({id(table) for table in tables}) < len(tables):
+        msg = f"Expected different AnnData, found {len(tables)} of which some are the same."
+        raise ValueError(msg if tables else "The list of AnnData is empty.")
+    names = [str(k) for k in (data if is_dict else range(len(tables)))]
+    found = Sections(
+        tables,
+        tuple(names) if is_dict else None,
+        not (is_dict or is_list),
+        Slices(names=[], rows=[]),
+        called=_called(data, role),
+        layer_argument="reference_layer" if role == "reference" else "layer",
+    )
+    parts = found.each(lambda table: _read_slices(table, library_key, spatial_key))
+    for name, place, own in zip(names, found.places, parts, strict=True):
+        prefix = "" if found.is_single else name
+        found.slices.names.extend(":".join(filter(None, (prefix, part))) for part in own.names)
+        found.slices.rows.extend(rows + place.start for rows in own.rows)
+    return found
+
+
+def _called(data: Any, role: str) -> tuple[tuple[str, str], ...]:
+    """Of each table, what messages start with and how the user writes it."""
+    argument = "reference" if role == "reference" else "data"
+    if not isinstance(data, dict | list | tuple):
+        return ((f"the {role}" if role else "", argument if role == "reference" else "adata"),)
+    written = [f"{argument}[{k!r}]" for k in (data if isinstance(data, dict) else range(len(data)))]
+    return tuple((one, one) for one in written)
+
+
+def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
+    if adata.n_obs == 0:
+        msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
+        raise ValueError(msg)
+    return read_slices(adata, slices_column(adata, library_key), places_entry(adata, spatial_key))

@@ -1,0 +1,154 @@
+"""Sub-slices with what is known of their cells, as inputs of fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from stofm.train.inputs import JointBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from jaxtyping import Int
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from stofm.heads.targets import Targets
+    from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+
+
+@dataclass(frozen=True)
+class FineTuningBatch:
+    """Input of :class:`~stofm.heads.tuning_stage.FineTuningObjective`.
+
+    Attributes
+    ----------
+    cells
+        The sub-slices with kept embeddings at all cells, nothing hidden and nothing moved, and
+        the tokens of the cells that are embedded anew.
+    places
+        (n_targets,) nodes whose targets count, counted through the padded sub-slices.
+    targets
+        Their targets, a row for each.
+    """
+
+    cells: JointBatch
+    places: Int[Tensor, " targets"]
+    targets: Tensor
+
+    def to(self, device: torch.device | str) -> FineTuningBatch:
+        """Return a copy on `device`."""
+        return FineTuningBatch(
+            cells=self.cells.to(device),
+            places=self.places.to(device),
+            targets=self.targets.to(device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class KnownCells:
+    """Which cells of a corpus have a target that counts, and which.
+
+    Attributes
+    ----------
+    targets
+        Of all cells that the user gave.
+    rows
+        For each slice of the corpus, the row in `targets` of each of its cells.
+    counts
+        (n_targets,) whether a row counts: it is of the right part and its target is known.
+    """
+
+    targets: Targets
+    rows: Sequence[NDArray[np.int64]]
+    counts: NDArray[np.bool_]
+
+
+class FineTuningSamples:
+    """Sub-slices of a corpus with the targets of some of their cells. A sample is a sub-slice.
+
+    Sub-slices without any target that counts are left out.
+
+    Parameters
+    ----------
+    subslices
+        The sub-slices, with nothing hidden and nothing moved.
+    known
+        Which targets count.
+    tokens
+        Reads the tokens of cells that are embedded anew; None if none is.
+    before_epoch
+        Called before the batches of an epoch are listed.
+    """
+
+    def __init__(
+        self,
+        subslices: SubSliceSamples,
+        known: KnownCells,
+        *,
+        tokens: JointSamples | None = None,
+        before_epoch: Callable[[], object] | None = None,
+    ) -> None:
+        self._subslices = subslices
+        self._known = known
+        self._tokens = tokens
+        self._before_epoch = before_epoch
+
+    @property
+    def epochs_differ_in_length(self) -> bool:
+        """Whether the number of batches may differ between epochs."""
+        # How many sub-slices have a cell that counts depends on where they are cut.
+        return self._subslices.varies
+
+    def epoch(self, number: int) -> list[NDArray[np.int64]]:
+        """Batches that take each sub-slice with a target that counts once."""
+        if self._before_epoch is not None:
+            self._before_epoch()
+        found = [
+            np.array([s for s in batch.tolist() if self._is_known(s, number)], dtype=np.int64)
+            for batch in self._subslices.epoch(number)
+        ]
+        return [batch for batch in found if len(batch)]
+
+    def load(self, samples: NDArray[np.int64], epoch: int) -> FineTuningBatch:
+        """Build some sub-slices, and read tokens and targets of their cells."""
+        if self._tokens is not None:
+            cells = self._tokens.load(samples, epoch)
+        else:
+            nothing = torch.empty(0, dtype=torch.int64)
+            cells = JointBatch(self._subslices.load(samples, epoch), cells=(), places=nothing)
+        index = cells.masked.subslices.cell_index.numpy()
+        places, rows = [], []
+        for b, number in enumerate(self._subslices.slices_of(samples)):
+            nodes = np.flatnonzero(index[b] >= 0)
+            own = self._known.rows[number][index[b][nodes]]
+            counts = self._known.counts[own]
+            places.append(b * index.shape[1] + nodes[counts])
+            rows.append(own[counts])
+        return FineTuningBatch(
+            cells=cells,
+            places=torch.from_numpy(np.concatenate(places)),
+            targets=self._known.targets.take(np.concatenate(rows)),
+        )
+
+    def n_cells(self, inputs: FineTuningBatch) -> int:
+        """Number of cells of the sub-slices."""
+        return self._subslices.n_cells(inputs.cells.masked)
+
+    def n_tokens(self, inputs: FineTuningBatch) -> int:
+        """Number of nodes, and of tokens of the cells that are embedded anew."""
+        n_tokens = sum(int(group.is_real.sum()) for group in inputs.cells.cells)
+        return self._subslices.n_tokens(inputs.cells.masked) + n_tokens
+
+    def describe(self, samples: NDArray[np.int64]) -> str:
+        """Name the slices that sub-slices come from."""
+        return self._subslices.describe(samples)
+
+    def _is_known(self, sample: int, epoch: int) -> bool:
+        number = int(self._subslices.slices_of(np.array([sample]))[0])
+        cells = self._subslices.cells_of(sample, epoch)
+        return bool(self._known.counts[self._known.rows[number][cells]].any())

@@ -1,0 +1,346 @@
+"""Fine-tuning: a model and a head on it learn a task together, sub-slice by sub-slice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stofm._keys import Obsm
+from stofm.heads.targets import head_loss
+from stofm.heads.tuning_samples import FineTuningSamples
+from stofm.train.cell_cache import CellCache
+from stofm.train.cell_masking import SpatialMasking
+from stofm.train.config import RunConfig
+from stofm.train.logs import ProgressBar
+from stofm.train.loop import TrainingLoop
+from stofm.train.losses import LossPart
+from stofm.train.objectives import embed_sampled
+from stofm.train.operations import (
+    PER_PRODUCT,
+    matrix_weights,
+    products_of_embeddings,
+    products_of_transformer,
+)
+from stofm.train.run_checkpoint import Progress
+from stofm.train.spatial_objective import replace_rows
+from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from stofm.heads.targets import Targets
+    from stofm.heads.tuning_config import FineTuningConfig
+    from stofm.heads.tuning_lora import LowRankModel
+    from stofm.heads.tuning_samples import FineTuningBatch, KnownCells
+    from stofm.nn import Stofm
+    from stofm.nn.prediction_head import PredictionHead
+    from stofm.train.losses import Gather
+    from stofm.train.processes import Processes
+    from stofm.train.protocols import Samples
+    from stofm.train.stage_setup import StageSetup
+
+_NOTHING_HIDDEN = SpatialMasking(masked=0.0, moved=0.0)
+
+
+class FineTuningObjective(nn.Module):
+    """Loss of a head on the embeddings of cells, with gradients into the model.
+
+    Parameters
+    ----------
+    model
+        Trained in place; with the changes in it if `low_rank` is given.
+    head
+        Trained in place.
+    use_rep
+        What the head reads, in the order of its input: ``"X_stofm_cell"``, ``"X_stofm"``.
+    targets
+        Gives the kind of loss and the weights of the classes.
+    low_rank
+        The changes that are trained in place of the model's own weights.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: Stofm,
+        head: PredictionHead,
+        *,
+        use_rep: Sequence[str],
+        targets: Targets,
+        low_rank: LowRankModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.use_rep = tuple(use_rep)
+        self._kind = targets.kind
+        weights = targets.class_weights
+        self.register_buffer(
+            "class_weights",
+            None if weights is None else torch.as_tensor(weights, dtype=torch.float32),
+        )
+        self._low_rank = low_rank
+        #: Weight of the only loss part that :meth:`forward` returns.
+        self.weights = {"head": 1.0}
+
+    def forward(self, inputs: FineTuningBatch, gather: Gather | None = None) -> dict[str, LossPart]:
+        """Compute the loss over the cells with a target.
+
+        Parameters
+        ----------
+        inputs
+            Sub-slices, tokens of the cells to embed anew, targets.
+        gather
+            Not used: the loss looks at no other process's cells.
+        """
+        outputs = self.predict(inputs)
+        total, count = head_loss(outputs, inputs.targets, self._kind, self.class_weights)
+        return {"head": LossPart(total, count)}
+
+    def predict(self, inputs: FineTuningBatch) -> Tensor:
+        """Raw outputs of the head for the cells with a target, (n_targets, d_output)."""
+        subslices = inputs.cells.masked.subslices
+        features = subslices.features
+        if inputs.cells.cells:
+            fresh = embed_sampled(self._encoder(), inputs.cells)
+            features = replace_rows(features, inputs.cells.places, fresh)
+        found = {Obsm.X_CELL: features}
+        if Obsm.X in self.use_rep:
+            batch = replace(subslices, features=features)
+            found[Obsm.X] = self.model.se2_transformer.embed(batch)
+        read = [found[name].flatten(0, 1)[inputs.places].float() for name in self.use_rep]
+        with torch.autocast(features.device.type, enabled=False):
+            predicted: Tensor = self.head(torch.cat(read, dim=1))
+        return predicted
+
+    def count_operations(self, inputs: FineTuningBatch) -> int:
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        encoder = self.model.cell_encoder
+        products = sum(products_of_embeddings(encoder, group) for group in inputs.cells.cells)
+        if Obsm.X in self.use_rep:
+            products += products_of_transformer(self.model.se2_transformer, inputs.cells.masked)
+        return PER_PRODUCT * (products + len(inputs.places) * matrix_weights(self.head))
+
+    def _encoder(self) -> Any:
+        """The cell encoder as it is called, with the low-rank changes in its weights."""
+        encoder = self.model.cell_encoder
+        if self._low_rank is None:
+            return encoder
+        weights = self._low_rank.encoder_weights()
+        return lambda group: functional_call(encoder, weights, (group,))
+
+
+class FineTuningStage(FineTuningSamples):
+    """Sub-slices with targets to train on, and those to validate on.
+
+    Both come from the same slices: they differ in the cells whose targets count. All cells are
+    embedded anew before each validation, so that the validation is of the model as it is, and
+    the sub-slices to train on are kept up to date with it.
+
+    Parameters
+    ----------
+    objective
+        Holds model and head.
+    setup
+        Model, slices, draws.
+    config
+        How sub-slices are made.
+    fitted, held_out
+        Cells whose targets are trained on, and validated on; None for no validation.
+    low_rank
+        As in the objective.
+    """
+
+    def __init__(
+        self,
+        objective: FineTuningObjective,
+        setup: StageSetup,
+        config: FineTuningConfig,
+        *,
+        fitted: KnownCells,
+        held_out: KnownCells | None,
+        low_rank: LowRankModel | None = None,
+    ) -> None:
+        self.name: str = "fine-tuning"
+        self.number: int = setup.draws.stage
+        self.objective: nn.Module = objective
+        self._setup = setup
+        self._low_rank = low_rank
+        self._needs_places = Obsm.X in objective.use_rep
+        self._training = self._cut(vary=config.vary_subslices)
+        tokens = JointSamples(
+            self._training,
+            setup.reader(setup.corpus),
+            setup.draws,
+            sampled_cells=config.sampled_cells,
+            token_masking=None,
+        )
+        super().__init__(self._training, fitted, tokens=tokens)
+        #: Also between validations, so that no sub-slice is built while the embeddings change.
+        self.refresh_every: int | None = max(config.validate_every, len(self.epoch(0)))
+        self._whole = self._cut(vary=False)
+        self.validation: Samples | None = None
+        if held_out is not None:
+            self.validation = FineTuningSamples(self._whole, held_out, before_epoch=self.refresh)
+        self._cache = CellCache(
+            folder=setup.folder,
+            corpus=setup.corpus,
+            device=setup.device,
+            dtype=setup.dtype,
+            rules=setup.model.config.subslice,
+            virtual_cells=self._needs_places,
+        )
+        self._key: str | None = None
+
+    def refresh(self) -> None:
+        """Embed all cells with the model as it is, and find the virtual cells."""
+        model = self._setup.model if self._low_rank is None else self._low_rank.merged()
+        key, encoded = self._cache.encode(model, self._setup.processes)
+        for subslices in (self._training, self._whole):
+            subslices.encoded = encoded
+        if self._key not in (None, key) and self._setup.processes.rank == 0:
+            self._cache.remove(self._key)
+        self._key = key
+
+    def state(self) -> dict[str, str]:
+        """Nothing: fine-tuning is not interrupted."""
+        return {}
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """Nothing: fine-tuning is not interrupted."""
+
+    def _cut(self, *, vary: bool) -> SubSliceSamples:
+        setup = self._setup
+        return SubSliceSamples(
+            setup.corpus,
+            setup.model.config.subslice,
+            setup.draws,
+            masking=_NOTHING_HIDDEN,
+            vary=vary,
+            node_multiple=setup.node_multiple,
+        )
+
+
+class BestWeights:
+    """Takes a loop's reports and keeps the weights of its best validation in memory.
+
+    The beginning is none of them: a head that was stopped early by the loss on the same held-out
+    cells has the lowest that it can reach, and says little of others.
+
+    Parameters
+    ----------
+    loop
+        The loop.
+    show_progress_bar
+        Show a bar.
+
+    Attributes
+    ----------
+    rows
+        The history.
+    best_step
+        Optimiser step whose weights are kept; the last one, if there is no validation.
+    """
+
+    newest: Path | None = None
+
+    def __init__(self, loop: TrainingLoop, *, show_progress_bar: bool) -> None:
+        self._loop = loop
+        self._trained = [w for w in loop.stage.objective.parameters() if w.requires_grad]
+        self._kept: list[Tensor] | None = None
+        self._bar = ProgressBar("fine-tune", total=loop.n_steps, done=0, show=show_progress_bar)
+        self.rows: list[dict[str, Any]] = []
+        self.best_step = 0
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Take a row of the history."""
+        self.rows.append(dict(row))
+
+    def advance(self) -> None:
+        """One more optimiser step is done."""
+        self._bar.advance()
+
+    def keep(self) -> None:
+        """Keep the weights, the best so far."""
+        self._kept = [weight.detach().clone() for weight in self._trained]
+        self.best_step = self._loop.progress.step
+
+    def save(self) -> None:
+        """Without a validation, the last weights are the best."""
+        if self._loop.stage.validation is None:
+            self.best_step = self._loop.progress.step
+
+    def restore(self) -> None:
+        """Put the best weights back, if there was a validation."""
+        if self._kept is not None:
+            with torch.no_grad():
+                for weight, kept in zip(self._trained, self._kept, strict=True):
+                    weight.copy_(kept)
+
+    def close(self) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+
+def tune(
+    stage: FineTuningStage,
+    config: FineTuningConfig,
+    *,
+    processes: Processes,
+    seed: int,
+    show_progress_bar: bool,
+) -> BestWeights:
+    """Train the objective of a stage, and leave it with its best weights.
+
+    Parameters
+    ----------
+    stage
+        Samples and objective.
+    config
+        Length and schedule.
+    processes
+        Those that train together.
+    seed
+        Decides order, cuts, sampled cells and dropout.
+    show_progress_bar
+        Show a bar.
+
+    Returns
+    -------
+    The history, and which step was best.
+    """
+    every, per_epoch = stage.refresh_every, len(stage.epoch(0))
+    assert every is not None
+    # To the end with a validation, without one that follows on the heels of another.
+    n_steps = -(-max(config.epochs * per_epoch, config.min_steps) // every) * every
+    loop = TrainingLoop(
+        stage,
+        config.optimizer,
+        run=RunConfig(
+            seed=seed,
+            validate_every=every,
+            patience=config.patience,
+            log_every=config.validate_every,
+        ),
+        n_epochs=-(-n_steps // per_epoch),
+        max_steps=n_steps,
+        processes=processes,
+        progress=Progress(),
+    )
+    recorder = BestWeights(loop, show_progress_bar=show_progress_bar)
+    try:
+        stage.refresh()
+        if stage.validation is not None:
+            total, count = loop.evaluate()[:, 0].tolist()
+            recorder.record({"split": "validation", "epoch": 0, "step": 0, "loss": total / count})
+        loop.train(recorder)
+    finally:
+        recorder.close()
+    recorder.restore()
+    return recorder

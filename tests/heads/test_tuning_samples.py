@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from stofm.heads.targets import Targets
+from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
+from stofm.train.cell_cache import CellCache
+from stofm.train.cell_masking import SpatialMasking
+from stofm.train.cell_samples import Draws, TokenReader
+from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+
+DRAWS = Draws(seed=5, stage=0, batch_size=2)
+#: The user's cells: five that are in no slice, then those of the slices, backwards.
+N_OTHERS = 5
+
+
+class Alone:
+    rank, count = 0, 1
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture
+def rows(corpus):
+    last = N_OTHERS + corpus.n_cells - 1
+    return [last - np.arange(a, b) for a, b in pairwise(corpus.first_cell)]
+
+
+@pytest.fixture
+def targets(corpus, rng):
+    classes = rng.integers(0, 4, N_OTHERS + corpus.n_cells)
+    return Targets("classes", classes.astype(np.int64), 4)
+
+
+@pytest.fixture
+def make(model, corpus, rows, targets, tmp_path):
+    def build(counts, *, vary=False, with_tokens=True):
+        subslices = SubSliceSamples(
+            corpus,
+            model.config.subslice,
+            DRAWS,
+            masking=SpatialMasking(masked=0.0, moved=0.0),
+            vary=vary,
+        )
+        cache = CellCache(
+            folder=tmp_path / "cells",
+            corpus=corpus,
+            rules=model.config.subslice,
+            virtual_cells=True,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        subslices.encoded = cache.encode(model, Alone())[1]
+        reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
+        tokens = None
+        if with_tokens:
+            tokens = JointSamples(subslices, reader, DRAWS, sampled_cells=4, token_masking=None)
+        return FineTuningSamples(subslices, KnownCells(targets, rows, counts), tokens=tokens)
+
+    return build
+
+
+@pytest.mark.parametrize("vary", [False, True])
+def test_each_target_that_counts_comes_once_an_epoch(make, corpus, targets, rng, vary):
+    counts = rng.random(len(targets)) < 0.3
+    samples = make(counts, vary=vary)
+    for epoch in (0, 3):
+        loaded = [samples.load(batch, epoch) for batch in samples.epoch(epoch)]
+        found = torch.cat([batch.targets for batch in loaded]).numpy()
+        assert np.array_equal(np.sort(found), np.sort(targets.values[N_OTHERS:][counts[N_OTHERS:]]))
+    assert samples.epochs_differ_in_length == vary
+
+
+def test_targets_stand_at_their_cells(make, rows, corpus, targets, rng):
+    counts = rng.random(len(targets)) < 0.5
+    samples = make(counts)
+    for batch in samples.epoch(0):
+        loaded = samples.load(batch, 0)
+        subslices = loaded.cells.masked.subslices
+        n_nodes = subslices.cell_index.shape[1]
+        for place, target in zip(loaded.places.tolist(), loaded.targets.tolist(), strict=True):
+            b, node = divmod(place, n_nodes)
+            number = int(batch[b] >> 32)
+            row = rows[number][subslices.cell_index[b, node]]
+            assert counts[row]
+            assert targets.values[row] == target
+
+
+def test_subslices_without_a_target_are_left_out(make, rows, targets):
+    counts = np.zeros(len(targets), dtype=bool)
+    counts[rows[1][:3]] = True
+    (batch,) = make(counts).epoch(0)
+    assert (batch >> 32).tolist() == [1]
+
+
+def test_nothing_is_hidden_or_moved(make, targets):
+    samples = make(np.ones(len(targets), dtype=bool))
+    masked = samples.load(samples.epoch(0)[0], 0).cells.masked
+    assert not len(masked.hidden_places)
+    assert not len(masked.target_places)
+    assert not len(masked.pair_rows)
+
+
+def test_what_counts_does_not_change_what_the_model_reads(make, targets):
+    counts = np.ones(len(targets), dtype=bool)
+    some = counts.copy()
+    some[::2] = False
+    whole, part = make(counts), make(some)
+    for batch, other in zip(whole.epoch(0), part.epoch(0), strict=True):
+        assert np.array_equal(batch, other)
+        first, second = whole.load(batch, 0), part.load(batch, 0)
+        assert torch.equal(first.cells.places, second.cells.places)
+        assert len(first.places) > len(second.places)
+
+
+def test_without_tokens_no_cell_is_embedded_anew(make, targets):
+    samples = make(np.ones(len(targets), dtype=bool), with_tokens=False)
+    batch = samples.epoch(0)[0]
+    loaded = samples.load(batch, 0)
+    assert loaded.cells.cells == ()
+    assert samples.n_tokens(loaded) == sum(loaded.cells.masked.subslices.pairs.n_real)
+    assert samples.n_cells(loaded) == len(loaded.targets)
+    assert "slice-" in samples.describe(batch)
+
+
+def test_moves_to_a_device(make, targets):
+    samples = make(np.ones(len(targets), dtype=bool))
+    moved = samples.load(samples.epoch(0)[0], 0).to("meta")
+    assert moved.places.device.type == moved.targets.device.type == "meta"
+    assert moved.cells.masked.subslices.features.device.type == "meta"
