@@ -7,13 +7,13 @@ import importlib
 import random
 from typing import TYPE_CHECKING
 
+from stofm._version import __version__
+
 if TYPE_CHECKING:
     from stofm import datasets, genes, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm
     from stofm.tl import AnnotationHead, DeconvolutionHead, ImputationHead
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AnnotationHead",

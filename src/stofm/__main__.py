@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stofm import __version__
 from stofm._files import local
 from stofm._logging import logger
 from stofm._messages import naming
+from stofm._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stofm import __version__
 from stofm._keys import Obsm, Uns
 from stofm._spatialdata import add_places
+from stofm._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
