@@ -21,7 +21,7 @@ from task_baselines import (
 from task_sets import LABEL_KEY
 
 import stofm as st
-from stofm._frames import frame_names
+from stofm._edge.records import frame_names
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._neighborhood import N_NEIGHBORS
 from stofm.tl._probe_baselines import (

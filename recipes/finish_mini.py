@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm import Stofm
+from stofm._edge.slice_files import open_slice
 from stofm._logging import logger
-from stofm._slice_files import open_slice
 from stofm.train.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:

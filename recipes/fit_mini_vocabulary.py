@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 from scipy import sparse
 
-from stofm._counts import gene_names
+from stofm._edge.features import gene_names
+from stofm._edge.slice_files import open_slice
 from stofm._logging import logger
-from stofm._slice_files import open_slice
 from stofm.genes import GeneVocabulary
 
 if TYPE_CHECKING:

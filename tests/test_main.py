@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from stofm.__main__ import main
-from stofm._slice_files import write_slice
+from stofm._edge.slice_files import write_slice
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -231,9 +231,9 @@ def test_a_fault_of_the_software_is_said_to_be_one(error, files, monkeypatch, ca
     ],
 )
 def test_what_can_be_known_is_said_before_the_work(words, out, message, files, monkeypatch, capsys):
-    from stofm import _slice_files
+    from stofm._edge import slice_files
 
-    monkeypatch.setattr(_slice_files, "read_slice", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(slice_files, "read_slice", lambda _: pytest.fail("it was read"))
     for name in ("taken", "text.h5ad"):
         (files / name).write_text("mine")
     assert embed(files, *words, out=out) == 1

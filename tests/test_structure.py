@@ -26,21 +26,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
 LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
-#: Modules that read AnnData for all others.
-EDGE = (
-    "_anndata",
-    "_coordinates",
-    "_counts",
-    "_features",
-    "_places",
-    "_planes",
-    "_slice_files",
-    "_slices",
-    "_spatialdata",
-)
+#: Modules that nothing of the package stands under: they read no AnnData.
+BASE = ("_config", "_files", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {*EDGE, "_frames", "_writing", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {"_edge", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "train", "tl"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
@@ -49,24 +39,19 @@ HOMES = {
 }
 #: What else a part of the package must not use.
 FORBIDDEN = {
-    "_config": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
-    "_files": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
-    **{part: {"nn", "train", "pp", "tl", "pl", "datasets"} for part in EDGE},
-    "_not_counts": {*LAYERS, *EDGE, "pp", "pl", "datasets"},
-    "_logging": {*LAYERS[1:], "_anndata", "_counts", "_messages", "pp", "pl", "datasets"},
-    "_writing": {*LAYERS[1:], "_counts", "_logging", "pp", "pl", "datasets"},
-    "_messages": {*LAYERS, "_anndata", "_counts", "pp", "pl", "datasets"},
+    **{part: {*LAYERS[1:], "_edge", "pp", "pl", "datasets"} for part in BASE},
+    "_edge": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
-    "metrics": {*LAYERS, "_anndata", "_counts", "_logging", "pp", "pl", "datasets"},
+    "metrics": {*LAYERS, "_edge", "_logging", "pp", "pl", "datasets"},
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},
     "pl": {"nn", "train", "tl", "pp"},
-    **{layer: {*EDGE, "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
+    **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
 }
 #: Files that may use a part above them, when called and not when imported.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
-    "genes/fitting.py": {"_counts", "_features", "_slice_files"},
+    "genes/fitting.py": {"_edge"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

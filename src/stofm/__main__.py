@@ -185,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _embed(options: argparse.Namespace) -> None:
     from stofm import tl
-    from stofm._anndata import resolve_table
-    from stofm._slice_files import is_spatialdata, read_slice, refuse_output, write_slice
+    from stofm._edge.slice_files import is_spatialdata, read_slice, refuse_output, write_slice
+    from stofm._edge.tables import resolve_table
     from stofm.nn import Stofm
 
     has_tables = is_spatialdata(options.input)
@@ -263,7 +263,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from stofm._demo import run_demo
-    from stofm._slice_files import is_spatialdata
+    from stofm._edge.slice_files import is_spatialdata
 
     if options.data is not None:
         has_tables = is_spatialdata(options.data)

@@ -60,8 +60,8 @@ def run_demo(
 
     mpl.use("Agg")
     from stofm import pl, tl
-    from stofm._anndata import resolve_table
-    from stofm._slice_files import read_slice, refuse_output, write_slice
+    from stofm._edge.slice_files import read_slice, refuse_output, write_slice
+    from stofm._edge.tables import resolve_table
 
     refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
     figures = [out / name for name in _FIGURES]

@@ -20,10 +20,12 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    import pandas as pd
 
 _logger = logging.getLogger("stofm")
 #: Names of what this process is writing now.
@@ -194,6 +196,16 @@ def reading(path: Path, expected: str) -> Iterator[None]:
             f"{expected}. Get or write it again."
         )
         raise ValueError(msg) from error
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table as :func:`pandas.read_csv` does; numbers are as written, to the last bit."""
+    import pandas as pd
+
+    # pandas 3.1 always reads so, and deprecates the option.
+    if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):
+        options["float_precision"] = "round_trip"
+    return pd.read_csv(path, **options)
 
 
 def tidy(folder: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._anndata import read_record
+from stofm._edge.records import read_record
 from stofm._keys import Obs, Obsm, Var
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._token_entries import read_ranked

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 import stofm as st
-from stofm._frames import make_frame, write_frame
+from stofm._edge.records import make_frame, write_frame
 from stofm.tl._labels import read_labels
 from stofm.tl._sections import resolve_slices
 from stofm.tl._spot_tables import grid_into_spots, read_proportions

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pooch
 
+from stofm._edge.slice_files import read_slice
 from stofm._files import local
-from stofm._slice_files import read_slice
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._features import read_features
+from stofm._edge.features import read_features
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._anndata import resolve_table, write_record
-from stofm._counts import read_counts, require_cells_and_genes
-from stofm._features import (
+from stofm._edge.counts import read_counts
+from stofm._edge.features import (
     VAR_NAMES,
     gene_name_sources,
     names_of_genes,
     read_features,
     text_columns,
 )
+from stofm._edge.records import all_or_nothing, write_record
+from stofm._edge.tables import require_cells_and_genes, resolve_table
 from stofm._keys import Var
 from stofm._logging import logger
-from stofm._writing import all_or_nothing
 from stofm.genes import (
     GeneMapping,
     GeneVocabulary,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._features import Features
+    from stofm._edge.features import Features
     from stofm.genes.mapping import Species
 
 #: Names that mean the same gene in a smaller share of columns are names of something else.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._anndata import read_record
-from stofm._coordinates import read_coordinates
-from stofm._counts import peek_counts
-from stofm._features import VAR_NAMES, names_of_genes
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.counts import peek_counts
+from stofm._edge.features import VAR_NAMES, names_of_genes
+from stofm._edge.records import read_record
 from stofm._keys import Obsm, Uns, Var
 from stofm.genes import RankedTokens, embedded_vocabulary, map_gene_ids, rank_genes
 from stofm.pp._map_genes import columns_fingerprint, compute_gene_mapping, names_fingerprint

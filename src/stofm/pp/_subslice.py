@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._anndata import read_record, resolve_table, same_params, write_record
 from stofm._config import check_seed
+from stofm._edge.places import Places, read_places
+from stofm._edge.records import all_or_nothing, read_record, same_params, write_record
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
-from stofm._places import Places, read_places
-from stofm._writing import all_or_nothing
 from stofm.genes.compressed import require_sound
 from stofm.pp._staleness import outdate_by_places, stale_reason
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stofm._anndata import read_record, same_params, write_record
+from stofm._edge.records import read_record, same_params, write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm.genes import RankedTokens
 from stofm.pp._map_genes import MappedGenes, columns_fingerprint, write_gene_mapping

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from stofm._anndata import read_record, resolve_table
-from stofm._counts import read_counts, require_cells_and_genes
+from stofm._edge.counts import read_counts
+from stofm._edge.records import all_or_nothing, read_record
+from stofm._edge.tables import require_cells_and_genes, resolve_table
 from stofm._keys import Var
 from stofm._logging import counter, logger
 from stofm._messages import warn
-from stofm._writing import all_or_nothing
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
 from stofm.pp._gene_report import report_mapping, warn_of_counts
 from stofm.pp._map_genes import (

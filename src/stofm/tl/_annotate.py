@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from stofm._edge.records import all_or_nothing
 from stofm._keys import Label, Obs, Obsm
-from stofm._writing import all_or_nothing
 from stofm.tl._annotation_fitting import AnnotationFitting
 from stofm.tl._annotation_head import AnnotationHead, refuse_foreign_annotation, write_annotation
 from stofm.tl._fit_options import check_fit_options, check_if_given

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from stofm import metrics
+from stofm._edge.records import all_or_nothing
 from stofm._logging import logger
-from stofm._writing import all_or_nothing
 from stofm.tl._annotation_head import Annotation, AnnotationHead, log_scores
 from stofm.tl._head_fitting import fit_task
 from stofm.tl._head_inputs import read_inputs

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stofm._anndata import write_record
-from stofm._frames import make_frame, write_frame
+from stofm._edge.records import (
+    make_frame,
+    refuse_foreign,
+    refuse_not_finite,
+    write_frame,
+    write_record,
+)
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
-from stofm._writing import refuse_foreign, refuse_not_finite
 from stofm.tl._voting_head import VotingEntries, VotingHead
 from stofm.train.calibration import (
     TEMPERATURES,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing
 from stofm.metrics import mae, pearson, rmse
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._deconvolution_head import DeconvolutionHead

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._messages import naming
-from stofm._writing import all_or_nothing
 from stofm.spatial.spot_simulation import SpotRules
 from stofm.tl._deconvolution_fit import DeconvolutionFitting
 from stofm.tl._deconvolution_head import (

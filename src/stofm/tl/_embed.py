@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stofm._anndata import resolve_table, write_record
 from stofm._config import check_seed
+from stofm._edge.places import read_places
+from stofm._edge.records import all_or_nothing, refuse_taken, write_record
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
-from stofm._places import read_places
-from stofm._writing import all_or_nothing, refuse_taken
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._slices import Slices
+    from stofm._edge.slices import Slices
     from stofm.genes import RankedTokens
     from stofm.spatial import SubSliceConfig
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._anndata import read_record
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.records import read_record
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
 from stofm.pp._staleness import stale_reason

@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stofm._anndata import (
-    read_record,
-    resolve_table,
-    write_record,
-)
+from stofm._edge.records import all_or_nothing, read_record, write_record
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing
 from stofm.nn import Stofm, choose_device, choose_dtype
 from stofm.nn import encode_cells as encode_ranked
 from stofm.pp._staleness import changed_counts, is_outdated

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._features import VAR_NAMES, gene_name_sources
+from stofm._edge.features import VAR_NAMES, gene_name_sources
 from stofm._messages import warn
 from stofm.genes import map_gene_ids
 from stofm.genes.gene_ids import clean_names

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
+from stofm._edge.records import all_or_nothing
+from stofm._edge.tables import read_representation
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing
 from stofm.tl._embeddings import (
     MADE_BY_EMBED,
     EmbeddingSource,
@@ -19,7 +20,6 @@ from stofm.tl._embeddings import (
     same_origin,
 )
 from stofm.tl._encode_cells import load_model
-from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

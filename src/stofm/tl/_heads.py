@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 import numpy as np
 
 from stofm._config import build_dataclass, read_json
-from stofm._files import Kind, local, reading, take_back
+from stofm._edge.records import refuse_taken
+from stofm._files import Kind, local, read_table, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
-from stofm._tables import read_table
 from stofm._version import __version__
-from stofm._writing import refuse_taken
 from stofm.nn import Stofm
 from stofm.nn.checkpoint import CONFIG, write_atomically
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from stofm._counts import NotRawCountsError, read_counts
+from stofm._edge.counts import NotRawCountsError, read_counts
 from stofm.nn.device import free_memory
 from stofm.nn.memory import (
     Nodes,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stofm._anndata import resolve_table
+from stofm._edge.slice_files import open_slice
+from stofm._edge.tables import resolve_table
 from stofm._files import local
-from stofm._slice_files import open_slice
 from stofm.genes import read_orthologs
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._counts import read_counts
-from stofm._features import gene_names
+from stofm._edge.counts import read_counts
+from stofm._edge.features import gene_names
+from stofm._edge.places import read_places
 from stofm._logging import progress
 from stofm._messages import warn
-from stofm._places import read_places
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
 from stofm.genes.fitting import CountSlice
 from stofm.pp._map_genes import candidate_names
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
-    from stofm._places import Places
+    from stofm._edge.places import Places
     from stofm.nn import Stofm
     from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import TokenizedSlice

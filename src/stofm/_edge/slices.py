@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._categories import value_codes
-from stofm._coordinates import read_axes
+from stofm._edge.coordinates import read_axes
+from stofm._edge.overlays import Nearest, boxes_overlap
+from stofm._edge.planes import other_z, refuse_planes
+from stofm._edge.tables import value_codes
 from stofm._keys import Uns
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._planes import other_z, refuse_planes
-from stofm.spatial.overlays import Nearest, boxes_overlap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

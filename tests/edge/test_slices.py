@@ -11,10 +11,10 @@ import pytest
 from anndata import AnnData
 
 import stofm as st
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.places import read_places
+from stofm._edge.slices import read_slices
 from stofm._keys import Obsm
-from stofm._places import read_places
-from stofm._slices import read_slices
 
 
 def tissue(rng, n=14, pitch=10.0):

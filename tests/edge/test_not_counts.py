@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

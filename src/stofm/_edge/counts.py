@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._anndata import layer_names
-from stofm._features import read_features
-from stofm._not_counts import cause_of, fault_of
+from stofm._edge.features import read_features
+from stofm._edge.not_counts import cause_of, fault_of
+from stofm._edge.tables import layer_names, require_cells_and_genes
 from stofm.genes.compressed import DamagedMatrixError, require_sound, require_sound_pointers
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def read_counts(
     -------
     CountReader
         Iterating over it gives CSR matrices of (rows of the block, n_vars), empty in columns that
-        are no genes, see :func:`stofm._features.read_features`. A block that does not hold raw
+        are no genes, see :func:`stofm._edge.features.read_features`. A block that does not hold raw
         counts, or has indices out of range, raises ValueError then.
 
     Raises
@@ -119,20 +119,6 @@ def peek_counts(
     values = _columns_only(block, read_features(adata).is_gene)
     is_raw = not fault_of(values.data)
     return (_rounded(values) if is_raw else values), is_raw
-
-
-def require_cells_and_genes(adata: AnnData) -> None:
-    """Refuse an AnnData without rows or columns.
-
-    Raises
-    ------
-    ValueError
-        There are no cells or no genes.
-    """
-    if 0 in adata.shape:
-        what = "cells" if adata.n_obs == 0 else "genes"
-        msg = f"The AnnData has no {what} (shape {adata.shape}). Was it filtered too hard?"
-        raise ValueError(msg)
 
 
 def _block_bounds(

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._categories import value_codes
-from stofm._coordinates import axis_of
-from stofm.spatial.overlays import Nearest, boxes_overlap
+from stofm._edge.coordinates import axis_of
+from stofm._edge.overlays import Nearest, boxes_overlap
+from stofm._edge.tables import value_codes
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._slices import Slices
+    from stofm._edge.slices import Slices
 
 _MAX_PLANES: Final = 1000
 #: Cells of a plane, on average.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
-from stofm._places import read_places
+from stofm._edge.places import read_places
 
 
 def one_slice(xy, **obs):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stofm._features import gene_name_sources, gene_names, read_features
+from stofm._edge.features import gene_name_sources, gene_names, read_features
 from stofm._keys import Var
 
 N = 12

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from stofm._counts import read_counts
-from stofm._features import gene_names
-from stofm._slice_files import open_slice
+from stofm._edge.counts import read_counts
+from stofm._edge.features import gene_names
+from stofm._edge.slice_files import open_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +112,7 @@ def test_dask_chunks_are_computed_once(counts: np.ndarray) -> None:
 
 
 def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch, counts: np.ndarray) -> None:
-    monkeypatch.setattr("stofm._counts._BLOCK_ENTRIES", 13 * 2)
+    monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", 13 * 2)
     assert len(read_counts(anndata.AnnData(sparse.csr_matrix(counts)))) == 22
     # Each block of a CSC matrix costs a pass over all of it.
     assert len(read_counts(anndata.AnnData(sparse.csc_matrix(counts)))) == 15

@@ -4,8 +4,16 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from stofm._anndata import read_record, write_record
-from stofm._frames import frame_names, make_frame, remove_frame, storable_names, write_frame
+from stofm._edge.records import (
+    frame_names,
+    make_frame,
+    read_record,
+    remove_entry,
+    same_params,
+    storable_names,
+    write_frame,
+    write_record,
+)
 from stofm._keys import Uns
 
 NAMES = ["L2/3", "L2_3", "Forebrain/Midbrain/Hindbrain", "a_2", "a/2", "a_2_2", ".", "_index", ""]
@@ -53,8 +61,8 @@ def test_those_of_an_earlier_run_are_gone(adata):
     write(adata, ["L2_3", "b"])
     assert frame_names(adata, "mine") == ["L2_3", "b"]
     write(adata)
-    remove_frame(adata, "mine")
-    remove_frame(adata, "never there")
+    remove_entry(adata, "mine")
+    remove_entry(adata, "never there")
     assert "mine" not in adata.obsm
     assert adata.uns[Uns.STOFM] == {}
 
@@ -62,3 +70,15 @@ def test_those_of_an_earlier_run_are_gone(adata):
 def test_nothing_is_recorded_that_need_not_be(adata):
     write(adata, ["a", "b"])
     assert not adata.uns
+
+
+def test_records_survive_a_file(adata, tmp_path):
+    params = {"layer": None, "n": 3, "weight": 0.2, "name": "x", "flag": True}
+    write_record(adata, "X_thing", params, model="abc")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    record = read_record(ad.read_h5ad(tmp_path / "a.h5ad"), "X_thing")
+    assert record["model"] == "abc"
+    assert same_params(record, params)
+    assert not same_params(record, params | {"n": 4})
+    assert not same_params(record, params | {"more": 1})
+    assert read_record(adata, "other") is None

@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 
-from stofm._categories import label_text
+from stofm._edge.tables import label_text, layer_names, resolve_table
+
+
+def test_the_only_table_of_a_spatialdata_needs_no_key(adata):
+    assert resolve_table(SimpleNamespace(tables={"cells": adata})) is adata
+    with pytest.raises(KeyError, match=r"has the tables \['cells'\]"):
+        resolve_table(SimpleNamespace(tables={"cells": adata}), "spots")
+
+
+def test_names_of_layers_without_that_of_x():
+    adata = AnnData(np.ones((3, 2)), layers={"b": np.ones((3, 2)), "a": np.ones((3, 2))})
+    assert layer_names(adata) == ["b", "a"]
+
 
 NUMBERS = pd.Series([1.0, np.nan, 0.0, 1.0])
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._coordinates import read_axes
+from stofm._edge.coordinates import read_axes
+from stofm._edge.overlays import Nearest
+from stofm._edge.planes import refuse_planes
+from stofm._edge.slices import Slices, overlaid_within, separate, tell_slices
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._planes import refuse_planes
-from stofm._slices import Slices, overlaid_within, separate, tell_slices
-from stofm.spatial.overlays import Nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData

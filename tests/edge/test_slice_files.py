@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import zarr
 
-from stofm._slice_files import is_spatialdata, open_slice, read_slice, refuse_output, write_slice
+from stofm._edge.slice_files import (
+    is_spatialdata,
+    open_slice,
+    read_slice,
+    refuse_output,
+    write_slice,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
