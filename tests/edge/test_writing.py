@@ -266,7 +266,7 @@ def test_a_backed_file(cells, model, tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise Interrupted
 
-    monkeypatch.setattr("stofm.tl._embed._log_summary", interrupt)
+    monkeypatch.setattr("stofm._edge.embedding._log_summary", interrupt)
     with pytest.raises(Interrupted):
         st.tl.embed(backed, model, **SLICES)
     assert same(held(backed), expected)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import sparse
 
+from stofm._edge.tokens import tokens_or_stored
 from stofm.nn import encode_cells
-from stofm.pp._tokenize import tokens_or_stored
 from stofm.tl._expression import log_normalised
 from stofm.tl._spot_panel import (
     SpotPanel,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
+
+
+#: What makes a representation.
+_STEPS: Final = {Obsm.X: "st.tl.embed", Obsm.X_CELL: "st.tl.encode_cells"}
 
 
 def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False) -> AnnData:
@@ -105,8 +109,8 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
         there = sorted(map(str, adata.obsm))
         near = difflib.get_close_matches(rep, there, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        if rep in (Obsm.X, Obsm.X_CELL):
-            hint = " Run st.tl.embed(adata) first."
+        if rep in _STEPS:
+            hint = f" Run {_STEPS[rep]}(adata) first."
         msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
         raise KeyError(msg)
     stored: Any = adata.obsm[rep]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from stofm._edge.embedding import load_model
 from stofm._edge.records import (
     make_frame,
     refuse_foreign,
@@ -21,7 +22,6 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm.nn import choose_device, choose_dtype
 from stofm.tl._embeddings import describe_origin, origin_by, same_origin
-from stofm.tl._encode_cells import load_model
 from stofm.tl._head_inputs import Inputs, read_inputs
 from stofm.tl._spot_panel import SpotPanel, genes_of, read_panel_counts, remark_on_empty
 from stofm.tl._voting_head import VotingEntries, VotingHead

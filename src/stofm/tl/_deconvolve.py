@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from stofm._edge.embedding import load_model
 from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._messages import naming
@@ -15,7 +16,6 @@ from stofm.tl._deconvolution_head import (
     refuse_foreign_proportions,
     write_proportions,
 )
-from stofm.tl._encode_cells import load_model
 from stofm.tl._fit_options import check_fit_options, check_if_given
 from stofm.tl._head_inputs import DEFAULT_REP
 from stofm.tl._heads import refuse_reserved, require_head

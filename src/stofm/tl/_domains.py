@@ -18,10 +18,10 @@ from stofm._edge.records import (
     write_record,
 )
 from stofm._edge.slices import Slices, read_slices
+from stofm._edge.staleness import stale_reason
 from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
-from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (
     Centering,
     domain_space,

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._edge.coordinates import read_coordinates
+from stofm._edge.embedding import load_model
 from stofm._edge.records import read_record
+from stofm._edge.staleness import stale_reason
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
-from stofm.pp._staleness import stale_reason
 from stofm.pp._tokenize import tokenize
 from stofm.tl._embed import embed
-from stofm.tl._encode_cells import encode_cells, load_model
+from stofm.tl._encode_cells import encode_cells
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from stofm._edge.embedding import load_model
 from stofm.tl._embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
-from stofm.tl._encode_cells import load_model
 from stofm.tl._fine_tune import fine_tune_head
 from stofm.tl._head_inputs import read_inputs
 from stofm.tl._heads import check_strategy

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 
 from stofm._edge.counts import read_counts
+from stofm._edge.embedding import load_model
 from stofm._edge.records import all_or_nothing
 from stofm._edge.tables import read_representation
 from stofm._keys import Obsm
@@ -19,7 +20,6 @@ from stofm.tl._embeddings import (
     origin_of,
     same_origin,
 )
-from stofm.tl._encode_cells import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -162,7 +162,7 @@ def read_inputs(
     be embedded, to none. Those that don't fit stay as they are: with a given model the cells are
     embedded aside. These don't fit: embeddings by another model, ones that were made with another
     layer or other slices than those asked for, and ones of other counts or coordinates than there
-    are now, see :func:`~stofm.pp._staleness.stale_reason`.
+    are now, see :func:`~stofm._edge.staleness.stale_reason`.
 
     Parameters
     ----------

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from stofm._edge.embedding import load_model
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.tl._embeddings import MADE_BY_EMBED
-from stofm.tl._encode_cells import load_model
 from stofm.tl._gene_columns import GeneColumns
 from stofm.tl._head_inputs import checked_reps, read_inputs
 from stofm.tl._imputation_fitting import read_panel

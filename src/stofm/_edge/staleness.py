@@ -10,10 +10,11 @@ import numpy as np
 from stofm._edge.coordinates import read_coordinates
 from stofm._edge.counts import peek_counts
 from stofm._edge.features import VAR_NAMES, names_of_genes
+from stofm._edge.gene_mapping import columns_fingerprint, compute_gene_mapping, names_fingerprint
 from stofm._edge.records import read_record
+from stofm._edge.tables import read_representation
 from stofm._keys import Obsm, Uns, Var
 from stofm.genes import RankedTokens, embedded_vocabulary, map_gene_ids, rank_genes
-from stofm.pp._map_genes import columns_fingerprint, compute_gene_mapping, names_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -74,6 +75,15 @@ def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = N
             f"obsm[{layout['params']['spatial_key']!r}] holds now."
         )
     return ""
+
+
+def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
+    """Read an entry of ``obsm``, and refuse an embedding that does not fit the AnnData any more."""
+    values = read_representation(adata, rep)
+    if reason := stale_reason(adata, rep):
+        msg = f"{reason} Make it again: st.pp.tokenize(adata), st.tl.encode_cells(adata)."
+        raise ValueError(msg)
+    return values
 
 
 def _reads_tokens(record: Mapping[str, Any]) -> bool:

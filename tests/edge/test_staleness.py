@@ -10,8 +10,8 @@ import pytest
 from scipy import sparse
 
 import stofm as st
+from stofm._edge.staleness import changed_counts, changed_places, stale_reason
 from stofm._keys import Obsm, Uns
-from stofm.pp._staleness import changed_counts, changed_places, stale_reason
 
 QUIET = {"device": "cpu", "show_progress_bar": False}
 

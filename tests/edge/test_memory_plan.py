@@ -8,13 +8,14 @@ import torch
 from scipy import sparse
 
 import stofm as st
+from stofm._edge import memory_plan
+from stofm._edge.layouts import lay_out
+from stofm._edge.memory_plan import MemoryPlan, genes_per_cell
+from stofm._edge.places import read_places
 from stofm._keys import Uns
 from stofm.nn.device import free_memory
 from stofm.nn.memory import Nodes, Workload
-from stofm.pp._subslice import lay_out, read_places
 from stofm.spatial import SubSliceConfig
-from stofm.tl import _memory
-from stofm.tl._memory import MemoryPlan, genes_per_cell
 
 
 def embed(adata, model, **options):
@@ -39,12 +40,12 @@ def plan(model):
 @pytest.fixture
 def little(monkeypatch):
     """Say that so many bytes are free."""
-    return lambda n: monkeypatch.setattr(_memory, "free_memory", lambda _: n)
+    return lambda n: monkeypatch.setattr(memory_plan, "free_memory", lambda _: n)
 
 
 def test_too_little_memory_is_said_before_the_work(adata, model, little, monkeypatch):
     little(1000)
-    monkeypatch.setattr("stofm.pp._tokenize.compute_tokens", None)
+    monkeypatch.setattr("stofm._edge.tokens.compute_tokens", None)
     with pytest.raises(
         MemoryError, match=r"184 cells of \d+ genes takes about .* and 1 kB are free"
     ):
@@ -113,17 +114,17 @@ def layouts(adata, model):
 
 
 def test_a_batch_is_fitted_to_the_sub_slices_that_were_found(plan, layouts, little):
-    plan.fit_batch(layouts, 1, is_fixed=False)
+    plan.fit_batch(layouts.layouts, 1, is_fixed=False)
     assert plan.nodes.n_cells == max(np.bincount(one.subslice).max() for one in layouts.layouts)
     assert plan.nodes.n_virtual in {one.virtual.n_virtual for one in layouts.layouts}
     one = plan.in_transformer
     little(3 * one)
-    assert plan.fit_batch(layouts, 16, is_fixed=False) == 2
+    assert plan.fit_batch(layouts.layouts, 16, is_fixed=False) == 2
     with pytest.raises(MemoryError, match=r"virtual cells take about .* a lower batch_size"):
-        plan.fit_batch(layouts, 16, is_fixed=True)
+        plan.fit_batch(layouts.layouts, 16, is_fixed=True)
     little(one // 2)
     with pytest.raises(MemoryError, match=r"Sub-slices of \d+ cells and \d+ virtual cells take"):
-        plan.fit_batch(layouts, 16, is_fixed=False)
+        plan.fit_batch(layouts.layouts, 16, is_fixed=False)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_shortage_while_it_runs_says_what_helps(adata, model, monkeypatch, err
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("stofm.tl._embed.encode_ranked", fail)
+    monkeypatch.setattr("stofm._edge.embedding.encode_ranked", fail)
     with pytest.raises(MemoryError, match=r"Memory ran out while 184 cells were .* What helps: "):
         embed(adata, model)
     assert Uns.STOFM not in adata.uns
@@ -154,7 +155,7 @@ def test_other_errors_pass(adata, model, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("stofm.tl._embed.encode_ranked", fail)
+    monkeypatch.setattr("stofm._edge.embedding.encode_ranked", fail)
     with pytest.raises(type(error)) as caught:
         embed(adata, model)
     assert caught.value is error

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.pp._map_genes import MappedGenes
+    from stofm._edge.gene_mapping import MappedGenes
 
 #: Unknown columns that are named, and the share of the unknown counts that makes them all.
 _N_NAMED: Final = 3

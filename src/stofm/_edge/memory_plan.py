@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm._edge.gene_mapping import Columns
     from stofm.nn import StofmConfig
-    from stofm.pp._subslice import Layouts
-    from stofm.pp._token_entries import Columns
     from stofm.spatial import SliceLayout, SubSliceConfig
 
 _CPU: Final = torch.device("cpu")
@@ -139,7 +138,7 @@ class MemoryPlan:
         self.work = replace(self.work, genes_per_cell=found)
         self.require()
 
-    def fit_batch(self, layouts: Layouts, batch_size: int, *, is_fixed: bool) -> int:
+    def fit_batch(self, layouts: Sequence[SliceLayout], batch_size: int, *, is_fixed: bool) -> int:
         """Halve a batch of the sub-slices that were found until the device has room for it.
 
         Raises
@@ -148,7 +147,7 @@ class MemoryPlan:
             It has none for a single sub-slice, or for a batch of a fixed size.
         """
         self.batch_size = batch_size
-        self.nodes = max((_largest(one) for one in layouts.layouts), key=lambda nodes: nodes.total)
+        self.nodes = max((_largest(one) for one in layouts), key=lambda nodes: nodes.total)
         free = free_memory(self.device)
         while not is_fixed and self.batch_size > 1 and self.in_transformer > free:
             self.batch_size //= 2
