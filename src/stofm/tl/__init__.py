@@ -1,18 +1,25 @@
 """Tools: run and train models on AnnData."""
 
-from stofm.tl._annotate import annotate
-from stofm.tl._annotation_head import AnnotationHead
-from stofm.tl._deconvolution_head import DeconvolutionHead
-from stofm.tl._deconvolve import deconvolve
-from stofm.tl._domains import domains
-from stofm.tl._embed import embed
-from stofm.tl._encode_cells import encode_cells
-from stofm.tl._imputation_head import ImputationHead
-from stofm.tl._impute import impute
-from stofm.tl._pool_genes import pool_genes
-from stofm.tl._probe import probe
-from stofm.tl._probe_result import ProbeResult
-from stofm.tl._train import train
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stofm._lazy import lazy
+
+if TYPE_CHECKING:
+    from stofm.tl._annotate import annotate
+    from stofm.tl._annotation_head import AnnotationHead
+    from stofm.tl._deconvolution_head import DeconvolutionHead
+    from stofm.tl._deconvolve import deconvolve
+    from stofm.tl._domains import domains
+    from stofm.tl._embed import embed
+    from stofm.tl._encode_cells import encode_cells
+    from stofm.tl._imputation_head import ImputationHead
+    from stofm.tl._impute import impute
+    from stofm.tl._pool_genes import pool_genes
+    from stofm.tl._probe import probe
+    from stofm.tl._probe_result import ProbeResult
+    from stofm.tl._train import train
 
 __all__ = [
     "AnnotationHead",
@@ -29,3 +36,26 @@ __all__ = [
     "probe",
     "train",
 ]
+
+__getattr__ = lazy(
+    "stofm.tl",
+    {
+        "annotate": "stofm.tl._annotate",
+        "AnnotationHead": "stofm.tl._annotation_head",
+        "DeconvolutionHead": "stofm.tl._deconvolution_head",
+        "deconvolve": "stofm.tl._deconvolve",
+        "domains": "stofm.tl._domains",
+        "embed": "stofm.tl._embed",
+        "encode_cells": "stofm.tl._encode_cells",
+        "ImputationHead": "stofm.tl._imputation_head",
+        "impute": "stofm.tl._impute",
+        "pool_genes": "stofm.tl._pool_genes",
+        "probe": "stofm.tl._probe",
+        "ProbeResult": "stofm.tl._probe_result",
+        "train": "stofm.tl._train",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__
