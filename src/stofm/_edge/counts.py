@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.features import read_features
-from stofm._edge.not_counts import cause_of, fault_of
+from stofm._edge.not_counts import cause_of
 from stofm._edge.tables import layer_names, require_cells_and_genes
 from stofm.genes.compressed import DamagedMatrixError, require_sound, require_sound_pointers
 
@@ -28,6 +28,8 @@ _MAX_BLOCK_ROWS: Final = 1 << 15
 #: Rows of a CSC matrix cost a pass over all of it, so there are at most this many blocks.
 _MAX_CSC_BLOCKS: Final = 16
 _SAMPLE_ROWS: Final = 256
+#: A count this near to an integer is one: noise of float32 arithmetic, not a normalised value.
+_INTEGER_TOLERANCE: Final = 1e-3
 
 
 class NotRawCountsError(ValueError):
@@ -36,16 +38,10 @@ class NotRawCountsError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class CountReader:
-    """Blocks of rows of a count matrix, read and checked one at a time.
+    """Blocks of rows of a count matrix, from `bounds` to `bounds`, read and checked one at a time.
 
-    Columns that are no genes are empty, so that they enter neither genes nor totals.
-
-    Attributes
-    ----------
-    adata, layer
-        Where the counts are; `layer` None is ``X``.
-    bounds
-        First row and row after the last of each block.
+    They are CSR matrices of (rows of the block, n_vars). Columns that are no genes are empty, so
+    that they enter neither genes nor totals.
     """
 
     adata: AnnData
@@ -69,31 +65,9 @@ def read_counts(
     """Return the counts of the genes as blocks of rows, without changing or copying the whole.
 
     CSR, CSC and dense matrices are read, in memory, backed by a file, or as Dask arrays, also
-    through views. Values may have any numeric type. Memory is bounded by a block.
-
-    Parameters
-    ----------
-    adata
-        Cells x genes.
-    layer
-        Layer with raw counts; None for ``X``.
-    chunk_size
-        Rows of a block; by default as many as make about 8 million entries. Dask arrays are cut
-        at their own chunks.
-
-    Returns
-    -------
-    CountReader
-        Iterating over it gives CSR matrices of (rows of the block, n_vars), empty in columns that
-        are no genes, see :func:`stofm._edge.features.read_features`. A block that does not hold raw
-        counts, or has indices out of range, raises ValueError then.
-
-    Raises
-    ------
-    ValueError
-        There are no cells, no genes or no matrix, or `chunk_size` is not positive.
-    KeyError
-        There is no such layer.
+    through views. Values may have any numeric type. Memory is bounded by a block: `chunk_size`
+    rows, or as many as make about 8 million entries; Dask arrays are cut at their own chunks. A
+    block that does not hold raw counts, or has indices out of range, raises ValueError when read.
     """
     require_cells_and_genes(adata)
     if chunk_size is not None and chunk_size < 1:
@@ -108,13 +82,7 @@ def read_counts(
 def peek_counts(
     adata: AnnData, layer: str | None, rows: NDArray[np.integer]
 ) -> tuple[sparse.csr_matrix, bool]:
-    """Read some rows, ascending, whatever they hold, and tell whether they are raw counts.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        There is no such matrix, or it does not hold numbers.
-    """
+    """Read some rows, ascending, whatever they hold, and tell whether they are raw counts."""
     block = _to_csr(_row_reader(adata, layer)(rows), _name(layer), int(rows[0]))
     values = _columns_only(block, read_features(adata).is_gene)
     is_raw = not fault_of(values.data)
@@ -234,11 +202,12 @@ def _checked(
     """Return the block with integer values, or say what they are instead."""
     fault = fault_of(block.data)
     if fault:
-        cause = cause_of(block)
+        finding, advice = cause_of(block)
+        elsewhere = _counts_elsewhere(adata, layer)
+        advice = f"No layer looks like raw counts either. {advice.format(matrix=_name(layer))}"
         msg = (
             f"{_name(layer)} does not hold raw counts: {fault} (non-zero entries of cells {start} "
-            f"to {start + block.shape[0] - 1}). {cause.finding}"
-            f"{_counts_elsewhere(adata, layer) or cause.way_out(_name(layer))}"
+            f"to {start + block.shape[0] - 1}). {finding}{elsewhere or advice}"
         )
         raise NotRawCountsError(msg)
     return _rounded(block)
@@ -285,3 +254,31 @@ def _looks_raw(read: Callable[[], Any]) -> bool:
     except (TypeError, DamagedMatrixError):
         return False
     return bool(values.any()) and not fault_of(values)
+
+
+def fault_of(values: NDArray[Any]) -> str:
+    """What keeps `values` from being counts, with the share; ``""`` if nothing does."""
+    if not len(values) or values.dtype.kind in "bu":
+        return ""
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        undefined = np.isnan(values)
+        if undefined.any():
+            return f"{_percent(undefined)} are NaN"
+        return f"{_percent(np.isinf(values))} are infinite"
+    if values.min() < 0:
+        return f"{_percent(values < 0)} are negative, down to {values.min():.4g}"
+    return _fault_of_floats(values) if values.dtype.kind == "f" else ""
+
+
+def _fault_of_floats(values: NDArray[np.floating]) -> str:
+    largest = values.max()
+    if largest >= 2.0 ** (np.finfo(values.dtype).nmant + 1):
+        return f"values up to {largest:.4g}, which {values.dtype} does not hold to the last digit"
+    off = np.abs(values - np.rint(values))
+    if off.max() > _INTEGER_TOLERANCE:
+        return f"{_percent(off > _INTEGER_TOLERANCE)} are not integers, up to {largest:.4g}"
+    return ""
+
+
+def _percent(marks: NDArray[np.bool_]) -> str:
+    return f"{100 * marks.mean():.3g} %"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: A count this near to an integer is one: noise of float32 arithmetic, not a normalised value.
-_INTEGER_TOLERANCE: Final = 1e-3
 #: Rows that are looked at for a pattern.
 _SAMPLE_ROWS: Final = 256
 #: Sums or multiples that agree to this are the same.
@@ -34,68 +31,29 @@ _TRANSFORMS: Final[tuple[tuple[str, Callable[[Any], Any], str], ...]] = (
 )
 
 
-@dataclass(frozen=True)
-class Cause:
-    """What values look like, and what to do about it.
-
-    Attributes
-    ----------
-    finding
-        A sentence with a space behind it, or nothing.
-    advice
-        What to do; ``{matrix}`` stands for the matrix.
-    """
-
-    finding: str = ""
-    advice: str = "Raw counts are needed, before any normalisation."
-
-    def way_out(self, matrix: str) -> str:
-        """What to do about a matrix, if no other holds counts."""
-        return "No layer looks like raw counts either. " + self.advice.format(matrix=matrix)
-
-
-def fault_of(values: NDArray[Any]) -> str:
-    """What keeps `values` from being counts, with the share; ``""`` if nothing does."""
-    if not len(values) or values.dtype.kind in "bu":
-        return ""
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        undefined = np.isnan(values)
-        if undefined.any():
-            return f"{_percent(undefined)} are NaN"
-        return f"{_percent(np.isinf(values))} are infinite"
-    if values.min() < 0:
-        return f"{_percent(values < 0)} are negative, down to {values.min():.4g}"
-    return _fault_of_floats(values) if values.dtype.kind == "f" else ""
-
-
-def _fault_of_floats(values: NDArray[np.floating]) -> str:
-    largest = values.max()
-    if largest >= 2.0 ** (np.finfo(values.dtype).nmant + 1):
-        return f"values up to {largest:.4g}, which {values.dtype} does not hold to the last digit"
-    off = _from_integers(values)
-    if off.max() > _INTEGER_TOLERANCE:
-        return f"{_percent(off > _INTEGER_TOLERANCE)} are not integers, up to {largest:.4g}"
-    return ""
+#: What values look like (a sentence and a space, or nothing), and what to do about ``{matrix}``.
+Cause = tuple[str, str]
+_ADVICE: Final = "Raw counts are needed, before any normalisation."
 
 
 def cause_of(block: sparse.csr_matrix) -> Cause:
-    """What the values of some rows look like, of which :func:`fault_of` found something."""
+    """What the values of some rows look like, which are no raw counts."""
     if block.dtype.kind == "f" and np.isnan(block.data).any():
         return _cause_of_nan(block)
     filled = np.flatnonzero(np.diff(block.indptr) > 1)
     rows = sparse.csr_matrix(block[filled[:_SAMPLE_ROWS]], dtype=np.float64)
     if len(filled) < 2 or not np.isfinite(rows.data).all():
-        return Cause()
+        return "", _ADVICE
     if rows.data.min() < 0:
         return _cause_of_negative(rows)
     if rows.data.max() >= _LARGEST_COUNT:
-        return Cause()
+        return "", _ADVICE
     if scaled := _cause_of_scale(rows):
         return scaled
     is_near = _from_integers(rows.data).mean() < _NEAR_INTEGERS
     if rows.data.max() < _LARGEST_LOGARITHM and not is_near:
-        return Cause("They look like logarithms. ")
-    return Cause(
+        return "They look like logarithms. ", _ADVICE
+    return (
         "They look like counts that a correction left between integers, as the removal of ambient "
         "RNA does (SoupX, CellBender, DecontX). ",
         "Take the counts before it, or round: adata.layers['counts'] = np.rint({matrix}), and pass "
@@ -113,13 +71,13 @@ def _cause_of_nan(block: sparse.csr_matrix) -> Cause:
     is_hit = n_missing > 0
     n_rows, n_sets = int(is_hit.sum()), len(np.unique(np.round((missing @ marks)[is_hit], 9)))
     if n_rows < 2 * n_sets or n_missing.max() < 2:
-        return Cause(
+        return (
             f"{n_rows} cells have NaN. ",
             "Drop these cells or genes, or fill in what is missing: {matrix} = "
             "np.nan_to_num({matrix}) if a missing value means no count.",
         )
     genes = int(n_missing.max())
-    return Cause(
+    return (
         f"Up to {genes} genes are NaN in all of many cells at once, as after joining slices of "
         "different panels with join='outer'. ",
         "Join them with anndata.concat(..., join='inner'), which keeps the genes that all have, or "
@@ -131,8 +89,8 @@ def _cause_of_negative(rows: sparse.csr_matrix) -> Cause:
     means = np.asarray(rows.mean(axis=0)).ravel()
     spread = np.sqrt(np.asarray(rows.multiply(rows).mean(axis=0)).ravel())
     if np.median(np.abs(means)) < 0.25 * np.median(spread):
-        return Cause("They look scaled gene by gene (z-scores, as of sc.pp.scale). ")
-    return Cause("They look corrected or transformed. ")
+        return "They look scaled gene by gene (z-scores, as of sc.pp.scale). ", _ADVICE
+    return "They look corrected or transformed. ", _ADVICE
 
 
 def _cause_of_scale(rows: sparse.csr_matrix) -> Cause | None:
@@ -143,17 +101,21 @@ def _cause_of_scale(rows: sparse.csr_matrix) -> Cause | None:
         values = sparse.csr_matrix((undo(rows.data), rows.indices, rows.indptr), rows.shape)
         sums = np.asarray(values.sum(axis=1)).ravel()
         if code and _from_integers(values.data).max() < 0.01:
-            return Cause(
+            return (
                 f"They are {transform}counts. ",
                 f"adata.layers['counts'] = np.rint({code}) gives those back; pass layer='counts'.",
             )
         if np.ptp(sums) < _SAME * sums.mean():
             total = f"{sums.mean():,.0f}" if sums.mean() > 10 else f"{sums.mean():.3g}"
-            return Cause(
-                f"They are {transform}counts that were scaled to a total of {total} in each cell. "
+            return (
+                f"They are {transform}counts that were scaled to a total of {total} in each cell. ",
+                _ADVICE,
             )
         if _are_multiples(values):
-            return Cause(f"They are {transform}counts that were divided by a factor of each cell. ")
+            return (
+                f"They are {transform}counts that were divided by a factor of each cell. ",
+                _ADVICE,
+            )
     return None
 
 
@@ -168,7 +130,3 @@ def _are_multiples(values: sparse.csr_matrix) -> bool:
 def _from_integers(values: NDArray[Any]) -> NDArray[Any]:
     off: NDArray[Any] = np.abs(values - np.rint(values))
     return off
-
-
-def _percent(marks: NDArray[np.bool_]) -> str:
-    return f"{100 * marks.mean():.3g} %"
