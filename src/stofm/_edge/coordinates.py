@@ -1,4 +1,4 @@
-"""The edge to AnnData for places: one checked reader of coordinates, for computing and drawing."""
+"""Coordinates of cells, checked, for computing and drawing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _AXES: Final = {"x": "x", "col": "x", "column": "x", "y": "y", "row": "y", "z": "z"}
+#: In camel case too.
+_WORD: Final = r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])"
 #: Squares of larger distances can overflow.
 _LARGEST: Final = 1e100
 _SAMPLE: Final = 2000
@@ -27,16 +29,7 @@ _EVEN: Final = 0.7
 
 
 def read_coordinates(adata: AnnData, spatial_key: str = Obsm.SPATIAL) -> NDArray[np.float64]:
-    """Return x and y of every cell, (n_obs, 2), checked.
-
-    Raises
-    ------
-    KeyError
-        There is no ``obsm[spatial_key]``.
-    ValueError
-        There are no cells, the array is not (n_obs, 2) or (n_obs, 3), it holds text that is no
-        number, or a coordinate is NaN, infinite or so large that squares overflow.
-    """
+    """Return x and y of every cell, (n_obs, 2): finite, and no larger than squares allow."""
     return read_axes(adata, spatial_key)[0]
 
 
@@ -71,19 +64,15 @@ def read_axes(
             f"adata = adata[np.isfinite({array}).all(axis=1)].copy()"
         )
         raise ValueError(msg)
-    _refuse_huge(adata, spatial_key, values[:, :2])
-    return np.ascontiguousarray(values[:, :2]), values[:, 2] if values.shape[1] == 3 else None
-
-
-def _refuse_huge(adata: AnnData, key: str, xy: NDArray[np.float64]) -> None:
-    huge = np.flatnonzero((np.abs(xy) > _LARGEST).any(axis=1))
+    huge = np.flatnonzero((np.abs(values[:, :2]) > _LARGEST).any(axis=1))
     if len(huge):
         msg = (
             f"{len(huge)} of {adata.n_obs} cells have coordinates beyond {_LARGEST:g} in "
-            f"obsm[{key!r}], for example {adata.obs_names[huge[:3]].tolist()} at "
-            f"{xy[huge[0]].tolist()}: no unit of length has such numbers. Correct or drop them."
+            f"obsm[{spatial_key!r}], for example {adata.obs_names[huge[:3]].tolist()} at "
+            f"{values[huge[0], :2].tolist()}: no unit of length has such numbers. Correct or drop them."
         )
         raise ValueError(msg)
+    return np.ascontiguousarray(values[:, :2]), values[:, 2] if values.shape[1] == 3 else None
 
 
 def _in_order(stored: Any) -> Any:
@@ -100,7 +89,7 @@ def _in_order(stored: Any) -> Any:
 
 def axis_of(name: object) -> str:
     """Axis that a column's name stands for: x, y or z; empty if none."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))
+    words = re.findall(_WORD, str(name))
     found = {_AXES[word.lower()] for word in words if word.lower() in _AXES}
     return found.pop() if len(found) == 1 else ""
 
@@ -249,15 +238,11 @@ def _columns_like_places(adata: AnnData, key: str) -> list[str]:
 
 def _alike(first: str, second: str) -> bool:
     """Whether two names are the same but for the axis."""
-    without = [
-        [
-            word
-            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", str(name))
-            if not axis_of(word)
-        ]
+    one, other = (
+        [word for word in re.findall(rf"{_WORD}|\d+", str(name)) if not axis_of(word)]
         for name in (first, second)
-    ]
-    return without[0] == without[1]
+    )
+    return one == other
 
 
 def _spread(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

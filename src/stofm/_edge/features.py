@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -47,14 +48,9 @@ _MARK: Final = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Which columns are genes, by what the AnnData says of them.
+    """Which columns are genes, (n_vars,), or nothing is said of, by the AnnData's own word.
 
-    Attributes
-    ----------
-    is_gene
-        (n_vars,) columns that are genes, or of which nothing is said.
-    others
-        Number of the other columns of each kind, by the column of ``var`` that says so.
+    `others` counts the other columns of each kind, by the column of ``var`` that says so.
     """
 
     is_gene: NDArray[np.bool_]
@@ -85,11 +81,6 @@ def read_features(adata: AnnData) -> Features:
     Any column of ``adata.var`` with few values may say so, whatever it is called: one of its
     values is gene expression, and others are something else. So are features of another value, or
     of none, that are called as features with gene expression are.
-
-    Raises
-    ------
-    ValueError
-        No column is a gene.
     """
     is_gene = np.ones(adata.n_vars, dtype=bool)
     others: dict[str, dict[str, int]] = {}
@@ -177,14 +168,11 @@ def _text_codes(column: pd.Series) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Number each different text of a column, -1 where there is none; no text, no numbers."""
     import pandas as pd
 
-    nothing = np.empty(0, dtype=np.int64), np.empty(0, dtype=object)
-    if column.dtype.kind not in "OSTU":  # also that of categories
-        return nothing
-    try:
-        codes, values = pd.factorize(column)
-    except TypeError:  # lists and the like
-        return nothing
-    return codes.astype(np.int64), np.asarray(values)
+    if column.dtype.kind in "OSTU":  # also that of categories
+        with contextlib.suppress(TypeError):  # lists and the like
+            codes, values = pd.factorize(column)
+            return codes.astype(np.int64), np.asarray(values)
+    return np.empty(0, dtype=np.int64), np.empty(0, dtype=object)
 
 
 def text_columns(adata: AnnData) -> list[str]:

@@ -1,4 +1,4 @@
-"""Slices that were laid on each other: told by the places of their cells."""
+"""Slices that lie on each other in x and y: told by the places of their cells, or by planes of z."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy.spatial import cKDTree
 
+from stofm._edge.coordinates import axis_of
+from stofm._edge.tables import value_codes
+
 if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm._edge.slices import Slices
 
 #: Cells that are looked at, and their neighbours; the farther half says who lives around.
 _CELLS: Final = 10_000
@@ -32,24 +39,18 @@ _LATTICE_NEIGHBORS: Final = 3.0
 _RANDOM: Final = 0.9
 #: What groups that each fill the same area have; cells of one type have more.
 _MAX_CLUSTERING: Final = 1.15
+_MAX_PLANES: Final = 1000
+#: Cells of a plane, on average.
+_MIN_CELLS: Final = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
     """Nearest neighbours of cells of one plane, a sample where there are many.
 
-    Attributes
-    ----------
-    rows
-        Rows of the cells and of their neighbours, ascending.
-    places
-        (len(rows), 2) their coordinates.
-    cells
-        (m,) the cells, as positions in `rows`.
-    neighbors
-        (m, k) their neighbours, nearest first, as positions in `rows`.
-    distances
-        (m, k) infinite where there is no further neighbour.
+    `rows` are those of the cells and of their neighbours, ascending, with their `places`. `cells`
+    (m,) and `neighbors` (m, k), nearest first, are positions in `rows`; `distances` (m, k) are
+    infinite where there is no further neighbour.
     """
 
     rows: NDArray[np.int64]
@@ -79,10 +80,7 @@ class Nearest:
         is_self = neighbors == chosen[:, None]
         is_self[~is_self.any(axis=1), -1] = True
         shape = (len(chosen), -1)
-        distances, neighbors = (
-            distances[~is_self].reshape(shape),
-            neighbors[~is_self].reshape(shape),
-        )
+        distances, neighbors = (found[~is_self].reshape(shape) for found in (distances, neighbors))
         distances[distances >= limit] = np.inf
         rows = np.unique(np.concatenate([chosen, neighbors.ravel()]))
         return cls(
@@ -102,16 +100,8 @@ class Nearest:
         """How often close cells are of one group, as a share of what would be expected.
 
         1 or more for groups of cells of one slice, near 0 for slices laid on each other: cells of
-        one slice keep a distance, and places of other slices are independent of them.
-
-        Parameters
-        ----------
-        codes
-            Group of each of :attr:`rows`, from 0.
-
-        Returns
-        -------
-        The share; 1 where there is no significant evidence of slices on each other.
+        one slice keep a distance, and places of other slices are independent of them. Without
+        significant evidence of slices on each other it is 1. `codes` number the groups of `rows`.
         """
         pairs = _Pairs.among(self, codes)
         if pairs is None or not (pairs.are_strewn() or pairs.are_lattices()):
@@ -214,3 +204,115 @@ def boxes_overlap(
     smaller = np.minimum(area[:, None], area[None])
     np.fill_diagonal(shared, 0.0)
     return bool((shared > 0.25 * smaller).any())
+
+
+# Planes of z
+
+
+def other_z(adata: AnnData, xy: NDArray[np.float64]) -> tuple[NDArray[np.float64], str] | None:
+    """Heights of the cells, and where they are, beside places that are in the plane only."""
+    for name, values in adata.obsm.items():
+        if getattr(values, "shape", ())[1:] != (3,):
+            continue
+        array = np.asarray(values)
+        if array.dtype.kind in "iuf" and np.array_equal(array[:, :2], xy):
+            return array[:, 2].astype(np.float64), f"obsm[{name!r}]"
+    for name in adata.obs.columns:
+        if axis_of(name) == "z" and adata.obs[name].dtype.kind in "iuf":
+            return adata.obs[name].to_numpy(dtype=np.float64), f"obs[{name!r}]"
+    return None
+
+
+def refuse_planes(
+    adata: AnnData,
+    slices: Slices,
+    xy: NDArray[np.float64],
+    z: NDArray[np.float64],
+    source: str,
+    *,
+    is_read: bool = True,
+) -> None:
+    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice.
+
+    `source` is where z stands: an entry of ``obsm`` whose third column it is, or a column of ``obs``;
+    `is_read` whether that is the entry that x and y are read from.
+    """
+    values = f"np.asarray(adata.{source})[:, 2]" if source.startswith("obsm") else f"adata.{source}"
+    one_slice = (
+        f"leave z out: adata.{source} = np.asarray(adata.{source})[:, :2]"
+        if is_read
+        else "pass a column that is the same for all cells as library_key"
+    )
+    for name, rows in zip(slices.names, slices.rows, strict=True):
+        planes = _plane_codes(xy[rows], z[rows])
+        if planes is None or not boxes_overlap(xy[rows], planes, int(planes.max()) + 1):
+            continue
+        n = int(planes.max()) + 1
+        heights = np.array([np.median(z[rows][planes == k]) for k in range(n)])
+        steps = np.diff(heights)
+        apart = (
+            f"{steps[0]:g}"
+            if np.allclose(steps, steps[0])
+            else f"{steps.min():g} to {steps.max():g}"
+        )
+        where = f"Slice {name!r}: " if name else ""
+        digits = max(0, 1 - int(np.floor(np.log10(steps.min()))))
+        column = _matching_column(adata.obs.iloc[rows], planes) if not name else ""
+        joined = f"adata.obs[{slices.column!r}].astype(str) + ':' + " if slices.column else ""
+        todo = (
+            f"Pass library_key={column!r}, which names them"
+            if column
+            else f"Make a column of z and pass it: adata.obs['plane'] = {joined}{values}"
+            f".astype(float).round({digits}).astype(str), library_key='plane'"
+        )
+        msg = (
+            f"{where}z in {source} takes {n} values, {apart} apart, and these planes "
+            "overlap in x and y: cells of different planes would be taken as neighbours. "
+            f"{todo}. If they are one slice, {one_slice}."
+        )
+        raise ValueError(msg)
+
+
+def _plane_codes(xy: NDArray[np.float64], z: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """Number of each cell's plane, from below, where z takes few values up to noise; else None."""
+    heights, codes = np.unique(np.nan_to_num(z), return_inverse=True)
+    most = min(_MAX_PLANES, len(z) // _MIN_CELLS)
+    if len(heights) > most:
+        steps = np.diff(heights)
+        ends = np.flatnonzero(steps > 0.5 * steps.max())
+        numbers = np.zeros(len(heights), dtype=np.int64)
+        numbers[1:] = np.isin(np.arange(len(steps)), ends).cumsum()
+        low, high = heights[np.r_[0, ends + 1]], heights[np.r_[ends, len(heights) - 1]]
+        if len(low) > most or (high - low).max() > 0.25 * steps.max():
+            return None
+        codes = numbers[codes]
+    n = int(codes.max()) + 1
+    if n < 2 or np.bincount(codes).min() < 1:
+        return None
+    return codes if _are_apart(xy, codes, z, n) else None
+
+
+def _are_apart(
+    xy: NDArray[np.float64], codes: NDArray[np.int64], z: NDArray[np.float64], n: int
+) -> bool:
+    """Whether planes are sections, and not the steps of a volume that are finer than cells.
+
+    Steps may be numbers of planes: a few whose cells lie on each other are sections all the same.
+    """
+    own = xy[codes == np.bincount(codes).argmax()]
+    spacing = np.median(Nearest.find(own).distances[:, 0])
+    if np.ptp(z) / (n - 1) >= 0.5 * spacing:
+        return True
+    nearest = Nearest.find(xy)
+    found = codes[nearest.rows]
+    return n <= 10 and (nearest.same_share(found) < 1 or nearest.are_joined(found, is_named=True))
+
+
+def _matching_column(columns: pd.DataFrame, planes: NDArray[np.int64]) -> str:
+    """Name of the column that has one value for each plane; empty if none has."""
+    n = int(planes.max()) + 1
+    for name in columns.columns:
+        codes, names = value_codes(columns[name])
+        if len(names) == n and len(np.unique(codes * n + planes)) == n:
+            return str(name)
+    return ""

@@ -1,4 +1,4 @@
-"""The edge to AnnData for what is embedded: places by slice, and warnings of those that mislead."""
+"""Coordinates and slices of what is embedded, and warnings of those that mislead."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from stofm._edge.coordinates import read_axes
-from stofm._edge.overlays import Nearest
-from stofm._edge.planes import refuse_planes
-from stofm._edge.slices import Slices, overlaid_within, separate, tell_slices
+from stofm._edge.overlays import Nearest, refuse_planes
+from stofm._edge.slices import Slices, listed, overlaid_within, separate, tell_slices
 from stofm._logging import logger
 from stofm._messages import warn
 
@@ -44,14 +43,7 @@ class Places:
 
 
 def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
-    """Read coordinates and slices, and warn of places that carry little or mislead.
-
-    Raises
-    ------
-    KeyError, ValueError
-        See ``read_coordinates`` and ``read_slices``; or sections of different z lie on each other
-        within a slice.
-    """
+    """Read coordinates and slices, and warn of places that carry little or mislead."""
     xy, z = read_axes(adata, spatial_key)
     if library_key is None:
         slices = tell_slices(adata, xy, z, spatial_key=spatial_key)
@@ -91,11 +83,11 @@ def _remark_on_depth(
 def _warn_of_overlays(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> None:
     found = overlaid_within(adata, slices, xy)
     if found:
-        column, n, examples = found[0]
+        column, values = found[0]
         both = f"adata.obs[{slices.column!r}].astype(str) + ':' + adata.obs[{column!r}].astype(str)"
         warn(
-            f"Within the slices of obs[{slices.column!r}], coordinates of the {n} values of "
-            f"obs[{column!r}] ({examples}{', ...' if n > 3 else ''}) overlap as those of different "
+            f"Within the slices of obs[{slices.column!r}], coordinates of the {len(values)} values "
+            f"of obs[{column!r}] ({listed(values)}) overlap as those of different "
             f"slices do. If they are slices, pass library_key={column!r}, or a column of both: "
             f"adata.obs['slice'] = {both}."
         )
@@ -138,7 +130,7 @@ def _warn_of_stray_cells(adata: AnnData, slices: Slices, xy: NDArray[np.float64]
             kept = f"np.setdiff1d(np.arange(adata.n_obs), {stray.tolist()})"
         warn(
             f"{f'Slice {name!r}' if name else 'The slice'}: {n} of {len(rows)} cells "
-            f"({', '.join(names[:3])}{', ...' if n > 3 else ''}) lie far off the others. With them "
+            f"({listed(names)}) lie far off the others. With them "
             f"the slice is {growth:.3g} times as large, and as its size is set to a fixed one, all "
             "its cells are as much nearer to each other, which changes all embeddings. If they are "
             f"debris or misplaced, drop them: adata = adata[{kept}].copy()"

@@ -1,17 +1,16 @@
-"""The edge to AnnData for slices: which cells belong to which, by column, by metadata or refused."""
+"""Which cells belong to which slice: told by a column or by metadata, or refused."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from stofm._edge.coordinates import read_axes
-from stofm._edge.overlays import Nearest, boxes_overlap
-from stofm._edge.planes import other_z, refuse_planes
+from stofm._edge.overlays import Nearest, boxes_overlap, other_z, refuse_planes
 from stofm._edge.tables import value_codes
 from stofm._keys import Uns
 from stofm._logging import logger
@@ -46,17 +45,10 @@ _ADJOINING: Final = 0.002
 
 @dataclass(frozen=True)
 class Slices:
-    """Which cells belong to which slice.
+    """Names of slices in alphabetical order, and rows of their cells, ascending.
 
-    Attributes
-    ----------
-    names
-        Values of ``obs[column]`` in alphabetical order, or the empty string for the one slice of an
-        AnnData without such a column.
-    rows
-        Row numbers of each slice's cells, ascending.
-    column
-        The column that separates them, asked for or named by the metadata; None for one slice.
+    `column` of ``obs`` separates them, asked for or named by the metadata. It is None for an
+    AnnData of one slice, whose name is the empty string.
     """
 
     names: list[str]
@@ -65,23 +57,10 @@ class Slices:
 
 
 def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
-    """Separate the slices of an AnnData.
+    """Separate the slices of an AnnData by a column, or by that which the metadata names.
 
-    Parameters
-    ----------
-    library_key
-        The column to separate them by. None: that of the metadata if there is one, else all cells
-        are one slice, unless their places tell that they are not.
-    spatial_key
-        Entry of ``obsm`` with the places, which need not be there.
-
-    Raises
-    ------
-    KeyError
-        There is no ``obs[library_key]``.
-    ValueError
-        A cell has no value there; or no `library_key` is given, and slices lie on each other, so
-        that cells of several slices would be taken as neighbours.
+    Without such a column all cells are one slice, unless places in ``obsm[spatial_key]``, which
+    need not be there, tell that they are not: then ValueError says which column may name them.
     """
     if library_key is not None or spatial_key not in adata.obsm:
         return separate(adata, library_key or described_column(adata), spatial_key)
@@ -123,7 +102,7 @@ def separate(adata: AnnData, column: str | None, spatial_key: str) -> Slices:
         likely = []
         if spatial_key in adata.obsm:
             nearest = Nearest.find(read_axes(adata, spatial_key)[0])
-            likely = [name for name, _, _ in _overlaid(adata, nearest)]
+            likely = [name for name, _ in _overlaid(adata, nearest)]
         msg = (
             f"There is no obs[{column!r}] to separate slices by; "
             f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}. If all cells are one "
@@ -165,16 +144,10 @@ def described_column(adata: AnnData) -> str | None:
 
 
 def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
-    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do.
-
-    Raises
-    ------
-    ValueError
-        They lie on each other.
-    """
+    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
     codes, names = value_codes(adata.obs[column])
     if boxes_overlap(xy, codes, len(names)):
-        raise ValueError(_overlay_message([column], len(names), ", ".join(names[:3])))
+        raise ValueError(_overlay_message([column], names))
     nearest = Nearest.find(xy)
     if nearest.mixing(codes[nearest.rows]) < _ADJOINING:
         return True
@@ -190,27 +163,21 @@ def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
 
 def _overlaid(
     adata: AnnData, nearest: Nearest, slices: NDArray[np.integer] | None = None
-) -> list[tuple[str, int, str]]:
-    """Columns whose values lie on each other as slices would: name, number and examples of values."""
+) -> list[tuple[str, list[str]]]:
+    """Columns whose values lie on each other as slices would, and these values."""
     own = None if slices is None else slices[nearest.rows]
     found = []
     for name, codes, names in _groupings(adata.obs, nearest):
         codes = codes if own is None else own * len(names) + codes
         share = nearest.same_share(codes)
         is_named = _SLICE_WORDS.search(name) is not None
-        if (
-            share == 1.0
-            and own is None
-            and (
-                nearest.are_joined(codes, is_named=is_named)
-                or (is_named and nearest.are_in_one_box(codes))
-            )
-        ):
-            share = 0.5
+        if share == 1.0 and own is None:
+            is_joined = nearest.are_joined(codes, is_named=is_named)
+            share = 0.5 if is_joined or (is_named and nearest.are_in_one_box(codes)) else 1.0
         found.append((share, name, names))
     best = min((share for share, _, _ in found), default=1.0)
     near = sorted((f for f in found if f[0] < 1.0 and f[0] <= best + _ALSO), key=lambda f: f[0])
-    return [(name, len(names), ", ".join(names[:3])) for _, name, names in near]
+    return [(name, names) for _, name, names in near]
 
 
 def _groupings(
@@ -237,8 +204,7 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
     nearest = Nearest.find(xy)
     found = _overlaid(adata, nearest)
     if found:
-        _, n, examples = found[0]
-        raise ValueError(_overlay_message([name for name, _, _ in found], n, examples))
+        raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
     _refuse_joined_names(adata, xy, nearest)
     _warn_of_slices_apart(adata, nearest)
 
@@ -253,20 +219,25 @@ def _warn_of_slices_apart(adata: AnnData, nearest: Nearest) -> None:
     if apart:
         (name, names), *_ = apart
         warn(
-            f"The {len(names)} values of obs[{name!r}] ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}) lie apart from each other and are taken as parts of "
+            f"The {len(names)} values of obs[{name!r}] ({listed(names)}) "
+            f"lie apart from each other and are taken as parts of "
             f"one slice, whose size is set to a fixed one. If they are slices, pass library_key={name!r}."
         )
 
 
-def _overlay_message(columns: list[str], n: int, examples: str) -> str:
+def _overlay_message(columns: list[str], values: list[str]) -> str:
     """What to say of slices on each other that the first of some columns names."""
     ways = " or ".join(f"library_key={column!r}" for column in columns)
     return (
-        f"obs[{columns[0]!r}] names {n} samples ({examples}{', ...' if n > 3 else ''}) whose "
+        f"obs[{columns[0]!r}] names {len(values)} samples ({listed(values)}) whose "
         f"coordinates overlap: cells of different slices would be taken as neighbours. Pass {ways}. "
         "If they are one slice, pass a column that is the same for all cells."
     )
+
+
+def listed(names: list[str]) -> str:
+    """The first three of some names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Nearest) -> None:
@@ -281,8 +252,8 @@ def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Neare
         codes, values = value_codes(few)
         if nearest.same_share(codes) < 1.0 or nearest.are_joined(codes, is_named=False):
             msg = (
-                f"obs_names are of {len(values)} samples ({', '.join(values[:3])}"
-                f"{', ...' if len(values) > 3 else ''}) whose coordinates overlap: cells of "
+                f"obs_names are of {len(values)} samples ({listed(values)}) "
+                f"whose coordinates overlap: cells of "
                 "different slices would be taken as neighbours. Make a column of it and pass it: "
                 f"adata.obs['sample'] = {code}, library_key='sample'. If they are one slice, pass a "
                 "column that is the same for all cells."
@@ -326,8 +297,10 @@ def _refuse_repeated_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
         raise ValueError(msg)
 
 
-def overlaid_within(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> list[Any]:
-    """Columns that lie on each other within slices which were asked for; see `_overlaid`."""
+def overlaid_within(
+    adata: AnnData, slices: Slices, xy: NDArray[np.float64]
+) -> list[tuple[str, list[str]]]:
+    """Columns whose values lie on each other within slices which were asked for, and these values."""
     codes = np.empty(adata.n_obs, dtype=np.int64)
     for k, rows in enumerate(slices.rows):
         codes[rows] = k
