@@ -27,8 +27,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
 LAYERS = ["_keys", "genes", "spatial", "nn", "train", "tl"]
-#: Modules that nothing of the package stands under: they read no AnnData.
-BASE = ("_config", "_files", "_logging", "_messages", "_version")
+#: Modules below all of these.
+BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
     "anndata": {"_edge", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
@@ -132,6 +132,12 @@ def test_imports_go_one_way(path: Path) -> None:
     above = set(LAYERS[LAYERS.index(part) + 1 :]) if part in LAYERS else set()
     excepted = EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), set())
     assert not (used - excepted) & (above | FORBIDDEN.get(part, set()))
+
+
+@files
+def test_pp_is_imported_by_its_public_names(path: Path) -> None:
+    if _part(path) != "pp":
+        assert not [name for name in _imported(path) if name.startswith("stofm.pp._")]
 
 
 @files

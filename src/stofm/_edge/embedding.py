@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stofm._edge.layouts import Layouts, lay_out_or_reuse, write_layouts
+from stofm._edge.layouts import Layouts, lay_out, write_layouts
 from stofm._edge.memory_plan import MemoryPlan
 from stofm._edge.places import read_places
 from stofm._edge.records import all_or_nothing, read_record, refuse_taken, write_record
@@ -264,7 +264,9 @@ def embed_table(
             plan.require()
             cells = _given_cells(adata, cell_rep, model)
         use_rep = cell_rep or Obsm.X_CELL
-        layouts = lay_out_or_reuse(adata, cells.features, places, rules, use_rep=use_rep, seed=seed)
+        layouts = lay_out(
+            cells.features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata
+        )
         at_once = run.batch_size or SUBSLICES_AT_ONCE.get(run.device.type, 1)
         at_once = plan.fit_batch(layouts.layouts, at_once, is_fixed=run.batch_size is not None)
         values = _embed_slices(layouts, cells.features, rules, run, batch_size=at_once)

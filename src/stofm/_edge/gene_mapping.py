@@ -1,15 +1,16 @@
-"""Find out which gene of a vocabulary each column of an AnnData is."""
+"""Which gene of a vocabulary each column of an AnnData is."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from stofm._digests import fingerprint
 from stofm._edge.counts import read_counts
 from stofm._edge.features import (
     VAR_NAMES,
@@ -22,6 +23,7 @@ from stofm._edge.records import read_record, write_record
 from stofm._edge.tables import require_cells_and_genes
 from stofm._keys import Var
 from stofm._logging import logger
+from stofm._messages import warn
 from stofm.genes import (
     GeneMapping,
     GeneVocabulary,
@@ -31,7 +33,8 @@ from stofm.genes import (
 )
 from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
-from stofm.genes.name_advice import advice_for_names
+from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes
+from stofm.genes.name_advice import advice_for_names, spreadsheet_dates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._edge.features import Features
     from stofm.genes.mapping import Species
 
 #: Names that mean the same gene in a smaller share of columns are names of something else.
@@ -49,42 +51,39 @@ _LEAST_AGREEMENT: Final = 0.9
 _MOST_ROWS: Final = 2000
 #: Share of lost genes from which on their names are looked at for a pattern.
 _MOST_LOST: Final = 0.2
+#: Unknown columns that are named, and the share of the unknown counts that makes them all.
+_N_NAMED: Final = 3
+_MOST_OF_UNKNOWN: Final = 0.9
+#: Share of genes with names that became dates from which on more than a few are meant.
+_MOST_DATES: Final = 0.01
+#: Letters from which on the start of names says what a column is.
+_SHORTEST_START: Final = 3
 
 
 @dataclass(frozen=True, eq=False)
 class MappedGenes:
-    """A mapping of the columns and what it was made with.
-
-    Attributes
-    ----------
-    mapping
-        Gene of each column, with the report.
-    params
-        Species, `gene_key`, ortholog table, and the names that were used (``source``,
-        ``fallback``).
-    vocabulary
-        Fingerprint of the vocabulary.
-    names
-        Fingerprint of the names that the genes were found by.
-    advice
-        How to change names so that lost genes are found; ``""`` for no idea.
-    """
+    """A mapping of the columns, what it was made with, and how to name genes that it did not find."""
 
     mapping: GeneMapping
     params: Mapping[str, str]
     vocabulary: str
     names: str
-    advice: str = ""
+    advice: str
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Token, -1 for none, and median of each column's gene; the mapping if it is a new one."""
+
+    token_ids: NDArray[np.int32]
+    medians: NDArray[np.float64]
+    genes: MappedGenes | None
+    vocabulary: str
+    fingerprint: str
 
 
 def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocabulary:
-    """Return a vocabulary, the one of a model, or the embedded one for None.
-
-    Raises
-    ------
-    TypeError
-        The argument is neither a vocabulary nor has one.
-    """
+    """Return a vocabulary, the one of a model, or the embedded one for None."""
     if model_or_vocabulary is None:
         return embedded_vocabulary()
     vocabulary = getattr(model_or_vocabulary, "vocabulary", model_or_vocabulary)
@@ -125,21 +124,24 @@ def compute_gene_mapping(
         fallback_ids=names.get(second),
         counts_per_gene=counts_per_gene,
     )
-    mapping = _of_genes_alone(mapping, features)
+    if features.others:
+        # The report does not count columns that are no genes.
+        types = Counter(mapping.id_types)
+        types[IdType.MISSING.value] -= int((~features.is_gene).sum())
+        mapping = replace(mapping, id_types=dict(+types))
     mapping.require_enough(lambda: _advice(adata, mapping, vocabulary))
     params = {
         "species": species,
         "gene_key": gene_key or "",
-        "orthologs": _describe_orthologs(orthologs),
+        "orthologs": "mapping" if hasattr(orthologs, "items") else str(orthologs or ""),
         "source": best,
         "fallback": second,
     }
-    fingerprint = names_fingerprint(adata, params)
     advice = ""
     if len(mapping.lost) > _MOST_LOST * mapping.n_vars:
-        where = "adata.var_names" if best == VAR_NAMES else f"adata.var[{best!r}]"
-        advice = advice_for_names(mapping.lost, vocabulary, where)
-    return MappedGenes(mapping, params, vocabulary.fingerprint, fingerprint, advice)
+        advice = advice_for_names(mapping.lost, vocabulary, _written(best))
+    names_then = names_fingerprint(adata, params)
+    return MappedGenes(mapping, params, vocabulary.fingerprint, names_then, advice)
 
 
 def _best_sources(found: Mapping[str, GeneMapping]) -> tuple[str, str]:
@@ -168,15 +170,6 @@ def _agree(first: GeneMapping, second: GeneMapping) -> bool:
     return not both.any() or float(same.mean()) >= _LEAST_AGREEMENT
 
 
-def _of_genes_alone(mapping: GeneMapping, features: Features) -> GeneMapping:
-    """The mapping with a report that does not count columns that are no genes."""
-    if not features.others:
-        return mapping
-    types = Counter(mapping.id_types)
-    types[IdType.MISSING.value] -= int((~features.is_gene).sum())
-    return replace(mapping, id_types=dict(+types))
-
-
 def _advice(adata: AnnData, mapping: GeneMapping, vocabulary: GeneVocabulary) -> str:
     """What to do about too few genes, if there is more to say than which arguments there are."""
     rows = clean_names(adata.obs_names[:: -(-adata.n_obs // _MOST_ROWS)])
@@ -187,10 +180,13 @@ def _advice(adata: AnnData, mapping: GeneMapping, vocabulary: GeneVocabulary) ->
             "Transpose the AnnData, so that cells are in its rows: adata = adata.T.copy()."
         )
     for name in (VAR_NAMES, *text_columns(adata)):
-        where = "adata.var_names" if name == VAR_NAMES else f"adata.var[{name!r}]"
-        if advice := advice_for_names(names_of_genes(adata, name), vocabulary, where):
+        if advice := advice_for_names(names_of_genes(adata, name), vocabulary, _written(name)):
             return f"{advice}."
     return ""
+
+
+def _written(source: str) -> str:
+    return "adata.var_names" if source == VAR_NAMES else f"adata.var[{source!r}]"
 
 
 def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
@@ -213,27 +209,16 @@ def candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[str]
 
 
 def names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
-    """Return 16 hexadecimal digits over the names that a mapping with these params is made from.
-
-    ``""`` if they are not there.
-    """
-    hashed = hashlib.blake2b(digest_size=8)
-    for source in filter(None, (params.get("source", ""), params.get("fallback", ""))):
-        if source != VAR_NAMES and source not in adata.var.columns:
-            return ""
-        hashed.update("\n".join([source, *names_of_genes(adata, source)]).encode())
-    return hashed.hexdigest()
+    """Fingerprint of the names that a mapping with these params is made from; ``""`` if one is gone."""
+    sources = [params[name] for name in ("source", "fallback") if params.get(name)]
+    if not all(source == VAR_NAMES or source in adata.var for source in sources):
+        return ""
+    return fingerprint(*("\n".join([one, *names_of_genes(adata, one)]) for one in sources))
 
 
 def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
-    """Return 16 hexadecimal digits over the tokens of all columns."""
+    """Fingerprint of the tokens of all columns."""
     return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
-
-
-def _describe_orthologs(orthologs: Mapping[str, str] | str | PathLike[str] | None) -> str:
-    if orthologs is None:
-        return ""
-    return str(orthologs) if not hasattr(orthologs, "items") else "mapping"
 
 
 def counts_per_gene(adata: AnnData) -> NDArray[np.float64] | None:
@@ -249,31 +234,6 @@ def counts_per_gene(adata: AnnData) -> NDArray[np.float64] | None:
     return total
 
 
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """Which token each column of the counts is.
-
-    Attributes
-    ----------
-    token_ids, medians
-        (n_vars,) token and median of each column's gene; token -1 for none.
-    genes
-        The mapping, if it is new; None if the one in the AnnData was taken.
-    vocabulary
-        Fingerprint of the vocabulary.
-    """
-
-    token_ids: NDArray[np.int32]
-    medians: NDArray[np.float64]
-    genes: MappedGenes | None
-    vocabulary: str
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits over the tokens of all columns."""
-        return columns_fingerprint(self.token_ids)
-
-
 def find_columns(
     adata: AnnData,
     vocabulary: GeneVocabulary,
@@ -284,21 +244,17 @@ def find_columns(
 ) -> Columns:
     """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
     require_cells_and_genes(adata)
-    index = None
+    index, genes = None, None
     if orthologs is None:
         index = _existing_mapping(adata, vocabulary, species, gene_key)
-    genes = None
     if index is None:
         genes = compute_gene_mapping(
             adata, vocabulary, species=species, gene_key=gene_key, orthologs=orthologs
         )
         index = genes.mapping.gene_index
-    return Columns(
-        token_ids=np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32),
-        medians=vocabulary.medians[index],
-        genes=genes,
-        vocabulary=vocabulary.fingerprint,
-    )
+    token_ids = np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32)
+    digits = columns_fingerprint(token_ids)
+    return Columns(token_ids, vocabulary.medians[index], genes, vocabulary.fingerprint, digits)
 
 
 def _existing_mapping(
@@ -319,3 +275,100 @@ def _existing_mapping(
     expected = np.where(index >= 0, vocabulary.tokens[index], -1)
     # Joining slices can leave columns without an entry, which says nothing about their genes.
     return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
+
+
+# What is said of a mapping
+
+
+def report_mapping(
+    adata: AnnData, genes: MappedGenes, counts_per_gene: NDArray[np.float64] | None
+) -> None:
+    """Log which genes were found by what names, and what is left out; warn of lost counts."""
+    mapping = replace(genes.mapping, counts_per_gene=counts_per_gene)
+    sources = " and ".join(filter(None, (genes.params["source"], genes.params["fallback"])))
+    logger.info("%s; names in %s", mapping.summary(), sources)
+    read_features(adata).report()
+    if genes.advice:
+        warn(
+            f"{len(mapping.lost)} of {mapping.n_vars} genes were not found. Of those, {genes.advice}."
+        )
+    if dates := spreadsheet_dates(mapping.lost):
+        tell = warn if len(dates) >= _MOST_DATES * mapping.n_vars else logger.info
+        tell(
+            f"{len(dates)} of {mapping.n_vars} genes are lost, because a spreadsheet turned their names "
+            f"into dates, such as {dates[0]}. Take adata.var_names from where they came from."
+        )
+    if counts_per_gene is not None:
+        warn_of_counts(adata, mapping.gene_index, counts_per_gene)
+
+
+def warn_of_counts(
+    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
+) -> None:
+    """Warn if many counts are in columns without a gene (negative numbers), or that share their gene."""
+    _warn_of_unknown_counts(adata, genes >= 0, counts_per_column)
+    _warn_of_shared_genes(adata, genes, counts_per_column)
+
+
+def _warn_of_shared_genes(
+    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
+) -> None:
+    shared, keep = counts_of_shared_genes(genes, counts_per_column)
+    if not shared.any():
+        return
+    total = counts_per_column.sum()
+    side, argument = ("before", "") if keep == "first" else ("after", "keep='last'")
+    n_genes = len(np.unique(genes[shared > 0]))
+    warn(
+        f"{shared.sum() / total:.1%} of the counts are in {_columns(shared)} of {n_genes} "
+        f"gene{'s' if n_genes > 1 else ''} that another column {side} them has too: "
+        f"{_largest(adata, shared / total)}. The columns of a gene count together. If these are no "
+        f"genes (antibodies, another modality), drop them: gene = adata.var[{Var.GENE!r}]; "
+        f"adata = adata[:, ((gene == '') | ~gene.duplicated({argument})).to_numpy()].copy()"
+    )
+
+
+def _warn_of_unknown_counts(
+    adata: AnnData, is_known: NDArray[np.bool_], counts_per_column: NDArray[np.float64]
+) -> None:
+    unknown = np.where(is_known, 0.0, counts_per_column)
+    total = counts_per_column.sum()
+    if unknown.sum() <= MOST_UNKNOWN * total:
+        return
+    warn(
+        f"{unknown.sum() / total:.1%} of the counts are in {_columns(unknown)} that no gene of the "
+        f"vocabulary was found for: {_largest(adata, unknown / total)}. They count in the "
+        "totals that the values of all genes are shares of. If they are no genes (controls, "
+        "spike-ins, antibodies, another species), drop them: "
+        f"adata = adata[:, {_code_for_others(adata, is_known, unknown)}].copy()"
+    )
+
+
+def _columns(counts: NDArray[np.float64]) -> str:
+    n_columns = np.count_nonzero(counts)
+    return f"{n_columns} column{'s' if n_columns > 1 else ''}"
+
+
+def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
+    """The columns with most counts, with their shares."""
+    order = np.argsort(-shares, kind="stable")[:_N_NAMED]
+    named = ", ".join(f"{adata.var_names[k]} ({shares[k]:.1%})" for k in order if shares[k])
+    return f"most of them in {named}" if np.count_nonzero(shares) > _N_NAMED else named
+
+
+def _code_for_others(
+    adata: AnnData, is_known: NDArray[np.bool_], unknown: NDArray[np.float64]
+) -> str:
+    """Code that is True for all but the unknown columns: by few names, their start, or mapping."""
+    names = adata.var_names.astype(str)
+    largest = np.argsort(-unknown, kind="stable")[:_N_NAMED]
+    enough = _MOST_OF_UNKNOWN * unknown.sum()
+    if unknown[largest].sum() >= enough:
+        few = [names[k] for k in largest if unknown[k]]
+        return f"~adata.var_names.isin({few!r})"
+    start = re.split(r"[\W\d_]", names[largest[0]])[0]
+    has_start = np.asarray(names.str.startswith(start))
+    is_start = len(start) >= _SHORTEST_START and not (has_start & is_known).any()
+    if is_start and unknown[has_start].sum() >= enough:
+        return f"~adata.var_names.str.startswith({start!r})"
+    return f"adata.var[{Var.GENE!r}] != ''"

@@ -1,13 +1,13 @@
-"""``stofm.pp.subslice``: cut slices into sub-slices and find their virtual cells."""
+"""Sub-slices and virtual cells of all slices of a table: made, written, and read back if they fit."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stofm._digests import fingerprint
 from stofm._edge.records import read_record, same_params, write_record
 from stofm._edge.staleness import outdate_by_places
 from stofm._keys import Obs, Obsm, Uns
@@ -26,6 +26,7 @@ _NOT_LAYOUT = ("n_neighbors", "neighbors_among")
 
 
 def rules_of(model_or_config: Any) -> SubSliceConfig:
+    """Rules as they are, those of a model, or the default ones for None."""
     if model_or_config is None:
         return SubSliceConfig()
     if isinstance(model_or_config, SubSliceConfig):
@@ -68,41 +69,42 @@ def lay_out(
     *,
     use_rep: str,
     seed: int,
+    stored_in: AnnData | None = None,
 ) -> Layouts:
-    """Lay out every slice; writes nothing."""
-    layouts = [
-        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
-        for rows in places.slices.rows
-    ]
-    return Layouts(
-        layouts, places, _params(rules, places, use_rep, seed), _digest(features, places)
-    )
-
-
-def _params(rules: SubSliceConfig, places: Places, use_rep: str, seed: int) -> dict[str, Any]:
-    layout_rules = {k: v for k, v in asdict(rules).items() if k not in _NOT_LAYOUT}
-    return {
-        **layout_rules,
+    """Lay out every slice, or take the layout stored in an AnnData if it fits; writes nothing."""
+    params = {
+        **{name: value for name, value in asdict(rules).items() if name not in _NOT_LAYOUT},
         "use_rep": use_rep,
         "spatial_key": places.spatial_key,
         "library_key": places.library_key,
         "seed": seed,
     }
+    digest = _input_digest(features, places)
+    record = None if stored_in is None else read_record(stored_in, Uns.SUBSLICE)
+    if stored_in is not None and record is not None:
+        if same_params(record, params) and record.get("input") == digest:
+            stored = _read_layouts(stored_in, record, places)
+            if stored is not None:
+                return Layouts(stored, places, params, digest, is_new=False)
+        logger.info(
+            "Cells, their embeddings, places or the rules are not those of the stored layout: "
+            "slices are cut again."
+        )
+    layouts = [
+        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
+        for rows in places.slices.rows
+    ]
+    return Layouts(layouts, places, params, digest)
 
 
-def _digest(features: NDArray[np.float32], places: Places) -> str:
-    """Hash all that a layout depends on besides its parameters."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(features).data)
-    digest.update(places.coordinates.data)
-    for name, rows in zip(places.slices.names, places.slices.rows, strict=True):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(rows).data)
-    return digest.hexdigest()
+def _input_digest(features: NDArray[np.float32], places: Places) -> str:
+    """Fingerprint of all that a layout depends on besides its parameters."""
+    slices = zip(places.slices.names, places.slices.rows, strict=True)
+    return fingerprint(features, places.coordinates, *(part for one in slices for part in one))
 
 
 def write_layouts(adata: AnnData, result: Layouts) -> None:
-    """Write layouts into the AnnData: see the Returns section of :func:`subslice`."""
+    """Write layouts into the AnnData: see :func:`stofm.pp.subslice`."""
     import pandas as pd
 
     coordinates = np.empty((adata.n_obs, 2))
@@ -126,14 +128,17 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
         adata.obs[key] = pd.Categorical.from_codes(codes, categories=categories)
     for key in (Obsm.COORDINATES, Obs.SUBSLICE, Obs.VIRTUAL_CELL):
         write_record(adata, key, result.params, input=result.digest)
-    output = _output_digest(result.layouts)
-    write_record(adata, Uns.SUBSLICE, result.params, input=result.digest, output=output)
-    adata.uns[Uns.STOFM][Uns.SUBSLICE] |= {
-        "coordinates": np.vstack([y.virtual.coordinates for y in result.layouts]),
-        "features": np.vstack([y.virtual.features for y in result.layouts]),
-        "slice": names.astype(object),
-        "n_cells": np.bincount(virtual, minlength=n_virtual),
-    }
+    write_record(
+        adata,
+        Uns.SUBSLICE,
+        result.params,
+        input=result.digest,
+        output=_output_digest(result.layouts),
+        coordinates=np.vstack([y.virtual.coordinates for y in result.layouts]),
+        features=np.vstack([y.virtual.features for y in result.layouts]),
+        slice=names.astype(object),
+        n_cells=np.bincount(virtual, minlength=n_virtual),
+    )
     logger.info(
         "%d sub-slices and %d virtual cells in %d slice%s.",
         n_subslices,
@@ -143,44 +148,28 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
     )
 
 
-def lay_out_or_reuse(
-    adata: AnnData,
-    features: NDArray[np.float32],
-    places: Places,
-    rules: SubSliceConfig,
-    *,
-    use_rep: str,
-    seed: int,
-) -> Layouts:
-    """Take the layout stored in the AnnData if it still fits, else make it; writes nothing."""
-    record = read_record(adata, Uns.SUBSLICE)
-    if record is not None:
-        params, digest = _params(rules, places, use_rep, seed), _digest(features, places)
-        if same_params(record, params) and record.get("input") == digest:
-            stored = _read_layouts(adata, record, places)
-            if stored is not None:
-                return Layouts(stored, places, params, digest, is_new=False)
-        logger.info(
-            "Cells, their embeddings, places or the rules are not those of the stored layout: "
-            "slices are cut again."
-        )
-    return lay_out(features, places, rules, use_rep=use_rep, seed=seed)
-
-
 def _read_layouts(
     adata: AnnData, record: dict[str, Any], places: Places
 ) -> list[SliceLayout] | None:
     """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
     if not {Obs.SUBSLICE, Obs.VIRTUAL_CELL} <= set(adata.obs) or Obsm.COORDINATES not in adata.obsm:
         return None
-    codes = [_numbers(adata.obs[key]) for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)]
+    coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
+    subslices, virtual = (_numbers(adata.obs[key]) for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL))
     features, positions = (np.asarray(record.get(name)) for name in ("features", "coordinates"))
-    if any(c is None or c.max(initial=0) >= len(positions) for c in codes[1:]) or codes[0] is None:
+    if subslices is None or virtual is None or virtual.max(initial=0) >= len(positions):
         return None
-    layouts = [
-        _slice_layout(rows, np.asarray(adata.obsm[Obsm.COORDINATES]), codes, positions, features)
-        for rows in places.slices.rows
-    ]
+    layouts = []
+    for rows in places.slices.rows:
+        used, own = np.unique(virtual[rows], return_inverse=True)
+        layouts.append(
+            SliceLayout(
+                coordinates=coordinates[rows],
+                subslice=subslices[rows] - subslices[rows].min(),
+                virtual_cell=own,
+                virtual=VirtualCells(coordinates=positions[used], features=features[used]),
+            )
+        )
     return layouts if _output_digest(layouts) == record.get("output") else None
 
 
@@ -192,28 +181,10 @@ def _numbers(column: Any) -> NDArray[np.int64] | None:
     return numbers.astype(np.int64) if (numbers >= 0).all() else None
 
 
-def _slice_layout(
-    rows: NDArray[np.int64],
-    coordinates: NDArray[np.float64],
-    codes: Any,
-    positions: NDArray[np.float64],
-    features: NDArray[np.float32],
-) -> SliceLayout:
-    subslices, virtual = (c[rows] for c in codes)
-    used = np.unique(virtual)
-    return SliceLayout(
-        coordinates=coordinates[rows],
-        subslice=subslices - subslices.min(),
-        virtual_cell=np.searchsorted(used, virtual),
-        virtual=VirtualCells(coordinates=positions[used], features=features[used]),
-    )
-
-
 def _output_digest(layouts: list[SliceLayout]) -> str:
-    """Hash the layouts themselves, so that an edited one is not taken for ours."""
-    digest = hashlib.blake2b(digest_size=8)
-    for layout in layouts:
-        parts = (layout.coordinates, layout.subslice, layout.virtual_cell)
-        for part in (*parts, layout.virtual.coordinates, layout.virtual.features):
-            digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
+    """Fingerprint of the layouts themselves, so that an edited one is not taken for ours."""
+    parts: list[NDArray[Any]] = []
+    for one in layouts:
+        parts += [one.coordinates, one.subslice, one.virtual_cell]
+        parts += [one.virtual.coordinates, one.virtual.features]
+    return fingerprint(*parts)

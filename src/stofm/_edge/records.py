@@ -23,10 +23,10 @@ _RESERVED: Final = ("", ".", "..", "_index")
 _COLUMNS: Final = "columns"
 
 
-def write_record(adata: AnnData, key: str, params: Mapping[str, Any], **fingerprints: str) -> None:
-    """Record in ``uns["stofm"][key]`` how `key` was made."""
+def write_record(adata: AnnData, key: str, params: Mapping[str, Any], **more: Any) -> None:
+    """Record in ``uns["stofm"][key]`` how `key` was made: parameters, fingerprints and the like."""
     params = {name: _writable(value) for name, value in params.items()}
-    _put_record(adata, key, {"params": params, "version": __version__, **fingerprints})
+    _put_record(adata, key, {"params": params, "version": __version__, **more})
 
 
 def read_record(adata: AnnData, key: str) -> dict[str, Any] | None:

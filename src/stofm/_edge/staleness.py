@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -39,17 +38,11 @@ _OUTDATED: Final = "outdated"
 
 
 def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = None) -> str:
-    """Say why an embedding that stofm wrote does not fit what the AnnData holds now.
+    """Say why an embedding that stofm wrote to ``obsm[key]`` does not fit the AnnData any more.
 
     Empty if it fits, or if that can't be told: without records, counts or coordinates. Whole
-    cells and genes may be taken away or put in another order.
-
-    Parameters
-    ----------
-    key
-        Entry of ``obsm``.
-    vocabulary
-        That of its model, if it is at hand; the embedded one is always.
+    cells and genes may be taken away or put in another order. `vocabulary` is that of its model,
+    if at hand; the embedded one is always.
     """
     record = read_record(adata, key)
     if record is None or "cell_encoder" not in record:
@@ -125,11 +118,11 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
     """Say how stored tokens contradict the counts that they are of; empty if they don't.
 
     Tokens of up to 512 cells, evenly spread, are made again and compared, but for genes that are
-    no longer there. What is done to a table as a whole is noticed so: cells or genes permuted,
-    counts replaced. A change of a few cells is not. Counts that can't be ranked again, since they
-    are normalised by now or the vocabulary is not at hand, must have the genes of the tokens.
-    Columns that lost their tokens when tables were joined are mapped again, and columns whose
-    names are of other genes by now are other counts.
+    no longer there. This notices what is done to a table as a whole: cells or genes permuted,
+    counts replaced. A change of a few cells goes unnoticed. Counts that can't be ranked again
+    (normalised by now, or the vocabulary is not at hand) must still have the genes of the tokens.
+    Columns that lost their tokens when tables were joined are mapped again, and columns renamed
+    to other genes are other counts.
     """
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
     is_there = Obsm.TOKENS in adata.obsm and adata.n_obs > 0
@@ -139,14 +132,63 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
     known = (vocabulary, embedded_vocabulary())
     own = next((v for v in known if v and v.fingerprint == record.get("vocabulary")), None)
     columns = _stored_columns(adata)
-    if columns is not None and own and (found := _renamed(adata, made, own, columns)):
-        return found
-    if columns is None and own:
+    if own and columns is None:
         columns = _map_again(adata, made, own)
+    elif own and columns is not None and (found := _renamed(adata, made, own, columns)):
+        return found
     if columns is None:
         return ""
     is_whole = columns_fingerprint(columns) == record.get("columns")
     return _other_tokens(adata, record["params"], columns, own, is_whole=is_whole)
+
+
+def _stored_columns(adata: AnnData) -> NDArray[np.int64] | None:
+    """(n_vars,) token of each column, -1 for none; None where joining tables dropped them."""
+    import pandas as pd
+
+    if Var.TOKEN_ID not in adata.var:
+        return None
+    # Where tables were joined, columns can lack their token.
+    tokens = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
+    stored: NDArray[np.int64] = tokens.to_numpy(dtype=np.int64)
+    return stored
+
+
+def _name_sources(adata: AnnData, made: Mapping[str, Any]) -> list[str]:
+    """Where the names are that a mapping was made from; empty unless all are still there."""
+    params = made.get("params", {})
+    sources = [params[name] for name in ("source", "fallback") if params.get(name)]
+    return sources if all(one == VAR_NAMES or one in adata.var for one in sources) else []
+
+
+def _renamed(
+    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary, stored: NDArray[np.int64]
+) -> str:
+    """Say how many columns have names of other genes than those that their tokens are of."""
+    is_told = bool(_name_sources(adata, made))
+    if not is_told or names_fingerprint(adata, made["params"]) == made.get("names"):
+        return ""
+    now = _map_again(adata, made, vocabulary)
+    if now is None or not (n := np.count_nonzero((now >= 0) & (stored >= 0) & (now != stored))):
+        return ""
+    return f"{n} of {adata.n_vars} columns have names of other genes than those that their tokens are of."
+
+
+def _map_again(
+    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary
+) -> NDArray[np.int64] | None:
+    """Token of each column by its names, or by what is left of these; None if they say little."""
+    species = made.get("params", {}).get("species", "auto")
+    try:
+        if sources := _name_sources(adata, made):
+            names, *others = (names_of_genes(adata, one) for one in sources)
+            fallback = others[0] if others else None
+            mapping = map_gene_ids(names, vocabulary, species=species, fallback_ids=fallback)
+        else:
+            mapping = compute_gene_mapping(adata, vocabulary, species=species).mapping
+    except ValueError:
+        return None
+    return mapping.token_id.astype(np.int64)
 
 
 def _other_tokens(
@@ -166,9 +208,20 @@ def _other_tokens(
         return ""
     if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
         return ""
-    sample = _Sample.of(adata, rows, params, columns)
+    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
+    is_there = np.isin(stored.tokens, columns)
+    ends = np.concatenate([[0], np.cumsum(is_there)])
+    kept = RankedTokens(stored.tokens[is_there], ends[stored.offsets])
     order = vocabulary if is_raw and is_whole else None
-    differ = sample.differ(counts, order, tolerance=0 if is_whole else _FEW)
+    now = _ranked(counts, columns, order, params["duplicates"])
+    # Which tokens the counts do not give; without a vocabulary their order does not matter.
+    own, found = (_keys(one, ordered=order is not None) for one in (kept, now))
+    cells = np.repeat(np.arange(now.n_cells), kept.n_tokens)
+    n_lost = np.bincount(cells[~np.isin(own, found)], minlength=now.n_cells)
+    differ = n_lost > (0 if is_whole else _FEW) * kept.n_tokens
+    if order is not None:
+        is_cut = stored.n_tokens >= params["max_tokens"]
+        differ |= ~is_cut & (now.n_tokens != kept.n_tokens)
     if differ.sum() <= (0 if is_whole else _MOST * len(rows)):
         return ""
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
@@ -178,131 +231,25 @@ def _other_tokens(
     )
 
 
-def _stored_columns(adata: AnnData) -> NDArray[np.int64] | None:
-    """(n_vars,) token of each column, -1 for none; None where joining tables dropped them."""
-    import pandas as pd
-
-    if Var.TOKEN_ID not in adata.var:
-        return None
-    # Where tables were joined, columns can lack their token.
-    tokens = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
-    stored: NDArray[np.int64] = tokens.to_numpy(dtype=np.int64)
-    return stored
-
-
-def _renamed(
-    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary, stored: NDArray[np.int64]
-) -> str:
-    """Say how many columns have names of other genes than those that their tokens are of."""
-    if not _has_names(adata, made) or names_fingerprint(adata, made["params"]) == made.get("names"):
-        return ""
-    now = _map_again(adata, made, vocabulary)
-    if now is None:
-        return ""
-    n_renamed = np.count_nonzero((now >= 0) & (stored >= 0) & (now != stored))
-    return (
-        f"{n_renamed} of {adata.n_vars} columns have names of other genes than those that their "
-        "tokens are of."
-        if n_renamed
-        else ""
+def _ranked(
+    counts: sparse.csr_matrix,
+    columns: NDArray[np.int64],
+    vocabulary: GeneVocabulary | None,
+    duplicates: Any,
+) -> RankedTokens:
+    """All tokens of some cells, in the order that a vocabulary gives them."""
+    medians = np.ones(int(columns.max(initial=0)) + 2)
+    if vocabulary is not None:
+        is_used = vocabulary.tokens < len(medians) - 1
+        medians[vocabulary.tokens[is_used]] = vocabulary.medians[is_used]
+    return rank_genes(
+        counts,
+        columns,
+        # Token -1, no gene, reads the last entry.
+        medians[columns],
+        max_tokens=max(counts.shape[1], 1),
+        duplicates=duplicates,
     )
-
-
-def _has_names(adata: AnnData, made: Mapping[str, Any]) -> bool:
-    """Whether the names that a mapping was made from are all there."""
-    sources = _name_sources(made)
-    return bool(sources) and all(one == VAR_NAMES or one in adata.var for one in sources)
-
-
-def _name_sources(made: Mapping[str, Any]) -> list[str]:
-    params = made.get("params", {})
-    return [params[name] for name in ("source", "fallback") if params.get(name)]
-
-
-def _map_again(
-    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary
-) -> NDArray[np.int64] | None:
-    """Token of each column by its names, or by what is left of these; None if they say little."""
-    species = made.get("params", {}).get("species", "auto")
-    try:
-        if not _has_names(adata, made):
-            mapping = compute_gene_mapping(adata, vocabulary, species=species).mapping
-        else:
-            names, *others = (names_of_genes(adata, one) for one in _name_sources(made))
-            mapping = map_gene_ids(
-                names, vocabulary, species=species, fallback_ids=others[0] if others else None
-            )
-    except ValueError:
-        return None
-    return mapping.token_id.astype(np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sample:
-    """Stored tokens of some cells, but for genes that are no longer there.
-
-    Attributes
-    ----------
-    columns
-        (n_vars,) token of each column, -1 for none.
-    tokens
-        The cells' tokens.
-    is_cut
-        (n_cells,) whether a cell may have had more genes than it kept.
-    duplicates
-        How columns of one gene were treated.
-    """
-
-    columns: NDArray[np.int64]
-    tokens: RankedTokens
-    is_cut: NDArray[np.bool_]
-    duplicates: Any
-
-    @classmethod
-    def of(
-        cls,
-        adata: AnnData,
-        rows: NDArray[np.int64],
-        params: Mapping[str, Any],
-        columns: NDArray[np.int64],
-    ) -> _Sample:
-        stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
-        is_there = np.isin(stored.tokens, columns)
-        ends = np.concatenate([[0], np.cumsum(is_there)])
-        return cls(
-            columns=columns,
-            tokens=RankedTokens(stored.tokens[is_there], ends[stored.offsets]),
-            is_cut=stored.n_tokens >= params["max_tokens"],
-            duplicates=params["duplicates"],
-        )
-
-    def differ(
-        self, counts: sparse.csr_matrix, vocabulary: GeneVocabulary | None, tolerance: float
-    ) -> NDArray[np.bool_]:
-        """Which cells have more than a share of tokens that counts do not give.
-
-        The order counts with a vocabulary.
-        """
-        medians = np.ones(int(self.columns.max(initial=0)) + 2)
-        if vocabulary is not None:
-            is_used = vocabulary.tokens < len(medians) - 1
-            medians[vocabulary.tokens[is_used]] = vocabulary.medians[is_used]
-        now = rank_genes(
-            counts,
-            self.columns,
-            # Token -1, no gene, reads the last entry.
-            medians[self.columns],
-            max_tokens=max(counts.shape[1], 1),
-            duplicates=self.duplicates,
-        )
-        is_ordered = vocabulary is not None
-        own, found = (_keys(one, ordered=is_ordered) for one in (self.tokens, now))
-        cells = np.repeat(np.arange(now.n_cells), self.tokens.n_tokens)
-        is_lost = ~np.isin(own, found)
-        n_lost = np.bincount(cells[is_lost], minlength=now.n_cells)
-        differ: NDArray[np.bool_] = n_lost > tolerance * self.tokens.n_tokens
-        has_more = ~self.is_cut & (now.n_tokens != self.tokens.n_tokens)
-        return differ | has_more if is_ordered else differ
 
 
 def _keys(tokens: RankedTokens, *, ordered: bool) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Turn the counts of each cell into ranked gene tokens."""
+"""Ranked gene tokens of a table: made from its counts, written, and read back."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from stofm._edge.counts import read_counts
-from stofm._edge.gene_mapping import Columns, find_columns, vocabulary_of, write_gene_mapping
-from stofm._edge.gene_report import report_mapping, warn_of_counts
+from stofm._edge.gene_mapping import (
+    Columns,
+    find_columns,
+    report_mapping,
+    vocabulary_of,
+    warn_of_counts,
+    write_gene_mapping,
+)
 from stofm._edge.records import read_record, remove_entry, same_params, write_record
 from stofm._edge.staleness import outdate_by_counts
 from stofm._keys import Obs, Obsm
@@ -26,13 +32,22 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from stofm.genes import GeneVocabulary
     from stofm.genes.mapping import Species
 
 Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens of all cells, before they are written, and whether they differ from those stored."""
+
+    ranked: RankedTokens
+    columns: Columns
+    params: Mapping[str, Any]
+    is_new: bool = True
 
 
 def tokens_or_stored(
@@ -56,7 +71,7 @@ def tokens_or_stored(
     )
     on_columns(columns)
     params = token_params(model, layer=layer)
-    stored = stored_tokens(adata, columns, params)
+    stored = _stored_tokens(adata, columns, params)
     tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
     is_same = stored is not None and tokens.ranked.equals(stored)
     if stored is not None and not is_same:
@@ -96,7 +111,14 @@ def token_blocks(
         total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
     ) as advance:
         for block in reader:
-            yield _rank(block, columns, params)
+            yield rank_genes(
+                block,
+                columns.token_ids,
+                columns.medians,
+                max_tokens=params["max_tokens"],
+                duplicates=params["duplicates"],
+                values=bool(params.get("values")),
+            )
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
     report_columns(adata, columns, total)
@@ -143,17 +165,6 @@ def _embedded_model_reads_values() -> bool:
     return cell_encoder.get("values", "none") != "none" or bool(cell_encoder.get("pooled"))
 
 
-def _rank(counts: sparse.csr_matrix, columns: Columns, params: Mapping[str, Any]) -> RankedTokens:
-    return rank_genes(
-        counts,
-        columns.token_ids,
-        columns.medians,
-        max_tokens=params["max_tokens"],
-        duplicates=params["duplicates"],
-        values=bool(params.get("values")),
-    )
-
-
 def warn_of_empty_cells(ranked: RankedTokens) -> None:
     """Warn if some cells have no tokens."""
     n_empty = int((ranked.n_tokens == 0).sum())
@@ -164,57 +175,28 @@ def warn_of_empty_cells(ranked: RankedTokens) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """What :func:`tokenize` writes, before it is written.
-
-    Attributes
-    ----------
-    ranked
-        Tokens of all cells, with values if the parameters ask for them.
-    columns
-        What the columns of the counts are.
-    params
-        Layer, largest number of tokens, treatment of columns of one gene; ``values=True`` if
-        values are made too.
-    is_new
-        False if `ranked` was read from the AnnData.
-    """
-
-    ranked: RankedTokens
-    columns: Columns
-    params: Mapping[str, Any]
-    is_new: bool = True
-
-
 def write_tokens(adata: AnnData, tokens: Tokens) -> None:
     """Write tokens, their number, their values, a new mapping of the columns, and the records.
 
     Values that belong to other tokens, which the new ones replace, are removed. Embeddings that
     are of other counts are marked as such.
     """
-    max_tokens = tokens.params["max_tokens"]
-    matrix = tokens.ranked.to_csr(max_tokens)
-    with_values = bool(tokens.params.get("values"))
-    values = tokens.ranked.values_to_csr(max_tokens) if with_values else None
-    columns = tokens.columns
+    ranked, columns, params = tokens.ranked, tokens.columns, tokens.params
+    made: dict[str, Any] = {Obsm.TOKENS: ranked.to_csr(params["max_tokens"])}
+    if params.get("values"):
+        made[Obsm.TOKEN_VALUES] = ranked.values_to_csr(params["max_tokens"])
     outdate_by_counts(adata)
     if columns.genes is not None:
         write_gene_mapping(adata, columns.genes)
-    adata.obsm[Obsm.TOKENS] = matrix
-    adata.obs[Obs.N_TOKENS] = tokens.ranked.n_tokens
-    written = [Obsm.TOKENS, Obs.N_TOKENS]
     remove_entry(adata, Obsm.TOKEN_VALUES)
-    if values is not None:
-        adata.obsm[Obsm.TOKEN_VALUES] = values
-        written.append(Obsm.TOKEN_VALUES)
-    for key in written:
-        write_record(
-            adata, key, tokens.params, vocabulary=columns.vocabulary, columns=columns.fingerprint
-        )
+    adata.obs[Obs.N_TOKENS] = ranked.n_tokens
+    for key, matrix in made.items():
+        adata.obsm[key] = matrix
+    for key in (Obs.N_TOKENS, *made):
+        write_record(adata, key, params, vocabulary=columns.vocabulary, columns=columns.fingerprint)
 
 
-def stored_tokens(
+def _stored_tokens(
     adata: AnnData, columns: Columns, params: Mapping[str, Any]
 ) -> RankedTokens | None:
     """Return the stored tokens if they were made with these columns and parameters.
@@ -224,32 +206,20 @@ def stored_tokens(
     record = read_record(adata, Obsm.TOKENS)
     if record is None or Obsm.TOKENS not in adata.obsm:
         return None
+    with_values = bool(params.get("values"))
+    made, asked = ({**one, "values": ""} for one in (record.get("params", {}), params))
     fits = (
-        _fits_but_for_values(record, params)
+        same_params({"params": made}, asked)
         and record.get("vocabulary") == columns.vocabulary
         and record.get("columns") == columns.fingerprint
     )
-    if not fits or (params.get("values") and not values_are_stored(adata)):
+    if not fits or (with_values and not values_are_stored(adata)):
         return None
-    n_tokens = int(columns.token_ids.max(initial=0)) + 1
-    return read_ranked(adata, n_tokens, values=bool(params.get("values")))
+    return read_ranked(adata, int(columns.token_ids.max(initial=0)) + 1, values=with_values)
 
 
 def read_ranked(adata: AnnData, n_tokens: int, *, values: bool) -> RankedTokens:
-    """Read the stored tokens, checked.
-
-    Parameters
-    ----------
-    n_tokens
-        Tokens must be smaller.
-    values
-        Read the values too.
-
-    Raises
-    ------
-    ValueError
-        The matrices are damaged, or were not made by stofm.
-    """
+    """Read the stored tokens, all of them below `n_tokens`."""
     try:
         ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
         if (largest := int(ranked.tokens.max(initial=0))) >= n_tokens:
@@ -270,11 +240,3 @@ def values_are_stored(adata: AnnData) -> bool:
         and record == beside
         and Obsm.TOKEN_VALUES in adata.obsm
     )
-
-
-def _fits_but_for_values(record: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
-    made, asked = (
-        {name: value for name, value in entries.items() if name != "values"}
-        for entries in (record.get("params", {}), params)
-    )
-    return same_params({"params": made}, asked)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from stofm._edge.gene_mapping import (
     compute_gene_mapping,
     counts_per_gene,
+    report_mapping,
     vocabulary_of,
     write_gene_mapping,
 )
-from stofm._edge.gene_report import report_mapping
 from stofm._edge.records import all_or_nothing
 from stofm._edge.tables import require_cells_and_genes, resolve_table
 
