@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from scipy import sparse
 
 from stofm._edge.features import gene_names
-from stofm._edge.slice_files import open_slice
+from stofm._edge.slice_files import open_table
 from stofm._logging import logger
 from stofm.genes import GeneVocabulary
 
@@ -58,7 +58,7 @@ def read_slices(folder: Path) -> Iterator[object]:
         if path.stem not in HELD_OUT:
             yield path
             continue
-        ids, symbols = gene_names(open_slice(path))
+        ids, symbols = gene_names(open_table(path))
         yield sparse.csr_matrix((0, len(ids))), ids, symbols
 
 

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from stofm._edge.counts import read_counts
 from stofm._edge.features import gene_names
-from stofm._edge.slice_files import open_slice
+from stofm._edge.slice_files import open_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_files(counts: np.ndarray, kind: str, suffix: str, tmp_path: Path) -> No
     adata = anndata.AnnData(KINDS[kind](counts.astype(np.float32)))
     path = tmp_path / f"slice{suffix}"
     adata.write_zarr(path) if suffix == ".zarr" else adata.write_h5ad(path)
-    opened = open_slice(path)
+    opened = open_table(path)
     assert opened.isbacked == (suffix == ".h5ad")
     assert np.array_equal(together(opened, chunk_size=11), counts)
     assert np.array_equal(together(opened[3:31, 2:9], chunk_size=11), counts[3:31, 2:9])
@@ -122,7 +122,7 @@ def test_memory_is_that_of_a_block(rng: np.random.Generator, tmp_path: Path) -> 
     whole = sparse.random(3_000, 700, 0.3, format="csr", random_state=rng, dtype=np.float32)
     whole.data[:] = 1
     anndata.AnnData(whole).write_h5ad(tmp_path / "slice.h5ad")
-    opened = open_slice(tmp_path / "slice.h5ad")
+    opened = open_table(tmp_path / "slice.h5ad")
     tracemalloc.start()
     n_counts = sum(block.sum() for block in read_counts(opened, chunk_size=100))
     peak = tracemalloc.get_traced_memory()[1]
@@ -234,7 +234,7 @@ def test_damaged_matrices(
     adata.write_h5ad(tmp_path / "slice.h5ad")
     adata.write_zarr(tmp_path / "slice.zarr")
     name = "adata.X" if layer is None else r"adata.layers\['raw'\]"
-    opened = [open_slice(tmp_path / f"slice.{end}") for end in ("h5ad", "zarr")]
+    opened = [open_table(tmp_path / f"slice.{end}") for end in ("h5ad", "zarr")]
     for damaged in (adata, adata[3:, ::2], *opened):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
             list(read_counts(damaged, layer=layer))

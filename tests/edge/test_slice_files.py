@@ -15,10 +15,10 @@ import zarr
 
 from stofm._edge.slice_files import (
     is_spatialdata,
-    open_slice,
-    read_slice,
+    open_table,
+    read_data,
     refuse_output,
-    write_slice,
+    write_data,
 )
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ def sdata(adata: AnnData):
 @pytest.fixture
 def store(sdata, tmp_path: Path) -> Path:
     path = tmp_path / "sdata.zarr"
-    write_slice(sdata, path)
+    write_data(sdata, path)
     return path
 
 
 @pytest.mark.filterwarnings("ignore:.*not present in the SpatialData")
 def test_spatialdata_is_read_and_written(store: Path, adata: AnnData) -> None:
     assert is_spatialdata(store)
-    np.testing.assert_array_equal(open_slice(store).X.toarray(), adata.X.toarray())
-    data = read_slice(store)
+    np.testing.assert_array_equal(open_table(store).X.toarray(), adata.X.toarray())
+    data = read_data(store)
     data.tables["table"].obsm["X_mine"] = np.ones((adata.n_obs, 2))
-    write_slice(data, store)
-    assert "X_mine" in open_slice(store, "table").obsm
+    write_data(data, store)
+    assert "X_mine" in open_table(store, "table").obsm
     with pytest.raises(KeyError, match=r"has the tables \['table'\]"):
-        open_slice(store, "other")
+        open_table(store, "other")
     assert [path.name for path in store.parent.iterdir()] == ["sdata.zarr"]
 
 
@@ -80,7 +80,7 @@ def damaged(path: Path, how: str, adata: AnnData) -> Path:
 
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty", "an unknown encoding", "no genes"])
-@pytest.mark.parametrize("read", [read_slice, open_slice])
+@pytest.mark.parametrize("read", [read_data, open_table])
 def test_a_damaged_file_is_named(how: str, read, adata: AnnData, tmp_path: Path) -> None:
     path = damaged(tmp_path / "mine.h5ad", how, adata)
     with pytest.raises(ValueError, match=r"mine\.h5ad (can't be read \(|holds no AnnData)"):
@@ -94,15 +94,15 @@ def test_other_files_are_named_and_explained(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "other.loom", "w") as file:
         file["matrix"] = [1]
     with pytest.raises(ValueError, match=r"Expected obs and var, found \['matrix'\]"):
-        read_slice(tmp_path / "other.loom")
+        read_data(tmp_path / "other.loom")
     with pytest.raises(ValueError, match=r"counts\.h5 .* 10x Genomics, which has no coordinates"):
-        read_slice(tmp_path / "counts.h5")
+        read_data(tmp_path / "counts.h5")
     (tmp_path / "folder.zarr").mkdir()
     (tmp_path / "folder.zarr" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"folder\.zarr can't be read .*no AnnData"):
-        read_slice(tmp_path / "folder.zarr")
+        read_data(tmp_path / "folder.zarr")
     with pytest.raises(FileNotFoundError, match=r"There is no file .*nowhere"):
-        open_slice(tmp_path / "nowhere.h5ad")
+        open_table(tmp_path / "nowhere.h5ad")
 
 
 def test_only_files_of_the_kind_are_replaced(adata: AnnData, store: Path, tmp_path: Path) -> None:
@@ -151,17 +151,17 @@ def test_a_zarr_store_without_frames_is_not_replaced(tmp_path: Path) -> None:
 
 def test_of_a_mudata_a_modality_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a MuData.*write_h5ad"):
-        read_slice(foreign(tmp_path, "MuData"))
+        read_data(foreign(tmp_path, "MuData"))
 
 
 @pytest.mark.parametrize(
     "array", ["X/data", "X/indices", "X/indptr", "obsm/spatial", "var/_index", "obs/library"]
 )
-@pytest.mark.parametrize("read", [read_slice, open_slice])
+@pytest.mark.parametrize("read", [read_data, open_table])
 def test_a_store_that_lacks_chunks_is_refused(
     array: str, read, adata: AnnData, tmp_path: Path
 ) -> None:
-    write_slice(adata, tmp_path / "x.zarr")
+    write_data(adata, tmp_path / "x.zarr")
     for file in (tmp_path / "x.zarr" / array).rglob("*"):
         if file.is_file() and file.name not in {".zarray", ".zattrs", ".zgroup", "zarr.json"}:
             file.unlink()
@@ -171,11 +171,11 @@ def test_a_store_that_lacks_chunks_is_refused(
 
 @pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
 def test_a_store_that_lacks_an_array_is_refused(adata: AnnData, tmp_path: Path) -> None:
-    write_slice(adata, tmp_path / "x.zarr")
+    write_data(adata, tmp_path / "x.zarr")
     zarr.consolidate_metadata(tmp_path / "x.zarr")
     shutil.rmtree(tmp_path / "x.zarr" / "obsm" / "spatial")
     with pytest.raises(ValueError, match=r"the array 'obsm/spatial' is not in the folder"):
-        read_slice(tmp_path / "x.zarr")
+        read_data(tmp_path / "x.zarr")
 
 
 def test_chunks_of_zeros_may_be_left_out(adata: AnnData, tmp_path: Path) -> None:
@@ -184,8 +184,8 @@ def test_chunks_of_zeros_may_be_left_out(adata: AnnData, tmp_path: Path) -> None
     small.X.eliminate_zeros()
     small.layers["zeros"] = np.zeros((3, 2))
     small.obs["same"] = "a"
-    write_slice(small, tmp_path / "x.zarr")
-    assert read_slice(tmp_path / "x.zarr").n_obs == 3
+    write_data(small, tmp_path / "x.zarr")
+    assert read_data(tmp_path / "x.zarr").n_obs == 3
 
 
 @pytest.mark.parametrize(("name", "k"), [("x.h5ad", 0), ("x.zarr", 1)])
@@ -195,7 +195,7 @@ def test_killed_at_a_rename_the_counts_are_found(
     small = adata[:5, :4].copy()
     path = tmp_path / name
     real = {call: getattr(os, call) for call in ("rename", "replace")}
-    write_slice(small, path)
+    write_data(small, path)
     calls = iter(range(1000))
 
     def interrupt(*args, call):
@@ -207,12 +207,12 @@ def test_killed_at_a_rename_the_counts_are_found(
     for call in real:
         monkeypatch.setattr(os, call, lambda *a, call=call: interrupt(*a, call=call))
     try:
-        write_slice(small, path)
+        write_data(small, path)
     except KeyboardInterrupt:
         pass
     finally:
         monkeypatch.undo()
-    assert read_slice(path).shape == (5, 4)
-    write_slice(small, path)
+    assert read_data(path).shape == (5, 4)
+    write_data(small, path)
     assert [one.name for one in tmp_path.iterdir()] == [name]
     assert ad.read_zarr(path).n_obs == 5 if name.endswith("zarr") else True

@@ -47,18 +47,8 @@ _MUDATA: Final = (
 )
 
 
-def read_slice(path: str | Path) -> Any:
-    """Read an AnnData, or a SpatialData from its store.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is nothing at `path`.
-    OSError
-        It may not be read.
-    ValueError
-        It is damaged, or holds something else.
-    """
+def read_data(path: str | Path) -> Any:
+    """Read an AnnData, or a SpatialData from its store."""
     import anndata
 
     path = _found(path)
@@ -71,27 +61,8 @@ def read_slice(path: str | Path) -> Any:
         return anndata.read_zarr(path)
 
 
-def open_slice(path: str | Path, table_key: str | None = None) -> AnnData:
-    """Open an AnnData whose ``X`` stays on disk, or read the table of a SpatialData store.
-
-    Parameters
-    ----------
-    path
-        ``.h5ad`` file or Zarr store.
-    table_key
-        Name of a SpatialData's table; may be left out if there is only one.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is nothing at `path`.
-    OSError
-        It may not be read.
-    ValueError
-        It is damaged, or holds something else.
-    KeyError
-        There is no such table, or none is named and there are several.
-    """
+def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
+    """Open an AnnData whose ``X`` stays on disk, or read the table of a SpatialData store."""
     import anndata
 
     path = _found(path)
@@ -103,17 +74,7 @@ def open_slice(path: str | Path, table_key: str | None = None) -> AnnData:
 
 
 def is_spatialdata(path: str | Path) -> bool:
-    """Whether a file holds a SpatialData, and not an AnnData.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is nothing at `path`.
-    OSError
-        It may not be read.
-    ValueError
-        It is damaged, or holds neither.
-    """
+    """Whether a file holds a SpatialData, and not an AnnData."""
     path = _found(path)
     with reading(path, _EXPECTED):
         return _has_elements(path)
@@ -286,23 +247,8 @@ _SPATIALDATA: Final = Kind(
 def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None:
     """Refuse a place that a slice can't be written to, before there is anything to write.
 
-    Parameters
-    ----------
-    path
-        Where to write to.
-    has_spatialdata
-        Whether a SpatialData is to be written; of it, an ``.h5ad`` file gets the table.
-    overwrite
-        Replace a file of the kind that is written.
-
-    Raises
-    ------
-    ValueError
-        The name ends in something else than ``.h5ad`` or ``.zarr``.
-    FileExistsError
-        Something is there, and `overwrite` is false or it is of another kind.
-    OSError
-        The folder can't be written to.
+    Of a SpatialData, an ``.h5ad`` file gets the table. `overwrite` allows to replace a file of the
+    kind that is written.
     """
     if path.suffix not in _ENDINGS:
         msg = f"The output must end in .h5ad or .zarr, found {path.name!r}."
@@ -311,7 +257,7 @@ def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None
     kind.refuse_other(path, overwrite=overwrite)
 
 
-def write_slice(data: Any, path: Path) -> None:
+def write_data(data: Any, path: Path) -> None:
     """Write an AnnData to ``.h5ad`` or ``.zarr``, or a SpatialData to ``.zarr``, whole or not at all."""
 
     def fill(part: Path) -> None:
