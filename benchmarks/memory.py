@@ -27,7 +27,7 @@ MB = 1e6
 def measure(n_cells: int, n_genes: int) -> dict[str, float]:
     """Embed a simulated slice in this process; return the estimate and the peak in bytes."""
     import stofm as st
-    from stofm.tl._memory import MemoryPlan
+    from stofm._edge.memory_plan import MemoryPlan
 
     model = st.Stofm.from_pretrained()
     # What is imported and built at the first call is no part of the work.

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm import Stofm
+from stofm._edge.slice_files import open_table
 from stofm._logging import logger
-from stofm._slice_files import open_slice
 from stofm.train.recipe import DataConfig, Recipe
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def sources(data: DataConfig, folder: Path) -> str:
     lines = ["| slice | technology | species | tissue | cells | source, licence | paper |"]
     lines.append("|---|---|---|---|---|---|---|")
     for file in data.find(folder)[0]:
-        adata = open_slice(file)
+        adata = open_table(file)
         options = data.options_of(file, folder)
         n_cells = adata.n_obs
         if options.exclude:

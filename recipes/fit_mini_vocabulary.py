@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 from scipy import sparse
 
-from stofm._features import gene_names
+from stofm._edge.features import gene_names
+from stofm._edge.slice_files import open_table
 from stofm._logging import logger
-from stofm._slice_files import open_slice
 from stofm.genes import GeneVocabulary
 from stofm.train.recipe import Recipe
 
@@ -47,7 +47,7 @@ def read_slices(folder: Path) -> Iterator[object]:
     data = Recipe.from_toml(RECIPE).data
     used = {file for files in data.find(folder) for file in files}
     for path in sorted(folder.glob("*.h5ad")):
-        adata = open_slice(path)
+        adata = open_table(path)
         options = data.options_of(path, folder)
         if path not in used:
             ids, symbols = gene_names(adata)

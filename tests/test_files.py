@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from stofm._files import Kind, local, put_in_place, take_back, tidy
+from stofm._files import Kind, local, put_in_place, read_table, take_back, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -250,3 +252,12 @@ def test_what_comes_back_is_told(tmp_path, caplog):
     assert take_back(tmp_path / "thing").read_text() == "old"
     assert "thing was not there, but an older one" in caplog.text
     assert caplog.records[0].levelname == "WARNING"
+
+
+def test_numbers_come_back_to_the_last_bit(tmp_path, rng):
+    numbers = 10.0 ** rng.uniform(-300, 300, 1000)
+    written = pd.DataFrame({"step": np.arange(1000), "loss": numbers, "split": "train"})
+    written.to_csv(tmp_path / "history.csv", index=False)
+    pd.testing.assert_frame_equal(
+        read_table(tmp_path / "history.csv"), written, check_exact=True, check_dtype=False
+    )

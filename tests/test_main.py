@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from stofm.__main__ import main
-from stofm._slice_files import write_slice
+from stofm._edge.slice_files import write_data
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -231,9 +231,9 @@ def test_a_fault_of_the_software_is_said_to_be_one(error, files, monkeypatch, ca
     ],
 )
 def test_what_can_be_known_is_said_before_the_work(words, out, message, files, monkeypatch, capsys):
-    from stofm import _slice_files
+    from stofm._edge import slice_files
 
-    monkeypatch.setattr(_slice_files, "read_slice", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(slice_files, "read_data", lambda _: pytest.fail("it was read"))
     for name in ("taken", "text.h5ad"):
         (files / name).write_text("mine")
     assert embed(files, *words, out=out) == 1
@@ -249,7 +249,7 @@ def test_a_spatialdata_store_is_embedded(files, adata, monkeypatch, capsys):
     keys = {"region": "a", "region_key": "region", "instance_key": "cell"}
     table = spatialdata.models.TableModel.parse(adata, **keys)
     tables = {"cells": table, "bins": table.copy()}
-    write_slice(spatialdata.SpatialData(tables=tables), files / "s.zarr")
+    write_data(spatialdata.SpatialData(tables=tables), files / "s.zarr")
     monkeypatch.chdir(files)
     words = ["embed", "s.zarr", "out.h5ad", "--model", "model", "--library-key", "library"]
     assert main([*words, "--quiet"]) == 1

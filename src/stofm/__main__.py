@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stofm import __version__
 from stofm._files import local
 from stofm._logging import logger
 from stofm._messages import naming
+from stofm._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -185,15 +185,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _embed(options: argparse.Namespace) -> None:
     from stofm import tl
-    from stofm._anndata import resolve_table
-    from stofm._slice_files import is_spatialdata, read_slice, refuse_output, write_slice
+    from stofm._edge.slice_files import is_spatialdata, read_data, refuse_output, write_data
+    from stofm._edge.tables import resolve_table
     from stofm.nn import Stofm
 
     has_tables = is_spatialdata(options.input)
     _refuse_table_key(options.input, options.table_key, has_tables=has_tables)
     refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)
     model = Stofm.from_pretrained(options.model, revision=options.revision)
-    data = read_slice(options.input)
+    data = read_data(options.input)
     with _about(options.input):
         tl.embed(
             data,
@@ -214,7 +214,7 @@ def _embed(options: argparse.Namespace) -> None:
         )
     if options.output.suffix == ".h5ad":
         data = resolve_table(data, options.table_key)
-    write_slice(data, options.output)
+    write_data(data, options.output)
     what = "The SpatialData" if hasattr(data, "tables") else "The AnnData"
     logger.info("%s is written to %s.", what, options.output)
 
@@ -263,7 +263,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from stofm._demo import run_demo
-    from stofm._slice_files import is_spatialdata
+    from stofm._edge.slice_files import is_spatialdata
 
     if options.data is not None:
         has_tables = is_spatialdata(options.data)

@@ -28,27 +28,8 @@ def build_dataclass(
 ) -> Config:
     """Build a dataclass from its fields by name, as their annotations say.
 
-    Tables become dataclasses and lists tuples where a field is annotated so.
-
-    Parameters
-    ----------
-    cls
-        The dataclass. Its annotations are made of str, int, float, bool, None, literals, tuples,
-        lists, dictionaries and dataclasses.
-    entries
-        Values by name of field; fields with a default may be left out.
-    where
-        The file, in messages.
-    table
-        Name of the table in it, dotted; empty for the whole.
-    is_listed
-        Whether it is one of several tables of that name.
-
-    Raises
-    ------
-    ValueError
-        An entry is not among the fields, is missing, is of another type, or has a value that it
-        can't have.
+    Tables become dataclasses and lists tuples where a field is annotated so. Messages name the
+    file `where`, and the dotted `table` in it, which `is_listed` if it is one of several.
     """
     brackets = f"[[{table}]]" if is_listed else f"[{table}]"
     place = f"{brackets} of {where}" if table else where
@@ -73,13 +54,7 @@ def build_dataclass(
 
 
 def check_seed(seed: object) -> None:
-    """Refuse what is no seed for every generator that is used.
-
-    Raises
-    ------
-    ValueError
-        It is no whole number from 0 to 2**32 - 1.
-    """
+    """Refuse what is no seed for every generator that is used."""
     if not (hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32):
         msg = f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}."
         raise ValueError(msg)
@@ -191,20 +166,7 @@ def _short(value: object) -> str:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file that holds one table.
-
-    Parameters
-    ----------
-    path
-        The file.
-    remedy
-        What to do if it is damaged, for the message.
-
-    Raises
-    ------
-    ValueError
-        It is no JSON in UTF-8, holds something else than a table, or an entry twice.
-    """
+    """Read a JSON file that holds one table; of a damaged one the message names the remedy."""
     try:
         entries = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:

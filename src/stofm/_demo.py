@@ -60,8 +60,8 @@ def run_demo(
 
     mpl.use("Agg")
     from stofm import pl, tl
-    from stofm._anndata import resolve_table
-    from stofm._slice_files import read_slice, refuse_output, write_slice
+    from stofm._edge.slice_files import read_data, refuse_output, write_data
+    from stofm._edge.tables import resolve_table
 
     refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
     figures = [out / name for name in _FIGURES]
@@ -74,7 +74,7 @@ def run_demo(
         adata = simulate_slice(_N_CELLS, _N_GENES, seed=seed)
         logger.info("Simulated a slice of %d cells and %d genes.", *adata.shape)
     else:
-        adata = resolve_table(read_slice(data), table_key)
+        adata = resolve_table(read_data(data), table_key)
     tl.embed(adata, library_key=library_key, seed=seed, show_progress_bar=False)
     _cluster(adata, seed)
 
@@ -84,7 +84,7 @@ def run_demo(
     pl.spatial(adata, color=color, show=False, save=figures[1])
     pl.subslices(adata, show=False, save=figures[2])
     pl.virtual_cells(adata, show=False, save=figures[3])
-    write_slice(adata, out / _EMBEDDED)
+    write_data(adata, out / _EMBEDDED)
     _compare_with_labels(adata)
     logger.info("Wrote %s and %s to %s/.", ", ".join(_FIGURES), _EMBEDDED, out)
     return adata

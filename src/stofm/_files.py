@@ -20,10 +20,12 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    import pandas as pd
 
 _logger = logging.getLogger("stofm")
 #: Names of what this process is writing now.
@@ -44,14 +46,8 @@ TRIFLES: Final = {".DS_Store", ".gitattributes", "Thumbs.db", "desktop.ini"}
 class Kind:
     """What may be replaced by another of its kind, as its content says.
 
-    Attributes
-    ----------
-    name
-        In messages, with an article.
-    is_one
-        Whether a file or folder is one.
-    has
-        Whether a file belongs to a folder of the kind, by its path within (``"model/config.json"``).
+    `name` has an article, for messages; `is_one` tells whether a file or folder is one; `has`
+    whether a file belongs to a folder of the kind, by its path in it (``"model/config.json"``).
     """
 
     name: str
@@ -59,15 +55,7 @@ class Kind:
     has: Callable[[str], bool] = lambda _: False
 
     def refuse_other(self, path: Path, *, overwrite: bool) -> None:
-        """Refuse a place that can't be written to, or holds what may not be replaced.
-
-        Raises
-        ------
-        FileExistsError
-            Something is there, and `overwrite` is false or it is no such thing or more than that.
-        OSError
-            The folder can't be written to, or is the current one.
-        """
+        """Refuse a place that can't be written to, or holds what may not be replaced."""
         place = take_back(path)
         _refuse_fixed(place, path)
         if not place.exists() or (place.is_dir() and not any(place.iterdir())):
@@ -98,11 +86,6 @@ def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
 
     Interrupted, it leaves what was there, or the new one. A symbolic link stays, and what it leads
     to is replaced, with its permissions.
-
-    Raises
-    ------
-    OSError
-        The disk is full, or can't be written to.
     """
     place = take_back(path)
     _refuse_fixed(place, path)
@@ -134,11 +117,6 @@ def take_back(path: Path) -> Path:
     """Follow links, and give an old folder its name back if a kill left only that.
 
     Whoever reads or writes a file or folder of stofm calls this first.
-
-    Raises
-    ------
-    OSError
-        Links lead to each other.
     """
     place = Path(os.path.realpath(local(path)))
     if place.is_symlink():
@@ -162,21 +140,9 @@ def _restore_old(place: Path) -> bool:
 
 @contextlib.contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
-    """Name the file that a user gave, whatever a library says of it.
+    """Have errors name the file that a user gave, and what it should be (without an article).
 
-    Parameters
-    ----------
-    path
-        The file.
-    expected
-        What it should be, without an article.
-
-    Raises
-    ------
-    OSError
-        It may not be read.
-    ValueError
-        It is damaged, or something else.
+    A file that may not be read gives OSError, one that is damaged or something else ValueError.
     """
     try:
         yield
@@ -194,6 +160,16 @@ def reading(path: Path, expected: str) -> Iterator[None]:
             f"{expected}. Get or write it again."
         )
         raise ValueError(msg) from error
+
+
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """Read a table as :func:`pandas.read_csv` does; numbers are as written, to the last bit."""
+    import pandas as pd
+
+    # pandas 3.1 always reads so, and deprecates the option.
+    if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):
+        options["float_precision"] = "round_trip"
+    return pd.read_csv(path, **options)
 
 
 def tidy(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import stofm as st
-from stofm._frames import frame_names
+from stofm._edge.records import frame_names
 from stofm._keys import Obs, Obsm, Uns
 from stofm.heads.annotation import AnnotationHead, write_annotation
 from stofm.heads.inputs import read_inputs

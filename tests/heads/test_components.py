@@ -211,7 +211,7 @@ def test_blocks_layers_and_kinds_of_matrices(counts, components, vocabulary, tmp
     import anndata as ad
 
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    monkeypatch.setattr("stofm._counts._BLOCK_ENTRIES", 50 * N_GENES)
+    monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", 50 * N_GENES)
     np.testing.assert_allclose(read(components, backed, vocabulary), expected, atol=1e-5)
     backed.file.close()
 

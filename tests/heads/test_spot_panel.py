@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from stofm._edge.tokens import tokens_or_stored
 from stofm.heads.expression import log_normalised
 from stofm.heads.options import Reading
 from stofm.heads.spot_panel import (
@@ -14,7 +15,6 @@ from stofm.heads.spot_panel import (
     read_panel_counts,
 )
 from stofm.nn import encode_cells
-from stofm.pp._tokenize import tokens_or_stored
 
 READING = Reading(device="cpu", show_progress_bar=False)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._anndata import read_record
+from stofm._edge.records import read_record
 from stofm._keys import Var
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 
@@ -392,7 +392,7 @@ def test_dates_of_spreadsheets(
     told = "2 of 13 genes are lost, because a spreadsheet turned their names into dates, such as 1-"
     with pytest.warns(UserWarning, match=told):
         pp.map_genes(adata, vocabulary=vocabulary)
-    monkeypatch.setattr("stofm.pp._gene_report._MOST_DATES", 0.2)
+    monkeypatch.setattr("stofm._edge.gene_mapping._MOST_DATES", 0.2)
     with caplog.at_level(logging.INFO, logger="stofm"):
         pp.map_genes(adata, vocabulary=vocabulary)
     assert told in caplog.text

@@ -98,7 +98,7 @@ def test_file_round_trip(encoded, tmp_path, suffix):
 
 
 def test_missing_features_say_what_to_run(adata):
-    with pytest.raises(KeyError, match=r"run st\.tl\.encode_cells\(adata\) first"):
+    with pytest.raises(KeyError, match=r"Run st\.tl\.encode_cells\(adata\) first"):
         st.pp.subslice(adata, library_key="library")
 
 

@@ -13,11 +13,15 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._anndata import read_record
+from stofm._edge.records import read_record
+from stofm._edge.tokens import (
+    _embedded_model_reads_values,
+    read_ranked,
+    token_params,
+    tokens_or_stored,
+)
 from stofm._keys import Obs, Obsm, Var
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
-from stofm.pp._token_entries import read_ranked
-from stofm.pp._tokenize import _embedded_model_reads_values, token_params, tokens_or_stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -307,7 +311,7 @@ def test_nothing_is_half_written(
         raise KeyboardInterrupt
 
     adata.X.data[-1] = 1
-    monkeypatch.setattr("stofm.pp._tokenize.rank_genes", interrupt)
+    monkeypatch.setattr("stofm._edge.tokens.rank_genes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(adata, vocabulary)
     assert not adata.obsm
@@ -501,7 +505,7 @@ def test_values_for_the_embedded_model_as_its_config_says(
 ) -> None:
     folder = tmp_path / "weights" / "stofm-mini"
     folder.mkdir(parents=True)
-    monkeypatch.setattr("stofm.pp._tokenize.resources.files", lambda _: tmp_path)
+    monkeypatch.setattr("stofm._edge.tokens.resources.files", lambda _: tmp_path)
     for entries, reads in (({}, False), ({"values": "log"}, True), ({"pooled": True}, True)):
         (folder / "config.json").write_text(json.dumps({"cell_encoder": entries}))
         _embedded_model_reads_values.cache_clear()

@@ -137,8 +137,7 @@ def test_the_log_ends_with_a_summary(one_slice, model, caplog):
 
 def calls(monkeypatch):
     """Count how often each step runs (ranking always does, to notice changed counts)."""
-    from stofm.pp import _subslice
-    from stofm.tl import _embed
+    from stofm._edge import embedding, layouts
 
     counted = {"cells": 0, "layout": 0}
 
@@ -151,8 +150,8 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    count(_embed, "encode_ranked", "cells")
-    count(_subslice, "lay_out_slice", "layout")
+    count(embedding, "encode_ranked", "cells")
+    count(layouts, "lay_out_slice", "layout")
     return counted
 
 
@@ -453,12 +452,12 @@ def nothing_written(adata):
 
 
 def test_interrupted_it_leaves_the_data_as_they_were(one_slice, model, monkeypatch):
-    from stofm.tl import _embed
+    from stofm._edge import embedding
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_embed, "embed_slice", interrupt)
+    monkeypatch.setattr(embedding, "embed_slice", interrupt)
     with pytest.raises(KeyboardInterrupt):
         embed(one_slice, model)
     assert nothing_written(one_slice)

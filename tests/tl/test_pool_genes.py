@@ -7,6 +7,7 @@ import pytest
 from scipy import sparse
 
 import stofm as st
+from stofm._edge.counts import read_counts
 from stofm._keys import Obsm, Uns
 from stofm.genes import embedded_vocabulary
 from stofm.tl import _pool_genes
@@ -79,7 +80,7 @@ def test_it_is_the_weighted_mean(adata, values, path, monkeypatch):
     assert list(adata.var.columns) == []
 
     def in_blocks(*args, **options):
-        return st._counts.read_counts(*args, **options, chunk_size=7)
+        return read_counts(*args, **options, chunk_size=7)
 
     monkeypatch.setattr(_pool_genes, "read_counts", in_blocks)
     again = pool(adata, path, copy=True)

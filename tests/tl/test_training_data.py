@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from stofm import _counts
+from stofm._edge import counts
 from stofm.genes import GeneVocabulary, RankedTokens
 from stofm.tl import _training_data
 from stofm.tl._slice_sources import find_sources
@@ -64,7 +64,7 @@ def reads(monkeypatch):
 
 def test_a_file_of_one_slice_is_written_block_by_block(prepare, file, left, tmp_path, monkeypatch):
     whole = open_corpus(tmp_path / "work", prepare(left)).slices[0]
-    monkeypatch.setattr(_counts, "_BLOCK_ENTRIES", 20 * left.n_vars)
+    monkeypatch.setattr(counts, "_BLOCK_ENTRIES", 20 * left.n_vars)
     sizes = []
     original = _training_data.write_slice
 

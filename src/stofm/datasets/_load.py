@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 import pooch
 
+from stofm._edge.slice_files import read_data
 from stofm._files import local
-from stofm._slice_files import read_slice
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -82,7 +82,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     is_address = "://" in name
     if not is_address and not local(name).is_file():
         section = _find(name)
-        return read_slice(_download(section.url, section.sha256, cache_dir))
+        return read_data(_download(section.url, section.sha256, cache_dir))
     if sha256 is None:
         msg = (
             f"{name} is not in the list of sections, so its checksum is needed: pass sha256= (64 "
@@ -94,9 +94,9 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         msg = f"sha256 must be 64 hexadecimal digits, found {sha256!r}."
         raise ValueError(msg)
     if is_address:
-        return read_slice(_download(name, digest, cache_dir))
+        return read_data(_download(name, digest, cache_dir))
     _verify(local(name), digest)
-    return read_slice(name)
+    return read_data(name)
 
 
 def _sections_file() -> str:

@@ -98,11 +98,13 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
             symbols=clean_names(symbols[0]) if symbols else [""] * len(ids),
         )
     # The only way from here to AnnData: who passes arrays does not need it.
-    from stofm import _counts, _features, _slice_files
+    from stofm._edge.counts import read_counts
+    from stofm._edge.features import gene_names
+    from stofm._edge.slice_files import open_table
 
-    adata = _slice_files.open_slice(item) if isinstance(item, str | Path) else item
-    ids, symbols = _features.gene_names(adata)
-    return CountSlice(_counts.read_counts(adata, layer=layer), ids, symbols)
+    adata = open_table(item) if isinstance(item, str | Path) else item
+    ids, symbols = gene_names(adata)
+    return CountSlice(read_counts(adata, layer=layer), ids, symbols)
 
 
 def _human_gene_ids(

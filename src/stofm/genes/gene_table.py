@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._files import local, reading
-from stofm._tables import read_table
+from stofm._files import local, read_table, reading
 from stofm.genes.gene_ids import clean_names, strip_version
 from stofm.genes.mapping import map_gene_ids
 

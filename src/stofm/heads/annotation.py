@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import numpy as np
 
 from stofm import metrics
-from stofm._anndata import write_record
-from stofm._frames import make_frame, write_frame
+from stofm._edge.records import (
+    all_or_nothing,
+    make_frame,
+    refuse_foreign,
+    refuse_not_finite,
+    write_frame,
+    write_record,
+)
 from stofm._keys import Label, Obs, Obsm, Suffix
 from stofm._logging import logger
-from stofm._writing import all_or_nothing, refuse_foreign, refuse_not_finite
 from stofm.heads.base import Entries, Head, refuse_reserved, require_head
 from stofm.heads.ensemble import fit_voters
 from stofm.heads.fitting import Task

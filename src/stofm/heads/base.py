@@ -11,9 +11,9 @@ import numpy as np
 
 from stofm import __version__
 from stofm._config import build_dataclass
+from stofm._edge.records import refuse_taken
 from stofm._files import local, take_back
 from stofm._keys import Obs, Obsm, Uns
-from stofm._writing import refuse_taken
 from stofm.heads.components import ComponentsEntries, ExpressionComponents, read_expression
 from stofm.heads.head_files import (
     HISTORY,

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.vocabulary import embedded_vocabulary

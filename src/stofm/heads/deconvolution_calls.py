@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._messages import naming
-from stofm._writing import all_or_nothing
 from stofm.heads.fitting import fit
 from stofm.heads.labels import read_labels
 from stofm.heads.sections import resolve_slices

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._anndata import read_record
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.records import read_record
+from stofm._edge.staleness import stale_reason
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
 from stofm.nn.stofm import load_model
-from stofm.pp._staleness import stale_reason
-from stofm.pp._tokenize import tokenize
+from stofm.pp import tokenize
+from stofm.tl._embed import embed
+from stofm.tl._encode_cells import encode_cells
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -188,9 +190,6 @@ class EmbeddingSource:
 
 def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_places: bool) -> None:
     """Embed cells, without regard to place if only that is read."""
-    from stofm.tl._embed import embed
-    from stofm.tl._encode_cells import encode_cells
-
     if with_places:
         read_places(adata, options["spatial_key"])
         embed(adata, model, **options)

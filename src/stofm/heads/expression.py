@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
 from stofm.heads.gene_columns import selector
 from stofm.heads.targets import Targets
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stofm._writing import all_or_nothing
+from stofm._edge.records import all_or_nothing
 from stofm.heads.components import add_expression
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
 from stofm.heads.inputs import read_inputs

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._features import VAR_NAMES, gene_name_sources
+from stofm._edge.features import VAR_NAMES, gene_name_sources
+from stofm._edge.gene_mapping import find_columns
 from stofm._messages import warn
 from stofm.genes import map_gene_ids
 from stofm.genes.gene_ids import clean_names
-from stofm.pp._tokenize import find_columns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from anndata import AnnData
 
+    from stofm._edge.gene_mapping import Columns
     from stofm.genes import GeneVocabulary
-    from stofm.pp._token_entries import Columns
 
 
 #: With a smaller share of the smallest table's genes, names may not match.

@@ -10,10 +10,14 @@ import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._anndata import write_record
-from stofm._frames import make_frame, write_frame
+from stofm._edge.records import (
+    all_or_nothing,
+    make_frame,
+    refuse_not_finite,
+    write_frame,
+    write_record,
+)
 from stofm._logging import logger
-from stofm._writing import all_or_nothing, refuse_not_finite
 from stofm.heads.base import Entries, Head
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.gene_columns import Gene

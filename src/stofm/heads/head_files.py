@@ -9,7 +9,7 @@ import numpy as np
 
 from stofm._config import read_json
 from stofm._files import Kind, reading
-from stofm._tables import read_table as read_plain_table
+from stofm._files import read_table as read_plain_table
 from stofm.nn.checkpoint import CONFIG
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
 from stofm.nn.conversion import check_sizes, load_exactly, shapes

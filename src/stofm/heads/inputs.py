@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
+from stofm._edge.records import all_or_nothing
+from stofm._edge.tables import read_representation
 from stofm._keys import Obsm
-from stofm._writing import all_or_nothing
 from stofm.heads.embeddings import (
     MADE_BY_EMBED,
     EmbeddingSource,
@@ -152,10 +153,11 @@ def read_inputs(
 ) -> Inputs:
     """Read representations, and embed cells where those of :func:`stofm.tl.embed` are missing.
 
-    Embeddings that are missing are written to the tables, to all or to none. Those that don't fit
-    stay as they are: with a given model the cells are embedded aside, else they are refused. These
-    don't fit: embeddings by another model, with another layer or other slices than those asked for,
-    and of other counts or coordinates than there are now (:mod:`stofm.pp._staleness`).
+    Embeddings that are missing are written to the tables, as `embed` does, to all or, if one can't
+    be embedded, to none. Those that don't fit stay as they are: with a given model the cells are
+    embedded aside. These don't fit: embeddings by another model, ones that were made with another
+    layer or other slices than those asked for, and ones of other counts or coordinates than there
+    are now, see :func:`~stofm._edge.staleness.stale_reason`.
 
     Parameters
     ----------
@@ -186,8 +188,6 @@ def read_inputs(
 
 def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
     """Read an entry of ``obsm`` of each table, checked."""
-    from stofm.tl._representations import read_representation
-
     return sections.each(lambda table: read_representation(table, rep))
 
 

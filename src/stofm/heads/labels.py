@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._categories import label_text
+from stofm._edge.tables import label_text
 from stofm._logging import logger
 from stofm._messages import warn
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import MADE_BY_EMBED, places_entry

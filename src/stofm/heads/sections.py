@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from stofm._anndata import resolve_table
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.slices import Slices, read_slices
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._messages import naming
-from stofm._slices import Slices, read_slices
 from stofm.heads.embeddings import places_entry, slices_column
 
 if TYPE_CHECKING:

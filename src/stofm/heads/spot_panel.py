@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
 from stofm._messages import warn
 from stofm.genes import rank_genes
 from stofm.heads.components import principal_axes

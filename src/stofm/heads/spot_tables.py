@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._counts import read_counts
-from stofm._frames import frame_names
+from stofm._edge.counts import read_counts
+from stofm._edge.records import frame_names
+from stofm._edge.slices import Slices
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._slices import Slices
 from stofm.genes.compressed import require_sound
 from stofm.heads.embeddings import gene_records
 from stofm.heads.sections import Sections

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm._anndata import write_record
-from stofm._frames import make_frame, remove_frame, write_frame
+from stofm._edge.records import (
+    all_or_nothing,
+    make_frame,
+    refuse_foreign,
+    refuse_not_finite,
+    remove_entry,
+    write_frame,
+    write_record,
+)
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._writing import all_or_nothing, refuse_foreign, refuse_not_finite
 from stofm.heads.base import Entries, Head, refuse_reserved, require_head
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.ensemble import fit_voters
@@ -319,7 +325,7 @@ def write_proportions(
         write_record(table, key, params, **head.model_names())
         write_frame(table, key, mean, names)
         # That of an earlier run would be taken for this one's.
-        remove_frame(table, key + _STD)
+        remove_entry(table, key + _STD)
         for frame in spread:
             write_frame(table, key + _STD, frame, names)
     logger.info("Proportions of %d types in %d spots: obsm[%r].", len(names), len(found.mean), key)

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from stofm._config import check_seed
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.slices import read_slices
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm._slices import read_slices
 from stofm.heads.embeddings import recorded_options
 from stofm.heads.tuning_config import FineTuningConfig, TuningStrategy
 from stofm.heads.tuning_lora import LowRankModel

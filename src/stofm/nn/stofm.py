@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stofm import __version__
 from stofm._messages import warn
+from stofm._version import __version__
 from stofm.genes import GeneVocabulary
 from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 
 from stofm import metrics
-from stofm._anndata import resolve_table
-from stofm._frames import frame_names
+from stofm._edge.records import frame_names
+from stofm._edge.tables import resolve_table
 from stofm._keys import Label, Obs, Obsm
 from stofm.metrics.calibration import Reliability
 from stofm.pl._confusion import count_pairs, draw_confusion

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from stofm._anndata import resolve_table
-from stofm._frames import frame_names
+from stofm._edge.records import frame_names
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.pl._draw import add_key, points_per_unit

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._anndata import read_record, resolve_table
-from stofm._counts import read_counts
-from stofm._features import read_features
-from stofm._frames import frame_names
+from stofm._edge.counts import read_counts
+from stofm._edge.features import read_features
+from stofm._edge.records import frame_names, read_record
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._maps import draw_maps
 from stofm.pl._panels import finish

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm._anndata import read_record
-from stofm._coordinates import read_coordinates
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.records import read_record
+from stofm._edge.slices import described_column
 from stofm._keys import Obs, Obsm, Uns
-from stofm._slices import described_column
 from stofm.pl._style import NO_VALUE_LABEL, category_names, nearest_names
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stofm._anndata import resolve_table
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._draw import add_scale_bar
 from stofm.pl._maps import draw_maps

@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
 
-from stofm._anndata import layer_names
-from stofm._categories import label_text
+from stofm._edge.tables import label_text, layer_names
 
 if TYPE_CHECKING:
     from anndata import AnnData

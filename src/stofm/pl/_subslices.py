@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.patches import Polygon
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
-from stofm._anndata import resolve_table
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm
 from stofm.pl._draw import FONT_SIZE, draw_cells, marker_area
 from stofm.pl._panels import Layout, finish, frame_panel, make_axes

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pandas as pd
 
-from stofm._files import local
-from stofm._tables import read_table
+from stofm._files import local, read_table
 from stofm.pl._panels import TITLE_SIZE, finish, make_axes, root_figure
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pandas as pd
 
-from stofm._anndata import resolve_table
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._draw import add_key
 from stofm.pl._panels import TITLE_SIZE, Layout, finish, make_axes

@@ -9,7 +9,7 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.lines import Line2D
 
-from stofm._anndata import resolve_table
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm
 from stofm.pl._draw import (
     FONT_SIZE,

@@ -1,18 +1,25 @@
 """Tools: run and train models on AnnData."""
 
-from stofm.heads.annotation import AnnotationHead
-from stofm.heads.genes import ImputationHead
-from stofm.heads.spots import DeconvolutionHead
-from stofm.tl._annotate import annotate
-from stofm.tl._deconvolve import deconvolve
-from stofm.tl._domains import domains
-from stofm.tl._embed import embed
-from stofm.tl._encode_cells import encode_cells
-from stofm.tl._impute import impute
-from stofm.tl._pool_genes import pool_genes
-from stofm.tl._probe import probe
-from stofm.tl._probe_result import ProbeResult
-from stofm.tl._train import train
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stofm._lazy import lazy
+
+if TYPE_CHECKING:
+    from stofm.heads.annotation import AnnotationHead
+    from stofm.heads.genes import ImputationHead
+    from stofm.heads.spots import DeconvolutionHead
+    from stofm.tl._annotate import annotate
+    from stofm.tl._deconvolve import deconvolve
+    from stofm.tl._domains import domains
+    from stofm.tl._embed import embed
+    from stofm.tl._encode_cells import encode_cells
+    from stofm.tl._impute import impute
+    from stofm.tl._pool_genes import pool_genes
+    from stofm.tl._probe import probe
+    from stofm.tl._probe_result import ProbeResult
+    from stofm.tl._train import train
 
 __all__ = [
     "AnnotationHead",
@@ -29,3 +36,26 @@ __all__ = [
     "probe",
     "train",
 ]
+
+__getattr__ = lazy(
+    "stofm.tl",
+    {
+        "annotate": "stofm.tl._annotate",
+        "AnnotationHead": "stofm.heads.annotation",
+        "DeconvolutionHead": "stofm.heads.spots",
+        "deconvolve": "stofm.tl._deconvolve",
+        "domains": "stofm.tl._domains",
+        "embed": "stofm.tl._embed",
+        "encode_cells": "stofm.tl._encode_cells",
+        "ImputationHead": "stofm.heads.genes",
+        "impute": "stofm.tl._impute",
+        "pool_genes": "stofm.tl._pool_genes",
+        "probe": "stofm.tl._probe",
+        "ProbeResult": "stofm.tl._probe_result",
+        "train": "stofm.tl._train",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,6 +11,8 @@ from stofm.heads.labels import MIN_SHARE, MISSING
 from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
 from stofm.heads.sections import resolve_slices
 
+pass
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path

@@ -20,6 +20,8 @@ from stofm.heads.sections import resolve_slices
 from stofm.heads.spots import DeconvolutionHead, deconvolve_with
 from stofm.spatial.spot_simulation import SpotRules
 
+pass
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path

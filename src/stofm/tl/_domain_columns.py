@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stofm._anndata import read_record
+from stofm._edge.records import read_record
 from stofm._keys import Suffix
 
 if TYPE_CHECKING:

@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._anndata import (
+from stofm._config import check_seed
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.records import (
+    all_or_nothing,
     read_record,
-    resolve_table,
+    refuse_foreign,
+    refuse_taken,
     write_record,
 )
-from stofm._config import check_seed
-from stofm._coordinates import read_coordinates
+from stofm._edge.slices import Slices, read_slices
+from stofm._edge.staleness import stale_reason
+from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
-from stofm._slices import Slices, read_slices
-from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
 from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
 from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
-from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (
     Centering,
     domain_space,
@@ -32,7 +34,6 @@ from stofm.spatial.domains import (
 )
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._domain_columns import DomainLevels, level_columns, write_levels
-from stofm.tl._representations import read_representation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from stofm._anndata import (
-    read_record,
-    resolve_table,
-    write_record,
-)
-from stofm._keys import Obsm
-from stofm._writing import all_or_nothing
-from stofm.nn import Stofm, choose_device, choose_dtype
-from stofm.nn import encode_cells as encode_ranked
-from stofm.nn.stofm import load_model
-from stofm.pp._staleness import changed_counts, is_outdated
-from stofm.pp._token_entries import read_ranked, values_are_stored
+from stofm._edge.embedding import Run, encode_table, write_cells
+from stofm._edge.records import all_or_nothing
+from stofm._edge.tables import resolve_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
     from anndata import AnnData
-    from numpy.typing import NDArray
 
-    from stofm.genes import RankedTokens
+    from stofm.nn import Stofm
 
 
 def encode_cells(
@@ -98,125 +85,11 @@ def encode_cells(
     (500, 128)
     """
     table = resolve_table(adata, table_key, copy=copy)
-    model = load_model(model)
-    model.warn_if_untrained()
-    ranked = read_tokens(table, model)
-    place = choose_device(device)
-    precision = choose_dtype(dtype, place)
-    features = encode_ranked(
-        model.cell_encoder,
-        ranked,
-        model.vocabulary,
-        device=place,
-        dtype=precision,
-        token_budget=checked_budget("token_budget", token_budget),
-        show_progress_bar=show_progress_bar,
+    run = Run.choose(
+        model, device, dtype, token_budget=token_budget, show_progress_bar=show_progress_bar
     )
-    result = CellEmbedding(features, cell_record(model, ranked, precision))
+    cells = encode_table(table, run)
     target = table.copy() if copy else table
     with all_or_nothing(target):
-        write_cell_embedding(target, result)
+        write_cells(target, cells)
     return target if copy else None
-
-
-def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
-    """Read the tokens that :func:`stofm.pp.tokenize` wrote, checked against the model.
-
-    As many as the model keeps of a cell, with values if it reads them.
-
-    Raises
-    ------
-    KeyError
-        There are no tokens, or no values although the model reads them.
-    ValueError
-        The tokens belong to another vocabulary, are of other counts, or were changed.
-    """
-    if Obsm.TOKENS not in adata.obsm:
-        msg = f"There is no obsm[{Obsm.TOKENS!r}]: run st.pp.tokenize(adata, model) first."
-        raise KeyError(msg)
-    record = read_record(adata, Obsm.TOKENS) or {}
-    if record.get("vocabulary") != model.vocabulary.fingerprint:
-        msg = (
-            f"The tokens were made with the vocabulary {record.get('vocabulary', '(unknown)')}, "
-            f"and model {model.name!r} has {model.vocabulary.fingerprint}: run "
-            "st.pp.tokenize(adata, model) again."
-        )
-        raise ValueError(msg)
-    if found := changed_counts(adata, model.vocabulary):
-        msg = f"The tokens are of other counts: {found} Run st.pp.tokenize(adata, model) again."
-        raise ValueError(msg)
-    values = model.config.cell_encoder.reads_values
-    if values and not values_are_stored(adata):
-        msg = (
-            f"Model {model.name!r} reads the values of tokens, and there is no "
-            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]: run "
-            "st.pp.tokenize(adata, model) again."
-        )
-        raise KeyError(msg)
-    ranked = read_ranked(adata, model.vocabulary.n_tokens, values=values)
-    return ranked.head(model.config.max_tokens)
-
-
-def checked_budget(name: str, value: int | Literal["auto"]) -> int | None:
-    """Return a batch's size, None for ``"auto"``.
-
-    Raises
-    ------
-    ValueError
-        The value is neither ``"auto"`` nor at least 1.
-    """
-    if value == "auto":
-        return None
-    if value < 1:
-        msg = f"`{name}` must be at least 1, or left out, found {value}."
-        raise ValueError(msg)
-    return value
-
-
-@dataclass(frozen=True)
-class CellEmbedding:
-    """Cell embeddings, with their record if they are to be written."""
-
-    features: NDArray[np.float32]
-    record: dict[str, str] | None
-
-
-def cell_record(model: Stofm, ranked: RankedTokens, dtype: torch.dtype) -> dict[str, str]:
-    """Return all that cell embeddings depend on."""
-    return {
-        "model": model.name,
-        "cell_encoder": model.cell_encoder_fingerprint,
-        "vocabulary": model.vocabulary.fingerprint,
-        "tokens": ranked.digest,
-        "dtype": str(dtype).removeprefix("torch."),
-        "n_cells": str(ranked.n_cells),
-    }
-
-
-def write_cell_embedding(adata: AnnData, result: CellEmbedding) -> None:
-    """Write cell embeddings and their record, if they are new."""
-    if result.record is not None:
-        adata.obsm[Obsm.X_CELL] = result.features
-        dtype = result.record["dtype"]
-        rest = {name: v for name, v in result.record.items() if v and name != "dtype"}
-        write_record(adata, Obsm.X_CELL, {"dtype": dtype}, **rest)
-
-
-def stored_cell_embedding(
-    adata: AnnData, expected: dict[str, str], d_cell: int
-) -> NDArray[np.float32] | None:
-    """Return the stored cell embeddings if their record is the expected one, else None."""
-    record = read_record(adata, Obsm.X_CELL)
-    if record is None or Obsm.X_CELL not in adata.obsm or is_outdated(record):
-        return None
-    found = {
-        "n_cells": expected["n_cells"],
-        **record,
-        "dtype": record.get("params", {}).get("dtype"),
-    }
-    stored = np.asarray(adata.obsm[Obsm.X_CELL])
-    # A model's name does not change its numbers.
-    fits = all(found.get(name) == value for name, value in expected.items() if name != "model")
-    if not fits or stored.shape != (adata.n_obs, d_cell):
-        return None
-    return stored.astype(np.float32, copy=False)

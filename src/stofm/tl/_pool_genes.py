@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from stofm._anndata import resolve_table, write_record
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
+from stofm._edge.gene_mapping import find_columns
+from stofm._edge.records import all_or_nothing, write_record
+from stofm._edge.tables import resolve_table
+from stofm._edge.tokens import report_columns
 from stofm._keys import Obsm
 from stofm._logging import counter, logger
 from stofm._messages import warn
-from stofm._writing import all_or_nothing
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
 from stofm.heads.base import refuse_reserved
 from stofm.heads.expression import log_normalised
-from stofm.pp._tokenize import find_columns, report_columns
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._counts import read_counts
+from stofm._edge.counts import read_counts
 from stofm.genes import embedded_vocabulary
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.expression import log_normalised

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stofm._anndata import resolve_table
+from stofm._edge.slice_files import open_table
+from stofm._edge.tables import resolve_table
 from stofm._files import local
-from stofm._slice_files import open_slice
 from stofm.genes import read_orthologs
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class SliceSource:
         """Give the AnnData; a file is closed afterwards."""
         is_file = isinstance(self.data, Path)
         key = self.options.table_key
-        adata = open_slice(self.data, key) if is_file else resolve_table(self.data, key)
+        adata = open_table(self.data, key) if is_file else resolve_table(self.data, key)
         try:
             yield adata
         finally:

@@ -11,21 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm._counts import read_counts
-from stofm._features import gene_names
+from stofm._edge.counts import read_counts
+from stofm._edge.features import gene_names
+from stofm._edge.gene_mapping import candidate_names, find_columns
+from stofm._edge.places import read_places
+from stofm._edge.tokens import compute_tokens, token_blocks, token_params, warn_of_empty_cells
 from stofm._logging import progress
 from stofm._messages import warn
-from stofm._places import read_places
 from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
 from stofm.genes.fitting import CountSlice
-from stofm.pp._map_genes import candidate_names
-from stofm.pp._tokenize import (
-    compute_tokens,
-    find_columns,
-    token_blocks,
-    token_params,
-    warn_of_empty_cells,
-)
 from stofm.spatial import normalize_coordinates
 from stofm.tl._slice_sources import orthologs_digest, read_ortholog_tables
 from stofm.train.arrays import is_there, write_folder
@@ -40,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
-    from stofm._places import Places
+    from stofm._edge.places import Places
     from stofm.nn import Stofm
     from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import TokenizedSlice

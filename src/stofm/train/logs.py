@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stofm._files import put_in_place
+from stofm._files import put_in_place, read_table
 from stofm._logging import bars_can_be_seen
-from stofm._tables import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from stofm import __version__
 from stofm._logging import logger
 from stofm._messages import warn
+from stofm._version import __version__
 from stofm.train.cell_samples import Draws
 from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
 from stofm.train.loop import TrainingLoop

@@ -1,0 +1,160 @@
+"""The table that a user means, and what stands in its columns and entries.
+
+``genes``, ``spatial`` and ``nn`` see arrays only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from scipy import sparse
+
+from stofm._keys import Obsm
+from stofm._logging import logger
+from stofm.genes.compressed import require_sound
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+
+#: What makes a representation.
+_STEPS: Final = {Obsm.X: "st.tl.embed", Obsm.X_CELL: "st.tl.encode_cells"}
+
+
+def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False) -> AnnData:
+    """Return the AnnData to work on: `data` itself, or the named table of a SpatialData.
+
+    A SpatialData's table without ``obsm["spatial"]`` gets the centroids of what it annotates. `copy`
+    says whether the caller will copy the table, which a backed one does not allow.
+    """
+    if hasattr(data, "tables") and not hasattr(data, "obsm"):
+        tables = data.tables
+        names = sorted(tables)
+        if table_key is None and len(names) == 1:
+            table_key = names[0]
+        if table_key not in names:
+            msg = f"The SpatialData has the tables {names}; pass one of them as `table_key`."
+            raise KeyError(msg)
+        sdata, data = data, tables[table_key]
+        if Obsm.SPATIAL not in data.obsm:
+            data = data.copy() if copy else data
+            _add_centroids(sdata, data)
+    if not (hasattr(data, "obsm") and hasattr(data, "var_names")):
+        msg = f"Expected an AnnData or a SpatialData, found {type(data).__name__}."
+        raise TypeError(msg)
+    adata: AnnData = data
+    if adata.isbacked and (copy or adata.is_view):
+        msg = (
+            "A backed AnnData can't be copied, nor its view written to, without a new file: use "
+            "adata.to_memory(), or work on the whole backed AnnData with copy=False."
+        )
+        raise ValueError(msg)
+    return adata
+
+
+def _add_centroids(sdata: Any, table: AnnData) -> None:
+    """Set ``obsm["spatial"]`` to the centroids of what the table annotates, if it annotates anything.
+
+    All regions are read in one coordinate system if they share one, "global" if possible.
+    """
+    attrs = table.uns.get("spatialdata_attrs")
+    if not attrs or table.n_obs == 0:
+        return
+    from spatialdata import get_centroids
+    from spatialdata.transformations import get_transformation
+
+    regions = table.obs[attrs["region_key"]].astype(str).to_numpy()
+    names = [str(name) for name in np.unique(regions) if name in sdata]
+    systems = {name: sorted(get_transformation(sdata[name], get_all=True)) for name in names}
+    if len(names) < len(np.unique(regions)) or not all(systems.values()):
+        return
+    shared = set.intersection(*map(set, systems.values()))
+    centroids = np.full((table.n_obs, 2), np.nan)
+    used = {}
+    for name, own in systems.items():
+        choice = [system for system in own if system in shared] or own
+        used[name] = "global" if "global" in choice else choice[0]
+        rows = np.flatnonzero(regions == name)
+        found = get_centroids(sdata[name], coordinate_system=used[name]).compute()
+        wanted = table.obs[attrs["instance_key"]].iloc[rows]
+        centroids[rows] = found[["x", "y"]].reindex(wanted).to_numpy(dtype=np.float64)
+    table.obsm[Obsm.SPATIAL] = centroids
+    logger.info(
+        "The table has no obsm[%r]: it is set to the centroids of %s.",
+        Obsm.SPATIAL,
+        ", ".join(f"{name!r} in the coordinate system {system!r}" for name, system in used.items()),
+    )
+
+
+def require_cells_and_genes(adata: AnnData) -> None:
+    """Refuse an AnnData without rows or columns."""
+    if 0 in adata.shape:
+        what = "cells" if adata.n_obs == 0 else "genes"
+        msg = f"The AnnData has no {what} (shape {adata.shape}). Was it filtered too hard?"
+        raise ValueError(msg)
+
+
+def layer_names(adata: AnnData) -> list[str]:
+    """Names of the layers; anndata 0.13 has ``X`` among them, as None."""
+    return [name for name in adata.layers if name is not None]
+
+
+def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
+    """Read an entry of ``obsm`` as finite float32 (n_obs, d)."""
+    if rep not in adata.obsm:
+        there = sorted(map(str, adata.obsm))
+        near = difflib.get_close_matches(rep, there, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        if rep in _STEPS:
+            hint = f" Run {_STEPS[rep]}(adata) first."
+        msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
+        raise KeyError(msg)
+    stored: Any = adata.obsm[rep]
+    require_sound(stored, f"adata.obsm[{rep!r}]")
+    values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
+    if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
+        msg = (
+            f"obsm[{rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
+            "numbers, (n_obs, d), of at least one cell."
+        )
+        raise ValueError(msg)
+    values = values.astype(np.float32, copy=False)
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        msg = (
+            f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{rep!r}]; make it "
+            "again or drop these cells."
+        )
+        raise ValueError(msg)
+    return values
+
+
+def label_text(column: pd.Series) -> NDArray[np.object_]:
+    """Labels of a column as text, (n,), empty where there is none.
+
+    pandas turns whole numbers into 0.0, 1.0 where one is missing; they are "0", "1" all the same.
+    """
+    import pandas as pd
+
+    codes, labels = pd.factorize(column)
+    names = np.array([*map(_text, labels), ""], dtype=object)
+    found: NDArray[np.object_] = names[codes]
+    return found
+
+
+def _text(label: Any) -> str:
+    is_whole = isinstance(label, float | np.floating) and float(label).is_integer()
+    return str(int(label)) if is_whole else str(label)
+
+
+def value_codes(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
+    """Number the values of a column, missing ones as one more."""
+    import pandas as pd
+
+    codes, values = pd.factorize(column)
+    codes = np.where(codes < 0, len(values), codes)
+    used = int(codes.max(initial=-1)) + 1
+    return codes, [*map(str, values), "(none)"][:used]

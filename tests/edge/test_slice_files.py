@@ -1,0 +1,218 @@
+"""Slices are read by what is in their files, and every message names the file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import h5py
+import numpy as np
+import pytest
+import zarr
+
+from stofm._edge.slice_files import (
+    is_spatialdata,
+    open_table,
+    read_data,
+    refuse_output,
+    write_data,
+)
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+#: Of libraries that spatialdata imports.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def sdata(adata: AnnData):
+    spatialdata = pytest.importorskip("spatialdata")
+    adata.obs["region"] = adata.obs["library"]
+    adata.obs["instance"] = np.arange(adata.n_obs)
+    model = spatialdata.models.TableModel
+    keys = {"region_key": "region", "instance_key": "instance"}
+    table = model.parse(adata, region=["left", "right"], **keys)
+    with pytest.warns(UserWarning, match="not present in the SpatialData"):
+        return spatialdata.SpatialData(tables={"table": table})
+
+
+@pytest.fixture
+def store(sdata, tmp_path: Path) -> Path:
+    path = tmp_path / "sdata.zarr"
+    write_data(sdata, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*not present in the SpatialData")
+def test_spatialdata_is_read_and_written(store: Path, adata: AnnData) -> None:
+    assert is_spatialdata(store)
+    np.testing.assert_array_equal(open_table(store).X.toarray(), adata.X.toarray())
+    data = read_data(store)
+    data.tables["table"].obsm["X_mine"] = np.ones((adata.n_obs, 2))
+    write_data(data, store)
+    assert "X_mine" in open_table(store, "table").obsm
+    with pytest.raises(KeyError, match=r"has the tables \['table'\]"):
+        open_table(store, "other")
+    assert [path.name for path in store.parent.iterdir()] == ["sdata.zarr"]
+
+
+def damaged(path: Path, how: str, adata: AnnData) -> Path:
+    adata.write_h5ad(path)
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "text":
+        path.write_bytes(b"gene,cell\n" * 99)
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        with h5py.File(path, "r+") as file:
+            if how == "an unknown encoding":
+                file["obs"].attrs["encoding-type"] = "nobody knows"
+            else:
+                del file["var"]
+    return path
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty", "an unknown encoding", "no genes"])
+@pytest.mark.parametrize("read", [read_data, open_table])
+def test_a_damaged_file_is_named(how: str, read, adata: AnnData, tmp_path: Path) -> None:
+    path = damaged(tmp_path / "mine.h5ad", how, adata)
+    with pytest.raises(ValueError, match=r"mine\.h5ad (can't be read \(|holds no AnnData)"):
+        read(path)
+
+
+def test_other_files_are_named_and_explained(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "counts.h5", "w") as file:
+        for part in ("barcodes", "data", "indices", "indptr"):
+            file[f"matrix/{part}"] = [1]
+    with h5py.File(tmp_path / "other.loom", "w") as file:
+        file["matrix"] = [1]
+    with pytest.raises(ValueError, match=r"Expected obs and var, found \['matrix'\]"):
+        read_data(tmp_path / "other.loom")
+    with pytest.raises(ValueError, match=r"counts\.h5 .* 10x Genomics, which has no coordinates"):
+        read_data(tmp_path / "counts.h5")
+    (tmp_path / "folder.zarr").mkdir()
+    (tmp_path / "folder.zarr" / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"folder\.zarr can't be read .*no AnnData"):
+        read_data(tmp_path / "folder.zarr")
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*nowhere"):
+        open_table(tmp_path / "nowhere.h5ad")
+
+
+def test_only_files_of_the_kind_are_replaced(adata: AnnData, store: Path, tmp_path: Path) -> None:
+    adata.write_h5ad(tmp_path / "old.h5ad")
+    (tmp_path / "text.h5ad").write_text("mine")
+    (tmp_path / "images.zarr").mkdir()
+    (tmp_path / "images.zarr" / "mydata.txt").write_text("mine")
+    refuse_output(tmp_path / "old.h5ad", has_spatialdata=False, overwrite=True)
+    refuse_output(store, has_spatialdata=True, overwrite=True)
+    for path, has_spatialdata in (("text.h5ad", False), ("images.zarr", False), (store, False)):
+        with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+            refuse_output(tmp_path / path, has_spatialdata=has_spatialdata, overwrite=True)
+    (store / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"more than a SpatialData .*\['thesis.txt'\]"):
+        refuse_output(store, has_spatialdata=True, overwrite=True)
+    with pytest.raises(ValueError, match=r"must end in \.h5ad or \.zarr"):
+        refuse_output(tmp_path / "out.csv", has_spatialdata=False, overwrite=True)
+
+
+def foreign(path: Path, kind: str) -> Path:
+    with h5py.File(path / "x.h5ad", "w") as file:
+        for name in ("obs", "var"):
+            group = file.create_group(name)
+            if kind != "no frames":
+                group.attrs["encoding-type"] = "dataframe"
+        if kind == "MuData":
+            file.attrs["encoding-type"] = kind
+        if kind == "more":
+            file["my_data"] = [1]
+    return path / "x.h5ad"
+
+
+@pytest.mark.parametrize("kind", ["MuData", "more", "no frames"])
+def test_what_only_looks_like_an_anndata_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+        refuse_output(foreign(tmp_path, kind), has_spatialdata=False, overwrite=True)
+
+
+def test_a_zarr_store_without_frames_is_not_replaced(tmp_path: Path) -> None:
+    root = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    for name in ("obs", "var", "uns"):
+        root.create_group(name)
+    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+        refuse_output(tmp_path / "x.zarr", has_spatialdata=False, overwrite=True)
+
+
+def test_of_a_mudata_a_modality_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a MuData.*write_h5ad"):
+        read_data(foreign(tmp_path, "MuData"))
+
+
+@pytest.mark.parametrize(
+    "array", ["X/data", "X/indices", "X/indptr", "obsm/spatial", "var/_index", "obs/library"]
+)
+@pytest.mark.parametrize("read", [read_data, open_table])
+def test_a_store_that_lacks_chunks_is_refused(
+    array: str, read, adata: AnnData, tmp_path: Path
+) -> None:
+    write_data(adata, tmp_path / "x.zarr")
+    for file in (tmp_path / "x.zarr" / array).rglob("*"):
+        if file.is_file() and file.name not in {".zarray", ".zattrs", ".zgroup", "zarr.json"}:
+            file.unlink()
+    with pytest.raises(ValueError, match=rf"lacks a part: the array '{array}.* has 0 of 1 chunks"):
+        read(tmp_path / "x.zarr")
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
+def test_a_store_that_lacks_an_array_is_refused(adata: AnnData, tmp_path: Path) -> None:
+    write_data(adata, tmp_path / "x.zarr")
+    zarr.consolidate_metadata(tmp_path / "x.zarr")
+    shutil.rmtree(tmp_path / "x.zarr" / "obsm" / "spatial")
+    with pytest.raises(ValueError, match=r"the array 'obsm/spatial' is not in the folder"):
+        read_data(tmp_path / "x.zarr")
+
+
+def test_chunks_of_zeros_may_be_left_out(adata: AnnData, tmp_path: Path) -> None:
+    small = adata[:3, :2].copy()
+    small.X = small.X * 0
+    small.X.eliminate_zeros()
+    small.layers["zeros"] = np.zeros((3, 2))
+    small.obs["same"] = "a"
+    write_data(small, tmp_path / "x.zarr")
+    assert read_data(tmp_path / "x.zarr").n_obs == 3
+
+
+@pytest.mark.parametrize(("name", "k"), [("x.h5ad", 0), ("x.zarr", 1)])
+def test_killed_at_a_rename_the_counts_are_found(
+    name: str, k: int, adata: AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = adata[:5, :4].copy()
+    path = tmp_path / name
+    real = {call: getattr(os, call) for call in ("rename", "replace")}
+    write_data(small, path)
+    calls = iter(range(1000))
+
+    def interrupt(*args, call):
+        is_ours = Path(args[0]).parent == tmp_path
+        if is_ours and next(calls) >= k:
+            raise KeyboardInterrupt
+        return real[call](*args)
+
+    for call in real:
+        monkeypatch.setattr(os, call, lambda *a, call=call: interrupt(*a, call=call))
+    try:
+        write_data(small, path)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        monkeypatch.undo()
+    assert read_data(path).shape == (5, 4)
+    write_data(small, path)
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+    assert ad.read_zarr(path).n_obs == 5 if name.endswith("zarr") else True

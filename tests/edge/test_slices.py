@@ -1,0 +1,370 @@
+"""Which cells belong to which slice: by column, by metadata, or refused."""
+
+from __future__ import annotations
+
+import re
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+import stofm as st
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.places import read_places
+from stofm._edge.slices import read_slices
+from stofm._keys import Obsm
+
+
+def tissue(rng, n=14, pitch=10.0):
+    """Places of n x n cells that keep a distance, as cells do."""
+    grid = np.stack(np.meshgrid(np.arange(n), np.arange(n)), axis=-1).reshape(-1, 2)
+    return pitch * (grid + rng.uniform(-0.3, 0.3, grid.shape)) + rng.uniform(0, pitch, 2)
+
+
+@pytest.fixture
+def overlaid(rng):
+    """Three slices on each other, of 196 cells each; rows mixed."""
+    xy = np.concatenate([tissue(rng) for _ in range(3)])
+    order = rng.permutation(len(xy))
+    number = np.repeat([0, 1, 2], 196)[order]
+    data = AnnData(np.ones((len(xy), 1)), obsm={"spatial": xy[order]})
+    data.obs["number"] = number
+    return data
+
+
+def name_slices(adata, column, values):
+    adata.obs = pd.DataFrame(
+        {
+            column: np.array(values)[adata.obs["number"]],
+            "cell_type": np.random.default_rng(0).choice(["a", "b", "c"], adata.n_obs),
+        },
+        index=adata.obs_names,
+    )
+
+
+def read(adata):
+    return read_slices(adata, None, "spatial")
+
+
+def test_slices_by_name(adata):
+    slices = read_slices(adata, "library", "spatial")
+    assert slices.names == ["left", "right"]
+    assert slices.column == "library"
+    for name, rows in zip(slices.names, slices.rows, strict=True):
+        assert (adata.obs["library"].iloc[rows] == name).all()
+        assert (np.diff(rows) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("puck", ["p1", "p2", "p3"]),
+        ("Bregma", [-0.14, 0.01, 0.26]),
+        ("core", [7, 8, 9]),
+        ("is_treated", [True, False, False]),
+    ],
+)
+def test_any_column_whose_slices_lie_on_each_other_is_refused(overlaid, column, values):
+    is_pair = len(set(values)) == 2
+    adata = overlaid[overlaid.obs["number"] < 2].copy() if is_pair else overlaid
+    name_slices(adata, column, values)
+    with pytest.raises(ValueError, match=rf"obs\['{column}'\] names \d samples") as error:
+        read(adata)
+    assert f"Pass library_key={column!r}. If they are one slice" in str(error.value)
+    assert "cell_type" not in str(error.value)
+
+
+def test_all_columns_that_name_the_slices_are_candidates(overlaid):
+    name_slices(overlaid, "puck", ["p1", "p2", "p3"])
+    overlaid.obs["donor"] = overlaid.obs["puck"].map({"p1": "A", "p2": "B", "p3": "C"})
+    with pytest.raises(ValueError, match="Pass library_key='puck' or library_key='donor'"):
+        read(overlaid)
+
+
+@pytest.mark.parametrize("technology", ["xenium", "visium"])
+def test_simulated_slices_on_each_other(technology):
+    adata = st.datasets.simulate_slice(80, 5, technology=technology, n_slices=3)
+    with pytest.raises(ValueError, match="library_key='slice_id'"):
+        read(adata)
+
+
+@pytest.mark.parametrize("shift", [[0.0, 0.0], [0.2, 0.3]])
+def test_lattices_on_each_other(shift):
+    grid = np.stack(np.meshgrid(np.arange(12), np.arange(12)), axis=-1).reshape(-1, 2)
+    adata = AnnData(np.ones((288, 1)), obsm={"spatial": np.concatenate([grid, grid + shift])})
+    adata.obs["chip"] = np.repeat(["a", "b"], 144)
+    adata.obs["row"] = adata.obsm["spatial"][:, 1].astype(int)
+    adata.obs["column"] = adata.obsm["spatial"][:, 0].astype(int)
+    with pytest.raises(ValueError, match=r"Pass library_key='chip'\. If"):
+        read(adata)
+    assert len(read(adata[:144].copy()).rows) == 1
+
+
+def test_groups_of_one_slice_are_no_slices(rng):
+    xy = tissue(rng, 25)
+    adata = AnnData(np.ones((len(xy), 1)), obsm={"spatial": xy})
+    distance = np.hypot(*(xy - xy.mean(axis=0)).T)
+    adata.obs["at_random"] = rng.integers(0, 5, len(xy))
+    adata.obs["layer"] = (distance // 40).astype(str)
+    adata.obs["tile"] = (xy[:, 0] // 60).astype(int)
+    adata.obs["batch"] = rng.choice(["one", "two"], len(xy))
+    for column in adata.obs:
+        # Also where the file is in order of it.
+        assert len(read(adata[np.argsort(adata.obs[column])].copy()).rows) == 1
+
+
+def test_slices_of_strewn_cells_that_follow_each_other(rng):
+    adata = AnnData(np.ones((500, 1)), obsm={"spatial": rng.random((500, 2))})
+    adata.obs["tag"] = np.repeat(["a", "b"], 250)
+    with pytest.raises(ValueError, match="Pass library_key='tag'"):
+        read(adata)
+
+
+def test_slices_side_by_side_are_one(overlaid):
+    name_slices(overlaid, "sample", ["a", "b", "c"])
+    overlaid.obsm["spatial"][overlaid.obs["sample"] == "b", 0] += 1e4
+    overlaid.obsm["spatial"][overlaid.obs["sample"] == "c", 1] += 1e4
+    with pytest.warns(UserWarning, match=r"3 values of obs\['sample'\] .* lie apart"):
+        assert len(read(overlaid).rows) == 1
+
+
+def test_names_that_are_there_twice_tell_of_joined_slices(rng):
+    parts = [
+        AnnData(
+            np.ones((196, 1)),
+            obs=pd.DataFrame(
+                {"cell_type": rng.choice(["a", "b"], 196)}, index=map(str, range(196))
+            ),
+            obsm={"spatial": tissue(rng)},
+        )
+        for _ in range(2)
+    ]
+    with pytest.warns(UserWarning, match="not unique"):
+        joined = ad.concat(parts)
+    with pytest.raises(ValueError, match=r"100% of the obs_names .*label=\"sample\", index_uni"):
+        read(joined)
+    ended = ad.concat(parts, index_unique="-")
+    with pytest.raises(ValueError, match=r"are of 2 samples \(0, 1\)") as error:
+        read(ended)
+    exec(str(error.value).partition("pass it: ")[2].partition(", library_key")[0], {"adata": ended})
+    assert len(read_slices(ended, "sample", "spatial").rows) == 2
+
+
+def test_a_column_that_is_the_same_for_all_makes_one_slice(overlaid):
+    name_slices(overlaid, "all", ["one"] * 3)
+    assert len(read_slices(overlaid, "all", "spatial").rows) == 1
+
+
+def test_a_library_key_that_is_not_there_names_candidates(overlaid):
+    name_slices(overlaid, "puck", ["p1", "p2", "p3"])
+    with pytest.raises(KeyError, match=r"no obs\['slide'\].*candidates: \['puck'\]"):
+        read_slices(overlaid, "slide", "spatial")
+    del overlaid.obsm["spatial"]
+    with pytest.raises(KeyError, match=r"candidates: \['cell_type'\]"):
+        read_slices(overlaid, "cell_typ", "spatial")
+
+
+def test_cells_without_a_slice_are_refused(adata):
+    adata.obs["library"] = adata.obs["library"].where(np.arange(184) > 2)
+    with pytest.raises(ValueError, match="3 cells have no value in obs"):
+        read_slices(adata, "library", "spatial")
+
+
+def test_slices_within_those_asked_for_are_warned_of(overlaid):
+    name_slices(overlaid, "puck", ["p1", "p2", "p3"])
+    overlaid.obs["donor"] = "one"
+    with pytest.warns(
+        UserWarning, match=r"obs\['donor'\], coordinates of the 3 values of obs\['puck'\]"
+    ):
+        read_places(overlaid, spatial_key="spatial", library_key="donor")
+
+
+def regions(adata, column):
+    adata.uns["spatialdata_attrs"] = {"region_key": column, "instance_key": "id", "region": []}
+
+
+def images(adata, column):
+    adata.uns["spatial"] = {str(name): {} for name in adata.obs[column].unique()}
+
+
+@pytest.mark.parametrize("describe", [regions, images])
+def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, caplog):
+    adata.obsm["spatial"][adata.obs["library"] == "right", 0] += 1e4
+    expected = st.tl.embed(adata, model, library_key="library", copy=True, show_progress_bar=False)
+    describe(adata, "library")
+    with caplog.at_level("INFO", logger="stofm"):
+        st.tl.embed(adata, model, show_progress_bar=False)
+    assert "names 2 slices in obs['library']: they are separated" in caplog.text
+    np.testing.assert_array_equal(adata.obsm[Obsm.X], expected.obsm[Obsm.X])
+    assert adata.uns["stofm"][Obsm.X] == expected.uns["stofm"][Obsm.X]
+    assert len(st.pl.spatial(adata, show=False)) == 2
+
+
+@pytest.mark.parametrize("describe", [regions, images])
+def test_slices_of_the_metadata_that_lie_on_each_other_are_refused(adata, describe):
+    adata.obs["field"] = pd.Categorical(adata.obs.pop("library"))
+    describe(adata, "field")
+    with pytest.raises(ValueError, match=r"obs\['field'\] names 2 samples .*library_key='field'"):
+        read(adata)
+
+
+@pytest.mark.parametrize("name", ["library", "orig.ident", "Sample_ID", "section label", "fov"])
+def test_columns_named_as_those_of_slices_are_enough_where_these_mix(adata, name):
+    adata.obs = adata.obs.rename(columns={"library": name})[[name]]
+    with pytest.raises(
+        ValueError, match=r"names 2 samples \(left, right\) whose coordinates overlap"
+    ):
+        read(adata)
+    adata.obsm["spatial"][adata.obs[name] == "right", 0] += 1e4
+    with pytest.warns(UserWarning, match=f"pass library_key='{name}'"):
+        assert len(read(adata).rows) == 1
+
+
+@pytest.mark.parametrize("scale", [0.05, 4.7, 20.0])
+def test_slices_of_another_unit_on_each_other(overlaid, scale):
+    name_slices(overlaid, "sample", ["a", "b", "c"])
+    overlaid.obsm["spatial"][overlaid.obs["sample"] == "b"] *= scale
+    with pytest.raises(ValueError, match="library_key='sample'"):
+        read(overlaid)
+
+
+@pytest.mark.parametrize(
+    "form", ["{k}_s{s}", "pat_{s}_c{k}-1", "A{s}#AC{k}-1", "c_1_{s}_{k}", "{k}.{s}"]
+)
+def test_names_of_cells_that_tell_slices(overlaid, form):
+    slices = overlaid.obs.pop("number")
+    overlaid.obs_names = [form.format(k=k, s=s) for k, s in enumerate(slices)]
+    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
+        read(overlaid)
+    code = re.search(r"= (adata.obs_names.*), library_key", str(error.value))[1]
+    assert eval(code, {"adata": overlaid}).nunique() == 3
+
+
+def test_names_that_were_made_unique_tell_slices(overlaid):
+    overlaid = overlaid[np.argsort(overlaid.obs["number"], kind="stable")].copy()
+    slices = overlaid.obs.pop("number").to_numpy()
+    own = pd.Series(slices).groupby(slices).cumcount()
+    overlaid.obs_names = [f"cell{k}" for k in own]
+    overlaid.obs_names_make_unique()
+    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
+        read(overlaid)
+    assert "str.extract" in str(error.value)
+
+
+def test_own_columns_are_not_proposed(overlaid):
+    overlaid.obs["stofm_subslice"] = overlaid.obs["number"]
+    with pytest.raises(ValueError, match="library_key") as error:
+        read(overlaid)
+    assert "stofm_subslice" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["obs", "obsm"])
+def test_planes_whose_z_is_elsewhere(planes, rng, place):
+    xyz = planes.obsm["spatial"] + [0, 0, 1] * rng.normal(0, 0.7, (planes.n_obs, 1))
+    del planes.obs["level"]
+    planes.obsm["spatial"] = xyz[:, :2]
+    if place == "obs":
+        planes.obs["z_um"] = xyz[:, 2]
+    else:
+        planes.obsm["spatial3d"] = xyz
+    with pytest.raises(ValueError, match=r"z in \S+ takes 3 values") as error:
+        read(planes)
+    code = re.search(r"= (\S.*), library_key='plane'", str(error.value))[1]
+    planes.obs["plane"] = eval(code, {"adata": planes, "np": np})
+    assert len(read_slices(planes, "plane", "spatial").rows) == planes.obs["plane"].nunique()
+
+
+def test_planes_finer_than_cells_are_one_section(rng):
+    xy = tissue(rng)
+    adata = AnnData(
+        np.ones((len(xy), 1)), obsm={"spatial": np.c_[xy, rng.choice([0, 0.1], len(xy))]}
+    )
+    assert len(read(adata).rows) == 1
+
+
+def test_regions_that_adjoin_are_fields_of_one_slice(rng, caplog):
+    xy = tissue(rng, 20)
+    adata = AnnData(np.ones((400, 1)), obsm={"spatial": xy})
+    adata.obs["field"] = (xy[:, 0] // 100).astype(int).astype(str)
+    regions(adata, "field")
+    with caplog.at_level("INFO", logger="stofm"):
+        assert len(read(adata).rows) == 1
+    assert "regions in obs['field'] adjoin" in caplog.text
+    adata.obsm["spatial"] = xy + 1000.0 * (xy // 100)
+    assert len(read(adata).rows) == adata.obs["field"].nunique()
+
+
+def test_one_region_is_one_slice(overlaid):
+    one = overlaid[overlaid.obs["number"] == 0].copy()
+    one.obs["field"] = "cells"
+    regions(one, "field")
+    assert read(one).column is None
+
+
+@pytest.fixture
+def planes(rng):
+    """Three planes, 40 apart, and a column that names them."""
+    xy = np.concatenate([tissue(rng) for _ in range(3)])
+    z = np.repeat([0.0, 40.0, 80.0], 196)
+    adata = AnnData(np.ones((len(z), 1)), obsm={"spatial": np.c_[xy, z]})
+    adata.obs["level"] = pd.Categorical.from_codes(np.repeat([2, 0, 1], 196), ["b", "c", "a"])
+    return adata
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_planes_on_each_other_name_the_column_that_fits(planes, rng, noise):
+    planes.obsm["spatial"][:, 2] += noise * rng.random(planes.n_obs)
+    with pytest.raises(ValueError, match=r"z in obsm\['spatial'\] takes 3 values") as error:
+        read(planes)
+    assert "Pass library_key='level', which names them" in str(error.value)
+
+
+@pytest.mark.parametrize("library_key", [None, "donor"])
+def test_planes_without_a_column_say_how_to_make_one(planes, library_key):
+    planes.obs = pd.DataFrame({"donor": np.tile(["A", "B"], 294)}, index=planes.obs_names)
+    with pytest.raises(ValueError, match="takes 3 values, 40 apart") as error:
+        read_places(planes, spatial_key="spatial", library_key=library_key)
+    line = str(error.value).partition("pass it: ")[2].partition(", library_key")[0]
+    exec(line, {"adata": planes, "np": np})
+    places = read_places(planes, spatial_key="spatial", library_key="plane")
+    assert len(places.slices.rows) == (3 if library_key is None else 6)
+
+
+def test_planes_side_by_side_are_one_slice(planes):
+    planes.obsm["spatial"][:, 0] += 10 * planes.obsm["spatial"][:, 2]
+    assert len(read(planes).rows) == 1
+
+
+def test_metadata_of_a_spatialdata_gives_places(adata, model):
+    pytest.importorskip("spatialdata")
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Scale, set_transformation
+
+    xy = read_coordinates(adata)
+    elements = {}
+    for name in ("left", "right"):
+        rows = np.flatnonzero(adata.obs["library"] == name)
+        shapes = ShapesModel.parse(xy[rows], geometry=0, radius=1.0, index=rows)
+        set_transformation(shapes, Scale([2.0, 2.0], axes=("x", "y")), f"of {name}")
+        elements[name] = shapes
+    expected = st.tl.embed(adata, model, library_key="library", copy=True, show_progress_bar=False)
+    del adata.obsm["spatial"]
+    adata.obs["id"] = np.arange(adata.n_obs)
+    sdata = SpatialData(
+        shapes=elements,
+        tables={
+            "cells": TableModel.parse(
+                adata, region=["left", "right"], region_key="library", instance_key="id"
+            )
+        },
+    )
+    options = {"library_key": "library", "show_progress_bar": False}
+    new = st.tl.embed(sdata, model, copy=True, **options)
+    assert "spatial" not in sdata["cells"].obsm
+    st.tl.embed(sdata, model, **options)
+    np.testing.assert_allclose(sdata["cells"].obsm["spatial"], xy)
+    for found in (new, sdata["cells"]):
+        np.testing.assert_allclose(found.obsm[Obsm.X], expected.obsm[Obsm.X], atol=1e-5)
