@@ -12,8 +12,7 @@ from stofm._features import read_features
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes
-from stofm.genes.name_advice import spreadsheet_dates
+from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes, spreadsheet_dates
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -30,7 +30,7 @@ from stofm.genes import (
 )
 from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
-from stofm.genes.name_advice import advice_for_names
+from stofm.genes.mapping import advice_for_names
 from stofm.pp._gene_report import report_mapping
 
 if TYPE_CHECKING:
