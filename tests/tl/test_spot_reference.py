@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.spatial.spot_simulation import SpotRules
+from stofm.spatial.spots import SpotRules
 from stofm.tl._labels import read_labels
 from stofm.tl._sections import resolve_slices
 from stofm.tl._spot_reference import SpotSimulation, read_panels

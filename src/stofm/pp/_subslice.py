@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.spatial.clustering import Clustering
     from stofm.spatial.subslices import Partition
-    from stofm.spatial.virtual_cells import Mixing
+    from stofm.spatial.virtual_cells import Clustering, Mixing
 
 # Rules that take effect only when a sub-slice is embedded, not when slices are cut.
 _NOT_LAYOUT = ("n_neighbors", "neighbors_among")

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from stofm.spatial.clustering import leiden
 from stofm.spatial.coordinates import canonical_order
 from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.virtual_cells import principal_components
+from stofm.spatial.virtual_cells import leiden, principal_components
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm.spatial.coordinates import canonical_order
+from stofm.spatial.coordinates import canonical_order, partition_balanced
 from stofm.spatial.neighbor_graph import nearest_neighbors
-from stofm.spatial.partition import partition_balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

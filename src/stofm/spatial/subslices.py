@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from stofm.spatial.clustering import Clustering
-from stofm.spatial.coordinates import canonical_order, normalize_coordinates, spacing
-from stofm.spatial.node_types import NodeType
-from stofm.spatial.pairs import NeighborsAmong, PairDistances, pair_distances
-from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.coordinates import (
+    canonical_order,
+    normalize_coordinates,
+    partition_balanced,
+    partition_reference,
+    spacing,
+)
+from stofm.spatial.pairs import NeighborsAmong, NodeType, PairDistances, pair_distances
 from stofm.spatial.virtual_cells import (
+    Clustering,
     Mixing,
     VirtualCells,
     cluster_cells,

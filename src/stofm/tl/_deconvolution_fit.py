@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from stofm.nn import PredictionHead, Stofm
     from stofm.spatial.splits import SplitRule
-    from stofm.spatial.spot_simulation import SpotRules
+    from stofm.spatial.spots import SpotRules
     from stofm.tl._head_inputs import Inputs
     from stofm.tl._heads import Strategy
     from stofm.tl._protocol import Protocol, Run

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stofm._keys import Obsm
 from stofm._messages import naming
 from stofm._writing import all_or_nothing
-from stofm.spatial.spot_simulation import SpotRules
+from stofm.spatial.spots import SpotRules
 from stofm.tl._deconvolution_fit import DeconvolutionFitting
 from stofm.tl._deconvolution_head import (
     DeconvolutionHead,

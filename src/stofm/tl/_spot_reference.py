@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._logging import logger
-from stofm.spatial.spot_simulation import (
+from stofm.spatial.spots import (
     TypedCells,
     gene_scales,
     simulate_spots,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
-    from stofm.spatial.spot_simulation import SimulatedSpots, SpotRules
+    from stofm.spatial.spots import SimulatedSpots, SpotRules
     from stofm.tl._labels import Labels
     from stofm.tl._sections import Sections
 

@@ -15,7 +15,7 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm._slices import Slices
 from stofm.genes.compressed import require_sound
-from stofm.spatial.spot_grid import grid_spots
+from stofm.spatial.spots import grid_spots
 from stofm.tl._embeddings import gene_records
 from stofm.tl._sections import Sections
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.spatial.spot_grid import SpotGrid
+    from stofm.spatial.spots import SpotGrid
     from stofm.tl._labels import Labels
 
 #: By so much the proportions of a spot may miss 1: rounding, not something left out.
