@@ -69,7 +69,8 @@ def principal_components(
     mean = features.mean(axis=0, dtype=np.float64)
     covariance = np.zeros((d, d))
     for start in range(0, n, _CHUNK):
-        covariance += _products(features[start : start + _CHUNK] - mean)
+        centered = features[start : start + _CHUNK] - mean
+        covariance += centered.T @ centered
     loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
     largest = np.abs(loadings).argmax(axis=0)
     loadings = loadings * np.where(loadings[largest, np.arange(loadings.shape[1])] < 0, -1.0, 1.0)
@@ -78,11 +79,6 @@ def principal_components(
         rows = slice(start, start + _CHUNK)
         scores[rows, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
-
-
-def _products(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    products: NDArray[np.float64] = rows.T @ rows
-    return products
 
 
 def mix_expression_and_place(
@@ -167,14 +163,15 @@ def cluster_cells(
         labels = merge_clusters(
             weights, labels, points, resolution=resolution, max_clusters=max_clusters, seed=seed
         )
-    return labels if clustering == "scanpy" else _by_falling_size(labels)
+    return labels if clustering == "scanpy" else number_by_size(labels)
 
 
-def _by_falling_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    sizes = np.bincount(labels)
+def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number labels anew, from 0 without gaps and by falling size."""
+    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     rank = np.empty(len(sizes), dtype=np.int64)
     rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return rank[labels]
+    return rank[codes]
 
 
 def virtual_cells(
@@ -280,36 +277,24 @@ def leiden(
     ----------
     Traag, Waltman and van Eck 2019, From Louvain to Leiden (Sci Rep 9:5233).
     """
-    graph = weights if clustering == "scanpy" else sp.triu(weights, k=1, format="csr")
-    sources, targets = graph.nonzero()
-    generator = _ScanpyNumbers(seed) if clustering == "scanpy" else random.Random(seed)
-    return _igraph_leiden(
-        (sources, targets, graph.data),
-        weights.shape[0],
-        resolution=resolution,
-        numbers=generator,
-        n_rounds=_UNTIL_CONVERGED if clustering == "scanpy" else _ROUNDS,
-    )
+    if clustering == "scanpy":
+        return _igraph_leiden(weights.tocoo(), resolution, _ScanpyNumbers(seed), _UNTIL_CONVERGED)
+    edges = sp.triu(weights, k=1, format="csr").tocoo()
+    return _igraph_leiden(edges, resolution, random.Random(seed), _ROUNDS)
 
 
 def _igraph_leiden(
-    edges: tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]],
-    n_nodes: int,
-    *,
-    resolution: float,
-    numbers: random.Random | _ScanpyNumbers,
-    n_rounds: int = _UNTIL_CONVERGED,
+    edges: sp.coo_array, resolution: float, numbers: random.Random | _ScanpyNumbers, n_rounds: int
 ) -> NDArray[np.int64]:
     # It imports matplotlib, and takes half a second.
     import igraph
 
-    sources, targets, weights = edges
-    graph = igraph.Graph(n=n_nodes, edges=np.column_stack([sources, targets]))
+    graph = igraph.Graph(n=edges.shape[0], edges=np.column_stack([edges.row, edges.col]))
     with _igraph_numbers(numbers):
         found = graph.community_leiden(
             objective_function="modularity",
             # A list of Python's numbers would take four times as much memory.
-            weights=array("d", weights.astype(np.float64).tobytes()),
+            weights=array("d", edges.data.astype(np.float64).tobytes()),
             resolution=resolution,
             n_iterations=n_rounds,
         )
@@ -351,22 +336,14 @@ def merge_clusters(
     (n,) labels from 0, without gaps.
     """
     for _ in range(_MAX_HALVINGS):
-        n_clusters = int(labels.max()) + 1
-        if n_clusters <= max_clusters:
+        if labels.max() < max_clusters:
             return labels
         resolution /= 2
         member = sp.csr_array((np.ones(len(labels)), (labels, np.arange(len(labels)))))
         # Edges inside a cluster become a loop, which modularity counts as they were counted.
         joint = sp.triu(member @ weights @ member.T, format="coo")
-        inside = joint.row == joint.col
-        amounts = np.where(inside, joint.data / 2, joint.data)
-        groups = _igraph_leiden(
-            (joint.row, joint.col, amounts),
-            n_clusters,
-            resolution=resolution,
-            numbers=random.Random(seed),
-        )
-        labels = groups[labels]
+        joint.data[joint.row == joint.col] /= 2
+        labels = _igraph_leiden(joint, resolution, random.Random(seed), _UNTIL_CONVERGED)[labels]
     return _merge_nearest(labels, points, max_clusters)
 
 
