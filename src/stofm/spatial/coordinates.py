@@ -1,4 +1,4 @@
-"""Coordinates of one slice: the model's frame, and an order that does not depend on the file."""
+"""Coordinates of one slice: the model's frame, an order of its own, and cuts into sub-slices."""
 
 from __future__ import annotations
 
@@ -48,16 +48,8 @@ def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float
 def spacing(coordinates: NDArray[np.floating]) -> float:
     """Typical distance of neighbouring cells: the median distance to the sixth nearest.
 
-    Those of a hexagonal lattice lie exactly so far apart.
-
-    Parameters
-    ----------
-    coordinates
-        (n_cells, 2), any unit.
-
-    Returns
-    -------
-    The distance; 1 where there is none, as for a single cell, or for cells at one place.
+    Those of a hexagonal lattice lie exactly so far apart. 1 where there is none, as for a single
+    cell, or for cells at one place.
     """
     n_asked = min(_N_AROUND + 1, len(coordinates))
     if n_asked < 2:

@@ -166,19 +166,9 @@ def leave_out_blocks(
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Cut a slice into compact blocks, each of which is left out once, with a margin around it.
 
-    The order of the rows does not matter, but for cells at one place.
-
-    Parameters
-    ----------
-    coordinates
-        (n, 2), any unit.
-    n_blocks
-        Blocks of nearly equal numbers of cells; fewer in a slice of fewer cells.
-
-    Returns
-    -------
-    For each block the rows to fit and its own, ascending. Cells within the margin are in neither:
-    that of :func:`split_cells`.
+    Blocks hold nearly equal numbers of cells; a slice of fewer cells has fewer. For each block come
+    the rows to fit and its own, ascending; cells within the margin are in neither, as in
+    :func:`split_cells`. The order of the rows does not matter, but for cells at one place.
     """
     xy = np.asarray(coordinates, dtype=np.float64)
     order = canonical_order(xy, xy)
@@ -222,7 +212,7 @@ def _draw(
 
 
 def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if len(parts) else np.empty(0, dtype=np.int64)
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
 def _lost(
@@ -287,15 +277,7 @@ def _block_parts(
     classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Part of each cell of a slice.
-
-    Parameters
-    ----------
-    xy
-        (n, 2) in canonical order.
-    classes
-        (n,) in this order.
-    """
+    """Part of each cell of a slice, whose places and classes are in canonical order."""
     part = np.full(len(xy), _FITTED)
     n_wanted = round(share * len(xy))
     if n_wanted == 0:
@@ -337,11 +319,10 @@ def _is_near(
     if margin is None:
         nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
         margin = min(_MARGIN * _spacing(xy), float(nearest))
-    near: NDArray[np.bool_] = distance <= margin
-    return near
+    return np.asarray(distance <= margin)
 
 
 def _spacing(xy: NDArray[np.float64]) -> float:
     """Median over the cells of the mean distance to six neighbours."""
-    _, distances = nearest_neighbors(xy, min(_N_NEIGHBORS + 1, len(xy)))
+    _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
     return float(np.median(distances[:, 1:].mean(axis=1))) if len(xy) > 1 else 0.0
