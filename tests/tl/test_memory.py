@@ -9,8 +9,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Uns
-from stofm.nn.device import free_memory
-from stofm.nn.memory import Nodes, Workload
+from stofm.nn.device import Nodes, Workload, free_memory
 from stofm.pp._subslice import lay_out, read_places
 from stofm.spatial import SubSliceConfig
 from stofm.tl import _memory

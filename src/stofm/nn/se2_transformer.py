@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stofm.nn.attention import biased_attention, gather_logits
-from stofm.nn.pair_bias import GaussianDistanceBias, scatter_pairs
+from stofm.nn.attention import GaussianDistanceBias, biased_attention, gather_logits, scatter_pairs
 from stofm.spatial import NO_NEIGHBOR, NodeType
 
 if TYPE_CHECKING:

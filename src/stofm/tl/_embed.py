@@ -17,8 +17,8 @@ from stofm._places import read_places
 from stofm._writing import all_or_nothing, refuse_taken
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
+from stofm.nn.device import Nodes, Workload
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
-from stofm.nn.memory import Nodes, Workload
 from stofm.pp._subslice import (
     Layouts,
     lay_out_or_reuse,

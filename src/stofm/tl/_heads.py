@@ -17,12 +17,19 @@ from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
 from stofm._writing import refuse_taken
 from stofm.nn import Stofm
-from stofm.nn.checkpoint import CONFIG, write_atomically
+from stofm.nn.checkpoint import (
+    CONFIG,
+    check_sizes,
+    load_exactly,
+    read_tensors,
+    require_beside,
+    shapes,
+    write_atomically,
+    write_tensors,
+)
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
-from stofm.nn.conversion import check_sizes, load_exactly, shapes
 from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
-from stofm.nn.tensor_files import read_tensors, require_beside, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

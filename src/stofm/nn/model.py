@@ -12,16 +12,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from stofm import __version__
 from stofm._messages import warn
+from stofm._version import __version__
 from stofm.genes import GeneVocabulary
 from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.checkpoint import (
+    check_sizes,
+    load_exactly,
+    read_shapes,
+    read_tensors,
+    require_beside,
+    write_tensors,
+)
 from stofm.nn.config import StofmConfig
-from stofm.nn.conversion import check_sizes, load_exactly, read_reference
 from stofm.nn.device import seeded
+from stofm.nn.reference import read_reference
 from stofm.nn.se2_transformer import SE2Transformer
-from stofm.nn.tensor_files import read_shapes, read_tensors, require_beside, write_tensors
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:

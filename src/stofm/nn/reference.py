@@ -10,13 +10,13 @@ import torch
 from stofm._config import build_dataclass, read_json
 from stofm._files import local
 from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.checkpoint import check_sizes, load_exactly, read_tensors, require_finite, shapes
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
-from stofm.nn.tensor_files import read_tensors, require_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -240,91 +240,3 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
         raise ValueError(msg)
     require_finite(found, state)
     return state
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors, by name."""
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load `state` into `module`, or say which weights do not fit and how.
-
-    Raises
-    ------
-    ValueError
-        A weight is missing, unexpected, of the wrong shape or no floating-point number where the
-        module has one. The module is unchanged then.
-    """
-    own = module.state_dict()
-    check_fit(shapes(own), shapes(state), what)
-    for name, value in own.items():
-        if value.is_floating_point() != state[name].is_floating_point():
-            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
-            raise ValueError(msg)
-    module.load_state_dict(dict(state))
-
-
-def check_fit(
-    own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Refuse weights that are not those of a module, by their names and shapes.
-
-    Raises
-    ------
-    ValueError
-        A weight is missing, unexpected or of the wrong shape.
-    """
-    wrong = [
-        f"{name}: {stored[name]} in place of {own[name]}"
-        for name in sorted(set(own) & set(stored))
-        if stored[name] != own[name]
-    ]
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", sorted(set(own) - set(stored))),
-            ("unexpected", sorted(set(stored) - set(own))),
-            ("of wrong shape", wrong),
-        )
-        if names
-    ]
-    if problems:
-        msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
-        raise ValueError(msg)
-
-
-def check_sizes(
-    make: Callable[[], torch.nn.Module],
-    n_layers: int,
-    stored: Mapping[str, tuple[int, ...]],
-    what: str,
-) -> None:
-    """Refuse a config whose module is not that of the stored weights, before memory is taken.
-
-    Parameters
-    ----------
-    make
-        Makes the module.
-    n_layers
-        Layers that it will have.
-    stored
-        Shapes of the stored weights.
-    what
-        In messages.
-
-    Raises
-    ------
-    ValueError
-        They do not fit each other.
-    """
-    if n_layers > len(stored):
-        msg = f"The weights of {what} do not fit the config: {len(stored)} for {n_layers} layers."
-        raise ValueError(msg)
-    try:
-        with torch.device("meta"):
-            own = shapes(make().state_dict())
-    except RuntimeError as error:
-        msg = f"The sizes of {what} are beyond all memory: {error}"
-        raise ValueError(msg) from error
-    check_fit(own, stored, what)
