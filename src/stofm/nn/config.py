@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from stofm import __version__
 from stofm._config import build_dataclass
-from stofm._version import __version__
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:

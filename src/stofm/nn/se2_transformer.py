@@ -52,15 +52,15 @@ class PairState:
 
     def dense(self) -> Float[Tensor, "batch nodes nodes heads"]:
         """Whole pair representation; 0 at padded keys."""
-        logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
-        key_is_padding = ~self.is_real[:, None, None, :]
-        return logits.masked_fill(key_is_padding, 0.0).permute(0, 2, 3, 1)
+        return self._logits(0.0).permute(0, 2, 3, 1)
 
     def attention(self) -> Float[Tensor, "batch nodes nodes"]:
         """Attention weights of the last layer, averaged over the heads."""
+        return self._logits(-torch.inf).softmax(dim=-1).mean(dim=1)
+
+    def _logits(self, at_padding: float) -> Tensor:
         logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
-        key_is_padding = ~self.is_real[:, None, None, :]
-        return logits.masked_fill(key_is_padding, -torch.inf).softmax(dim=-1).mean(dim=1)
+        return logits.masked_fill(~self.is_real[:, None, None, :], at_padding)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_levels(
-    adata: AnnData, key: str, found: Mapping[str, tuple[NDArray[np.int64], list[NDArray[np.int64]]]]
+    adata: AnnData, key: str, found: Mapping[str, tuple[Any, list[NDArray[np.int64]]]]
 ) -> list[list[str]]:
     """Write each level's column and colours, and drop those of an earlier run.
 

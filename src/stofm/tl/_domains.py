@@ -180,25 +180,16 @@ def domains(
         "centering": centering,
         "seed": seed,
     }
-    if shared:
-        levels = find_levels(
-            features, slices.rows, beside=beside, coordinates=coordinates, **options
-        )
-        found = {"": (np.arange(table.n_obs), levels)}
-    else:
-        found = {
-            f"{name}:": (
-                rows,
-                find_levels(
-                    features[rows],
-                    [np.arange(len(rows))],
-                    beside=[one[rows] for one in beside],
-                    coordinates=None if coordinates is None else coordinates[rows],
-                    **options,
-                ),
-            )
-            for name, rows in zip(slices.names, slices.rows, strict=True)
-        }
+    groups: dict[str, tuple[Any, list[NDArray[np.int64]]]] = {"": (slice(None), slices.rows)}
+    if not shared:
+        named = zip(slices.names, slices.rows, strict=True)
+        groups = {f"{name}:": (rows, [np.arange(len(rows))]) for name, rows in named}
+    found = {}
+    for prefix, (rows, own) in groups.items():
+        places = None if coordinates is None else coordinates[rows]
+        around = [one[rows] for one in beside]
+        levels = find_levels(features[rows], own, beside=around, coordinates=places, **options)
+        found[prefix] = (rows, levels)
     target = table.copy() if copy else table
     params = {
         **options,
