@@ -1,8 +1,9 @@
-"""Attention with a static pair bias, and logits carried from layer to layer without a pair matrix.
+"""Attention with a static pair bias from distances, and logits carried from layer to layer.
 
 The logits of layer l are those of layer l - 1 plus q k / sqrt(d), that is
 ``bias + [q_1 .. q_l] [k_1 .. k_l]^T / sqrt(d)``: the heads' queries and keys are laid side by
-side, and the bias stays as it is.
+side, and the bias stays as it is. There is no pair matrix to carry, and the bias is evaluated only
+where distances differ.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jaxtyping import Float, Int
 
     from stofm.nn.batch import PairIndex
@@ -66,15 +69,25 @@ def biased_attention(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, n_real: tuple[int, ...]
 ) -> Tensor:
-    # A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and
-    # there is no padding to compute.
     attended = torch.zeros_like(values)
+    for head, weights in _weights_by_head(queries, keys, bias, n_real):
+        attended[head] = weights @ values[head]
+    return attended
+
+
+def _weights_by_head(
+    queries: Tensor, keys: Tensor, bias: Tensor, n_real: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int, slice], Tensor]]:
+    """Place of each head's real nodes, and its weights.
+
+    A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and there is
+    no padding to compute.
+    """
     for b, n in enumerate(n_real):
         for h in range(queries.shape[1]):
-            logits = torch.addmm(bias[b, h, :n, :n], queries[b, h, :n], keys[b, h, :n].T)
-            weights = torch.softmax(logits, dim=-1)
-            attended[b, h, :n] = weights @ values[b, h, :n]
-    return attended
+            head = (b, h, slice(n))
+            logits = torch.addmm(bias[b, h, :n, :n], queries[head], keys[head].T)
+            yield head, torch.softmax(logits, dim=-1)
 
 
 class _HeadwiseAttention(torch.autograd.Function):
@@ -95,15 +108,12 @@ class _HeadwiseAttention(torch.autograd.Function):
         attended = torch.zeros_like(values)
         kept_weights: list[Tensor] = []
         kept_masks: list[Tensor] = []
-        for b, n in enumerate(n_real):
-            for h in range(queries.shape[1]):
-                logits = torch.addmm(bias[b, h, :n, :n], queries[b, h, :n], keys[b, h, :n].T)
-                weights = torch.softmax(logits, dim=-1)
-                kept_weights.append(weights)
-                if dropout > 0:
-                    kept_masks.append(torch.rand_like(weights) >= dropout)
-                    weights = weights * kept_masks[-1] / (1.0 - dropout)
-                attended[b, h, :n] = weights @ values[b, h, :n]
+        for head, weights in _weights_by_head(queries, keys, bias, n_real):
+            kept_weights.append(weights)
+            if dropout > 0:
+                kept_masks.append(torch.rand_like(weights) >= dropout)
+                weights = weights * kept_masks[-1] / (1.0 - dropout)
+            attended[head] = weights @ values[head]
         ctx.save_for_backward(queries, keys, values, *kept_weights, *kept_masks)
         ctx.n_real, ctx.dropout, ctx.bias_shape = n_real, dropout, bias.shape
         return attended
@@ -115,29 +125,26 @@ class _HeadwiseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         queries, keys, values, *kept = ctx.saved_tensors
         n_heads = queries.shape[1]
-        masks = kept[len(ctx.n_real) * n_heads :]
+        heads = [(b, h, slice(n)) for b, n in enumerate(ctx.n_real) for h in range(n_heads)]
+        masks = kept[len(heads) :]
         grad_q, grad_k = torch.zeros_like(queries), torch.zeros_like(keys)
         grad_v = torch.zeros_like(values)
         grad_bias = queries.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
-        for b, n in enumerate(ctx.n_real):
-            for h in range(n_heads):
-                at = b * n_heads + h
-                grad = gradients[0][b, h, :n]
-                weights = kept[at]
-                grad_weights = grad @ values[b, h, :n].T
-                used = weights
-                if masks:
-                    keep = masks[at] / (1.0 - ctx.dropout)
-                    used = weights * keep
-                    grad_weights *= keep
-                grad_v[b, h, :n] = used.T @ grad
-                # d softmax: w (g - sum_j w g).
-                mean = (grad_weights * weights).sum(-1, keepdim=True)
-                grad_logits = grad_weights.sub_(mean).mul_(weights)
-                grad_q[b, h, :n] = grad_logits @ keys[b, h, :n]
-                grad_k[b, h, :n] = grad_logits.T @ queries[b, h, :n]
-                if grad_bias is not None:
-                    grad_bias[b, h, :n, :n] = grad_logits
+        for at, head in enumerate(heads):
+            grad, used = gradients[0][head], kept[at]
+            grad_weights = grad @ values[head].T
+            if masks:
+                keep = masks[at] / (1.0 - ctx.dropout)
+                used = used * keep
+                grad_weights *= keep
+            grad_v[head] = used.T @ grad
+            # d softmax: w (g - sum_j w g).
+            mean = (grad_weights * kept[at]).sum(-1, keepdim=True)
+            grad_logits = grad_weights.sub_(mean).mul_(kept[at])
+            grad_q[head] = grad_logits @ keys[head]
+            grad_k[head] = grad_logits.T @ queries[head]
+            if grad_bias is not None:
+                grad_bias[(*head, head[2])] = grad_logits
         return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
@@ -224,10 +231,7 @@ class GaussianDistanceBias(nn.Module):
         """Evaluate the bias of each distance, in the precision of the weights."""
         # Distances up to 100 need more than bfloat16's three digits.
         with torch.autocast(distances.device.type, enabled=False):
-            return self._evaluate(distances)
-
-    def _evaluate(self, distances: Tensor) -> Tensor:
-        bias: Tensor = self.output(self._hidden(distances))
+            bias: Tensor = self.output(self._hidden(distances))
         return bias
 
     def _hidden(self, distances: Tensor) -> Tensor:
@@ -291,18 +295,8 @@ def scatter_pairs(
 ) -> Float[Tensor, "batch heads nodes nodes"]:
     """Spread biases over the dense matrix that attention adds.
 
-    Parameters
-    ----------
-    values
-        Biases of the listed pairs, used in both directions.
-    constant
-        Bias of all other pairs of distinct nodes ("not a neighbour").
-    pairs
-        Where the listed pairs stand.
-
-    Returns
-    -------
-    Biases; 0 on the diagonal, for the slice token and for padding.
+    Those of the listed pairs count in both directions, `constant` at all other pairs of distinct nodes
+    ("not a neighbour"); 0 stands on the diagonal, for the slice token and for padding.
     """
     dense: Tensor = _ScatterPairs.apply(values, constant, pairs)  # type: ignore[no-untyped-call]
     return dense

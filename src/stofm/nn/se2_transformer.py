@@ -85,16 +85,8 @@ class SE2Output:
 class SE2Layer(nn.Module):
     """One layer: attention over the nodes and a feed-forward part, each added to its input.
 
-    Parameters
-    ----------
-    d_model, n_heads, d_inner
-        Width, attention heads, feed-forward width.
-    norm_first
-        Layer norm before each part in place of after the sum.
-    dropout
-        Of attention weights, of the feed-forward part and of what is added.
-    layer_norm_eps
-        Epsilon of the layer norms.
+    With `norm_first` a layer norm stands before each part in place of after the sum. Dropout is of
+    attention weights, of the feed-forward part and of what is added.
     """
 
     def __init__(
