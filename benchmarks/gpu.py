@@ -37,8 +37,8 @@ from stofm.nn import (
     embed_slice,
     encode_cells,
 )
+from stofm.nn.device import Nodes, describe_bytes, encoder_memory, transformer_memory
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
-from stofm.nn.memory import Nodes, describe_bytes, encoder_memory, transformer_memory
 from stofm.spatial import build_subslice, lay_out_slice
 from stofm.tl import train
 from stofm.train import OptimizerConfig, StageConfig

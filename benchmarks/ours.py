@@ -33,7 +33,7 @@ def _batch(nodes: inputs.Nodes) -> Any:
 def _se2_transformer() -> Any:
     import baseline
 
-    from stofm.nn.conversion import se2_from_reference
+    from stofm.nn.reference import se2_from_reference
 
     return se2_from_reference(inputs.SE2_SIZES, baseline.make_se2_transformer().state_dict())
 

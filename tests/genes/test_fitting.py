@@ -11,9 +11,11 @@ import pytest
 from scipy import sparse
 
 from stofm.genes import GeneVocabulary
+from stofm.genes.fitting import RELATIVE_ERROR, ExactMedians, GeneNames, HistogramMedians
 
 if TYPE_CHECKING:
     from pathlib import Path
+
 
 HUMAN = ["ENSG00000131095", "ENSG00000104888.3", "ENSG00000160307", None]
 HUMAN_SYMBOLS = ["GFAP", "SLC17A7", "S100B", "UNKNOWN"]
@@ -173,3 +175,100 @@ def test_many_counts_in_several_columns_of_a_gene(slices: list) -> None:
         names = [[*ids, *ids[:2]], [*ids[:2], *ids]][parts[0] is antibodies]
         with pytest.warns(UserWarning, match=told):
             GeneVocabulary.fit([(counts, names)], min_cells=1)
+
+
+def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Values of 11 genes, from one of a gene to hundreds; gene 7 has none."""
+    genes = rng.choice([0, 1, 2, 3, 4, 5, 6, 8, 9, 10], size=1501, p=[0.5, *[0.5 / 9] * 9])
+    values = rng.lognormal(genes - 4, 1.5)
+    return np.append(genes, 7 + 4), np.append(np.clip(values, 1e-3, 1e4), 2.5)
+
+
+def plain_result(genes: np.ndarray, values: np.ndarray) -> tuple[list[int], list[float]]:
+    own = [values[genes == gene] for gene in range(12)]
+    return [len(part) for part in own], [np.median(part) if len(part) else np.nan for part in own]
+
+
+def test_exact(rng: np.random.Generator) -> None:
+    genes, values = draw(rng)
+    medians = ExactMedians()
+    for part in np.array_split(np.arange(len(genes)), 7):
+        medians.add(genes[part], values[part])
+    numbers, found = medians.result(12)
+    expected_numbers, expected = plain_result(genes, values)
+    assert numbers.tolist() == expected_numbers
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_histogram_is_within_its_error(rng: np.random.Generator) -> None:
+    genes, values = draw(rng)
+    medians = HistogramMedians()
+    medians.add(genes, values)
+    numbers, found = medians.result(12)
+    expected_numbers, expected = plain_result(genes, values)
+    assert numbers.tolist() == expected_numbers
+    np.testing.assert_allclose(found, expected, rtol=RELATIVE_ERROR * (1 + 1e-9))
+    assert np.isnan(found[7])
+    assert found[11] == pytest.approx(2.5, rel=1e-3)
+
+
+def test_histogram_does_not_depend_on_order_and_parts(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genes, values = draw(rng)
+    whole = HistogramMedians()
+    whole.add(genes, values)
+    monkeypatch.setattr("stofm.genes.fitting._FEW", 41)
+    order = rng.permutation(len(genes))
+    parted = HistogramMedians()
+    for part in np.array_split(order, 13):
+        parted.add(genes[part], values[part])
+    for own, expected in zip(parted.result(12), whole.result(12), strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+def test_histogram_holds_extremes() -> None:
+    medians = HistogramMedians()
+    medians.add(np.array([0, 1]), np.array([1e-4, 1e4]))
+    np.testing.assert_allclose(medians.result(2)[1], [1e-4, 1e4], rtol=RELATIVE_ERROR * 1.0001)
+
+
+@pytest.mark.parametrize("method", [ExactMedians, HistogramMedians])
+def test_nothing_added(method: type[ExactMedians | HistogramMedians]) -> None:
+    numbers, medians = method().result(3)
+    assert numbers.tolist() == [0, 0, 0]
+    assert np.isnan(medians).all()
+
+
+def test_most_slices_decide_the_symbol() -> None:
+    names = GeneNames()
+    names.add(["ENSG1", "ENSG2", ""], ["ENSG1", "ENSG2", ""], ["OLD", "B", "C"])
+    for _ in range(2):
+        names.add(["ENSG1", "ENSG2"], ["ENSG1.4", "ENSG2"], ["NEW", "B"])
+    symbols = names.symbols(["ENSG1", "ENSG2"])
+    assert symbols == {"ENSG1": "NEW", "ENSG2": "B"}
+    assert names.aliases(symbols, ["ENSG1", "ENSG2"])["OLD"] == "ENSG1"
+
+
+def test_mouse_names_are_aliases_only() -> None:
+    names = GeneNames()
+    names.add(["ENSG1"], ["ENSMUSG00000020932.2"], ["Gfap"])
+    assert names.symbols(["ENSG1"]) == {}
+    assert names.aliases({}, ["ENSG1"]) == {"ENSMUSG00000020932": "ENSG1", "Gfap": "ENSG1"}
+
+
+def test_a_symbol_is_given_once_and_is_no_alias() -> None:
+    names = GeneNames()
+    names.add(["ENSG1", "ENSG2"], ["A", "A"])
+    names.add(["ENSG2"], ["B"])
+    symbols = names.symbols(["ENSG1", "ENSG2"])
+    assert symbols == {"ENSG1": "A", "ENSG2": "B"}
+    assert names.aliases(symbols, ["ENSG1", "ENSG2"]) == {}
+
+
+def test_aliases_of_several_genes() -> None:
+    names = GeneNames()
+    names.add_aliases({"Tied": "ENSG1", "Won": "ENSG1", "Gone": "ENSG9"})
+    names.add_aliases({"Tied": "ENSG2", "Won": "ENSG2", "ENSG2": "ENSG2"})
+    names.add_aliases({"Won": "ENSG2"})
+    assert names.aliases({}, ["ENSG1", "ENSG2"]) == {"Won": "ENSG2"}

@@ -7,7 +7,7 @@ from stofm.heads.labels import read_labels
 from stofm.heads.options import Reading
 from stofm.heads.sections import resolve_slices
 from stofm.heads.spot_reference import SpotSimulation, read_panels
-from stofm.spatial.spot_simulation import SpotRules
+from stofm.spatial.spots import SpotRules
 
 
 @pytest.fixture

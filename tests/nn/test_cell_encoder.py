@@ -11,7 +11,7 @@ import torch
 from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, TokenBatch, cell_encoder
 from stofm.nn.batch import GeneBag
-from stofm.nn.conversion import cell_encoder_from_reference
+from stofm.nn.reference import cell_encoder_from_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

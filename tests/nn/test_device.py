@@ -3,12 +3,27 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import stofm
 from stofm.nn import choose_device, choose_dtype
-from stofm.nn.device import reseed, seeded
+from stofm.nn.checkpoint import read_config
+from stofm.nn.device import (
+    Nodes,
+    Workload,
+    describe_bytes,
+    encoder_memory,
+    host_memory,
+    reseed,
+    seeded,
+    transformer_memory,
+)
+from stofm.nn.inference import TOKEN_BUDGET
+from stofm.spatial import SubSliceConfig
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
@@ -74,3 +89,114 @@ def test_threads_that_seed_take_turns():
     with ThreadPoolExecutor(4) as threads:
         for found, one in zip(threads.map(draw, range(4)), expected, strict=True):
             assert torch.equal(found, one)
+
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+RULES = SubSliceConfig(n_cells=400)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """Config of the embedded model."""
+    folder = Path(stofm.__file__).parent / "weights" / "stofm-mini"
+    return read_config(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def narrow(mini):
+    """Config of the embedded model when peaks were measured: embeddings of 128 numbers."""
+    transformer = {"d_cell": 128, "d_model": 128, "n_passed": 0, "n_heads": 4, "d_inner": 256}
+    return replace(
+        mini,
+        cell_encoder=replace(mini.cell_encoder, d_gene=64, d_cell=128),
+        se2_transformer=replace(mini.se2_transformer, **transformer),
+        subslice=RULES,
+    )
+
+
+def on_cpu(config, n_cells, genes_per_cell):
+    nodes = Nodes.expected(config.subslice, n_cells)
+    return host_memory(
+        config,
+        config.subslice,
+        Workload(n_cells=n_cells, largest_slice=n_cells, genes_per_cell=genes_per_cell),
+        encoding=encoder_memory(config.cell_encoder, TOKEN_BUDGET["cpu"], torch.float32),
+        transforming=transformer_memory(
+            config.se2_transformer, config.subslice, nodes, 1, device=CPU, dtype=torch.float32
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "genes_per_cell", "measured"),
+    [
+        # benchmarks/memory.py: peaks of stofm-mini, panels of 100, 300 and 1,000 genes.
+        (2_000, 22, 84e6),
+        (2_000, 72, 101e6),
+        (2_000, 253, 115e6),
+        (10_000, 17, 71e6),
+        (10_000, 55, 93e6),
+        (10_000, 196, 145e6),
+        (40_000, 21, 183e6),
+        (40_000, 71, 214e6),
+    ],
+)
+def test_estimates_are_near_measured_peaks(narrow, n_cells, genes_per_cell, measured):
+    assert on_cpu(narrow, n_cells, genes_per_cell) / measured == pytest.approx(1, abs=0.3)
+
+
+def test_a_million_cells_of_a_small_panel_take_a_few_gigabytes(mini):
+    assert 2e9 < on_cpu(mini, 1_000_000, 65) < 8e9
+    assert on_cpu(mini, 300_000, 65) < 3e9
+
+
+def test_each_part_of_the_work_counts(narrow):
+    work = Workload(n_cells=50_000, largest_slice=10_000, genes_per_cell=80)
+    one = host_memory(narrow, RULES, work)
+    for change in (
+        {"n_cells": 60_000},
+        {"largest_slice": 50_000},
+        {"genes_per_cell": 900},
+        {"n_copied": 10**9},
+    ):
+        assert host_memory(narrow, RULES, replace(work, **change)) > 1.05 * one
+    assert host_memory(narrow, RULES, work, encoding=10**8) > one + 5 * 10**7
+    large = replace(work, n_cells=10**6, largest_slice=10**6)
+    reference = SubSliceConfig.reference()
+    assert host_memory(narrow, reference, large) > host_memory(narrow, RULES, large)
+
+
+def in_transformer(config, nodes, batch_size=1, device=CPU, dtype=torch.float32):
+    sizes = config.se2_transformer
+    return transformer_memory(sizes, RULES, nodes, batch_size, device=device, dtype=dtype)
+
+
+def test_a_device_holds_the_bias_and_the_masked_bias(mini):
+    nodes = Nodes(5000, 20)
+    one_bias = 4 * mini.se2_transformer.n_heads * nodes.total**2
+    cpu, cuda, mps = (in_transformer(mini, nodes, device=d) for d in (CPU, CUDA, MPS))
+    half = in_transformer(mini, nodes, device=CUDA, dtype=torch.bfloat16)
+    assert one_bias < cpu < 2.5 * one_bias
+    assert 2 * one_bias < cuda < mps
+    assert mps > 4 * one_bias
+    # It is made in single precision whatever the precision of the rest.
+    assert 1.5 * one_bias < half < cuda
+    assert in_transformer(mini, nodes, 4, CUDA) == 4 * cuda
+
+
+def test_virtual_cells_without_a_limit_grow_with_the_slice(mini):
+    rules = SubSliceConfig.reference()
+    few, many = (Nodes.expected(rules, n) for n in (10_000, 1_000_000))
+    assert few.n_cells == many.n_cells == 2000
+    assert 50 < few.n_virtual < 200 < many.n_virtual < 2000
+    assert Nodes.expected(RULES, 1_000_000).n_virtual == 200
+    assert Nodes.expected(rules, 7) == Nodes(7, 7)
+    # Each has a distance to every node.
+    assert in_transformer(mini, Nodes(400, 900)) > 5 * in_transformer(mini, Nodes(400, 20))
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(7, "7 bytes"), (2_500, "2 kB"), (3_000_000, "3 MB"), (12e9, "12.0 GB")]
+)
+def test_bytes_are_described(n, text):
+    assert describe_bytes(n) == text

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from stofm.nn import SE2Transformer, SE2TransformerConfig, SubSliceBatch
-from stofm.nn.conversion import se2_from_reference
+from stofm.nn.reference import se2_from_reference
 from stofm.spatial import SubSliceConfig, build_subslice, lay_out_slice, rows_by_subslice
 
 GOLDEN = Path(__file__).parents[1] / "golden"

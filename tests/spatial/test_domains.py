@@ -13,13 +13,8 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 from stofm.spatial import domains
-from stofm.spatial.domains import (
-    domain_space,
-    find_domains,
-    merge_domains,
-    number_by_size,
-    smooth_domains,
-)
+from stofm.spatial.domains import domain_space, find_domains, merge_domains, smooth_domains
+from stofm.spatial.virtual_cells import number_by_size
 
 
 @pytest.fixture

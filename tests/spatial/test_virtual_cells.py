@@ -22,7 +22,7 @@ from stofm.spatial import (
     umap_weights,
     virtual_cells,
 )
-from stofm.spatial.clustering import _igraph_numbers
+from stofm.spatial.virtual_cells import _igraph_numbers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SETTINGS = [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from stofm.genes import RankedTokens
 from stofm.nn import Stofm, SubSliceBatch, TokenBatch
-from stofm.nn.conversion import se2_from_reference
+from stofm.nn.reference import se2_from_reference
 from stofm.spatial import NodeType, build_subslice, lay_out_slice, rows_by_subslice
 from stofm.train.cell_masking import SpatialMasking, VisibleCells, apply, draw
 from stofm.train.gene_masking import TokenMasking

@@ -25,9 +25,9 @@ from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
 from stofm.nn import encode_cells as encode_ranked
+from stofm.nn.device import Nodes, Workload
 from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
-from stofm.nn.memory import Nodes, Workload
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -33,8 +33,12 @@ from stofm.genes import (
 )
 from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
-from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes
-from stofm.genes.name_advice import advice_for_names, spreadsheet_dates
+from stofm.genes.mapping import (
+    MOST_UNKNOWN,
+    advice_for_names,
+    counts_of_shared_genes,
+    spreadsheet_dates,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

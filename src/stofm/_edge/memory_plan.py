@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from stofm._edge.counts import NotRawCountsError, read_counts
-from stofm.nn.device import free_memory
-from stofm.nn.memory import (
+from stofm.nn.device import (
     Nodes,
     Workload,
     describe_bytes,
     encoder_memory,
+    free_memory,
     host_memory,
     transformer_memory,
 )

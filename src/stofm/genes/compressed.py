@@ -22,29 +22,20 @@ def require_sound(matrix: Any, name: str, *, first_row: int = 0) -> None:
     """Refuse a sparse matrix that would be read outside of its entries or its shape.
 
     Compiled code follows such indices without a check: they count for another gene, or end the
-    process.
-
-    Parameters
-    ----------
-    matrix
-        CSR, CSC or COO matrix, in memory or in a file (a sparse dataset of anndata); anything else
-        is passed over.
-    name
-        What the matrix is, in messages.
-    first_row
-        Number of the first row, for the rows of a larger matrix.
-
-    Raises
-    ------
-    DamagedMatrixError
-        An index is out of range, or pointers and entries do not fit each other.
+    process. CSR, CSC and COO matrices are looked at, in memory or in a file (a sparse dataset of
+    anndata). `name` and `first_row`, for the rows of a larger matrix, are for messages.
     """
     form = getattr(matrix, "format", "")
     if not isinstance(form, str):  # a column of a table
         return
     if form == "coo":
-        for axis, indices in enumerate(matrix.coords):
-            _require_inside(indices, matrix.shape[axis], f"indices of axis {axis}", name)
+        for axis, (indices, n) in enumerate(zip(matrix.coords, matrix.shape, strict=True)):
+            if (place := _first_outside(np.asarray(indices), n)) is not None:
+                msg = (
+                    f"{name} is damaged: indices of axis {axis} must be 0 to {n - 1}, found "
+                    f"{indices[place]}. {_WAY_OUT}"
+                )
+                raise DamagedMatrixError(msg)
     if form not in ("csr", "csc"):
         return
     indptr = require_sound_pointers(matrix, name)
@@ -66,13 +57,7 @@ def require_sound(matrix: Any, name: str, *, first_row: int = 0) -> None:
 
 
 def require_sound_pointers(matrix: Any, name: str) -> NDArray[Any]:
-    """Return where the rows (CSR) or columns (CSC) of a matrix start, if these places are possible.
-
-    Raises
-    ------
-    DamagedMatrixError
-        They do not rise from 0 to at most the number of entries.
-    """
+    """Return where the rows (CSR) or columns (CSC) of a matrix start, if these places are possible."""
     group = getattr(matrix, "group", None)
     indptr, indices, data = (
         (matrix.indptr, matrix.indices, matrix.data)
@@ -95,13 +80,6 @@ def require_sound_pointers(matrix: Any, name: str) -> NDArray[Any]:
         raise DamagedMatrixError(msg)
     found: NDArray[Any] = indptr
     return found
-
-
-def _require_inside(indices: NDArray[Any], n: int, what: str, name: str) -> None:
-    place = _first_outside(np.asarray(indices), n)
-    if place is not None:
-        msg = f"{name} is damaged: {what} must be 0 to {n - 1}, found {indices[place]}. {_WAY_OUT}"
-        raise DamagedMatrixError(msg)
 
 
 def _first_outside(indices: NDArray[Any], n: int) -> int | None:

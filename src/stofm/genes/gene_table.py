@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
 
-    import pandas as pd
     from numpy.typing import NDArray
 
     from stofm.genes.vocabulary import GeneVocabulary
@@ -33,16 +32,8 @@ _EXPECTED: Final = "Expected human or mouse genes, as Ensembl ids or symbols."
 class GeneTable:
     """Numbers for genes, as many for each.
 
-    Attributes
-    ----------
-    names
-        (n,) Ensembl ids or symbols, each once.
-    values
-        (n, width) float32, finite.
-    file
-        Name of the file.
-    digest
-        16 hexadecimal digits over its content.
+    Each Ensembl id or symbol in `names` (n,) occurs once; `values` (n, width) are finite. `file` is
+    the name of the file, and `digest` stands for its content, in 16 hexadecimal digits.
     """
 
     names: tuple[str, ...]
@@ -59,19 +50,9 @@ class GeneTable:
     def read(cls, path: str | PathLike[str]) -> GeneTable:
         """Read a table; pickles in it are not.
 
-        Parameters
-        ----------
-        path
-            ``.parquet``, ``.tsv`` or ``.csv``, the latter two also with ``.gz``: genes in the
-            first column (Parquet: or in the index), numbers in all others. ``.npz``: the array
-            ``genes``, (n,) of text, and one other, (n, width). Rows without a gene are left out.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no such file.
-        ValueError
-            It is no such table, a number is not finite, or a gene is there twice.
+        ``.parquet``, ``.tsv`` or ``.csv``, the latter two also with ``.gz``: genes in the first
+        column (Parquet: or in the index), numbers in all others. ``.npz``: the array ``genes``,
+        (n,) of text, and one other, (n, width). Rows without a gene are left out.
         """
         suffix = require_suffix(path, "A table of genes must be a file")
         place = local(path)
@@ -79,10 +60,10 @@ class GeneTable:
             msg = f"There is no table of genes {path}."
             raise FileNotFoundError(msg)
         with reading(place, "table of genes"):
-            if suffix == ".npz":
-                names, values = _read_arrays(place)
-            else:
-                names, values = _split(_read_frame(place, suffix), place, suffix)
+            with np.errstate(over="ignore"):
+                names, values = (
+                    _read_arrays(place) if suffix == ".npz" else _read_frame(place, suffix)
+                )
             digest = hashlib.blake2b(place.read_bytes(), digest_size=8).hexdigest()
         is_named = np.array([bool(name) for name in names], dtype=bool)
         names = [name for name in names if name]
@@ -90,19 +71,10 @@ class GeneTable:
         return cls(tuple(names), values[is_named], place.name, digest)
 
     def rows_of(self, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
-        """Find the row of each gene of a vocabulary.
+        """Find the row of each gene of a vocabulary: (n_genes,), -1 for none.
 
         Of several rows that are one gene, the first that has its id or symbol counts, or else the
         first of its other names (aliases, mouse orthologs).
-
-        Returns
-        -------
-        (n_genes,) row, -1 for none.
-
-        Raises
-        ------
-        ValueError
-            None of the genes is in the vocabulary.
         """
         mapping = map_gene_ids(self.names, vocabulary)
         genes = mapping.gene_index
@@ -114,8 +86,7 @@ class GeneTable:
             )
             raise ValueError(msg)
         bare = np.array([strip_version(name) for name in self.names])
-        place = np.maximum(genes, 0)
-        is_own = (bare == vocabulary.gene_ids[place]) | (bare == vocabulary.symbols[place])
+        is_own = (bare == mapping.gene_id) | (bare == vocabulary.symbols[genes])
         order = np.argsort(~is_own, kind="stable")
         order = order[genes[order] >= 0]
         found_genes, first = np.unique(genes[order], return_index=True)
@@ -125,13 +96,7 @@ class GeneTable:
 
 
 def require_suffix(path: str | PathLike[str], what: str) -> str:
-    """Return the ending of a table's name.
-
-    Raises
-    ------
-    ValueError
-        It is of none that is read. `what` is how the message begins.
-    """
+    """Return the ending of a table's name; `what` is how the message begins if it is of none."""
     suffix = next((one for one in _SUFFIXES if str(path).endswith(one)), "")
     if not suffix:
         msg = (
@@ -142,20 +107,17 @@ def require_suffix(path: str | PathLike[str], what: str) -> str:
     return suffix
 
 
-def _read_frame(path: Path, suffix: str) -> pd.DataFrame:
+def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[np.float32]]:
+    """Names in the first column, and the numbers in the others."""
     import pandas as pd
 
-    is_text = suffix in _SEPARATORS
-    frame = read_table(path, sep=_SEPARATORS[suffix]) if is_text else pd.read_parquet(path)
-    # The header of R's tables has no word for the names.
-    return frame if isinstance(frame.index, pd.RangeIndex) else frame.reset_index()
-
-
-def _split(frame: pd.DataFrame, path: Path, suffix: str) -> tuple[list[str], NDArray[np.float32]]:
-    """Names in the first column, and the numbers in the others."""
+    separator = _SEPARATORS.get(suffix)
+    frame = read_table(path, sep=separator) if separator else pd.read_parquet(path)
+    if not isinstance(frame.index, pd.RangeIndex):
+        # The header of R's tables has no word for the names.
+        frame = frame.reset_index()
     if frame.shape[1] < 2:
-        how = "separated by tabs" if ".tsv" in suffix else "separated by commas"
-        how = f", {how}," if suffix in _SEPARATORS else ""
+        how = {"\t": ", separated by tabs,", ",": ", separated by commas,"}.get(separator or "", "")
         msg = (
             f"{path} has {frame.shape[1]} column: expected genes in the first one{how} and numbers "
             "in others."
@@ -169,8 +131,7 @@ def _split(frame: pd.DataFrame, path: Path, suffix: str) -> tuple[list[str], NDA
                 "columns but the first, one number in each."
             )
             raise ValueError(msg)
-    with np.errstate(over="ignore"):
-        return names, numbers.to_numpy(dtype=np.float32, na_value=np.nan)
+    return names, numbers.to_numpy(dtype=np.float32, na_value=np.nan)
 
 
 def _read_arrays(path: Path) -> tuple[list[str], NDArray[np.float32]]:
@@ -192,8 +153,7 @@ def _read_arrays(path: Path) -> tuple[list[str], NDArray[np.float32]]:
     if values.dtype.kind not in "biuf":
         msg = f"{path}: {others[0]!r} has the type {values.dtype}, expected numbers."
         raise ValueError(msg)
-    with np.errstate(over="ignore"):
-        return clean_names(names), values.astype(np.float32)
+    return clean_names(names), values.astype(np.float32)
 
 
 def _array(file: Any, name: str, path: Path) -> NDArray[Any]:

@@ -1,16 +1,24 @@
-"""The dictionaries that Geneformer publishes, from a folder or the Hugging Face hub."""
+"""The dictionaries that Geneformer publishes, from a folder or the Hugging Face hub.
+
+They are pickles, and unpickling a file can run any code that its author put in. The reader here
+admits dictionaries, strings, numbers and numpy's scalars, which it builds itself, and refuses
+whatever else a file asks for before it happens.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import pickle
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stofm._files import local
 from stofm._logging import logger
-from stofm.genes.pickle_tables import file_sha256, read_pickle_table
-from stofm.genes.vocabulary_table import vocabulary_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from os import PathLike
 
 _REPOSITORY: Final = "ctheodoris/Geneformer"
@@ -40,6 +48,16 @@ _SHA256: Final[dict[str, dict[str, str]]] = {
     },
     "104m": {},
 }
+#: The published tables have 4 MB at most; more is not one of them.
+_MAX_BYTES: Final = 64 << 20
+_FORMATS: Final = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u8": "Q", "u4": "I"}
+_ADMITTED: Final = (
+    "Only dictionaries of names and numbers are read, because a pickle can hold any program."
+)
+
+
+class UnsafeTableError(ValueError):
+    """A pickle asks for something other than names and numbers."""
 
 
 def load_geneformer(
@@ -48,8 +66,8 @@ def load_geneformer(
     folder: str | PathLike[str] | None,
     revision: str | None,
     check_sha256: bool,
-) -> dict[str, Any]:
-    """Load the fields of a vocabulary; see :meth:`stofm.genes.GeneVocabulary.geneformer`."""
+) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
+    """Genes, special tokens and aliases; see :meth:`stofm.genes.GeneVocabulary.geneformer`."""
     if name not in _HUB_FILES:
         msg = f"There is no Geneformer vocabulary {name!r}; there are {sorted(_HUB_FILES)}."
         raise ValueError(msg)
@@ -57,10 +75,22 @@ def load_geneformer(
     for table in (_TOKENS, _MEDIANS, _NAMES):
         path = _download(name, table, revision) if folder is None else _find(name, table, folder)
         expected = _SHA256[name].get(table) if check_sha256 else None
-        if expected is None:
-            logger.info("%s: sha256 %s, not compared with a known one", path, file_sha256(path))
         tables[table] = read_pickle_table(path, sha256=expected)
-    return _fields(tables[_TOKENS], tables[_MEDIANS], tables[_NAMES])
+    tokens, medians, ids_by_name = tables.values()
+    symbols: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for symbol, gene in ids_by_name.items():
+        if symbols.setdefault(str(gene), symbol) != symbol and gene in tokens:
+            aliases[symbol] = str(gene)
+    special = {key.strip("<>"): int(token) for key, token in tokens.items() if key[0] == "<"}
+    genes = [gene for gene in tokens if gene[0] != "<"]
+    if without := [gene for gene in genes if gene not in medians]:
+        msg = f"{len(without)} genes have a token but no median, for example {without[:3]}."
+        raise ValueError(msg)
+    rows = [
+        (gene, symbols.get(gene, ""), int(tokens[gene]), float(medians[gene])) for gene in genes
+    ]
+    return rows, special, aliases
 
 
 def _download(name: str, table: str, revision: str | None) -> Path:
@@ -80,22 +110,83 @@ def _find(name: str, table: str, folder: str | PathLike[str]) -> Path:
     raise FileNotFoundError(msg)
 
 
-def _fields(
-    tokens: dict[str, Any], medians: dict[str, Any], ids_by_name: dict[str, Any]
-) -> dict[str, Any]:
-    symbols: dict[str, str] = {}
-    aliases: dict[str, str] = {}
-    for name, gene_id in ids_by_name.items():
-        if symbols.setdefault(str(gene_id), name) != name and gene_id in tokens:
-            aliases[name] = str(gene_id)
-    special = {key.strip("<>"): int(token) for key, token in tokens.items() if key[0] == "<"}
-    genes = [gene for gene in tokens if gene[0] != "<"]
-    without = [gene for gene in genes if gene not in medians]
-    if without:
-        msg = f"{len(without)} genes have a token but no median, for example {without[:3]}."
+def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
+    """Read a pickled dictionary of names to names or numbers, with this checksum if one is given."""
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is None:
+        logger.info("%s: sha256 %s, not compared with a known one", path, found)
+    elif found != sha256:
+        msg = (
+            f"{path} is not the published file: its sha256 is {found}, expected {sha256}. "
+            "Download it again, or pass check_sha256=False if it is meant to differ."
+        )
         raise ValueError(msg)
-    return vocabulary_fields(
-        [(gene, symbols.get(gene, ""), int(tokens[gene]), float(medians[gene])) for gene in genes],
-        special,
-        aliases,
-    )
+    if len(content) > _MAX_BYTES:
+        msg = f"{path} has {len(content) >> 20} MB, more than a table of genes can have."
+        raise ValueError(msg)
+    try:
+        table = _TableReader(io.BytesIO(content)).load()
+    except UnsafeTableError as error:
+        msg = f"{path} is refused. {error} {_ADMITTED}"
+        raise UnsafeTableError(msg) from None
+    except Exception as error:
+        msg = f"{path} could not be read as a pickle: {error}"
+        raise ValueError(msg) from error
+    if not isinstance(table, dict) or not all(
+        isinstance(key, str) and isinstance(value, str | int | float)
+        for key, value in table.items()
+    ):
+        msg = f"{path} is refused: it is no dictionary of names to names or numbers. {_ADMITTED}"
+        raise UnsafeTableError(msg)
+    return dict(table)
+
+
+class _ScalarType:
+    """Stands for ``numpy.dtype`` while a table is read."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        if name not in _FORMATS:
+            msg = f"It holds numbers of the unknown type {name!r}."
+            raise UnsafeTableError(msg)
+        self.format = f"<{_FORMATS[name]}"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.format = f">{self.format[1:]}"
+
+
+def _scalar(kind: object, content: object) -> float | int:
+    """Stands for the function that makes numpy's scalars while a table is read."""
+    if not isinstance(kind, _ScalarType) or not isinstance(content, bytes):
+        msg = "It holds a number in an unknown form."
+        raise UnsafeTableError(msg)
+    value: float | int = struct.unpack(kind.format, content)[0]
+    return value
+
+
+def _encode(text: str, _encoding: str) -> bytes:
+    """Stands for ``codecs.encode``, with which early pickle protocols write bytes."""
+    return text.encode("latin-1")
+
+
+_STAND_INS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _ScalarType,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+}
+
+
+class _TableReader(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        stand_in = _STAND_INS.get((module_name, global_name))
+        if stand_in is None:
+            msg = f"It asks for {module_name}.{global_name}."
+            raise UnsafeTableError(msg)
+        # Wrapped anew each time, because a pickle may set attributes of what it gets.
+        return lambda *arguments: stand_in(*arguments)
+
+    def persistent_load(self, pid: Any) -> Any:
+        msg = f"It asks for an outside object ({pid!r})."
+        raise UnsafeTableError(msg)

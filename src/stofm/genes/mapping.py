@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from datetime import date, timedelta
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -14,12 +16,12 @@ from stofm.genes.gene_ids import (
     IdType,
     clean_names,
     id_type,
+    read_orthologs,
     strip_version,
 )
-from stofm.genes.orthologs import read_orthologs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
@@ -50,6 +52,19 @@ _ADVICE: Final = (
     "('human' or 'mouse'), or `orthologs` to translate mouse Ensembl ids; genes of other species "
     "must be translated to human ones first."
 )
+#: Names that are looked at to give advice, and what stands between parts of a name.
+_SAMPLE: Final = 2000
+_SEPARATORS: Final = ("_", ":", "|", "-", " ", "/")
+#: Parts of names that say that it is no gene, although one is named.
+_OTHER: Final = re.compile(r"adt|hto|prot(ein)?|ab|antibody|totalseq\w*", re.IGNORECASE)
+#: What a spreadsheet makes of MARCH1, SEPT7 and DEC1, and how it numbers days.
+_DATE: Final = re.compile(
+    r"\d{1,2}[-/. ](mar|sep|dec)\w*|(mar|sep|dec)\w*[-/. ]\d{1,2}"
+    r"|\d{4}-(03|09|12)-\d\d( 00:00:00)?|\d{1,2}/\d{1,2}/\d{2,4}",
+    re.IGNORECASE,
+)
+_FIRST_DAY: Final = date(1899, 12, 30)
+_MONTHS: Final = (3, 9, 12)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +128,19 @@ class GeneMapping:
     @property
     def lost(self) -> list[str]:
         """Names that were not found."""
-        rows = np.flatnonzero(self.gene_index < 0).tolist()
-        return [self.names[row] for row in rows if self.names[row]]
+        return [self.names[row] for row in self._lost_rows()]
 
     @property
     def unmatched(self) -> tuple[str, ...]:
         """Up to three names that were not found, those with most counts first."""
-        missed = [row for row in np.flatnonzero(self.gene_index < 0).tolist() if self.names[row]]
+        rows = self._lost_rows()
         if self.counts_per_gene is not None:
-            missed.sort(key=(-self.counts_per_gene).__getitem__)
-        return tuple(self.names[row] for row in missed[:_N_EXAMPLES])
+            rows.sort(key=(-self.counts_per_gene).__getitem__)
+        return tuple(self.names[row] for row in rows[:_N_EXAMPLES])
+
+    def _lost_rows(self) -> list[int]:
+        rows: list[int] = np.flatnonzero(self.gene_index < 0).tolist()
+        return [row for row in rows if self.names[row]]
 
     def summary(self) -> str:
         """Return the report as one line."""
@@ -140,7 +158,7 @@ class GeneMapping:
         Parameters
         ----------
         advise
-            Returns a better advice for the message than that to pass an argument, or ``""``.
+            Returns better advice for the message than to pass an argument, or ``""``.
 
         Raises
         ------
@@ -201,7 +219,7 @@ def map_gene_ids(
     ValueError
         `species` is none of the three, or the arguments differ in length.
     """
-    if species not in ("auto", "human", "mouse"):
+    if species not in get_args(Species):
         msg = f"species must be 'auto', 'human' or 'mouse', found {species!r}."
         raise ValueError(msg)
     names = clean_names(ids)
@@ -209,16 +227,27 @@ def map_gene_ids(
     if len(second) != len(names):
         msg = f"There are {len(names)} ids, but {len(second)} fallback ids."
         raise ValueError(msg)
+    if counts_per_gene is not None and np.shape(counts_per_gene) != (len(names),):
+        msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
+        raise ValueError(msg)
     tables = _lookup_tables(vocabulary, species, orthologs)
     found = [
         _look_up(name, tables, species) or _look_up(other, tables, species) or (-1, "")
         for name, other in zip(names, second, strict=True)
     ]
     shown = [name or other for name, other in zip(names, second, strict=True)]
-    if counts_per_gene is not None and np.shape(counts_per_gene) != (len(names),):
-        msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
-        raise ValueError(msg)
-    return _report(shown, found, vocabulary, counts_per_gene)
+    types = Counter(id_type(name) for name in shown)
+    index = np.array([row for row, _ in found], dtype=np.int64)
+    return GeneMapping(
+        gene_index=index,
+        gene_id=np.where(index >= 0, vocabulary.gene_ids[index], ""),
+        token_id=np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32),
+        species=_main_species(types),
+        id_types={kind.value: number for kind, number in types.most_common()},
+        routes=dict(Counter(route for _, route in found if route).most_common()),
+        names=shown,
+        counts_per_gene=counts_per_gene,
+    )
 
 
 def counts_of_shared_genes(
@@ -226,19 +255,8 @@ def counts_of_shared_genes(
 ) -> tuple[NDArray[np.float64], Literal["first", "last"]]:
     """Counts of columns that share their gene with another, if there are too many for genes.
 
-    Parameters
-    ----------
-    genes
-        (n_vars,) number of each column's gene, negative for none.
-    counts
-        (n_vars,) counts over all cells.
-
-    Returns
-    -------
-    counts
-        (n_vars,) counts of the columns that may be no genes; 0 in all others.
-    keep
-        Which column of each gene is not one of them.
+    Returns the counts of the columns that may be no genes, (n_vars,), 0 in all others, and which
+    column of each gene is not one of them.
     """
     beyond_first = np.where(_stand_again(genes), counts, 0.0)
     before_last = np.where(_stand_again(genes[::-1])[::-1], counts, 0.0)
@@ -289,28 +307,6 @@ def _look_up(
     return None if row is None else (row, "case")
 
 
-def _report(
-    names: list[str],
-    found: list[tuple[int, str]],
-    vocabulary: GeneVocabulary,
-    counts_per_gene: NDArray[Any] | None,
-) -> GeneMapping:
-    index = np.array([row for row, _ in found], dtype=np.int64)
-    matched = index >= 0
-    place = np.where(matched, index, 0)
-    types = Counter(id_type(name) for name in names)
-    return GeneMapping(
-        gene_index=index,
-        gene_id=np.where(matched, vocabulary.gene_ids[place], ""),
-        token_id=np.where(matched, vocabulary.tokens[place], -1).astype(np.int32),
-        species=_main_species(types),
-        id_types={kind.value: number for kind, number in types.most_common()},
-        routes=dict(Counter(route for _, route in found if route).most_common()),
-        names=names,
-        counts_per_gene=counts_per_gene,
-    )
-
-
 def _main_species(types: Mapping[IdType, int]) -> str:
     human = sum(types.get(kind, 0) for kind in HUMAN_TYPES)
     mouse = sum(types.get(kind, 0) for kind in MOUSE_TYPES)
@@ -319,3 +315,61 @@ def _main_species(types: Mapping[IdType, int]) -> str:
     if min(human, mouse) >= _MIXED_SHARE * (human + mouse):
         return "human and mouse"
     return "human" if human >= mouse else "mouse"
+
+
+def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: str) -> str:
+    """Say how to change names so that at least half of them are found; ``""`` for no idea.
+
+    `where` is what holds the names, as code: ``"adata.var_names"``.
+    """
+    kept = [name for name in names if name][:_SAMPLE]
+    best, advice = len(kept) / 2, ""
+    for changed, description, code in _changes(kept):
+        n_found = map_gene_ids(changed, vocabulary).n_matched
+        if n_found > best or (n_found == best > 0 and not advice):
+            best = n_found
+            advice = (
+                f"{n_found} of {len(kept)} names {description} are found, such as {changed[0]!r} "
+                f"for {kept[0]!r}: {where} = {where}.str.{code}"
+            )
+    return advice
+
+
+def _changes(names: Sequence[str]) -> Iterator[tuple[list[str], str, str]]:
+    """Changed names, what was done to them, and the method of ``.str`` that does it."""
+    if not names:
+        return
+    yield [name.upper() for name in names], "in capitals", "upper()"
+    for separator in _SEPARATORS:
+        split = [name.partition(separator)[::2] for name in names if separator in name]
+        if 2 * len(split) < len(names):
+            continue
+        yield from _without_prefix(names, separator)
+        if not any(_OTHER.fullmatch(part) or part.isdigit() for parts in split for part in parts):
+            first = [name.split(separator)[0] for name in names]
+            last = [name.split(separator)[-1] for name in names]
+            yield first, f"up to {separator!r}", f"split({separator!r}).str[0]"
+            yield last, f"after the last {separator!r}", f"split({separator!r}).str[-1]"
+
+
+def _without_prefix(names: Sequence[str], separator: str) -> Iterator[tuple[list[str], str, str]]:
+    """Names without the prefix that at least half of them share."""
+    pattern = re.compile(rf"[^{re.escape(separator)}]+{re.escape(separator)}+")
+    found = (pattern.match(name) for name in names)
+    prefix, number = Counter(match[0] if match else "" for match in found).most_common(1)[0]
+    if prefix and 2 * number >= len(names) and not _OTHER.fullmatch(prefix.rstrip(separator)):
+        changed = [name.removeprefix(prefix) for name in names]
+        yield changed, f"without the prefix {prefix!r}", f"removeprefix({prefix!r})"
+
+
+def spreadsheet_dates(names: Sequence[str]) -> list[str]:
+    """Names that a spreadsheet turned into dates, such as 1-Mar or 43525 for MARCH1.
+
+    Numbers are taken for days only if all of them can be.
+    """
+    numbers = [name for name in names if name.isdecimal()]
+    are_days = all(
+        len(name) == 5 and (_FIRST_DAY + timedelta(days=int(name))).month in _MONTHS
+        for name in numbers
+    )
+    return [name for name in names if _DATE.fullmatch(name) or (are_days and name.isdecimal())]

@@ -157,19 +157,20 @@ class RankedTokens:
 
     def equals(self, other: RankedTokens) -> bool:
         """Whether all cells have the same tokens in the same order, and the same values if any."""
+        own, others = self.values, other.values
         return (
             np.array_equal(self.offsets, other.offsets)
             and np.array_equal(self.tokens, other.tokens)
-            and _equal_or_none(self.values, other.values)
+            and (own is others if own is None or others is None else np.array_equal(own, others))
         )
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over all cells' tokens, and their values if there are any."""
-        hashed = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=8)
-        hashed.update(np.ascontiguousarray(self.tokens).data)
-        if self.values is not None:
-            hashed.update(np.ascontiguousarray(self.values).data)
+        hashed = hashlib.blake2b(digest_size=8)
+        for part in (self.offsets, self.tokens, self.values):
+            if part is not None:
+                hashed.update(np.ascontiguousarray(part).data)
         return hashed.hexdigest()
 
     @classmethod
@@ -191,9 +192,7 @@ class RankedTokens:
             raise ValueError(msg)
         return cls(
             tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
-            offsets=np.concatenate([[0], np.cumsum(np.concatenate([[], *lengths]))]).astype(
-                np.int64
-            ),
+            offsets=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
             values=np.concatenate(values) if values else None,
         )
 
@@ -212,9 +211,3 @@ def _entries_in_order(matrix: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
             msg = "The matrix has empty places between tokens; it was not made by stofm."
             raise ValueError(msg)
     return rows.data, offsets
-
-
-def _equal_or_none(first: NDArray[Any] | None, second: NDArray[Any] | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return np.array_equal(first, second)

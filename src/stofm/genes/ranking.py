@@ -80,36 +80,34 @@ def rank_genes(
         Sizes or indices do not fit, a count is negative, a median of a known gene is not positive, or a
         total is smaller than the sum of the cell's counts.
     """
-    if duplicates not in ("sum", "keep"):
-        msg = f"duplicates must be 'sum' or 'keep', found {duplicates!r}."
-        raise ValueError(msg)
     counts = _canonical(counts)
     tokens = np.asarray(token_ids).astype(np.int64)
-    _check_genes(counts.shape[1], tokens, np.asarray(medians), max_tokens)
+    _check(counts.shape[1], tokens, np.asarray(medians), max_tokens, duplicates)
+    if totals is not None:
+        totals = np.asarray(totals, dtype=np.float64)
+        if totals.shape != counts.shape[:1]:
+            msg = (
+                f"The counts have {counts.shape[0]} rows, but totals has shape {totals.shape}; "
+                "pass one per cell."
+            )
+            raise ValueError(msg)
     divisors = np.where(tokens >= 0, medians, np.inf)
-    shared = _shared_columns(tokens) if duplicates == "sum" else None
-
-    totals = _checked_totals(totals, counts.shape[0])
+    # Columns whose token another column has too.
+    shared = (tokens >= 0) & (
+        np.bincount(tokens[tokens >= 0], minlength=1)[np.maximum(tokens, 0)] > 1
+    )
 
     def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
         start, block = start_and_block
         found = _defined_counts(block)
         scale = _scale_of_cells(block, found, start, totals) if values else None
-        if shared is not None:
+        if duplicates == "sum" and shared.any():
             found = _sum_shared_columns(block, found, tokens, shared)
         return _rank_block(block, found, tokens, divisors, max_tokens, scale)
 
     with ThreadPoolExecutor(_N_THREADS) as threads:
         parts = list(threads.map(rank, _row_blocks(counts)))
-    return RankedTokens.concatenate(parts) if parts else _no_cells(values=values)
-
-
-def _no_cells(*, values: bool) -> RankedTokens:
-    return RankedTokens(
-        tokens=np.empty(0, dtype=np.int32),
-        offsets=np.zeros(1, dtype=np.int64),
-        values=np.empty(0, dtype=np.float32) if values else None,
-    )
+    return RankedTokens.concatenate(parts)
 
 
 def _canonical(counts: Any) -> sparse.csr_matrix:
@@ -122,9 +120,16 @@ def _canonical(counts: Any) -> sparse.csr_matrix:
     return matrix
 
 
-def _check_genes(
-    n_vars: int, token_ids: NDArray[np.int64], medians: NDArray[Any], max_tokens: int
+def _check(
+    n_vars: int,
+    token_ids: NDArray[np.int64],
+    medians: NDArray[Any],
+    max_tokens: int,
+    duplicates: str,
 ) -> None:
+    if duplicates not in ("sum", "keep"):
+        msg = f"duplicates must be 'sum' or 'keep', found {duplicates!r}."
+        raise ValueError(msg)
     if token_ids.shape != (n_vars,) or medians.shape != (n_vars,):
         msg = (
             f"The counts have {n_vars} columns, but token_ids has shape {token_ids.shape} and "
@@ -140,37 +145,23 @@ def _check_genes(
         raise ValueError(msg)
 
 
-def _checked_totals(totals: Any, n_cells: int) -> NDArray[np.float64] | None:
-    if totals is None:
-        return None
-    checked = np.asarray(totals, dtype=np.float64)
-    if checked.shape != (n_cells,):
-        msg = f"The counts have {n_cells} rows, but totals has shape {checked.shape}; pass one per cell."
-        raise ValueError(msg)
-    return checked
-
-
 def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    """Cut the rows into blocks of bounded size that share memory with `counts`.
+    """Cut the rows into blocks of bounded size that share memory with `counts`, at least one.
 
     Each comes with the number of its first row.
     """
-    n_cells = counts.shape[0]
+    n_cells, n_vars = counts.shape
+    if not n_cells:
+        yield 0, counts
     indptr = counts.indptr.astype(np.int64)
     start = 0
     while start < n_cells:
         limit = indptr[start] + _BLOCK_ENTRIES
         stop = max(int(np.searchsorted(indptr, limit, side="right")) - 1, start + 1)
-        entries = slice(indptr[start], indptr[stop])
-        block = sparse.csr_matrix(
-            (
-                counts.data[entries],
-                counts.indices[entries],
-                indptr[start : stop + 1] - indptr[start],
-            ),
-            shape=(stop - start, counts.shape[1]),
-        )
-        yield start, block
+        own = slice(indptr[start], indptr[stop])
+        starts = indptr[start : stop + 1] - indptr[start]
+        entries = (counts.data[own], counts.indices[own], starts)
+        yield start, sparse.csr_matrix(entries, shape=(stop - start, n_vars))
         start = stop
 
 
@@ -196,7 +187,7 @@ def _scale_of_cells(
     block: sparse.csr_matrix,
     values: NDArray[Any],
     start: int,
-    totals: NDArray[np.float64] | None,
+    totals: NDArray[np.floating] | None,
 ) -> NDArray[np.float64]:
     """Return 10,000 / total count of each cell of a block; 0 for a cell without counts."""
     n_cells = block.shape[0]
@@ -220,14 +211,6 @@ def _scale_of_cells(
 
 def _rows_of_entries(block: sparse.csr_matrix) -> NDArray[np.int64]:
     return np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-
-
-def _shared_columns(token_ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Mark the columns whose token another column has too; None if there are none."""
-    known = token_ids[token_ids >= 0]
-    occurrences = np.bincount(known, minlength=1)
-    shared = (token_ids >= 0) & (occurrences[np.maximum(token_ids, 0)] > 1)
-    return shared if shared.any() else None
 
 
 def _sum_shared_columns(
@@ -270,33 +253,21 @@ def _rank_block(
         padded.sort(axis=1)
         # Entries without a value have nothing but ones above the token bits.
         n_tokens[rows] = (padded < (_NO_GENE & ~token_mask)).sum(axis=1)
-        kept = padded[:, :max_tokens]
-        amounts = None if scale is None else _values_of_keys(kept, token_mask, scale[rows])
-        ranked.append((rows, (kept & token_mask).astype(np.int32), amounts))
+        ranked.append((rows, padded[:, :max_tokens]))
     np.minimum(n_tokens, max_tokens, out=n_tokens)
     offsets = np.concatenate([[0], np.cumsum(n_tokens)])
     tokens = np.empty(offsets[-1], dtype=np.int32)
-    all_amounts = None if scale is None else np.empty(offsets[-1], dtype=np.float32)
-    for rows, columns, amounts in ranked:
-        place = np.arange(columns.shape[1])
+    amounts = None if scale is None else np.empty(offsets[-1], dtype=np.float32)
+    for rows, kept in ranked:
+        place = np.arange(kept.shape[1])
         is_token = place < n_tokens[rows, None]
         places = (offsets[rows, None] + place)[is_token]
-        tokens[places] = columns[is_token]
-        if all_amounts is not None and amounts is not None:
-            all_amounts[places] = amounts[is_token]
-    return RankedTokens(tokens=tokens, offsets=offsets, values=all_amounts)
-
-
-def _values_of_keys(
-    keys: NDArray[np.uint64], token_mask: np.uint64, scale: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    """Read count / median back from sorted keys, where it stands to 1e-10, and scale it by cell.
-
-    Arbitrary at padding.
-    """
-    ratios = (~keys & ~token_mask).view(np.float64)
-    values: NDArray[np.float32] = (ratios * scale[:, None]).astype(np.float32)
-    return values
+        tokens[places] = (kept & token_mask)[is_token]
+        if amounts is not None and scale is not None:
+            # Count / median, read back from the key, where it stands to 1e-10.
+            ratios = (~kept & ~token_mask).view(np.float64)
+            amounts[places] = (ratios * scale[rows, None])[is_token]
+    return RankedTokens(tokens=tokens, offsets=offsets, values=amounts)
 
 
 def _sort_keys(

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from stofm._files import local
+from stofm._files import local, put_in_place
+from stofm.genes.gene_ids import read_cells
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from os import PathLike
+    from pathlib import Path
 
     from numpy.typing import NDArray
+
+_COLUMNS: Final = ("token", "gene_id", "symbol", "median", "aliases")
+#: Column names of plain copies of Geneformer's dictionaries, and ours for them.
+_OTHER_NAMES: Final = {"token_id": "token", "ensembl_id": "gene_id"}
+_LARGEST_TOKEN: Final = 2**31 - 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +70,7 @@ class GeneVocabulary:
         if not len(self.gene_ids):
             msg = "A vocabulary needs at least one gene."
             raise ValueError(msg)
-        missing = {"pad", "mask", "cls"} - set(self.special)
-        if missing or self.special["pad"] != 0:
+        if not {"pad", "mask", "cls"} <= set(self.special) or self.special["pad"] != 0:
             msg = (
                 "A vocabulary needs the special tokens pad (0), mask and cls, "
                 f"found {dict(self.special)}."
@@ -161,11 +168,9 @@ class GeneVocabulary:
         ValueError
             The header is not one of these, or a row is not valid.
         """
-        from stofm.genes.vocabulary_table import read_table
-
-        fields = read_table(local(path))
+        genes = _read_genes(local(path))
         try:
-            return cls(**fields)
+            return cls(**arranged(*genes))
         except ValueError as error:
             msg = f"{path}: {error}"
             raise ValueError(msg) from error
@@ -176,9 +181,11 @@ class GeneVocabulary:
         Columns ``token gene_id symbol median aliases``, separated by tabs, aliases by ``|``,
         rows by token. The file appears whole or not at all.
         """
-        from stofm.genes.vocabulary_table import write_table
-
-        write_table(self, local(path))
+        content = "".join(f"{line}\n" for line in _lines(self)).encode()
+        if str(path).endswith(".gz"):
+            # A fixed time stamp makes equal vocabularies equal files.
+            content = gzip.compress(content, mtime=0)
+        put_in_place(local(path), lambda part: part.write_bytes(content))
 
     @classmethod
     def fit(
@@ -224,9 +231,9 @@ class GeneVocabulary:
         ValueError
             No gene is left, or counts are not raw counts.
         """
-        from stofm.genes.fitting import fit_vocabulary
+        from stofm.genes.fitting import fit_genes
 
-        return fit_vocabulary(
+        genes = fit_genes(
             slices,
             orthologs=orthologs,
             reference=reference,
@@ -234,6 +241,7 @@ class GeneVocabulary:
             min_cells=min_cells,
             layer=layer,
         )
+        return cls(**arranged(*genes))
 
     @classmethod
     def geneformer(
@@ -273,9 +281,8 @@ class GeneVocabulary:
         """
         from stofm.genes.geneformer import load_geneformer
 
-        return cls(
-            **load_geneformer(name, folder=folder, revision=revision, check_sha256=check_sha256)
-        )
+        genes = load_geneformer(name, folder=folder, revision=revision, check_sha256=check_sha256)
+        return cls(**arranged(*genes))
 
 
 @lru_cache(maxsize=1)
@@ -291,3 +298,87 @@ def _require_unique(what: str, values: list[Any]) -> None:
     if repeated:
         msg = f"The {what} of a vocabulary must be unique; {repeated[:3]} occur more than once."
         raise ValueError(msg)
+
+
+def arranged(
+    genes: list[tuple[str, str, int, float]], special: dict[str, int], aliases: dict[str, str]
+) -> dict[str, Any]:
+    """Fields of a vocabulary: (gene id, symbol, token, median) by token, and ``cls`` if absent."""
+    by_token = sorted(genes, key=lambda gene: gene[2])
+    gene_ids, symbols, tokens, medians = zip(*by_token, strict=True) if genes else ((),) * 4
+    if "cls" not in special:
+        special = {**special, "cls": max(-1, *tokens, *special.values()) + 1}
+    return {
+        "gene_ids": np.array(gene_ids, dtype=np.str_),
+        "symbols": np.array(symbols, dtype=np.str_),
+        "tokens": np.array(tokens, dtype=np.int32),
+        "medians": np.array(medians, dtype=np.float64),
+        "special": special,
+        "aliases": aliases,
+    }
+
+
+def _read_genes(
+    path: Path,
+) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
+    """Read a table's genes, its special tokens and its aliases."""
+    genes: list[tuple[str, str, int, float]] = []
+    special: dict[str, int] = {}
+    aliases: dict[str, str] = {}
+    header, *lines = read_cells(path, "vocabulary table") or [[""]]
+    columns = [_OTHER_NAMES.get(name, name) for name in header]
+    if not {"token", "gene_id", "median"} <= set(columns):
+        msg = (
+            f"{path} is not a vocabulary table: expected the columns {list(_COLUMNS)} "
+            f"(or token_id, ensembl_id, median, symbol), found {header}."
+        )
+        raise ValueError(msg)
+    for number, cells in enumerate(lines, start=2):
+        where = f"{path}, line {number}"
+        if len(cells) != len(columns):
+            msg = f"{where}: expected {len(columns)} cells, found {len(cells)}."
+            raise ValueError(msg)
+        row = dict(zip(columns, cells, strict=True))
+        gene, token, median = row["gene_id"], *_numbers(row, where)
+        if gene.startswith("<"):
+            special[gene.strip("<>")] = token
+            continue
+        if median is None:
+            msg = f"{where}: the gene {gene} has no median."
+            raise ValueError(msg)
+        genes.append((gene, row.get("symbol", ""), token, median))
+        names = row.get("aliases", "")
+        aliases.update(dict.fromkeys(names.split("|"), gene) if names else {})
+    return genes, special, aliases
+
+
+def _numbers(row: dict[str, str], where: str) -> tuple[int, float | None]:
+    """Token and median of a row."""
+    try:
+        token, median = int(row["token"]), float(row["median"]) if row["median"] else None
+    except ValueError:
+        msg = f"{where}: token or median is not a number: {row}."
+        raise ValueError(msg) from None
+    if not 0 <= token <= _LARGEST_TOKEN:
+        msg = f"{where}: tokens are from 0 to {_LARGEST_TOKEN}, found {token}."
+        raise ValueError(msg)
+    return token, median
+
+
+def _lines(vocabulary: GeneVocabulary) -> list[str]:
+    """Lines of the table of a vocabulary, the header first."""
+    names: dict[str, list[str]] = {}
+    for alias, gene in vocabulary.aliases.items():
+        if not alias or any(separator in alias for separator in "\t\n\r|"):
+            msg = f"The alias {alias!r} of {gene} is empty or holds a tab, line end or '|'."
+            raise ValueError(msg)
+        names.setdefault(gene, []).append(alias)
+    rows = [(token, f"<{name}>", "", "", "") for name, token in vocabulary.special.items()]
+    columns = (vocabulary.tokens, vocabulary.gene_ids, vocabulary.symbols, vocabulary.medians)
+    for token, gene, symbol, median in zip(*(one.tolist() for one in columns), strict=True):
+        for name in (gene, symbol):
+            if any(separator in name for separator in "\t\n\r"):
+                msg = f"The name {name!r} of {gene} holds a character that separates the table."
+                raise ValueError(msg)
+        rows.append((token, gene, symbol, repr(median), "|".join(sorted(names.get(gene, [])))))
+    return ["\t".join(map(str, cells)) for cells in [_COLUMNS, *sorted(rows)]]

@@ -33,9 +33,14 @@ from stofm.heads.neighborhood import add_neighborhood
 from stofm.heads.network import apply_head
 from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn import Stofm
-from stofm.nn.checkpoint import CONFIG, write_atomically
+from stofm.nn.checkpoint import (
+    CONFIG,
+    read_tensors,
+    require_beside,
+    write_atomically,
+    write_tensors,
+)
 from stofm.nn.prediction_head import HeadConfig  # noqa: TC001 - read when a head is loaded
-from stofm.nn.tensor_files import read_tensors, require_beside, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

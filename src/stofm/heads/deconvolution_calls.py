@@ -15,7 +15,7 @@ from stofm.heads.spot_reference import SpotSimulation, fit_simulated, read_panel
 from stofm.heads.spot_tables import SLICE, grid_into_spots, read_proportions
 from stofm.heads.spots import ProportionsTask, refuse_keys, write_proportions
 from stofm.nn import choose_device
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
     from stofm.heads.spots import DeconvolutionHead
-    from stofm.spatial.spot_simulation import SpotRules
+    from stofm.spatial.spots import SpotRules
 
 #: Components that are read of spots simulated from a reference.
 _N_COMPONENTS: Final = 50

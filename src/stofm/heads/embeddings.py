@@ -11,7 +11,7 @@ from stofm._edge.records import read_record
 from stofm._edge.staleness import stale_reason
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 from stofm.pp import tokenize
 from stofm.tl._embed import embed
 from stofm.tl._encode_cells import encode_cells

@@ -17,7 +17,7 @@ from stofm.heads.neighborhood import choose_neighborhood, renew_neighborhood
 from stofm.heads.network import FittedHead, fit_head, row_order
 from stofm.heads.splits import plan_runs, score_table
 from stofm.heads.tuning import fine_tune_head
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,8 @@ import numpy as np
 from stofm._config import read_json
 from stofm._files import Kind, reading
 from stofm._files import read_table as read_plain_table
-from stofm.nn.checkpoint import CONFIG
+from stofm.nn.checkpoint import CONFIG, check_sizes, load_exactly, shapes
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
-from stofm.nn.conversion import check_sizes, load_exactly, shapes
 from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 

@@ -30,7 +30,7 @@ from stofm.heads.genes import (
 from stofm.heads.inputs import read_inputs
 from stofm.heads.network import HeadTraining, row_order
 from stofm.heads.options import checked_reps
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,7 +20,7 @@ from stofm.heads.embeddings import (
     same_origin,
 )
 from stofm.heads.options import DEFAULT_REP, checked_reps
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

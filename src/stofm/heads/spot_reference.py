@@ -25,11 +25,7 @@ from stofm.heads.spot_panel import (
 )
 from stofm.heads.spots import DeconvolutionHead, ProportionsTask, params_of, score_types
 from stofm.heads.targets import Targets
-from stofm.spatial.spot_simulation import (
-    TypedCells,
-    gene_scales,
-    simulate_spots,
-)
+from stofm.spatial.spots import TypedCells, gene_scales, simulate_spots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
     from stofm.nn import Stofm
-    from stofm.spatial.spot_simulation import SpotRules
+    from stofm.spatial.spots import SpotRules
 
 #: Fewer shared genes than this say too little about types.
 _MIN_GENES: Final = 10

@@ -17,7 +17,7 @@ from stofm._messages import warn
 from stofm.genes.compressed import require_sound
 from stofm.heads.embeddings import gene_records
 from stofm.heads.sections import Sections
-from stofm.spatial.spot_grid import grid_spots
+from stofm.spatial.spots import grid_spots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.labels import Labels
-    from stofm.spatial.spot_grid import SpotGrid
+    from stofm.spatial.spots import SpotGrid
 
 #: By so much the proportions of a spot may miss 1: rounding, not something left out.
 _TOLERANCE: Final = 1e-3

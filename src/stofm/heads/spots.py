@@ -29,7 +29,7 @@ from stofm.heads.spot_panel import SpotPanel, genes_of, read_panel_counts, remar
 from stofm.heads.targets import Targets
 from stofm.metrics import mae, pearson, rmse
 from stofm.nn import choose_device
-from stofm.nn.stofm import load_model
+from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

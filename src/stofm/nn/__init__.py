@@ -1,15 +1,14 @@
 """The model: configuration, networks, checkpoints and batched inference (torch)."""
 
-from stofm.nn.attention import biased_attention, gather_logits
+from stofm.nn.attention import GaussianDistanceBias, biased_attention, gather_logits
 from stofm.nn.batch import GeneBag, PairIndex, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
 from stofm.nn.device import choose_device, choose_dtype
 from stofm.nn.inference import embed_slice, encode_cells
-from stofm.nn.pair_bias import GaussianDistanceBias
+from stofm.nn.model import Stofm, UntrainedModelWarning
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.nn.se2_transformer import PairState, SE2Output, SE2Transformer
-from stofm.nn.stofm import Stofm, UntrainedModelWarning
 from stofm.spatial import SubSliceConfig
 
 __all__ = [

@@ -1,19 +1,25 @@
-"""Attention with a static pair bias, and logits carried from layer to layer without a pair matrix.
+"""Attention with a static pair bias from distances, and logits carried from layer to layer.
 
 The logits of layer l are those of layer l - 1 plus q k / sqrt(d), that is
 ``bias + [q_1 .. q_l] [k_1 .. k_l]^T / sqrt(d)``: the heads' queries and keys are laid side by
-side, and the bias stays as it is.
+side, and the bias stays as it is. There is no pair matrix to carry, and the bias is evaluated only
+where distances differ.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from jaxtyping import Float, Int
+
+    from stofm.nn.batch import PairIndex
 
 
 def biased_attention(
@@ -63,15 +69,25 @@ def biased_attention(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, n_real: tuple[int, ...]
 ) -> Tensor:
-    # A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and
-    # there is no padding to compute.
     attended = torch.zeros_like(values)
+    for head, weights in _weights_by_head(queries, keys, bias, n_real):
+        attended[head] = weights @ values[head]
+    return attended
+
+
+def _weights_by_head(
+    queries: Tensor, keys: Tensor, bias: Tensor, n_real: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int, slice], Tensor]]:
+    """Place of each head's real nodes, and its weights.
+
+    A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and there is
+    no padding to compute.
+    """
     for b, n in enumerate(n_real):
         for h in range(queries.shape[1]):
-            logits = torch.addmm(bias[b, h, :n, :n], queries[b, h, :n], keys[b, h, :n].T)
-            weights = torch.softmax(logits, dim=-1)
-            attended[b, h, :n] = weights @ values[b, h, :n]
-    return attended
+            head = (b, h, slice(n))
+            logits = torch.addmm(bias[b, h, :n, :n], queries[head], keys[head].T)
+            yield head, torch.softmax(logits, dim=-1)
 
 
 class _HeadwiseAttention(torch.autograd.Function):
@@ -92,15 +108,12 @@ class _HeadwiseAttention(torch.autograd.Function):
         attended = torch.zeros_like(values)
         kept_weights: list[Tensor] = []
         kept_masks: list[Tensor] = []
-        for b, n in enumerate(n_real):
-            for h in range(queries.shape[1]):
-                logits = torch.addmm(bias[b, h, :n, :n], queries[b, h, :n], keys[b, h, :n].T)
-                weights = torch.softmax(logits, dim=-1)
-                kept_weights.append(weights)
-                if dropout > 0:
-                    kept_masks.append(torch.rand_like(weights) >= dropout)
-                    weights = weights * kept_masks[-1] / (1.0 - dropout)
-                attended[b, h, :n] = weights @ values[b, h, :n]
+        for head, weights in _weights_by_head(queries, keys, bias, n_real):
+            kept_weights.append(weights)
+            if dropout > 0:
+                kept_masks.append(torch.rand_like(weights) >= dropout)
+                weights = weights * kept_masks[-1] / (1.0 - dropout)
+            attended[head] = weights @ values[head]
         ctx.save_for_backward(queries, keys, values, *kept_weights, *kept_masks)
         ctx.n_real, ctx.dropout, ctx.bias_shape = n_real, dropout, bias.shape
         return attended
@@ -112,29 +125,26 @@ class _HeadwiseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         queries, keys, values, *kept = ctx.saved_tensors
         n_heads = queries.shape[1]
-        masks = kept[len(ctx.n_real) * n_heads :]
+        heads = [(b, h, slice(n)) for b, n in enumerate(ctx.n_real) for h in range(n_heads)]
+        masks = kept[len(heads) :]
         grad_q, grad_k = torch.zeros_like(queries), torch.zeros_like(keys)
         grad_v = torch.zeros_like(values)
         grad_bias = queries.new_zeros(ctx.bias_shape) if ctx.needs_input_grad[3] else None
-        for b, n in enumerate(ctx.n_real):
-            for h in range(n_heads):
-                at = b * n_heads + h
-                grad = gradients[0][b, h, :n]
-                weights = kept[at]
-                grad_weights = grad @ values[b, h, :n].T
-                used = weights
-                if masks:
-                    keep = masks[at] / (1.0 - ctx.dropout)
-                    used = weights * keep
-                    grad_weights *= keep
-                grad_v[b, h, :n] = used.T @ grad
-                # d softmax: w (g - sum_j w g).
-                mean = (grad_weights * weights).sum(-1, keepdim=True)
-                grad_logits = grad_weights.sub_(mean).mul_(weights)
-                grad_q[b, h, :n] = grad_logits @ keys[b, h, :n]
-                grad_k[b, h, :n] = grad_logits.T @ queries[b, h, :n]
-                if grad_bias is not None:
-                    grad_bias[b, h, :n, :n] = grad_logits
+        for at, head in enumerate(heads):
+            grad, used = gradients[0][head], kept[at]
+            grad_weights = grad @ values[head].T
+            if masks:
+                keep = masks[at] / (1.0 - ctx.dropout)
+                used = used * keep
+                grad_weights *= keep
+            grad_v[head] = used.T @ grad
+            # d softmax: w (g - sum_j w g).
+            mean = (grad_weights * kept[at]).sum(-1, keepdim=True)
+            grad_logits = grad_weights.sub_(mean).mul_(kept[at])
+            grad_q[head] = grad_logits @ keys[head]
+            grad_k[head] = grad_logits.T @ queries[head]
+            if grad_bias is not None:
+                grad_bias[(*head, head[2])] = grad_logits
         return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
@@ -157,3 +167,136 @@ def gather_logits(
     """
     products = (queries[batch, :, rows] * keys[batch, :, columns]).sum(-1)
     return products + bias[batch, :, rows, columns]
+
+
+#: To which curve :meth:`GaussianDistanceBias.favor_near` fits: so far and so finely (model units), a
+#: distance that stands for all beyond, and the bias that amounts to no attention.
+_FIT_UP_TO, _FIT_POINTS, _FAR = 14.0, 281, 50.0
+_LOWEST_BIAS = -6.0
+_RIDGE = 1e-6
+
+
+class GaussianDistanceBias(nn.Module):
+    """One bias per attention head from a distance, by a learned mixture of Gaussians.
+
+    With x = w d + b, Gaussians of mean m_k and width ``s_k = |sigma_k| + 1e-5``
+    (normalised to unit area), followed by a linear map, ReLU and a linear map to the heads.
+
+    Parameters
+    ----------
+    n_kernels
+        Number of Gaussians.
+    n_heads
+        Number of attention heads.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.3, after Uni-Mol (Zhou et al. 2023).
+    """
+
+    def __init__(self, *, n_kernels: int, n_heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.means = nn.Parameter(torch.empty(n_kernels).uniform_(0.0, 3.0))
+        self.widths = nn.Parameter(torch.empty(n_kernels).uniform_(0.0, 3.0))
+        self.hidden = nn.Linear(n_kernels, n_kernels)
+        self.output = nn.Linear(n_kernels, n_heads)
+
+    @torch.no_grad()
+    def favor_near(self) -> None:
+        """Set the output weights so that attention falls with distance from the start.
+
+        The biases of three heads in four become -d^2 / (2 r^2), with reaches r from 1 to 4 model
+        units (a slice's diagonal is 100) and -6 at the least; those of the others become 0. Only
+        the last linear map changes; it is the least-squares fit to these curves.
+        """
+        device, dtype = self.output.weight.device, self.output.weight.dtype
+        near = torch.linspace(0.0, _FIT_UP_TO, _FIT_POINTS)
+        far = torch.full((_FIT_POINTS // 4,), _FAR)
+        distances = torch.cat([near, far])
+        n_heads = self.output.out_features
+        n_near = n_heads - n_heads // 4
+        wanted = torch.zeros(len(distances), n_heads, dtype=torch.float64)
+        for head, reach in enumerate(torch.logspace(0.0, math.log10(4.0), n_near).tolist()):
+            wanted[:, head] = (-(distances**2) / (2 * reach**2)).clamp(min=_LOWEST_BIAS)
+        hidden = self._hidden(distances.to(device)).cpu().double()
+        design = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
+        ridge = _RIDGE * torch.eye(design.shape[1], dtype=torch.float64)
+        fitted = torch.linalg.solve(design.T @ design + ridge, design.T @ wanted)
+        self.output.weight.copy_(fitted[:-1].T.to(device, dtype))
+        self.output.bias.copy_(fitted[-1].to(device, dtype))
+
+    def forward(self, distances: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs heads"]:
+        """Evaluate the bias of each distance, in the precision of the weights."""
+        # Distances up to 100 need more than bfloat16's three digits.
+        with torch.autocast(distances.device.type, enabled=False):
+            bias: Tensor = self.output(self._hidden(distances))
+        return bias
+
+    def _hidden(self, distances: Tensor) -> Tensor:
+        width = self.widths.abs() + 1e-5
+        x = self.scale * distances.to(self.means.dtype)[:, None] + self.shift
+        # exp(-z^2 / 2) / (sqrt(2 pi) width), with the factor moved into the small vectors.
+        z = (x - self.means) * (math.sqrt(0.5) / width)
+        density = z.square_().neg_().exp_() if not torch.is_grad_enabled() else (-z * z).exp()
+        weight = self.hidden.weight / (math.sqrt(2 * math.pi) * width)
+        return torch.relu_(nn.functional.linear(density, weight, self.hidden.bias))
+
+
+class _ScatterPairs(torch.autograd.Function):
+    """Lay the biases of listed pairs and the constant of all others into one dense matrix.
+
+    Autograd would keep and copy several dense matrices for the same gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, constant: Tensor, pairs: PairIndex) -> Tensor:
+        ctx.pairs = pairs
+        n_heads = len(constant)
+        n_nodes = pairs.n_nodes
+        dense = constant.view(1, n_heads, 1, 1).repeat(pairs.n_batch, 1, n_nodes, n_nodes)
+        dense[:, :, 0, :] = 0.0
+        dense[:, :, :, 0] = 0.0
+        dense.diagonal(dim1=-2, dim2=-1).zero_()
+        flat = dense.view(pairs.n_batch, n_heads, n_nodes * n_nodes)
+        by_head = values.T.contiguous()
+        for b, (start, stop) in enumerate(pairs.ranges):
+            own = by_head[:, start:stop]
+            for places in (pairs.forward[start:stop], pairs.mirrored[start:stop]):
+                flat[b].scatter_(1, places.expand(n_heads, -1), own)
+            dense[b, :, :, pairs.n_real[b] :] = 0.0
+            dense[b, :, pairs.n_real[b] :, :] = 0.0
+        return dense
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        pairs: PairIndex = ctx.pairs
+        (gradient,) = gradients
+        n_batch, n_heads, n_nodes, _ = gradient.shape
+        flat = gradient.reshape(n_batch, n_heads, n_nodes * n_nodes)
+        parts = []
+        total = gradient.new_zeros(n_heads)
+        for b, (start, stop) in enumerate(pairs.ranges):
+            listed = flat[b].index_select(1, pairs.forward[start:stop])
+            listed += flat[b].index_select(1, pairs.mirrored[start:stop])
+            parts.append(listed)
+            n = pairs.n_real[b]
+            inner = gradient[b, :, 1:n, 1:n]
+            diagonal = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+            total += inner.sum((-2, -1)) - diagonal - listed.sum(-1)
+        return torch.cat(parts, dim=1).T, total, None
+
+
+def scatter_pairs(
+    values: Float[Tensor, "pairs heads"],
+    constant: Float[Tensor, " heads"],
+    pairs: PairIndex,
+) -> Float[Tensor, "batch heads nodes nodes"]:
+    """Spread biases over the dense matrix that attention adds.
+
+    Those of the listed pairs count in both directions, `constant` at all other pairs of distinct nodes
+    ("not a neighbour"); 0 stands on the diagonal, for the slice token and for padding.
+    """
+    dense: Tensor = _ScatterPairs.apply(values, constant, pairs)  # type: ignore[no-untyped-call]
+    return dense

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from stofm.spatial import SubSlice
 
 
+class _Tensors:
+    """A dataclass of tensors, and of others of its kind."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on `device`."""
+        own: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
+        moved = {name: one.to(device) for name, one in own.items() if hasattr(one, "to")}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class PairIndex:
+class PairIndex(_Tensors):
     """Where the listed pairs of a batch stand in its dense (nodes, nodes) matrices.
 
     Attributes
@@ -51,18 +61,9 @@ class PairIndex:
         """Number of sub-slices."""
         return len(self.n_real)
 
-    def to(self, device: torch.device | str) -> PairIndex:
-        """Return a copy on `device`."""
-        return replace(
-            self,
-            distances=self.distances.to(device),
-            forward=self.forward.to(device),
-            mirrored=self.mirrored.to(device),
-        )
-
 
 @dataclass(frozen=True)
-class SubSliceBatch:
+class SubSliceBatch(_Tensors):
     """Sub-slices padded on the right to one number of nodes.
 
     Attributes
@@ -87,15 +88,6 @@ class SubSliceBatch:
         """Which nodes are no padding."""
         return self.node_type != NodeType.PADDING
 
-    def to(self, device: torch.device | str) -> SubSliceBatch:
-        """Return a copy on `device`."""
-        return SubSliceBatch(
-            features=self.features.to(device),
-            node_type=self.node_type.to(device),
-            cell_index=self.cell_index.to(device),
-            pairs=self.pairs.to(device),
-        )
-
     @classmethod
     def from_subslices(
         cls, subslices: Sequence[SubSlice], *, node_multiple: int = 1
@@ -119,9 +111,7 @@ class SubSliceBatch:
             features[b, : n_real[b]] = subslice.features
             node_type[b, : n_real[b]] = subslice.node_type
             cell_index[b, : n_real[b]] = subslice.cell_index
-        listed = [
-            (s.pairs.rows.astype(np.int64), s.pairs.columns, s.pairs.distances) for s in subslices
-        ]
+        listed = [(s.pairs.rows, s.pairs.columns, s.pairs.distances) for s in subslices]
         return cls(
             features=torch.from_numpy(features),
             node_type=torch.from_numpy(node_type),
@@ -155,7 +145,7 @@ class SubSliceBatch:
         for matrix, n in zip(distances, n_real, strict=True):
             inner = np.triu(matrix[:n, :n], k=1)
             rows, columns = np.nonzero((inner != 0) & (inner != NO_NEIGHBOR))
-            listed.append((rows.astype(np.int64), columns, inner[rows, columns]))
+            listed.append((rows, columns, inner[rows, columns]))
         return cls(
             features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
             node_type=torch.from_numpy(np.asarray(node_type, dtype=np.int64)),
@@ -165,14 +155,13 @@ class SubSliceBatch:
 
 
 def _pair_index(
-    listed: Sequence[tuple[NDArray[np.int64], NDArray[np.integer], NDArray[np.floating]]],
+    listed: Sequence[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
     n_real: tuple[int, ...],
     n_nodes: int,
 ) -> PairIndex:
     stops = np.cumsum([len(rows) for rows, _, _ in listed]).tolist()
-    rows = np.concatenate([rows for rows, _, _ in listed])
-    columns = np.concatenate([columns for _, columns, _ in listed])
-    distances = np.concatenate([distances for _, _, distances in listed])
+    rows, columns, distances = (np.concatenate(parts) for parts in zip(*listed, strict=True))
+    rows, columns = rows.astype(np.int64), columns.astype(np.int64)
     return PairIndex(
         distances=torch.from_numpy(distances.astype(np.float32)),
         forward=torch.from_numpy(rows * n_nodes + columns),
@@ -184,7 +173,7 @@ def _pair_index(
 
 
 @dataclass(frozen=True)
-class GeneBag:
+class GeneBag(_Tensors):
     """All genes of some cells with their values, cell after cell, for sums over them.
 
     Attributes
@@ -200,14 +189,6 @@ class GeneBag:
     tokens: Int[Tensor, " genes"]
     offsets: Int[Tensor, " cells"]
     values: Float[Tensor, " genes"]
-
-    def to(self, device: torch.device | str) -> GeneBag:
-        """Return a copy on `device`."""
-        return GeneBag(
-            tokens=self.tokens.to(device),
-            offsets=self.offsets.to(device),
-            values=self.values.to(device),
-        )
 
     @classmethod
     def from_ranked(cls, ranked: RankedTokens, cells: NDArray[np.integer]) -> GeneBag:
@@ -233,7 +214,7 @@ class GeneBag:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(_Tensors):
     """Token lists of cells, ``<cls>`` in front, padded on the right.
 
     Attributes
@@ -257,16 +238,6 @@ class TokenBatch:
     values: Float[Tensor, "cells length"] | None = None
     bag: GeneBag | None = None
     is_hidden: Bool[Tensor, "cells length"] | None = None
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """Return a copy on `device`."""
-        return TokenBatch(
-            tokens=self.tokens.to(device),
-            is_real=self.is_real.to(device),
-            values=None if self.values is None else self.values.to(device),
-            bag=None if self.bag is None else self.bag.to(device),
-            is_hidden=None if self.is_hidden is None else self.is_hidden.to(device),
-        )
 
     @classmethod
     def from_ranked(

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from stofm._config import read_json
 from stofm._files import Kind, local, put_in_place, take_back
 from stofm.nn.config import StofmConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from torch import Tensor
+
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -34,21 +41,9 @@ def find_checkpoint(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """Find a checkpoint folder: a local one, an embedded model, or one on the hub.
+    """Find a checkpoint folder: a local one, an embedded model (by name), or one on the hub.
 
-    Parameters
-    ----------
-    name
-        Path of a folder, name of an embedded model, or hub id (``owner/name``).
-    revision, cache_dir, local_files_only, token
-        As in :func:`huggingface_hub.snapshot_download`; for hub ids only.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such folder, and `name` can't be found on the hub.
-    ValueError
-        A `revision` of a folder or an embedded model is asked for.
+    Options are those of :func:`huggingface_hub.snapshot_download`, for hub ids (``owner/name``) only.
     """
     if found := _at_hand(name):
         if revision is not None:
@@ -98,15 +93,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def read_config(folder: Path) -> tuple[StofmConfig, str]:
-    """Read a checkpoint's config and the fingerprint of the vocabulary that it was made with.
-
-    Raises
-    ------
-    FileNotFoundError
-        A file of the checkpoint is missing.
-    ValueError
-        The config is damaged, or comes from a newer version of stofm.
-    """
+    """Read a checkpoint's config and the fingerprint of the vocabulary that it was made with."""
     missing = [n for n in (CONFIG, WEIGHTS, VOCABULARY) if not (folder / n).is_file()]
     if missing:
         hint = ""
@@ -139,27 +126,10 @@ RUN_CHECKPOINT = Kind(
 def write_atomically(
     folder: Path, fill: Callable[[Path], None], *, overwrite: bool, kind: Kind = CHECKPOINT
 ) -> None:
-    """Let `fill` write a folder beside `folder`, then put it in place.
+    """Let `fill` write an empty folder beside `folder`, then put it in place.
 
-    A crash leaves either the old folder or the new one, never half of one.
-
-    Parameters
-    ----------
-    folder
-        The folder.
-    fill
-        Gets an empty folder.
-    overwrite
-        Replace one that is already there.
-    kind
-        What may be replaced.
-
-    Raises
-    ------
-    FileExistsError
-        `folder` is there and `overwrite` is false, or it holds something else or more.
-    OSError
-        The disk is full, or can't be written to.
+    A crash leaves either the old folder or the new one, never half of one. What is there is replaced
+    only if `overwrite` is true and it is of the kind.
     """
     kind.refuse_other(folder, overwrite=overwrite)
 
@@ -168,3 +138,152 @@ def write_atomically(
         fill(place)
 
     put_in_place(folder, make)
+
+
+_DIGEST = "stofm_digest"
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], beside: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors by name to a ``.safetensors`` file.
+
+    `beside` is the content of files that belong to them, by name of the file, as JSON can hold it;
+    for :func:`require_beside`.
+    """
+    from safetensors.torch import save_file
+
+    stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    # One entry: several are written in any order, and the same content must give the same bytes.
+    digests = [_digest(stored), *(f"{k}={_digest_of(v)}" for k, v in (beside or {}).items())]
+    save_file(stored, path, metadata={_DIGEST: " ".join(digests)})
+
+
+def require_beside(path: Path, beside: Mapping[str, Any]) -> None:
+    """Refuse files that are not those that tensors were written with, if that was noted."""
+    with _opened(path) as file:
+        _, *noted = _noted(file)
+    found = [f"{name}={_digest_of(content)}" for name, content in beside.items()]
+    if noted and (changed := sorted(set(noted) ^ set(found))):
+        name = changed[0].partition("=")[0]
+        change = "its content has changed since it was written"
+        raise ValueError(_damaged(path.with_name(name), change))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(_damaged(path, str(error))) from error
+
+
+def _noted(file: Any) -> list[str]:
+    """Digests of the tensors, and of what is beside them; the first may be blank."""
+    noted: list[str] = (file.metadata() or {}).get(_DIGEST, "").split(" ")
+    return noted
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of a file's tensors, without the tensors."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: Path, *, may_be_nan: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` file; only tensors of these names may hold NaN or infinite numbers."""
+    with _opened(path) as file:
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        written = _noted(file)[0]
+    if written and written != _digest(tensors):
+        raise ValueError(_damaged(path, "its content has changed since it was written"))
+    require_finite(path, {n: v for n, v in tensors.items() if n not in may_be_nan})
+    return tensors
+
+
+def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with NaN or infinite numbers."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and (bad := int((~torch.isfinite(value)).sum())):
+            found = f"{bad} of {value.numel()} numbers of {name!r} are NaN or infinite"
+            raise ValueError(_damaged(path, found))
+
+
+def _damaged(path: Path, found: str) -> str:
+    return f"{path} is damaged ({found}); get or write the file again."
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors, by name."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load `state` into `module`, or say which weights do not fit and how; then it is unchanged."""
+    own = module.state_dict()
+    check_fit(shapes(own), shapes(state), what)
+    for name, value in own.items():
+        if value.is_floating_point() != state[name].is_floating_point():
+            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
+            raise ValueError(msg)
+    module.load_state_dict(dict(state))
+
+
+def check_fit(
+    own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Refuse weights that are not those of a module, by their names and shapes."""
+    wrong = [
+        f"{name}: {stored[name]} in place of {own[name]}"
+        for name in sorted(set(own) & set(stored))
+        if stored[name] != own[name]
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (
+            ("missing", sorted(set(own) - set(stored))),
+            ("unexpected", sorted(set(stored) - set(own))),
+            ("of wrong shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
+        raise ValueError(msg)
+
+
+def check_sizes(
+    make: Callable[[], torch.nn.Module],
+    n_layers: int,
+    stored: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> None:
+    """Refuse a config whose module is not that of the stored weights, before memory is taken.
+
+    `make` makes the module, which will have `n_layers` layers; `what` is its name in messages.
+    """
+    if n_layers > len(stored):
+        msg = f"The weights of {what} do not fit the config: {len(stored)} for {n_layers} layers."
+        raise ValueError(msg)
+    try:
+        with torch.device("meta"):
+            own = shapes(make().state_dict())
+    except RuntimeError as error:
+        msg = f"The sizes of {what} are beyond all memory: {error}"
+        raise ValueError(msg) from error
+    check_fit(own, stored, what)

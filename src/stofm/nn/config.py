@@ -26,26 +26,32 @@ DistanceStart = Literal["random", "near"]
 _MOST = 2**31 - 1
 
 
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not 1 <= getattr(config, name) <= _MOST:
-            msg = f"{name} must be at least 1 and at most {_MOST}, found {getattr(config, name)}."
-            raise ValueError(msg)
-
-
-def _check_rates(config: Any) -> None:
+def _check(config: Any, sizes: tuple[str, ...], width: str, choices: dict[str, Any]) -> None:
+    """Check what both networks have: sizes, heads that share the width, rates, and choices."""
+    _check_positive(config, *sizes)
+    if getattr(config, width) % config.n_heads:
+        msg = (
+            f"{width} must be divisible by n_heads, found {getattr(config, width)} and "
+            f"{config.n_heads}."
+        )
+        raise ValueError(msg)
     if not 0 <= config.dropout < 1:
         msg = f"dropout must be at least 0 and below 1, found {config.dropout}."
         raise ValueError(msg)
     if not 0 < config.layer_norm_eps < 1:
         msg = f"layer_norm_eps must be above 0 and below 1, found {config.layer_norm_eps}."
         raise ValueError(msg)
+    for name, kind in choices.items():
+        if getattr(config, name) not in get_args(kind):
+            msg = f"{name} must be one of {get_args(kind)}, found {getattr(config, name)!r}."
+            raise ValueError(msg)
 
 
-def _check_heads(width: int, n_heads: int, name: str) -> None:
-    if width % n_heads:
-        msg = f"{name} must be divisible by n_heads, found {width} and {n_heads}."
-        raise ValueError(msg)
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not 1 <= getattr(config, name) <= _MOST:
+            msg = f"{name} must be at least 1 and at most {_MOST}, found {getattr(config, name)}."
+            raise ValueError(msg)
 
 
 def _not_default(config: Any) -> dict[str, Any]:
@@ -123,9 +129,8 @@ class CellEncoderConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        _check_positive(self, "n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner")
-        _check_heads(self.d_hidden, self.n_heads, "d_hidden")
-        _check_rates(self)
+        sizes = ("n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner")
+        _check(self, sizes, "d_hidden", {"activation": Activation, "values": Values})
         if self.d_gene is not None:
             _check_positive(self, "d_gene")
         if not 2 <= self.max_positions <= _MOST:
@@ -137,11 +142,6 @@ class CellEncoderConfig:
                 f"found {self.gene_width} and d_cell={self.d_cell}."
             )
             raise ValueError(msg)
-        choices = {"activation": Activation, "values": Values}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                msg = f"{name} must be one of {get_args(allowed)}, found {getattr(self, name)!r}."
-                raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,13 +201,8 @@ class SE2TransformerConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        _check_positive(self, "d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
-        _check_heads(self.d_model, self.n_heads, "d_model")
-        _check_rates(self)
-        if self.distance_start not in get_args(DistanceStart):
-            allowed = get_args(DistanceStart)
-            msg = f"distance_start must be one of {allowed}, found {self.distance_start!r}."
-            raise ValueError(msg)
+        sizes = ("d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
+        _check(self, sizes, "d_model", {"distance_start": DistanceStart})
         if not 0 <= self.n_passed <= self.d_cell:
             msg = f"n_passed must be from 0 to d_cell, {self.d_cell}, found {self.n_passed}."
             raise ValueError(msg)

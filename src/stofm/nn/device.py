@@ -1,11 +1,13 @@
-"""Choosing where and in which precision to compute."""
+"""Where and in which precision to compute, and the memory that it takes."""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import psutil
 import torch
@@ -14,6 +16,10 @@ from stofm._logging import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
+    from stofm.spatial import SubSliceConfig
+
 
 _DTYPES = {
     "float32": torch.float32,
@@ -131,3 +137,140 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     elif device.type == "mps":
         found.append(torch.mps._get_default_mps_generator())
     return found
+
+
+#: Numbers per token that the cell encoder keeps at a time, beside those in proportion to its
+#: widths, with what the allocator does not give back; as measured.
+_TOKEN_NUMBERS: Final = 780
+#: Bytes a cell of a slice for its neighbour graph and igraph's copies, by clustering; as measured.
+_GRAPH_BYTES: Final = {"canonical": 1500, "scanpy": 2200}
+#: Bytes a cell for coordinates, sub-slice and virtual cell, in all slices.
+_LAYOUT_BYTES: Final = 48
+#: Bytes an entry of a block of counts that is read and ranked, rows of a block, and bytes at most.
+_ENTRY_BYTES, _BLOCK_ROWS, _BLOCK_BYTES = 18, 32_768, 40_000_000
+#: Share of what a batch took in the cell encoder that the allocator keeps; as measured.
+_KEPT: Final = 0.7
+#: Rows that principal components are computed on at a time, in double precision.
+_COMPONENT_ROWS: Final = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be embedded, as far as memory depends on it.
+
+    `n_cells` counts all slices, `genes_per_cell` is the mean number of tokens, and `n_copied` the
+    bytes of the AnnData that is copied before results are written.
+    """
+
+    n_cells: int
+    largest_slice: int
+    genes_per_cell: float
+    n_copied: int = 0
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The largest sub-slice: its cells, and the virtual cells that it gets."""
+
+    n_cells: int
+    n_virtual: int
+
+    @classmethod
+    def expected(cls, rules: SubSliceConfig, largest_slice: int) -> Nodes:
+        """Guess it before slices are cut and clustered."""
+        # A sub-slice of the reference partition may hold twice as many cells.
+        n_cells = rules.n_cells * (2 if rules.partition == "reference" else 1)
+        # More cells have more clusters, by about the root of their number.
+        found = 20 + math.sqrt(largest_slice) / 2 * max(1.0, rules.leiden_resolution)
+        limit = rules.max_virtual_cells or largest_slice
+        return cls(min(n_cells, largest_slice), min(round(found), limit, largest_slice))
+
+    @property
+    def total(self) -> int:
+        """Number of nodes, the slice token counted."""
+        return 1 + self.n_cells + self.n_virtual
+
+
+def encoder_memory(config: CellEncoderConfig, token_budget: int, dtype: torch.dtype) -> int:
+    """Estimate the bytes that a batch of so many tokens takes in the cell encoder."""
+    numbers = 9 * config.d_hidden + 2 * config.d_inner + _TOKEN_NUMBERS
+    return token_budget * numbers * dtype.itemsize
+
+
+def transformer_memory(
+    config: SE2TransformerConfig,
+    rules: SubSliceConfig,
+    nodes: Nodes,
+    batch_size: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Estimate the bytes that a batch of sub-slices like the largest takes in the transformer."""
+    n, heads, size = nodes.total, config.n_heads, dtype.itemsize
+    n_pairs = n * nodes.n_virtual + nodes.n_cells * rules.n_neighbors
+    listed = n_pairs * (4 * (3 * config.n_kernels + 2 * heads) + 40)
+    hidden = n * size * (4 * config.d_inner + config.d_model * (3 * config.n_layers + 8))
+    bias = n * n * heads * _bytes_of_bias(device, size)
+    logits = 12 * n * n if device.type == "cpu" else 0
+    return batch_size * (listed + hidden + bias) + logits
+
+
+def _bytes_of_bias(device: torch.device, size: int) -> int:
+    """Bytes per head and pair of nodes of all dense matrices that are there at a time."""
+    # The bias is made in single precision and cast.
+    made = 4 + (size if size < 4 else 0)
+    if device.type == "cpu":
+        return made
+    if device.type == "mps":
+        # Bias, bias with padding masked, logits without and with it.
+        return 16
+    # Bias, bias with padding masked, and the copy that attention aligns.
+    return max(made, 3 * size)
+
+
+def host_memory(
+    config: StofmConfig,
+    rules: SubSliceConfig,
+    work: Workload,
+    *,
+    encoding: int = 0,
+    transforming: int = 0,
+) -> int:
+    """Estimate the bytes that embedding takes in main memory beyond its input, at its peak.
+
+    `encoding` and `transforming` are the bytes that a batch takes in the two parts of the model,
+    where they compute in main memory.
+    """
+    encoder = config.cell_encoder
+    n, slice_ = work.n_cells, work.largest_slice
+    token = 8 if encoder.reads_values else 4
+    tokens = token * work.genes_per_cell + 8
+    cell, spatial = 4 * encoder.d_cell, 4 * config.se2_transformer.d_embedding
+    # While all results are put together and the largest slice is worked on.
+    laid_out = n * (tokens + cell + _LAYOUT_BYTES)
+    components = slice_ * cell + min(slice_, _COMPONENT_ROWS) * 8 * encoder.d_cell
+    graph = slice_ * (_GRAPH_BYTES[rules.clustering] + 8 * rules.n_components)
+    block = min(_ENTRY_BYTES * work.genes_per_cell * min(n, _BLOCK_ROWS), _BLOCK_BYTES)
+    kept = _KEPT * encoding
+    copied = 0 if slice_ == n else slice_
+    peaks = (
+        n * 2 * tokens,
+        n * (tokens + 24 + cell) + encoding,
+        n * (tokens + 24 + 2 * cell) + kept,
+        laid_out + slice_ * cell + max(components, graph) + kept,
+        laid_out + n * spatial + copied * (cell + spatial) + max(kept, transforming),
+        # Columns of the sparse matrices, and what they are made from.
+        laid_out + n * (spatial + (token + 4) * work.genes_per_cell) + kept + work.n_copied,
+    )
+    return round(block + max(peaks))
+
+
+def describe_bytes(n_bytes: int) -> str:
+    """Write a number of bytes for people."""
+    size = float(n_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

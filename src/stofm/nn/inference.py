@@ -249,8 +249,15 @@ def _halving(
     pending: list[NDArray[np.int64]] = [items]
     while pending:
         part = pending.pop()
-        if _fits(run, part):
+        try:
+            run(part)
             continue
+        except RuntimeError as error:
+            # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
+            text = str(error)
+            lacks_memory = "out of memory" in text or "can't allocate memory" in text
+            if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
+                raise
         if len(part) == 1:
             msg = (
                 "The device ran out of memory on the smallest possible batch; lower "
@@ -263,16 +270,3 @@ def _halving(
             torch.cuda.empty_cache()
         middle = len(part) // 2
         pending += [part[middle:], part[:middle]]
-
-
-def _fits(run: Callable[[NDArray[np.int64]], None], part: NDArray[np.int64]) -> bool:
-    try:
-        run(part)
-    except RuntimeError as error:
-        # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
-        text = str(error)
-        lacks_memory = "out of memory" in text or "can't allocate memory" in text
-        if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
-            raise
-        return False
-    return True

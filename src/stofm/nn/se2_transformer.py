@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stofm.nn.attention import biased_attention, gather_logits
-from stofm.nn.pair_bias import GaussianDistanceBias, scatter_pairs
+from stofm.nn.attention import GaussianDistanceBias, biased_attention, gather_logits, scatter_pairs
 from stofm.spatial import NO_NEIGHBOR, NodeType
 
 if TYPE_CHECKING:
@@ -53,15 +52,15 @@ class PairState:
 
     def dense(self) -> Float[Tensor, "batch nodes nodes heads"]:
         """Whole pair representation; 0 at padded keys."""
-        logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
-        key_is_padding = ~self.is_real[:, None, None, :]
-        return logits.masked_fill(key_is_padding, 0.0).permute(0, 2, 3, 1)
+        return self._logits(0.0).permute(0, 2, 3, 1)
 
     def attention(self) -> Float[Tensor, "batch nodes nodes"]:
         """Attention weights of the last layer, averaged over the heads."""
+        return self._logits(-torch.inf).softmax(dim=-1).mean(dim=1)
+
+    def _logits(self, at_padding: float) -> Tensor:
         logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
-        key_is_padding = ~self.is_real[:, None, None, :]
-        return logits.masked_fill(key_is_padding, -torch.inf).softmax(dim=-1).mean(dim=1)
+        return logits.masked_fill(~self.is_real[:, None, None, :], at_padding)
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,8 @@ class SE2Output:
 class SE2Layer(nn.Module):
     """One layer: attention over the nodes and a feed-forward part, each added to its input.
 
-    Parameters
-    ----------
-    d_model, n_heads, d_inner
-        Width, attention heads, feed-forward width.
-    norm_first
-        Layer norm before each part in place of after the sum.
-    dropout
-        Of attention weights, of the feed-forward part and of what is added.
-    layer_norm_eps
-        Epsilon of the layer norms.
+    With `norm_first` a layer norm stands before each part in place of after the sum. Dropout is of
+    attention weights, of the feed-forward part and of what is added.
     """
 
     def __init__(

@@ -16,9 +16,8 @@ from stofm._keys import Obsm
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from stofm.spatial.clustering import Clustering
     from stofm.spatial.subslices import Partition
-    from stofm.spatial.virtual_cells import Mixing
+    from stofm.spatial.virtual_cells import Clustering, Mixing
 
 
 def subslice(

@@ -1,18 +1,22 @@
 """Slices, sub-slices and virtual cells on plain arrays: numpy, scipy and igraph only."""
 
-from stofm.spatial.clustering import leiden, merge_clusters
-from stofm.spatial.coordinates import MODEL_DIAGONAL, canonical_order, normalize_coordinates
+from stofm.spatial.coordinates import (
+    MODEL_DIAGONAL,
+    canonical_order,
+    normalize_coordinates,
+    partition_balanced,
+    partition_reference,
+)
 from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.node_types import NodeType
-from stofm.spatial.pairs import NO_NEIGHBOR, PairDistances, pair_distances
-from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.pairs import NO_NEIGHBOR, NodeType, PairDistances, pair_distances
 from stofm.spatial.splits import Split, split_cells
-from stofm.spatial.spot_grid import SpotGrid, grid_spots
-from stofm.spatial.spot_simulation import (
+from stofm.spatial.spots import (
     SimulatedSpots,
+    SpotGrid,
     SpotRules,
     TypedCells,
     gene_scales,
+    grid_spots,
     simulate_spots,
 )
 from stofm.spatial.subslices import (
@@ -26,6 +30,8 @@ from stofm.spatial.subslices import (
 from stofm.spatial.virtual_cells import (
     VirtualCells,
     cluster_cells,
+    leiden,
+    merge_clusters,
     mix_expression_and_place,
     principal_components,
     virtual_cells,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -12,16 +11,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from stofm.spatial.clustering import leiden
 from stofm.spatial.coordinates import canonical_order
 from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.virtual_cells import principal_components
+from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
-    from sklearn.mixture import GaussianMixture
 
 Centering = Literal["slice", "none"]
 
@@ -50,30 +47,44 @@ _turn = threading.Lock()
 class DomainSpace:
     """The space that domains are found in, the same whatever the order of the rows.
 
-    Attributes
-    ----------
-    order
-        (n,) rows in canonical order: slice by slice, and by features.
-    point
-        (n,) point of each cell in that order. Cells of a slice with the same features share one.
-    scores
-        (n_points, k) principal components with a total variance of 1.
+    `order` (n,) are the rows in canonical order, slice by slice and by features. `point` (n,) is the
+    point of each cell in that order; cells of a slice with the same features share one. `scores`
+    (n_points, k) are principal components with a total variance of 1.
     """
 
     order: NDArray[np.int64]
     point: NDArray[np.int64]
     scores: NDArray[np.float64]
 
-    @property
-    def n_points(self) -> int:
-        """Number of points."""
-        return len(self.scores)
-
     def to_rows(self, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bring labels of points to the cells' own order."""
         found = np.empty(len(self.order), dtype=np.int64)
         found[self.order] = labels[self.point]
         return found
+
+
+def find_levels(
+    features: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    *,
+    beside: Sequence[NDArray[np.floating]] = (),
+    coordinates: NDArray[np.float64] | None = None,
+    n_domains: int | None,
+    resolution: float,
+    coarser: Sequence[int],
+    smooth: int,
+    centering: Centering,
+    seed: int,
+) -> list[NDArray[np.int64]]:
+    """Find the domains of slices, which together have all rows, and the coarser levels.
+
+    See :func:`stofm.tl.domains`. Only with coordinates domains are smoothed.
+    """
+    space = domain_space(features, slices, centering=centering, beside=beside)
+    labels = find_domains(space, n_domains=n_domains, resolution=resolution, seed=seed)
+    if coordinates is not None:
+        labels = smooth_domains(labels, coordinates, features, slices, smooth)
+    return [labels, *merge_domains(space, labels, coarser)]
 
 
 def domain_space(
@@ -83,26 +94,11 @@ def domain_space(
     centering: Centering = "slice",
     beside: Sequence[NDArray[np.floating]] = (),
 ) -> DomainSpace:
-    """Reduce embeddings to the principal components that domains are found in.
+    """Reduce embeddings (n, d) to the principal components that domains are found in.
 
-    These are 20, or 10 of an embedding and what is beside it.
-
-    Parameters
-    ----------
-    features
-        (n, d) embeddings, finite.
-    slices
-        Rows of each slice; together all rows.
-    centering
-        ``"slice"`` takes each slice's mean off first, and with it what sets slices apart.
-    beside
-        More of each cell, each (n, any), finite; put beside the embedding, with the same total
-        variance.
-
-    Raises
-    ------
-    ValueError
-        `centering` is something else.
+    These are 20, or 10 of an embedding and what is beside it: arrays of the same rows, which get the
+    same total variance. ``centering="slice"`` takes each slice's mean off first, and with it what
+    sets slices apart.
     """
     if centering not in ("slice", "none"):
         msg = f"centering must be 'slice' or 'none', found {centering!r}."
@@ -143,65 +139,29 @@ def find_domains(
     resolution: float = 1.0,
     seed: int = 0,
 ) -> NDArray[np.int64]:
-    """Cluster cells into domains.
+    """Cluster cells into domains: (n,) labels from 0 by falling size.
 
-    Parameters
-    ----------
-    space
-        From :func:`domain_space`.
-    n_domains
-        Number of domains: components of a Gaussian mixture with one covariance for all, the
-        likeliest of 40 starts on up to 5,000 cells. With None, Leiden clusters on the neighbour
-        graph.
-    resolution
-        Of Leiden; higher values give more domains.
-    seed
-        Of starts, samples, and the order in which Leiden visits cells.
-
-    Returns
-    -------
-    (n,) labels from 0 by falling size.
-
-    Raises
-    ------
-    ValueError
-        There are fewer different embeddings than domains.
-
-    References
-    ----------
-    Scrucca et al. 2016, mclust 5 (R J 8:289), whose model EEE the mixture is.
+    `n_domains` is the number of components of a Gaussian mixture with one covariance for all (model
+    EEE of mclust 5, Scrucca et al. 2016), the likeliest of 40 starts on up to 5,000 cells. With None,
+    Leiden clusters at `resolution` on the neighbour graph.
     """
-    if n_domains is not None and n_domains > space.n_points:
+    if n_domains is not None and n_domains > len(space.scores):
         msg = (
             f"n_domains is {n_domains}, but the {len(space.order)} cells have only "
-            f"{space.n_points} different embeddings; ask for fewer domains."
+            f"{len(space.scores)} different embeddings; ask for fewer domains."
         )
         raise ValueError(msg)
-    with _turn, _without_convergence_warnings():
+    from sklearn.exceptions import ConvergenceWarning
+
+    with _turn, warnings.catch_warnings():
+        # After so many rounds hardly a cell changes its domain.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         labels = (
             _leiden_domains(space.scores, resolution, seed)
             if n_domains is None
             else _mixture_domains(space.scores, n_domains, seed)
         )
     return number_by_size(space.to_rows(labels))
-
-
-@contextmanager
-def _without_convergence_warnings() -> Iterator[None]:
-    """Leave out what scikit-learn says of its rounds: after so many hardly a cell changes its domain."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
-
-
-def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number labels anew, from 0 without gaps and by falling size."""
-    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.empty(len(sizes), dtype=np.int64)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return rank[codes]
 
 
 def _sample(n_points: int, most: int, seed: int) -> NDArray[np.int64]:
@@ -223,6 +183,7 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
         GaussianMixture(
             n_domains,
             covariance_type="tied",
+            tol=_TOLERANCES[0],
             reg_covar=_REGULARIZATION,
             max_iter=_MAX_ROUNDS,
             random_state=int(start),
@@ -231,24 +192,15 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
         for start in starts
     ]
     for mixture in mixtures:
-        _fit(mixture, tried, _TOLERANCES[0])
+        mixture.fit(tried)
     likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
-    _fit(likeliest, fitted, _TOLERANCES[1])
-    labels = likeliest.predict(scores)
+    # It goes on from where it stands.
+    labels = likeliest.set_params(tol=_TOLERANCES[1]).fit(fitted).predict(scores)
     if len(np.unique(labels)) < n_domains:
         # A component may be nowhere the likeliest; k-means leaves no domain empty.
-        labels = (
-            KMeans(n_domains, n_init=_N_KMEANS_STARTS, random_state=seed)
-            .fit(fitted)
-            .predict(scores)
-        )
+        means = KMeans(n_domains, n_init=_N_KMEANS_STARTS, random_state=seed)
+        labels = means.fit(fitted).predict(scores)
     return np.asarray(labels, dtype=np.int64)
-
-
-def _fit(mixture: GaussianMixture, scores: NDArray[np.float64], tolerance: float) -> None:
-    """Fit a mixture, from where it stands if it was fitted before."""
-    mixture.tol = tolerance
-    mixture.fit(scores)
 
 
 def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -> NDArray[np.int64]:
@@ -294,24 +246,11 @@ def smooth_domains(
     slices: Sequence[NDArray[np.int64]],
     n_neighbors: int,
 ) -> NDArray[np.int64]:
-    """Give each cell the most frequent domain among itself and its neighbours in the plane.
+    """Give each cell the most frequent domain among itself and its nearest neighbours in the plane.
 
-    Parameters
-    ----------
-    labels
-        (n,) domains. Among equally frequent ones a cell keeps its own, else takes the smallest.
-    coordinates
-        (n, 2), any unit.
-    features
-        (n, d) embeddings, which order cells at one place.
-    slices
-        Rows of each slice; neighbours are of the same slice.
-    n_neighbors
-        Neighbours that vote, the cell itself not counted.
-
-    Returns
-    -------
-    (n,) labels, by falling size.
+    Neighbours are of the same slice; the cell itself is not counted among `n_neighbors`. Among
+    equally frequent domains a cell keeps its own, else takes the smallest. Features order cells at
+    one place.
     """
     smoothed = labels.copy()
     for rows in slices:
@@ -330,25 +269,9 @@ def merge_domains(
 ) -> list[NDArray[np.int64]]:
     """Merge domains into fewer and fewer, so that coarser domains hold whole finer ones.
 
-    Ward's rule on the domains' means, weighted by their numbers of cells, in units of the
-    covariance within domains: those two are merged that add least to it.
-
-    Parameters
-    ----------
-    space
-        From :func:`domain_space`.
-    labels
-        (n,) domains from 0, without gaps.
-    counts
-        Numbers of domains, falling. A number that is not below that of `labels` gives these.
-
-    Returns
-    -------
-    For each number (n,) labels by falling size.
-
-    References
-    ----------
-    Ward 1963, Hierarchical grouping to optimize an objective function (JASA 58:236).
+    Ward's rule (1963) on the domains' means, weighted by their numbers of cells, in units of the
+    covariance within domains: those two are merged that add least to it. `counts` are falling
+    numbers of domains; one that is not below that of `labels` gives these.
     """
     if not counts:
         return []

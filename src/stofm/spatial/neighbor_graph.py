@@ -46,10 +46,7 @@ def nearest_neighbors(
 
 def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> None:
     """Bring each point to the front of its own list, where coincident points may stand."""
-    own = np.arange(len(indices))
-    rows = np.flatnonzero(indices[:, 0] != own)
-    if len(rows) == 0:
-        return
+    rows = np.flatnonzero(indices[:, 0] != np.arange(len(indices)))
     is_own = indices[rows] == rows[:, None]
     # With more coincident points than neighbours the point may be missing: the last makes room.
     column = np.where(is_own.any(axis=1), is_own.argmax(axis=1), indices.shape[1] - 1)
@@ -65,25 +62,11 @@ def neighbor_means(
     slices: Sequence[NDArray[np.int64]],
     n_neighbors: int,
 ) -> NDArray[np.float32]:
-    """Average values over the nearest neighbours of each cell, itself not counted.
+    """Average values (n, d) over the nearest neighbours of each cell, itself not counted.
 
-    The order of the rows does not matter. On a lattice more neighbours may be at the same distance
-    than count; which of them do is then arbitrary.
-
-    Parameters
-    ----------
-    values
-        (n, d).
-    coordinates
-        (n, 2), any unit.
-    slices
-        Rows of each slice; neighbours are of the same slice.
-    n_neighbors
-        At least 1. A smaller slice has as many as there are, and a cell by itself its own values.
-
-    Returns
-    -------
-    float32 (n, d); NaN for rows of no slice.
+    Neighbours are of the same slice. A smaller slice has as many as there are, and a cell by itself
+    its own values; rows of no slice are NaN. The order of the rows does not matter. On a lattice more
+    neighbours may be at the same distance than count; which of them do is then arbitrary.
     """
     means = np.full(values.shape, np.nan, dtype=np.float32)
     for rows in slices:
@@ -95,9 +78,8 @@ def neighbor_means(
         averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=(len(ordered),) * 2)
         own = values[ordered].astype(np.float32, copy=False)
         for start in range(0, len(ordered), _ROWS_AT_ONCE):
-            means[ordered[start : start + _ROWS_AT_ONCE]] = (
-                averaging[start : start + _ROWS_AT_ONCE] @ own
-            )
+            part = slice(start, start + _ROWS_AT_ONCE)
+            means[ordered[part]] = averaging[part] @ own
     return means
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm.spatial.node_types import NodeType
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
 
 NeighborsAmong = Literal["cells", "all_nodes"]
 
@@ -128,3 +128,12 @@ def _nearest_pairs(
         rows = rows[unfinished]
         n_asked = min(n, 2 * n_asked)
     return np.concatenate([i for i, _ in found]), np.concatenate([j for _, j in found])
+
+
+class NodeType(IntEnum):
+    """Kinds of nodes; the published weights fix the numbers."""
+
+    CELL = 0
+    SLICE = 1
+    VIRTUAL = 2
+    PADDING = 3

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm.spatial.coordinates import canonical_order
+from stofm.spatial.coordinates import canonical_order, partition_balanced
 from stofm.spatial.neighbor_graph import nearest_neighbors
-from stofm.spatial.partition import partition_balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,14 +135,16 @@ def split_cells(
         msg = f"share must be between 0 and 1, found {share!r}."
         raise ValueError(msg)
     rng = np.random.default_rng(seed)
-    kinds = classes if classes is not None else np.zeros(len(coordinates), dtype=np.int64)
+    classes = np.zeros(len(coordinates), dtype=np.int64) if classes is None else classes
+    places = [np.asarray(coordinates[rows], dtype=np.float64) for rows in slices]
+    kinds = [classes[rows] for rows in slices]
     rule = ("slices" if len(slices) >= _SEVERAL else "blocks") if how == "auto" else how
-    parts = _draw(rule, coordinates, slices, share, margin, kinds, rng)
-    if how == "auto" and rule == "slices" and len(_lost(slices, parts, kinds)):
+    parts = _draw(rule, places, kinds, share, margin, rng)
+    if how == "auto" and rule == "slices" and len(_lost(kinds, parts)):
         rule = "blocks"
-        parts = _draw(rule, coordinates, slices, share, margin, kinds, rng)
+        parts = _draw(rule, places, kinds, share, margin, rng)
     chosen = [k for k, part in enumerate(parts) if part.all()] if rule == "slices" else []
-    moved = _fit_lost(rule, coordinates, slices, parts, margin, kinds)
+    is_moved = _fit_lost(rule, places, kinds, parts, margin)
     every, part = _joined(slices), _joined(parts)
     if rule == "slices" and not (part == _HELD_OUT).any():
         msg = (
@@ -158,7 +159,7 @@ def split_cells(
         left_out=np.sort(every[part == _LEFT_OUT]),
         slices=tuple(chosen),
         params={"share": share, "margin": margin if rule == "blocks" else None, "seed": int(seed)},
-        moved=moved,
+        moved=np.sort(every[_joined(is_moved).astype(bool)]),
     )
 
 
@@ -167,19 +168,9 @@ def leave_out_blocks(
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Cut a slice into compact blocks, each of which is left out once, with a margin around it.
 
-    The order of the rows does not matter, but for cells at one place.
-
-    Parameters
-    ----------
-    coordinates
-        (n, 2), any unit.
-    n_blocks
-        Blocks of nearly equal numbers of cells; fewer in a slice of fewer cells.
-
-    Returns
-    -------
-    For each block the rows to fit and its own, ascending. Cells within the margin are in neither:
-    that of :func:`split_cells`.
+    Blocks hold nearly equal numbers of cells; a slice of fewer cells has fewer. For each block come
+    the rows to fit and its own, ascending; cells within the margin are in neither, as in
+    :func:`split_cells`. The order of the rows does not matter, but for cells at one place.
     """
     xy = np.asarray(coordinates, dtype=np.float64)
     order = canonical_order(xy, xy)
@@ -195,87 +186,76 @@ def leave_out_blocks(
 
 def _draw(
     how: str,
-    coordinates: NDArray[np.floating],
-    slices: Sequence[NDArray[np.int64]],
+    places: Sequence[NDArray[np.float64]],
+    kinds: Sequence[NDArray[np.int64]],
     share: float,
     margin: float | None,
-    classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """Part of each cell of each slice."""
+    """Part of each cell of each slice, whose places and classes are given."""
     if how == "slices":
-        chosen = _choose_slices(slices, share, classes, rng)
+        chosen = _choose_slices(kinds, share, rng)
         return [
-            np.full(len(rows), _HELD_OUT if k in chosen else _FITTED)
-            for k, rows in enumerate(slices)
+            np.full(len(own), _HELD_OUT if k in chosen else _FITTED) for k, own in enumerate(kinds)
         ]
     parts = []
-    for rows in slices:
-        xy = np.asarray(coordinates[rows], dtype=np.float64)
+    for xy, own in zip(places, kinds, strict=True):
         order = canonical_order(xy, xy)
-        part = np.full(len(rows), _FITTED)
+        part = np.full(len(xy), _FITTED)
         if how == "random":
-            part[order[rng.permutation(len(rows))[: round(share * len(rows))]]] = _HELD_OUT
+            part[order[rng.permutation(len(xy))[: round(share * len(xy))]]] = _HELD_OUT
         else:
-            part[order] = _block_parts(xy[order], share, margin, classes[rows[order]], rng)
+            part[order] = _block_parts(xy[order], share, margin, own[order], rng)
         parts.append(part)
     return parts
 
 
-def _joined(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if len(parts) else np.empty(0, dtype=np.int64)
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
 def _lost(
-    slices: Sequence[NDArray[np.int64]],
-    parts: Sequence[NDArray[np.int64]],
-    classes: NDArray[np.int64],
+    kinds: Sequence[NDArray[np.int64]], parts: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """Classes of which no cell is fitted."""
-    own = classes[_joined(slices)]
+    own = _joined(kinds)
     return np.setdiff1d(own, own[_joined(parts) == _FITTED])
 
 
 def _fit_lost(
     how: str,
-    coordinates: NDArray[np.floating],
-    slices: Sequence[NDArray[np.int64]],
+    places: Sequence[NDArray[np.float64]],
+    kinds: Sequence[NDArray[np.int64]],
     parts: Sequence[NDArray[np.int64]],
     margin: float | None,
-    classes: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """Change parts so that each class has cells to fit; return their rows.
+) -> list[NDArray[np.bool_]]:
+    """Change parts so that each class has cells to fit; return which cells these are.
 
     But for random cells, those held out that lie within the margin of them are left out.
     """
-    lost = _lost(slices, parts, classes)
-    moved = [rows[np.isin(classes[rows], lost)] for rows in slices]
-    for rows, part, own in zip(slices, parts, moved, strict=True):
-        if not len(own):
-            continue
-        part[np.isin(rows, own)] = _FITTED
+    lost = _lost(kinds, parts)
+    moved = [np.isin(own, lost) for own in kinds]
+    for xy, part, is_moved in zip(places, parts, moved, strict=True):
+        part[is_moved] = _FITTED
         held_out = np.flatnonzero(part == _HELD_OUT)
-        if how != "random" and len(held_out):
-            xy = np.asarray(coordinates[rows], dtype=np.float64)
-            part[held_out[_is_near(xy, np.isin(rows, own), held_out, margin)]] = _LEFT_OUT
-    return np.sort(_joined(moved))
+        if how != "random" and len(held_out) and is_moved.any():
+            part[held_out[_is_near(xy, is_moved, held_out, margin)]] = _LEFT_OUT
+    return moved
 
 
 def _choose_slices(
-    slices: Sequence[NDArray[np.int64]],
-    share: float,
-    classes: NDArray[np.int64],
-    rng: np.random.Generator,
+    kinds: Sequence[NDArray[np.int64]], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Of some draws of slices, the first that leaves most classes to fit."""
-    if len(slices) < 2:
+    n_slices = len(kinds)
+    if n_slices < 2:
         msg = "how='slices' needs at least two slices, found one; use how='blocks'."
         raise ValueError(msg)
-    n_chosen = min(max(1, round(share * len(slices))), len(slices) - 1)
-    draws = [rng.permutation(len(slices))[:n_chosen] for _ in range(_N_DRAWS)]
+    n_chosen = min(max(1, round(share * n_slices)), n_slices - 1)
+    draws = [rng.permutation(n_slices)[:n_chosen] for _ in range(_N_DRAWS)]
 
     def n_fitted_classes(draw: NDArray[np.int64]) -> int:
-        kept = [classes[rows] for k, rows in enumerate(slices) if k not in draw]
+        kept = [own for k, own in enumerate(kinds) if k not in draw]
         return len(np.unique(np.concatenate(kept)))
 
     return max(draws, key=n_fitted_classes)
@@ -288,15 +268,7 @@ def _block_parts(
     classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Part of each cell of a slice.
-
-    Parameters
-    ----------
-    xy
-        (n, 2) in canonical order.
-    classes
-        (n,) in this order.
-    """
+    """Part of each cell of a slice, whose places and classes are in canonical order."""
     part = np.full(len(xy), _FITTED)
     n_wanted = round(share * len(xy))
     if n_wanted == 0:
@@ -338,11 +310,10 @@ def _is_near(
     if margin is None:
         nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
         margin = min(_MARGIN * _spacing(xy), float(nearest))
-    near: NDArray[np.bool_] = distance <= margin
-    return near
+    return np.asarray(distance <= margin)
 
 
 def _spacing(xy: NDArray[np.float64]) -> float:
     """Median over the cells of the mean distance to six neighbours."""
-    _, distances = nearest_neighbors(xy, min(_N_NEIGHBORS + 1, len(xy)))
+    _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
     return float(np.median(distances[:, 1:].mean(axis=1))) if len(xy) > 1 else 0.0

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from stofm.spatial.clustering import Clustering
-from stofm.spatial.coordinates import canonical_order, normalize_coordinates, spacing
-from stofm.spatial.node_types import NodeType
-from stofm.spatial.pairs import NeighborsAmong, PairDistances, pair_distances
-from stofm.spatial.partition import partition_balanced, partition_reference
+from stofm.spatial.coordinates import (
+    canonical_order,
+    normalize_coordinates,
+    partition_balanced,
+    partition_reference,
+    spacing,
+)
+from stofm.spatial.pairs import NeighborsAmong, NodeType, PairDistances, pair_distances
 from stofm.spatial.virtual_cells import (
+    Clustering,
     Mixing,
     VirtualCells,
     cluster_cells,
@@ -74,15 +78,18 @@ class SubSliceConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        for name, allowed in (
-            ("partition", get_args(Partition)),
-            ("mixing", get_args(Mixing)),
-            ("clustering", get_args(Clustering)),
-            ("neighbors_among", get_args(NeighborsAmong)),
-            ("unit", get_args(Unit)),
-        ):
-            if getattr(self, name) not in allowed:
-                msg = f"{name} must be one of {list(allowed)}, found {getattr(self, name)!r}."
+        choices = {
+            "partition": Partition,
+            "mixing": Mixing,
+            "clustering": Clustering,
+            "neighbors_among": NeighborsAmong,
+            "unit": Unit,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                msg = (
+                    f"{name} must be one of {list(get_args(kind))}, found {getattr(self, name)!r}."
+                )
                 raise ValueError(msg)
         for name in ("n_cells", "n_components", "n_neighbors"):
             if getattr(self, name) < 1:
@@ -208,52 +215,38 @@ def lay_out_slice(
         raise ValueError(msg)
     normalized = normalize_coordinates(xy)
     by_place = canonical_order(xy, features)
-    labels = _cluster_slice(normalized, features, by_place, config, seed)
-    return SliceLayout(
-        coordinates=normalized,
-        subslice=_cut_slice(normalized, by_place, config),
-        virtual_cell=labels,
-        virtual=virtual_cells(labels, normalized, features),
-    )
-
-
-def _cut_slice(
-    normalized: NDArray[np.float64], by_place: NDArray[np.int64], config: SubSliceConfig
-) -> NDArray[np.int64]:
     if config.partition == "reference":
         parts = partition_reference(normalized, config.n_cells)
     else:
-        found = partition_balanced(normalized[by_place], config.n_cells)
-        parts = [by_place[rows] for rows in found]
+        parts = [by_place[p] for p in partition_balanced(normalized[by_place], config.n_cells)]
     subslice = np.empty(len(normalized), dtype=np.int64)
     for number, rows in enumerate(parts):
         subslice[rows] = number
-    return subslice
+    order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
+    labels = np.empty(len(normalized), dtype=np.int64)
+    labels[order] = _cluster(normalized[order], features[order], config, seed)
+    return SliceLayout(normalized, subslice, labels, virtual_cells(labels, normalized, features))
 
 
-def _cluster_slice(
-    normalized: NDArray[np.float64],
+def _cluster(
+    coordinates: NDArray[np.float64],
     features: NDArray[np.floating],
-    by_place: NDArray[np.int64],
     config: SubSliceConfig,
     seed: int,
 ) -> NDArray[np.int64]:
-    order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
     points = mix_expression_and_place(
-        principal_components(features[order], config.n_components),
-        normalized[order],
+        principal_components(features, config.n_components),
+        coordinates,
         position_weight=config.position_weight,
         mixing=config.mixing,
     )
-    labels = np.empty(len(normalized), dtype=np.int64)
-    labels[order] = cluster_cells(
+    return cluster_cells(
         points,
         resolution=config.leiden_resolution,
         max_clusters=config.max_virtual_cells,
         seed=seed,
         clustering=config.clustering,
     )
-    return labels
 
 
 def build_subslice(
@@ -283,14 +276,10 @@ def build_subslice(
     coordinates = np.vstack([np.zeros((1, 2)), virtual.coordinates, layout.coordinates[cells]])
     if config.unit == "spacing":
         coordinates /= spacing(layout.coordinates[cells])
-    blank = np.zeros((1, width), dtype=np.float32)
+    rows = [np.zeros((1, width), np.float32), virtual.features, np.asarray(features)[cells]]
     return SubSlice(
         coordinates=coordinates,
-        features=np.vstack(
-            [blank, virtual.features, np.asarray(features)[cells]],
-            dtype=np.float32,
-            casting="same_kind",
-        ),
+        features=np.vstack(rows, dtype=np.float32, casting="same_kind"),
         node_type=node_type,
         cell_index=np.concatenate([np.full(1 + n_virtual, -1), cells]).astype(np.int64),
         pairs=pair_distances(

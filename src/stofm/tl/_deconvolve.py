@@ -18,7 +18,7 @@ from stofm.heads.labels import MISSING
 from stofm.heads.options import DEFAULT_REP, FitOptions, Reading, check_whole_number
 from stofm.heads.sections import resolve_slices
 from stofm.heads.spots import DeconvolutionHead, deconvolve_with
-from stofm.spatial.spot_simulation import SpotRules
+from stofm.spatial.spots import SpotRules
 
 pass
 

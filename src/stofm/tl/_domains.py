@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,10 @@ from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
 from stofm.spatial.domains import (
     Centering,
-    domain_space,
-    find_domains,
-    merge_domains,
-    smooth_domains,
+    find_levels,
 )
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._domain_columns import DomainLevels, level_columns, write_levels
+from stofm.tl._domain_columns import level_columns, write_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,35 +176,34 @@ def domains(
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
     n_neighbors, beside = _read_neighborhood(table, use_rep, spatial_key, slices, n_neighbors)
-    rules = _Rules(
-        n_domains=n_domains,
-        resolution=_RESOLUTION if resolution is None else resolution,
-        coarser=tuple(coarser),
-        smooth=smooth,
-        centering=centering,
-        seed=seed,
-    )
-    if shared:
-        found = {"": rules.find(features, coordinates, slices.rows, beside)}
-    else:
-        found = {
-            f"{name}:": rules.find_within(features, coordinates, rows, beside)
-            for name, rows in zip(slices.names, slices.rows, strict=True)
-        }
-    target = table.copy() if copy else table
-    params = {
+    options: dict[str, Any] = {
         "n_domains": n_domains,
-        "resolution": None if n_domains is not None else rules.resolution,
-        "library_key": slices.column,
-        "shared": shared,
+        "resolution": _RESOLUTION if resolution is None else resolution,
         "coarser": list(coarser),
-        "n_neighbors": n_neighbors,
-        "n_farther": _FARTHER * n_neighbors,
         "smooth": smooth,
         "centering": centering,
+        "seed": seed,
+    }
+    groups: dict[str, tuple[Any, list[NDArray[np.int64]]]] = {"": (slice(None), slices.rows)}
+    if not shared:
+        named = zip(slices.names, slices.rows, strict=True)
+        groups = {f"{name}:": (rows, [np.arange(len(rows))]) for name, rows in named}
+    found = {}
+    for prefix, (rows, own) in groups.items():
+        places = None if coordinates is None else coordinates[rows]
+        around = [one[rows] for one in beside]
+        levels = find_levels(features[rows], own, beside=around, coordinates=places, **options)
+        found[prefix] = (rows, levels)
+    target = table.copy() if copy else table
+    params = {
+        **options,
+        "resolution": None if n_domains is not None else options["resolution"],
+        "library_key": slices.column,
+        "shared": shared,
+        "n_neighbors": n_neighbors,
+        "n_farther": _FARTHER * n_neighbors,
         "use_rep": use_rep,
         "spatial_key": spatial_key,
-        "seed": seed,
     }
     with all_or_nothing(target):
         names = write_levels(target, key_added, found)
@@ -221,48 +216,6 @@ def domains(
         "".join(f", {len(level)} at level {k}" for k, level in enumerate(names[1:], start=1)),
     )
     return target if copy else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rules:
-    """How domains are found: the options of :func:`domains`."""
-
-    n_domains: int | None
-    resolution: float
-    coarser: tuple[int, ...]
-    smooth: int
-    centering: Centering
-    seed: int
-
-    def find(
-        self,
-        features: NDArray[np.floating],
-        coordinates: NDArray[np.float64] | None,
-        slices: Sequence[NDArray[np.int64]],
-        beside: Sequence[NDArray[np.floating]],
-    ) -> DomainLevels:
-        """Find the domains of slices, which together have all rows, and the coarser levels."""
-        space = domain_space(features, slices, centering=self.centering, beside=beside)
-        labels = find_domains(
-            space, n_domains=self.n_domains, resolution=self.resolution, seed=self.seed
-        )
-        if coordinates is not None:
-            labels = smooth_domains(labels, coordinates, features, slices, self.smooth)
-        levels = [labels, *merge_domains(space, labels, self.coarser)]
-        return DomainLevels(np.arange(len(labels)), levels)
-
-    def find_within(
-        self,
-        features: NDArray[np.floating],
-        coordinates: NDArray[np.float64] | None,
-        rows: NDArray[np.int64],
-        beside: Sequence[NDArray[np.floating]],
-    ) -> DomainLevels:
-        """Find the domains of a single slice, and the coarser levels."""
-        places = None if coordinates is None else coordinates[rows]
-        around = [one[rows] for one in beside]
-        found = self.find(features[rows], places, [np.arange(len(rows))], around)
-        return DomainLevels(rows, found.labels)
 
 
 def _check_numbers(

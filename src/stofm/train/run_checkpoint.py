@@ -13,8 +13,7 @@ import torch
 from stofm._config import build_dataclass
 from stofm._files import put_in_place
 from stofm.nn import checkpoint
-from stofm.nn.conversion import load_exactly
-from stofm.nn.tensor_files import read_tensors, write_tensors
+from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
 from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
 if TYPE_CHECKING:

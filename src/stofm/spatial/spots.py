@@ -1,15 +1,18 @@
-"""Spots simulated from single cells of known type, matched to measured ones."""
+"""Spots of many cells: simulated like measured ones, or out of slices with single cells."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy import sparse
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
+
 
 #: Counts of a gene, over the whole query, below which its scale is held near 1.
 _PRIOR_COUNTS: Final = 10.0
@@ -42,17 +45,17 @@ class SpotRules:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        fewest, most = self.cells_per_spot
+        low, high = self.concentration
         if self.n_spots < 1:
             msg = f"n_spots must be at least 1, found {self.n_spots}."
             raise ValueError(msg)
-        fewest, most = self.cells_per_spot
         if not 1 <= fewest <= most:
             msg = (
                 "cells_per_spot must be the fewest and the most cells of a spot, such as (1, 10), "
                 f"found {tuple(self.cells_per_spot)}."
             )
             raise ValueError(msg)
-        low, high = self.concentration
         if not 0.0 < low <= high < np.inf:
             msg = (
                 "concentration must be two positive numbers, the smaller first, found "
@@ -100,9 +103,8 @@ class TypedCells:
 
     def mean_counts(self) -> NDArray[np.float64]:
         """Return the mean counts of each type's cells, (n_types, n_genes)."""
-        codes = np.repeat(np.arange(self.n_types), self.sizes)
-        shape = (self.n_types, len(codes))
-        rows = sparse.csr_matrix((1.0 / self.sizes[codes], (codes, np.arange(len(codes)))), shape)
+        weights = np.repeat(1.0 / np.maximum(self.sizes, 1), self.sizes)
+        rows = sparse.csr_matrix((weights, np.arange(len(weights)), self.starts))
         return np.asarray((rows @ self.counts).toarray(), dtype=np.float64)
 
 
@@ -182,10 +184,7 @@ def _draw_compositions(
     fewest, most = rules.cells_per_spot
     span = rng.uniform(np.log(fewest - 0.5), np.log(most + 0.5), rules.n_spots)
     n_cells = np.clip(np.rint(np.exp(span)), fewest, most).astype(np.int64)
-    drawn: NDArray[np.int64] = rng.multinomial(
-        n_cells, weights / weights.sum(axis=1, keepdims=True)
-    )
-    return drawn
+    return np.asarray(rng.multinomial(n_cells, weights / weights.sum(axis=1, keepdims=True)))
 
 
 def _draw_members(
@@ -196,9 +195,8 @@ def _draw_members(
     types = np.repeat(np.tile(np.arange(n_types), n_spots), numbers.ravel())
     places = (rng.random(len(types)) * cells.sizes[types]).astype(np.int64)
     rows = np.repeat(np.arange(n_spots), numbers.sum(axis=1))
-    columns = cells.starts[types] + places
-    shape = (n_spots, cells.counts.shape[0])
-    return sparse.csr_matrix((np.ones(len(rows), dtype=np.int64), (rows, columns)), shape=shape)
+    drawn = (np.ones(len(rows), dtype=np.int64), (rows, cells.starts[types] + places))
+    return sparse.csr_matrix(drawn, shape=(n_spots, cells.counts.shape[0]))
 
 
 def _measure(
@@ -247,11 +245,98 @@ def gene_scales(
     (n_genes,) factors between 1/20 and 20.
     """
     seen = query * n_spots
-    expected: NDArray[Any] = composition @ mean_counts
+    expected = np.asarray(composition @ mean_counts)
     expected = expected * (seen.sum() / max(expected.sum(), 1e-9))
     ratio = np.log((seen + _PRIOR_COUNTS) / (expected + _PRIOR_COUNTS))
     measured = (seen > 0) & (expected > 0)
     ratio -= np.median(ratio[measured]) if measured.any() else 0.0
     largest = np.log(_LARGEST_SCALE)
-    scales: NDArray[np.float64] = np.exp(np.clip(ratio, -largest, largest))
-    return scales
+    return np.asarray(np.exp(np.clip(ratio, -largest, largest)))
+
+
+@dataclass(frozen=True, eq=False)
+class SpotGrid:
+    """Which cells make up which spot; cells without a type are in none.
+
+    Attributes
+    ----------
+    spot
+        (n_cells,) spot of each cell, -1 for none.
+    centers
+        (n_spots, 2) centres of the squares, in the unit of the coordinates.
+    slices
+        (n_spots,) number of each spot's slice.
+    proportions
+        (n_spots, n_types) share of each type among a spot's cells; rows sum to 1.
+    """
+
+    spot: NDArray[np.int64]
+    centers: NDArray[np.float64]
+    slices: NDArray[np.int64]
+    proportions: NDArray[np.float64]
+
+    def sum_counts(self, counts: sparse.csr_matrix, start: int = 0) -> sparse.csr_matrix:
+        """Add up counts of cells from row `start` on, as (n_spots, n_genes)."""
+        spot = self.spot[start : start + counts.shape[0]]
+        cells = np.flatnonzero(spot >= 0)
+        members = (np.ones(len(cells), dtype=np.int64), (spot[cells], cells))
+        shape = (len(self.centers), counts.shape[0])
+        return sparse.csr_matrix(sparse.csr_matrix(members, shape=shape) @ counts)
+
+
+def grid_spots(
+    coordinates: NDArray[np.floating],
+    codes: NDArray[np.integer],
+    slices: Sequence[NDArray[np.integer]],
+    *,
+    n_types: int,
+    spot_size: float,
+) -> SpotGrid:
+    """Share cells out to the squares of a grid, slice by slice.
+
+    Squares without a cell of known type are no spots. Spots come slice by slice, and within a
+    slice by x, then y; the order of cells does not matter.
+
+    Parameters
+    ----------
+    coordinates
+        (n_cells, 2), any unit.
+    codes
+        (n_cells,) type of each cell, from 0 to `n_types` - 1; -1 for cells to leave out.
+    slices
+        Rows of each slice.
+    n_types
+        Number of types.
+    spot_size
+        Side of a square, in the unit of the coordinates.
+
+    Raises
+    ------
+    ValueError
+        `spot_size` is not positive, or no cell has a type.
+    """
+    if not 0.0 < spot_size < np.inf:
+        msg = f"spot_size must be positive, in the unit of the coordinates, found {spot_size!r}."
+        raise ValueError(msg)
+    number = np.full(len(codes), -1, dtype=np.int64)
+    corner = np.zeros((len(slices), 2))
+    for k, rows in enumerate(slices):
+        number[rows] = k
+        corner[k] = coordinates[rows].min(axis=0, initial=np.inf)
+    cells = np.flatnonzero((codes >= 0) & (number >= 0))
+    if not len(cells):
+        msg = f"None of {len(codes)} cells has a known type; there is nothing to make spots from."
+        raise ValueError(msg)
+    own = number[cells]
+    square = np.floor((coordinates[cells] - corner[own]) / spot_size).astype(np.int64)
+    places, found = np.unique(np.column_stack([own, square]), axis=0, return_inverse=True)
+    spot = np.full(len(codes), -1, dtype=np.int64)
+    spot[cells] = found.ravel()
+    members = np.zeros((len(places), n_types))
+    np.add.at(members, (spot[cells], codes[cells]), 1.0)
+    return SpotGrid(
+        spot=spot,
+        centers=corner[places[:, 0]] + (places[:, 1:] + 0.5) * spot_size,
+        slices=places[:, 0],
+        proportions=members / members.sum(axis=1, keepdims=True),
+    )

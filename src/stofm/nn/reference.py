@@ -10,13 +10,13 @@ import torch
 from stofm._config import build_dataclass, read_json
 from stofm._files import local
 from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.checkpoint import check_sizes, load_exactly, read_tensors, require_finite, shapes
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
-from stofm.nn.tensor_files import read_tensors, require_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -61,7 +61,8 @@ _SE2_SCALARS = {
     "gaussian.means.weight": "distance_bias.means",
     "gaussian.stds.weight": "distance_bias.widths",
 }
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 # Stored by the published code and never used: the norm after a pre-norm stack, pretraining
 # heads, and BERT's pooler.
 _UNUSED_SE2 = ("encoder.final_layer_norm.", "lm_head.", "pair_head.")
@@ -70,20 +71,7 @@ _UNUSED_BERT = ("pooler.", "embeddings.position_ids", "cls.")
 
 @seeded(0)
 def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> SE2Transformer:
-    """Build the SE(2) Transformer from the published code's config and state dict.
-
-    Parameters
-    ----------
-    config
-        Entries of the published ``config.json``.
-    state
-        State dict, with or without the prefix ``model.``.
-
-    Raises
-    ------
-    ValueError
-        An entry of the config or a weight is missing, unexpected or of the wrong shape.
-    """
+    """Build the SE(2) Transformer from the published ``config.json`` and state dict."""
     sizes = _renamed(config, _SE2_SIZES, "config.json")
     sizes["norm_first"] = config.get("pre_layernorm", False)
     own = build_dataclass(SE2TransformerConfig, sizes, "the published config.json")
@@ -96,50 +84,41 @@ def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
 
 def rename_se2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the published SE(2) Transformer's weights to ours, queries, keys and values joined."""
-    named = {name.removeprefix("model."): value for name, value in state.items()}
-    named = {name: v for name, v in named.items() if not name.startswith(_UNUSED_SE2)}
     renamed: dict[str, Tensor] = {}
     joined: dict[str, dict[str, Tensor]] = {}
-    for name, value in named.items():
+    for name, value in _without(state, "model.", _UNUSED_SE2).items():
         module, _, kind = name.rpartition(".")
-        in_layer = _LAYER.fullmatch(name)
+        layer, part = match.groups() if (match := _LAYER.fullmatch(module)) else ("", "")
         if name in _SE2_SCALARS:
             flat = value.reshape(-1)
             is_scalar = name.startswith("gaussian.linear.") and len(flat) == 1
             renamed[_SE2_SCALARS[name]] = flat[0] if is_scalar else flat
-        elif in_layer and in_layer[2] in (
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-        ):
-            joined.setdefault(f"layers.{in_layer[1]}.qkv.{kind}", {})[in_layer[2][10]] = value
-        elif in_layer and in_layer[2] in _LAYER_NAMES:
-            renamed[f"layers.{in_layer[1]}.{_LAYER_NAMES[in_layer[2]]}.{kind}"] = value
+        elif part in _QKV:
+            joined.setdefault(f"layers.{layer}.qkv.{kind}", {})[part] = value
+        elif part in _LAYER_NAMES:
+            renamed[f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"] = value
         else:
             renamed[f"{_SE2_NAMES.get(module, module)}.{kind}"] = value
     for name, parts in joined.items():
-        if set(parts) == {"q", "k", "v"}:
-            renamed[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+        if len(parts) == len(_QKV):
+            renamed[name] = torch.cat([parts[part] for part in _QKV])
     return renamed
+
+
+def _without(
+    state: Mapping[str, Tensor], prefix: str, unused: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Leave out a prefix of names, and what the published code stores and never uses."""
+    named = {name.removeprefix(prefix): value for name, value in state.items()}
+    return {name: value for name, value in named.items() if not name.startswith(unused)}
 
 
 @seeded(0)
 def cell_encoder_from_reference(folder: Path) -> CellEncoder:
     """Build the cell encoder from a published ``cell_encoder`` folder.
 
-    Parameters
-    ----------
-    folder
-        Holds ``cell_bert`` (as transformers writes it) and ``cell_proj.bin`` or
-        ``cell_proj.safetensors`` (``weight`` and ``bias``).
-
-    Raises
-    ------
-    FileNotFoundError
-        A file is missing.
-    ValueError
-        A weight is missing, unexpected or of the wrong shape, or BERT has an option that stofm
-        does not compute.
+    It holds ``cell_bert`` (as transformers writes it) and ``cell_proj.bin`` or
+    ``cell_proj.safetensors`` (``weight`` and ``bias``).
     """
     bert = _read_json(folder / "cell_bert" / "config.json")
     projection = read_weights(folder, "cell_proj")
@@ -148,8 +127,7 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
         raise ValueError(msg)
     config = _encoder_config(bert, d_cell=len(projection["bias"]))
     weights = read_weights(folder / "cell_bert", "model", "pytorch_model")
-    named = {name.removeprefix("bert."): value for name, value in weights.items()}
-    named = {name: v for name, v in named.items() if not name.startswith(_UNUSED_BERT)}
+    named = _without(weights, "bert.", _UNUSED_BERT)
     check_sizes(lambda: CellEncoder(config).bert, config.n_layers, shapes(named), "cell_bert")
     encoder = CellEncoder(config)
     load_exactly(encoder.bert, named, "cell_bert")
@@ -178,18 +156,8 @@ def _renamed(config: Mapping[str, Any], names: Mapping[str, str], file: str) -> 
 def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
     """Read a folder in the layout of SToFM's published weights.
 
-    Parameters
-    ----------
-    folder
-        Holds ``cell_encoder/cell_bert/``, ``cell_encoder/cell_proj.bin``, ``config.json`` and
-        ``se2transformer.pth``; ``.safetensors`` of the same names are read as well.
-
-    Raises
-    ------
-    FileNotFoundError
-        A file is missing.
-    ValueError
-        A file does not fit.
+    It holds ``cell_encoder/cell_bert/``, ``cell_encoder/cell_proj.bin``, ``config.json`` and
+    ``se2transformer.pth``; ``.safetensors`` of the same names are read as well.
     """
     folder = local(folder)
     if not folder.is_dir():
@@ -212,13 +180,6 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
     """Read a state dict from the first of ``stem.safetensors``, ``stem.bin`` and ``stem.pth``.
 
     Pickle-based files are read with ``weights_only=True``: nothing in them is executed.
-
-    Raises
-    ------
-    FileNotFoundError
-        None of the files is there.
-    ValueError
-        The file is damaged, or holds something else than tensors by name.
     """
     names = [f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "bin", "pth")]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -240,91 +201,3 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
         raise ValueError(msg)
     require_finite(found, state)
     return state
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors, by name."""
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load `state` into `module`, or say which weights do not fit and how.
-
-    Raises
-    ------
-    ValueError
-        A weight is missing, unexpected, of the wrong shape or no floating-point number where the
-        module has one. The module is unchanged then.
-    """
-    own = module.state_dict()
-    check_fit(shapes(own), shapes(state), what)
-    for name, value in own.items():
-        if value.is_floating_point() != state[name].is_floating_point():
-            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
-            raise ValueError(msg)
-    module.load_state_dict(dict(state))
-
-
-def check_fit(
-    own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Refuse weights that are not those of a module, by their names and shapes.
-
-    Raises
-    ------
-    ValueError
-        A weight is missing, unexpected or of the wrong shape.
-    """
-    wrong = [
-        f"{name}: {stored[name]} in place of {own[name]}"
-        for name in sorted(set(own) & set(stored))
-        if stored[name] != own[name]
-    ]
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", sorted(set(own) - set(stored))),
-            ("unexpected", sorted(set(stored) - set(own))),
-            ("of wrong shape", wrong),
-        )
-        if names
-    ]
-    if problems:
-        msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
-        raise ValueError(msg)
-
-
-def check_sizes(
-    make: Callable[[], torch.nn.Module],
-    n_layers: int,
-    stored: Mapping[str, tuple[int, ...]],
-    what: str,
-) -> None:
-    """Refuse a config whose module is not that of the stored weights, before memory is taken.
-
-    Parameters
-    ----------
-    make
-        Makes the module.
-    n_layers
-        Layers that it will have.
-    stored
-        Shapes of the stored weights.
-    what
-        In messages.
-
-    Raises
-    ------
-    ValueError
-        They do not fit each other.
-    """
-    if n_layers > len(stored):
-        msg = f"The weights of {what} do not fit the config: {len(stored)} for {n_layers} layers."
-        raise ValueError(msg)
-    try:
-        with torch.device("meta"):
-            own = shapes(make().state_dict())
-    except RuntimeError as error:
-        msg = f"The sizes of {what} are beyond all memory: {error}"
-        raise ValueError(msg) from error
-    check_fit(own, stored, what)

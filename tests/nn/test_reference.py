@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stofm.nn import Stofm, embed_slice, encode_cells
-from stofm.nn.conversion import read_reference
+from stofm.nn.reference import read_reference
 from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -177,7 +177,7 @@ def test_a_vocabulary_too_large_for_the_encoder_is_refused(tmp_path, vocabulary)
 
 
 def test_weights_of_the_pretraining_wrapper_are_read(tmp_path):
-    from stofm.nn.conversion import rename_se2
+    from stofm.nn.reference import rename_se2
 
     renamed = rename_se2(load_file(GOLDEN / "g_losses.safetensors"))
     plain = rename_se2(load_file(GOLDEN / "f_model_pre_ln.safetensors"))

@@ -18,10 +18,9 @@ from stofm.genes import GeneVocabulary
 from stofm.nn import checkpoint
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import StofmConfig
-from stofm.nn.conversion import check_sizes, load_exactly, read_reference
 from stofm.nn.device import seeded
+from stofm.nn.reference import read_reference
 from stofm.nn.se2_transformer import SE2Transformer
-from stofm.nn.tensor_files import read_shapes, read_tensors, require_beside, write_tensors
 from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:
@@ -80,13 +79,13 @@ class Stofm(nn.Module):
     @property
     def cell_encoder_fingerprint(self) -> str:
         """16 hexadecimal digits that change with any weight of the cell encoder."""
-        return _digest(self.cell_encoder.state_dict())
+        return _hash(self.cell_encoder.state_dict())
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any weight, token or rule of the model."""
         described = json.dumps(self.config.rules(), sort_keys=True) + self.vocabulary.fingerprint
-        weights = _digest(self.state_dict())
+        weights = _hash(self.state_dict())
         return hashlib.sha256((described + weights).encode()).hexdigest()[:16]
 
     def warn_if_untrained(self) -> None:
@@ -156,10 +155,12 @@ class Stofm(nn.Module):
         sizes = replace(
             config, se2_transformer=replace(config.se2_transformer, distance_start="random")
         )
-        check_sizes(lambda: cls(sizes, vocabulary), n_layers, read_shapes(path), str(path))
+        checkpoint.check_sizes(
+            lambda: cls(sizes, vocabulary), n_layers, checkpoint.read_shapes(path), str(path)
+        )
         model = cls(config, vocabulary)
-        load_exactly(model, read_tensors(path), str(path))
-        require_beside(path, _beside(config, folder))
+        checkpoint.load_exactly(model, checkpoint.read_tensors(path), str(path))
+        checkpoint.require_beside(path, _beside(config, folder))
         return model.eval()
 
     @classmethod
@@ -250,7 +251,7 @@ class Stofm(nn.Module):
             name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()
         }
         self.vocabulary.save(folder / checkpoint.VOCABULARY)
-        write_tensors(folder / checkpoint.WEIGHTS, weights, _beside(config, folder))
+        checkpoint.write_tensors(folder / checkpoint.WEIGHTS, weights, _beside(config, folder))
         (folder / checkpoint.CARD).write_text(self._card(), encoding="utf-8")
 
     def _card(self) -> str:
@@ -314,7 +315,7 @@ def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:
     return {checkpoint.CONFIG: config.rules(), checkpoint.VOCABULARY: lines}
 
 
-def _digest(state: dict[str, Tensor] | dict[str, Any]) -> str:
+def _hash(state: dict[str, Tensor] | dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
