@@ -11,7 +11,7 @@ from stofm import metrics
 from stofm._anndata import resolve_table
 from stofm._frames import frame_names
 from stofm._keys import Label, Obs, Obsm
-from stofm.metrics.calibration import Reliability
+from stofm.metrics.labels import Reliability
 from stofm.pl._confusion import count_pairs, draw_confusion
 from stofm.pl._draw import add_key
 from stofm.pl._maps import fill_map

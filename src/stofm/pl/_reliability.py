@@ -12,7 +12,7 @@ from stofm.pl._panels import TITLE_SIZE, Slot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from stofm.metrics.calibration import Reliability
+    from stofm.metrics.labels import Reliability
 
 _INCHES: Final = 2.6
 _COLOR: Final = "#3b4754"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm import metrics
-from stofm.metrics.calibration import Reliability
+from stofm.metrics.labels import Reliability
 from stofm.tl._annotation_head import log_scores
 from stofm.tl._labels import MIN_SHARE
 from stofm.train import Targets, apply_head, fit_head
