@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -12,7 +12,7 @@ from stofm._anndata import read_record
 from stofm._coordinates import read_coordinates
 from stofm._keys import Obs, Obsm, Uns
 from stofm._slices import described_column
-from stofm.pl._style import NO_VALUE_LABEL, category_names, nearest_names
+from stofm.pl._colors import NO_VALUE_LABEL, category_names, nearest_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -51,120 +51,56 @@ class Panel:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
+    def titled(self, text: str) -> str:
+        """`text` after the slice's name, if it has one."""
+        return f"{self.name}: {text}" if self.name else text
+
 
 def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> list[Panel]:
     """Split the cells into slices.
 
-    Parameters
-    ----------
-    library_key
-        Column of ``obs``; None: the one that the sub-slices were made with, or that the metadata
-        names, if any.
-
-    Raises
-    ------
-    KeyError
-        A key is missing.
-    ValueError
-        There are no cells, or coordinates that are not finite.
+    Without a `library_key` they are separated by the column that the sub-slices were made with,
+    or that the metadata names, if any.
     """
-    places = read_coordinates(adata, spatial_key)
-    members = _members(adata, library_key)
-    ranges = np.array([np.ptp(places[rows], axis=0) for _, rows in members])
-    spacings = np.array([_spacing(places[rows]) for _, rows in members])
-    if _share_scale(ranges.max(axis=1), spacings):
-        ranges[:] = ranges.max(axis=0)
-    return [
-        _panel(name, rows, places[rows], spacing, extent)
-        for (name, rows), spacing, extent in zip(members, spacings, ranges, strict=True)
-    ]
-
-
-def _share_scale(sizes: NDArray[np.float64], spacings: NDArray[np.float64]) -> bool:
-    return bool(
+    coordinates = read_coordinates(adata, spatial_key)
+    names, members = _members(adata, library_key)
+    parts = [coordinates[rows] for rows in members]
+    extents = np.array([np.ptp(places, axis=0) for places in parts])
+    sizes, spacings = extents.max(axis=1), np.array([_spacing(places) for places in parts])
+    if (
         spacings.max() <= _MAX_SPACING_RATIO * spacings.min()
         and sizes.max() <= _MAX_SIZE_RATIO * sizes.min()
-    )
+    ):
+        extents[:] = extents.max(axis=0)
+    panels = []
+    for name, rows, places, spacing, extent in zip(
+        names, members, parts, spacings.tolist(), extents, strict=True
+    ):
+        center = (places.min(axis=0) + places.max(axis=0)) / 2
+        # A thin slice keeps a visible width.
+        half = np.maximum(extent, 0.1 * extent.max()) / 2
+        half = half + 0.01 * half.max() + 0.5 * spacing
+        half[half == 0.0] = 0.5
+        panels.append(Panel(name, rows, places, spacing, center - half, center + half))
+    return panels
 
 
-def layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
-    """Read the sub-slice or virtual cell of each cell: (n_obs,) category codes, -1 for none.
-
-    Raises
-    ------
-    KeyError
-        The slices have not been cut yet; or `library_key` is None, and the record that would say
-        it is of other cells.
-    """
-    if key not in adata.obs:
-        raise KeyError(_missing_layout(f"obs['{key}']"))
-    if Obsm.COORDINATES not in adata.obsm:
-        raise KeyError(_missing_layout(f"obsm['{Obsm.COORDINATES}']"))
-    if library_key is None:
-        _check_record(adata)
-    codes: NDArray[np.int64] = adata.obs[key].astype("category").cat.codes.to_numpy(np.int64)
-    return codes
-
-
-def _check_record(adata: AnnData) -> None:
-    """Refuse the record of slices without some of these cells: the largest groups tell."""
-    n_made = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
-    if n_made is None or Obs.VIRTUAL_CELL not in adata.obs:
-        raise KeyError(_missing_layout(f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"))
-    n_made = np.sort(n_made)[::-1]
-    n_cells = adata.obs[Obs.VIRTUAL_CELL].value_counts().to_numpy()
-    n_cells = n_cells[n_cells > 0]
-    if len(n_cells) > len(n_made) or (n_cells > n_made[: len(n_cells)]).any():
-        msg = (
-            f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}'] is of other cells: of {n_made.sum()} in "
-            f"{len(n_made)} virtual cells, {n_made[0]} in the largest; here are {n_cells.sum()} in "
-            f"{len(n_cells)}, {n_cells[0]} in the largest. If slices were joined, pass the column "
-            "of obs that names them as library_key, or call st.pp.subslice(adata, library_key=...) "
-            "again."
-        )
-        raise KeyError(msg)
-
-
-def _missing_layout(what: str) -> str:
-    """Return an error message that says how to make sub-slices and virtual cells."""
-    return (
-        f"{what} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if there are "
-        "cell embeddings already."
-    )
-
-
-def _members(adata: AnnData, library_key: str | None) -> list[tuple[str, NDArray[np.int64]]]:
+def _members(adata: AnnData, library_key: str | None) -> tuple[list[str], list[NDArray[np.int64]]]:
     """Name and rows of each slice."""
     if library_key is None:
         record = read_record(adata, Uns.SUBSLICE) or {}
-        recorded = record.get("params", {}).get("library_key")
-        library_key = recorded or described_column(adata)
+        library_key = record.get("params", {}).get("library_key") or described_column(adata)
     if library_key is None:
-        return [("", np.arange(adata.n_obs))]
+        return [""], [np.arange(adata.n_obs)]
     if library_key not in adata.obs:
         near = nearest_names(library_key, adata.obs.columns)
         msg = f"library_key={library_key!r} is not a column of obs.{near}"
         raise KeyError(msg)
     column = category_names(adata.obs[library_key])
-    codes = column.cat.codes.to_numpy()
-    named = [*enumerate(column.cat.categories), (-1, NO_VALUE_LABEL)]
-    members = [(str(name), np.flatnonzero(codes == code)) for code, name in named]
-    return [(name, rows) for name, rows in members if len(rows)]
-
-
-def _panel(
-    name: str,
-    rows: NDArray[np.int64],
-    places: NDArray[np.float64],
-    spacing: float,
-    extent: NDArray[np.float64],
-) -> Panel:
-    center = (places.min(axis=0) + places.max(axis=0)) / 2
-    # A thin slice keeps a visible width.
-    half = np.maximum(extent, 0.1 * extent.max()) / 2
-    half = half + 0.01 * half.max() + 0.5 * spacing
-    half[half == 0.0] = 0.5
-    return Panel(name, rows, places, float(spacing), center - half, center + half)
+    names = np.array([*column.cat.categories, NO_VALUE_LABEL], dtype=object)
+    codes = column.cat.codes.to_numpy(dtype=np.int64) % len(names)
+    used = np.unique(codes)
+    return names[used].tolist(), [np.flatnonzero(codes == code) for code in used]
 
 
 def _spacing(places: NDArray[np.float64]) -> float:
@@ -177,5 +113,44 @@ def _spacing(places: NDArray[np.float64]) -> float:
         return 0.0
     k = min(_NEIGHBOR, len(places) - 1)
     sample = places[:: max(1, len(places) // _SAMPLE)]
-    distances = cKDTree(places).query(sample, k=[k + 1])[0]
-    return float(np.median(distances))
+    return float(np.median(cKDTree(places).query(sample, k=[k + 1])[0]))
+
+
+def layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
+    """Read the sub-slice or virtual cell of each cell: (n_obs,) category codes, -1 for none.
+
+    Without a `library_key`, the record that would name it must be of these cells.
+    """
+    _require(key in adata.obs, f"obs['{key}']")
+    _require(Obsm.COORDINATES in adata.obsm, f"obsm['{Obsm.COORDINATES}']")
+    if library_key is None:
+        _check_record(adata)
+    codes: NDArray[np.int64] = adata.obs[key].astype("category").cat.codes.to_numpy(np.int64)
+    return codes
+
+
+def _check_record(adata: AnnData) -> None:
+    """Refuse the record of slices without some of these cells: the largest groups tell."""
+    n_made: Any = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
+    where = f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"
+    _require(n_made is not None and Obs.VIRTUAL_CELL in adata.obs, where)
+    n_made = np.sort(n_made)[::-1]
+    n_cells = adata.obs[Obs.VIRTUAL_CELL].value_counts().to_numpy()
+    n_cells = n_cells[n_cells > 0]
+    if len(n_cells) > len(n_made) or (n_cells > n_made[: len(n_cells)]).any():
+        msg = (
+            f"{where} is of other cells: of {n_made.sum()} in {len(n_made)} virtual cells, "
+            f"{n_made[0]} in the largest; here are {n_cells.sum()} in {len(n_cells)}, {n_cells[0]} "
+            "in the largest. If slices were joined, pass the column of obs that names them as "
+            "library_key, or call st.pp.subslice(adata, library_key=...) again."
+        )
+        raise KeyError(msg)
+
+
+def _require(is_there: bool, what: str) -> None:  # noqa: FBT001
+    if not is_there:
+        msg = (
+            f"{what} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if there "
+            "are cell embeddings already."
+        )
+        raise KeyError(msg)
