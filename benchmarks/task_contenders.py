@@ -24,14 +24,14 @@ import stofm as st
 from stofm._frames import frame_names
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._neighborhood import N_NEIGHBORS
-from stofm.tl._probe_baselines import (
+from stofm.tl._probe_folds import NO_CLASS
+from stofm.tl._probe_scores import (
     PCS,
     PCS_AND_NEIGHBORS,
     log_counts,
     most_variable,
     principal_components,
 )
-from stofm.tl._probe_scores import NO_CLASS
 from stofm.tl._sections import resolve_slices
 
 if TYPE_CHECKING:

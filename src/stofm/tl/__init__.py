@@ -10,8 +10,7 @@ from stofm.tl._encode_cells import encode_cells
 from stofm.tl._imputation_head import ImputationHead
 from stofm.tl._impute import impute
 from stofm.tl._pool_genes import pool_genes
-from stofm.tl._probe import probe
-from stofm.tl._probe_result import ProbeResult
+from stofm.tl._probe import ProbeResult, probe
 from stofm.tl._train import train
 
 __all__ = [
