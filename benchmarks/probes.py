@@ -23,7 +23,7 @@ import numpy as np
 from probe_tasks import BOTH, CELL, SPATIAL, TASKS, embed_with, load_tasks
 
 from stofm.nn import Stofm
-from stofm.tl._probe_baselines import PCS, PCS_AND_NEIGHBORS
+from stofm.tl._probe_scores import PCS, PCS_AND_NEIGHBORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -25,14 +25,14 @@ from stofm._edge.records import frame_names
 from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.heads.sections import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._probe_baselines import (
+from stofm.tl._probe_folds import NO_CLASS
+from stofm.tl._probe_scores import (
     PCS,
     PCS_AND_NEIGHBORS,
     log_counts,
     most_variable,
     principal_components,
 )
-from stofm.tl._probe_scores import NO_CLASS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from probes import describe
 
-from stofm.tl._probe_baselines import PCS, PCS_AND_NEIGHBORS
+from stofm.tl._probe_scores import PCS, PCS_AND_NEIGHBORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -95,7 +95,7 @@ def test_unknown_name_says_how_to_pass_an_address() -> None:
 def test_shipped_list_is_well_formed() -> None:
     assert _load._sections_file().startswith(HEADER)
     for section in _load._sections().values():
-        assert _load._SHA256.fullmatch(section.sha256)
-        assert section.url.startswith("https://")
-        assert section.license
-        assert section.citation
+        assert _load._SHA256.fullmatch(section["sha256"])
+        assert section["url"].startswith("https://")
+        assert section["license"]
+        assert section["citation"]

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from hypothesis.extra.numpy import arrays
-from scipy import stats
+from scipy import sparse, stats
 from scipy.spatial import distance
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error
 from sklearn.metrics.pairwise import cosine_similarity
 
 import stofm as st
+from stofm.metrics import values
 
 counts = some.integers(2, 9).flatmap(
     lambda n: some.tuples(*[arrays(float, (n, 3), elements=some.integers(0, 5))] * 2)
@@ -139,3 +140,60 @@ def test_one_value_can_not_be_correlated():
         st.metrics.pearson(np.ones((1, 4)), np.ones((1, 4)))
     with pytest.raises(ValueError, match="at least 2 values for each row; found 1"):
         st.metrics.spearman(np.ones((4, 1)), np.ones((4, 1)), per="row")
+
+
+def test_frames_are_paired_by_names(rng):
+    true = pd.DataFrame(rng.random((7, 3)), columns=list("abc"), index=[f"c{k}" for k in range(7)])
+    shuffled = true.iloc[::-1][["c", "a", "b"]]
+    scores = st.metrics.rmse(true, shuffled)
+    assert scores.index.tolist() == ["a", "b", "c"]
+    assert scores.tolist() == [0.0, 0.0, 0.0]
+    assert st.metrics.rmse(true, shuffled.to_numpy()).min() > 0
+    by_cell = st.metrics.mae(true, shuffled, per="row")
+    assert by_cell.index.tolist() == true.index.tolist()
+
+
+def test_other_columns_are_refused(rng):
+    true = pd.DataFrame(rng.random((4, 2)), columns=["a", "b"])
+    with pytest.raises(ValueError, match=r"1 columns of y_true are not in y_pred \(\['b'\]\)"):
+        st.metrics.pearson(true, true.rename(columns={"b": "c"}))
+
+
+def test_a_frame_and_an_array_keep_the_names(rng):
+    predicted = pd.DataFrame(rng.random((4, 2)), columns=["a", "b"])
+    assert st.metrics.pearson(predicted.to_numpy(), predicted).index.tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("true", "predicted", "error", "message"),
+    [
+        ([1.0, 2.0], [1.0], ValueError, r"y_true has the shape \(2,\) and y_pred \(1,\)"),
+        (np.ones((0, 2)), np.ones((0, 2)), ValueError, "at least one value"),
+        ([1.0, np.nan], [1.0, 2.0], ValueError, "1 of 2 values of y_true are NaN or infinite"),
+        ([1.0, 2.0], [np.inf, 2.0], ValueError, "1 of 2 values of y_pred are NaN or infinite"),
+        (["a", "b"], [1.0, 2.0], TypeError, "y_true must hold numbers; found the type <U1"),
+        (sparse.csr_matrix(np.eye(2)), np.eye(2), TypeError, r"sparse; pass the columns .*toarray"),
+    ],
+)
+def test_values_that_are_no_values(true, predicted, error, message):
+    with pytest.raises(error, match=message):
+        st.metrics.rmse(true, predicted)
+
+
+def test_unknown_per():
+    with pytest.raises(ValueError, match="per must be 'column' or 'row', found 'gene'"):
+        st.metrics.rmse(np.ones((2, 2)), np.ones((2, 2)), per="gene")
+
+
+def test_blocks_do_not_matter(rng, monkeypatch):
+    true, predicted = rng.random((11, 7)), rng.random((11, 7))
+    whole = {per: st.metrics.spearman(true, predicted, per=per) for per in ("column", "row")}
+    monkeypatch.setattr(values, "_BLOCK", 23)
+    for per, expected in whole.items():
+        pd.testing.assert_series_equal(st.metrics.spearman(true, predicted, per=per), expected)
+
+
+def test_single_precision_is_computed_in_double():
+    true = np.array([1e4, 1e4 + 1], dtype=np.float32)
+    assert st.metrics.rmse(true, true + np.float32(0.5)) == 0.5
+    assert st.metrics.pearson(true, true) == pytest.approx(1.0, abs=1e-15)

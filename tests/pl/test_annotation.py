@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from scanpy.plotting.palettes import default_20
 
 import stofm as st
-from stofm.metrics.calibration import Reliability
+from stofm.metrics.labels import Reliability
 
 if TYPE_CHECKING:
     from pathlib import Path

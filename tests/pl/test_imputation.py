@@ -132,13 +132,13 @@ def test_given_axes(imputed: ad.AnnData) -> None:
 
 
 def test_missing(imputed: ad.AnnData) -> None:
-    with pytest.raises(KeyError, match=r"'gene2' was not imputed .* Nearest: \['GENE2'"):
+    with pytest.raises(KeyError, match=r"no gene 'gene2'. Nearest: \['GENE2'"):
         st.pl.imputation(imputed, "gene2", show=False)
     with pytest.raises(KeyError, match=r"st.tl.impute\(adata, head=head\) writes it"):
         st.pl.imputation(imputed, "GENE2", key="other", show=False)
     with pytest.raises(TypeError, match="must be a DataFrame"):
         st.pl.imputation(imputed, "GENE2", key="spatial", show=False)
-    with pytest.raises(ValueError, match="Name a gene to draw"):
+    with pytest.raises(ValueError, match="There are no genes to draw"):
         st.pl.imputation(imputed, [], show=False)
     with pytest.raises(KeyError, match="`measured` has no gene 'ELSEWHERE'"):
         st.pl.imputation(imputed, "ELSEWHERE", measured=imputed, show=False)

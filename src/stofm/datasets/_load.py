@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 import re
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,30 +19,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A public section: a row of the package's list.
-
-    Attributes
-    ----------
-    name
-        What to pass to :func:`stofm.datasets.load`.
-    url
-        Address of an ``.h5ad`` file.
-    sha256
-        Checksum of that file, 64 hexadecimal digits; only checksums of files that were
-        downloaded and read belong into the list.
-    license, citation
-        Terms of the data, and the paper to cite.
-    """
-
-    name: str
-    url: str
-    sha256: str
-    license: str
-    citation: str
 
 
 def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None = None) -> AnnData:
@@ -82,7 +56,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     is_address = "://" in name
     if not is_address and not local(name).is_file():
         section = _find(name)
-        return read_data(_download(section.url, section.sha256, cache_dir))
+        return read_data(_download(section["url"], section["sha256"], cache_dir))
     if sha256 is None:
         msg = (
             f"{name} is not in the list of sections, so its checksum is needed: pass sha256= (64 "
@@ -95,7 +69,13 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         raise ValueError(msg)
     if is_address:
         return read_data(_download(name, digest, cache_dir))
-    _verify(local(name), digest)
+    found = pooch.file_hash(local(name))
+    if found != digest:
+        msg = (
+            f"{local(name)} has the sha256 {found}, expected {digest}: it is another file or "
+            "damaged."
+        )
+        raise ValueError(msg)
     return read_data(name)
 
 
@@ -103,40 +83,33 @@ def _sections_file() -> str:
     return (files("stofm.datasets") / "_sections.tsv").read_text(encoding="utf-8")
 
 
-def _sections() -> dict[str, Section]:
+def _sections() -> dict[str, dict[str, str]]:
+    """Public sections by name: `url` of an ``.h5ad`` file, `sha256`, `license` and `citation`.
+
+    Only checksums of files that were downloaded and read belong into the list.
+    """
     rows = csv.DictReader(_sections_file().splitlines(), delimiter="\t")
-    return {row["name"]: Section(**row) for row in rows}
+    return {row["name"]: row for row in rows}
 
 
-def _find(name: str) -> Section:
+def _find(name: str) -> dict[str, str]:
     sections = _sections()
-    if name in sections:
-        return sections[name]
-    known = sorted(sections)
-    near = difflib.get_close_matches(name, known, n=3)
-    listed = f"There are {known}" if known else "The list of public sections is still empty"
-    hint = f" Did you mean {near}?" if near else ""
-    msg = (
-        f"There is no section and no file {name!r}. {listed}.{hint} Any other .h5ad file can be "
-        "read by its address or path with its checksum: "
-        "load('https://.../slice.h5ad', sha256='...')."
-    )
-    raise KeyError(msg)
+    if name not in sections:
+        known = sorted(sections)
+        near = difflib.get_close_matches(name, known, n=3)
+        listed = f"There are {known}" if known else "The list of public sections is still empty"
+        hint = f" Did you mean {near}?" if near else ""
+        msg = (
+            f"There is no section and no file {name!r}. {listed}.{hint} Any other .h5ad file can "
+            "be read by its address or path with its checksum: "
+            "load('https://.../slice.h5ad', sha256='...')."
+        )
+        raise KeyError(msg)
+    return sections[name]
 
 
 def _download(url: str, digest: str, cache_dir: str | Path | None) -> str:
     """Path of the verified file; its name starts with the checksum, so that two never collide."""
     folder = pooch.os_cache("stofm") if cache_dir is None else local(cache_dir)
-    stem = Path(urlsplit(url).path).name or "slice.h5ad"
-    path: str = pooch.retrieve(
-        url, known_hash=f"sha256:{digest}", fname=f"{digest[:12]}-{stem}", path=folder
-    )
-    return path
-
-
-def _verify(path: Path, digest: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        msg = f"{path} has the sha256 {found}, expected {digest}: it is another file or damaged."
-        raise ValueError(msg)
+    name = f"{digest[:12]}-{Path(urlsplit(url).path).name or 'slice.h5ad'}"
+    return str(pooch.retrieve(url, known_hash=f"sha256:{digest}", fname=name, path=folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
 
 import anndata as ad
 import numpy as np
@@ -13,18 +13,14 @@ from scipy.spatial import cKDTree
 
 from stofm._config import check_seed
 from stofm._keys import Obsm
-from stofm.datasets._counts import draw_counts
-from stofm.datasets._geometry import (
-    LaminarMap,
-    NodularMap,
-    hexagonal_lattice,
-    scattered_cells,
-)
+from stofm.datasets._geometry import draw_layers, draw_nodules, hexagonal_lattice
 from stofm.datasets._tissues import Panel, Regions, Species, Tissue, make_panel, make_tissue
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm.datasets._geometry import RegionMap
 
 Technology = Literal["xenium", "merfish", "slideseq", "visium"]
 
@@ -35,6 +31,8 @@ _MIN_NODULES: Final = 5
 _MAX_NODULES: Final = 40
 _BATCH_GENE: Final = 0.1
 _BATCH_DEPTH: Final = 0.15
+#: Entries of a dense block of cells by genes; bounds the memory.
+_BLOCK: Final = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +50,8 @@ class _Platform:
 
 
 _PLATFORMS: Final[dict[Technology, _Platform]] = {
-    "xenium": _Platform(
-        counts_per_gene=0.6, depth_sigma=0.5, dropout=0.10, bleed=0.12, pitch=12.0
-    ),
-    "merfish": _Platform(
-        counts_per_gene=0.9, depth_sigma=0.45, dropout=0.05, bleed=0.10, pitch=12.0
-    ),
+    "xenium": _Platform(counts_per_gene=0.6, depth_sigma=0.5, dropout=0.10, bleed=0.12, pitch=12.0),
+    "merfish": _Platform(counts_per_gene=0.9, depth_sigma=0.45, dropout=0.05, bleed=0.1, pitch=12.0),
     "slideseq": _Platform(
         counts_per_gene=0.25, depth_sigma=0.6, dropout=0.30, bleed=0.15, pitch=10.0,
         cells_per_spot=1.5, spot_radius=8.0,
@@ -143,29 +137,33 @@ def simulate_slice(
     >>> adata.shape
     (500, 100)
     """
-    _check_choice("species", species, get_args(Species))
-    _check_choice("technology", technology, get_args(Technology))
-    _check_choice("regions", regions, get_args(Regions))
-    for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_slices", n_slices)):
-        _check_count(name, value)
+    for name, value, allowed in (
+        ("species", species, get_args(Species)),
+        ("technology", technology, get_args(Technology)),
+        ("regions", regions, get_args(Regions)),
+    ):
+        _require(name, value, f"one of {list(allowed)}", is_fine=value in allowed)
+    counts: dict[str, object] = {"n_cells": n_cells, "n_genes": n_genes, "n_slices": n_slices}
+    for name, count in counts.items():
+        is_fine = isinstance(count, int | np.integer) and bool(count >= 1)
+        is_fine = is_fine and not isinstance(count, bool)
+        _require(name, count, "a whole number of at least 1", is_fine=is_fine)
     check_seed(seed)
     platform = _PLATFORMS[technology]
     if cells_per_spot is None:
         cells_per_spot = platform.cells_per_spot
     if depth is None:
         depth = platform.counts_per_gene * n_genes
-    _check_at_least("cells_per_spot", cells_per_spot, 1.0)
-    _check_positive("depth", depth)
+    _require("cells_per_spot", cells_per_spot, "at least 1", is_fine=1 <= cells_per_spot < np.inf)
+    _require("depth", depth, "above 0", is_fine=0 < depth < np.inf)
     panel = make_panel(
         n_genes, species=species, regions=regions, platform=list(_PLATFORMS).index(technology)
     )
     tissue = make_tissue(regions)
-    slices = [
-        _Simulation(n_cells, regions, platform, float(cells_per_spot), float(depth)).draw(
-            tissue, panel, np.random.default_rng([seed, number])
-        )
-        for number in range(n_slices)
-    ]
+    simulation = _Simulation(
+        n_cells, regions, platform, float(cells_per_spot), float(depth), tissue, panel
+    )
+    slices = [simulation.draw(np.random.default_rng([seed, number])) for number in range(n_slices)]
     adata = _to_anndata(slices, tissue, panel, is_spot=cells_per_spot > 1.0)
     adata.uns["simulation"] = {
         "n_cells": int(n_cells),
@@ -182,8 +180,7 @@ def simulate_slice(
     return adata
 
 
-@dataclass(frozen=True)
-class _Slice:
+class _Slice(NamedTuple):
     """One drawn slice, by row: counts, micrometres, region code, number of cells of each type."""
 
     counts: sp.csr_matrix
@@ -201,40 +198,36 @@ class _Simulation:
     platform: _Platform
     cells_per_spot: float
     depth: float
+    tissue: Tissue
+    panel: Panel
 
-    def draw(self, tissue: Tissue, panel: Panel, rng: np.random.Generator) -> _Slice:
+    def draw(self, rng: np.random.Generator) -> _Slice:
         """Draw one slice."""
         places = self._places(rng)
         row_of_cell, cell_places = self._cells(places, rng)
         side = float(np.ptp(places, axis=0).max()) + self.platform.pitch
-        tissue_map = self._map(side, rng)
-        _, fields = tissue_map.locate(cell_places)
-        wandered = cell_places + rng.normal(0.0, _BLUR * side, cell_places.shape)
-        home, _ = tissue_map.locate(wandered)
-        cell_type = _draw_types(tissue, home, fields, rng)
-        counts = draw_counts(
-            self._mixture(cell_type, cell_places, len(tissue.cell_types), rng),
-            fields.astype(np.float32),
-            self._depths(row_of_cell, rng),
-            _batch(panel, rng),
-            dropout=self.platform.dropout,
-            rng=rng,
-        )
-        n_types = len(tissue.cell_types)
+        locate = self._region_map(side, rng)
+        _, fields = locate(cell_places)
+        home, _ = locate(cell_places + rng.normal(0.0, _BLUR * side, cell_places.shape))
+        cell_type = self._types(home, fields, rng)
+        mixture = self._mixture(cell_type, cell_places, rng)
+        depths = self._depths(row_of_cell, rng)
+        counts = self._counts(mixture, fields.astype(np.float32), depths, rng)
+        if len(row_of_cell) > self.n_rows:
+            cells = np.arange(len(row_of_cell))
+            ones = np.ones(len(cells), dtype=np.int32)
+            counts = sp.csr_matrix((ones, (row_of_cell, cells))) @ counts
+        n_types = len(self.tissue.cell_types)
         of_type = np.bincount(row_of_cell * n_types + cell_type, minlength=self.n_rows * n_types)
-        return _Slice(
-            counts=_sum_rows(counts, row_of_cell, self.n_rows),
-            places=places,
-            region=tissue_map.locate(places)[0],
-            cells_of_type=of_type.reshape(self.n_rows, n_types),
-        )
+        return _Slice(counts, places, locate(places)[0], of_type.reshape(self.n_rows, n_types))
 
     def _places(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Rows in random order, as barcodes come."""
+        """Rows in random order, as barcodes come; off the lattice they still keep a distance."""
         pitch = self.platform.pitch
-        if self.platform.on_lattice:
-            return rng.permutation(hexagonal_lattice(self.n_rows, pitch))
-        return rng.permutation(scattered_cells(self.n_rows, pitch, rng))
+        places = hexagonal_lattice(self.n_rows, pitch)
+        if not self.platform.on_lattice:
+            places += rng.normal(0.0, 0.2 * pitch, places.shape)
+        return rng.permutation(places)
 
     def _cells(
         self, places: NDArray[np.float64], rng: np.random.Generator
@@ -250,22 +243,27 @@ class _Simulation:
         offset = distance[:, None] * np.column_stack([np.cos(angle), np.sin(angle)])
         return row_of_cell, places[row_of_cell] + offset
 
-    def _map(self, side: float, rng: np.random.Generator) -> LaminarMap | NodularMap:
+    def _region_map(self, side: float, rng: np.random.Generator) -> RegionMap:
         if self.regions == "laminar":
-            return LaminarMap.draw(side, rng)
+            return draw_layers(side, rng)
         n_nodules = int(np.clip(self.n_rows // _CELLS_PER_NODULE, _MIN_NODULES, _MAX_NODULES))
-        return NodularMap.draw(side, n_nodules, rng)
+        return draw_nodules(side, n_nodules, rng)
+
+    def _types(
+        self, region: NDArray[np.int64], fields: NDArray[np.float64], rng: np.random.Generator
+    ) -> NDArray[np.int64]:
+        weights = self.tissue.composition[region] * np.exp(fields @ self.tissue.type_gradients)
+        cumulative = np.cumsum(weights, axis=1)
+        threshold = rng.random((len(region), 1)) * cumulative[:, -1:]
+        chosen: NDArray[np.int64] = (cumulative <= threshold).sum(axis=1)
+        return chosen
 
     def _mixture(
-        self,
-        cell_type: NDArray[np.int64],
-        places: NDArray[np.float64],
-        n_types: int,
-        rng: np.random.Generator,
+        self, cell_type: NDArray[np.int64], places: NDArray[np.float64], rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """Share of each type's transcripts in a cell: its own and some of its neighbour's."""
         n = len(cell_type)
-        mixture = np.zeros((n, n_types), dtype=np.float32)
+        mixture = np.zeros((n, len(self.tissue.cell_types)), dtype=np.float32)
         # A Beta distribution: most cells are clean, some are half their neighbour's.
         bleed = rng.beta(1.0, 1.0 / self.platform.bleed - 1.0, n) if n > 1 else np.zeros(n)
         nearest = cKDTree(places).query(places, k=[min(2, n)])[1][:, 0]
@@ -285,39 +283,36 @@ class _Simulation:
         of_cell = self.depth / self.cells_per_spot * of_slice * of_row[row_of_cell]
         return np.asarray(of_cell, dtype=np.float32)
 
-
-def _draw_types(
-    tissue: Tissue,
-    region: NDArray[np.int64],
-    fields: NDArray[np.float64],
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    weights = tissue.composition[region] * np.exp(fields @ tissue.type_gradients)
-    cumulative = np.cumsum(weights, axis=1)
-    threshold = rng.random((len(region), 1)) * cumulative[:, -1:]
-    chosen: NDArray[np.int64] = (cumulative <= threshold).sum(axis=1)
-    return chosen
-
-
-def _batch(panel: Panel, rng: np.random.Generator) -> Panel:
-    """The panel as one slice detects it."""
-    factor = np.exp(rng.normal(0.0, _BATCH_GENE, len(panel.symbols))).astype(np.float32)
-    return Panel(
-        symbols=panel.symbols,
-        marker_of=panel.marker_of,
-        expression=panel.expression * factor,
-        gradients=panel.gradients,
-        shape=panel.shape,
-    )
-
-
-def _sum_rows(counts: sp.csr_matrix, row_of_cell: NDArray[np.int64], n_rows: int) -> sp.csr_matrix:
-    """Sum the cells of each spot."""
-    if len(row_of_cell) == n_rows:
-        return counts
-    ones = np.ones(len(row_of_cell), dtype=np.int32)
-    cells = np.arange(len(row_of_cell))
-    return sp.csr_matrix((ones, (row_of_cell, cells)), shape=(n_rows, len(cells))) @ counts
+    def _counts(
+        self,
+        mixture: NDArray[np.float32],
+        fields: NDArray[np.float32],
+        depths: NDArray[np.float32],
+        rng: np.random.Generator,
+    ) -> sp.csr_matrix:
+        """Gamma-Poisson counts of cells (n_cells, n_genes), with dropout, block by block."""
+        panel, n_genes = self.panel, len(self.panel.symbols)
+        # A slice detects some genes better than others.
+        factor = np.exp(rng.normal(0.0, _BATCH_GENE, n_genes)).astype(np.float32)
+        expression = panel.expression * factor
+        step, blocks = max(1, _BLOCK // n_genes), []
+        for start in range(0, len(mixture), step):
+            block = slice(start, start + step)
+            expected = mixture[block] @ expression
+            expected *= np.exp(fields[block] @ panel.gradients)
+            expected *= depths[block, None]
+            rate = rng.standard_gamma(panel.shape, expected.shape, dtype=np.float32)
+            rate *= expected
+            rate /= panel.shape
+            counts = rng.poisson(rate)
+            rows, genes = counts.nonzero()
+            # A gene is the less likely to be lost, the higher its expected count.
+            chance = self.platform.dropout * np.exp(-expected[rows, genes])
+            is_found = rng.random(len(rows)) >= chance
+            rows, genes = rows[is_found], genes[is_found]
+            values = counts[rows, genes].astype(np.int32)
+            blocks.append(sp.csr_matrix((values, (rows, genes)), shape=counts.shape))
+        return sp.vstack(blocks, format="csr")
 
 
 def _to_anndata(slices: list[_Slice], tissue: Tissue, panel: Panel, *, is_spot: bool) -> AnnData:
@@ -351,25 +346,7 @@ def _categorical(codes: NDArray[np.int64], names: tuple[str, ...] | list[str]) -
     return pd.Categorical.from_codes(codes, categories=list(names)).remove_unused_categories()
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        msg = f"{name} must be one of {list(allowed)}, found {value!r}."
-        raise ValueError(msg)
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        msg = f"{name} must be a whole number of at least 1, found {value!r}."
-        raise ValueError(msg)
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if not (np.isfinite(value) and value >= least):
-        msg = f"{name} must be at least {least:g}, found {value!r}."
-        raise ValueError(msg)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (np.isfinite(value) and value > 0):
-        msg = f"{name} must be above 0, found {value!r}."
+def _require(name: str, value: object, expected: str, *, is_fine: bool) -> None:
+    if not is_fine:
+        msg = f"{name} must be {expected}, found {value!r}."
         raise ValueError(msg)

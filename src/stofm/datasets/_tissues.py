@@ -7,11 +7,10 @@ types, the same panel and the same profiles, as sections of one organ have.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,55 +25,8 @@ _PROFILE_SEED: Final = 2025
 _FIRST_ROUNDS: Final = 6
 _SHARE_WITH_GRADIENT: Final = 0.15
 
-_LAMINAR: Final = {
-    "L1": {"Astrocyte": 35, "Lamp5": 10, "Vip": 3, "Microglia": 10, "Oligodendrocyte": 4,
-           "OPC": 8, "Endothelial": 12, "Pericyte": 5, "VLMC": 13},
-    "L2-3": {"L2-3 IT": 47, "Pvalb": 5, "Sst": 4, "Vip": 6, "Lamp5": 4, "Astrocyte": 12,
-             "Oligodendrocyte": 3, "OPC": 4, "Microglia": 5, "Endothelial": 7, "Pericyte": 3},
-    "L4": {"L4 IT": 48, "L2-3 IT": 5, "L5 IT": 4, "Pvalb": 8, "Sst": 4, "Vip": 3, "Lamp5": 1,
-           "Astrocyte": 9, "Oligodendrocyte": 5, "OPC": 3, "Microglia": 4, "Endothelial": 5,
-           "Pericyte": 2},
-    "L5": {"L5 IT": 28, "L5 ET": 12, "L4 IT": 5, "L6 IT": 4, "Pvalb": 8, "Sst": 7, "Vip": 2,
-           "Lamp5": 1, "Astrocyte": 10, "Oligodendrocyte": 9, "OPC": 3, "Microglia": 5,
-           "Endothelial": 6, "Pericyte": 2},
-    "L6": {"L6 CT": 33, "L6 IT": 15, "L5 IT": 3, "Pvalb": 4, "Sst": 5, "Lamp5": 2,
-           "Astrocyte": 10, "Oligodendrocyte": 15, "OPC": 3, "Microglia": 5, "Endothelial": 5,
-           "Pericyte": 2},
-    "WM": {"Oligodendrocyte": 62, "Astrocyte": 15, "OPC": 6, "Microglia": 7, "Endothelial": 6,
-           "Pericyte": 2, "L6 CT": 2},
-}  # fmt: skip
 
-_NODULAR: Final = {
-    "tumor core": {"Tumor": 62, "Cycling tumor": 16, "Luminal": 3, "Myofibroblast": 4,
-                   "Endothelial": 3, "Macrophage": 5, "Dendritic": 1, "CD8 T": 3, "CD4 T": 2,
-                   "NK": 1},
-    "tumor margin": {"Tumor": 22, "Cycling tumor": 4, "Myoepithelial": 12, "Fibroblast": 5,
-                     "Myofibroblast": 18, "Endothelial": 5, "Macrophage": 13, "Dendritic": 3,
-                     "CD8 T": 10, "CD4 T": 5, "Treg": 5, "NK": 2},
-    "stroma": {"Fibroblast": 38, "Myofibroblast": 5, "Adipocyte": 10, "Endothelial": 12,
-               "Pericyte": 8, "Luminal": 4, "Myoepithelial": 2, "Macrophage": 8, "Mast": 3,
-               "Plasma": 6, "CD4 T": 5},
-    "lymphoid follicle": {"B cell": 36, "Germinal center B": 15, "CD4 T": 22, "Treg": 4,
-                          "CD8 T": 5, "NK": 1, "Dendritic": 6, "pDC": 3, "Plasma": 4,
-                          "Macrophage": 3, "Endothelial": 3},
-}  # fmt: skip
-
-_COMPOSITIONS: Final = {"laminar": _LAMINAR, "nodular": _NODULAR}
-_CELL_TYPES: Final = {
-    "laminar": (
-        "L2-3 IT", "L4 IT", "L5 IT", "L5 ET", "L6 IT", "L6 CT", "Pvalb", "Sst", "Vip", "Lamp5",
-        "Astrocyte", "Oligodendrocyte", "OPC", "Microglia", "Endothelial", "Pericyte", "VLMC",
-    ),
-    "nodular": (
-        "Tumor", "Cycling tumor", "Luminal", "Myoepithelial", "Fibroblast", "Myofibroblast",
-        "Adipocyte", "Endothelial", "Pericyte", "Macrophage", "Dendritic", "pDC", "Mast", "NK",
-        "CD8 T", "CD4 T", "Treg", "B cell", "Germinal center B", "Plasma",
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tissue:
+class Tissue(NamedTuple):
     """What a kind of tissue is made of.
 
     Attributes
@@ -93,8 +45,7 @@ class Tissue:
     type_gradients: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """The genes that are measured, and what each cell type expresses of them.
 
     Attributes
@@ -118,8 +69,7 @@ class Panel:
     shape: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class _Gene:
+class _Gene(NamedTuple):
     human: str
     mouse: str
     cell_types: frozenset[str]
@@ -128,14 +78,13 @@ class _Gene:
 @cache
 def make_tissue(regions: Regions) -> Tissue:
     """Return the cortex-like (``"laminar"``) or tumour-like (``"nodular"``) tissue."""
-    table, cell_types = _COMPOSITIONS[regions], _CELL_TYPES[regions]
-    composition = np.array(
-        [[row.get(name, 0) for name in cell_types] for row in table.values()], dtype=np.float64
-    )
+    with (files("stofm.datasets") / f"_{regions}.tsv").open(encoding="utf-8") as file:
+        (_, *cell_types), *rows = csv.reader(file, delimiter="\t")
+    composition = np.array([row[1:] for row in rows], dtype=np.float64)
     rng = np.random.default_rng([_PROFILE_SEED, len(cell_types)])
     return Tissue(
-        regions=tuple(table),
-        cell_types=cell_types,
+        regions=tuple(row[0] for row in rows),
+        cell_types=tuple(cell_types),
         composition=composition / composition.sum(axis=1, keepdims=True),
         type_gradients=rng.normal(0.0, 0.4, (2, len(cell_types))),
     )
@@ -145,17 +94,7 @@ def make_panel(n_genes: int, *, species: Species, regions: Regions, platform: in
     """Choose the first `n_genes` of a tissue's panel and the profiles of its cell types.
 
     A smaller panel is the beginning of a larger one. A mouse gene has the profile of its human
-    counterpart.
-
-    Parameters
-    ----------
-    platform
-        Number of the technology; each detects some genes better than others.
-
-    Raises
-    ------
-    ValueError
-        The package knows fewer genes of the species.
+    counterpart. Each `platform` detects some genes better than others.
     """
     genes, tissue = _genes(), make_tissue(regions)
     in_order = _panel_order(tissue.cell_types)
@@ -185,12 +124,11 @@ def make_panel(n_genes: int, *, species: Species, regions: Regions, platform: in
 
 @cache
 def _genes() -> tuple[_Gene, ...]:
-    text = (files("stofm.datasets") / "_markers.tsv").read_text(encoding="utf-8")
-    rows = csv.DictReader(text.splitlines(), delimiter="\t")
-    return tuple(
-        _Gene(row["human"], row["mouse"], frozenset(filter(None, row["cell_types"].split(","))))
-        for row in rows
-    )
+    with (files("stofm.datasets") / "_markers.tsv").open(encoding="utf-8") as file:
+        return tuple(
+            _Gene(row["human"], row["mouse"], frozenset(filter(None, row["cell_types"].split(","))))
+            for row in csv.DictReader(file, delimiter="\t")
+        )
 
 
 @cache

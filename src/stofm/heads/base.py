@@ -33,13 +33,8 @@ from stofm.heads.neighborhood import add_neighborhood
 from stofm.heads.network import apply_head
 from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn import Stofm
-from stofm.nn.checkpoint import (
-    CONFIG,
-    read_tensors,
-    require_beside,
-    write_atomically,
-    write_tensors,
-)
+from stofm.nn.checkpoint import CONFIG, read_tensors, require_beside, write_atomically
+from stofm.nn.checkpoint import write_tensors as write_weights
 from stofm.nn.prediction_head import HeadConfig  # noqa: TC001 - read when a head is loaded
 
 if TYPE_CHECKING:
@@ -377,7 +372,7 @@ class Head:
         self.history.to_csv(folder / HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
             self.test_scores.to_csv(folder / TEST, sep="\t")
-        write_tensors(folder / WEIGHTS, self._tensors(), beside_weights(folder, json.loads(text)))
+        write_weights(folder / WEIGHTS, self._tensors(), beside_weights(folder, json.loads(text)))
         if self.model is not None:
             self.model.save_pretrained(folder / MODEL)
 

@@ -1,7 +1,6 @@
 """Scores of labels, clusters, values and maps: numpy or pandas in, floats or Series out."""
 
-from stofm.metrics.classification import accuracy, macro_f1, weighted_f1
-from stofm.metrics.clustering import ami, ari, nmi, silhouette
+from stofm.metrics.labels import accuracy, ami, ari, macro_f1, nmi, silhouette, weighted_f1
 from stofm.metrics.maps import ssim
 from stofm.metrics.values import cosine, jensen_shannon, mae, pearson, rmse, spearman
 

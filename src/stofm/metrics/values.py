@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import sparse
 from scipy.special import rel_entr
 
-from stofm.metrics._inputs import Per, ValuePair, read_values
-
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Callable
 
+
+Per = Literal["column", "row"]
+_Array = NDArray[np.float64]
+
+#: Numbers in a block that is computed in double precision at a time.
+_BLOCK = 4_000_000
 #: Spread, relative to the mean, below which only rounding tells values apart.
 _ROUNDING = 1e-13
 
@@ -34,9 +42,9 @@ def pearson(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Returns
     -------
     A float for (n,), else a Series, from -1 to 1. NaN where the true values are constant: there
-    is nothing to predict, and ``.mean()`` of the Series leaves it out. 0 where only the
-    predicted ones are constant, where SciPy gives NaN: else a method that predicts nothing
-    for the hard genes would have them left out of its mean.
+    is nothing to predict, and ``.mean()`` of the Series skips it. 0 where only the predicted ones
+    are constant, where SciPy gives NaN: otherwise a method that predicts nothing for the hard
+    genes would have them skipped in its mean.
 
     Raises
     ------
@@ -53,30 +61,31 @@ def pearson(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     >>> st.metrics.pearson(true, 2 * true + 1).round(6).tolist()
     [1.0, nan]
     """
-    return _to_correlate(y_true, y_pred, per).score(_pearson, per, "pearson")
+    return score_columns(read_values(y_true, y_pred, per, least=2), _correlation, "pearson")
 
 
 def spearman(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     """Spearman correlation: Pearson's of the ranks, of each column over the rows.
 
-    Ties share their mean rank. Where most counts are 0, their order in the prediction is not
-    scored, and the correlation is low for good predictions too.
+    Ties share their mean rank. Where most counts are 0, the order that is predicted for them is
+    not scored, and the correlation is low for good predictions too.
 
     Parameters
     ----------
     y_true, y_pred, per
-        See :func:`pearson`.
+        See :func:`pearson`, also for errors.
 
     Returns
     -------
     See :func:`pearson`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`pearson`.
     """
-    return _to_correlate(y_true, y_pred, per).score(_spearman, per, "spearman")
+    from scipy.stats import rankdata
+
+    return score_columns(
+        read_values(y_true, y_pred, per, least=2),
+        lambda true, found: _correlation(rankdata(true, axis=0), rankdata(found, axis=0)),
+        "spearman",
+    )
 
 
 def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
@@ -88,19 +97,16 @@ def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Parameters
     ----------
     y_true, y_pred, per
-        See :func:`pearson`.
+        See :func:`pearson`, also for errors; one value is enough.
 
     Returns
     -------
     A float for (n,), else a Series, at least 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`pearson`; one value is enough.
     """
-    return read_values(y_true, y_pred).score(
-        lambda true, predicted: np.sqrt(np.mean((true - predicted) ** 2, axis=0)), per, "rmse"
+    return score_columns(
+        read_values(y_true, y_pred, per),
+        lambda true, found: np.sqrt(np.mean((true - found) ** 2, axis=0)),
+        "rmse",
     )
 
 
@@ -112,19 +118,16 @@ def mae(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Parameters
     ----------
     y_true, y_pred, per
-        See :func:`pearson`.
+        See :func:`pearson`, also for errors; one value is enough.
 
     Returns
     -------
     A float for (n,), else a Series, at least 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`pearson`; one value is enough.
     """
-    return read_values(y_true, y_pred).score(
-        lambda true, predicted: np.mean(np.abs(true - predicted), axis=0), per, "mae"
+    return score_columns(
+        read_values(y_true, y_pred, per),
+        lambda true, found: np.mean(np.abs(true - found), axis=0),
+        "mae",
     )
 
 
@@ -136,25 +139,20 @@ def cosine(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Parameters
     ----------
     y_true, y_pred, per
-        See :func:`pearson`.
+        See :func:`pearson`, also for errors; one value is enough.
 
     Returns
     -------
     A float for (n,), else a Series, from -1 to 1. NaN where the true values are all 0; 0 where
     only the predicted ones are.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`pearson`; one value is enough.
     """
-    return read_values(y_true, y_pred).score(_cosine, per, "cosine")
+    return score_columns(read_values(y_true, y_pred, per), _cosine, "cosine")
 
 
 def jensen_shannon(
     y_true: Any, y_pred: Any, *, per: Per = "row", base: float = 2.0, root: bool = False
 ) -> Any:
-    """Jensen-Shannon divergence of proportions, of each row.
+    """Jensen-Shannon divergence of proportions, of each row (Lin 1991, IEEE TIT 37:145).
 
     Papers differ in three things that all go by this name: the divergence or its root (the
     distance, which SciPy's ``jensenshannon`` gives), the logarithm's base (SciPy's is e), and
@@ -163,13 +161,13 @@ def jensen_shannon(
     Parameters
     ----------
     y_true, y_pred
-        (n,) or (n, k) numbers, none negative; see :func:`pearson`. Each row is divided by its
-        sum.
+        (n,) or (n, k) numbers, none negative; see :func:`pearson`, also for errors. Each
+        distribution is divided by its sum.
     per
         ``"row"``: each spot is a distribution over types. ``"column"``: each type, or gene, is a
         distribution over spots.
     base
-        Of the logarithm. With 2 the largest value is 1.
+        Base of the logarithm, above 1. With 2 the largest value is 1.
     root
         Return the root of the divergence, a distance.
 
@@ -177,91 +175,144 @@ def jensen_shannon(
     -------
     A float for (n,), else a Series, at least 0; 0 for equal distributions. NaN where the true
     values are all 0; the largest value where only the predicted ones are.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`pearson`; or a value is negative, or `base` is not above 1.
-
-    References
-    ----------
-    Lin 1991, Divergence measures based on the Shannon entropy (IEEE Trans Inf Theory 37:145).
-
-    Examples
-    --------
-    >>> import stofm as st
-    >>> st.metrics.jensen_shannon([1.0, 0.0], [0.0, 1.0])
-    1.0
     """
     if not base > 1.0:
         msg = f"base must be above 1, found {base!r}."
         raise ValueError(msg)
-    pair = read_values(y_true, y_pred)
-    for values, name in ((pair.true, "y_true"), (pair.predicted, "y_pred")):
-        if n_negative := int((values < 0).sum()):
+    values = read_values(y_true, y_pred, per)
+    for part, name in zip(values[:2], ("y_true", "y_pred"), strict=True):
+        if n_negative := int((part < 0).sum()):
             msg = (
                 f"{n_negative} values of {name} are negative, which proportions never are; the "
-                f"smallest is {values.min():g}. Clip them at 0 first."
+                f"smallest is {part.min():g}. Clip them at 0 first."
             )
             raise ValueError(msg)
-
-    def divergence(
-        true: NDArray[np.float64], predicted: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        amount: NDArray[np.float64] = _jensen_shannon(true, predicted) / np.log(base)
-        return amount**0.5 if root else amount
-
-    return pair.score(divergence, per, "jensen_shannon")
+    power = 0.5 if root else 1.0
+    return score_columns(
+        values,
+        lambda true, found: (_jensen_shannon(true, found) / np.log(base)) ** power,
+        "jensen_shannon",
+    )
 
 
-def _to_correlate(y_true: Any, y_pred: Any, per: Per) -> ValuePair:
-    pair = read_values(y_true, y_pred)
-    by_row = per == "row" and not pair.is_vector
-    n_values = pair.true.shape[1 if by_row else 0]
-    if n_values < 2:
-        msg = f"A correlation needs at least 2 values for each {per}; found {n_values}."
+def read_values(
+    y_true: Any, y_pred: Any, per: Per = "column", *, least: int = 1
+) -> tuple[_Array, _Array, pd.Index | None]:
+    """True and predicted values whose columns are scored, and their names; None for vectors."""
+    true = _numbers(y_true, "y_true")
+    predicted = _numbers(in_same_order(y_true, y_pred), "y_pred")
+    if true.shape != predicted.shape or true.ndim not in (1, 2) or true.size == 0:
+        msg = (
+            f"y_true has the shape {true.shape} and y_pred {predicted.shape}; expected the same "
+            "shape, (n,) or (n, k), with at least one value."
+        )
         raise ValueError(msg)
-    return pair
+    if per not in ("column", "row"):
+        msg = f"per must be 'column' or 'row', found {per!r}."
+        raise ValueError(msg)
+    for values, name in ((true, "y_true"), (predicted, "y_pred")):
+        if n_bad := int(values.size - np.isfinite(values).sum()):
+            msg = (
+                f"{n_bad} of {values.size} values of {name} are NaN or infinite; leave those rows "
+                "or columns out of both."
+            )
+            raise ValueError(msg)
+    names = None
+    if true.ndim == 1:
+        true, predicted = true[:, None], predicted[:, None]
+    else:
+        frame = next((y for y in (y_true, y_pred) if isinstance(y, pd.DataFrame)), None)
+        if per == "row":
+            true, predicted = true.T, predicted.T
+            names = None if frame is None else frame.index
+        elif frame is not None:
+            names = frame.columns
+        if names is None:
+            names = pd.RangeIndex(true.shape[1])
+    if len(true) < least:
+        msg = f"A correlation needs at least {least} values for each {per}; found {len(true)}."
+        raise ValueError(msg)
+    return true, predicted, names
 
 
-def _pearson(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-    directions, flat = zip(*map(_direction, (true, predicted)), strict=True)
-    r = np.clip((directions[0] * directions[1]).sum(axis=0), -1.0, 1.0)
-    return np.where(flat[0], np.nan, np.where(flat[1], 0.0, r))
+def _numbers(values: Any, name: str) -> NDArray[Any]:
+    if sparse.issparse(values):
+        msg = f"{name} is sparse; pass the columns that you compare as .toarray()."
+        raise TypeError(msg)
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        msg = f"{name} must hold numbers; found the type {array.dtype}."
+        raise TypeError(msg)
+    return array
 
 
-def _direction(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Centred columns of unit length, and which columns are constant."""
-    mean = values.mean(axis=0)
-    centred = values - mean
-    # Squares of very small or large numbers leave the range of floats.
-    largest = np.abs(centred).max(axis=0)
-    is_flat = (np.ptp(values, axis=0) == 0) | (largest <= _ROUNDING * np.abs(mean))
-    centred /= np.where(is_flat, 1.0, largest)
-    return centred / np.where(is_flat, 1.0, np.linalg.norm(centred, axis=0)), is_flat
+def in_same_order(first: Any, second: Any) -> Any:
+    """`second` in the order of `first` by names, if both are Series or both DataFrames."""
+    for kind in (pd.Series, pd.DataFrame):
+        if isinstance(first, kind) and isinstance(second, kind):
+            for axis, names in enumerate(first.axes):
+                if not names.equals(second.axes[axis]):
+                    _refuse_unlike_names(names, second.axes[axis], ("rows", "columns")[axis])
+                    second = second.reindex(names, axis=axis)
+    return second
 
 
-def _spearman(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.stats import rankdata
+def _refuse_unlike_names(first: pd.Index, second: pd.Index, kind: str) -> None:
+    if not (first.is_unique and second.is_unique):
+        twice = next(i[i.duplicated()][0] for i in (first, second) if not i.is_unique)
+        msg = (
+            f"The {kind} of y_true and y_pred differ in order and {twice!r} occurs more than once, "
+            f"so they can't be paired by name. Make the names unique, or pass arrays to pair by "
+            "position."
+        )
+        raise ValueError(msg)
+    lacks = [first.difference(second, sort=False), second.difference(first, sort=False)]
+    if len(lacks[0]) or len(lacks[1]):
+        msg = (
+            f"{len(lacks[0])} {kind} of y_true are not in y_pred ({lacks[0][:3].tolist()}) and "
+            f"{len(lacks[1])} of y_pred not in y_true ({lacks[1][:3].tolist()}). Select the common "
+            "ones, or pass arrays to pair by position."
+        )
+        raise ValueError(msg)
 
-    return _pearson(rankdata(true, axis=0), rankdata(predicted, axis=0))
+
+def score_columns(
+    values: tuple[_Array, _Array, pd.Index | None],
+    function: Callable[[_Array, _Array], _Array],
+    name: str,
+) -> Any:
+    """Score each column, block by block: a float for vectors, else a Series."""
+    true, predicted, names = values
+    step = max(1, _BLOCK // len(true))
+    blocks = [slice(start, start + step) for start in range(0, true.shape[1], step)]
+    scores = np.concatenate(
+        [
+            function(true[:, b].astype(np.float64), predicted[:, b].astype(np.float64))
+            for b in blocks
+        ]
+    )
+    return float(scores[0]) if names is None else pd.Series(scores, index=names, name=name)
 
 
-def _cosine(true: NDArray[np.float64], predicted: NDArray[np.float64]) -> NDArray[np.float64]:
-    units, empty = [], []
+def _cosine(true: _Array, predicted: _Array, *, centred: bool = False) -> _Array:
+    """Cosine of columns: NaN where the true one is flat, 0 where only the predicted one is."""
+    units, flat = [], []
     for values in (true, predicted):
-        largest = np.abs(values).max(axis=0)
-        scaled = values / np.where(largest > 0, largest, 1.0)
-        units.append(scaled / np.where(largest > 0, np.linalg.norm(scaled, axis=0), 1.0))
-        empty.append(largest == 0)
-    similarity = np.clip((units[0] * units[1]).sum(axis=0), -1.0, 1.0)
-    return np.where(empty[0], np.nan, similarity)
+        mean = values.mean(axis=0) if centred else np.zeros(values.shape[1])
+        rest = values - mean
+        largest = np.abs(rest).max(axis=0)
+        flat.append(largest <= _ROUNDING * np.abs(mean))
+        # Squares of very small or large numbers leave the range of floats.
+        rest /= np.where(flat[-1], 1.0, largest)
+        units.append(np.where(flat[-1], 0.0, rest / (np.linalg.norm(rest, axis=0) + flat[-1])))
+    return np.where(flat[0], np.nan, np.clip((units[0] * units[1]).sum(axis=0), -1.0, 1.0))
 
 
-def _jensen_shannon(
-    true: NDArray[np.float64], predicted: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Divergence in nats."""
+_correlation = partial(_cosine, centred=True)
+
+
+def _jensen_shannon(true: _Array, predicted: _Array) -> _Array:
+    """Divergence in nats. SciPy's distance is NaN where rounding leaves it below 0."""
     totals = [values.sum(axis=0) for values in (true, predicted)]
     p, q = (
         values / np.where(total > 0, total, 1.0)

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
+import pandas as pd
 
 from stofm import metrics
 from stofm._edge.records import frame_names
 from stofm._edge.tables import resolve_table
 from stofm._keys import Label, Obs, Obsm
-from stofm.metrics.calibration import Reliability
-from stofm.pl._confusion import count_pairs, draw_confusion
-from stofm.pl._draw import add_key
-from stofm.pl._maps import fill_map
-from stofm.pl._panels import Layout, Slot, arrange, finish, frame_panel, make_axes
-from stofm.pl._reliability import draw_reliability
-from stofm.pl._slices import read_panels
-from stofm.pl._style import (
+from stofm.metrics.labels import Reliability
+from stofm.pl._colors import (
     NO_VALUE_LABEL,
     Categories,
+    Values,
     category_names,
+    color_categories,
     distinct_colors,
     nearest_names,
-    resolve_color,
+    resolve_colors,
     stored_colors,
 )
+from stofm.pl._figure import (
+    FONT_SIZE,
+    TITLE_SIZE,
+    Layout,
+    Slot,
+    arrange,
+    finish,
+    make_axes,
+    style_axes,
+)
+from stofm.pl._maps import Look, draw_maps
+from stofm.pl._panels import read_panels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
-
-    from stofm.pl._slices import Panel
-    from stofm.pl._style import Values
 
 PanelKind = Literal["map", "truth", "confidence", "confusion", "reliability"]
 _MAPS: Final = ("map", "truth", "confidence")
@@ -46,6 +51,14 @@ _UNKNOWN_COLOR: Final = "#bdbdbd"
 #: What is appended to the annotation's key.
 _CONFIDENCE: Final = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA: Final = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
+#: Sides of a confusion matrix, of its fields, and of a reliability curve, in inches.
+_MIN_INCHES, _MAX_INCHES, _CLASS_INCHES = 2.2, 5.0, 0.28
+_CURVE_INCHES: Final = 2.6
+#: Fields are numbered up to so many classes, from this share of a row on.
+_MAX_NUMBERED: Final = 30
+_MIN_SHARE: Final = 0.005
+_DARK: Final = 0.55
+_GRID_COLOR, _CURVE_COLOR, _DIAGONAL_COLOR = "#e4e8ec", "#3b4754", "#9aa7b5"
 
 
 def annotation(
@@ -140,70 +153,36 @@ def annotation(
         _require_column(adata, truth_key, "pass the column with the true classes as truth_key")
     kinds = _choose_panels(adata, key, truth_key, panels)
     slices = read_panels(adata, spatial_key, library_key)
-    colors = _resolve_colors(adata, key, truth_key, kinds)
-    scored = None if truth_key is None else _score(adata, key, truth_key)
-    curve = _curve(adata, key, scored, n_bins) if "reliability" in kinds else None
+    colors = _resolve_colors(adata, key, truth_key)
+    cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
+    curve = _curve(adata, key, cells, n_bins) if "reliability" in kinds else None
     n_axes = [len(slices) if kind in _MAPS else 1 for kind in kinds]
     axes, is_new = make_axes(ax, sum(n_axes), what=f"{list(kinds)}, {len(slices)} slices")
-    ends = np.cumsum(n_axes)
-    blocks = [axes[end - n : end] for end, n in zip(ends, n_axes, strict=True)]
-    maps: list[list[Slot]] = []
+    blocks = {
+        k: axes[end - n : end] for k, end, n in zip(kinds, np.cumsum(n_axes), n_axes, strict=True)
+    }
     others: list[Slot] = []
-    for kind, block in zip(kinds, blocks, strict=True):
-        if kind in _MAPS:
-            maps += _frame_maps(block, slices, colors[kind], ncols=ncols, invert_y=invert_y)
-        elif kind == "confusion" and scored is not None:
-            others.append(scored.draw_confusion(block[0], as_counts=counts))
-        elif curve is not None:
-            others.append(draw_reliability(block[0], curve))
-    if is_new:
-        arrange(_rows(maps, others, is_single=len(slices) == 1))
-    for kind, block in zip(kinds, blocks, strict=True):
-        for panel_ax, panel in zip(block, slices if kind in _MAPS else [], strict=False):
-            fill_map(panel_ax, panel, colors[kind], size)
+    for kind, block in blocks.items():
+        if kind == "confusion":
+            others.append(_draw_confusion(block[0], cells, known, as_counts=counts))
+        elif curve is not None and kind == "reliability":
+            others.append(_draw_reliability(block[0], curve))
+
+    def place(blocks: list[list[Axes]], layout: Layout) -> None:
+        """Put all panels of a single slice side by side; of several, what is no map below."""
+        slots = [[Slot(one, *layout.size.tolist()) for one in block] for block in blocks]
+        n = layout.n_columns
+        rows = [block[i : i + n] for block in slots for i in range(0, len(block), n)]
+        rows = [*rows, others] if len(slices) > 1 else [[*(row[0] for row in rows), *others]]
+        if is_new:
+            arrange([row for row in rows if row])
+
+    if maps := [kind for kind in kinds if kind in _MAPS]:
+        look = Look(ncols, size, invert_y, [one for kind in maps for one in blocks[kind]])
+        draw_maps(slices, [colors[kind] for kind in maps], look, place=place)
+    elif is_new:
+        arrange([others])
     return finish(axes, show=show, save=save)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Cells with a true class.
-
-    Attributes
-    ----------
-    cells
-        (n,) their rows.
-    true, found
-        (n,) true class and annotation.
-    known
-        Classes that the annotation may give.
-    """
-
-    cells: NDArray[np.int64]
-    true: NDArray[np.object_]
-    found: NDArray[np.object_]
-    known: tuple[str, ...]
-
-    @property
-    def is_known(self) -> NDArray[np.bool_]:
-        return np.isin(self.true, self.known)
-
-    def draw_confusion(self, ax: Axes, *, as_counts: bool) -> Slot:
-        true, found = self.true[self.is_known], self.found[self.is_known]
-        title = (
-            f"accuracy {metrics.accuracy(true, found):.3f}, "
-            f"macro-F1 {metrics.macro_f1(true, found):.3f}"
-        )
-        # Known classes first, in one order on both sides, so that what is right is the diagonal.
-        rows = _in_order(self.known, self.true)
-        columns = _in_order(self.known, self.found, self.true[self.is_known])
-        counts = count_pairs(self.true, self.found, rows, columns)
-        return draw_confusion(ax, counts, rows, columns, as_counts=as_counts, title=title)
-
-
-def _in_order(known: tuple[str, ...], *used: NDArray[np.object_]) -> list[str]:
-    """Classes that are used: known ones in their order, then others as they come by name."""
-    present = set(np.concatenate(used))
-    return [name for name in known if name in present] + sorted(present.difference(known))
 
 
 def _require_column(adata: AnnData, key: str, advice: str) -> None:
@@ -214,13 +193,12 @@ def _require_column(adata: AnnData, key: str, advice: str) -> None:
 
 def _choose_panels(
     adata: AnnData, key: str, truth_key: str | None, panels: Sequence[PanelKind] | None
-) -> tuple[PanelKind, ...]:
+) -> list[PanelKind]:
     has_confidence = key + _CONFIDENCE in adata.obs
     if panels is None:
-        kinds: list[PanelKind] = ["map"] if truth_key is None else ["map", "confusion"]
-        if has_confidence:
-            kinds.append("confidence" if truth_key is None else "reliability")
-        return tuple(kinds)
+        chosen: list[PanelKind] = ["map"] if truth_key is None else ["map", "confusion"]
+        last: PanelKind = "confidence" if truth_key is None else "reliability"
+        return [*chosen, last] if has_confidence else chosen
     kinds = list(panels)
     if not kinds or set(kinds) - set(get_args(PanelKind)) or len(set(kinds)) < len(kinds):
         msg = f"panels must be some of {list(get_args(PanelKind))}, each once, found {kinds}."
@@ -232,96 +210,116 @@ def _choose_panels(
     if not has_confidence and {"confidence", "reliability"} & set(kinds):
         msg = f"There is no obs[{key + _CONFIDENCE!r}]; st.tl.annotate(adata, head=head) writes it."
         raise KeyError(msg)
-    return tuple(kinds)
+    return kinds
 
 
 def _resolve_colors(
-    adata: AnnData, key: str, truth_key: str | None, kinds: Iterable[PanelKind]
+    adata: AnnData, key: str, truth_key: str | None
 ) -> dict[str, Categories | Values]:
-    """Colours of the maps that are asked for."""
+    """Colours of the maps; classes have those of the truth, then stored ones, then free ones."""
     names = tuple(category_names(adata.obs[key]).cat.categories)
-    stored = stored_colors(adata, key, len(names))
-    shades = {} if stored is None else dict(zip(names, stored, strict=True))
-    truth = None if truth_key is None else resolve_color(adata, truth_key)
-    if isinstance(truth, Categories):
-        shades |= dict(zip(truth.names, truth.colors, strict=True))
+    shades = dict(zip(names, stored_colors(adata, key, len(names)) or (), strict=False))
+    colors: dict[str, Categories | Values] = {}
+    if truth_key is not None:
+        (truth,) = resolve_colors(adata, truth_key)
+        colors["truth"] = truth
+        if isinstance(truth, Categories):
+            shades |= dict(zip(truth.names, truth.colors, strict=True))
     missing = [name for name in names if name not in shades]
     free = [c for c in distinct_colors(len(names) + len(shades)) if c not in shades.values()]
     shades |= dict(zip(missing, free, strict=False))
     shades[Label.UNKNOWN] = _UNKNOWN_COLOR
-    colors: dict[str, Categories | Values] = {"map": resolve_color(adata, key, palette=shades)}
-    if truth is not None:
-        colors["truth"] = truth
-    if "confidence" in kinds:
-        colors["confidence"] = resolve_color(adata, key + _CONFIDENCE, vmin=0.0, vmax=1.0)
+    colors["map"] = color_categories(adata, key, shades)
+    if key + _CONFIDENCE in adata.obs:
+        (colors["confidence"],) = resolve_colors(adata, key + _CONFIDENCE, vmin=0.0, vmax=1.0)
     return colors
 
 
-def _score(adata: AnnData, key: str, truth_key: str) -> _Scored:
-    truth = category_names(adata.obs[truth_key])
-    found = category_names(adata.obs[key])
+def _read_cells(adata: AnnData, key: str, truth_key: str) -> tuple[pd.DataFrame, list[str]]:
+    """True class and annotation of cells with a true one, and the annotation's classes."""
+    truth, found = category_names(adata.obs[truth_key]), category_names(adata.obs[key])
     proba = key + _PROBA
-    columns = frame_names(adata, proba) if proba in adata.obsm else found.cat.categories
-    known = tuple(str(name) for name in columns if name != Label.UNKNOWN)
-    cells = np.flatnonzero(truth.notna())
-    scored = _Scored(
-        cells=cells,
-        true=truth.iloc[cells].to_numpy(dtype=object),
-        found=found.astype(object).fillna(NO_VALUE_LABEL).iloc[cells].to_numpy(dtype=object),
-        known=known,
-    )
-    if not scored.is_known.any():
+    classes = frame_names(adata, proba) if proba in adata.obsm else found.cat.categories
+    known = [name for name in classes if name != Label.UNKNOWN]
+    found = found.astype(object).fillna(NO_VALUE_LABEL)
+    cells = pd.DataFrame({"true": truth.to_numpy(object), "found": found.to_numpy(object)})
+    cells = cells[cells["true"].notna()].assign(is_known=lambda table: table["true"].isin(known))
+    if not cells["is_known"].any():
         msg = (
             f"No cell's true class in obs[{truth_key!r}] is one of the annotation's: found "
-            f"{list(truth.cat.categories)[:5]}, the annotation has {list(known)[:5]}. Pass the "
+            f"{list(truth.cat.categories)[:5]}, the annotation has {known[:5]}. Pass the "
             "column that the head was fitted to as truth_key."
         )
         raise ValueError(msg)
-    return scored
+    return cells, known
 
 
-def _curve(adata: AnnData, key: str, scored: _Scored | None, n_bins: int) -> Reliability:
-    assert scored is not None
+def _curve(adata: AnnData, key: str, cells: pd.DataFrame, n_bins: int) -> Reliability:
+    """Accuracy of the likeliest class, also where it was then rejected as unknown."""
     if n_bins < 1:
         msg = f"n_bins must be at least 1, found {n_bins}."
         raise ValueError(msg)
-    cells = scored.cells[scored.is_known]
-    found = scored.found[scored.is_known]
-    proba: Any = adata.obsm.get(key + _PROBA)
-    if proba is not None:
+    cells = cells[cells["is_known"]]
+    found: NDArray[np.object_] = cells["found"].to_numpy()
+    if key + _PROBA in adata.obsm:
         names = np.array(frame_names(adata, key + _PROBA), dtype=object)
-        found = names[np.asarray(proba)[cells].argmax(axis=1)]
-    confidence = adata.obs[key + _CONFIDENCE].to_numpy(dtype=np.float64)[cells]
-    return Reliability.of(confidence, found == scored.true[scored.is_known], n_bins)
+        found = names[np.asarray(adata.obsm[key + _PROBA])[cells.index].argmax(axis=1)]
+    confidence = adata.obs[key + _CONFIDENCE].to_numpy(dtype=np.float64)[cells.index]
+    return Reliability.of(confidence, found == cells["true"].to_numpy(), n_bins)
 
 
-def _frame_maps(
-    axes: list[Axes],
-    slices: list[Panel],
-    color: Categories | Values,
-    *,
-    ncols: int,
-    invert_y: bool,
-) -> list[list[Slot]]:
-    """Frame a map's panels and give them their key; return rows of the places they need."""
-    layout = Layout.plan(slices, 1, ncols)
-    is_single = len(slices) == 1
-    for panel_ax, panel in zip(axes, slices, strict=True):
-        title = color.key if is_single else panel.name
-        frame_panel(panel_ax, panel, title=title, invert_y=invert_y)
-    add_key(
-        axes[layout.n_columns - 1],
-        color,
-        np.concatenate([panel.rows for panel in slices]),
-        title="" if is_single else color.key,
-        height=layout.block_height(len(slices)),
-    )
-    slots = [Slot(panel_ax, *layout.size.tolist()) for panel_ax in axes]
-    return [slots[i : i + layout.n_columns] for i in range(0, len(slots), layout.n_columns)]
+def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str], *, as_counts: bool) -> Slot:
+    """Draw the matrix, each row shaded by its shares; return the place that it needs."""
+    scored = cells[cells["is_known"]]
+    # Known classes first, in one order on both sides, so that what is right is the diagonal.
+    rows = _in_order(known, cells["true"])
+    columns = _in_order(known, pd.concat([cells["found"], scored["true"]]))
+    table = pd.crosstab(cells["true"], cells["found"])
+    counts = table.reindex(index=rows, columns=columns, fill_value=0).to_numpy()
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    field = float(np.clip(_CLASS_INCHES * max(counts.shape), _MIN_INCHES, _MAX_INCHES))
+    field /= max(counts.shape)
+    size = float(np.clip(field * 26, 4.5, FONT_SIZE))
+    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
+    named = [f"{name} ({total:,})" for name, total in zip(rows, totals[:, 0], strict=True)]
+    ax.set_yticks(range(len(rows)), named, fontsize=size)
+    # Lines between the fields, through minor ticks without length.
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color=_GRID_COLOR, linewidth=0.5)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("annotation", fontsize=FONT_SIZE)
+    ax.set_ylabel("truth (cells)", fontsize=FONT_SIZE)
+    pair = scored["true"], scored["found"]
+    scores = f"accuracy {metrics.accuracy(*pair):.3f}, macro-F1 {metrics.macro_f1(*pair):.3f}"
+    ax.set_title(scores, fontsize=TITLE_SIZE, pad=4.0)
+    if max(counts.shape) <= _MAX_NUMBERED:
+        for row, column in np.argwhere(shares >= _MIN_SHARE):
+            share = shares[row, column]
+            text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
+            color = "white" if share > _DARK else "black"
+            ax.text(column, row, text, ha="center", va="center", fontsize=size - 1.0, color=color)
+    return Slot(ax, field * len(columns), field * len(rows))
 
 
-def _rows(maps: list[list[Slot]], others: list[Slot], *, is_single: bool) -> list[list[Slot]]:
-    """Put all panels of a single slice side by side; of several, what is no map below."""
-    if is_single:
-        return [[*(slot for row in maps for slot in row), *others]]
-    return [row for row in (*maps, others) if row]
+def _in_order(known: list[str], used: pd.Series) -> list[str]:
+    """Classes that are used: known ones in their order, then others as they come by name."""
+    present = set(used)
+    return [name for name in known if name in present] + sorted(present.difference(known))
+
+
+def _draw_reliability(ax: Axes, curve: Reliability) -> Slot:
+    """Draw accuracy over confidence; return the place that it needs."""
+    ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
+    ax.errorbar(
+        curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
+        elinewidth=0.8, color=_CURVE_COLOR, zorder=2,
+    )  # fmt: skip
+    ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02))
+    ax.set(xticks=np.linspace(0.0, 1.0, 6), yticks=np.linspace(0.0, 1.0, 6))
+    title = f"expected calibration error {curve.error:.3f}"
+    style_axes(ax, title=title, x="confidence", y="share of cells that are right")
+    return Slot(ax, _CURVE_INCHES, _CURVE_INCHES)

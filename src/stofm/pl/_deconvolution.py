@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgba_array
 
 from stofm._edge.records import frame_names
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.pl._draw import add_key, points_per_unit
-from stofm.pl._maps import draw_maps
-from stofm.pl._panels import Layout, finish, frame_panel, make_axes
-from stofm.pl._pies import draw_pies
-from stofm.pl._slices import read_panels
-from stofm.pl._style import (
+from stofm.pl._colors import (
     NO_VALUE_COLOR,
     Categories,
     Values,
@@ -24,6 +21,9 @@ from stofm.pl._style import (
     nearest_names,
     value_limits,
 )
+from stofm.pl._figure import finish
+from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit
+from stofm.pl._panels import read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-    from stofm.pl._slices import Panel
-    from stofm.pl._style import Palette
+    from stofm.pl._colors import Palette
+    from stofm.pl._panels import Panel
 
 Kind = Literal["maps", "pies"]
 
@@ -47,6 +47,9 @@ _PIE_FILL: Final = 0.96
 _ROUNDING: Final = 1e-3
 #: Above so many spots in a slice pies are smaller than what the eye resolves on a page.
 _MAX_PIES: Final = 4000
+#: Smaller parts of a pie could not be seen.
+_MIN_SHARE: Final = 0.002
+_ARC_POINTS: Final = 33
 
 
 def deconvolution(
@@ -141,66 +144,64 @@ def deconvolution(
     if kind not in get_args(Kind):
         msg = f"kind must be one of {list(get_args(Kind))}, found {kind!r}."
         raise ValueError(msg)
-    proportions = _read(adata, key)
-    chosen = _choose(proportions, types, key)
+    proportions = read_frame(adata, key, None, "deconvolve", "type")
+    chosen = read_frame(adata, key, types, "deconvolve", "type")
+    names, values = list(chosen), chosen.to_numpy()
     panels = read_panels(adata, spatial_key, library_key)
-    look: dict[str, Any] = {"ncols": ncols, "size": size, "invert_y": invert_y, "ax": ax}
+    look = Look(ncols, size, invert_y, ax)
     if kind == "pies":
         _require_proportions(proportions, key)
-        color = _color_types(adata, key, proportions, chosen, palette)
-        axes = _draw_pies(panels, proportions[chosen].to_numpy(), color, **look)
+
+        def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
+            _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], size)
+
+        def legend(ax: Axes, color: Categories, _: str, height: float) -> float:
+            return add_key(ax, color, "", height)
+
+        color = _color_types(adata, key, list(proportions), names, palette)
+        titles = [[panel.name for panel in panels]]
+        axes = draw_maps(panels, [color], look, titles=titles, fill=fill, key=legend)
     else:
-        limits = (
-            value_limits(proportions[chosen].to_numpy(), vmin, vmax) if shared else (vmin, vmax)
-        )
-        colors = [_color_map(proportions[[name]], name, cmap, limits) for name in chosen]
-        whole = _color_map(proportions[chosen], "", cmap, limits) if shared else None
-        titles = [
-            [f"{panel.name}: {name}" if panel.name else name for panel in panels] for name in chosen
+        limits = value_limits(values, vmin, vmax) if shared else None
+        colors = [
+            Values(name, column, *(limits or value_limits(column, vmin, vmax)), cmap)
+            for name, column in zip(names, values.T, strict=True)
         ]
-        axes = draw_maps(panels, colors, titles=titles, shared=whole, what="types", **look)
+        whole = Values("", values, *limits, cmap) if limits else None
+        titles = [[panel.titled(name) for panel in panels] for name in names]
+        axes = draw_maps(panels, colors, look, titles=titles, shared=whole, what="types")
     return finish(axes, show=show, save=save)
 
 
-def _read(adata: AnnData, key: str) -> pd.DataFrame:
-    """Read proportions as a DataFrame of floats, its columns named by text."""
+def read_frame(
+    adata: AnnData, key: str, names: str | Sequence[str] | None, tool: str, what: str
+) -> pd.DataFrame:
+    """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
     if key not in adata.obsm:
-        near = nearest_names(key, adata.obsm)
         msg = (
-            f"There is no obsm[{key!r}]: st.tl.deconvolve(adata, head=head) writes it, or pass "
-            f"`key`.{near}"
+            f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it, or pass `key`."
+            f"{nearest_names(key, adata.obsm)}"
         )
         raise KeyError(msg)
     stored = adata.obsm[key]
     if not isinstance(stored, pd.DataFrame):
         msg = (
-            f"obsm[{key!r}] must be a DataFrame with a column for each type, found "
+            f"obsm[{key!r}] must be a DataFrame with a column for each {what}, found "
             f"{type(stored).__name__}. Name them: "
-            f"pd.DataFrame(adata.obsm[{key!r}], index=adata.obs_names, columns=types)."
+            f"pd.DataFrame(adata.obsm[{key!r}], index=adata.obs_names, columns={what}s)."
         )
         raise TypeError(msg)
-    return stored.set_axis(frame_names(adata, key), axis=1).astype(np.float64)
-
-
-def _choose(proportions: pd.DataFrame, types: str | Sequence[str] | None, key: str) -> list[str]:
-    names = list(proportions.columns)
-    chosen = names if types is None else [types] if isinstance(types, str) else list(types)
-    for name in chosen:
-        if name not in names:
-            msg = f"obsm[{key!r}] has no type {name!r}.{nearest_names(name, names)}"
-            raise KeyError(msg)
+    known = {name: place for place, name in enumerate(frame_names(adata, key))}
+    chosen = list(known) if names is None else [names] if isinstance(names, str) else list(names)
+    if unknown := [name for name in chosen if name not in known]:
+        near = nearest_names(unknown[0], known)
+        msg = f"obsm[{key!r}] has no {what} {unknown[0]!r}.{near}"
+        raise KeyError(msg)
     if not chosen:
-        msg = f"There are no types to draw; obsm[{key!r}] has {names[:10]}."
+        msg = f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}."
         raise ValueError(msg)
-    return chosen
-
-
-def _color_map(
-    values: pd.DataFrame, name: str, cmap: str | Colormap, limits: tuple[float | str | None, ...]
-) -> Values:
-    """Colour of the spots by one type, or the scale that several share."""
-    flat = values.to_numpy().ravel()
-    return Values(name, flat, *value_limits(flat, *limits), cmap)
+    columns = stored.iloc[:, [known[name] for name in chosen]]
+    return columns.astype(np.float64).set_axis(chosen, axis=1)
 
 
 def _require_proportions(proportions: pd.DataFrame, key: str) -> None:
@@ -215,15 +216,10 @@ def _require_proportions(proportions: pd.DataFrame, key: str) -> None:
 
 
 def _color_types(
-    adata: AnnData,
-    key: str,
-    proportions: pd.DataFrame,
-    chosen: list[str],
-    palette: Palette | None,
+    adata: AnnData, key: str, names: list[str], chosen: list[str], palette: Palette | None
 ) -> Categories:
     """Colours of the chosen types and, last, of the others; one row of each, for the legend."""
-    names = tuple(proportions.columns)
-    shades = dict(zip(names, choose_colors(adata, key, names, palette), strict=True))
+    shades = dict(zip(names, choose_colors(adata, key, tuple(names), palette), strict=True))
     if len(chosen) < len(names):
         shades[_OTHERS] = NO_VALUE_COLOR
         chosen = [*chosen, _OTHERS]
@@ -232,38 +228,49 @@ def _color_types(
 
 
 def _draw_pies(
-    panels: list[Panel],
+    ax: Axes,
+    panel: Panel,
     shares: NDArray[np.float64],
-    color: Categories,
-    *,
-    ncols: int,
+    colors: Sequence[str],
     size: float | None,
-    invert_y: bool,
-    ax: Axes | Sequence[Axes] | None,
-) -> list[Axes]:
-    axes, is_new = make_axes(ax, len(panels), what=f"{len(panels)} slices")
-    for panel_ax, panel in zip(axes, panels, strict=True):
-        frame_panel(panel_ax, panel, title=panel.name, invert_y=invert_y)
-    layout = Layout.plan(panels, 1, ncols)
-    side = add_key(
-        axes[layout.n_columns - 1], color, np.arange(len(color.names)), title="",
-        height=layout.block_height(len(panels)),
+) -> None:
+    """Draw a pie at each place, clockwise from the top; what lacks to 1 is light grey."""
+    if len(panel.rows) > _MAX_PIES:
+        logger.info(
+            "%d pies%s are too small to be read; kind='maps' shows as many spots.",
+            len(panel.rows),
+            f" of {panel.name!r}" if panel.name else "",
+        )
+    if size is None:
+        # A spot alone gets a pie of a tenth of the panel.
+        radius = _PIE_FILL / 2 * (panel.spacing or 0.1 * float((panel.high - panel.low).max()))
+    else:
+        radius = float(np.sqrt(size)) / 2 / points_per_unit(ax, panel)
+    n = len(panel.rows)
+    _add_wedges(ax, panel.places, np.zeros(n), np.ones(n), radius, NO_VALUE_COLOR)
+    spot, part = np.nonzero(shares > _MIN_SHARE)
+    share, stop = shares[spot, part], np.cumsum(shares, axis=1)[spot, part]
+    shades = to_rgba_array(list(colors))[part]
+    _add_wedges(ax, panel.places[spot], stop - share, stop, radius, shades)
+
+
+def _add_wedges(
+    ax: Axes,
+    centers: NDArray[np.float64],
+    start: NDArray[np.float64],
+    stop: NDArray[np.float64],
+    radius: float,
+    colors: Any,
+) -> None:
+    """Draw the parts of pies (n,) from `start` to `stop`, in turns, as polygons."""
+    turns = start[:, None] + (stop - start)[:, None] * np.linspace(0.0, 1.0, _ARC_POINTS)
+    angles = 2.0 * np.pi * turns
+    # The top of the page is at low y where y grows downwards.
+    scale = [radius, -radius if ax.yaxis_inverted() else radius]
+    arc = centers[:, None] + scale * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+    # An edge of the same colour closes the seams that anti-aliasing leaves.
+    polygons = PolyCollection(
+        list(np.concatenate([centers[:, None], arc], axis=1)), facecolors=colors,
+        edgecolors="face", linewidths=0.1, rasterized=True,
     )  # fmt: skip
-    if is_new:
-        layout.apply([axes], [side])
-    for panel_ax, panel in zip(axes, panels, strict=True):
-        if len(panel.rows) > _MAX_PIES:
-            logger.info(
-                "%d pies%s are too small to be read; kind='maps' shows as many spots.",
-                len(panel.rows),
-                f" of {panel.name!r}" if panel.name else "",
-            )
-        if size is None:
-            # A spot alone gets a pie of a tenth of the panel.
-            radius = _PIE_FILL / 2 * (panel.spacing or 0.1 * float((panel.high - panel.low).max()))
-        else:
-            radius = float(np.sqrt(size)) / 2 / points_per_unit(panel_ax, panel)
-        part = shares[panel.rows]
-        colors = color.colors[: part.shape[1]]
-        draw_pies(panel_ax, panel.places, part, colors, radius=radius)
-    return axes
+    ax.add_collection(polygons, autolim=False)

@@ -13,10 +13,11 @@ from stofm._edge.features import read_features
 from stofm._edge.records import frame_names, read_record
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._maps import draw_maps
-from stofm.pl._panels import finish
-from stofm.pl._slices import read_panels
-from stofm.pl._style import Values, nearest_names, value_limits
+from stofm.pl._colors import Values, nearest_names, value_limits
+from stofm.pl._deconvolution import read_frame
+from stofm.pl._figure import finish
+from stofm.pl._maps import Look, draw_maps
+from stofm.pl._panels import read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-    from stofm.pl._slices import Panel
+    from stofm.pl._panels import Panel
 
 _TARGET_SUM: Final = 10_000.0
 
@@ -127,61 +128,27 @@ def imputation(
     'GFAP, measured'
     """
     adata = resolve_table(adata, table_key)
-    genes = [gene] if isinstance(gene, str) else list(gene)
-    imputed = _read_imputed(adata, genes, key)
-    counted = _genes_in_totals(adata, key)
-    known = _read_measured(adata, genes, measured, layer, counted)
+    imputed = read_frame(adata, key, gene, "impute", "gene")
+    # Genes that the head read, as it recorded; without a record all that were not imputed.
+    params = (read_record(adata, key) or {}).get("params", {})
+    counted = params.get("inputs", adata.var_names.difference(frame_names(adata, key)))
+    known = _read_measured(adata, list(imputed), measured, layer, pd.Index(counted, dtype=object))
     panels = read_panels(adata, spatial_key, library_key)
     colors: list[Values] = []
     titles: list[list[str]] = []
-    for name in genes:
-        maps = {"imputed": imputed[name].to_numpy()}
-        if name in known:
-            maps = {"measured": known[name].to_numpy(), **maps}
+    for name in imputed:
+        maps = {"measured": known[name].to_numpy()} if name in known else {}
+        maps["imputed"] = imputed[name].to_numpy()
         together = np.concatenate(list(maps.values()))
         for which, values in maps.items():
             limits = value_limits(together if shared else values, vmin, vmax)
             colors.append(Values(name, values, *limits, cmap))
             true = maps.get("measured") if which == "imputed" else None
-            titles.append([_title(panel, name, which, values, true) for panel in panels])
-    axes = draw_maps(
-        panels, colors, titles=titles, ncols=_even(ncols), size=size, invert_y=invert_y, ax=ax,
-        what=f"maps of {genes}",
-    )  # fmt: skip
+            titles.append([_title(panel, f"{name}, {which}", values, true) for panel in panels])
+    # An even number of columns keeps the two maps of a gene beside each other.
+    look = Look(max(2, ncols - ncols % 2), size, invert_y, ax)
+    axes = draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
     return finish(axes, show=show, save=save)
-
-
-def _read_imputed(adata: AnnData, genes: list[str], key: str) -> pd.DataFrame:
-    if key not in adata.obsm:
-        msg = (
-            f"There is no obsm[{key!r}]: st.tl.impute(adata, head=head) writes it, or pass `key`."
-            f"{nearest_names(key, adata.obsm)}"
-        )
-        raise KeyError(msg)
-    stored = adata.obsm[key]
-    if not isinstance(stored, pd.DataFrame):
-        msg = (
-            f"obsm[{key!r}] must be a DataFrame with a column for each gene, found "
-            f"{type(stored).__name__}."
-        )
-        raise TypeError(msg)
-    places = {name: k for k, name in enumerate(frame_names(adata, key))}
-    if not genes:
-        msg = f"Name a gene to draw; obsm[{key!r}] has {list(places)[:10]}."
-        raise ValueError(msg)
-    for gene in genes:
-        if gene not in places:
-            msg = f"{gene!r} was not imputed into obsm[{key!r}]."
-            raise KeyError(msg + nearest_names(gene, places))
-    chosen = stored.iloc[:, [places[gene] for gene in genes]]
-    return chosen.astype(np.float64).set_axis(genes, axis=1)
-
-
-def _genes_in_totals(adata: AnnData, key: str) -> pd.Index:
-    """Genes that the head read, as it recorded; without a record all that were not imputed."""
-    params = (read_record(adata, key) or {}).get("params", {})
-    read = params.get("inputs", adata.var_names.difference(frame_names(adata, key)))
-    return pd.Index(read, dtype=object)
 
 
 def _read_measured(
@@ -194,61 +161,41 @@ def _read_measured(
     """Log-normalised expression (n_obs, genes that were measured), NaN for cells without it."""
     source = adata if measured is None else measured
     there = [gene for gene in genes if gene in source.var_names]
-    if measured is not None and len(there) < len(genes):
-        lacking = next(gene for gene in genes if gene not in there)
-        msg = f"`measured` has no gene {lacking!r}.{nearest_names(lacking, source.var_names)}"
-        raise KeyError(msg)
+    if measured is not None:
+        if lacking := [gene for gene in genes if gene not in there]:
+            near = nearest_names(lacking[0], source.var_names)
+            msg = f"`measured` has no gene {lacking[0]!r}.{near}"
+            raise KeyError(msg)
+        names = measured.obs_names
+        if not names.is_unique or not names.isin(adata.obs_names).any():
+            msg = (
+                "`measured` must hold cells of `adata` under their obs_names, each once; found "
+                f"{list(names[:3])}, expected {list(adata.obs_names[:3])}."
+            )
+            raise ValueError(msg)
     if not there:
         return pd.DataFrame(index=adata.obs_names)
-    if measured is not None:
-        _require_same_cells(adata, measured)
-    values = _log_normalize(source, there, layer, counted)
-    return values if measured is None else values.reindex(adata.obs_names)
-
-
-def _require_same_cells(adata: AnnData, measured: AnnData) -> None:
-    names = measured.obs_names
-    if not names.is_unique or not names.isin(adata.obs_names).any():
-        msg = (
-            "`measured` must hold cells of `adata` under their obs_names, each once; found "
-            f"{list(names[:3])}, expected {list(adata.obs_names[:3])}."
-        )
-        raise ValueError(msg)
-
-
-def _log_normalize(
-    adata: AnnData, genes: list[str], layer: str | None, counted: pd.Index
-) -> pd.DataFrame:
     # An antibody may have the name of its gene.
-    own = np.flatnonzero(read_features(adata).is_gene)
-    columns = own[adata.var_names[own].get_indexer(genes)]
-    is_counted = adata.var_names.isin(counted)
+    own = np.flatnonzero(read_features(source).is_gene)
+    columns = own[source.var_names[own].get_indexer(there)]
+    is_counted = source.var_names.isin(counted)
     weights = (is_counted | (not is_counted.any())).astype(np.float64)
     parts = []
-    for block in read_counts(adata, layer=layer):
+    for block in read_counts(source, layer=layer):
         totals = block @ weights
         factors = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
         parts.append(np.log1p(block[:, columns].toarray() * factors[:, None]))
-    return pd.DataFrame(np.concatenate(parts), index=adata.obs_names, columns=genes)
+    values = pd.DataFrame(np.concatenate(parts), index=source.obs_names, columns=there)
+    return values if measured is None else values.reindex(adata.obs_names)
 
 
 def _title(
-    panel: Panel,
-    gene: str,
-    which: str,
-    values: NDArray[np.float64],
-    true: NDArray[np.float64] | None,
+    panel: Panel, text: str, values: NDArray[np.float64], true: NDArray[np.float64] | None
 ) -> str:
-    title = f"{panel.name}: {gene}, {which}" if panel.name else f"{gene}, {which}"
-    if true is None:
-        return title
-    rows = panel.rows[np.isfinite(true[panel.rows]) & np.isfinite(values[panel.rows])]
-    if len(rows) < 2:
-        return title
-    r = metrics.pearson(true[rows], values[rows])
-    return title if np.isnan(r) else f"{title} (r = {r:.2f})"
-
-
-def _even(ncols: int) -> int:
-    """Columns in which the two maps of a gene stay beside each other."""
-    return max(2, ncols - ncols % 2)
+    """Name of a map, with the correlation where there is a `true` one."""
+    title = panel.titled(text)
+    if true is not None:
+        rows = panel.rows[np.isfinite(true[panel.rows]) & np.isfinite(values[panel.rows])]
+        r = metrics.pearson(true[rows], values[rows]) if len(rows) > 1 else np.nan
+        title += "" if np.isnan(r) else f" (r = {r:.2f})"
+    return title

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm.pl._draw import FONT_SIZE
-from stofm.pl._panels import Slot, arrange, finish, make_axes
+from stofm.pl._figure import FONT_SIZE, Slot, arrange, finish, make_axes, style_axes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -106,11 +105,9 @@ def _draw(ax: Axes, data: Any, summary: Any, measure: str) -> None:
         if row["low"] < row["high"]:
             ends = [line + row["low"], line + row["high"]]
             ax.plot(ends, [height] * 2, lw=1.1, color=color, zorder=3)
+    style_axes(ax, x=_LABELS[measure])
     ax.set_yticks(range(len(order)), order, fontsize=FONT_SIZE)
     ax.set_ylim(-0.6, len(order) - 0.4)
-    ax.set_xlabel(_LABELS[measure], fontsize=FONT_SIZE)
-    ax.tick_params(axis="x", labelsize=FONT_SIZE - 1.0)
-    ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=FONT_SIZE - 1.0, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0))
 
 

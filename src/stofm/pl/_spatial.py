@@ -1,16 +1,17 @@
-"""``stofm.pl.spatial``: cells in the plane, one panel per slice and colour."""
+"""``stofm.pl.spatial`` and ``stofm.pl.umap``: cells in the plane, and in that of the embedding."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._draw import add_scale_bar
-from stofm.pl._maps import draw_maps
-from stofm.pl._panels import finish
-from stofm.pl._slices import read_panels
-from stofm.pl._style import resolve_color
+from stofm.pl._colors import resolve_colors
+from stofm.pl._figure import TITLE_SIZE, Layout, finish, make_axes
+from stofm.pl._maps import Look, add_key, add_scale_bar, draw_cells, draw_maps
+from stofm.pl._panels import Panel, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-    from stofm.pl._style import Palette
+    from stofm.pl._colors import Palette
+
+_UMAP: Final = "X_umap"
+_UMAP_INCHES: Final = 3.4
+#: Square points that all cells of a UMAP share, as in scanpy.
+_UMAP_AREA: Final = 120_000
 
 
 def spatial(
@@ -107,13 +113,103 @@ def spatial(
     """
     adata = resolve_table(adata, table_key)
     panels = read_panels(adata, spatial_key, library_key)
-    keys = [color] if color is None or isinstance(color, str) else list(color)
-    colors = [
-        resolve_color(adata, key, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax)
-        for key in keys
-    ]
-    axes = draw_maps(panels, colors, ncols=ncols, size=size, invert_y=invert_y, ax=ax)
+    colors = resolve_colors(
+        adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
+    )
+    axes = draw_maps(panels, colors, Look(ncols, size, invert_y, ax), what="colours")
     if microns_per_unit is not None:
         for panel_ax in axes:
             add_scale_bar(panel_ax, microns_per_unit)
+    return finish(axes, show=show, save=save)
+
+
+def umap(
+    adata: AnnData,
+    color: str | Sequence[str] | None = None,
+    *,
+    layer: str | None = None,
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
+    vmin: float | str | None = "p1",
+    vmax: float | str | None = "p99",
+    size: float | None = None,
+    ncols: int = 4,
+    table_key: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw the UMAP of the embedding, one panel per colour.
+
+    The points are drawn by :func:`scanpy.pl.embedding`, with the colours and beside the legends
+    of :func:`stofm.pl.spatial`.
+
+    Parameters
+    ----------
+    adata
+        AnnData with ``obsm["X_umap"]``, or SpatialData.
+    color
+        Column of ``obs``, gene of ``var_names``, or several. None: one plain colour.
+    layer
+        Layer to read genes from; None: ``X``.
+    palette
+        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
+        order, or a colour for each by name. Replaces those in ``uns``.
+    cmap, vmin, vmax
+        Colour map of values and its ends: a number, a percentile such as ``"p99"``, or None for
+        the extreme.
+    size
+        Area of a point in square points. None: scanpy's, from the number of cells.
+    ncols
+        Panels side by side.
+    table_key
+        Table of a SpatialData.
+    ax
+        Axes to draw into, as many as there are colours. None: a new figure.
+    show
+        Show the figure. None: where scanpy would, except with a backend that only writes files.
+    save
+        File to write (150 dpi, points as pixels in vector formats).
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several colours.
+
+    Raises
+    ------
+    KeyError
+        There is no UMAP yet, or a key or gene is missing.
+    ValueError
+        `ax` does not fit the number of colours.
+
+    Examples
+    --------
+    >>> import scanpy as sc, stofm as st
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> sc.pp.neighbors(adata, use_rep="X_stofm")  # doctest: +SKIP
+    >>> sc.tl.umap(adata)  # doctest: +SKIP
+    >>> ax = st.pl.umap(adata, color="cell_type")  # doctest: +SKIP
+    """
+    adata = resolve_table(adata, table_key)
+    if _UMAP not in adata.obsm:
+        steps = f"sc.pp.neighbors(adata, use_rep='{Obsm.X}'); sc.tl.umap(adata)"
+        if Obsm.X not in adata.obsm:
+            steps = f"st.tl.embed(adata); {steps}"
+        msg = f"obsm['{_UMAP}'] is missing: call {steps} first."
+        raise KeyError(msg)
+    colors = resolve_colors(
+        adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
+    )
+    axes, is_new = make_axes(ax, len(colors), what=f"{len(colors)} colours")
+    layout = Layout(np.array([_UMAP_INCHES] * 2), 1, len(colors), ncols)
+    places = np.asarray(adata.obsm[_UMAP])[:, :2]
+    cells = Panel("", np.arange(len(places)), places, 0.0, places.min(axis=0), places.max(axis=0))
+    sides = []
+    for panel_ax, shown in zip(axes, colors, strict=True):
+        draw_cells(panel_ax, cells, shown, size or _UMAP_AREA / len(places), marker=".")
+        panel_ax.set_title(shown.key, fontsize=TITLE_SIZE, pad=4.0)
+        panel_ax.set_axis_off()
+        sides.append(add_key(panel_ax, shown, "", _UMAP_INCHES))
+    if is_new:
+        layout.apply([[panel_ax] for panel_ax in axes], sides)
     return finish(axes, show=show, save=save)

@@ -1,19 +1,22 @@
-"""``stofm.pl.subslices``: how slices are cut into sub-slices."""
+"""``stofm.pl.subslices`` and ``stofm.pl.virtual_cells``: what ``pp.subslice`` makes of slices."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import matplotlib.patheffects as effects
 import numpy as np
-from matplotlib.patches import Polygon
+import pandas as pd
+from matplotlib.colors import to_hex, to_rgba_array
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm
-from stofm.pl._draw import FONT_SIZE, draw_cells, marker_area
-from stofm.pl._panels import Layout, finish, frame_panel, make_axes
-from stofm.pl._slices import layout_codes, read_panels
-from stofm.pl._style import Categories, distinct_colors
+from stofm.pl._colors import Categories, color_categories, distinct_colors, stored_colors
+from stofm.pl._figure import FONT_SIZE, finish
+from stofm.pl._maps import Look, add_legend, dot, draw_cells, draw_maps, round_below
+from stofm.pl._panels import layout_codes, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,14 +25,22 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
+    from pandas.core.groupby import DataFrameGroupBy
 
-    from stofm.pl._slices import Panel
+    from stofm.pl._panels import Panel
 
 #: Muted colours (ColorBrewer Set2); a map in the plane rarely needs more than five.
 _MUTED: Final = ("#66c2a5", "#fc8d62", "#8da0cb", "#e78ac3", "#a6d854", "#ffd92f", "#e5c494")
 _LINE_COLOR: Final = "#404040"
 _NEIGHBORS: Final = 8
 _MAX_LABELLED: Final = 40
+_WHITE_SHARE: Final = 0.6
+_MAX_NUMBERED: Final = 30
+#: Square points that all markers of a slice share, and the largest and smallest marker.
+_TOTAL_AREA: Final = 6000.0
+_MAX_AREA: Final = 400.0
+_MIN_AREA: Final = 40.0
+_EDGE_COLOR: Final = "#303030"
 
 
 def subslices(
@@ -98,84 +109,47 @@ def subslices(
     adata = resolve_table(adata, table_key)
     codes = layout_codes(adata, Obs.SUBSLICE, library_key)
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
-    axes, is_new = make_axes(ax, len(panels), what=f"{len(panels)} slices")
-    for panel_ax, panel in zip(axes, panels, strict=True):
-        n_subslices = len(np.unique(codes[panel.rows]))
-        count = f"{n_subslices} sub-slice{'' if n_subslices == 1 else 's'}"
-        title = f"{panel.name}: {count}" if panel.name else count
-        frame_panel(panel_ax, panel, title=title, invert_y=invert_y)
-    if is_new:
-        Layout.plan(panels, 1, ncols).apply([axes], [0.0])
     color = _color_subslices(codes, panels)
-    for panel_ax, panel in zip(axes, panels, strict=True):
-        area = marker_area(panel_ax, panel) if size is None else size
-        draw_cells(panel_ax, panel, color, area=area)
-        parts = _parts(codes, panel)
+    titles = [_counted(panel, _by_code(codes, panel).ngroups, "sub-slice") for panel in panels]
+
+    def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
+        draw_cells(ax, panel, color, size)
+        parts = [part.to_numpy() for _, part in _by_code(codes, panel)]
         if outlines:
-            _draw_outlines(panel_ax, parts)
+            _draw_outlines(ax, parts)
         if labels or (labels is None and len(parts) <= _MAX_LABELLED):
-            _write_sizes(panel_ax, parts)
+            _write_sizes(ax, parts)
+
+    look = Look(ncols, size, invert_y, ax)
+    axes = draw_maps(panels, [color], look, titles=[titles], fill=fill)
     return finish(axes, show=show, save=save)
 
 
+def _by_code(codes: NDArray[np.int64], panel: Panel) -> DataFrameGroupBy:
+    """Places of the cells of each sub-slice or virtual cell."""
+    return pd.DataFrame(panel.places, columns=["x", "y"]).groupby(codes[panel.rows])
+
+
+def _counted(panel: Panel, n_parts: int, what: str) -> str:
+    return panel.titled(f"{n_parts} {what}{'' if n_parts == 1 else 's'}")
+
+
 def _color_subslices(codes: NDArray[np.int64], panels: list[Panel]) -> Categories:
-    """Give each cell the colour number of its sub-slice."""
+    """A few colours that differ between sub-slices that touch."""
+    import igraph
+
     color = np.zeros(len(codes), dtype=np.int64)
     for panel in panels:
         names, own = np.unique(codes[panel.rows], return_inverse=True)
-        color[panel.rows] = color_map(_adjacency(panel.places, own, len(names)))[own]
+        # Two touch if a cell of one is among the nearest of a cell of the other.
+        k = min(_NEIGHBORS + 1, len(own))
+        nearest = cKDTree(panel.places).query(panel.places, k=np.arange(1, k + 1))[1]
+        pairs = np.unique(np.stack([np.repeat(own, k), own[nearest].ravel()], axis=1), axis=0)
+        graph = igraph.Graph(len(names), pairs.tolist()).simplify()
+        color[panel.rows] = np.array(graph.vertex_coloring_greedy("dsatur"))[own]
     n_colors = int(color.max()) + 1
-    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else tuple(distinct_colors(n_colors))
+    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else distinct_colors(n_colors)
     return Categories("", ("",) * n_colors, colors, color)
-
-
-def color_map(neighbors: list[set[int]]) -> NDArray[np.int64]:
-    """Number the nodes of a graph so that neighbours differ, with few numbers.
-
-    The node with the most different colours around it comes next, and takes the lowest number
-    that is free there (Brélaz 1979, DSATUR).
-
-    Parameters
-    ----------
-    neighbors
-        Neighbours of each node.
-
-    Returns
-    -------
-    (n_nodes,) numbers from 0.
-    """
-    color = np.full(len(neighbors), -1, dtype=np.int64)
-    around: list[set[int]] = [set() for _ in neighbors]
-    waiting = set(range(len(neighbors)))
-    while waiting:
-        node = max(waiting, key=lambda i: (len(around[i]), len(neighbors[i]), -i))
-        waiting.remove(node)
-        taken = around[node]
-        color[node] = next(number for number in range(len(taken) + 1) if number not in taken)
-        for other in neighbors[node]:
-            around[other].add(int(color[node]))
-    return color
-
-
-def _adjacency(
-    places: NDArray[np.float64], part: NDArray[np.int64], n_parts: int
-) -> list[set[int]]:
-    """Sub-slices that touch: a cell of one is among the nearest of a cell of the other."""
-    k = min(_NEIGHBORS + 1, len(places))
-    nearest = cKDTree(places).query(places, k=np.arange(1, k + 1))[1]
-    pairs = np.stack([np.repeat(part, k), part[nearest].ravel()], axis=1)
-    neighbors: list[set[int]] = [set() for _ in range(n_parts)]
-    for first, second in np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist():
-        neighbors[first].add(second)
-        neighbors[second].add(first)
-    return neighbors
-
-
-def _parts(codes: NDArray[np.int64], panel: Panel) -> list[NDArray[np.float64]]:
-    """Places of each sub-slice's cells."""
-    own = codes[panel.rows]
-    order = np.argsort(own, kind="stable")
-    return np.split(panel.places[order], np.flatnonzero(np.diff(own[order])) + 1)
 
 
 def _draw_outlines(ax: Axes, parts: list[NDArray[np.float64]]) -> None:
@@ -185,20 +159,153 @@ def _draw_outlines(ax: Axes, parts: list[NDArray[np.float64]]) -> None:
         except (QhullError, ValueError):
             # Fewer than three cells, or cells on a line, have no hull.
             continue
-        ax.add_patch(
-            Polygon(corners, closed=True, fill=False, edgecolor=_LINE_COLOR, linewidth=0.7)
-        )
+        ax.fill(*corners.T, fill=False, edgecolor=_LINE_COLOR, linewidth=0.7)
 
 
 def _write_sizes(ax: Axes, parts: list[NDArray[np.float64]]) -> None:
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
     for places in parts:
         x, y = (places.min(axis=0) + places.max(axis=0)) / 2
+        text = f"{len(places):,}"
+        ax.text(x, y, text, ha="center", va="center", fontsize=FONT_SIZE, bbox=box)
+
+
+def virtual_cells(
+    adata: AnnData,
+    *,
+    library_key: str | None = None,
+    labels: bool | None = None,
+    size: float | None = None,
+    ncols: int = 4,
+    invert_y: bool = True,
+    table_key: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw each slice's cells in pale colours and its virtual cells on top, one panel per slice.
+
+    A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean place of
+    its cells, and its area stands for their number. Colours are kept in
+    ``uns["stofm_virtual_cell_colors"]``.
+
+    Parameters
+    ----------
+    adata
+        AnnData after :func:`stofm.pp.subslice`, or SpatialData.
+    library_key
+        Column of ``obs`` that separates slices. None: the one that the virtual cells were made
+        with, if any.
+    labels
+        Write the number of each virtual cell. None: where a slice has at most 30.
+    size
+        Area of a cell's point in square points. None: fitted to the distance between cells.
+    ncols
+        Panels side by side.
+    invert_y
+        Let y grow downwards, as in images.
+    table_key
+        Table of a SpatialData.
+    ax
+        Axes to draw into, one per slice. None: a new figure.
+    show
+        Show the figure. None: where scanpy would, except with a backend that only writes files.
+    save
+        File to write (150 dpi, points as pixels in vector formats).
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several slices.
+
+    Raises
+    ------
+    KeyError
+        There are no virtual cells yet, or they were made with other cells; or `library_key` is
+        missing.
+    ValueError
+        `ax` does not fit the number of slices.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> st.tl.embed(adata)  # doctest: +SKIP
+    >>> ax = st.pl.virtual_cells(adata)  # doctest: +SKIP
+    """
+    adata = resolve_table(adata, table_key)
+    codes = layout_codes(adata, Obs.VIRTUAL_CELL, library_key)
+    panels = read_panels(adata, Obsm.COORDINATES, library_key)
+    color = _color_virtual_cells(adata, codes, panels)
+    groups = [_group(panel, color) for panel in panels]
+    titles = [
+        _counted(panel, len(group), "virtual cell")
+        for panel, group in zip(panels, groups, strict=True)
+    ]
+    most = max([1, *(n for group in groups for n in group["n"])])
+    # Square points of a marker per cell, the same in all panels.
+    scale = min(_MAX_AREA / most, _TOTAL_AREA / max([1, *(group["n"].sum() for group in groups)]))
+    white = (1.0 - _WHITE_SHARE) * to_rgba_array(color.colors)[:, :3] + _WHITE_SHARE
+    pale = replace(color, colors=tuple(to_hex(shade) for shade in white))
+
+    def fill(ax: Axes, panel: Panel, pale: Categories, size: float | None) -> None:
+        draw_cells(ax, panel, pale, size)
+        group = _group(panel, color)
+        _draw_markers(ax, group, color, scale)
+        if labels or (labels is None and len(group) <= _MAX_NUMBERED):
+            _write_names(ax, group, color)
+
+    def key(ax: Axes, *_: object) -> float:
+        sizes = sorted({max(1, int(round_below(most / share))) for share in (1, 2, 5)})
+        areas = [max(size * scale, _MIN_AREA) for size in sizes]
+        edge = {"color": "white", "markeredgecolor": _EDGE_COLOR, "markeredgewidth": 0.7}
+        handles = [dot(float(np.sqrt(area)), **edge) for area in areas]
+        names = [f"{size:,}" for size in sizes]
+        return add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
+
+    look = Look(ncols, size, invert_y, ax)
+    axes = draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
+    return finish(axes, show=show, save=save)
+
+
+def _color_virtual_cells(
+    adata: AnnData, codes: NDArray[np.int64], panels: list[Panel]
+) -> Categories:
+    """Use the stored colours, or give the virtual cells of each slice a palette of their own."""
+    n_colors = len(adata.obs[Obs.VIRTUAL_CELL].cat.categories)
+    if stored_colors(adata, Obs.VIRTUAL_CELL, n_colors) is not None:
+        return color_categories(adata, Obs.VIRTUAL_CELL)
+    palette = np.full(n_colors, "#000000")
+    for panel in panels:
+        own = np.unique(codes[panel.rows])
+        own = own[own >= 0]
+        palette[own] = distinct_colors(len(own))
+    return color_categories(adata, Obs.VIRTUAL_CELL, palette)
+
+
+def _group(panel: Panel, color: Categories) -> pd.DataFrame:
+    """Mean place and number `n` of cells of a slice's virtual cells, by code."""
+    cells = _by_code(color.codes, panel)
+    return cells.mean().assign(n=cells.size()).drop(-1, errors="ignore")
+
+
+def _draw_markers(ax: Axes, group: pd.DataFrame, color: Categories, scale: float) -> None:
+    # Large ones first, so that none hides a smaller one.
+    group = group.sort_values("n", ascending=False, kind="stable")
+    ax.scatter(
+        group["x"],
+        group["y"],
+        s=np.maximum(group["n"] * scale, _MIN_AREA),
+        c=[color.colors[code] for code in group.index],
+        edgecolors=_EDGE_COLOR,
+        linewidths=0.7,
+        zorder=3,
+    )
+
+
+def _write_names(ax: Axes, group: pd.DataFrame, color: Categories) -> None:
+    halo = [effects.withStroke(linewidth=1.8, foreground="white")]
+    for code, x, y, _ in group.itertuples():
         ax.text(
-            x,
-            y,
-            f"{len(places):,}",
-            ha="center",
-            va="center",
-            fontsize=FONT_SIZE,
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0},
-        )
+            x, y, color.names[code], ha="center", va="center", fontsize=FONT_SIZE - 1.5, zorder=4,
+            path_effects=halo,
+        )  # fmt: skip

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import pandas as pd
 
 from stofm._files import local, read_table
-from stofm.pl._panels import TITLE_SIZE, finish, make_axes, root_figure
+from stofm.pl._figure import FONT_SIZE, Slot, arrange, finish, make_axes, style_axes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
 #: Columns of a history that are no losses.
 _NO_LOSSES: Final = frozenset(
-    {
+    [
         "stage",
         "split",
         "epoch",
@@ -29,7 +27,7 @@ _NO_LOSSES: Final = frozenset(
         "cells",
         "tokens",
         "seconds",
-    }
+    ]
 )
 _TRAIN_COLOR: Final = "#9aa7b5"
 _MEAN_COLOR: Final = "#3b4754"
@@ -92,28 +90,22 @@ def training(
     if x not in ("step", "cells", "tokens", "seconds"):
         msg = f"x must be 'step', 'cells', 'tokens' or 'seconds', found {x!r}."
         raise KeyError(msg)
-    panels = list(_panels(history, parts))
+    panels = _panels(history, parts)
     if not panels:
         msg = "No stage of the history has these loss parts; leave `parts` out to see all."
         raise ValueError(msg)
-    names = ", ".join(f"{panel.stage}: {panel.part}" for panel in panels)
+    names = ", ".join(f"{stage}: {part}" for stage, part, _ in panels)
     axes, is_new = make_axes(ax, len(panels), what=names)
-    for panel_ax, panel in zip(axes, panels, strict=True):
-        _draw(panel_ax, panel, x)
-    axes[0].legend(fontsize=7, frameon=False)
+    rows: dict[str, list[Slot]] = {}
+    for panel_ax, (stage, part, table) in zip(axes, panels, strict=True):
+        _draw(panel_ax, part, table, x)
+        title = f"{stage}: {part}".replace("_", " ")
+        style_axes(panel_ax, title=title, x=x)
+        rows.setdefault(stage, []).append(Slot(panel_ax, *_PANEL_INCHES))
+    axes[0].legend(fontsize=FONT_SIZE - 1.0, frameon=False)
     if is_new:
-        _arrange(axes, panels)
+        arrange(list(rows.values()))
     return finish(axes, show=show, save=save)
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One loss part of one stage."""
-
-    stage: str
-    part: str
-    train: pd.DataFrame
-    held_out: pd.DataFrame
 
 
 def _read(data: Any) -> pd.DataFrame:
@@ -136,51 +128,35 @@ def _read(data: Any) -> pd.DataFrame:
     return history
 
 
-def _panels(history: pd.DataFrame, parts: str | Sequence[str] | None) -> Iterator[_Panel]:
+def _panels(
+    history: pd.DataFrame, parts: str | Sequence[str] | None
+) -> list[tuple[str, str, pd.DataFrame]]:
+    """Stage and loss part of each panel, with the rows of the history that have it."""
     known = [name for name in history.columns if name not in _NO_LOSSES]
     known.sort(key=lambda name: name != "loss")
     wanted = known if parts is None else [parts] if isinstance(parts, str) else list(parts)
     if unknown := [name for name in wanted if name not in known]:
         msg = f"The history has no loss part {unknown[0]!r}; it has {known}."
         raise KeyError(msg)
-    for stage in history["stage"].unique():
-        rows = history[history["stage"] == stage]
-        for part in wanted:
-            present = rows[rows[part].notna()]
-            if len(present):
-                is_train = present["split"] == "train"
-                yield _Panel(str(stage), part, present[is_train], present[~is_train])
+    return [
+        (str(stage), part, present)
+        for stage, rows in history.groupby("stage", sort=False)
+        for part in wanted
+        if len(present := rows[rows[part].notna()])
+    ]
 
 
-def _draw(ax: Axes, panel: _Panel, x: str) -> None:
-    train, held_out = panel.train, panel.held_out
+def _draw(ax: Axes, part: str, table: pd.DataFrame, x: str) -> None:
+    is_train = table["split"] == "train"
+    train, held_out = table[is_train], table[~is_train]
     if len(train):
-        ax.plot(train[x], train[panel.part], ".", ms=2.5, color=_TRAIN_COLOR, zorder=1)
+        ax.plot(train[x], train[part], ".", ms=2.5, color=_TRAIN_COLOR, zorder=1)
         window = max(1, round(_SMOOTHED_SHARE * len(train)))
-        mean = train[panel.part].rolling(window, center=True, min_periods=1).mean()
+        mean = train[part].rolling(window, center=True, min_periods=1).mean()
         ax.plot(train[x], mean, lw=1.2, color=_MEAN_COLOR, label="training", zorder=2)
     if len(held_out):
-        values = held_out[panel.part].to_numpy()
-        places = held_out[x].to_numpy()
-        color = _HELD_OUT_COLOR
-        ax.plot(places, values, "o-", ms=3, lw=1.2, color=color, label="held out", zorder=3)
-        if panel.part == "loss":
-            best = int(np.argmin(values))
-            ax.plot(places[best], values[best], "*", ms=9, color=color, zorder=4)
-    ax.set_title(f"{panel.stage}: {panel.part}".replace("_", " "), fontsize=TITLE_SIZE, pad=4.0)
-    ax.set_xlabel(x, fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _arrange(axes: list[Axes], panels: list[_Panel]) -> None:
-    """One row for each stage, in a figure as large as that takes."""
-    stages = list(dict.fromkeys(panel.stage for panel in panels))
-    rows = [[a for a, p in zip(axes, panels, strict=True) if p.stage == stage] for stage in stages]
-    cell = np.add(_PANEL_INCHES, (0.55, 0.65))
-    size = cell * [max(len(row) for row in rows), len(rows)]
-    root_figure(axes[0]).set_size_inches(*size)
-    for number, row in enumerate(rows):
-        for place, ax in enumerate(row):
-            corner = np.array([place * cell[0] + 0.45, size[1] - (number + 1) * cell[1] + 0.4])
-            ax.set_position((*(corner / size), *(np.array(_PANEL_INCHES) / size)))
+        look: dict[str, Any] = {"color": _HELD_OUT_COLOR, "lw": 1.2}
+        ax.plot(held_out[x], held_out[part], "o-", ms=3, label="held out", zorder=3, **look)
+        if part == "loss":
+            best = held_out.iloc[[held_out[part].to_numpy().argmin()]]
+            ax.plot(best[x], best[part], "*", ms=9, zorder=4, **look)

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from stofm.tl._encode_cells import encode_cells
     from stofm.tl._impute import impute
     from stofm.tl._pool_genes import pool_genes
-    from stofm.tl._probe import probe
-    from stofm.tl._probe_result import ProbeResult
+    from stofm.tl._probe import ProbeResult, probe
     from stofm.tl._train import train
 
 __all__ = [
@@ -51,7 +50,7 @@ __getattr__ = lazy(
         "impute": "stofm.tl._impute",
         "pool_genes": "stofm.tl._pool_genes",
         "probe": "stofm.tl._probe",
-        "ProbeResult": "stofm.tl._probe_result",
+        "ProbeResult": "stofm.tl._probe",
         "train": "stofm.tl._train",
     },
 )

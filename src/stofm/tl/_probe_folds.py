@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -11,7 +12,6 @@ from stofm._messages import warn
 from stofm.heads.labels import MIN_SHARE
 from stofm.heads.splits import plan_runs
 from stofm.spatial.splits import leave_out_blocks
-from stofm.tl._probe_scores import NO_CLASS, Fold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +21,90 @@ if TYPE_CHECKING:
     from stofm.heads.options import Protocol
     from stofm.heads.sections import Sections
 
+#: Stands for a cell without a class.
+NO_CLASS: Final = ""
+#: Share of the fitted cells that tells when to stop.
+_HELD_OUT: Final = 0.1
 #: Blocks of a single slice.
 _N_BLOCKS: Final = 5
 _MOST_NAMED: Final = 10
 #: Between the names of what belongs together.
 AND: Final = " + "
+
+
+def common_classes(labels: NDArray[np.str_]) -> NDArray[np.str_]:
+    """Classes with at least 1 % of the labelled cells, in alphabetical order."""
+    names, counts = np.unique(labels[labels != NO_CLASS], return_counts=True)
+    common: NDArray[np.str_] = names[counts >= MIN_SHARE * counts.sum()]
+    return common
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Cells to fit and cells to test.
+
+    Attributes
+    ----------
+    name
+        What is left out.
+    classes
+        Names of the classes, in alphabetical order.
+    codes
+        (n_obs,) class of each cell; -1 for none.
+    fitted, tested
+        Rows with a class, ascending.
+    labelled
+        Rows of all labelled cells that are left out, also of classes that are not fitted.
+    absent
+        Numbers of these cells by class, of classes that no labelled cell outside has.
+    held_out
+        Those of the fitted rows that tell when to stop; None for a tenth that each seed draws.
+    """
+
+    name: str
+    classes: NDArray[np.str_]
+    codes: NDArray[np.int64]
+    fitted: NDArray[np.int64]
+    tested: NDArray[np.int64]
+    labelled: NDArray[np.int64]
+    absent: dict[str, int]
+    held_out: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        labels: NDArray[np.str_],
+        fitted: NDArray[np.int64],
+        tested: NDArray[np.int64],
+        *,
+        held_out: NDArray[np.int64] | None = None,
+    ) -> Fold:
+        """Leave out cells without a class, and classes that are rare among the fitted cells."""
+        classes = common_classes(labels[fitted])
+        is_known = np.isin(labels, classes)
+        labelled = tested[labels[tested] != NO_CLASS]
+        absent = labels[labelled][~np.isin(labels[labelled], labels[fitted])]
+        names, counts = np.unique(absent, return_counts=True)
+        return cls(
+            name,
+            classes,
+            codes=np.where(is_known, np.searchsorted(classes, labels), -1),
+            fitted=fitted[is_known[fitted]],
+            tested=tested[is_known[tested]],
+            labelled=labelled,
+            absent=dict(zip(names.tolist(), counts.tolist(), strict=True)),
+            held_out=None if held_out is None else held_out[is_known[held_out]],
+        )
+
+    def parts(self, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows that are fitted, and those that tell when to stop."""
+        if self.held_out is not None:
+            return np.setdiff1d(self.fitted, self.held_out), self.held_out
+        n = len(self.fitted)
+        order = self.fitted[np.random.default_rng(seed).permutation(n)]
+        held_out, rows = np.split(order, [max(1, int(_HELD_OUT * n))])
+        return rows, held_out
 
 
 def plan_folds(
@@ -35,38 +114,23 @@ def plan_folds(
     left_out: str | Sequence[str | tuple[str, ...]] | None,
     spatial_key: str,
 ) -> list[Fold]:
-    """Leave out slices in turn, or blocks if a single slice has labels.
+    """Leave out slices in turn, or blocks if a single slice has labels, (n_obs,) classes.
 
-    Parameters
-    ----------
-    labels
-        (n_obs,) classes; :data:`NO_CLASS` for none.
-    left_out
-        Names of slices or keys of tables, a tuple of them for those that are left out together;
-        None for each slice with labels.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
-
-    Raises
-    ------
-    ValueError
-        There is no such slice, nothing is left to fit or test, or fewer than two classes are.
+    `left_out` are names of slices or keys of tables, a tuple of them for those that are left out
+    together; None for each slice with labels.
     """
     known = np.flatnonzero(labels != NO_CLASS)
-    own = {
-        name: rows
-        for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True)
-        if len(np.intersect1d(rows, known))
-    }
-    if left_out is None and len(own) == 1:
+    slices = dict(zip(sections.slices.names, sections.slices.rows, strict=True))
+    groups = {name: rows for name, rows in slices.items() if len(np.intersect1d(rows, known))}
+    if left_out is None and len(groups) == 1:
         parts = leave_out_blocks(sections.coordinates(spatial_key)[known], _N_BLOCKS)
-        return _checked(
-            [
-                Fold.of(f"block {number}", labels, known[fitted], known[tested])
-                for number, (fitted, tested) in enumerate(parts, 1)
-            ]
-        )
-    groups = own if left_out is None else _find(sections, left_out)
+        folds = [
+            Fold.of(f"block {number}", labels, known[fitted], known[tested])
+            for number, (fitted, tested) in enumerate(parts, 1)
+        ]
+        return _checked(folds)
+    if left_out is not None:
+        groups = _find(sections, left_out)
     return _checked(
         [Fold.of(name, labels, np.setdiff1d(known, rows), rows) for name, rows in groups.items()]
     )
@@ -75,13 +139,7 @@ def plan_folds(
 def plan_protocol(
     sections: Sections, labels: NDArray[np.str_], *, protocol: Protocol, spatial_key: str
 ) -> list[Fold]:
-    """Leave out random cells, as a protocol says, and warn of the leak.
-
-    Raises
-    ------
-    ValueError
-        There is no such protocol, or there are fewer than two classes.
-    """
+    """Leave out random cells, as a protocol says, and warn of the leak."""
     codes = np.unique(labels, return_inverse=True)[1] - int(NO_CLASS in labels)
     runs = plan_runs(
         sections,
@@ -97,18 +155,12 @@ def plan_protocol(
         "a cell's surroundings saw both. Scores are higher than those on new slices will be; leave "
         "`protocol` out to test on left-out ones."
     )
-    return _checked(
-        [
-            Fold.of(
-                "random cells",
-                labels,
-                np.union1d(run.split.fitted, run.split.held_out),
-                run.test,
-                held_out=run.split.held_out,
-            )
-            for run in runs
-        ]
-    )
+    folds = []
+    for run in runs:
+        held_out = run.split.held_out
+        rows = np.union1d(run.split.fitted, held_out)
+        folds.append(Fold.of("random cells", labels, rows, run.test, held_out=held_out))
+    return _checked(folds)
 
 
 def _find(

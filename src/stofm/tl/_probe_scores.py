@@ -1,31 +1,35 @@
-"""What a representation is worth on a left-out slice, on arrays: a head, clusters, calibration."""
+"""What a representation is worth on a left-out slice, and the baselines to compare it with."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from scipy import sparse
 
 from stofm import metrics
+from stofm._edge.counts import read_counts
+from stofm.genes import embedded_vocabulary
 from stofm.heads.annotation import log_scores
-from stofm.heads.labels import MIN_SHARE
-from stofm.heads.network import apply_head, fit_head
-from stofm.heads.targets import Targets
+from stofm.heads.embeddings import counts_layer
+from stofm.heads.expression import log_normalised
+from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
+from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.heads.trust import calibrated_probabilities, fit_temperature
-from stofm.metrics.calibration import Reliability
+from stofm.metrics.labels import Reliability
+from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.tl._probe_folds import Fold, common_classes
+from stofm.train import Targets, apply_head, fit_head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
 
-#: Stands for a cell without a class.
-NO_CLASS: Final = ""
-#: Share of the fitted cells that tells when to stop.
-_HELD_OUT: Final = 0.1
+    from stofm.heads.sections import Sections
+
 _KMEANS_STARTS: Final = 10
 #: Bins of equally many cells that confidence and accuracy are compared in.
 _N_BINS: Final = 10
@@ -34,108 +38,20 @@ _STRENGTHS: Final = (0.003, 0.03, 0.3)
 _MOST_ROUNDS: Final = 100
 _TOLERANCE: Final = 1e-3
 
-
-def common_classes(labels: NDArray[np.str_]) -> NDArray[np.str_]:
-    """Classes with at least 1 % of the labelled cells, in alphabetical order."""
-    names, counts = np.unique(labels[labels != NO_CLASS], return_counts=True)
-    common: NDArray[np.str_] = names[counts >= MIN_SHARE * counts.sum()]
-    return common
-
-
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """Cells to fit and cells to test.
-
-    Attributes
-    ----------
-    name
-        What is left out.
-    classes
-        Names of the classes, in alphabetical order.
-    codes
-        (n_obs,) class of each cell; -1 for none.
-    fitted, tested
-        Rows with a class, ascending.
-    held_out
-        Those of the fitted rows that tell when to stop; None for a tenth that each seed draws.
-    labelled
-        Rows of all labelled cells that are left out, also of classes that are not fitted.
-    absent
-        Numbers of these cells by class, of classes that no labelled cell outside has.
-    """
-
-    name: str
-    classes: NDArray[np.str_]
-    codes: NDArray[np.int64]
-    fitted: NDArray[np.int64]
-    tested: NDArray[np.int64]
-    labelled: NDArray[np.int64]
-    absent: dict[str, int]
-    held_out: NDArray[np.int64] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        labels: NDArray[np.str_],
-        fitted: NDArray[np.int64],
-        tested: NDArray[np.int64],
-        *,
-        held_out: NDArray[np.int64] | None = None,
-    ) -> Fold:
-        """Leave out cells without a class, and classes that are rare among the fitted cells.
-
-        Parameters
-        ----------
-        labels
-            (n_obs,) classes; :data:`NO_CLASS` for none.
-        fitted, tested, held_out
-            Rows, ascending.
-        """
-        classes = common_classes(labels[fitted])
-        codes = np.full(len(labels), -1, dtype=np.int64)
-        is_known = np.isin(labels, classes)
-        labelled = tested[labels[tested] != NO_CLASS]
-        names, counts = np.unique(labels[labelled], return_counts=True)
-        is_absent = ~np.isin(names, labels[fitted])
-        codes[is_known] = np.searchsorted(classes, labels[is_known])
-        return cls(
-            name,
-            classes,
-            codes,
-            fitted=fitted[is_known[fitted]],
-            tested=tested[is_known[tested]],
-            labelled=labelled,
-            absent=dict(zip(names[is_absent].tolist(), counts[is_absent].tolist(), strict=True)),
-            held_out=None if held_out is None else held_out[is_known[held_out]],
-        )
-
-    def parts(self, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows that are fitted, and those that tell when to stop."""
-        if self.held_out is not None:
-            return np.setdiff1d(self.fitted, self.held_out), self.held_out
-        n = len(self.fitted)
-        order = self.fitted[np.random.default_rng(seed).permutation(n)]
-        held_out, rows = np.split(order, [max(1, int(_HELD_OUT * n))])
-        return rows, held_out
+#: Baselines.
+PCS: Final = "PCs"
+PCS_AND_NEIGHBORS: Final = "PCs + neighbours"
+LOG_COUNTS: Final = "log counts"
+_N_COMPONENTS: Final = 50
+#: Of more genes than this those that vary most are read.
+_MOST_GENES: Final = 3000
 
 
 def score_head(features: NDArray[np.float32], fold: Fold, *, seed: int) -> dict[str, float]:
     """Fit the paper's head to the fitted cells and score it on the tested ones.
 
-    Parameters
-    ----------
-    features
-        (n_obs, d) representations.
-    fold
-        The cells.
-    seed
-        Of first weights, order, dropout and the choice of held-out cells.
-
-    Returns
-    -------
-    ``"accuracy"``, ``"macro_f1"`` over the classes of the tested cells, and
-    ``"calibration_error"``, with a temperature that is fitted to the held-out cells.
+    Macro-F1 is over the classes of the tested cells; the calibration error has a temperature that
+    is fitted to the held-out cells.
     """
     rows, held_out = fold.parts(seed)
     targets = Targets("classes", fold.codes, len(fold.classes))
@@ -197,19 +113,8 @@ def score_clusters(
 ) -> dict[str, float]:
     """Compare k-means clusters of cells with their classes; nothing is fitted to these.
 
-    Parameters
-    ----------
-    features
-        (n, d) representations, taken as they are.
-    labels
-        (n,) classes; cells of rare classes or none are left out. There are as many clusters as
-        classes.
-    seed
-        Of ten starts.
-
-    Returns
-    -------
-    ``"ari"`` and ``"nmi"``; NaN if there is a single class.
+    There are as many clusters as classes; cells of rare classes or none are left out. NaN if there
+    is a single class.
     """
     from sklearn.cluster import KMeans
 
@@ -235,3 +140,62 @@ def side_by_side(parts: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     scales = [float(np.sqrt(part.var(axis=0, dtype=np.float64).mean())) or 1.0 for part in parts]
     scaled = [part / scale for part, scale in zip(parts, scales, strict=True)]
     return np.hstack(scaled).astype(np.float32, copy=False)
+
+
+def log_counts(sections: Sections, *, layer: str | None = None) -> sparse.csr_matrix:
+    """Log-normalised counts of the genes that all tables have, (n_obs, n_genes).
+
+    A cell's counts, of all its genes, are scaled to 10,000.
+    """
+    vocabulary = embedded_vocabulary()
+    columns = sections.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
+    genes = choose_panel(columns, ()).inputs
+    if len(genes) < 2:
+        msg = f"The AnnData have a single gene in common, {genes[0].name!r}; two are needed."
+        raise ValueError(msg)
+    own = iter(columns)
+
+    def read(table: AnnData) -> sparse.csr_matrix:
+        names = next(own)
+        choice = selector([names.same_gene(gene) for gene in genes], table.n_vars)
+        parts = [
+            log_normalised(
+                sparse.csr_matrix(block @ choice),
+                np.asarray(block.sum(axis=1, dtype=np.float64)).ravel(),
+            )
+            for block in read_counts(table, layer=counts_layer(table, layer))
+        ]
+        return sparse.vstack(parts, format="csr")
+
+    return sparse.vstack(sections.each(read), format="csr")
+
+
+def most_variable(values: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Of more than 3,000 genes those that vary most."""
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
+    if values.shape[1] <= _MOST_GENES:
+        return values
+    variance = mean_variance_axis(values, axis=0)[1]
+    chosen = np.sort(np.argsort(-variance, kind="stable")[:_MOST_GENES])
+    return sparse.csr_matrix(values[:, chosen])
+
+
+def principal_components(values: sparse.csr_matrix) -> NDArray[np.float32]:
+    """50 principal components of sparse values, (n_obs, 50), which are not made dense."""
+    from sklearn.decomposition import PCA
+
+    n_components = min(_N_COMPONENTS, min(values.shape) - 1)
+    pca = PCA(n_components, svd_solver="arpack", random_state=0)
+    scores: NDArray[np.float32] = pca.fit_transform(values.astype(np.float64)).astype(np.float32)
+    return scores
+
+
+def with_neighbors(
+    components: NDArray[np.float32], sections: Sections, *, spatial_key: str
+) -> NDArray[np.float32]:
+    """Components beside their means over the ten nearest cells of the same slice."""
+    means = neighbor_means(
+        components, sections.coordinates(spatial_key), sections.slices.rows, N_NEIGHBORS
+    )
+    return side_by_side([components, means])

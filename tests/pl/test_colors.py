@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from matplotlib.colors import to_rgb
 
-from stofm.pl._style import category_names, distinct_colors, mix_with_white, nearest_names
+from stofm.pl._colors import category_names, distinct_colors, nearest_names
 
 
 @pytest.mark.parametrize("n_colors", [0, 1, 20, 21, 57, 230])
@@ -15,11 +14,6 @@ def test_colors_are_distinct(n_colors: int) -> None:
 
 def test_a_longer_palette_begins_with_the_shorter() -> None:
     assert distinct_colors(60)[:35] == distinct_colors(35)
-
-
-def test_mix_with_white() -> None:
-    (pale,) = mix_with_white(["#000000"], 0.6)
-    assert to_rgb(pale) == pytest.approx((0.6, 0.6, 0.6), abs=1 / 255)
 
 
 def test_natural_order_of_text_and_own_order_of_categories() -> None:

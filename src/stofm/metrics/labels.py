@@ -1,0 +1,378 @@
+"""Scores of predicted classes, of their confidence, and of clusters."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from stofm.metrics.values import in_same_order
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from numpy.typing import ArrayLike, NDArray
+
+Classes = Literal["true", "union"]
+Average = Literal["arithmetic", "geometric", "min", "max"]
+
+
+def accuracy(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
+    """Share of cells with the right class: high wherever one class dominates.
+
+    Parameters
+    ----------
+    y_true, y_pred
+        (n,) classes: list, array, categorical or Series. Two Series are paired by their index,
+        all else by position.
+    missing
+        Labels treated as missing, such as ``["Unknown"]``, besides NaN and None. Cells without a
+        true label are left out; a cell without a predicted one counts as wrong.
+
+    Returns
+    -------
+    From 0 to 1.
+
+    Raises
+    ------
+    TypeError
+        Text on one side and numbers on the other.
+    ValueError
+        Lengths or indices differ, or no cell has a true label.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.metrics.accuracy(["a", "a", "b", None], ["a", "b", "b", "b"])
+    0.6666666666666666
+    """
+    true, found, _ = _read_labels(y_true, y_pred, missing)
+    return float(np.mean(true == found))
+
+
+def macro_f1(
+    y_true: Any,
+    y_pred: Any,
+    *,
+    classes: Classes | Collection[object] = "true",
+    missing: Collection[object] = (),
+) -> float:
+    """Mean over classes of F1, the harmonic mean of precision and recall.
+
+    Each class weighs the same however few cells it has, and one that is never predicted counts 0.
+
+    Parameters
+    ----------
+    y_true, y_pred, missing
+        See :func:`accuracy`.
+    classes
+        Classes to average over. ``"true"``: those of the cells. ``"union"``: also classes that
+        are only predicted, each with an F1 of 0, as in scikit-learn by default; a single cell
+        assigned to an absent class then lowers the mean as much as a class that is wrong
+        throughout. Or a list of classes.
+
+    Returns
+    -------
+    From 0 to 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See :func:`accuracy`; or `classes` is empty or holds a class that no cell has.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.metrics.macro_f1(["a", "a", "b"], ["a", "a", "c"])
+    0.5
+    """
+    true, found, names = _read_labels(y_true, y_pred, missing)
+    if not isinstance(classes, str):
+        unknown = [name for name in classes if name not in names]
+        if unknown or not len(classes):
+            msg = (
+                f"classes holds {unknown or 'nothing'}; expected classes that occur: {names[:10]}."
+            )
+            raise ValueError(msg)
+        scored = np.unique([names.index(name) for name in classes])
+    elif classes in ("true", "union"):
+        scored = np.unique(true if classes == "true" else np.r_[true, found[found >= 0]])
+    else:
+        msg = f"classes must be 'true', 'union' or a list of classes, found {classes!r}."
+        raise ValueError(msg)
+    return _f1(true, found, scored, "macro")
+
+
+def weighted_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
+    """Mean over classes of F1, each weighted by its number of cells.
+
+    Like :func:`accuracy` it follows the large classes. It may lie outside the range of precision
+    and recall.
+
+    Parameters
+    ----------
+    y_true, y_pred, missing
+        See :func:`accuracy`, also for errors.
+
+    Returns
+    -------
+    From 0 to 1.
+    """
+    true, found, _ = _read_labels(y_true, y_pred, missing)
+    return _f1(true, found, np.unique(true), "weighted")
+
+
+def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> float:
+    """Adjusted Rand index: pairs of cells on which two groupings agree, corrected for chance.
+
+    Names of clusters do not matter. Pairs grow with the square of a class, so large classes
+    decide (Hubert and Arabie 1985, J Classif 2:193).
+
+    Parameters
+    ----------
+    y_true, clusters
+        (n,) classes and clusters: list, array, categorical or Series. Two Series are paired by
+        their index, all else by position.
+    missing
+        Labels treated as missing, besides NaN and None. Cells without a true class are left out.
+
+    Returns
+    -------
+    1 for equal groupings, about 0 for independent ones, down to -0.5.
+
+    Raises
+    ------
+    ValueError
+        Lengths or indices differ, no cell has a class, or one with a class has no cluster.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(
+        adjusted_rand_score(*_read_labels(y_true, clusters, missing, are_clusters=True)[:2])
+    )
+
+
+def nmi(
+    y_true: Any,
+    clusters: Any,
+    *,
+    average: Average = "arithmetic",
+    missing: Collection[object] = (),
+) -> float:
+    """Normalised mutual information of two groupings.
+
+    Not corrected for chance: it rises with the number of clusters, even of random ones. Compare
+    groupings with the same number of clusters only, or use :func:`ami`.
+
+    Parameters
+    ----------
+    y_true, clusters, missing
+        See :func:`ari`, also for errors.
+    average
+        Mean of the two entropies to divide by. Papers differ: scikit-learn took the geometric
+        mean before version 0.22.
+
+    Returns
+    -------
+    From 0 to 1.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    pair = _read_labels(y_true, clusters, missing, are_clusters=True)[:2]
+    return float(normalized_mutual_info_score(*pair, average_method=average))
+
+
+def ami(
+    y_true: Any,
+    clusters: Any,
+    *,
+    average: Average = "arithmetic",
+    missing: Collection[object] = (),
+) -> float:
+    """Mutual information of two groupings, corrected for chance.
+
+    Small classes weigh more than in :func:`ari` (Vinh, Epps and Bailey 2010, JMLR 11:2837).
+
+    Parameters
+    ----------
+    y_true, clusters, average, missing
+        See :func:`nmi`.
+
+    Returns
+    -------
+    1 for equal groupings, about 0, sometimes slightly below, for independent ones.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    pair = _read_labels(y_true, clusters, missing, are_clusters=True)[:2]
+    return float(adjusted_mutual_info_score(*pair, average_method=average))
+
+
+def silhouette(
+    features: ArrayLike,
+    labels: Any,
+    *,
+    metric: str = "euclidean",
+    n_sampled: int | None = None,
+    seed: int = 0,
+    missing: Collection[object] = (),
+) -> float:
+    """Mean over cells of how much nearer a cell is to its own group than to the next.
+
+    With mean distances a to its own group and b to the nearest other one, a cell scores
+    ``(b - a) / max(a, b)``; the only cell of a group scores 0. It favours round groups of equal
+    width, and depends on the scale and number of features: do not compare embeddings with it.
+
+    Parameters
+    ----------
+    features
+        (n, d) embedding.
+    labels
+        (n,) groups. Cells without one are left out.
+    metric
+        Distance, by scikit-learn's name.
+    n_sampled
+        Number of random cells to score; None: all. Time grows with the square of the cells:
+        10,000 take seconds, 100,000 minutes.
+    seed
+        Seed of the sample.
+    missing
+        Labels treated as missing, besides NaN and None.
+
+    Returns
+    -------
+    From -1 to 1.
+
+    Raises
+    ------
+    ValueError
+        Shapes differ, features are not finite, or there are fewer than two groups, or as many
+        as cells.
+    """
+    from sklearn.metrics import silhouette_score
+
+    values = np.asarray(features)
+    if values.ndim != 2 or len(values) != len(labels):
+        msg = (
+            f"features has the shape {values.shape} and there are {len(labels)} labels; expected "
+            "(n, d) and n labels."
+        )
+        raise ValueError(msg)
+    groups = _read_labels(labels, labels, missing)[0]
+    values = values[_has_label(pd.Series(labels), missing)]
+    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+        msg = f"{n_bad} of {len(values)} cells have NaN or infinite features; leave them out."
+        raise ValueError(msg)
+    if n_sampled is not None and n_sampled < len(groups):
+        chosen = np.random.default_rng(seed).choice(len(groups), n_sampled, replace=False)
+        values, groups = values[chosen], groups[chosen]
+    n_groups = len(np.unique(groups))
+    if not 2 <= n_groups < len(groups):
+        msg = (
+            f"The silhouette needs at least 2 groups and fewer than cells; found {n_groups} groups "
+            f"of {len(groups)} cells."
+        )
+        raise ValueError(msg)
+    return float(silhouette_score(values, groups, metric=metric))
+
+
+class Reliability(NamedTuple):
+    """Mean confidence, accuracy and number of cells of bins of equally many cells, (n_bins,) each.
+
+    Of cells with a confidence of 0.8, four in five should be right.
+    """
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    n_cells: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, confidence: NDArray[np.float64], is_right: NDArray[np.bool_], n_bins: int
+    ) -> Reliability:
+        """Bin the cells (n,); there are fewer bins if there are fewer cells."""
+        order = np.argsort(confidence, kind="stable")
+        bins = np.array_split(order, min(n_bins, len(order)))
+        return cls(
+            confidence=np.array([confidence[rows].mean() for rows in bins]),
+            accuracy=np.array([is_right[rows].mean() for rows in bins]),
+            n_cells=np.array([len(rows) for rows in bins]),
+        )
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: mean over cells of the bins' distance from the diagonal."""
+        return float(np.average(np.abs(self.confidence - self.accuracy), weights=self.n_cells))
+
+    @property
+    def spread(self) -> NDArray[np.float64]:
+        """Standard error (n_bins,) of the accuracy, of a binomial with one cell added to each."""
+        share = (self.accuracy * self.n_cells + 1.0) / (self.n_cells + 2.0)
+        return np.sqrt(share * (1.0 - share) / (self.n_cells + 2.0))
+
+
+def _read_labels(
+    y_true: Any, y_pred: Any, missing: Collection[object], *, are_clusters: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[Any]]:
+    """Numbers of the labels of cells with a true one, -1 for no prediction, and the labels' names.
+
+    Clusters have names of their own, and each cell must be in one.
+    """
+    true, found = _to_series(y_true, "y_true"), _to_series(in_same_order(y_true, y_pred), "y_pred")
+    if len(true) != len(found):
+        msg = f"y_true has {len(true)} labels and y_pred {len(found)}; give one of each per cell."
+        raise ValueError(msg)
+    known = _has_label(true, missing)
+    if not known.any():
+        msg = (
+            f"None of {len(true)} cells has a true label (NaN, None and {list(missing)} count as "
+            "none); pass labelled cells."
+        )
+        raise ValueError(msg)
+    true, found = true[known], found[known]
+    found = found.where(_has_label(found, missing), None)
+    if are_clusters and (n_without := int(found.isna().sum())):
+        msg = (
+            f"{n_without} of {len(found)} cells with a class have no cluster; give each one, or "
+            "leave these cells out of both."
+        )
+        raise ValueError(msg)
+    if not are_clusters:
+        kinds = [y.dropna().unique() for y in (true, found)]
+        texts = [{isinstance(label, str) for label in labels} for labels in kinds]
+        if texts[1] and texts[0] != texts[1]:
+            msg = (
+                f"Labels must be of one kind: y_true holds {kinds[0][:3].tolist()}, y_pred "
+                f"{kinds[1][:3].tolist()}. Convert both with .astype(str)."
+            )
+            raise TypeError(msg)
+    codes, names = pd.factorize(pd.concat([true, found], ignore_index=True))
+    return codes[: len(true)], codes[len(true) :], list(names)
+
+
+def _to_series(labels: Any, name: str) -> pd.Series:
+    if np.ndim(labels) != 1:
+        msg = f"{name} must hold one label per cell; found the shape {np.shape(labels)}."
+        raise ValueError(msg)
+    series = pd.Series(labels).astype(object).reset_index(drop=True)
+    kinds = (str, numbers.Number, np.bool_)
+    if strange := [x for x in series.dropna().unique() if not isinstance(x, kinds)]:
+        msg = f"Labels must be text or numbers; {name} holds {strange[0]!r}."
+        raise TypeError(msg)
+    return series
+
+
+def _has_label(labels: pd.Series, missing: Collection[object]) -> NDArray[np.bool_]:
+    column = labels.astype(object)
+    known: NDArray[np.bool_] = (column.notna() & ~column.isin(list(missing))).to_numpy()
+    return known
+
+
+def _f1(
+    true: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray[np.int64], average: str
+) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(true, found, labels=classes, average=average, zero_division=0.0))

@@ -1,0 +1,252 @@
+"""Colours: of categories (kept in ``uns`` as scanpy keeps them) and of values."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
+
+from stofm._edge.tables import label_text, layer_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+#: Name of a colour map, colours in the order of the categories, or by their names.
+Palette = str | Colormap | Iterable[Any] | Mapping[Any, Any]
+#: End of a colour map: a number, a percentile such as "p99", or None for the extreme.
+Limit = float | str | None
+
+#: Cells without a category or value.
+NO_VALUE_COLOR: Final = "#d9d9d9"
+NO_VALUE_LABEL: Final = "NA"
+_PLAIN_COLOR: Final = "#7f8c9b"
+#: Oklab: linear RGB to the responses of cones, and these (their cube roots) to lightness and hue.
+_CONES: Final = (
+    (0.4122214708, 0.2119034982, 0.0883024619),
+    (0.5363325363, 0.6806995451, 0.2817188376),
+    (0.0514459929, 0.1073969566, 0.6299787005),
+)
+_LAB: Final = (
+    (0.2104542553, 1.9779984951, 0.0259040371),
+    (0.7936177850, -2.4285922050, 0.7827717662),
+    (-0.0040720468, 0.4505937099, -0.8086757660),
+)
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Colour by category: `names` and `colors` in the order of the legend, `codes` (n_obs,).
+
+    A code of -1 is no category. An empty `key` gives all cells one plain colour.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    colors: tuple[str, ...]
+    codes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Colour by number: `values` (n_obs,), NaN for none, from `vmin` to `vmax` of a colour map."""
+
+    key: str
+    values: NDArray[np.float64]
+    vmin: float
+    vmax: float
+    cmap: str | Colormap
+
+    def __post_init__(self) -> None:
+        find_colormap(self.cmap, "cmap")
+
+
+def resolve_colors(
+    adata: AnnData,
+    keys: str | Iterable[str] | None,
+    *,
+    layer: str | None = None,
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
+    vmin: Limit = None,
+    vmax: Limit = None,
+) -> list[Categories | Values]:
+    """Look up columns of ``obs`` or genes, and the colours they give. Those of categories are kept."""
+    found: list[Categories | Values] = []
+    for key in [keys] if keys is None or isinstance(keys, str) else keys:
+        if key is None:
+            codes = np.zeros(adata.n_obs, dtype=np.int64)
+            found.append(Categories("", ("",), (_PLAIN_COLOR,), codes))
+        elif key in adata.obs and not _is_number(adata.obs[key]):
+            found.append(color_categories(adata, key, palette))
+        else:
+            values = _read_values(adata, key, layer)
+            found.append(Values(key, values, *value_limits(values, vmin, vmax), cmap))
+    return found
+
+
+def color_categories(adata: AnnData, key: str, palette: Palette | None = None) -> Categories:
+    """Colours of a column's categories, which are kept in ``uns``."""
+    column = category_names(adata.obs[key])
+    names = tuple(column.cat.categories)
+    colors = choose_colors(adata, key, names, palette)
+    # Writing into a view would copy it.
+    if not adata.is_view:
+        adata.uns[f"{key}_colors"] = list(colors)
+    return Categories(key, names, colors, column.cat.codes.to_numpy(dtype=np.int64))
+
+
+def _is_number(column: pd.Series) -> bool:
+    is_bool = pd.api.types.is_bool_dtype(column.dtype)
+    return pd.api.types.is_numeric_dtype(column.dtype) and not is_bool
+
+
+def _read_values(adata: AnnData, key: str, layer: str | None) -> NDArray[np.float64]:
+    """A numeric column of ``obs``, or a gene."""
+    if key in adata.obs:
+        return np.asarray(adata.obs[key].to_numpy(dtype=np.float64, na_value=np.nan))
+    if key not in adata.var_names:
+        near = nearest_names(key, [*adata.obs.columns, *adata.var_names])
+        msg = f"{key!r} is neither a column of obs nor a gene of var_names.{near}"
+        raise KeyError(msg)
+    if layer is not None and layer not in adata.layers:
+        msg = f"There is no layer {layer!r}.{nearest_names(layer, layer_names(adata))}"
+        raise KeyError(msg)
+    import scanpy as sc
+
+    return np.asarray(sc.get.obs_df(adata, keys=[key], layer=layer)[key], dtype=np.float64)
+
+
+def nearest_names(name: str, names: Iterable[object]) -> str:
+    """Return a hint for an error message: the names most like `name`, or all if they are few."""
+    known = [str(other) for other in names]
+    lower = {other.lower(): other for other in reversed(known)}
+    near = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.5)
+    if near:
+        return f" Nearest: {[lower[other] for other in near]}."
+    return f" There are: {known[:10]}{' ...' if len(known) > 10 else ''}."
+
+
+def category_names(column: pd.Series) -> pd.Series:
+    """Return `column` as a categorical of strings, in its own order or in natural order."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.cat.rename_categories(label_text(pd.Series(column.cat.categories)).tolist())
+    text = pd.Series(label_text(column), index=column.index, name=column.name)
+    names = sorted(set(text[column.notna()]), key=_natural)
+    return text.where(column.notna(), None).astype(pd.CategoricalDtype(names))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts "2" before "10"."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple[float, float]:
+    """Return the ends of the colour map."""
+    if isinstance(vmin, (int, float)) and isinstance(vmax, (int, float)) and vmin > vmax:
+        msg = f"vmin={vmin:g} is above vmax={vmax:g}."
+        raise ValueError(msg)
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0:
+        return 0.0, 1.0
+    low = _limit("p0" if vmin is None else vmin, finite)
+    high = _limit("p100" if vmax is None else vmax, finite)
+    # A gene that few cells express: the percentile lies on the background.
+    if high <= low and not isinstance(vmax, (int, float)):
+        high = float(finite.max())
+    return low, high if high > low else low + 1.0
+
+
+def _limit(limit: float | str, values: NDArray[np.float64]) -> float:
+    if not isinstance(limit, str):
+        return float(limit)
+    match = re.fullmatch(r"p(\d+(?:\.\d+)?)", limit)
+    if match is None or float(match[1]) > 100.0:
+        msg = f"vmin and vmax are numbers, or percentiles such as 'p99'; found {limit!r}."
+        raise ValueError(msg)
+    return float(np.percentile(values, float(match[1])))
+
+
+def find_colormap(name: str | Colormap, argument: str) -> Colormap:
+    """Return the colour map of this name."""
+    if isinstance(name, Colormap):
+        return name
+    if name not in mpl.colormaps:
+        near = nearest_names(name, mpl.colormaps)
+        msg = f"{argument}={name!r} is not a colour map of matplotlib.{near}"
+        raise ValueError(msg)
+    return mpl.colormaps[name]
+
+
+def choose_colors(
+    adata: AnnData, key: str, names: tuple[str, ...], palette: Palette | None
+) -> tuple[str, ...]:
+    """Return a colour for each name: from `palette`, else those stored for `key`, else default."""
+    if palette is None:
+        stored = stored_colors(adata, key, len(names))
+        return distinct_colors(len(names)) if stored is None else stored
+    if isinstance(palette, Mapping):
+        keys = label_text(pd.Series(list(palette), dtype=object))
+        by_name = dict(zip(keys, palette.values(), strict=True))
+        if missing := [name for name in names if name not in by_name]:
+            msg = f"The palette has no colour for {missing[:5]}; give one for each category."
+            raise ValueError(msg)
+        return tuple(to_hex(by_name[name]) for name in names)
+    if isinstance(palette, str | Colormap):
+        # Spread over the map as scanpy does; a map of fewer colours gives some of them twice.
+        spread = find_colormap(palette, "palette")(np.linspace(0.0, 1.0, len(names)))
+        colors = list(dict.fromkeys(to_hex(color) for color in spread))
+    else:
+        # A cycler gives dictionaries.
+        colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
+    if len(colors) < len(names):
+        msg = (
+            f"The palette has {len(colors)} colours for {len(names)} categories. Pass a longer one; "
+            "palette=None has colours for any number."
+        )
+        raise ValueError(msg)
+    return tuple(colors[: len(names)])
+
+
+def stored_colors(adata: AnnData, key: str, n_colors: int) -> tuple[str, ...] | None:
+    """Return the colours in ``uns[f"{key}_colors"]``, or None if they are too few or no colours."""
+    stored = [str(color) for color in adata.uns.get(f"{key}_colors", [])]
+    if len(stored) < n_colors or not all(is_color_like(color) for color in stored):
+        return None
+    return tuple(stored[:n_colors])
+
+
+@cache
+def distinct_colors(n_colors: int) -> tuple[str, ...]:
+    """Return scanpy's default palette, continued by colours far from all before them."""
+    from scanpy.plotting.palettes import default_20
+
+    colors = [to_hex(color) for color in default_20[:n_colors]]
+    levels = np.linspace(0.0, 1.0, 12)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    lightness, *hue = _oklab(grid).T
+    chroma = np.hypot(*hue)
+    grid = grid[(lightness > 0.45) & (lightness < 0.85) & (chroma > 0.08) & (chroma < 0.24)]
+    lab, taken = _oklab(grid), _oklab(to_rgba_array(default_20)[:, :3])
+    distance = np.linalg.norm(lab[:, None] - taken[None], axis=2).min(axis=1)
+    while len(colors) < n_colors:
+        farthest = int(distance.argmax())
+        colors.append(to_hex(grid[farthest]))
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=1))
+    return tuple(colors)
+
+
+def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Colours in a space where distance is what the eye sees (Ottosson 2020, Oklab)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    lab: NDArray[np.float64] = np.cbrt(linear @ np.array(_CONES)) @ np.array(_LAB)
+    return lab
