@@ -49,8 +49,8 @@ def test_fields(embedded):
         "library_key": "library",
         "shared": True,
         "coarser": [3, 2],
-        "n_neighbors": 0,
-        "n_farther": 0,
+        "n_neighbors": 10,
+        "n_farther": 30,
         "smooth": 0,
         "centering": "slice",
         "use_rep": Obsm.X,
@@ -291,9 +291,8 @@ def test_embedding_that_is_none(embedded):
 def around(embedded, rng):
     """Regions of which a single cell shows little, and ten neighbours much."""
     region = embedded.obs["region"].cat.codes.to_numpy()
-    embedded.obsm[Obsm.X] = rng.normal(size=(184, 9)).astype(np.float32)
-    cell = rng.normal(size=(184, 5)) + 2.0 * np.eye(5)[region]
-    embedded.obsm[Obsm.X_CELL] = cell.astype(np.float32)
+    cell = rng.normal(size=(184, 5)) + 1.5 * np.eye(5)[region]
+    embedded.obsm[Obsm.X] = cell.astype(np.float32)
     return embedded
 
 
@@ -303,14 +302,25 @@ def agreement(adata, **options):
 
 
 def test_neighbours_tell_regions(around):
-    assert agreement(around) > 0.4
+    alone = agreement(around, n_neighbors=0)
+    assert agreement(around) > max(0.4, 2 * alone)
     assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 10
-    assert agreement(around, n_neighbors=0) < 0.1
-    around.obsm["X_pca"] = around.obsm[Obsm.X_CELL]
-    # Other embeddings are read as they are unless neighbours are asked for.
-    alone = agreement(around, use_rep="X_pca")
+    around.obsm["X_pca"] = around.obsm[Obsm.X]
+    # Other embeddings are read alone unless neighbours are asked for.
+    assert agreement(around, use_rep="X_pca") == alone
     assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0
-    assert agreement(around, use_rep="X_pca", n_neighbors=8) > alone
+    assert agreement(around, use_rep="X_pca", n_neighbors=8) > 2 * alone
+
+
+def test_the_length_of_an_embedding_does_not_matter(around, rng):
+    x, left = around.obsm[Obsm.X], (around.obs["library"] == "left").to_numpy()
+    for rows in (left, ~left):
+        x[rows] -= x[rows].mean(axis=0)
+    # In pairs of cells at the same distance on both sides, so that the mean stays.
+    x[1::2] = -x[::2]
+    expected = agreement(around)
+    x *= np.repeat(rng.uniform(0.5, 2.0, 92), 2)[:, None].astype(np.float32)
+    assert agreement(around) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("n_neighbors", [None, 4])
@@ -318,11 +328,12 @@ def test_near_and_farther_neighbours_are_read(around, n_neighbors):
     st.tl.domains(around, n_domains=5, library_key="library", n_neighbors=n_neighbors)
     slices = [np.flatnonzero(around.obs["library"] == name) for name in ("left", "right")]
     near = n_neighbors or 10
-    means = [
-        neighbor_means(around.obsm[Obsm.X_CELL], around.obsm[Obsm.SPATIAL], slices, n)
-        for n in (near, 3 * near)
-    ]
-    expected = find_domains(domain_space(around.obsm[Obsm.X], slices, beside=means), n_domains=5)
+    own = around.obsm[Obsm.X].copy()
+    for rows in slices:
+        own[rows] -= own[rows].mean(axis=0)
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    means = [neighbor_means(own, around.obsm[Obsm.SPATIAL], slices, n) for n in (near, 3 * near)]
+    expected = find_domains(domain_space(own, slices, beside=means), n_domains=5)
     np.testing.assert_array_equal(around.obs[Obs.DOMAIN].astype(int), expected)
 
 
@@ -343,20 +354,10 @@ def test_neighbours_of_each_slice_by_itself(around):
         assert (pairs > 0).sum().sum() == 3
 
 
-@pytest.mark.parametrize("lack", ["places", "cell embedding", "its model"])
-def test_without_neighbours(around, lack):
+def test_without_places(around):
     expected = agreement(around, n_neighbors=0)
-    if lack == "places":
-        del around.obsm[Obsm.SPATIAL]
-        with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
-            agreement(around, n_neighbors=3)
-    elif lack == "cell embedding":
-        del around.obsm[Obsm.X_CELL]
-    else:
-        around.uns[Uns.STOFM] = {
-            # Models tuned for the same task share their name.
-            key: {"model": "m", "cell_encoder": encoder, "vocabulary": "v", "params": {}}
-            for key, encoder in ((Obsm.X, "one"), (Obsm.X_CELL, "another"))
-        }
+    del around.obsm[Obsm.SPATIAL]
+    with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
+        agreement(around, n_neighbors=3)
     assert agreement(around) == expected
     assert around.uns[Uns.STOFM][Obs.DOMAIN]["params"]["n_neighbors"] == 0

@@ -87,6 +87,13 @@ def find_levels(
     return [labels, *merge_domains(space, labels, coarser)]
 
 
+def require_centering(centering: str) -> None:
+    """Refuse another word."""
+    if centering not in ("slice", "none"):
+        msg = f"centering must be 'slice' or 'none', found {centering!r}."
+        raise ValueError(msg)
+
+
 def domain_space(
     features: NDArray[np.floating],
     slices: Sequence[NDArray[np.int64]],
@@ -100,9 +107,7 @@ def domain_space(
     same total variance. ``centering="slice"`` takes each slice's mean off first, and with it what
     sets slices apart.
     """
-    if centering not in ("slice", "none"):
-        msg = f"centering must be 'slice' or 'none', found {centering!r}."
-        raise ValueError(msg)
+    require_centering(centering)
     edges = np.cumsum([features.shape[1], *(one.shape[1] for one in beside)])
     if beside:
         features = np.concatenate([features, *beside], axis=1)
@@ -130,6 +135,26 @@ def domain_space(
     scores = principal_components(points, min(n_components, edges[-1]))
     scale = np.sqrt(scores.var(axis=0).sum())
     return DomainSpace(order, np.cumsum(is_new) - 1, scores / scale if scale > 0 else scores)
+
+
+def directions(
+    features: NDArray[np.floating],
+    slices: Sequence[NDArray[np.int64]],
+    *,
+    centering: Centering = "slice",
+) -> NDArray[np.float32]:
+    """Embeddings (n, d) less their slice's mean, or that of all cells, scaled to unit length.
+
+    The means don't depend on the order of the cells.
+    """
+    require_centering(centering)
+    found = np.array(features, dtype=np.float32)
+    ordered = [rows[canonical_order(found[rows][:, [0, -1]], found[rows])] for rows in slices]
+    for rows in ordered if centering == "slice" else [np.concatenate(ordered)]:
+        found[rows] -= found[rows].mean(axis=0, dtype=np.float64)
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    found /= np.where(lengths > 0, lengths, 1.0)
+    return found
 
 
 def find_domains(

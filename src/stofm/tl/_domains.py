@@ -16,7 +16,7 @@ from stofm._edge.records import (
     refuse_taken,
     write_record,
 )
-from stofm._edge.slices import Slices, read_slices
+from stofm._edge.slices import read_slices
 from stofm._edge.staleness import stale_reason
 from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Uns
@@ -26,6 +26,7 @@ from stofm.heads.neighborhood import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
 from stofm.spatial.domains import (
     Centering,
+    directions,
     find_levels,
 )
 from stofm.spatial.neighbor_graph import neighbor_means
@@ -62,8 +63,8 @@ def domains(
 ) -> AnnData | None:
     """Find the regions of slices, without labels, as clusters of the embedding.
 
-    Clusters are found in the first ten principal components of the embedding and of what the cells
-    around are like (20 of the embedding alone): a given number of them with a Gaussian mixture
+    Clusters are found in the first ten principal components of the embedding and of its mean over
+    near and farther cells (20 of the embedding alone): a given number of them with a Gaussian mixture
     whose components share one covariance, or as many as Leiden finds on the neighbour graph. On
     most slices with annotated layers the mixture agrees better with these than k-means does. The
     order of the cells does not matter.
@@ -87,19 +88,18 @@ def domains(
         Falling numbers of domains of coarser levels, such as ``(4, 2)``. Each is made of whole
         domains of the level below: those two are merged that differ least (Ward).
     n_neighbors
-        Nearest neighbours in the plane, of the same slice, whose mean ``X_stofm_cell`` is read
-        beside the embedding, and beside that the mean over three times as many; or the means of
-        `use_rep`, if that is not by a model, or ``X_stofm_cell`` not by the same one. None: 10
-        with the embedding of a model, if its ``X_stofm_cell`` and coordinates are there,
-        otherwise 0, none.
+        Nearest neighbours in the plane, of the same slice, whose mean embedding is read beside the
+        cell's own, and beside that the mean over three times as many. None: 10 for the embedding
+        of a model, if there are coordinates, otherwise 0, none.
     smooth
         Give each cell the most frequent domain among itself and as many nearest neighbours in
         the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
         and small regions with them; a domain may vanish.
     centering
         ``"slice"`` takes each slice's mean off its embedding first, so that what sets whole
-        slices apart does not make domains of its own. ``"none"`` is better if slices show
-        different regions.
+        slices apart does not make domains of its own. ``"none"`` takes the mean of all cells off,
+        and is better if slices show different regions. What is left is scaled to unit length: how
+        far a cell is from the mean follows its number of counts.
     use_rep
         Entry of ``adata.obsm`` with the embedding, (n_obs, d).
     spatial_key
@@ -175,7 +175,14 @@ def domains(
     if not shared and slices.column is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
-    n_neighbors, beside = _read_neighborhood(table, use_rep, spatial_key, slices, n_neighbors)
+    if n_neighbors is None:
+        n_neighbors = _neighborhood_size(table, use_rep, spatial_key)
+    features = directions(features, slices.rows, centering=centering)
+    beside = []
+    if n_neighbors:
+        where = read_coordinates(table, spatial_key)
+        sizes = (n_neighbors, _FARTHER * n_neighbors)
+        beside = [neighbor_means(features, where, slices.rows, size) for size in sizes]
     options: dict[str, Any] = {
         "n_domains": n_domains,
         "resolution": _RESOLUTION if resolution is None else resolution,
@@ -255,32 +262,9 @@ def _refuse_reserved(key_added: str, *read: str | None) -> None:
     refuse_taken(key_added, Obs.DOMAIN, *own, *entries, *read)
 
 
-def _read_neighborhood(
-    adata: AnnData, use_rep: str, spatial_key: str, slices: Slices, n_neighbors: int | None
-) -> tuple[int, list[NDArray[np.float32]]]:
-    """Means over the neighbours asked for, or over ten where it helps and can be done, and farther."""
-    averaged = _averaged(adata, use_rep)
-    if n_neighbors is None:
-        can_be = averaged == Obsm.X_CELL and spatial_key in adata.obsm
-        n_neighbors = N_NEIGHBORS if can_be else 0
-    if not n_neighbors:
-        return 0, []
-    coordinates = read_coordinates(adata, spatial_key)
-    values = read_representation(adata, averaged)
-    means = [
-        neighbor_means(values, coordinates, slices.rows, n)
-        for n in (n_neighbors, _FARTHER * n_neighbors)
-    ]
-    return n_neighbors, means
-
-
-def _averaged(adata: AnnData, use_rep: str) -> str:
-    """What is averaged over neighbours: the cells' embedding by the same encoder, if there is one."""
-    if use_rep not in MADE_BY_EMBED or Obsm.X_CELL not in adata.obsm:
-        return use_rep
-    own, cell = (read_record(adata, rep) or {} for rep in (use_rep, Obsm.X_CELL))
-    is_same = all(own.get(name) == cell.get(name) for name in ("cell_encoder", "vocabulary"))
-    return Obsm.X_CELL if is_same else use_rep
+def _neighborhood_size(adata: AnnData, use_rep: str, spatial_key: str) -> int:
+    """Over how many neighbours means are where nothing else is asked for."""
+    return N_NEIGHBORS if use_rep in MADE_BY_EMBED and spatial_key in adata.obsm else 0
 
 
 def _origin(adata: AnnData, use_rep: str) -> dict[str, str]:
