@@ -16,18 +16,8 @@ from stofm._files import Kind, local, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._tables import read_table
 from stofm._writing import refuse_taken
-from stofm.nn import Stofm
-from stofm.nn.checkpoint import (
-    CONFIG,
-    check_sizes,
-    load_exactly,
-    read_tensors,
-    require_beside,
-    shapes,
-    write_atomically,
-    write_tensors,
-)
-from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
+from stofm.nn import Stofm, checkpoint
+from stofm.nn.checkpoint import CONFIG, write_atomically
 from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 
@@ -199,7 +189,7 @@ class Head:
     def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
         entries = build_dataclass(_Entries, config, CONFIG)
         own = build_dataclass(cls.own_entries, entries.own, CONFIG, "own")
-        tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
+        tensors = checkpoint.read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
         test = where / _TEST
         head = cls(
             networks=tuple(
@@ -221,7 +211,7 @@ class Head:
         if others := sorted(set(tensors) - set(head._tensors())):
             msg = f"{_WEIGHTS} holds {others[:3]}, which {CONFIG} does not name"
             raise ValueError(msg)
-        require_beside(where / _WEIGHTS, _beside(where, config))
+        checkpoint.require_beside(where / _WEIGHTS, _beside(where, config))
         return head
 
     def check(self) -> None:
@@ -288,7 +278,9 @@ class Head:
         self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
         if self.test_scores is not None:
             self.test_scores.to_csv(folder / _TEST, sep="\t")
-        write_tensors(folder / _WEIGHTS, self._tensors(), _beside(folder, json.loads(text)))
+        checkpoint.write_tensors(
+            folder / _WEIGHTS, self._tensors(), _beside(folder, json.loads(text))
+        )
         if self.model is not None:
             self.model.save_pretrained(folder / _MODEL)
 
@@ -357,7 +349,7 @@ def _kind(kind: type[Head]) -> Kind:
         return False
 
     files = {CONFIG, _WEIGHTS, _HISTORY, _VALIDATION, _TEST}
-    files |= {f"{_MODEL}/{name}" for name in CHECKPOINT_FILES}
+    files |= {f"{_MODEL}/{name}" for name in checkpoint.FILES}
     return Kind(f"a head for {kind.task}", is_one, files.__contains__)
 
 
@@ -391,10 +383,12 @@ def _read_network(
         if name.startswith(prefix)
     }
     what = f"network {number} in {_WEIGHTS}"
-    check_sizes(lambda: PredictionHead(config), len(config.widths), shapes(state), what)
+    checkpoint.check_sizes(
+        lambda: PredictionHead(config), len(config.widths), checkpoint.shapes(state), what
+    )
     with seeded(0):
         network = PredictionHead(config)
-    load_exactly(network, state, what)
+    checkpoint.load_exactly(network, state, what)
     return network.eval()
 
 
