@@ -10,6 +10,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm
+from stofm.tl._sections import resolve_slices
 from stofm.train import HeadTraining, head_fitting
 
 KEY, STD = Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD
@@ -80,7 +81,7 @@ def test_columns_of_each_representation_share_a_scale(spots, scales_of):
 
 def test_mean_and_spread_are_by_weight(spots):
     head = fit(spots, n_components=6)
-    sections = st.tl._sections.resolve_slices(spots)
+    sections = resolve_slices(spots)
     options = {"library_key": None, "layer": None, "spatial_key": "spatial", **QUIET}
     inputs = head.read(sections, None, options)
     votes = np.stack(
