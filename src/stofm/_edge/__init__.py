@@ -1,0 +1,1 @@
+"""Where arrays meet AnnData: tables, slices, counts, records and files, and the steps between them."""

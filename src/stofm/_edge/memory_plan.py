@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -48,21 +48,7 @@ _SHORTAGES: Final = (
 
 @dataclass(kw_only=True)
 class MemoryPlan:
-    """What embedding will take, as far as is known by now.
-
-    Attributes
-    ----------
-    config, rules
-        Of the model, and of sub-slices.
-    work
-        What is to be embedded.
-    nodes
-        Largest sub-slice, as expected or as it is.
-    device, dtype, batch_size, token_budget
-        As arguments of :func:`stofm.tl.embed`, but resolved.
-    is_backed
-        Whether the counts stay on disk.
-    """
+    """What embedding will take, as far as is known by now: work and nodes as expected or found."""
 
     config: StofmConfig
     rules: SubSliceConfig
@@ -104,13 +90,7 @@ class MemoryPlan:
         }
 
     def require(self) -> None:
-        """Compare what is needed with what is free.
-
-        Raises
-        ------
-        MemoryError
-            It is less; the message says what helps.
-        """
+        """Compare what is needed with what is free."""
         for place, n_bytes in self.needed().items():
             free = free_memory(_CPU if place == _HOST else self.device)
             if n_bytes > free:
@@ -122,13 +102,7 @@ class MemoryPlan:
                 raise MemoryError(msg)
 
     def count_genes(self, adata: AnnData, layer: str | None, columns: Columns) -> None:
-        """Find how many genes a cell has, and whether there is memory for as many.
-
-        Raises
-        ------
-        MemoryError
-            There is not.
-        """
+        """Find how many genes a cell has, and whether there is memory for as many."""
         try:
             found = genes_per_cell(adata, layer, columns.token_ids >= 0)
         except NotRawCountsError:
@@ -139,13 +113,7 @@ class MemoryPlan:
         self.require()
 
     def fit_batch(self, layouts: Sequence[SliceLayout], batch_size: int, *, is_fixed: bool) -> int:
-        """Halve a batch of the sub-slices that were found until the device has room for it.
-
-        Raises
-        ------
-        MemoryError
-            It has none for a single sub-slice, or for a batch of a fixed size.
-        """
+        """Halve a batch of the sub-slices that were found until the device has room for it."""
         self.batch_size = batch_size
         self.nodes = max((_largest(one) for one in layouts), key=lambda nodes: nodes.total)
         free = free_memory(self.device)
@@ -169,40 +137,27 @@ class MemoryPlan:
         return self._advice(lambda plan: plan.needed().get(place, 0), rest)
 
     def _advice(self, size: Callable[[MemoryPlan], int], rest: Sequence[str] = ()) -> str:
-        now = size(self)
-        found = [text for text, plan in self._ways() if size(plan) < _HELPS * now]
+        work, nodes, budget = self.work, self.nodes, self.token_budget
+        changes: dict[str, dict[str, Any]] = {
+            "embed slice by slice": {"work": replace(work, n_cells=work.largest_slice)},
+            "leave out copy=True": {"work": replace(work, n_copied=0)},
+            f"a lower batch_size (now {self.batch_size})": {"batch_size": 1},
+            f"a lower token_budget (now {budget})": {"token_budget": budget // 4 or 1},
+            f"subslice= with fewer n_cells (now {self.rules.n_cells})": {
+                "nodes": Nodes(nodes.n_cells // 2, nodes.n_virtual)
+            },
+            f"subslice= with fewer max_virtual_cells (now {nodes.n_virtual} virtual cells)": {
+                "nodes": Nodes(nodes.n_cells, nodes.n_virtual // 2)
+            },
+            "device='cpu'": {"device": _CPU},
+        }
+        enough = _HELPS * size(self)
+        found = [text for text, change in changes.items() if size(replace(self, **change)) < enough]
         return f"What helps: {'; '.join([*found, *rest])}."
-
-    def _ways(self) -> Iterator[tuple[str, MemoryPlan]]:
-        """Changes of arguments, and what they would give."""
-        work, rules, nodes = self.work, self.rules, self.nodes
-        alone = replace(work, n_cells=work.largest_slice)
-        yield "embed slice by slice", replace(self, work=alone)
-        yield "leave out copy=True", replace(self, work=replace(work, n_copied=0))
-        yield f"a lower batch_size (now {self.batch_size})", replace(self, batch_size=1)
-        yield (
-            f"a lower token_budget (now {self.token_budget})",
-            replace(self, token_budget=self.token_budget // 4 or 1),
-        )
-        yield (
-            f"subslice= with fewer n_cells (now {rules.n_cells})",
-            replace(self, nodes=Nodes(nodes.n_cells // 2, nodes.n_virtual)),
-        )
-        yield (
-            f"subslice= with fewer max_virtual_cells (now {nodes.n_virtual} virtual cells)",
-            replace(self, nodes=Nodes(nodes.n_cells, nodes.n_virtual // 2)),
-        )
-        yield "device='cpu'", replace(self, device=_CPU)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Say what helps where memory runs out all the same.
-
-        Raises
-        ------
-        MemoryError
-            In place of other libraries' errors.
-        """
+        """Say what helps where memory runs out all the same."""
         try:
             yield
         except (MemoryError, RuntimeError, OSError) as error:

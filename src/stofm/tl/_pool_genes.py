@@ -124,8 +124,14 @@ def _pool(
     row_of_token[vocabulary.tokens] = genes.rows_of(vocabulary)
     # Token -1, no gene, reads the last entry.
     rows = row_of_token[columns.token_ids]
-    _require_shared(adata, genes, rows)
     is_there = np.flatnonzero(rows >= 0)
+    if not len(is_there):
+        msg = (
+            f"None of the {adata.n_vars} genes of the AnnData, such as "
+            f"{adata.var_names[:3].tolist()}, is among the {len(genes.names)} of {genes.file}, such "
+            f"as {list(genes.names[:3])}: take a table that has them."
+        )
+        raise ValueError(msg)
     shape = (adata.n_vars, len(genes.names))
     selector = sparse.csr_matrix((np.ones(len(is_there)), (is_there, rows[is_there])), shape=shape)
 
@@ -144,26 +150,10 @@ def _pool(
             advance(len(sums))
             start = stop
     report_columns(adata, columns, counts)
-    _tell_lacking(genes, rows, counts)
-    return means
-
-
-def _require_shared(adata: AnnData, genes: GeneTable, rows: NDArray[np.int64]) -> None:
-    if (rows >= 0).any():
-        return
-    msg = (
-        f"None of the {adata.n_vars} genes of the AnnData, such as "
-        f"{adata.var_names[:3].tolist()}, is among the {len(genes.names)} of {genes.file}, such as "
-        f"{list(genes.names[:3])}: take a table that has them."
-    )
-    raise ValueError(msg)
-
-
-def _tell_lacking(genes: GeneTable, rows: NDArray[np.int64], counts: NDArray[np.float64]) -> None:
-    is_there = rows >= 0
     share = counts[is_there].sum() / max(counts.sum(), 1.0)
     tell = logger.info if share > _MOST_LACKING else warn
     tell(
-        f"{is_there.sum()} of {len(rows)} genes, with {share:.1%} of the counts, are in {genes.file}; "
+        f"{len(is_there)} of {len(rows)} genes, with {share:.1%} of the counts, are in {genes.file}; "
         "the others have no say."
     )
+    return means
