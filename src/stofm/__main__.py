@@ -21,21 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _FAILED = 1
+#: Options of ``stofm embed`` that :func:`stofm.tl.embed` takes as they are.
+_PASSED_ON = (
+    "layer", "spatial_key", "library_key", "species", "gene_key", "orthologs", "device", "dtype",
+    "seed", "key_added", "table_key",
+)  # fmt: skip
 _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command; return 0, 1 for an error (its message is on stderr) or 130 if interrupted.
 
-    Parameters
-    ----------
-    arguments
-        Words of the command line; those of the process by default.
-
-    Returns
-    -------
-    Exit code: 0, 1 for an error (its message is on stderr), 2 for wrong usage, 130 if
-    interrupted.
+    Wrong usage exits with 2.
     """
     options = _parser().parse_args(arguments)
     if options.quiet:
@@ -198,19 +195,9 @@ def _embed(options: argparse.Namespace) -> None:
         tl.embed(
             data,
             model,
-            layer=options.layer,
-            spatial_key=options.spatial_key,
-            library_key=options.library_key,
-            species=options.species,
-            gene_key=options.gene_key,
-            orthologs=options.orthologs,
-            device=options.device,
-            dtype=options.dtype,
             batch_size="auto" if options.batch_size is None else options.batch_size,
-            seed=options.seed,
-            key_added=options.key_added,
-            table_key=options.table_key,
             show_progress_bar=not options.quiet,
+            **{name: getattr(options, name) for name in _PASSED_ON},
         )
     if options.output.suffix == ".h5ad":
         data = resolve_table(data, options.table_key)

@@ -29,32 +29,9 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> AnnData:
-    """Embed and cluster a slice with the embedded model; write figures and an ``.h5ad``.
+    """Embed and cluster a slice with the embedded model; write figures and an ``.h5ad`` to `out`.
 
-    Parameters
-    ----------
-    out
-        Folder to write ``umap.png``, ``spatial.png``, ``subslices.png``, ``virtual_cells.png``
-        and ``embedded.h5ad`` into.
-    data
-        ``.h5ad`` or ``.zarr`` to use; a simulated cortex-like slice by default.
-    library_key
-        Column of ``obs`` that names the slices of `data`.
-    table_key
-        Table of a SpatialData; may be left out if there is only one.
-    seed
-        Seed of the simulation and of the clusterings.
-    overwrite
-        Replace what an earlier demonstration wrote.
-
-    Returns
-    -------
-    The embedded and clustered data.
-
-    Raises
-    ------
-    FileExistsError
-        The data or a figure are in `out` already, and `overwrite` is false.
+    Without `data`, a ``.h5ad`` or ``.zarr``, a cortex-like slice is simulated.
     """
     import matplotlib as mpl
 
@@ -91,7 +68,7 @@ def run_demo(
 
 
 def _cluster(adata: AnnData, seed: int) -> None:
-    """Cluster the embedding and lay it out in the plane, as in scanpy's tutorials."""
+    """Cluster the embedding and compute its UMAP, as in scanpy's tutorials."""
     import warnings
 
     import scanpy as sc
@@ -105,10 +82,9 @@ def _cluster(adata: AnnData, seed: int) -> None:
 
 
 def _compare_with_labels(adata: AnnData) -> None:
-    from sklearn.metrics import adjusted_rand_score
+    from stofm.metrics import ari
 
     for key in _LABELS:
         if key in adata.obs:
-            known = adata.obs[key].notna().to_numpy()
-            score = adjusted_rand_score(adata.obs[key][known], adata.obs[_CLUSTERS][known])
+            score = ari(adata.obs[key], adata.obs[_CLUSTERS])
             logger.info("Clusters against obs[%r]: adjusted Rand index %.2f.", key, score)
