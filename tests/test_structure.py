@@ -63,10 +63,12 @@ FORBIDDEN = {
     "pl": {"nn", "train", "tl", "pp"},
     **{layer: {*EDGE, "pp", "pl", "datasets"} for layer in LAYERS[:-1]},
 }
-#: Files that may use a part above them, when called and not when imported.
+#: Files that may use a part above them.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
     "genes/fitting.py": {"_counts", "_features", "_slice_files"},
+    # Makes arrays of what a user passes, for all other modules of train.
+    "train/preparation.py": {"_anndata", "_counts", "_features", "_places", "_slice_files", "pp"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

@@ -10,13 +10,13 @@ import torch
 
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.train import Targets
-from stofm.train.cell_samples import Draws
+from stofm.train.epochs import Draws
 from stofm.train.fine_tuning import FineTuningObjective, FineTuningStage, tune
 from stofm.train.fine_tuning_config import FineTuningConfig
 from stofm.train.fine_tuning_lora import LowRankModel
 from stofm.train.fine_tuning_samples import KnownCells
 from stofm.train.processes import Processes
-from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import StageSetup
 
 BOTH = ("X_stofm_cell", "X_stofm")
 WIDTHS = {"X_stofm_cell": 12, "X_stofm": 14}

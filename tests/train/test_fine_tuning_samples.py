@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stofm.train.cell_cache import CellCache
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.cell_samples import Draws, TokenReader
+from stofm.train.config import SpatialMasking
+from stofm.train.epochs import Draws
 from stofm.train.fine_tuning_samples import FineTuningSamples, KnownCells
-from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+from stofm.train.samples import JointSamples, SubSliceSamples, TokenReader
 from stofm.train.targets import Targets
 
 DRAWS = Draws(seed=5, stage=0, batch_size=2)

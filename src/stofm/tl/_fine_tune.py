@@ -21,16 +21,15 @@ from stofm._messages import warn
 from stofm._slices import read_slices
 from stofm.spatial import canonical_order
 from stofm.tl._embeddings import recorded_options
-from stofm.tl._slice_sources import find_sources
-from stofm.tl._training_data import open_corpus, prepare_slices
-from stofm.train.cell_samples import Draws
+from stofm.train.epochs import Draws
 from stofm.train.fine_tuning import FineTuningObjective, FineTuningStage, tune
 from stofm.train.fine_tuning_config import FineTuningConfig, TuningStrategy
 from stofm.train.fine_tuning_lora import LowRankModel
 from stofm.train.fine_tuning_samples import KnownCells
+from stofm.train.preparation import find_sources, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import FileConfig
-from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import StageSetup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
-    from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import Corpus
+    from stofm.train.preparation import SliceSource
     from stofm.train.targets import Targets
 
 
