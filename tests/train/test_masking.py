@@ -450,7 +450,7 @@ def test_drops_do_not_depend_on_the_batch(lists):
     assert torch.equal(alone.tokens[0], together.tokens[3])
 
 
-def test_errors_test_gene_masking(lists):
+def test_errors_of_gene_masking(lists):
     with pytest.raises(ValueError, match="share is a share and must lie between 0 and 1, found 2"):
         TokenMasking(share=2)
     with pytest.raises(ValueError, match=r"mask_share, random_share must add up to at most 1"):

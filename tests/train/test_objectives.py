@@ -636,7 +636,9 @@ def test_operations_of_the_transformer_over_nodes_and_pairs(model, hidden_cells,
 
 
 @pytest.mark.usefixtures("no_attention")
-def test_operations_of_both_networks_with_their_own_tokens(model, vocabulary, hidden_cells, tokens, generators):
+def test_operations_of_both_networks_with_their_own_tokens(
+    model, vocabulary, hidden_cells, tokens, generators
+):
     genes = MaskedGenes.build(tokens, generators, masking=TokenMasking(), vocabulary=vocabulary)
     inputs = JointBatch(
         masked=hidden_cells, cells=(tokens,), places=torch.arange(1, 1 + N_CELLS), genes=(genes,)

@@ -299,19 +299,17 @@ def test_joint_numbers_and_names(joint):
     assert samples.describe(batch) == samples.subslices.describe(batch)
 
 
-DRAWS_test_cell_samples = Draws(seed=3, stage=1, batch_size=8)
+CELL_DRAWS = Draws(seed=3, stage=1, batch_size=8)
 
 
 @pytest.fixture
-def make_test_cell_samples(model):
-    def make_test_cell_samples(
-        corpus, *, draws=DRAWS_test_cell_samples, gene_dropout=0.0, **changed
-    ):
+def make_cells(model):
+    def make_cells(corpus, *, draws=CELL_DRAWS, gene_dropout=0.0, **changed):
         config = replace(model.config.cell_encoder, **changed)
         reader = TokenReader(corpus, config, model.vocabulary)
         return CellSamples(reader, draws, masking=TokenMasking(), gene_dropout=gene_dropout)
 
-    return make_test_cell_samples
+    return make_cells
 
 
 def described(inputs, row):
@@ -325,9 +323,9 @@ def described(inputs, row):
     return tokens.tokens[row, :n].tolist(), places, inputs.genes.labels[own].tolist(), views
 
 
-def test_lists_are_those_of_the_cells(make_test_cell_samples, corpus):
+def test_lists_are_those_of_the_cells(make_cells, corpus):
     cells = np.array([150, 0, 115, 2])
-    inputs = make_test_cell_samples(corpus).load(cells, 0)
+    inputs = make_cells(corpus).load(cells, 0)
     for row, cell in enumerate(cells):
         _, places, labels, (first, second) = described(inputs, row)
         expected = corpus.take(cells[row : row + 1]).tokens.tolist()[:40]
@@ -337,10 +335,8 @@ def test_lists_are_those_of_the_cells(make_test_cell_samples, corpus):
 
 
 @pytest.mark.parametrize("gene_dropout", [0.0, 0.3])
-def test_company_changes_nothing_test_cell_samples(
-    make_test_cell_samples, corpus, rng, gene_dropout
-):
-    samples = make_test_cell_samples(corpus, gene_dropout=gene_dropout)
+def test_company_changes_nothing_for_cells(make_cells, corpus, rng, gene_dropout):
+    samples = make_cells(corpus, gene_dropout=gene_dropout)
     cells = rng.permutation(corpus.n_cells)[:11]
     together = samples.load(cells, 2)
     for row, cell in enumerate(cells):
@@ -348,25 +344,21 @@ def test_company_changes_nothing_test_cell_samples(
         assert described(alone, 0) == described(together, row)
 
 
-def test_draws_follow_seed_stage_and_epoch_test_cell_samples(make_test_cell_samples, corpus):
+def test_draws_follow_seed_stage_and_epoch_for_cells(make_cells, corpus):
     cells = np.arange(20)
 
     def masked(samples, epoch=0):
         return samples.load(cells, epoch).genes.tokens.tokens
 
-    one = masked(make_test_cell_samples(corpus))
-    assert torch.equal(one, masked(make_test_cell_samples(corpus)))
-    assert not torch.equal(one, masked(make_test_cell_samples(corpus), epoch=1))
-    assert not torch.equal(
-        one, masked(make_test_cell_samples(corpus, draws=replace(DRAWS_test_cell_samples, seed=4)))
-    )
-    assert not torch.equal(
-        one, masked(make_test_cell_samples(corpus, draws=replace(DRAWS_test_cell_samples, stage=2)))
-    )
+    one = masked(make_cells(corpus))
+    assert torch.equal(one, masked(make_cells(corpus)))
+    assert not torch.equal(one, masked(make_cells(corpus), epoch=1))
+    assert not torch.equal(one, masked(make_cells(corpus, draws=replace(CELL_DRAWS, seed=4))))
+    assert not torch.equal(one, masked(make_cells(corpus, draws=replace(CELL_DRAWS, stage=2))))
 
 
-def test_epochs_are_shuffled_anew(make_test_cell_samples, corpus):
-    samples = make_test_cell_samples(corpus)
+def test_epochs_are_shuffled_anew(make_cells, corpus):
+    samples = make_cells(corpus)
     first, again, next_ = samples.epoch(0), samples.epoch(0), samples.epoch(1)
     assert sorted(np.concatenate(first)) == list(range(corpus.n_cells))
     assert [b.tolist() for b in first] == [b.tolist() for b in again]
@@ -374,8 +366,8 @@ def test_epochs_are_shuffled_anew(make_test_cell_samples, corpus):
     assert len(first) == len(next_)
 
 
-def test_threads_load_the_same_test_cell_samples(make_test_cell_samples, corpus):
-    samples = make_test_cell_samples(corpus, gene_dropout=0.2)
+def test_threads_load_the_same_for_cells(make_cells, corpus):
+    samples = make_cells(corpus, gene_dropout=0.2)
     batches = samples.epoch(0)
     expected = [samples.load(batch, 0).genes.tokens.tokens for batch in batches]
     with ThreadPoolExecutor(4) as threads:
@@ -386,18 +378,18 @@ def test_threads_load_the_same_test_cell_samples(make_test_cell_samples, corpus)
     )
 
 
-def test_values_come_along_only_if_they_are_read(make_test_cell_samples, write_corpus):
+def test_values_come_along_only_if_they_are_read(make_cells, write_corpus):
     corpus = write_corpus([23], values=True)
-    assert make_test_cell_samples(corpus).load(np.arange(5), 0).views[0].values is None
-    view = make_test_cell_samples(corpus, values="log").load(np.arange(5), 0).views[0]
+    assert make_cells(corpus).load(np.arange(5), 0).views[0].values is None
+    view = make_cells(corpus, values="log").load(np.arange(5), 0).views[0]
     assert view.values.shape == view.tokens.shape
     np.testing.assert_array_equal(view.bag.values, corpus.take(np.arange(5)).values)
     with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
-        make_test_cell_samples(write_corpus([5], names="bare"), pooled=True, d_gene=8)
+        make_cells(write_corpus([5], names="bare"), pooled=True, d_gene=8)
 
 
-def test_numbers_and_names_for_messages_test_cell_samples(make_test_cell_samples, corpus):
-    samples = make_test_cell_samples(corpus)
+def test_numbers_and_names_for_messages_for_cells(make_cells, corpus):
+    samples = make_cells(corpus)
     inputs = samples.load(np.array([0, 2, 120]), 0)
     assert samples.n_cells(inputs) == 3
     lengths = np.minimum(corpus.cell_lengths[[0, 2, 120]] + 1, 41)
@@ -419,4 +411,4 @@ def test_cells_of_like_length_are_grouped(model, corpus):
 @pytest.mark.parametrize("name", ["seed", "stage", "batch_size"])
 def test_draws_are_checked(name):
     with pytest.raises(ValueError, match=rf"{name} must be at least \d, found -1"):
-        replace(DRAWS_test_cell_samples, **{name: -1})
+        replace(CELL_DRAWS, **{name: -1})

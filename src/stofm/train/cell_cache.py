@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,24 +24,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.spatial import SubSliceConfig
     from stofm.train.corpus import Corpus, TokenizedSlice
-
-
-class Together(Protocol):
-    """Processes that train one model: which of them this one is, and waiting for the others."""
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until all processes have come here."""
-        ...
+    from stofm.train.processes import Processes
 
 
 _FORMAT_VERSION = 2
@@ -91,7 +74,7 @@ class CellCache:
     dtype: torch.dtype
 
     def encode(
-        self, model: Stofm, processes: Together, *, show_progress_bar: bool = False
+        self, model: Stofm, processes: Processes, *, show_progress_bar: bool = False
     ) -> tuple[str, list[EncodedSlice]]:
         """Encode all slices with the model's cell encoder as it is now.
 
@@ -116,7 +99,7 @@ class CellCache:
         """Open what :meth:`encode` wrote."""
         return [self._open_slice(s, key) for s in self.corpus.slices]
 
-    def check(self, key: str, processes: Together) -> None:
+    def check(self, key: str, processes: Processes) -> None:
         """Compare this process's share of a result with what was written."""
         for one in self.corpus.slices[processes.rank :: processes.count]:
             for folder in self._folders(one, key):

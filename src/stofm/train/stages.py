@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stofm.nn import Stofm
-    from stofm.train.cell_cache import EncodedSlice, Together
+    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import StageConfig
     from stofm.train.corpus import Corpus
     from stofm.train.epochs import Draws
+    from stofm.train.processes import Processes
     from stofm.train.protocols import Samples, Stage
 
 _CUDA_NODE_MULTIPLE = 8
@@ -67,7 +68,7 @@ class StageSetup:
     draws: Draws
     folder: Path
     own_folder: Path
-    processes: Together
+    processes: Processes
     device: torch.device
     dtype: torch.dtype = torch.float32
     show_progress_bar: bool = False
