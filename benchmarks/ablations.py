@@ -28,8 +28,8 @@ from probes import describe, write_report
 from variants import VARIANTS, Variant, cell_stages, shortened, spatial_stage
 
 from stofm.nn import Stofm
-from stofm.tl._train import train_recipe
 from stofm.train import ModelSource, Recipe
+from stofm.train.launch import train_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -42,7 +42,7 @@ from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
 from stofm.spatial import build_subslice, lay_out_slice
 from stofm.tl import train
 from stofm.train import OptimizerConfig, StageConfig
-from stofm.train.logs import peak_memory
+from stofm.train.log import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from stofm._logging import counter, progress
-from stofm.train.logs import ProgressBar
+from stofm.train.log import ProgressBar
 
 
 class Terminal(io.StringIO):

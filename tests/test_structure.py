@@ -50,17 +50,18 @@ FORBIDDEN = {
     **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-2]},
     "heads": {"pl", "datasets"},
 }
-#: Files that may use a part above them, when called and not when imported.
+#: Files that may use a part above them.
 EXCEPTIONS = {
     # GeneVocabulary.fit reads AnnData itself, so that a corpus can be streamed through it.
     "genes/fitting.py": {"_edge"},
     # The only module at the edge that runs a model; pp does without it.
     "_edge/embedding.py": {"nn"},
     "_edge/memory_plan.py": {"nn"},
-    # Slices to tune on are prepared by what users call too.
+    # Makes arrays of what a user passes, for all other modules of train.
+    "train/preparation.py": {"_edge", "pp"},
+    # Cells without embeddings are embedded by what users call too.
     "heads/embeddings.py": {"tl"},
     "heads/inputs.py": {"tl"},
-    "heads/tuning.py": {"tl"},
     # Names of heads that are public in stofm.train.
     "train/__init__.py": {"heads"},
 }

@@ -216,8 +216,8 @@ def _train(options: argparse.Namespace) -> None:
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
         # Of several processes the first one speaks.
         logging.getLogger("stofm").setLevel(logging.WARNING)
-    from stofm.tl._train import train_recipe
     from stofm.train import Recipe
+    from stofm.train.launch import train_recipe
 
     if not options.recipe.is_file():
         msg = f"There is no recipe {options.recipe}."

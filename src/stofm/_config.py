@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Config = TypeVar("Config")
@@ -57,6 +58,37 @@ def check_seed(seed: object) -> None:
     """Refuse what is no seed for every generator that is used."""
     if not (hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32):
         msg = f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}."
+        raise ValueError(msg)
+
+
+def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) -> None:
+    """Refuse values of a config that don't follow a rule; None stands for no value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not fits(value):
+            msg = f"{name} {rule}, found {value!r}."
+            raise ValueError(msg)
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Refuse values of a config that are no shares."""
+    rule = "is a share and must lie between 0 and 1"
+    require(config, rule, lambda value: 0 <= value <= 1, *names)
+
+
+def check_choice(config: Any, name: str, kind: Any) -> None:
+    """Refuse a value of a config that is not among those of a literal type."""
+    value, allowed = getattr(config, name), get_args(kind)
+    if value not in allowed:
+        msg = f"{name} must be one of {list(allowed)}, found {value!r}."
+        raise ValueError(msg)
+
+
+def check_sum(config: Any, *names: str) -> None:
+    """Refuse shares of a config that are more than the whole together."""
+    total = sum(getattr(config, name) for name in names)
+    if total > 1 + 1e-9:
+        msg = f"{', '.join(names)} must add up to at most 1, found {total:g}."
         raise ValueError(msg)
 
 

@@ -9,9 +9,9 @@ import torch
 from stofm.heads.targets import Targets
 from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
 from stofm.train.cell_cache import CellCache
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.cell_samples import Draws, TokenReader
-from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+from stofm.train.config import SpatialMasking
+from stofm.train.epochs import Draws
+from stofm.train.samples import JointSamples, SubSliceSamples, TokenReader
 
 DRAWS = Draws(seed=5, stage=0, batch_size=2)
 #: The user's cells: five that are in no slice, then those of the slices, backwards.

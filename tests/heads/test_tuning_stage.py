@@ -14,9 +14,9 @@ from stofm.heads.tuning_lora import LowRankModel
 from stofm.heads.tuning_samples import KnownCells
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.nn import HeadConfig, PredictionHead
-from stofm.train.cell_samples import Draws
+from stofm.train.epochs import Draws
 from stofm.train.processes import Processes
-from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import StageSetup
 
 BOTH = ("X_stofm_cell", "X_stofm")
 WIDTHS = {"X_stofm_cell": 12, "X_stofm": 14}

@@ -22,19 +22,18 @@ import torch
 
 import stofm as st
 from stofm.nn import Stofm
-from stofm.tl import _training_data
 from stofm.train import (
     LossWeights,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
     TrainingLoop,
-    pretraining,
+    preparation,
 )
-from stofm.train.logs import read_history
+from stofm.train import run as run_module
+from stofm.train.checkpoint import read_progress
+from stofm.train.log import RunRecorder, read_history
 from stofm.train.processes import Processes
-from stofm.train.recorder import RunRecorder
-from stofm.train.run_checkpoint import read_progress
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.
@@ -223,9 +222,9 @@ def test_files_are_read_again_only_if_they_changed(train, slices, tmp_path, monk
     file = tmp_path / "one.h5ad"
     slices[0].write_h5ad(file)
     read = []
-    original = _training_data.find_columns
+    original = preparation.find_columns
     monkeypatch.setattr(
-        _training_data, "find_columns", lambda *a, **k: read.append(1) or original(*a, **k)
+        preparation, "find_columns", lambda *a, **k: read.append(1) or original(*a, **k)
     )
     options = {"validation": None, "work_dir": tmp_path / "work", "overwrite": True}
     first = train(file, **options)
@@ -343,7 +342,7 @@ import os, signal, sys
 import anndata, torch
 import stofm as st
 from stofm.train import StageConfig, OptimizerConfig
-from stofm.train.recorder import RunRecorder
+from stofm.train.log import RunRecorder
 
 folder, threads, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
@@ -446,7 +445,7 @@ def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
 def test_best_weights_that_are_damaged_give_way_to_the_last(train, held_out_losses, monkeypatch):
     stage = replace(SPATIAL, epochs=5)
     last = train(stage=stage, keep="last")
-    monkeypatch.setattr(pretraining, "find_damage", lambda folder: f"{folder} is damaged.")
+    monkeypatch.setattr(run_module, "find_damage", lambda folder: f"{folder} is damaged.")
     with pytest.warns(UserWarning, match=r"00000004 is damaged. The stage's last weights are"):
         found = train(stage=stage, overwrite=True)
     assert found.model.fingerprint == last.model.fingerprint

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from scipy import sparse
 
 from stofm.nn import Stofm
-from stofm.train.logs import read_history
+from stofm.train.log import read_history
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
 

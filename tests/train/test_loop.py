@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,11 @@ import pytest
 import torch
 
 from stofm.train import loop as loop_module
+from stofm.train.checkpoint import Progress
+from stofm.train.loop import load_ahead
 from stofm.train.losses import LossPart
 from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from stofm.train.processes import Processes
-from stofm.train.run_checkpoint import Progress
 
 _SPEC = importlib.util.spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py"))
 toy = importlib.util.module_from_spec(_SPEC)
@@ -351,3 +355,54 @@ def test_time_spent_waiting_is_measured():
     loop, _ = train(Slow(toy.ToyObjective()), run={"n_threads": 0}, n_epochs=1)
     # 10 batches of 10 ms each.
     assert 0.1 <= loop.progress.waited <= loop.progress.seconds
+
+
+@pytest.mark.parametrize("n_threads", [0, 1, 4])
+def test_items_come_in_order(n_threads):
+    def load(item):
+        time.sleep(0.002 * (5 - item % 5))
+        return item * 10
+
+    assert list(load_ahead(load, range(17), n_threads)) == [10 * k for k in range(17)]
+
+
+def test_only_so_many_are_loaded_ahead_and_threads_end():
+    started, before = [], threading.active_count()
+    with closing(load_ahead(started.append, range(50), 2)) as loaded:
+        for k in range(10):
+            next(loaded)
+            time.sleep(0.005)
+            assert len(started) <= k + 1 + 4
+    # Leaving does not load the rest.
+    assert len(started) <= 14
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_an_error_comes_where_the_item_is_asked_for(n_threads):
+    def load(item):
+        if item == 2:
+            raise OSError("gone")
+        return item
+
+    loaded = load_ahead(load, range(5), n_threads)
+    assert [next(loaded), next(loaded)] == [0, 1]
+    with pytest.raises(OSError, match="gone"):
+        next(loaded)
+
+
+def test_waiting_is_what_was_not_loaded_ahead():
+    class SlowStage(toy.ToyStage):
+        def load(self, samples, epoch):
+            time.sleep(0.02)
+            return super().load(samples, epoch)
+
+    def waited(n_threads):
+        stage = SlowStage(toy.ToyObjective())
+        loop = toy.toy_loop(stage, n_epochs=1, run={"n_threads": n_threads})
+        loop.train(toy.ToyRecorder(loop))
+        return loop.progress.waited
+
+    # Ten batches.
+    assert waited(0) >= 0.2
+    assert waited(5) < waited(0) / 2

@@ -9,13 +9,10 @@ import torch
 
 from stofm.genes import RankedTokens
 from stofm.nn import TokenBatch
-from stofm.train.gene_masking import TokenMasking
+from stofm.train.batches import MaskedGenes
+from stofm.train.config import ContrastiveConfig, LossWeights, MaskedGeneConfig, TokenMasking
 from stofm.train.heads import MaskedGeneHead
-from stofm.train.inputs import MaskedGenes
 from stofm.train.losses import (
-    ContrastiveConfig,
-    LossWeights,
-    MaskedGeneConfig,
     candidate_genes,
     contrastive_loss,
     masked_cell_loss,

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from stofm.genes import RankedTokens
-from stofm.nn import Stofm, SubSliceBatch, TokenBatch
+from stofm.nn import CellEncoder, Stofm, SubSliceBatch, TokenBatch, se2_transformer
 from stofm.nn.reference import se2_from_reference
 from stofm.spatial import NodeType, build_subslice, lay_out_slice, rows_by_subslice
-from stofm.train.cell_masking import SpatialMasking, VisibleCells, apply, draw
-from stofm.train.gene_masking import TokenMasking
-from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.losses import LossWeights, MaskedGeneConfig, contrastive_loss
-from stofm.train.objectives import CellEncoderObjective, JointObjective
-from stofm.train.spatial_objective import SpatialObjective
+from stofm.train import StageConfig
+from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.config import LossWeights, MaskedGeneConfig, SpatialMasking, TokenMasking
+from stofm.train.losses import contrastive_loss
+from stofm.train.masking import VisibleCells, apply, draw
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.stages import make_objectives
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -527,3 +529,154 @@ def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabu
     nothing = joint(replace(joint_batch, cells=(), places=joint_batch.places[:0]), gather)
     assert (nothing["masked_genes"].total.item(), nothing["masked_genes"].count) == (0.0, 0)
     assert len(calls) == 2
+
+
+N_CELLS, N_GENES = 17, 30
+
+
+def forward_operations(objective, inputs):
+    """Operations of all products of vectors with matrices."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        objective(inputs)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if str(op) in {"aten.mm", "aten.addmm"})
+
+
+@pytest.fixture
+def no_attention(monkeypatch):
+    """Leave out the products of queries, keys and values, which are not counted."""
+    monkeypatch.setattr(se2_transformer, "biased_attention", lambda q, k, values, *_, **__: values)
+
+
+@pytest.fixture
+def tokens(rng, vocabulary):
+    """17 cells of 30 genes, so that nothing is padding."""
+    lists = [rng.permutation(vocabulary.tokens)[:N_GENES] for _ in range(N_CELLS)]
+    ranked = RankedTokens(
+        tokens=np.concatenate(lists),
+        offsets=N_GENES * np.arange(N_CELLS + 1),
+        values=rng.uniform(0.5, 9.0, N_CELLS * N_GENES).astype(np.float32),
+    )
+    cells = np.arange(N_CELLS)
+    special = {"cls_token": vocabulary.cls, "pad_token": vocabulary.pad}
+    return TokenBatch.from_ranked(ranked, cells, length=N_GENES + 1, **special)
+
+
+@pytest.fixture
+def generators():
+    return [np.random.default_rng(k) for k in range(N_CELLS)]
+
+
+@pytest.fixture
+def hidden_cells(rng, model):
+    rules = model.config.subslice
+    features = rng.normal(size=(40, 12)).astype(np.float32)
+    layout = lay_out_slice(rng.random((40, 2)), features, rules)
+    subslice = build_subslice(layout, features, np.arange(40), rules)
+    masking = SpatialMasking(masked=0.5, moved=0.5)
+    drawn = draw(40, masking, rng)
+    return MaskedSubSliceBatch.from_masked([apply(subslice, drawn, masking, n_surrounding=5)])
+
+
+@pytest.mark.usefixtures("no_attention")
+@pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
+@pytest.mark.parametrize(
+    "reads",
+    [
+        {},
+        {"values": "log", "pooled": True, "d_cell": 28},
+        {"pooled": True, "d_gene": 24, "d_cell": 36},
+    ],
+)
+def test_operations_of_the_cell_encoder(model, vocabulary, tokens, generators, candidates, reads):
+    encoder = CellEncoder(replace(model.config.cell_encoder, **reads))
+    inputs = CellBatch.build(
+        tokens, generators, masking=TokenMasking(), gene_dropout=0.0, vocabulary=vocabulary
+    )
+    config = MaskedGeneConfig(candidates=candidates)
+    found = []
+    for weights in ({"contrastive": 0.0}, {"masked_genes": 0.0}, {}):
+        objective = CellEncoderObjective(
+            encoder, masked_genes=config, weights=LossWeights(**weights)
+        )
+        counted = forward_operations(objective, inputs)
+        if "contrastive" in objective.weights:
+            counted -= 2 * N_CELLS**2 * 12  # cosines of all cells
+        assert objective.count_operations(inputs) == 3 * counted
+        found.append(3 * counted)
+    assert found[2] == found[0] + found[1]
+
+
+def test_operations_of_frozen_weights_do_not_count(model, vocabulary, tokens, generators):
+    inputs = CellBatch.build(
+        tokens, generators, masking=TokenMasking(), gene_dropout=0.0, vocabulary=vocabulary
+    )
+    objective = CellEncoderObjective(model.cell_encoder, weights=LossWeights(masked_genes=0.0))
+    model.cell_encoder.bert.requires_grad_(False)
+    assert objective.count_operations(inputs) == 6 * 2 * N_CELLS * 16 * 12
+
+
+@pytest.mark.usefixtures("no_attention")
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"masked_cells": 0.0},
+        {"masked_cells": 0.5},
+        {"masked_cells": 1.0},
+        {"visible_cells": 1.0},
+        {"visible_cells": 1.0, "surroundings": 2.0},
+    ],
+)
+def test_operations_of_the_transformer_over_nodes_and_pairs(model, hidden_cells, weights):
+    objective = SpatialObjective(model.se2_transformer, weights=LossWeights(**weights))
+    # The bias is also computed of the one distance that stands for all pairs without.
+    counted = forward_operations(objective, hidden_cells) - 2 * (5 * 5 + 5 * 2)
+    assert objective.count_operations(hidden_cells) == 3 * counted
+
+
+@pytest.mark.usefixtures("no_attention")
+def test_operations_of_both_networks_with_their_own_tokens(
+    model, vocabulary, hidden_cells, tokens, generators
+):
+    genes = MaskedGenes.build(tokens, generators, masking=TokenMasking(), vocabulary=vocabulary)
+    inputs = JointBatch(
+        masked=hidden_cells, cells=(tokens,), places=torch.arange(1, 1 + N_CELLS), genes=(genes,)
+    )
+    for masked_genes in (None, MaskedGeneConfig(), MaskedGeneConfig(candidates="batch")):
+        objective = JointObjective(
+            model.cell_encoder, SpatialObjective(model.se2_transformer), masked_genes=masked_genes
+        )
+        counted = forward_operations(objective, inputs) - 2 * (5 * 5 + 5 * 2)
+        assert objective.count_operations(inputs) == 3 * counted
+
+
+@pytest.fixture
+def stages():
+    reference = SpatialMasking.reference()
+    return [
+        StageConfig(name="cell_encoder", masked_genes=MaskedGeneConfig(candidates="batch")),
+        StageConfig(name="spatial"),
+        StageConfig(name="spatial", spatial_masking=reference, cell_loss="cosine"),
+        StageConfig(name="joint", trains_masked_genes=True),
+    ]
+
+
+def test_stages_train_the_same_heads_unless_they_need_others(model, stages):
+    cells, spatial, reference, joint = make_objectives(model, stages, seed=0)
+    assert joint.gene_head is cells.gene_head
+    assert joint.spatial.cell_head is spatial.cell_head
+    # One has a learned vector in place of hidden features, the other a number.
+    assert reference.cell_head is not spatial.cell_head
+    assert joint.spatial.pair_head is reference.pair_head is spatial.pair_head
+    assert joint.encoder is cells.encoder is model.cell_encoder
+    assert joint.spatial.transformer is spatial.transformer is model.se2_transformer
+    assert cells.masked_genes.candidates == "batch"
+    assert (spatial.cell_loss, reference.cell_loss) == ("mse", "cosine")
+
+
+def test_the_seed_decides_the_heads(model, stages):
+    first, second, other = (make_objectives(model, stages, seed=seed)[1] for seed in (1, 1, 2))
+    weights = [one.cell_head.layers[0].weight for one in (first, second, other)]
+    assert weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])

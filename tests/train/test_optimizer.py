@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from stofm.train.config import OptimizerConfig
 from stofm.train.optimizer import (
-    OptimizerConfig,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,

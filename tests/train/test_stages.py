@@ -10,14 +10,18 @@ import torch
 
 from stofm.nn import Stofm
 from stofm.train import stages
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.cell_samples import Draws
-from stofm.train.config import StageConfig
-from stofm.train.losses import ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.objectives import CellEncoderObjective, JointObjective
-from stofm.train.optimizer import OptimizerConfig, make_optimizer
-from stofm.train.spatial_objective import SpatialObjective
-from stofm.train.stage_setup import StageSetup
+from stofm.train.config import (
+    ContrastiveConfig,
+    LossWeights,
+    MaskedGeneConfig,
+    OptimizerConfig,
+    SpatialMasking,
+    StageConfig,
+)
+from stofm.train.epochs import Draws
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm.train.optimizer import make_optimizer
+from stofm.train.stages import StageSetup
 
 CPU = torch.device("cpu")
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stofm.tl import train
-from stofm.train.config import RunConfig, StageConfig
+from stofm.train.checkpoint import Progress
+from stofm.train.config import MaskedGeneConfig, OptimizerConfig, RunConfig, StageConfig
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import LossPart, MaskedGeneConfig, contrastive_loss
-from stofm.train.optimizer import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
+from stofm.train.losses import LossPart, contrastive_loss
+from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from stofm.train.processes import Processes
-from stofm.train.run_checkpoint import Progress
 
 N_SAMPLES, N_HELD_OUT = 37, 11
 

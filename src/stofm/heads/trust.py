@@ -10,8 +10,8 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from stofm._config import check_shares
 from stofm.nn.prediction_head import ROUNDING
-from stofm.train._checks import check_shares
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -25,10 +25,11 @@ from stofm.heads.tuning_lora import LowRankModel
 from stofm.heads.tuning_samples import KnownCells
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.spatial import canonical_order
-from stofm.train.cell_samples import Draws
+from stofm.train.epochs import Draws
+from stofm.train.preparation import find_sources, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import FileConfig
-from stofm.train.stage_setup import StageSetup
+from stofm.train.stages import StageSetup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
-    from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import Corpus
+    from stofm.train.preparation import SliceSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +142,6 @@ def fine_tune_head(
     ----------
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
-    from stofm.tl._slice_sources import find_sources
-
     started = time.perf_counter()
     check_seed(seed)
     training = training or FineTuningConfig()
@@ -305,8 +304,6 @@ def _read(
     show: bool,
 ) -> tuple[Corpus, list[NDArray[np.int64]]]:
     """Prepare the slices that have a used cell; also the rows of targets of their cells."""
-    from stofm.tl._training_data import open_corpus, prepare_slices
-
     used: list[SliceSource] = []
     rows: list[NDArray[np.int64]] = []
     first = 0

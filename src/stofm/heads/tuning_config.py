@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from stofm.train.optimizer import OptimizerConfig
+from stofm.train.config import OptimizerConfig
 
 #: What is changed: low-rank changes that are added to the weights at the end, or the weights.
 TuningStrategy = Literal["lora", "full"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from stofm.train.inputs import JointBatch
+from stofm.train.batches import JointBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.heads.targets import Targets
-    from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+    from stofm.train.samples import JointSamples, SubSliceSamples
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,19 @@ from stofm._keys import Obsm
 from stofm.heads.targets import head_loss
 from stofm.heads.tuning_samples import FineTuningSamples
 from stofm.train.cell_cache import CellCache
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.config import RunConfig
-from stofm.train.logs import ProgressBar
+from stofm.train.checkpoint import Progress
+from stofm.train.config import RunConfig, SpatialMasking
+from stofm.train.log import ProgressBar
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import LossPart
-from stofm.train.objectives import embed_sampled
-from stofm.train.operations import (
+from stofm.train.losses import (
     PER_PRODUCT,
+    LossPart,
     matrix_weights,
     products_of_embeddings,
     products_of_transformer,
 )
-from stofm.train.run_checkpoint import Progress
-from stofm.train.spatial_objective import replace_rows
-from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+from stofm.train.objectives import embed_sampled, replace_rows
+from stofm.train.samples import JointSamples, SubSliceSamples
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from stofm.train.losses import Gather
     from stofm.train.processes import Processes
     from stofm.train.protocols import Samples
-    from stofm.train.stage_setup import StageSetup
+    from stofm.train.stages import StageSetup
 
 _NOTHING_HIDDEN = SpatialMasking(masked=0.0, moved=0.0)
 
@@ -120,7 +118,7 @@ class FineTuningObjective(nn.Module):
         return predicted
 
     def count_operations(self, inputs: FineTuningBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
         encoder = self.model.cell_encoder
         products = sum(products_of_embeddings(encoder, group) for group in inputs.cells.cells)
         if Obsm.X in self.use_rep:

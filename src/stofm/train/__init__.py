@@ -5,41 +5,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
-from stofm.train.cell_samples import Draws
-from stofm.train.config import RunConfig, StageConfig, paper_schedule
-from stofm.train.corpus import (
-    Corpus,
-    TokenizedSlice,
-    open_slice,
-    preparation_key,
-    write_slice,
-)
-from stofm.train.gene_masking import TokenMasking, drop_genes, mask_tokens
-from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
-from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.loop import TrainingLoop
-from stofm.train.losses import (
+from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.checkpoint import Progress
+from stofm.train.config import (
     ContrastiveConfig,
-    LossPart,
     LossWeights,
     MaskedGeneConfig,
+    OptimizerConfig,
+    RunConfig,
+    SpatialMasking,
+    StageConfig,
+    TokenMasking,
+)
+from stofm.train.corpus import Corpus, TokenizedSlice, open_slice, preparation_key, write_slice
+from stofm.train.epochs import Draws
+from stofm.train.folder import RunFolder
+from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
+from stofm.train.loop import TrainingLoop
+from stofm.train.losses import (
+    LossPart,
     contrastive_loss,
     masked_cell_loss,
     masked_gene_loss,
     pair_distance_loss,
 )
-from stofm.train.objectives import CellEncoderObjective, JointObjective
-from stofm.train.optimizer import OptimizerConfig
-from stofm.train.pretraining import Pretraining, TrainResult
+from stofm.train.masking import MaskedSubSlice, drop_genes, mask_tokens
+from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
 from stofm.train.processes import Processes
 from stofm.train.protocols import Recorder, Samples, Stage
-from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe
-from stofm.train.run_checkpoint import Progress
-from stofm.train.spatial_objective import SpatialObjective
-from stofm.train.stage_setup import StageSetup
-from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
-from stofm.train.state import RunFolder
+from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, paper_schedule
+from stofm.train.run import Pretraining, TrainResult
+from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage, StageSetup
 
 if TYPE_CHECKING:
     from stofm.heads.ensemble import blend_weights, stack_weights

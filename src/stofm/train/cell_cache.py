@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
+from collections import deque
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stofm._logging import progress
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.arrays import find_damage, is_there, open_array, write_folder
+from stofm.train.storage import digest_json, find_damage, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -24,24 +24,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.spatial import SubSliceConfig
     from stofm.train.corpus import Corpus, TokenizedSlice
-
-
-class Together(Protocol):
-    """Processes that train one model: which of them this one is, and waiting for the others."""
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        ...
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        ...
-
-    def wait(self) -> None:
-        """Wait until all processes have come here."""
-        ...
+    from stofm.train.processes import Processes
 
 
 _FORMAT_VERSION = 2
@@ -60,21 +43,17 @@ _VIRTUAL_RULES = (
 )
 #: float16 ends at 65,504; no number of an embedding comes near it.
 _STORED = np.float16
+#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
+_REFERRED_TO = 2
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSlice:
-    """What the SE(2) Transformer reads of one slice.
+    """What the SE(2) Transformer reads of one slice."""
 
-    Attributes
-    ----------
-    features
-        (n_cells, d_cell) cell embeddings, float16, memory-mapped.
-    layout
-        Coordinates and virtual cells; for :func:`stofm.spatial.build_subslice`.
-    """
-
+    #: (n_cells, d_cell) cell embeddings, memory-mapped.
     features: NDArray[np.float16]
+    #: Coordinates and virtual cells; for :func:`stofm.spatial.build_subslice`.
     layout: SliceLayout
 
 
@@ -83,20 +62,8 @@ class CellCache:
     """Encodes the slices of a corpus and keeps the result on disk.
 
     A result is found again by the weights of the cell encoder, the tokens and the rules that
-    made it, so that stages, runs and processes share one folder.
-
-    Attributes
-    ----------
-    folder
-        Where the results are kept.
-    corpus
-        The slices.
-    rules
-        Rules of the virtual cells.
-    virtual_cells
-        Find virtual cells; without them sub-slices consist of cells alone.
-    device, dtype
-        Where and in which precision cells are encoded.
+    made it, so that stages, runs and processes share one folder. Without `virtual_cells`
+    sub-slices consist of cells alone.
     """
 
     folder: Path
@@ -107,22 +74,12 @@ class CellCache:
     dtype: torch.dtype
 
     def encode(
-        self, model: Stofm, processes: Together, *, show_progress_bar: bool = False
+        self, model: Stofm, processes: Processes, *, show_progress_bar: bool = False
     ) -> tuple[str, list[EncodedSlice]]:
         """Encode all slices with the model's cell encoder as it is now.
 
-        Parameters
-        ----------
-        model
-            Gives the cell encoder and the vocabulary.
-        processes
-            Those that train together; each encodes its share of the slices.
-        show_progress_bar
-            Show a bar.
-
-        Returns
-        -------
-        A key under which :meth:`open` finds the result, and the slices.
+        Each process encodes its share. Returns the key under which :meth:`open` finds the
+        result, and the slices.
         """
         key = self.key_of(model)
         own = self.corpus.slices[processes.rank :: processes.count]
@@ -139,37 +96,26 @@ class CellCache:
         return key, self.open(key)
 
     def open(self, key: str) -> list[EncodedSlice]:
-        """Open what :meth:`encode` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no result, or only part of one.
-        """
+        """Open what :meth:`encode` wrote."""
         return [self._open_slice(s, key) for s in self.corpus.slices]
 
-    def check(self, key: str, processes: Together) -> None:
-        """Compare this process's share of a result with what was written.
-
-        Raises
-        ------
-        ValueError
-            A file is damaged.
-        """
+    def check(self, key: str, processes: Processes) -> None:
+        """Compare this process's share of a result with what was written."""
         for one in self.corpus.slices[processes.rank :: processes.count]:
-            _require_sound(self._cells(one, key))
-            if self.virtual_cells:
-                _require_sound(self._virtual(one, key))
+            for folder in self._folders(one, key):
+                if folder.is_dir() and (damage := find_damage(folder)):
+                    msg = f"{damage} {_BEGIN_AGAIN}"
+                    raise ValueError(msg)
 
     def remove(self, key: str) -> None:
         """Delete a result that is not needed any more."""
-        for s in self.corpus.slices:
-            for place in (self._cells(s, key), self._virtual(s, key)):
-                shutil.rmtree(place, ignore_errors=True)
+        for one in self.corpus.slices:
+            for folder in self._folders(one, key):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def key_of(self, model: Stofm) -> str:
         """Key of what :meth:`encode` would give for the cell encoder as it is now."""
-        return _digest(
+        return digest_json(
             _FORMAT_VERSION,
             model.cell_encoder_fingerprint,
             model.vocabulary.fingerprint,
@@ -177,15 +123,16 @@ class CellCache:
             str(self.dtype),
         )
 
-    def _cells(self, one: TokenizedSlice, key: str) -> Path:
-        return self.folder / f"cells-{_digest(key, one.digest)}"
-
-    def _virtual(self, one: TokenizedSlice, key: str) -> Path:
+    def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
+        """Folders of a slice's cell embeddings and of its virtual cells."""
         rules = {name: getattr(self.rules, name) for name in _VIRTUAL_RULES}
-        return self.folder / f"virtual-{_digest(key, one.digest, rules)}"
+        return (
+            self.folder / f"cells-{digest_json(key, one.digest)}",
+            self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
+        )
 
     def _encode_slice(self, model: Stofm, one: TokenizedSlice, key: str) -> None:
-        cells, virtual = self._cells(one, key), self._virtual(one, key)
+        cells, virtual = self._folders(one, key)
         if not is_there(cells):
             features = encode_cells(
                 model.cell_encoder,
@@ -202,38 +149,27 @@ class CellCache:
             _write(virtual, coordinates=found.coordinates, features=found.features)
 
     def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
-        place = self._cells(one, key)
-        if not place.is_dir():
+        cells, virtual = self._folders(one, key)
+        if not cells.is_dir():
             msg = (
                 f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the cell "
                 f"encoder of the checkpoint. {_BEGIN_AGAIN}"
             )
             raise FileNotFoundError(msg)
-        features = open_array(place / "features.npy")
-        return EncodedSlice(
-            features=features,
-            layout=_layout(one, self._open_virtual(one, key, features.shape[1])),
+        features = open_array(cells / "features.npy")
+        places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
+        if self.virtual_cells:
+            places = np.load(virtual / "coordinates.npy", allow_pickle=False)
+            embedded = np.load(virtual / "features.npy", allow_pickle=False)
+        # In one piece: the sampler cuts it.
+        nowhere = np.broadcast_to(np.int64(0), one.n_cells)
+        layout = SliceLayout(
+            one.coordinates,
+            subslice=nowhere,
+            virtual_cell=nowhere,
+            virtual=VirtualCells(coordinates=places, features=embedded),
         )
-
-    def _open_virtual(self, one: TokenizedSlice, key: str, d_cell: int) -> VirtualCells:
-        if not self.virtual_cells:
-            return VirtualCells(np.empty((0, 2)), np.empty((0, d_cell), dtype=np.float32))
-        place = self._virtual(one, key)
-        return VirtualCells(
-            coordinates=np.load(place / "coordinates.npy", allow_pickle=False),
-            features=np.load(place / "features.npy", allow_pickle=False),
-        )
-
-
-def _layout(one: TokenizedSlice, virtual: VirtualCells) -> SliceLayout:
-    """Lay a slice out in one piece: the sampler cuts it."""
-    nowhere = np.broadcast_to(np.int64(0), one.n_cells)
-    return SliceLayout(one.coordinates, subslice=nowhere, virtual_cell=nowhere, virtual=virtual)
-
-
-def _digest(*parts: Any) -> str:
-    described = json.dumps(parts, sort_keys=True)
-    return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
+        return EncodedSlice(features, layout)
 
 
 def _write(folder: Path, **arrays: NDArray[Any]) -> None:
@@ -244,7 +180,46 @@ def _write(folder: Path, **arrays: NDArray[Any]) -> None:
     write_folder(folder, fill)
 
 
-def _require_sound(folder: Path) -> None:
-    if folder.is_dir() and (damage := find_damage(folder)):
-        msg = f"{damage} {_BEGIN_AGAIN}"
-        raise ValueError(msg)
+class KeptResults:
+    """Results of a stage on disk: the first, the present one, and older ones.
+
+    The first is in the work folder, where other stages and runs may use it, and stays. Those
+    after it are in a folder of the run, until no checkpoint refers to them; `remove` deletes one.
+    """
+
+    def __init__(self, remove: Callable[[str], object]) -> None:
+        self._remove = remove
+        self._first: str | None = None
+        self._key: str | None = None
+        self._made: list[str] = []
+        self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
+
+    def first(self, key: str) -> str:
+        """Key of the first result; that of the result that is to come if there is none."""
+        return key if self._first is None else self._first
+
+    def replace(self, key: str) -> None:
+        """Take a new result, and delete those that nothing refers to."""
+        self._first = self.first(key)
+        if key not in (self._first, self._key):
+            self._made.append(key)
+        self._key = key
+        for old in [k for k in self._made if k not in (key, *self._referred)]:
+            self._made.remove(old)
+            self._remove(old)
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint notes; the present result is then kept."""
+        if self._key is None or self._first is None:
+            return {}
+        self._referred.append(self._key)
+        return {"key": self._key, "first": self._first, "made": " ".join(self._made)}
+
+    def restore(self, state: Mapping[str, str]) -> str | None:
+        """Go on from what a checkpoint noted; returns the result's key."""
+        self._key = state.get("key")
+        self._first = state.get("first")
+        self._made = state.get("made", "").split()
+        if self._key is not None:
+            self._referred.append(self._key)
+        return self._key

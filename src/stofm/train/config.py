@@ -2,28 +2,260 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from stofm._config import check_seed
-from stofm.train._checks import check_choice
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.gene_masking import TokenMasking
-from stofm.train.losses import CellLoss, ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.optimizer import OptimizerConfig
+from stofm._config import check_choice, check_seed, check_shares, check_sum, require
 
 StageName = Literal["cell_encoder", "spatial", "joint"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 #: What is handed on from a stage: the weights with the lowest held-out loss, or the last ones.
 Keep = Literal["best", "last"]
+Candidates = Literal["vocabulary", "batch"]
+CellLoss = Literal["mse", "cosine"]
 
 
-def _check_at_least_one(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            msg = f"{name} must be at least 1, found {value}."
+def _at_least_one(value: float) -> bool:
+    return value >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights are changed; the defaults are the paper's.
+
+    Attributes
+    ----------
+    learning_rate
+        Largest learning rate, reached at the end of the warm-up.
+    weight_decay
+        Of AdamW; for matrices only, neither for biases and norms nor for embeddings.
+    beta1, beta2, epsilon
+        Of AdamW.
+    warmup_steps
+        Optimiser steps over which the learning rate rises linearly from 0; at most half of the
+        stage. Then it falls linearly to 0 at the stage's last step.
+    batch_size
+        Samples of a batch (cells, or sub-slices) over all processes.
+    accumulation
+        Batches of an optimiser step.
+    max_norm
+        Norm to which larger gradients are scaled down; None for no limit.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), table A.8.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup_steps: int = 500
+    batch_size: int = 16
+    accumulation: int = 4
+    max_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        require(self, "must be at least 1", _at_least_one, "batch_size", "accumulation")
+        rule = "must be positive and finite"
+        require(self, rule, lambda value: 0 < value < math.inf, "learning_rate", "epsilon")
+        rule = "must be at least 0 and finite"
+        require(self, rule, lambda value: 0 <= value < math.inf, "weight_decay", "warmup_steps")
+        require(self, "must be at least 0 and below 1", lambda b: 0 <= b < 1, "beta1", "beta2")
+        rule = "must be positive, or left out for no limit"
+        require(self, rule, lambda value: value > 0, "max_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMasking:
+    """Which genes of a cell are to be recovered, and what the model sees in their place.
+
+    Attributes
+    ----------
+    share
+        Share of a cell's genes to recover; at least one gene where the cell has any.
+    mask_share
+        Share of these that ``<mask>`` replaces.
+    random_share
+        Share of these that a random gene replaces. The rest stays visible.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section A.1 (15 %); BERT (Devlin et al. 2019), section 3.1.
+    """
+
+    share: float = 0.15
+    mask_share: float = 1.0
+    random_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check each share and their sum."""
+        check_shares(self, "share", "mask_share", "random_share")
+        check_sum(self, "mask_share", "random_share")
+
+    @classmethod
+    def bert(cls) -> TokenMasking:
+        """BERT's: 80 % ``<mask>``, 10 % a random gene, 10 % visible."""
+        return cls(mask_share=0.8, random_share=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialMasking:
+    """What masked cell modelling and pairwise distance recovery change in a sub-slice.
+
+    Slice token and virtual cells never change.
+
+    Attributes
+    ----------
+    masked
+        Share of the cells whose features are hidden and to be recovered.
+    kept
+        Share of the cells whose features stay visible and are to be recovered.
+    moved
+        Share of the cells that are moved; their distances to other cells are to be recovered.
+    kept_pairs
+        Share of the cells that stay in place and whose distances are to be recovered.
+    disjoint
+        No cell is in two of these groups. Otherwise the first two are drawn independently of the
+        last two.
+    noise_spacings
+        Standard deviation of a move along each axis, in mean spacings of the sub-slice's cells,
+        ``sqrt(width x height / n)``.
+    mask_value
+        What stands in place of hidden features: ``"learned"``, a vector that is trained along,
+        or a number in every place.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4. DISCREPANCY: the paper masks 10 % and moves 10 % of
+    the cells, disjoint; the published code masks and moves 12 %, keeps 3 % of each, draws the
+    two independently and writes -100 into masked features (:meth:`reference`).
+    """
+
+    masked: float = 0.10
+    kept: float = 0.0
+    moved: float = 0.10
+    kept_pairs: float = 0.0
+    disjoint: bool = True
+    noise_spacings: float = 5.0
+    mask_value: Literal["learned"] | float = "learned"
+
+    def __post_init__(self) -> None:
+        """Check each value and how they fit together."""
+        groups = ("masked", "kept", "moved", "kept_pairs")
+        check_shares(self, *groups)
+        for together in [groups] if self.disjoint else [groups[:2], groups[2:]]:
+            check_sum(self, *together)
+        rule = "must be finite and not negative"
+        require(self, rule, lambda value: 0 <= value < math.inf, "noise_spacings")
+        value: object = self.mask_value
+        is_number = isinstance(value, float | int) and math.isfinite(value)
+        if not (is_number or value == "learned"):
+            msg = f"mask_value must be 'learned' or a finite number, found {value!r}."
             raise ValueError(msg)
+
+    @classmethod
+    def reference(cls) -> SpatialMasking:
+        """Settings of SToFM's published code."""
+        return cls(
+            masked=0.12, kept=0.03, moved=0.12, kept_pairs=0.03, disjoint=False, mask_value=-100.0
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedGeneConfig:
+    """Masked gene modelling.
+
+    Attributes
+    ----------
+    candidates
+        Genes among which the hidden one is to be found: ``"vocabulary"``, as in the paper, or
+        ``"batch"``, the genes that occur in the batch: what a panel does not measure can't be the
+        answer, and to learn that teaches panels, not cells. For panels this is also much faster.
+    """
+
+    candidates: Candidates = "vocabulary"
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        check_choice(self, "candidates", Candidates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """Contrastive learning of cell embeddings.
+
+    Attributes
+    ----------
+    temperature
+        Cosines are divided by this.
+    gene_dropout
+        Share of a cell's genes that each of its two views leaves out, besides dropout in the
+        network: a panel that measures fewer genes should place the cell alike. 0 in the paper.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section A.1; SimCSE (Gao et al. 2021), equation 4, temperature 0.05.
+    """
+
+    temperature: float = 0.05
+    gene_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check each value."""
+        require(self, "must be positive", lambda value: value > 0, "temperature")
+        rule = "must be at least 0 and below 1"
+        require(self, rule, lambda value: 0 <= value < 1, "gene_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the losses in a stage's loss; a loss of weight 0 is not computed.
+
+    Attributes
+    ----------
+    masked_genes, contrastive
+        Of the cell encoder's losses; the paper adds them up.
+    masked_cells
+        The paper's lambda, between 0 and 1: weight of the masked cells. The pairs' distances have
+        the weight 1 - lambda.
+    visible_cells
+        Of telling, from a cell that is not hidden, its own embedding.
+    surroundings
+        Of telling, from a cell that is not hidden, the mean embedding of the cells around it. Such
+        a mean varies less than an embedding does, and its squared errors are smaller.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), sections A.1 and 3.4. The published code states no lambda.
+    DISCREPANCY: the paper has no loss at cells that are not hidden, where embeddings are read
+    after training; the weights of these two are 0 by default.
+    """
+
+    masked_genes: float = 1.0
+    contrastive: float = 1.0
+    masked_cells: float = 0.5
+    visible_cells: float = 0.0
+    surroundings: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check each weight."""
+        check_shares(self, "masked_cells")
+        names = ("masked_genes", "contrastive", "visible_cells", "surroundings")
+        require(self, "must not be negative", lambda value: value >= 0, *names)
+
+    @property
+    def pair_distances(self) -> float:
+        """Weight of the pairs' distances, 1 - lambda."""
+        return 1.0 - self.masked_cells
+
+    @property
+    def asks_visible_cells(self) -> bool:
+        """Whether anything is asked of cells that are not hidden."""
+        return self.visible_cells > 0 or self.surroundings > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +298,17 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_choice("precision", self.precision, get_args(Precision))
-        check_choice("keep", self.keep, get_args(Keep))
-        _check_at_least_one(self, "validate_every", "patience", "checkpoint_every", "log_every")
+        check_choice(self, "precision", Precision)
+        check_choice(self, "keep", Keep)
+        counts = ("validate_every", "patience", "checkpoint_every", "log_every")
+        require(self, "must be at least 1", _at_least_one, *counts)
         check_seed(self.seed)
-        if self.n_threads < 0:
-            msg = f"n_threads must not be negative, found {self.n_threads}."
-            raise ValueError(msg)
+        require(self, "must not be negative", lambda value: value >= 0, "n_threads")
 
     def settings(self) -> dict[str, Any]:
         """Entries that the trained weights depend on."""
-        return {
-            name: getattr(self, name)
-            for name in ("seed", "precision", "keep", "validate_every", "patience")
-        }
+        names = ("seed", "precision", "keep", "validate_every", "patience")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,13 +377,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         """Check each value."""
-        check_choice("name", self.name, get_args(StageName))
-        check_choice("cell_loss", self.cell_loss, get_args(CellLoss))
-        _check_at_least_one(self, "epochs", "max_steps", "subslice_cells", "sampled_cells")
-        _check_at_least_one(self, "refresh_every", "surrounding_cells")
-        if not self.distance_unit > 0:
-            msg = f"distance_unit must be positive, found {self.distance_unit}."
-            raise ValueError(msg)
+        check_choice(self, "name", StageName)
+        check_choice(self, "cell_loss", CellLoss)
+        counts = ("epochs", "max_steps", "subslice_cells", "sampled_cells", "refresh_every")
+        require(self, "must be at least 1", _at_least_one, *counts, "surrounding_cells")
+        require(self, "must be positive", lambda value: value > 0, "distance_unit")
 
     @property
     def n_surrounding(self) -> int:
@@ -164,27 +391,3 @@ class StageConfig:
     def settings(self) -> dict[str, Any]:
         """Entries that the trained weights depend on: all."""
         return asdict(self)
-
-
-def paper_schedule(
-    *, epochs: tuple[int, int, int] = (1, 2, 1), optimizer: OptimizerConfig | None = None
-) -> tuple[StageConfig, ...]:
-    """The stages of the paper: cell encoder, SE(2) Transformer, both.
-
-    Parameters
-    ----------
-    epochs
-        Of each stage.
-    optimizer
-        Of all stages; table A.8's by default.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section 4.1 and table A.8.
-    """
-    names: tuple[StageName, ...] = get_args(StageName)
-    chosen = optimizer or OptimizerConfig()
-    return tuple(
-        StageConfig(name=name, epochs=n, optimizer=chosen)
-        for name, n in zip(names, epochs, strict=True)
-    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,13 @@ import numpy as np
 from stofm._files import local
 from stofm._messages import warn
 from stofm.genes import RankedTokens
-from stofm.nn.checkpoint import write_atomically
-from stofm.train.arrays import GrowingArray, explained_file_limit, is_file_limit, open_array
+from stofm.train.storage import (
+    digest_json,
+    explained_file_limit,
+    is_file_limit,
+    open_array,
+    write_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +35,7 @@ FORMAT_VERSION = 1
 _INFO = "slice.json"
 _TOKENS, _VALUES, _OFFSETS = "tokens.npy", "values.npy", "offsets.npy"
 _COORDINATES = "coordinates.npy"
+_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +100,7 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
             [p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime_ns] for p in files
         ]
         state.append([str(path.resolve())])
-    described = json.dumps([FORMAT_VERSION, state, dict(settings)], sort_keys=True)
-    return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
+    return digest_json(FORMAT_VERSION, state, dict(settings))
 
 
 def write_slice(
@@ -124,7 +129,8 @@ def write_slice(
 
     Returns
     -------
-    The slice, with tokens and values memory-mapped. If there is one of that key it is opened and nothing is written.
+    The slice, with tokens and values memory-mapped. If there is one of that key it is opened and
+    nothing is written.
 
     Raises
     ------
@@ -141,93 +147,105 @@ def write_slice(
     blocks = [ranked] if isinstance(ranked, RankedTokens) else ranked
 
     def fill(place: Path) -> None:
-        info = _write_tokens(place, blocks, name)
-        if info["n_cells"] != len(xy):
+        written = _write_tokens(place, blocks, name)
+        if written.n_cells != len(xy):
             msg = (
-                f"Slice {name!r} has {info['n_cells']} cells with tokens and {len(xy)} "
+                f"Slice {name!r} has {written.n_cells} cells with tokens and {len(xy)} "
                 "coordinates; pass one row of coordinates per cell."
             )
             raise ValueError(msg)
         np.save(place / _COORDINATES, xy)
-        digest = _digest_with(info["digest"], xy)
-        info |= {"digest": digest, "name": name, "technology": technology}
+        info = {
+            "format_version": FORMAT_VERSION,
+            "n_cells": written.n_cells,
+            "n_tokens": len(written.tokens),
+            "has_values": written.values is not None,
+            "digest": _digest(written, xy),
+            "name": name,
+            "technology": technology,
+        }
         (place / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
-    # Unless another run that shares the folder was faster.
-    with contextlib.suppress(FileExistsError):
-        write_atomically(Path(folder) / key, fill, overwrite=False)
-    written = open_slice(folder, key)
-    assert written is not None
-    return written
+    write_once(Path(folder) / key, fill)
+    opened = open_slice(folder, key)
+    assert opened is not None
+    return opened
 
 
-def _write_tokens(place: Path, blocks: Iterable[RankedTokens], name: str) -> dict[str, Any]:
-    """Write tokens, values and offsets block by block; return what describes them."""
+def _write_tokens(place: Path, blocks: Iterable[RankedTokens], name: str) -> RankedTokens:
+    """Write tokens, values and offsets block by block, and map them."""
     lengths: list[NDArray[np.int32]] = []
     with_values: set[bool] = set()
-    with (
-        GrowingArray(place / _TOKENS, np.int32) as tokens,
-        GrowingArray(place / _VALUES, np.float32) as values,
-    ):
+    with (place / _TOKENS).open("wb") as tokens, (place / _VALUES).open("wb") as values:
+        tokens.write(bytes(_HEADER_BYTES))
+        values.write(bytes(_HEADER_BYTES))
         for block in blocks:
             lengths.append(block.n_tokens)
-            tokens.append(block.tokens)
+            tokens.write(np.ascontiguousarray(block.tokens, dtype=np.int32).data)
             with_values.add(block.values is not None)
             if block.values is not None:
-                values.append(block.values)
+                values.write(np.ascontiguousarray(block.values, dtype=np.float32).data)
     if len(with_values) > 1:
         msg = f"Slice {name!r}: some blocks have values and others have none; rank all alike."
         raise ValueError(msg)
-    if with_values != {True}:
-        (place / _VALUES).unlink()
-    offsets = np.zeros(sum(map(len, lengths)) + 1, dtype=np.int64)
-    np.cumsum(np.concatenate([np.empty(0, np.int32), *lengths]), out=offsets[1:])
+    has_values = with_values == {True}
+    offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum(dtype=np.int64)
     np.save(place / _OFFSETS, offsets)
-    return {
-        "format_version": FORMAT_VERSION,
-        "n_cells": len(offsets) - 1,
-        "n_tokens": int(offsets[-1]),
-        "has_values": with_values == {True},
-        "digest": _digest_of_tokens(offsets, tokens.digest, values.digest),
-    }
+    _write_header(place / _TOKENS, np.int32, int(offsets[-1]))
+    if has_values:
+        _write_header(place / _VALUES, np.float32, int(offsets[-1]))
+    else:
+        (place / _VALUES).unlink()
+    return _open_tokens(place, has_values=has_values)
 
 
-def _digest_of_tokens(offsets: NDArray[np.int64], tokens: str, values: str) -> str:
-    hashed = hashlib.blake2b(offsets.data, digest_size=8)
-    hashed.update((tokens + values).encode())
-    return hashed.hexdigest()
+def _write_header(path: Path, dtype: type[np.generic], length: int) -> None:
+    """Say at the start of an .npy file what was written behind it."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": (length,)}
+    )
+    assert len(header.getvalue()) == _HEADER_BYTES
+    with path.open("r+b") as file:
+        file.write(header.getvalue())
 
 
-def _digest_with(tokens: str, coordinates: NDArray[np.float64]) -> str:
-    hashed = hashlib.blake2b(tokens.encode(), digest_size=8)
-    hashed.update(np.ascontiguousarray(coordinates).data)
-    return hashed.hexdigest()
+def _open_tokens(place: Path, *, has_values: bool) -> RankedTokens:
+    return RankedTokens(
+        tokens=open_array(place / _TOKENS),
+        offsets=_read(place / _OFFSETS),
+        values=open_array(place / _VALUES) if has_values else None,
+    )
 
 
-def _is_as_written(one: TokenizedSlice) -> bool:
-    """Whether a slice's content has the digest that stands beside it."""
-    parts = (one.ranked.tokens, one.ranked.values)
-    digests = [
-        hashlib.blake2b(b"" if part is None else part.data, digest_size=8).hexdigest()
-        for part in parts
-    ]
-    tokens = _digest_of_tokens(np.ascontiguousarray(one.ranked.offsets), *digests)
-    return _digest_with(tokens, one.coordinates) == one.digest
+def _read(path: Path) -> NDArray[Any]:
+    """Read an .npy file into memory, read-only as a map is."""
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    array.flags.writeable = False
+    return array
+
+
+def _digest(ranked: RankedTokens, coordinates: NDArray[np.float64]) -> str:
+    def hashed(*parts: bytes | memoryview) -> str:
+        found = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            found.update(part)
+        return found.hexdigest()
+
+    arrays = [hashed(b"" if a is None else a.data) for a in (ranked.tokens, ranked.values)]
+    tokens = hashed(np.ascontiguousarray(ranked.offsets).data, "".join(arrays).encode())
+    return hashed(tokens.encode(), np.ascontiguousarray(coordinates).data)
 
 
 def reuse_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
     """Open a slice that is as :func:`write_slice` wrote it; None if there is none of that key.
 
     A damaged one is deleted, with a warning. Unlike :func:`open_slice` this reads all of it.
-
-    Raises
-    ------
-    OSError
-        Too many files are open.
     """
     try:
         found = open_slice(folder, key)
-        if found is None or _is_as_written(found):
+        if found is None or _digest(found.ranked, found.coordinates) == found.digest:
             return found
         damage = f"The prepared slice {Path(folder) / key} is not what was written."
     except ValueError as error:
@@ -252,7 +270,7 @@ def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
         return None
     try:
         with explained_file_limit():
-            return _read_slice(place)
+            return _open(place)
     except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError) as error:
         if is_file_limit(error):
             raise
@@ -260,50 +278,26 @@ def open_slice(folder: str | Path, key: str) -> TokenizedSlice | None:
         raise ValueError(msg) from error
 
 
-def _read_slice(place: Path) -> TokenizedSlice:
-    """Read what is small, and map tokens and values: each map keeps a file open."""
+def _open(place: Path) -> TokenizedSlice:
     info = json.loads((place / _INFO).read_text(encoding="utf-8"))
+    ranked = _open_tokens(place, has_values=info["has_values"])
     coordinates = _read(place / _COORDINATES)
-    ranked = RankedTokens(
-        tokens=open_array(place / _TOKENS),
-        offsets=_read(place / _OFFSETS),
-        values=open_array(place / _VALUES) if info["has_values"] else None,
-    )
-    _check_arrays(ranked, coordinates, info["n_cells"])
-    return TokenizedSlice(
-        name=info["name"],
-        ranked=ranked,
-        coordinates=coordinates,
-        technology=info["technology"],
-        digest=info["digest"],
-    )
-
-
-def _check_arrays(ranked: RankedTokens, coordinates: NDArray[Any], n_cells: int) -> None:
-    """Refuse arrays of other kinds or sizes than were written."""
-    offsets, n_tokens = ranked.offsets, int(ranked.offsets[-1])
-    expected: dict[str, tuple[NDArray[Any], type[np.generic], tuple[int, ...]]] = {
-        _TOKENS: (ranked.tokens, np.int32, (n_tokens,)),
-        _OFFSETS: (offsets, np.int64, (n_cells + 1,)),
-        _COORDINATES: (coordinates, np.float64, (n_cells, 2)),
-    }
-    if ranked.values is not None:
-        expected[_VALUES] = (ranked.values, np.float32, (n_tokens,))
-    for name, (array, dtype, shape) in expected.items():
-        if array.dtype != dtype or array.shape != shape:
+    n_cells, n_tokens = info["n_cells"], int(ranked.offsets[-1])
+    for name, array, dtype, shape in (
+        (_TOKENS, ranked.tokens, np.int32, (n_tokens,)),
+        (_VALUES, ranked.values, np.float32, (n_tokens,)),
+        (_OFFSETS, ranked.offsets, np.int64, (n_cells + 1,)),
+        (_COORDINATES, coordinates, np.float64, (n_cells, 2)),
+    ):
+        if array is not None and (array.dtype != dtype or array.shape != shape):
             found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
             msg = f"{name} is {found}, expected {wanted}"
             raise ValueError(msg)
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or not np.isfinite(coordinates).all():
+    rises = ranked.offsets[0] == 0 and (np.diff(ranked.offsets) >= 0).all()
+    if not rises or not np.isfinite(coordinates).all():
         msg = f"{_OFFSETS} does not rise from 0, or {_COORDINATES} is not finite"
         raise ValueError(msg)
-
-
-def _read(path: Path) -> NDArray[Any]:
-    """Read an .npy file into memory, read-only as a map is."""
-    array: NDArray[Any] = np.load(path, allow_pickle=False)
-    array.flags.writeable = False
-    return array
+    return TokenizedSlice(info["name"], ranked, coordinates, info["technology"], info["digest"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,53 +3,47 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.gene_table import GeneTable, require_suffix
 from stofm.spatial.virtual_cells import principal_components
-from stofm.train.coexpression import initialize_from_coexpression
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
 
+    from stofm.genes import RankedTokens
     from stofm.nn import Stofm
     from stofm.train.corpus import Corpus
-    from stofm.train.pretraining import Initializer
+
+    #: Sets first weights from the training slices.
+    Initializer = Callable[[Corpus, Stofm], object]
 
 #: What is no table.
 WORDS: Final = ("random", "coexpression")
 #: Share of the vocabulary that a table may lack without a warning.
 _MOST_LACKING: Final = 0.5
+#: A gene's scale is at least this share of the median gene's: rare genes are mostly noise.
+_SMALLEST_SCALE = 0.1
 
 
 def require_gene_embeddings(gene_embeddings: str | PathLike[str]) -> None:
-    """Refuse what is neither a word nor the name of a table.
-
-    Raises
-    ------
-    ValueError
-        It is neither.
-    """
+    """Refuse what is neither a word nor the name of a table."""
     if gene_embeddings not in WORDS:
         words = ", ".join(map(repr, WORDS))
         require_suffix(gene_embeddings, f"gene_embeddings must be {words} or a table")
 
 
 def read_gene_embeddings(gene_embeddings: str | PathLike[str]) -> str | GeneTable:
-    """Read the table that gene embeddings are to come from; ``"random"`` and the like stay.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        See :meth:`~stofm.genes.gene_table.GeneTable.read`.
-    """
+    """Read the table that gene embeddings are to come from; ``"random"`` and the like stay."""
     require_gene_embeddings(gene_embeddings)
     return str(gene_embeddings) if gene_embeddings in WORDS else GeneTable.read(gene_embeddings)
 
@@ -57,13 +51,7 @@ def read_gene_embeddings(gene_embeddings: str | PathLike[str]) -> str | GeneTabl
 def make_initializer(
     gene_embeddings: str | GeneTable, model: Stofm, *, seed: int
 ) -> Initializer | None:
-    """What sets a model's first gene embeddings; None to leave them.
-
-    Raises
-    ------
-    ValueError
-        The table has fewer numbers than gene embeddings, or no gene of the model.
-    """
+    """What sets a model's first gene embeddings; None to leave them."""
     if isinstance(gene_embeddings, GeneTable):
         return partial(_put_in, *_embeddings_of(gene_embeddings, model))
     if gene_embeddings == "random":
@@ -98,17 +86,13 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
         msg = f"{table.file} has the same numbers for all genes of the model, which tell nothing."
         raise ValueError(msg)
     values *= float(encoder.bert.config.initializer_range) / spread
-    _tell_lacking(table, len(values), vocabulary.n_genes)
-    return vocabulary.tokens[rows >= 0], values.astype(np.float32)
-
-
-def _tell_lacking(table: GeneTable, n_found: int, n_genes: int) -> None:
-    n_lacking = n_genes - n_found
-    tell = warn if n_lacking > _MOST_LACKING * n_genes else logger.info
+    n_lacking = vocabulary.n_genes - len(values)
+    tell = warn if n_lacking > _MOST_LACKING * vocabulary.n_genes else logger.info
     tell(
-        f"{n_found} of the model's {n_genes} genes begin with embeddings from {table.file}; the other "
-        f"{n_lacking}, which it lacks, keep theirs."
+        f"{len(values)} of the model's {vocabulary.n_genes} genes begin with embeddings from "
+        f"{table.file}; the other {n_lacking}, which it lacks, keep theirs."
     )
+    return vocabulary.tokens[rows >= 0], values.astype(np.float32)
 
 
 def _put_in(
@@ -119,3 +103,160 @@ def _put_in(
     words = model.cell_encoder.gene_embeddings.weight
     with torch.no_grad():
         words[torch.from_numpy(tokens.astype(np.int64))] = torch.from_numpy(values).to(words)
+
+
+def coexpression_factors(
+    slices: Sequence[RankedTokens],
+    n_tokens: int,
+    n_factors: int,
+    *,
+    iterations: int = 5,
+    scaling: float = 0.5,
+    scale: NDArray[np.float32] | None = None,
+    seed: int = 0,
+) -> NDArray[np.float32]:
+    """Factorise the co-expression of genes over slices that measure different genes.
+
+    With x the values log(1 + value x scale) of a slice, each gene's less its mean over the slice and
+    divided by its standard deviation to the power of `scaling`, the factors W maximise the
+    variance of x W, averaged over slices with the square root of their number of cells as weight.
+    `scaling` 1 gives all genes the same variance, 0 leaves them as they are, so that genes that vary
+    most count most. `scale` (n_tokens,) may be the genes' medians, which makes counts of values.
+    A gene counts over the slices where it occurs. W is found by power iteration on sparse
+    products: nothing of genes x genes or of dense cells x genes is made.
+
+    Returns (n_tokens, n_factors) weights of the genes, in order of falling variance: a cell's
+    factors are the sum over its genes of log(1 + value x scale) x weight, less the slice's mean.
+    """
+    scale = np.ones(n_tokens, dtype=np.float32) if scale is None else scale
+    moments = [_moments(_values(ranked, scale)) for ranked in slices]
+    weights = np.sqrt([float(ranked.n_cells) for ranked in slices])
+    seen = sum(w * (m.mean > 0) for w, m in zip(weights, moments, strict=True))
+    variance = sum(w * m.variance for w, m in zip(weights, moments, strict=True))
+    deviation = np.sqrt(variance / np.maximum(seen, 1e-12))
+    if (n_genes := int((deviation > 0).sum())) < n_factors:
+        msg = (
+            f"Found {n_genes} genes that vary within slices for {n_factors} factors; there must be "
+            "as many. Lower the width of gene embeddings (d_gene of the cell encoder, or d_hidden where "
+            "that is not set), or use gene_embeddings='random'."
+        )
+        raise ValueError(msg)
+    smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
+    inverse = np.where(seen > 0, np.maximum(deviation, smallest) ** -scaling, 0.0)
+
+    start = np.random.default_rng(seed).standard_normal((n_tokens, n_factors))
+    factors: NDArray[np.float64] = np.linalg.qr(start * (seen > 0)[:, None])[0]
+    strength = np.zeros(n_factors)
+    for _ in range(iterations):
+        product = np.zeros((n_tokens, n_factors))
+        for ranked, moment, weight in zip(slices, moments, weights, strict=True):
+            product += weight * _covariance_product(
+                _values(ranked, scale), moment.mean, factors * inverse[:, None]
+            )
+        product *= (inverse / np.maximum(seen, 1e-12))[:, None]
+        factors, strength, _ = np.linalg.svd(product, full_matrices=False)
+    # Of each factor the weight of largest magnitude is positive.
+    largest = np.take_along_axis(factors, np.abs(factors).argmax(axis=0)[None], axis=0)
+    factors = factors * np.where(largest < 0, -1.0, 1.0)
+    logger.info(
+        "Co-expression of %d genes over %d slices: the first of %d factors is %.0f times as strong "
+        "as the last.",
+        n_genes,
+        len(slices),
+        n_factors,
+        strength[0] / max(strength[-1], 1e-12),
+    )
+    return (inverse[:, None] * factors).astype(np.float32)
+
+
+def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0) -> None:
+    """Set the gene embeddings of a model that pools, in place.
+
+    The first half of their numbers are factors of log(1 + value x median), in which genes count by
+    their variance, as in principal components. The second half are factors of log(1 + value), in which
+    rare genes count more, and which are half as large, because these are noisier. Each factor is
+    divided by the root of its deviation over the slices: what varies most in all of them, such as the
+    depth of sequencing, shall not drown the rest. Pooled sums then have mean 0 over the slices, and
+    the first half's have a mean variance of 1. BERT, if it is narrower than gene embeddings, reads the
+    first factors.
+    """
+    encoder = model.cell_encoder
+    if not encoder.config.pooled:
+        msg = (
+            "gene_embeddings='coexpression' sets what is pooled over a cell's genes, and this cell "
+            "encoder pools nothing: set cell_encoder.pooled to true."
+        )
+        raise ValueError(msg)
+    slices = [one.ranked for one in corpus.slices]
+    n_tokens, width = encoder.gene_embeddings.weight.shape
+    medians = encoder.medians.numpy()
+    halves, means = [], []
+    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
+        factors = coexpression_factors(
+            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
+        )
+        sums = (_values(one, scale) @ factors for one in slices)
+        moments = [
+            _Moments(s.mean(axis=0, dtype=np.float64), s.var(axis=0, dtype=np.float64))
+            for s in sums
+        ]
+        deviation = np.sqrt(np.mean([m.variance for m in moments], axis=0))
+        # Variances become deviations, whose mean is then `size` squared.
+        ratio = (size / np.sqrt(deviation.mean() * deviation)).astype(np.float32)
+        halves.append(factors * ratio)
+        means.append(np.mean([m.mean for m in moments], axis=0) * ratio)
+    table = np.hstack(halves)
+    with torch.no_grad():
+        encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))
+        encoder.gene_offset.copy_(torch.from_numpy(np.concatenate(means)))
+        if encoder.config.projects_genes:
+            # As spread as BERT's own would be, so that positions and values weigh as usual.
+            spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
+            ratio = float(encoder.bert.config.initializer_range) / spread
+            encoder.gene_projection.weight.copy_(
+                torch.eye(*encoder.gene_projection.weight.shape) * ratio
+            )
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of each gene, or factor, over a slice."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+def _values(ranked: RankedTokens, scale: NDArray[np.float32]) -> sparse.csr_matrix:
+    """Values log(1 + value x scale) of a slice, (n_cells, n_tokens)."""
+    if ranked.values is None:
+        msg = (
+            "Co-expression needs the values of the tokens, and they have none: prepare the slices "
+            "for a model with cell_encoder.pooled = true."
+        )
+        raise ValueError(msg)
+    logs = np.log1p(ranked.values * scale[ranked.tokens])
+    shape = (ranked.n_cells, len(scale))
+    return sparse.csr_matrix((logs, ranked.tokens, ranked.offsets), shape=shape)
+
+
+def _moments(values: sparse.csr_matrix) -> _Moments:
+    n_cells = values.shape[0]
+    columns = values.indices
+    size = values.shape[1]
+    mean = np.bincount(columns, weights=values.data, minlength=size) / n_cells
+    square = np.bincount(columns, weights=values.data.astype(np.float64) ** 2, minlength=size)
+    return _Moments(mean=mean, variance=np.maximum(square / n_cells - mean**2, 0.0))
+
+
+def _covariance_product(
+    values: sparse.csr_matrix, mean: NDArray[np.float64], factors: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Covariance of the genes times `factors`, for cells' factors of mean square norm 1.
+
+    So a slice that measures few genes counts as much as one that measures all.
+    """
+    scores = values @ factors.astype(np.float32)
+    scores -= scores.mean(axis=0)
+    scores /= max(float(np.sqrt(np.mean((scores**2).sum(axis=1)))), 1e-12)
+    product: NDArray[np.float64] = values.T @ scores
+    product = product - np.outer(mean, scores.sum(axis=0, dtype=np.float64))
+    return product / len(scores)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,36 +16,53 @@ from torch import nn
 
 from stofm._logging import logger
 from stofm.nn.device import reseed, seeded
-from stofm.train.optimizer import count_steps, learning_rate, make_optimizer, set_learning_rate
-from stofm.train.prefetch import Prefetch
-
-#: Seconds between checkpoints, where no number of steps is asked for.
-_BETWEEN_CHECKPOINTS = 600.0
+from stofm.train.optimizer import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.train.config import RunConfig
-    from stofm.train.optimizer import OptimizerConfig
+    from stofm.train.checkpoint import Progress
+    from stofm.train.config import OptimizerConfig, RunConfig
     from stofm.train.processes import Processes, RowGatherer
     from stofm.train.protocols import Recorder, Samples, Stage
-    from stofm.train.run_checkpoint import Progress
+
+    Item = TypeVar("Item")
+    Loaded = TypeVar("Loaded")
+
+#: Seconds between checkpoints, where no number of steps is asked for.
+_BETWEEN_CHECKPOINTS = 600.0
 
 
-@dataclass(frozen=True)
-class _Share:
-    """A process's part of a batch; one that gets none computes a sample that does not count."""
+def load_ahead(
+    load: Callable[[Item], Loaded], items: Iterable[Item], n_threads: int
+) -> Generator[Loaded, None, None]:
+    """Load items in threads, two for each ahead, and hand them out in order.
 
-    samples: NDArray[np.int64]
+    Without threads each is loaded when it is asked for.
+    """
+    if not n_threads:
+        yield from map(load, items)
+        return
+    left = iter(items)
+    with ThreadPoolExecutor(n_threads, "stofm-load") as threads:
+        pending = deque(threads.submit(load, item) for item in islice(left, 2 * n_threads))
+        try:
+            while pending:
+                loaded = pending.popleft().result()
+                pending.extend(threads.submit(load, item) for item in islice(left, 1))
+                yield loaded
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+class _Share(NamedTuple):
+    """A process's part of a batch; one that gets none runs a sample that does not count."""
+
+    inputs: Any
     is_active: bool
-
-    @classmethod
-    def of(cls, batch: NDArray[np.int64], processes: Processes) -> _Share:
-        own = batch[processes.rank :: processes.count]
-        return cls(own, is_active=True) if len(own) else cls(batch[:1], is_active=False)
 
 
 class _Work:
@@ -99,7 +119,6 @@ class TrainingLoop:
     """
 
     _recorder: Recorder
-    _weight: Tensor
 
     def __init__(
         self,
@@ -118,13 +137,24 @@ class TrainingLoop:
         self._n_epochs = n_epochs
         self._processes = processes
         self.progress = progress
-        self.n_steps = count_steps(stage, optimizer, n_epochs=n_epochs, max_steps=max_steps)
+        self.n_steps = self._count_steps(max_steps)
         self.optimizer = make_optimizer(stage.objective, optimizer)
         module = _Losses(stage.objective)
         self.names = module.names
         self._weights = cast("Mapping[str, float]", stage.objective.weights)
         self._module, self._placed = processes.set_up(module, self.optimizer)
         self._gradient_norm = math.nan
+
+    def _count_steps(self, max_steps: int | None) -> int:
+        """Optimiser steps of the stage; the last one of an epoch may have fewer batches."""
+        total = n_of_epoch = 0
+        for epoch in range(self._n_epochs):
+            if epoch == 0 or self.stage.epochs_differ_in_length:
+                n_of_epoch = -(-len(self.stage.epoch(epoch)) // self._config.accumulation)
+            total += n_of_epoch
+            if max_steps is not None and total >= max_steps:
+                return max_steps
+        return total
 
     def train(self, recorder: Recorder) -> None:
         """Train to the end of the stage, or until the held-out loss no longer falls.
@@ -136,17 +166,10 @@ class TrainingLoop:
         """
         self._recorder = recorder
         self._saved_at = time.monotonic()
-        progress = self.progress
-        device = self._processes.device
-        self._weight = torch.tensor([self._weights[n] for n in self.names], device=device)
         self._module.train()
-        with seeded(self._run.seed, device):
+        with seeded(self._run.seed, self._processes.device):
             while not self._is_done():
-                batches = self.stage.epoch(progress.epoch)
-                for steps in self._segments(batches):
-                    self._train_segment(steps, n_batches=len(batches))
-                    if self._is_done():
-                        break
+                self._train_epoch()
 
     def _is_done(self) -> bool:
         progress, patience = self.progress, self._run.patience
@@ -156,62 +179,57 @@ class TrainingLoop:
             or (patience is not None and progress.n_without_improvement >= patience)
         )
 
-    def _segments(
-        self, batches: Sequence[NDArray[np.int64]]
-    ) -> Iterator[list[Sequence[NDArray[np.int64]]]]:
-        """Batches of each optimiser step, in runs between which the stage is refreshed."""
-        at_once, every = self._config.accumulation, self.stage.refresh_every
-        steps = [
-            batches[start : start + at_once]
-            for start in range(self.progress.position, len(batches), at_once)
-        ]
-        steps = steps[: self.n_steps - self.progress.step]
-        while steps:
-            length = len(steps) if every is None else every - self.progress.step % every
-            yield steps[:length]
-            steps = steps[length:]
-
-    def _train_segment(self, steps: list[Sequence[NDArray[np.int64]]], *, n_batches: int) -> None:
+    def _train_epoch(self) -> None:
+        """Train to the end of an epoch, in runs between which the stage is refreshed."""
         progress, every = self.progress, self.stage.refresh_every
-        if every is not None and progress.step and progress.step % every == 0:
-            self.stage.refresh()
-        shares = (_Share.of(batch, self._processes) for batches in steps for batch in batches)
-        with self._loading(self.stage, shares, progress.epoch) as loaded:
-            for batches in steps:
-                self._take_step(batches, loaded)
-                self._come_forward(len(batches), n_batches)
-                if self._is_done():
-                    return
+        batches, at_once = self.stage.epoch(progress.epoch), self._config.accumulation
+        starts = range(progress.position, len(batches), at_once)
+        steps = [batches[start : start + at_once] for start in starts]
+        steps = steps[: self.n_steps - progress.step]
+        while steps and not self._is_done():
+            if every is not None and progress.step and progress.step % every == 0:
+                self.stage.refresh()
+            n_run = len(steps) if every is None else every - progress.step % every
+            batches_of_run = [batch for step in steps[:n_run] for batch in step]
+            with self._loading(self.stage, batches_of_run, progress.epoch) as loaded:
+                for step in steps[:n_run]:
+                    self._take_step(step, loaded)
+                    self._come_forward(len(step), len(batches))
+                    if self._is_done():
+                        break
+            steps = steps[n_run:]
 
     def _loading(
-        self, samples: Samples, shares: Iterator[_Share], epoch: int
-    ) -> Prefetch[_Share, tuple[_Share, Any]]:
-        n_threads = self._run.n_threads
-        return Prefetch(
-            lambda share: (share, samples.load(share.samples, epoch)),
-            shares,
-            n_threads=n_threads,
-            n_ahead=2 * n_threads,
-        )
+        self, samples: Samples, batches: Sequence[NDArray[np.int64]], epoch: int
+    ) -> closing[Generator[_Share, None, None]]:
+        rank, count = self._processes.rank, self._processes.count
+
+        def load(batch: NDArray[np.int64]) -> _Share:
+            own = batch[rank::count]
+            return _Share(samples.load(own if len(own) else batch[:1], epoch), len(own) > 0)
+
+        return closing(load_ahead(load, batches, self._run.n_threads))
 
     def _take_step(
-        self,
-        batches: Sequence[NDArray[np.int64]],
-        loaded: Prefetch[_Share, tuple[_Share, Any]],
+        self, batches: Sequence[NDArray[np.int64]], loaded: Generator[_Share, None, None]
     ) -> None:
         """Take one optimiser step: the mean over the batches, each weighted by its samples."""
-        start, waited = time.perf_counter(), loaded.waited
-        set_learning_rate(self.optimizer, self._learning_rate())
+        start = time.perf_counter()
+        self._rate = learning_rate(self.progress.step, self.n_steps, self._config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
         n_samples = sum(len(batch) for batch in batches)
         found = []
         for number, batch in enumerate(batches):
-            share, inputs = next(loaded)
+            asked = time.perf_counter()
+            share = next(loaded)
+            self.progress.waited += time.perf_counter() - asked
             self._seed_dropout(number)
             is_last = number == len(batches) - 1
             with self._processes.without_sync(self._module, enabled=not is_last):
-                found.append(self._go_back(share, inputs, len(batch) / n_samples))
-        fabric, limit = self._processes.fabric, self._config.max_norm
-        norm = fabric.clip_gradients(
+                found.append(self._go_back(share, len(batch) / n_samples))
+        limit = self._config.max_norm
+        norm = self._processes.fabric.clip_gradients(
             self._module,
             self._placed,
             max_norm=math.inf if limit is None else limit,
@@ -222,32 +240,31 @@ class TrainingLoop:
         self._require_finite(sums, batches)
         self._placed.step()
         self._placed.zero_grad()
-        self._count(sums.sum(axis=0), time.perf_counter() - start, loaded.waited - waited)
+        self._count(sums.sum(axis=0), time.perf_counter() - start)
 
-    def _go_back(self, share: _Share, inputs: Any, weight: float) -> Tensor:
+    def _go_back(self, share: _Share, share_of_step: float) -> Tensor:
         """Forward and backward pass of one batch; returns what :meth:`_forward` sums."""
-        totals, sums = self._forward(self.stage, share, inputs)
+        totals, sums = self._forward(self.stage, share)
         n = len(self.names)
         # The weights of what was asked may be small; where nothing was there is no gradient.
         counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
+        weights = totals.new_tensor([self._weights[name] for name in self.names])
         # Gradients are averaged over the processes: their number takes that back.
-        scale = self._weight * (weight * self._processes.count) / counts
+        scale = weights * (share_of_step * self._processes.count) / counts
         self._processes.fabric.backward((totals * scale).sum())
         return sums
 
-    def _forward(self, samples: Samples, share: _Share, inputs: Any) -> tuple[Tensor, Tensor]:
+    def _forward(self, samples: Samples, share: _Share) -> tuple[Tensor, Tensor]:
         """Own sums with gradient, and those of all: sums, counts, cells, tokens, operations."""
-        gather = self._processes.gather_rows(is_active=share.is_active)
+        inputs, is_active = share
+        gather = self._processes.gather_rows(is_active=is_active)
         totals, counts = self._module(_Work(inputs.to(self._processes.device), gather))
-        if not share.is_active:
+        if not is_active:
             totals, counts = totals * 0, counts * 0
         n_operations = cast("Any", self.stage.objective).count_operations(inputs)
         size = [samples.n_cells(inputs), samples.n_tokens(inputs), n_operations]
-        seen = totals.new_tensor([float(n) * share.is_active for n in size])
+        seen = totals.new_tensor([float(n) * is_active for n in size])
         return totals, self._processes.sum(torch.cat([totals.detach(), counts, seen]))
-
-    def _learning_rate(self) -> float:
-        return learning_rate(self.progress.step, self.n_steps, self._config)
 
     def _seed_dropout(self, number: int) -> None:
         """Give each batch random numbers of its own, so that no generator's state is to be kept."""
@@ -289,55 +306,39 @@ class TrainingLoop:
             f"{str(newest)!r}, out_dir=<a new folder>), and with the stages that are left, {change}"
         )
 
-    def _count(self, sums: NDArray[np.float64], seconds: float, waited: float) -> None:
+    def _count(self, sums: NDArray[np.float64], seconds: float) -> None:
         progress, n = self.progress, len(self.names)
         before = np.array([progress.totals or [0.0] * n, progress.counts or [0.0] * n])
-        after = before + sums[: 2 * n].reshape(2, n)
-        progress.totals, progress.counts = after.tolist()
+        progress.totals, progress.counts = (before + sums[: 2 * n].reshape(2, n)).tolist()
         progress.n_cells += int(sums[2 * n])
         progress.n_tokens += int(sums[2 * n + 1])
         progress.n_operations += int(sums[2 * n + 2])
         progress.seconds += seconds
-        progress.waited += waited
 
     def _come_forward(self, n_done: int, n_batches: int) -> None:
         """Note that a step is done; log, validate and save where it is time."""
         progress, run = self.progress, self._run
-        rate = self._learning_rate()
         progress.step += 1
         progress.position += n_done
         self._recorder.advance()
         epoch, ends_epoch = progress.epoch, progress.position >= n_batches
         is_last = progress.step >= self.n_steps
         if progress.step % run.log_every == 0 or is_last:
-            self._record_training(epoch, rate)
+            row = self._row("train", epoch, np.array([progress.totals, progress.counts]))
+            row |= {"learning_rate": self._rate, "gradient_norm": self._gradient_norm}
+            progress.totals, progress.counts = [], []
+            self._recorder.record(row)
         if ends_epoch:
             progress.epoch, progress.position = epoch + 1, 0
-        validates = self._is_time_to_validate(ends_epoch=ends_epoch, is_last=is_last)
-        if validates and self._validate(epoch):
+        every = run.validate_every
+        is_time = is_last or (ends_epoch if every is None else progress.step % every == 0)
+        if self.stage.validation is not None and is_time and self._validate(epoch):
             self._recorder.keep()
-        if self._is_done() or self._is_time_to_save():
+        every, since = run.checkpoint_every, time.monotonic() - self._saved_at
+        is_time = since >= _BETWEEN_CHECKPOINTS if every is None else progress.step % every == 0
+        if self._is_done() or is_time:
             self._recorder.save()
             self._saved_at = time.monotonic()
-
-    def _is_time_to_save(self) -> bool:
-        every = self._run.checkpoint_every
-        if every is not None:
-            return self.progress.step % every == 0
-        return time.monotonic() - self._saved_at >= _BETWEEN_CHECKPOINTS
-
-    def _is_time_to_validate(self, *, ends_epoch: bool, is_last: bool) -> bool:
-        if self.stage.validation is None:
-            return False
-        every = self._run.validate_every
-        return is_last or (ends_epoch if every is None else self.progress.step % every == 0)
-
-    def _record_training(self, epoch: int, rate: float) -> None:
-        progress = self.progress
-        row = self._row("train", epoch, np.array([progress.totals, progress.counts]))
-        row |= {"learning_rate": rate, "gradient_norm": self._gradient_norm}
-        progress.totals, progress.counts = [], []
-        self._recorder.record(row)
 
     def _row(self, split: str, epoch: int, sums: NDArray[np.float64]) -> dict[str, Any]:
         progress = self.progress
@@ -388,12 +389,12 @@ class TrainingLoop:
         """Sums and counts (2, parts) of the loss parts over all held-out samples."""
         samples = self.stage.validation
         assert samples is not None
-        shares = (_Share.of(batch, self._processes) for batch in samples.epoch(0))
+        batches = samples.epoch(0)
         sums = np.zeros(2 * len(self.names))
         self._module.eval()
-        with torch.no_grad(), self._loading(samples, shares, 0) as loaded:
-            for share, inputs in loaded:
-                found = self._forward(samples, share, inputs)[1]
+        with torch.no_grad(), self._loading(samples, batches, 0) as loaded:
+            for share in loaded:
+                found = self._forward(samples, share)[1]
                 sums += found[: len(sums)].cpu().numpy().astype(np.float64)
         self._module.train()
         return sums.reshape(2, -1)

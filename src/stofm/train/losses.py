@@ -1,31 +1,37 @@
-"""The losses of pretraining, each as a sum and a count.
+"""The losses of pretraining, each as a sum and a count; and the operations that they take.
 
 Several processes that each hold a part of a batch can so divide by the count of all: the loss and
 its gradient are then those of one process.
+
+Floating-point operations are estimated from the matrices that a batch goes through. A trained
+matrix takes 6 for each of its weights and each vector that is multiplied with it: 2 forward, 4
+backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Not counted are padding, what
+attention does with lengths squared, and whatever is no matrix. The functions count products, of
+which each stands for :data:`PER_PRODUCT` operations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stofm.train._checks import check_choice, check_shares
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from jaxtyping import Float, Int
+    from torch import nn
 
-    from stofm.nn import CellEncoder
+    from stofm.nn import CellEncoder, SE2Transformer, TokenBatch
+    from stofm.train.batches import MaskedGenes, MaskedSubSliceBatch
+    from stofm.train.config import Candidates, CellLoss
     from stofm.train.heads import MaskedGeneHead
-    from stofm.train.inputs import MaskedGenes
 
-Candidates = Literal["vocabulary", "batch"]
-CellLoss = Literal["mse", "cosine"]
+#: Operations, forward and backward, of one weight times one number.
+PER_PRODUCT = 6
 
 
 class Gather(Protocol):
@@ -50,109 +56,6 @@ class LossPart:
 
     total: Tensor
     count: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedGeneConfig:
-    """Masked gene modelling.
-
-    Attributes
-    ----------
-    candidates
-        Genes among which the hidden one is to be found: ``"vocabulary"``, as in the paper, or
-        ``"batch"``, the genes that occur in the batch: what a panel does not measure can't be the
-        answer, and to learn that teaches panels, not cells. For panels this is also much faster.
-    """
-
-    candidates: Candidates = "vocabulary"
-
-    def __post_init__(self) -> None:
-        """Check the value."""
-        check_choice("candidates", self.candidates, get_args(Candidates))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig:
-    """Contrastive learning of cell embeddings.
-
-    Attributes
-    ----------
-    temperature
-        Cosines are divided by this.
-    gene_dropout
-        Share of a cell's genes that each of its two views leaves out, besides dropout in the
-        network: a panel that measures fewer genes should place the cell alike. 0 in the paper.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section A.1; SimCSE (Gao et al. 2021), equation 4, temperature 0.05.
-    """
-
-    temperature: float = 0.05
-    gene_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        if not self.temperature > 0:
-            msg = f"temperature must be positive, found {self.temperature}."
-            raise ValueError(msg)
-        if not 0 <= self.gene_dropout < 1:
-            msg = f"gene_dropout must be at least 0 and below 1, found {self.gene_dropout}."
-            raise ValueError(msg)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the losses in a stage's loss.
-
-    Attributes
-    ----------
-    masked_genes, contrastive
-        Of the cell encoder's losses; the paper adds them up. A loss of weight 0 is not computed.
-    masked_cells
-        The paper's lambda, between 0 and 1: weight of the masked cells. The pairs' distances have
-        the weight 1 - lambda.
-    visible_cells
-        Of telling, from a cell that is not hidden, its own embedding.
-    surroundings
-        Of telling, from a cell that is not hidden, the mean embedding of the cells around it. Such
-        a mean varies less than an embedding does, and its squared errors are smaller.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), sections A.1 and 3.4. The published code states no lambda.
-    DISCREPANCY: the paper has no loss at cells that are not hidden, where embeddings are read
-    after training; the weights of these two are 0 by default.
-    """
-
-    masked_genes: float = 1.0
-    contrastive: float = 1.0
-    masked_cells: float = 0.5
-    visible_cells: float = 0.0
-    surroundings: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check each weight."""
-        check_shares(self, "masked_cells")
-        for name in ("masked_genes", "contrastive", "visible_cells", "surroundings"):
-            if not getattr(self, name) >= 0:
-                msg = f"{name} must not be negative, found {getattr(self, name)}."
-                raise ValueError(msg)
-
-    @property
-    def pair_distances(self) -> float:
-        """Weight of the pairs' distances, 1 - lambda."""
-        return 1.0 - self.masked_cells
-
-    @property
-    def asks_visible_cells(self) -> bool:
-        """Whether anything is asked of cells that are not hidden."""
-        return self.visible_cells > 0 or self.surroundings > 0
-
-
-def positive(weights: Mapping[str, float]) -> dict[str, float]:
-    """Weights of the losses that are computed: those above 0."""
-    return {name: weight for name, weight in weights.items() if weight > 0}
 
 
 def contrastive_loss(
@@ -205,8 +108,8 @@ def masked_gene_loss(
     genes
         Cells with hidden genes.
     candidates
-        Tokens among which the hidden ones are to be found, ascending
-        (:func:`candidate_genes`); None for the whole vocabulary.
+        Tokens among which the hidden ones are to be found, ascending; None for the whole
+        vocabulary.
 
     References
     ----------
@@ -226,14 +129,7 @@ def candidate_genes(
 ) -> Int[Tensor, " candidates"] | None:
     """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
 
-    Parameters
-    ----------
-    candidates
-        As in :class:`MaskedGeneConfig`.
-    measured
-        Tokens that occur in what this process holds of the batch.
-    gather
-        Collects those of the other processes; None for one process.
+    `measured` are those that occur in what this process holds of the batch.
     """
     if candidates == "vocabulary":
         return None
@@ -276,8 +172,74 @@ def pair_distance_loss(
 ) -> LossPart:
     """Squared difference of predicted and true distances, model units squared, summed over pairs.
 
+    Parameters
+    ----------
+    predicted, target
+        Predicted and true distances.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.4.
     """
     return LossPart((predicted.float() - target.float()).square().sum(), len(target))
+
+
+def matrix_weights(*modules: nn.Module) -> int:
+    """Number of trained weights of modules that stand in matrices."""
+    weights = (weight for module in modules for weight in module.parameters())
+    return sum(w.numel() for w in weights if w.requires_grad and w.ndim > 1)
+
+
+def products_of_embeddings(encoder: CellEncoder, batch: TokenBatch) -> int:
+    """Products of the cell encoder, for cell embeddings.
+
+    Of the last layer, only keys and values are computed at all tokens.
+    """
+    # transformers' modules are untyped below BertModel.
+    stack: Any = encoder.bert.encoder.layer
+    *layers, last = stack
+    attention = last.attention.self
+    keys_and_values = matrix_weights(attention.key, attention.value)
+    per_token = matrix_weights(*layers) + keys_and_values + _of_inputs(encoder)
+    per_cell = matrix_weights(last, encoder.projection) - keys_and_values
+    return int(batch.is_real.sum()) * per_token + len(batch.tokens) * per_cell
+
+
+def products_of_masked_genes(
+    encoder: CellEncoder,
+    head: MaskedGeneHead,
+    groups: Sequence[MaskedGenes],
+    candidates: Candidates,
+) -> int:
+    """Products of the cell encoder for hidden states at all tokens, and of the head on hidden genes.
+
+    The candidates' word embeddings are a matrix of the head; they are counted in this process.
+    """
+    n_tokens = sum(int(group.tokens.is_real.sum()) for group in groups)
+    n_targets = sum(len(group.labels) for group in groups)
+    n_candidates = encoder.config.n_tokens
+    if candidates == "batch":
+        n_candidates = len({token for group in groups for token in group.measured.tolist()})
+    per_token = matrix_weights(encoder.bert.encoder) + _of_inputs(encoder)
+    per_target = matrix_weights(head.dense) + n_candidates * head.dense.out_features
+    projected = n_candidates * _of_gene_projection(encoder)
+    return n_tokens * per_token + n_targets * per_target + projected
+
+
+def products_of_transformer(transformer: SE2Transformer, inputs: MaskedSubSliceBatch) -> int:
+    """Products of the SE(2) Transformer over nodes, and over the pairs that have a distance."""
+    pairs = inputs.subslices.pairs
+    per_node = matrix_weights(transformer.input_projection, transformer.layers)
+    products = sum(pairs.n_real) * per_node
+    if transformer.config.pair_bias:
+        products += len(pairs.distances) * matrix_weights(transformer.distance_bias)
+    return products
+
+
+def _of_inputs(encoder: CellEncoder) -> int:
+    of_values = 0 if encoder.config.values == "none" else matrix_weights(encoder.value_embedding)
+    return of_values + _of_gene_projection(encoder)
+
+
+def _of_gene_projection(encoder: CellEncoder) -> int:
+    return matrix_weights(encoder.gene_projection) if encoder.config.projects_genes else 0

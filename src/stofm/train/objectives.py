@@ -1,35 +1,38 @@
-"""What the stages that train the cell encoder minimise, as modules of the networks and their heads."""
+"""What the stages of pretraining minimise, as modules of the networks and their heads."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from stofm.train.heads import MaskedGeneHead
+from stofm._config import check_choice
+from stofm.train.config import CellLoss, ContrastiveConfig, LossWeights, MaskedGeneConfig
+from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
 from stofm.train.losses import (
-    ContrastiveConfig,
+    PER_PRODUCT,
     LossPart,
-    LossWeights,
-    MaskedGeneConfig,
     candidate_genes,
     contrastive_loss,
+    masked_cell_loss,
     masked_gene_loss,
-    positive,
+    matrix_weights,
+    pair_distance_loss,
+    products_of_embeddings,
+    products_of_masked_genes,
+    products_of_transformer,
 )
-from stofm.train.operations import PER_PRODUCT, products_of_embeddings, products_of_masked_genes
-from stofm.train.spatial_objective import replace_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
-    from stofm.nn import CellEncoder, TokenBatch
-    from stofm.train.inputs import CellBatch, JointBatch
+    from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
+    from stofm.train.batches import CellBatch, JointBatch, MaskedSubSliceBatch
     from stofm.train.losses import Gather
-    from stofm.train.spatial_objective import SpatialObjective
 
 
 class CellEncoderObjective(nn.Module):
@@ -65,31 +68,20 @@ class CellEncoderObjective(nn.Module):
         self.gene_head = _gene_head(encoder)
         self.masked_genes = masked_genes or MaskedGeneConfig()
         self.contrastive = contrastive or ContrastiveConfig()
-        weights = weights or LossWeights()
         #: Weight of each loss part that :meth:`forward` returns.
-        self.weights = positive(
-            {"masked_genes": weights.masked_genes, "contrastive": weights.contrastive}
-        )
+        self.weights = _positive(weights, "masked_genes", "contrastive")
 
     def forward(self, inputs: CellBatch, gather: Gather | None = None) -> dict[str, LossPart]:
         """Compute the losses of a batch, or of this process's part of one.
 
-        Parameters
-        ----------
-        inputs
-            Cells with hidden genes, and two views of them.
-        gather
-            Collects rows from all processes; None for one process.
+        `gather` collects rows from all processes; None for one process.
         """
         parts = {}
         if "masked_genes" in self.weights:
+            genes = inputs.genes
+            among = candidate_genes(self.masked_genes.candidates, genes.measured, gather)
             parts["masked_genes"] = masked_gene_loss(
-                self.encoder,
-                self.gene_head,
-                inputs.genes,
-                candidates=candidate_genes(
-                    self.masked_genes.candidates, inputs.genes.measured, gather
-                ),
+                self.encoder, self.gene_head, genes, candidates=among
             )
         if "contrastive" in self.weights:
             d_learned = self.encoder.config.d_learned
@@ -100,7 +92,7 @@ class CellEncoderObjective(nn.Module):
         return parts
 
     def count_operations(self, inputs: CellBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
         products = 0
         if "masked_genes" in self.weights:
             products += products_of_masked_genes(
@@ -109,6 +101,165 @@ class CellEncoderObjective(nn.Module):
         if "contrastive" in self.weights:
             products += sum(products_of_embeddings(self.encoder, view) for view in inputs.views)
         return PER_PRODUCT * products
+
+
+class SpatialObjective(nn.Module):
+    """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer.
+
+    Parameters
+    ----------
+    transformer
+        The SE(2) Transformer; trained in place.
+    learned_mask
+        Whether a learned vector stands in place of hidden features; otherwise the number that
+        the batch holds there.
+    cell_loss
+        ``"mse"`` (paper) or ``"cosine"`` (published code).
+    distance_unit
+        Model units in which distances are compared: 1 in the paper. Their squared error is then
+        hundreds, and that of unit-length cell embeddings a hundredth.
+    weights
+        Weights of the losses; with one of those at cells that are not hidden, inputs need targets
+        for them.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4: L = lambda L_MCM + (1 - lambda) L_PDR. The losses at
+    cells that are not hidden are ours.
+    """
+
+    def __init__(
+        self,
+        transformer: SE2Transformer,
+        *,
+        learned_mask: bool = True,
+        cell_loss: CellLoss = "mse",
+        distance_unit: float = 1.0,
+        weights: LossWeights | None = None,
+    ) -> None:
+        super().__init__()
+        config = transformer.config
+        self.transformer = transformer
+        self.cell_loss = cell_loss
+        check_choice(self, "cell_loss", CellLoss)
+        self.distance_unit = distance_unit
+
+        def head(*, learned_mask: bool) -> MaskedCellHead:
+            return MaskedCellHead(
+                d_model=config.d_model, d_cell=config.d_cell, learned_mask=learned_mask
+            )
+
+        self.cell_head = head(learned_mask=learned_mask)
+        self.pair_head = PairDistanceHead(n_heads=config.n_heads)
+        at_visible = ("visible_cells", "surroundings")
+        #: Weight of each loss part that :meth:`forward` returns.
+        self.weights = _positive(weights, "masked_cells", "pair_distances", *at_visible)
+        # What is told from cells that are not hidden has heads of its own, so that hidden states
+        # have room for both a cell and what lies around it.
+        self.visible_head, self.surroundings_head = (
+            head(learned_mask=False) if name in self.weights else None for name in at_visible
+        )
+
+    def forward(
+        self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
+    ) -> dict[str, LossPart]:
+        """Compute the losses of a batch; `gather` is not used."""
+        return self.losses(inputs, inputs.subslices.features)
+
+    def losses(
+        self, inputs: MaskedSubSliceBatch, features: Float[Tensor, "batch nodes d_cell"]
+    ) -> dict[str, LossPart]:
+        """Compute the losses with `features` in place of those in `inputs`.
+
+        Hidden nodes stay hidden, whatever `features` holds there.
+        """
+        batch = replace(inputs.subslices, features=self._hidden(inputs, features))
+        out: SE2Output = self.transformer(batch)
+        parts = {}
+        if "masked_cells" in self.weights:
+            target = inputs.target_features * self.transformer.config.feature_scale
+            predicted = self.predict_cells(out, inputs)
+            parts["masked_cells"] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+        if "pair_distances" in self.weights:
+            parts["pair_distances"] = pair_distance_loss(
+                self.predict_distances(out, inputs) / self.distance_unit,
+                inputs.pair_distances / self.distance_unit,
+            )
+        return parts | self._visible_losses(out, inputs)
+
+    def _visible_losses(self, out: SE2Output, inputs: MaskedSubSliceBatch) -> dict[str, LossPart]:
+        """Compute the losses at cells that are not hidden."""
+        if self.visible_head is None and self.surroundings_head is None:
+            return {}
+        visible = inputs.visible
+        if visible is None:
+            msg = (
+                "The weights ask for what cells that are not hidden tell, and the sub-slices have no "
+                "targets for it: mask them with n_surrounding of at least 1."
+            )
+            raise ValueError(msg)
+        parts = {}
+        for name, head, target in (
+            ("visible_cells", self.visible_head, visible.features),
+            ("surroundings", self.surroundings_head, visible.surroundings),
+        ):
+            if head is not None:
+                predicted = _predicted(head, _at(out, visible.places))
+                target = target * self.transformer.config.feature_scale
+                parts[name] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+        return parts
+
+    def count_operations(self, inputs: MaskedSubSliceBatch) -> int:
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
+        products = products_of_transformer(self.transformer, inputs)
+        if "masked_cells" in self.weights:
+            products += len(inputs.target_places) * matrix_weights(self.cell_head.layers)
+        if "pair_distances" in self.weights:
+            products += len(inputs.pair_rows) * matrix_weights(self.pair_head)
+        for head in (self.visible_head, self.surroundings_head):
+            if head is not None and inputs.visible is not None:
+                products += len(inputs.visible.places) * matrix_weights(head)
+        return PER_PRODUCT * products
+
+    def predict_cells(
+        self, out: SE2Output, inputs: MaskedSubSliceBatch
+    ) -> Float[Tensor, "targets d_cell"]:
+        """Cell embeddings predicted for the target nodes, times the model's `feature_scale`."""
+        return _predicted(self.cell_head, _at(out, inputs.target_places))
+
+    def predict_distances(
+        self, out: SE2Output, inputs: MaskedSubSliceBatch
+    ) -> Float[Tensor, " pairs"]:
+        """Distances predicted for the target pairs, model units."""
+        # They reach 100, where bfloat16 is only good to 0.5.
+        pairs = out.pairs.at(inputs.pair_batch, inputs.pair_rows, inputs.pair_columns)
+        return _predicted(self.pair_head, pairs)
+
+    def _hidden(self, inputs: MaskedSubSliceBatch, features: Tensor) -> Tensor:
+        """Put at hidden nodes what stands in place of their features."""
+        places = inputs.hidden_places
+        if self.cell_head.mask is None:
+            filling = inputs.subslices.features.flatten(0, 1)[places]
+        else:
+            filling = self.cell_head.mask.expand(len(places), -1)
+        return replace_rows(features, places, filling)
+
+    def load_reference_heads(self, state: Mapping[str, Tensor]) -> None:
+        """Take the heads' weights from a published checkpoint.
+
+        Parameters
+        ----------
+        state
+            Tensors by name, ``lm_head.*`` and ``pair_head.*`` among them; others are ignored.
+
+        Raises
+        ------
+        RuntimeError
+            Weights are missing or have another shape.
+        """
+        for name, head in (("lm_head.", self.cell_head), ("pair_head.", self.pair_head)):
+            own = {key.removeprefix(name): state[key] for key in state if key.startswith(name)}
+            head.layers.load_state_dict(own)
 
 
 class JointObjective(nn.Module):
@@ -146,25 +297,15 @@ class JointObjective(nn.Module):
         self.spatial = spatial
         self.masked_genes = masked_genes
         self.gene_head = None if masked_genes is None else _gene_head(encoder)
-        weights = weights or LossWeights()
-        of_genes = {} if masked_genes is None else {"masked_genes": weights.masked_genes}
         #: Weight of each loss part that :meth:`forward` returns.
-        self.weights = spatial.weights | positive(of_genes)
+        self.weights = dict(spatial.weights)
+        if masked_genes is not None:
+            self.weights |= _positive(weights, "masked_genes")
 
     def forward(self, inputs: JointBatch, gather: Gather | None = None) -> dict[str, LossPart]:
         """Compute the losses of a batch, or of this process's part of one.
 
-        Parameters
-        ----------
-        inputs
-            Masked sub-slices and the tokens of sampled cells.
-        gather
-            Collects rows from all processes; None for one process.
-
-        Raises
-        ------
-        ValueError
-            Masked genes are trained along and the batch has none.
+        `gather` collects rows from all processes; None for one process.
         """
         features = inputs.masked.subslices.features
         if inputs.cells:
@@ -175,7 +316,7 @@ class JointObjective(nn.Module):
         return parts
 
     def count_operations(self, inputs: JointBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.operations`)."""
+        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
         products = sum(products_of_embeddings(self.encoder, group) for group in inputs.cells)
         if "masked_genes" in self.weights:
             assert self.masked_genes is not None
@@ -206,6 +347,12 @@ class JointObjective(nn.Module):
         return whole
 
 
+def _positive(weights: LossWeights | None, *names: str) -> dict[str, float]:
+    """Weights of the losses that are computed: those above 0."""
+    weights = weights or LossWeights()
+    return {name: getattr(weights, name) for name in names if getattr(weights, name) > 0}
+
+
 def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
     config = encoder.config
     return MaskedGeneHead(
@@ -216,8 +363,29 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
     )
 
 
+def _at(out: SE2Output, places: Tensor) -> Tensor:
+    return out.last_hidden_state.flatten(0, 1)[places]
+
+
+def _predicted(head: nn.Module, hidden: Tensor) -> Tensor:
+    """What a head predicts, in float32 whatever the precision of training."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        predicted: Tensor = head(hidden.float())
+    return predicted
+
+
 def embed_sampled(
     encoder: Callable[[TokenBatch], Tensor], inputs: JointBatch
 ) -> Float[Tensor, "sampled d_cell"]:
     """Embed a batch's sampled cells anew, group by group."""
     return torch.cat([encoder(group) for group in inputs.cells])
+
+
+def replace_rows(
+    features: Float[Tensor, "batch nodes d_cell"],
+    places: Int[Tensor, " rows"],
+    rows: Float[Tensor, "rows d_cell"],
+) -> Float[Tensor, "batch nodes d_cell"]:
+    """Return features with `rows` at `places`, counted through the batch."""
+    flat = features.flatten(0, 1)
+    return flat.index_put((places,), rows.to(flat.dtype)).view_as(features)

@@ -220,16 +220,10 @@ class Processes:
 class RowGatherer:
     """Puts together the rows of all processes; gradients find their way back.
 
-    Parameters
-    ----------
-    processes
-        Those that call it, all the same number of times.
-    group
-        Their process group for it: with DistributedDataParallel's, its exchanges could meet others
-        of the backward pass in another order in each process.
-    is_active
-        False for a process whose rows are none of the batch: it gets those of the others with
-        its own behind them.
+    All processes call it the same number of times, in a `group` of its own: with that of
+    DistributedDataParallel, its exchanges could meet others of the backward pass in another order
+    in each process. One that is not active, as its rows are none of the batch, gets those of the
+    others with its own behind them.
     """
 
     def __init__(self, processes: Processes, group: Any, *, is_active: bool) -> None:
@@ -238,17 +232,7 @@ class RowGatherer:
         self._is_active = is_active
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Gather.
-
-        Parameters
-        ----------
-        rows
-            (n, d) of this process; n may differ between processes.
-
-        Returns
-        -------
-        The rows of all processes in their order, and the place of this process's first row.
-        """
+        """Give the rows of all processes in their order, and the place of this one's first row."""
         own = rows if self._is_active else rows[:0]
         counts = torch.zeros(self._processes.count, dtype=torch.int64, device=rows.device)
         counts[self._processes.rank] = len(own)

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from stofm._config import build_dataclass
+from stofm._config import build_dataclass, check_choice
 from stofm._files import local
 from stofm._messages import warn
-from stofm.train._checks import check_choice
-from stofm.train.config import RunConfig, StageConfig
+from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
 from stofm.train.gene_embeddings import WORDS, require_gene_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
     from pathlib import Path
+
+Species = Literal["auto", "human", "mouse"]
+Preset = Literal["mini", "base"]
+
+
+def paper_schedule(
+    *, epochs: tuple[int, int, int] = (1, 2, 1), optimizer: OptimizerConfig | None = None
+) -> tuple[StageConfig, ...]:
+    """The stages of the paper: cell encoder, SE(2) Transformer, both.
+
+    Parameters
+    ----------
+    epochs
+        Of each stage.
+    optimizer
+        Of all stages; table A.8's by default.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 4.1 and table A.8.
+    """
+    names: tuple[StageName, ...] = get_args(StageName)
+    chosen = optimizer or OptimizerConfig()
+    return tuple(
+        StageConfig(name=name, epochs=n, optimizer=chosen)
+        for name, n in zip(names, epochs, strict=True)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +74,7 @@ class FileConfig:
     spatial_key: str = "spatial"
     library_key: str | None = None
     exclude: tuple[str, ...] = ()
-    species: Literal["auto", "human", "mouse"] = "auto"
+    species: Species = "auto"
     gene_key: str | None = None
     orthologs: str | None = None
     technology: str = ""
@@ -56,7 +82,7 @@ class FileConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_choice("species", self.species, ("auto", "human", "mouse"))
+        check_choice(self, "species", Species)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +181,7 @@ class ModelSource:
     """
 
     checkpoint: str = ""
-    preset: Literal["mini", "base"] = "mini"
+    preset: Preset = "mini"
     name: str = ""
     vocabulary: str = "embedded"
     gene_embeddings: str = "random"
@@ -167,7 +193,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        check_choice("preset", self.preset, ("mini", "base"))
+        check_choice(self, "preset", Preset)
         require_gene_embeddings(self.gene_embeddings)
         changes = [
             name

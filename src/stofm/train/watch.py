@@ -27,14 +27,8 @@ class Watch:
     Every process is connected with the first. One that fails says why, and a connection that
     ends without a word is that of a process that was killed; the first tells all others. A
     process that does not fail by itself then is interrupted, and one that waits where it can't be
-    is ended.
-
-    Parameters
-    ----------
-    rank
-        Number of this process.
-    peers
-        Connections: of the first process to all others by rank, of the others to the first.
+    is ended. `peers` are the connections: of the first process to all others by rank, of the
+    others to the first.
     """
 
     def __init__(self, rank: int, peers: Mapping[int, socket.socket]) -> None:
@@ -130,13 +124,7 @@ def open_server() -> tuple[socket.socket, tuple[list[str], int]]:
 
 
 def accept_all(server: socket.socket, n_others: int) -> dict[int, socket.socket]:
-    """Connections of all other processes to this one, by rank.
-
-    Raises
-    ------
-    TimeoutError
-        One of them did not come.
-    """
+    """Connections of all other processes to this one, by rank."""
     found: dict[int, socket.socket] = {}
     until = time.monotonic() + _CONNECTING
     with server:
@@ -150,13 +138,7 @@ def accept_all(server: socket.socket, n_others: int) -> dict[int, socket.socket]
 
 
 def connect(rank: int, names: list[str], port: int) -> dict[int, socket.socket]:
-    """Connection of this process to the first.
-
-    Raises
-    ------
-    OSError
-        It can't be reached.
-    """
+    """Connection of this process to the first."""
     for name in names:
         try:
             connection = socket.create_connection((name, port), timeout=_CONNECTING / 3)

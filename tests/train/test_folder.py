@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,16 +15,12 @@ from torch import nn
 
 from stofm._files import _HOST
 from stofm.nn import Stofm
-from stofm.train import OptimizerConfig, Progress, RunFolder, state
-from stofm.train.logs import History
+from stofm.train import OptimizerConfig, Progress, RunFolder
+from stofm.train import folder as folder_module
+from stofm.train.checkpoint import Trained, load_checkpoint, read_progress, write_checkpoint
+from stofm.train.folder import LOCK, locked, write_json
+from stofm.train.log import History
 from stofm.train.optimizer import make_optimizer
-from stofm.train.run_checkpoint import (
-    Trained,
-    load_checkpoint,
-    read_progress,
-    write_checkpoint,
-)
-from stofm.train.state import write_json
 
 
 class Objective(nn.Module):
@@ -185,7 +184,7 @@ def test_tensors_that_can_not_be_trained_on_are_refused(make, tmp_path, name, va
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "find_damage", lambda folder: "")
+    monkeypatch.setattr(folder_module, "find_damage", lambda folder: "")
     folder = RunFolder(tmp_path / "run")
     for stage, name, step in (
         (0, "cell_encoder", None),
@@ -395,3 +394,42 @@ def test_a_file_is_no_folder_of_a_run(tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(NotADirectoryError, match="notes is a file, and a run needs a folder"):
         RunFolder(tmp_path / "notes")
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from stofm.train.folder import locked
+with locked(Path(sys.argv[1])):
+    print("has it", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_folder_that_another_process_has_is_refused_until_that_is_gone(tmp_path):
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "has it\n"
+        expected = (
+            f"process {holder.pid} on '{socket.gethostname()}' trains into it.*delete .*{LOCK}"
+        )
+        with pytest.raises(FileExistsError, match=expected), locked(tmp_path):
+            pass
+        holder.kill()
+    assert (tmp_path / LOCK).is_file()
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_made_and_released_after_a_failure(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path / "a" / "b"):
+        raise KeyError
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "x", '{"pid": 1, "host": "elsewhere", "started": 1.0}'])
+def test_a_file_that_a_killed_process_left_is_no_lock(tmp_path, content):
+    (tmp_path / LOCK).write_text(content)
+    with locked(tmp_path):
+        pass

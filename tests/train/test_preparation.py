@@ -7,10 +7,8 @@ import pytest
 
 from stofm._edge import counts
 from stofm.genes import GeneVocabulary, RankedTokens
-from stofm.tl import _training_data
-from stofm.tl._slice_sources import find_sources
-from stofm.tl._training_data import fit_vocabulary, open_corpus, prepare_slices
-from stofm.train import FileConfig
+from stofm.train import FileConfig, preparation
+from stofm.train.preparation import find_sources, fit_vocabulary, open_corpus, prepare_slices
 
 
 @pytest.fixture
@@ -55,9 +53,9 @@ def mouse(left, tmp_path):
 def reads(monkeypatch):
     """Count how often a source is read."""
     found = []
-    original = _training_data.find_columns
+    original = preparation.find_columns
     monkeypatch.setattr(
-        _training_data, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
+        preparation, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
     )
     return found
 
@@ -66,7 +64,7 @@ def test_a_file_of_one_slice_is_written_block_by_block(prepare, file, left, tmp_
     whole = open_corpus(tmp_path / "work", prepare(left)).slices[0]
     monkeypatch.setattr(counts, "_BLOCK_ENTRIES", 20 * left.n_vars)
     sizes = []
-    original = _training_data.write_slice
+    original = preparation.write_slice
 
     def write_slice(*args, ranked, **options):
         assert not isinstance(ranked, RankedTokens)
@@ -78,7 +76,7 @@ def test_a_file_of_one_slice_is_written_block_by_block(prepare, file, left, tmp_
 
         return original(*args, ranked=blocks(), **options)
 
-    monkeypatch.setattr(_training_data, "write_slice", write_slice)
+    monkeypatch.setattr(preparation, "write_slice", write_slice)
     streamed = open_corpus(tmp_path / "work", prepare(file)).slices[0]
     assert sizes == [20, 20, 20, 20, 20, 1]
     assert streamed.ranked.equals(whole.ranked)
@@ -104,7 +102,7 @@ def test_cells_without_known_genes_are_told_of_for_a_file_too(prepare, left, tmp
 
 
 def test_an_error_names_the_source_whatever_its_type(prepare, file, monkeypatch):
-    monkeypatch.setattr(_training_data, "read_places", lambda *_, **__: b"\xff".decode())
+    monkeypatch.setattr(preparation, "read_places", lambda *_, **__: b"\xff".decode())
     with pytest.raises(ValueError, match=r"^left: 'utf-8' codec can't decode byte 0xff") as caught:
         prepare(file)
     assert isinstance(caught.value.__cause__, UnicodeDecodeError)
@@ -196,7 +194,7 @@ def test_gene_key_decides_over_a_better_known_column(file, left, tmp_path):
 def test_another_reference_makes_another_vocabulary(file, vocabulary, tmp_path, monkeypatch):
     sources = find_sources(file, FileConfig())
     first = fit_vocabulary(sources, tmp_path)
-    monkeypatch.setattr(_training_data, "embedded_vocabulary", lambda: vocabulary)
+    monkeypatch.setattr(preparation, "embedded_vocabulary", lambda: vocabulary)
     second = fit_vocabulary(sources, tmp_path)
     assert second != first
     assert "GENE1" in GeneVocabulary.from_tsv(second).symbols

@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 
 from stofm.spatial import SubSliceConfig, normalize_coordinates, partition_balanced
-from stofm.train.sampling import (
+from stofm.train.epochs import (
+    Draws,
     Purpose,
     SubSliceSampler,
     batch_length,
     batches_of_like_size,
     cut_slice,
-    epoch_of_cells,
-    generator,
+    draw_batches,
 )
+
+
+def draws(*, seed=0, stage=1, batch_size=8):
+    return Draws(seed=seed, stage=stage, batch_size=batch_size)
 
 
 def lists(batches):
@@ -22,6 +26,9 @@ def lists(batches):
 
 
 def test_generator_depends_on_each_number():
+    def drawn(seed, stage, *of):
+        return draws(seed=seed, stage=stage).generator(*of).integers(1 << 60)
+
     keys = [
         (0, 1, 0, Purpose.MASKING, 5),
         (1, 1, 0, Purpose.MASKING, 5),
@@ -33,13 +40,17 @@ def test_generator_depends_on_each_number():
         (0, 1, 0, Purpose.ORDER),
         (0, 1, 0, Purpose.ROTATION),
     ]
-    draws = [generator(*key).integers(1 << 60) for key in keys]
-    assert len(set(draws)) == len(keys)
-    assert draws == [generator(*key).integers(1 << 60) for key in keys]
+    found = [drawn(*key) for key in keys]
+    assert len(set(found)) == len(keys)
+    assert found == [drawn(*key) for key in keys]
 
 
-def test_epoch_takes_each_cell_once(corpus, rng):
-    batches = epoch_of_cells(corpus, batch_size=8, max_length=41, rng=rng)
+def epoch_of_cells(corpus, seed=3):
+    return draw_batches(draws(seed=seed), batch_length(corpus.cell_lengths, 41), 0)
+
+
+def test_epoch_takes_each_cell_once(corpus):
+    batches = epoch_of_cells(corpus)
     assert sorted(np.concatenate(batches)) == list(range(corpus.n_cells))
     assert max(len(b) for b in batches) == 8
     assert len(batches) == -(-corpus.n_cells // 8)
@@ -47,13 +58,10 @@ def test_epoch_takes_each_cell_once(corpus, rng):
 
 
 def test_epoch_is_seeded_and_shuffled(corpus):
-    def epoch(seed):
-        rng = np.random.default_rng(seed)
-        return lists(epoch_of_cells(corpus, batch_size=8, max_length=41, rng=rng))
-
-    assert epoch(3) == epoch(3)
-    assert epoch(3) != epoch(4)
-    order = np.concatenate(epoch(3))
+    epoch = lists(epoch_of_cells(corpus))
+    assert epoch == lists(epoch_of_cells(corpus))
+    assert epoch != lists(epoch_of_cells(corpus, seed=4))
+    order = np.concatenate(epoch)
     # Neither slices nor lengths come one after another.
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.3
 
@@ -87,9 +95,10 @@ def slices(rng):
     return [normalize_coordinates(rng.random((n, 2)) * [9.0, 4.0]) for n in (113, 31, 59, 0)]
 
 
-def sampler(slices, *, vary=True, seed=0, stage=1, **rules):
+def sampler(slices, *, vary=True, seed=0, stage=1, batch_size=3, **rules):
     rules = SubSliceConfig(**{"n_cells": 20} | rules)
-    return SubSliceSampler(slices, rules, vary=vary, seed=seed, stage=stage)
+    drawn = draws(seed=seed, stage=stage, batch_size=batch_size)
+    return SubSliceSampler(slices, rules, drawn, vary=vary)
 
 
 def parts(found, epoch):
@@ -136,22 +145,18 @@ def test_slice_is_turned_before_it_is_cut(slices):
     assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
 
 
-def test_epoch_of_subslices(slices, rng):
+def test_epoch_of_subslices(slices):
     found = sampler(slices)
-    batches = found.epoch(0, batch_size=3, rng=rng)
+    batches = found.epoch(0)
     assert sorted(np.concatenate(batches)) == sorted(found.samples(0))
     assert max(len(b) for b in batches) == 3
-    again = found.epoch(0, batch_size=3, rng=np.random.default_rng(1))
-    assert lists(batches) != lists(again)
+    assert lists(batches) != lists(sampler(slices, seed=1).epoch(0))
 
 
 def test_subslices_of_like_size_are_together(rng):
     slices = [rng.random((n, 2)) for n in [20] * 13 + [400] * 2 + [70] * 7]
-    found = sampler(slices, n_cells=100)
-    sizes = [
-        [len(found.cells(int(s), 0)) for s in batch]
-        for batch in found.epoch(0, batch_size=4, rng=rng)
-    ]
+    found = sampler(slices, n_cells=100, batch_size=4)
+    sizes = [[len(found.cells(int(s), 0)) for s in batch] for batch in found.epoch(0)]
     alike = [max(batch) < 1.5 * min(batch) for batch in sizes]
     assert sum(alike) == 6  # 3 of 20 cells, 2 of 100, 1 of 70; one is mixed
     assert len(alike) == 7

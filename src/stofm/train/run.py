@@ -12,12 +12,7 @@ from torch import nn
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm._version import __version__
-from stofm.train.cell_samples import Draws
-from stofm.train.logs import StageReport, count_weights, peak_memory, read_history
-from stofm.train.loop import TrainingLoop
-from stofm.train.objectives import CellEncoderObjective, JointObjective
-from stofm.train.recorder import RunRecorder
-from stofm.train.run_checkpoint import (
+from stofm.train.checkpoint import (
     Progress,
     Trained,
     find_damage,
@@ -25,14 +20,14 @@ from stofm.train.run_checkpoint import (
     read_progress,
     restore_history,
 )
-from stofm.train.spatial_objective import SpatialObjective
-from stofm.train.stage_objectives import make_objectives
-from stofm.train.stage_setup import StageSetup
-from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage
-from stofm.train.state import write_json
+from stofm.train.epochs import Draws
+from stofm.train.folder import write_json
+from stofm.train.log import RunRecorder, count_weights, peak_memory, read_history
+from stofm.train.loop import TrainingLoop
+from stofm.train.stages import StageSetup, make_objectives, make_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -40,12 +35,9 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.train.config import RunConfig, StageConfig
     from stofm.train.corpus import Corpus
+    from stofm.train.folder import RunFolder
+    from stofm.train.gene_embeddings import Initializer
     from stofm.train.processes import Processes
-    from stofm.train.protocols import Stage
-    from stofm.train.state import RunFolder
-
-    #: Sets first weights from the training slices.
-    Initializer = Callable[[Corpus, Stofm], object]
 
 
 @dataclass(frozen=True)
@@ -247,7 +239,7 @@ class Pretraining:
     ) -> None:
         """Train one stage, from where it stands to its end."""
         config = self.stages[progress.stage]
-        stage = self._make_stage(objective, trained.model, config, progress.stage)
+        stage = make_stage(objective, self._setup(trained.model, progress.stage), config)
         loop = TrainingLoop(
             stage,
             config.optimizer,
@@ -257,7 +249,13 @@ class Pretraining:
             processes=self.processes,
             progress=progress,
         )
-        self._go_on(stage, loop, trained, newest)
+        self.processes.load_scaler_state(progress.scaler)
+        if progress.step:
+            assert newest is not None
+            load_checkpoint(newest, trained, (loop.optimizer, objective))
+            stage.restore(progress.stage_state)
+        else:
+            stage.refresh()
         recorder = RunRecorder(
             loop,
             trained,
@@ -296,22 +294,40 @@ class Pretraining:
             "last": progress.last_checkpoint,
         }
         if len(report["stages"]) == number:
-            name, device = self.stages[number].name, self.processes.device
-            report["stages"].append(asdict(_report(name, objective, progress, device)))
+            report["stages"].append(self._describe_stage(objective, progress))
         if self.processes.is_first:
             self.folder.remove_refreshed()
         self._write(report)
 
-    def _make_stage(
-        self, objective: nn.Module, model: Stofm, config: StageConfig, number: int
-    ) -> Stage:
+    def _describe_stage(self, objective: nn.Module, progress: Progress) -> dict[str, Any]:
+        """What ``run.json`` says of a stage.
+
+        Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
+        seen; operations are estimated (:mod:`stofm.train.losses`); memory is the most in use so
+        far, on a CUDA device or by the process.
+        """
+        return {
+            "stage": self.stages[progress.stage].name,
+            "steps": progress.step,
+            "n_weights": count_weights(objective),
+            "cells": progress.n_cells,
+            "tokens": progress.n_tokens,
+            "seconds": round(progress.seconds, 3),
+            "share_waiting": round(progress.waited / max(progress.seconds, 1e-9), 4),
+            "flops": float(progress.n_operations),
+            "peak_memory_bytes": peak_memory(self.processes.device),
+            "best_loss": progress.best_loss,
+        }
+
+    def _setup(self, model: Stofm, number: int) -> StageSetup:
         device = self.processes.device
         is_bf16 = self.run.precision == "bf16-mixed" and device.type == "cuda"
-        setup = StageSetup(
+        batch_size = self.stages[number].optimizer.batch_size
+        return StageSetup(
             model=model,
             corpus=self.corpus,
             validation=self.validation,
-            draws=Draws(seed=self.run.seed, stage=number, batch_size=config.optimizer.batch_size),
+            draws=Draws(seed=self.run.seed, stage=number, batch_size=batch_size),
             folder=self.folder.work / "cells",
             own_folder=self.folder.refreshed,
             processes=self.processes,
@@ -319,25 +335,6 @@ class Pretraining:
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
             show_progress_bar=self.show_progress_bar and self.processes.is_first,
         )
-        if isinstance(objective, CellEncoderObjective):
-            return CellEncoderStage(objective, setup, config)
-        if isinstance(objective, SpatialObjective):
-            return SpatialStage(objective, setup, config)
-        assert isinstance(objective, JointObjective)
-        return JointStage(objective, setup, config)
-
-    def _go_on(
-        self, stage: Stage, loop: TrainingLoop, trained: Trained, newest: Path | None
-    ) -> None:
-        """Bring optimiser and stage to where the progress stands."""
-        progress = loop.progress
-        self.processes.load_scaler_state(progress.scaler)
-        if not progress.step:
-            stage.refresh()
-            return
-        assert newest is not None
-        load_checkpoint(newest, trained, (loop.optimizer, stage.objective))
-        stage.restore(progress.stage_state)
 
     def _finish(self, model: Stofm, report: dict[str, Any]) -> TrainResult:
         model.to("cpu").eval()
@@ -367,20 +364,3 @@ def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def _report(
-    name: str, objective: nn.Module, progress: Progress, device: torch.device
-) -> StageReport:
-    return StageReport(
-        stage=name,
-        steps=progress.step,
-        n_weights=count_weights(objective),
-        cells=progress.n_cells,
-        tokens=progress.n_tokens,
-        seconds=round(progress.seconds, 3),
-        share_waiting=round(progress.waited / max(progress.seconds, 1e-9), 4),
-        flops=float(progress.n_operations),
-        peak_memory_bytes=peak_memory(device),
-        best_loss=progress.best_loss,
-    )

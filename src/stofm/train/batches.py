@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
-from stofm.nn import SubSliceBatch
-from stofm.train.gene_masking import drop_genes, mask_tokens
+from stofm.nn import SubSliceBatch, TokenBatch
+from stofm.train.masking import drop_genes, mask_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,13 +20,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.genes import GeneVocabulary
-    from stofm.nn import TokenBatch
-    from stofm.train.cell_masking import MaskedSubSlice, VisibleCells
-    from stofm.train.gene_masking import TokenMasking
+    from stofm.train.config import TokenMasking
+    from stofm.train.masking import MaskedSubSlice, VisibleCells
+
+
+class _Batch:
+    """A dataclass of tensors, of other batches, and of tuples of these."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on `device`."""
+        own: Any = self
+        return type(self)(**{f.name: _moved(getattr(self, f.name), device) for f in fields(own)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        # What stands in it twice is moved once.
+        moved = {id(one): one for one in value}
+        moved = {key: one.to(device) for key, one in moved.items()}
+        return tuple(moved[id(one)] for one in value)
+    return None if value is None else value.to(device)
 
 
 @dataclass(frozen=True)
-class MaskedGenes:
+class MaskedGenes(_Batch):
     """Cells with hidden genes, and which genes these are.
 
     Attributes
@@ -45,15 +62,6 @@ class MaskedGenes:
     places: Int[Tensor, " targets"]
     labels: Int[Tensor, " targets"]
     measured: Int[Tensor, " genes"]
-
-    def to(self, device: torch.device | str) -> MaskedGenes:
-        """Return a copy on `device`."""
-        return MaskedGenes(
-            tokens=self.tokens.to(device),
-            places=self.places.to(device),
-            labels=self.labels.to(device),
-            measured=self.measured.to(device),
-        )
 
     @classmethod
     def build(
@@ -89,8 +97,8 @@ class MaskedGenes:
 
 
 @dataclass(frozen=True)
-class CellBatch:
-    """Input of :class:`~stofm.train.objectives.CellEncoderObjective`.
+class CellBatch(_Batch):
+    """Input of :class:`~stofm.train.CellEncoderObjective`.
 
     Attributes
     ----------
@@ -107,12 +115,6 @@ class CellBatch:
     def n_cells(self) -> int:
         """Number of cells."""
         return len(self.views[0].tokens)
-
-    def to(self, device: torch.device | str) -> CellBatch:
-        """Return a copy on `device`."""
-        first = self.views[0].to(device)
-        second = first if self.views[1] is self.views[0] else self.views[1].to(device)
-        return CellBatch(genes=self.genes.to(device), views=(first, second))
 
     @classmethod
     def build(
@@ -140,54 +142,32 @@ class CellBatch:
             Gives the special tokens and the genes.
         """
         genes = MaskedGenes.build(cells, rngs, masking=masking, vocabulary=vocabulary)
-        views = (cells, cells)
-        if gene_dropout > 0:
-            views = (
-                drop_genes(cells, gene_dropout, pad_token=vocabulary.pad, rngs=rngs),
-                drop_genes(cells, gene_dropout, pad_token=vocabulary.pad, rngs=rngs),
-            )
-        return cls(genes=genes, views=views)
+        if not gene_dropout:
+            return cls(genes=genes, views=(cells, cells))
+        pad = vocabulary.pad
+        first = drop_genes(cells, gene_dropout, pad_token=pad, rngs=rngs)
+        second = drop_genes(cells, gene_dropout, pad_token=pad, rngs=rngs)
+        return cls(genes=genes, views=(first, second))
 
 
 @dataclass(frozen=True)
-class VisibleCellBatch:
-    """Cells of a batch that are not hidden, and what is to be told from them.
-
-    Attributes
-    ----------
-    places
-        (n_visible,) nodes, counted through the padded sub-slices.
-    features
-        (n_visible, d_cell) their own.
-    surroundings
-        (n_visible, d_cell) mean features of the cells around them.
-    """
+class VisibleCellBatch(_Batch):
+    """Cells of a batch that are not hidden, and what is to be told from them."""
 
     places: Int[Tensor, " visible"]
     features: Float[Tensor, "visible d_cell"]
     surroundings: Float[Tensor, "visible d_cell"]
 
-    def to(self, device: torch.device | str) -> VisibleCellBatch:
-        """Return a copy on `device`."""
-        return VisibleCellBatch(
-            places=self.places.to(device),
-            features=self.features.to(device),
-            surroundings=self.surroundings.to(device),
-        )
-
     @classmethod
     def from_parts(cls, parts: Sequence[VisibleCells], n_nodes: int) -> VisibleCellBatch:
         """Join the cells of sub-slices that were padded to `n_nodes` nodes."""
-        return cls(
-            places=_places([part.nodes for part in parts], n_nodes),
-            features=_joined([part.features for part in parts]),
-            surroundings=_joined([part.surroundings for part in parts]),
-        )
+        nodes, features, surroundings = zip(*parts, strict=True)
+        return cls(_places(nodes, n_nodes), _joined(features), _joined(surroundings))
 
 
 @dataclass(frozen=True)
-class MaskedSubSliceBatch:
-    """Input of :class:`~stofm.train.spatial_objective.SpatialObjective`.
+class MaskedSubSliceBatch(_Batch):
+    """Input of :class:`~stofm.train.SpatialObjective`.
 
     A node's place is its number counted through the padded sub-slices.
 
@@ -216,20 +196,6 @@ class MaskedSubSliceBatch:
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
     visible: VisibleCellBatch | None = None
-
-    def to(self, device: torch.device | str) -> MaskedSubSliceBatch:
-        """Return a copy on `device`."""
-        return MaskedSubSliceBatch(
-            subslices=self.subslices.to(device),
-            hidden_places=self.hidden_places.to(device),
-            target_places=self.target_places.to(device),
-            target_features=self.target_features.to(device),
-            pair_batch=self.pair_batch.to(device),
-            pair_rows=self.pair_rows.to(device),
-            pair_columns=self.pair_columns.to(device),
-            pair_distances=self.pair_distances.to(device),
-            visible=None if self.visible is None else self.visible.to(device),
-        )
 
     @classmethod
     def from_masked(
@@ -264,8 +230,8 @@ class MaskedSubSliceBatch:
 
 
 @dataclass(frozen=True)
-class JointBatch:
-    """Input of :class:`~stofm.train.objectives.JointObjective`.
+class JointBatch(_Batch):
+    """Input of :class:`~stofm.train.JointObjective`.
 
     Attributes
     ----------
@@ -284,15 +250,6 @@ class JointBatch:
     cells: tuple[TokenBatch, ...]
     places: Int[Tensor, " sampled"]
     genes: tuple[MaskedGenes, ...] = ()
-
-    def to(self, device: torch.device | str) -> JointBatch:
-        """Return a copy on `device`."""
-        return JointBatch(
-            masked=self.masked.to(device),
-            cells=tuple(group.to(device) for group in self.cells),
-            places=self.places.to(device),
-            genes=tuple(group.to(device) for group in self.genes),
-        )
 
 
 def _places(nodes: Sequence[NDArray[np.int64]], n_nodes: int) -> Tensor:

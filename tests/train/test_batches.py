@@ -7,9 +7,9 @@ import torch
 from stofm.genes import RankedTokens
 from stofm.nn import SubSliceBatch, TokenBatch
 from stofm.spatial import SubSliceConfig, build_subslice, lay_out_slice, rows_by_subslice
-from stofm.train.cell_masking import SpatialMasking, apply, draw
-from stofm.train.gene_masking import TokenMasking
-from stofm.train.inputs import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.config import SpatialMasking, TokenMasking
+from stofm.train.masking import apply, draw
 
 RULES = SubSliceConfig(n_cells=60, n_neighbors=9)
 

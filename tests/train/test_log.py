@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from stofm.train.logs import (
+from stofm.train.log import (
     History,
     ProgressBar,
     TensorBoard,
@@ -57,7 +57,7 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_the_bar_shows_loss_parts_and_speed(capsys, monkeypatch):
-    monkeypatch.setattr("stofm.train.logs.bars_can_be_seen", lambda: True)
+    monkeypatch.setattr("stofm.train.log.bars_can_be_seen", lambda: True)
     bar = ProgressBar("spatial", total=4, done=1, show=True)
     bar.show_row({"loss": 0.123456, "masked_cells": 2.0}, ("masked_cells", "pairs"), 1234.5)
     bar.advance()

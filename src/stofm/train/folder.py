@@ -1,42 +1,51 @@
-"""The folder of a run, and which of its checkpoints training goes on from."""
+"""The folder of a run: what may be in it, who trains into it, which checkpoint it goes on from."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
+import socket
 from typing import TYPE_CHECKING, Any, Final, get_args
+
+from filelock import FileLock, Timeout
 
 from stofm._files import TRIFLES, local, put_in_place, tidy
 from stofm._messages import warn
 from stofm.nn.checkpoint import FILES
-from stofm.train.config import StageName
-from stofm.train.logs import is_history
-from stofm.train.run_checkpoint import (
+from stofm.train.checkpoint import (
     FINAL,
     TRAINING_FILES,
     can_go_on,
     find_damage,
     read_stored_report,
 )
-from stofm.train.run_lock import LOCK
+from stofm.train.config import StageName
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+#: Columns of the history that every row has, before those of the loss parts.
+HISTORY_COLUMNS = (
+    *("stage", "split", "epoch", "step", "loss"),
+    *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
+)
+#: The file by which a process has the folder to itself.
+LOCK: Final = "run.lock"
 _WORK = "work"
 _STAGE: Final = rf"\d+-(?:{'|'.join(get_args(StageName))})"
 _CHECKPOINT: Final = re.compile(rf"{_STAGE}-(?:\d{{8,}}|{FINAL})")
 _MODEL_FILES: Final = "|".join(map(re.escape, FILES))
+_RUN_FILES: Final = "|".join((_MODEL_FILES, *map(re.escape, TRAINING_FILES)))
 #: Files that a run writes into the folders that it clears, and what a killed write has left.
 _WRITTEN: Final = re.compile(
     "|".join(
         (
-            rf"checkpoints/{_CHECKPOINT.pattern}/(?:{_MODEL_FILES}|{'|'.join(map(re.escape, TRAINING_FILES))})",
+            rf"checkpoints/{_CHECKPOINT.pattern}/(?:{_RUN_FILES})",
             rf"model/(?:{_MODEL_FILES})",
             rf"tensorboard/{_STAGE}/events\.out\.tfevents\.[^/]*",
             r"refreshed/(?:cells|virtual)-[0-9a-f]{16}/[^/]*",
@@ -80,21 +89,18 @@ class RunFolder:
         self.refreshed = self.path / "refreshed"
         self._cleared = (self.checkpoints, self.model, self.path / "tensorboard", self.refreshed)
         self.work = self.path / _WORK if work is None else local(work)
-        self._work_name = self._name_inside(self.work)
-
-    def _name_inside(self, work: Path) -> str | None:
-        """Name of the folder in this one that `work` is in, or is; None if it is elsewhere."""
-        path, place = self.path.resolve(), work.resolve()
-        if not place.is_relative_to(path):
-            return None
-        name = place.relative_to(path).parts[:1]
-        if not name or name[0] in {p.name for p in self._cleared}:
-            msg = (
-                f"work_dir {str(work)!r} is the run's own folder or one that the run clears; "
-                f"choose another, such as {str(self.path / _WORK)!r} (the default)."
-            )
-            raise ValueError(msg)
-        return name[0]
+        #: Names of what is none of the run's results: the lock, and the folder that `work` is in.
+        self._beside = {_WORK, LOCK}
+        place = self.work.resolve()
+        if place.is_relative_to(self.path.resolve()):
+            name = next(iter(place.relative_to(self.path.resolve()).parts), None)
+            if name is None or name in {p.name for p in self._cleared}:
+                msg = (
+                    f"work_dir {str(self.work)!r} is the run's own folder or one that the run "
+                    f"clears; choose another, such as {str(self.path / _WORK)!r} (the default)."
+                )
+                raise ValueError(msg)
+            self._beside.add(name)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that may not be written to.
@@ -114,18 +120,22 @@ class RunFolder:
         if resume and overwrite:
             msg = "resume and overwrite exclude each other: go on with the run, or begin again?"
             raise ValueError(msg)
-        if not self._may_hold_run():
+        report = self.read_report()
+        if not report and not self._is_hardly_begun():
             msg = f"{self.path} holds something else than a run of stofm; take another folder."
             raise FileExistsError(msg)
-        self._refuse_folders()
-        if overwrite and (others := self._others()):
+        for path in (self.history, self.report, self.path / LOCK):
+            if path.is_dir():
+                msg = f"{path} is a folder, and a run has a file there; take another folder."
+                raise FileExistsError(msg)
+        if overwrite and (others := self._others(*self._cleared)):
             msg = (
                 f"{self.path} holds a run, and files that are none of its own, for example "
                 f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
                 "another folder."
             )
             raise FileExistsError(msg)
-        if (report := self.read_report()) and not (resume or overwrite):
+        if report and not (resume or overwrite):
             msg = (
                 f"{self.path} holds a run ({report.get('status', 'unknown')}): pass "
                 "resume=True to go on with it, overwrite=True to throw it "
@@ -133,28 +143,18 @@ class RunFolder:
             )
             raise FileExistsError(msg)
 
-    def _may_hold_run(self) -> bool:
-        """Whether all that is in the folder is a run, or what one that was hardly begun leaves."""
-        if not self.path.exists() or self.read_report():
-            return True
-        # A run that was stopped before its first checkpoint has left at most these, some empty.
-        mine = {_WORK, self._work_name, LOCK}
-        others = [p for p in self.path.iterdir() if p.name not in mine and not _is_part(p)]
-        empty = (self.report, self.checkpoints, self.history)
-        return all(
-            (p in empty and _is_empty(p)) or (p == self.history and is_history(p)) for p in others
-        )
+    def _is_hardly_begun(self) -> bool:
+        """Whether there is at most what a run leaves that was stopped before its first checkpoint."""
+        for path in self.path.iterdir() if self.path.exists() else ():
+            is_part = path.name.startswith(".") and ".stofm-" in path.name
+            is_empty = path in (self.report, self.checkpoints, self.history) and _is_empty(path)
+            is_ours = is_part or is_empty or path.name in self._beside
+            if not is_ours and not (path == self.history and _is_history(path)):
+                return False
+        return True
 
-    def _refuse_folders(self) -> None:
-        """Refuse folders where the run writes files."""
-        for path in (self.history, self.report, self.path / LOCK):
-            if path.is_dir():
-                msg = f"{path} is a folder, and a run has a file there; take another folder."
-                raise FileExistsError(msg)
-
-    def _others(self, within: Path | None = None) -> list[str]:
-        """Files that no run has written, in what the run clears or in a folder of that."""
-        folders = self._cleared if within is None else (within,)
+    def _others(self, *folders: Path) -> list[str]:
+        """Files in folders that no run has written."""
         found = [path for folder in folders for path in (folder, *folder.rglob("*"))]
         files = [path for path in found if path.is_symlink() or path.is_file()]
         names = [p.relative_to(self.path).as_posix() for p in files if p.name not in TRIFLES]
@@ -175,7 +175,7 @@ class RunFolder:
         ValueError
             They differ.
         """
-        if changed := _differences(begun, plain_json(settings)):
+        if changed := _differences(begun, json.loads(json.dumps(settings))):
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             msg = (
                 f"The run in {self.path} was begun with other settings: {'; '.join(changed[:5])}"
@@ -185,17 +185,16 @@ class RunFolder:
 
     def read_report(self) -> dict[str, Any]:
         """Return what ``run.json`` says, or else the newest checkpoint that can; nothing if there is no run."""
-        try:
-            entries: Any = json.loads(self.report.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            entries = None
-        if _is_report(entries):
-            report: dict[str, Any] = entries
-            return report
+        report: dict[str, Any]
+        with contextlib.suppress(OSError, ValueError):
+            report = json.loads(self.report.read_text(encoding="utf-8"))
+            if _is_report(report):
+                return report
         for folder in reversed(self._to_go_on()):
             with contextlib.suppress(ValueError):
-                if _is_report(stored := read_stored_report(folder)):
-                    return stored
+                report = read_stored_report(folder)
+                if _is_report(report):
+                    return report
         return {}
 
     def clear(self) -> None:
@@ -263,10 +262,32 @@ class RunFolder:
         return sorted((p for p in self._all() if can_go_on(p)), key=_age)
 
 
-def plain_json(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What `entries` are after a round trip through JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(entries))
-    return plain
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder, which is made if need be, to this process, also among machines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = "another process"
+        with contextlib.suppress(OSError):
+            holder = path.read_text(encoding="utf-8") or holder
+        msg = (
+            f"{folder} is in use: {holder} trains into it. Wait until it has ended, or take "
+            f"another out_dir. If there is no such process any more, delete {path}."
+        )
+        raise FileExistsError(msg) from None
+    try:
+        # Not where a file that is locked can't be written to or deleted.
+        with contextlib.suppress(OSError):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()!r}", "utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
 
 
 def write_json(path: Path, entries: Any) -> None:
@@ -285,8 +306,11 @@ def _is_report(entries: Any) -> bool:
     )
 
 
-def _is_part(path: Path) -> bool:
-    return path.name.startswith(".") and ".stofm-" in path.name
+def _is_history(path: Path) -> bool:
+    """Whether a file begins as a history does."""
+    with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+        return file.readline().startswith(",".join(HISTORY_COLUMNS))
+    return False
 
 
 def _is_empty(path: Path) -> bool:
@@ -300,19 +324,14 @@ def _age(folder: Path) -> tuple[int, str]:
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Say in which entries two JSON values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            text
-            for name in sorted({*old, *new})
-            for text in _differences(old.get(name), new.get(name), f"{where}.{name}".lstrip("."))
-        ]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            text
-            for k, (a, b) in enumerate(zip(old, new, strict=True))
-            for text in _differences(a, b, f"{where}[{k}]")
-        ]
-    return [] if old == new else [f"{where} was {_short(old)}, now {_short(new)}"]
+        pairs = [(f"{where}[{k}]", a, b) for k, (a, b) in enumerate(zip(old, new, strict=True))]
+    elif isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        pairs = [(f"{where}.{n}".lstrip("."), old.get(n), new.get(n)) for n in names]
+    else:
+        return [] if old == new else [f"{where} was {_short(old)}, now {_short(new)}"]
+    return [text for place, a, b in pairs for text in _differences(a, b, place)]
 
 
 def _short(value: Any) -> str:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from stofm.spatial import NodeType, SliceLayout, SubSliceConfig, VirtualCells
-from stofm.train import subslice_samples
+from stofm.train import samples as samples_module
 from stofm.train.cell_cache import EncodedSlice
-from stofm.train.cell_masking import SpatialMasking
-from stofm.train.cell_samples import Draws, TokenReader
-from stofm.train.gene_masking import TokenMasking
-from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+from stofm.train.config import SpatialMasking, TokenMasking
+from stofm.train.epochs import Draws
+from stofm.train.samples import CellSamples, JointSamples, SubSliceSamples, TokenReader
 
 DRAWS = Draws(seed=3, stage=1, batch_size=3)
 RULES = SubSliceConfig(n_cells=20, n_neighbors=7)
@@ -168,13 +167,13 @@ def test_threads_load_the_same(make):
 
 def counted_builds(monkeypatch):
     built = []
-    build = subslice_samples.build_subslice
+    build = samples_module.build_subslice
 
     def counted(layout, features, cells, config):
         built.append(len(cells))
         return build(layout, features, cells, config)
 
-    monkeypatch.setattr(subslice_samples, "build_subslice", counted)
+    monkeypatch.setattr(samples_module, "build_subslice", counted)
     return built
 
 
@@ -197,7 +196,7 @@ def test_sub_slices_that_stay_are_built_once(make, encode, corpus, monkeypatch):
 
 def test_kept_sub_slices_are_bounded(make, monkeypatch):
     built = counted_builds(monkeypatch)
-    monkeypatch.setattr(subslice_samples, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(samples_module, "_KEPT_BYTES", 0)
     samples = make(vary=False)
     batch = samples.epoch(0)[0]
     samples.masked(batch, 0)
@@ -298,3 +297,118 @@ def test_joint_numbers_and_names(joint):
     assert samples.n_tokens(inputs) == samples.subslices.n_tokens(inputs.masked) + tokens
     assert not samples.epochs_differ_in_length
     assert samples.describe(batch) == samples.subslices.describe(batch)
+
+
+CELL_DRAWS = Draws(seed=3, stage=1, batch_size=8)
+
+
+@pytest.fixture
+def make_cells(model):
+    def make_cells(corpus, *, draws=CELL_DRAWS, gene_dropout=0.0, **changed):
+        config = replace(model.config.cell_encoder, **changed)
+        reader = TokenReader(corpus, config, model.vocabulary)
+        return CellSamples(reader, draws, masking=TokenMasking(), gene_dropout=gene_dropout)
+
+    return make_cells
+
+
+def described(inputs, row):
+    """All that stands in one row of a batch, without padding."""
+    tokens = inputs.genes.tokens
+    n = int(tokens.is_real[row].sum())
+    length = tokens.tokens.shape[1]
+    own = inputs.genes.places // length == row
+    views = [view.tokens[row][view.is_real[row]].tolist() for view in inputs.views]
+    places = (inputs.genes.places[own] % length).tolist()
+    return tokens.tokens[row, :n].tolist(), places, inputs.genes.labels[own].tolist(), views
+
+
+def test_lists_are_those_of_the_cells(make_cells, corpus):
+    cells = np.array([150, 0, 115, 2])
+    inputs = make_cells(corpus).load(cells, 0)
+    for row, cell in enumerate(cells):
+        _, places, labels, (first, second) = described(inputs, row)
+        expected = corpus.take(cells[row : row + 1]).tokens.tolist()[:40]
+        assert first == second == [69, *expected]
+        assert labels == [first[place] for place in places]
+        assert len(labels) == (0 if cell in (2, 115) else max(1, round(0.15 * len(expected))))
+
+
+@pytest.mark.parametrize("gene_dropout", [0.0, 0.3])
+def test_company_changes_nothing_for_cells(make_cells, corpus, rng, gene_dropout):
+    samples = make_cells(corpus, gene_dropout=gene_dropout)
+    cells = rng.permutation(corpus.n_cells)[:11]
+    together = samples.load(cells, 2)
+    for row, cell in enumerate(cells):
+        alone = samples.load(np.array([cell]), 2)
+        assert described(alone, 0) == described(together, row)
+
+
+def test_draws_follow_seed_stage_and_epoch_for_cells(make_cells, corpus):
+    cells = np.arange(20)
+
+    def masked(samples, epoch=0):
+        return samples.load(cells, epoch).genes.tokens.tokens
+
+    one = masked(make_cells(corpus))
+    assert torch.equal(one, masked(make_cells(corpus)))
+    assert not torch.equal(one, masked(make_cells(corpus), epoch=1))
+    assert not torch.equal(one, masked(make_cells(corpus, draws=replace(CELL_DRAWS, seed=4))))
+    assert not torch.equal(one, masked(make_cells(corpus, draws=replace(CELL_DRAWS, stage=2))))
+
+
+def test_epochs_are_shuffled_anew(make_cells, corpus):
+    samples = make_cells(corpus)
+    first, again, next_ = samples.epoch(0), samples.epoch(0), samples.epoch(1)
+    assert sorted(np.concatenate(first)) == list(range(corpus.n_cells))
+    assert [b.tolist() for b in first] == [b.tolist() for b in again]
+    assert [b.tolist() for b in first] != [b.tolist() for b in next_]
+    assert len(first) == len(next_)
+
+
+def test_threads_load_the_same_for_cells(make_cells, corpus):
+    samples = make_cells(corpus, gene_dropout=0.2)
+    batches = samples.epoch(0)
+    expected = [samples.load(batch, 0).genes.tokens.tokens for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda batch: samples.load(batch, 0), batches))
+    assert all(
+        torch.equal(inputs.genes.tokens.tokens, tokens)
+        for inputs, tokens in zip(found, expected, strict=True)
+    )
+
+
+def test_values_come_along_only_if_they_are_read(make_cells, write_corpus):
+    corpus = write_corpus([23], values=True)
+    assert make_cells(corpus).load(np.arange(5), 0).views[0].values is None
+    view = make_cells(corpus, values="log").load(np.arange(5), 0).views[0]
+    assert view.values.shape == view.tokens.shape
+    np.testing.assert_array_equal(view.bag.values, corpus.take(np.arange(5)).values)
+    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+        make_cells(write_corpus([5], names="bare"), pooled=True, d_gene=8)
+
+
+def test_numbers_and_names_for_messages_for_cells(make_cells, corpus):
+    samples = make_cells(corpus)
+    inputs = samples.load(np.array([0, 2, 120]), 0)
+    assert samples.n_cells(inputs) == 3
+    lengths = np.minimum(corpus.cell_lengths[[0, 2, 120]] + 1, 41)
+    assert samples.n_tokens(inputs) == lengths.sum()
+    assert samples.describe(np.array([0, 2, 120])) == "'slice-0', 'slice-1'"
+
+
+def test_cells_of_like_length_are_grouped(model, corpus):
+    reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
+    cells = np.arange(100)
+    groups = reader.groups(cells)
+    assert sorted(np.concatenate(groups)) == list(range(100))
+    for group in groups:
+        lengths = corpus.cell_lengths[cells[group]] + 1
+        assert lengths.max() <= 1.2 * lengths.min()
+    assert reader.groups(cells[:0]) == []
+
+
+@pytest.mark.parametrize("name", ["seed", "stage", "batch_size"])
+def test_draws_are_checked(name):
+    with pytest.raises(ValueError, match=rf"{name} must be at least \d, found -1"):
+        replace(CELL_DRAWS, **{name: -1})

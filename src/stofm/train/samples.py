@@ -1,4 +1,4 @@
-"""Sub-slices of a corpus as inputs of the spatial and the joint objective."""
+"""Cells and sub-slices of a corpus as inputs of the objectives."""
 
 from __future__ import annotations
 
@@ -9,47 +9,115 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from stofm.nn import TokenBatch
+from stofm.nn.cell_encoder import NO_VALUES
 from stofm.spatial import build_subslice
-from stofm.train.cell_masking import apply, draw
-from stofm.train.inputs import JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.sampling import Purpose, SubSliceSampler
+from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
+from stofm.train.epochs import (
+    Purpose,
+    SubSliceSampler,
+    batch_length,
+    draw_batches,
+    size_class,
+)
+from stofm.train.masking import apply, draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from stofm.nn import TokenBatch
+    from stofm.genes import GeneVocabulary
+    from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
     from stofm.train.cell_cache import EncodedSlice
-    from stofm.train.cell_masking import MaskedSubSlice, SpatialMasking
-    from stofm.train.cell_samples import Draws, TokenReader
+    from stofm.train.config import SpatialMasking, TokenMasking
     from stofm.train.corpus import Corpus
-    from stofm.train.gene_masking import TokenMasking
+    from stofm.train.epochs import Draws
+    from stofm.train.masking import MaskedSubSlice
 
 #: Built sub-slices that stay the same from epoch to epoch are kept up to this.
 _KEPT_BYTES = 256 * 2**20
 
 
+class TokenReader:
+    """Reads token lists of a corpus as the cell encoder takes them."""
+
+    def __init__(
+        self, corpus: Corpus, config: CellEncoderConfig, vocabulary: GeneVocabulary
+    ) -> None:
+        if config.reads_values and not corpus.has_values:
+            raise ValueError(NO_VALUES)
+        self.corpus = corpus
+        self.vocabulary = vocabulary
+        self.max_length = config.max_positions
+        self._with_values = config.reads_values
+
+    def read(self, cells: NDArray[np.int64]) -> TokenBatch:
+        """Token lists of some cells, padded to the longest."""
+        ranked = self.corpus.take(cells)
+        if not self._with_values:
+            ranked = ranked.without_values()
+        return TokenBatch.from_ranked(
+            ranked,
+            np.arange(len(cells)),
+            cls_token=self.vocabulary.cls,
+            pad_token=self.vocabulary.pad,
+            length=int(batch_length(ranked.n_tokens, self.max_length).max()),
+        )
+
+    def groups(self, cells: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Put cells of like length together; returns places in `cells`."""
+        classes = size_class(self.corpus.cell_lengths[cells] + 1)
+        return [np.flatnonzero(classes == k) for k in np.unique(classes)]
+
+
+class CellSamples:
+    """Cells of a corpus, for the cell encoder's objective. A sample is a cell."""
+
+    epochs_differ_in_length = False
+
+    def __init__(
+        self, reader: TokenReader, draws: Draws, *, masking: TokenMasking, gene_dropout: float
+    ) -> None:
+        self._reader = reader
+        self._draws = draws
+        self._masking = masking
+        self._gene_dropout = gene_dropout
+
+    def epoch(self, number: int) -> list[NDArray[np.int64]]:
+        """Batches that take each cell once; most hold cells of one padded length."""
+        lengths = batch_length(self._reader.corpus.cell_lengths, self._reader.max_length)
+        return draw_batches(self._draws, lengths, number)
+
+    def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
+        """Hide genes of some cells and make their two views."""
+        return CellBatch.build(
+            self._reader.read(samples),
+            [self._draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples],
+            masking=self._masking,
+            gene_dropout=self._gene_dropout,
+            vocabulary=self._reader.vocabulary,
+        )
+
+    def n_cells(self, inputs: CellBatch) -> int:
+        """Number of cells."""
+        return inputs.n_cells
+
+    def n_tokens(self, inputs: CellBatch) -> int:
+        """Number of tokens of these cells, each counted once."""
+        return int(inputs.genes.tokens.is_real.sum())
+
+    def describe(self, samples: NDArray[np.int64]) -> str:
+        """Name the slices that cells come from."""
+        return self._reader.corpus.describe(self._reader.corpus.locate(samples)[0])
+
+
 class SubSliceSamples:
     """Sub-slices of a corpus, for the spatial objective. A sample is a sub-slice.
 
-    Parameters
-    ----------
-    corpus
-        The slices.
-    rules
-        How they are cut, and which pairs of nodes have a distance.
-    draws
-        What samples are drawn by.
-    masking
-        Which cells are hidden and moved.
-    vary
-        Cut slices anew in every epoch.
-    node_multiple
-        As in :meth:`stofm.nn.SubSliceBatch.from_subslices`.
-    n_surrounding
-        As in :func:`stofm.train.cell_masking.apply`.
+    They are cut by `rules`, anew in every epoch if they `vary`; `masking` says which cells are
+    hidden and moved, `n_surrounding` over how many nearest cells surroundings are averaged.
     """
 
     def __init__(
@@ -69,13 +137,8 @@ class SubSliceSamples:
         self._masking = masking
         self._node_multiple = node_multiple
         self._n_surrounding = n_surrounding
-        self._sampler = SubSliceSampler(
-            [s.coordinates for s in corpus.slices],
-            rules,
-            vary=vary,
-            seed=draws.seed,
-            stage=draws.stage,
-        )
+        places = [s.coordinates for s in corpus.slices]
+        self._sampler = SubSliceSampler(places, rules, draws, vary=vary)
         self._encoded: Sequence[EncodedSlice] | None = None
         self._built: OrderedDict[int, SubSlice] = OrderedDict()
         self._built_bytes = 0
@@ -108,8 +171,7 @@ class SubSliceSamples:
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice once."""
-        rng = self._draws.generator(number, Purpose.ORDER)
-        return self._sampler.epoch(number, batch_size=self._draws.batch_size, rng=rng)
+        return self._sampler.epoch(number)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
         """Hide and move cells of some sub-slices."""
@@ -151,19 +213,15 @@ class SubSliceSamples:
         return self._sampler.cells(sample, epoch)
 
     def _subslice(self, sample: int, epoch: int) -> SubSlice:
-        if self._sampler.vary:
-            return self._build(sample, epoch)
-        with self._lock:
-            found = self._built.get(sample)
-        if found is None:
-            found = self._build(sample, epoch)
-            self._keep(sample, found)
-        return found
-
-    def _build(self, sample: int, epoch: int) -> SubSlice:
-        number = int(self.slices_of(np.array([sample]))[0])
-        one = self.encoded[number]
-        return build_subslice(one.layout, one.features, self.cells_of(sample, epoch), self._rules)
+        found = None if self.varies else self._built.get(sample)
+        if found is not None:
+            return found
+        one = self.encoded[int(self.slices_of(np.array([sample]))[0])]
+        cells = self.cells_of(sample, epoch)
+        built = build_subslice(one.layout, one.features, cells, self._rules)
+        if not self.varies:
+            self._keep(sample, built)
+        return built
 
     def _keep(self, sample: int, built: SubSlice) -> None:
         with self._lock:
@@ -175,21 +233,17 @@ class SubSliceSamples:
                 self._built_bytes -= _n_bytes(self._built.popitem(last=False)[1])
 
 
+def _n_bytes(subslice: SubSlice) -> int:
+    pairs = subslice.pairs
+    arrays = (subslice.coordinates, subslice.features, pairs.rows, pairs.columns, pairs.distances)
+    return sum(array.nbytes for array in arrays)
+
+
 class JointSamples:
     """Sub-slices with the tokens of some of their cells, for the joint objective.
 
-    Parameters
-    ----------
-    subslices
-        The sub-slices.
-    reader
-        Reads tokens.
-    draws
-        What samples are drawn by.
-    sampled_cells
-        Cells of each sub-slice that go through the cell encoder; none that is hidden.
-    token_masking
-        Which of their genes are hidden, if masked genes are trained along; else None.
+    `sampled_cells` of each go through the cell encoder, none that is hidden; with
+    `token_masking`, some of their genes are hidden too.
     """
 
     def __init__(
@@ -219,6 +273,10 @@ class JointSamples:
         """Batches that take each sub-slice once."""
         return self.subslices.epoch(number)
 
+    def describe(self, samples: NDArray[np.int64]) -> str:
+        """Name the slices that sub-slices come from."""
+        return self.subslices.describe(samples)
+
     def load(self, samples: NDArray[np.int64], epoch: int) -> JointBatch:
         """Hide and move cells of some sub-slices, and read the tokens of others."""
         parts = self.subslices.masked(samples, epoch)
@@ -233,12 +291,11 @@ class JointSamples:
         slices = np.repeat(self.subslices.slices_of(samples), [len(own) for own in nodes])
         cells = self._reader.corpus.first_cell[slices] + np.concatenate(rows)
         groups = self._reader.groups(cells)
-        in_order = np.concatenate(groups)
         read = tuple(self._reader.read(cells[group]) for group in groups)
         return JointBatch(
             masked=batch,
             cells=read,
-            places=torch.from_numpy(places[in_order]),
+            places=torch.from_numpy(places[np.concatenate(groups)]),
             genes=self._hide_genes(read, [cells[group] for group in groups], epoch),
         )
 
@@ -250,10 +307,6 @@ class JointSamples:
         """Number of nodes, and of tokens of the sampled cells."""
         n_tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
         return self.subslices.n_tokens(inputs.masked) + n_tokens
-
-    def describe(self, samples: NDArray[np.int64]) -> str:
-        """Name the slices that sub-slices come from."""
-        return self.subslices.describe(samples)
 
     def _sample(self, part: MaskedSubSlice, rng: np.random.Generator) -> NDArray[np.int64]:
         """Nodes of some cells; hidden ones, which get no gradient, only if there are no others."""
@@ -275,9 +328,3 @@ class JointSamples:
             )
             for tokens, own in zip(read, cells, strict=True)
         )
-
-
-def _n_bytes(subslice: SubSlice) -> int:
-    pairs = subslice.pairs
-    arrays = (subslice.coordinates, subslice.features, pairs.rows, pairs.columns, pairs.distances)
-    return sum(array.nbytes for array in arrays)

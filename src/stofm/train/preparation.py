@@ -1,11 +1,12 @@
-"""From sources to the prepared slices that training reads, and to a vocabulary."""
+"""From what a user passes to the prepared slices that training reads, and to a vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,32 +16,108 @@ from stofm._edge.counts import read_counts
 from stofm._edge.features import gene_names
 from stofm._edge.gene_mapping import candidate_names, find_columns
 from stofm._edge.places import read_places
+from stofm._edge.slice_files import open_table
+from stofm._edge.tables import resolve_table
 from stofm._edge.tokens import compute_tokens, token_blocks, token_params, warn_of_empty_cells
+from stofm._files import local
 from stofm._logging import progress
 from stofm._messages import warn
-from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary
+from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary, read_orthologs
 from stofm.genes.fitting import CountSlice
 from stofm.spatial import normalize_coordinates
-from stofm.tl._slice_sources import orthologs_digest, read_ortholog_tables
-from stofm.train.arrays import is_there, write_folder
 from stofm.train.corpus import Corpus, preparation_key, reuse_slice, write_slice
 from stofm.train.corpus import open_slice as open_prepared
-from stofm.train.state import write_json
+from stofm.train.folder import write_json
+from stofm.train.storage import digest_json, is_there, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from stofm._edge.places import Places
     from stofm.nn import Stofm
-    from stofm.tl._slice_sources import SliceSource
     from stofm.train.corpus import TokenizedSlice
+    from stofm.train.recipe import FileConfig
 
+    #: Pairs of genes by the address of their table.
+    Orthologs = Mapping[str, Mapping[str, str]]
+
+_ENDINGS = (".h5ad", ".zarr")
 #: Part of each key: a change of how slices are prepared makes new ones.
 _PREPARATION = 2
+
+
+@dataclass(frozen=True)
+class SliceSource:
+    """An AnnData or SpatialData, or the path of one, its name in messages, and how it is read."""
+
+    data: Any
+    name: str
+    options: FileConfig
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Say in messages of errors which source they are about."""
+        try:
+            yield
+        except KeyError as error:
+            msg = f"{self.name}: {error.args[0] if error.args else error}"
+            raise KeyError(msg) from error
+        except OSError as error:
+            msg = f"{self.name}: {error.strerror or error}"
+            raise OSError(error.errno, msg) from error
+        except ValueError as error:
+            # Not of its own type: some, as UnicodeDecodeError, are made of more than a message.
+            msg = f"{self.name}: {error}"
+            raise ValueError(msg) from error
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Give the AnnData; a file is closed afterwards."""
+        is_file = isinstance(self.data, Path)
+        key = self.options.table_key
+        adata = open_table(self.data, key) if is_file else resolve_table(self.data, key)
+        try:
+            yield adata
+        finally:
+            if is_file and adata.isbacked:
+                adata.file.close()
+
+
+def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
+    """List the sources in what a user passes: data, a path, a folder of files, or a list of these."""
+    if isinstance(data, list | tuple):
+        if not data:
+            msg = "There is no data: the list is empty."
+            raise ValueError(msg)
+        found = [source for one in data for source in find_sources(one, options)]
+        return [
+            source if isinstance(source.data, Path) else replace(source, name=f"data[{k}]")
+            for k, source in enumerate(found)
+        ]
+    if isinstance(data, str | Path):
+        return [SliceSource(path, path.stem, options) for path in _files(local(data))]
+    if not hasattr(data, "obsm") and not hasattr(data, "tables"):
+        msg = (
+            "data must be an AnnData, a path, a folder of .h5ad and .zarr, or a list of these, "
+            f"found {type(data).__name__}."
+        )
+        raise TypeError(msg)
+    return [SliceSource(data, "data", options)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        msg = f"There is no slice or folder of slices at {path}."
+        raise FileNotFoundError(msg)
+    if path.is_file() or path.suffix in _ENDINGS:
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS)
+    if not found:
+        msg = f"The folder {path} has no .h5ad file and no .zarr store."
+        raise FileNotFoundError(msg)
+    return found
 
 
 def prepare_slices(
@@ -50,29 +127,10 @@ def prepare_slices(
 
     A file is read again only if it, its options (with what is in a table of orthologs) or the
     model's vocabulary has changed. The tokens of a file that holds one slice are written as they
-    come; those of a file of several slices are in memory together.
-
-    Parameters
-    ----------
-    sources
-        Read one after another, in blocks of cells.
-    model
-        Gives vocabulary, number of tokens and whether values are read.
-    folder
-        Where the prepared slices are.
-    show_progress_bar
-        Show a bar.
-
-    Returns
-    -------
-    Keys under which :func:`open_corpus` finds the slices.
-
-    Raises
-    ------
-    ValueError, KeyError
-        Counts, genes or coordinates of a slice are not usable; the message names it.
+    come; those of a file of several slices are in memory together. Returns the keys under which
+    :func:`open_corpus` finds the slices.
     """
-    orthologs = read_ortholog_tables(sources)
+    orthologs = _read_orthologs(sources)
     shown = progress(
         sources,
         total=len(sources),
@@ -84,15 +142,7 @@ def prepare_slices(
 
 
 def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
-    """Open prepared slices, without those that have no cells.
-
-    Raises
-    ------
-    FileNotFoundError
-        A slice was prepared, but is not there.
-    ValueError
-        A slice is there twice.
-    """
+    """Open prepared slices, without those that have no cells."""
     slices: list[TokenizedSlice] = []
     for key in keys:
         one = open_prepared(folder, key)
@@ -107,11 +157,6 @@ def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
     if empty := [one.name for one in slices if not one.n_cells]:
         warn(f"{len(empty)} of {len(slices)} slices have no cells and are left out: {empty[:8]}.")
     slices = [one for one in slices if one.n_cells]
-    _refuse_repeated(slices)
-    return Corpus(tuple(slices))
-
-
-def _refuse_repeated(slices: Sequence[TokenizedSlice]) -> None:
     first: dict[str, int] = {}
     for number, one in enumerate(slices):
         other = first.setdefault(one.digest, number)
@@ -122,12 +167,17 @@ def _refuse_repeated(slices: Sequence[TokenizedSlice]) -> None:
                 "count twice; leave one of them out."
             )
             raise ValueError(msg)
+    return Corpus(tuple(slices))
 
 
-def _prepare(
-    source: SliceSource, model: Stofm, folder: Path, orthologs: Mapping[str, Mapping[str, str]]
-) -> list[str]:
-    settings = _settings(source, model, orthologs_digest(source, orthologs))
+def _prepare(source: SliceSource, model: Stofm, folder: Path, orthologs: Orthologs) -> list[str]:
+    options = {k: v for k, v in asdict(source.options).items() if k != "files"}
+    settings = {
+        "preparation": _PREPARATION,
+        **_described_vocabulary(model.vocabulary),
+        "tokens": token_params(model, layer=source.options.layer),
+        "options": options | {"orthologs": _orthologs_digest(source, orthologs)},
+    }
     if not isinstance(source.data, Path):
         return _write(source, model, folder, None, settings)
     key = preparation_key(source.data, settings)
@@ -150,24 +200,10 @@ def _read_index(index: Path) -> list[str]:
     return names if is_list else []
 
 
-def _settings(source: SliceSource, model: Stofm, orthologs: str | None) -> dict[str, Any]:
-    """All that a source's tokens depend on besides its content."""
-    options = {k: v for k, v in asdict(source.options).items() if k != "files"}
-    return {
-        "preparation": _PREPARATION,
-        **_described_vocabulary(model.vocabulary),
-        "tokens": token_params(model, layer=source.options.layer),
-        "options": options | {"orthologs": orthologs},
-    }
-
-
 def _described_vocabulary(vocabulary: GeneVocabulary) -> dict[str, str]:
     # Names decide which columns are found; the fingerprint leaves them out.
-    names = json.dumps([vocabulary.symbols.tolist(), dict(vocabulary.aliases)])
-    return {
-        "vocabulary": vocabulary.fingerprint,
-        "names": hashlib.blake2b(names.encode(), digest_size=8).hexdigest(),
-    }
+    names = digest_json(vocabulary.symbols.tolist(), dict(vocabulary.aliases))
+    return {"vocabulary": vocabulary.fingerprint, "names": names}
 
 
 def _write(
@@ -205,17 +241,15 @@ def _write_slices(
     tokens: RankedTokens | Iterator[RankedTokens],
 ) -> list[str]:
     """Write the slices of a source; blocks of tokens are those of its only slice."""
-    excluded = source.options.exclude
-    if unknown := sorted({*excluded} - {*places.slices.names}):
+    excluded, slices = source.options.exclude, places.slices
+    if unknown := sorted({*excluded} - {*slices.names}):
         msg = (
             f"exclude = {unknown} names no slice of {source.name}, which has "
-            f"{list(places.slices.names)[:8]} by library_key={source.options.library_key!r}."
+            f"{list(slices.names)[:8]} by library_key={source.options.library_key!r}."
         )
         raise ValueError(msg)
     names = []
-    for number, (name, rows) in enumerate(
-        zip(places.slices.names, places.slices.rows, strict=True)
-    ):
+    for number, (name, rows) in enumerate(zip(slices.names, slices.rows, strict=True)):
         if name in excluded:
             continue
         names.append(f"{key}-{number}")
@@ -257,10 +291,10 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     Names that are no human Ensembl ids are looked up in the embedded vocabulary.
     """
     reference = embedded_vocabulary()
-    orthologs = read_ortholog_tables(sources)
+    orthologs = _read_orthologs(sources)
     settings = {
         "reference": _described_vocabulary(reference),
-        "sources": [_described(one, orthologs_digest(one, orthologs)) for one in sources],
+        "sources": [_described(one, orthologs) for one in sources],
     }
     place = folder / f"vocabulary-{preparation_key(None, settings)}"
     table = place / "vocabulary.tsv"
@@ -280,28 +314,48 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     return table
 
 
-def _described(source: SliceSource, orthologs: str | None) -> str:
-    options = source.options
-    settings = {"layer": options.layer, "gene_key": options.gene_key, "orthologs": orthologs}
+def _described(source: SliceSource, orthologs: Orthologs) -> str:
+    settings = {
+        "layer": source.options.layer,
+        "gene_key": source.options.gene_key,
+        "orthologs": _orthologs_digest(source, orthologs),
+    }
     return preparation_key(source.data if isinstance(source.data, Path) else None, settings)
 
 
 def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
     """The slices one after another, with raw counts and the names that `gene_key` asks for."""
     for source in sources:
+        gene_key = source.options.gene_key
         with source.open() as adata:
-            ids, symbols = _names(source, adata)
+            if gene_key is None:
+                ids, symbols = gene_names(adata)
+            else:
+                with source.naming():
+                    ids = candidate_names(adata, gene_key)[gene_key]
+                symbols = [""] * adata.n_vars
             yield CountSlice(_blocks(source, adata), ids, symbols)
 
 
-def _names(source: SliceSource, adata: AnnData) -> tuple[list[str], list[str]]:
-    gene_key = source.options.gene_key
-    if gene_key is None:
-        return gene_names(adata)
-    with source.naming():
-        return candidate_names(adata, gene_key)[gene_key], [""] * adata.n_vars
-
-
-def _blocks(source: SliceSource, adata: AnnData) -> Iterator[sparse.csr_matrix]:
+def _blocks(source: SliceSource, adata: Any) -> Iterator[Any]:
     with source.naming():
         yield from read_counts(adata, layer=source.options.layer)
+
+
+def _read_orthologs(sources: Sequence[SliceSource]) -> Orthologs:
+    """Read the tables of orthologs that sources name, each once."""
+    tables: dict[str, dict[str, str]] = {}
+    for address in {source.options.orthologs: None for source in sources}:
+        if address is not None:
+            try:
+                tables[str(address)] = read_orthologs(address)
+            except ValueError as error:
+                msg = f"orthologs = {str(address)!r}: {error}"
+                raise ValueError(msg) from error
+    return tables
+
+
+def _orthologs_digest(source: SliceSource, orthologs: Orthologs) -> str | None:
+    """Hash what is in a source's table of orthologs, which may change under its name."""
+    address = source.options.orthologs
+    return None if address is None else digest_json(orthologs[str(address)])

@@ -15,6 +15,7 @@ from stofm._files import put_in_place
 from stofm.nn import checkpoint
 from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
 from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from stofm.train.storage import digest_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,15 +93,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint holds the tensors of.
-
-    Attributes
-    ----------
-    model
-        The model.
-    heads
-        What stands on it in training; may hold parts of the model, which are not stored twice.
-    """
+    """A model, and what stands on it in training; that may hold parts of the model."""
 
     model: Stofm
     heads: nn.Module
@@ -127,19 +120,9 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
 
-    Parameters
-    ----------
-    folder
-        A checkpoint that is there is replaced.
-    trained
-        The weights.
-    progress
-        How far the run has come.
-    optimizer
-        The optimiser and the module whose weights it has; None if the stage does not go on here.
-    report, history
-        What ``run.json`` says, and the ``history.csv`` so far: the run needs neither from
-        elsewhere.
+    `optimizer` goes with the module whose weights it has; there is none if the stage does not go
+    on here. With `report` (what ``run.json`` says) and `history` the run needs neither from
+    elsewhere.
     """
 
     def fill(place: Path) -> None:
@@ -169,13 +152,7 @@ def can_go_on(folder: Path) -> bool:
 
 
 def find_damage(folder: Path) -> str:
-    """Compare all files of a checkpoint with what was written; empty if they are the same.
-
-    Raises
-    ------
-    ValueError
-        It was written by another version of stofm.
-    """
+    """Compare all files of a checkpoint with what was written; empty if they are the same."""
     try:
         stored = _read_state(folder)["files"]
         found = _digests(folder)
@@ -191,26 +168,13 @@ def find_damage(folder: Path) -> str:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read how far the run had come at a checkpoint.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint was written by another version of stofm, or is damaged.
-    """
+    """Read how far the run had come at a checkpoint."""
     return build_dataclass(Progress, _read_state(folder)["progress"], str(folder / _STATE))
 
 
-def read_stored_report(folder: Path) -> dict[str, Any]:
-    """Read what ``run.json`` said when a checkpoint was written.
-
-    Raises
-    ------
-    ValueError
-        As in :func:`read_progress`.
-    """
-    report: dict[str, Any] = _read_state(folder)["report"]
-    return report
+def read_stored_report(folder: Path) -> Any:
+    """Read what ``run.json`` said when a checkpoint was written."""
+    return _read_state(folder)["report"]
 
 
 def restore_history(folder: Path, path: Path) -> None:
@@ -221,13 +185,7 @@ def restore_history(folder: Path, path: Path) -> None:
 def load_checkpoint(
     folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
 ) -> None:
-    """Put a checkpoint's weights into model, heads and optimiser.
-
-    Raises
-    ------
-    ValueError
-        The checkpoint belongs to other weights, or holds some that can't be trained on.
-    """
+    """Put a checkpoint's weights into model, heads and optimiser."""
     load_exactly(trained.model, _read_tensors(folder, checkpoint.WEIGHTS), str(folder))
     stored = _read_tensors(folder, _HEADS)
     own = trained.head_tensors()
@@ -286,13 +244,8 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 def _digests(place: Path) -> dict[str, str]:
     """Digest of every file but the state, by its path within the folder."""
-    found = {}
-    for path in sorted(place.rglob("*")):
-        name = path.relative_to(place).as_posix()
-        if path.is_file() and name != _STATE:
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-    return found
+    files = {p.relative_to(place).as_posix(): p for p in sorted(place.rglob("*")) if p.is_file()}
+    return {name: digest_file(path) for name, path in files.items() if name != _STATE}
 
 
 def _digest_of(entries: Mapping[str, Any]) -> str:

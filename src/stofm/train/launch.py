@@ -1,0 +1,233 @@
+"""From data and options to a run: on what a user passes, or as a recipe says."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from stofm._config import build_dataclass
+from stofm.genes import GeneVocabulary, embedded_vocabulary
+from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
+from stofm.train.config import StageConfig, StageName
+from stofm.train.folder import RunFolder, locked
+from stofm.train.gene_embeddings import make_initializer, read_gene_embeddings
+from stofm.train.preparation import (
+    SliceSource,
+    find_sources,
+    fit_vocabulary,
+    open_corpus,
+    prepare_slices,
+)
+from stofm.train.processes import Processes
+from stofm.train.recipe import paper_schedule
+from stofm.train.run import Pretraining, TrainResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from os import PathLike
+
+    import torch
+
+    from stofm.train.config import OptimizerConfig, RunConfig
+    from stofm.train.corpus import Corpus
+    from stofm.train.recipe import FileConfig, ModelSource, Recipe
+
+    #: Fits a vocabulary on the slices to train on.
+    Fit = Callable[[], GeneVocabulary]
+
+
+def train_data(
+    data: Any,
+    model: Any,
+    *,
+    validation: Any,
+    options: FileConfig,
+    stage: Any,
+    epochs: int | None,
+    optimizer: OptimizerConfig | None,
+    run: RunConfig,
+    vocabulary: GeneVocabulary | None,
+    gene_embeddings: str | PathLike[str],
+    **place: Any,
+) -> TrainResult:
+    """Train on what a user passes; `place` as in :func:`train_recipe`."""
+
+    def find() -> tuple[list[SliceSource], list[SliceSource]]:
+        held_out = [] if validation is None else find_sources(validation, options)
+        return find_sources(data, options), held_out
+
+    return _launch(
+        find,
+        lambda fit: _find_model(model, vocabulary, fit, seed=run.seed),
+        stages=choose_stages(stage, epochs, optimizer),
+        run=run,
+        gene_embeddings=gene_embeddings,
+        **place,
+    )
+
+
+def train_recipe(
+    data: str | PathLike[str],
+    recipe: Recipe,
+    *,
+    out_dir: str | PathLike[str],
+    device: str | torch.device = "auto",
+    work_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> TrainResult:
+    """Train as a recipe says, on files of the folder `data`.
+
+    The other arguments are those of :func:`stofm.tl.train`.
+    """
+
+    def find() -> tuple[list[SliceSource], ...]:
+        return tuple(
+            [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
+            for files in recipe.data.find(data)
+        )
+
+    return _launch(
+        find,
+        lambda fit: _make_model(recipe.model, fit, seed=recipe.run.seed),
+        stages=recipe.stages,
+        run=recipe.run,
+        gene_embeddings=recipe.model.gene_embeddings,
+        out_dir=out_dir,
+        device=device,
+        work_dir=work_dir,
+        resume=resume,
+        overwrite=overwrite,
+        show_progress_bar=show_progress_bar,
+    )
+
+
+def _launch(
+    find: Callable[[], tuple[list[SliceSource], ...]],
+    make_model: Callable[[Fit], Stofm],
+    *,
+    stages: Sequence[StageConfig],
+    run: RunConfig,
+    gene_embeddings: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    device: str | torch.device,
+    work_dir: str | PathLike[str] | None,
+    resume: bool,
+    overwrite: bool,
+    show_progress_bar: bool,
+) -> TrainResult:
+    """Find the other processes, prepare the slices in the first, and train."""
+    genes = read_gene_embeddings(gene_embeddings)
+    folder = RunFolder(out_dir, work_dir)
+    with Processes.start(device, run.precision) as processes, ExitStack() as stack:
+        if processes.is_first:
+            # Before hours of preparation.
+            folder.check(resume=resume, overwrite=overwrite)
+            stack.enter_context(locked(folder.path))
+        sources, held_out = find()
+
+        def in_first(compute: Callable[[], Any]) -> Any:
+            return processes.agree(compute() if processes.is_first else None)
+
+        def fit() -> GeneVocabulary:
+            return GeneVocabulary.from_tsv(in_first(lambda: fit_vocabulary(sources, folder.work)))
+
+        def prepare(those: Sequence[SliceSource]) -> Corpus:
+            place, shows = folder.work / "slices", show_progress_bar
+            keys = in_first(lambda: prepare_slices(those, model, place, show_progress_bar=shows))
+            return open_corpus(place, keys)
+
+        model = make_model(fit)
+        initialize = make_initializer(genes, model, seed=run.seed)
+        pretraining = Pretraining(
+            stages=stages,
+            run=run,
+            corpus=prepare(sources),
+            validation=prepare(held_out) if held_out else None,
+            folder=folder,
+            processes=processes,
+            initialize=initialize,
+            gene_table="" if isinstance(genes, str) else f"{genes.file} {genes.digest}",
+            show_progress_bar=show_progress_bar,
+        )
+        return pretraining.train(model, resume=resume, overwrite=overwrite)
+
+
+def choose_stages(
+    stage: Any, epochs: int | None, optimizer: OptimizerConfig | None
+) -> tuple[StageConfig, ...]:
+    """The stages that a user names, or passes."""
+    given = (stage,) if isinstance(stage, StageConfig) else stage
+    if not isinstance(given, str):
+        if epochs is not None or optimizer is not None:
+            msg = "epochs and optimizer are entries of StageConfig; leave out the arguments."
+            raise ValueError(msg)
+        if not given or not all(isinstance(one, StageConfig) for one in given):
+            msg = f"stage must be a name or one or more StageConfig, found {stage!r}."
+            raise TypeError(msg)
+        return tuple(given)
+    names = get_args(StageName)
+    if given not in (*names, "pretrain"):
+        msg = f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
+        raise ValueError(msg)
+    chosen = [s for s in paper_schedule(optimizer=optimizer) if given in (s.name, "pretrain")]
+    return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
+
+
+def _find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:
+    """The model that a user passes or names, or a new one."""
+    if isinstance(model, StofmConfig):
+        if vocabulary is None:
+            vocabulary = fit()
+            cell_encoder = replace(model.cell_encoder, n_tokens=vocabulary.n_tokens)
+            model = replace(model, cell_encoder=cell_encoder)
+        return Stofm(model, vocabulary, seed=seed)
+    if vocabulary is not None:
+        msg = "A model has its vocabulary already; `vocabulary` is for a new one (StofmConfig)."
+        raise ValueError(msg)
+    if isinstance(model, str | Path):
+        return Stofm.from_pretrained(model)
+    if not isinstance(model, Stofm):
+        msg = (
+            "model must be a Stofm, a StofmConfig, a folder or a hub id, found "
+            f"{type(model).__name__}."
+        )
+        raise TypeError(msg)
+    return model
+
+
+def _make_model(source: ModelSource, fit: Fit, *, seed: int) -> Stofm:
+    """The model of a recipe."""
+    if source.checkpoint:
+        model = Stofm.from_pretrained(source.checkpoint)
+    else:
+        if source.vocabulary == "embedded":
+            vocabulary = embedded_vocabulary()
+        elif source.vocabulary == "fit":
+            vocabulary = fit()
+        else:
+            vocabulary = GeneVocabulary.from_tsv(source.vocabulary)
+        model = Stofm(config_of_recipe(source, vocabulary.n_tokens), vocabulary, seed=seed)
+    model.config = replace(
+        model.config,
+        name=source.name or model.name,
+        provenance=source.provenance or model.config.provenance,
+    )
+    return model
+
+
+def config_of_recipe(source: ModelSource, n_tokens: int) -> StofmConfig:
+    preset = StofmConfig.mini(n_tokens) if source.preset == "mini" else StofmConfig.base(n_tokens)
+    parts: dict[str, type[Any]] = {
+        "cell_encoder": CellEncoderConfig,
+        "se2_transformer": SE2TransformerConfig,
+        "subslice": SubSliceConfig,
+    }
+    built = {}
+    for name, part in parts.items():
+        entries = asdict(getattr(preset, name)) | getattr(source, name)
+        built[name] = build_dataclass(part, entries, "the recipe", f"model.{name}")
+    return replace(preset, **built, max_tokens=source.max_tokens or preset.max_tokens)
