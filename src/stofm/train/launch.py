@@ -220,6 +220,7 @@ def _make_model(source: ModelSource, fit: Fit, *, seed: int) -> Stofm:
 
 
 def config_of_recipe(source: ModelSource, n_tokens: int) -> StofmConfig:
+    """Sizes of a new model: the preset's, with the recipe's changes."""
     preset = StofmConfig.mini(n_tokens) if source.preset == "mini" else StofmConfig.base(n_tokens)
     parts: dict[str, type[Any]] = {
         "cell_encoder": CellEncoderConfig,
