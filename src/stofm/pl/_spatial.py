@@ -141,8 +141,8 @@ def umap(
 ) -> Axes | list[Axes]:
     """Draw the UMAP of the embedding, one panel per colour.
 
-    The points are drawn by :func:`scanpy.pl.embedding`, with the colours and beside the legends
-    of :func:`stofm.pl.spatial`.
+    Points look as in :func:`scanpy.pl.umap`; colours and legends are those of
+    :func:`stofm.pl.spatial`.
 
     Parameters
     ----------
