@@ -111,8 +111,8 @@ def card(model: Stofm, run: Mapping[str, Any], table: str, probes: str) -> str:
             probes,
             "\n" + LIMITS.format(n_cells=run["n_cells"], n_slices=run["n_slices"]),
             "## Data\n",
-            "The vocabulary and its medians, one number per gene, come from more slices (see "
-            "recipes/fit_mini_vocabulary.py). Weights were trained on these only:\n",
+            "Weights, vocabulary and medians come from these slices, and the medians from those that "
+            "watch the run; further names of genes from others (recipes/fit_mini_vocabulary.py).\n",
             table,
             "",
         ]

@@ -14,8 +14,8 @@ public slices (medians are one number per gene over all slices); pairs of mouse 
 SToFM's release (PharMolix/SToFM, MIT licence, copyright 2025 PharMolix); pairs of human ids and
 symbols from Geneformer's name table in that release (Apache-2.0).
 
-Slices on which the model is evaluated give no medians, only further names of genes that other
-slices have. A slice under a restricted licence gives nothing.
+Medians come from the slices that recipes/stofm-mini.toml trains on or validates with. All others
+give only further names of genes that these have.
 """
 
 from __future__ import annotations
@@ -27,39 +27,36 @@ from typing import TYPE_CHECKING
 
 from scipy import sparse
 
-from stofm._counts import gene_names
+from stofm._features import gene_names
 from stofm._logging import logger
 from stofm._slice_files import open_slice
 from stofm.genes import GeneVocabulary
+from stofm.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HELD_OUT = {
-    "dlpfc_151676",
-    "her2st_E1",
-    "her2st_E2",
-    "merfish_hypothalamus_a7_m0.09",
-    "seqfish_embryo1",
-    "st_mob_rep11",
-    "starmap_mpfc_BZ9",
-}
-RESTRICTED = {"verafish_hippocampus"}
+RECIPE = Path(__file__).with_name("stofm-mini.toml")
 MIN_CELLS = 10
 #: Symbols of one gene on each line.
 RENAMED = Path(__file__).with_name("renamed_symbols.tsv")
 
 
 def read_slices(folder: Path) -> Iterator[object]:
-    """Yield every slice that may be used, held-out ones without their counts."""
+    """Yield every slice, those that the recipe leaves out without their counts."""
+    data = Recipe.from_toml(RECIPE).data
+    used = {file for files in data.find(folder) for file in files}
     for path in sorted(folder.glob("*.h5ad")):
-        if path.stem in RESTRICTED:
-            continue
-        if path.stem not in HELD_OUT:
+        adata = open_slice(path)
+        options = data.options_of(path, folder)
+        if path not in used:
+            ids, symbols = gene_names(adata)
+            yield sparse.csr_matrix((0, len(ids))), ids, symbols
+        elif options.exclude:
+            left_out = adata.obs[options.library_key].isin(options.exclude)
+            yield adata[~left_out.to_numpy()].to_memory()
+        else:
             yield path
-            continue
-        ids, symbols = gene_names(open_slice(path))
-        yield sparse.csr_matrix((0, len(ids))), ids, symbols
 
 
 def with_former_symbols(vocabulary: GeneVocabulary) -> GeneVocabulary:

@@ -94,7 +94,7 @@ def test_the_table_has_a_row_for_each_recipe(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compute.py", *paths, "--n-cells", "1e6"])
     compute.main()
     small, base = capsys.readouterr().out.splitlines()[2:]
-    assert small.startswith("| `stofm-small` | 16.2 million |")
+    assert small.startswith("| `stofm-small` | 16.3 million |")
     assert base.startswith("| `stofm-base` | 38.6 million |")
 
 
