@@ -109,7 +109,6 @@ def choose(data, inputs, n_neighbors=None, *, rows=None, **options):
         (None, DEFAULT_REP, {"split": "blocks"}, 10),
         # Held-out cells would share their neighbours with fitted ones.
         (None, DEFAULT_REP, {"split": "random"}, 0),
-        (None, DEFAULT_REP, {"protocol": "stofm-paper"}, 0),
         (None, (Obsm.X_CELL, "X_pca"), {}, 0),
         (4, (Obsm.X_CELL, "X_pca"), {"split": "random"}, 4),
         (0, DEFAULT_REP, {}, 0),
@@ -352,9 +351,3 @@ def test_numbers_that_can_not_be(cells, value):
     ):
         with pytest.raises(ValueError, match=f"n_neighbors must be .* found {value}"):
             call()
-
-
-@pytest.mark.usefixtures("_short")
-def test_protocol_has_none(cells):
-    head = fit(cells, protocol="stofm-paper", n_neighbors=None)
-    assert head.reads == ("embedding",)

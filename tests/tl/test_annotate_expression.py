@@ -235,15 +235,6 @@ def test_scores_and_rejection_are_of_all_held_out_cells(cells):
     assert 0.0 < head.rejection.measured <= 0.2
 
 
-def test_protocol(cells):
-    head = fit(cells, protocol="stofm-paper", n_heads=None)
-    assert (len(head.networks), head.expression) == (1, None)
-    assert len(head.test_scores) == 3
-    head = fit(cells, protocol="stofm-paper", n_components=5, n_heads=1)
-    assert "expression" in head.reads
-    assert head.test_scores["accuracy"].mean() > 0.6
-
-
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning(cells, model, tmp_path):

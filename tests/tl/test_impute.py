@@ -332,20 +332,6 @@ def test_another_model_is_refused(fit, query, model):
     assert Obsm.IMPUTED not in query.obsm
 
 
-def test_protocol(fit, training):
-    head = fit(protocol="stofm-paper", n_heads=1)
-    assert head.test_scores.shape == (3, 3)
-    assert head.test_scores.columns.tolist() == ["pearson", "rmse", "mae"]
-    assert head.split["how"] == "random"
-    assert head.split["n_test"] == 37
-    drawn = fit(genes=None, protocol="stofm-paper", n_heads=1)
-    assert len(drawn.genes) == 50
-    assert len(drawn.inputs) == 21
-    assert set(fit(genes=None, protocol="stofm-paper", n_heads=1, seed=1).genes) != set(drawn.genes)
-    with pytest.raises(ValueError, match="holds out 50 genes, and the slices share 40"):
-        fit(training[:, :40].copy(), genes=None, protocol="stofm-paper")
-
-
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     weights = model.fingerprint
     given = {}
@@ -454,7 +440,7 @@ def test_cells_without_counts(fit, training, model):
 def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
     monkeypatch.setattr(fitting, "read_inputs", None)
     monkeypatch.setattr(imputation, "read_panel", None)
-    for options in ({"split": "slice"}, {"protocol": "another"}, {"seed": -1}):
+    for options in ({"split": "slice"}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be"):
             fit(**options)
 
@@ -484,11 +470,9 @@ def test_bad_calls(fit, training, query, model):
     cases = [
         ({"genes": None}, "Pass genes= to learn"),
         ({"head": head, "reference": query}, "fitted already"),
-        ({"reference": query, "protocol": "stofm-paper"}, "leave out reference="),
         ({"copy": True}, "copy=True is for head="),
         ({"n_heads": 0}, "n_heads must be a whole number"),
         ({"strategy": "half"}, "strategy must be one of"),
-        ({"protocol": "another"}, "protocol must be one of"),
         ({"split": "slice"}, "split must be one of"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"strategy": "lora", "use_rep": "exact"}, r"obsm\['exact'\] are not embeddings"),

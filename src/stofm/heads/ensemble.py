@@ -116,8 +116,6 @@ def fit_voters(
     targets: Targets,
     splits: Sequence[Split],
     seeds: Sequence[int],
-    *,
-    refit: bool,
 ) -> Voters:
     """Fit networks to embeddings, and to neighbourhoods and components of expression if there are any.
 
@@ -135,13 +133,10 @@ def fit_voters(
         Cells to fit and to hold out: one split for each network, or a single one for all.
     seeds
         Of the networks.
-    refit
-        Fit all networks but a tuned one again to all known cells, in as many epochs, once weights
-        are known.
     """
     inputs = first.inputs
     held_out = [row_order(inputs.features, targets.values, one.held_out) for one in splits]
-    fitting = _Fitting(first, targets, splits, held_out, seeds, refit=refit)
+    fitting = _Fitting(first, targets, splits, held_out, seeds)
     kinds = [fitting.networks(source) for source in inputs.sources]
     if inputs.expression is not None:
         kinds.append(fitting.linear("expression", inputs.expression))
@@ -178,8 +173,6 @@ class _Fitting:
         splits: Sequence[Split],
         held_out: Sequence[NDArray[np.int64]],
         seeds: Sequence[int],
-        *,
-        refit: bool,
     ) -> None:
         self.histories: list[pd.DataFrame] = []
         self._first = first
@@ -187,7 +180,6 @@ class _Fitting:
         self._splits = splits
         self._held_out = held_out
         self._seeds = seeds
-        self._refit = refit
         self._known = np.flatnonzero(targets.is_known)
 
     def networks(self, reads: Source) -> _Kind:
@@ -205,8 +197,7 @@ class _Fitting:
 
         def finish() -> list[PredictionHead]:
             # The one that was tuned with the model stays as it is.
-            n_tuned = int(reads == "embedding" and first.model is not None)
-            n_kept = n_tuned if self._refit else len(fits)
+            n_kept = int(reads == "embedding" and first.model is not None)
             return [one.head for one in fits[:n_kept]] + [
                 fit_head(
                     features,
@@ -247,8 +238,6 @@ class _Fitting:
         best = int(np.argmin(losses)) if any(losses) else _STRENGTHS.index(1.0)
 
         def finish() -> list[PredictionHead]:
-            if not self._refit:
-                return heads[best :: len(_STRENGTHS)]
             known = row_order(features, self._targets.values, self._known)
             strength = _STRENGTHS[best]
             return [fit_linear_head(features, self._targets, fitted=known, strength=strength)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, sa
 from stofm.heads.inputs import read_inputs
 from stofm.heads.neighborhood import choose_neighborhood, renew_neighborhood
 from stofm.heads.network import FittedHead, fit_head, row_order
-from stofm.heads.splits import plan_runs, score_table
+from stofm.heads.splits import plan_split
 from stofm.heads.tuning import fine_tune_head
 from stofm.nn.stofm import load_model
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from stofm.heads.network import HeadTraining
     from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.spatial import Split
@@ -72,7 +70,7 @@ class Task(ABC):
     name: ClassVar[str]
     #: How networks are fitted; None for the usual.
     training: ClassVar[HeadTraining | None] = None
-    #: Between the seeds of networks; runs of a protocol have neighbouring seeds.
+    #: Between the seeds of networks.
     seed_step: ClassVar[int] = 1000
 
     targets: Targets
@@ -83,10 +81,11 @@ class Task(ABC):
         """(n_obs,) classes, which parts of the cells are to be alike in; None if there are none."""
         return self.targets.values if self.targets.kind == "classes" else None
 
-    def seeds(self, seed: int) -> list[int]:
+    @property
+    def seeds(self) -> list[int]:
         """Seeds of the networks of a kind, and of the splits that they are fitted on."""
         n_heads = self.options.heads_of(int(self.targets.is_known.sum()))
-        return [seed + self.seed_step * k for k in range(n_heads)]
+        return [self.options.seed + self.seed_step * k for k in range(n_heads)]
 
     def add_expression(
         self, sections: Sections, inputs: Inputs, rows: NDArray[np.int64]
@@ -94,36 +93,25 @@ class Task(ABC):
         """Find components of the expression of some cells, and add those of all."""
         return add_expression(sections, inputs, rows, self.options, classes=self.classes)
 
-    def for_rows(self, rows: NDArray[np.int64]) -> Task:
-        """The task with what its targets take from the cells of a run."""
-        return self
-
     @abstractmethod
-    def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
-    ) -> Head:
+    def make_head(self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]) -> Head:
         """Fit the other networks, and weigh them.
 
         Parameters
         ----------
         first
             The first network, and what is read.
-        run
-            Seed and cells.
         splits
             Cells to fit and to hold out: a split for each network, or a single one for all.
         common
             Fields of the head that no network changes.
         """
 
-    @abstractmethod
-    def score(self, head: Any, inputs: Inputs, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Score a head on some cells."""
-
 
 def fit(task: Task, sections: Sections) -> Any:
-    """Fit a head, or one for each run of a protocol, of which the first is kept."""
-    options, known = task.options, np.flatnonzero(task.targets.is_known)
+    """Fit a head: networks on what is read of cells, each on its split, and what they weigh."""
+    options, is_known = task.options, task.targets.is_known
+    known = np.flatnonzero(is_known)
     with all_or_nothing(*sections.tables):
         inputs = read_inputs(
             sections, options.reading, use_rep=options.use_rep, model=options.model
@@ -131,40 +119,33 @@ def fit(task: Task, sections: Sections) -> Any:
         rows = row_order(inputs.features, task.targets.values, known)
         inputs, expression = task.add_expression(sections, inputs, rows)
         inputs = choose_neighborhood(sections, inputs, options, rows=known)
-    plan = partial(
-        plan_runs,
-        sections,
-        task.targets.is_known,
-        inputs.features,
-        split=options.split,
-        protocol=options.protocol,
-        classes=task.classes,
-        spatial_key=options.reading.spatial_key,
-    )
-    heads, tested = [], []
-    for run in plan(seed=options.seed):
-        own = task.for_rows(np.setdiff1d(known, run.test))
-        splits = [run.split]
-        if not options.is_shared:
-            splits += [plan(seed=seed)[0].split for seed in own.seeds(run.seed)[1:]]
-        first = fit_first(own, sections, inputs, run.split, seed=run.seed)
-        common = {
-            "use_rep": first.inputs.use_rep,
-            "origin": first.inputs.origin,
-            "strategy": options.strategy,
-            "split": run.record(sections, task.targets.is_known, options.protocol),
-            "model": first.model,
-        }
-        head = own.make_head(first, run, splits, common).with_components(expression)
-        heads.append(head)
-        if len(run.test):
-            tested.append(own.score(head, first.inputs, run.test))
-    return replace(heads[0], test_scores=score_table(tested) if tested else None)
+    # A model is tuned on a split, which all networks share then.
+    seeds = task.seeds if options.strategy == "frozen" else task.seeds[:1]
+    splits = [
+        plan_split(
+            sections,
+            is_known,
+            inputs.features,
+            split=options.split,
+            classes=task.classes,
+            spatial_key=options.reading.spatial_key,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    first = fit_first(task, sections, inputs, splits[0])
+    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
+    common = {
+        "use_rep": first.inputs.use_rep,
+        "origin": first.inputs.origin,
+        "strategy": options.strategy,
+        "split": splits[0].record([name for name, own in slices if is_known[own].any()]),
+        "model": first.model,
+    }
+    return task.make_head(first, splits, common).with_components(expression)
 
 
-def fit_first(
-    task: Task, sections: Sections, inputs: Inputs, split: Split, *, seed: int
-) -> FirstFit:
+def fit_first(task: Task, sections: Sections, inputs: Inputs, split: Split) -> FirstFit:
     """Fit a network to embeddings, and go on to tune the model if asked."""
     options, targets = task.options, task.targets
     is_frozen = options.strategy == "frozen"
@@ -177,7 +158,7 @@ def fit_first(
         held_out=split.held_out,
         input_widths=inputs.widths,
         training=task.training,
-        seed=seed,
+        seed=options.seed,
     )
     if tunable is None or options.strategy == "frozen":
         return FirstFit(fitted, inputs)
@@ -191,7 +172,7 @@ def fit_first(
         held_out=split.held_out,
         use_rep=inputs.use_rep,
         task=task.name,
-        seed=seed,
+        seed=options.seed,
         **options.reading.as_dict(),
     )
     again = read_inputs(sections, options.reading, use_rep=inputs.use_rep, model=tuned.model)

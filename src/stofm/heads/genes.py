@@ -69,7 +69,7 @@ class ImputationHead(Head):
         Ids of the genes to impute in the model's vocabulary, ``""`` for genes that it lacks.
     mean, scale
         (n_genes,) mean and standard deviation of each gene over the training cells.
-    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
+    outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
         Genes to impute; what is read and by which model; how the head was fitted and how good it
         is.
     networks, reads, weights, expression, n_neighbors

@@ -22,7 +22,6 @@ from stofm.heads.gene_columns import GeneColumns
 from stofm.heads.genes import (
     Ballot,
     ImputationHead,
-    ballots_of,
     error_products,
     score_genes,
     write_imputed,
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from stofm.heads.inputs import Inputs
     from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
@@ -144,10 +142,10 @@ class ExpressionTask(Task):
             sections, columns, panel.inputs, panel.targets, options.use_rep, reading
         )
         targets = expression_targets(bare, counts)
-        _refuse_constant(targets, panel.targets)
+        known = _learnable(targets, panel.targets)
         own = replace(options, reading=_of_panel(reading))
         task = cls(
-            targets=targets,
+            targets=targets.standardised(known),
             options=own,
             source=sections,
             columns=columns,
@@ -169,17 +167,12 @@ class ExpressionTask(Task):
         )
         return replace(inputs, expression=scores), components
 
-    def for_rows(self, rows: NDArray[np.int64]) -> ExpressionTask:
-        """The same with each gene's mean and standard deviation over some cells."""
-        targets = cast("ExpressionTargets", self.targets)
-        return replace(self, targets=targets.standardised(rows))
-
     def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+        self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]
     ) -> ImputationHead:
         """Fit networks to what the first one reads and what is beside it, and weigh these kinds."""
         targets = cast("ExpressionTargets", self.targets)
-        seeds, sources = self.seeds(run.seed), first.inputs.sources
+        seeds, sources = self.seeds, first.inputs.sources
         splits = [splits[k % len(splits)] for k in range(len(seeds))]
         fits = [
             fit_networks(first, reads, targets, splits, seeds, self.training) for reads in sources
@@ -229,14 +222,6 @@ class ExpressionTask(Task):
         )
         return head
 
-    def score(
-        self, head: ImputationHead, inputs: Inputs, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """Score the expression of some cells, means over the genes."""
-        targets = cast("ExpressionTargets", self.targets)
-        scores = score_genes(ballots_of(head, inputs), targets, rows)
-        return {str(name): float(value) for name, value in scores.mean().items()}
-
 
 def _weigh(
     rounds: Sequence[Sequence[Ballot]], targets: ExpressionTargets, splits: Sequence[Split]
@@ -252,7 +237,8 @@ def _weigh(
     return weights
 
 
-def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
+def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.int64]:
+    """Cells to learn from; refuse genes of which they tell nothing."""
     known = np.flatnonzero(targets.is_known)
     if not len(known):
         msg = "No cell has any count in the genes that are read, so there is nothing to learn from."
@@ -271,6 +257,7 @@ def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
             f"be imputed as such, which says nothing, for example {examples}. Leave them out of "
             "`genes`."
         )
+    return known
 
 
 def _by_round(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -50,7 +50,7 @@ def choose_neighborhood(
         tables = [sections.tables[k] for k in labelled]
         has_places = all(places_entry(table, spatial_key) in table.obsm for table in tables)
         is_made = set(inputs.use_rep) <= set(MADE_BY_EMBED)
-        is_fair = options.split != "random" and options.protocol is None
+        is_fair = options.split != "random"
         n_neighbors = N_NEIGHBORS if is_made and is_fair and has_places else 0
         if is_made and is_fair and not has_places:
             logger.info(

@@ -11,7 +11,7 @@ from stofm._logging import counter
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
 from stofm.heads.inputs import common_width, read_each
 from stofm.heads.labels import MISSING, read_label_names
-from stofm.heads.options import DEFAULT_REP, Protocol, check_whole_number
+from stofm.heads.options import DEFAULT_REP, check_whole_number
 from stofm.heads.sections import resolve_slices
 from stofm.tl._probe_baselines import (
     LOG_COUNTS,
@@ -22,7 +22,7 @@ from stofm.tl._probe_baselines import (
     principal_components,
     with_neighbors,
 )
-from stofm.tl._probe_folds import AND, plan_folds, plan_protocol
+from stofm.tl._probe_folds import AND, Protocol, plan_folds, plan_protocol
 from stofm.tl._probe_result import ProbeResult
 from stofm.tl._probe_scores import score_clusters, score_head, score_regression, side_by_side
 
