@@ -148,16 +148,6 @@ def test_who_knows_more_weighs_more(classes, splits, rng):
     assert shares[1] < 0.3
 
 
-def test_a_kind_that_hardly_weighs_has_no_vote(classes, splits, rng, monkeypatch):
-    inputs = make_inputs(classes, rng, 1.0, 1.0)
-    monkeypatch.setattr(ensemble, "blend_weights", lambda *_: np.array([0.01, 0.985, 0.005]))
-    _, voters = fit(inputs, classes, splits)
-    # That of the embedding stays, for cells without expression.
-    assert voters.reads == ("embedding",) * 2 + ("expression",) * 2
-    assert voters.weights == pytest.approx(np.array([0.01, 0.01, 0.985, 0.985]) / 2 / 0.995)
-    assert all(one.config.widths for one in voters.networks)
-
-
 def test_networks_are_fitted_again_to_all_cells(classes, splits, rng, monkeypatch):
     inputs, made = make_inputs(classes, rng, 1.0, 1.0), spied(monkeypatch)
     first, voters = fit(inputs, classes, splits)

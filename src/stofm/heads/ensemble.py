@@ -24,14 +24,10 @@ if TYPE_CHECKING:
     from stofm.nn import PredictionHead
     from stofm.spatial import Split
 
-#: Strengths that linear heads try, weakest first.
-_STRENGTHS: Final = (0.01, 0.1, 1.0, 10.0)
 #: Held-out cells that every voter is taken to have explained before any is looked at.
 _PRIOR: Final = 1.0
 _ROUNDS: Final = 200
 _TINY: Final = 1e-6
-#: Voters with a smaller weight are left out.
-_LEAST_WEIGHT: Final = 0.02
 #: Share of the mean squared error that is added to each voter's own: equal ones then weigh the same.
 _RIDGE: Final = 1e-6
 #: How much more than the errors it counts that weights sum to 1, before they are made to.
@@ -141,17 +137,15 @@ def fit_voters(
     if inputs.expression is not None:
         kinds.append(fitting.linear("expression", inputs.expression))
     weights = blend_weights([kind.votes for kind in kinds], targets, np.concatenate(held_out))
-    weights = drop_light(weights)
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
     networks: list[PredictionHead] = []
     reads: list[Source] = []
     shares: list[float] = []
     for kind, weight in zip(kinds, weights.tolist(), strict=True):
-        if weight:
-            own = kind.finish()
-            networks += own
-            reads += [kind.reads] * len(own)
-            shares += [weight / len(own)] * len(own)
+        own = kind.finish()
+        networks += own
+        reads += [kind.reads] * len(own)
+        shares += [weight / len(own)] * len(own)
     return Voters(
         networks=tuple(networks),
         reads=tuple(reads),
@@ -220,37 +214,17 @@ class _Fitting:
         return np.asarray(np.mean(votes, axis=0, dtype=np.float64), dtype=np.float32)
 
     def linear(self, reads: Source, features: NDArray[np.float32]) -> _Kind:
-        """A linear network, of the strength that is best over the splits."""
-        votes: list[list[NDArray[np.float32]]] = [[] for _ in _STRENGTHS]
-        heads: list[PredictionHead] = []
-        for split, rows in zip(self._splits, self._held_out, strict=True):
-            fitted = row_order(features, self._targets.values, split.fitted)
-            start = None
-            for own, strength in zip(votes, _STRENGTHS, strict=True):
-                start = fit_linear_head(
-                    features, self._targets, fitted=fitted, strength=strength, start=start
-                )
-                own.append(apply_head(start, features[rows], self._targets.kind))
-                heads.append(start)
-        every = [np.concatenate(own) for own in votes]
-        # Without held-out cells all losses are 0.
-        losses = [self._loss(own) for own in every]
-        best = int(np.argmin(losses)) if any(losses) else _STRENGTHS.index(1.0)
+        """A linear network."""
 
-        def finish() -> list[PredictionHead]:
-            known = row_order(features, self._targets.values, self._known)
-            strength = _STRENGTHS[best]
-            return [fit_linear_head(features, self._targets, fitted=known, strength=strength)]
+        def fit(rows: NDArray[np.int64]) -> PredictionHead:
+            ordered = row_order(features, self._targets.values, rows)
+            return fit_linear_head(features, self._targets, fitted=ordered)
 
-        return _Kind(reads, every[best], finish)
-
-    def _loss(self, votes: NDArray[np.float32]) -> float:
-        """Cross-entropy of what is known of the held-out cells."""
-        values = self._targets.values[np.concatenate(self._held_out)]
-        likelihood = np.log(np.maximum(votes, np.finfo(np.float32).tiny))
-        if self._targets.kind == "classes":
-            return -float(likelihood[np.arange(len(values)), values].sum())
-        return -float((values * likelihood).sum())
+        votes = [
+            apply_head(fit(split.fitted), features[rows], self._targets.kind)
+            for split, rows in zip(self._splits, self._held_out, strict=True)
+        ]
+        return _Kind(reads, np.concatenate(votes), lambda: [fit(self._known)])
 
 
 def blend_weights(
@@ -320,13 +294,6 @@ def stack_weights(errors: NDArray[np.floating]) -> NDArray[np.float64]:
     conditions = np.vstack([root.T, np.full(n_voters, _SUM_TO_1)])
     weights, _ = nnls(conditions, np.append(np.zeros(n_voters), _SUM_TO_1))
     return np.asarray(weights / weights.sum())
-
-
-def drop_light(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Set weights under 0.02 to 0, but for the first voter's, which reads what all cells have."""
-    kept = weights >= _LEAST_WEIGHT
-    kept[0] = True
-    return np.asarray(np.where(kept, weights, 0.0) / weights[kept].sum())
 
 
 def _likelihoods(

@@ -15,7 +15,7 @@ from stofm.genes import embedded_vocabulary
 from stofm.heads.base import refuse_reserved, require_head
 from stofm.heads.components import fit_components
 from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
-from stofm.heads.ensemble import drop_light, fit_networks, stack_weights
+from stofm.heads.ensemble import fit_networks, stack_weights
 from stofm.heads.expression import ExpressionTargets, expression_targets, on_panel
 from stofm.heads.fitting import Task
 from stofm.heads.gene_columns import GeneColumns
@@ -188,12 +188,13 @@ class ExpressionTask(Task):
         ]
         histories = [one.history for own in zip(*fits, strict=True) for one in own]
         weights = _weigh(rounds, targets, splits)
-        # The first network stays: a tuned model was tuned with it.
-        kept = [k for k, weight in enumerate(weights) if weight or not k]
         rounds = [
-            [own[k]._replace(weight=weights[k] / len(rounds)) for k in kept] for own in rounds
+            [
+                ballot._replace(weight=weight / len(rounds))
+                for ballot, weight in zip(own, weights, strict=True)
+            ]
+            for own in rounds
         ]
-        reads = tuple(sources[k] for k in kept)
         scores = [
             score_genes(own, targets, split.held_out)
             for own, split in zip(rounds, splits, strict=True)
@@ -201,9 +202,9 @@ class ExpressionTask(Task):
         head = ImputationHead(
             **common,
             networks=tuple(one.network for own in rounds for one in own),
-            reads=reads * len(rounds),
+            reads=sources * len(rounds),
             weights=tuple(one.weight for own in rounds for one in own),
-            n_neighbors=first.inputs.neighbors_of(reads),
+            n_neighbors=first.inputs.neighbors_of(sources),
             outputs=tuple(gene.name for gene in self.panel.targets),
             params={
                 "seed": self.options.seed,
@@ -233,7 +234,7 @@ def _weigh(
         )
         for ballots, one in zip(rounds, splits, strict=True)
     ]
-    weights: list[float] = drop_light(stack_weights(np.sum(errors, axis=0))).tolist()
+    weights: list[float] = stack_weights(np.sum(errors, axis=0)).tolist()
     return weights
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Standard deviation of all columns together that inputs are scaled to. They are scaled as one:
 #: principal components that hardly vary hardly count.
 _SPREAD: Final = 10.0
+#: The ``C`` of scikit-learn, which is the prior variance of each weight: with inputs of that spread
+#: the scores of a class are expected to vary by about three, from unlikely to likely.
+_STRENGTH: Final = 0.1
 #: More cells than this are thinned out: so few numbers are known well enough from these.
 _MOST_CELLS: Final = 50_000
 _MOST_STEPS: Final = 100
@@ -32,8 +35,6 @@ def fit_linear_head(
     targets: Targets,
     *,
     fitted: NDArray[np.int64],
-    strength: float = 1.0,
-    start: PredictionHead | None = None,
 ) -> PredictionHead:
     """Fit logistic regression to classes, or the same to proportions.
 
@@ -45,11 +46,6 @@ def fit_linear_head(
         Classes or proportions of the same rows.
     fitted
         Rows to fit, in an order that does not depend on the file.
-    strength
-        How much the cells count against the penalty on squared weights, above 0: the ``C`` of
-        scikit-learn.
-    start
-        Head fitted to the same rows with another strength, whose weights are near.
 
     Returns
     -------
@@ -68,9 +64,7 @@ def fit_linear_head(
     head.input_scale.fill_(total / _SPREAD or 1.0)
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)
-    if start is not None:
-        head.last.load_state_dict(start.last.state_dict())
-    _minimise(head, values, targets, rows, penalty=0.5 / (strength * len(rows)))
+    _minimise(head, values, targets, rows, penalty=0.5 / (_STRENGTH * len(rows)))
     return head.float().eval()
 
 
