@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from stofm.heads import linear
-from stofm.heads.linear import fit_linear_head
+from stofm.heads import ensemble as linear
+from stofm.heads.ensemble import fit_linear_head
 from stofm.heads.network import apply_head
 from stofm.heads.targets import Targets
 from stofm.nn import PredictionHead

@@ -14,8 +14,7 @@ import stofm as st
 from stofm._keys import Obs, Obsm
 from stofm.heads import fitting, imputation, network
 from stofm.heads.gene_columns import GeneColumns
-from stofm.heads.inputs import Inputs, Source, read_inputs
-from stofm.heads.neighborhood import add_neighborhood, choose_neighborhood
+from stofm.heads.inputs import Inputs, Source, add_neighborhood, choose_neighborhood, read_inputs
 from stofm.heads.network import HeadTraining
 from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
 from stofm.heads.sections import resolve_slices
@@ -285,9 +284,7 @@ def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
     targets = Targets("classes", adata.obs["kind"].cat.codes.to_numpy().astype(np.int64), 3)
     split = st.spatial.split_cells(adata.obsm["spatial"], sections.slices.rows, seed=0)
     options = FitOptions(strategy="full", model=model, reading=READING)
-    fitted = fitting.fit_first(
-        Toys(targets=targets, options=options), sections, read, split, seed=0
-    )
+    fitted = fitting.fit_first(Toys(targets=targets, options=options), sections, read, split)
     own = fitted.inputs.features[:, : read.widths[0]]
     expected = neighbor_means(own, adata.obsm["spatial"], sections.slices.rows, 6)
     np.testing.assert_array_equal(fitted.inputs.neighborhood, expected)

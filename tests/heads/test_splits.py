@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stofm.heads.fitting import plan_split
 from stofm.heads.sections import resolve_slices
-from stofm.heads.splits import plan_split
 
 
 def plan(adata, known=None, library_key="library", **options):

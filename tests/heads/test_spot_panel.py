@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy import sparse
 
-from stofm.heads.expression import log_normalised
 from stofm.heads.options import Reading
 from stofm.heads.spot_panel import (
     SpotPanel,
@@ -13,6 +12,7 @@ from stofm.heads.spot_panel import (
     genes_of,
     read_panel_counts,
 )
+from stofm.heads.targets import log_normalised
 from stofm.nn import encode_cells
 from stofm.pp._tokenize import tokens_or_stored
 

@@ -27,8 +27,10 @@ from stofm.heads.head_files import (
     read_network,
     read_table,
 )
-from stofm.heads.inputs import Source  # noqa: TC001 - read when a head is loaded
-from stofm.heads.neighborhood import add_neighborhood
+from stofm.heads.inputs import (
+    Source,
+    add_neighborhood,
+)
 from stofm.heads.network import apply_head
 from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn import Stofm

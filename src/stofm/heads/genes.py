@@ -17,7 +17,7 @@ from stofm._writing import all_or_nothing, refuse_not_finite
 from stofm.heads.base import Entries, Head
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.gene_columns import Gene
-from stofm.heads.neighborhood import add_neighborhood
+from stofm.heads.inputs import add_neighborhood
 from stofm.heads.network import apply_head
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.expression import ExpressionTargets
     from stofm.heads.gene_columns import GeneColumns
     from stofm.heads.inputs import Inputs
     from stofm.heads.options import Reading
     from stofm.heads.sections import Sections
+    from stofm.heads.targets import ExpressionTargets
     from stofm.nn import PredictionHead
 
 #: Genes that are computed at a time.

@@ -16,7 +16,6 @@ from stofm.heads.base import refuse_reserved, require_head
 from stofm.heads.components import fit_components
 from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
 from stofm.heads.ensemble import fit_networks, stack_weights
-from stofm.heads.expression import ExpressionTargets, expression_targets, on_panel
 from stofm.heads.fitting import Task
 from stofm.heads.gene_columns import GeneColumns
 from stofm.heads.genes import (
@@ -29,6 +28,7 @@ from stofm.heads.genes import (
 from stofm.heads.inputs import read_inputs
 from stofm.heads.network import HeadTraining, row_order
 from stofm.heads.options import checked_reps
+from stofm.heads.targets import ExpressionTargets, expression_targets, on_panel
 from stofm.nn.stofm import load_model
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from stofm._logging import logger
 from stofm._slices import Slices, read_slices
 from stofm._writing import all_or_nothing, refuse_foreign, refuse_taken
 from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
-from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
 from stofm.pp._staleness import stale_reason
 from stofm.spatial.domains import (

@@ -16,7 +16,7 @@ from stofm._writing import all_or_nothing
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
 from stofm.heads.base import refuse_reserved
-from stofm.heads.expression import log_normalised
+from stofm.heads.targets import log_normalised
 from stofm.pp._tokenize import find_columns, report_columns
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from scipy import sparse
 from stofm._counts import read_counts
 from stofm.genes import embedded_vocabulary
 from stofm.heads.embeddings import counts_layer
-from stofm.heads.expression import log_normalised
 from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
-from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.inputs import N_NEIGHBORS
+from stofm.heads.targets import log_normalised
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._probe_scores import side_by_side
 
