@@ -31,7 +31,7 @@ def probabilities(problem, **options):
     return apply_head(fit(problem, **options), problem[0], "classes")
 
 
-def regression(problem, weights):
+def regression(problem, strength, weights):
     """Probabilities by scikit-learn, of inputs that are scaled alike."""
     from sklearn.linear_model import LogisticRegression
 
@@ -41,14 +41,15 @@ def regression(problem, weights):
     inner *= 10 / np.sqrt(inner[rows].var(axis=0).sum())
     # Weights of the cells say what their mean is of, and not how much they count in all.
     own = np.asarray(weights, dtype=float)[classes[rows]]
-    model = LogisticRegression(C=0.1, tol=1e-9, max_iter=5000)
+    model = LogisticRegression(C=strength, tol=1e-9, max_iter=5000)
     model.fit(inner[rows], classes[rows], sample_weight=own / own.mean())
     return model.predict_proba(inner)
 
 
-def test_as_scikit_learn(problem):
-    expected = regression(problem, np.ones(3))
-    np.testing.assert_allclose(probabilities(problem), expected, atol=1e-3)
+@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
+def test_as_scikit_learn(problem, strength):
+    expected = regression(problem, strength, np.ones(3))
+    np.testing.assert_allclose(probabilities(problem, strength=strength), expected, atol=1e-3)
     assert np.ptp(expected) > 0.2
 
 
@@ -58,10 +59,10 @@ def test_class_weights_as_in_scikit_learn(problem, monkeypatch):
     monkeypatch.setattr(linear, "_MOST_STEPS", 2000)
     weights = np.array([0.2, 1.0, 4.0], dtype=np.float32)
     targets = Targets("classes", problem[1].values, 3, weights)
-    expected = regression(problem, weights)
-    found = probabilities((problem[0], targets))
+    expected = regression(problem, 0.1, weights)
+    found = probabilities((problem[0], targets), strength=0.1)
     np.testing.assert_allclose(found, expected, atol=5e-4)
-    assert np.abs(expected - regression(problem, np.ones(3))).max() > 0.02
+    assert np.abs(expected - regression(problem, 0.1, np.ones(3))).max() > 0.02
 
 
 def test_is_a_head_without_hidden_layers(problem):
@@ -127,7 +128,7 @@ def test_constant_columns(problem):
     shares = np.bincount(targets.values[:300]) / 300
     nothing = np.full((400, 2), 5.0, dtype=np.float32)
     np.testing.assert_allclose(
-        probabilities((nothing, targets)), np.tile(shares, (400, 1)), atol=1e-3
+        probabilities((nothing, targets), strength=0.1), np.tile(shares, (400, 1)), atol=1e-3
     )
 
 

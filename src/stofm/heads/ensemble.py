@@ -36,6 +36,17 @@ _TINY: Final = 1e-6
 _RIDGE: Final = 1e-6
 #: How much more than the errors it counts that weights sum to 1, before they are made to.
 _SUM_TO_1: Final = 1e3
+#: Standard deviation of all columns together that inputs are scaled to. They are scaled as one:
+#: principal components that hardly vary hardly count.
+_SPREAD: Final = 10.0
+#: The ``C`` of scikit-learn, which is the prior variance of each weight: with inputs of that spread
+#: the scores of a class are expected to vary by about three, from unlikely to likely.
+_STRENGTH: Final = 0.1
+#: More cells than this are thinned out: so few numbers are known well enough from these.
+_MOST_CELLS: Final = 50_000
+_MOST_STEPS: Final = 100
+#: Largest entry of the gradient at which fitting stops.
+_TOLERANCE: Final = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +233,7 @@ class _Fitting:
 
         def fit(rows: NDArray[np.int64]) -> PredictionHead:
             ordered = row_order(features, self._targets.values, rows)
-            return fit_linear_head(features, self._targets, fitted=ordered)
+            return fit_linear_head(features, self._targets, fitted=ordered, strength=_STRENGTH)
 
         votes = [
             apply_head(fit(split.fitted), features[rows], self._targets.kind)
@@ -315,24 +326,12 @@ def _likelihoods(
     return np.maximum(np.stack(own, axis=1).astype(np.float64), _TINY), mass
 
 
-#: Standard deviation of all columns together that inputs are scaled to. They are scaled as one:
-#: principal components that hardly vary hardly count.
-_SPREAD: Final = 10.0
-#: The ``C`` of scikit-learn, which is the prior variance of each weight: with inputs of that spread
-#: the scores of a class are expected to vary by about three, from unlikely to likely.
-_STRENGTH: Final = 0.1
-#: More cells than this are thinned out: so few numbers are known well enough from these.
-_MOST_CELLS: Final = 50_000
-_MOST_STEPS: Final = 100
-#: Largest entry of the gradient at which fitting stops.
-_TOLERANCE: Final = 1e-4
-
-
 def fit_linear_head(
     features: NDArray[np.float32],
     targets: Targets,
     *,
     fitted: NDArray[np.int64],
+    strength: float = 1.0,
 ) -> PredictionHead:
     """Fit logistic regression to classes, or the same to proportions.
 
@@ -344,6 +343,9 @@ def fit_linear_head(
         Classes or proportions of the same rows.
     fitted
         Rows to fit, in an order that does not depend on the file.
+    strength
+        How much the cells count against the penalty on squared weights, above 0: the ``C`` of
+        scikit-learn.
 
     Returns
     -------
@@ -362,7 +364,7 @@ def fit_linear_head(
     head.input_scale.fill_(total / _SPREAD or 1.0)
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)
-    _minimise(head, values, targets, rows, penalty=0.5 / (_STRENGTH * len(rows)))
+    _minimise(head, values, targets, rows, penalty=0.5 / (strength * len(rows)))
     return head.float().eval()
 
 

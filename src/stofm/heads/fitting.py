@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.spatial import Split
     from stofm.spatial.splits import SplitRule
+_HELD_OUT: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +206,6 @@ def model_to_tune(model: Stofm | str | Path | None, origin: Origin) -> Stofm:
             )
             raise ValueError(msg)
     return loaded
-
-
-_HELD_OUT: float = 0.1
 
 
 def plan_split(

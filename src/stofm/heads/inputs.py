@@ -42,6 +42,8 @@ Source = Literal["embedding", "neighborhood", "expression", "expression neighbor
 
 #: Components that are averaged over neighbours: the others are noise for the most part.
 _N_AVERAGED: Final = 50
+#: Neighbours over which embeddings of a model are averaged.
+N_NEIGHBORS: Final = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +218,6 @@ def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
         msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
         raise ValueError(msg)
     return found.pop()
-
-
-#: Neighbours over which embeddings of a model are averaged.
-N_NEIGHBORS: Final = 10
 
 
 def choose_neighborhood(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
 _KINDS = ("classes", "proportions", "values")
+#: Counts are scaled to this total before the logarithm.
+TARGET_SUM: Final = 10_000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,10 +129,6 @@ def head_loss(
     else:
         total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
     return total, float(len(outputs))
-
-
-#: Counts are scaled to this total before the logarithm.
-TARGET_SUM: Final = 10_000.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from stofm.heads.targets import Targets
     from stofm.train.subslice_samples import JointSamples, SubSliceSamples
+#: What is changed: low-rank changes that are added to the weights at the end, or the weights.
+TuningStrategy = Literal["lora", "full"]
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,6 @@ class FineTuningSamples:
         number = int(self._subslices.slices_of(np.array([sample]))[0])
         cells = self._subslices.cells_of(sample, epoch)
         return bool(self._known.counts[self._known.rows[number][cells]].any())
-
-
-#: What is changed: low-rank changes that are added to the weights at the end, or the weights.
-TuningStrategy = Literal["lora", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
