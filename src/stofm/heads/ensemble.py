@@ -40,8 +40,8 @@ _SUM_TO_1: Final = 1e3
 #: principal components that hardly vary hardly count.
 _SPREAD: Final = 10.0
 #: The ``C`` of scikit-learn, which is the prior variance of each weight: with inputs of that spread
-#: the scores of a class are expected to vary by about three, from unlikely to likely.
-_STRENGTH: Final = 0.1
+#: the scores of a class are expected to vary by about five, from rare to nearly certain.
+_STRENGTH: Final = 0.3
 #: More cells than this are thinned out: so few numbers are known well enough from these.
 _MOST_CELLS: Final = 50_000
 _MOST_STEPS: Final = 100
