@@ -22,7 +22,7 @@ from task_sets import LABEL_KEY
 
 import stofm as st
 from stofm._edge.records import frame_names
-from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.sections import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._probe_folds import NO_CLASS

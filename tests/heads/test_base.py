@@ -73,12 +73,12 @@ def make(**options):
 
 
 def test_round_trip(tmp_path):
-    head = make(test_scores=pd.DataFrame({"f1": [0.5]}, index=pd.Index([1], name="run")))
+    head = make()
     head.save(tmp_path / "head")
     again = ToyHead.load(tmp_path / "head")
     for name in ("outputs", "use_rep", "origin", "strategy", "params", "split", "model"):
         assert getattr(again, name) == getattr(head, name)
-    for name in ("validation_scores", "test_scores", "history"):
+    for name in ("validation_scores", "history"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(head, name), check_exact=True)
     np.testing.assert_array_equal(again.sizes, head.sizes)
     features = torch.randn(13, 5)

@@ -279,18 +279,16 @@ def test_nothing_to_read(pair, inputs, caplog, lack):
 
 
 @pytest.mark.parametrize(
-    ("n_components", "use_rep", "protocol", "expected"),
+    ("n_components", "use_rep", "expected"),
     [
-        (None, (Obsm.X_CELL, Obsm.X), None, 150),
-        (None, (Obsm.X,), None, 150),
-        (None, (Obsm.X, "X_pca"), None, 0),
-        (None, ("X_pca",), None, 0),
-        (None, (Obsm.X_CELL, Obsm.X), "stofm-paper", 0),
-        (7, ("X_pca",), None, 7),
-        (7, (Obsm.X,), "stofm-paper", 7),
-        (0, (Obsm.X,), None, 0),
+        (None, (Obsm.X_CELL, Obsm.X), 150),
+        (None, (Obsm.X,), 150),
+        (None, (Obsm.X, "X_pca"), 0),
+        (None, ("X_pca",), 0),
+        (7, ("X_pca",), 7),
+        (0, (Obsm.X,), 0),
     ],
 )
-def test_number_of_components(n_components, use_rep, protocol, expected):
-    options = FitOptions(n_components=n_components, protocol=protocol)
+def test_number_of_components(n_components, use_rep, expected):
+    options = FitOptions(n_components=n_components)
     assert options.components_beside(use_rep) == expected

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stofm.heads.ensemble import blend_weights, drop_light, stack_weights
+from stofm.heads.ensemble import blend_weights, stack_weights
 from stofm.heads.targets import Targets
 
 PRIOR = 1.0
@@ -117,12 +117,6 @@ def test_who_adds_nothing_has_no_weight(rng):
 def test_nothing_to_stack():
     assert stack_weights(np.zeros((4, 4))).tolist() == [0.25] * 4
     assert stack_weights(np.array([[3.0]])).tolist() == [1.0]
-
-
-def test_light_voters_are_left_out():
-    weights = drop_light(np.array([0.01, 0.5, 0.019, 0.471]))
-    np.testing.assert_allclose(weights, np.array([0.01, 0.5, 0.0, 0.471]) / 0.981)
-    assert drop_light(np.array([0.0, 1.0])).tolist() == [0.0, 1.0]
 
 
 def test_one_voter(classes, rng):

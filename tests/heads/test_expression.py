@@ -8,9 +8,9 @@ from anndata import AnnData
 from scipy import sparse
 
 from stofm._keys import Obsm
-from stofm.heads.expression import expression_targets, log_normalised, on_panel
 from stofm.heads.gene_columns import GeneColumns
 from stofm.heads.sections import resolve_slices
+from stofm.heads.targets import expression_targets, log_normalised, on_panel
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from scipy import sparse
 
 import stofm as st
 from stofm.heads import genes as module
-from stofm.heads.expression import ExpressionTargets
 from stofm.heads.gene_columns import Gene
 from stofm.heads.genes import (
     Ballot,
@@ -26,6 +25,7 @@ from stofm.heads.genes import (
 )
 from stofm.heads.inputs import Inputs
 from stofm.heads.sections import resolve_slices
+from stofm.heads.targets import ExpressionTargets
 from stofm.nn import HeadConfig, PredictionHead
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")

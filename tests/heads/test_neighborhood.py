@@ -14,8 +14,7 @@ import stofm as st
 from stofm._keys import Obs, Obsm
 from stofm.heads import fitting, imputation, network
 from stofm.heads.gene_columns import GeneColumns
-from stofm.heads.inputs import Inputs, Source, read_inputs
-from stofm.heads.neighborhood import add_neighborhood, choose_neighborhood
+from stofm.heads.inputs import Inputs, Source, add_neighborhood, choose_neighborhood, read_inputs
 from stofm.heads.network import HeadTraining
 from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
 from stofm.heads.sections import resolve_slices
@@ -109,7 +108,6 @@ def choose(data, inputs, n_neighbors=None, *, rows=None, **options):
         (None, DEFAULT_REP, {"split": "blocks"}, 10),
         # Held-out cells would share their neighbours with fitted ones.
         (None, DEFAULT_REP, {"split": "random"}, 0),
-        (None, DEFAULT_REP, {"protocol": "stofm-paper"}, 0),
         (None, (Obsm.X_CELL, "X_pca"), {}, 0),
         (4, (Obsm.X_CELL, "X_pca"), {"split": "random"}, 4),
         (0, DEFAULT_REP, {}, 0),
@@ -263,10 +261,7 @@ class Toys(fitting.Task):
     name = "toys"
     training = HeadTraining(max_epochs=1)
 
-    def make_head(self, first, run, splits, common):
-        raise NotImplementedError
-
-    def score(self, head, inputs, rows):
+    def make_head(self, first, splits, common):
         raise NotImplementedError
 
 
@@ -286,9 +281,7 @@ def test_neighbourhoods_are_by_the_tuned_model(adata, model, monkeypatch):
     targets = Targets("classes", adata.obs["kind"].cat.codes.to_numpy().astype(np.int64), 3)
     split = st.spatial.split_cells(adata.obsm["spatial"], sections.slices.rows, seed=0)
     options = FitOptions(strategy="full", model=model, reading=READING)
-    fitted = fitting.fit_first(
-        Toys(targets=targets, options=options), sections, read, split, seed=0
-    )
+    fitted = fitting.fit_first(Toys(targets=targets, options=options), sections, read, split)
     own = fitted.inputs.features[:, : read.widths[0]]
     expected = neighbor_means(own, adata.obsm["spatial"], sections.slices.rows, 6)
     np.testing.assert_array_equal(fitted.inputs.neighborhood, expected)
@@ -352,9 +345,3 @@ def test_numbers_that_can_not_be(cells, value):
     ):
         with pytest.raises(ValueError, match=f"n_neighbors must be .* found {value}"):
             call()
-
-
-@pytest.mark.usefixtures("_short")
-def test_protocol_has_none(cells):
-    head = fit(cells, protocol="stofm-paper", n_neighbors=None)
-    assert head.reads == ("embedding",)

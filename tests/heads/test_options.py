@@ -14,7 +14,6 @@ GOOD = {
     "strategy": "frozen",
     "use_rep": "X_pca",
     "split": "auto",
-    "protocol": None,
     "seed": np.int64(3),
     "reading": Reading(),
 }
@@ -30,7 +29,6 @@ def check(adata, library_key="library", **options):
         {},
         {"split": "slices"},
         {"split": "blocks"},
-        {"protocol": "stofm-paper"},
         {"strategy": "full", "use_rep": (Obsm.X_CELL, Obsm.X)},
         {"strategy": "lora", "use_rep": Obsm.X},
     ],
@@ -44,7 +42,6 @@ def test_usable_options(adata, options):
     [
         ({"strategy": "some"}, "strategy must be one of"),
         ({"split": "slice"}, r"split must be one of \['auto', .*found 'slice'"),
-        ({"protocol": "paper"}, r"protocol must be one of \[None, 'stofm-paper'\], found 'paper'"),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, found -1"),
         ({"seed": 1.0}, "seed must be a whole number from 0 to 4294967295, found 1.0"),
         ({"split": "slices", "library_key": "one"}, "there is a single one; use split='blocks'"),
@@ -62,7 +59,6 @@ def test_options_that_can_not_be(adata, options, message):
 def test_places_are_asked_for_where_they_are_needed(adata, options):
     del adata.obsm[Obsm.SPATIAL]
     check(adata)
-    check(adata, split="blocks", protocol="stofm-paper")
     with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
         check(adata, **options)
     # Simulated spots have no place, and the split none of the slices.
@@ -88,5 +84,4 @@ def test_number_of_networks(monkeypatch):
     monkeypatch.setattr(module, "_MANY_CELLS", 700)
     assert FitOptions().heads_of(700) == 3
     assert FitOptions().heads_of(701) == 1
-    assert FitOptions(protocol="stofm-paper").heads_of(50) == 1
-    assert FitOptions(protocol="stofm-paper", n_heads=5).heads_of(10**6) == 5
+    assert FitOptions(n_heads=5).heads_of(10**6) == 5

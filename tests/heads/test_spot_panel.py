@@ -6,7 +6,6 @@ import torch
 from scipy import sparse
 
 from stofm._edge.tokens import tokens_or_stored
-from stofm.heads.expression import log_normalised
 from stofm.heads.options import Reading
 from stofm.heads.spot_panel import (
     SpotPanel,
@@ -14,6 +13,7 @@ from stofm.heads.spot_panel import (
     genes_of,
     read_panel_counts,
 )
+from stofm.heads.targets import log_normalised
 from stofm.nn import encode_cells
 
 READING = Reading(device="cpu", show_progress_bar=False)

@@ -12,7 +12,7 @@ import torch
 import stofm as st
 from stofm.heads.targets import Targets, head_loss
 from stofm.heads.tuning import fine_tune_head
-from stofm.heads.tuning_config import FineTuningConfig
+from stofm.heads.tuning_samples import FineTuningConfig
 from stofm.nn import HeadConfig, PredictionHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from stofm.heads.targets import Targets
-from stofm.heads.tuning_config import FineTuningConfig
 from stofm.heads.tuning_lora import LowRankModel
-from stofm.heads.tuning_samples import KnownCells
+from stofm.heads.tuning_samples import FineTuningConfig, KnownCells
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.train.epochs import Draws

@@ -7,7 +7,6 @@ import pytest
 import stofm as st
 from stofm._keys import Obs, Obsm, Uns
 from stofm.nn import Stofm
-from stofm.spatial import split_cells
 
 KEY, CONFIDENCE, PROBA = Obs.ANNOTATION, Obs.ANNOTATION_CONFIDENCE, Obsm.ANNOTATION_PROBA
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
@@ -69,13 +68,12 @@ def test_file_round_trip(cells, tmp_path):
 
 
 def test_head_round_trip(cells, tmp_path):
-    head = fit(cells, reject_rate=0.2, split="blocks", protocol="stofm-paper")
+    head = fit(cells, reject_rate=0.2, split="blocks")
     head.save(tmp_path / "head")
     again = st.AnnotationHead.load(tmp_path / "head")
     assert again.rejection == head.rejection
     assert again.temperature == head.temperature
     assert again.classes == head.classes
-    pd.testing.assert_frame_equal(again.test_scores, head.test_scores)
     first, second = (apply(cells, one, copy=True) for one in (head, again))
     pd.testing.assert_frame_equal(first.obsm[PROBA], second.obsm[PROBA], check_exact=True)
     assert first.obs[KEY].equals(second.obs[KEY])
@@ -143,19 +141,6 @@ def test_a_class_that_would_be_held_out_is_fitted(cells, caplog):
     assert f"{held_out}2" in set(apply(cells, head, copy=True).obs[KEY])
 
 
-@pytest.mark.parametrize("class_weights", [None, "balanced"])
-def test_a_class_that_would_be_tested_only(cells, class_weights):
-    options = {"label_key": "label", "min_share": 0, "class_weights": class_weights}
-    rows = [np.flatnonzero(cells.obs["library"] == name) for name in ("left", "right")]
-    tested = split_cells(cells.obsm["spatial"], rows, how="random", share=0.2).held_out
-    # First by name, as the class that is lost must not be the last.
-    cells.obs["label"] = cells.obs["kind"].cat.rename_categories(["b", "c", "d"]).astype(str)
-    cells.obs.loc[cells.obs_names[tested[:2]], "label"] = "a"
-    head = fit(cells, protocol="stofm-paper", **options)
-    assert np.isfinite(head.surroundings.means).all()
-    assert head.split["n_moved"] == 2
-
-
 def test_few_held_out_cells_are_told_about(cells, caplog):
     caplog.set_level("INFO", logger="stofm")
     fit(cells, split="random")
@@ -165,7 +150,7 @@ def test_few_held_out_cells_are_told_about(cells, caplog):
 def test_options_are_checked_before_anything_is_embedded(adata, model):
     reps = ("X_stofm_cell", "X_stofm")
     adata.obs["kind"] = adata.obs["kind"].cat.rename_categories(["unknown", "b", "c"])
-    for wrong in ({"split": "rows"}, {"protocol": "mine"}, {"seed": -1}, {"missing": []}):
+    for wrong in ({"split": "rows"}, {"seed": -1}, {"missing": []}):
         with pytest.raises(ValueError, match=r"must be|has a class 'unknown'"):
             fit(adata, use_rep=reps, model=model, **wrong)
     assert Obsm.X_CELL not in adata.obsm
@@ -207,17 +192,6 @@ def test_class_weights(cells):
         # Before calibration, which takes back part of it.
         leanings.append(head.temperature * np.log(proba["few"] / proba["many"]).mean())
     assert leanings[1] > leanings[0] + 0.5
-
-
-def test_the_papers_protocol(cells):
-    head = fit(cells, protocol="stofm-paper", seed=3)
-    assert head.test_scores.index.tolist() == [1, 2, 3]
-    assert {"accuracy", "macro_f1"} <= set(head.test_scores)
-    assert head.test_scores["accuracy"].min() > 0.6
-    assert head.split["protocol"] == "stofm-paper"
-    parts = [head.split[name] for name in ("n_fitted", "n_held_out", "n_test")]
-    assert parts == [184 - 15 - 37, 15, 37]
-    assert fit(cells).test_scores is None
 
 
 def test_embeddings_are_made_where_they_are_missing(adata, model):
@@ -265,7 +239,6 @@ def test_another_models_embedding_is_refused(adata, model):
         ({"strategy": "tuned"}, "strategy must be one of"),
         ({"reject_rate": 1.0}, "reject_rate must be from 0"),
         ({"class_weights": "equal"}, "class_weights must be one of \\[None, 'balanced'\\]"),
-        ({"protocol": "mine"}, "protocol must be"),
         ({"split": "rows"}, "split must be one of"),
         ({"label_key": "one"}, "has a single class"),
         ({"label_key": "single", "min_share": 0}, r"one cell each: \['c'\]"),

@@ -80,7 +80,6 @@ def test_neighbours_of_expression_alone_beside_embeddings(cells, tmp_path, monke
     weights = np.array([0.3, 0.0, 0.0, 0.7, 0.0])
     monkeypatch.setattr(ensemble, "blend_weights", lambda *_: weights)
     head = fit(cells)
-    assert set(head.reads) == {"embedding", "expression neighborhood"}
     assert head.n_neighbors == 10
     head.save(tmp_path / "head")
     again = st.AnnotationHead.load(tmp_path / "head")
@@ -233,15 +232,6 @@ def test_scores_and_rejection_are_of_all_held_out_cells(cells):
     # Two draws of a tenth each.
     assert head.validation_scores["n_cells"].tolist() == [2 * head.split["n_held_out"]]
     assert 0.0 < head.rejection.measured <= 0.2
-
-
-def test_protocol(cells):
-    head = fit(cells, protocol="stofm-paper", n_heads=None)
-    assert (len(head.networks), head.expression) == (1, None)
-    assert len(head.test_scores) == 3
-    head = fit(cells, protocol="stofm-paper", n_components=5, n_heads=1)
-    assert "expression" in head.reads
-    assert head.test_scores["accuracy"].mean() > 0.6
 
 
 @pytest.mark.usefixtures("few_steps")

@@ -160,16 +160,6 @@ def test_from_single_cells_on_a_grid(cells, spots, model, rng):
     assert Obsm.DECONVOLUTION_STD not in spots.obsm
 
 
-def test_paper_protocol(spots):
-    head = from_known(spots, protocol="stofm-paper", n_heads=1)
-    assert list(head.test_scores.columns) == ["pearson", "rmse", "mae"]
-    assert len(head.test_scores) == 3
-    assert head.test_scores["pearson"].nunique() == 3
-    assert head.split["how"] == "random"
-    assert head.split["n_test"] == 16
-    assert (head.split["n_fitted"], head.split["n_held_out"]) == (58, 6)
-
-
 @pytest.mark.parametrize("way", ["reference", "known"])
 def test_save_and_load(spots, cells, model, tmp_path, way):
     head = from_reference(spots, cells, model) if way == "reference" else from_known(spots)
@@ -287,10 +277,6 @@ def test_a_reference_with_several_tables(spots, cells, model):
             {"reference": "cells", "label_key": "kind", "strategy": "lora"},
             r"strategy='lora' does not go with reference=",
         ),
-        (
-            {"reference": "cells", "label_key": "kind", "protocol": "stofm-paper"},
-            r"protocol='stofm-paper' does not go with reference=",
-        ),
         ({"reference": "cells", "label_key": "kind", "copy": True}, "copy=True does not go with"),
         (
             {"reference": "cells", "label_key": "kind", "key_added": "X_stofm"},
@@ -306,7 +292,6 @@ def test_a_reference_with_several_tables(spots, cells, model):
         ),
         ({"reference": "cells", "label_key": "kind", "split": "s"}, "split must be one of"),
         ({"proportions_key": "truth", "split": "slices"}, "there is a single one"),
-        ({"proportions_key": "truth", "protocol": "paper"}, "protocol must be one of"),
         ({"spot_size": 3.0, "label_key": "kind", "seed": -1}, "seed must be a whole number"),
         (
             {"proportions_key": "truth", "strategy": "lora", "use_rep": "X_known"},

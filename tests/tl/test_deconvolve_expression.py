@@ -150,11 +150,3 @@ def test_spots_made_of_cells_of_which_a_layer_has_the_counts(spots, model, rng):
     assert "expression" in head.reads
     # Spots that it is applied to have their counts in X.
     assert np.isfinite(apply(spots, head, model=model).obsm[KEY]).all(axis=None)
-
-
-def test_protocol(spots):
-    head = fit(spots, protocol="stofm-paper", n_heads=1)
-    assert (len(head.networks), head.expression) == (1, None)
-    head = fit(spots, protocol="stofm-paper", n_heads=1, n_components=5)
-    assert "expression" in head.reads
-    assert len(head.test_scores) == 3

@@ -185,18 +185,16 @@ def test_genes_are_learnt(fit, training, monkeypatch):
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
-    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([0.01, 0, 0.8, 0.2]))
+    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([0.01, 0, 0.79, 0.2]))
     head = fit()
-    shares = np.array([0.01, 0.8, 0.2]) / 1.01 / 2
-    assert head.reads == ("embedding", "expression", "expression neighborhood") * 2
-    np.testing.assert_allclose(head.weights, np.tile(shares, 2))
+    kinds = ("embedding", "neighborhood", "expression", "expression neighborhood")
+    assert head.reads == kinds * 2
+    np.testing.assert_allclose(head.weights, np.tile([0.005, 0, 0.395, 0.1], 2))
     assert head.n_neighbors == 10
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     weighed = query.obsm[Obsm.IMPUTED].to_numpy()
     monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([1, 0, 0, 0.0]))
-    alone = fit()
-    assert (set(alone.reads), alone.expression, alone.n_neighbors) == ({"embedding"}, None, 0)
-    st.tl.impute(query, head=alone, model=model, **LIBRARY)
+    st.tl.impute(query, head=fit(), model=model, **LIBRARY)
     assert np.abs(query.obsm[Obsm.IMPUTED].to_numpy() - weighed).max() > 0.01
 
 
@@ -332,20 +330,6 @@ def test_another_model_is_refused(fit, query, model):
     assert Obsm.IMPUTED not in query.obsm
 
 
-def test_protocol(fit, training):
-    head = fit(protocol="stofm-paper", n_heads=1)
-    assert head.test_scores.shape == (3, 3)
-    assert head.test_scores.columns.tolist() == ["pearson", "rmse", "mae"]
-    assert head.split["how"] == "random"
-    assert head.split["n_test"] == 37
-    drawn = fit(genes=None, protocol="stofm-paper", n_heads=1)
-    assert len(drawn.genes) == 50
-    assert len(drawn.inputs) == 21
-    assert set(fit(genes=None, protocol="stofm-paper", n_heads=1, seed=1).genes) != set(drawn.genes)
-    with pytest.raises(ValueError, match="holds out 50 genes, and the slices share 40"):
-        fit(training[:, :40].copy(), genes=None, protocol="stofm-paper")
-
-
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     weights = model.fingerprint
     given = {}
@@ -454,7 +438,7 @@ def test_cells_without_counts(fit, training, model):
 def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
     monkeypatch.setattr(fitting, "read_inputs", None)
     monkeypatch.setattr(imputation, "read_panel", None)
-    for options in ({"split": "slice"}, {"protocol": "another"}, {"seed": -1}):
+    for options in ({"split": "slice"}, {"seed": -1}):
         with pytest.raises(ValueError, match="must be"):
             fit(**options)
 
@@ -484,11 +468,9 @@ def test_bad_calls(fit, training, query, model):
     cases = [
         ({"genes": None}, "Pass genes= to learn"),
         ({"head": head, "reference": query}, "fitted already"),
-        ({"reference": query, "protocol": "stofm-paper"}, "leave out reference="),
         ({"copy": True}, "copy=True is for head="),
         ({"n_heads": 0}, "n_heads must be a whole number"),
         ({"strategy": "half"}, "strategy must be one of"),
-        ({"protocol": "another"}, "protocol must be one of"),
         ({"split": "slice"}, "split must be one of"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"strategy": "lora", "use_rep": "exact"}, r"obsm\['exact'\] are not embeddings"),

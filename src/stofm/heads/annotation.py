@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
+import pandas as pd
 
 from stofm import metrics
 from stofm._edge.records import (
@@ -25,7 +26,6 @@ from stofm.heads.inputs import read_inputs
 from stofm.heads.labels import read_labels
 from stofm.heads.network import row_order
 from stofm.heads.options import check_choice
-from stofm.heads.splits import score_table
 from stofm.heads.targets import Targets
 from stofm.heads.trust import (
     TEMPERATURES,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from stofm.heads.labels import Labels
     from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.spatial import Split
 
 #: With fewer held-out cells a line of the log says so.
@@ -95,7 +94,7 @@ class AnnotationHead(Head):
         cells that they reject; None if none is to be.
     surroundings
         Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
-    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
+    outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
         Classes; what is read and by which model; how the head was fitted and how good it is.
     networks, reads, weights, expression, n_neighbors
         What votes on the classes, on what grounds, and with which weight.
@@ -198,27 +197,22 @@ class AnnotationTask(Task):
                 "no class is supported for. Rename it, or add it to `missing` to leave it out."
             )
             raise ValueError(msg)
-        targets = Targets("classes", labels.codes, len(labels.classes))
+        weights = None
+        if own["class_weights"] == "balanced":
+            sizes = np.bincount(labels.codes[labels.is_known], minlength=len(labels.classes))
+            weights = (sizes.sum() / (len(sizes) * sizes)).astype(np.float32)
+        targets = Targets("classes", labels.codes, len(labels.classes), weights)
         return cls(targets=targets, options=options, labels=labels, **own)
 
-    def for_rows(self, rows: NDArray[np.int64]) -> AnnotationTask:
-        """The same with weights by the sizes of the classes, if these are asked for."""
-        if self.class_weights is None:
-            return self
-        sizes = np.bincount(self.targets.values[rows], minlength=self.targets.n_outputs)
-        weights = (len(rows) / (len(sizes) * sizes)).astype(np.float32)
-        return replace(self, targets=replace(self.targets, class_weights=weights))
-
     def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+        self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]
     ) -> AnnotationHead:
         """Fit the networks that vote, then temperature and thresholds to the held-out cells."""
-        _tell_about(run.split, self.labels)
-        seeds, codes = self.seeds(run.seed), self.labels.codes
+        _tell_about(splits[0], self.labels)
+        seeds, codes = self.seeds, self.labels.codes
         # Blocks with their margins may be a third of a slice. What they were held out for is known
         # once the networks are weighed and calibrated.
-        refit = self.options.protocol is None
-        voters = fit_voters(first, self.targets, splits, seeds, refit=refit)
+        voters = fit_voters(first, self.targets, splits, seeds)
         trust, found = self._calibrate(first.inputs, splits, voters)
         scores = [score_classes(found, codes[voters.rows])] if len(voters.rows) else []
         return AnnotationHead(
@@ -226,15 +220,11 @@ class AnnotationTask(Task):
             **voters.fields,
             **trust,
             outputs=self.labels.classes,
-            params=self._params(run.seed, len(seeds), first.inputs.n_neighbors),
-            validation_scores=score_table(scores),
+            params=self._params(len(seeds), first.inputs.n_neighbors),
+            validation_scores=pd.DataFrame(
+                scores, index=pd.RangeIndex(1, len(scores) + 1, name="run")
+            ),
         )
-
-    def score(
-        self, head: AnnotationHead, inputs: Inputs, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """Score the classes of some cells."""
-        return score_classes(head.predict(inputs.take(rows)), self.labels.codes[rows])
 
     def _calibrate(
         self, inputs: Inputs, splits: Sequence[Split], voters: Voters
@@ -260,7 +250,7 @@ class AnnotationTask(Task):
         is_unknown = rejection.rejects(confidence, distances)
         return trust, Annotation(probabilities, distances, is_unknown)
 
-    def _params(self, seed: int, n_heads: int, n_neighbors: int) -> dict[str, Any]:
+    def _params(self, n_heads: int, n_neighbors: int) -> dict[str, Any]:
         return {
             "label_key": self.label_key,
             "missing": [str(one) for one in self.missing],
@@ -271,7 +261,7 @@ class AnnotationTask(Task):
             "n_components": self.options.n_components,
             "n_heads": n_heads,
             "reject_rate": float(self.reject_rate),
-            "seed": int(seed),
+            "seed": int(self.options.seed),
             **self.options.reading.keys,
         }
 
@@ -302,8 +292,6 @@ def annotate_with(sections: Sections, head: AnnotationHead, options: FitOptions,
 
 def write_annotation(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:
     """Write classes, confidence and probabilities to each table, with a record."""
-    import pandas as pd
-
     refuse_not_finite(head.task, found.probabilities)
     params = {
         "label_key": head.params["label_key"],

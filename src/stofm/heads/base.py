@@ -18,7 +18,6 @@ from stofm.heads.components import ComponentsEntries, ExpressionComponents, read
 from stofm.heads.head_files import (
     HISTORY,
     MODEL,
-    TEST,
     VALIDATION,
     WEIGHTS,
     beside_weights,
@@ -28,8 +27,10 @@ from stofm.heads.head_files import (
     read_network,
     read_table,
 )
-from stofm.heads.inputs import Source  # noqa: TC001 - read when a head is loaded
-from stofm.heads.neighborhood import add_neighborhood
+from stofm.heads.inputs import (
+    Source,
+    add_neighborhood,
+)
 from stofm.heads.network import apply_head
 from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn import Stofm
@@ -112,8 +113,6 @@ class Head:
         Genes and components for the networks that read expression; None if there are none.
     n_neighbors
         Over how many neighbours means are, for the networks that read them; 0 if there are none.
-    test_scores
-        Scores of the runs of a protocol; None without one.
     model
         The tuned model; None for a frozen one.
     """
@@ -139,7 +138,6 @@ class Head:
     weights: tuple[float, ...] = ()
     expression: ExpressionComponents | None = None
     n_neighbors: int = 0
-    test_scores: pd.DataFrame | None = None
     model: Stofm | None = None
 
     def __repr__(self) -> str:
@@ -261,7 +259,7 @@ class Head:
         entries = build_dataclass(_Config, config, CONFIG)
         own = build_dataclass(cls.own_entries, entries.own, CONFIG, "own")
         tensors = read_tensors(where / WEIGHTS, may_be_nan=cls.may_be_nan)
-        test, model = where / TEST, where / MODEL
+        model = where / MODEL
         same = ("outputs", "use_rep", "origin", "strategy", "params", "split")
         head = cls(
             **{name: getattr(entries, name) for name in same},
@@ -270,7 +268,6 @@ class Head:
             ),
             validation_scores=read_table(where / VALIDATION),
             history=read_table(where / HISTORY).reset_index(),
-            test_scores=read_table(test) if test.is_file() else None,
             model=Stofm.from_pretrained(model) if model.is_dir() else None,
             **cls._read_own(own, {name: value.numpy() for name, value in tensors.items()}),
         )
@@ -370,8 +367,6 @@ class Head:
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         self.validation_scores.to_csv(folder / VALIDATION, sep="\t")
         self.history.to_csv(folder / HISTORY, sep="\t", index=False)
-        if self.test_scores is not None:
-            self.test_scores.to_csv(folder / TEST, sep="\t")
         write_weights(folder / WEIGHTS, self._tensors(), beside_weights(folder, json.loads(text)))
         if self.model is not None:
             self.model.save_pretrained(folder / MODEL)

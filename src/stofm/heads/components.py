@@ -14,8 +14,8 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.vocabulary import embedded_vocabulary
 from stofm.heads.embeddings import counts_layer
-from stofm.heads.expression import TARGET_SUM, log_normalised
 from stofm.heads.gene_columns import Gene, GeneColumns, choose_panel, selector
+from stofm.heads.targets import TARGET_SUM, log_normalised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -83,12 +83,6 @@ def check_way(way: str, options: FitOptions, labels: LabelOptions, *, copy: bool
             "slice of single cells."
         )
         raise ValueError(msg)
-    if options.protocol is not None:
-        msg = (
-            f"protocol={options.protocol!r} does not go with reference=: it tests on spots whose "
-            "proportions are known. Pass proportions_key= or spot_size=."
-        )
-        raise ValueError(msg)
     if copy:
         msg = (
             "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.optimize import nnls
 
-from stofm.heads.linear import fit_linear_head
 from stofm.heads.network import apply_head, fit_head, row_order
+from stofm.heads.targets import head_loss
+from stofm.nn.device import seeded
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,21 +25,28 @@ if TYPE_CHECKING:
     from stofm.heads.inputs import Source
     from stofm.heads.network import FittedHead, HeadTraining
     from stofm.heads.targets import Targets
-    from stofm.nn import PredictionHead
     from stofm.spatial import Split
 
-#: Strengths that linear heads try, weakest first.
-_STRENGTHS: Final = (0.01, 0.1, 1.0, 10.0)
+
 #: Held-out cells that every voter is taken to have explained before any is looked at.
 _PRIOR: Final = 1.0
 _ROUNDS: Final = 200
 _TINY: Final = 1e-6
-#: Voters with a smaller weight are left out.
-_LEAST_WEIGHT: Final = 0.02
 #: Share of the mean squared error that is added to each voter's own: equal ones then weigh the same.
 _RIDGE: Final = 1e-6
 #: How much more than the errors it counts that weights sum to 1, before they are made to.
 _SUM_TO_1: Final = 1e3
+#: Standard deviation of all columns together that inputs are scaled to. They are scaled as one:
+#: principal components that hardly vary hardly count.
+_SPREAD: Final = 10.0
+#: The ``C`` of scikit-learn, which is the prior variance of each weight: with inputs of that spread
+#: the scores of a class are expected to vary by about five, from rare to nearly certain.
+_STRENGTH: Final = 0.3
+#: More cells than this are thinned out: so few numbers are known well enough from these.
+_MOST_CELLS: Final = 50_000
+_MOST_STEPS: Final = 100
+#: Largest entry of the gradient at which fitting stops.
+_TOLERANCE: Final = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +127,6 @@ def fit_voters(
     targets: Targets,
     splits: Sequence[Split],
     seeds: Sequence[int],
-    *,
-    refit: bool,
 ) -> Voters:
     """Fit networks to embeddings, and to neighbourhoods and components of expression if there are any.
 
@@ -135,28 +144,23 @@ def fit_voters(
         Cells to fit and to hold out: one split for each network, or a single one for all.
     seeds
         Of the networks.
-    refit
-        Fit all networks but a tuned one again to all known cells, in as many epochs, once weights
-        are known.
     """
     inputs = first.inputs
     held_out = [row_order(inputs.features, targets.values, one.held_out) for one in splits]
-    fitting = _Fitting(first, targets, splits, held_out, seeds, refit=refit)
+    fitting = _Fitting(first, targets, splits, held_out, seeds)
     kinds = [fitting.networks(source) for source in inputs.sources]
     if inputs.expression is not None:
         kinds.append(fitting.linear("expression", inputs.expression))
     weights = blend_weights([kind.votes for kind in kinds], targets, np.concatenate(held_out))
-    weights = drop_light(weights)
     votes = sum(w * kind.votes.astype(np.float64) for w, kind in zip(weights, kinds, strict=True))
     networks: list[PredictionHead] = []
     reads: list[Source] = []
     shares: list[float] = []
     for kind, weight in zip(kinds, weights.tolist(), strict=True):
-        if weight:
-            own = kind.finish()
-            networks += own
-            reads += [kind.reads] * len(own)
-            shares += [weight / len(own)] * len(own)
+        own = kind.finish()
+        networks += own
+        reads += [kind.reads] * len(own)
+        shares += [weight / len(own)] * len(own)
     return Voters(
         networks=tuple(networks),
         reads=tuple(reads),
@@ -178,8 +182,6 @@ class _Fitting:
         splits: Sequence[Split],
         held_out: Sequence[NDArray[np.int64]],
         seeds: Sequence[int],
-        *,
-        refit: bool,
     ) -> None:
         self.histories: list[pd.DataFrame] = []
         self._first = first
@@ -187,7 +189,6 @@ class _Fitting:
         self._splits = splits
         self._held_out = held_out
         self._seeds = seeds
-        self._refit = refit
         self._known = np.flatnonzero(targets.is_known)
 
     def networks(self, reads: Source) -> _Kind:
@@ -205,8 +206,7 @@ class _Fitting:
 
         def finish() -> list[PredictionHead]:
             # The one that was tuned with the model stays as it is.
-            n_tuned = int(reads == "embedding" and first.model is not None)
-            n_kept = n_tuned if self._refit else len(fits)
+            n_kept = int(reads == "embedding" and first.model is not None)
             return [one.head for one in fits[:n_kept]] + [
                 fit_head(
                     features,
@@ -229,39 +229,17 @@ class _Fitting:
         return np.asarray(np.mean(votes, axis=0, dtype=np.float64), dtype=np.float32)
 
     def linear(self, reads: Source, features: NDArray[np.float32]) -> _Kind:
-        """A linear network, of the strength that is best over the splits."""
-        votes: list[list[NDArray[np.float32]]] = [[] for _ in _STRENGTHS]
-        heads: list[PredictionHead] = []
-        for split, rows in zip(self._splits, self._held_out, strict=True):
-            fitted = row_order(features, self._targets.values, split.fitted)
-            start = None
-            for own, strength in zip(votes, _STRENGTHS, strict=True):
-                start = fit_linear_head(
-                    features, self._targets, fitted=fitted, strength=strength, start=start
-                )
-                own.append(apply_head(start, features[rows], self._targets.kind))
-                heads.append(start)
-        every = [np.concatenate(own) for own in votes]
-        # Without held-out cells all losses are 0.
-        losses = [self._loss(own) for own in every]
-        best = int(np.argmin(losses)) if any(losses) else _STRENGTHS.index(1.0)
+        """A linear network."""
 
-        def finish() -> list[PredictionHead]:
-            if not self._refit:
-                return heads[best :: len(_STRENGTHS)]
-            known = row_order(features, self._targets.values, self._known)
-            strength = _STRENGTHS[best]
-            return [fit_linear_head(features, self._targets, fitted=known, strength=strength)]
+        def fit(rows: NDArray[np.int64]) -> PredictionHead:
+            ordered = row_order(features, self._targets.values, rows)
+            return fit_linear_head(features, self._targets, fitted=ordered, strength=_STRENGTH)
 
-        return _Kind(reads, every[best], finish)
-
-    def _loss(self, votes: NDArray[np.float32]) -> float:
-        """Cross-entropy of what is known of the held-out cells."""
-        values = self._targets.values[np.concatenate(self._held_out)]
-        likelihood = np.log(np.maximum(votes, np.finfo(np.float32).tiny))
-        if self._targets.kind == "classes":
-            return -float(likelihood[np.arange(len(values)), values].sum())
-        return -float((values * likelihood).sum())
+        votes = [
+            apply_head(fit(split.fitted), features[rows], self._targets.kind)
+            for split, rows in zip(self._splits, self._held_out, strict=True)
+        ]
+        return _Kind(reads, np.concatenate(votes), lambda: [fit(self._known)])
 
 
 def blend_weights(
@@ -333,13 +311,6 @@ def stack_weights(errors: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(weights / weights.sum())
 
 
-def drop_light(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Set weights under 0.02 to 0, but for the first voter's, which reads what all cells have."""
-    kept = weights >= _LEAST_WEIGHT
-    kept[0] = True
-    return np.asarray(np.where(kept, weights, 0.0) / weights[kept].sum())
-
-
 def _likelihoods(
     votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -353,3 +324,74 @@ def _likelihoods(
         own = [vote.ravel() for vote in votes]
         mass = np.asarray(values, dtype=np.float64).ravel()
     return np.maximum(np.stack(own, axis=1).astype(np.float64), _TINY), mass
+
+
+def fit_linear_head(
+    features: NDArray[np.float32],
+    targets: Targets,
+    *,
+    fitted: NDArray[np.int64],
+    strength: float = 1.0,
+) -> PredictionHead:
+    """Fit logistic regression to classes, or the same to proportions.
+
+    Parameters
+    ----------
+    features
+        (n, d) representations.
+    targets
+        Classes or proportions of the same rows.
+    fitted
+        Rows to fit, in an order that does not depend on the file.
+    strength
+        How much the cells count against the penalty on squared weights, above 0: the ``C`` of
+        scikit-learn.
+
+    Returns
+    -------
+    The head, in evaluation mode.
+    """
+    rows = fitted[:: -(-len(fitted) // _MOST_CELLS)]
+    values = torch.from_numpy(features[rows]).double()
+    config = HeadConfig(
+        d_input=features.shape[1], d_output=targets.n_outputs, widths=(), dropout=0.0
+    )
+    with seeded(0):
+        head = PredictionHead(config).double()
+    mean = values.mean(dim=0)
+    total = math.sqrt(float(values.var(dim=0, correction=0).sum()))
+    head.input_mean.copy_(mean)
+    head.input_scale.fill_(total / _SPREAD or 1.0)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    _minimise(head, values, targets, rows, penalty=0.5 / (strength * len(rows)))
+    return head.float().eval()
+
+
+def _minimise(
+    head: PredictionHead,
+    values: torch.Tensor,
+    targets: Targets,
+    rows: NDArray[np.int64],
+    *,
+    penalty: float,
+) -> None:
+    wanted = targets.take(rows)
+    wanted = wanted if targets.kind == "classes" else wanted.double()
+    weights = targets.class_weights
+    class_weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS(
+        head.last.parameters(),
+        max_iter=_MOST_STEPS,
+        tolerance_grad=_TOLERANCE,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        total, count = head_loss(head(values), wanted, targets.kind, class_weights)
+        mean = total / count + penalty * head.last.weight.square().sum()
+        mean.backward()
+        return mean
+
+    optimizer.step(loss)

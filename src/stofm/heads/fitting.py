@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from stofm._edge.records import all_or_nothing
+from stofm._logging import logger
 from stofm.heads.components import add_expression
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
-from stofm.heads.inputs import read_inputs
-from stofm.heads.neighborhood import choose_neighborhood, renew_neighborhood
+from stofm.heads.inputs import choose_neighborhood, read_inputs, renew_neighborhood
 from stofm.heads.network import FittedHead, fit_head, row_order
-from stofm.heads.splits import plan_runs, score_table
 from stofm.heads.tuning import fine_tune_head
 from stofm.nn.model import load_model
+from stofm.spatial import Split, split_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,10 +31,11 @@ if TYPE_CHECKING:
     from stofm.heads.network import HeadTraining
     from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.spatial import Split
+    from stofm.spatial.splits import SplitRule
+_HELD_OUT: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Task(ABC):
     name: ClassVar[str]
     #: How networks are fitted; None for the usual.
     training: ClassVar[HeadTraining | None] = None
-    #: Between the seeds of networks; runs of a protocol have neighbouring seeds.
+    #: Between the seeds of networks.
     seed_step: ClassVar[int] = 1000
 
     targets: Targets
@@ -83,10 +83,11 @@ class Task(ABC):
         """(n_obs,) classes, which parts of the cells are to be alike in; None if there are none."""
         return self.targets.values if self.targets.kind == "classes" else None
 
-    def seeds(self, seed: int) -> list[int]:
+    @property
+    def seeds(self) -> list[int]:
         """Seeds of the networks of a kind, and of the splits that they are fitted on."""
         n_heads = self.options.heads_of(int(self.targets.is_known.sum()))
-        return [seed + self.seed_step * k for k in range(n_heads)]
+        return [self.options.seed + self.seed_step * k for k in range(n_heads)]
 
     def add_expression(
         self, sections: Sections, inputs: Inputs, rows: NDArray[np.int64]
@@ -94,36 +95,25 @@ class Task(ABC):
         """Find components of the expression of some cells, and add those of all."""
         return add_expression(sections, inputs, rows, self.options, classes=self.classes)
 
-    def for_rows(self, rows: NDArray[np.int64]) -> Task:
-        """The task with what its targets take from the cells of a run."""
-        return self
-
     @abstractmethod
-    def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
-    ) -> Head:
+    def make_head(self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]) -> Head:
         """Fit the other networks, and weigh them.
 
         Parameters
         ----------
         first
             The first network, and what is read.
-        run
-            Seed and cells.
         splits
             Cells to fit and to hold out: a split for each network, or a single one for all.
         common
             Fields of the head that no network changes.
         """
 
-    @abstractmethod
-    def score(self, head: Any, inputs: Inputs, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Score a head on some cells."""
-
 
 def fit(task: Task, sections: Sections) -> Any:
-    """Fit a head, or one for each run of a protocol, of which the first is kept."""
-    options, known = task.options, np.flatnonzero(task.targets.is_known)
+    """Fit a head: networks on what is read of cells, each on its split, and what they weigh."""
+    options, is_known = task.options, task.targets.is_known
+    known = np.flatnonzero(is_known)
     with all_or_nothing(*sections.tables):
         inputs = read_inputs(
             sections, options.reading, use_rep=options.use_rep, model=options.model
@@ -131,40 +121,33 @@ def fit(task: Task, sections: Sections) -> Any:
         rows = row_order(inputs.features, task.targets.values, known)
         inputs, expression = task.add_expression(sections, inputs, rows)
         inputs = choose_neighborhood(sections, inputs, options, rows=known)
-    plan = partial(
-        plan_runs,
-        sections,
-        task.targets.is_known,
-        inputs.features,
-        split=options.split,
-        protocol=options.protocol,
-        classes=task.classes,
-        spatial_key=options.reading.spatial_key,
-    )
-    heads, tested = [], []
-    for run in plan(seed=options.seed):
-        own = task.for_rows(np.setdiff1d(known, run.test))
-        splits = [run.split]
-        if not options.is_shared:
-            splits += [plan(seed=seed)[0].split for seed in own.seeds(run.seed)[1:]]
-        first = fit_first(own, sections, inputs, run.split, seed=run.seed)
-        common = {
-            "use_rep": first.inputs.use_rep,
-            "origin": first.inputs.origin,
-            "strategy": options.strategy,
-            "split": run.record(sections, task.targets.is_known, options.protocol),
-            "model": first.model,
-        }
-        head = own.make_head(first, run, splits, common).with_components(expression)
-        heads.append(head)
-        if len(run.test):
-            tested.append(own.score(head, first.inputs, run.test))
-    return replace(heads[0], test_scores=score_table(tested) if tested else None)
+    # A model is tuned on a split, which all networks share then.
+    seeds = task.seeds if options.strategy == "frozen" else task.seeds[:1]
+    splits = [
+        plan_split(
+            sections,
+            is_known,
+            inputs.features,
+            split=options.split,
+            classes=task.classes,
+            spatial_key=options.reading.spatial_key,
+            seed=seed,
+        )
+        for seed in seeds
+    ]
+    first = fit_first(task, sections, inputs, splits[0])
+    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
+    common = {
+        "use_rep": first.inputs.use_rep,
+        "origin": first.inputs.origin,
+        "strategy": options.strategy,
+        "split": splits[0].record([name for name, own in slices if is_known[own].any()]),
+        "model": first.model,
+    }
+    return task.make_head(first, splits, common).with_components(expression)
 
 
-def fit_first(
-    task: Task, sections: Sections, inputs: Inputs, split: Split, *, seed: int
-) -> FirstFit:
+def fit_first(task: Task, sections: Sections, inputs: Inputs, split: Split) -> FirstFit:
     """Fit a network to embeddings, and go on to tune the model if asked."""
     options, targets = task.options, task.targets
     is_frozen = options.strategy == "frozen"
@@ -177,7 +160,7 @@ def fit_first(
         held_out=split.held_out,
         input_widths=inputs.widths,
         training=task.training,
-        seed=seed,
+        seed=options.seed,
     )
     if tunable is None or options.strategy == "frozen":
         return FirstFit(fitted, inputs)
@@ -191,7 +174,7 @@ def fit_first(
         held_out=split.held_out,
         use_rep=inputs.use_rep,
         task=task.name,
-        seed=seed,
+        seed=options.seed,
         **options.reading.as_dict(),
     )
     again = read_inputs(sections, options.reading, use_rep=inputs.use_rep, model=tuned.model)
@@ -223,3 +206,37 @@ def model_to_tune(model: Stofm | str | Path | None, origin: Origin) -> Stofm:
             )
             raise ValueError(msg)
     return loaded
+
+
+def plan_split(
+    sections: Sections,
+    is_known: NDArray[np.bool_],
+    features: NDArray[np.float32],
+    *,
+    split: SplitRule = "auto",
+    classes: NDArray[np.int64] | None = None,
+    spatial_key: str,
+    seed: int,
+) -> Split:
+    """Split the cells of which something is known.
+
+    Without coordinates ``"auto"`` is by slice, or random if there is only one, and `features` tell
+    cells apart. Parts are alike in `classes`, (n_obs,), of which -1 is none.
+    """
+    own = [rows[is_known[rows]] for rows in sections.slices.rows]
+    slices = [rows for rows in own if len(rows)]
+    if split == "slices" and len(slices) < 2:
+        msg = (
+            f"split='slices' holds out whole slices, and {len(slices)} of the {len(own)} slices has "
+            "cells to learn from; use split='blocks'."
+        )
+        raise ValueError(msg)
+    has_places = sections.has_coordinates(spatial_key)
+    if has_places or split == "blocks":
+        places = sections.coordinates(spatial_key)
+    else:
+        places = features[:, [0, -1]].astype(np.float64)
+    if split == "auto" and not has_places:
+        split = "slices" if len(slices) > 1 else "random"
+        logger.info("There is no obsm[%r]: the split is %r.", spatial_key, split)
+    return split_cells(places, slices, how=split, share=_HELD_OUT, classes=classes, seed=seed)

@@ -21,7 +21,7 @@ from stofm._logging import logger
 from stofm.heads.base import Entries, Head
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.gene_columns import Gene
-from stofm.heads.neighborhood import add_neighborhood
+from stofm.heads.inputs import add_neighborhood
 from stofm.heads.network import apply_head
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.expression import ExpressionTargets
     from stofm.heads.gene_columns import GeneColumns
     from stofm.heads.inputs import Inputs
     from stofm.heads.options import Reading
     from stofm.heads.sections import Sections
+    from stofm.heads.targets import ExpressionTargets
     from stofm.nn import PredictionHead
 
 #: Genes that are computed at a time.
@@ -73,7 +73,7 @@ class ImputationHead(Head):
         Ids of the genes to impute in the model's vocabulary, ``""`` for genes that it lacks.
     mean, scale
         (n_genes,) mean and standard deviation of each gene over the training cells.
-    outputs, use_rep, origin, strategy, params, split, validation_scores, test_scores, history, model
+    outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
         Genes to impute; what is read and by which model; how the head was fitted and how good it
         is.
     networks, reads, weights, expression, n_neighbors

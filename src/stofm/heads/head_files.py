@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WEIGHTS = "head.safetensors"
 HISTORY = "history.tsv"
 VALIDATION = "validation_scores.tsv"
+#: Older heads may have it; it is no longer written.
 TEST = "test_scores.tsv"
 MODEL = "model"
 

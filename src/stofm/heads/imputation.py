@@ -15,14 +15,12 @@ from stofm.genes import embedded_vocabulary
 from stofm.heads.base import refuse_reserved, require_head
 from stofm.heads.components import fit_components
 from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
-from stofm.heads.ensemble import drop_light, fit_networks, stack_weights
-from stofm.heads.expression import ExpressionTargets, expression_targets, on_panel
+from stofm.heads.ensemble import fit_networks, stack_weights
 from stofm.heads.fitting import Task
 from stofm.heads.gene_columns import GeneColumns
 from stofm.heads.genes import (
     Ballot,
     ImputationHead,
-    ballots_of,
     error_products,
     score_genes,
     write_imputed,
@@ -30,6 +28,7 @@ from stofm.heads.genes import (
 from stofm.heads.inputs import read_inputs
 from stofm.heads.network import HeadTraining, row_order
 from stofm.heads.options import checked_reps
+from stofm.heads.targets import ExpressionTargets, expression_targets, on_panel
 from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
     from stofm.heads.inputs import Inputs
     from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
@@ -144,10 +142,10 @@ class ExpressionTask(Task):
             sections, columns, panel.inputs, panel.targets, options.use_rep, reading
         )
         targets = expression_targets(bare, counts)
-        _refuse_constant(targets, panel.targets)
+        known = _learnable(targets, panel.targets)
         own = replace(options, reading=_of_panel(reading))
         task = cls(
-            targets=targets,
+            targets=targets.standardised(known),
             options=own,
             source=sections,
             columns=columns,
@@ -169,17 +167,12 @@ class ExpressionTask(Task):
         )
         return replace(inputs, expression=scores), components
 
-    def for_rows(self, rows: NDArray[np.int64]) -> ExpressionTask:
-        """The same with each gene's mean and standard deviation over some cells."""
-        targets = cast("ExpressionTargets", self.targets)
-        return replace(self, targets=targets.standardised(rows))
-
     def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+        self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]
     ) -> ImputationHead:
         """Fit networks to what the first one reads and what is beside it, and weigh these kinds."""
         targets = cast("ExpressionTargets", self.targets)
-        seeds, sources = self.seeds(run.seed), first.inputs.sources
+        seeds, sources = self.seeds, first.inputs.sources
         splits = [splits[k % len(splits)] for k in range(len(seeds))]
         fits = [
             fit_networks(first, reads, targets, splits, seeds, self.training) for reads in sources
@@ -195,12 +188,13 @@ class ExpressionTask(Task):
         ]
         histories = [one.history for own in zip(*fits, strict=True) for one in own]
         weights = _weigh(rounds, targets, splits)
-        # The first network stays: a tuned model was tuned with it.
-        kept = [k for k, weight in enumerate(weights) if weight or not k]
         rounds = [
-            [own[k]._replace(weight=weights[k] / len(rounds)) for k in kept] for own in rounds
+            [
+                ballot._replace(weight=weight / len(rounds))
+                for ballot, weight in zip(own, weights, strict=True)
+            ]
+            for own in rounds
         ]
-        reads = tuple(sources[k] for k in kept)
         scores = [
             score_genes(own, targets, split.held_out)
             for own, split in zip(rounds, splits, strict=True)
@@ -208,9 +202,9 @@ class ExpressionTask(Task):
         head = ImputationHead(
             **common,
             networks=tuple(one.network for own in rounds for one in own),
-            reads=reads * len(rounds),
+            reads=sources * len(rounds),
             weights=tuple(one.weight for own in rounds for one in own),
-            n_neighbors=first.inputs.neighbors_of(reads),
+            n_neighbors=first.inputs.neighbors_of(sources),
             outputs=tuple(gene.name for gene in self.panel.targets),
             params={
                 "seed": self.options.seed,
@@ -229,14 +223,6 @@ class ExpressionTask(Task):
         )
         return head
 
-    def score(
-        self, head: ImputationHead, inputs: Inputs, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """Score the expression of some cells, means over the genes."""
-        targets = cast("ExpressionTargets", self.targets)
-        scores = score_genes(ballots_of(head, inputs), targets, rows)
-        return {str(name): float(value) for name, value in scores.mean().items()}
-
 
 def _weigh(
     rounds: Sequence[Sequence[Ballot]], targets: ExpressionTargets, splits: Sequence[Split]
@@ -248,11 +234,12 @@ def _weigh(
         )
         for ballots, one in zip(rounds, splits, strict=True)
     ]
-    weights: list[float] = drop_light(stack_weights(np.sum(errors, axis=0))).tolist()
+    weights: list[float] = stack_weights(np.sum(errors, axis=0)).tolist()
     return weights
 
 
-def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
+def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.int64]:
+    """Cells to learn from; refuse genes of which they tell nothing."""
     known = np.flatnonzero(targets.is_known)
     if not len(known):
         msg = "No cell has any count in the genes that are read, so there is nothing to learn from."
@@ -271,6 +258,7 @@ def _refuse_constant(targets: ExpressionTargets, genes: Sequence[Gene]) -> None:
             f"be imputed as such, which says nothing, for example {examples}. Leave them out of "
             "`genes`."
         )
+    return known
 
 
 def _by_round(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:

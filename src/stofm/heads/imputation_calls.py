@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
 from stofm._messages import naming
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
     from stofm.heads.options import FitOptions
     from stofm.heads.sections import Sections
 
-#: Genes that ``protocol="stofm-paper"`` holds out.
-_N_PROTOCOL_GENES: Final = 50
-
 
 def learn(
     sections: Sections,
@@ -55,7 +50,7 @@ def learn(
     name = "the data" if reference is None else "the reference"
     columns = read_columns(training, loaded, vocabulary, name)
     query = None if reference is None else read_columns(sections, loaded, vocabulary, "the query")
-    targets = _choose_targets(genes, columns, query, vocabulary, options)
+    targets = _choose_targets(genes, columns, query, vocabulary)
     panel = choose_panel(columns, targets, query)
     own = replace(reading, layer=layer if reference is None else reference_layer)
     fitting = replace(options, model=loaded, reading=own)
@@ -74,21 +69,17 @@ def check_call(
     genes: Sequence[str] | None,
     reference: Any,
     head: ImputationHead | None,
-    protocol: str | None,
     copy: bool,
 ) -> None:
     """Refuse arguments that do not go together."""
-    if head is not None and (reference is not None or protocol is not None):
-        msg = "head= is fitted already: leave out reference= and protocol=, or leave out head=."
+    if head is not None and reference is not None:
+        msg = "head= is fitted already: leave out reference=, or leave out head=."
         raise ValueError(msg)
-    if head is None and reference is None and genes is None and protocol is None:
+    if head is None and reference is None and genes is None:
         msg = (
             "Pass genes= to learn some genes of these slices, reference= to learn from other "
             "slices the genes that these lack, or head= to use what was learnt."
         )
-        raise ValueError(msg)
-    if protocol is not None and reference is not None:
-        msg = "A protocol tests on cells of the training slices: leave out reference=."
         raise ValueError(msg)
     if copy and head is None:
         what = "nothing is written to data" if reference is None else "the head is returned"
@@ -133,26 +124,8 @@ def _choose_targets(
     training: Sequence[GeneColumns],
     query: Sequence[GeneColumns] | None,
     vocabulary: GeneVocabulary,
-    options: FitOptions,
 ) -> tuple[Gene, ...]:
     if genes is not None:
         return find_genes(genes, training, vocabulary)
-    if query is not None:
-        return new_genes(training, query)
-    return _draw_genes(training, options.seed, options.protocol)
-
-
-def _draw_genes(
-    training: Sequence[GeneColumns], seed: int, protocol: str | None
-) -> tuple[Gene, ...]:
-    """Draw a protocol's genes; the order of the columns does not matter."""
-    first, *others = training
-    keyed = {g.key: g for g in first.genes if g.name and all(t.same_gene(g) for t in others)}
-    if len(keyed) <= _N_PROTOCOL_GENES:
-        msg = (
-            f"protocol={protocol!r} holds out {_N_PROTOCOL_GENES} genes, and the slices share "
-            f"{len(keyed)}; name fewer with genes=[...]."
-        )
-        raise ValueError(msg)
-    keys = np.random.default_rng(seed).permutation(sorted(keyed))[:_N_PROTOCOL_GENES]
-    return tuple(keyed[key] for key in sorted(keys.tolist()))
+    assert query is not None
+    return new_genes(training, query)

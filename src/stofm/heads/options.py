@@ -26,10 +26,6 @@ DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 #: ``"frozen"``: the head alone is fitted. Else the model is tuned with it: by changes of low rank
 #: (``"lora"``), or all its weights (``"full"``).
 Strategy = Literal["frozen", "lora", "full"]
-#: ``"stofm-paper"``: three runs, each with a random fifth of the cells to test, and a random tenth
-#: of the others to validate (SToFM, arXiv 2507.11588, section C.2).
-Protocol = Literal["stofm-paper"]
-PROTOCOLS: Final = (None, *get_args(Protocol))
 
 #: With more known cells, networks that start elsewhere differ little, and one of a kind does.
 _MANY_CELLS: Final = 15_000
@@ -70,7 +66,6 @@ class FitOptions:
     n_components: int | None = None
     n_heads: int | None = None
     split: SplitRule = "auto"
-    protocol: Protocol | None = None
     seed: int = 0
     reading: Reading = Reading()
 
@@ -81,13 +76,7 @@ class FitOptions:
         choices = {"strategy": Strategy, "split": SplitRule}
         for name, choice in choices.items():
             check_choice(name, getattr(self, name), get_args(choice))
-        check_choice("protocol", self.protocol, PROTOCOLS)
         check_seed(self.seed)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether networks share a split: a protocol tests on cells, or a model is tuned on some."""
-        return self.protocol is not None or self.strategy != "frozen"
 
     def check(self, sections: Sections | None) -> None:
         """Refuse what does not go together, or with the slices; embedding takes long, and comes after.
@@ -109,28 +98,27 @@ class FitOptions:
                 require_peft()
         if sections is None:
             return
-        how = self.split if self.protocol is None else "random"
-        if how == "slices" and len(sections.slices.rows) < 2:
+        if self.split == "slices" and len(sections.slices.rows) < 2:
             msg = (
                 "split='slices' holds out whole slices, and there is a single one; use "
                 "split='blocks', or pass library_key= if there are several."
             )
             raise ValueError(msg)
-        if how == "blocks" or self.strategy != "frozen":
+        if self.split == "blocks" or self.strategy != "frozen":
             sections.coordinates(self.reading.spatial_key)
 
     def heads_of(self, n_known: int) -> int:
         """Networks of each kind: as asked for, or by the number of cells with a target."""
         if self.n_heads is not None:
             return self.n_heads
-        return 1 if self.protocol is not None or n_known > _MANY_CELLS else _FEW_NETWORKS
+        return 1 if n_known > _MANY_CELLS else _FEW_NETWORKS
 
     def components_beside(self, use_rep: Sequence[str]) -> int:
         """Most components to read: as asked for, or some beside embeddings that a model makes."""
         if self.n_components is not None:
             return self.n_components
         is_made = set(use_rep) <= set(MADE_BY_EMBED)
-        return _N_COMPONENTS if is_made and self.protocol is None else 0
+        return _N_COMPONENTS if is_made else 0
 
 
 def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from stofm._edge.counts import read_counts
 from stofm._messages import warn
 from stofm.genes import rank_genes
 from stofm.heads.components import principal_axes
-from stofm.heads.expression import log_normalised
 from stofm.heads.gene_columns import map_columns
+from stofm.heads.targets import log_normalised
 from stofm.nn import choose_device, choose_dtype, encode_cells
 
 if TYPE_CHECKING:

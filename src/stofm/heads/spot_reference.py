@@ -15,7 +15,6 @@ from stofm._logging import logger
 from stofm.heads.embeddings import origin_by
 from stofm.heads.gene_columns import warn_of_few_shared
 from stofm.heads.network import HeadTraining, fit_head
-from stofm.heads.splits import score_table
 from stofm.heads.spot_panel import (
     SpotPanel,
     component_loadings,
@@ -275,13 +274,13 @@ def _simulated_head(
         use_rep=(Obsm.X_CELL,),
         origin={Obsm.X_CELL: origin_by(simulation.model)[Obsm.X_CELL]},
         strategy=options.strategy,
-        params=params_of(options, source, options.seed, 0),
+        params=params_of(options, source, 0),
         split={
             "how": "simulated",
             "n_fitted": len(first.fitted),
             "n_held_out": len(first.held_out),
         },
-        validation_scores=score_table([]),
+        validation_scores=pd.DataFrame(),
         history=pd.concat(histories, ignore_index=True),
         panel=first.panel,
     )

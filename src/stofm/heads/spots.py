@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from stofm.heads.fitting import FirstFit
     from stofm.heads.options import FitOptions, Reading
     from stofm.heads.sections import Sections
-    from stofm.heads.splits import Run
     from stofm.heads.spot_tables import SpotTable
     from stofm.nn import Stofm
     from stofm.spatial import Split
@@ -227,40 +226,28 @@ class ProportionsTask(Task):
         return cls(targets=targets, options=options, types=tuple(spots.types), source=source)
 
     def make_head(
-        self, first: FirstFit, run: Run, splits: Sequence[Split], common: dict[str, Any]
+        self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]
     ) -> DeconvolutionHead:
         """Fit the networks that vote."""
-        seeds = self.seeds(run.seed)
-        refit = self.options.protocol is None
-        voters = fit_voters(first, self.targets, splits, seeds, refit=refit)
+        voters = fit_voters(first, self.targets, splits, self.seeds)
         true = self.targets.values[voters.rows]
         return DeconvolutionHead(
             **common,
             **voters.fields,
             outputs=self.types,
-            params=params_of(self.options, self.source, run.seed, first.inputs.n_neighbors),
+            params=params_of(self.options, self.source, first.inputs.n_neighbors),
             validation_scores=score_types(self.types, true, voters.votes),
         )
 
-    def score(
-        self, head: DeconvolutionHead, inputs: Inputs, rows: NDArray[np.int64]
-    ) -> dict[str, float]:
-        """Score the proportions of some spots, means over the types."""
-        found = head.predict(inputs.take(rows)).mean
-        means = score_types(self.types, self.targets.values[rows], found).mean()
-        return {str(name): float(value) for name, value in means.items()}
 
-
-def params_of(
-    options: FitOptions, source: Mapping[str, Any], seed: int, n_neighbors: int
-) -> dict[str, Any]:
+def params_of(options: FitOptions, source: Mapping[str, Any], n_neighbors: int) -> dict[str, Any]:
     """What is written down of how a head was fitted."""
     return {
         **source,
         "n_neighbors": n_neighbors,
         "n_components": options.n_components,
         "n_heads": options.n_heads,
-        "seed": seed,
+        "seed": options.seed,
         **options.reading.keys,
     }
 

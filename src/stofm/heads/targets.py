@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch.nn import functional as F
 
+from stofm._edge.counts import read_counts
+from stofm.heads.gene_columns import selector
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from anndata import AnnData
     from jaxtyping import Float
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from stofm.heads.gene_columns import Gene, GeneColumns
+    from stofm.heads.sections import Sections
+
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
 _KINDS = ("classes", "proportions", "values")
+#: Counts are scaled to this total before the logarithm.
+TARGET_SUM: Final = 10_000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,3 +129,142 @@ def head_loss(
     else:
         total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
     return total, float(len(outputs))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ExpressionTargets(Targets):
+    """Log-normalised expression, sparse; taken standardised by gene.
+
+    Attributes
+    ----------
+    mean, scale
+        (n_outputs,) what is taken off each gene, and what it is divided by.
+    has_counts
+        (n,) cells with counts among the inputs; of others nothing is known.
+    """
+
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    has_counts: NDArray[np.bool_]
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """(n,) whether the expression of a cell is known."""
+        return self.has_counts
+
+    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Standardised expression of some rows, float32 (n_rows, n_outputs)."""
+        values = np.asarray(self.values[rows].toarray(), dtype=np.float32)
+        values -= self.mean
+        values /= self.scale
+        return torch.from_numpy(values)
+
+    def standardised(self, rows: NDArray[np.int64]) -> ExpressionTargets:
+        """The same with each gene's mean and standard deviation over some rows.
+
+        A gene that is constant there has the scale 1.
+        """
+        values = self.values[rows]
+        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
+        squares = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
+        variance = squares - mean**2
+        is_flat = variance <= 1e-10 * np.maximum(squares, 1.0)
+        scale = np.sqrt(np.where(is_flat, 1.0, variance))
+        return replace(self, mean=mean.astype(np.float32), scale=scale.astype(np.float32))
+
+    def is_constant(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n_outputs,) which genes have the same value in all of some rows."""
+        values = self.values[rows].tocsc()
+        low = np.asarray(values.min(axis=0).todense()).ravel()
+        return np.asarray(low == np.asarray(values.max(axis=0).todense()).ravel())
+
+
+def on_panel(
+    adata: AnnData,
+    columns: GeneColumns,
+    inputs: Sequence[Gene],
+    targets: Sequence[Gene],
+    *,
+    layer: str | None,
+    kept_obsm: Iterable[str],
+) -> tuple[AnnData, sparse.csr_matrix]:
+    """Make an AnnData of the input genes alone, and return the targets' counts beside it.
+
+    Counts are read block by block; `adata` is not changed. Columns of the same gene are added up,
+    input genes that `adata` lacks are 0.
+
+    Parameters
+    ----------
+    kept_obsm
+        What else the new AnnData has, where it is there.
+    """
+    import pandas as pd
+    from anndata import AnnData as NewAnnData
+
+    read = selector([columns.same_gene(gene) for gene in inputs], adata.n_vars)
+    learnt = selector([columns.measured(gene) for gene in targets], adata.n_vars)
+    both = [(block @ read, block @ learnt) for block in read_counts(adata, layer=layer)]
+    counts, wanted = (
+        sparse.vstack(parts, format="csr", dtype=np.float32) for parts in zip(*both, strict=True)
+    )
+    bare = NewAnnData(
+        X=counts,
+        obs=pd.DataFrame(index=adata.obs_names),
+        var=pd.DataFrame(index=[gene.key for gene in inputs]),
+        obsm={key: adata.obsm[key] for key in kept_obsm if key in adata.obsm},
+    )
+    return bare, wanted
+
+
+def expression_targets(
+    sections: Sections, counts: Sequence[sparse.csr_matrix]
+) -> ExpressionTargets:
+    """Log-normalised expression: ``log1p(10,000 x count / total)`` with the total of the inputs.
+
+    Parameters
+    ----------
+    sections
+        AnnData of the input genes, from :func:`on_panel`.
+    counts
+        Of the target genes, for each of them.
+    """
+    parts, known = [], []
+    for table, wanted in zip(sections.tables, counts, strict=True):
+        matrix: Any = table.X
+        totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
+        parts.append(log_normalised(wanted, totals))
+        known.append(totals > 0)
+    n_outputs = parts[0].shape[1]
+    return ExpressionTargets(
+        kind="values",
+        values=sparse.vstack(parts, format="csr"),
+        n_outputs=n_outputs,
+        mean=np.zeros(n_outputs, dtype=np.float32),
+        scale=np.ones(n_outputs, dtype=np.float32),
+        has_counts=np.concatenate(known),
+    )
+
+
+def log_normalised(
+    counts: sparse.csr_matrix,
+    totals: NDArray[np.float64] | None = None,
+    *,
+    target_sum: float = TARGET_SUM,
+) -> sparse.csr_matrix:
+    """``log1p(target_sum x count / total)`` of each cell; 0 for a cell without counts.
+
+    Parameters
+    ----------
+    counts
+        (n, n_genes).
+    totals
+        (n,) what counts are divided by; None for their own sums.
+    target_sum
+        Total to which counts are scaled.
+    """
+    if totals is None:
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+    scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
+    values = np.log1p(scaled).astype(np.float32)
+    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)

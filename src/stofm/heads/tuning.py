@@ -20,9 +20,8 @@ from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import recorded_options
-from stofm.heads.tuning_config import FineTuningConfig, TuningStrategy
 from stofm.heads.tuning_lora import LowRankModel
-from stofm.heads.tuning_samples import KnownCells
+from stofm.heads.tuning_samples import FineTuningConfig, KnownCells, TuningStrategy
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.spatial import canonical_order
 from stofm.train.epochs import Draws

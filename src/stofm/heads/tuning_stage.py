@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stofm.heads.targets import Targets
-    from stofm.heads.tuning_config import FineTuningConfig
     from stofm.heads.tuning_lora import LowRankModel
-    from stofm.heads.tuning_samples import FineTuningBatch, KnownCells
+    from stofm.heads.tuning_samples import FineTuningBatch, FineTuningConfig, KnownCells
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
     from stofm.train.losses import Gather

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.heads.options import Protocol, Strategy
+    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
 
@@ -42,7 +42,6 @@ def annotate(
     min_share: float = MIN_SHARE,
     class_weights: Literal["balanced"] | None = None,
     split: SplitRule = "auto",
-    protocol: Protocol | None = None,
     reject_rate: float = 0.02,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -95,17 +94,17 @@ def annotate(
         (or all of `use_rep`, if that is not read); further networks read this mean beside the
         embeddings, and others that of the first 50 components of expression. None: 10 beside the
         embeddings of a model, if labelled cells have places, and 0, none, beside other entries of
-        ``obsm``, with a `protocol` or with ``split="random"``: cells that are held out at random
+        ``obsm`` or with ``split="random"``: cells that are held out at random
         share neighbours with fitted ones, so that scores and the weights of the networks are wrong.
     n_components
         Principal components of log-normalised counts that further networks read, of the genes
         that all labelled cells have; they are centred by slice if the labelled slices differ in
         more than their composition. None: 150 beside the embeddings of a model, if there are raw
-        counts, and none beside other entries of ``obsm`` or with a `protocol`. 0: none, which is
+        counts, and none beside other entries of ``obsm``. 0: none, which is
         safer for a query that was measured with another technology.
     n_heads
-        Networks of each kind that vote. None: three, or one for more than 15,000 labelled cells
-        or with a `protocol`.
+        Networks of each kind that vote. None: three, or one for more than 15,000 labelled
+        cells.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer
@@ -131,10 +130,6 @@ def annotate(
         and thresholds come from networks that have not seen the held-out cells; those that are
         returned, but for one that was tuned with the model, are then fitted to all labelled cells,
         in as many epochs.
-    protocol
-        ``"stofm-paper"``: three runs (seeds `seed`, `seed` + 1, `seed` + 2), each with a random
-        fifth of the cells to test and a random tenth of the rest held out; ``head.test_scores``
-        has their scores. The head is that of the first run.
     reject_rate
         Share of known cells that may be called unknown, from 0 to below 1; 0 for none.
     seed
@@ -181,7 +176,7 @@ def annotate(
 
     References
     ----------
-    SToFM (arXiv 2507.11588), section C.2, for the head and the protocol. Guo et al. 2017, On
+    SToFM (arXiv 2507.11588), section C.2, for the head. Guo et al. 2017, On
     calibration of modern neural networks (ICML): temperature. Lee et al. 2018, A simple unified
     framework for detecting out-of-distribution samples (NeurIPS): the distance.
 
@@ -207,7 +202,6 @@ def annotate(
         n_components=n_components,
         n_heads=n_heads,
         split=split,
-        protocol=protocol,
         seed=seed,
         reading=Reading(
             library_key=library_key,

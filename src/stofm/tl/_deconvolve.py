@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.heads.options import Protocol, Strategy
+    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
 
@@ -55,7 +55,6 @@ def deconvolve(
     n_neighbors: int | None = None,
     n_components: int | None = None,
     split: SplitRule = "auto",
-    protocol: Protocol | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obsm.DECONVOLUTION,
@@ -138,16 +137,12 @@ def deconvolve(
         Principal components of log-normalised counts that are read beside the embedding; 0 for
         none. With `reference` they are those of the shared genes, 50 by default. Else further
         networks read those of the genes that all spots have: 150 by default beside the embeddings
-        of a model, if there are raw counts, and none with a `protocol`.
+        of a model, if there are raw counts.
     split
         How a tenth of the spots is held out to stop early and to score: ``"slices"``,
         ``"blocks"`` of the plane with a margin, ``"random"``, or ``"auto"``, which holds out whole
         slices from four slices on and blocks otherwise; see :func:`stofm.spatial.split_cells`. Not
         read with `reference`, where all are independent.
-    protocol
-        ``"stofm-paper"``: three runs, each with a random fifth of the spots to test and a random
-        tenth of the others held out; ``head.test_scores`` has Pearson, RMSE and MAE, means over
-        the types. The head is that of the first run. Not with `reference`.
     seed
         Seed of splits, simulation, first weights and order of steps.
     device
@@ -200,7 +195,7 @@ def deconvolve(
 
     References
     ----------
-    SToFM (arXiv 2507.11588), section C.2, for known proportions and the protocol. Menden et al.
+    SToFM (arXiv 2507.11588), section C.2, for known proportions. Menden et al.
     2020, Deep learning-based cell composition analysis from tissue expression profiles (Sci Adv
     6:eaba2619): networks on simulated mixtures. Cable et al. 2022, Robust decomposition of cell
     type mixtures in spatial transcriptomics (Nat Biotechnol 40:517): factors of genes.
@@ -227,7 +222,6 @@ def deconvolve(
         n_components=n_components,
         n_heads=n_heads,
         split=split,
-        protocol=protocol,
         seed=seed,
         reading=Reading(
             library_key=library_key,

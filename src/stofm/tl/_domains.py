@@ -22,7 +22,7 @@ from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
-from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
 from stofm.spatial.domains import (
     Centering,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from stofm.heads.genes import ImputationHead
-    from stofm.heads.options import Protocol, Strategy
+    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
     from stofm.spatial.splits import SplitRule
 
@@ -39,7 +39,6 @@ def impute(
     reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
     split: SplitRule = "auto",
-    protocol: Protocol | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obsm.IMPUTED,
@@ -93,10 +92,10 @@ def impute(
     n_components
         Principal components of the log-normalised counts of the genes that are read, for networks
         beside those on the embeddings; 0 for none. By default 150 beside the embeddings of a
-        model, and none with a `protocol`.
+        model.
     n_heads
         Networks of each kind; their mean is the prediction. Each holds out its own cells, but with
-        a protocol or a tuned model, where they share them.
+        a tuned model, where they share them.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
         A reference may lack it.
@@ -114,11 +113,6 @@ def impute(
         ``"auto"``, which holds out whole slices from four slices on and blocks otherwise; see
         :func:`stofm.spatial.split_cells`. Neighbours resemble each other: a random split gives
         scores that are too good.
-    protocol
-        ``"stofm-paper"``: 50 genes, drawn with `seed` unless they are given, and three runs
-        (seeds `seed`, `seed` + 1, `seed` + 2), each with a random fifth of the cells to test and
-        a random tenth of the rest held out. ``head.test_scores`` has means over the genes. The
-        head is that of the first run.
     seed
         Seed of splits, first weights and order of steps.
     device
@@ -158,7 +152,7 @@ def impute(
 
     References
     ----------
-    SToFM (arXiv 2507.11588), section C.2, for the head and the protocol.
+    SToFM (arXiv 2507.11588), section C.2, for the head.
 
     Examples
     --------
@@ -169,7 +163,7 @@ def impute(
     >>> query.obsm["stofm_imputed"].shape, len(head.gene_scores)
     ((400, 10), 10)
     """
-    check_call(genes=genes, reference=reference, head=head, protocol=protocol, copy=copy)
+    check_call(genes=genes, reference=reference, head=head, copy=copy)
     check_whole_number("n_heads", n_heads, least=1)
     options = FitOptions(
         use_rep=use_rep,
@@ -179,7 +173,6 @@ def impute(
         n_components=n_components,
         n_heads=n_heads,
         split=split,
-        protocol=protocol,
         seed=seed,
         reading=Reading(
             library_key=library_key,

@@ -18,7 +18,7 @@ from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
 from stofm.heads.base import refuse_reserved
-from stofm.heads.expression import log_normalised
+from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -12,9 +12,9 @@ from stofm._logging import counter
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
 from stofm.heads.inputs import common_width, read_each
 from stofm.heads.labels import MISSING, read_label_names
-from stofm.heads.options import DEFAULT_REP, Protocol, check_whole_number
+from stofm.heads.options import DEFAULT_REP, check_whole_number
 from stofm.heads.sections import resolve_slices
-from stofm.tl._probe_folds import AND, plan_folds, plan_protocol
+from stofm.tl._probe_folds import AND, Protocol, plan_folds, plan_protocol
 from stofm.tl._probe_scores import (
     LOG_COUNTS,
     PCS,
@@ -28,6 +28,8 @@ from stofm.tl._probe_scores import (
     side_by_side,
     with_neighbors,
 )
+
+pass
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
 from stofm._messages import warn
 from stofm.heads.labels import MIN_SHARE
-from stofm.heads.splits import plan_runs
-from stofm.spatial.splits import leave_out_blocks
+from stofm.spatial.splits import leave_out_blocks, split_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Protocol
     from stofm.heads.sections import Sections
 
 #: Stands for a cell without a class.
 NO_CLASS: Final = ""
 #: Share of the fitted cells that tells when to stop.
 _HELD_OUT: Final = 0.1
+#: ``"stofm-paper"``: three runs, each with a random fifth of the cells to test, and a random tenth
+#: of the others to validate (SToFM, arXiv 2507.11588, section C.2).
+Protocol = Literal["stofm-paper"]
+_N_RUNS: Final = 3
+_TESTED: Final = 0.2
+_VALIDATED: Final = 0.1
 #: Blocks of a single slice.
 _N_BLOCKS: Final = 5
 _MOST_NAMED: Final = 10
@@ -141,25 +145,22 @@ def plan_protocol(
 ) -> list[Fold]:
     """Leave out random cells, as a protocol says, and warn of the leak."""
     codes = np.unique(labels, return_inverse=True)[1] - int(NO_CLASS in labels)
-    runs = plan_runs(
-        sections,
-        labels != NO_CLASS,
-        sections.coordinates(spatial_key).astype(np.float32),
-        protocol=protocol,
-        classes=codes,
-        spatial_key=spatial_key,
-        seed=0,
-    )
+    places = sections.coordinates(spatial_key)
+    slices = [own for rows in sections.slices.rows if len(own := rows[labels[rows] != NO_CLASS])]
     warn(
         f"protocol={protocol!r} tests random cells: their neighbours were fitted, and embeddings of "
         "a cell's surroundings saw both. Scores are higher than those on new slices will be; leave "
         "`protocol` out to test on left-out ones."
     )
     folds = []
-    for run in runs:
-        held_out = run.split.held_out
-        rows = np.union1d(run.split.fitted, held_out)
-        folds.append(Fold.of("random cells", labels, rows, run.test, held_out=held_out))
+    for seed in range(_N_RUNS):
+        outer = split_cells(places, slices, how="random", share=_TESTED, classes=codes, seed=seed)
+        rest = [np.intersect1d(rows, outer.fitted) for rows in slices]
+        inner = split_cells(places, rest, how="random", share=_VALIDATED, classes=codes, seed=seed)
+        fold = Fold.of(
+            "random cells", labels, outer.fitted, outer.held_out, held_out=inner.held_out
+        )
+        folds.append(fold)
     return _checked(folds)
 
 

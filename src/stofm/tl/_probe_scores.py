@@ -13,9 +13,9 @@ from stofm._edge.counts import read_counts
 from stofm.genes import embedded_vocabulary
 from stofm.heads.annotation import log_scores
 from stofm.heads.embeddings import counts_layer
-from stofm.heads.expression import log_normalised
 from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
-from stofm.heads.neighborhood import N_NEIGHBORS
+from stofm.heads.inputs import N_NEIGHBORS
+from stofm.heads.targets import log_normalised
 from stofm.heads.trust import calibrated_probabilities, fit_temperature
 from stofm.metrics.labels import Reliability
 from stofm.spatial.neighbor_graph import neighbor_means

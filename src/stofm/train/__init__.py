@@ -38,22 +38,21 @@ from stofm.train.run import Pretraining, TrainResult
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage, StageSetup
 
 if TYPE_CHECKING:
-    from stofm.heads.ensemble import blend_weights, stack_weights
-    from stofm.heads.linear import fit_linear_head
+    from stofm.heads.ensemble import blend_weights, fit_linear_head, stack_weights
     from stofm.heads.network import FittedHead, HeadTraining, apply_head, fit_head
     from stofm.heads.targets import Targets, head_loss
-    from stofm.heads.tuning_config import FineTuningConfig
+    from stofm.heads.tuning_samples import FineTuningConfig
 
 #: Public here, and kept with the heads, which are built on training.
 _HEADS = {
-    "FineTuningConfig": "tuning_config",
+    "FineTuningConfig": "tuning_samples",
     "FittedHead": "network",
     "HeadTraining": "network",
     "Targets": "targets",
     "apply_head": "network",
     "blend_weights": "ensemble",
     "fit_head": "network",
-    "fit_linear_head": "linear",
+    "fit_linear_head": "ensemble",
     "head_loss": "targets",
     "stack_weights": "ensemble",
 }
