@@ -58,10 +58,9 @@ EXCEPTIONS = {
     "_edge/embedding.py": {"nn"},
     "_edge/memory_plan.py": {"nn"},
     # Makes arrays of what a user passes, for all other modules of train.
-    "train/preparation.py": {"_edge", "pp"},
+    "train/preparation.py": {"_edge"},
     # Cells without embeddings are embedded by what users call too.
     "heads/embeddings.py": {"tl"},
-    "heads/inputs.py": {"tl"},
     # Names of heads that are public in stofm.train.
     "train/__init__.py": {"heads"},
 }

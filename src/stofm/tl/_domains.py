@@ -170,19 +170,18 @@ def domains(
     refuse_foreign(table, key_added, obs=columns[1:])
     features = read_representation(table, use_rep)
     _require_fresh(table, use_rep)
-    coordinates = read_coordinates(table, spatial_key) if smooth else None
     slices = read_slices(table, library_key, spatial_key)
     if not shared and slices.column is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
     if n_neighbors is None:
         n_neighbors = _neighborhood_size(table, use_rep, spatial_key)
+    coordinates = read_coordinates(table, spatial_key) if smooth or n_neighbors else None
     features = directions(features, slices.rows, centering=centering)
     beside = []
-    if n_neighbors:
-        where = read_coordinates(table, spatial_key)
+    if coordinates is not None and n_neighbors:
         sizes = (n_neighbors, _FARTHER * n_neighbors)
-        beside = [neighbor_means(features, where, slices.rows, size) for size in sizes]
+        beside = [neighbor_means(features, coordinates, slices.rows, size) for size in sizes]
     options: dict[str, Any] = {
         "n_domains": n_domains,
         "resolution": _RESOLUTION if resolution is None else resolution,
@@ -197,7 +196,7 @@ def domains(
         groups = {f"{name}:": (rows, [np.arange(len(rows))]) for name, rows in named}
     found = {}
     for prefix, (rows, own) in groups.items():
-        places = None if coordinates is None else coordinates[rows]
+        places = coordinates[rows] if smooth and coordinates is not None else None
         around = [one[rows] for one in beside]
         levels = find_levels(features[rows], own, beside=around, coordinates=places, **options)
         found[prefix] = (rows, levels)
