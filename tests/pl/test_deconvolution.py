@@ -134,7 +134,7 @@ def test_spots_without_proportions_are_grey(spots: ad.AnnData) -> None:
 def test_too_many_pies_are_drawn_and_said(
     spots: ad.AnnData, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("stofm.pl._deconvolution._MAX_PIES", 50)
+    monkeypatch.setattr("stofm.pl._predicted._MAX_PIES", 50)
     with caplog.at_level("INFO", logger="stofm"):
         axes = st.pl.deconvolution(spots, kind="pies", library_key="slide", show=False)
     assert [len(ax.collections[0].get_paths()) for ax in axes] == [41, 53]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from stofm.pl._colors import (
     Values,
     category_names,
     color_categories,
-    distinct_colors,
+    default_colors,
     nearest_names,
     resolve_colors,
     stored_colors,
@@ -26,15 +26,14 @@ from stofm.pl._colors import (
 from stofm.pl._figure import (
     FONT_SIZE,
     TITLE_SIZE,
-    Layout,
-    Slot,
     arrange,
     finish,
+    in_rows,
     make_axes,
+    set_inches,
     style_axes,
 )
-from stofm.pl._maps import Look, draw_maps
-from stofm.pl._panels import read_panels
+from stofm.pl._maps import draw_slices, map_inches, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,12 +51,9 @@ _UNKNOWN_COLOR: Final = "#bdbdbd"
 _CONFIDENCE: Final = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA: Final = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
 #: Sides of a confusion matrix, of its fields, and of a reliability curve, in inches.
-_MIN_INCHES, _MAX_INCHES, _CLASS_INCHES = 2.2, 5.0, 0.28
-_CURVE_INCHES: Final = 2.6
+_MIN_INCHES, _MAX_INCHES, _CLASS_INCHES, _CURVE_INCHES = 2.2, 5.0, 0.28, 2.6
 #: Fields are numbered up to so many classes, from this share of a row on.
-_MAX_NUMBERED: Final = 30
-_MIN_SHARE: Final = 0.005
-_DARK: Final = 0.55
+_MAX_NUMBERED, _MIN_SHARE, _DARK = 30, 0.005, 0.55
 _GRID_COLOR, _CURVE_COLOR, _DIAGONAL_COLOR = "#e4e8ec", "#3b4754", "#9aa7b5"
 
 
@@ -156,32 +152,32 @@ def annotation(
     colors = _resolve_colors(adata, key, truth_key)
     cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
     curve = _curve(adata, key, cells, n_bins) if "reliability" in kinds else None
-    n_axes = [len(slices) if kind in _MAPS else 1 for kind in kinds]
-    axes, is_new = make_axes(ax, sum(n_axes), what=f"{list(kinds)}, {len(slices)} slices")
-    blocks = {
-        k: axes[end - n : end] for k, end, n in zip(kinds, np.cumsum(n_axes), n_axes, strict=True)
-    }
-    others: list[Slot] = []
-    for kind, block in blocks.items():
-        if kind == "confusion":
-            others.append(_draw_confusion(block[0], cells, known, as_counts=counts))
-        elif curve is not None and kind == "reliability":
-            others.append(_draw_reliability(block[0], curve))
-
-    def place(blocks: list[list[Axes]], layout: Layout) -> None:
-        """Put all panels of a single slice side by side; of several, what is no map below."""
-        slots = [[Slot(one, *layout.size.tolist()) for one in block] for block in blocks]
-        n = layout.n_columns
-        rows = [block[i : i + n] for block in slots for i in range(0, len(block), n)]
-        rows = [*rows, others] if len(slices) > 1 else [[*(row[0] for row in rows), *others]]
+    needed = {kind: len(slices) if kind in _MAPS else 1 for kind in kinds}
+    what = f"{kinds}, {len(slices)} slices"
+    # Where other panels stand beside the maps, these keep their size.
+    inches = map_inches(slices, len(slices))
+    axes, is_new = make_axes(ax, sum(needed.values()), inches, what=what, ncols=ncols)
+    rest, maps, others = list(axes), [], []
+    look: dict[str, Any] = {"ncols": ncols, "size": size, "invert_y": invert_y}
+    for kind, n in needed.items():
+        block, rest = rest[:n], rest[n:]
+        if kind in _MAPS:
+            draw_slices(block, slices, colors[kind], **look)
+            maps += in_rows(block, ncols)
+            continue
+        if curve is not None and kind == "reliability":
+            _draw_reliability(block[0], curve)
+            shape = (_CURVE_INCHES, _CURVE_INCHES)
+        else:
+            shape = _draw_confusion(block[0], cells, known, as_counts=counts)
         if is_new:
-            arrange([row for row in rows if row])
-
-    if maps := [kind for kind in kinds if kind in _MAPS]:
-        look = Look(ncols, size, invert_y, [one for kind in maps for one in blocks[kind]])
-        draw_maps(slices, [colors[kind] for kind in maps], look, place=place)
+            set_inches(block[0], *shape)
+        others += block
+    if is_new and len(slices) == 1:
+        # All stand side by side; of several slices, what is no map stands below.
+        arrange([[row[0] for row in maps] + others])
     elif is_new:
-        arrange([others])
+        arrange(*(grid for grid in (maps, [others]) if any(grid)))
     return finish(axes, show=show, save=save)
 
 
@@ -218,7 +214,7 @@ def _resolve_colors(
 ) -> dict[str, Categories | Values]:
     """Colours of the maps; classes have those of the truth, then stored ones, then free ones."""
     names = tuple(category_names(adata.obs[key]).cat.categories)
-    shades = dict(zip(names, stored_colors(adata, key, len(names)) or (), strict=False))
+    shades = dict(zip(names, stored_colors(adata, key, len(names)), strict=False))
     colors: dict[str, Categories | Values] = {}
     if truth_key is not None:
         (truth,) = resolve_colors(adata, truth_key)
@@ -226,7 +222,7 @@ def _resolve_colors(
         if isinstance(truth, Categories):
             shades |= dict(zip(truth.names, truth.colors, strict=True))
     missing = [name for name in names if name not in shades]
-    free = [c for c in distinct_colors(len(names) + len(shades)) if c not in shades.values()]
+    free = [c for c in default_colors(len(names) + len(shades)) if c not in shades.values()]
     shades |= dict(zip(missing, free, strict=False))
     shades[Label.UNKNOWN] = _UNKNOWN_COLOR
     colors["map"] = color_categories(adata, key, shades)
@@ -268,8 +264,10 @@ def _curve(adata: AnnData, key: str, cells: pd.DataFrame, n_bins: int) -> Reliab
     return Reliability.of(confidence, found == cells["true"].to_numpy(), n_bins)
 
 
-def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str], *, as_counts: bool) -> Slot:
-    """Draw the matrix, each row shaded by its shares; return the place that it needs."""
+def _draw_confusion(
+    ax: Axes, cells: pd.DataFrame, known: list[str], *, as_counts: bool
+) -> tuple[float, float]:
+    """Draw the matrix, each row shaded by its shares; return its size in inches."""
     scored = cells[cells["is_known"]]
     # Known classes first, in one order on both sides, so that what is right is the diagonal.
     rows = _in_order(known, cells["true"])
@@ -302,7 +300,7 @@ def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str], *, as_count
             text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
             color = "white" if share > _DARK else "black"
             ax.text(column, row, text, ha="center", va="center", fontsize=size - 1.0, color=color)
-    return Slot(ax, field * len(columns), field * len(rows))
+    return field * len(columns), field * len(rows)
 
 
 def _in_order(known: list[str], used: pd.Series) -> list[str]:
@@ -311,8 +309,7 @@ def _in_order(known: list[str], used: pd.Series) -> list[str]:
     return [name for name in known if name in present] + sorted(present.difference(known))
 
 
-def _draw_reliability(ax: Axes, curve: Reliability) -> Slot:
-    """Draw accuracy over confidence; return the place that it needs."""
+def _draw_reliability(ax: Axes, curve: Reliability) -> None:
     ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
     ax.errorbar(
         curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
@@ -322,4 +319,3 @@ def _draw_reliability(ax: Axes, curve: Reliability) -> Slot:
     ax.set(xticks=np.linspace(0.0, 1.0, 6), yticks=np.linspace(0.0, 1.0, 6))
     title = f"expected calibration error {curve.error:.3f}"
     style_axes(ax, title=title, x="confidence", y="share of cells that are right")
-    return Slot(ax, _CURVE_INCHES, _CURVE_INCHES)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import Colormap, is_color_like, to_hex, to_rgba_array
+from matplotlib.colors import Colormap, is_color_like, to_hex
 
 from stofm._edge.tables import label_text, layer_names
 
@@ -29,17 +29,6 @@ Limit = float | str | None
 NO_VALUE_COLOR: Final = "#d9d9d9"
 NO_VALUE_LABEL: Final = "NA"
 _PLAIN_COLOR: Final = "#7f8c9b"
-#: Oklab: linear RGB to the responses of cones, and these (their cube roots) to lightness and hue.
-_CONES: Final = (
-    (0.4122214708, 0.2119034982, 0.0883024619),
-    (0.5363325363, 0.6806995451, 0.2817188376),
-    (0.0514459929, 0.1073969566, 0.6299787005),
-)
-_LAB: Final = (
-    (0.2104542553, 1.9779984951, 0.0259040371),
-    (0.7936177850, -2.4285922050, 0.7827717662),
-    (-0.0040720468, 0.4505937099, -0.8086757660),
-)
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,13 @@ def resolve_colors(
         if key is None:
             codes = np.zeros(adata.n_obs, dtype=np.int64)
             found.append(Categories("", ("",), (_PLAIN_COLOR,), codes))
-        elif key in adata.obs and not _is_number(adata.obs[key]):
-            found.append(color_categories(adata, key, palette))
-        else:
-            values = _read_values(adata, key, layer)
+            continue
+        column = adata.obs[key] if key in adata.obs else _read_gene(adata, key, layer)
+        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            values = np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
             found.append(Values(key, values, *value_limits(values, vmin, vmax), cmap))
+        else:
+            found.append(color_categories(adata, key, palette))
     return found
 
 
@@ -104,15 +95,7 @@ def color_categories(adata: AnnData, key: str, palette: Palette | None = None) -
     return Categories(key, names, colors, column.cat.codes.to_numpy(dtype=np.int64))
 
 
-def _is_number(column: pd.Series) -> bool:
-    is_bool = pd.api.types.is_bool_dtype(column.dtype)
-    return pd.api.types.is_numeric_dtype(column.dtype) and not is_bool
-
-
-def _read_values(adata: AnnData, key: str, layer: str | None) -> NDArray[np.float64]:
-    """A numeric column of ``obs``, or a gene."""
-    if key in adata.obs:
-        return np.asarray(adata.obs[key].to_numpy(dtype=np.float64, na_value=np.nan))
+def _read_gene(adata: AnnData, key: str, layer: str | None) -> pd.Series:
     if key not in adata.var_names:
         near = nearest_names(key, [*adata.obs.columns, *adata.var_names])
         msg = f"{key!r} is neither a column of obs nor a gene of var_names.{near}"
@@ -122,7 +105,7 @@ def _read_values(adata: AnnData, key: str, layer: str | None) -> NDArray[np.floa
         raise KeyError(msg)
     import scanpy as sc
 
-    return np.asarray(sc.get.obs_df(adata, keys=[key], layer=layer)[key], dtype=np.float64)
+    return sc.get.obs_df(adata, keys=[key], layer=layer)[key]
 
 
 def nearest_names(name: str, names: Iterable[object]) -> str:
@@ -152,7 +135,8 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple[float, float]:
     """Return the ends of the colour map."""
-    if isinstance(vmin, (int, float)) and isinstance(vmax, (int, float)) and vmin > vmax:
+    are_numbers = [isinstance(limit, int | float) for limit in (vmin, vmax)]
+    if all(are_numbers) and vmin > vmax:  # type: ignore[operator]
         msg = f"vmin={vmin:g} is above vmax={vmax:g}."
         raise ValueError(msg)
     finite = values[np.isfinite(values)]
@@ -161,7 +145,7 @@ def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple
     low = _limit("p0" if vmin is None else vmin, finite)
     high = _limit("p100" if vmax is None else vmax, finite)
     # A gene that few cells express: the percentile lies on the background.
-    if high <= low and not isinstance(vmax, (int, float)):
+    if high <= low and not are_numbers[1]:
         high = float(finite.max())
     return low, high if high > low else low + 1.0
 
@@ -190,10 +174,10 @@ def find_colormap(name: str | Colormap, argument: str) -> Colormap:
 def choose_colors(
     adata: AnnData, key: str, names: tuple[str, ...], palette: Palette | None
 ) -> tuple[str, ...]:
-    """Return a colour for each name: from `palette`, else those stored for `key`, else default."""
+    """Return a colour for each name: from `palette`, else those stored for `key`, else scanpy's."""
+    n = len(names)
     if palette is None:
-        stored = stored_colors(adata, key, len(names))
-        return distinct_colors(len(names)) if stored is None else stored
+        return stored_colors(adata, key, n) or default_colors(n)
     if isinstance(palette, Mapping):
         keys = label_text(pd.Series(list(palette), dtype=object))
         by_name = dict(zip(keys, palette.values(), strict=True))
@@ -203,50 +187,30 @@ def choose_colors(
         return tuple(to_hex(by_name[name]) for name in names)
     if isinstance(palette, str | Colormap):
         # Spread over the map as scanpy does; a map of fewer colours gives some of them twice.
-        spread = find_colormap(palette, "palette")(np.linspace(0.0, 1.0, len(names)))
-        colors = list(dict.fromkeys(to_hex(color) for color in spread))
-    else:
-        # A cycler gives dictionaries.
-        colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
-    if len(colors) < len(names):
+        palette = dict.fromkeys(
+            map(to_hex, find_colormap(palette, "palette")(np.linspace(0, 1, n)))
+        )
+    # A cycler gives dictionaries.
+    colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
+    if len(colors) < n:
         msg = (
-            f"The palette has {len(colors)} colours for {len(names)} categories. Pass a longer one; "
+            f"The palette has {len(colors)} colours for {n} categories. Pass a longer one; "
             "palette=None has colours for any number."
         )
         raise ValueError(msg)
-    return tuple(colors[: len(names)])
+    return tuple(colors[:n])
 
 
-def stored_colors(adata: AnnData, key: str, n_colors: int) -> tuple[str, ...] | None:
-    """Return the colours in ``uns[f"{key}_colors"]``, or None if they are too few or no colours."""
+def stored_colors(adata: AnnData, key: str, n_colors: int) -> tuple[str, ...]:
+    """Return the colours in ``uns[f"{key}_colors"]``; none if they are too few or no colours."""
     stored = [str(color) for color in adata.uns.get(f"{key}_colors", [])]
-    if len(stored) < n_colors or not all(is_color_like(color) for color in stored):
-        return None
-    return tuple(stored[:n_colors])
+    usable = len(stored) >= n_colors and all(is_color_like(color) for color in stored)
+    return tuple(stored[:n_colors]) if usable else ()
 
 
-@cache
-def distinct_colors(n_colors: int) -> tuple[str, ...]:
-    """Return scanpy's default palette, continued by colours far from all before them."""
-    from scanpy.plotting.palettes import default_20
+def default_colors(n_colors: int) -> tuple[str, ...]:
+    """Return scanpy's twenty colours, then its hundred; those of more categories are used again."""
+    from scanpy.plotting.palettes import default_20, default_102
 
-    colors = [to_hex(color) for color in default_20[:n_colors]]
-    levels = np.linspace(0.0, 1.0, 12)
-    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
-    lightness, *hue = _oklab(grid).T
-    chroma = np.hypot(*hue)
-    grid = grid[(lightness > 0.45) & (lightness < 0.85) & (chroma > 0.08) & (chroma < 0.24)]
-    lab, taken = _oklab(grid), _oklab(to_rgba_array(default_20)[:, :3])
-    distance = np.linalg.norm(lab[:, None] - taken[None], axis=2).min(axis=1)
-    while len(colors) < n_colors:
-        farthest = int(distance.argmax())
-        colors.append(to_hex(grid[farthest]))
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=1))
-    return tuple(colors)
-
-
-def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Colours in a space where distance is what the eye sees (Ottosson 2020, Oklab)."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    lab: NDArray[np.float64] = np.cbrt(linear @ np.array(_CONES)) @ np.array(_LAB)
-    return lab
+    colors = itertools.cycle([*default_20, *default_102])
+    return tuple(to_hex(color) for color in itertools.islice(colors, n_colors))

@@ -1,4 +1,4 @@
-"""Maps of slices: framed, given legends and colour bars, laid out, and filled with cells."""
+"""Maps of slices: which cells a panel shows, and how they, legends and colour bars are drawn."""
 
 from __future__ import annotations
 
@@ -10,21 +10,40 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgba_array
 from matplotlib.lines import Line2D
-from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-untyped]
-    AnchoredSizeBar,
-)
+from scipy.spatial import cKDTree
 
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.records import read_record
+from stofm._edge.slices import described_column
+from stofm._keys import Uns
 from stofm._logging import logger
-from stofm.pl._colors import NO_VALUE_COLOR, NO_VALUE_LABEL, Categories, Values
-from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, Layout, make_axes, root_figure
+from stofm.pl._colors import (
+    NO_VALUE_COLOR,
+    NO_VALUE_LABEL,
+    Categories,
+    Values,
+    category_names,
+    nearest_names,
+)
+from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, arrange, in_rows, make_axes, root_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from anndata import AnnData
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
-    from stofm.pl._panels import Panel
-
+#: Slices share a scale if their cells lie about equally far apart (else their units differ), and
+#: if none would become tiny.
+_MAX_SPACING_RATIO, _MAX_SIZE_RATIO = 1.25, 5.0
+_NEIGHBOR, _SAMPLE = 3, 5000
+#: Sides of a panel in inches by the number of panels; smaller ones where there are more.
+_PANEL_INCHES: Final = {1: 4.2, 2: 3.6, 3: 3.2, 4: 3.0}
+_SMALL_INCHES: Final = 2.7
+#: Diameter of a point against the distance between cells, and its bounds in points.
+_FILL: Final = 0.9
+_MIN_DIAMETER, _MAX_DIAMETER, _ALONE_DIAMETER = 0.5, 14.0, 9.0
 #: Beside the panel, level with its top, without a frame.
 _LEGEND_STYLE: Final[dict[str, Any]] = {
     "loc": "upper left",
@@ -37,33 +56,107 @@ _LEGEND_STYLE: Final[dict[str, Any]] = {
     "handletextpad": 0.1,
     "columnspacing": 0.8,
 }
-_COLORBAR_INCHES: Final = 0.8
-_LEGEND_GAP_INCHES: Final = 0.25
-_LEGEND_ROW_INCHES: Final = 0.168
-_MIN_LEGEND_ROWS: Final = 12
-_MAX_LEGEND_ENTRIES: Final = 120
-#: Diameter of a point against the distance between cells.
-_FILL: Final = 0.9
-_MIN_DIAMETER, _MAX_DIAMETER, _ALONE_DIAMETER = 0.5, 14.0, 9.0
-_POINTS_PER_INCH: Final = 72.0
+_LEGEND_ROW_INCHES, _MIN_LEGEND_ROWS, _MAX_LEGEND_ENTRIES = 0.168, 12, 120
+#: So far a legend may reach below its panel.
+_BELOW_INCHES: Final = 0.46
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the caller says of all maps: columns, area of a point, direction of y, and axes."""
+class Panel:
+    """The cells of one slice.
 
-    ncols: int
-    size: float | None
-    invert_y: bool
-    ax: Axes | Sequence[Axes] | None
+    Attributes
+    ----------
+    name
+        Value of the library key, or "" if the slices are not separated.
+    rows
+        (n_cells,) rows of the AnnData.
+    places
+        (n_cells, 2) coordinates of those rows.
+    spacing
+        Typical distance between neighbouring cells; 0 for a cell alone.
+    low, high
+        (2,) corners of the part of the plane that is shown.
+    """
 
-    def layout(self, panels: list[Panel], n_blocks: int = 1) -> Layout:
-        """Choose sizes: panels of one area, as wide against their height as the slices are."""
-        extents = np.array([panel.high - panel.low for panel in panels])
-        ratio = float(np.clip(np.median(extents[:, 0] / extents[:, 1]), 0.4, 2.5))
-        side = {1: 4.2, 2: 3.6, 3: 3.2, 4: 3.0}.get(len(panels) * n_blocks, 2.7)
-        size = np.array([side * np.sqrt(ratio), side / np.sqrt(ratio)])
-        return Layout(size, len(panels), n_blocks, self.ncols)
+    name: str
+    rows: NDArray[np.int64]
+    places: NDArray[np.float64]
+    spacing: float
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    def titled(self, text: str) -> str:
+        """`text` after the slice's name, if it has one."""
+        return f"{self.name}: {text}" if self.name else text
+
+
+def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> list[Panel]:
+    """Split the cells into slices.
+
+    Without a `library_key` they are separated by the column that the sub-slices were made with,
+    or that the metadata names, if any.
+    """
+    coordinates = read_coordinates(adata, spatial_key)
+    members = _members(adata, library_key)
+    parts = [coordinates[rows] for rows in members.values()]
+    extents = np.array([np.ptp(places, axis=0) for places in parts])
+    sizes, spacings = extents.max(axis=1), np.array([_spacing(places) for places in parts])
+    if (
+        spacings.max() <= _MAX_SPACING_RATIO * spacings.min()
+        and sizes.max() <= _MAX_SIZE_RATIO * sizes.min()
+    ):
+        extents[:] = extents.max(axis=0)
+    # A thin slice keeps a visible width.
+    halves = np.maximum(extents, 0.1 * extents.max(axis=1, keepdims=True)) / 2
+    halves += 0.01 * halves.max(axis=1, keepdims=True) + 0.5 * spacings[:, None]
+    halves[halves == 0.0] = 0.5
+    centers = [(places.min(axis=0) + places.max(axis=0)) / 2 for places in parts]
+    return [
+        Panel(name, rows, places, float(spacing), center - half, center + half)
+        for (name, rows), places, spacing, center, half in zip(
+            members.items(), parts, spacings, centers, halves, strict=True
+        )
+    ]
+
+
+def _members(adata: AnnData, library_key: str | None) -> dict[str, NDArray[np.int64]]:
+    """Rows of each slice, by name."""
+    if library_key is None:
+        record = read_record(adata, Uns.SUBSLICE) or {}
+        library_key = record.get("params", {}).get("library_key") or described_column(adata)
+    if library_key is None:
+        return {"": np.arange(adata.n_obs)}
+    if library_key not in adata.obs:
+        near = nearest_names(library_key, adata.obs.columns)
+        msg = f"library_key={library_key!r} is not a column of obs.{near}"
+        raise KeyError(msg)
+    column = category_names(adata.obs[library_key])
+    codes = column.cat.codes.to_numpy()
+    found = {name: np.flatnonzero(codes == k) for k, name in enumerate(column.cat.categories)}
+    found[NO_VALUE_LABEL] = np.flatnonzero(column.isna())
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def _spacing(places: NDArray[np.float64]) -> float:
+    """Typical distance between neighbours.
+
+    Of a cell's neighbours the third is taken: on a lattice it is as near as the first, and among
+    scattered cells it stands for the mean distance.
+    """
+    if len(places) == 1:
+        return 0.0
+    k = min(_NEIGHBOR, len(places) - 1)
+    sample = places[:: max(1, len(places) // _SAMPLE)]
+    return float(np.median(cKDTree(places).query(sample, k=[k + 1])[0]))
+
+
+def map_inches(panels: list[Panel], n_panels: int) -> tuple[float, float]:
+    """Width and height of each of `n_panels`: of one area, as wide against high as the slices."""
+    extents = np.array([panel.high - panel.low for panel in panels])
+    root = float(np.sqrt(np.clip(np.median(extents[:, 0] / extents[:, 1]), 0.4, 2.5)))
+    side = _PANEL_INCHES.get(n_panels, _SMALL_INCHES)
+    return side * root, side / root
 
 
 def draw_cells(
@@ -99,8 +192,7 @@ def points_per_unit(ax: Axes, panel: Panel) -> float:
     """Points on the page of one unit of the coordinates."""
     window = ax.get_window_extent()
     width, height = panel.high - panel.low
-    pixels = min(window.width / width, window.height / height)
-    return float(pixels / root_figure(ax).dpi * _POINTS_PER_INCH)
+    return float(min(window.width / width, window.height / height) / root_figure(ax).dpi * 72.0)
 
 
 def dot(size: float, **options: Any) -> Line2D:
@@ -108,36 +200,30 @@ def dot(size: float, **options: Any) -> Line2D:
     return Line2D([], [], linestyle="", marker="o", markersize=size, **options)
 
 
-def add_legend(ax: Axes, handles: list[Line2D], names: list[str], **options: Any) -> float:
-    """Put a legend to the right of `ax`; return its width with a gap, inches."""
-    legend = ax.legend(handles, names, **{**_LEGEND_STYLE, **options})
-    box = legend.get_tightbbox()
-    return 0.0 if box is None else float(box.width) / root_figure(ax).dpi + _LEGEND_GAP_INCHES
+def add_legend(ax: Axes, handles: list[Line2D], names: Sequence[str], **options: Any) -> None:
+    """Put a legend to the right of `ax`."""
+    ax.legend(handles, names, **{**_LEGEND_STYLE, **options})
 
 
-def add_key(ax: Axes, color: Categories | Values, title: str, height: float) -> float:
-    """Put the legend, of `height` inches at most, or colour bar beside `ax`; return its width."""
+def add_key(ax: Axes, color: Categories | Values, title: str) -> None:
+    """Put the legend or colour bar beside `ax`."""
     if isinstance(color, Values):
         _add_colorbar(ax, color, title)
-        return _COLORBAR_INCHES
+        return
     codes = np.unique(color.codes)
-    entries = [(color.names[code], color.colors[code]) for code in codes if code >= 0]
+    entries = {color.names[code]: color.colors[code] for code in codes if code >= 0}
+    if color.key and len(entries) > _MAX_LEGEND_ENTRIES:
+        text = "No legend for %r: %d categories would not be readable."
+        logger.info(text, color.key, len(entries))
     if not color.key or len(entries) > _MAX_LEGEND_ENTRIES:
-        if color.key:
-            text = "No legend for %r: %d categories would not be readable."
-            logger.info(text, color.key, len(entries))
-        return 0.0
+        return
     if -1 in codes:
-        entries.append((NO_VALUE_LABEL, NO_VALUE_COLOR))
-    n_rows = max(_MIN_LEGEND_ROWS, int(height / _LEGEND_ROW_INCHES) - bool(title))
-    return add_legend(
-        ax,
-        [dot(6.0, markeredgewidth=0, color=shade) for _, shade in entries],
-        [name for name, _ in entries],
-        title=title or None,
-        ncols=-(-len(entries) // n_rows),
-        labelspacing=0.3,
-    )
+        entries[NO_VALUE_LABEL] = NO_VALUE_COLOR
+    inches = ax.get_window_extent().height / root_figure(ax).dpi + _BELOW_INCHES
+    n_rows = max(_MIN_LEGEND_ROWS, int(inches / _LEGEND_ROW_INCHES) - bool(title))
+    handles = [dot(6.0, markeredgewidth=0, color=shade) for shade in entries.values()]
+    n_columns = -(-len(entries) // n_rows)
+    add_legend(ax, handles, list(entries), title=title or None, ncols=n_columns, labelspacing=0.3)
 
 
 def _add_colorbar(ax: Axes, color: Values, title: str) -> None:
@@ -154,95 +240,78 @@ def _add_colorbar(ax: Axes, color: Values, title: str) -> None:
     bar.ax.set_title(title, fontsize=FONT_SIZE, loc="left", pad=6.0)
 
 
-def frame_maps(
-    axes: list[Axes], panels: list[Panel], titles: Sequence[str], *, invert_y: bool
+def draw_slices(
+    axes: Sequence[Axes],
+    panels: list[Panel],
+    color: Any,
+    *,
+    ncols: int,
+    size: float | None,
+    invert_y: bool,
+    titles: Sequence[str] | None = None,
+    fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
+    key: Callable[[Axes, Any, str], None] | None = add_key,
 ) -> None:
-    """Set limits, equal aspect and titles, and take the axis lines away."""
+    """Draw one colour on each slice; its key stands beside the last panel of the first row.
+
+    `titles` are the slices' names, or that of the colour if there is one slice.
+    """
+    several = len(panels) > 1
+    if titles is None:
+        titles = [panel.name for panel in panels] if several else [color.key]
     for ax, panel, title in zip(axes, panels, titles, strict=True):
         (left, bottom), (right, top) = panel.low, panel.high
         ax.set_xlim(left, right)
         ax.set_ylim((top, bottom) if invert_y else (bottom, top))
-        ax.set_aspect("equal", adjustable="box")
-        ax.set_anchor("N")
-        ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
+        ax.set_aspect("equal")
         ax.set_axis_off()
+        ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
+        fill(ax, panel, color, size)
+    if key is not None:
+        key(axes[min(ncols, len(axes)) - 1], color, color.key if several else "")
 
 
 def draw_maps(
     panels: list[Panel],
     colors: Sequence[Categories | Values],
-    look: Look,
     *,
+    ax: Axes | Sequence[Axes] | None,
+    ncols: int,
     titles: Sequence[Sequence[str]] | None = None,
     shared: Values | None = None,
-    fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
-    key: Callable[[Axes, Any, str, float], float] = add_key,
-    place: Callable[[list[list[Axes]], Layout], None] | None = None,
     what: str = "",
+    **look: Any,
 ) -> list[Axes]:
     """Draw each colour on each slice; return the axes, colour by colour.
+
+    Slices of a colour have rows of their own; of a single slice the colours stand side by side.
 
     Parameters
     ----------
     titles
-        Of each colour's panels. None: the colour's, or with several slices the slice's name.
+        Of each colour's panels.
     shared
         The scale that all colours have, for one colour bar. None: each has a key of its own.
-    fill, key
-        Draw into a panel, and beside the last panel of a block's first row.
-    place
-        Lay out axes that were given, once they have their keys.
     what
         What the colours are, for the message about axes that do not fit.
+    look
+        See :func:`draw_slices`.
     """
-    several = len(panels) > 1
-    counted = f"{len(panels)} slices" + (f" x {len(colors)} {what}" if what else "")
-    axes, is_new = make_axes(look.ax, len(panels) * len(colors), what=counted)
-    blocks = [axes[i : i + len(panels)] for i in range(0, len(axes), len(panels))]
-    # Where other panels stand beside the maps, these keep their size.
-    layout = look.layout(panels, len(colors) if place is None else 1)
-    if titles is None:
-        titles = [[one.name if several else color.key for one in panels] for color in colors]
-    sides = [0.0] * len(colors)
-    keyed = dict(enumerate(colors)) if shared is None else {layout.n_block_columns - 1: shared}
-    for number, block in enumerate(blocks):
-        frame_maps(block, panels, titles[number], invert_y=look.invert_y)
-        if number in keyed:
-            title = keyed[number].key if several else ""
-            key_ax = block[layout.n_columns - 1]
-            sides[number] = key(key_ax, keyed[number], title, layout.height)
+    n, n_axes = len(panels), len(panels) * len(colors)
+    counted = f"{n} slices" + (f" x {len(colors)} {what}" if what else "")
+    axes, is_new = make_axes(ax, n_axes, map_inches(panels, n_axes), what=counted, ncols=ncols)
+    if shared is not None:
+        look["key"] = None
+    for k, color in enumerate(colors):
+        own = None if titles is None else titles[k]
+        draw_slices(axes[k * n : (k + 1) * n], panels, color, ncols=ncols, titles=own, **look)
+    blocks = in_rows(axes, n) if n > 1 else [axes]
+    rows = [row for block in blocks for row in in_rows(block, ncols)]
+    if shared is not None:
+        add_key(rows[0][-1], shared, "")
     if is_new:
-        layout.apply(blocks, sides)
-    elif place is not None:
-        place(blocks, layout)
-    for block, color in zip(blocks, colors, strict=True):
-        for ax, panel in zip(block, panels, strict=True):
-            fill(ax, panel, color, look.size)
+        arrange(rows)
     return axes
-
-
-def add_scale_bar(ax: Axes, microns_per_unit: float) -> None:
-    """Draw a bar of a round length, about a fifth of the panel's width."""
-    if not microns_per_unit > 0:
-        msg = f"microns_per_unit must be above 0, found {microns_per_unit!r}."
-        raise ValueError(msg)
-    x_range = abs(np.diff(ax.get_xlim()).item())
-    microns = round_below(0.25 * x_range * microns_per_unit)
-    bar = AnchoredSizeBar(
-        ax.transData,
-        microns / microns_per_unit,
-        f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm",
-        loc="upper left",
-        bbox_to_anchor=(0.0, 0.0),
-        bbox_transform=ax.transAxes,
-        pad=0.0,
-        borderpad=0.2,
-        sep=2,
-        frameon=False,
-        size_vertical=0.006 * x_range,
-        fontproperties={"size": FONT_SIZE},
-    )
-    ax.add_artist(bar)
 
 
 def round_below(value: float) -> float:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-untyped]
+    AnchoredSizeBar,
+)
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._colors import resolve_colors
-from stofm.pl._figure import TITLE_SIZE, Layout, finish, make_axes
-from stofm.pl._maps import Look, add_key, add_scale_bar, draw_cells, draw_maps
-from stofm.pl._panels import Panel, read_panels
+from stofm.pl._figure import (
+    FONT_SIZE,
+    TITLE_SIZE,
+    arrange,
+    finish,
+    in_rows,
+    make_axes,
+)
+from stofm.pl._maps import Panel, add_key, draw_cells, draw_maps, read_panels, round_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
     from stofm.pl._colors import Palette
 
 _UMAP: Final = "X_umap"
-_UMAP_INCHES: Final = 3.4
+_UMAP_INCHES: Final = (3.4, 3.4)
 #: Square points that all cells of a UMAP share, as in scanpy.
 _UMAP_AREA: Final = 120_000
 
@@ -116,11 +125,40 @@ def spatial(
     colors = resolve_colors(
         adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
     )
-    axes = draw_maps(panels, colors, Look(ncols, size, invert_y, ax), what="colours")
-    if microns_per_unit is not None:
-        for panel_ax in axes:
-            add_scale_bar(panel_ax, microns_per_unit)
+
+    def fill(ax: Axes, panel: Panel, color: Any, size: float | None) -> None:
+        draw_cells(ax, panel, color, size)
+        if microns_per_unit is not None:
+            _add_scale_bar(ax, microns_per_unit)
+
+    axes = draw_maps(
+        panels, colors, ax=ax, ncols=ncols, size=size, invert_y=invert_y, fill=fill, what="colours"
+    )
     return finish(axes, show=show, save=save)
+
+
+def _add_scale_bar(ax: Axes, microns_per_unit: float) -> None:
+    """Draw a bar of a round length, about a fifth of the panel's width."""
+    if not microns_per_unit > 0:
+        msg = f"microns_per_unit must be above 0, found {microns_per_unit!r}."
+        raise ValueError(msg)
+    x_range = abs(np.diff(ax.get_xlim()).item())
+    microns = round_below(0.25 * x_range * microns_per_unit)
+    bar = AnchoredSizeBar(
+        ax.transData,
+        microns / microns_per_unit,
+        f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm",
+        loc="upper left",
+        bbox_to_anchor=(0.0, 0.0),
+        bbox_transform=ax.transAxes,
+        pad=0.0,
+        borderpad=0.2,
+        sep=2,
+        frameon=False,
+        size_vertical=0.006 * x_range,
+        fontproperties={"size": FONT_SIZE},
+    )
+    ax.add_artist(bar)
 
 
 def umap(
@@ -200,16 +238,15 @@ def umap(
     colors = resolve_colors(
         adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
     )
-    axes, is_new = make_axes(ax, len(colors), what=f"{len(colors)} colours")
-    layout = Layout(np.array([_UMAP_INCHES] * 2), 1, len(colors), ncols)
+    n = len(colors)
+    axes, is_new = make_axes(ax, n, _UMAP_INCHES, what=f"{n} colours", ncols=ncols)
     places = np.asarray(adata.obsm[_UMAP])[:, :2]
     cells = Panel("", np.arange(len(places)), places, 0.0, places.min(axis=0), places.max(axis=0))
-    sides = []
     for panel_ax, shown in zip(axes, colors, strict=True):
         draw_cells(panel_ax, cells, shown, size or _UMAP_AREA / len(places), marker=".")
         panel_ax.set_title(shown.key, fontsize=TITLE_SIZE, pad=4.0)
         panel_ax.set_axis_off()
-        sides.append(add_key(panel_ax, shown, "", _UMAP_INCHES))
+        add_key(panel_ax, shown, "")
     if is_new:
-        layout.apply([[panel_ax] for panel_ax in axes], sides)
+        arrange(in_rows(axes, ncols))
     return finish(axes, show=show, save=save)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib.patheffects as effects
 import numpy as np
@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.colors import to_hex, to_rgba_array
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
+from stofm._edge.records import read_record
 from stofm._edge.tables import resolve_table
-from stofm._keys import Obs, Obsm
-from stofm.pl._colors import Categories, color_categories, distinct_colors, stored_colors
+from stofm._keys import Obs, Obsm, Uns
+from stofm.pl._colors import Categories, color_categories, default_colors, stored_colors
 from stofm.pl._figure import FONT_SIZE, finish
-from stofm.pl._maps import Look, add_legend, dot, draw_cells, draw_maps, round_below
-from stofm.pl._panels import layout_codes, read_panels
+from stofm.pl._maps import add_legend, dot, draw_cells, draw_maps, read_panels, round_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,20 +27,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pandas.core.groupby import DataFrameGroupBy
 
-    from stofm.pl._panels import Panel
+    from stofm.pl._maps import Panel
 
 #: Muted colours (ColorBrewer Set2); a map in the plane rarely needs more than five.
 _MUTED: Final = ("#66c2a5", "#fc8d62", "#8da0cb", "#e78ac3", "#a6d854", "#ffd92f", "#e5c494")
-_LINE_COLOR: Final = "#404040"
+_LINE_COLOR, _EDGE_COLOR = "#404040", "#303030"
 _NEIGHBORS: Final = 8
-_MAX_LABELLED: Final = 40
+_MAX_LABELLED, _MAX_NUMBERED = 40, 30
 _WHITE_SHARE: Final = 0.6
-_MAX_NUMBERED: Final = 30
 #: Square points that all markers of a slice share, and the largest and smallest marker.
-_TOTAL_AREA: Final = 6000.0
-_MAX_AREA: Final = 400.0
-_MIN_AREA: Final = 40.0
-_EDGE_COLOR: Final = "#303030"
+_TOTAL_AREA, _MAX_AREA, _MIN_AREA = 6000.0, 400.0, 40.0
 
 
 def subslices(
@@ -107,9 +103,8 @@ def subslices(
     >>> ax = st.pl.subslices(adata)  # doctest: +SKIP
     """
     adata = resolve_table(adata, table_key)
-    codes = layout_codes(adata, Obs.SUBSLICE, library_key)
+    codes = _layout_codes(adata, Obs.SUBSLICE, library_key)
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
-    color = _color_subslices(codes, panels)
     titles = [_counted(panel, _by_code(codes, panel).ngroups, "sub-slice") for panel in panels]
 
     def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
@@ -118,11 +113,48 @@ def subslices(
         if outlines:
             _draw_outlines(ax, parts)
         if labels or (labels is None and len(parts) <= _MAX_LABELLED):
-            _write_sizes(ax, parts)
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
+            for places in parts:
+                x, y = (places.min(axis=0) + places.max(axis=0)) / 2
+                _write(ax, x, y, f"{len(places):,}", FONT_SIZE, bbox=box)
 
-    look = Look(ncols, size, invert_y, ax)
-    axes = draw_maps(panels, [color], look, titles=[titles], fill=fill)
+    colors = [_color_subslices(codes, panels)]
+    axes = draw_maps(
+        panels, colors, ax=ax, ncols=ncols, size=size, invert_y=invert_y, titles=[titles], fill=fill
+    )
     return finish(axes, show=show, save=save)
+
+
+def _layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
+    """Read the sub-slice or virtual cell of each cell: (n_obs,) category codes, -1 for none.
+
+    Without a `library_key`, the record that would name it must be of these cells: the largest
+    groups tell whether slices without such a record were joined.
+    """
+    n_made: Any = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
+    record = f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"
+    needed = {f"obs['{key}']": key in adata.obs}
+    needed[f"obsm['{Obsm.COORDINATES}']"] = Obsm.COORDINATES in adata.obsm
+    if library_key is None:
+        needed[record] = n_made is not None and Obs.VIRTUAL_CELL in adata.obs
+    if missing := [name for name, is_there in needed.items() if not is_there]:
+        msg = (
+            f"{missing[0]} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if "
+            "there are cell embeddings already."
+        )
+        raise KeyError(msg)
+    if library_key is None:
+        made = np.sort(n_made)[::-1]
+        found = adata.obs[Obs.VIRTUAL_CELL].value_counts().to_numpy()
+        found = found[found > 0]
+        if len(found) > len(made) or (found > made[: len(found)]).any():
+            msg = (
+                f"{record} is of other cells: of {made.sum()} in {len(made)} virtual cells; here "
+                f"are {found.sum()} in {len(found)}. If slices were joined, pass the column of obs "
+                "that names them as library_key, or call st.pp.subslice(adata, library_key=...) again."
+            )
+            raise KeyError(msg)
+    return np.asarray(adata.obs[key].astype("category").cat.codes, dtype=np.int64)
 
 
 def _by_code(codes: NDArray[np.int64], panel: Panel) -> DataFrameGroupBy:
@@ -132,6 +164,10 @@ def _by_code(codes: NDArray[np.int64], panel: Panel) -> DataFrameGroupBy:
 
 def _counted(panel: Panel, n_parts: int, what: str) -> str:
     return panel.titled(f"{n_parts} {what}{'' if n_parts == 1 else 's'}")
+
+
+def _write(ax: Axes, x: float, y: float, text: str, size: float, **options: Any) -> None:
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, zorder=4, **options)
 
 
 def _color_subslices(codes: NDArray[np.int64], panels: list[Panel]) -> Categories:
@@ -148,7 +184,7 @@ def _color_subslices(codes: NDArray[np.int64], panels: list[Panel]) -> Categorie
         graph = igraph.Graph(len(names), pairs.tolist()).simplify()
         color[panel.rows] = np.array(graph.vertex_coloring_greedy("dsatur"))[own]
     n_colors = int(color.max()) + 1
-    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else distinct_colors(n_colors)
+    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else default_colors(n_colors)
     return Categories("", ("",) * n_colors, colors, color)
 
 
@@ -160,14 +196,6 @@ def _draw_outlines(ax: Axes, parts: list[NDArray[np.float64]]) -> None:
             # Fewer than three cells, or cells on a line, have no hull.
             continue
         ax.fill(*corners.T, fill=False, edgecolor=_LINE_COLOR, linewidth=0.7)
-
-
-def _write_sizes(ax: Axes, parts: list[NDArray[np.float64]]) -> None:
-    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
-    for places in parts:
-        x, y = (places.min(axis=0) + places.max(axis=0)) / 2
-        text = f"{len(places):,}"
-        ax.text(x, y, text, ha="center", va="center", fontsize=FONT_SIZE, bbox=box)
 
 
 def virtual_cells(
@@ -233,37 +261,40 @@ def virtual_cells(
     >>> ax = st.pl.virtual_cells(adata)  # doctest: +SKIP
     """
     adata = resolve_table(adata, table_key)
-    codes = layout_codes(adata, Obs.VIRTUAL_CELL, library_key)
+    codes = _layout_codes(adata, Obs.VIRTUAL_CELL, library_key)
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
     color = _color_virtual_cells(adata, codes, panels)
-    groups = [_group(panel, color) for panel in panels]
-    titles = [
-        _counted(panel, len(group), "virtual cell")
-        for panel, group in zip(panels, groups, strict=True)
-    ]
-    most = max([1, *(n for group in groups for n in group["n"])])
+    groups = {panel.name: _group(panel, color) for panel in panels}
+    titles = [_counted(panel, len(groups[panel.name]), "virtual cell") for panel in panels]
+    most = max([1, *(n for group in groups.values() for n in group["n"])])
+    largest = max([1, *(group["n"].sum() for group in groups.values())])
     # Square points of a marker per cell, the same in all panels.
-    scale = min(_MAX_AREA / most, _TOTAL_AREA / max([1, *(group["n"].sum() for group in groups)]))
+    scale = min(_MAX_AREA / most, _TOTAL_AREA / largest)
     white = (1.0 - _WHITE_SHARE) * to_rgba_array(color.colors)[:, :3] + _WHITE_SHARE
     pale = replace(color, colors=tuple(to_hex(shade) for shade in white))
 
     def fill(ax: Axes, panel: Panel, pale: Categories, size: float | None) -> None:
         draw_cells(ax, panel, pale, size)
-        group = _group(panel, color)
-        _draw_markers(ax, group, color, scale)
+        # Large ones first, so that none hides a smaller one.
+        group = groups[panel.name].sort_values("n", ascending=False, kind="stable")
+        areas = np.maximum(group["n"] * scale, _MIN_AREA)
+        shades = [color.colors[code] for code in group.index]
+        line = {"edgecolors": _EDGE_COLOR, "linewidths": 0.7, "zorder": 3}
+        ax.scatter(group["x"], group["y"], s=areas, c=shades, **line)
         if labels or (labels is None and len(group) <= _MAX_NUMBERED):
-            _write_names(ax, group, color)
+            halo = [effects.withStroke(linewidth=1.8, foreground="white")]
+            for code, x, y, _ in groups[panel.name].itertuples():
+                _write(ax, x, y, color.names[code], FONT_SIZE - 1.5, path_effects=halo)
 
-    def key(ax: Axes, *_: object) -> float:
+    def key(ax: Axes, *_: object) -> None:
         sizes = sorted({max(1, int(round_below(most / share))) for share in (1, 2, 5)})
-        areas = [max(size * scale, _MIN_AREA) for size in sizes]
         edge = {"color": "white", "markeredgecolor": _EDGE_COLOR, "markeredgewidth": 0.7}
-        handles = [dot(float(np.sqrt(area)), **edge) for area in areas]
-        names = [f"{size:,}" for size in sizes]
-        return add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
+        handles = [dot(float(np.sqrt(max(n * scale, _MIN_AREA))), **edge) for n in sizes]
+        names = [f"{n:,}" for n in sizes]
+        add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
 
-    look = Look(ncols, size, invert_y, ax)
-    axes = draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
+    look: dict[str, Any] = {"ncols": ncols, "size": size, "invert_y": invert_y}
+    axes = draw_maps(panels, [pale], ax=ax, titles=[titles], fill=fill, key=key, **look)
     return finish(axes, show=show, save=save)
 
 
@@ -272,13 +303,13 @@ def _color_virtual_cells(
 ) -> Categories:
     """Use the stored colours, or give the virtual cells of each slice a palette of their own."""
     n_colors = len(adata.obs[Obs.VIRTUAL_CELL].cat.categories)
-    if stored_colors(adata, Obs.VIRTUAL_CELL, n_colors) is not None:
+    if stored_colors(adata, Obs.VIRTUAL_CELL, n_colors):
         return color_categories(adata, Obs.VIRTUAL_CELL)
     palette = np.full(n_colors, "#000000")
     for panel in panels:
         own = np.unique(codes[panel.rows])
         own = own[own >= 0]
-        palette[own] = distinct_colors(len(own))
+        palette[own] = default_colors(len(own))
     return color_categories(adata, Obs.VIRTUAL_CELL, palette)
 
 
@@ -286,26 +317,3 @@ def _group(panel: Panel, color: Categories) -> pd.DataFrame:
     """Mean place and number `n` of cells of a slice's virtual cells, by code."""
     cells = _by_code(color.codes, panel)
     return cells.mean().assign(n=cells.size()).drop(-1, errors="ignore")
-
-
-def _draw_markers(ax: Axes, group: pd.DataFrame, color: Categories, scale: float) -> None:
-    # Large ones first, so that none hides a smaller one.
-    group = group.sort_values("n", ascending=False, kind="stable")
-    ax.scatter(
-        group["x"],
-        group["y"],
-        s=np.maximum(group["n"] * scale, _MIN_AREA),
-        c=[color.colors[code] for code in group.index],
-        edgecolors=_EDGE_COLOR,
-        linewidths=0.7,
-        zorder=3,
-    )
-
-
-def _write_names(ax: Axes, group: pd.DataFrame, color: Categories) -> None:
-    halo = [effects.withStroke(linewidth=1.8, foreground="white")]
-    for code, x, y, _ in group.itertuples():
-        ax.text(
-            x, y, color.names[code], ha="center", va="center", fontsize=FONT_SIZE - 1.5, zorder=4,
-            path_effects=halo,
-        )  # fmt: skip

@@ -1,14 +1,15 @@
-"""``stofm.pl.training``: loss parts over the steps of a run."""
+"""``stofm.pl.training`` and ``stofm.pl.probe``: charts of losses and of scores."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pandas as pd
 
 from stofm._files import local, read_table
-from stofm.pl._figure import FONT_SIZE, Slot, arrange, finish, make_axes, style_axes
+from stofm.pl._figure import FONT_SIZE, arrange, finish, make_axes, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,12 +30,21 @@ _NO_LOSSES: Final = frozenset(
         "seconds",
     ]
 )
-_TRAIN_COLOR: Final = "#9aa7b5"
-_MEAN_COLOR: Final = "#3b4754"
-_HELD_OUT_COLOR: Final = "#d1495b"
+_PALE_COLOR, _MEAN_COLOR = "#9aa7b5", "#3b4754"
+_GOOD_COLOR, _BAD_COLOR = "#2a7f62", "#d1495b"
 _PANEL_INCHES: Final = (2.9, 2.2)
 #: Rows of the training loss that the line is a running mean of, as a share of all.
 _SMOOTHED_SHARE: Final = 0.05
+_PROBE_WIDTH, _ROW_INCHES = 3.6, 0.32
+#: Dots of a representation lie between these heights of its row, one for each slice.
+_SPREAD: Final = 0.22
+_LABELS: Final = {
+    "macro_f1": "macro-F1 on what is left out",
+    "accuracy": "accuracy on what is left out",
+    "ari": "adjusted Rand index of k-means",
+    "nmi": "normalised mutual information of k-means",
+    "calibration_error": "expected calibration error",
+}
 
 
 def training(
@@ -95,13 +105,12 @@ def training(
         msg = "No stage of the history has these loss parts; leave `parts` out to see all."
         raise ValueError(msg)
     names = ", ".join(f"{stage}: {part}" for stage, part, _ in panels)
-    axes, is_new = make_axes(ax, len(panels), what=names)
-    rows: dict[str, list[Slot]] = {}
+    axes, is_new = make_axes(ax, len(panels), _PANEL_INCHES, what=names)
+    rows: dict[str, list[Axes]] = {}
     for panel_ax, (stage, part, table) in zip(axes, panels, strict=True):
-        _draw(panel_ax, part, table, x)
-        title = f"{stage}: {part}".replace("_", " ")
-        style_axes(panel_ax, title=title, x=x)
-        rows.setdefault(stage, []).append(Slot(panel_ax, *_PANEL_INCHES))
+        _draw_losses(panel_ax, part, table, x)
+        style_axes(panel_ax, title=f"{stage}: {part}".replace("_", " "), x=x)
+        rows.setdefault(stage, []).append(panel_ax)
     axes[0].legend(fontsize=FONT_SIZE - 1.0, frameon=False)
     if is_new:
         arrange(list(rows.values()))
@@ -146,17 +155,97 @@ def _panels(
     ]
 
 
-def _draw(ax: Axes, part: str, table: pd.DataFrame, x: str) -> None:
+def _draw_losses(ax: Axes, part: str, table: pd.DataFrame, x: str) -> None:
     is_train = table["split"] == "train"
     train, held_out = table[is_train], table[~is_train]
     if len(train):
-        ax.plot(train[x], train[part], ".", ms=2.5, color=_TRAIN_COLOR, zorder=1)
+        ax.plot(train[x], train[part], ".", ms=2.5, color=_PALE_COLOR, zorder=1)
         window = max(1, round(_SMOOTHED_SHARE * len(train)))
         mean = train[part].rolling(window, center=True, min_periods=1).mean()
         ax.plot(train[x], mean, lw=1.2, color=_MEAN_COLOR, label="training", zorder=2)
     if len(held_out):
-        look: dict[str, Any] = {"color": _HELD_OUT_COLOR, "lw": 1.2}
+        look: dict[str, Any] = {"color": _BAD_COLOR, "lw": 1.2}
         ax.plot(held_out[x], held_out[part], "o-", ms=3, label="held out", zorder=3, **look)
         if part == "loss":
             best = held_out.iloc[[held_out[part].to_numpy().argmin()]]
             ax.plot(best[x], best[part], "*", ms=9, zorder=4, **look)
+
+
+def probe(
+    data: Any,
+    *,
+    measure: str = "macro_f1",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes:
+    """Draw the scores of representations, and how far they are from the better of the PCs.
+
+    A dot is a left-out slice, the mean over its seeds; the bar is the mean over slices. The line
+    is the better of the PCs, and whiskers are the 95 % interval of the difference to it, see
+    :meth:`stofm.tl.ProbeResult.summary`: one that does not cross the line is green where the
+    representation is better and red where it is worse.
+
+    Parameters
+    ----------
+    data
+        What :func:`stofm.tl.probe` returns.
+    measure
+        ``"macro_f1"``, ``"accuracy"``, ``"ari"``, ``"nmi"`` or ``"calibration_error"``.
+    ax
+        Axes to draw into. None: a new figure.
+    show
+        Show the figure. None: where scanpy would, except with a backend that only writes files.
+    save
+        File to write.
+
+    Returns
+    -------
+    The Axes.
+
+    Raises
+    ------
+    TypeError
+        `data` is something else.
+    ValueError
+        There is no such measure.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> result = st.tl.probe(adata, label_key="cell_type")  # doctest: +SKIP
+    >>> st.pl.probe(result)  # doctest: +SKIP
+    """
+    if not hasattr(data, "summary") or not hasattr(data, "better_of_pcs"):
+        msg = f"Expected what st.tl.probe returns, found {type(data).__name__}."
+        raise TypeError(msg)
+    summary, best = data.summary(measure), data.better_of_pcs(measure)
+    size = (_PROBE_WIDTH, _ROW_INCHES * len(summary))
+    axes, is_new = make_axes(ax, 1, size, what=measure)
+    (chart,) = axes
+    line = summary.loc[best, "mean"]
+    label = f"better of the PCs ({best})"
+    chart.axvline(line, lw=0.9, ls="--", color=_PALE_COLOR, zorder=1, label=label)
+    means = data.scores.groupby(["representation", "slice"], sort=True)[measure].mean()
+    # The best comes first.
+    is_error = measure == "calibration_error"
+    order = summary.sort_values("mean", ascending=not is_error).index
+    for height, name in enumerate(order):
+        row, own = summary.loc[name], means[name].to_numpy()
+        offsets = np.linspace(-_SPREAD, _SPREAD, len(own)) if len(own) > 1 else np.zeros(1)
+        colors = (_GOOD_COLOR, _BAD_COLOR) if is_error else (_BAD_COLOR, _GOOD_COLOR)
+        color = colors[int(row["low"] > 0)] if row["low"] > 0 or row["high"] < 0 else _MEAN_COLOR
+        chart.plot(own, height + offsets, "o", ms=3.2, mew=0, alpha=0.55, color=color, zorder=2)
+        chart.plot([row["mean"]] * 2, [height - 0.3, height + 0.3], lw=2.0, color=color, zorder=4)
+        if row["low"] < row["high"]:
+            ends = [line + row["low"], line + row["high"]]
+            chart.plot(ends, [height] * 2, lw=1.1, color=color, zorder=3)
+    style_axes(chart, x=_LABELS[measure])
+    chart.set_yticks(range(len(order)), order, fontsize=FONT_SIZE)
+    chart.set_ylim(-0.6, len(order) - 0.4)
+    above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
+    chart.legend(fontsize=FONT_SIZE - 1.0, frameon=False, **above)
+    if is_new:
+        arrange([axes])
+    finish(axes, show=show, save=save)
+    return chart
