@@ -68,9 +68,9 @@ def test_names_of_classes_do_not_matter():
 def test_unknown_classes_are_refused():
     with pytest.raises(ValueError, match="classes must be 'true', 'union' or a list"):
         st.metrics.macro_f1(["a"], ["a"], classes="all")
-    with pytest.raises(ValueError, match=r"classes holds \['z'\]; expected classes that occur"):
+    with pytest.raises(ValueError, match=r"occur \(\['a'\]\), found \['a', 'z'\]"):
         st.metrics.macro_f1(["a"], ["a"], classes=["a", "z"])
-    with pytest.raises(ValueError, match="classes holds nothing"):
+    with pytest.raises(ValueError, match=r"found \[\]"):
         st.metrics.macro_f1(["a"], ["a"], classes=[])
 
 
@@ -195,9 +195,9 @@ def test_categoricals_are_read():
 
 def test_other_index_is_refused():
     true = pd.Series(["a", "b"], index=["x", "y"])
-    with pytest.raises(ValueError, match=r"1 rows of y_true are not in y_pred \(\['y'\]\)"):
+    with pytest.raises(ValueError, match=r"rows .* \['w', 'y'\] are in one of them only"):
         st.metrics.accuracy(true, pd.Series(["a", "b"], index=["x", "w"]))
-    with pytest.raises(ValueError, match="'x' occurs more than once"):
+    with pytest.raises(ValueError, match=r"\['y', 'x'\] are in one of them only, or twice"):
         st.metrics.accuracy(true, pd.Series(["a", "b"], index=["x", "x"]))
 
 
@@ -215,5 +215,3 @@ def test_labels_that_are_no_labels():
         st.metrics.accuracy([None, "?"], ["a", "b"], missing=["?"])
     with pytest.raises(ValueError, match=r"one label per cell; found the shape \(2, 1\)"):
         st.metrics.accuracy(np.array([["a"], ["b"]]), ["a", "b"])
-    with pytest.raises(TypeError, match=r"text or numbers; y_pred holds \('a',\)"):
-        st.metrics.accuracy(["a"], pd.Series([("a",)]))

@@ -129,7 +129,7 @@ def test_jensen_shannon_takes_shares_of_the_sum():
 
 
 def test_jensen_shannon_of_what_is_no_distribution():
-    with pytest.raises(ValueError, match=r"1 values of y_pred are negative.*smallest is -0\.5"):
+    with pytest.raises(ValueError, match=r"never negative; found -0\.5"):
         st.metrics.jensen_shannon([0.5, 0.5], [1.5, -0.5])
     with pytest.raises(ValueError, match=r"base must be above 1, found 1\.0"):
         st.metrics.jensen_shannon([1.0], [1.0], base=1.0)
@@ -155,7 +155,7 @@ def test_frames_are_paired_by_names(rng):
 
 def test_other_columns_are_refused(rng):
     true = pd.DataFrame(rng.random((4, 2)), columns=["a", "b"])
-    with pytest.raises(ValueError, match=r"1 columns of y_true are not in y_pred \(\['b'\]\)"):
+    with pytest.raises(ValueError, match=r"columns .* \['b', 'c'\] are in one of them only"):
         st.metrics.pearson(true, true.rename(columns={"b": "c"}))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -89,19 +88,18 @@ def macro_f1(
     0.5
     """
     true, found, names = _read_labels(y_true, y_pred, missing)
-    if not isinstance(classes, str):
-        unknown = [name for name in classes if name not in names]
-        if unknown or not len(classes):
-            msg = (
-                f"classes holds {unknown or 'nothing'}; expected classes that occur: {names[:10]}."
-            )
-            raise ValueError(msg)
-        scored = np.unique([names.index(name) for name in classes])
-    elif classes in ("true", "union"):
-        scored = np.unique(true if classes == "true" else np.r_[true, found[found >= 0]])
-    else:
-        msg = f"classes must be 'true', 'union' or a list of classes, found {classes!r}."
+    if classes == "true":
+        scored = np.unique(true)
+    elif classes == "union":
+        scored = np.unique(np.r_[true, found[found >= 0]])
+    elif isinstance(classes, str) or not len(classes) or not set(classes) <= set(names):
+        msg = (
+            f"classes must be 'true', 'union' or a list of classes that occur ({names[:10]}), "
+            f"found {classes!r}."
+        )
         raise ValueError(msg)
+    else:
+        scored = np.unique([names.index(name) for name in classes])
     return _f1(true, found, scored, "macro")
 
 
@@ -149,9 +147,7 @@ def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
     """
     from sklearn.metrics import adjusted_rand_score
 
-    return float(
-        adjusted_rand_score(*_read_labels(y_true, clusters, missing, are_clusters=True)[:2])
-    )
+    return float(adjusted_rand_score(*_read_clusters(y_true, clusters, missing)))
 
 
 def nmi(
@@ -180,7 +176,7 @@ def nmi(
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    pair = _read_labels(y_true, clusters, missing, are_clusters=True)[:2]
+    pair = _read_clusters(y_true, clusters, missing)
     return float(normalized_mutual_info_score(*pair, average_method=average))
 
 
@@ -206,7 +202,7 @@ def ami(
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    pair = _read_labels(y_true, clusters, missing, are_clusters=True)[:2]
+    pair = _read_clusters(y_true, clusters, missing)
     return float(adjusted_mutual_info_score(*pair, average_method=average))
 
 
@@ -260,19 +256,18 @@ def silhouette(
             "(n, d) and n labels."
         )
         raise ValueError(msg)
-    groups = _read_labels(labels, labels, missing)[0]
-    values = values[_has_label(pd.Series(labels), missing)]
+    groups, _, _ = _read_labels(labels, labels, missing)
+    values = values[_to_series(labels, missing).notna()]
     if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
         msg = f"{n_bad} of {len(values)} cells have NaN or infinite features; leave them out."
         raise ValueError(msg)
     if n_sampled is not None and n_sampled < len(groups):
         chosen = np.random.default_rng(seed).choice(len(groups), n_sampled, replace=False)
         values, groups = values[chosen], groups[chosen]
-    n_groups = len(np.unique(groups))
-    if not 2 <= n_groups < len(groups):
+    if not 2 <= len(np.unique(groups)) < len(groups):
         msg = (
-            f"The silhouette needs at least 2 groups and fewer than cells; found {n_groups} groups "
-            f"of {len(groups)} cells."
+            "The silhouette needs at least 2 groups and fewer than cells; found "
+            f"{len(np.unique(groups))} groups of {len(groups)} cells."
         )
         raise ValueError(msg)
     return float(silhouette_score(values, groups, metric=metric))
@@ -295,11 +290,8 @@ class Reliability(NamedTuple):
         """Bin the cells (n,); there are fewer bins if there are fewer cells."""
         order = np.argsort(confidence, kind="stable")
         bins = np.array_split(order, min(n_bins, len(order)))
-        return cls(
-            confidence=np.array([confidence[rows].mean() for rows in bins]),
-            accuracy=np.array([is_right[rows].mean() for rows in bins]),
-            n_cells=np.array([len(rows) for rows in bins]),
-        )
+        found = [(confidence[rows].mean(), is_right[rows].mean(), len(rows)) for rows in bins]
+        return cls(*map(np.array, zip(*found, strict=True)))
 
     @property
     def error(self) -> float:
@@ -316,15 +308,12 @@ class Reliability(NamedTuple):
 def _read_labels(
     y_true: Any, y_pred: Any, missing: Collection[object], *, are_clusters: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[Any]]:
-    """Numbers of the labels of cells with a true one, -1 for no prediction, and the labels' names.
-
-    Clusters have names of their own, and each cell must be in one.
-    """
-    true, found = _to_series(y_true, "y_true"), _to_series(in_same_order(y_true, y_pred), "y_pred")
+    """Numbers of the labels of cells with a true one, -1 for no prediction, and the labels' names."""
+    true, found = _to_series(y_true, missing), _to_series(in_same_order(y_true, y_pred), missing)
     if len(true) != len(found):
         msg = f"y_true has {len(true)} labels and y_pred {len(found)}; give one of each per cell."
         raise ValueError(msg)
-    known = _has_label(true, missing)
+    known = true.notna()
     if not known.any():
         msg = (
             f"None of {len(true)} cells has a true label (NaN, None and {list(missing)} count as "
@@ -332,42 +321,39 @@ def _read_labels(
         )
         raise ValueError(msg)
     true, found = true[known], found[known]
-    found = found.where(_has_label(found, missing), None)
-    if are_clusters and (n_without := int(found.isna().sum())):
+    examples = [labels.dropna().unique().tolist() for labels in (true, found)]
+    kinds = [{isinstance(label, str) for label in labels} for labels in examples]
+    if not are_clusters and kinds[1] and kinds[0] != kinds[1]:
+        msg = (
+            f"Labels must be of one kind: y_true holds {examples[0][:3]}, y_pred "
+            f"{examples[1][:3]}. Convert both with .astype(str)."
+        )
+        raise TypeError(msg)
+    codes, names = pd.factorize(pd.concat([true, found], ignore_index=True))
+    return codes[: len(true)], codes[len(true) :], list(names)
+
+
+def _read_clusters(
+    y_true: Any, clusters: Any, missing: Collection[object]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same of clusters, which have names of their own; each cell must be in one."""
+    true, found, _ = _read_labels(y_true, clusters, missing, are_clusters=True)
+    if n_without := int((found < 0).sum()):
         msg = (
             f"{n_without} of {len(found)} cells with a class have no cluster; give each one, or "
             "leave these cells out of both."
         )
         raise ValueError(msg)
-    if not are_clusters:
-        kinds = [y.dropna().unique() for y in (true, found)]
-        texts = [{isinstance(label, str) for label in labels} for labels in kinds]
-        if texts[1] and texts[0] != texts[1]:
-            msg = (
-                f"Labels must be of one kind: y_true holds {kinds[0][:3].tolist()}, y_pred "
-                f"{kinds[1][:3].tolist()}. Convert both with .astype(str)."
-            )
-            raise TypeError(msg)
-    codes, names = pd.factorize(pd.concat([true, found], ignore_index=True))
-    return codes[: len(true)], codes[len(true) :], list(names)
+    return true, found
 
 
-def _to_series(labels: Any, name: str) -> pd.Series:
+def _to_series(labels: Any, missing: Collection[object]) -> pd.Series:
+    """Labels by position, None where there is none."""
     if np.ndim(labels) != 1:
-        msg = f"{name} must hold one label per cell; found the shape {np.shape(labels)}."
+        msg = f"Give one label per cell; found the shape {np.shape(labels)}."
         raise ValueError(msg)
     series = pd.Series(labels).astype(object).reset_index(drop=True)
-    kinds = (str, numbers.Number, np.bool_)
-    if strange := [x for x in series.dropna().unique() if not isinstance(x, kinds)]:
-        msg = f"Labels must be text or numbers; {name} holds {strange[0]!r}."
-        raise TypeError(msg)
-    return series
-
-
-def _has_label(labels: pd.Series, missing: Collection[object]) -> NDArray[np.bool_]:
-    column = labels.astype(object)
-    known: NDArray[np.bool_] = (column.notna() & ~column.isin(list(missing))).to_numpy()
-    return known
+    return series.where(series.notna() & ~series.isin(list(missing)), None)
 
 
 def _f1(

@@ -77,7 +77,7 @@ def ssim(
     if places.shape != (n_rows, 2) or not np.isfinite(places).all():
         msg = (
             f"coordinates must be finite, x and y of each of the {n_rows} rows; found the shape "
-            f"{places.shape} with {int((~np.isfinite(places)).sum())} NaN or infinite values."
+            f"{places.shape} with {np.sum(~np.isfinite(places))} NaN or infinite values."
         )
         raise ValueError(msg)
     if not np.ptp(places, axis=0).any():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Per = Literal["column", "row"]
 _Array = NDArray[np.float64]
+_NAMED = (pd.Series, pd.DataFrame)
 
 #: Numbers in a block that is computed in double precision at a time.
 _BLOCK = 4_000_000
@@ -180,13 +181,10 @@ def jensen_shannon(
         msg = f"base must be above 1, found {base!r}."
         raise ValueError(msg)
     values = read_values(y_true, y_pred, per)
-    for part, name in zip(values[:2], ("y_true", "y_pred"), strict=True):
-        if n_negative := int((part < 0).sum()):
-            msg = (
-                f"{n_negative} values of {name} are negative, which proportions never are; the "
-                f"smallest is {part.min():g}. Clip them at 0 first."
-            )
-            raise ValueError(msg)
+    lowest = min(values[0].min(), values[1].min())
+    if lowest < 0:
+        msg = f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
+        raise ValueError(msg)
     power = 0.5 if root else 1.0
     return score_columns(
         values,
@@ -210,25 +208,14 @@ def read_values(
     if per not in ("column", "row"):
         msg = f"per must be 'column' or 'row', found {per!r}."
         raise ValueError(msg)
-    for values, name in ((true, "y_true"), (predicted, "y_pred")):
-        if n_bad := int(values.size - np.isfinite(values).sum()):
-            msg = (
-                f"{n_bad} of {values.size} values of {name} are NaN or infinite; leave those rows "
-                "or columns out of both."
-            )
-            raise ValueError(msg)
     names = None
     if true.ndim == 1:
         true, predicted = true[:, None], predicted[:, None]
     else:
         frame = next((y for y in (y_true, y_pred) if isinstance(y, pd.DataFrame)), None)
+        names = (pd.DataFrame(true) if frame is None else frame).axes[per == "column"]
         if per == "row":
             true, predicted = true.T, predicted.T
-            names = None if frame is None else frame.index
-        elif frame is not None:
-            names = frame.columns
-        if names is None:
-            names = pd.RangeIndex(true.shape[1])
     if len(true) < least:
         msg = f"A correlation needs at least {least} values for each {per}; found {len(true)}."
         raise ValueError(msg)
@@ -243,37 +230,33 @@ def _numbers(values: Any, name: str) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         msg = f"{name} must hold numbers; found the type {array.dtype}."
         raise TypeError(msg)
+    if n_bad := int(array.size - np.isfinite(array).sum()):
+        msg = (
+            f"{n_bad} of {array.size} values of {name} are NaN or infinite; leave those rows or "
+            "columns out of both."
+        )
+        raise ValueError(msg)
     return array
 
 
 def in_same_order(first: Any, second: Any) -> Any:
     """`second` in the order of `first` by names, if both are Series or both DataFrames."""
-    for kind in (pd.Series, pd.DataFrame):
-        if isinstance(first, kind) and isinstance(second, kind):
-            for axis, names in enumerate(first.axes):
-                if not names.equals(second.axes[axis]):
-                    _refuse_unlike_names(names, second.axes[axis], ("rows", "columns")[axis])
-                    second = second.reindex(names, axis=axis)
+    if not any(isinstance(first, kind) and isinstance(second, kind) for kind in _NAMED):
+        return second
+    for axis, names in enumerate(first.axes):
+        other = second.axes[axis]
+        if names.equals(other):
+            continue
+        unpaired = [*names.symmetric_difference(other), *names[names.duplicated()]]
+        if unpaired := [*unpaired, *other[other.duplicated()]]:
+            msg = (
+                f"The {('rows', 'columns')[axis]} of y_true and y_pred can't be paired by name: "
+                f"{unpaired[:3]} are in one of them only, or twice. Select the common ones, or "
+                "pass arrays to pair by position."
+            )
+            raise ValueError(msg)
+        second = second.reindex(names, axis=axis)
     return second
-
-
-def _refuse_unlike_names(first: pd.Index, second: pd.Index, kind: str) -> None:
-    if not (first.is_unique and second.is_unique):
-        twice = next(i[i.duplicated()][0] for i in (first, second) if not i.is_unique)
-        msg = (
-            f"The {kind} of y_true and y_pred differ in order and {twice!r} occurs more than once, "
-            f"so they can't be paired by name. Make the names unique, or pass arrays to pair by "
-            "position."
-        )
-        raise ValueError(msg)
-    lacks = [first.difference(second, sort=False), second.difference(first, sort=False)]
-    if len(lacks[0]) or len(lacks[1]):
-        msg = (
-            f"{len(lacks[0])} {kind} of y_true are not in y_pred ({lacks[0][:3].tolist()}) and "
-            f"{len(lacks[1])} of y_pred not in y_true ({lacks[1][:3].tolist()}). Select the common "
-            "ones, or pass arrays to pair by position."
-        )
-        raise ValueError(msg)
 
 
 def score_columns(
@@ -298,7 +281,7 @@ def _cosine(true: _Array, predicted: _Array, *, centred: bool = False) -> _Array
     """Cosine of columns: NaN where the true one is flat, 0 where only the predicted one is."""
     units, flat = [], []
     for values in (true, predicted):
-        mean = values.mean(axis=0) if centred else np.zeros(values.shape[1])
+        mean = values.mean(axis=0) * centred
         rest = values - mean
         largest = np.abs(rest).max(axis=0)
         flat.append(largest <= _ROUNDING * np.abs(mean))
@@ -313,12 +296,12 @@ _correlation = partial(_cosine, centred=True)
 
 def _jensen_shannon(true: _Array, predicted: _Array) -> _Array:
     """Divergence in nats. SciPy's distance is NaN where rounding leaves it below 0."""
-    totals = [values.sum(axis=0) for values in (true, predicted)]
+    is_known, is_predicted = true.sum(axis=0) > 0, predicted.sum(axis=0) > 0
     p, q = (
-        values / np.where(total > 0, total, 1.0)
-        for values, total in zip((true, predicted), totals, strict=True)
+        true / (true.sum(axis=0) + ~is_known),
+        predicted / (predicted.sum(axis=0) + ~is_predicted),
     )
     middle = (p + q) / 2
     amount = (rel_entr(p, middle).sum(axis=0) + rel_entr(q, middle).sum(axis=0)) / 2
-    amount = np.where(totals[1] > 0, np.clip(amount, 0.0, np.log(2.0)), np.log(2.0))
-    return np.where(totals[0] > 0, amount, np.nan)
+    amount = np.where(is_predicted, np.clip(amount, 0.0, np.log(2.0)), np.log(2.0))
+    return np.where(is_known, amount, np.nan)

@@ -243,7 +243,7 @@ def probe(
     style_axes(chart, x=_LABELS[measure])
     chart.set_yticks(range(len(order)), order, fontsize=FONT_SIZE)
     chart.set_ylim(-0.6, len(order) - 0.4)
-    above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
+    above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
     chart.legend(fontsize=FONT_SIZE - 1.0, frameon=False, **above)
     if is_new:
         arrange([axes])

@@ -91,7 +91,7 @@ def arrange(*grids: Sequence[Sequence[Axes]]) -> None:
     The axes keep their size. In a grid columns are aligned; grids lie below each other.
     """
     figure = root_figure(grids[0][0][0])
-    places = []
+    places: list[tuple[Axes, float, float, NDArray[np.float64]]] = []
     width = depth = 0.0
     for rows in grids:
         rooms = np.zeros((len(rows), max(map(len, rows)), 3, 2))

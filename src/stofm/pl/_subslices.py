@@ -279,7 +279,7 @@ def virtual_cells(
         group = groups[panel.name].sort_values("n", ascending=False, kind="stable")
         areas = np.maximum(group["n"] * scale, _MIN_AREA)
         shades = [color.colors[code] for code in group.index]
-        line = {"edgecolors": _EDGE_COLOR, "linewidths": 0.7, "zorder": 3}
+        line: dict[str, Any] = {"edgecolors": _EDGE_COLOR, "linewidths": 0.7, "zorder": 3}
         ax.scatter(group["x"], group["y"], s=areas, c=shades, **line)
         if labels or (labels is None and len(group) <= _MAX_NUMBERED):
             halo = [effects.withStroke(linewidth=1.8, foreground="white")]
@@ -288,7 +288,11 @@ def virtual_cells(
 
     def key(ax: Axes, *_: object) -> None:
         sizes = sorted({max(1, int(round_below(most / share))) for share in (1, 2, 5)})
-        edge = {"color": "white", "markeredgecolor": _EDGE_COLOR, "markeredgewidth": 0.7}
+        edge: dict[str, Any] = {
+            "color": "white",
+            "markeredgecolor": _EDGE_COLOR,
+            "markeredgewidth": 0.7,
+        }
         handles = [dot(float(np.sqrt(max(n * scale, _MIN_AREA))), **edge) for n in sizes]
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
