@@ -41,7 +41,7 @@ def test_distance_start_is_one_of_two():
 
 def test_feature_scale_must_be_positive():
     config = SE2TransformerConfig(d_cell=8, d_model=8, n_heads=2, d_inner=8, n_kernels=4)
-    with pytest.raises(ValueError, match="feature_scale must be positive, found 0"):
+    with pytest.raises(ValueError, match="feature_scale must be positive and finite, found 0"):
         replace(config, feature_scale=0)
 
 
@@ -86,7 +86,10 @@ def test_missing_entry_is_refused():
         (lambda: CellEncoderConfig(n_tokens=0), "n_tokens must be at least 1"),
         (lambda: CellEncoderConfig(n_tokens=9, d_gene=0), "d_gene must be at least 1"),
         (lambda: CellEncoderConfig(n_tokens=9, activation="tanh"), "activation must be one of"),
-        (lambda: CellEncoderConfig(n_tokens=9, max_positions=1), "room for <cls>"),
+        (
+            lambda: CellEncoderConfig(n_tokens=9, max_positions=1),
+            "max_positions must be at least 2",
+        ),
         (lambda: CellEncoderConfig(n_tokens=9, values="rank"), "values must be one of .*'log'"),
         (
             lambda: CellEncoderConfig(n_tokens=9, pooled=True, d_gene=7),

@@ -222,9 +222,9 @@ def test_a_flipped_bit_is_noticed(saved):
     ("part", "name", "value", "found"),
     [
         ("cell_encoder", "n_layers", 10**12, "n_layers must be at least 1 and at most"),
-        ("cell_encoder", "n_layers", 10**9, r"do not fit the config: \d+ for 10+\d layers"),
-        ("cell_encoder", "d_inner", 2**31 - 1, "wrong shape|beyond all memory"),
-        ("se2_transformer", "n_kernels", 10**9, "of wrong shape"),
+        ("cell_encoder", "n_layers", 10**9, "has changed since it was written"),
+        ("cell_encoder", "d_inner", 2**31 - 1, "has changed since it was written"),
+        ("se2_transformer", "n_kernels", 10**9, "has changed since it was written"),
         ("cell_encoder", "dropout", "0.1", "dropout must be a finite number, found '0.1'"),
         ("se2_transformer", "norm_first", "false", "norm_first must be true or false"),
         ("subslice", "n_cells", 1.5, "n_cells must be an integer, found 1.5"),

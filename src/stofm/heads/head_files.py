@@ -10,7 +10,7 @@ import numpy as np
 from stofm._config import read_json
 from stofm._files import Kind, reading
 from stofm._files import read_table as read_plain_table
-from stofm.nn.checkpoint import CONFIG, check_sizes, load_exactly, shapes
+from stofm.nn.checkpoint import CONFIG, load_exactly
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
 from stofm.nn.device import seeded
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
@@ -85,7 +85,6 @@ def read_network(
         if name.startswith(prefix)
     }
     what = f"network {number} in {WEIGHTS}"
-    check_sizes(lambda: PredictionHead(config), len(config.widths), shapes(state), what)
     with seeded(0):
         network = PredictionHead(config)
     load_exactly(network, state, what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,27 +34,25 @@ FILES = frozenset({CONFIG, WEIGHTS, VOCABULARY, CARD})
 EMBEDDED = ("stofm-mini",)
 
 
-def find_checkpoint(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
-    """Find a checkpoint folder: a local one, an embedded model (by name), or one on the hub.
+def find_checkpoint(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
+    """Find a checkpoint folder: an embedded model (by name), a local one, or one on the hub.
 
     Options are those of :func:`huggingface_hub.snapshot_download`, for hub ids (``owner/name``) only.
     """
-    if found := _at_hand(name):
-        if revision is not None:
-            msg = (
-                f"`revision` is for models on the hub, and {str(name)!r} is on this machine: leave "
-                "it out."
-            )
-            raise ValueError(msg)
-        return found
-    if not _looks_like_hub_id(str(name)):
+    folder = None
+    if isinstance(name, str) and name in EMBEDDED:
+        # A folder of that name is meant by "./stofm-mini" or by a Path.
+        folder = Path(str(resources.files("stofm") / "weights" / name))
+    elif take_back(Path(name)).is_dir():
+        folder = local(name)
+    if folder is not None and revision is not None:
+        msg = (
+            f"`revision` is for models on the hub; {str(name)!r} is on this machine: leave it out."
+        )
+        raise ValueError(msg)
+    if folder is not None:
+        return folder
+    if not re.fullmatch(r"[^./~][^/]*/[^/]+", str(name)):
         msg = (
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
             f"{list(EMBEDDED)}, and no hub id of the form 'owner/name'."
@@ -61,15 +60,9 @@ def find_checkpoint(
         raise FileNotFoundError(msg)
     from huggingface_hub import snapshot_download
 
+    files = sorted(FILES)
     try:
-        folder = snapshot_download(
-            str(name),
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=sorted(FILES),
-        )
+        found = snapshot_download(str(name), revision=revision, allow_patterns=files, **options)
     except Exception as error:
         msg = (
             f"The checkpoint {str(name)!r} is no local folder and could not be had from the hub "
@@ -77,19 +70,7 @@ def find_checkpoint(
             f"{EMBEDDED[0]!r}."
         )
         raise FileNotFoundError(msg) from error
-    return Path(folder)
-
-
-def _at_hand(name: str | Path) -> Path | None:
-    if isinstance(name, str) and name in EMBEDDED:
-        # A folder of that name is meant by "./stofm-mini" or by a Path.
-        return Path(str(resources.files("stofm") / "weights" / name))
-    return local(name) if take_back(Path(name)).is_dir() else None
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+    return Path(found)
 
 
 def read_config(folder: Path) -> tuple[StofmConfig, str]:
@@ -123,6 +104,9 @@ RUN_CHECKPOINT = Kind(
 )
 
 
+_DIGEST = "stofm_digest"
+
+
 def write_atomically(
     folder: Path, fill: Callable[[Path], None], *, overwrite: bool, kind: Kind = CHECKPOINT
 ) -> None:
@@ -138,9 +122,6 @@ def write_atomically(
         fill(place)
 
     put_in_place(folder, make)
-
-
-_DIGEST = "stofm_digest"
 
 
 def write_tensors(
@@ -187,12 +168,6 @@ def _noted(file: Any) -> list[str]:
     return noted
 
 
-def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a file's tensors, without the tensors."""
-    with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
 def read_tensors(path: Path, *, may_be_nan: Collection[str] = ()) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file; only tensors of these names may hold NaN or infinite numbers."""
     with _opened(path) as file:
@@ -228,62 +203,30 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors, by name."""
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load `state` into `module`, or say which weights do not fit and how; then it is unchanged."""
     own = module.state_dict()
-    check_fit(shapes(own), shapes(state), what)
-    for name, value in own.items():
-        if value.is_floating_point() != state[name].is_floating_point():
-            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
-            raise ValueError(msg)
-    module.load_state_dict(dict(state))
-
-
-def check_fit(
-    own: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Refuse weights that are not those of a module, by their names and shapes."""
-    wrong = [
-        f"{name}: {stored[name]} in place of {own[name]}"
-        for name in sorted(set(own) & set(stored))
-        if stored[name] != own[name]
+    unlike = [
+        f"{name}: {tuple(state[name].shape)} in place of {tuple(value.shape)}"
+        for name, value in sorted(own.items())
+        if name in state and state[name].shape != value.shape
     ]
+    groups = {
+        "missing": sorted(set(own) - set(state)),
+        "unexpected": sorted(set(state) - set(own)),
+        "of wrong shape": unlike,
+    }
     problems = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in (
-            ("missing", sorted(set(own) - set(stored))),
-            ("unexpected", sorted(set(stored) - set(own))),
-            ("of wrong shape", wrong),
-        )
+        for kind, names in groups.items()
         if names
+    ]
+    problems += [
+        f"{name} is {state[name].dtype}"
+        for name, value in own.items()
+        if not problems and value.is_floating_point() != state[name].is_floating_point()
     ]
     if problems:
         msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
         raise ValueError(msg)
-
-
-def check_sizes(
-    make: Callable[[], torch.nn.Module],
-    n_layers: int,
-    stored: Mapping[str, tuple[int, ...]],
-    what: str,
-) -> None:
-    """Refuse a config whose module is not that of the stored weights, before memory is taken.
-
-    `make` makes the module, which will have `n_layers` layers; `what` is its name in messages.
-    """
-    if n_layers > len(stored):
-        msg = f"The weights of {what} do not fit the config: {len(stored)} for {n_layers} layers."
-        raise ValueError(msg)
-    try:
-        with torch.device("meta"):
-            own = shapes(make().state_dict())
-    except RuntimeError as error:
-        msg = f"The sizes of {what} are beyond all memory: {error}"
-        raise ValueError(msg) from error
-    check_fit(own, stored, what)
+    module.load_state_dict(dict(state))

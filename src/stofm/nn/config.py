@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._config import build_dataclass
+from stofm._config import build_dataclass, check_choice, require
 from stofm._version import __version__
 from stofm.spatial import SubSliceConfig
 
@@ -26,32 +26,20 @@ DistanceStart = Literal["random", "near"]
 _MOST = 2**31 - 1
 
 
-def _check(config: Any, sizes: tuple[str, ...], width: str, choices: dict[str, Any]) -> None:
-    """Check what both networks have: sizes, heads that share the width, rates, and choices."""
-    _check_positive(config, *sizes)
+def _check(config: Any, sizes: tuple[str, ...], width: str) -> None:
+    """Check what both networks have: sizes, heads that share the width, and rates."""
+    _check_sizes(config, *sizes)
     if getattr(config, width) % config.n_heads:
-        msg = (
-            f"{width} must be divisible by n_heads, found {getattr(config, width)} and "
-            f"{config.n_heads}."
-        )
+        found = f"{getattr(config, width)} and {config.n_heads}"
+        msg = f"{width} must be divisible by n_heads, found {found}."
         raise ValueError(msg)
-    if not 0 <= config.dropout < 1:
-        msg = f"dropout must be at least 0 and below 1, found {config.dropout}."
-        raise ValueError(msg)
-    if not 0 < config.layer_norm_eps < 1:
-        msg = f"layer_norm_eps must be above 0 and below 1, found {config.layer_norm_eps}."
-        raise ValueError(msg)
-    for name, kind in choices.items():
-        if getattr(config, name) not in get_args(kind):
-            msg = f"{name} must be one of {get_args(kind)}, found {getattr(config, name)!r}."
-            raise ValueError(msg)
+    require(config, "must be at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")
+    require(config, "must be above 0 and below 1", lambda eps: 0 < eps < 1, "layer_norm_eps")
 
 
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not 1 <= getattr(config, name) <= _MOST:
-            msg = f"{name} must be at least 1 and at most {_MOST}, found {getattr(config, name)}."
-            raise ValueError(msg)
+def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
+    rule = f"must be at least {least} and at most {_MOST}"
+    require(config, rule, lambda size: least <= size <= _MOST, *names)
 
 
 def _not_default(config: Any) -> dict[str, Any]:
@@ -129,13 +117,11 @@ class CellEncoderConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        sizes = ("n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner")
-        _check(self, sizes, "d_hidden", {"activation": Activation, "values": Values})
-        if self.d_gene is not None:
-            _check_positive(self, "d_gene")
-        if not 2 <= self.max_positions <= _MOST:
-            msg = f"max_positions must leave room for <cls> and a gene, found {self.max_positions}."
-            raise ValueError(msg)
+        sizes = ("n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner", "d_gene")
+        _check(self, sizes, "d_hidden")
+        _check_sizes(self, "max_positions", least=2)
+        check_choice(self, "activation", Activation)
+        check_choice(self, "values", Values)
         if self.pooled and (self.gene_width % 2 or self.d_learned < 1):
             msg = (
                 "pooled=True needs gene embeddings of an even width, and a wider cell embedding; "
@@ -202,16 +188,12 @@ class SE2TransformerConfig:
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
         sizes = ("d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
-        _check(self, sizes, "d_model", {"distance_start": DistanceStart})
-        if not 0 <= self.n_passed <= self.d_cell:
-            msg = f"n_passed must be from 0 to d_cell, {self.d_cell}, found {self.n_passed}."
-            raise ValueError(msg)
-        if not 0 < self.reach < math.inf:
-            msg = f"reach must be positive and finite, found {self.reach}."
-            raise ValueError(msg)
-        if not self.feature_scale > 0:
-            msg = f"feature_scale must be positive, found {self.feature_scale}."
-            raise ValueError(msg)
+        _check(self, sizes, "d_model")
+        check_choice(self, "distance_start", DistanceStart)
+        rule = f"must be from 0 to d_cell, {self.d_cell}"
+        require(self, rule, lambda n: 0 <= n <= self.d_cell, "n_passed")
+        positive = "must be positive and finite"
+        require(self, positive, lambda one: 0 < one < math.inf, "reach", "feature_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +228,7 @@ class StofmConfig:
 
     def __post_init__(self) -> None:
         """Check how the parts fit together."""
-        _check_positive(self, "max_tokens")
+        _check_sizes(self, "max_tokens")
         if self.cell_encoder.d_cell != self.se2_transformer.d_cell:
             msg = (
                 f"cell_encoder.d_cell is {self.cell_encoder.d_cell} and se2_transformer.d_cell is "

@@ -150,17 +150,9 @@ class Stofm(nn.Module):
             )
             raise ValueError(msg)
         path = folder / checkpoint.WEIGHTS
-        n_layers = config.cell_encoder.n_layers + config.se2_transformer.n_layers
-        # First weights that are computed would need numbers.
-        sizes = replace(
-            config, se2_transformer=replace(config.se2_transformer, distance_start="random")
-        )
-        checkpoint.check_sizes(
-            lambda: cls(sizes, vocabulary), n_layers, checkpoint.read_shapes(path), str(path)
-        )
+        checkpoint.require_beside(path, _beside(config, folder))
         model = cls(config, vocabulary)
         checkpoint.load_exactly(model, checkpoint.read_tensors(path), str(path))
-        checkpoint.require_beside(path, _beside(config, folder))
         return model.eval()
 
     @classmethod

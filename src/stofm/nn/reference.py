@@ -10,7 +10,7 @@ import torch
 from stofm._config import build_dataclass, read_json
 from stofm._files import local
 from stofm.nn.cell_encoder import CellEncoder
-from stofm.nn.checkpoint import check_sizes, load_exactly, read_tensors, require_finite, shapes
+from stofm.nn.checkpoint import load_exactly, read_tensors, require_finite
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
 from stofm.nn.se2_transformer import SE2Transformer
@@ -75,10 +75,8 @@ def se2_from_reference(config: Mapping[str, Any], state: Mapping[str, Tensor]) -
     sizes = _renamed(config, _SE2_SIZES, "config.json")
     sizes["norm_first"] = config.get("pre_layernorm", False)
     own = build_dataclass(SE2TransformerConfig, sizes, "the published config.json")
-    stored = rename_se2(state)
-    check_sizes(lambda: SE2Transformer(own), own.n_layers, shapes(stored), "se2transformer")
     model = SE2Transformer(own)
-    load_exactly(model, stored, "se2transformer")
+    load_exactly(model, rename_se2(state), "se2transformer")
     return model
 
 
@@ -128,7 +126,6 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
     config = _encoder_config(bert, d_cell=len(projection["bias"]))
     weights = read_weights(folder / "cell_bert", "model", "pytorch_model")
     named = _without(weights, "bert.", _UNUSED_BERT)
-    check_sizes(lambda: CellEncoder(config).bert, config.n_layers, shapes(named), "cell_bert")
     encoder = CellEncoder(config)
     load_exactly(encoder.bert, named, "cell_bert")
     load_exactly(encoder.projection, projection, "cell_proj")
