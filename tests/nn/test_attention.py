@@ -9,11 +9,11 @@ import torch
 
 from stofm.nn import (
     GaussianDistanceBias,
+    PairState,
     SE2Transformer,
     SE2TransformerConfig,
     SubSliceBatch,
     biased_attention,
-    gather_logits,
 )
 from stofm.spatial import NO_NEIGHBOR
 
@@ -92,7 +92,8 @@ def test_gathered_logits_are_those_of_the_matrix(inputs):
         torch.tensor([10, 2, 6]),
         torch.tensor([3, 2, 0]),
     )
-    ours = gather_logits(queries, keys, bias, batch, rows, columns)
+    is_real = torch.ones(2, 11, dtype=torch.bool)
+    ours = PairState(bias, queries, keys, is_real).at(batch, rows, columns)
     torch.testing.assert_close(ours, full[batch, :, rows, columns])
 
 

@@ -221,9 +221,7 @@ def test_another_error_is_no_memory_shortage():
         _halving(run, np.arange(4), "token_budget")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_is_refused_with_a_remedy_that_is_left(dtype):
+def test_what_is_not_finite_is_refused_with_a_remedy():
     values = np.array([[0.0], [np.inf]], dtype=np.float32)
-    with pytest.raises(FloatingPointError, match="1 of 2 cells is not finite") as error:
-        _refuse_not_finite(values, torch.device("cpu"), dtype)
-    assert ("dtype=" in str(error.value)) == (dtype != torch.float32)
+    with pytest.raises(FloatingPointError, match=r"1 of 2 cells is not finite .*dtype='float32'"):
+        _refuse_not_finite(values, torch.device("cpu"), torch.bfloat16)

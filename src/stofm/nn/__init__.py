@@ -1,6 +1,6 @@
 """The model: configuration, networks, checkpoints and batched inference (torch)."""
 
-from stofm.nn.attention import GaussianDistanceBias, biased_attention, gather_logits
+from stofm.nn.attention import GaussianDistanceBias, biased_attention
 from stofm.nn.batch import GeneBag, PairIndex, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import CellEncoder
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig, StofmConfig
@@ -34,5 +34,4 @@ __all__ = [
     "choose_dtype",
     "embed_slice",
     "encode_cells",
-    "gather_logits",
 ]

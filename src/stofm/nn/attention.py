@@ -17,7 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
     from stofm.nn.batch import PairIndex
 
@@ -58,17 +58,11 @@ def biased_attention(
         return torch.nn.functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=1.0
         )
+    attended: Tensor
     if torch.is_grad_enabled() or dropout > 0:
-        attended: Tensor = _HeadwiseAttention.apply(  # type: ignore[no-untyped-call]
-            queries, keys, values, bias, n_real, dropout
-        )
+        parts = (queries, keys, values, bias, n_real, dropout)
+        attended = _HeadwiseAttention.apply(*parts)  # type: ignore[no-untyped-call]
         return attended
-    return _attend(queries, keys, values, bias, n_real)
-
-
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, n_real: tuple[int, ...]
-) -> Tensor:
     attended = torch.zeros_like(values)
     for head, weights in _weights_by_head(queries, keys, bias, n_real):
         attended[head] = weights @ values[head]
@@ -148,27 +142,6 @@ class _HeadwiseAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
-def gather_logits(
-    queries: Float[Tensor, "batch heads nodes qk"],
-    keys: Float[Tensor, "batch heads nodes qk"],
-    bias: Float[Tensor, "batch heads nodes nodes"],
-    batch: Int[Tensor, " pairs"],
-    rows: Int[Tensor, " pairs"],
-    columns: Int[Tensor, " pairs"],
-) -> Float[Tensor, "pairs heads"]:
-    """Compute logits at chosen pairs of nodes only.
-
-    Parameters
-    ----------
-    queries, keys, bias
-        As for :func:`biased_attention`.
-    batch, rows, columns
-        The sub-slice and the two nodes of each pair.
-    """
-    products = (queries[batch, :, rows] * keys[batch, :, columns]).sum(-1)
-    return products + bias[batch, :, rows, columns]
-
-
 #: To which curve :meth:`GaussianDistanceBias.favor_near` fits: so far and so finely (model units), a
 #: distance that stands for all beyond, and the bias that amounts to no attention.
 _FIT_UP_TO, _FIT_POINTS, _FAR = 14.0, 281, 50.0
@@ -211,21 +184,19 @@ class GaussianDistanceBias(nn.Module):
         units (a slice's diagonal is 100) and -6 at the least; those of the others become 0. Only
         the last linear map changes; it is the least-squares fit to these curves.
         """
-        device, dtype = self.output.weight.device, self.output.weight.dtype
         near = torch.linspace(0.0, _FIT_UP_TO, _FIT_POINTS)
-        far = torch.full((_FIT_POINTS // 4,), _FAR)
-        distances = torch.cat([near, far])
+        distances = torch.cat([near, torch.full((_FIT_POINTS // 4,), _FAR)])
         n_heads = self.output.out_features
-        n_near = n_heads - n_heads // 4
         wanted = torch.zeros(len(distances), n_heads, dtype=torch.float64)
-        for head, reach in enumerate(torch.logspace(0.0, math.log10(4.0), n_near).tolist()):
+        reaches = torch.logspace(0.0, math.log10(4.0), n_heads - n_heads // 4)
+        for head, reach in enumerate(reaches.tolist()):
             wanted[:, head] = (-(distances**2) / (2 * reach**2)).clamp(min=_LOWEST_BIAS)
-        hidden = self._hidden(distances.to(device)).cpu().double()
-        design = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
+        hidden = self._hidden(distances.to(self.means.device)).cpu().double()
+        design = nn.functional.pad(hidden, (0, 1), value=1.0)
         ridge = _RIDGE * torch.eye(design.shape[1], dtype=torch.float64)
         fitted = torch.linalg.solve(design.T @ design + ridge, design.T @ wanted)
-        self.output.weight.copy_(fitted[:-1].T.to(device, dtype))
-        self.output.bias.copy_(fitted[-1].to(device, dtype))
+        self.output.weight.copy_(fitted[:-1].T)
+        self.output.bias.copy_(fitted[-1])
 
     def forward(self, distances: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs heads"]:
         """Evaluate the bias of each distance, in the precision of the weights."""
@@ -253,36 +224,31 @@ class _ScatterPairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, constant: Tensor, pairs: PairIndex) -> Tensor:
         ctx.pairs = pairs
-        n_heads = len(constant)
-        n_nodes = pairs.n_nodes
+        n_heads, n_nodes = len(constant), pairs.n_nodes
         dense = constant.view(1, n_heads, 1, 1).repeat(pairs.n_batch, 1, n_nodes, n_nodes)
         dense[:, :, 0, :] = 0.0
         dense[:, :, :, 0] = 0.0
         dense.diagonal(dim1=-2, dim2=-1).zero_()
-        flat = dense.view(pairs.n_batch, n_heads, n_nodes * n_nodes)
         by_head = values.T.contiguous()
-        for b, (start, stop) in enumerate(pairs.ranges):
-            own = by_head[:, start:stop]
+        for own, n, (start, stop) in zip(dense, pairs.n_real, pairs.ranges, strict=True):
             for places in (pairs.forward[start:stop], pairs.mirrored[start:stop]):
-                flat[b].scatter_(1, places.expand(n_heads, -1), own)
-            dense[b, :, :, pairs.n_real[b] :] = 0.0
-            dense[b, :, pairs.n_real[b] :, :] = 0.0
+                flat = own.view(n_heads, n_nodes * n_nodes)
+                flat.scatter_(1, places.expand(n_heads, -1), by_head[:, start:stop])
+            own[:, :, n:] = 0.0
+            own[:, n:, :] = 0.0
         return dense
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         pairs: PairIndex = ctx.pairs
-        (gradient,) = gradients
-        n_batch, n_heads, n_nodes, _ = gradient.shape
-        flat = gradient.reshape(n_batch, n_heads, n_nodes * n_nodes)
-        parts = []
-        total = gradient.new_zeros(n_heads)
-        for b, (start, stop) in enumerate(pairs.ranges):
-            listed = flat[b].index_select(1, pairs.forward[start:stop])
-            listed += flat[b].index_select(1, pairs.mirrored[start:stop])
+        n_heads = gradients[0].shape[1]
+        total, parts = gradients[0].new_zeros(n_heads), []
+        for own, n, (start, stop) in zip(gradients[0], pairs.n_real, pairs.ranges, strict=True):
+            flat = own.reshape(n_heads, pairs.n_nodes**2)
+            listed = flat.index_select(1, pairs.forward[start:stop])
+            listed += flat.index_select(1, pairs.mirrored[start:stop])
             parts.append(listed)
-            n = pairs.n_real[b]
-            inner = gradient[b, :, 1:n, 1:n]
+            inner = own[:, 1:n, 1:n]
             diagonal = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
             total += inner.sum((-2, -1)) - diagonal - listed.sum(-1)
         return torch.cat(parts, dim=1).T, total, None

@@ -139,8 +139,7 @@ class SubSliceBatch(_Tensors):
         node_type, cell_index
             (batch, nodes); padding on the right.
         """
-        n_nodes = features.shape[1]
-        n_real = tuple(int(n) for n in (node_type != NodeType.PADDING).sum(axis=1))
+        n_real = tuple((node_type != NodeType.PADDING).sum(axis=1).tolist())
         listed = []
         for matrix, n in zip(distances, n_real, strict=True):
             inner = np.triu(matrix[:n, :n], k=1)
@@ -150,15 +149,14 @@ class SubSliceBatch(_Tensors):
             features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
             node_type=torch.from_numpy(np.asarray(node_type, dtype=np.int64)),
             cell_index=torch.from_numpy(np.asarray(cell_index, dtype=np.int64)),
-            pairs=_pair_index(listed, n_real, n_nodes),
+            pairs=_pair_index(listed, n_real, features.shape[1]),
         )
 
 
 def _pair_index(
-    listed: Sequence[tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]],
-    n_real: tuple[int, ...],
-    n_nodes: int,
+    listed: Sequence[tuple[NDArray[Any], ...]], n_real: tuple[int, ...], n_nodes: int
 ) -> PairIndex:
+    """Join rows, columns and distances of the sub-slices' pairs."""
     stops = np.cumsum([len(rows) for rows, _, _ in listed]).tolist()
     rows, columns, distances = (np.concatenate(parts) for parts in zip(*listed, strict=True))
     rows, columns = rows.astype(np.int64), columns.astype(np.int64)
@@ -265,19 +263,17 @@ class TokenBatch(_Tensors):
         """
         starts = ranked.offsets[cells]
         n_genes = np.minimum(ranked.offsets[cells + 1] - starts, length - 1)
-        position = np.arange(length - 1)
-        is_gene = position < n_genes[:, None]
+        position = np.arange(-1, length - 1)
+        is_gene = (position >= 0) & (position < n_genes[:, None])
         places = (starts[:, None] + position)[is_gene]
-        tokens = np.full((len(cells), length), pad_token, dtype=np.int64)
+        tokens = np.full(is_gene.shape, pad_token, dtype=np.int64)
         tokens[:, 0] = cls_token
-        tokens[:, 1:][is_gene] = ranked.tokens[places]
-        is_real = np.ones(tokens.shape, dtype=bool)
-        is_real[:, 1:] = is_gene
-        batch = cls(tokens=torch.from_numpy(tokens), is_real=torch.from_numpy(is_real))
+        tokens[is_gene] = ranked.tokens[places]
+        is_real = is_gene | (position < 0)
+        batch = cls(torch.from_numpy(tokens), torch.from_numpy(is_real))
         if ranked.values is None:
             return batch
         values = np.zeros(tokens.shape, dtype=np.float32)
-        values[:, 1:][is_gene] = ranked.values[places]
-        return replace(
-            batch, values=torch.from_numpy(values), bag=GeneBag.from_ranked(ranked, cells)
-        )
+        values[is_gene] = ranked.values[places]
+        bag = GeneBag.from_ranked(ranked, cells)
+        return replace(batch, values=torch.from_numpy(values), bag=bag)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from transformers import BertConfig, BertModel
+    from jaxtyping import Float, Int
+    from transformers import BertConfig
 
     from stofm.nn.batch import GeneBag, TokenBatch
     from stofm.nn.config import CellEncoderConfig
 
+_Linear = tuple[Tensor, Tensor]
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
 _MIN_ROWS = 16
 _MIN_QUERIES = 4
@@ -31,20 +31,18 @@ NO_VALUES = (
 )
 
 
-@dataclass(frozen=True)
-class _LayerWeights:
+class _LayerWeights(NamedTuple):
     """Weights of one BERT layer, with queries, keys and values in one matrix."""
 
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    attention_norm: tuple[Tensor, Tensor]
-    inner: tuple[Tensor, Tensor]
-    outer: tuple[Tensor, Tensor]
-    norm: tuple[Tensor, Tensor]
+    qkv: _Linear
+    out: _Linear
+    attention_norm: _Linear
+    inner: _Linear
+    outer: _Linear
+    norm: _Linear
 
 
-@dataclass(frozen=True)
-class EncoderWeights:
+class EncoderWeights(NamedTuple):
     """A cell encoder's weights laid out for running it, in one precision.
 
     Made once for a run by :meth:`CellEncoder.lay_out`; gradients flow through it.
@@ -53,9 +51,9 @@ class EncoderWeights:
     words: Tensor
     gene_projection: Tensor | None
     positions: Tensor
-    values: tuple[Tensor, Tensor] | None
+    values: _Linear | None
     pooled: tuple[Tensor, ...]
-    embedding_norm: tuple[Tensor, Tensor]
+    embedding_norm: _Linear
     layers: tuple[_LayerWeights, ...]
 
 
@@ -92,7 +90,11 @@ class CellEncoder(nn.Module):
         self.config = config
         self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
         if config.projects_genes:
-            self.bert.embeddings.word_embeddings = _gene_embeddings(config, self.bert)
+            embeddings = nn.Embedding(config.n_tokens, config.gene_width, padding_idx=0)
+            # As spread as BERT's own.
+            nn.init.normal_(embeddings.weight, std=self.bert.config.initializer_range)
+            nn.init.zeros_(embeddings.weight[0])
+            self.bert.embeddings.word_embeddings = embeddings
             self.gene_projection = nn.Linear(config.gene_width, config.d_hidden, bias=False)
         self.projection = nn.Linear(config.d_hidden, config.d_learned)
         if config.values == "log":
@@ -127,10 +129,7 @@ class CellEncoder(nn.Module):
 
     def embed(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
         """Embed cells with weights laid out before (:meth:`lay_out`)."""
-        hidden = self._embeddings(batch, weights)
-        mask = _attention_mask(batch.is_real)
-        for layer in weights.layers[:-1]:
-            hidden = self._layer(hidden, hidden, mask, layer)
+        hidden, mask = self._run(batch, weights, weights.layers[:-1])
         first = self._layer(hidden[:, :1], hidden, mask, weights.layers[-1])[:, 0]
         projection = (self.projection.weight, self.projection.bias)
         learned = F.normalize(_linear(first.to(projection[0].dtype), projection), dim=-1)
@@ -142,11 +141,18 @@ class CellEncoder(nn.Module):
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""
         weights = self.lay_out(self.projection.weight.dtype)
+        return self._run(batch, weights, weights.layers)[0]
+
+    def _run(
+        self, batch: TokenBatch, weights: EncoderWeights, layers: tuple[_LayerWeights, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of some layers, and which keys may be attended to: None, which is faster, for all."""
         hidden = self._embeddings(batch, weights)
-        mask = _attention_mask(batch.is_real)
-        for layer in weights.layers:
+        is_full = bool(batch.is_real.all())
+        mask = None if is_full else batch.is_real[:, None, None, :]
+        for layer in layers:
             hidden = self._layer(hidden, hidden, mask, layer)
-        return hidden
+        return hidden, mask
 
     @property
     def gene_embeddings(self) -> nn.Embedding:
@@ -182,20 +188,17 @@ class CellEncoder(nn.Module):
         positions = (
             embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         )
+        # Each half of the gene embeddings' numbers in one piece, which is faster to sum.
+        both = self.gene_embeddings.weight.float().chunk(2, dim=-1) if self.config.pooled else ()
         return EncoderWeights(
             words=words.to(dtype),
             gene_projection=None if projection is None else projection.to(dtype),
             positions=positions.to(dtype),
             values=_pair(self.value_embedding, dtype) if self.config.values == "log" else None,
-            pooled=self._halves() if self.config.pooled else (),
+            pooled=tuple(half.contiguous() for half in both),
             embedding_norm=_pair(embeddings.LayerNorm, dtype),
             layers=tuple(_layer_weights(layer, dtype) for layer in self.bert.encoder.layer),
         )
-
-    def _halves(self) -> tuple[Tensor, ...]:
-        """Halves of the gene embeddings' numbers, each in one piece, which is faster to sum."""
-        halves = self.gene_embeddings.weight.float().chunk(2, dim=-1)
-        return tuple(half.contiguous() for half in halves)
 
     def _embeddings(self, batch: TokenBatch, weights: EncoderWeights) -> Tensor:
         length = batch.tokens.shape[1]
@@ -208,7 +211,7 @@ class CellEncoder(nn.Module):
         hidden = self._norm(hidden, weights.embedding_norm)
         return F.dropout(hidden, self.config.dropout, self.training)
 
-    def _value_embeddings(self, batch: TokenBatch, output: tuple[Tensor, Tensor]) -> Tensor:
+    def _value_embeddings(self, batch: TokenBatch, output: _Linear) -> Tensor:
         if batch.values is None:
             raise ValueError(NO_VALUES)
         bend, shift = self.value_hidden.weight[:, 0], self.value_hidden.bias
@@ -235,7 +238,17 @@ class CellEncoder(nn.Module):
     ) -> Tensor:
         """Compute a layer's output at the positions `queried`, which attend to all of `hidden`."""
         dropout = self.config.dropout if self.training else 0.0
-        queries, keys, values = self._heads(queried, hidden, weights.qkv)
+        # A narrower product for the queries of a single position.
+        weight, bias = weights.qkv
+        d = self.config.d_hidden
+        if queried is hidden:
+            parts = _linear(hidden, weights.qkv).split(d, dim=-1)
+        else:
+            query = _linear(queried, (weight[:d], bias[:d]))
+            parts = (query, *_linear(hidden, (weight[d:], bias[d:])).split(d, dim=-1))
+        queries, keys, values = (
+            part.unflatten(-1, (self.config.n_heads, -1)).transpose(1, 2) for part in parts
+        )
         n_queries = queries.shape[2]
         if n_queries < _MIN_QUERIES:
             queries = queries.repeat(1, 1, -(-_MIN_QUERIES // n_queries), 1)
@@ -248,21 +261,7 @@ class CellEncoder(nn.Module):
         inner = _linear(activation(_linear(out, weights.inner)), weights.outer)
         return self._norm(out + F.dropout(inner, dropout), weights.norm)
 
-    def _heads(
-        self, queried: Tensor, hidden: Tensor, qkv: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        n_heads, d_hidden = self.config.n_heads, self.config.d_hidden
-        if queried is hidden:
-            parts = _linear(hidden, qkv).split(d_hidden, dim=-1)
-        else:
-            weight, bias = qkv
-            query = _linear(queried, (weight[:d_hidden], bias[:d_hidden]))
-            key_value = _linear(hidden, (weight[d_hidden:], bias[d_hidden:]))
-            parts = (query, *key_value.split(d_hidden, dim=-1))
-        q, k, v = (part.unflatten(-1, (n_heads, -1)).transpose(1, 2) for part in parts)
-        return q, k, v
-
-    def _norm(self, hidden: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+    def _norm(self, hidden: Tensor, weights: _Linear) -> Tensor:
         return F.layer_norm(
             hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
         )
@@ -286,41 +285,26 @@ def _bert_config(config: CellEncoderConfig) -> BertConfig:
     )
 
 
-def _gene_embeddings(config: CellEncoderConfig, bert: BertModel) -> nn.Embedding:
-    """Make gene embeddings of a width of their own, as spread as BERT's."""
-    embeddings = nn.Embedding(config.n_tokens, config.gene_width, padding_idx=0)
-    with torch.no_grad():
-        embeddings.weight.normal_(std=bert.config.initializer_range)
-        embeddings.weight[0] = 0
-    return embeddings
-
-
 def _weighted_sums(
     words: Float[Tensor, "tokens width"], weights: Float[Tensor, " genes"], bag: GeneBag
 ) -> Float[Tensor, "cells width"]:
     """Sum each cell's word embeddings with their weights."""
-    if words.device.type == "mps":
-        # torch has no embedding_bag there before 2.10.
-        return _gathered_sums(words, weights, bag)
-    return F.embedding_bag(bag.tokens, words, bag.offsets, mode="sum", per_sample_weights=weights)
+    if words.device.type != "mps":
+        return F.embedding_bag(
+            bag.tokens, words, bag.offsets, mode="sum", per_sample_weights=weights
+        )
+    return _gathered_sums(words, weights, bag)
 
 
 def _gathered_sums(words: Tensor, weights: Tensor, bag: GeneBag) -> Tensor:
-    """Compute what embedding_bag does, up to rounding; takes several times as long on a CPU."""
-    n_cells, n_genes = len(bag.offsets), len(bag.tokens)
-    lengths = torch.diff(bag.offsets, append=bag.offsets.new_full((1,), n_genes))
-    cells = torch.arange(n_cells, device=words.device)
-    cells = cells.repeat_interleave(lengths, output_size=n_genes)
-    found = words.new_zeros(n_cells, words.shape[1])
+    """Compute what embedding_bag does, which torch before 2.10 lacks on MPS."""
+    lengths = torch.diff(bag.offsets, append=bag.offsets.new_tensor([len(bag.tokens)]))
+    cells = torch.arange(len(lengths), device=words.device).repeat_interleave(lengths)
+    found = words.new_zeros(len(lengths), words.shape[1])
     return found.index_add(0, cells, words.index_select(0, bag.tokens) * weights[:, None])
 
 
-def _attention_mask(is_real: Bool[Tensor, "cells length"]) -> Tensor | None:
-    """Which keys may be attended to; None if none is padding, which is faster."""
-    return None if bool(is_real.all()) else is_real[:, None, None, :]
-
-
-def _pair(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _pair(module: Any, dtype: torch.dtype) -> _Linear:
     return module.weight.to(dtype), module.bias.to(dtype)
 
 
@@ -328,11 +312,10 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
     # transformers' modules are untyped below BertModel.
     attention = layer.attention.self
     projections = (attention.query, attention.key, attention.value)
+    weight = torch.cat([one.weight for one in projections])
+    bias = torch.cat([one.bias for one in projections])
     return _LayerWeights(
-        qkv=(
-            torch.cat([p.weight for p in projections]).to(dtype),
-            torch.cat([p.bias for p in projections]).to(dtype),
-        ),
+        qkv=(weight.to(dtype), bias.to(dtype)),
         out=_pair(layer.attention.output.dense, dtype),
         attention_norm=_pair(layer.attention.output.LayerNorm, dtype),
         inner=_pair(layer.intermediate.dense, dtype),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stofm.spatial import SubSliceConfig
 
 
-_DTYPES = {
+_DTYPES: Final[dict[object, torch.dtype]] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -39,20 +39,16 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     ValueError
         The device asked for is not there.
     """
-    if str(device) != "auto":
-        return _named_device(device)
-    if torch.cuda.is_available():
-        chosen, reason = torch.device("cuda"), torch.cuda.get_device_name()
-    elif torch.backends.mps.is_available():
-        chosen, reason = torch.device("mps"), "no CUDA device, Apple GPU found"
-    else:
-        chosen = torch.device("cpu")
-        reason = f"no GPU that torch can use; {torch.get_num_threads()} threads"
-    logger.info("Computing on %s (%s).", chosen, reason)
-    return chosen
-
-
-def _named_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            chosen, reason = torch.device("cuda"), torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            chosen, reason = torch.device("mps"), "no CUDA device, Apple GPU found"
+        else:
+            chosen = _CPU
+            reason = f"no GPU that torch can use; {torch.get_num_threads()} threads"
+        logger.info("Computing on %s (%s).", chosen, reason)
+        return chosen
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -60,8 +56,7 @@ def _named_device(device: str | torch.device) -> torch.device:
         raise ValueError(msg) from None
     n_cuda = torch.cuda.device_count() if chosen.type == "cuda" else 0
     lacks_cuda = chosen.type == "cuda" and (chosen.index or 0) >= n_cuda
-    lacks_mps = chosen.type == "mps" and not torch.backends.mps.is_available()
-    if lacks_cuda or lacks_mps:
+    if lacks_cuda or (chosen.type == "mps" and not torch.backends.mps.is_available()):
         msg = f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
         raise ValueError(msg)
     return chosen
@@ -78,8 +73,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
+    chosen = _DTYPES.get(dtype, dtype)
+    if not isinstance(chosen, torch.dtype) or chosen not in _DTYPES.values():
         msg = f"dtype must be 'auto', 'float32' or 'bfloat16', found {dtype!r}."
         raise ValueError(msg)
     return chosen
@@ -113,13 +108,12 @@ def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
     Generators of other devices are not touched, which ``torch.manual_seed`` would seed too.
     """
     with _turn:
-        generators = _generators(device)
-        states = [generator.get_state() for generator in generators]
+        states = [(generator, generator.get_state()) for generator in _generators(device)]
         try:
             reseed(seed, device)
             yield
         finally:
-            for generator, state in zip(generators, states, strict=True):
+            for generator, state in states:
                 generator.set_state(state)
 
 
@@ -211,22 +205,12 @@ def transformer_memory(
     n_pairs = n * nodes.n_virtual + nodes.n_cells * rules.n_neighbors
     listed = n_pairs * (4 * (3 * config.n_kernels + 2 * heads) + 40)
     hidden = n * size * (4 * config.d_inner + config.d_model * (3 * config.n_layers + 8))
-    bias = n * n * heads * _bytes_of_bias(device, size)
+    # Per head and pair of nodes: a bias that is made in single precision and cast, elsewhere masked
+    # where there is padding; logits without and with it on MPS, and the copy that CUDA aligns.
+    made = 4 + (size if size < 4 else 0)
+    bias = n * n * heads * {"cpu": made, "mps": 16}.get(device.type, max(made, 3 * size))
     logits = 12 * n * n if device.type == "cpu" else 0
     return batch_size * (listed + hidden + bias) + logits
-
-
-def _bytes_of_bias(device: torch.device, size: int) -> int:
-    """Bytes per head and pair of nodes of all dense matrices that are there at a time."""
-    # The bias is made in single precision and cast.
-    made = 4 + (size if size < 4 else 0)
-    if device.type == "cpu":
-        return made
-    if device.type == "mps":
-        # Bias, bias with padding masked, logits without and with it.
-        return 16
-    # Bias, bias with padding masked, and the copy that attention aligns.
-    return max(made, 3 * size)
 
 
 def host_memory(

@@ -111,14 +111,8 @@ def encode_cells(
     with torch.inference_mode(), _evaluating(encoder):
         weights = encoder.lay_out(dtype)
         batches = list(_token_batches(lengths, budget))
-        shown = progress(
-            batches,
-            total=len(batches),
-            description="encode cells",
-            unit="batch",
-            show=show_progress_bar,
-        )
-        for cells in shown:
+        words = {"description": "encode cells", "unit": "batch"}
+        for cells in progress(batches, total=len(batches), **words, show=show_progress_bar):
             _halving(run, cells, "token_budget")
     _refuse_not_finite(result, device, dtype)
     return result
@@ -206,12 +200,10 @@ def _refuse_not_finite(
 ) -> None:
     """Stop rather than hand on NaN, which some devices give where the CPU does not."""
     if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
-        is_safest = device.type == "cpu" and dtype == torch.float32
-        remedy = "" if is_safest else "Try dtype='float32' or device='cpu'. If that does not help: "
         msg = (
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
-            f"{str(dtype).removeprefix('torch.')}. "
-            f"{remedy}The model's weights are damaged; take another model."
+            f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "
+            "does not help, the model's weights are damaged: take another model."
         )
         raise FloatingPointError(msg)
 
@@ -246,27 +238,24 @@ def _halving(
     run: Callable[[NDArray[np.int64]], None], items: NDArray[np.int64], option: str
 ) -> None:
     """Run over `items`, in halves of halves if the device runs out of memory."""
-    pending: list[NDArray[np.int64]] = [items]
-    while pending:
-        part = pending.pop()
-        try:
-            run(part)
-            continue
-        except RuntimeError as error:
-            # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
-            text = str(error)
-            lacks_memory = "out of memory" in text or "can't allocate memory" in text
-            if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
-                raise
-        if len(part) == 1:
-            msg = (
-                "The device ran out of memory on the smallest possible batch; lower "
-                f"{option}, or use device='cpu'."
-            )
-            raise MemoryError(msg)
-        logger.warning("Out of device memory with a batch of %d; halving it.", len(part))
-        # After the failed attempt has let go of its tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        middle = len(part) // 2
-        pending += [part[middle:], part[:middle]]
+    try:
+        run(items)
+        return
+    except RuntimeError as error:
+        # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
+        text = str(error)
+        lacks_memory = "out of memory" in text or "can't allocate memory" in text
+        if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
+            raise
+    if len(items) == 1:
+        msg = (
+            "The device ran out of memory on the smallest possible batch; lower "
+            f"{option}, or use device='cpu'."
+        )
+        raise MemoryError(msg)
+    logger.warning("Out of device memory with a batch of %d; halving it.", len(items))
+    # After the failed attempt has let go of its tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in np.array_split(items, 2):
+        _halving(run, half, option)

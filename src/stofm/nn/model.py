@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from stofm.nn.device import seeded
 from stofm.nn.reference import read_reference
 from stofm.nn.se2_transformer import SE2Transformer
 from stofm.spatial import SubSliceConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class UntrainedModelWarning(UserWarning):
@@ -90,14 +87,13 @@ class Stofm(nn.Module):
 
     def warn_if_untrained(self) -> None:
         """Say loudly that the weights are random, if they are."""
-        if self.config.trained:
-            return
-        warn(
-            f"The weights of {self.name!r} are random, not trained: its embeddings are a random "
-            "projection of the input and carry no learned biology. Use them to try the software "
-            "only.",
-            UntrainedModelWarning,
-        )
+        if not self.config.trained:
+            text = (
+                f"The weights of {self.name!r} are random, not trained: its embeddings are a random "
+                "projection of the input and carry no learned biology. Use them to try the software "
+                "only."
+            )
+            warn(text, UntrainedModelWarning)
 
     @classmethod
     def from_pretrained(
@@ -133,13 +129,8 @@ class Stofm(nn.Module):
             The checkpoint is damaged, comes from a newer version of stofm, or its parts do not
             belong together.
         """
-        folder = checkpoint.find_checkpoint(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        folder = checkpoint.find_checkpoint(name, revision=revision, **hub)
         config, made_with = checkpoint.read_config(folder)
         vocabulary = GeneVocabulary.from_tsv(folder / checkpoint.VOCABULARY)
         if vocabulary.fingerprint != made_with:
@@ -236,12 +227,10 @@ class Stofm(nn.Module):
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         config = replace(self.config, stofm_version=__version__)
         entries = config.to_dict() | {"vocabulary": self.vocabulary.fingerprint}
-        (folder / checkpoint.CONFIG).write_text(
-            json.dumps(entries, indent=2) + "\n", encoding="utf-8"
-        )
-        weights = {
-            name: value.to("cpu", dtype or value.dtype) for name, value in self.state_dict().items()
-        }
+        text = json.dumps(entries, indent=2) + "\n"
+        (folder / checkpoint.CONFIG).write_text(text, encoding="utf-8")
+        state = self.state_dict()
+        weights = {name: value.to("cpu", dtype or value.dtype) for name, value in state.items()}
         self.vocabulary.save(folder / checkpoint.VOCABULARY)
         checkpoint.write_tensors(folder / checkpoint.WEIGHTS, weights, _beside(config, folder))
         (folder / checkpoint.CARD).write_text(self._card(), encoding="utf-8")
@@ -307,7 +296,7 @@ def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:
     return {checkpoint.CONFIG: config.rules(), checkpoint.VOCABULARY: lines}
 
 
-def _hash(state: dict[str, Tensor] | dict[str, Any]) -> str:
+def _hash(state: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())

@@ -6,9 +6,12 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from stofm._config import require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 #: A column that varies by no more than this share of its largest value is constant but for rounding.
 ROUNDING = 1e-6
+_SIZES = ("d_input", "d_output", "widths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +50,8 @@ class HeadConfig:
         if len(self.widths) not in (0, 2):
             msg = f"widths must name two hidden layers or none, found {self.widths}."
             raise ValueError(msg)
-        smallest = min(self.widths, default=1)
-        sizes = {"d_input": self.d_input, "d_output": self.d_output, "widths": smallest}
-        for name, value in sizes.items():
-            if value < 1:
-                msg = f"{name} must be at least 1, found {value}."
-                raise ValueError(msg)
-        if not 0 <= self.dropout < 1:
-            msg = f"dropout must be from 0 to below 1, found {self.dropout}."
-            raise ValueError(msg)
+        require(self, "must be at least 1", lambda size: np.min(size, initial=1) >= 1, *_SIZES)
+        require(self, "must be from 0 to below 1", lambda rate: 0 <= rate < 1, "dropout")
 
 
 class PredictionHead(nn.Module):
@@ -126,7 +123,5 @@ class PredictionHead(nn.Module):
             Outputs to compute; None for all.
         """
         hidden = self.hidden((features - self.input_mean) / self.input_scale)
-        if columns is None:
-            outputs: Tensor = self.last(hidden)
-            return outputs
-        return F.linear(hidden, self.last.weight[columns], self.last.bias[columns])
+        chosen = slice(None) if columns is None else columns
+        return F.linear(hidden, self.last.weight[chosen], self.last.bias[chosen])

@@ -42,17 +42,14 @@ _BERT_SIZES = {
     "hidden_dropout_prob": "dropout",
     "layer_norm_eps": "layer_norm_eps",
 }
+#: The same of modules; those of a layer stand behind its number.
 _SE2_NAMES = {
     "embedding_layer": "input_projection",
     "token_type_embeddings": "node_type_embedding",
     "gaussian.proj.0": "distance_bias.hidden",
     "gaussian.proj.2": "distance_bias.output",
-}
-_LAYER_NAMES = {
     "self_attn.out_proj": "out",
     "self_attn_layer_norm": "attention_norm",
-    "fc1": "fc1",
-    "fc2": "fc2",
     "final_layer_norm": "norm",
 }
 _SE2_SCALARS = {
@@ -62,7 +59,7 @@ _SE2_SCALARS = {
     "gaussian.stds.weight": "distance_bias.widths",
 }
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+_NAME = re.compile(r"(?:encoder\.(layers\.\d+\.))?(.*)\.(\w+)")
 # Stored by the published code and never used: the norm after a pre-norm stack, pretraining
 # heads, and BERT's pooler.
 _UNUSED_SE2 = ("encoder.final_layer_norm.", "lm_head.", "pair_head.")
@@ -85,22 +82,19 @@ def rename_se2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     joined: dict[str, dict[str, Tensor]] = {}
     for name, value in _without(state, "model.", _UNUSED_SE2).items():
-        module, _, kind = name.rpartition(".")
-        layer, part = match.groups() if (match := _LAYER.fullmatch(module)) else ("", "")
+        layer, module, kind = (
+            match.groups("") if (match := _NAME.fullmatch(name)) else ("", "", name)
+        )
         if name in _SE2_SCALARS:
             flat = value.reshape(-1)
             is_scalar = name.startswith("gaussian.linear.") and len(flat) == 1
             renamed[_SE2_SCALARS[name]] = flat[0] if is_scalar else flat
-        elif part in _QKV:
-            joined.setdefault(f"layers.{layer}.qkv.{kind}", {})[part] = value
-        elif part in _LAYER_NAMES:
-            renamed[f"layers.{layer}.{_LAYER_NAMES[part]}.{kind}"] = value
+        elif module in _QKV:
+            joined.setdefault(f"{layer}qkv.{kind}", {})[module] = value
         else:
-            renamed[f"{_SE2_NAMES.get(module, module)}.{kind}"] = value
-    for name, parts in joined.items():
-        if len(parts) == len(_QKV):
-            renamed[name] = torch.cat([parts[part] for part in _QKV])
-    return renamed
+            renamed[f"{layer}{_SE2_NAMES.get(module, module)}.{kind}"] = value
+    whole = {name: parts for name, parts in joined.items() if len(parts) == len(_QKV)}
+    return renamed | {n: torch.cat([parts[part] for part in _QKV]) for n, parts in whole.items()}
 
 
 def _without(
@@ -157,18 +151,17 @@ def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
     ``se2transformer.pth``; ``.safetensors`` of the same names are read as well.
     """
     folder = local(folder)
-    if not folder.is_dir():
-        msg = f"{folder} is no folder; expected one with cell_encoder/, config.json and se2transformer.pth."
-        raise FileNotFoundError(msg)
-    transformer = se2_from_reference(
-        _read_json(folder / "config.json"), read_weights(folder, "se2transformer")
-    )
+    config = _read_json(folder / "config.json")
+    transformer = se2_from_reference(config, read_weights(folder, "se2transformer"))
     return cell_encoder_from_reference(folder / "cell_encoder"), transformer
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        msg = f"{path} is missing; it belongs to the layout of SToFM's published weights."
+        msg = (
+            f"{path} is missing. SToFM's published weights are a folder with cell_encoder/, "
+            "config.json and se2transformer.pth."
+        )
         raise FileNotFoundError(msg)
     return read_json(path, "get the file again")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stofm.nn.attention import GaussianDistanceBias, biased_attention, gather_logits, scatter_pairs
+from stofm.nn.attention import GaussianDistanceBias, biased_attention, scatter_pairs
 from stofm.spatial import NO_NEIGHBOR, NodeType
 
 if TYPE_CHECKING:
@@ -42,13 +42,11 @@ class PairState:
     is_real: Bool[Tensor, "batch nodes"]
 
     def at(
-        self,
-        batch: Int[Tensor, " pairs"],
-        rows: Int[Tensor, " pairs"],
-        columns: Int[Tensor, " pairs"],
-    ) -> Float[Tensor, "pairs heads"]:
-        """Pair representation at chosen pairs of real nodes."""
-        return gather_logits(self.queries, self.keys, self.bias, batch, rows, columns)
+        self, batch: Int[Tensor, " n"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n heads"]:
+        """Pair representation at chosen pairs of real nodes: the sub-slice, and two nodes of it."""
+        products = (self.queries[batch, :, rows] * self.keys[batch, :, columns]).sum(-1)
+        return products + self.bias[batch, :, rows, columns]
 
     def dense(self) -> Float[Tensor, "batch nodes nodes heads"]:
         """Whole pair representation; 0 at padded keys."""
@@ -192,8 +190,11 @@ class SE2Transformer(nn.Module):
         hidden = hidden + self.node_type_embedding(batch.node_type)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         bias = self.attention_bias(batch).to(hidden.dtype)
-        masked = _mask_padded_keys(bias, batch.is_real)
-        n_real = batch.pairs.n_real
+        masked = bias
+        if bias.device.type != "cpu" and not bool(batch.is_real.all()):
+            # Attention on the CPU leaves padding out by itself.
+            masked = bias.masked_fill(~batch.is_real[:, None, None, :], -torch.inf)
+        n_real, dropout = batch.pairs.n_real, self.config.dropout if self.training else 0.0
 
         all_hidden = [hidden]
         queries, keys = [], []
@@ -205,18 +206,11 @@ class SE2Transformer(nn.Module):
             if not self.config.pair_bias:
                 # Nothing is carried: each layer's logits are its own.
                 queries, keys = queries[-1:], keys[-1:]
-            attended = biased_attention(
-                torch.cat(queries, dim=-1),
-                torch.cat(keys, dim=-1),
-                value,
-                masked,
-                n_real,
-                dropout=self.config.dropout if self.training else 0.0,
-            )
+            joined = torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
+            attended = biased_attention(*joined, value, masked, n_real, dropout=dropout)
             hidden = layer.update(hidden, attended)
             all_hidden.append(hidden)
-        pairs = PairState(bias, torch.cat(queries, -1), torch.cat(keys, -1), batch.is_real)
-        return SE2Output(hidden, tuple(all_hidden), pairs)
+        return SE2Output(hidden, tuple(all_hidden), PairState(bias, *joined, batch.is_real))
 
     def embed(self, batch: SubSliceBatch) -> Float[Tensor, "batch nodes d_embedding"]:
         """Embed the nodes: what is passed on, in front of the last hidden states.
@@ -263,10 +257,3 @@ class SE2Transformer(nn.Module):
         constant = pairs.distances.new_tensor([NO_NEIGHBOR])
         values = self.distance_bias(torch.cat([constant, pairs.distances]))
         return scatter_pairs(values[1:], values[0], pairs)
-
-
-def _mask_padded_keys(bias: Tensor, is_real: Tensor) -> Tensor:
-    """Put -inf at padded keys; attention on the CPU leaves padding out by itself."""
-    if bias.device.type == "cpu" or bool(is_real.all()):
-        return bias
-    return bias.masked_fill(~is_real[:, None, None, :], -torch.inf)
