@@ -174,11 +174,6 @@ def test_space_does_not_change_the_features(blobs):
     np.testing.assert_array_equal(space.to_rows(space.point), np.argsort(space.order))
 
 
-def test_unknown_centering():
-    with pytest.raises(ValueError, match="centering must be 'slice' or 'none', found 'mean'"):
-        domain_space(np.eye(3), [np.arange(3)], centering="mean")
-
-
 def test_number_by_size():
     labels = np.array([7, 2, 2, 9, 9, 9, 4])
     # Among equals the smaller number comes first.

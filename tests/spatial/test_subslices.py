@@ -108,7 +108,7 @@ def test_degenerate_slices(config, kind, rng):
         ({"position_weight": 1.5}, "between 0 and 1, found 1.5"),
         ({"leiden_resolution": 0.0}, "must be positive"),
         ({"mixing": "sum", "n_components": 3}, "use mixing='concatenate'"),
-        ({"max_virtual_cells": 0}, "at least 1 or None"),
+        ({"max_virtual_cells": 0}, "max_virtual_cells must be at least 1"),
     ],
 )
 def test_bad_rules_are_refused(options, message):

@@ -12,17 +12,9 @@ import scipy.sparse as sp
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from stofm.spatial import (
-    cluster_cells,
-    leiden,
-    merge_clusters,
-    mix_expression_and_place,
-    nearest_neighbors,
-    principal_components,
-    umap_weights,
-    virtual_cells,
-)
-from stofm.spatial.virtual_cells import _igraph_numbers
+from stofm.spatial import mix_expression_and_place, principal_components, virtual_cells
+from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
+from stofm.spatial.virtual_cells import _igraph_numbers, cluster_cells, leiden, merge_clusters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SETTINGS = [

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 import stofm as st
 from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm.spatial.domains import domain_space, find_domains
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.neighbor_graph import nearest_neighbors, neighbor_means
 
 LEVEL1, LEVEL2 = (Obs.DOMAIN + Suffix.LEVEL.format(k) for k in (1, 2))
 COLORS = Obs.DOMAIN + Suffix.COLORS
@@ -105,7 +105,7 @@ def test_smoothing_in_the_plane(embedded):
     def share_alike(labels):
         shares = []
         for rows in embedded.obs.groupby("library", observed=True).indices.values():
-            nearest, _ = st.spatial.nearest_neighbors(embedded.obsm["spatial"][rows], 6)
+            nearest, _ = nearest_neighbors(embedded.obsm["spatial"][rows], 6)
             shares.append((labels[rows][nearest] == labels[rows][:, None]).mean())
         return np.mean(shares)
 
@@ -204,6 +204,25 @@ def test_origin_of_the_embedding(model, adata):
     assert record["vocabulary"] == model.vocabulary.fingerprint
 
 
+def test_cells_without_embeddings_are_embedded_first(model, adata):
+    before = adata.copy()
+    found = st.tl.domains(adata, n_domains=2, library_key="library", model=model, copy=True)
+    assert set(adata.obsm) == set(before.obsm)
+    st.tl.embed(adata, model, library_key="library", device="cpu", show_progress_bar=False)
+    assert np.array_equal(found.obsm[Obsm.X], adata.obsm[Obsm.X])
+    st.tl.domains(adata, n_domains=2, library_key="library")
+    assert found.obs[Obs.DOMAIN].equals(adata.obs[Obs.DOMAIN])
+    assert found.uns[Uns.STOFM][Obs.DOMAIN]["model"] == model.name
+    # What is there is used again, unless it is by another model.
+    kept = adata.obsm[Obsm.X]
+    st.tl.domains(adata, n_domains=2, library_key="library", model=model)
+    assert adata.obsm[Obsm.X] is kept
+    other = st.Stofm(model.config, model.vocabulary, seed=9)
+    st.tl.domains(adata, n_domains=2, library_key="library", model=other)
+    record = adata.uns[Uns.STOFM][Obs.DOMAIN]
+    assert record["model_fingerprint"] == other.fingerprint
+
+
 def test_no_coordinates_are_needed(embedded):
     del embedded.obsm["spatial"]
     st.tl.domains(embedded, n_domains=2)
@@ -281,9 +300,6 @@ def test_embedding_that_is_none(embedded):
         st.tl.domains(embedded, library_key="library")
     embedded.obsm[Obsm.X] = np.zeros((embedded.n_obs, 2), dtype="U1")
     with pytest.raises(ValueError, match=r"shape \(184, 2\) and the type <U1; expected numbers"):
-        st.tl.domains(embedded, library_key="library")
-    del embedded.obsm[Obsm.X]
-    with pytest.raises(KeyError, match=r"Run st\.tl\.embed\(adata\) first\."):
         st.tl.domains(embedded, library_key="library")
 
 

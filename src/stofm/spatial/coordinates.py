@@ -39,10 +39,7 @@ def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float
         return xy.reshape(0, 2).copy()
     low, high = xy.min(axis=0), xy.max(axis=0)
     diagonal = float(np.hypot(*(high - low)))
-    if diagonal == 0.0:
-        return np.zeros_like(xy)
-    scaled: NDArray[np.float64] = (xy - (high + low) / 2) / diagonal * MODEL_DIAGONAL
-    return scaled
+    return np.asarray((xy - (high + low) / 2) / (diagonal or 1.0) * MODEL_DIAGONAL)
 
 
 def spacing(coordinates: NDArray[np.floating]) -> float:
@@ -80,9 +77,7 @@ def canonical_order(
     x, y = coordinates[:, 0], coordinates[:, 1]
     order = np.lexsort((y, x))
     same = (np.diff(x[order]) == 0) & (np.diff(y[order]) == 0)
-    shares_place = np.zeros(len(order), dtype=bool)
-    shares_place[1:] |= same
-    shares_place[:-1] |= same
+    shares_place = np.append(same, False) | np.insert(same, 0, False)
     if shares_place.any():
         rows = np.sort(order[shares_place])
         keys = (*features[rows].T[::-1], y[rows], x[rows])
@@ -124,21 +119,13 @@ def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[N
         if n_parts == 1:
             finished.append(np.sort(rows))
             continue
-        left, right = _cut(coordinates, rows, share=(n_parts // 2) / n_parts)
-        pending.append((right, n_parts - n_parts // 2))
-        pending.append((left, n_parts // 2))
+        xy = coordinates[rows]
+        longer = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
+        in_order = rows[np.lexsort((rows, xy[:, 1 - longer], xy[:, longer]))]
+        n_left = round(len(rows) * ((n_parts // 2) / n_parts))
+        pending.append((in_order[n_left:], n_parts - n_parts // 2))
+        pending.append((in_order[:n_left], n_parts // 2))
     return finished
-
-
-def _cut(
-    coordinates: NDArray[np.float64], rows: NDArray[np.int64], share: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split `rows` across the longer side of their bounding box, `share` of them first."""
-    xy = coordinates[rows]
-    axis = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
-    in_order = rows[np.lexsort((rows, xy[:, 1 - axis], xy[:, axis]))]
-    n_left = round(len(rows) * share)
-    return in_order[:n_left], in_order[n_left:]
 
 
 def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
@@ -173,21 +160,16 @@ def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[
         side = float(np.sqrt(width * height / n_tiles))
     else:
         side = float(max(width, height)) / n_tiles or 1.0
-    n_columns = int(width / side) + 1
-    n_rows = int(height // side) + 1
-    tile = _tile(coordinates[:, 0], low[0], side, n_columns) * n_rows
-    tile += _tile(coordinates[:, 1], low[1], side, n_rows)
-
+    numbers = (int(width / side) + 1, int(height // side) + 1)
+    # Compared with the edges as the rule states them: dividing by `side` rounds differently.
+    column, row = (
+        np.searchsorted(start + np.arange(1, number) * side, values, side="right")
+        for start, number, values in zip(low, numbers, coordinates.T, strict=True)
+    )
+    tile = column * numbers[1] + row
     by_tile = np.argsort(tile, kind="stable")
     ends = np.flatnonzero(np.diff(tile[by_tile])) + 1
     parts: list[NDArray[np.int64]] = []
     for rows in np.split(by_tile, ends):
         parts.extend(np.array_split(rows, max(1, len(rows) // n_cells)))
     return parts
-
-
-def _tile(values: NDArray[np.float64], low: float, side: float, n_tiles: int) -> NDArray[np.int64]:
-    """Number of the half-open tile ``[low + i side, low + (i + 1) side)`` of each value."""
-    # Compared with the edges as the rule states them: dividing by `side` rounds differently.
-    edges = low + np.arange(1, n_tiles) * side
-    return np.searchsorted(edges, values, side="right")

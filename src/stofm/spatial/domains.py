@@ -6,7 +6,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -87,13 +87,6 @@ def find_levels(
     return [labels, *merge_domains(space, labels, coarser)]
 
 
-def require_centering(centering: str) -> None:
-    """Refuse another word."""
-    if centering not in ("slice", "none"):
-        msg = f"centering must be 'slice' or 'none', found {centering!r}."
-        raise ValueError(msg)
-
-
 def domain_space(
     features: NDArray[np.floating],
     slices: Sequence[NDArray[np.int64]],
@@ -107,7 +100,6 @@ def domain_space(
     same total variance. ``centering="slice"`` takes each slice's mean off first, and with it what
     sets slices apart.
     """
-    require_centering(centering)
     edges = np.cumsum([features.shape[1], *(one.shape[1] for one in beside)])
     if beside:
         features = np.concatenate([features, *beside], axis=1)
@@ -147,7 +139,6 @@ def directions(
 
     The means don't depend on the order of the cells.
     """
-    require_centering(centering)
     found = np.array(features, dtype=np.float32)
     ordered = [rows[canonical_order(found[rows][:, [0, -1]], found[rows])] for rows in slices]
     for rows in ordered if centering == "slice" else [np.concatenate(ordered)]:
@@ -204,20 +195,17 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
     fitted = scores[_sample(len(scores), _MAX_CLUSTERED, seed)]
     tried = fitted[_sample(len(fitted), max(_MAX_AT_START, n_domains), seed)]
     starts = np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
+    options: dict[str, Any] = {
+        "covariance_type": "tied",
+        "tol": _TOLERANCES[0],
+        "reg_covar": _REGULARIZATION,
+        "max_iter": _MAX_ROUNDS,
+        "warm_start": True,
+    }
     mixtures = [
-        GaussianMixture(
-            n_domains,
-            covariance_type="tied",
-            tol=_TOLERANCES[0],
-            reg_covar=_REGULARIZATION,
-            max_iter=_MAX_ROUNDS,
-            random_state=int(start),
-            warm_start=True,
-        )
+        GaussianMixture(n_domains, random_state=int(start), **options).fit(tried)
         for start in starts
     ]
-    for mixture in mixtures:
-        mixture.fit(tried)
     likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
     # It goes on from where it stands.
     labels = likeliest.set_params(tol=_TOLERANCES[1]).fit(fitted).predict(scores)
@@ -246,12 +234,15 @@ def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -
     if len(chosen) == n_points:
         return labels
     every = np.empty(n_points, dtype=np.int64)
-    for start in range(0, n_points, _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for rows in _chunks(n_points):
         nearest = search.kneighbors(scores[rows], return_distance=False)
         every[rows] = _most_frequent(labels[nearest], labels[nearest[:, 0]])
     every[chosen] = labels
     return every
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
 
 
 def _most_frequent(votes: NDArray[np.int64], preferred: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -283,8 +274,7 @@ def smooth_domains(
         ordered = rows[canonical_order(coordinates[rows], features[rows])]
         nearest, _ = nearest_neighbors(coordinates[ordered], n_neighbors + 1)
         own = labels[ordered]
-        for start in range(0, len(ordered), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for part in _chunks(len(ordered)):
             smoothed[ordered[part]] = _most_frequent(own[nearest[part]], own[part])
     return number_by_size(smoothed)
 
@@ -323,8 +313,7 @@ def _whitened_means(
     dimensions = space.scores.shape[1]
     sums = np.zeros((len(sizes), dimensions))
     squares = np.zeros((dimensions, dimensions))
-    for start in range(0, len(own), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for part in _chunks(len(own)):
         scores = space.scores[space.point[part]]
         columns = [np.bincount(own[part], column, len(sizes)) for column in scores.T]
         sums += np.stack(columns, axis=1)

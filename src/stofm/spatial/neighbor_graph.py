@@ -40,12 +40,7 @@ def nearest_neighbors(
     n_neighbors = min(n_neighbors, len(points))
     tree = cKDTree(points, balanced_tree=False)
     distances, indices = tree.query(points, k=np.arange(1, n_neighbors + 1), workers=-1)
-    _put_self_first(indices, distances)
-    return indices, distances
-
-
-def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> None:
-    """Bring each point to the front of its own list, where coincident points may stand."""
+    # Coincident points may stand at the front of a point's list, where it shall stand itself.
     rows = np.flatnonzero(indices[:, 0] != np.arange(len(indices)))
     is_own = indices[rows] == rows[:, None]
     # With more coincident points than neighbours the point may be missing: the last makes room.
@@ -54,6 +49,7 @@ def _put_self_first(indices: NDArray[np.int64], distances: NDArray[np.float64]) 
     distances[rows, column] = distances[rows, 0]
     indices[rows, 0] = rows
     distances[rows, 0] = 0.0
+    return indices, distances
 
 
 def neighbor_means(
@@ -105,7 +101,9 @@ def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> 
     McInnes, Healy and Melville, UMAP (arXiv 1802.03426), section 3.1.
     """
     n, n_neighbors = indices.shape
-    rho = _nearest_nonzero(distances)
+    # The first neighbour that is not at the same place; 0 if all are.
+    rho = np.where(distances > 0, distances, np.inf).min(axis=1)
+    rho[np.isinf(rho)] = 0.0
     excess = np.maximum(distances[:, 1:] - rho[:, None], 0.0)
     sigma = _bandwidths(excess, target=np.log2(n_neighbors))
     floor = np.where(rho > 0, distances.mean(axis=1), distances.mean()) * _MIN_BANDWIDTH
@@ -120,12 +118,6 @@ def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> 
     )
     reverse = directed.T.tocsr()
     return (directed + reverse - directed.multiply(reverse)).tocsr()
-
-
-def _nearest_nonzero(distances: NDArray[np.float64]) -> NDArray[np.float64]:
-    positive = distances > 0
-    first = distances[np.arange(len(distances)), positive.argmax(axis=1)]
-    return np.where(positive.any(axis=1), first, 0.0)
 
 
 def _bandwidths(excess: NDArray[np.float64], target: float) -> NDArray[np.float64]:

@@ -144,7 +144,14 @@ def split_cells(
         rule = "blocks"
         parts = _draw(rule, places, kinds, share, margin, rng)
     chosen = [k for k, part in enumerate(parts) if part.all()] if rule == "slices" else []
-    is_moved = _fit_lost(rule, places, kinds, parts, margin)
+    # Each class has cells to fit; but for random cells, those near them are left out.
+    lost = _lost(kinds, parts)
+    moved = [np.isin(own, lost) for own in kinds]
+    for xy, part, is_moved in zip(places, parts, moved, strict=True):
+        part[is_moved] = _FITTED
+        held_out = np.flatnonzero(part == _HELD_OUT)
+        if rule != "random" and len(held_out) and is_moved.any():
+            part[held_out[_is_near(xy, is_moved, held_out, margin)]] = _LEFT_OUT
     every, part = _joined(slices), _joined(parts)
     if rule == "slices" and not (part == _HELD_OUT).any():
         msg = (
@@ -159,7 +166,7 @@ def split_cells(
         left_out=np.sort(every[part == _LEFT_OUT]),
         slices=tuple(chosen),
         params={"share": share, "margin": margin if rule == "blocks" else None, "seed": int(seed)},
-        moved=np.sort(every[_joined(is_moved).astype(bool)]),
+        moved=np.sort(every[_joined(moved).astype(bool)]),
     )
 
 
@@ -222,27 +229,6 @@ def _lost(
     return np.setdiff1d(own, own[_joined(parts) == _FITTED])
 
 
-def _fit_lost(
-    how: str,
-    places: Sequence[NDArray[np.float64]],
-    kinds: Sequence[NDArray[np.int64]],
-    parts: Sequence[NDArray[np.int64]],
-    margin: float | None,
-) -> list[NDArray[np.bool_]]:
-    """Change parts so that each class has cells to fit; return which cells these are.
-
-    But for random cells, those held out that lie within the margin of them are left out.
-    """
-    lost = _lost(kinds, parts)
-    moved = [np.isin(own, lost) for own in kinds]
-    for xy, part, is_moved in zip(places, parts, moved, strict=True):
-        part[is_moved] = _FITTED
-        held_out = np.flatnonzero(part == _HELD_OUT)
-        if how != "random" and len(held_out) and is_moved.any():
-            part[held_out[_is_near(xy, is_moved, held_out, margin)]] = _LEFT_OUT
-    return moved
-
-
 def _choose_slices(
     kinds: Sequence[NDArray[np.int64]], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
@@ -268,7 +254,10 @@ def _block_parts(
     classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Part of each cell of a slice, whose places and classes are in canonical order."""
+    """Part of each cell of a slice, whose places and classes are in canonical order.
+
+    Of some draws the first is taken whose shares of classes differ least from those of all.
+    """
     part = np.full(len(xy), _FITTED)
     n_wanted = round(share * len(xy))
     if n_wanted == 0:
@@ -278,23 +267,18 @@ def _block_parts(
     # Blocks that follow one another lie side by side: one of each stretch is spread over the slice.
     stretches = np.array_split(np.arange(len(blocks)), n_chosen)
     draws = [[rng.choice(stretch) for stretch in stretches] for _ in range(_N_DRAWS)]
-    held_out = [np.concatenate([blocks[k] for k in draw]) for draw in draws]
-    part[_most_even(held_out, classes)] = _HELD_OUT
-    others = np.flatnonzero(part == _FITTED)
-    part[others[_is_near(xy, part == _HELD_OUT, others, margin)]] = _LEFT_OUT
-    return part
-
-
-def _most_even(draws: Sequence[NDArray[np.int64]], classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of some draws of rows, the first whose shares of classes differ least from those of all."""
     n_classes = int(classes.max()) + 1
     shares = np.bincount(classes, minlength=n_classes) / len(classes)
 
-    def difference(rows: NDArray[np.int64]) -> float:
+    def unlikeness(rows: NDArray[np.int64]) -> float:
         own = np.bincount(classes[rows], minlength=n_classes) / len(rows)
         return float(np.abs(own - shares).sum())
 
-    return min(draws, key=difference)
+    held_out = [np.concatenate([blocks[k] for k in draw]) for draw in draws]
+    part[min(held_out, key=unlikeness)] = _HELD_OUT
+    others = np.flatnonzero(part == _FITTED)
+    part[others[_is_near(xy, part == _HELD_OUT, others, margin)]] = _LEFT_OUT
+    return part
 
 
 def _is_near(
@@ -308,12 +292,9 @@ def _is_near(
         return np.zeros(0, dtype=bool)
     distance, _ = cKDTree(xy[are_sources]).query(xy[others])
     if margin is None:
+        # Between neighbours lies the median over the cells of the mean distance to six of them.
+        _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
+        spacing = float(np.median(distances[:, 1:].mean(axis=1)))
         nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
-        margin = min(_MARGIN * _spacing(xy), float(nearest))
+        margin = min(_MARGIN * spacing, float(nearest))
     return np.asarray(distance <= margin)
-
-
-def _spacing(xy: NDArray[np.float64]) -> float:
-    """Median over the cells of the mean distance to six neighbours."""
-    _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
-    return float(np.median(distances[:, 1:].mean(axis=1))) if len(xy) > 1 else 0.0

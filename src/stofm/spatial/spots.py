@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
+from stofm._config import require
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,23 +47,11 @@ class SpotRules:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        fewest, most = self.cells_per_spot
-        low, high = self.concentration
-        if self.n_spots < 1:
-            msg = f"n_spots must be at least 1, found {self.n_spots}."
-            raise ValueError(msg)
-        if not 1 <= fewest <= most:
-            msg = (
-                "cells_per_spot must be the fewest and the most cells of a spot, such as (1, 10), "
-                f"found {tuple(self.cells_per_spot)}."
-            )
-            raise ValueError(msg)
-        if not 0.0 < low <= high < np.inf:
-            msg = (
-                "concentration must be two positive numbers, the smaller first, found "
-                f"{tuple(self.concentration)}."
-            )
-            raise ValueError(msg)
+        require(self, "must be at least 1", lambda n: n >= 1, "n_spots")
+        rule = "must be the fewest and the most cells of a spot, such as (1, 10)"
+        require(self, rule, lambda pair: 1 <= pair[0] <= pair[1], "cells_per_spot")
+        rule = "must be two positive numbers, the smaller first"
+        require(self, rule, lambda pair: 0 < pair[0] <= pair[1] < np.inf, "concentration")
 
 
 @dataclass(frozen=True, eq=False)

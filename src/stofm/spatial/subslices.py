@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from stofm._config import check_choice, check_shares, require
 from stofm.spatial.coordinates import (
     canonical_order,
     normalize_coordinates,
@@ -78,32 +79,15 @@ class SubSliceConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        choices = {
-            "partition": Partition,
-            "mixing": Mixing,
-            "clustering": Clustering,
-            "neighbors_among": NeighborsAmong,
-            "unit": Unit,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                msg = (
-                    f"{name} must be one of {list(get_args(kind))}, found {getattr(self, name)!r}."
-                )
-                raise ValueError(msg)
-        for name in ("n_cells", "n_components", "n_neighbors"):
-            if getattr(self, name) < 1:
-                msg = f"{name} must be at least 1, found {getattr(self, name)}."
-                raise ValueError(msg)
-        if self.max_virtual_cells is not None and self.max_virtual_cells < 1:
-            msg = f"max_virtual_cells must be at least 1 or None, found {self.max_virtual_cells}."
-            raise ValueError(msg)
-        if not 0 <= self.position_weight <= 1:
-            msg = f"position_weight must lie between 0 and 1, found {self.position_weight}."
-            raise ValueError(msg)
-        if self.leiden_resolution <= 0:
-            msg = f"leiden_resolution must be positive, found {self.leiden_resolution}."
-            raise ValueError(msg)
+        check_choice(self, "partition", Partition)
+        check_choice(self, "mixing", Mixing)
+        check_choice(self, "clustering", Clustering)
+        check_choice(self, "neighbors_among", NeighborsAmong)
+        check_choice(self, "unit", Unit)
+        sizes = ("n_cells", "n_components", "n_neighbors", "max_virtual_cells")
+        require(self, "must be at least 1", lambda size: size >= 1, *sizes)
+        require(self, "must be positive", lambda value: value > 0, "leiden_resolution")
+        check_shares(self, "position_weight")
         if self.mixing == "sum" and self.n_components != 2:
             msg = (
                 f"mixing='sum' adds coordinates and components elementwise and needs "
@@ -208,13 +192,11 @@ def lay_out_slice(
     ----------
     SToFM (arXiv 2507.11588), section 3.2.
     """
-    xy = np.asarray(coordinates, dtype=np.float64)
-    features = np.asarray(features)
+    xy, features = np.asarray(coordinates, dtype=np.float64), np.asarray(features)
     if len(xy) != len(features):
         msg = f"{len(xy)} coordinates and {len(features)} rows of features; expected as many."
         raise ValueError(msg)
-    normalized = normalize_coordinates(xy)
-    by_place = canonical_order(xy, features)
+    normalized, by_place = normalize_coordinates(xy), canonical_order(xy, features)
     if config.partition == "reference":
         parts = partition_reference(normalized, config.n_cells)
     else:
@@ -223,30 +205,21 @@ def lay_out_slice(
     for number, rows in enumerate(parts):
         subslice[rows] = number
     order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
-    labels = np.empty(len(normalized), dtype=np.int64)
-    labels[order] = _cluster(normalized[order], features[order], config, seed)
-    return SliceLayout(normalized, subslice, labels, virtual_cells(labels, normalized, features))
-
-
-def _cluster(
-    coordinates: NDArray[np.float64],
-    features: NDArray[np.floating],
-    config: SubSliceConfig,
-    seed: int,
-) -> NDArray[np.int64]:
     points = mix_expression_and_place(
-        principal_components(features, config.n_components),
-        coordinates,
+        principal_components(features[order], config.n_components),
+        normalized[order],
         position_weight=config.position_weight,
         mixing=config.mixing,
     )
-    return cluster_cells(
+    labels = np.empty(len(normalized), dtype=np.int64)
+    labels[order] = cluster_cells(
         points,
         resolution=config.leiden_resolution,
         max_clusters=config.max_virtual_cells,
         seed=seed,
         clustering=config.clustering,
     )
+    return SliceLayout(normalized, subslice, labels, virtual_cells(labels, normalized, features))
 
 
 def build_subslice(

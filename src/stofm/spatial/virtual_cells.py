@@ -67,16 +67,16 @@ def principal_components(
     """
     n, d = features.shape
     mean = features.mean(axis=0, dtype=np.float64)
+    chunks = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
     covariance = np.zeros((d, d))
-    for start in range(0, n, _CHUNK):
-        centered = features[start : start + _CHUNK] - mean
+    for rows in chunks:
+        centered = features[rows] - mean
         covariance += centered.T @ centered
     loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
-    largest = np.abs(loadings).argmax(axis=0)
-    loadings = loadings * np.where(loadings[largest, np.arange(loadings.shape[1])] < 0, -1.0, 1.0)
+    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
+    loadings = loadings * np.where(largest < 0, -1.0, 1.0)
     scores = np.zeros((n, n_components))
-    for start in range(0, n, _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for rows in chunks:
         scores[rows, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
 
@@ -113,17 +113,11 @@ def mix_expression_and_place(
     -------
     (n, 2) for ``"sum"``, (n, 2 + k) for ``"concatenate"``.
     """
-    place = position_weight * _by_largest_norm(coordinates)
-    expression = (1.0 - position_weight) * _by_largest_norm(scores)
-    if mixing == "sum":
-        return place + expression
-    return np.hstack([place, expression])
-
-
-def _by_largest_norm(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
-    values = np.asarray(matrix, dtype=np.float64)
-    largest = float(np.linalg.norm(values, axis=1).max(initial=0.0))
-    return values / largest if largest > 0 else values
+    parts = []
+    for matrix, weight in ((coordinates, position_weight), (scores, 1.0 - position_weight)):
+        largest = float(np.linalg.norm(matrix, axis=1).max(initial=0.0))
+        parts.append(weight * (np.asarray(matrix, dtype=np.float64) / (largest or 1.0)))
+    return np.asarray(sum(parts) if mixing == "sum" else np.hstack(parts))
 
 
 def cluster_cells(
@@ -148,7 +142,7 @@ def cluster_cells(
     max_clusters
         Upper limit on the number of clusters; None for no limit.
     seed, clustering
-        See :func:`~stofm.spatial.leiden`.
+        See :func:`leiden`.
 
     Returns
     -------
@@ -169,9 +163,7 @@ def cluster_cells(
 def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number labels anew, from 0 without gaps and by falling size."""
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.empty(len(sizes), dtype=np.int64)
-    rank[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes))
-    return rank[codes]
+    return np.argsort(np.argsort(-sizes, kind="stable"))[codes]
 
 
 def virtual_cells(
@@ -218,19 +210,12 @@ class _ScanpyNumbers:
     """The random numbers that scanpy hands to igraph, from numpy's legacy generator."""
 
     def __init__(self, seed: int) -> None:
-        state = np.random.RandomState(seed)
         # Bound once: igraph asks hundreds of thousands of times.
-        self._draw = state.tomaxint
-        self._below = state.randint
-        self.random = state.random_sample
-        self.gauss = state.normal
-
-    def getrandbits(self, n_bits: int) -> int:
-        bits: int = self._draw() & ((1 << n_bits) - 1)
-        return bits
-
-    def randint(self, low: int, high: int) -> int:
-        return int(self._below(low, high + 1))
+        state = np.random.RandomState(seed)
+        draw, below = state.tomaxint, state.randint
+        self.random, self.gauss = state.random_sample, state.normal
+        self.getrandbits = lambda n_bits: draw() & ((1 << n_bits) - 1)
+        self.randint = lambda low, high: int(below(low, high + 1))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -19,24 +19,31 @@ from stofm._edge.records import (
 from stofm._edge.slices import read_slices
 from stofm._edge.staleness import stale_reason
 from stofm._edge.tables import read_representation, resolve_table
-from stofm._keys import Obs, Obsm, Uns
+from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm._logging import logger
-from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
+from stofm.heads.embeddings import (
+    MADE_BY_EMBED,
+    origin_by,
+    origin_of,
+    places_entry,
+    same_origin,
+    slices_column,
+)
 from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
-from stofm.spatial.domains import (
-    Centering,
-    directions,
-    find_levels,
-)
+from stofm.nn.model import load_model
+from stofm.spatial.domains import Centering, directions, find_levels
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._domain_columns import level_columns, write_levels
+from stofm.tl._embed import embed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm.nn import Stofm
 
 _RESOLUTION = 1.0
 #: How many times as many neighbours the second mean is over.
@@ -55,6 +62,7 @@ def domains(
     smooth: int = 0,
     centering: Centering = "slice",
     use_rep: str = Obsm.X,
+    model: Stofm | str | Path | None = None,
     spatial_key: str = Obsm.SPATIAL,
     seed: int = 0,
     key_added: str = Obs.DOMAIN,
@@ -67,13 +75,13 @@ def domains(
     near and farther cells (20 of the embedding alone): a given number of them with a Gaussian mixture
     whose components share one covariance, or as many as Leiden finds on the neighbour graph. On
     most slices with annotated layers the mixture agrees better with these than k-means does. The
-    order of the cells does not matter.
+    order of the cells does not matter. Cells without embeddings are embedded first.
 
     Parameters
     ----------
     adata
-        Annotated data with an embedding (:func:`stofm.tl.embed`), or a SpatialData with such a
-        table.
+        Annotated data with an embedding, or with counts and coordinates to embed, or a SpatialData
+        with such a table.
     n_domains
         Number of domains; with ``shared=False`` of each slice.
     resolution
@@ -102,6 +110,10 @@ def domains(
         far a cell is from the mean follows its number of counts.
     use_rep
         Entry of ``adata.obsm`` with the embedding, (n_obs, d).
+    model
+        Model to embed with, by :func:`stofm.tl.embed`: a :class:`stofm.Stofm`, a checkpoint folder
+        or a hub id. Cells that are embedded with another one are embedded again. None: whichever
+        made what is there, or ``"stofm-mini"``.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; by default what was
         embedded with. Needed to smooth and for `n_neighbors`.
@@ -159,23 +171,34 @@ def domains(
     (4, 2)
     """
     table = resolve_table(adata, table_key, copy=copy)
-    _check_numbers(n_domains, resolution, coarser, smooth)
+    _check_options(n_domains, resolution, coarser, smooth, centering)
     check_if_given("n_neighbors", n_neighbors, least=0)
     check_seed(seed)
     library_key = slices_column(table, library_key)
     spatial_key = places_entry(table, spatial_key)
-    columns = level_columns(key_added, 1 + len(coarser))
+    columns = _level_columns(key_added, 1 + len(coarser))
+    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.ANNOTATION, Uns.SUBSLICE)
+    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
     for column in columns:
-        _refuse_reserved(column, use_rep, spatial_key, library_key)
+        # What is read, or means something else.
+        refuse_taken(column, Obs.DOMAIN, *own, *entries, use_rep, spatial_key, library_key)
     refuse_foreign(table, key_added, obs=columns[1:])
-    features = read_representation(table, use_rep)
-    _require_fresh(table, use_rep)
     slices = read_slices(table, library_key, spatial_key)
     if not shared and slices.column is None:
         msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
         raise ValueError(msg)
+    table = table.copy() if copy else table
+    if use_rep in MADE_BY_EMBED and (model is not None or use_rep not in table.obsm):
+        model = load_model(model)
+        if not same_origin(origin_of(table, use_rep), origin_by(model)[use_rep]):
+            embed(table, model, library_key=library_key, spatial_key=spatial_key)
+    features = read_representation(table, use_rep)
+    if reason := stale_reason(table, use_rep):
+        msg = f"{reason} Embed the cells again: st.tl.embed(adata)."
+        raise ValueError(msg)
     if n_neighbors is None:
-        n_neighbors = _neighborhood_size(table, use_rep, spatial_key)
+        is_read = use_rep in MADE_BY_EMBED and spatial_key in table.obsm
+        n_neighbors = N_NEIGHBORS if is_read else 0
     coordinates = read_coordinates(table, spatial_key) if smooth or n_neighbors else None
     features = directions(features, slices.rows, centering=centering)
     beside = []
@@ -195,12 +218,11 @@ def domains(
         named = zip(slices.names, slices.rows, strict=True)
         groups = {f"{name}:": (rows, [np.arange(len(rows))]) for name, rows in named}
     found = {}
-    for prefix, (rows, own) in groups.items():
+    for prefix, (rows, parts) in groups.items():
         places = coordinates[rows] if smooth and coordinates is not None else None
         around = [one[rows] for one in beside]
-        levels = find_levels(features[rows], own, beside=around, coordinates=places, **options)
+        levels = find_levels(features[rows], parts, beside=around, coordinates=places, **options)
         found[prefix] = (rows, levels)
-    target = table.copy() if copy else table
     params = {
         **options,
         "resolution": None if n_domains is not None else options["resolution"],
@@ -211,27 +233,31 @@ def domains(
         "use_rep": use_rep,
         "spatial_key": spatial_key,
     }
-    with all_or_nothing(target):
-        names = write_levels(target, key_added, found)
-        write_record(target, key_added, params, **_origin(table, use_rep))
-    logger.info(
-        "%d domains in %d slice%s%s.",
-        len(names[0]),
-        len(slices.names),
-        "" if len(slices.names) == 1 else "s",
-        "".join(f", {len(level)} at level {k}" for k, level in enumerate(names[1:], start=1)),
-    )
-    return target if copy else None
+    with all_or_nothing(table):
+        counts = _write_levels(table, key_added, found)
+        write_record(table, key_added, params, **origin_of(table, use_rep))
+    coarse = "".join(f", {n} at level {k}" for k, n in enumerate(counts[1:], start=1))
+    n_slices = len(slices.names)
+    plural = "" if n_slices == 1 else "s"
+    logger.info("%d domains in %d slice%s%s.", counts[0], n_slices, plural, coarse)
+    return table if copy else None
 
 
-def _check_numbers(
-    n_domains: int | None, resolution: float | None, coarser: Sequence[int], smooth: int
+def _check_options(
+    n_domains: int | None,
+    resolution: float | None,
+    coarser: Sequence[int],
+    smooth: int,
+    centering: str,
 ) -> None:
     if n_domains is not None and resolution is not None:
         msg = f"Pass n_domains={n_domains} or resolution={resolution}, not both."
         raise ValueError(msg)
     check_if_given("n_domains", n_domains, least=1)
     check_whole_number("smooth", smooth, least=0)
+    if centering not in get_args(Centering):
+        msg = f"centering must be 'slice' or 'none', found {centering!r}."
+        raise ValueError(msg)
     if np.ndim(coarser) != 1:
         msg = f"coarser must be a list of numbers of domains, such as [4, 2]; found {coarser!r}."
         raise TypeError(msg)
@@ -247,27 +273,50 @@ def _check_numbers(
         raise ValueError(msg)
 
 
-def _require_fresh(adata: AnnData, use_rep: str) -> None:
-    """Refuse an embedding that is not of the counts and coordinates that are there now."""
-    if reason := stale_reason(adata, use_rep):
-        msg = f"{reason} Embed the cells again: st.tl.embed(adata)."
-        raise ValueError(msg)
+def _level_columns(key: str, n_levels: int) -> list[str]:
+    """Columns of ``obs`` that levels are written to, the finest first."""
+    return [key, *(key + Suffix.LEVEL.format(level) for level in range(1, n_levels))]
 
 
-def _refuse_reserved(key_added: str, *read: str | None) -> None:
-    """Refuse a column or record that is read or means something else."""
-    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.ANNOTATION, Uns.SUBSLICE)
-    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
-    refuse_taken(key_added, Obs.DOMAIN, *own, *entries, *read)
+def _write_levels(
+    adata: AnnData, key: str, found: Mapping[str, tuple[Any, list[NDArray[np.int64]]]]
+) -> list[int]:
+    """Write each level's column and colours, and drop those of an earlier run.
+
+    `found` are rows and their labels at each level, the finest first, by what the names of their
+    domains begin with. Returns the number of each level's domains.
+    """
+    import pandas as pd
+
+    n_before = len((read_record(adata, key) or {}).get("params", {}).get("coarser", ()))
+    n_levels = len(next(iter(found.values()))[1])
+    for column in _level_columns(key, n_before + 1)[n_levels:]:
+        adata.obs.drop(columns=column, errors="ignore", inplace=True)
+        adata.uns.pop(column + Suffix.COLORS, None)
+    counts: list[int] = []
+    finest = np.empty(0)
+    for level, column in enumerate(_level_columns(key, n_levels)):
+        names: list[str] = []
+        codes = np.empty(adata.n_obs, dtype=np.int64)
+        for prefix, (rows, labels) in found.items():
+            codes[rows] = labels[level] + len(names)
+            names += [f"{prefix}{k}" for k in range(int(labels[level].max()) + 1)]
+        adata.obs[column] = pd.Categorical.from_codes(codes, categories=names)
+        finest = codes if level == 0 else finest
+        # A domain has the colour of its largest part at the finest level.
+        colors = _colors(int(finest.max()) + 1)
+        largest = pd.crosstab(codes, finest).to_numpy().argmax(axis=1)
+        # Those of an earlier run would be taken for these domains'.
+        adata.uns.pop(column + Suffix.COLORS, None)
+        if colors:
+            adata.uns[column + Suffix.COLORS] = [str(colors[k]) for k in largest]
+        counts.append(len(names))
+    return counts
 
 
-def _neighborhood_size(adata: AnnData, use_rep: str, spatial_key: str) -> int:
-    """Over how many neighbours means are where nothing else is asked for."""
-    return N_NEIGHBORS if use_rep in MADE_BY_EMBED and spatial_key in adata.obsm else 0
+def _colors(n_domains: int) -> list[str]:
+    """Scanpy's colours for so many; none for more than it has."""
+    from scanpy.plotting.palettes import default_20, default_28, default_102
 
-
-def _origin(adata: AnnData, use_rep: str) -> dict[str, str]:
-    """Fingerprints of the model that made the embedding, as far as they are recorded."""
-    record = read_record(adata, use_rep) or {}
-    names = ("model", "model_fingerprint", "cell_encoder", "vocabulary")
-    return {name: str(record[name]) for name in names if name in record}
+    palettes = (default_20, default_28, default_102)
+    return next((palette for palette in palettes if n_domains <= len(palette)), [])
