@@ -183,7 +183,7 @@ def test_an_unknown_entry_of_a_recipe_is_named(recipe, capsys):
         (["train", "no.toml", "--data", ".", "--out", "run"], "There is no recipe no.toml"),
         (["embed", "nowhere.h5ad", "out.h5ad"], "There is no file nowhere.h5ad"),
         (["embed", "tiny.h5ad", "out.csv"], "must end in .h5ad or .zarr, found 'out.csv'"),
-        (["convert", "nowhere", "out"], "nowhere is no folder"),
+        (["convert", "nowhere", "out"], "nowhere/config.json is missing"),
     ],
 )
 def test_messages(words, message, tmp_path, monkeypatch, capsys, vocabulary):
@@ -331,7 +331,7 @@ def test_quiet_means_quiet(files):
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, or left out, found 0"),
         (["--table-key", "t"], "--table-key names a table of a SpatialData, and"),
-        (["--revision", "x"], "--revision is for models on the hub, and"),
+        (["--revision", "x"], "--revision is for models on the hub; "),
         (["--seed", "99999999999999999999"], "seed must be a whole number from 0 to"),
         (["--key-added", "a/b"], "can't be written to a file"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import linecache
 import logging
 import os
 import sys
@@ -27,6 +26,8 @@ _PASSED_ON = (
     "seed", "key_added", "table_key",
 )  # fmt: skip
 _INTERRUPTED = 130
+#: What a message to the user comes as; others are faults of the software.
+_MEANT = (ValueError, KeyError, TypeError, OSError, ImportError, MemoryError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def _message(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, KeyError) and error.args:
         text = str(error.args[0])  # str(KeyError) is the repr of its message
-    if not isinstance(error, OSError | ImportError | MemoryError) and not _is_meant(error):
+    if not isinstance(error, _MEANT):
         text = f"unexpected {type(error).__name__}: {text} (--traceback shows where it comes from)"
     return ": ".join([*getattr(error, "__notes__", ()), text or type(error).__name__])
 
@@ -77,101 +78,71 @@ def _about(file: Path) -> Iterator[None]:
         raise
 
 
-def _is_meant(error: Exception) -> bool:
-    """Whether a line of stofm raises it, as a message to the user."""
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    if where is None:
-        return True
-    file = where.tb_frame.f_code.co_filename
-    is_ours = Path(__file__).parent in Path(file).parents
-    return is_ours and linecache.getline(file, where.tb_lineno).lstrip().startswith("raise")
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"stofm: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared, slices, device = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     shared.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    shared.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error came from"
-    )
+    shared.add_argument("--traceback", action="store_true", help="show where an error came from")
+    shared.add_argument("--overwrite", action="store_true", help="replace what is there")
+    slices.add_argument("--library-key", help="obs column that names the slices")
+    slices.add_argument("--table-key", help="table of a SpatialData [the only one]")
+    slices.add_argument("--seed", type=int, default=0)
+    device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
     parser = argparse.ArgumentParser(
         prog="stofm", description="Foundation-model embeddings of spatial transcriptomics slices."
     )
     parser.add_argument("--version", action="version", version=f"stofm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
-    embed = commands.add_parser("embed", parents=[shared], help="embed the cells of a file")
-    embed.add_argument("input", type=local, help=".h5ad, or .zarr of an AnnData or SpatialData")
-    embed.add_argument(
-        "output", type=local, help=".h5ad or .zarr to write; of a SpatialData, .h5ad gets the table"
-    )
-    embed.add_argument("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
-    embed.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    embed.add_argument("--table-key", help="table of a SpatialData [the only one]")
-    embed.add_argument("--layer", help="layer with raw counts [X]")
-    embed.add_argument("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
-    embed.add_argument("--library-key", help="obs column that names the slices")
-    embed.add_argument("--species", default="auto", choices=["auto", "human", "mouse"])
-    embed.add_argument("--gene-key", help="var column with gene ids [found automatically]")
-    embed.add_argument("--orthologs", help="table of mouse and human Ensembl ids")
-    embed.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
-    embed.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    embed.add_argument("--batch-size", type=int, help="sub-slices at a time")
-    embed.add_argument("--seed", type=int, default=0)
-    embed.add_argument("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
-    embed.add_argument("--overwrite", action="store_true", help="replace the output")
+    parents = [shared, slices, device]
+    embed = commands.add_parser("embed", parents=parents, help="embed the cells of a file")
+    add = embed.add_argument
+    add("input", type=local, help=".h5ad, or .zarr of an AnnData or SpatialData")
+    add("output", type=local, help=".h5ad or .zarr; of a SpatialData, .h5ad gets the table")
+    add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
+    add("--revision", help="branch, tag or commit of a model on the hub")
+    add("--layer", help="layer with raw counts [X]")
+    add("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
+    add("--species", default="auto", choices=["auto", "human", "mouse"])
+    add("--gene-key", help="var column with gene ids [found automatically]")
+    add("--orthologs", help="table of mouse and human Ensembl ids")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    add("--batch-size", type=int, help="sub-slices at a time")
+    add("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
     embed.set_defaults(run=_embed)
 
     train = commands.add_parser(
         "train",
-        parents=[shared],
+        parents=[shared, device],
         help="pretrain a model on a folder of slices",
         description="Pretrain a model on a folder of slices, as a recipe says. To use several "
         "devices: torchrun --nproc-per-node 4 -m stofm train ..., or srun in a SLURM job.",
     )
-    train.add_argument("recipe", type=local, help=".toml with data, model and stages")
-    train.add_argument("--data", type=local, required=True, help="folder of .h5ad and .zarr")
-    train.add_argument(
-        "--out", dest="out_dir", metavar="OUT", type=local, required=True, help="folder of the run"
-    )
-    train.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
-    train.add_argument(
-        "--work",
-        dest="work_dir",
-        metavar="WORK",
-        type=local,
-        help="folder of prepared slices [OUT/work]",
-    )
-    train.add_argument("--resume", action="store_true", help="go on with the run in OUT, if any")
-    train.add_argument("--overwrite", action="store_true", help="throw away the run in OUT")
+    add = train.add_argument
+    add("recipe", type=local, help=".toml with data, model and stages")
+    add("--data", type=local, required=True, help="folder of .h5ad and .zarr")
+    add("--out", dest="out_dir", metavar="OUT", type=local, required=True, help="folder of the run")
+    work = "folder of prepared slices [OUT/work]"
+    add("--work", dest="work_dir", metavar="WORK", type=local, help=work)
+    add("--resume", action="store_true", help="go on with the run in OUT, if any")
     train.set_defaults(run=_train)
 
-    convert = commands.add_parser(
-        "convert", parents=[shared], help="turn SToFM's published weights into a checkpoint"
-    )
-    convert.add_argument("reference", type=local, help="folder in the published layout")
-    convert.add_argument("output", type=local, help="checkpoint folder to write")
-    convert.add_argument(
-        "--vocabulary", type=local, help="table of genes [Geneformer 30M's, from the hub]"
-    )
-    convert.add_argument("--name", default="stofm-reference", help="the model's name")
-    convert.add_argument("--overwrite", action="store_true", help="replace the output")
+    text = "turn SToFM's published weights into a checkpoint"
+    convert = commands.add_parser("convert", parents=[shared], help=text)
+    add = convert.add_argument
+    add("reference", type=local, help="folder in the published layout")
+    add("output", type=local, help="checkpoint folder to write")
+    add("--vocabulary", type=local, help="table of genes [Geneformer 30M's, from the hub]")
+    add("--name", default="stofm-reference", help="the model's name")
     convert.set_defaults(run=_convert)
 
-    demo = commands.add_parser(
-        "demo", parents=[shared], help="embed and cluster a slice and draw figures"
-    )
+    text = "embed and cluster a slice and draw figures"
+    demo = commands.add_parser("demo", parents=[shared, slices], help=text)
     demo.add_argument("--out", type=local, default=Path("demo"), help="folder [%(default)s]")
     demo.add_argument("--data", type=local, help=".h5ad or .zarr in place of a simulated slice")
-    demo.add_argument("--library-key", help="obs column that names the slices")
-    demo.add_argument("--table-key", help="table of a SpatialData [the only one]")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--overwrite", action="store_true", help="replace figures and data in OUT")
     demo.set_defaults(run=_demo)
     for command in (embed, train, convert, demo):
         # Messages speak of arguments; here these are flags.
@@ -222,15 +193,12 @@ def _train(options: argparse.Namespace) -> None:
     if not options.recipe.is_file():
         msg = f"There is no recipe {options.recipe}."
         raise FileNotFoundError(msg)
+    names = ("out_dir", "device", "work_dir", "resume", "overwrite")
     result = train_recipe(
         options.data,
         Recipe.from_toml(options.recipe),
-        out_dir=options.out_dir,
-        device=options.device,
-        work_dir=options.work_dir,
-        resume=options.resume,
-        overwrite=options.overwrite,
         show_progress_bar=not options.quiet,
+        **{name: getattr(options, name) for name in names},
     )
     logger.info("%s is trained: %s.", result.model.name, options.out_dir / "model")
 
@@ -255,14 +223,8 @@ def _demo(options: argparse.Namespace) -> None:
     if options.data is not None:
         has_tables = is_spatialdata(options.data)
         _refuse_table_key(options.data, options.table_key, has_tables=has_tables)
-    run_demo(
-        options.out,
-        data=options.data,
-        library_key=options.library_key,
-        table_key=options.table_key,
-        seed=options.seed,
-        overwrite=options.overwrite,
-    )
+    names = ("data", "library_key", "table_key", "seed", "overwrite")
+    run_demo(options.out, **{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from stofm._keys import Obsm
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-_N_CELLS = 4000
-_N_GENES = 300
+_SIZE = (4000, 300)
 _LABELS = ("region", "layer", "cell_type")
 _CLUSTERS = "leiden"
 _EMBEDDED = "embedded.h5ad"
@@ -36,9 +36,12 @@ def run_demo(
     import matplotlib as mpl
 
     mpl.use("Agg")
+    import scanpy as sc
+
     from stofm import pl, tl
     from stofm._edge.slice_files import read_data, refuse_output, write_data
     from stofm._edge.tables import resolve_table
+    from stofm.metrics import ari
 
     refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
     figures = [out / name for name in _FIGURES]
@@ -48,31 +51,11 @@ def run_demo(
     if data is None:
         from stofm.datasets import simulate_slice
 
-        adata = simulate_slice(_N_CELLS, _N_GENES, seed=seed)
+        adata = simulate_slice(*_SIZE, seed=seed)
         logger.info("Simulated a slice of %d cells and %d genes.", *adata.shape)
     else:
         adata = resolve_table(read_data(data), table_key)
     tl.embed(adata, library_key=library_key, seed=seed, show_progress_bar=False)
-    _cluster(adata, seed)
-
-    out.mkdir(parents=True, exist_ok=True)
-    color = [_CLUSTERS, *(key for key in _LABELS if key in adata.obs)]
-    pl.umap(adata, color=color, show=False, save=figures[0])
-    pl.spatial(adata, color=color, show=False, save=figures[1])
-    pl.subslices(adata, show=False, save=figures[2])
-    pl.virtual_cells(adata, show=False, save=figures[3])
-    write_data(adata, out / _EMBEDDED)
-    _compare_with_labels(adata)
-    logger.info("Wrote %s and %s to %s/.", ", ".join(_FIGURES), _EMBEDDED, out)
-    return adata
-
-
-def _cluster(adata: AnnData, seed: int) -> None:
-    """Cluster the embedding and compute its UMAP, as in scanpy's tutorials."""
-    import warnings
-
-    import scanpy as sc
-
     with warnings.catch_warnings():
         # scanpy and its libraries announce changes of their own that don't concern this run.
         warnings.simplefilter("ignore")
@@ -80,11 +63,16 @@ def _cluster(adata: AnnData, seed: int) -> None:
         sc.tl.umap(adata, random_state=seed)
         sc.tl.leiden(adata, flavor="igraph", n_iterations=2, key_added=_CLUSTERS, random_state=seed)
 
-
-def _compare_with_labels(adata: AnnData) -> None:
-    from stofm.metrics import ari
-
-    for key in _LABELS:
-        if key in adata.obs:
-            score = ari(adata.obs[key], adata.obs[_CLUSTERS])
-            logger.info("Clusters against obs[%r]: adjusted Rand index %.2f.", key, score)
+    out.mkdir(parents=True, exist_ok=True)
+    labels = [key for key in _LABELS if key in adata.obs]
+    color = [_CLUSTERS, *labels]
+    pl.umap(adata, color=color, show=False, save=figures[0])
+    pl.spatial(adata, color=color, show=False, save=figures[1])
+    pl.subslices(adata, show=False, save=figures[2])
+    pl.virtual_cells(adata, show=False, save=figures[3])
+    write_data(adata, out / _EMBEDDED)
+    for key in labels:
+        score = ari(adata.obs[key], adata.obs[_CLUSTERS])
+        logger.info("Clusters against obs[%r]: adjusted Rand index %.2f.", key, score)
+    logger.info("Wrote %s and %s to %s/.", ", ".join(_FIGURES), _EMBEDDED, out)
+    return adata

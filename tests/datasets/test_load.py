@@ -83,7 +83,7 @@ def test_listed_section(
     row = f"cortex_a\t{url}\t{digest}\tCC0-1.0\tNobody et al. 2026\n"
     monkeypatch.setattr(_load, "_sections_file", lambda: HEADER + row)
     assert st.datasets.load("cortex_a", cache_dir=tmp_path).shape == (13, 7)
-    with pytest.raises(KeyError, match=r"There are \['cortex_a'\]. Did you mean \['cortex_a'\]"):
+    with pytest.raises(KeyError, match=r"There are \['cortex_a'\]\."):
         st.datasets.load("cortex_b")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -55,8 +54,16 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     """
     is_address = "://" in name
     if not is_address and not local(name).is_file():
-        section = _find(name)
-        return read_data(_download(section["url"], section["sha256"], cache_dir))
+        known = _sections()
+        if name not in known:
+            listed = f"There are {sorted(known)}" if known else "The list is still empty"
+            msg = (
+                f"There is no section and no file {name!r}. {listed}. Any other .h5ad file can be "
+                "read by its address or path with its checksum: "
+                "load('https://.../slice.h5ad', sha256='...')."
+            )
+            raise KeyError(msg)
+        name, sha256, is_address = known[name]["url"], known[name]["sha256"], True
     if sha256 is None:
         msg = (
             f"{name} is not in the list of sections, so its checksum is needed: pass sha256= (64 "
@@ -68,9 +75,12 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         msg = f"sha256 must be 64 hexadecimal digits, found {sha256!r}."
         raise ValueError(msg)
     if is_address:
-        return read_data(_download(name, digest, cache_dir))
-    found = pooch.file_hash(local(name))
-    if found != digest:
+        folder = pooch.os_cache("stofm") if cache_dir is None else local(cache_dir)
+        # The name starts with the checksum, so that two never collide.
+        file = f"{digest[:12]}-{Path(urlsplit(name).path).name or 'slice.h5ad'}"
+        known_hash = f"sha256:{digest}"
+        return read_data(pooch.retrieve(name, known_hash=known_hash, fname=file, path=folder))
+    if (found := pooch.file_hash(local(name))) != digest:
         msg = (
             f"{local(name)} has the sha256 {found}, expected {digest}: it is another file or "
             "damaged."
@@ -90,26 +100,3 @@ def _sections() -> dict[str, dict[str, str]]:
     """
     rows = csv.DictReader(_sections_file().splitlines(), delimiter="\t")
     return {row["name"]: row for row in rows}
-
-
-def _find(name: str) -> dict[str, str]:
-    sections = _sections()
-    if name not in sections:
-        known = sorted(sections)
-        near = difflib.get_close_matches(name, known, n=3)
-        listed = f"There are {known}" if known else "The list of public sections is still empty"
-        hint = f" Did you mean {near}?" if near else ""
-        msg = (
-            f"There is no section and no file {name!r}. {listed}.{hint} Any other .h5ad file can "
-            "be read by its address or path with its checksum: "
-            "load('https://.../slice.h5ad', sha256='...')."
-        )
-        raise KeyError(msg)
-    return sections[name]
-
-
-def _download(url: str, digest: str, cache_dir: str | Path | None) -> str:
-    """Path of the verified file; its name starts with the checksum, so that two never collide."""
-    folder = pooch.os_cache("stofm") if cache_dir is None else local(cache_dir)
-    name = f"{digest[:12]}-{Path(urlsplit(url).path).name or 'slice.h5ad'}"
-    return str(pooch.retrieve(url, known_hash=f"sha256:{digest}", fname=name, path=folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import anndata as ad
 import numpy as np
@@ -19,8 +19,6 @@ from stofm.datasets._tissues import Panel, Regions, Species, Tissue, make_panel,
 if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
-
-    from stofm.datasets._geometry import RegionMap
 
 Technology = Literal["xenium", "merfish", "slideseq", "visium"]
 
@@ -137,41 +135,29 @@ def simulate_slice(
     >>> adata.shape
     (500, 100)
     """
-    for name, value, allowed in (
-        ("species", species, get_args(Species)),
-        ("technology", technology, get_args(Technology)),
-        ("regions", regions, get_args(Regions)),
-    ):
-        _require(name, value, f"one of {list(allowed)}", is_fine=value in allowed)
-    counts: dict[str, object] = {"n_cells": n_cells, "n_genes": n_genes, "n_slices": n_slices}
+    choices = {"species": Species, "technology": Technology, "regions": Regions}
+    given = {"species": species, "technology": technology, "regions": regions}
+    for name, kind in choices.items():
+        _require(name, given[name], f"one of {list(get_args(kind))}", given[name] in get_args(kind))
+    counts: dict[str, Any] = {"n_cells": n_cells, "n_genes": n_genes, "n_slices": n_slices}
     for name, count in counts.items():
-        is_fine = isinstance(count, int | np.integer) and bool(count >= 1)
-        is_fine = is_fine and not isinstance(count, bool)
-        _require(name, count, "a whole number of at least 1", is_fine=is_fine)
+        is_whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+        _require(name, count, "a whole number of at least 1", is_whole and count >= 1)
     check_seed(seed)
     platform = _PLATFORMS[technology]
-    if cells_per_spot is None:
-        cells_per_spot = platform.cells_per_spot
-    if depth is None:
-        depth = platform.counts_per_gene * n_genes
-    _require("cells_per_spot", cells_per_spot, "at least 1", is_fine=1 <= cells_per_spot < np.inf)
-    _require("depth", depth, "above 0", is_fine=0 < depth < np.inf)
-    panel = make_panel(
-        n_genes, species=species, regions=regions, platform=list(_PLATFORMS).index(technology)
-    )
+    cells_per_spot = platform.cells_per_spot if cells_per_spot is None else cells_per_spot
+    depth = platform.counts_per_gene * n_genes if depth is None else depth
+    _require("cells_per_spot", cells_per_spot, "at least 1", 1 <= cells_per_spot < np.inf)
+    _require("depth", depth, "above 0", 0 < depth < np.inf)
+    number = list(_PLATFORMS).index(technology)
+    panel = make_panel(n_genes, species=species, regions=regions, platform=number)
     tissue = make_tissue(regions)
-    simulation = _Simulation(
-        n_cells, regions, platform, float(cells_per_spot), float(depth), tissue, panel
-    )
-    slices = [simulation.draw(np.random.default_rng([seed, number])) for number in range(n_slices)]
+    what = (platform, regions, tissue, panel, n_cells, float(cells_per_spot), float(depth))
+    slices = [_draw_slice(*what, np.random.default_rng([seed, k])) for k in range(n_slices)]
     adata = _to_anndata(slices, tissue, panel, is_spot=cells_per_spot > 1.0)
     adata.uns["simulation"] = {
-        "n_cells": int(n_cells),
-        "n_genes": int(n_genes),
-        "species": species,
-        "technology": technology,
-        "regions": regions,
-        "n_slices": int(n_slices),
+        **{name: int(count) for name, count in counts.items()},
+        **given,
         "cells_per_spot": float(cells_per_spot),
         "depth": float(depth),
         "seed": int(seed),
@@ -189,130 +175,96 @@ class _Slice(NamedTuple):
     cells_of_type: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Simulation:
-    """What is the same for every slice."""
-
-    n_rows: int
-    regions: Regions
-    platform: _Platform
-    cells_per_spot: float
-    depth: float
-    tissue: Tissue
-    panel: Panel
-
-    def draw(self, rng: np.random.Generator) -> _Slice:
-        """Draw one slice."""
-        places = self._places(rng)
-        row_of_cell, cell_places = self._cells(places, rng)
-        side = float(np.ptp(places, axis=0).max()) + self.platform.pitch
-        locate = self._region_map(side, rng)
-        _, fields = locate(cell_places)
-        home, _ = locate(cell_places + rng.normal(0.0, _BLUR * side, cell_places.shape))
-        cell_type = self._types(home, fields, rng)
-        mixture = self._mixture(cell_type, cell_places, rng)
-        depths = self._depths(row_of_cell, rng)
-        counts = self._counts(mixture, fields.astype(np.float32), depths, rng)
-        if len(row_of_cell) > self.n_rows:
-            cells = np.arange(len(row_of_cell))
-            ones = np.ones(len(cells), dtype=np.int32)
-            counts = sp.csr_matrix((ones, (row_of_cell, cells))) @ counts
-        n_types = len(self.tissue.cell_types)
-        of_type = np.bincount(row_of_cell * n_types + cell_type, minlength=self.n_rows * n_types)
-        return _Slice(counts, places, locate(places)[0], of_type.reshape(self.n_rows, n_types))
-
-    def _places(self, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Rows in random order, as barcodes come; off the lattice they still keep a distance."""
-        pitch = self.platform.pitch
-        places = hexagonal_lattice(self.n_rows, pitch)
-        if not self.platform.on_lattice:
-            places += rng.normal(0.0, 0.2 * pitch, places.shape)
-        return rng.permutation(places)
-
-    def _cells(
-        self, places: NDArray[np.float64], rng: np.random.Generator
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Row of each cell, and the cell's own place inside its spot."""
-        if self.cells_per_spot == 1.0:
-            return np.arange(self.n_rows), places
-        n_inside = 1 + rng.poisson(self.cells_per_spot - 1.0, self.n_rows)
-        row_of_cell = np.repeat(np.arange(self.n_rows), n_inside)
-        radius = max(self.platform.spot_radius, self.platform.pitch / 2)
+def _draw_slice(
+    platform: _Platform,
+    regions: Regions,
+    tissue: Tissue,
+    panel: Panel,
+    n_rows: int,
+    cells_per_spot: float,
+    depth: float,
+    rng: np.random.Generator,
+) -> _Slice:
+    # Rows in random order, as barcodes come; off the lattice they still keep a distance.
+    places = hexagonal_lattice(n_rows, platform.pitch)
+    if not platform.on_lattice:
+        places += rng.normal(0.0, 0.2 * platform.pitch, places.shape)
+    places = rng.permutation(places)
+    row_of_cell, cell_places = np.arange(n_rows), places
+    if cells_per_spot > 1.0:
+        # Each cell has a place of its own inside its spot.
+        row_of_cell = np.repeat(row_of_cell, 1 + rng.poisson(cells_per_spot - 1.0, n_rows))
+        radius = max(platform.spot_radius, platform.pitch / 2)
         distance = radius * np.sqrt(rng.random(len(row_of_cell)))
         angle = rng.uniform(0.0, 2.0 * np.pi, len(row_of_cell))
         offset = distance[:, None] * np.column_stack([np.cos(angle), np.sin(angle)])
-        return row_of_cell, places[row_of_cell] + offset
+        cell_places = places[row_of_cell] + offset
+    n_cells, n_types = len(row_of_cell), len(tissue.cell_types)
 
-    def _region_map(self, side: float, rng: np.random.Generator) -> RegionMap:
-        if self.regions == "laminar":
-            return draw_layers(side, rng)
-        n_nodules = int(np.clip(self.n_rows // _CELLS_PER_NODULE, _MIN_NODULES, _MAX_NODULES))
-        return draw_nodules(side, n_nodules, rng)
+    side = float(np.ptp(places, axis=0).max()) + platform.pitch
+    if regions == "laminar":
+        locate = draw_layers(side, rng)
+    else:
+        n_nodules = int(np.clip(n_rows // _CELLS_PER_NODULE, _MIN_NODULES, _MAX_NODULES))
+        locate = draw_nodules(side, n_nodules, rng)
+    _, fields = locate(cell_places)
+    home, _ = locate(cell_places + rng.normal(0.0, _BLUR * side, cell_places.shape))
+    weights = tissue.composition[home] * np.exp(fields @ tissue.type_gradients)
+    cumulative = np.cumsum(weights, axis=1)
+    threshold = rng.random((n_cells, 1)) * cumulative[:, -1:]
+    cell_type = (cumulative <= threshold).sum(axis=1)
 
-    def _types(
-        self, region: NDArray[np.int64], fields: NDArray[np.float64], rng: np.random.Generator
-    ) -> NDArray[np.int64]:
-        weights = self.tissue.composition[region] * np.exp(fields @ self.tissue.type_gradients)
-        cumulative = np.cumsum(weights, axis=1)
-        threshold = rng.random((len(region), 1)) * cumulative[:, -1:]
-        chosen: NDArray[np.int64] = (cumulative <= threshold).sum(axis=1)
-        return chosen
+    # Share of each type's transcripts in a cell: its own and some of its neighbour's. After a Beta
+    # distribution most cells are clean, some are half their neighbour's.
+    mixture = np.zeros((n_cells, n_types), dtype=np.float32)
+    bleed = rng.beta(1.0, 1.0 / platform.bleed - 1.0, n_cells) if n_cells > 1 else np.zeros(1)
+    nearest = cKDTree(cell_places).query(cell_places, k=[min(2, n_cells)])[1][:, 0]
+    mixture[np.arange(n_cells), cell_type] = 1.0 - bleed
+    mixture[np.arange(n_cells), cell_type[nearest]] += bleed
+    # Log-normal over rows, and over slices: its mean is exp(sigma^2 / 2).
+    sigma = platform.depth_sigma
+    of_row = np.exp(rng.normal(-0.5 * sigma**2, sigma, n_rows))
+    of_slice = np.exp(rng.normal(-0.5 * _BATCH_DEPTH**2, _BATCH_DEPTH))
+    depths = (depth / cells_per_spot * of_slice * of_row[row_of_cell]).astype(np.float32)
+    counts = _draw_counts(mixture, fields.astype(np.float32), depths, panel, platform.dropout, rng)
+    if n_cells > n_rows:
+        ones = np.ones(n_cells, dtype=np.int32)
+        counts = sp.csr_matrix((ones, (row_of_cell, np.arange(n_cells)))) @ counts
+    of_type = np.bincount(row_of_cell * n_types + cell_type, minlength=n_rows * n_types)
+    return _Slice(counts, places, locate(places)[0], of_type.reshape(n_rows, n_types))
 
-    def _mixture(
-        self, cell_type: NDArray[np.int64], places: NDArray[np.float64], rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Share of each type's transcripts in a cell: its own and some of its neighbour's."""
-        n = len(cell_type)
-        mixture = np.zeros((n, len(self.tissue.cell_types)), dtype=np.float32)
-        # A Beta distribution: most cells are clean, some are half their neighbour's.
-        bleed = rng.beta(1.0, 1.0 / self.platform.bleed - 1.0, n) if n > 1 else np.zeros(n)
-        nearest = cKDTree(places).query(places, k=[min(2, n)])[1][:, 0]
-        rows = np.arange(n)
-        mixture[rows, cell_type] = 1.0 - bleed
-        mixture[rows, cell_type[nearest]] += bleed
-        return mixture
 
-    def _depths(
-        self, row_of_cell: NDArray[np.int64], rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Expected counts of each cell: log-normal over rows, and over slices."""
-        sigma = self.platform.depth_sigma
-        # The mean of a log-normal is exp(sigma^2 / 2).
-        of_row = np.exp(rng.normal(-0.5 * sigma**2, sigma, self.n_rows))
-        of_slice = np.exp(rng.normal(-0.5 * _BATCH_DEPTH**2, _BATCH_DEPTH))
-        of_cell = self.depth / self.cells_per_spot * of_slice * of_row[row_of_cell]
-        return np.asarray(of_cell, dtype=np.float32)
-
-    def _counts(
-        self,
-        mixture: NDArray[np.float32],
-        fields: NDArray[np.float32],
-        depths: NDArray[np.float32],
-        rng: np.random.Generator,
-    ) -> sp.csr_matrix:
-        """Gamma-Poisson counts of cells (n_cells, n_genes), with dropout, block by block."""
-        panel, n_genes = self.panel, len(self.panel.symbols)
-        # A slice detects some genes better than others.
-        factor = np.exp(rng.normal(0.0, _BATCH_GENE, n_genes)).astype(np.float32)
-        expression = panel.expression * factor
-        step, blocks = max(1, _BLOCK // n_genes), []
-        for start in range(0, len(mixture), step):
-            block = slice(start, start + step)
-            expected = mixture[block] @ expression
-            expected *= np.exp(fields[block] @ panel.gradients)
-            expected *= depths[block, None]
-            rate = rng.standard_gamma(panel.shape, expected.shape, dtype=np.float32)
-            rate *= expected
-            rate /= panel.shape
-            counts = rng.poisson(rate)
-            rows, genes = counts.nonzero()
-            # A gene is the less likely to be lost, the higher its expected count.
-            chance = self.platform.dropout * np.exp(-expected[rows, genes])
-            is_found = rng.random(len(rows)) >= chance
-            rows, genes = rows[is_found], genes[is_found]
-            values = counts[rows, genes].astype(np.int32)
-            blocks.append(sp.csr_matrix((values, (rows, genes)), shape=counts.shape))
-        return sp.vstack(blocks, format="csr")
+def _draw_counts(
+    mixture: NDArray[np.float32],
+    fields: NDArray[np.float32],
+    depths: NDArray[np.float32],
+    panel: Panel,
+    dropout: float,
+    rng: np.random.Generator,
+) -> sp.csr_matrix:
+    """Gamma-Poisson counts of cells (n_cells, n_genes), with dropout, block by block."""
+    n_genes = len(panel.symbols)
+    # A slice detects some genes better than others.
+    factor = np.exp(rng.normal(0.0, _BATCH_GENE, n_genes)).astype(np.float32)
+    expression = panel.expression * factor
+    step, blocks = max(1, _BLOCK // n_genes), []
+    for start in range(0, len(mixture), step):
+        block = slice(start, start + step)
+        expected = mixture[block] @ expression
+        expected *= np.exp(fields[block] @ panel.gradients)
+        expected *= depths[block, None]
+        rate = rng.standard_gamma(panel.shape, expected.shape, dtype=np.float32)
+        rate *= expected
+        rate /= panel.shape
+        counts = rng.poisson(rate)
+        rows, genes = counts.nonzero()
+        # A gene is the less likely to be lost, the higher its expected count.
+        chance = dropout * np.exp(-expected[rows, genes])
+        is_found = rng.random(len(rows)) >= chance
+        rows, genes = rows[is_found], genes[is_found]
+        values = counts[rows, genes].astype(np.int32)
+        blocks.append(sp.csr_matrix((values, (rows, genes)), shape=counts.shape))
+    return sp.vstack(blocks, format="csr")
 
 
 def _to_anndata(slices: list[_Slice], tissue: Tissue, panel: Panel, *, is_spot: bool) -> AnnData:
@@ -346,7 +298,7 @@ def _categorical(codes: NDArray[np.int64], names: tuple[str, ...] | list[str]) -
     return pd.Categorical.from_codes(codes, categories=list(names)).remove_unused_categories()
 
 
-def _require(name: str, value: object, expected: str, *, is_fine: bool) -> None:
+def _require(name: str, value: object, expected: str, is_fine: object) -> None:
     if not is_fine:
         msg = f"{name} must be {expected}, found {value!r}."
         raise ValueError(msg)

@@ -6,13 +6,13 @@ types, the same panel and the same profiles, as sections of one organ have.
 
 from __future__ import annotations
 
-import csv
 from functools import cache
 from importlib.resources import files
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,24 +69,17 @@ class Panel(NamedTuple):
     shape: NDArray[np.float32]
 
 
-class _Gene(NamedTuple):
-    human: str
-    mouse: str
-    cell_types: frozenset[str]
-
-
 @cache
 def make_tissue(regions: Regions) -> Tissue:
     """Return the cortex-like (``"laminar"``) or tumour-like (``"nodular"``) tissue."""
-    with (files("stofm.datasets") / f"_{regions}.tsv").open(encoding="utf-8") as file:
-        (_, *cell_types), *rows = csv.reader(file, delimiter="\t")
-    composition = np.array([row[1:] for row in rows], dtype=np.float64)
-    rng = np.random.default_rng([_PROFILE_SEED, len(cell_types)])
+    table = _read_table(f"_{regions}.tsv").set_index("region")
+    composition = table.to_numpy(dtype=np.float64)
+    rng = np.random.default_rng([_PROFILE_SEED, table.shape[1]])
     return Tissue(
-        regions=tuple(row[0] for row in rows),
-        cell_types=tuple(cell_types),
+        regions=tuple(table.index),
+        cell_types=tuple(table.columns),
         composition=composition / composition.sum(axis=1, keepdims=True),
-        type_gradients=rng.normal(0.0, 0.4, (2, len(cell_types))),
+        type_gradients=rng.normal(0.0, 0.4, (2, table.shape[1])),
     )
 
 
@@ -97,8 +90,8 @@ def make_panel(n_genes: int, *, species: Species, regions: Regions, platform: in
     counterpart. Each `platform` detects some genes better than others.
     """
     genes, tissue = _genes(), make_tissue(regions)
-    in_order = _panel_order(tissue.cell_types)
-    known = [row for row in in_order if getattr(genes[row], species)]
+    types = tissue.cell_types
+    known = [row for row in _panel_order(types) if genes[species][row]]
     if n_genes > len(known):
         msg = (
             f"n_genes={n_genes} asked for, but there are real symbols of {len(known)} {species} "
@@ -106,59 +99,58 @@ def make_panel(n_genes: int, *, species: Species, regions: Regions, platform: in
         )
         raise ValueError(msg)
     columns = np.array(known[:n_genes])
-    chosen = [genes[row] for row in columns]
+    marked = [genes["cell_types"][row] for row in columns]
     log_expression, gradients, shape = _profiles()
-    types = np.array([_all_types().index(name) for name in tissue.cell_types])
+    rows = np.array([_all_types().index(name) for name in types])
     efficiency = np.random.default_rng([_PROFILE_SEED, platform]).normal(0.0, 0.4, len(genes))
-    expression = np.exp(log_expression[np.ix_(types, columns)] + efficiency[columns])
+    expression = np.exp(log_expression[np.ix_(rows, columns)] + efficiency[columns])
     return Panel(
-        symbols=np.array([getattr(gene, species) for gene in chosen]),
-        marker_of=np.array(
-            [",".join(t for t in tissue.cell_types if t in gene.cell_types) for gene in chosen]
-        ),
+        symbols=np.array([genes[species][row] for row in columns]),
+        marker_of=np.array([",".join(name for name in types if name in own) for own in marked]),
         expression=(expression / expression.sum(axis=1).mean()).astype(np.float32),
         gradients=gradients[:, columns].astype(np.float32),
         shape=shape[columns].astype(np.float32),
     )
 
 
+def _read_table(name: str) -> pd.DataFrame:
+    with (files("stofm.datasets") / name).open(encoding="utf-8") as file:
+        return pd.read_csv(file, sep="\t", keep_default_na=False)
+
+
 @cache
-def _genes() -> tuple[_Gene, ...]:
-    with (files("stofm.datasets") / "_markers.tsv").open(encoding="utf-8") as file:
-        return tuple(
-            _Gene(row["human"], row["mouse"], frozenset(filter(None, row["cell_types"].split(","))))
-            for row in csv.DictReader(file, delimiter="\t")
-        )
+def _genes() -> pd.DataFrame:
+    """Human and mouse symbols, "" for none, and the cell types that each gene marks."""
+    table = _read_table("_markers.tsv")
+    marked = table["cell_types"].str.split(",")
+    return table.assign(cell_types=[frozenset(filter(None, names)) for names in marked])
 
 
 @cache
 def _all_types() -> tuple[str, ...]:
-    return tuple(sorted({name for gene in _genes() for name in gene.cell_types}))
+    return tuple(sorted(frozenset().union(*_genes()["cell_types"])))
 
 
 def _panel_order(cell_types: tuple[str, ...]) -> NDArray[np.int64]:
     """Markers of each type in turn; after some rounds every other gene is not a marker."""
-    genes = _genes()
-    markers_of = [
-        [row for row, gene in enumerate(genes) if name in gene.cell_types] for name in cell_types
-    ]
+    marked = _genes()["cell_types"]
+    markers_of = [[row for row, own in enumerate(marked) if name in own] for name in cell_types]
     rounds = chain.from_iterable(zip_longest(*markers_of))
     markers = list(dict.fromkeys(row for row in rounds if row is not None))
-    rest = np.setdiff1d(np.arange(len(genes)), markers)
+    rest = np.setdiff1d(np.arange(len(marked)), markers)
     rest = np.random.default_rng(_PROFILE_SEED).permutation(rest)
     start = _FIRST_ROUNDS * len(cell_types) + 0.5
     place = np.concatenate([np.arange(len(markers)), start + np.arange(len(rest))])
-    order: NDArray[np.int64] = np.concatenate([markers, rest])[np.argsort(place)].astype(np.int64)
-    return order
+    return np.asarray(np.concatenate([markers, rest])[np.argsort(place)], dtype=np.int64)
 
 
 @cache
 def _profiles() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Log expression (n_all_types, n_all_genes), gradients (2, n) and Gamma shapes (n,)."""
     rng = np.random.default_rng(_PROFILE_SEED)
-    genes, types = _genes(), _all_types()
-    marks = np.array([[name in gene.cell_types for gene in genes] for name in types])
-    size = (len(types), len(genes))
+    marked, types = _genes()["cell_types"], _all_types()
+    marks = np.array([[name in own for own in marked] for name in types])
+    size = (len(types), len(marked))
     # Markers are nearly silent where they are off; other genes are on everywhere.
     base = np.where(
         marks.any(axis=0), rng.normal(-2.6, 0.7, size[1]), rng.normal(-1.2, 1.0, size[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -28,8 +29,6 @@ from stofm.tl._probe_scores import (
     side_by_side,
     with_neighbors,
 )
-
-pass
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -161,7 +160,15 @@ def probe(
     15
     """
     check_whole_number("seeds", seeds, least=1)
-    _check_protocol(protocol, left_out, seeds)
+    if protocol not in (None, *get_args(Protocol)):
+        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
+        raise ValueError(msg)
+    if protocol is not None and (left_out is not None or seeds != _N_SEEDS):
+        msg = (
+            f"protocol={protocol!r} tests random cells in three runs: leave out `left_out` and "
+            "`seeds`."
+        )
+        raise ValueError(msg)
     sections = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
     labels = read_label_names(sections, label_key, missing=missing)
     features = read_representations(sections, use_rep)
@@ -175,20 +182,6 @@ def probe(
     features[PCS] = principal_components(counts)
     features[PCS_AND_NEIGHBORS] = with_neighbors(features[PCS], sections, spatial_key=spatial_key)
     return _score(tests, features, counts, labels, show_progress_bar=show_progress_bar)
-
-
-def _check_protocol(protocol: str | None, left_out: Any, seeds: int) -> None:
-    if protocol is None:
-        return
-    if protocol not in get_args(Protocol):
-        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
-        raise ValueError(msg)
-    if left_out is not None or seeds != _N_SEEDS:
-        msg = (
-            f"protocol={protocol!r} tests random cells in three runs: leave out `left_out` and "
-            "`seeds`."
-        )
-        raise ValueError(msg)
 
 
 def read_representations(
@@ -207,25 +200,21 @@ def read_representations(
             f"{PCS!r}, {PCS_AND_NEIGHBORS!r} or {LOG_COUNTS!r}; found {use_rep!r}."
         )
         raise ValueError(msg)
-    parts = {rep: _read(sections, rep) for reps in asked for rep in reps}
-    return {
-        name: side_by_side([parts[rep] for rep in reps])
-        for name, reps in zip(names, asked, strict=True)
-    }
-
-
-def _read(sections: Sections, rep: str) -> NDArray[np.float32]:
-    parts = read_each(sections, rep)
-    common_width(parts, rep)
-    origins = [origin_of(table, rep) for table in sections.tables]
-    for other in origins:
-        if rep in MADE_BY_EMBED and not same_origin(origins[0], other):
+    values = {}
+    for rep in dict.fromkeys(itertools.chain(*asked)):
+        parts = read_each(sections, rep)
+        common_width(parts, rep)
+        first, *others = (origin_of(table, rep) for table in sections.tables)
+        unlike = [one for one in others if rep in MADE_BY_EMBED and not same_origin(first, one)]
+        if unlike:
             msg = (
-                f"obsm[{rep!r}] is by {describe_origin(origins[0])} in one AnnData and by "
-                f"{describe_origin(other)} in another. Embed all with one model."
+                f"obsm[{rep!r}] is by {describe_origin(first)} in one AnnData and by "
+                f"{describe_origin(unlike[0])} in another. Embed all with one model."
             )
             raise ValueError(msg)
-    return np.concatenate(parts)
+        values[rep] = np.concatenate(parts)
+    asked_by_name = zip(names, asked, strict=True)
+    return {name: side_by_side([values[rep] for rep in reps]) for name, reps in asked_by_name}
 
 
 def _score(
@@ -243,22 +232,19 @@ def _score(
     total = sum(1 + len(features) * len(seeds) for _, seeds in tests)
     with counter(total=total, description="probe", unit="fit", show=show_progress_bar) as advance:
         for fold, seeds in tests:
+            own = fold.labelled
             sizes = {"n_fitted": len(fold.fitted), "n_tested": len(fold.tested)}
-            for name, values in features.items():
-                for seed in seeds:
-                    scores = score_head(values, fold, seed=seed) | score_clusters(
-                        values[fold.labelled], labels[fold.labelled], seed=seed
-                    )
-                    rows.append(_row(fold, name, seed) | scores | sizes)
-                    advance(1)
+            for name, seed in itertools.product(features, seeds):
+                scores = score_head(features[name], fold, seed=seed)
+                scores |= score_clusters(features[name][own], labels[own], seed=seed)
+                about = {"slice": fold.name, "representation": name, "seed": seed}
+                rows.append(about | scores | sizes)
+                advance(1)
             scores = score_regression(counts, fold) | {"ari": np.nan, "nmi": np.nan}
-            rows += [_row(fold, LOG_COUNTS, seed) | scores | sizes for seed in seeds]
+            about = {"slice": fold.name, "representation": LOG_COUNTS}
+            rows += [about | {"seed": seed} | scores | sizes for seed in seeds]
             advance(1)
     return ProbeResult(pd.DataFrame(rows))
-
-
-def _row(fold: Fold, name: str, seed: int) -> dict[str, Any]:
-    return {"slice": fold.name, "representation": name, "seed": seed}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -321,9 +307,8 @@ class ProbeResult:
             "high": drawn[1],
             "n_better": is_better.sum(axis=1),
         }
-        return pd.DataFrame(columns, index=pd.Index(names, name="representation")).dropna(
-            subset="mean"
-        )
+        found = pd.DataFrame(columns, index=pd.Index(names, name="representation"))
+        return found.dropna(subset="mean")
 
     def better_of_pcs(self, measure: str = "macro_f1") -> str:
         """``"PCs"`` or ``"PCs + neighbours"``, whichever has the better mean."""
@@ -344,14 +329,10 @@ class ProbeResult:
         return names, values.reshape(len(names), -1, self.scores["seed"].nunique())
 
     def __repr__(self) -> str:
-        return f"{self._title}\n\n{self._shown.to_string()}"
+        return f"{self._title}\n\n{self.summary().round(3).to_string()}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._title}</p>{self._shown.to_html()}"
-
-    @property
-    def _shown(self) -> Any:
-        return self.summary().round(3)
+        return f"<p>{self._title}</p>{self.summary().round(3).to_html()}"
 
     @property
     def _title(self) -> str:

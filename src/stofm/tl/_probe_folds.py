@@ -124,20 +124,16 @@ def plan_folds(
     together; None for each slice with labels.
     """
     known = np.flatnonzero(labels != NO_CLASS)
-    slices = dict(zip(sections.slices.names, sections.slices.rows, strict=True))
-    groups = {name: rows for name, rows in slices.items() if len(np.intersect1d(rows, known))}
+    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
+    groups = {name: rows for name, rows in slices if (labels[rows] != NO_CLASS).any()}
     if left_out is None and len(groups) == 1:
         parts = leave_out_blocks(sections.coordinates(spatial_key)[known], _N_BLOCKS)
-        folds = [
-            Fold.of(f"block {number}", labels, known[fitted], known[tested])
-            for number, (fitted, tested) in enumerate(parts, 1)
-        ]
-        return _checked(folds)
+        blocks = enumerate(parts, 1)
+        return _checked([Fold.of(f"block {k}", labels, known[a], known[b]) for k, (a, b) in blocks])
     if left_out is not None:
         groups = _find(sections, left_out)
-    return _checked(
-        [Fold.of(name, labels, np.setdiff1d(known, rows), rows) for name, rows in groups.items()]
-    )
+    rest = {name: np.setdiff1d(known, rows) for name, rows in groups.items()}
+    return _checked([Fold.of(name, labels, rest[name], rows) for name, rows in groups.items()])
 
 
 def plan_protocol(
@@ -157,10 +153,8 @@ def plan_protocol(
         outer = split_cells(places, slices, how="random", share=_TESTED, classes=codes, seed=seed)
         rest = [np.intersect1d(rows, outer.fitted) for rows in slices]
         inner = split_cells(places, rest, how="random", share=_VALIDATED, classes=codes, seed=seed)
-        fold = Fold.of(
-            "random cells", labels, outer.fitted, outer.held_out, held_out=inner.held_out
-        )
-        folds.append(fold)
+        parts = outer.fitted, outer.held_out
+        folds.append(Fold.of("random cells", labels, *parts, held_out=inner.held_out))
     return _checked(folds)
 
 
@@ -171,24 +165,20 @@ def _find(
     known = dict(zip(sections.slices.names, sections.slices.rows, strict=True))
     for key, place in zip(sections.keys or (), sections.places, strict=False):
         known.setdefault(key, np.arange(place.start, place.stop))
-    found = {}
-    for one in [left_out] if isinstance(left_out, str) else left_out:
-        names = [one] if isinstance(one, str) else list(one)
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {list(known)[:10]}."
-                msg = f"left_out names {name!r}, which is no slice; {hint}"
-                raise ValueError(msg)
-        found[AND.join(names)] = np.unique(np.concatenate([known[name] for name in names]))
-    return found
+    asked = [left_out] if isinstance(left_out, str) else left_out
+    groups = [(one,) if isinstance(one, str) else tuple(one) for one in asked]
+    if unknown := [name for names in groups for name in names if name not in known]:
+        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {list(known)[:10]}."
+        msg = f"left_out names {unknown[0]!r}, which is no slice; {hint}"
+        raise ValueError(msg)
+    rows = [np.unique(np.concatenate([known[name] for name in names])) for names in groups]
+    return dict(zip(map(AND.join, groups), rows, strict=True))
 
 
 def _checked(folds: Sequence[Fold]) -> list[Fold]:
     """Warn of what can't be tested, and take away folds where nothing can."""
-    absent = [
-        f"{name!r} ({n} cells of {fold.name})" for fold in folds for name, n in fold.absent.items()
-    ]
+    absent = [f"{name!r} ({n} cells of {f.name})" for f in folds for name, n in f.absent.items()]
     if absent:
         more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""
         warn(

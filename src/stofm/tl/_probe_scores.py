@@ -83,15 +83,13 @@ def score_regression(values: sparse.csr_matrix, fold: Fold) -> dict[str, float]:
         for strength in _STRENGTHS:
             model.set_params(C=strength).fit(values[rows], fold.codes[rows])
             # All fitted cells of a class may be held out.
-            known, tested = (
-                np.zeros((len(own), len(fold.classes))) for own in (held_out, fold.tested)
-            )
+            known = np.zeros((len(held_out), len(fold.classes)))
             known[:, model.classes_] = model.predict_proba(values[held_out])
             loss = -log_scores(known)[np.arange(len(known)), fold.codes[held_out]].mean()
             if loss >= best:
                 break
-            tested[:, model.classes_] = model.predict_proba(values[fold.tested])
-            best, found = loss, tested
+            best = loss
+            found[:, model.classes_] = model.predict_proba(values[fold.tested])
     return _score(found.argmax(axis=1), found.max(axis=1), fold)
 
 
@@ -99,12 +97,11 @@ def _score(
     found: NDArray[np.int64], confidence: NDArray[np.floating], fold: Fold
 ) -> dict[str, float]:
     true = fold.codes[fold.tested]
+    curve = Reliability.of(confidence.astype(np.float64), found == true, _N_BINS)
     return {
         "accuracy": metrics.accuracy(true, found),
         "macro_f1": metrics.macro_f1(true, found),
-        "calibration_error": Reliability.of(
-            confidence.astype(np.float64), found == true, _N_BINS
-        ).error,
+        "calibration_error": curve.error,
     }
 
 
@@ -158,13 +155,10 @@ def log_counts(sections: Sections, *, layer: str | None = None) -> sparse.csr_ma
     def read(table: AnnData) -> sparse.csr_matrix:
         names = next(own)
         choice = selector([names.same_gene(gene) for gene in genes], table.n_vars)
-        parts = [
-            log_normalised(
-                sparse.csr_matrix(block @ choice),
-                np.asarray(block.sum(axis=1, dtype=np.float64)).ravel(),
-            )
-            for block in read_counts(table, layer=counts_layer(table, layer))
-        ]
+        parts = []
+        for block in read_counts(table, layer=counts_layer(table, layer)):
+            totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+            parts.append(log_normalised(sparse.csr_matrix(block @ choice), totals))
         return sparse.vstack(parts, format="csr")
 
     return sparse.vstack(sections.each(read), format="csr")
