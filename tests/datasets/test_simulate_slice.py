@@ -232,7 +232,7 @@ def test_round_trip_through_h5ad(tmp_path: Path) -> None:
         ({"n_cells": 10.0}, "n_cells must be a whole number of at least 1, found 10.0"),
         ({"n_genes": True}, "n_genes must be a whole number of at least 1, found True"),
         ({"n_slices": -1}, "n_slices must be a whole number"),
-        ({"n_genes": 9999}, "real symbols of 1576 human genes; pass n_genes <= 1576"),
+        ({"n_genes": 9999}, "real symbols of 1576 human genes"),
         ({"n_genes": 1576, "species": "mouse"}, "real symbols of 1533 mouse genes"),
         ({"species": "rat"}, r"species must be one of \['human', 'mouse'\], found 'rat'"),
         ({"technology": "sequencing"}, "technology must be one of"),

@@ -166,7 +166,7 @@ def test_silhouette_of_what_can_not_be_scored(rng):
         st.metrics.silhouette(features, ["a"] * 4)
     with pytest.raises(ValueError, match="found 4 groups of 4 cells"):
         st.metrics.silhouette(features, list("abcd"))
-    with pytest.raises(ValueError, match=r"shape \(4, 2\) and there are 3 labels"):
+    with pytest.raises(ValueError, match=r"found \(4, 2\) and 3"):
         st.metrics.silhouette(features, list("abc"))
     features[2, 1] = np.nan
     with pytest.raises(ValueError, match="1 of 4 cells have NaN or infinite features"):

@@ -93,16 +93,16 @@ def test_missing_entry_is_refused():
         (lambda: CellEncoderConfig(n_tokens=9, values="rank"), "values must be one of .*'log'"),
         (
             lambda: CellEncoderConfig(n_tokens=9, pooled=True, d_gene=7),
-            "an even width, and a wider cell embedding; found 7 and d_cell=256",
+            "needs an even d_gene below d_cell, found 7 and 256",
         ),
         (
             lambda: CellEncoderConfig(n_tokens=9, pooled=True, d_gene=256),
-            "an even width, and a wider cell embedding; found 256 and d_cell=256",
+            "needs an even d_gene below d_cell, found 256 and 256",
         ),
         (lambda: SE2TransformerConfig(d_model=30, n_heads=4), "found 30 and 4"),
         (
             lambda: replace(StofmConfig.mini(9), se2_transformer=SE2TransformerConfig(d_cell=3)),
-            "must have one width",
+            "must have one d_cell, found 576 and 3",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_truncated_file_is_refused(tmp_path, golden_vocabulary):
 def test_a_vocabulary_too_large_for_the_encoder_is_refused(tmp_path, vocabulary):
     folder = write_published(tmp_path / "published", "safetensors")
     large = replace(vocabulary, special={"pad": 0, "mask": 1, "cls": 5000})
-    with pytest.raises(ValueError, match="5001 tokens and the cell encoder 410"):
+    with pytest.raises(ValueError, match="5001 tokens, the cell encoder 410"):
         Stofm.from_reference(folder, large)
 
 

@@ -111,7 +111,7 @@ def test_the_running_mean_smooths_long_histories():
     ("data", "options", "error", "message"),
     [
         ("nowhere", {}, FileNotFoundError, r"There is no nowhere.history\.csv; pass the folder"),
-        (3, {}, TypeError, "Expected what st.tl.train returns, .* found int"),
+        (3, {}, TypeError, "Expected a run's folder, history or TrainResult, found int"),
         (pd.DataFrame({"stage": []}), {}, ValueError, "The history has no rows yet"),
         (
             None,

@@ -128,7 +128,7 @@ def test_slices_that_share_no_class(plane):
     xy, slices = plane
     apart = np.zeros(len(xy), dtype=np.int64)
     apart[slices[1]] = 1
-    with pytest.raises(ValueError, match="leaves no cell to hold out"):
+    with pytest.raises(ValueError, match="holds nothing out"):
         split_cells(xy, slices[:2], how="slices", classes=apart)
     fifths = np.array_split(slices[0], 5)
     for k, rows in enumerate(fifths):

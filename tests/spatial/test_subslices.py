@@ -107,7 +107,7 @@ def test_degenerate_slices(config, kind, rng):
         ({"partition": "hexagons"}, "partition must be one of .*found 'hexagons'"),
         ({"position_weight": 1.5}, "between 0 and 1, found 1.5"),
         ({"leiden_resolution": 0.0}, "must be positive"),
-        ({"mixing": "sum", "n_components": 3}, "use mixing='concatenate'"),
+        ({"mixing": "sum", "n_components": 3}, "mixing='sum' needs n_components=2, found 3"),
         ({"max_virtual_cells": 0}, "max_virtual_cells must be at least 1"),
     ],
 )

@@ -244,7 +244,7 @@ def test_one_cell(embedded):
         ({"n_domains": 3, "resolution": 1.0}, r"n_domains=3 or resolution=1\.0, not both"),
         ({"n_domains": 0}, "n_domains must be a whole number of at least 1, found 0"),
         ({"n_domains": 2.5}, r"n_domains must be a whole number of at least 1, found 2\.5"),
-        ({"n_domains": 185}, "n_domains is 185, but the 184 cells have only 184 different"),
+        ({"n_domains": 185}, "n_domains is 185, but only 184 embeddings are different"),
         ({"smooth": -1}, "smooth must be a whole number of at least 0, found -1"),
         ({"resolution": 0.0}, r"resolution must be positive, found 0\.0"),
         ({"coarser": [3, 3]}, r"coarser must hold falling numbers of domains, found \[3, 3\]"),

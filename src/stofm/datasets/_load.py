@@ -81,10 +81,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         known_hash = f"sha256:{digest}"
         return read_data(pooch.retrieve(name, known_hash=known_hash, fname=file, path=folder))
     if (found := pooch.file_hash(local(name))) != digest:
-        msg = (
-            f"{local(name)} has the sha256 {found}, expected {digest}: it is another file or "
-            "damaged."
-        )
+        msg = f"{name} has the sha256 {found}, expected {digest}: it is another file or damaged."
         raise ValueError(msg)
     return read_data(name)
 

@@ -251,10 +251,7 @@ def silhouette(
 
     values = np.asarray(features)
     if values.ndim != 2 or len(values) != len(labels):
-        msg = (
-            f"features has the shape {values.shape} and there are {len(labels)} labels; expected "
-            "(n, d) and n labels."
-        )
+        msg = f"Expected features (n, d) and n labels, found {values.shape} and {len(labels)}."
         raise ValueError(msg)
     groups, _, _ = _read_labels(labels, labels, missing)
     values = values[_to_series(labels, missing).notna()]
@@ -264,11 +261,8 @@ def silhouette(
     if n_sampled is not None and n_sampled < len(groups):
         chosen = np.random.default_rng(seed).choice(len(groups), n_sampled, replace=False)
         values, groups = values[chosen], groups[chosen]
-    if not 2 <= len(np.unique(groups)) < len(groups):
-        msg = (
-            "The silhouette needs at least 2 groups and fewer than cells; found "
-            f"{len(np.unique(groups))} groups of {len(groups)} cells."
-        )
+    if not 2 <= (n := len(np.unique(groups))) < len(groups):
+        msg = f"The silhouette needs 2 groups to n - 1, found {n} groups of {len(groups)} cells."
         raise ValueError(msg)
     return float(silhouette_score(values, groups, metric=metric))
 
@@ -315,10 +309,7 @@ def _read_labels(
         raise ValueError(msg)
     known = true.notna()
     if not known.any():
-        msg = (
-            f"None of {len(true)} cells has a true label (NaN, None and {list(missing)} count as "
-            "none); pass labelled cells."
-        )
+        msg = f"None of {len(true)} cells has a true label; NaN, None and {list(missing)} are none."
         raise ValueError(msg)
     true, found = true[known], found[known]
     examples = [labels.dropna().unique().tolist() for labels in (true, found)]
@@ -339,10 +330,7 @@ def _read_clusters(
     """The same of clusters, which have names of their own; each cell must be in one."""
     true, found, _ = _read_labels(y_true, clusters, missing, are_clusters=True)
     if n_without := int((found < 0).sum()):
-        msg = (
-            f"{n_without} of {len(found)} cells with a class have no cluster; give each one, or "
-            "leave these cells out of both."
-        )
+        msg = f"{n_without} of {len(found)} cells with a class have no cluster; leave them out."
         raise ValueError(msg)
     return true, found
 

@@ -231,10 +231,7 @@ def _numbers(values: Any, name: str) -> NDArray[Any]:
         msg = f"{name} must hold numbers; found the type {array.dtype}."
         raise TypeError(msg)
     if n_bad := int(array.size - np.isfinite(array).sum()):
-        msg = (
-            f"{n_bad} of {array.size} values of {name} are NaN or infinite; leave those rows or "
-            "columns out of both."
-        )
+        msg = f"{n_bad} of {array.size} values of {name} are NaN or infinite; leave them out."
         raise ValueError(msg)
     return array
 

@@ -46,9 +46,7 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **options:
     elif take_back(Path(name)).is_dir():
         folder = local(name)
     if folder is not None and revision is not None:
-        msg = (
-            f"`revision` is for models on the hub; {str(name)!r} is on this machine: leave it out."
-        )
+        msg = f"`revision` is for models on the hub; {str(name)!r} is on this machine."
         raise ValueError(msg)
     if folder is not None:
         return folder

@@ -122,11 +122,9 @@ class CellEncoderConfig:
         _check_sizes(self, "max_positions", least=2)
         check_choice(self, "activation", Activation)
         check_choice(self, "values", Values)
-        if self.pooled and (self.gene_width % 2 or self.d_learned < 1):
-            msg = (
-                "pooled=True needs gene embeddings of an even width, and a wider cell embedding; "
-                f"found {self.gene_width} and d_cell={self.d_cell}."
-            )
+        width = self.gene_width
+        if self.pooled and (width % 2 or self.d_learned < 1):
+            msg = f"pooled=True needs an even d_gene below d_cell, found {width} and {self.d_cell}."
             raise ValueError(msg)
 
 
@@ -229,11 +227,9 @@ class StofmConfig:
     def __post_init__(self) -> None:
         """Check how the parts fit together."""
         _check_sizes(self, "max_tokens")
-        if self.cell_encoder.d_cell != self.se2_transformer.d_cell:
-            msg = (
-                f"cell_encoder.d_cell is {self.cell_encoder.d_cell} and se2_transformer.d_cell is "
-                f"{self.se2_transformer.d_cell}; the cell embedding must have one width."
-            )
+        widths = self.cell_encoder.d_cell, self.se2_transformer.d_cell
+        if widths[0] != widths[1]:
+            msg = f"Both networks must have one d_cell, found {widths[0]} and {widths[1]}."
             raise ValueError(msg)
 
     def to_dict(self) -> dict[str, Any]:

@@ -248,10 +248,7 @@ def _halving(
         if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
             raise
     if len(items) == 1:
-        msg = (
-            "The device ran out of memory on the smallest possible batch; lower "
-            f"{option}, or use device='cpu'."
-        )
+        msg = f"The device lacks memory for the smallest batch; lower {option} or use device='cpu'."
         raise MemoryError(msg)
     logger.warning("Out of device memory with a batch of %d; halving it.", len(items))
     # After the failed attempt has let go of its tensors.

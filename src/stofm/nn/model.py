@@ -52,11 +52,8 @@ class Stofm(nn.Module):
 
     def __init__(self, config: StofmConfig, vocabulary: GeneVocabulary, *, seed: int = 0) -> None:
         super().__init__()
-        if vocabulary.n_tokens > config.cell_encoder.n_tokens:
-            msg = (
-                f"The vocabulary has {vocabulary.n_tokens} tokens and the cell encoder "
-                f"{config.cell_encoder.n_tokens}; they do not belong together."
-            )
+        if vocabulary.n_tokens > (n_tokens := config.cell_encoder.n_tokens):
+            msg = f"The vocabulary has {vocabulary.n_tokens} tokens, the cell encoder {n_tokens}."
             raise ValueError(msg)
         self.config = config
         self.vocabulary = vocabulary

@@ -129,8 +129,7 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
 def _encoder_config(bert: Mapping[str, Any], d_cell: int) -> CellEncoderConfig:
     if bert.get("position_embedding_type", "absolute") != "absolute":
         msg = (
-            f"cell_bert has position_embedding_type={bert['position_embedding_type']!r}; "
-            "stofm computes 'absolute' only."
+            f"cell_bert must have 'absolute' positions, found {bert['position_embedding_type']!r}."
         )
         raise ValueError(msg)
     sizes = _renamed(bert, _BERT_SIZES, "cell_bert/config.json") | {"d_cell": d_cell}
@@ -158,10 +157,7 @@ def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        msg = (
-            f"{path} is missing. SToFM's published weights are a folder with cell_encoder/, "
-            "config.json and se2transformer.pth."
-        )
+        msg = f"{path} is missing; it belongs to the layout of SToFM's published weights."
         raise FileNotFoundError(msg)
     return read_json(path, "get the file again")
 

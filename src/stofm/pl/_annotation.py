@@ -33,7 +33,7 @@ from stofm.pl._figure import (
     set_inches,
     style_axes,
 )
-from stofm.pl._maps import draw_slices, map_inches, read_panels
+from stofm.pl._maps import Look, draw_slices, map_inches, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,47 +144,47 @@ def annotation(
     'accuracy 1.000, macro-F1 1.000'
     """
     adata = resolve_table(adata, table_key)
-    _require_column(adata, key, "st.tl.annotate(adata, head=head) writes it")
+    needed = {key: "st.tl.annotate(adata, head=head) writes it"}
     if truth_key is not None:
-        _require_column(adata, truth_key, "pass the column with the true classes as truth_key")
+        needed[truth_key] = "pass the column with the true classes as truth_key"
+    for column, advice in needed.items():
+        if column not in adata.obs:
+            near = nearest_names(column, adata.obs.columns)
+            msg = f"There is no obs[{column!r}]: {advice}.{near}"
+            raise KeyError(msg)
+    if n_bins < 1:
+        msg = f"n_bins must be at least 1, found {n_bins}."
+        raise ValueError(msg)
     kinds = _choose_panels(adata, key, truth_key, panels)
     slices = read_panels(adata, spatial_key, library_key)
     colors = _resolve_colors(adata, key, truth_key)
     cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
-    curve = _curve(adata, key, cells, n_bins) if "reliability" in kinds else None
-    needed = {kind: len(slices) if kind in _MAPS else 1 for kind in kinds}
+    n_axes = {kind: len(slices) if kind in _MAPS else 1 for kind in kinds}
     what = f"{kinds}, {len(slices)} slices"
     # Where other panels stand beside the maps, these keep their size.
     inches = map_inches(slices, len(slices))
-    axes, is_new = make_axes(ax, sum(needed.values()), inches, what=what, ncols=ncols)
+    axes, is_new = make_axes(ax, sum(n_axes.values()), inches, what=what, ncols=ncols)
+    look = Look(ax, ncols, size, invert_y, show, save)
     rest, maps, others = list(axes), [], []
-    look: dict[str, Any] = {"ncols": ncols, "size": size, "invert_y": invert_y}
-    for kind, n in needed.items():
+    for kind, n in n_axes.items():
         block, rest = rest[:n], rest[n:]
         if kind in _MAPS:
-            draw_slices(block, slices, colors[kind], **look)
+            draw_slices(block, slices, colors[kind], look)
             maps += in_rows(block, ncols)
             continue
-        if curve is not None and kind == "reliability":
-            _draw_reliability(block[0], curve)
+        if kind == "reliability":
+            _draw_reliability(block[0], _curve(adata, key, cells, n_bins))
             shape = (_CURVE_INCHES, _CURVE_INCHES)
         else:
             shape = _draw_confusion(block[0], cells, known, as_counts=counts)
         if is_new:
             set_inches(block[0], *shape)
         others += block
-    if is_new and len(slices) == 1:
-        # All stand side by side; of several slices, what is no map stands below.
-        arrange([[row[0] for row in maps] + others])
-    elif is_new:
-        arrange(*(grid for grid in (maps, [others]) if any(grid)))
+    # Beside a single slice all stand side by side; of several, what is no map stands below.
+    grids = [maps, [others]] if len(slices) > 1 else [[[row[0] for row in maps] + others]]
+    if is_new:
+        arrange(*(grid for grid in grids if any(grid)))
     return finish(axes, show=show, save=save)
-
-
-def _require_column(adata: AnnData, key: str, advice: str) -> None:
-    if key not in adata.obs:
-        msg = f"There is no obs[{key!r}]: {advice}.{nearest_names(key, adata.obs.columns)}"
-        raise KeyError(msg)
 
 
 def _choose_panels(
@@ -199,7 +199,7 @@ def _choose_panels(
     if not kinds or set(kinds) - set(get_args(PanelKind)) or len(set(kinds)) < len(kinds):
         msg = f"panels must be some of {list(get_args(PanelKind))}, each once, found {kinds}."
         raise ValueError(msg)
-    needing = [kind for kind in kinds if kind in ("truth", "confusion", "reliability")]
+    needing = [kind for kind in kinds if kind not in ("map", "confidence")]
     if needing and truth_key is None:
         msg = f"The panels {needing} compare with the truth: pass truth_key."
         raise ValueError(msg)
@@ -252,9 +252,6 @@ def _read_cells(adata: AnnData, key: str, truth_key: str) -> tuple[pd.DataFrame,
 
 def _curve(adata: AnnData, key: str, cells: pd.DataFrame, n_bins: int) -> Reliability:
     """Accuracy of the likeliest class, also where it was then rejected as unknown."""
-    if n_bins < 1:
-        msg = f"n_bins must be at least 1, found {n_bins}."
-        raise ValueError(msg)
     cells = cells[cells["is_known"]]
     found: NDArray[np.object_] = cells["found"].to_numpy()
     if key + _PROBA in adata.obsm:
@@ -276,18 +273,16 @@ def _draw_confusion(
     counts = table.reindex(index=rows, columns=columns, fill_value=0).to_numpy()
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    ax.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    line: dict[str, Any] = {"edgecolors": _GRID_COLOR, "linewidth": 0.5}
+    ax.pcolormesh(shares, cmap="Blues", vmin=0.0, vmax=1.0, **line)
+    ax.invert_yaxis()
     field = float(np.clip(_CLASS_INCHES * max(counts.shape), _MIN_INCHES, _MAX_INCHES))
     field /= max(counts.shape)
     size = float(np.clip(field * 26, 4.5, FONT_SIZE))
-    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=size)
     named = [f"{name} ({total:,})" for name, total in zip(rows, totals[:, 0], strict=True)]
-    ax.set_yticks(range(len(rows)), named, fontsize=size)
-    # Lines between the fields, through minor ticks without length.
-    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    ax.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
-    ax.grid(which="minor", color=_GRID_COLOR, linewidth=0.5)
-    ax.tick_params(which="both", length=0)
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90, fontsize=size)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, named, fontsize=size)
+    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("annotation", fontsize=FONT_SIZE)
     ax.set_ylabel("truth (cells)", fontsize=FONT_SIZE)
@@ -298,8 +293,11 @@ def _draw_confusion(
         for row, column in np.argwhere(shares >= _MIN_SHARE):
             share = shares[row, column]
             text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
-            color = "white" if share > _DARK else "black"
-            ax.text(column, row, text, ha="center", va="center", fontsize=size - 1.0, color=color)
+            font: dict[str, Any] = {
+                "fontsize": size - 1.0,
+                "color": "white" if share > _DARK else "black",
+            }
+            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", **font)
     return field * len(columns), field * len(rows)
 
 
@@ -311,11 +309,15 @@ def _in_order(known: list[str], used: pd.Series) -> list[str]:
 
 def _draw_reliability(ax: Axes, curve: Reliability) -> None:
     ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
-    ax.errorbar(
-        curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
-        elinewidth=0.8, color=_CURVE_COLOR, zorder=2,
-    )  # fmt: skip
-    ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02))
-    ax.set(xticks=np.linspace(0.0, 1.0, 6), yticks=np.linspace(0.0, 1.0, 6))
+    look: dict[str, Any] = {
+        "fmt": "o-",
+        "ms": 3.5,
+        "lw": 1.2,
+        "elinewidth": 0.8,
+        "color": _CURVE_COLOR,
+    }
+    ax.errorbar(curve.confidence, curve.accuracy, yerr=curve.spread, zorder=2, **look)
+    ticks = np.linspace(0.0, 1.0, 6)
+    ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xticks=ticks, yticks=ticks)
     title = f"expected calibration error {curve.error:.3f}"
     style_axes(ax, title=title, x="confidence", y="share of cells that are right")

@@ -126,10 +126,7 @@ def _read(data: Any) -> pd.DataFrame:
             raise FileNotFoundError(msg)
         history = read_table(file)
     if not isinstance(history, pd.DataFrame):
-        msg = (
-            "Expected what st.tl.train returns, its history, or the folder of a run, found "
-            f"{type(data).__name__}."
-        )
+        msg = f"Expected a run's folder, history or TrainResult, found {type(data).__name__}."
         raise TypeError(msg)
     if history.empty:
         msg = "The history has no rows yet; they come with the first steps of training."

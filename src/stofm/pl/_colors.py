@@ -193,10 +193,7 @@ def choose_colors(
     # A cycler gives dictionaries.
     colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
     if len(colors) < n:
-        msg = (
-            f"The palette has {len(colors)} colours for {n} categories. Pass a longer one; "
-            "palette=None has colours for any number."
-        )
+        msg = f"The palette has {len(colors)} colours for {n} categories; palette=None has enough."
         raise ValueError(msg)
     return tuple(colors[:n])
 

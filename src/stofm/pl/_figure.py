@@ -52,10 +52,7 @@ def make_axes(
         msg = f"ax must be Axes or several of them, found {others[0]}."
         raise TypeError(msg)
     if len(given) != n_panels:
-        msg = (
-            f"{n_panels} panels are needed ({what}), but ax holds {len(given)}. Pass a list of "
-            f"{n_panels} Axes, or none to have a figure made."
-        )
+        msg = f"{n_panels} panels are needed ({what}), but ax holds {len(given)}."
         raise ValueError(msg)
     return given, False
 

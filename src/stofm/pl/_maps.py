@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -25,10 +25,11 @@ from stofm.pl._colors import (
     category_names,
     nearest_names,
 )
-from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, arrange, in_rows, make_axes, root_figure
+from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, arrange, finish, in_rows, make_axes, root_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
@@ -240,14 +241,23 @@ def _add_colorbar(ax: Axes, color: Values, title: str) -> None:
     bar.ax.set_title(title, fontsize=FONT_SIZE, loc="left", pad=6.0)
 
 
+class Look(NamedTuple):
+    """What the caller says of all maps."""
+
+    ax: Axes | Sequence[Axes] | None
+    ncols: int
+    size: float | None
+    invert_y: bool
+    show: bool | None
+    save: str | Path | None
+
+
 def draw_slices(
     axes: Sequence[Axes],
     panels: list[Panel],
     color: Any,
+    look: Look,
     *,
-    ncols: int,
-    size: float | None,
-    invert_y: bool,
     titles: Sequence[str] | None = None,
     fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
     key: Callable[[Axes, Any, str], None] | None = add_key,
@@ -262,27 +272,26 @@ def draw_slices(
     for ax, panel, title in zip(axes, panels, titles, strict=True):
         (left, bottom), (right, top) = panel.low, panel.high
         ax.set_xlim(left, right)
-        ax.set_ylim((top, bottom) if invert_y else (bottom, top))
+        ax.set_ylim((top, bottom) if look.invert_y else (bottom, top))
         ax.set_aspect("equal")
         ax.set_axis_off()
         ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
-        fill(ax, panel, color, size)
+        fill(ax, panel, color, look.size)
     if key is not None:
-        key(axes[min(ncols, len(axes)) - 1], color, color.key if several else "")
+        key(axes[min(look.ncols, len(axes)) - 1], color, color.key if several else "")
 
 
 def draw_maps(
     panels: list[Panel],
     colors: Sequence[Categories | Values],
+    look: Look,
     *,
-    ax: Axes | Sequence[Axes] | None,
-    ncols: int,
     titles: Sequence[Sequence[str]] | None = None,
     shared: Values | None = None,
     what: str = "",
-    **look: Any,
-) -> list[Axes]:
-    """Draw each colour on each slice; return the axes, colour by colour.
+    **draw: Any,
+) -> Axes | list[Axes]:
+    """Draw each colour on each slice; save, show and return the axes, colour by colour.
 
     Slices of a colour have rows of their own; of a single slice the colours stand side by side.
 
@@ -294,24 +303,25 @@ def draw_maps(
         The scale that all colours have, for one colour bar. None: each has a key of its own.
     what
         What the colours are, for the message about axes that do not fit.
-    look
+    draw
         See :func:`draw_slices`.
     """
     n, n_axes = len(panels), len(panels) * len(colors)
-    counted = f"{n} slices" + (f" x {len(colors)} {what}" if what else "")
-    axes, is_new = make_axes(ax, n_axes, map_inches(panels, n_axes), what=counted, ncols=ncols)
+    what = f"{n} slices" + (f" x {len(colors)} {what}" if what else "")
+    inches = map_inches(panels, n_axes)
+    axes, is_new = make_axes(look.ax, n_axes, inches, what=what, ncols=look.ncols)
     if shared is not None:
-        look["key"] = None
+        draw["key"] = None
     for k, color in enumerate(colors):
         own = None if titles is None else titles[k]
-        draw_slices(axes[k * n : (k + 1) * n], panels, color, ncols=ncols, titles=own, **look)
+        draw_slices(axes[k * n : (k + 1) * n], panels, color, look, titles=own, **draw)
     blocks = in_rows(axes, n) if n > 1 else [axes]
-    rows = [row for block in blocks for row in in_rows(block, ncols)]
+    rows = [row for block in blocks for row in in_rows(block, look.ncols)]
     if shared is not None:
         add_key(rows[0][-1], shared, "")
     if is_new:
         arrange(rows)
-    return axes
+    return finish(axes, show=look.show, save=look.save)
 
 
 def round_below(value: float) -> float:

@@ -24,8 +24,7 @@ from stofm.pl._colors import (
     nearest_names,
     value_limits,
 )
-from stofm.pl._figure import finish
-from stofm.pl._maps import add_key, draw_maps, points_per_unit, read_panels
+from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,7 +149,7 @@ def deconvolution(
     chosen = _read_frame(adata, key, types, "deconvolve", "type")
     names, values = list(chosen), chosen.to_numpy()
     panels = read_panels(adata, spatial_key, library_key)
-    look: dict[str, Any] = {"ax": ax, "ncols": ncols, "size": size, "invert_y": invert_y}
+    look = Look(ax, ncols, size, invert_y, show, save)
     if kind == "pies":
         every = _read_frame(adata, key, None, "deconvolve", "type")
         _require_proportions(every.to_numpy(), key)
@@ -163,17 +162,15 @@ def deconvolution(
 
         color = _color_types(adata, key, list(every), names, palette)
         titles = [[panel.name for panel in panels]]
-        axes = draw_maps(panels, [color], titles=titles, fill=fill, key=legend, **look)
-    else:
-        limits = value_limits(values, vmin, vmax) if shared else None
-        colors = [
-            Values(name, column, *(limits or value_limits(column, vmin, vmax)), cmap)
-            for name, column in zip(names, values.T, strict=True)
-        ]
-        whole = Values("", values, *limits, cmap) if limits else None
-        titles = [[panel.titled(name) for panel in panels] for name in names]
-        axes = draw_maps(panels, colors, titles=titles, shared=whole, what="types", **look)
-    return finish(axes, show=show, save=save)
+        return draw_maps(panels, [color], look, titles=titles, fill=fill, key=legend)
+    limits = value_limits(values, vmin, vmax) if shared else None
+    colors = [
+        Values(name, column, *(limits or value_limits(column, vmin, vmax)), cmap)
+        for name, column in zip(names, values.T, strict=True)
+    ]
+    whole = Values("", values, *limits, cmap) if limits else None
+    titles = [[panel.titled(name) for panel in panels] for name in names]
+    return draw_maps(panels, colors, look, titles=titles, shared=whole, what="types")
 
 
 def imputation(
@@ -288,11 +285,9 @@ def imputation(
             colors.append(Values(name, values, *limits, cmap))
             true = maps.get("measured") if which == "imputed" else None
             titles.append([_title(panel, f"{name}, {which}", values, true) for panel in panels])
-    look: dict[str, Any] = {"ax": ax, "size": size, "invert_y": invert_y}
     # An even number of columns keeps the two maps of a gene beside each other.
-    look["ncols"] = max(2, ncols - ncols % 2)
-    what = f"maps of {list(imputed)}"
-    return finish(draw_maps(panels, colors, titles=titles, what=what, **look), show=show, save=save)
+    look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save)
+    return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
 
 
 def _read_frame(
@@ -300,10 +295,8 @@ def _read_frame(
 ) -> pd.DataFrame:
     """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
     if key not in adata.obsm:
-        msg = (
-            f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it, or pass `key`."
-            f"{nearest_names(key, adata.obsm)}"
-        )
+        near = nearest_names(key, adata.obsm)
+        msg = f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it.{near}"
         raise KeyError(msg)
     stored = adata.obsm[key]
     if not isinstance(stored, pd.DataFrame):

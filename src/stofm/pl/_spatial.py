@@ -20,7 +20,7 @@ from stofm.pl._figure import (
     in_rows,
     make_axes,
 )
-from stofm.pl._maps import Panel, add_key, draw_cells, draw_maps, read_panels, round_below
+from stofm.pl._maps import Look, Panel, add_key, draw_cells, draw_maps, read_panels, round_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,10 +131,8 @@ def spatial(
         if microns_per_unit is not None:
             _add_scale_bar(ax, microns_per_unit)
 
-    axes = draw_maps(
-        panels, colors, ax=ax, ncols=ncols, size=size, invert_y=invert_y, fill=fill, what="colours"
-    )
-    return finish(axes, show=show, save=save)
+    look = Look(ax, ncols, size, invert_y, show, save)
+    return draw_maps(panels, colors, look, fill=fill, what="colours")
 
 
 def _add_scale_bar(ax: Axes, microns_per_unit: float) -> None:

@@ -15,8 +15,8 @@ from stofm._edge.records import read_record
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm.pl._colors import Categories, color_categories, default_colors, stored_colors
-from stofm.pl._figure import FONT_SIZE, finish
-from stofm.pl._maps import add_legend, dot, draw_cells, draw_maps, read_panels, round_below
+from stofm.pl._figure import FONT_SIZE
+from stofm.pl._maps import Look, add_legend, dot, draw_cells, draw_maps, read_panels, round_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,10 +119,8 @@ def subslices(
                 _write(ax, x, y, f"{len(places):,}", FONT_SIZE, bbox=box)
 
     colors = [_color_subslices(codes, panels)]
-    axes = draw_maps(
-        panels, colors, ax=ax, ncols=ncols, size=size, invert_y=invert_y, titles=[titles], fill=fill
-    )
-    return finish(axes, show=show, save=save)
+    look = Look(ax, ncols, size, invert_y, show, save)
+    return draw_maps(panels, colors, look, titles=[titles], fill=fill)
 
 
 def _layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
@@ -133,10 +131,11 @@ def _layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[
     """
     n_made: Any = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
     record = f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"
-    needed = {f"obs['{key}']": key in adata.obs}
-    needed[f"obsm['{Obsm.COORDINATES}']"] = Obsm.COORDINATES in adata.obsm
-    if library_key is None:
-        needed[record] = n_made is not None and Obs.VIRTUAL_CELL in adata.obs
+    needed = {
+        f"obs['{key}']": key in adata.obs,
+        f"obsm['{Obsm.COORDINATES}']": Obsm.COORDINATES in adata.obsm,
+        record: library_key or (n_made is not None and Obs.VIRTUAL_CELL in adata.obs),
+    }
     if missing := [name for name, is_there in needed.items() if not is_there]:
         msg = (
             f"{missing[0]} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if "
@@ -297,9 +296,8 @@ def virtual_cells(
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
 
-    look: dict[str, Any] = {"ncols": ncols, "size": size, "invert_y": invert_y}
-    axes = draw_maps(panels, [pale], ax=ax, titles=[titles], fill=fill, key=key, **look)
-    return finish(axes, show=show, save=save)
+    look = Look(ax, ncols, size, invert_y, show, save)
+    return draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
 
 
 def _color_virtual_cells(

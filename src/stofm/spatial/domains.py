@@ -162,10 +162,7 @@ def find_domains(
     Leiden clusters at `resolution` on the neighbour graph.
     """
     if n_domains is not None and n_domains > len(space.scores):
-        msg = (
-            f"n_domains is {n_domains}, but the {len(space.order)} cells have only "
-            f"{len(space.scores)} different embeddings; ask for fewer domains."
-        )
+        msg = f"n_domains is {n_domains}, but only {len(space.scores)} embeddings are different."
         raise ValueError(msg)
     from sklearn.exceptions import ConvergenceWarning
 

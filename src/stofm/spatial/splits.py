@@ -154,10 +154,7 @@ def split_cells(
             part[held_out[_is_near(xy, is_moved, held_out, margin)]] = _LEFT_OUT
     every, part = _joined(slices), _joined(parts)
     if rule == "slices" and not (part == _HELD_OUT).any():
-        msg = (
-            "how='slices' leaves no cell to hold out: each slice has classes that no other has. Use "
-            "'blocks'."
-        )
+        msg = "how='slices' holds nothing out: each slice has classes of its own; use 'blocks'."
         raise ValueError(msg)
     return Split(
         rule,

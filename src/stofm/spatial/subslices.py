@@ -89,10 +89,7 @@ class SubSliceConfig:
         require(self, "must be positive", lambda value: value > 0, "leiden_resolution")
         check_shares(self, "position_weight")
         if self.mixing == "sum" and self.n_components != 2:
-            msg = (
-                f"mixing='sum' adds coordinates and components elementwise and needs "
-                f"n_components=2, found {self.n_components}; use mixing='concatenate'."
-            )
+            msg = f"mixing='sum' needs n_components=2, found {self.n_components}."
             raise ValueError(msg)
 
     @classmethod

@@ -164,10 +164,7 @@ def probe(
         msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
         raise ValueError(msg)
     if protocol is not None and (left_out is not None or seeds != _N_SEEDS):
-        msg = (
-            f"protocol={protocol!r} tests random cells in three runs: leave out `left_out` and "
-            "`seeds`."
-        )
+        msg = f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
         raise ValueError(msg)
     sections = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
     labels = read_label_names(sections, label_key, missing=missing)
