@@ -9,12 +9,12 @@ import torch
 
 from stofm.nn import (
     GaussianDistanceBias,
-    PairState,
     SE2Transformer,
     SE2TransformerConfig,
     SubSliceBatch,
-    biased_attention,
 )
+from stofm.nn.attention import biased_attention
+from stofm.nn.se2_transformer import PairState
 from stofm.spatial import NO_NEIGHBOR
 
 N_REAL = (11, 7)

@@ -209,7 +209,7 @@ def test_memory_shortage_with_one_item_says_what_to_lower(error):
     def run(items):
         raise error
 
-    with pytest.raises(MemoryError, match="lower token_budget, or use device='cpu'"):
+    with pytest.raises(MemoryError, match="lower token_budget or use device='cpu'"):
         _halving(run, np.arange(4), "token_budget")
 
 

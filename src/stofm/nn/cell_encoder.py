@@ -10,12 +10,23 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from transformers import BertConfig
 
     from stofm.nn.batch import GeneBag, TokenBatch
     from stofm.nn.config import CellEncoderConfig
 
 _Linear = tuple[Tensor, Tensor]
+#: Entries of BERT's config, and ours for them.
+BERT_NAMES = {
+    "vocab_size": "n_tokens",
+    "num_hidden_layers": "n_layers",
+    "hidden_size": "d_hidden",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "d_inner",
+    "max_position_embeddings": "max_positions",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "layer_norm_eps": "layer_norm_eps",
+}
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
 _MIN_ROWS = 16
 _MIN_QUERIES = 4
@@ -84,11 +95,13 @@ class CellEncoder(nn.Module):
     medians: Tensor
 
     def __init__(self, config: CellEncoderConfig) -> None:
-        from transformers import BertModel
+        from transformers import BertConfig, BertModel
 
         super().__init__()
         self.config = config
-        self.bert = BertModel(_bert_config(config), add_pooling_layer=False)
+        sizes = {theirs: getattr(config, ours) for theirs, ours in BERT_NAMES.items()}
+        sizes |= {"attention_probs_dropout_prob": config.dropout, "pad_token_id": 0}
+        self.bert = BertModel(BertConfig(**sizes), add_pooling_layer=False)
         if config.projects_genes:
             embeddings = nn.Embedding(config.n_tokens, config.gene_width, padding_idx=0)
             # As spread as BERT's own.
@@ -265,24 +278,6 @@ class CellEncoder(nn.Module):
         return F.layer_norm(
             hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
         )
-
-
-def _bert_config(config: CellEncoderConfig) -> BertConfig:
-    from transformers import BertConfig
-
-    return BertConfig(
-        vocab_size=config.n_tokens,
-        hidden_size=config.d_hidden,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        intermediate_size=config.d_inner,
-        hidden_act=config.activation,
-        max_position_embeddings=config.max_positions,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        layer_norm_eps=config.layer_norm_eps,
-        pad_token_id=0,
-    )
 
 
 def _weighted_sums(

@@ -9,7 +9,7 @@ import torch
 
 from stofm._config import build_dataclass, read_json
 from stofm._files import local
-from stofm.nn.cell_encoder import CellEncoder
+from stofm.nn.cell_encoder import BERT_NAMES, CellEncoder
 from stofm.nn.checkpoint import load_exactly, read_tensors, require_finite
 from stofm.nn.config import CellEncoderConfig, SE2TransformerConfig
 from stofm.nn.device import seeded
@@ -29,18 +29,6 @@ _SE2_SIZES = {
     "num_attention_heads": "n_heads",
     "ffn_embedding_dim": "d_inner",
     "gaussian_hidden_dim": "n_kernels",
-}
-#: The same of BERT's.
-_BERT_SIZES = {
-    "vocab_size": "n_tokens",
-    "num_hidden_layers": "n_layers",
-    "hidden_size": "d_hidden",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "d_inner",
-    "max_position_embeddings": "max_positions",
-    "hidden_act": "activation",
-    "hidden_dropout_prob": "dropout",
-    "layer_norm_eps": "layer_norm_eps",
 }
 #: The same of modules; those of a layer stand behind its number.
 _SE2_NAMES = {
@@ -132,7 +120,7 @@ def _encoder_config(bert: Mapping[str, Any], d_cell: int) -> CellEncoderConfig:
             f"cell_bert must have 'absolute' positions, found {bert['position_embedding_type']!r}."
         )
         raise ValueError(msg)
-    sizes = _renamed(bert, _BERT_SIZES, "cell_bert/config.json") | {"d_cell": d_cell}
+    sizes = _renamed(bert, BERT_NAMES, "cell_bert/config.json") | {"d_cell": d_cell}
     return build_dataclass(CellEncoderConfig, sizes, "the published cell_bert/config.json")
 
 

@@ -161,17 +161,9 @@ class SE2Transformer(nn.Module):
         )
         if config.distance_start == "near":
             self.distance_bias.favor_near()
-        self.layers = nn.ModuleList(
-            SE2Layer(
-                d_model=config.d_model,
-                n_heads=config.n_heads,
-                d_inner=config.d_inner,
-                norm_first=config.norm_first,
-                dropout=config.dropout,
-                layer_norm_eps=config.layer_norm_eps,
-            )
-            for _ in range(config.n_layers)
-        )
+        names = ("d_model", "n_heads", "d_inner", "norm_first", "dropout", "layer_norm_eps")
+        sizes = {name: getattr(config, name) for name in names}
+        self.layers = nn.ModuleList(SE2Layer(**sizes) for _ in range(config.n_layers))
 
     def forward(self, batch: SubSliceBatch) -> SE2Output:
         """Embed the nodes of sub-slices.

@@ -181,7 +181,9 @@ def annotation(
             set_inches(block[0], *shape)
         others += block
     # Beside a single slice all stand side by side; of several, what is no map stands below.
-    grids = [maps, [others]] if len(slices) > 1 else [[[row[0] for row in maps] + others]]
+    grids: list[list[Any]] = (
+        [maps, [others]] if len(slices) > 1 else [[[row[0] for row in maps] + others]]
+    )
     if is_new:
         arrange(*(grid for grid in grids if any(grid)))
     return finish(axes, show=show, save=save)
@@ -309,14 +311,10 @@ def _in_order(known: list[str], used: pd.Series) -> list[str]:
 
 def _draw_reliability(ax: Axes, curve: Reliability) -> None:
     ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
-    look: dict[str, Any] = {
-        "fmt": "o-",
-        "ms": 3.5,
-        "lw": 1.2,
-        "elinewidth": 0.8,
-        "color": _CURVE_COLOR,
-    }
-    ax.errorbar(curve.confidence, curve.accuracy, yerr=curve.spread, zorder=2, **look)
+    ax.errorbar(
+        curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
+        elinewidth=0.8, color=_CURVE_COLOR, zorder=2,
+    )  # fmt: skip
     ticks = np.linspace(0.0, 1.0, 6)
     ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xticks=ticks, yticks=ticks)
     title = f"expected calibration error {curve.error:.3f}"
