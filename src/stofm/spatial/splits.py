@@ -33,7 +33,7 @@ _MARGIN_SHARE = 0.25
 _N_DRAWS = 16
 _N_NEIGHBORS = 6
 #: Parts of cells.
-_FITTED, _HELD_OUT, _LEFT_OUT = range(3)
+_FITTED, _HELD_OUT, _LEFT_OUT, _NOWHERE = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,35 +135,33 @@ def split_cells(
         msg = f"share must be between 0 and 1, found {share!r}."
         raise ValueError(msg)
     rng = np.random.default_rng(seed)
-    classes = np.zeros(len(coordinates), dtype=np.int64) if classes is None else classes
-    places = [np.asarray(coordinates[rows], dtype=np.float64) for rows in slices]
-    kinds = [classes[rows] for rows in slices]
+    xy = np.asarray(coordinates, dtype=np.float64)
+    classes = np.zeros(len(xy), dtype=np.int64) if classes is None else classes
     rule = ("slices" if len(slices) >= _SEVERAL else "blocks") if how == "auto" else how
-    parts = _draw(rule, places, kinds, share, margin, rng)
-    if how == "auto" and rule == "slices" and len(_lost(kinds, parts)):
+    part = _draw(rule, xy, slices, classes, share, margin, rng)
+    if how == "auto" and rule == "slices" and len(_lost(part, classes)):
         rule = "blocks"
-        parts = _draw(rule, places, kinds, share, margin, rng)
-    chosen = [k for k, part in enumerate(parts) if part.all()] if rule == "slices" else []
+        part = _draw(rule, xy, slices, classes, share, margin, rng)
+    held_out = [part[rows] == _HELD_OUT for rows in slices]
+    chosen = [k for k, own in enumerate(held_out) if rule == "slices" and own.all()]
     # Each class has cells to fit; but for random cells, those near them are left out.
-    lost = _lost(kinds, parts)
-    moved = [np.isin(own, lost) for own in kinds]
-    for xy, part, is_moved in zip(places, parts, moved, strict=True):
-        part[is_moved] = _FITTED
-        held_out = np.flatnonzero(part == _HELD_OUT)
-        if rule != "random" and len(held_out) and is_moved.any():
-            part[held_out[_is_near(xy, is_moved, held_out, margin)]] = _LEFT_OUT
-    every, part = _joined(slices), _joined(parts)
+    is_moved = (part != _NOWHERE) & np.isin(classes, _lost(part, classes))
+    part[is_moved] = _FITTED
+    for rows in slices if rule != "random" else ():
+        others = np.flatnonzero(part[rows] == _HELD_OUT)
+        if len(others) and is_moved[rows].any():
+            part[rows[others[_is_near(xy[rows], is_moved[rows], others, margin)]]] = _LEFT_OUT
     if rule == "slices" and not (part == _HELD_OUT).any():
         msg = "how='slices' holds nothing out: each slice has classes of its own; use 'blocks'."
         raise ValueError(msg)
     return Split(
         rule,
-        fitted=np.sort(every[part == _FITTED]),
-        held_out=np.sort(every[part == _HELD_OUT]),
-        left_out=np.sort(every[part == _LEFT_OUT]),
+        fitted=np.flatnonzero(part == _FITTED),
+        held_out=np.flatnonzero(part == _HELD_OUT),
+        left_out=np.flatnonzero(part == _LEFT_OUT),
         slices=tuple(chosen),
         params={"share": share, "margin": margin if rule == "blocks" else None, "seed": int(seed)},
-        moved=np.sort(every[_joined(moved).astype(bool)]),
+        moved=np.flatnonzero(is_moved),
     )
 
 
@@ -190,46 +188,39 @@ def leave_out_blocks(
 
 def _draw(
     how: str,
-    places: Sequence[NDArray[np.float64]],
-    kinds: Sequence[NDArray[np.int64]],
+    xy: NDArray[np.float64],
+    slices: Sequence[NDArray[np.int64]],
+    classes: NDArray[np.int64],
     share: float,
     margin: float | None,
     rng: np.random.Generator,
-) -> list[NDArray[np.int64]]:
-    """Part of each cell of each slice, whose places and classes are given."""
-    if how == "slices":
-        chosen = _choose_slices(kinds, share, rng)
-        return [
-            np.full(len(own), _HELD_OUT if k in chosen else _FITTED) for k, own in enumerate(kinds)
-        ]
-    parts = []
-    for xy, own in zip(places, kinds, strict=True):
-        order = canonical_order(xy, xy)
-        part = np.full(len(xy), _FITTED)
-        if how == "random":
-            part[order[rng.permutation(len(xy))[: round(share * len(xy))]]] = _HELD_OUT
-        else:
-            part[order] = _block_parts(xy[order], share, margin, own[order], rng)
-        parts.append(part)
-    return parts
-
-
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
-
-
-def _lost(
-    kinds: Sequence[NDArray[np.int64]], parts: Sequence[NDArray[np.int64]]
 ) -> NDArray[np.int64]:
+    """Part of each cell."""
+    part = np.full(len(xy), _NOWHERE)
+    for rows in slices:
+        part[rows] = _FITTED
+    if how == "slices":
+        for k in _choose_slices([classes[rows] for rows in slices], share, rng):
+            part[slices[k]] = _HELD_OUT
+        return part
+    for rows in slices:
+        ordered = rows[canonical_order(xy[rows], xy[rows])]
+        if how == "random":
+            part[rng.permutation(ordered)[: round(share * len(rows))]] = _HELD_OUT
+        else:
+            part[ordered] = _block_parts(xy[ordered], share, margin, classes[ordered], rng)
+    return part
+
+
+def _lost(part: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Classes of which no cell is fitted."""
-    own = _joined(kinds)
-    return np.setdiff1d(own, own[_joined(parts) == _FITTED])
+    return np.setdiff1d(classes[part != _NOWHERE], classes[part == _FITTED])
 
 
 def _choose_slices(
     kinds: Sequence[NDArray[np.int64]], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Of some draws of slices, the first that leaves most classes to fit."""
+    """Of some draws of slices, whose classes are given, the first that leaves most to fit."""
     n_slices = len(kinds)
     if n_slices < 2:
         msg = "how='slices' needs at least two slices, found one; use how='blocks'."
