@@ -29,14 +29,8 @@ _SHARE_WITH_GRADIENT: Final = 0.15
 class Tissue(NamedTuple):
     """What a kind of tissue is made of.
 
-    Attributes
-    ----------
-    regions, cell_types
-        Names, in anatomical order.
-    composition
-        (n_regions, n_types) expected share of each type, rows sum to 1.
-    type_gradients
-        (2, n_types) change of a type's log share along the two fields of position.
+    Rows of `composition` (n_regions, n_types) are expected shares of the types and sum to 1;
+    `type_gradients` (2, n_types) change a type's log share along the two fields of position.
     """
 
     regions: tuple[str, ...]
@@ -48,18 +42,10 @@ class Tissue(NamedTuple):
 class Panel(NamedTuple):
     """The genes that are measured, and what each cell type expresses of them.
 
-    Attributes
-    ----------
-    symbols
-        (n_genes,) gene symbols of the species.
-    marker_of
-        (n_genes,) cell types of the tissue that the gene marks, joined by commas, or "".
-    expression
-        (n_types, n_genes) mean counts; a row's total is 1 on average over types.
-    gradients
-        (2, n_genes) change of log expression along the two fields of position; most are 0.
-    shape
-        (n_genes,) shape of the Gamma distribution of a gene's rate: the smaller, the noisier.
+    `marker_of` are the cell types that a gene marks, joined by commas. A row of `expression`
+    (n_types, n_genes), mean counts, has a total of 1 on average over types; `gradients` (2, n_genes)
+    change log expression along the two fields of position, most are 0. `shape` (n_genes,) is that of
+    the Gamma distribution of a gene's rate: the smaller, the noisier.
     """
 
     symbols: NDArray[np.str_]

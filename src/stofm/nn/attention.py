@@ -33,22 +33,9 @@ def biased_attention(
 ) -> Float[Tensor, "batch heads nodes d_head"]:
     """Compute ``softmax(queries keys^T + bias) values`` over the real nodes of each sub-slice.
 
-    Parameters
-    ----------
-    queries
-        Already divided by the square root of the head's width.
-    keys, values
-        As usual.
-    bias
-        Added to the logits. Elsewhere than on the CPU it must hold -inf at padded keys.
-    n_real
-        Number of real nodes of each sub-slice; the rest is padding.
-    dropout
-        Share of attention weights set to zero.
-
-    Returns
-    -------
-    Values of real nodes are right; those of padding are arbitrary.
+    Queries are already divided by the square root of the head's width. Elsewhere than on the CPU the
+    bias must hold -inf at padded keys. `n_real` are the numbers of real nodes of the sub-slices, and
+    `dropout` is the share of attention weights set to zero. Values at padding are arbitrary.
     """
     if queries.device.type == "mps":
         # Its fused kernel wants values as wide as the queries, which grow from layer to layer.

@@ -35,18 +35,9 @@ class _Tensors:
 class PairIndex(_Tensors):
     """Where the listed pairs of a batch stand in its dense (nodes, nodes) matrices.
 
-    Attributes
-    ----------
-    distances
-        (pairs,) float32, model units.
-    forward, mirrored
-        (pairs,) flat positions of (i, j) and of (j, i) in the sub-slice's own matrix.
-    ranges
-        Per sub-slice, first pair and the one after its last.
-    n_real
-        Per sub-slice, its number of nodes.
-    n_nodes
-        Padded number of nodes.
+    `distances` are in model units; `forward` and `mirrored` are flat positions of (i, j) and (j, i) in
+    the sub-slice's own matrix. Of each sub-slice, `ranges` are its first pair and the one after its
+    last, and `n_real` its number of nodes, which are padded to `n_nodes`.
     """
 
     distances: Float[Tensor, " pairs"]

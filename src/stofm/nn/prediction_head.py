@@ -92,14 +92,8 @@ class PredictionHead(nn.Module):
         """Take the mean of each column and the scale of each representation from the training part.
 
         The columns of a representation are scaled as one, so that principal components that hardly
-        vary hardly count; the root of the mean of their variances becomes 1.
-
-        Parameters
-        ----------
-        features
-            Representations of the training part.
-        widths
-            Columns of each, if there are several side by side.
+        vary hardly count; the root of the mean of their variances becomes 1. `widths` are the columns of
+        each, if there are several side by side.
         """
         variance, mean = torch.var_mean(features.double(), dim=0, correction=0)
         varies = variance.sqrt() > ROUNDING * features.abs().amax(dim=0)

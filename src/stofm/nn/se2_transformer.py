@@ -26,14 +26,8 @@ _TOLD_LENGTH = 10.0
 class PairState:
     """The pair representation, kept as its factors.
 
-    Attributes
-    ----------
-    bias
-        (batch, heads, nodes, nodes) bias that every layer adds.
-    queries, keys
-        (batch, heads, nodes, ...) of all layers side by side.
-    is_real
-        (batch, nodes) which nodes are no padding.
+    `bias` is what every layer adds; `queries` and `keys` are those of all layers side by side;
+    `is_real` says which nodes are no padding.
     """
 
     bias: Float[Tensor, "batch heads nodes nodes"]

@@ -102,25 +102,10 @@ def annotation(
         Write numbers of cells into the confusion matrix instead of percent of the true class.
     n_bins
         Bins of the reliability curve, of equally many cells.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the sub-slices were made
-        with, if any.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
-    size
-        Area of a cell's point in square points. None: fitted to the distance between cells.
-    ncols
-        Slices side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, panel by panel, one for each slice in maps. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------

@@ -66,18 +66,8 @@ _BELOW_INCHES: Final = 0.46
 class Panel:
     """The cells of one slice.
 
-    Attributes
-    ----------
-    name
-        Value of the library key, or "" if the slices are not separated.
-    rows
-        (n_cells,) rows of the AnnData.
-    places
-        (n_cells, 2) coordinates of those rows.
-    spacing
-        Typical distance between neighbouring cells; 0 for a cell alone.
-    low, high
-        (2,) corners of the part of the plane that is shown.
+    Its `name` ("" if slices are not separated), `rows` of the AnnData, their `places` (n_cells, 2),
+    the typical distance between neighbours (0 for a cell alone), and the corners of what is shown.
     """
 
     name: str
@@ -294,17 +284,8 @@ def draw_maps(
     """Draw each colour on each slice; save, show and return the axes, colour by colour.
 
     Slices of a colour have rows of their own; of a single slice the colours stand side by side.
-
-    Parameters
-    ----------
-    titles
-        Of each colour's panels.
-    shared
-        The scale that all colours have, for one colour bar. None: each has a key of its own.
-    what
-        What the colours are, for the message about axes that do not fit.
-    draw
-        See :func:`draw_slices`.
+    `shared` is the scale that all colours have, for one colour bar; without it each has a key of
+    its own. `what` is what the colours are, for the message about axes that do not fit.
     """
     n, n_axes = len(panels), len(panels) * len(colors)
     what = f"{n} slices" + (f" x {len(colors)} {what}" if what else "")

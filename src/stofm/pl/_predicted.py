@@ -101,26 +101,13 @@ def deconvolution(
     cmap, vmin, vmax
         Colour map of the maps and its ends: a number, a percentile such as ``"p99"``, or None
         for the extreme.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the sub-slices were made
-        with, if any.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
     size
         Area of a point in square points, or of a pie. None: fitted to the distance between
         spots.
-    ncols
-        Panels side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, as many as there are panels, type by type. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    library_key, spatial_key, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
@@ -218,28 +205,10 @@ def imputation(
     shared
         One colour scale for both maps of a gene: imputed values vary less than measured ones,
         and look pale in it. False: each map has its own.
-    cmap, vmin, vmax
-        Colour map and its ends: a number, a percentile such as ``"p99"``, or None for the
-        extreme.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the sub-slices were made
-        with, if any.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
-    size
-        Area of a point in square points. None: fitted to the distance between cells.
-    ncols
-        Panels side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, gene by gene, measured first, one for each slice. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------

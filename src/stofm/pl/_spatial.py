@@ -188,24 +188,12 @@ def umap(
         Column of ``obs``, gene of ``var_names``, or several. None: one plain colour.
     layer
         Layer to read genes from; None: ``X``.
-    palette
-        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
-        order, or a colour for each by name. Replaces those in ``uns``.
-    cmap, vmin, vmax
-        Colour map of values and its ends: a number, a percentile such as ``"p99"``, or None for
-        the extreme.
     size
         Area of a point in square points. None: scanpy's, from the number of cells.
-    ncols
-        Panels side by side.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, as many as there are colours. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    palette, cmap, vmin, vmax, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------

@@ -62,27 +62,14 @@ def subslices(
     ----------
     adata
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the sub-slices were made
-        with, if any.
     outlines
         Draw the convex hull of each sub-slice.
     labels
         Write the number of cells onto each sub-slice. None: where a slice has at most 40.
-    size
-        Area of a point in square points. None: fitted to the distance between cells.
-    ncols
-        Panels side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    library_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
@@ -220,25 +207,12 @@ def virtual_cells(
     ----------
     adata
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the virtual cells were made
-        with, if any.
     labels
         Write the number of each virtual cell. None: where a slice has at most 30.
-    size
-        Area of a cell's point in square points. None: fitted to the distance between cells.
-    ncols
-        Panels side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi, points as pixels in vector formats).
+    library_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------

@@ -24,18 +24,9 @@ _MIN_BANDWIDTH = 1e-3
 def nearest_neighbors(
     points: NDArray[np.float64], n_neighbors: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find each point's nearest points, itself first, with a kd-tree.
+    """Find the nearest of points (n, d), d small, to each of them, itself first and counted.
 
-    Parameters
-    ----------
-    points
-        (n, d), d small.
-    n_neighbors
-        Neighbours of a point, the point itself counted; at most n.
-
-    Returns
-    -------
-    Indices and Euclidean distances, each (n, n_neighbors), by ascending distance.
+    Returns indices and Euclidean distances, each (n, n_neighbors), by ascending distance.
     """
     n_neighbors = min(n_neighbors, len(points))
     tree = cKDTree(points, balanced_tree=False)
@@ -80,21 +71,12 @@ def neighbor_means(
 
 
 def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> sp.csr_array:
-    """Weight a neighbour graph by UMAP's fuzzy simplicial set.
+    """Weight a neighbour graph by UMAP's fuzzy simplicial set: symmetric (n, n) weights, float32.
 
     A point's nearest neighbour at non-zero distance rho gets weight 1, others
     ``exp(-(d - rho) / sigma)``, with sigma such that a point's weights sum to
     ``log2(n_neighbors)``. The two directions of an edge are joined by the probabilistic sum
-    ``a + b - a b``.
-
-    Parameters
-    ----------
-    indices, distances
-        (n, n_neighbors), the point itself first.
-
-    Returns
-    -------
-    Symmetric (n, n) weights, float32.
+    ``a + b - a b``. `indices` and `distances` (n, n_neighbors) have the point itself first.
 
     References
     ----------

@@ -129,24 +129,10 @@ def cluster_cells(
     seed: int = 0,
     clustering: Clustering = "canonical",
 ) -> NDArray[np.int64]:
-    """Cluster cells by Leiden on their exact neighbour graph with UMAP's weights.
+    """Cluster points (n, k) by Leiden on their exact neighbour graph with UMAP's weights.
 
-    Parameters
-    ----------
-    points
-        (n, k) matrix to cluster, rows in canonical order.
-    resolution
-        Leiden resolution.
-    n_neighbors
-        Neighbours of a cell, the cell itself counted.
-    max_clusters
-        Upper limit on the number of clusters; None for no limit.
-    seed, clustering
-        See :func:`leiden`.
-
-    Returns
-    -------
-    (n,) labels from 0, without gaps; by falling size of the cluster with ``"canonical"``.
+    Rows are in canonical order; the cell itself is counted among its neighbours. Returns (n,) labels
+    from 0, without gaps; by falling size of the cluster with ``"canonical"``.
     """
     n = len(points)
     if n <= 2:
@@ -238,25 +224,12 @@ def leiden(
     seed: int = 0,
     clustering: Clustering = "canonical",
 ) -> NDArray[np.int64]:
-    """Cluster a weighted undirected graph by modularity.
+    """Cluster a symmetric (n, n) weighted graph with an empty diagonal by modularity.
 
-    Parameters
-    ----------
-    weights
-        Symmetric (n, n) weights with an empty diagonal.
-    resolution
-        Higher values give more clusters.
-    seed
-        Seed of the order in which nodes are visited.
-    clustering
-        ``"canonical"`` takes ten rounds, draws from Mersenne Twister and gives igraph each edge
-        once. ``"scanpy"`` gives the labels of ``scanpy.tl.leiden(flavor="igraph",
-        n_iterations=-1)``: as many rounds as improve, each edge in both directions, numbers from
-        numpy's legacy generator; two to four times slower, and more on large slices.
-
-    Returns
-    -------
-    (n,) labels from 0, without gaps.
+    ``"canonical"`` takes ten rounds, draws from Mersenne Twister and gives igraph each edge once.
+    ``"scanpy"`` gives the labels of ``scanpy.tl.leiden(flavor="igraph", n_iterations=-1)``: as many
+    rounds as improve, each edge in both directions, numbers from numpy's legacy generator; two to
+    four times slower, and more on large slices. Returns (n,) labels from 0, without gaps.
 
     References
     ----------
@@ -295,30 +268,11 @@ def merge_clusters(
     max_clusters: int,
     seed: int = 0,
 ) -> NDArray[np.int64]:
-    """Merge whole clusters until there are at most `max_clusters`.
+    """Merge whole clusters until there are at most `max_clusters`; labels without gaps.
 
     Clusters are clustered as nodes of the aggregated graph, at half the resolution, a quarter
     and so on, which keeps modularity as the measure and costs next to nothing. What no edge
-    connects is merged last: the smallest cluster into the one with the nearest centre.
-
-    Parameters
-    ----------
-    weights
-        Symmetric (n, n) weights that `labels` were found on.
-    labels
-        (n,) labels from 0, without gaps.
-    points
-        (n, d) positions whose means are the clusters' centres.
-    resolution
-        Resolution that gave `labels`.
-    max_clusters
-        Largest number of clusters to return, at least 1.
-    seed
-        Seed of the order in which clusters are visited.
-
-    Returns
-    -------
-    (n,) labels from 0, without gaps.
+    connects is merged last: the smallest cluster into the one with the nearest mean of `points`.
     """
     for _ in range(_MAX_HALVINGS):
         if labels.max() < max_clusters:

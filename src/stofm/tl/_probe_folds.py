@@ -45,24 +45,12 @@ def common_classes(labels: NDArray[np.str_]) -> NDArray[np.str_]:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Cells to fit and cells to test.
+    """Cells to fit and cells to test, by row.
 
-    Attributes
-    ----------
-    name
-        What is left out.
-    classes
-        Names of the classes, in alphabetical order.
-    codes
-        (n_obs,) class of each cell; -1 for none.
-    fitted, tested
-        Rows with a class, ascending.
-    labelled
-        Rows of all labelled cells that are left out, also of classes that are not fitted.
-    absent
-        Numbers of these cells by class, of classes that no labelled cell outside has.
-    held_out
-        Those of the fitted rows that tell when to stop; None for a tenth that each seed draws.
+    `codes` (n_obs,) are the classes of the cells, -1 for none. `fitted` and `tested` cells have a class;
+    `labelled` are all labelled cells that are left out, `absent` counts those of them whose class no
+    labelled cell outside has. `held_out` of the fitted ones tell when to stop; None for a tenth that
+    each seed draws.
     """
 
     name: str
