@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,12 +12,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import rel_entr
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
 Per = Literal["column", "row"]
 _Array = NDArray[np.float64]
+_Function = Callable[[_Array, _Array], _Array]
 _NAMED = (pd.Series, pd.DataFrame)
 
 #: Numbers in a block that is computed in double precision at a time.
@@ -62,7 +60,7 @@ def pearson(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     >>> st.metrics.pearson(true, 2 * true + 1).round(6).tolist()
     [1.0, nan]
     """
-    return score_columns(read_values(y_true, y_pred, per, least=2), _correlation, "pearson")
+    return _score("pearson", _correlation, y_true, y_pred, per, least=2)
 
 
 def spearman(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
@@ -82,11 +80,10 @@ def spearman(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     """
     from scipy.stats import rankdata
 
-    return score_columns(
-        read_values(y_true, y_pred, per, least=2),
-        lambda true, found: _correlation(rankdata(true, axis=0), rankdata(found, axis=0)),
-        "spearman",
-    )
+    def of_ranks(true: _Array, predicted: _Array) -> _Array:
+        return _correlation(rankdata(true, axis=0), rankdata(predicted, axis=0))
+
+    return _score("spearman", of_ranks, y_true, y_pred, per, least=2)
 
 
 def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
@@ -104,11 +101,7 @@ def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     -------
     A float for (n,), else a Series, at least 0.
     """
-    return score_columns(
-        read_values(y_true, y_pred, per),
-        lambda true, found: np.sqrt(np.mean((true - found) ** 2, axis=0)),
-        "rmse",
-    )
+    return _score("rmse", lambda t, p: np.sqrt(np.mean((t - p) ** 2, axis=0)), y_true, y_pred, per)
 
 
 def mae(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
@@ -125,11 +118,7 @@ def mae(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     -------
     A float for (n,), else a Series, at least 0.
     """
-    return score_columns(
-        read_values(y_true, y_pred, per),
-        lambda true, found: np.mean(np.abs(true - found), axis=0),
-        "mae",
-    )
+    return _score("mae", lambda t, p: np.mean(np.abs(t - p), axis=0), y_true, y_pred, per)
 
 
 def cosine(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
@@ -147,7 +136,7 @@ def cosine(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     A float for (n,), else a Series, from -1 to 1. NaN where the true values are all 0; 0 where
     only the predicted ones are.
     """
-    return score_columns(read_values(y_true, y_pred, per), _cosine, "cosine")
+    return _score("cosine", _cosine, y_true, y_pred, per)
 
 
 def jensen_shannon(
@@ -180,17 +169,21 @@ def jensen_shannon(
     if not base > 1.0:
         msg = f"base must be above 1, found {base!r}."
         raise ValueError(msg)
-    values = read_values(y_true, y_pred, per)
-    lowest = min(values[0].min(), values[1].min())
-    if lowest < 0:
-        msg = f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
-        raise ValueError(msg)
-    power = 0.5 if root else 1.0
-    return score_columns(
-        values,
-        lambda true, found: (_jensen_shannon(true, found) / np.log(base)) ** power,
-        "jensen_shannon",
-    )
+
+    def divergence(true: _Array, predicted: _Array) -> _Array:
+        if (lowest := min(true.min(), predicted.min())) < 0:
+            msg = f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
+            raise ValueError(msg)
+        found: _Array = _jensen_shannon(true, predicted) / np.log(base)
+        return np.sqrt(found) if root else found
+
+    return _score("jensen_shannon", divergence, y_true, y_pred, per)
+
+
+def _score(
+    name: str, function: _Function, y_true: Any, y_pred: Any, per: Per, *, least: int = 1
+) -> Any:
+    return score_columns(read_values(y_true, y_pred, per, least=least), function, name)
 
 
 def read_values(
@@ -258,19 +251,17 @@ def in_same_order(first: Any, second: Any) -> Any:
 
 def score_columns(
     values: tuple[_Array, _Array, pd.Index | None],
-    function: Callable[[_Array, _Array], _Array],
+    function: _Function,
     name: str,
 ) -> Any:
     """Score each column, block by block: a float for vectors, else a Series."""
     true, predicted, names = values
     step = max(1, _BLOCK // len(true))
-    blocks = [slice(start, start + step) for start in range(0, true.shape[1], step)]
-    scores = np.concatenate(
-        [
-            function(true[:, b].astype(np.float64), predicted[:, b].astype(np.float64))
-            for b in blocks
-        ]
-    )
+    parts = []
+    for start in range(0, true.shape[1], step):
+        block = slice(start, start + step)
+        parts.append(function(*(one[:, block].astype(np.float64) for one in (true, predicted))))
+    scores = np.concatenate(parts)
     return float(scores[0]) if names is None else pd.Series(scores, index=names, name=name)
 
 
