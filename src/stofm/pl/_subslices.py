@@ -113,33 +113,25 @@ def subslices(
 def _layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[np.int64]:
     """Read the sub-slice or virtual cell of each cell: (n_obs,) category codes, -1 for none.
 
-    Without a `library_key`, the record that would name it must be of these cells: the largest
-    groups tell whether slices without such a record were joined.
+    Without a `library_key`, the record that would name it must be of these cells: there are more
+    where slices were joined.
     """
     n_made: Any = (read_record(adata, Uns.SUBSLICE) or {}).get("n_cells")
     record = f"uns['{Uns.STOFM}']['{Uns.SUBSLICE}']"
     needed = {
         f"obs['{key}']": key in adata.obs,
         f"obsm['{Obsm.COORDINATES}']": Obsm.COORDINATES in adata.obsm,
-        record: library_key or (n_made is not None and Obs.VIRTUAL_CELL in adata.obs),
+        record: library_key is not None or n_made is not None,
     }
     if missing := [name for name, is_there in needed.items() if not is_there]:
+        msg = f"{missing[0]} is missing: call st.tl.embed(adata) or st.pp.subslice(adata) first."
+        raise KeyError(msg)
+    if library_key is None and adata.n_obs > np.sum(n_made):
         msg = (
-            f"{missing[0]} is missing: call st.tl.embed(adata) first, or st.pp.subslice(adata) if "
-            "there are cell embeddings already."
+            f"{record} is of other cells: of {np.sum(n_made)}; here are {adata.n_obs}. If slices "
+            "were joined, pass the column of obs that names them as library_key."
         )
         raise KeyError(msg)
-    if library_key is None:
-        made = np.sort(n_made)[::-1]
-        found = adata.obs[Obs.VIRTUAL_CELL].value_counts().to_numpy()
-        found = found[found > 0]
-        if len(found) > len(made) or (found > made[: len(found)]).any():
-            msg = (
-                f"{record} is of other cells: of {made.sum()} in {len(made)} virtual cells; here "
-                f"are {found.sum()} in {len(found)}. If slices were joined, pass the column of obs "
-                "that names them as library_key, or call st.pp.subslice(adata, library_key=...) again."
-            )
-            raise KeyError(msg)
     return np.asarray(adata.obs[key].astype("category").cat.codes, dtype=np.int64)
 
 
@@ -261,11 +253,7 @@ def virtual_cells(
 
     def key(ax: Axes, *_: object) -> None:
         sizes = sorted({max(1, int(round_below(most / share))) for share in (1, 2, 5)})
-        edge: dict[str, Any] = {
-            "color": "white",
-            "markeredgecolor": _EDGE_COLOR,
-            "markeredgewidth": 0.7,
-        }
+        edge: dict[str, Any] = {"color": "white", "mec": _EDGE_COLOR, "mew": 0.7}
         handles = [dot(float(np.sqrt(max(n * scale, _MIN_AREA))), **edge) for n in sizes]
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
