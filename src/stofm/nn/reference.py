@@ -100,28 +100,15 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
     It holds ``cell_bert`` (as transformers writes it) and ``cell_proj.bin`` or
     ``cell_proj.safetensors`` (``weight`` and ``bias``).
     """
-    bert = _read_json(folder / "cell_bert" / "config.json")
+    file = "cell_bert/config.json"
     projection = read_weights(folder, "cell_proj")
-    if set(projection) != {"weight", "bias"}:
-        msg = f"cell_proj should hold 'weight' and 'bias', found {sorted(projection)}."
-        raise ValueError(msg)
-    config = _encoder_config(bert, d_cell=len(projection["bias"]))
+    sizes = _renamed(_read_json(folder / file), BERT_NAMES, file)
+    sizes["d_cell"] = len(projection.get("bias", (0,)))
+    encoder = CellEncoder(build_dataclass(CellEncoderConfig, sizes, f"the published {file}"))
     weights = read_weights(folder / "cell_bert", "model", "pytorch_model")
-    named = _without(weights, "bert.", _UNUSED_BERT)
-    encoder = CellEncoder(config)
-    load_exactly(encoder.bert, named, "cell_bert")
+    load_exactly(encoder.bert, _without(weights, "bert.", _UNUSED_BERT), "cell_bert")
     load_exactly(encoder.projection, projection, "cell_proj")
     return encoder
-
-
-def _encoder_config(bert: Mapping[str, Any], d_cell: int) -> CellEncoderConfig:
-    if bert.get("position_embedding_type", "absolute") != "absolute":
-        msg = (
-            f"cell_bert must have 'absolute' positions, found {bert['position_embedding_type']!r}."
-        )
-        raise ValueError(msg)
-    sizes = _renamed(bert, BERT_NAMES, "cell_bert/config.json") | {"d_cell": d_cell}
-    return build_dataclass(CellEncoderConfig, sizes, "the published cell_bert/config.json")
 
 
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str], file: str) -> dict[str, Any]:
