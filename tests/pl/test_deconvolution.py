@@ -138,7 +138,7 @@ def test_too_many_pies_are_drawn_and_said(
     with caplog.at_level("INFO", logger="stofm"):
         axes = st.pl.deconvolution(spots, kind="pies", library_key="slide", show=False)
     assert [len(ax.collections[0].get_paths()) for ax in axes] == [41, 53]
-    assert "53 pies of 'b' are too small" in caplog.text
+    assert "b: 53 pies are too small" in caplog.text
 
 
 def test_data_are_left_as_they_are(spots: ad.AnnData) -> None:

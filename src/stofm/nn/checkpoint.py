@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import textwrap
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,8 @@ RUN_CHECKPOINT = Kind(
 
 
 _DIGEST = "stofm_digest"
+#: Letters that are quoted of what torch says of weights that do not fit.
+_LONGEST = 500
 
 
 def write_atomically(
@@ -202,29 +205,15 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load `state` into `module`, or say which weights do not fit and how; then it is unchanged."""
+    """Load `state` into `module`, or say which weights do not fit and how."""
     own = module.state_dict()
-    unlike = [
-        f"{name}: {tuple(state[name].shape)} in place of {tuple(value.shape)}"
-        for name, value in sorted(own.items())
-        if name in state and state[name].shape != value.shape
-    ]
-    groups = {
-        "missing": sorted(set(own) - set(state)),
-        "unexpected": sorted(set(state) - set(own)),
-        "of wrong shape": unlike,
-    }
-    problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in groups.items()
-        if names
-    ]
-    problems += [
-        f"{name} is {state[name].dtype}"
-        for name, value in own.items()
-        if not problems and value.is_floating_point() != state[name].is_floating_point()
-    ]
-    if problems:
-        msg = f"The weights of {what} do not fit the config: {'; '.join(problems)}."
-        raise ValueError(msg)
-    module.load_state_dict(dict(state))
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        found = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+        msg = f"The weights of {what} do not fit the config: {found}"
+        raise ValueError(msg) from error
+    for name, value in own.items():
+        if value.is_floating_point() != state[name].is_floating_point():
+            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
+            raise ValueError(msg)

@@ -19,7 +19,7 @@ from stofm.pl._colors import (
     category_names,
     color_categories,
     default_colors,
-    nearest_names,
+    require_name,
     resolve_colors,
     stored_colors,
 )
@@ -129,14 +129,11 @@ def annotation(
     'accuracy 1.000, macro-F1 1.000'
     """
     adata = resolve_table(adata, table_key)
-    needed = {key: "st.tl.annotate(adata, head=head) writes it"}
+    text = f"There is no obs[{key!r}]: st.tl.annotate(adata, head=head) writes it."
+    require_name(key, adata.obs, text)
     if truth_key is not None:
-        needed[truth_key] = "pass the column with the true classes as truth_key"
-    for column, advice in needed.items():
-        if column not in adata.obs:
-            near = nearest_names(column, adata.obs.columns)
-            msg = f"There is no obs[{column!r}]: {advice}.{near}"
-            raise KeyError(msg)
+        text = f"There is no obs[{truth_key!r}]: pass the column with the true classes."
+        require_name(truth_key, adata.obs, text)
     if n_bins < 1:
         msg = f"n_bins must be at least 1, found {n_bins}."
         raise ValueError(msg)

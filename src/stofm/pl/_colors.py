@@ -96,16 +96,22 @@ def color_categories(adata: AnnData, key: str, palette: Palette | None = None) -
 
 
 def _read_gene(adata: AnnData, key: str, layer: str | None) -> pd.Series:
-    if key not in adata.var_names:
-        near = nearest_names(key, [*adata.obs.columns, *adata.var_names])
-        msg = f"{key!r} is neither a column of obs nor a gene of var_names.{near}"
-        raise KeyError(msg)
-    if layer is not None and layer not in adata.layers:
-        msg = f"There is no layer {layer!r}.{nearest_names(layer, layer_names(adata))}"
-        raise KeyError(msg)
+    text = f"{key!r} is neither a column of obs nor a gene of var_names."
+    require_name(key, [*adata.obs.columns, *adata.var_names], text)
+    if layer is not None:
+        require_name(layer, layer_names(adata), f"There is no layer {layer!r}.")
     import scanpy as sc
 
     return sc.get.obs_df(adata, keys=[key], layer=layer)[key]
+
+
+def require_name(
+    name: str, known: Iterable[object], text: str, error: type[Exception] = KeyError
+) -> None:
+    """Refuse a name that is not known; the message ends with the nearest ones."""
+    if name not in known:
+        msg = text + nearest_names(name, known)
+        raise error(msg)
 
 
 def nearest_names(name: str, names: Iterable[object]) -> str:
@@ -135,8 +141,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple[float, float]:
     """Return the ends of the colour map."""
-    are_numbers = [isinstance(limit, int | float) for limit in (vmin, vmax)]
-    if all(are_numbers) and vmin > vmax:  # type: ignore[operator]
+    if isinstance(vmin, int | float) and isinstance(vmax, int | float) and vmin > vmax:
         msg = f"vmin={vmin:g} is above vmax={vmax:g}."
         raise ValueError(msg)
     finite = values[np.isfinite(values)]
@@ -145,7 +150,7 @@ def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple
     low = _limit("p0" if vmin is None else vmin, finite)
     high = _limit("p100" if vmax is None else vmax, finite)
     # A gene that few cells express: the percentile lies on the background.
-    if high <= low and not are_numbers[1]:
+    if high <= low and not isinstance(vmax, int | float):
         high = float(finite.max())
     return low, high if high > low else low + 1.0
 
@@ -164,10 +169,8 @@ def find_colormap(name: str | Colormap, argument: str) -> Colormap:
     """Return the colour map of this name."""
     if isinstance(name, Colormap):
         return name
-    if name not in mpl.colormaps:
-        near = nearest_names(name, mpl.colormaps)
-        msg = f"{argument}={name!r} is not a colour map of matplotlib.{near}"
-        raise ValueError(msg)
+    text = f"{argument}={name!r} is not a colour map of matplotlib."
+    require_name(name, mpl.colormaps, text, ValueError)
     return mpl.colormaps[name]
 
 

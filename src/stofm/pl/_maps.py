@@ -23,7 +23,7 @@ from stofm.pl._colors import (
     Categories,
     Values,
     category_names,
-    nearest_names,
+    require_name,
 )
 from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, arrange, finish, in_rows, make_axes, root_figure
 
@@ -118,10 +118,7 @@ def _members(adata: AnnData, library_key: str | None) -> dict[str, NDArray[np.in
         library_key = record.get("params", {}).get("library_key") or described_column(adata)
     if library_key is None:
         return {"": np.arange(adata.n_obs)}
-    if library_key not in adata.obs:
-        near = nearest_names(library_key, adata.obs.columns)
-        msg = f"library_key={library_key!r} is not a column of obs.{near}"
-        raise KeyError(msg)
+    require_name(library_key, adata.obs, f"library_key={library_key!r} is not a column of obs.")
     column = category_names(adata.obs[library_key])
     codes = column.cat.codes.to_numpy()
     found = {name: np.flatnonzero(codes == k) for k, name in enumerate(column.cat.categories)}

@@ -21,7 +21,7 @@ from stofm.pl._colors import (
     Categories,
     Values,
     choose_colors,
-    nearest_names,
+    require_name,
     value_limits,
 )
 from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
@@ -263,24 +263,19 @@ def _read_frame(
     adata: AnnData, key: str, names: str | Sequence[str] | None, tool: str, what: str
 ) -> pd.DataFrame:
     """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
-    if key not in adata.obsm:
-        near = nearest_names(key, adata.obsm)
-        msg = f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it.{near}"
-        raise KeyError(msg)
+    text = f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it."
+    require_name(key, adata.obsm, text)
     stored = adata.obsm[key]
     if not isinstance(stored, pd.DataFrame):
         msg = (
             f"obsm[{key!r}] must be a DataFrame with a column for each {what}, found "
-            f"{type(stored).__name__}. Name them: "
-            f"pd.DataFrame(adata.obsm[{key!r}], index=adata.obs_names, columns={what}s)."
+            f"{type(stored).__name__}."
         )
         raise TypeError(msg)
     known = {name: place for place, name in enumerate(frame_names(adata, key))}
     chosen = list(known) if names is None else [names] if isinstance(names, str) else list(names)
-    if unknown := [name for name in chosen if name not in known]:
-        near = nearest_names(unknown[0], known)
-        msg = f"obsm[{key!r}] has no {what} {unknown[0]!r}.{near}"
-        raise KeyError(msg)
+    for name in chosen:
+        require_name(name, known, f"obsm[{key!r}] has no {what} {name!r}.")
     if not chosen:
         msg = f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}."
         raise ValueError(msg)
@@ -319,11 +314,8 @@ def _draw_pies(
 ) -> None:
     """Draw a pie at each place, clockwise from the top; what lacks to 1 is light grey."""
     if len(panel.rows) > _MAX_PIES:
-        logger.info(
-            "%d pies%s are too small to be read; kind='maps' shows as many spots.",
-            len(panel.rows),
-            f" of {panel.name!r}" if panel.name else "",
-        )
+        text = f"{len(panel.rows)} pies are too small to be read; use kind='maps'."
+        logger.info("%s", panel.titled(text))
     if size is None:
         # A spot alone gets a pie of a tenth of the panel.
         radius = _PIE_FILL / 2 * (panel.spacing or 0.1 * float((panel.high - panel.low).max()))
@@ -370,16 +362,12 @@ def _read_measured(
     source = adata if measured is None else measured
     there = [gene for gene in genes if gene in source.var_names]
     if measured is not None:
-        if lacking := [gene for gene in genes if gene not in there]:
-            near = nearest_names(lacking[0], source.var_names)
-            msg = f"`measured` has no gene {lacking[0]!r}.{near}"
-            raise KeyError(msg)
+        for gene in genes:
+            require_name(gene, measured.var_names, f"`measured` has no gene {gene!r}.")
         names = measured.obs_names
         if not names.is_unique or not names.isin(adata.obs_names).any():
-            msg = (
-                "`measured` must hold cells of `adata` under their obs_names, each once; found "
-                f"{list(names[:3])}, expected {list(adata.obs_names[:3])}."
-            )
+            found, expected = list(names[:3]), list(adata.obs_names[:3])
+            msg = f"`measured` must hold cells of `adata` once: found {found}, expected {expected}."
             raise ValueError(msg)
     if not there:
         return pd.DataFrame(index=adata.obs_names)
