@@ -12,28 +12,26 @@ from stofm._edge.records import frame_names
 from stofm._edge.tables import resolve_table
 from stofm._keys import Label, Obs, Obsm
 from stofm.metrics.labels import Reliability
-from stofm.pl._colors import (
+from stofm.pl._maps import Look, draw_slices, map_inches, read_panels
+from stofm.pl._style import (
+    FONT_SIZE,
     NO_VALUE_LABEL,
+    TITLE_SIZE,
     Categories,
     Values,
+    arrange,
     category_names,
     color_categories,
     default_colors,
-    require_name,
-    resolve_colors,
-    stored_colors,
-)
-from stofm.pl._figure import (
-    FONT_SIZE,
-    TITLE_SIZE,
-    arrange,
     finish,
     in_rows,
     make_axes,
+    require_name,
+    resolve_colors,
     set_inches,
+    stored_colors,
     style_axes,
 )
-from stofm.pl._maps import Look, draw_slices, map_inches, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stofm._files import local, read_table
-from stofm.pl._figure import FONT_SIZE, arrange, finish, make_axes, style_axes
+from stofm.pl._style import FONT_SIZE, arrange, finish, make_axes, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,15 +17,21 @@ from stofm._edge.records import read_record
 from stofm._edge.slices import described_column
 from stofm._keys import Uns
 from stofm._logging import logger
-from stofm.pl._colors import (
+from stofm.pl._style import (
+    FONT_SIZE,
     NO_VALUE_COLOR,
     NO_VALUE_LABEL,
+    TITLE_SIZE,
     Categories,
     Values,
+    arrange,
     category_names,
+    finish,
+    in_rows,
+    make_axes,
     require_name,
+    root_figure,
 )
-from stofm.pl._figure import FONT_SIZE, TITLE_SIZE, arrange, finish, in_rows, make_axes, root_figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,7 +16,8 @@ from stofm._edge.records import frame_names, read_record
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.pl._colors import (
+from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
+from stofm.pl._style import (
     NO_VALUE_COLOR,
     Categories,
     Values,
@@ -24,7 +25,6 @@ from stofm.pl._colors import (
     require_name,
     value_limits,
 )
-from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-    from stofm.pl._colors import Palette
     from stofm.pl._maps import Panel
+    from stofm.pl._style import Palette
 
 Kind = Literal["maps", "pies"]
 

@@ -11,16 +11,16 @@ from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-un
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._colors import resolve_colors
-from stofm.pl._figure import (
+from stofm.pl._maps import Look, Panel, add_key, draw_cells, draw_maps, read_panels, round_below
+from stofm.pl._style import (
     FONT_SIZE,
     TITLE_SIZE,
     arrange,
     finish,
     in_rows,
     make_axes,
+    resolve_colors,
 )
-from stofm.pl._maps import Look, Panel, add_key, draw_cells, draw_maps, read_panels, round_below
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-    from stofm.pl._colors import Palette
+    from stofm.pl._style import Palette
 
 _UMAP: Final = "X_umap"
 _UMAP_INCHES: Final = (3.4, 3.4)
