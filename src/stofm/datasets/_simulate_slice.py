@@ -13,8 +13,17 @@ from scipy.spatial import cKDTree
 
 from stofm._config import check_seed
 from stofm._keys import Obsm
-from stofm.datasets._geometry import draw_layers, draw_nodules, hexagonal_lattice
-from stofm.datasets._tissues import Panel, Regions, Species, Tissue, make_panel, make_tissue
+from stofm.datasets._tissues import (
+    Panel,
+    Regions,
+    Species,
+    Tissue,
+    draw_layers,
+    draw_nodules,
+    hexagonal_lattice,
+    make_panel,
+    make_tissue,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData

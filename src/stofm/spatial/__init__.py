@@ -6,7 +6,6 @@ from stofm.spatial.coordinates import (
     partition_balanced,
     partition_reference,
 )
-from stofm.spatial.pairs import NO_NEIGHBOR, NodeType, PairDistances, pair_distances
 from stofm.spatial.splits import Split, split_cells
 from stofm.spatial.spots import (
     SimulatedSpots,
@@ -18,11 +17,15 @@ from stofm.spatial.spots import (
     simulate_spots,
 )
 from stofm.spatial.subslices import (
+    NO_NEIGHBOR,
+    NodeType,
+    PairDistances,
     SliceLayout,
     SubSlice,
     SubSliceConfig,
     build_subslice,
     lay_out_slice,
+    pair_distances,
     rows_by_subslice,
 )
 from stofm.spatial.virtual_cells import (
