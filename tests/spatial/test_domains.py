@@ -104,7 +104,7 @@ def test_directions_count_by_their_spread_within_domains(rng):
 
 def test_more_domains_than_different_embeddings():
     features = np.repeat(np.arange(3.0)[:, None], 4, axis=0)
-    with pytest.raises(ValueError, match="n_domains is 4, but the 12 cells have only 3 different"):
+    with pytest.raises(ValueError, match="n_domains is 4, but only 3 embeddings are different"):
         find_domains(whole(features), n_domains=4)
     assert np.bincount(find_domains(whole(features), n_domains=3)).tolist() == [4, 4, 4]
 
