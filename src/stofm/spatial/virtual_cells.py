@@ -115,8 +115,9 @@ def mix_expression_and_place(
     """
     parts = []
     for matrix, weight in ((coordinates, position_weight), (scores, 1.0 - position_weight)):
-        largest = float(np.linalg.norm(matrix, axis=1).max(initial=0.0))
-        parts.append(weight * (np.asarray(matrix, dtype=np.float64) / (largest or 1.0)))
+        values = np.asarray(matrix, dtype=np.float64)
+        largest = float(np.linalg.norm(values, axis=1).max(initial=0.0))
+        parts.append(weight * (values / (largest or 1.0)))
     return np.asarray(sum(parts) if mixing == "sum" else np.hstack(parts))
 
 
