@@ -257,7 +257,7 @@ def test_one_cell(embedded):
         ({"n_domains": 3.0}, r"n_domains must be a whole number of at least 1, found 3\.0"),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, found -1"),
         ({"key_added": Obs.ANNOTATION}, "key_added='stofm_annotation' would replace"),
-        ({"centering": "mean"}, "centering must be 'slice' or 'none', found 'mean'"),
+        ({"centering": "mean"}, r"centering must be one of \['slice', 'none'\], found 'mean'"),
         ({"key_added": Obsm.X}, "key_added='X_stofm' would replace something that is read"),
         ({"key_added": "library"}, "key_added='library' would replace something that is read"),
     ],

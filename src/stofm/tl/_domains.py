@@ -30,7 +30,7 @@ from stofm.heads.embeddings import (
     slices_column,
 )
 from stofm.heads.inputs import N_NEIGHBORS
-from stofm.heads.options import check_if_given, check_whole_number
+from stofm.heads.options import check_choice, check_if_given, check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels
 from stofm.spatial.neighbor_graph import neighbor_means
@@ -255,9 +255,7 @@ def _check_options(
         raise ValueError(msg)
     check_if_given("n_domains", n_domains, least=1)
     check_whole_number("smooth", smooth, least=0)
-    if centering not in get_args(Centering):
-        msg = f"centering must be 'slice' or 'none', found {centering!r}."
-        raise ValueError(msg)
+    check_choice("centering", centering, get_args(Centering))
     if np.ndim(coarser) != 1:
         msg = f"coarser must be a list of numbers of domains, such as [4, 2]; found {coarser!r}."
         raise TypeError(msg)
