@@ -11,7 +11,7 @@ import stofm as st
 from stofm._edge import memory_plan
 from stofm._edge.layouts import lay_out
 from stofm._edge.memory_plan import MemoryPlan, genes_per_cell
-from stofm._edge.places import read_places
+from stofm._edge.slices import read_places
 from stofm._keys import Uns
 from stofm.nn.device import Nodes, Workload, free_memory
 from stofm.spatial import SubSliceConfig

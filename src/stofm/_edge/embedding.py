@@ -11,7 +11,7 @@ import numpy as np
 
 from stofm._edge.layouts import Layouts, lay_out, write_layouts
 from stofm._edge.memory_plan import MemoryPlan
-from stofm._edge.places import read_places
+from stofm._edge.slices import read_places
 from stofm._edge.records import all_or_nothing, read_record, refuse_taken, write_record
 from stofm._edge.staleness import changed_counts, is_outdated, read_current
 from stofm._edge.tokens import (

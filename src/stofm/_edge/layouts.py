@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._edge.places import Places
+    from stofm._edge.slices import Places
 
 
 # Rules that take effect only when a sub-slice is embedded, not when slices are cut.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stofm._config import check_seed
 from stofm._edge.layouts import lay_out, rules_of, write_layouts
-from stofm._edge.places import read_places
+from stofm._edge.slices import read_places
 from stofm._edge.records import all_or_nothing
 from stofm._edge.staleness import read_current
 from stofm._edge.tables import resolve_table

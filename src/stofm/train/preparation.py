@@ -15,7 +15,7 @@ import numpy as np
 from stofm._edge.counts import read_counts
 from stofm._edge.features import gene_names
 from stofm._edge.gene_mapping import candidate_names, find_columns
-from stofm._edge.places import read_places
+from stofm._edge.slices import read_places
 from stofm._edge.slice_files import open_table
 from stofm._edge.tables import resolve_table
 from stofm._edge.tokens import compute_tokens, token_blocks, token_params, warn_of_empty_cells
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm._edge.places import Places
+    from stofm._edge.slices import Places
     from stofm.nn import Stofm
     from stofm.train.corpus import TokenizedSlice
     from stofm.train.recipe import FileConfig
