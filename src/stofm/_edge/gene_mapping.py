@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._digests import fingerprint
-from stofm._edge.counts import read_counts
+from stofm._edge.counts import NotRawCountsError, read_counts
 from stofm._edge.features import (
     VAR_NAMES,
     gene_name_sources,
@@ -31,7 +31,6 @@ from stofm.genes import (
     map_gene_ids,
     read_orthologs,
 )
-from stofm.genes.compressed import DamagedMatrixError
 from stofm.genes.gene_ids import IdType, clean_names
 from stofm.genes.mapping import (
     MOST_UNKNOWN,
@@ -231,9 +230,7 @@ def counts_per_gene(adata: AnnData) -> NDArray[np.float64] | None:
     try:
         for block in read_counts(adata):
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
-    except DamagedMatrixError:
-        raise
-    except (TypeError, ValueError):
+    except (TypeError, NotRawCountsError):
         return None
     return total
 

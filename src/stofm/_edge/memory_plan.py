@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from stofm._edge.counts import NotRawCountsError, read_counts
+from stofm._edge.counts import peek_counts
 from stofm.nn.device import (
     Nodes,
     Workload,
@@ -103,11 +103,7 @@ class MemoryPlan:
 
     def count_genes(self, adata: AnnData, layer: str | None, columns: Columns) -> None:
         """Find how many genes a cell has, and whether there is memory for as many."""
-        try:
-            found = genes_per_cell(adata, layer, columns.token_ids >= 0)
-        except NotRawCountsError:
-            # Whoever reads all of them says more about it.
-            return
+        found = genes_per_cell(adata, layer, columns.token_ids >= 0)
         found = min(found, self.config.max_tokens)
         self.work = replace(self.work, genes_per_cell=found)
         self.require()
@@ -173,12 +169,11 @@ class MemoryPlan:
 
 def genes_per_cell(adata: AnnData, layer: str | None, is_known: NDArray[np.bool_]) -> float:
     """Mean number of known genes of a cell, from a sample spread over the counts."""
-    reader = read_counts(adata, layer=layer)
     n_rows = min(_SAMPLE_ROWS, adata.n_obs)
-    starts = np.unique(np.linspace(0, adata.n_obs - n_rows, _N_SAMPLES).astype(np.int64)).tolist()
-    sample = replace(reader, bounds=tuple((start, start + n_rows) for start in starts))
-    n_genes = sum(int((is_known[block.indices] & (block.data != 0)).sum()) for block in sample)
-    return float(n_genes / (len(starts) * n_rows))
+    starts = np.linspace(0, adata.n_obs - n_rows, _N_SAMPLES).astype(np.int64)
+    rows = np.unique(starts[:, None] + np.arange(n_rows))
+    block, _ = peek_counts(adata, layer, rows)
+    return float((is_known[block.indices] & (block.data != 0)).sum() / len(rows))
 
 
 def _largest(layout: SliceLayout) -> Nodes:
