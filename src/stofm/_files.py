@@ -7,6 +7,7 @@ A folder can't take the place of another in one step on every system. The old on
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import glob
 import logging
@@ -170,6 +171,12 @@ def read_table(path: Path, **options: Any) -> pd.DataFrame:
     if tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1):
         options["float_precision"] = "round_trip"
     return pd.read_csv(path, **options)
+
+
+def read_text_table(path: Path, what: str) -> pd.DataFrame:
+    """Read a table that tabs separate, plain or gzip, with all cells as text."""
+    with reading(path, what):
+        return read_table(path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE)
 
 
 def tidy(folder: Path) -> None:

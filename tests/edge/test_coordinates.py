@@ -61,7 +61,9 @@ def test_named_columns_tell_z(xy):
 def test_text_that_is_no_number_names_the_entry_and_the_cell(xy, reader, bad):
     text = xy.astype(str).astype(object)
     text[4, 0] = bad
-    with pytest.raises(ValueError, match=r"obsm\['spatial'\] .* 1 of 60 cells, for example c4: ") as error:
+    with pytest.raises(
+        ValueError, match=r"obsm\['spatial'\] .* 1 of 60 cells, for example c4: "
+    ) as error:
         reader(table(text))
     assert ("decimal comma" in str(error.value)) == (bad == "1,5")
     assert repr(bad) in str(error.value)
@@ -103,9 +105,7 @@ def message_of_missing(adata):
     return error.value.args[0]
 
 
-@pytest.mark.parametrize(
-    "names", [("CenterX_px", "CenterY_px"), ("pxl_col", "pxl_row")]
-)
+@pytest.mark.parametrize("names", [("CenterX_px", "CenterY_px"), ("pxl_col", "pxl_row")])
 def test_columns_that_look_like_places_are_named_with_the_line_to_write(xy, names):
     adata = table(**dict(zip(names, xy.T, strict=True)))
     text = message_of_missing(adata)
@@ -142,5 +142,3 @@ def test_columns_of_places_with_flaws_are_named_and_then_explained(adata, flaw):
     adata.obsm["spatial"] = adata.obs[["x", "y"]].to_numpy()
     with pytest.raises(ValueError, match=r"decimal comma|cell3"):
         read_coordinates(adata)
-
-

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
-from stofm._edge.features import gene_names
+from stofm._edge.gene_mapping import ids_and_symbols
 from stofm._edge.slice_files import open_table
 
 if TYPE_CHECKING:
@@ -209,16 +209,16 @@ def test_unusable_arguments(counts: np.ndarray) -> None:
 def test_gene_names() -> None:
     adata = anndata.AnnData(np.ones((2, 2)))
     adata.var_names = ["GFAP", "MBP"]
-    assert gene_names(adata) == (["GFAP", "MBP"], [""] * 2)
+    assert ids_and_symbols(adata) == (["GFAP", "MBP"], [""] * 2)
     adata.var["feature_name"] = pd.Categorical(["A", "B"])
     adata.var["gene_ids"] = ["ENSG00000131095", None]
     adata.var["score"] = [0.1, 0.2]
-    (first, missing), others = gene_names(adata)
+    (first, missing), others = ids_and_symbols(adata)
     assert first == "ENSG00000131095"
     assert missing == ""
     assert others == ["GFAP", "MBP"]
     adata.var_names = ["ENSG00000131095", "ENSG00000197971"]
-    assert gene_names(adata) == (list(adata.var_names), ["A", "B"])
+    assert ids_and_symbols(adata) == (list(adata.var_names), ["A", "B"])
 
 
 @pytest.mark.parametrize("form", ["csr_matrix", "csc_matrix", "csr_array"])

@@ -59,32 +59,6 @@ def test_joined_slices(embedded, vocabulary):
     assert "other counts" in reasons(joined, vocabulary)[1]
 
 
-@pytest.mark.parametrize("uns_merge", ["same", "unique"])
-@pytest.mark.parametrize("ids", ["var_names", "both", "column"])
-def test_joined_slices_without_their_mapping(adata, model, vocabulary, rng, uns_merge, ids):
-    if ids != "var_names":
-        adata.var["gene_ids"] = [*vocabulary.gene_ids, *[""] * 4]
-    if ids == "column":
-        # One symbol is that of another gene.
-        names = adata.var_names.to_numpy(copy=True)
-        names[[0, 67]] = names[[67, 0]]
-        adata.var_names = names
-    st.tl.embed(adata, model, library_key="library", **QUIET)
-    parts = [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
-    joined = ad.concat(parts, uns_merge=uns_merge)
-    assert "stofm_token_id" not in joined.var
-    assert reasons(joined, vocabulary) == ["", ""]
-    assert reasons(joined[:, rng.permutation(71)[:50]].copy(), vocabulary) == ["", ""]
-    assert (
-        reasons(ad.concat([parts[0], parts[1][:, :60].copy()], uns_merge=uns_merge), vocabulary)[0]
-        == ""
-    )
-    joined.X = joined.X[::-1]
-    assert all("other counts" in reason for reason in reasons(joined, vocabulary))
-    # Without the vocabulary nothing can be told.
-    assert reasons(joined, None) == ["", ""]
-
-
 def test_one_of_two_columns_of_a_gene_is_taken_away(adata, model, vocabulary):
     adata.var_names = [*adata.var_names[:70], f"{adata.var_names[0]}.2"]
     counts = adata.X.toarray()
@@ -95,17 +69,6 @@ def test_one_of_two_columns_of_a_gene_is_taken_away(adata, model, vocabulary):
     assert reasons(few, vocabulary) == ["", ""]
     few.X = few.X[::-1]
     assert all("other counts" in reason for reason in reasons(few, vocabulary))
-
-
-def test_columns_that_were_renamed_since(embedded, vocabulary, rng):
-    embedded.var_names = embedded.var_names[::-1]
-    reason = reasons(embedded, vocabulary)[0]
-    assert "71 columns have names of other genes than those that their tokens are of" in reason
-    # Other names of the same genes, and names of none, say nothing else.
-    names = [*vocabulary.gene_ids, *"abcd"]
-    names[5] = "nothing"
-    embedded.var_names = names
-    assert reasons(embedded, vocabulary) == ["", ""]
 
 
 def test_a_record_of_a_part_is_not_trusted(adata, model, vocabulary):
@@ -246,7 +209,6 @@ def test_embed_says_what_it_makes_again(embedded, model, caplog):
     embedded.X = embedded.X[::-1]
     with caplog.at_level(logging.INFO, logger="stofm"):
         st.tl.embed(embedded, model, library_key="library", **QUIET)
-    assert "The counts are not those of the stored tokens, which are made again." in caplog.text
     assert "slices are cut again" in caplog.text
 
 

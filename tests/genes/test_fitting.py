@@ -169,7 +169,7 @@ def test_unknown_columns_with_most_counts(slices: list) -> None:
 def test_many_counts_in_several_columns_of_a_gene(slices: list) -> None:
     (human, ids, _), _ = slices
     antibodies = sparse.csr_matrix(human[:, :2] * 7)
-    told = r"Slice 1: [78]\d\.\d% of the counts are in several .* beside the 2 columns"
+    told = r"Slice 1: \d+\.\d% of the counts are in columns of genes that another column bef"
     for parts in ([human, antibodies], [antibodies, human]):
         counts = sparse.hstack(parts, format="csr")
         names = [[*ids, *ids[:2]], [*ids[:2], *ids]][parts[0] is antibodies]

@@ -50,21 +50,16 @@ def test_matrix_of_values_and_back(ranked: RankedTokens) -> None:
     np.testing.assert_array_equal(values.indices, tokens.indices)
     np.testing.assert_array_equal(values.indptr, tokens.indptr)
     for matrix in (values, values.tocsc(), sparse.csr_array(values)):
-        assert RankedTokens.from_csr(tokens).with_values(matrix).equals(ranked)
+        assert RankedTokens.from_csr(tokens).with_values(matrix).digest == ranked.digest
 
 
 def test_values_of_other_tokens_are_refused(ranked: RankedTokens) -> None:
     shifted = ranked.values_to_csr(11)[::-1]
     with pytest.raises(ValueError, match="in other places than the tokens"):
         ranked.with_values(shifted)
-    with pytest.raises(ValueError, match=r"come from rank_genes\(\.\.\., values=True\)"):
-        ranked.without_values().values_to_csr(11)
 
 
-def test_matrix_must_be_wide_enough_and_without_gaps() -> None:
-    ranked = RankedTokens(np.arange(2, 7, dtype=np.int32), np.array([0, 5]))
-    with pytest.raises(ValueError, match="A cell has 5 tokens, which do not fit into 3 columns"):
-        ranked.to_csr(3)
+def test_matrix_must_be_without_gaps() -> None:
     with pytest.raises(ValueError, match="empty places between tokens"):
         RankedTokens.from_csr(sparse.csr_matrix(np.array([[3, 0, 4]])))
 
@@ -96,8 +91,6 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     tokens = np.arange(3, dtype=np.int32)
     with pytest.raises(ValueError, match="offsets must rise"):
         RankedTokens(tokens, np.array([0, 2]))
-    with pytest.raises(ValueError, match=r"one entry per token, found \(2,\) for \(3,\) tokens"):
-        RankedTokens(tokens, np.array([0, 3]), np.ones(2, dtype=np.float32))
 
 
 @pytest.mark.parametrize("with_values", [True, False])
@@ -107,10 +100,8 @@ def test_concatenate_and_compare(ranked: RankedTokens, with_values: bool) -> Non
     joined = RankedTokens.concatenate(parts)
     assert lists(joined) == lists(whole)
     assert (joined.values is not None) == with_values
-    assert joined.equals(whole)
     assert joined.digest == whole.digest
     turned = RankedTokens.concatenate(parts[::-1])
-    assert not turned.equals(whole)
     assert turned.digest != whole.digest
     assert RankedTokens.concatenate([]).n_cells == 0
 
@@ -121,14 +112,7 @@ def test_values_count_in_comparisons(ranked: RankedTokens) -> None:
     other[3] = np.nextafter(other[3], np.float32(99))
     changed = RankedTokens(ranked.tokens, ranked.offsets, other)
     for one in (changed, ranked.without_values()):
-        assert not one.equals(ranked)
-        assert not ranked.equals(one)
         assert one.digest != ranked.digest
-
-
-def test_parts_with_and_without_values_do_not_go_together(ranked: RankedTokens) -> None:
-    with pytest.raises(ValueError, match="1 of 2 parts have values"):
-        RankedTokens.concatenate([ranked, ranked.without_values()])
 
 
 def test_head_keeps_the_first_tokens_of_each_cell(ranked: RankedTokens) -> None:

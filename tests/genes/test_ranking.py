@@ -173,9 +173,8 @@ def test_values_are_those_of_a_plain_loop(
     counts, tokens, medians = random_case(rng, n_cells=41)
     matrix = sparse.csr_matrix(counts)
     ranked = rank_genes(matrix, tokens, medians, max_tokens=max_tokens, values=True)
-    assert ranked.without_values().equals(
-        rank_genes(matrix, tokens, medians, max_tokens=max_tokens)
-    )
+    plain = rank_genes(matrix, tokens, medians, max_tokens=max_tokens)
+    assert ranked.without_values().digest == plain.digest
     assert ranked.values is not None
     assert ranked.values.dtype == np.float32
     for cell, expected in enumerate(plain_values(counts, tokens, medians)):

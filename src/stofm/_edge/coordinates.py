@@ -75,8 +75,8 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
         stored = stored.toarray()
     if not isinstance(stored, pd.DataFrame):
         stored = np.asarray(stored)
-        if stored.dtype.kind in "biuf" or stored.ndim != 2:
-            return stored.astype(np.float64) if stored.dtype.kind in "biuf" else stored
+        if stored.ndim != 2:
+            return np.empty(stored.shape)
     table = pd.DataFrame(stored)
     axes = [axis_of(name)[0] for name in table.columns]
     if axes.count("x") == axes.count("y") == 1 >= axes.count("z"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
 
-from stofm._edge.features import read_features
+from stofm._edge.gene_mapping import kinds_of_others
 from stofm._edge.tables import layer_names, require_cells_and_genes
 from stofm.genes.compressed import require_sound
 
@@ -56,11 +58,9 @@ def read_counts(
     return _checked_blocks(adata, layer, _starts_of_blocks(adata, layer, chunk_size))
 
 
-def peek_counts(
-    adata: AnnData, layer: str | None, rows: Rows
-) -> tuple[sparse.csr_matrix, bool]:
+def peek_counts(adata: AnnData, layer: str | None, rows: Rows) -> tuple[sparse.csr_matrix, bool]:
     """Read some rows, ascending, whatever they hold, and tell whether they are raw counts."""
-    block = _row_reader(adata, layer)(rows)
+    block = _read_rows(adata, layer, rows)
     is_raw = not _fault_of(block.data)
     return (_rounded(block) if is_raw else block), is_raw
 
@@ -90,7 +90,7 @@ def _starts_of_blocks(adata: AnnData, layer: str | None, chunk_size: int | None)
     matrix = None if adata.is_view else _matrix(adata, layer)
     if getattr(matrix, "format", "") == "csc" and chunk_size is None:
         rows = max(rows, -(-n_obs // _MAX_CSC_BLOCKS))
-    if not hasattr(matrix, "compute"):
+    if matrix is None or not hasattr(matrix, "compute"):
         return list(range(0, n_obs, rows))
     # Whole Dask chunks are joined, so that none is computed twice.
     starts, position = [0], 0
@@ -117,7 +117,7 @@ def _name(layer: str | None) -> str:
 
 def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], sparse.csr_matrix]:
     """Return a function that reads rows of the genes, in whatever form the matrix is."""
-    is_gene = read_features(adata).is_gene
+    is_gene = kinds_of_others(adata) == ""
     if adata.is_view:
         # Its rows and columns are taken by compiled code that trusts the indices.
         require_sound(_matrix(adata._adata_ref, layer), _name(layer))
@@ -128,6 +128,10 @@ def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], sparse.cs
     matrix = _matrix(adata, layer)
     require_sound(matrix, _name(layer), entries=getattr(matrix, "format", "") == "csc")
     return lambda rows: _to_csr(matrix[rows], _name(layer), is_gene)
+
+
+def _read_rows(adata: AnnData, layer: str | None, rows: Rows) -> sparse.csr_matrix:
+    return _row_reader(adata, layer)(rows)
 
 
 def _to_csr(rows: Any, name: str, is_gene: NDArray[np.bool_]) -> sparse.csr_matrix:
@@ -207,20 +211,22 @@ def _advice(values: NDArray[Any], matrix: str) -> str:
 def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
     """Say which other matrix looks like raw counts; ``""`` if none does."""
     rows = slice(0, min(_SAMPLE_ROWS, adata.n_obs))
-    for name in (None, *layer_names(adata)):
-        advice = "leave out `layer`" if name is None else f"pass layer={name!r}"
-        if name != layer and _looks_raw(lambda name=name: _row_reader(adata, name)(rows)):
-            return f"{_name(name)} looks like raw counts: {advice}."
+    places: dict[str, tuple[str, Callable[[], sparse.csr_matrix]]] = {
+        _name(name): (
+            "leave out `layer`" if name is None else f"pass layer={name!r}",
+            partial(_read_rows, adata, name, rows),
+        )
+        for name in (None, *layer_names(adata))
+        if name != layer
+    }
     if adata.raw is not None:
-        all_columns = np.ones(adata.raw.shape[1], dtype=bool)
-        if _looks_raw(lambda: _to_csr(adata.raw.X[rows], "adata.raw.X", all_columns)):
-            return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
+        places["adata.raw"] = (
+            "pass adata.raw.to_adata()",
+            lambda: _to_csr(adata.raw.X[rows], "adata.raw.X", np.ones(adata.raw.n_vars, bool)),
+        )
+    for where, (advice, read) in places.items():
+        with contextlib.suppress(TypeError, ValueError):
+            values = read().data
+            if values.any() and not _fault_of(values):
+                return f"{where} looks like raw counts: {advice}."
     return ""
-
-
-def _looks_raw(read: Callable[[], sparse.csr_matrix]) -> bool:
-    try:
-        values = read().data
-    except (TypeError, ValueError):
-        return False
-    return bool(values.any()) and not _fault_of(values)

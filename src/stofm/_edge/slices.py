@@ -191,7 +191,13 @@ def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
 def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
     """Refuse slices on each other; warn of a column that names parts with gaps between them."""
     nearest = Nearest.find(xy)
-    if found := _overlaid(adata.obs, xy, nearest):
+    # Where a name speaks of slices, it is enough that their boxes overlap.
+    found = [
+        (name, values)
+        for name, codes, values in _groupings(adata.obs)
+        if (_SLICE_WORDS.search(name) and _boxes_overlap(xy, codes)) or nearest.are_overlaid(codes)
+    ]
+    if found:
         raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
     _refuse_joined_names(adata, xy)
     for name, codes, values in _groupings(adata.obs):
@@ -206,9 +212,10 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
 
 def _warn_of_overlays(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> None:
     for rows in slices.rows:
-        obs = adata.obs.iloc[rows].drop(columns=slices.column)
-        if found := _overlaid(obs, xy[rows], Nearest.find(xy[rows])):
-            column, values = found[0]
+        nearest = Nearest.find(xy[rows])
+        for column, codes, values in _groupings(adata.obs.iloc[rows]):
+            if not nearest.are_overlaid(codes):
+                continue
             warn(
                 f"Within the slices of obs[{slices.column!r}], coordinates of the {len(values)} "
                 f"values of obs[{column!r}] ({listed(values)}) overlap as those of different slices "
@@ -217,20 +224,6 @@ def _warn_of_overlays(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -
                 f"adata.obs[{column!r}].astype(str)."
             )
             return
-
-
-def _overlaid(
-    obs: pd.DataFrame, xy: NDArray[np.float64], nearest: Nearest
-) -> list[tuple[str, list[str]]]:
-    """Columns whose values lie on each other as slices would, and these values.
-
-    Where a name speaks of slices, it is enough that their boxes overlap.
-    """
-    return [
-        (name, values)
-        for name, codes, values in _groupings(obs)
-        if (_SLICE_WORDS.search(name) and _boxes_overlap(xy, codes)) or nearest.are_overlaid(codes)
-    ]
 
 
 def _groupings(obs: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:

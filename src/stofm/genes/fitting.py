@@ -13,15 +13,18 @@ from scipy import sparse
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.compressed import require_sound
-from stofm.genes.gene_ids import (
+from stofm.genes.mapping import (
+    MOST_REPEATED,
+    MOST_UNKNOWN,
     MOUSE_TYPES,
     IdType,
     clean_names,
+    counts_of_repeated_genes,
     id_type,
+    map_gene_ids,
     read_orthologs,
     strip_version,
 )
-from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes, map_gene_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -112,11 +115,11 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
         )
     # The only way from here to AnnData: who passes arrays does not need it.
     from stofm._edge.counts import read_counts
-    from stofm._edge.features import gene_names
+    from stofm._edge.gene_mapping import ids_and_symbols
     from stofm._edge.slice_files import open_table
 
     adata = open_table(item) if isinstance(item, str | Path) else item
-    ids, symbols = gene_names(adata)
+    ids, symbols = ids_and_symbols(adata)
     return CountSlice(read_counts(adata, layer=layer), ids, symbols)
 
 
@@ -181,13 +184,12 @@ def _warn_of_counts(place: int, genes: NDArray[np.int64], counts: NDArray[np.flo
             "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
             "antibodies), drop their columns; `orthologs` and `reference` find more genes."
         )
-    shared, _ = counts_of_shared_genes(genes, shares)
-    if shared.any():
-        n_genes = len(np.unique(genes[shared > 0]))
+    repeated = counts_of_repeated_genes(genes, shares).sum()
+    if repeated > MOST_REPEATED:
         warn(
-            f"Slice {place}: {shared.sum():.1%} of the counts are in several columns of one gene, "
-            f"beside the {n_genes} columns that hold the others, and they count together. "
-            "If some of these columns are no genes (antibodies, another modality), drop them."
+            f"Slice {place}: {repeated:.1%} of the counts are in columns of genes that another "
+            "column before them has too, and they count together. If some of these columns are no "
+            "genes (antibodies, another modality), drop them."
         )
 
 

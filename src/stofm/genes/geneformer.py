@@ -48,8 +48,6 @@ _SHA256: Final[dict[str, dict[str, str]]] = {
     },
     "104m": {},
 }
-#: The published tables have 4 MB at most; more is not one of them.
-_MAX_BYTES: Final = 64 << 20
 _FORMATS: Final = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u8": "Q", "u4": "I"}
 _ADMITTED: Final = (
     "Only dictionaries of names and numbers are read, because a pickle can hold any program."
@@ -122,9 +120,6 @@ def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any
             "Download it again, or pass check_sha256=False if it is meant to differ."
         )
         raise ValueError(msg)
-    if len(content) > _MAX_BYTES:
-        msg = f"{path} has {len(content) >> 20} MB, more than a table of genes can have."
-        raise ValueError(msg)
     try:
         table = _TableReader(io.BytesIO(content)).load()
     except UnsafeTableError as error:
@@ -186,7 +181,3 @@ class _TableReader(pickle.Unpickler):
             raise UnsafeTableError(msg)
         # Wrapped anew each time, because a pickle may set attributes of what it gets.
         return lambda *arguments: stand_in(*arguments)
-
-    def persistent_load(self, pid: Any) -> Any:
-        msg = f"It asks for an outside object ({pid!r})."
-        raise UnsafeTableError(msg)
