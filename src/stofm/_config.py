@@ -72,6 +72,13 @@ def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) ->
             raise ValueError(msg)
 
 
+def require_rules(*rules: tuple[bool, str]) -> None:
+    """Refuse arguments by the message of the first rule that does not hold."""
+    for holds, msg in rules:
+        if not holds:
+            raise ValueError(msg)
+
+
 def check_shares(config: Any, *names: str) -> None:
     """Refuse values of a config that are no shares."""
     rule = "is a share and must lie between 0 and 1"

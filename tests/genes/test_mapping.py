@@ -145,25 +145,24 @@ NEURON = {"ENSMUSG00000070570": "ENSG00000104888"}
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "route"),
+    ("name", "row"),
     [
-        ("ENSG00000131095", 0, "id"),
-        ("ENSG00000131095.7", 0, "id"),
-        ("ENSMUSG00000020932", 0, "alias"),
-        ("ENSMUSG00000020932.12", 0, "alias"),
-        ("VGLUT1", 1, "alias"),
-        ("ENSMUSG00000070570.4", 1, "ortholog"),
-        ("S100B", 2, "symbol"),
-        ("S100b", 2, "case"),
-        ("Vglut1", 1, "case"),
+        ("ENSG00000131095", 0),
+        ("ENSG00000131095.7", 0),
+        ("ENSMUSG00000020932", 0),
+        ("ENSMUSG00000020932.12", 0),
+        ("VGLUT1", 1),
+        ("ENSMUSG00000070570.4", 1),
+        ("S100B", 2),
+        ("S100b", 2),
+        ("Vglut1", 1),
     ],
 )
-def test_each_kind_of_id(vocabulary: GeneVocabulary, name: str, row: int, route: str) -> None:
+def test_each_kind_of_id(vocabulary: GeneVocabulary, name: str, row: int) -> None:
     mapping = map_gene_ids(["nothing", name], vocabulary, orthologs=NEURON)
     assert mapping.gene_index.tolist() == [-1, row]
     assert mapping.gene_id.tolist() == ["", vocabulary.gene_ids[row]]
     assert mapping.token_id.tolist() == [-1, vocabulary.tokens[row]]
-    assert mapping.routes == {route: 1}
 
 
 def test_kinds_may_be_mixed(vocabulary: GeneVocabulary) -> None:
@@ -268,8 +267,6 @@ def test_unusable_arguments(vocabulary: GeneVocabulary) -> None:
         map_gene_ids(["GFAP"], vocabulary, species="rat")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 ids, but 2 fallback ids"):
         map_gene_ids(["GFAP"], vocabulary, fallback_ids=["a", "b"])
-    with pytest.raises(ValueError, match=r"1 ids, but counts_per_gene is \(3,\)"):
-        map_gene_ids(["GFAP"], vocabulary, counts_per_gene=np.ones(3))
 
 
 def test_aliases_of_the_embedded_vocabulary_agree_with_the_ortholog_table(shared: Path) -> None:

@@ -193,32 +193,14 @@ def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def warn_of_depth(xy: NDArray[Any], z: NDArray[Any], spacing: float, key: str) -> None:
     """Say that z is not used; warn if it differs by more than the distance between cells."""
-    depth, (width, height) = float(np.ptp(np.nan_to_num(z))), np.ptp(xy, axis=0)
-    used = f"obsm[{key!r}] has three coordinates: the first two are used"
-    if depth <= spacing:
-        logger.info("%s; z differs by no more than the distance between cells.", used)
-        return
-    warn(
-        f"{used}. z extends over {depth:.3g}, x over {width:.3g} and y over {height:.3g}, so that "
-        "cells above each other are taken as neighbours. If z is of several sections, pass "
-        "`library_key`; in a thick volume, embed slabs of it one by one."
+    depth, (width, height) = float(np.ptp(z)), np.ptp(xy, axis=0)
+    tell = logger.info if depth <= spacing else warn
+    tell(
+        f"obsm[{key!r}] has three coordinates: the first two are used. z extends over {depth:.3g}, x "
+        f"over {width:.3g} and y over {height:.3g}, and cells above each other are taken as "
+        "neighbours. If z is of several sections, make a column of it and pass it as `library_key`; "
+        "in a thick volume, embed slabs of it one by one."
     )
-
-
-def warn_of_spots_off_tissue(adata: AnnData) -> None:
-    """Warn of spots that a column such as ``in_tissue`` (0 and 1, False and True) excludes."""
-    for name in adata.obs.columns:
-        values = adata.obs[name].dropna().astype(str).str.lower()
-        is_off = values.isin(("0", "0.0", "false", "no"))
-        is_on = values.isin(("1", "1.0", "true", "yes"))
-        if "tissue" in str(name).lower() and is_off.any() and (is_off | is_on).all():
-            off = np.asarray(adata.obs[name].dropna()[is_off.to_numpy()])[0]
-            value = off.item() if hasattr(off, "item") else off
-            warn(
-                f"{int(is_off.sum())} of {adata.n_obs} spots are not on tissue by obs[{name!r}], and "
-                f"are taken like the others. Drop them: adata = adata[adata.obs[{name!r}] != "
-                f"{value!r}].copy()"
-            )
 
 
 def listed(names: list[str]) -> str:

@@ -13,9 +13,9 @@ from scipy.spatial import cKDTree
 from stofm._edge.coordinates import (
     listed,
     read_axes,
+    read_coordinates,
     warn_of_depth,
     warn_of_places,
-    warn_of_spots_off_tissue,
 )
 from stofm._keys import Uns
 from stofm._logging import logger
@@ -82,13 +82,10 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
     """Read coordinates and slices, and warn of places that carry little or mislead."""
     xy, z = read_axes(adata, spatial_key)
     slices = read_slices(adata, library_key, spatial_key)
-    warn_of_spots_off_tissue(adata)
     for name, rows in zip(slices.names, slices.rows, strict=True):
-        if z is not None and slices.column is not None:
-            _refuse_planes(xy[rows], z[rows], spatial_key, name, slices.column)
         warn_of_places(adata, name, rows, xy[rows])
     if z is not None:
-        rows = max(slices.rows, key=lambda rows: np.ptp(np.nan_to_num(z[rows])))
+        rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
         warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
     if slices.column is not None:
         _warn_of_overlays(adata, slices, xy)
@@ -104,7 +101,7 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
     column = library_key or described_column(adata)
     if library_key is not None or spatial_key not in adata.obsm:
         return _separate(adata, column)
-    xy, z = read_axes(adata, spatial_key)
+    xy = read_coordinates(adata, spatial_key)
     if column is not None and _are_apart(adata, column, xy):
         slices = _separate(adata, column)
         logger.info(
@@ -114,8 +111,6 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
             column,
         )
         return slices
-    if z is not None:
-        _refuse_planes(xy, z, spatial_key)
     _refuse_overlays(adata, xy)
     return _separate(adata, None)
 
@@ -252,53 +247,18 @@ def _overlay_message(columns: list[str], values: list[str]) -> str:
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
-    """Refuse slices on each other that were joined without a column that names them.
-
-    Names of their cells occur several times, or end with a number that made them unique.
-    """
-    import pandas as pd
-
-    names = pd.Series(adata.obs_names)
-    times = names.groupby(names, sort=False).cumcount()
-    share = float(names.duplicated(keep=False).mean())
-    code = "adata.obs.groupby(level=0).cumcount().astype(str).to_numpy()"
-    if share < _REPEATED:
-        times = names.str.extract(r"-(\d+)$", expand=False).fillna("")
-        share = float(names.str.replace(r"-\d+$", "", regex=True).duplicated(keep=False).mean())
-        code = r"adata.obs_names.str.extract(r'-(\d+)$', expand=False).fillna('')"
-    codes, values = _numbered(times)
-    is_several = 1 < len(values) <= min(_MAX_SLICES, len(names) // _MIN_CELLS)
-    if share >= _REPEATED and is_several and _boxes_overlap(xy, codes):
+    """Refuse slices on each other that were joined without a column: names of cells occur again."""
+    times = adata.obs.groupby(level=0, sort=False).cumcount().to_numpy()
+    share = float(adata.obs_names.duplicated(keep=False).mean())
+    if share >= _REPEATED and _boxes_overlap(xy, times):
         msg = (
-            f"{share:.0%} of the obs_names are there several times (up to {len(values)}), and their "
-            "cells lie on each other: slices that were joined without a column that names them? "
-            f"Make one and pass it: adata.obs['sample'] = {code}, library_key='sample'. If they are "
-            "one slice, pass a column that is the same for all cells."
+            f"{share:.0%} of the obs_names are there several times (up to {times.max() + 1}), and "
+            "their cells lie on each other: slices that were joined without a column that names "
+            "them? Make one and pass it: adata.obs['sample'] = adata.obs.groupby(level=0).cumcount()"
+            ".astype(str).to_numpy(), library_key='sample'. If they are one slice, pass a column "
+            "that is the same for all cells."
         )
         raise ValueError(msg)
-
-
-def _refuse_planes(
-    xy: NDArray[np.float64], z: NDArray[np.float64], key: str, name: str = "", column: str = ""
-) -> None:
-    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice."""
-    heights, codes = np.unique(z, return_inverse=True)
-    n = len(heights)
-    if not 1 < n <= min(_MAX_SLICES, len(z) // _MIN_CELLS) or not _boxes_overlap(xy, codes):
-        return
-    # Finer steps are those of a volume.
-    if np.ptp(z) / (n - 1) < 0.5 * Nearest.find(xy[codes == np.bincount(codes).argmax()]).spacing:
-        return
-    where = f"Slice {name!r}: " if name else ""
-    joined = f"adata.obs[{column!r}].astype(str) + ':' + " if column else ""
-    msg = (
-        f"{where}z in obsm[{key!r}] takes {n} values, and these planes overlap in x and y: cells of "
-        "different planes would be taken as neighbours. Make a column of z and pass it: "
-        f"adata.obs['plane'] = {joined}np.asarray(adata.obsm[{key!r}])[:, 2].astype(str), "
-        f"library_key='plane'. If they are one slice, leave z out: adata.obsm[{key!r}] = "
-        f"np.asarray(adata.obsm[{key!r}])[:, :2]."
-    )
-    raise ValueError(msg)
 
 
 def _boxes_overlap(xy: NDArray[np.float64], codes: NDArray[np.integer]) -> bool:

@@ -130,7 +130,8 @@ def _human_gene_ids(
     names: GeneNames,
 ) -> list[str]:
     """Return the human Ensembl id of each column, ``""`` where none is known; note the names."""
-    own = [_human_gene_id(name, pairs) for name in columns.ids]
+    bare = [strip_version(name) for name in columns.ids]
+    own = [name if id_type(name) is IdType.HUMAN_ENSEMBL else pairs.get(name, "") for name in bare]
     names.add(own, columns.ids, columns.symbols)
     if reference is None:
         return own
@@ -141,11 +142,6 @@ def _human_gene_ids(
         if gene and not known:
             names.add_aliases({strip_version(name): gene for name in others if name})
     return genes
-
-
-def _human_gene_id(name: str, pairs: Mapping[str, str]) -> str:
-    bare = strip_version(name)
-    return bare if id_type(bare) is IdType.HUMAN_ENSEMBL else pairs.get(bare, "")
 
 
 def _add_values(
@@ -215,13 +211,11 @@ class GeneNames:
 
     def symbols(self, genes: Iterable[str]) -> dict[str, str]:
         """Return the symbol that most slices give to each gene; no symbol is given twice."""
-        wanted = set(genes)
+        wanted, genes_of = set(genes), dict[str, str]()
         symbols: dict[str, str] = {}
-        taken: set[str] = set()
         for (gene, name), _ in _most_frequent_first(self._symbol_votes):
-            if gene in wanted and gene not in symbols and name not in taken:
-                symbols[gene] = name
-                taken.add(name)
+            if gene in wanted and gene not in symbols and name not in genes_of:
+                symbols[gene], genes_of[name] = name, gene
         return symbols
 
     def aliases(self, symbols: Mapping[str, str], genes: Iterable[str]) -> dict[str, str]:
@@ -231,16 +225,15 @@ class GeneNames:
         """
         wanted = set(genes)
         taken = wanted | set(symbols.values())
-        best: dict[str, tuple[str, int]] = {}
-        tied: set[str] = set()
-        for (gene, name), votes in _most_frequent_first(self._votes):
-            if gene not in wanted or name in taken:
-                continue
-            if name not in best:
-                best[name] = (gene, votes)
-            elif best[name][1] == votes:
-                tied.add(name)
-        return {name: gene for name, (gene, _) in best.items() if name not in tied}
+        votes: dict[str, list[tuple[int, str]]] = {}
+        for (gene, name), number in _most_frequent_first(self._votes):
+            if gene in wanted and name not in taken:
+                votes.setdefault(name, []).append((number, gene))
+        return {
+            name: found[0][1]
+            for name, found in votes.items()
+            if len(found) == 1 or found[0][0] > found[1][0]
+        }
 
 
 def _most_frequent_first(

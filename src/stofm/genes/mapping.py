@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from urllib.parse import urldefrag
@@ -175,17 +174,9 @@ _ADVICE: Final = (
 )
 
 
-def _part(name: str, sign: str, place: int) -> str:
-    return name.split(sign)[place]
-
-
-#: Names that are looked at to give advice, and ways to change them, by the method of ``.str``.
+#: Names that are looked at to give advice, and what stands between parts of a name.
 _SAMPLE: Final = 2000
-_CHANGES: Final[Mapping[str, Callable[[str], str]]] = {"upper()": str.upper} | {
-    f"split({sign!r}).str[{place}]": partial(_part, sign=sign, place=place)
-    for sign in "_:|- /"
-    for place in (0, -1)
-}
+_SEPARATORS: Final = "_:|- /"
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,9 +195,6 @@ class GeneMapping:
         ``"human"``, ``"mouse"``, ``"human and mouse"`` or ``"unknown"``.
     id_types
         Kinds of names and how many columns have each, the most frequent first.
-    routes
-        How many columns were found by ``"id"``, ``"alias"``, ``"ortholog"``, ``"symbol"`` or
-        ``"case"`` (the symbol in capitals).
     names
         Name of each column that the report shows.
     counts_per_gene
@@ -219,7 +207,6 @@ class GeneMapping:
     token_id: NDArray[np.int32]
     species: str
     id_types: Mapping[str, int]
-    routes: Mapping[str, int]
     names: Sequence[str]
     counts_per_gene: NDArray[Any] | None
 
@@ -247,21 +234,13 @@ class GeneMapping:
         return float(kept / self.counts_per_gene.sum())
 
     @property
-    def lost(self) -> list[str]:
-        """Names that were not found."""
-        return [self.names[row] for row in self._lost_rows()]
-
-    @property
     def unmatched(self) -> tuple[str, ...]:
         """Up to three names that were not found, those with most counts first."""
-        rows = self._lost_rows()
+        rows: list[int] = np.flatnonzero(self.gene_index < 0).tolist()
+        rows = [row for row in rows if self.names[row]]
         if self.counts_per_gene is not None:
             rows.sort(key=(-self.counts_per_gene).__getitem__)
         return tuple(self.names[row] for row in rows[:_N_EXAMPLES])
-
-    def _lost_rows(self) -> list[int]:
-        rows: list[int] = np.flatnonzero(self.gene_index < 0).tolist()
-        return [row for row in rows if self.names[row]]
 
     def summary(self) -> str:
         """Return the report as one line."""
@@ -348,24 +327,30 @@ def map_gene_ids(
     if len(second) != len(names):
         msg = f"There are {len(names)} ids, but {len(second)} fallback ids."
         raise ValueError(msg)
-    if counts_per_gene is not None and np.shape(counts_per_gene) != (len(names),):
-        msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
-        raise ValueError(msg)
-    tables = _lookup_tables(vocabulary, species, orthologs)
-    found = [
-        _look_up(name, tables, species) or _look_up(other, tables, species) or (-1, "")
+    pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
+    rows = vocabulary.rows_by_symbol | vocabulary.rows_by_alias | vocabulary.rows_by_id
+    rows = {mouse: rows[human] for mouse, human in pairs.items() if human in rows} | rows
+
+    def look_up(name: str) -> int:
+        row = rows.get(strip_version(name), -1)
+        if row >= 0 or species == "human":
+            return row
+        may_be_mouse = species == "mouse" or id_type(name) is IdType.MOUSE_SYMBOL
+        return rows.get(name.upper(), -1) if may_be_mouse else -1
+
+    found = (
+        row if (row := look_up(name)) >= 0 else look_up(other)
         for name, other in zip(names, second, strict=True)
-    ]
+    )
+    index = np.fromiter(found, dtype=np.int64, count=len(names))
     shown = [name or other for name, other in zip(names, second, strict=True)]
     types = Counter(id_type(name) for name in shown)
-    index = np.array([row for row, _ in found], dtype=np.int64)
     return GeneMapping(
         gene_index=index,
         gene_id=np.where(index >= 0, vocabulary.gene_ids[index], ""),
         token_id=np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32),
         species=_main_species(types),
         id_types={kind.value: number for kind, number in types.most_common()},
-        routes=dict(Counter(route for _, route in found if route).most_common()),
         names=shown,
         counts_per_gene=counts_per_gene,
     )
@@ -378,40 +363,6 @@ def counts_of_repeated_genes(
     is_repeated = genes >= 0
     is_repeated[np.unique(genes, return_index=True)[1]] = False
     return np.where(is_repeated, counts, 0.0)
-
-
-def _lookup_tables(
-    vocabulary: GeneVocabulary,
-    species: Species,
-    orthologs: Mapping[str, str] | str | PathLike[str] | None,
-) -> dict[str, Mapping[str, int]]:
-    rows = vocabulary.rows_by_id
-    pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
-    return {
-        "id": rows,
-        "alias": vocabulary.rows_by_alias,
-        "ortholog": {mouse: rows[human] for mouse, human in pairs.items() if human in rows},
-        "symbol": vocabulary.rows_by_symbol,
-    }
-
-
-def _look_up(
-    name: str, tables: Mapping[str, Mapping[str, int]], species: Species
-) -> tuple[int, str] | None:
-    if not name:
-        return None
-    bare = strip_version(name)
-    for route, rows in tables.items():
-        if bare in rows:
-            return rows[bare], route
-    may_be_mouse = species == "mouse" or (
-        species == "auto" and id_type(name) is IdType.MOUSE_SYMBOL
-    )
-    if not may_be_mouse:
-        return None
-    capitals = name.upper()
-    row = tables["symbol"].get(capitals, tables["alias"].get(capitals))
-    return None if row is None else (row, "case")
 
 
 def _main_species(types: Mapping[IdType, int]) -> str:
@@ -430,8 +381,12 @@ def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: st
     `where` is what holds the names, as code: ``"adata.var_names"``.
     """
     kept = [name for name in names if name][:_SAMPLE]
-    for code, change in _CHANGES.items():
-        n_found = map_gene_ids(map(change, kept), vocabulary).n_matched
+    changes = {"upper()": [name.upper() for name in kept]}
+    for sign in _SEPARATORS:
+        for place in (0, -1):
+            changes[f"split({sign!r}).str[{place}]"] = [name.split(sign)[place] for name in kept]
+    for code, changed in changes.items():
+        n_found = map_gene_ids(changed, vocabulary).n_matched
         if 2 * n_found >= max(len(kept), 1):
             return f"{n_found} of {len(kept)} names are found after {where} = {where}.str.{code}."
     return ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from scipy import sparse
 
+from stofm._config import require_rules
 from stofm.genes.compressed import require_sound
 from stofm.genes.ranked_tokens import RankedTokens
 
@@ -80,22 +81,40 @@ def rank_genes(
         Sizes or indices do not fit, a count is negative, a median of a known gene is not positive, or a
         total is smaller than the sum of the cell's counts.
     """
-    counts = _canonical(counts)
-    tokens = np.asarray(token_ids).astype(np.int64)
-    _check(counts.shape[1], tokens, np.asarray(medians), max_tokens, duplicates)
-    if totals is not None:
-        totals = np.asarray(totals, dtype=np.float64)
-        if totals.shape != counts.shape[:1]:
-            msg = (
-                f"The counts have {counts.shape[0]} rows, but totals has shape {totals.shape}; "
-                "pass one per cell."
-            )
-            raise ValueError(msg)
+    require_sound(counts, "The matrix of counts")
+    counts = sparse.csr_matrix(counts)
+    if not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
+    tokens, medians = np.asarray(token_ids).astype(np.int64), np.asarray(medians)
+    n_cells, n_vars = counts.shape
+    totals = None if totals is None else np.asarray(totals, dtype=np.float64)
+    known = medians[tokens >= 0] if tokens.shape == medians.shape else np.empty(0)
+    require_rules(
+        (
+            tokens.shape == medians.shape == (n_vars,),
+            f"The counts have {n_vars} columns, but token_ids has shape {tokens.shape} and medians "
+            f"{medians.shape}; pass one token and one median per column.",
+        ),
+        (
+            totals is None or totals.shape == (n_cells,),
+            f"The counts have {n_cells} rows, but totals has shape {getattr(totals, 'shape', ())}; pass one per "
+            "cell.",
+        ),
+        (
+            bool((np.isfinite(known) & (known > 0)).all()),
+            "The medians of genes with a token must be positive and finite.",
+        ),
+        (
+            duplicates in ("sum", "keep"),
+            f"duplicates must be 'sum' or 'keep', found {duplicates!r}.",
+        ),
+        (max_tokens >= 1, f"max_tokens must be at least 1, found {max_tokens}."),
+    )
     divisors = np.where(tokens >= 0, medians, np.inf)
     # Columns whose token another column has too.
-    shared = (tokens >= 0) & (
-        np.bincount(tokens[tokens >= 0], minlength=1)[np.maximum(tokens, 0)] > 1
-    )
+    n_columns = np.bincount(tokens[tokens >= 0], minlength=1)
+    shared = (tokens >= 0) & (n_columns[np.maximum(tokens, 0)] > 1)
 
     def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
         start, block = start_and_block
@@ -108,41 +127,6 @@ def rank_genes(
     with ThreadPoolExecutor(_N_THREADS) as threads:
         parts = list(threads.map(rank, _row_blocks(counts)))
     return RankedTokens.concatenate(parts)
-
-
-def _canonical(counts: Any) -> sparse.csr_matrix:
-    require_sound(counts, "The matrix of counts")
-    matrix = sparse.csr_matrix(counts)
-    if matrix.has_canonical_format:
-        return matrix
-    matrix = matrix.copy()
-    matrix.sum_duplicates()
-    return matrix
-
-
-def _check(
-    n_vars: int,
-    token_ids: NDArray[np.int64],
-    medians: NDArray[Any],
-    max_tokens: int,
-    duplicates: str,
-) -> None:
-    if duplicates not in ("sum", "keep"):
-        msg = f"duplicates must be 'sum' or 'keep', found {duplicates!r}."
-        raise ValueError(msg)
-    if token_ids.shape != (n_vars,) or medians.shape != (n_vars,):
-        msg = (
-            f"The counts have {n_vars} columns, but token_ids has shape {token_ids.shape} and "
-            f"medians {medians.shape}; pass one token and one median per column."
-        )
-        raise ValueError(msg)
-    known = medians[token_ids >= 0]
-    if not (np.isfinite(known) & (known > 0)).all():
-        msg = "The medians of genes with a token must be positive and finite."
-        raise ValueError(msg)
-    if max_tokens < 1:
-        msg = f"max_tokens must be at least 1, found {max_tokens}."
-        raise ValueError(msg)
 
 
 def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_matrix]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from stofm._config import require_rules
 from stofm._files import local, put_in_place, read_text_table
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class GeneVocabulary:
         n, special = self.n_genes, self.special
         is_bad = ~(np.isfinite(self.medians) & (self.medians > 0))
         all_tokens = [*self.tokens.tolist(), *special.values()]
-        rules = (
+        require_rules(
             (
                 n > 0 and {len(self.symbols), len(self.tokens), len(self.medians)} == {n},
                 "gene_ids, symbols, tokens and medians must have one length, at least 1.",
@@ -82,9 +83,6 @@ class GeneVocabulary:
                 f"Medians must be positive and finite; {int(is_bad.sum())} are not.",
             ),
         )
-        for holds, msg in rules:
-            if not holds:
-                raise ValueError(msg)
 
     def __repr__(self) -> str:
         return (
