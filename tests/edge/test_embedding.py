@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from scipy import sparse
 
 import stofm as st
 from stofm._edge import embedding
-from stofm._edge.embedding import genes_per_cell
 from stofm._keys import Uns
 from stofm.nn.device import Workload, free_memory
 
@@ -27,17 +24,6 @@ def test_too_little_memory_is_said_before_the_work(adata, model, monkeypatch):
     assert "a lower batch_size" in str(told.value)
     assert list(adata.obsm) == ["spatial"]
     assert Uns.STOFM not in adata.uns
-
-
-def test_genes_of_a_cell_are_counted_among_those_known(adata):
-    is_known = np.arange(71) < 30
-    expected = (adata.X[:, :30] > 0).sum() / 184
-    counts = sparse.lil_matrix(adata.X)
-    counts[:, 40] = 0  # entries that are no counts
-    adata.X = sparse.csr_matrix(counts)
-    for matrix in (adata.X, sparse.csc_matrix(adata.X), adata.X.toarray()):
-        adata.X = matrix
-        assert genes_per_cell(adata, None, is_known) == pytest.approx(expected, rel=0.05)
 
 
 def test_what_is_needed_follows_the_genes_of_a_cell(adata, model, monkeypatch):

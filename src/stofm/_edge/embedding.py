@@ -46,9 +46,8 @@ _OWN_KEYS: Final = (
     *(Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.COORDINATES, Uns.SUBSLICE),
     *(Var.GENE, Var.TOKEN_ID, Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL),
 )
-#: Rows that are looked at for the number of genes of a cell: so many, in so many places.
-_SAMPLE_ROWS: Final = 64
-_N_SAMPLES: Final = 8
+#: Cells that are looked at for the number of genes of a cell.
+_SAMPLE: Final = 512
 _CPU: Final = torch.device("cpu")
 _MEMORY_ADVICE: Final = (
     "What helps: fewer cells at a time (slice by slice), counts left on disk "
@@ -97,11 +96,6 @@ class Run:
             show_progress_bar=show_progress_bar,
         )
 
-    @property
-    def dtype_name(self) -> str:
-        """As it stands in records."""
-        return str(self.dtype).removeprefix("torch.")
-
 
 # Cells without their place
 
@@ -122,7 +116,7 @@ def encode(ranked: RankedTokens, run: Run) -> NDArray[np.float32]:
 def cell_record(ranked: RankedTokens, run: Run) -> dict[str, Any]:
     """All that cell embeddings depend on."""
     return {
-        "params": {"dtype": run.dtype_name},
+        "params": {"dtype": _name(run.dtype)},
         "model": run.model.name,
         "cell_encoder": run.model.cell_encoder_fingerprint,
         "vocabulary": run.model.vocabulary.fingerprint,
@@ -131,37 +125,23 @@ def cell_record(ranked: RankedTokens, run: Run) -> dict[str, Any]:
     }
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def write_cells(adata: AnnData, features: NDArray[np.float32], record: Mapping[str, Any]) -> None:
     """Write cell embeddings and their record."""
     adata.obsm[Obsm.X_CELL] = features
     write_record(adata, Obsm.X_CELL, **record)
 
 
-def _stored_cells(
-    adata: AnnData, record: Mapping[str, Any], d_cell: int
-) -> NDArray[np.float32] | None:
+def _stored_cells(adata: AnnData, record: Mapping[str, Any]) -> NDArray[np.float32] | None:
     """The stored cell embeddings if they have this record; a model's name does not change them."""
-    found = read_record(adata, Obsm.X_CELL)
-    if found is None or Obsm.X_CELL not in adata.obsm or is_outdated(found):
-        return None
-    stored = np.asarray(adata.obsm[Obsm.X_CELL])
+    found = read_record(adata, Obsm.X_CELL) or {}
     fits = all(found.get(name) == value for name, value in record.items() if name != "model")
-    if not fits or stored.shape != (adata.n_obs, d_cell):
+    if not fits or Obsm.X_CELL not in adata.obsm or is_outdated(found):
         return None
-    return stored.astype(np.float32, copy=False)
-
-
-def _given_cells(adata: AnnData, cell_rep: str, model: Stofm) -> NDArray[np.float32]:
-    """Features that the user gives in place of the cell encoder's."""
-    features = read_current(adata, cell_rep)
-    expected = model.config.se2_transformer.d_cell
-    if features.shape[1] != expected:
-        msg = (
-            f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} "
-            f"takes cell features of {expected}."
-        )
-        raise ValueError(msg)
-    return features
+    return np.asarray(adata.obsm[Obsm.X_CELL], dtype=np.float32)
 
 
 # Cells in their place
@@ -191,30 +171,33 @@ def embed_table(
     model = run.model
     rules = rules or model.config.subslice
     places = read_places(adata, spatial_key=spatial_key, library_key=library_key)
-    steps: list[Callable[[AnnData], None]] = []
     if cell_rep is None:
         columns = find_columns(adata, model.vocabulary, **genes)
-        n_genes = genes_per_cell(adata, layer, columns.token_ids >= 0)
+        n_genes = _genes_per_cell(adata, layer, columns.token_ids >= 0)
         require_memory(adata, run, rules, places.slices.rows, n_genes, copy=copy)
         params = token_params(model, layer=layer)
         ranked = compute_tokens(adata, columns, params, show_progress_bar=run.show_progress_bar)
         record = cell_record(ranked, run)
-        stored = _stored_cells(adata, record, model.config.cell_encoder.d_cell)
+        stored = _stored_cells(adata, record)
         features = encode(ranked, run) if stored is None else stored
-        steps.append(lambda target: write_tokens(target, ranked, columns, params))
-        if stored is None:
-            steps.append(lambda target: write_cells(target, features, record))
     else:
         require_memory(adata, run, rules, places.slices.rows, 0.0, copy=copy)
-        features = _given_cells(adata, cell_rep, model)
+        features = read_current(adata, cell_rep)
+        if features.shape[1] != model.config.se2_transformer.d_cell:
+            msg = (
+                f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} takes "
+                f"cell features of {model.config.se2_transformer.d_cell}."
+            )
+            raise ValueError(msg)
     use_rep = cell_rep or Obsm.X_CELL
     layouts = lay_out(features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata)
     values = _embed_slices(layouts, features, rules, run)
 
     def write(target: AnnData) -> None:
         with all_or_nothing(target):
-            for step in steps:
-                step(target)
+            if cell_rep is None:
+                write_tokens(target, ranked, columns, params)
+                write_cells(target, features, record)
             write_layouts(target, layouts)
             target.obsm[key_added] = values
             write_record(
@@ -222,7 +205,7 @@ def embed_table(
                 key_added,
                 {
                     **layouts.params,
-                    "dtype": run.dtype_name,
+                    "dtype": _name(run.dtype),
                     "n_neighbors": rules.n_neighbors,
                     "neighbors_among": rules.neighbors_among,
                 },
@@ -273,13 +256,11 @@ def _embed_slices(
 # Memory
 
 
-def genes_per_cell(adata: AnnData, layer: str | None, is_known: NDArray[np.bool_]) -> float:
+def _genes_per_cell(adata: AnnData, layer: str | None, is_known: NDArray[np.bool_]) -> float:
     """Mean number of known genes of a cell, from a sample spread over the counts."""
-    n_rows = min(_SAMPLE_ROWS, adata.n_obs)
-    starts = np.linspace(0, adata.n_obs - n_rows, _N_SAMPLES).astype(np.int64)
-    rows = np.unique(starts[:, None] + np.arange(n_rows))
-    block, _ = peek_counts(adata, layer, rows)
-    return float((is_known[block.indices] & (block.data != 0)).sum() / len(rows))
+    rows = np.unique(np.linspace(0, adata.n_obs - 1, _SAMPLE).astype(np.int64))
+    counts, _ = peek_counts(adata, layer, rows)
+    return float((is_known[counts.indices] & (counts.data != 0)).sum() / len(rows))
 
 
 def require_memory(
