@@ -69,15 +69,14 @@ def kinds_of_others(adata: AnnData) -> NDArray[np.object_]:
     Any text column of ``adata.var`` with few values may say so, such as ``feature_types``.
     """
     kinds = np.full(adata.n_vars, "", dtype=object)
-    for name in adata.var.columns:
-        codes, values = _text_codes(adata, name)
-        words = [re.sub(r"[\W_]+", " ", value).strip() for value in values]
-        if len(values) <= _MOST_KINDS and any(map(_GENES.fullmatch, words)):
-            own = [
-                value if _NO_GENES.search(word) else ""
-                for value, word in zip(values, words, strict=True)
-            ]
-            kinds = np.where(kinds == "", np.array([*own, ""], dtype=object)[codes], kinds)
+    for name in _text_columns(adata):
+        column = adata.var[name]
+        values = column.dropna().unique() if column.nunique() <= _MOST_KINDS else ()
+        words = {value: re.sub(r"[\W_]+", " ", str(value)).strip() for value in values}
+        if any(map(_GENES.fullmatch, words.values())):
+            others = [value for value, text in words.items() if _NO_GENES.search(text)]
+            is_other = column.isin(others).to_numpy() & (kinds == "")
+            kinds[is_other] = column.astype(str).to_numpy()[is_other]
     if adata.n_vars and kinds.all():
         msg = f"adata has no genes, by its own word ({_counted(kinds)}). Pass the gene expression."
         raise ValueError(msg)
@@ -89,16 +88,9 @@ def _counted(kinds: NDArray[np.object_]) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in found)
 
 
-def _text_codes(adata: AnnData, name: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Number each different text of a column of ``var``, -1 where there is none; no text, no numbers."""
-    import pandas as pd
-
-    column = adata.var[name]
-    if column.dtype.kind not in "OSTU" or name == Var.GENE:  # "O" is that of categories too
-        return np.empty(0, dtype=np.int64), []
-    codes, values = pd.factorize(np.array(clean_names(column), dtype=object))
-    codes = np.where(values[codes] == "", -1, codes) if len(values) else codes
-    return codes, values.tolist()
+def _text_columns(adata: AnnData) -> list[str]:
+    kinds = adata.var.dtypes.items()  # "O" is that of categories too
+    return [str(name) for name, one in kinds if one.kind in "OSTU" and name != Var.GENE]
 
 
 def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, list[str]]:
@@ -107,16 +99,16 @@ def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, li
     That is the column `gene_key` of ``adata.var``, or columns with Ensembl ids, or with words of
     which most occur once, those with most Ensembl ids first, and ``var_names`` last.
     """
-    if gene_key is not None and gene_key not in adata.var:
+    if gene_key is None:
+        sources = {name: _names_of_genes(adata, name) for name in _text_columns(adata)}
+        kept = sorted(name for name, names in sources.items() if _may_be_names(names))
+        kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
+        names = _names_of_genes(adata, VAR_NAMES)
+        return {name: sources[name] for name in kept} | {VAR_NAMES: names}
+    if gene_key not in adata.var:
         msg = f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}."
         raise KeyError(msg)
-    if gene_key is not None:
-        return {gene_key: _names_of_genes(adata, gene_key)}
-    columns = [str(name) for name in adata.var.columns if _text_codes(adata, name)[1]]
-    sources = {name: _names_of_genes(adata, name) for name in columns}
-    kept = sorted(filter(lambda name: _may_be_names(sources[name]), sources))
-    kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
-    return {name: sources[name] for name in kept} | {VAR_NAMES: _names_of_genes(adata, VAR_NAMES)}
+    return {gene_key: _names_of_genes(adata, gene_key)}
 
 
 def _names_of_genes(adata: AnnData, source: str) -> list[str]:
