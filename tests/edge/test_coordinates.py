@@ -65,15 +65,14 @@ def test_text_that_is_no_number_names_the_entry_and_the_cell(xy, reader, bad):
         ValueError, match=r"obsm\['spatial'\] .* 1 of 60 cells, for example c4: "
     ) as error:
         reader(table(text))
-    assert ("decimal comma" in str(error.value)) == (bad == "1,5")
     assert repr(bad) in str(error.value)
 
 
 def test_the_remedy_for_a_decimal_comma_works(xy):
     adata = table(np.char.replace(xy.astype(str), ".", ","))
-    with pytest.raises(ValueError, match="decimal comma") as error:
+    with pytest.raises(ValueError, match="a comma: ") as error:
         read_coordinates(adata)
-    exec(str(error.value).partition("decimal comma: ")[2], {"np": np, "adata": adata})
+    exec(str(error.value).partition("a comma: ")[2], {"np": np, "adata": adata})
     np.testing.assert_array_equal(read_coordinates(adata), xy)
 
 
@@ -140,5 +139,5 @@ def test_columns_of_places_with_flaws_are_named_and_then_explained(adata, flaw):
     with pytest.raises(KeyError, match=r"adata.obs\[\['x', 'y'\]\].to_numpy\(\)"):
         read_coordinates(adata)
     adata.obsm["spatial"] = adata.obs[["x", "y"]].to_numpy()
-    with pytest.raises(ValueError, match=r"decimal comma|cell3"):
+    with pytest.raises(ValueError, match=r"a comma|cell3"):
         read_coordinates(adata)

@@ -153,15 +153,6 @@ def test_cells_without_a_slice_are_refused(adata):
         read_slices(adata, "library", "spatial")
 
 
-def test_slices_within_those_asked_for_are_warned_of(overlaid):
-    name_slices(overlaid, "puck", ["p1", "p2", "p3"])
-    overlaid.obs["donor"] = "one"
-    with pytest.warns(
-        UserWarning, match=r"obs\['donor'\], coordinates of the 3 values of obs\['puck'\]"
-    ):
-        read_places(overlaid, spatial_key="spatial", library_key="donor")
-
-
 def regions(adata, column):
     adata.uns["spatialdata_attrs"] = {"region_key": column, "instance_key": "id", "region": []}
 

@@ -201,10 +201,6 @@ def test_totals_of_columns_that_are_not_there() -> None:
     ranked = rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given)
     assert ranked.values is not None
     assert ranked.values.tolist() == [750, 250, 5000, 5000]
-    with pytest.raises(ValueError, match=r"totals\[2\] is 3, and the counts of that cell sum to 4"):
-        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given - 1)
-    with pytest.raises(ValueError, match=r"totals\[0\] is nan"):
-        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given * np.nan)
     with pytest.raises(ValueError, match=r"3 rows, but totals has shape \(2,\)"):
         rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given[:2])
 

@@ -93,17 +93,12 @@ def _text_message(adata: AnnData, key: str, table: pd.DataFrame) -> str:
 
     is_bad = table.apply(pd.to_numeric, errors="coerce").isna() & table.notna()
     rows = np.flatnonzero(is_bad.any(axis=1))
-    text = table.iloc[rows].astype(str)
-    if text.apply(lambda column: column.str.contains(",")).to_numpy().any():
-        advice = (
-            f"They have a decimal comma: adata.obsm[{key!r}] = np.char.replace("
-            f"np.asarray(adata.obsm[{key!r}], dtype=str), ',', '.').astype(float)"
-        )
-    else:
-        advice = "Correct these cells, or drop them."
     return (
         f"obsm[{key!r}] holds something else than numbers in {len(rows)} of {adata.n_obs} cells, "
-        f"for example {adata.obs_names[rows[0]]}: {text.iloc[0].tolist()}. {advice}"
+        f"for example {adata.obs_names[rows[0]]}: {table.iloc[rows[0]].tolist()}. Correct these "
+        "cells or drop them. Where decimals have a comma: "
+        f"adata.obsm[{key!r}] = np.char.replace(np.asarray(adata.obsm[{key!r}], dtype=str), ',', "
+        "'.').astype(float)"
     )
 
 

@@ -87,8 +87,6 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
     if z is not None:
         rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
         warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
-    if slices.column is not None:
-        _warn_of_overlays(adata, slices, xy)
     return Places(xy, slices, spatial_key, slices.column)
 
 
@@ -201,22 +199,6 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
                 f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie apart from each "
                 "other and are taken as parts of one slice, whose size is set to a fixed one. If "
                 f"they are slices, pass library_key={name!r}."
-            )
-            return
-
-
-def _warn_of_overlays(adata: AnnData, slices: Slices, xy: NDArray[np.float64]) -> None:
-    for rows in slices.rows:
-        nearest = Nearest.find(xy[rows])
-        for column, codes, values in _groupings(adata.obs.iloc[rows]):
-            if not nearest.are_overlaid(codes):
-                continue
-            warn(
-                f"Within the slices of obs[{slices.column!r}], coordinates of the {len(values)} "
-                f"values of obs[{column!r}] ({listed(values)}) overlap as those of different slices "
-                f"do. If they are slices, pass library_key={column!r}, or a column of both: "
-                f"adata.obs['slice'] = adata.obs[{slices.column!r}].astype(str) + ':' + "
-                f"adata.obs[{column!r}].astype(str)."
             )
             return
 

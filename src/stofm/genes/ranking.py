@@ -29,8 +29,6 @@ _LENGTH_SLACK: Final = 8
 _NO_GENE: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 #: Values are those of a cell scaled to so many counts.
 _TARGET_SUM: Final = 10_000
-#: Totals given may fall short of a row's sum by rounding.
-_TOTAL_TOLERANCE: Final = 1e-6
 
 
 def rank_genes(
@@ -78,8 +76,7 @@ def rank_genes(
     Raises
     ------
     ValueError
-        Sizes or indices do not fit, a count is negative, a median of a known gene is not positive, or a
-        total is smaller than the sum of the cell's counts.
+        Sizes or indices do not fit, a count is negative, or a median of a known gene is not positive.
     """
     require_sound(counts, "The matrix of counts")
     counts = sparse.csr_matrix(counts)
@@ -180,14 +177,6 @@ def _scale_of_cells(
     found: NDArray[Any] = sums
     if totals is not None:
         found = totals[start : start + n_cells]
-        # Written so that NaN is refused too.
-        bad = np.flatnonzero((sums > 0) & ~(found >= sums * (1 - _TOTAL_TOLERANCE)))
-        if len(bad):
-            msg = (
-                f"totals[{start + bad[0]}] is {found[bad[0]]:g}, and the counts of that cell sum "
-                f"to {sums[bad[0]]:g}; a total is over all columns, so it can't be smaller."
-            )
-            raise ValueError(msg)
     scale = np.zeros(n_cells)
     np.divide(_TARGET_SUM, found, out=scale, where=sums > 0)
     return scale
