@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from stofm._config import require_rules
 from stofm._digests import fingerprint
 from stofm._files import local, read_table, reading
 from stofm.genes.mapping import clean_names, map_gene_ids, strip_version
@@ -139,16 +140,18 @@ def _read_arrays(path: Path) -> tuple[list[str], NDArray[Any]]:
 
 
 def _require_numbers_of_genes(names: list[str], values: NDArray[np.float32], path: Path) -> None:
-    if not names or not values.shape[1]:
-        msg = f"{path} names {len(names)} genes, with {values.shape[1]} numbers each. {_EXPECTED}"
-        raise ValueError(msg)
-    if twice := [name for name, number in Counter(names).items() if number > 1]:
-        msg = f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}."
-        raise ValueError(msg)
+    n, width = values.shape
+    twice = [name for name, number in Counter(names).items() if number > 1]
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
-        msg = (
+    require_rules(
+        (min(n, width) > 0, f"{path} names {n} genes, with {width} numbers each. {_EXPECTED}"),
+        (
+            not twice,
+            f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}.",
+        ),
+        (
+            len(bad) == 0,
             f"{path}: numbers of {len(bad)} genes are missing, infinite or beyond float32, for "
-            f"example those of {[names[row] for row in bad[:3]]}. Fill them in, or leave them out."
-        )
-        raise ValueError(msg)
+            f"example those of {[names[row] for row in bad[:3]]}. Fill them in, or leave them out.",
+        ),
+    )

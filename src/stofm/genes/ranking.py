@@ -109,17 +109,22 @@ def rank_genes(
         (max_tokens >= 1, f"max_tokens must be at least 1, found {max_tokens}."),
     )
     divisors = np.where(tokens >= 0, medians, np.inf)
-    # Columns whose token another column has too.
-    n_columns = np.bincount(tokens[tokens >= 0], minlength=1)
-    shared = (tokens >= 0) & (n_columns[np.maximum(tokens, 0)] > 1)
+    columns = np.flatnonzero(tokens >= 0)
+    genes, first, local = np.unique(tokens[columns], return_index=True, return_inverse=True)
+    sums = None
+    if duplicates == "sum" and len(genes) < len(columns):
+        # Multiplied from the right it sums the columns of each gene.
+        entries = (np.ones(len(columns)), (columns, local))
+        sums = sparse.csr_matrix(entries, shape=(n_vars, len(genes)))
+        tokens, divisors = genes, divisors[columns][first]
 
     def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
         start, block = start_and_block
-        found = _defined_counts(block)
-        scale = _scale_of_cells(block, found, start, totals) if values else None
-        if duplicates == "sum" and shared.any():
-            found = _sum_shared_columns(block, found, tokens, shared)
-        return _rank_block(block, found, tokens, divisors, max_tokens, scale)
+        block = _defined(block)
+        scale = _scale_of_cells(block, start, totals) if values else None
+        if sums is not None:
+            block = sparse.csr_matrix(block @ sums)
+        return _rank_block(block, tokens, divisors, max_tokens, scale)
 
     with ThreadPoolExecutor(_N_THREADS) as threads:
         parts = list(threads.map(rank, _row_blocks(counts)))
@@ -146,8 +151,8 @@ def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_mat
         start = stop
 
 
-def _defined_counts(block: sparse.csr_matrix) -> NDArray[Any]:
-    """Return the stored counts, with 0 in every cell that holds NaN or infinity.
+def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return the counts with 0 in every cell that holds NaN or infinity.
 
     DISCREPANCY: the reference implementation divides by a total of NaN or 0 and then emits every
     gene of the vocabulary for such a cell; here it has no genes.
@@ -157,26 +162,22 @@ def _defined_counts(block: sparse.csr_matrix) -> NDArray[Any]:
         msg = "Counts must not be negative."
         raise ValueError(msg)
     if values.dtype.kind != "f" or np.isfinite(values).all():
-        return values
+        return block
     rows = _rows_of_entries(block)
     undefined = np.zeros(block.shape[0], dtype=bool)
     undefined[rows[~np.isfinite(values)]] = True
-    return np.where(undefined[rows], 0, values)
+    defined = np.where(undefined[rows], 0, values)
+    return sparse.csr_matrix((defined, block.indices, block.indptr), block.shape)
 
 
 def _scale_of_cells(
-    block: sparse.csr_matrix,
-    values: NDArray[Any],
-    start: int,
-    totals: NDArray[np.floating] | None,
+    block: sparse.csr_matrix, start: int, totals: NDArray[np.floating] | None
 ) -> NDArray[np.float64]:
     """Return 10,000 / total count of each cell of a block; 0 for a cell without counts."""
     n_cells = block.shape[0]
     # Integers add up exactly in float64, whatever the order of columns.
-    sums = np.bincount(_rows_of_entries(block), weights=values, minlength=n_cells)
-    found: NDArray[Any] = sums
-    if totals is not None:
-        found = totals[start : start + n_cells]
+    sums = np.bincount(_rows_of_entries(block), weights=block.data, minlength=n_cells)
+    found: Any = sums if totals is None else totals[start : start + n_cells]
     scale = np.zeros(n_cells)
     np.divide(_TARGET_SUM, found, out=scale, where=sums > 0)
     return scale
@@ -186,38 +187,15 @@ def _rows_of_entries(block: sparse.csr_matrix) -> NDArray[np.int64]:
     return np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
 
 
-def _sum_shared_columns(
-    block: sparse.csr_matrix,
-    values: NDArray[Any],
-    token_ids: NDArray[np.int64],
-    shared: NDArray[np.bool_],
-) -> NDArray[np.float64]:
-    """Give the first entry of each cell and gene the gene's sum, and the others 0."""
-    affected = np.flatnonzero(shared[block.indices])
-    summed = values.astype(np.float64)
-    if not len(affected):
-        return summed
-    rows = np.searchsorted(block.indptr, affected, side="right") - 1
-    tokens = token_ids[block.indices[affected]]
-    order = np.lexsort((tokens, rows))
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (np.diff(rows[order]) != 0) | (np.diff(tokens[order]) != 0)
-    sums = np.add.reduceat(summed[affected[order]], np.flatnonzero(is_first))
-    summed[affected] = 0
-    summed[affected[order[is_first]]] = sums
-    return summed
-
-
 def _rank_block(
     block: sparse.csr_matrix,
-    values: NDArray[Any],
     token_ids: NDArray[np.int64],
     divisors: NDArray[np.float64],
     max_tokens: int,
     scale: NDArray[np.float64] | None,
 ) -> RankedTokens:
     token_mask = np.uint64((1 << int(token_ids.max(initial=0)).bit_length()) - 1)
-    keys = _sort_keys(block, values, token_ids, divisors, token_mask)
+    keys = _sort_keys(block, token_ids, divisors, token_mask)
     lengths = np.diff(block.indptr)
     n_tokens = np.zeros(block.shape[0], dtype=np.int64)
     ranked = []
@@ -245,7 +223,6 @@ def _rank_block(
 
 def _sort_keys(
     block: sparse.csr_matrix,
-    values: NDArray[Any],
     token_ids: NDArray[np.int64],
     divisors: NDArray[np.float64],
     token_mask: np.uint64,
@@ -256,8 +233,8 @@ def _sort_keys(
     bits (17 of 52 for a vocabulary of 100,000 genes) make room for the token, which decides
     between equal values. A key more than there are entries stands for padding.
     """
-    ratios = np.zeros(len(values) + 1)
-    np.divide(values, divisors[block.indices], out=ratios[:-1])
+    ratios = np.zeros(len(block.data) + 1)
+    np.divide(block.data, divisors[block.indices], out=ratios[:-1])
     ratios += 0.0  # turns -0.0, whose sign bit would rank it first, into 0.0
     keys = ratios.view(np.uint64)
     np.invert(keys, out=keys)
