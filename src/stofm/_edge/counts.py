@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -60,7 +58,7 @@ def read_counts(
 
 def peek_counts(adata: AnnData, layer: str | None, rows: Rows) -> tuple[sparse.csr_matrix, bool]:
     """Read some rows, ascending, whatever they hold, and tell whether they are raw counts."""
-    block = _read_rows(adata, layer, rows)
+    block = _row_reader(adata, layer)(rows)
     is_raw = not _fault_of(block.data)
     return (_rounded(block) if is_raw else block), is_raw
 
@@ -130,10 +128,6 @@ def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], sparse.cs
     return lambda rows: _to_csr(matrix[rows], _name(layer), is_gene)
 
 
-def _read_rows(adata: AnnData, layer: str | None, rows: Rows) -> sparse.csr_matrix:
-    return _row_reader(adata, layer)(rows)
-
-
 def _to_csr(rows: Any, name: str, is_gene: NDArray[np.bool_]) -> sparse.csr_matrix:
     """Rows as a CSR matrix with nothing in columns that are no genes."""
     if hasattr(rows, "compute"):
@@ -198,35 +192,32 @@ def _advice(values: NDArray[Any], matrix: str) -> str:
             f"join='outer', fill it in: {matrix} = np.nan_to_num({matrix}), or join them with "
             "join='inner'. Else drop these cells or genes."
         )
-    looks = (
-        "scaled gene by gene (z-scores, as of sc.pp.scale)"
-        if values.min() < 0
-        else "like logarithms"
-        if values.max() < _LARGEST_LOGARITHM
-        else "normalised or corrected"
-    )
+    looks = "normalised or corrected"
+    if values.min() < 0:
+        looks = "scaled gene by gene (z-scores, as of sc.pp.scale)"
+    elif values.max() < _LARGEST_LOGARITHM:
+        looks = "like logarithms"
     return f"They look {looks}. Raw counts are needed, before any normalisation."
 
 
 def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
     """Say which other matrix looks like raw counts; ``""`` if none does."""
     rows = slice(0, min(_SAMPLE_ROWS, adata.n_obs))
-    places: dict[str, tuple[str, Callable[[], sparse.csr_matrix]]] = {
-        _name(name): (
-            "leave out `layer`" if name is None else f"pass layer={name!r}",
-            partial(_read_rows, adata, name, rows),
-        )
-        for name in (None, *layer_names(adata))
-        if name != layer
-    }
+    for name in (None, *layer_names(adata)):
+        if name != layer and _looks_raw(adata, name, rows):
+            advice = "leave out `layer`" if name is None else f"pass layer={name!r}"
+            return f"{_name(name)} looks like raw counts: {advice}."
     if adata.raw is not None:
-        places["adata.raw"] = (
-            "pass adata.raw.to_adata()",
-            lambda: _to_csr(adata.raw.X[rows], "adata.raw.X", np.ones(adata.raw.n_vars, bool)),
-        )
-    for where, (advice, read) in places.items():
-        with contextlib.suppress(TypeError, ValueError):
-            values = read().data
-            if values.any() and not _fault_of(values):
-                return f"{where} looks like raw counts: {advice}."
+        from anndata import AnnData
+
+        if _looks_raw(AnnData(adata.raw.X[rows]), None, rows):
+            return "adata.raw looks like raw counts: pass adata.raw.to_adata()."
     return ""
+
+
+def _looks_raw(adata: AnnData, layer: str | None, rows: slice) -> bool:
+    try:
+        counts, is_raw = peek_counts(adata, layer, rows)
+    except (TypeError, ValueError):
+        return False
+    return is_raw and bool(counts.data.any())

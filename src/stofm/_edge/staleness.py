@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 #: Cells whose tokens are made again.
 _N_CELLS: Final = 512
-#: Where columns are taken away, a gene may have lost that one of several with its counts: so large a
-#: share of a cell's tokens may be lost, and in half of the cells more.
-_FEW: Final = 0.1
 #: Normalised coordinates span 100; by less than this they may differ, which is rounding.
 _SAME_PLACE: Final = 0.01
 _SAME_SCALE: Final = 1e-3
@@ -81,10 +78,17 @@ def _reads_tokens(record: Mapping[str, Any]) -> bool:
     return bool(record.get("params", {}).get("use_rep", Obsm.X_CELL) == Obsm.X_CELL)
 
 
-def outdate_by_counts(adata: AnnData) -> None:
-    """Mark embeddings of other counts than there are now, before their tokens are replaced."""
-    if changed_counts(adata):
-        vocabulary = (read_record(adata, Obsm.TOKENS) or {}).get("vocabulary")
+def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> None:
+    """Mark embeddings of other tokens than these of the vocabulary, which will replace the stored."""
+    record = read_record(adata, Obsm.TOKENS) or {}
+    if Obsm.TOKENS not in adata.obsm or record.get("vocabulary") != vocabulary:
+        return
+    try:
+        stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+    except ValueError:  # damaged, and replaced now
+        return
+    n = min(int(one.n_tokens.max(initial=0)) for one in (stored, ranked))
+    if not stored.head(n).equals(ranked.without_values().head(n)):
         _mark(adata, "counts", lambda it: _reads_tokens(it) and it.get("vocabulary") == vocabulary)
 
 
@@ -111,67 +115,42 @@ def is_outdated(record: Mapping[str, Any]) -> bool:
 def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> str:
     """Say how stored tokens contradict the counts that they are of; empty if they don't.
 
-    Tokens of up to 512 cells, evenly spread, are made again and compared, but for genes that are
-    no longer there. This notices what is done to a table as a whole: cells or genes permuted,
-    counts replaced. A change of a few cells goes unnoticed. Counts that can't be ranked again
-    (normalised by now, or the vocabulary is not at hand) must still have the genes of the tokens.
+    Tokens of up to 512 cells, evenly spread, are made again and compared. This notices what is done
+    to a table as a whole: cells or genes permuted, counts replaced. A change of a few cells goes
+    unnoticed. Where genes were taken away, counts are normalised by now, or the vocabulary is not
+    at hand, nothing can be told.
     """
-    import pandas as pd
-
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
-    params = record.get("params", {})
+    known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
+    own = next((one for one in known if one.fingerprint == record.get("vocabulary")), None)
     is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
-    is_told = {"layer", "max_tokens", "duplicates"} <= set(params)
-    if not (is_there and is_told) or made.get("vocabulary") != record.get("vocabulary"):
+    if own is None or not is_there or made.get("vocabulary") != own.fingerprint:
         return ""
-    rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
+    columns = np.asarray(adata.var[Var.TOKEN_ID].fillna(-1), dtype=np.int64)
+    if columns_fingerprint(columns) != record.get("columns"):
+        return ""
+    params = record["params"]
     layer = str(params["layer"]) or None
+    rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
     try:
         counts, is_raw = peek_counts(adata, layer, rows)
     except (KeyError, TypeError, ValueError):
         return ""
-    if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
-        return ""
-    # Where tables were joined, columns can lack their token.
-    tokens = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
-    columns = tokens.to_numpy(dtype=np.int64)
-    is_whole = columns_fingerprint(columns) == record.get("columns")
-    known = (vocabulary, embedded_vocabulary())
-    own = next((v for v in known if v and v.fingerprint == record["vocabulary"]), None)
-    is_ordered = own is not None and is_raw and is_whole
     # Token -1, no gene, reads the last entry.
-    medians = np.ones(int(columns.max(initial=0)) + 2)
-    if own is not None and is_ordered:
-        is_used = own.tokens < len(medians) - 1
-        medians[own.tokens[is_used]] = own.medians[is_used]
-    now = rank_genes(
-        counts,
-        columns,
-        medians[columns],
-        max_tokens=max(counts.shape[1], 1),
-        duplicates=params["duplicates"],
-    )
+    medians = np.ones(own.n_tokens + 1)
+    medians[own.tokens] = own.medians
+    options = {name: params[name] for name in ("max_tokens", "duplicates")}
+    now = rank_genes(counts, columns, medians[columns], **options) if is_raw else None
     stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
-    pairs = zip(_tokens_of_cells(stored), _tokens_of_cells(now), strict=True)
-    n_other = 0
-    for before, after in pairs:
-        if is_ordered:
-            n_other += not np.array_equal(before, after[: params["max_tokens"]])
-        else:
-            kept = before[np.isin(before, columns)]
-            n_lost = int((~np.isin(kept, after)).sum())
-            n_other += n_lost > (0 if is_whole else _FEW) * len(kept)
-    if n_other <= (0 if is_whole else len(rows) / 2):
+    if now is None or now.equals(stored):
         return ""
+    both = (np.split(one.tokens, one.offsets[1:-1]) for one in (stored, now))
+    n_other = sum(not np.array_equal(*pair) for pair in zip(*both, strict=True))
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
         f"of {len(rows)} cells that were looked at, {n_other} have other genes, or another order "
         f"of these, than {where} has for them now."
     )
-
-
-def _tokens_of_cells(ranked: RankedTokens) -> list[NDArray[np.int32]]:
-    return np.split(ranked.tokens, ranked.offsets[1:-1])
 
 
 def _same_places_read(layout: Mapping[str, Any], record: Mapping[str, Any]) -> bool:

@@ -115,7 +115,7 @@ def write_tokens(
     made: dict[str, Any] = {Obsm.TOKENS: ranked.to_csr(params["max_tokens"])}
     if params.get("values"):
         made[Obsm.TOKEN_VALUES] = ranked.values_to_csr(params["max_tokens"])
-    outdate_by_counts(adata)
+    outdate_by_counts(adata, ranked, columns.vocabulary)
     write_columns(adata, columns)
     remove_entry(adata, Obsm.TOKEN_VALUES)
     adata.obs[Obs.N_TOKENS] = ranked.n_tokens
