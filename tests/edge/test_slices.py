@@ -342,3 +342,12 @@ def test_cells_scattered_far_off_are_told_with_how_they_shrink_the_slice(rng):
     xy[:40] = 300 + 500 * rng.random((40, 2))
     with pytest.warns(UserWarning, match="40 of 2000 cells .* lie far off the others"):
         places(one_slice(xy))
+
+
+@pytest.mark.parametrize(("off", "on"), [(0, 1), (False, True), ("0", "1"), ("no", "yes")])
+@pytest.mark.parametrize("name", ["in_tissue", "array_in_tissue"])
+def test_spots_off_tissue_are_counted(off, on, name):
+    adata = one_slice(grid(4), **{name: [off] * 3 + [on] * 13})
+    with pytest.warns(UserWarning, match=rf"3 of 16 spots are not on tissue by obs\['{name}'\]"):
+        places(adata)
+    places(adata[3:].copy())  # without a word

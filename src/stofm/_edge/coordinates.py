@@ -198,6 +198,21 @@ def warn_of_depth(xy: NDArray[Any], z: NDArray[Any], spacing: float, key: str) -
     )
 
 
+def warn_of_spots_off_tissue(adata: AnnData) -> None:
+    """Warn of spots that a column such as ``in_tissue`` (0 and 1, False and True) excludes."""
+    for name in adata.obs.columns:
+        if "tissue" not in str(name).lower():
+            continue
+        values = adata.obs[name].dropna().astype(str).str.lower()
+        is_off = values.isin(("0", "0.0", "false", "no"))
+        if is_off.any() and (is_off | values.isin(("1", "1.0", "true", "yes"))).all():
+            warn(
+                f"{int(is_off.sum())} of {adata.n_obs} spots are not on tissue by obs[{name!r}], and "
+                "are taken like the others, which changes what is found for their neighbours. Drop "
+                "them if that column is right."
+            )
+
+
 def listed(names: list[str]) -> str:
     """The first three of some names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -16,6 +16,7 @@ from stofm._edge.coordinates import (
     read_coordinates,
     warn_of_depth,
     warn_of_places,
+    warn_of_spots_off_tissue,
 )
 from stofm._keys import Uns
 from stofm._logging import logger
@@ -82,6 +83,7 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
     """Read coordinates and slices, and warn of places that carry little or mislead."""
     xy, z = read_axes(adata, spatial_key)
     slices = read_slices(adata, library_key, spatial_key)
+    warn_of_spots_off_tissue(adata)
     for name, rows in zip(slices.names, slices.rows, strict=True):
         warn_of_places(adata, name, rows, xy[rows])
     if z is not None:
