@@ -200,15 +200,9 @@ def find_columns(
     mapping, params, names = None, {}, ""
     if index is None:
         mapping, sources = _map(adata, vocabulary, species, gene_key, orthologs)
-        index, params = (
-            mapping.gene_index,
-            {
-                "species": species,
-                "gene_key": gene_key or "",
-                "orthologs": "mapping" if hasattr(orthologs, "items") else str(orthologs or ""),
-                **sources,
-            },
-        )
+        index = mapping.gene_index
+        pairs = "mapping" if hasattr(orthologs, "items") else str(orthologs or "")
+        params = {"species": species, "gene_key": gene_key or "", "orthologs": pairs, **sources}
         names = _names_fingerprint(adata, params)
     token_ids = np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32)
     medians = vocabulary.medians[index]
@@ -267,22 +261,16 @@ def _map(
     trusted = order[0]
     if VAR_NAMES in found and 2 * found[VAR_NAMES].n_matched >= found[trusted].n_matched:
         trusted = VAR_NAMES
-    best, second, *_ = [one for one in order if _agree(found[one], found[trusted])] + ["", ""]
+    agreeing = [one for one in order if _agree(found[one], found[trusted])]
+    best, second, *_ = [*agreeing, "", ""]
     if best != order[0]:
         logger.info(
             "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
             order[0],
             trusted,
         )
-    mapping = found[best]
-    if second:
-        mapping = map_gene_ids(
-            names[best],
-            vocabulary,
-            species=species,
-            orthologs=pairs,
-            fallback_ids=names[second],
-        )
+    options: Any = {"species": species, "orthologs": pairs, "fallback_ids": names.get(second)}
+    mapping = map_gene_ids(names[best], vocabulary, **options)
     # The report does not count columns that are no genes.
     types = Counter(mapping.id_types)
     types[IdType.MISSING.value] -= int((kinds_of_others(adata) != "").sum())
