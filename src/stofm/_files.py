@@ -91,7 +91,7 @@ def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
                     os.fsync(opened.fileno())
             if place.exists():
                 shutil.copymode(place, part)
-            if part.is_dir() and place.exists():
+            if place.is_dir() or (part.is_dir() and place.exists()):
                 place.rename(old)
             part.replace(place)
     finally:
