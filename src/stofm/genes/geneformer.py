@@ -90,10 +90,8 @@ def _download(name: str, table: str, revision: str | None) -> Path:
 
 def _find(name: str, table: str, folder: str | PathLike[str]) -> Path:
     """Find a table anywhere in a folder, as named now, or as in earlier releases."""
-    names = [
-        Path(_HUB_FILES[name].format(table)).name,
-        *([f"{table}.pkl"] if name == "30m" else []),
-    ]
+    own = Path(_HUB_FILES[name].format(table)).name
+    names = [own, f"{table}.pkl"] if name == "30m" else [own]
     for file in names:
         if found := sorted(local(folder).rglob(file)):
             return found[0]
