@@ -27,7 +27,7 @@ MB = 1e6
 def measure(n_cells: int, n_genes: int) -> dict[str, float]:
     """Embed a simulated slice in this process; return the estimate and the peak in bytes."""
     import stofm as st
-    from stofm._edge.memory_plan import MemoryPlan
+    from stofm._edge import embedding
 
     model = st.Stofm.from_pretrained()
     # What is imported and built at the first call is no part of the work.
@@ -35,14 +35,15 @@ def measure(n_cells: int, n_genes: int) -> dict[str, float]:
     adata = st.datasets.simulate_slice(n_cells, n_genes, seed=0)
     _give_back()
     before = speed._resident_bytes(peak=False)
-    with mock.patch.object(MemoryPlan, "require", autospec=True) as require:
+    estimated = mock.Mock(wraps=embedding.host_memory)
+    with mock.patch.object(embedding, "host_memory", estimated):
         st.tl.embed(adata, model, device="cpu")
-    plan = require.call_args.args[0]
+    call = estimated.call_args
     return {
         "cells": n_cells,
         "genes": n_genes,
-        "genes_per_cell": plan.work.genes_per_cell,
-        "estimate": plan.needed()["main memory"],
+        "genes_per_cell": call.args[2].genes_per_cell,
+        "estimate": embedding.host_memory(*call.args, **call.kwargs),
         "measured": speed._resident_bytes(peak=True) - before,
     }
 

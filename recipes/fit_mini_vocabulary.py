@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from scipy import sparse
 
-from stofm._edge.features import gene_names
+from stofm._edge.gene_mapping import ids_and_symbols
 from stofm._edge.slice_files import open_table
 from stofm._logging import logger
 from stofm.genes import GeneVocabulary
@@ -50,7 +50,7 @@ def read_slices(folder: Path) -> Iterator[object]:
         adata = open_table(path)
         options = data.options_of(path, folder)
         if path not in used:
-            ids, symbols = gene_names(adata)
+            ids, symbols = ids_and_symbols(adata)
             yield sparse.csr_matrix((0, len(ids))), ids, symbols
         elif options.exclude:
             left_out = adata.obs[options.library_key].isin(options.exclude)

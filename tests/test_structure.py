@@ -56,7 +56,6 @@ EXCEPTIONS = {
     "genes/fitting.py": {"_edge"},
     # The only module at the edge that runs a model; pp does without it.
     "_edge/embedding.py": {"nn"},
-    "_edge/memory_plan.py": {"nn"},
     # Makes arrays of what a user passes, for all other modules of train.
     "train/preparation.py": {"_edge"},
     # Cells without embeddings are embedded by what users call too.

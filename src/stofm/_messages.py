@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,6 @@ from stofm._logging import logger
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable, Iterator
-    from types import FrameType
 
 _PACKAGE: Final = str(Path(__file__).parent)
 #: A value of an argument, if it is one word or quoted.
@@ -93,30 +93,27 @@ def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
 
     It is a warning of the category, and a line of level WARNING for those who keep a log.
     """
-    for change in _changes.get():
-        message = change(message)
+    message = _changed(message)
     logger.warning("%s", message, extra={"is_shown": True})
     warnings.warn(message, category, stacklevel=_level_of_caller())
 
 
 def _level_of_caller() -> int:
     """Level of the frame that called the outermost function of this package, seen from `warn`."""
-    frame: FrameType | None = sys._getframe(1)
-    level = caller = 1
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(_PACKAGE):
-            caller = level + 1
-        frame = frame.f_back
-        level += 1
-    return caller
+    frames = traceback.walk_stack(sys._getframe(1))
+    is_ours = [frame.f_code.co_filename.startswith(_PACKAGE) for frame, _ in frames]
+    return len(is_ours) - is_ours[::-1].index(True) + 1
+
+
+def _changed(text: str) -> str:
+    for change in _changes.get():
+        text = change(text)
+    return text
 
 
 def _rename_line(record: logging.LogRecord) -> bool:
     if _changes.get() and not getattr(record, "is_shown", False):
-        text = record.getMessage()
-        for change in _changes.get():
-            text = change(text)
-        record.msg, record.args = text, ()
+        record.msg, record.args = _changed(record.getMessage()), ()
     return True
 
 

@@ -44,7 +44,6 @@ def test_every_way_to_store_numbers_gives_the_same(xy):
         "nullable": frame(xy, ["x", "y"], "Float64"),
         "y first": frame(xy[:, ::-1], ["pxl_row_in_fullres", "pxl_col_in_fullres"]),
         "among others": frame(np.c_[xy[:, 0] * 2, xy], ["area", "x_centroid", "y_centroid"]),
-        "masked": np.ma.masked_array(xy),
     }
     for name, values in stored.items():
         np.testing.assert_array_equal(read(values), xy, err_msg=name)
@@ -62,25 +61,25 @@ def test_named_columns_tell_z(xy):
 def test_text_that_is_no_number_names_the_entry_and_the_cell(xy, reader, bad):
     text = xy.astype(str).astype(object)
     text[4, 0] = bad
-    with pytest.raises(ValueError, match=r"obsm\['spatial'\] .* 1 of 60 cells \(c4: '") as error:
+    with pytest.raises(
+        ValueError, match=r"obsm\['spatial'\] .* 1 of 60 cells, for example c4: "
+    ) as error:
         reader(table(text))
-    assert ("decimal comma" in str(error.value)) == (bad == "1,5")
     assert repr(bad) in str(error.value)
 
 
 def test_the_remedy_for_a_decimal_comma_works(xy):
     adata = table(np.char.replace(xy.astype(str), ".", ","))
-    with pytest.raises(ValueError, match="decimal comma") as error:
+    with pytest.raises(ValueError, match="a comma: ") as error:
         read_coordinates(adata)
-    exec(str(error.value).partition("decimal comma: ")[2], {"np": np, "adata": adata})
+    exec(str(error.value).partition("a comma: ")[2], {"np": np, "adata": adata})
     np.testing.assert_array_equal(read_coordinates(adata), xy)
 
 
-def test_masked_and_missing_numbers_are_not_finite(xy):
+def test_missing_numbers_are_not_finite(xy):
     nullable = frame(xy, ["x", "y"], "Float64")
     nullable.iloc[3, 1] = pd.NA
-    masked = np.ma.masked_array(xy, mask=np.arange(2 * N).reshape(N, 2) == 7)
-    for values in (nullable, masked, np.where(np.arange(N)[:, None] == 3, np.inf, xy)):
+    for values in (nullable, np.where(np.arange(N)[:, None] == 3, np.inf, xy)):
         with pytest.raises(ValueError, match=r"1 of 60 cells have NaN .* \['c3'\]. Drop them"):
             read(values)
 
@@ -89,19 +88,6 @@ def test_masked_and_missing_numbers_are_not_finite(xy):
 def test_another_number_of_columns_is_refused(xy, n):
     with pytest.raises(ValueError, match=rf"shape \(60, {n}\); expected \(60, 2\)"):
         read(np.ones((N, n)))
-
-
-@pytest.mark.parametrize(
-    ("first", "what"),
-    [
-        (np.full(N, 3.0), "is 3 for all cells"),
-        (np.arange(N), "only numbers the cells"),
-        (np.arange(N) % 3, "takes 3 values and the others 60 and 60, as if z came first"),
-    ],
-)
-def test_a_first_column_that_is_no_place_is_refused(xy, first, what):
-    with pytest.raises(ValueError, match=what):
-        read(np.c_[first, xy])
 
 
 def test_a_lattice_with_z_is_read():
@@ -118,13 +104,11 @@ def message_of_missing(adata):
     return error.value.args[0]
 
 
-@pytest.mark.parametrize(
-    "names", [("CenterX_px", "CenterY_px"), ("pxl_col", "pxl_row"), ("a", "b")]
-)
+@pytest.mark.parametrize("names", [("CenterX_px", "CenterY_px"), ("pxl_col", "pxl_row")])
 def test_columns_that_look_like_places_are_named_with_the_line_to_write(xy, names):
     adata = table(**dict(zip(names, xy.T, strict=True)))
     text = message_of_missing(adata)
-    line = f"adata.obsm['spatial'] = adata.obs[{list(names)}].to_numpy(dtype=float)"
+    line = f"adata.obsm['spatial'] = adata.obs[{list(names)}].to_numpy()"
     assert "There is no obsm['spatial']" in text
     assert line in text
     assert text.count("adata.obs[[") == 1
@@ -135,21 +119,13 @@ def test_columns_that_look_like_places_are_named_with_the_line_to_write(xy, name
 def test_arrays_that_look_like_places_are_named(xy):
     adata = table()
     adata.obsm["X_umap"] = adata.obsm["X_spatial"] = xy
-    adata.uns["places"] = xy.T
     text = message_of_missing(adata)
     assert "obsm['X_spatial'] (pass spatial_key='X_spatial')" in text
-    assert "uns['places'] of the shape (2, 60) (adata.obsm['spatial'] = " in text
-    assert "np.asarray(adata.uns['places']).T" in text
     assert "X_umap" not in text
 
 
 def test_nothing_looks_like_places():
     assert "Nothing in obsm or obs looks like coordinates" in message_of_missing(table())
-
-
-def test_a_transposed_table_is_told_by_its_places(adata):
-    with pytest.raises(KeyError, match=r"but varm\['spatial'\]: cells are in columns .* adata.T"):
-        read_coordinates(adata.T)
 
 
 @pytest.mark.parametrize("flaw", ["comma", "text", "missing"])
@@ -163,12 +139,5 @@ def test_columns_of_places_with_flaws_are_named_and_then_explained(adata, flaw):
     with pytest.raises(KeyError, match=r"adata.obs\[\['x', 'y'\]\].to_numpy\(\)"):
         read_coordinates(adata)
     adata.obsm["spatial"] = adata.obs[["x", "y"]].to_numpy()
-    with pytest.raises(ValueError, match=r"decimal comma|cell3"):
-        read_coordinates(adata)
-
-
-def test_huge_coordinates_are_refused(adata: AnnData) -> None:
-    adata.obsm["spatial"] = adata.obsm["spatial"].astype(float)
-    adata.obsm["spatial"][3, 1] = 1e160
-    with pytest.raises(ValueError, match=rf"1 of {adata.n_obs} cells .* beyond 1e\+100 .*1e\+160"):
+    with pytest.raises(ValueError, match=r"a comma|cell3"):
         read_coordinates(adata)

@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
-from stofm._edge.features import gene_names
+from stofm._edge.gene_mapping import ids_and_symbols
 from stofm._edge.slice_files import open_table
 
 if TYPE_CHECKING:
@@ -105,17 +105,16 @@ def test_dask_chunks_are_computed_once(counts: np.ndarray) -> None:
     lazy = chunked(counts).rechunk((7, 13)).map_blocks(note, dtype=counts.dtype, meta=counts[:0])
     adata = anndata.AnnData(lazy)
     seen.clear()
-    reader = read_counts(adata, chunk_size=17)
-    assert reader.bounds == ((0, 14), (14, 28), (28, 43))
-    assert sum(block.shape[0] for block in reader) == 43
+    blocks = read_counts(adata, chunk_size=17)
+    assert [block.shape[0] for block in blocks] == [14, 14, 15]
     assert sum(seen) == 43
 
 
 def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch, counts: np.ndarray) -> None:
     monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", 13 * 2)
-    assert len(read_counts(anndata.AnnData(sparse.csr_matrix(counts)))) == 22
+    assert len(list(read_counts(anndata.AnnData(sparse.csr_matrix(counts))))) == 22
     # Each block of a CSC matrix costs a pass over all of it.
-    assert len(read_counts(anndata.AnnData(sparse.csc_matrix(counts)))) == 15
+    assert len(list(read_counts(anndata.AnnData(sparse.csc_matrix(counts))))) == 15
 
 
 def test_memory_is_that_of_a_block(rng: np.random.Generator, tmp_path: Path) -> None:
@@ -210,16 +209,16 @@ def test_unusable_arguments(counts: np.ndarray) -> None:
 def test_gene_names() -> None:
     adata = anndata.AnnData(np.ones((2, 2)))
     adata.var_names = ["GFAP", "MBP"]
-    assert gene_names(adata) == (["GFAP", "MBP"], [""] * 2)
+    assert ids_and_symbols(adata) == (["GFAP", "MBP"], [""] * 2)
     adata.var["feature_name"] = pd.Categorical(["A", "B"])
     adata.var["gene_ids"] = ["ENSG00000131095", None]
     adata.var["score"] = [0.1, 0.2]
-    (first, missing), others = gene_names(adata)
+    (first, missing), others = ids_and_symbols(adata)
     assert first == "ENSG00000131095"
     assert missing == ""
     assert others == ["GFAP", "MBP"]
     adata.var_names = ["ENSG00000131095", "ENSG00000197971"]
-    assert gene_names(adata) == (list(adata.var_names), ["A", "B"])
+    assert ids_and_symbols(adata) == (list(adata.var_names), ["A", "B"])
 
 
 @pytest.mark.parametrize("form", ["csr_matrix", "csc_matrix", "csr_array"])
@@ -254,3 +253,18 @@ def test_only_genes_are_counted(counts: np.ndarray, kind: str) -> None:
     normalised = counts * np.where(np.arange(13) < 9, 1, -0.7)
     adata = anndata.AnnData(KINDS[kind](normalised), var=adata.var)
     assert np.array_equal(together(adata)[:, :9], counts[:, :9])
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (lambda x: np.log1p(x / 3), "look like logarithms. Raw counts are needed, before any"),
+        (lambda x: x - 0.7, "look scaled gene by gene"),
+        (lambda x: x * 30.7, "look normalised or corrected"),
+        (lambda x: np.where(x > 1, np.nan, x), "join='outer', fill it in: adata.X = np.nan_to_num"),
+    ],
+)
+def test_what_values_look_like(counts: np.ndarray, change: Callable, advice: str) -> None:
+    with pytest.raises(ValueError, match="No layer looks like raw counts either") as caught:
+        together(anndata.AnnData(change(counts)))
+    assert advice in str(caught.value)

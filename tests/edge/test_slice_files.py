@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
-import zarr
 
 from stofm._edge.slice_files import (
     is_spatialdata,
@@ -88,15 +86,10 @@ def test_a_damaged_file_is_named(how: str, read, adata: AnnData, tmp_path: Path)
 
 
 def test_other_files_are_named_and_explained(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "counts.h5", "w") as file:
-        for part in ("barcodes", "data", "indices", "indptr"):
-            file[f"matrix/{part}"] = [1]
     with h5py.File(tmp_path / "other.loom", "w") as file:
         file["matrix"] = [1]
-    with pytest.raises(ValueError, match=r"Expected obs and var, found \['matrix'\]"):
+    with pytest.raises(ValueError, match=r"expected obs and var, found \['matrix'\]"):
         read_data(tmp_path / "other.loom")
-    with pytest.raises(ValueError, match=r"counts\.h5 .* 10x Genomics, which has no coordinates"):
-        read_data(tmp_path / "counts.h5")
     (tmp_path / "folder.zarr").mkdir()
     (tmp_path / "folder.zarr" / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"folder\.zarr can't be read .*no AnnData"):
@@ -122,41 +115,25 @@ def test_only_files_of_the_kind_are_replaced(adata: AnnData, store: Path, tmp_pa
         refuse_output(tmp_path / "out.csv", has_spatialdata=False, overwrite=True)
 
 
-def foreign(path: Path, kind: str) -> Path:
+def foreign(path: Path) -> Path:
     with h5py.File(path / "x.h5ad", "w") as file:
         for name in ("obs", "var"):
-            group = file.create_group(name)
-            if kind != "no frames":
-                group.attrs["encoding-type"] = "dataframe"
-        if kind == "MuData":
-            file.attrs["encoding-type"] = kind
-        if kind == "more":
-            file["my_data"] = [1]
+            file.create_group(name)
+        file.attrs["encoding-type"] = "MuData"
     return path / "x.h5ad"
 
 
-@pytest.mark.parametrize("kind", ["MuData", "more", "no frames"])
-def test_what_only_looks_like_an_anndata_is_not_replaced(kind: str, tmp_path: Path) -> None:
+def test_a_mudata_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
-        refuse_output(foreign(tmp_path, kind), has_spatialdata=False, overwrite=True)
+        refuse_output(foreign(tmp_path), has_spatialdata=False, overwrite=True)
 
 
-def test_a_zarr_store_without_frames_is_not_replaced(tmp_path: Path) -> None:
-    root = zarr.open_group(tmp_path / "x.zarr", mode="w")
-    for name in ("obs", "var", "uns"):
-        root.create_group(name)
-    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
-        refuse_output(tmp_path / "x.zarr", has_spatialdata=False, overwrite=True)
+def test_of_a_mudata_a_table_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no AnnData.*\(MuData\).*write the table"):
+        read_data(foreign(tmp_path))
 
 
-def test_of_a_mudata_a_modality_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds a MuData.*write_h5ad"):
-        read_data(foreign(tmp_path, "MuData"))
-
-
-@pytest.mark.parametrize(
-    "array", ["X/data", "X/indices", "X/indptr", "obsm/spatial", "var/_index", "obs/library"]
-)
+@pytest.mark.parametrize("array", ["X/data", "X/indices"])
 @pytest.mark.parametrize("read", [read_data, open_table])
 def test_a_store_that_lacks_chunks_is_refused(
     array: str, read, adata: AnnData, tmp_path: Path
@@ -167,15 +144,6 @@ def test_a_store_that_lacks_chunks_is_refused(
             file.unlink()
     with pytest.raises(ValueError, match=rf"lacks a part: the array '{array}.* has 0 of 1 chunks"):
         read(tmp_path / "x.zarr")
-
-
-@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
-def test_a_store_that_lacks_an_array_is_refused(adata: AnnData, tmp_path: Path) -> None:
-    write_data(adata, tmp_path / "x.zarr")
-    zarr.consolidate_metadata(tmp_path / "x.zarr")
-    shutil.rmtree(tmp_path / "x.zarr" / "obsm" / "spatial")
-    with pytest.raises(ValueError, match=r"the array 'obsm/spatial' is not in the folder"):
-        read_data(tmp_path / "x.zarr")
 
 
 def test_chunks_of_zeros_may_be_left_out(adata: AnnData, tmp_path: Path) -> None:

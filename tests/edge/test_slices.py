@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import logging
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -12,8 +13,7 @@ from anndata import AnnData
 
 import stofm as st
 from stofm._edge.coordinates import read_coordinates
-from stofm._edge.places import read_places
-from stofm._edge.slices import read_slices
+from stofm._edge.slices import read_places, read_slices
 from stofm._keys import Obsm
 
 
@@ -90,18 +90,6 @@ def test_simulated_slices_on_each_other(technology):
         read(adata)
 
 
-@pytest.mark.parametrize("shift", [[0.0, 0.0], [0.2, 0.3]])
-def test_lattices_on_each_other(shift):
-    grid = np.stack(np.meshgrid(np.arange(12), np.arange(12)), axis=-1).reshape(-1, 2)
-    adata = AnnData(np.ones((288, 1)), obsm={"spatial": np.concatenate([grid, grid + shift])})
-    adata.obs["chip"] = np.repeat(["a", "b"], 144)
-    adata.obs["row"] = adata.obsm["spatial"][:, 1].astype(int)
-    adata.obs["column"] = adata.obsm["spatial"][:, 0].astype(int)
-    with pytest.raises(ValueError, match=r"Pass library_key='chip'\. If"):
-        read(adata)
-    assert len(read(adata[:144].copy()).rows) == 1
-
-
 def test_groups_of_one_slice_are_no_slices(rng):
     xy = tissue(rng, 25)
     adata = AnnData(np.ones((len(xy), 1)), obsm={"spatial": xy})
@@ -109,17 +97,10 @@ def test_groups_of_one_slice_are_no_slices(rng):
     adata.obs["at_random"] = rng.integers(0, 5, len(xy))
     adata.obs["layer"] = (distance // 40).astype(str)
     adata.obs["tile"] = (xy[:, 0] // 60).astype(int)
-    adata.obs["batch"] = rng.choice(["one", "two"], len(xy))
+    adata.obs["treated"] = rng.choice(["one", "two"], len(xy))
     for column in adata.obs:
         # Also where the file is in order of it.
         assert len(read(adata[np.argsort(adata.obs[column])].copy()).rows) == 1
-
-
-def test_slices_of_strewn_cells_that_follow_each_other(rng):
-    adata = AnnData(np.ones((500, 1)), obsm={"spatial": rng.random((500, 2))})
-    adata.obs["tag"] = np.repeat(["a", "b"], 250)
-    with pytest.raises(ValueError, match="Pass library_key='tag'"):
-        read(adata)
 
 
 def test_slices_side_by_side_are_one(overlaid):
@@ -143,13 +124,11 @@ def test_names_that_are_there_twice_tell_of_joined_slices(rng):
     ]
     with pytest.warns(UserWarning, match="not unique"):
         joined = ad.concat(parts)
-    with pytest.raises(ValueError, match=r"100% of the obs_names .*label=\"sample\", index_uni"):
+    with pytest.raises(ValueError, match="100% of the obs_names are there several times") as error:
         read(joined)
-    ended = ad.concat(parts, index_unique="-")
-    with pytest.raises(ValueError, match=r"are of 2 samples \(0, 1\)") as error:
-        read(ended)
-    exec(str(error.value).partition("pass it: ")[2].partition(", library_key")[0], {"adata": ended})
-    assert len(read_slices(ended, "sample", "spatial").rows) == 2
+    code = str(error.value).partition("pass it: ")[2].partition(", library_key")[0]
+    exec(code, {"adata": joined})
+    assert len(read_slices(joined, "sample", "spatial").rows) == 2
 
 
 def test_a_column_that_is_the_same_for_all_makes_one_slice(overlaid):
@@ -161,8 +140,7 @@ def test_a_library_key_that_is_not_there_names_candidates(overlaid):
     name_slices(overlaid, "puck", ["p1", "p2", "p3"])
     with pytest.raises(KeyError, match=r"no obs\['slide'\].*candidates: \['puck'\]"):
         read_slices(overlaid, "slide", "spatial")
-    del overlaid.obsm["spatial"]
-    with pytest.raises(KeyError, match=r"candidates: \['cell_type'\]"):
+    with pytest.raises(KeyError, match=r"candidates: \['puck', 'cell_type'\]"):
         read_slices(overlaid, "cell_typ", "spatial")
 
 
@@ -170,15 +148,6 @@ def test_cells_without_a_slice_are_refused(adata):
     adata.obs["library"] = adata.obs["library"].where(np.arange(184) > 2)
     with pytest.raises(ValueError, match="3 cells have no value in obs"):
         read_slices(adata, "library", "spatial")
-
-
-def test_slices_within_those_asked_for_are_warned_of(overlaid):
-    name_slices(overlaid, "puck", ["p1", "p2", "p3"])
-    overlaid.obs["donor"] = "one"
-    with pytest.warns(
-        UserWarning, match=r"obs\['donor'\], coordinates of the 3 values of obs\['puck'\]"
-    ):
-        read_places(overlaid, spatial_key="spatial", library_key="donor")
 
 
 def regions(adata, column):
@@ -230,58 +199,11 @@ def test_slices_of_another_unit_on_each_other(overlaid, scale):
         read(overlaid)
 
 
-@pytest.mark.parametrize(
-    "form", ["{k}_s{s}", "pat_{s}_c{k}-1", "A{s}#AC{k}-1", "c_1_{s}_{k}", "{k}.{s}"]
-)
-def test_names_of_cells_that_tell_slices(overlaid, form):
-    slices = overlaid.obs.pop("number")
-    overlaid.obs_names = [form.format(k=k, s=s) for k, s in enumerate(slices)]
-    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
-        read(overlaid)
-    code = re.search(r"= (adata.obs_names.*), library_key", str(error.value))[1]
-    assert eval(code, {"adata": overlaid}).nunique() == 3
-
-
-def test_names_that_were_made_unique_tell_slices(overlaid):
-    overlaid = overlaid[np.argsort(overlaid.obs["number"], kind="stable")].copy()
-    slices = overlaid.obs.pop("number").to_numpy()
-    own = pd.Series(slices).groupby(slices).cumcount()
-    overlaid.obs_names = [f"cell{k}" for k in own]
-    overlaid.obs_names_make_unique()
-    with pytest.raises(ValueError, match="obs_names are of 3 samples") as error:
-        read(overlaid)
-    assert "str.extract" in str(error.value)
-
-
 def test_own_columns_are_not_proposed(overlaid):
     overlaid.obs["stofm_subslice"] = overlaid.obs["number"]
     with pytest.raises(ValueError, match="library_key") as error:
         read(overlaid)
     assert "stofm_subslice" not in str(error.value)
-
-
-@pytest.mark.parametrize("place", ["obs", "obsm"])
-def test_planes_whose_z_is_elsewhere(planes, rng, place):
-    xyz = planes.obsm["spatial"] + [0, 0, 1] * rng.normal(0, 0.7, (planes.n_obs, 1))
-    del planes.obs["level"]
-    planes.obsm["spatial"] = xyz[:, :2]
-    if place == "obs":
-        planes.obs["z_um"] = xyz[:, 2]
-    else:
-        planes.obsm["spatial3d"] = xyz
-    with pytest.raises(ValueError, match=r"z in \S+ takes 3 values") as error:
-        read(planes)
-    code = re.search(r"= (\S.*), library_key='plane'", str(error.value))[1]
-    planes.obs["plane"] = eval(code, {"adata": planes, "np": np})
-    assert len(read_slices(planes, "plane", "spatial").rows) == planes.obs["plane"].nunique()
-
-
-def test_planes_finer_than_cells_are_one_section(rng):
-    xy = tissue(rng)
-    adata = AnnData(
-        np.ones((len(xy), 1)), obsm={"spatial": np.c_[xy, rng.choice([0, 0.1], len(xy))]}
-    )
-    assert len(read(adata).rows) == 1
 
 
 def test_regions_that_adjoin_are_fields_of_one_slice(rng, caplog):
@@ -301,40 +223,6 @@ def test_one_region_is_one_slice(overlaid):
     one.obs["field"] = "cells"
     regions(one, "field")
     assert read(one).column is None
-
-
-@pytest.fixture
-def planes(rng):
-    """Three planes, 40 apart, and a column that names them."""
-    xy = np.concatenate([tissue(rng) for _ in range(3)])
-    z = np.repeat([0.0, 40.0, 80.0], 196)
-    adata = AnnData(np.ones((len(z), 1)), obsm={"spatial": np.c_[xy, z]})
-    adata.obs["level"] = pd.Categorical.from_codes(np.repeat([2, 0, 1], 196), ["b", "c", "a"])
-    return adata
-
-
-@pytest.mark.parametrize("noise", [0.0, 1.0])
-def test_planes_on_each_other_name_the_column_that_fits(planes, rng, noise):
-    planes.obsm["spatial"][:, 2] += noise * rng.random(planes.n_obs)
-    with pytest.raises(ValueError, match=r"z in obsm\['spatial'\] takes 3 values") as error:
-        read(planes)
-    assert "Pass library_key='level', which names them" in str(error.value)
-
-
-@pytest.mark.parametrize("library_key", [None, "donor"])
-def test_planes_without_a_column_say_how_to_make_one(planes, library_key):
-    planes.obs = pd.DataFrame({"donor": np.tile(["A", "B"], 294)}, index=planes.obs_names)
-    with pytest.raises(ValueError, match="takes 3 values, 40 apart") as error:
-        read_places(planes, spatial_key="spatial", library_key=library_key)
-    line = str(error.value).partition("pass it: ")[2].partition(", library_key")[0]
-    exec(line, {"adata": planes, "np": np})
-    places = read_places(planes, spatial_key="spatial", library_key="plane")
-    assert len(places.slices.rows) == (3 if library_key is None else 6)
-
-
-def test_planes_side_by_side_are_one_slice(planes):
-    planes.obsm["spatial"][:, 0] += 10 * planes.obsm["spatial"][:, 2]
-    assert len(read(planes).rows) == 1
 
 
 def test_metadata_of_a_spatialdata_gives_places(adata, model):
@@ -368,3 +256,95 @@ def test_metadata_of_a_spatialdata_gives_places(adata, model):
     np.testing.assert_allclose(sdata["cells"].obsm["spatial"], xy)
     for found in (new, sdata["cells"]):
         np.testing.assert_allclose(found.obsm[Obsm.X], expected.obsm[Obsm.X], atol=1e-5)
+
+
+def one_slice(xy, **obs):
+    data = AnnData(np.ones((len(xy), 1)), obsm={"spatial": np.asarray(xy, dtype=float)})
+    data.obs_names = [f"c{k}" for k in range(len(xy))]
+    for name, values in obs.items():
+        data.obs[name] = values
+    return data
+
+
+def places(adata, library_key=None):
+    return read_places(adata, spatial_key="spatial", library_key=library_key)
+
+
+def grid(n=15):
+    return np.stack(np.meshgrid(np.arange(n), np.arange(n)), axis=-1).reshape(-1, 2).astype(float)
+
+
+def test_all_cells_at_one_place_are_warned_of():
+    with pytest.warns(UserWarning, match=r"all 5 cells lie at one place \(3, 4\)"):
+        places(one_slice([[3, 4]] * 5))
+
+
+@pytest.mark.parametrize(("axis", "side"), [(0, "height"), (1, "width")])
+def test_a_line_is_warned_of(axis, side):
+    xy = np.zeros((6, 2))
+    xy[:, axis] = np.arange(6)
+    with pytest.warns(UserWarning, match=f"zero {side}: its cells lie on a line"):
+        places(one_slice(xy))
+
+
+def test_shared_places_are_warned_of():
+    with pytest.warns(UserWarning, match="2 of 5 cells share their place with another"):
+        places(one_slice([[0, 0], [1, 2], [1, 2], [1, 2], [3, 0]]))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_hardly_any_cells_are_not_remarked_on(n, caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        places(one_slice([[3.0, 4.0], [5.0, 4.0]][:n]))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("n_stray", [1, 4])
+def test_stray_cells_are_named(n_stray):
+    xy = grid()
+    xy[:n_stray] += [400.0, 20.0]
+    both = np.concatenate([xy, grid()])
+    adata = one_slice(both, slide=["a"] * len(xy) + ["b"] * len(xy))
+    with pytest.warns(UserWarning, match=rf"Slice 'a': {n_stray} of 225 cells \(c0") as seen:
+        places(adata, "slide")
+    assert "the slice 20." in str(seen[0].message)
+    scope = {"adata": adata}
+    exec(str(seen[0].message).partition("drop them: ")[2], scope)
+    assert scope["adata"].n_obs == 450 - n_stray
+    places(scope["adata"], "slide")  # without a word
+
+
+@pytest.mark.parametrize("n", [3, 15])
+def test_pieces_of_tissue_are_not_stray(n):
+    places(
+        one_slice(
+            np.concatenate([grid(n) + np.array([x, y]) for x, y in ((0, 0), (500, 0), (0, 900))])
+        )
+    )
+
+
+def test_depth_is_warned_of_if_it_is_more_than_the_distance_of_cells(rng, caplog):
+    adata = one_slice(np.c_[grid(), rng.random(225)])
+    with caplog.at_level(logging.INFO, logger="stofm"):
+        places(adata)
+    assert "the first two are used. z extends over" in caplog.text
+    adata.obsm["spatial"][:, 2] *= 9
+    with pytest.warns(UserWarning, match=r"z extends over 8.\d+, x over 14 and y over 14"):
+        places(adata)
+
+
+def test_cells_scattered_far_off_are_told_with_how_they_shrink_the_slice(rng):
+    xy = 100 * rng.random((2000, 2))
+    xy[:40] = 300 + 500 * rng.random((40, 2))
+    with pytest.warns(UserWarning, match="40 of 2000 cells .* lie far off the others"):
+        places(one_slice(xy))
+
+
+@pytest.mark.parametrize(("off", "on"), [(0, 1), (False, True), ("0", "1"), ("no", "yes")])
+@pytest.mark.parametrize("name", ["in_tissue", "array_in_tissue"])
+def test_spots_off_tissue_are_counted(off, on, name):
+    adata = one_slice(grid(4), **{name: [off] * 3 + [on] * 13})
+    with pytest.warns(UserWarning, match=rf"3 of 16 spots are not on tissue by obs\['{name}'\]"):
+        places(adata)
+    places(adata[3:].copy())  # without a word

@@ -263,10 +263,10 @@ def test_a_backed_file(cells, model, tmp_path, monkeypatch):
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r+")
     expected = held(backed)
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise Interrupted
 
-    monkeypatch.setattr("stofm._edge.embedding._log_summary", interrupt)
+    monkeypatch.setattr("stofm._edge.embedding.write_record", interrupt)
     with pytest.raises(Interrupted):
         st.tl.embed(backed, model, **SLICES)
     assert same(held(backed), expected)

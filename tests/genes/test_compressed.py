@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from stofm.genes import RankedTokens, rank_genes
-from stofm.genes.compressed import DamagedMatrixError, require_sound
+from stofm.genes.compressed import require_sound
 from stofm.genes.fitting import as_count_slice
 
 
@@ -31,7 +31,7 @@ def damaged(form: str, dtype: type, place: str, value: int) -> Any:
     [("indices", -1), ("indices", -(10**8)), ("indices", 9), ("indptr", 10**6), ("indptr", -3)],
 )
 def test_damaged_matrices(form: str, dtype: type, place: str, value: int) -> None:
-    with pytest.raises(DamagedMatrixError, match="Here is damaged"):
+    with pytest.raises(ValueError, match="Here is damaged"):
         require_sound(damaged(form, dtype, place, value), "Here")
 
 
@@ -42,27 +42,11 @@ def test_sound_matrices(form: str) -> None:
     require_sound(np.ones((2, 2)), "Here")
 
 
-def test_message_names_the_cell() -> None:
-    made = matrix()
-    made.indices[made.indptr[4]] = 70
-    with pytest.raises(
-        DamagedMatrixError, match=r"a column index is 70 \(at cell 104\), and there"
-    ):
-        require_sound(made, "Here", first_row=100)
-
-
-def test_coordinates_of_entries() -> None:
-    made = matrix().tocoo()
-    made.coords[1][2] = 7
-    with pytest.raises(DamagedMatrixError, match="indices of axis 1 must be 0 to 6, found 7"):
-        require_sound(made, "Here")
-
-
 def test_wherever_matrices_enter() -> None:
     made = damaged("csr", np.int32, "indices", -2)
-    with pytest.raises(DamagedMatrixError):
+    with pytest.raises(ValueError, match="is damaged"):
         rank_genes(made, np.arange(7), np.ones(7))
-    with pytest.raises(DamagedMatrixError):
+    with pytest.raises(ValueError, match="is damaged"):
         as_count_slice((made, ["ENSG00000000001"] * 7), layer=None)
-    with pytest.raises(DamagedMatrixError):
+    with pytest.raises(ValueError, match="is damaged"):
         RankedTokens.from_csr(made.astype(np.int32))

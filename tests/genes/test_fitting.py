@@ -11,7 +11,7 @@ import pytest
 from scipy import sparse
 
 from stofm.genes import GeneVocabulary
-from stofm.genes.fitting import RELATIVE_ERROR, ExactMedians, GeneNames, HistogramMedians
+from stofm.genes.fitting import RELATIVE_ERROR, GeneNames, Medians
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,7 +169,7 @@ def test_unknown_columns_with_most_counts(slices: list) -> None:
 def test_many_counts_in_several_columns_of_a_gene(slices: list) -> None:
     (human, ids, _), _ = slices
     antibodies = sparse.csr_matrix(human[:, :2] * 7)
-    told = r"Slice 1: [78]\d\.\d% of the counts are in several .* beside the 2 columns"
+    told = r"Slice 1: \d+\.\d% of the counts are in columns of genes that another column bef"
     for parts in ([human, antibodies], [antibodies, human]):
         counts = sparse.hstack(parts, format="csr")
         names = [[*ids, *ids[:2]], [*ids[:2], *ids]][parts[0] is antibodies]
@@ -191,7 +191,7 @@ def plain_result(genes: np.ndarray, values: np.ndarray) -> tuple[list[int], list
 
 def test_exact(rng: np.random.Generator) -> None:
     genes, values = draw(rng)
-    medians = ExactMedians()
+    medians = Medians(binned=False)
     for part in np.array_split(np.arange(len(genes)), 7):
         medians.add(genes[part], values[part])
     numbers, found = medians.result(12)
@@ -202,7 +202,7 @@ def test_exact(rng: np.random.Generator) -> None:
 
 def test_histogram_is_within_its_error(rng: np.random.Generator) -> None:
     genes, values = draw(rng)
-    medians = HistogramMedians()
+    medians = Medians(binned=True)
     medians.add(genes, values)
     numbers, found = medians.result(12)
     expected_numbers, expected = plain_result(genes, values)
@@ -216,11 +216,11 @@ def test_histogram_does_not_depend_on_order_and_parts(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genes, values = draw(rng)
-    whole = HistogramMedians()
+    whole = Medians(binned=True)
     whole.add(genes, values)
     monkeypatch.setattr("stofm.genes.fitting._FEW", 41)
     order = rng.permutation(len(genes))
-    parted = HistogramMedians()
+    parted = Medians(binned=True)
     for part in np.array_split(order, 13):
         parted.add(genes[part], values[part])
     for own, expected in zip(parted.result(12), whole.result(12), strict=True):
@@ -228,14 +228,14 @@ def test_histogram_does_not_depend_on_order_and_parts(
 
 
 def test_histogram_holds_extremes() -> None:
-    medians = HistogramMedians()
+    medians = Medians(binned=True)
     medians.add(np.array([0, 1]), np.array([1e-4, 1e4]))
     np.testing.assert_allclose(medians.result(2)[1], [1e-4, 1e4], rtol=RELATIVE_ERROR * 1.0001)
 
 
-@pytest.mark.parametrize("method", [ExactMedians, HistogramMedians])
-def test_nothing_added(method: type[ExactMedians | HistogramMedians]) -> None:
-    numbers, medians = method().result(3)
+@pytest.mark.parametrize("binned", [True, False])
+def test_nothing_added(binned: bool) -> None:
+    numbers, medians = Medians(binned=binned).result(3)
     assert numbers.tolist() == [0, 0, 0]
     assert np.isnan(medians).all()
 

@@ -102,9 +102,8 @@ def test_no_gene_at_all_is_refused_with_examples(vocabulary):
         (lambda f: f.replace(-4, np.nan), r"1 genes are missing, infinite.*\['Slc17a7'\]"),
         (lambda f: 1e300 * f, r"4 genes are missing, infinite or beyond float32"),
         (lambda f: f.rename({"PLP9": "GFAP"}), r"1 genes are there more than once.*\['GFAP'\]"),
-        (lambda f: f.assign(b="x"), r"column 'b' has 'x', expected numbers"),
-        (lambda f: f[[]], r"has 1 column: expected genes in the first one, separated by tabs, and"),
-        (lambda f: f.iloc[:0], r"names 0 genes"),
+        (lambda f: f.assign(b="x"), r"numbers in all others; 'b' holds something else"),
+        (lambda f: f[[]], r"numbers in all others; the table is \(4, 1\)"),
         (lambda f: f.set_axis(["", " ", "", ""]), r"names 0 genes"),
     ],
 )
@@ -119,23 +118,23 @@ def test_what_is_wrong_with_a_table_is_said(frame, tmp_path, change, message):
 def test_lists_in_a_column_are_no_numbers(frame, tmp_path):
     lists = pd.DataFrame({"gene": NAMES, "embedding": list(VALUES)})
     lists.to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="column 'embedding' has array"):
+    with pytest.raises(ValueError, match="'embedding' holds something else"):
         GeneTable.read(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize(
-    ("arrays", "message"),
+    "arrays",
     [
-        ({"names": NAMES, "values": VALUES}, r"the arrays \['names', 'values'\]: expected 'genes'"),
-        ({"genes": NAMES, "a": VALUES, "b": VALUES}, "and one other"),
-        ({"genes": NAMES, "values": VALUES[:3]}, r"'genes' is \(4,\) and 'values' is \(3, 3\)"),
-        ({"genes": NAMES, "values": VALUES[:, 0]}, r"'values' is \(4,\); expected \(n,\) and"),
-        ({"genes": NAMES, "values": VALUES.astype(str)}, "'values' has the type <U32, expected"),
+        {"names": NAMES, "values": VALUES},
+        {"genes": NAMES, "a": VALUES, "b": VALUES},
+        {"genes": NAMES, "values": VALUES[:3]},
+        {"genes": NAMES, "values": VALUES[:, 0]},
+        {"genes": NAMES, "values": VALUES.astype(str)},
     ],
 )
-def test_arrays_that_are_no_table_are_refused(tmp_path, arrays, message):
+def test_arrays_that_are_no_table_are_refused(tmp_path, arrays):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"expected the array 'genes', .* and one other"):
         GeneTable.read(tmp_path / "x.npz")
 
 
@@ -147,7 +146,7 @@ class Trap:
 def test_pickles_are_never_read(tmp_path):
     genes = np.array([*NAMES[:3], Trap()], dtype=object)
     np.savez(tmp_path / "x.npz", genes=genes, values=VALUES)
-    with pytest.raises(ValueError, match=r"'genes' can't be read without unpickling.*dtype=str"):
+    with pytest.raises(ValueError, match=r"can't be read without unpickling.*dtype=str"):
         GeneTable.read(tmp_path / "x.npz")
     (tmp_path / "x.pickle").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match=r"ends in \.parquet, .*'.*x\.pickle'\. Pickles are never"):

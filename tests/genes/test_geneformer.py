@@ -160,9 +160,7 @@ def test_a_program_is_refused_and_not_run(tmp_path: Path) -> None:
         (pickle.dumps({"a": np.arange(3)}), "asks for numpy"),
         (pickle.dumps({"a": np.array("text")[()]}), "refused"),
         (pickle.dumps({"a": np.datetime64("2020-01-01")}), "unknown type 'M8'"),
-        (b"\x80\x04Pid\n.", "asks for an outside object"),
         (b"cnumpy\ndtype\n.", "no dictionary of names"),
-        (b"cnumpy.core.multiarray\nscalar\n(I1\nI2\ntR.", "number in an unknown form"),
     ],
 )
 def test_anything_else_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -180,15 +178,12 @@ def test_other_content_is_refused(tmp_path: Path, value: object) -> None:
         read_pickle_table(write(tmp_path / "table.pkl", value))
 
 
-def test_broken_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "table.pkl"
     for content in (b"", b"no pickle", pickle.dumps({"a": 1.5})[:-3]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="could not be read as a pickle"):
             read_pickle_table(path)
-    monkeypatch.setattr("stofm.genes.geneformer._MAX_BYTES", 4)
-    with pytest.raises(ValueError, match="more than a table of genes can have"):
-        read_pickle_table(write(path, {"a": 1.5}))
 
 
 def test_checksum(tmp_path: Path) -> None:

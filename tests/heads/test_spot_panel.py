@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import sparse
 
-from stofm._edge.tokens import tokens_or_stored
+import stofm as st
+from stofm._edge.tokens import read_tokens
 from stofm.heads.options import Reading
 from stofm.heads.spot_panel import (
     SpotPanel,
@@ -51,7 +52,8 @@ def test_features_are_those_of_the_cell_encoder(adata, model, panel):
     own = adata[:, panel].copy()
     counts = read_panel_counts(adata, genes_of(adata, model, "the query"), panel, None)
     spots = SpotPanel(model.vocabulary.gene_ids[panel], np.zeros((len(panel), 0), "f4"), 1.0)
-    ranked = tokens_or_stored(own, model, show_progress_bar=False).ranked
+    st.pp.tokenize(own, model, show_progress_bar=False)
+    ranked = read_tokens(own, model)
     expected = encode_cells(model.cell_encoder, ranked, model.vocabulary, **CPU)
     np.testing.assert_allclose(spots.features(counts, model, READING), expected, atol=1e-6)
 

@@ -16,9 +16,8 @@ from stofm import pp
 from stofm._edge.records import read_record
 from stofm._edge.tokens import (
     _embedded_model_reads_values,
-    read_ranked,
+    read_tokens,
     token_params,
-    tokens_or_stored,
 )
 from stofm._keys import Obs, Obsm, Var
 from stofm.genes import GeneVocabulary, RankedTokens, rank_genes
@@ -361,41 +360,6 @@ def test_round_trip(
     assert back.obs[Obs.N_TOKENS].tolist() == adata.obs[Obs.N_TOKENS].tolist()
     for key in (Obsm.TOKENS, Obs.N_TOKENS, Var.GENE, Var.TOKEN_ID):
         assert read_record(back, key) == read_record(adata, key)
-    assert not tokens_or_stored(back, vocabulary, show_progress_bar=False).is_new
-
-
-def stored(adata: anndata.AnnData, vocabulary: Any, **options: Any) -> bool:
-    tokens = tokens_or_stored(adata, vocabulary, show_progress_bar=False, **options)
-    expected = run(adata.copy(), vocabulary, **options) if tokens.is_new else None
-    if expected is not None:
-        width = tokens.params["max_tokens"]
-        assert np.array_equal(tokens.ranked.to_csr(width).toarray(), expected)
-    return not tokens.is_new
-
-
-def test_stored_tokens_are_reused_if_they_fit(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary
-) -> None:
-    assert not stored(adata, vocabulary)
-    run(adata, vocabulary)
-    assert stored(adata, vocabulary)
-    assert stored(adata[7:23].copy(), vocabulary)
-    assert not stored(adata[:, 2:].copy(), vocabulary)
-    adata.layers["raw"] = adata.X.copy()
-    assert not stored(adata, vocabulary, layer="raw")
-    model = SimpleNamespace(vocabulary=vocabulary, config=SimpleNamespace(max_tokens=7))
-    assert not stored(adata, model)
-    adata.X = adata.X[::-1].copy()
-    assert not stored(adata, vocabulary)
-
-
-def test_stored_tokens_do_not_stand_for_counts_that_are_no_longer_raw(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary
-) -> None:
-    run(adata, vocabulary)
-    adata.X = adata.X.astype(np.float32) * 0.3
-    with pytest.raises(ValueError, match="does not hold raw counts"):
-        tokens_or_stored(adata, vocabulary, show_progress_bar=False)
 
 
 # Values
@@ -414,11 +378,8 @@ def test_values_are_written_for_a_model_that_reads_them(
 ) -> None:
     expected = expected_tokens(counts, vocabulary, values=True)
     run(adata, reader(vocabulary), chunk_size=9)
-    assert (
-        RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
-        .with_values(adata.obsm[Obsm.TOKEN_VALUES])
-        .equals(expected)
-    )
+    found = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+    assert found.with_values(adata.obsm[Obsm.TOKEN_VALUES]).digest == expected.digest
     values = adata.obsm[Obsm.TOKEN_VALUES]
     assert isinstance(values, sparse.csr_matrix)
     assert (values.shape, values.dtype) == ((41, 2048), np.float32)
@@ -473,31 +434,6 @@ def test_order_of_cells_and_genes_and_chunks_change_no_bit_of_values(
     assert np.array_equal(
         shuffled.obsm[Obsm.TOKEN_VALUES].toarray(), adata.obsm[Obsm.TOKEN_VALUES][rows].toarray()
     )
-
-
-def test_stored_values_are_reused_if_they_are_read(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, tmp_path: Path
-) -> None:
-    model, plain = reader(vocabulary), reader(vocabulary, reads_values=False)
-    run(adata, plain)
-    assert stored(adata, plain)
-    assert not stored(adata, model)
-    run(adata, model)
-    # Values do not disturb a model that reads ranks only.
-    assert stored(adata, plain)
-    assert stored(adata, model)
-    assert stored(adata[7:23].copy(), model)
-    adata.write_h5ad(tmp_path / "slice.h5ad")
-    assert stored(anndata.read_h5ad(tmp_path / "slice.h5ad"), model)
-    lost = adata.copy()
-    del lost.obsm[Obsm.TOKEN_VALUES]
-    assert not stored(lost, model)
-    # Same ranks, another total: values only tell.
-    doubled = adata.X.toarray()
-    doubled[3, -1] += 5
-    adata.X = sparse.csr_matrix(doubled)
-    assert stored(adata, plain)
-    assert not stored(adata, model)
 
 
 def test_values_for_the_embedded_model_as_its_config_says(
@@ -572,4 +508,4 @@ def test_stored_tokens_are_checked(
     run(adata, vocabulary, values=True)
     getattr(adata.obsm[key], place)[7] = value
     with pytest.raises(ValueError, match=f"{message}.* Run st.pp.tokenize"):
-        read_ranked(adata, vocabulary.n_tokens, values=True)
+        read_tokens(adata, SimpleNamespace(name="m", **vars(reader(vocabulary))))

@@ -48,7 +48,7 @@ def test_without_tokens_it_says_what_to_run(adata, model):
 
 def test_tokens_of_another_vocabulary_are_refused(tokenized, model):
     other = replace(model.vocabulary, medians=model.vocabulary.medians * 2)
-    with pytest.raises(ValueError, match=r"run st\.pp\.tokenize\(adata, model\) again"):
+    with pytest.raises(ValueError, match=r"Run st\.pp\.tokenize\(adata, model\) again"):
         st.tl.encode_cells(tokenized, Stofm(model.config, other))
 
 
@@ -101,7 +101,7 @@ def test_values_are_read(adata, model):
 
 
 def test_tokens_without_values_are_refused_by_a_model_that_reads_them(tokenized, reader):
-    message = r"reads the values of tokens.*stofm_token_values.*run st\.pp\.tokenize\(adata, model"
+    message = r"reads the values of tokens.*stofm_token_values.*Run st\.pp\.tokenize\(adata, model"
     with pytest.raises(KeyError, match=message):
         st.tl.encode_cells(tokenized, reader)
     st.pp.tokenize(tokenized, reader, show_progress_bar=False)

@@ -128,7 +128,7 @@ def test_a_recipe_gives_dataclasses():
         (
             '[[data.options]]\nfiles = "*.h5ad"\nspecies = "mouse"\n\n[[data.options]]',
             "[data.options]",
-            r"data\.options of the recipe must be a list of tables: write \[\[data\.options\]\],",
+            r"options must be a list of tables: write \[\[data\.options\]\],",
         ),
         ('name = "spatial"', "", r"Missing from \[\[stage\]\] of the recipe: \['name'\]"),
         ('precision = "bf16-mixed"', 'precision = "bf16"', "precision must be one of"),
@@ -153,7 +153,7 @@ def test_a_stage_in_single_brackets_says_how_to_write_it():
     entries = tomllib.loads('[stage]\nname = "spatial"')
     with pytest.raises(
         ValueError,
-        match=r"^stage of mini\.toml must be a list of tables: write \[\[stage\]\], with two brack",
+        match=r"^mini\.toml: stage must be a list of tables: write \[\[stage\]\], with two brack",
     ):
         Recipe.from_dict(entries, "mini.toml")
     stage = [{"name": "spatial"}]

@@ -5,34 +5,36 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+import torch
 
+from stofm._edge.counts import peek_counts
+from stofm._edge.gene_mapping import find_columns
 from stofm._edge.layouts import Layouts, lay_out, write_layouts
-from stofm._edge.memory_plan import MemoryPlan
-from stofm._edge.places import read_places
 from stofm._edge.records import all_or_nothing, read_record, refuse_taken, write_record
-from stofm._edge.staleness import changed_counts, is_outdated, read_current
-from stofm._edge.tokens import (
-    Tokens,
-    read_ranked,
-    tokens_or_stored,
-    values_are_stored,
-    write_tokens,
-)
+from stofm._edge.slices import read_places
+from stofm._edge.staleness import is_outdated, read_current
+from stofm._edge.tokens import compute_tokens, token_params, write_tokens
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
-from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice
-from stofm.nn import encode_cells as encode_ranked
-from stofm.nn.device import Nodes, Workload
-from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
+from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice, encode_cells
+from stofm.nn.device import (
+    Nodes,
+    Workload,
+    describe_bytes,
+    encoder_memory,
+    free_memory,
+    host_memory,
+    transformer_memory,
+)
+from stofm.nn.inference import TOKEN_BUDGET, placed
 from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -40,15 +42,23 @@ if TYPE_CHECKING:
     from stofm.spatial import SubSliceConfig
 
 #: Keys whose entries or records are read, or mean something else.
-_OWN_KEYS = (
+_OWN_KEYS: Final = (
     *(Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.COORDINATES, Uns.SUBSLICE),
     *(Var.GENE, Var.TOKEN_ID, Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL),
+)
+#: Cells that are looked at for the number of genes of a cell.
+_SAMPLE: Final = 512
+_CPU: Final = torch.device("cpu")
+_MEMORY_ADVICE: Final = (
+    "What helps: fewer cells at a time (slice by slice), counts left on disk "
+    "(anndata.read_h5ad(path, backed='r')), no copy=True, a lower batch_size or token_budget, "
+    "smaller sub-slices (subslice=), or device='cpu' where a GPU is too small."
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model, where it computes and how much at a time; a batch size of None may be lowered."""
+    """A model, where it computes and how much at a time; a batch size of None is the device's."""
 
     model: Stofm
     device: torch.device
@@ -78,38 +88,21 @@ class Run:
         place = choose_device(device)
         fitting = TOKEN_BUDGET.get(place.type, TOKEN_BUDGET["cpu"])
         return cls(
-            model=model,
-            device=place,
-            dtype=choose_dtype(dtype, place),
+            model,
+            place,
+            choose_dtype(dtype, place),
             batch_size=None if batch_size == "auto" else batch_size,
             token_budget=fitting if token_budget == "auto" else token_budget,
             show_progress_bar=show_progress_bar,
         )
 
-    @property
-    def dtype_name(self) -> str:
-        """As it stands in records."""
-        return str(self.dtype).removeprefix("torch.")
-
 
 # Cells without their place
 
 
-@dataclass(frozen=True)
-class CellEmbedding:
-    """Cell embeddings, with their record if they are to be written."""
-
-    features: NDArray[np.float32]
-    record: dict[str, str] | None
-
-
-def encode_table(adata: AnnData, run: Run) -> CellEmbedding:
-    """Encode the tokens of a table."""
-    return _encode(read_tokens(adata, run.model), run)
-
-
-def _encode(ranked: RankedTokens, run: Run) -> CellEmbedding:
-    features = encode_ranked(
+def encode(ranked: RankedTokens, run: Run) -> NDArray[np.float32]:
+    """Embed cells from their tokens, (n_cells, d_cell)."""
+    return encode_cells(
         run.model.cell_encoder,
         ranked,
         run.model.vocabulary,
@@ -118,192 +111,122 @@ def _encode(ranked: RankedTokens, run: Run) -> CellEmbedding:
         token_budget=run.token_budget,
         show_progress_bar=run.show_progress_bar,
     )
-    return CellEmbedding(features, _cell_record(ranked, run))
 
 
-def read_tokens(adata: AnnData, model: Stofm) -> RankedTokens:
-    """Read stored tokens, as many as the model keeps of a cell, with values if it reads them."""
-    again = "run st.pp.tokenize(adata, model) again."
-    if Obsm.TOKENS not in adata.obsm:
-        msg = f"There is no obsm[{Obsm.TOKENS!r}]: run st.pp.tokenize(adata, model) first."
-        raise KeyError(msg)
-    record = read_record(adata, Obsm.TOKENS) or {}
-    if record.get("vocabulary") != model.vocabulary.fingerprint:
-        msg = (
-            f"The tokens were made with the vocabulary {record.get('vocabulary', '(unknown)')}, "
-            f"and model {model.name!r} has {model.vocabulary.fingerprint}: {again}"
-        )
-        raise ValueError(msg)
-    if found := changed_counts(adata, model.vocabulary):
-        msg = f"The tokens are of other counts: {found} Run st.pp.tokenize(adata, model) again."
-        raise ValueError(msg)
-    values = model.config.cell_encoder.reads_values
-    if values and not values_are_stored(adata):
-        msg = (
-            f"Model {model.name!r} reads the values of tokens, and there is no "
-            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]: {again}"
-        )
-        raise KeyError(msg)
-    ranked = read_ranked(adata, model.vocabulary.n_tokens, values=values)
-    return ranked.head(model.config.max_tokens)
-
-
-def _cell_record(ranked: RankedTokens, run: Run) -> dict[str, str]:
+def cell_record(ranked: RankedTokens, run: Run) -> dict[str, Any]:
     """All that cell embeddings depend on."""
     return {
+        "params": {"dtype": _name(run.dtype)},
         "model": run.model.name,
         "cell_encoder": run.model.cell_encoder_fingerprint,
         "vocabulary": run.model.vocabulary.fingerprint,
         "tokens": ranked.digest,
-        "dtype": run.dtype_name,
         "n_cells": str(ranked.n_cells),
     }
 
 
-def write_cells(adata: AnnData, cells: CellEmbedding) -> None:
-    """Write cell embeddings and their record, if they are new."""
-    if cells.record is not None:
-        adata.obsm[Obsm.X_CELL] = cells.features
-        rest = {name: v for name, v in cells.record.items() if v and name != "dtype"}
-        write_record(adata, Obsm.X_CELL, {"dtype": cells.record["dtype"]}, **rest)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _cells_or_stored(adata: AnnData, ranked: RankedTokens, run: Run) -> CellEmbedding:
-    """Take the stored cell embeddings if they are of these tokens and this model."""
-    record = read_record(adata, Obsm.X_CELL)
-    if record is not None and Obsm.X_CELL in adata.obsm and not is_outdated(record):
-        dtype = record.get("params", {}).get("dtype")
-        # Older records lack the number; a model's name does not change its numbers.
-        found = {"n_cells": str(ranked.n_cells), **record, "dtype": dtype}
-        expected = _cell_record(ranked, run)
-        stored = np.asarray(adata.obsm[Obsm.X_CELL])
-        if all(found.get(name) == expected[name] for name in expected if name != "model") and (
-            stored.shape == (adata.n_obs, run.model.config.cell_encoder.d_cell)
-        ):
-            return CellEmbedding(stored.astype(np.float32, copy=False), None)
-    return _encode(ranked, run)
+def write_cells(adata: AnnData, features: NDArray[np.float32], record: Mapping[str, Any]) -> None:
+    """Write cell embeddings and their record."""
+    adata.obsm[Obsm.X_CELL] = features
+    write_record(adata, Obsm.X_CELL, **record)
 
 
-def _given_cells(adata: AnnData, cell_rep: str, model: Stofm) -> CellEmbedding:
-    """Take features that the user gives in place of the cell encoder's."""
-    features = read_current(adata, cell_rep)
-    expected = model.config.se2_transformer.d_cell
-    if features.shape[1] != expected:
-        msg = (
-            f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} "
-            f"takes cell features of {expected}."
-        )
-        raise ValueError(msg)
-    return CellEmbedding(features, None)
+def _stored_cells(adata: AnnData, record: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    """The stored cell embeddings if they have this record; a model's name does not change them."""
+    found = read_record(adata, Obsm.X_CELL) or {}
+    fits = all(found.get(name) == value for name, value in record.items() if name != "model")
+    if not fits or Obsm.X_CELL not in adata.obsm or is_outdated(found):
+        return None
+    return np.asarray(adata.obsm[Obsm.X_CELL], dtype=np.float32)
 
 
 # Cells in their place
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Spatial embeddings and all that was made on the way, to be written together."""
-
-    values: NDArray[np.float32]
-    tokens: Tokens | None
-    cells: CellEmbedding
-    layouts: Layouts
-    params: dict[str, Any]
-    fingerprints: dict[str, str]
-    started: float
-
-
-def refuse_own_keys(key_added: str, *read: str | None) -> None:
-    """Refuse to write spatial embeddings to a key that is read, or that means something else."""
-    refuse_taken(key_added, Obsm.X, *_OWN_KEYS, *read)
 
 
 def embed_table(
     adata: AnnData,
     run: Run,
     *,
+    layer: str | None,
     genes: Mapping[str, Any],
     cell_rep: str | None,
     spatial_key: str,
     library_key: str | None,
     rules: SubSliceConfig | None,
     seed: int,
+    key_added: str,
     copy: bool,
-) -> Embedding:
-    """Embed the cells of a table; writes nothing.
+) -> Callable[[AnnData], None]:
+    """Embed the cells of a table; returns what writes the result to it or to its copy.
 
-    `genes` are options of :func:`tokens_or_stored`. `copy` says whether the caller will copy the
+    `genes` are options of :func:`find_columns`. `copy` says whether the caller will copy the
     table, which takes memory.
     """
+    refuse_taken(key_added, Obsm.X, *_OWN_KEYS, spatial_key, cell_rep)
     started = time.perf_counter()
-    model, tokens = run.model, None
+    model = run.model
     rules = rules or model.config.subslice
     places = read_places(adata, spatial_key=spatial_key, library_key=library_key)
-    plan = _memory_plan(adata, run, rules, max(map(len, places.slices.rows)), copy=copy)
-    with plan.explaining():
-        if cell_rep is None:
-            tokens = tokens_or_stored(
-                adata,
-                model,
-                **genes,
-                on_columns=partial(plan.count_genes, adata, genes["layer"]),
-                show_progress_bar=run.show_progress_bar,
+    if cell_rep is None:
+        columns = find_columns(adata, model.vocabulary, **genes)
+        n_genes = _genes_per_cell(adata, layer, columns.token_ids >= 0)
+        require_memory(adata, run, rules, places.slices.rows, n_genes, copy=copy)
+        params = token_params(model, layer=layer)
+        ranked = compute_tokens(adata, columns, params, show_progress_bar=run.show_progress_bar)
+        record = cell_record(ranked, run)
+        stored = _stored_cells(adata, record)
+        features = encode(ranked, run) if stored is None else stored
+    else:
+        require_memory(adata, run, rules, places.slices.rows, 0.0, copy=copy)
+        features = read_current(adata, cell_rep)
+        if features.shape[1] != model.config.se2_transformer.d_cell:
+            msg = (
+                f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} takes "
+                f"cell features of {model.config.se2_transformer.d_cell}."
             )
-            cells = _cells_or_stored(adata, tokens.ranked, run)
-        else:
-            plan.require()
-            cells = _given_cells(adata, cell_rep, model)
-        use_rep = cell_rep or Obsm.X_CELL
-        layouts = lay_out(
-            cells.features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata
-        )
-        at_once = run.batch_size or SUBSLICES_AT_ONCE.get(run.device.type, 1)
-        at_once = plan.fit_batch(layouts.layouts, at_once, is_fixed=run.batch_size is not None)
-        values = _embed_slices(layouts, cells.features, rules, run, batch_size=at_once)
-    params = {
-        **layouts.params,
-        "dtype": run.dtype_name,
-        "n_neighbors": rules.n_neighbors,
-        "neighbors_among": rules.neighbors_among,
-    }
-    fingerprints = {
-        "model": model.name,
-        "model_fingerprint": model.fingerprint,
-        "cell_encoder": model.cell_encoder_fingerprint,
-        "vocabulary": model.vocabulary.fingerprint,
-        "subslice": layouts.digest,
-        "n_cells": str(adata.n_obs),
-    }
-    return Embedding(values, tokens, cells, layouts, params, fingerprints, started)
+            raise ValueError(msg)
+    use_rep = cell_rep or Obsm.X_CELL
+    layouts = lay_out(features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata)
+    values = _embed_slices(layouts, features, rules, run)
 
+    def write(target: AnnData) -> None:
+        with all_or_nothing(target):
+            if cell_rep is None:
+                write_tokens(target, ranked, columns, params)
+                write_cells(target, features, record)
+            write_layouts(target, layouts)
+            target.obsm[key_added] = values
+            write_record(
+                target,
+                key_added,
+                {
+                    **layouts.params,
+                    "dtype": _name(run.dtype),
+                    "n_neighbors": rules.n_neighbors,
+                    "neighbors_among": rules.neighbors_among,
+                },
+                model=model.name,
+                model_fingerprint=model.fingerprint,
+                cell_encoder=model.cell_encoder_fingerprint,
+                vocabulary=model.vocabulary.fingerprint,
+                subslice=layouts.digest,
+                n_cells=str(len(values)),
+            )
+            seconds = time.perf_counter() - started
+            logger.info(
+                "%d cells embedded into obsm[%r]: %.1f s, %.0f cells/s.",
+                *(len(values), key_added, seconds, len(values) / seconds),
+            )
 
-def _memory_plan(
-    adata: AnnData, run: Run, rules: SubSliceConfig, largest: int, *, copy: bool
-) -> MemoryPlan:
-    """Put together what memory depends on, as far as it is known before the work."""
-    n_copied = adata.__sizeof__() if copy else 0
-    return MemoryPlan(
-        config=run.model.config,
-        rules=rules,
-        work=Workload(
-            n_cells=adata.n_obs, largest_slice=largest, genes_per_cell=0, n_copied=n_copied
-        ),
-        nodes=Nodes.expected(rules, largest),
-        device=run.device,
-        dtype=run.dtype,
-        batch_size=run.batch_size or 1,
-        token_budget=run.token_budget,
-        is_backed=adata.isbacked,
-    )
+    return write
 
 
 def _embed_slices(
-    layouts: Layouts,
-    features: NDArray[np.float32],
-    rules: SubSliceConfig,
-    run: Run,
-    *,
-    batch_size: int,
+    layouts: Layouts, features: NDArray[np.float32], rules: SubSliceConfig, run: Run
 ) -> NDArray[np.float32]:
     """Run the SE(2) Transformer slice by slice."""
     transformer = placed(run.model.se2_transformer, run.device, run.dtype)
@@ -313,7 +236,7 @@ def _embed_slices(
         config=rules,
         device=run.device,
         dtype=run.dtype,
-        batch_size=batch_size,
+        batch_size=run.batch_size,
     )
     with counter(
         total=layouts.n_subslices,
@@ -330,31 +253,57 @@ def _embed_slices(
     return values
 
 
-def write_embedding(adata: AnnData, result: Embedding, key_added: str) -> None:
-    """Write embeddings and what is new of the steps before them, all or nothing."""
-    layouts = result.layouts
-    with all_or_nothing(adata):
-        if result.tokens is not None and result.tokens.is_new:
-            write_tokens(adata, result.tokens)
-        write_cells(adata, result.cells)
-        if layouts.is_new:
-            write_layouts(adata, layouts)
-        adata.obsm[key_added] = result.values
-        write_record(adata, key_added, result.params, **result.fingerprints)
-        _log_summary(adata.n_obs, key_added, layouts, time.perf_counter() - result.started)
+# Memory
 
 
-def _log_summary(n_obs: int, key: str, layouts: Layouts, seconds: float) -> None:
-    n_slices = len(layouts.layouts)
-    logger.info(
-        "%d cells embedded into obsm[%r]: %d slice%s, %d sub-slices, %d virtual cells, %.1f s, "
-        "%.0f cells/s.",
-        n_obs,
-        key,
-        n_slices,
-        "" if n_slices == 1 else "s",
-        layouts.n_subslices,
-        layouts.n_virtual,
-        seconds,
-        n_obs / seconds,
+def _genes_per_cell(adata: AnnData, layer: str | None, is_known: NDArray[np.bool_]) -> float:
+    """Mean number of known genes of a cell, from a sample spread over the counts."""
+    rows = np.unique(np.linspace(0, adata.n_obs - 1, _SAMPLE).astype(np.int64))
+    counts, _ = peek_counts(adata, layer, rows)
+    return float((is_known[counts.indices] & (counts.data != 0)).sum() / len(rows))
+
+
+def require_memory(
+    adata: AnnData,
+    run: Run,
+    rules: SubSliceConfig,
+    slices: list[NDArray[np.int64]],
+    n_genes: float,
+    *,
+    copy: bool,
+) -> None:
+    """Compare what embedding will take with what is free; `n_genes` are those of a cell."""
+    config, largest = run.model.config, max(map(len, slices))
+    n_genes = min(n_genes, config.max_tokens)
+    n_tokens = round(adata.n_obs * (n_genes + 1)) if n_genes else 0
+    batches = {
+        "encoding": encoder_memory(config.cell_encoder, min(run.token_budget, n_tokens), run.dtype),
+        "transforming": transformer_memory(
+            config.se2_transformer,
+            rules,
+            Nodes.expected(rules, largest),
+            run.batch_size or 1,
+            device=run.device,
+            dtype=run.dtype,
+        ),
+    }
+    work = Workload(
+        n_cells=adata.n_obs,
+        largest_slice=largest,
+        genes_per_cell=n_genes,
+        n_copied=adata.__sizeof__() if copy else 0,
     )
+    # An Apple GPU computes in main memory.
+    is_apart = run.device.type not in ("cpu", "mps")
+    needed = {_CPU: host_memory(config, rules, work, **({} if is_apart else batches))}
+    if is_apart:
+        needed[run.device] = max(batches.values())
+    for device, n_bytes in needed.items():
+        if n_bytes > (free := free_memory(device)):
+            place = "main memory" if device == _CPU else str(device)
+            msg = (
+                f"Embedding {adata.n_obs} cells of {n_genes:.0f} genes takes about "
+                f"{describe_bytes(n_bytes)} of {place}, and {describe_bytes(free)} are free. "
+                f"{_MEMORY_ADVICE}"
+            )
+            raise MemoryError(msg)

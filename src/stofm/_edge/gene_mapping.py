@@ -1,4 +1,4 @@
-"""Which gene of a vocabulary each column of an AnnData is."""
+"""Which columns of an AnnData are genes, what they are called, and which of a vocabulary they are."""
 
 from __future__ import annotations
 
@@ -11,37 +11,27 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._digests import fingerprint
-from stofm._edge.counts import read_counts
-from stofm._edge.features import (
-    VAR_NAMES,
-    gene_name_sources,
-    names_of_genes,
-    read_features,
-    text_columns,
-)
 from stofm._edge.records import read_record, write_record
 from stofm._edge.tables import require_cells_and_genes
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes import (
-    GeneMapping,
-    GeneVocabulary,
-    embedded_vocabulary,
-    map_gene_ids,
-    read_orthologs,
-)
-from stofm.genes.compressed import DamagedMatrixError
-from stofm.genes.gene_ids import IdType, clean_names
+from stofm.genes import GeneMapping, GeneVocabulary, embedded_vocabulary, map_gene_ids
 from stofm.genes.mapping import (
+    ENSEMBL_TYPES,
+    MOST_REPEATED,
     MOST_UNKNOWN,
+    SYMBOL_TYPES,
+    IdType,
     advice_for_names,
-    counts_of_shared_genes,
-    spreadsheet_dates,
+    clean_names,
+    counts_of_repeated_genes,
+    id_type,
+    read_orthologs,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from os import PathLike
 
     from anndata import AnnData
@@ -49,41 +39,135 @@ if TYPE_CHECKING:
 
     from stofm.genes.mapping import Species
 
+    Orthologs = Mapping[str, str] | str | PathLike[str] | None
+
+VAR_NAMES: Final = "var_names"
+#: A column with more different values does not say of what kind a feature is.
+_MOST_KINDS: Final = 32
+#: Beside one of these values, those with other words are something else.
+_GENES: Final = re.compile(
+    r"((gene|rna) )?expression|gex|genes?|m? ?rna|transcripts?|endogenous", re.IGNORECASE
+)
+_NO_GENES: Final = re.compile(
+    r"antibod|\b(adt|hto|prot(eins?)?(?! coding)|atac)\b|hashtag|peak|capture|control|codeword|\bblank"
+    r"|\bneg(ative|prb| ?probe)?\b|positive|false ?code|spike|\bercc|crispr|guide|custom",
+    re.IGNORECASE,
+)
 #: Names that mean the same gene in a smaller share of columns are names of something else.
 _LEAST_AGREEMENT: Final = 0.9
 #: Rows whose names are looked up, to see whether they are genes.
 _MOST_ROWS: Final = 2000
-#: Share of lost genes from which on their names are looked at for a pattern.
-_MOST_LOST: Final = 0.2
-#: Unknown columns that are named, and the share of the unknown counts that makes them all.
 _N_NAMED: Final = 3
-_MOST_OF_UNKNOWN: Final = 0.9
-#: Share of genes with names that became dates from which on more than a few are meant.
-_MOST_DATES: Final = 0.01
-#: Letters from which on the start of names says what a column is.
-_SHORTEST_START: Final = 3
 
 
-@dataclass(frozen=True, eq=False)
-class MappedGenes:
-    """A mapping of the columns, what it was made with, and how to name genes that it did not find."""
+# Names of genes
 
-    mapping: GeneMapping
-    params: Mapping[str, str]
-    vocabulary: str
-    names: str
-    advice: str
+
+def kinds_of_others(adata: AnnData) -> NDArray[np.object_]:
+    """What each column is if it is no gene, (n_vars,): an antibody, a control; ``""`` for genes.
+
+    Any text column of ``adata.var`` with few values may say so, such as ``feature_types``.
+    """
+    kinds = np.full(adata.n_vars, "", dtype=object)
+    for name in _text_columns(adata):
+        column = adata.var[name]
+        values = column.dropna().unique() if column.nunique() <= _MOST_KINDS else ()
+        words = {value: re.sub(r"[\W_]+", " ", str(value)).strip() for value in values}
+        if any(map(_GENES.fullmatch, words.values())):
+            others = [value for value, text in words.items() if _NO_GENES.search(text)]
+            is_other = column.isin(others).to_numpy() & (kinds == "")
+            kinds[is_other] = column.astype(str).to_numpy()[is_other]
+    if adata.n_vars and kinds.all():
+        msg = f"adata has no genes, by its own word ({_counted(kinds)}). Pass the gene expression."
+        raise ValueError(msg)
+    return kinds
+
+
+def _counted(kinds: NDArray[np.object_]) -> str:
+    found = Counter(kinds[kinds != ""].tolist()).most_common()
+    return ", ".join(f"{number} {kind}" for kind, number in found)
+
+
+def _text_columns(adata: AnnData) -> list[str]:
+    kinds = adata.var.dtypes.items()  # "O" is that of categories too
+    return [str(name) for name, one in kinds if one.kind in "OSTU" and name != Var.GENE]
+
+
+def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, list[str]]:
+    """All names that the genes may have, ``""`` where there is none or no gene, by where they are.
+
+    That is the column `gene_key` of ``adata.var``, or columns with Ensembl ids, or with words of
+    which most occur once, those with most Ensembl ids first, and ``var_names`` last.
+    """
+    if gene_key is None:
+        sources = {name: _names_of_genes(adata, name) for name in _text_columns(adata)}
+        kept = sorted(name for name, names in sources.items() if _may_be_names(names))
+        kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
+        names = _names_of_genes(adata, VAR_NAMES)
+        return {name: sources[name] for name in kept} | {VAR_NAMES: names}
+    if gene_key not in adata.var:
+        msg = f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}."
+        raise KeyError(msg)
+    return {gene_key: _names_of_genes(adata, gene_key)}
+
+
+def _names_of_genes(adata: AnnData, source: str) -> list[str]:
+    names = clean_names(adata.var_names if source == VAR_NAMES else np.asarray(adata.var[source]))
+    others = kinds_of_others(adata)
+    return ["" if other else name for name, other in zip(names, others, strict=True)]
+
+
+def _may_be_names(names: list[str]) -> bool:
+    known = [name for name in names if name]
+    if 2 * _count(known, ENSEMBL_TYPES) > len(known):
+        return True
+    n_words = sum(not name.isdigit() and " " not in name for name in known)
+    return 2 * n_words > len(known) and 2 * len(set(known)) >= len(known)
+
+
+def _count(names: Iterable[str], kinds: frozenset[Any]) -> int:
+    return sum(id_type(name) in kinds for name in names)
+
+
+def ids_and_symbols(adata: AnnData) -> tuple[list[str], list[str]]:
+    """Return the names with most Ensembl ids, and the others with most symbols."""
+    _log_others(adata)
+    sources = names_by_source(adata)
+    best = max(sources, key=lambda s: (_count(sources[s], ENSEMBL_TYPES), s == VAR_NAMES))
+    others = [source for source in sources if source != best]
+    if not others:
+        return sources[best], [""] * adata.n_vars
+    second = max(others, key=lambda s: (_count(sources[s], SYMBOL_TYPES), s == VAR_NAMES))
+    return sources[best], sources[second]
+
+
+# Genes of a vocabulary
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Token, -1 for none, and median of each column's gene; the mapping if it is a new one."""
+    """Token and median of each column's gene, (n_vars,); no gene has token -1.
+
+    `mapping` is None where it was taken from ``adata.var``. `names` and `vocabulary` are
+    fingerprints, `params` what a new mapping was asked for and the sources of its names.
+    """
 
     token_ids: NDArray[np.int32]
     medians: NDArray[np.float64]
-    genes: MappedGenes | None
     vocabulary: str
-    fingerprint: str
+    mapping: GeneMapping | None
+    params: Mapping[str, str]
+    names: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the tokens."""
+        return columns_fingerprint(self.token_ids)
+
+
+def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
+    """16 hexadecimal digits over the tokens of all columns."""
+    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocabulary:
@@ -100,179 +184,45 @@ def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocab
     return vocabulary
 
 
-def compute_gene_mapping(
+def find_columns(
     adata: AnnData,
     vocabulary: GeneVocabulary,
     *,
     species: Species = "auto",
     gene_key: str | None = None,
-    orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
-    counts_per_gene: NDArray[Any] | None = None,
-) -> MappedGenes:
-    """Map the columns of `adata` without writing anything; arguments as in :func:`map_genes`."""
-    features = read_features(adata)
-    names = candidate_names(adata, gene_key)
-    pairs = None if orthologs is None else read_orthologs(orthologs)
-    best, second = next(iter(names)), ""
-    if len(names) > 1:
-        found = {
-            source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs)
-            for source, ids in names.items()
-        }
-        best, second = _best_sources(found)
-    mapping = map_gene_ids(
-        names[best],
-        vocabulary,
-        species=species,
-        orthologs=pairs,
-        fallback_ids=names.get(second),
-        counts_per_gene=counts_per_gene,
-    )
-    if features.others:
-        # The report does not count columns that are no genes.
-        types = Counter(mapping.id_types)
-        types[IdType.MISSING.value] -= int((~features.is_gene).sum())
-        mapping = replace(mapping, id_types=dict(+types))
-    mapping.require_enough(lambda: _advice(adata, mapping, vocabulary))
-    params = {
-        "species": species,
-        "gene_key": gene_key or "",
-        "orthologs": "mapping" if hasattr(orthologs, "items") else str(orthologs or ""),
-        "source": best,
-        "fallback": second,
-    }
-    advice = ""
-    if len(mapping.lost) > _MOST_LOST * mapping.n_vars:
-        advice = advice_for_names(mapping.lost, vocabulary, _written(best))
-    names_then = names_fingerprint(adata, params)
-    return MappedGenes(mapping, params, vocabulary.fingerprint, names_then, advice)
-
-
-def _best_sources(found: Mapping[str, GeneMapping]) -> tuple[str, str]:
-    """Source of names that most genes are found by, and the next best that means the same genes.
-
-    Other columns may name genes too: neighbours, partners, paralogs. They disagree with the names
-    of the features themselves.
-    """
-    order = sorted(found, key=lambda source: -found[source].n_matched)
-    index = found[VAR_NAMES]
-    trusted = VAR_NAMES if 2 * index.n_matched >= found[order[0]].n_matched else order[0]
-    kept = [source for source in order if _agree(found[source], found[trusted])]
-    for source in order:
-        if source not in kept and 2 * found[source].n_matched > index.n_matched:
-            logger.info(
-                "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
-                source,
-                trusted,
-            )
-    return kept[0], kept[1] if len(kept) > 1 else ""
-
-
-def _agree(first: GeneMapping, second: GeneMapping) -> bool:
-    both = (first.gene_index >= 0) & (second.gene_index >= 0)
-    same = first.gene_index[both] == second.gene_index[both]
-    return not both.any() or float(same.mean()) >= _LEAST_AGREEMENT
-
-
-def _advice(adata: AnnData, mapping: GeneMapping, vocabulary: GeneVocabulary) -> str:
-    """What to do about too few genes, if there is more to say than which arguments there are."""
-    rows = clean_names(adata.obs_names[:: -(-adata.n_obs // _MOST_ROWS)])
-    n_genes = map_gene_ids(rows, vocabulary).n_matched
-    if n_genes > max(len(rows) / 2, mapping.n_matched):
-        return (
-            f"The rows are genes: {n_genes} of {len(rows)} obs_names are in the vocabulary. "
-            "Transpose the AnnData, so that cells are in its rows: adata = adata.T.copy()."
-        )
-    for name in (VAR_NAMES, *text_columns(adata)):
-        if advice := advice_for_names(names_of_genes(adata, name), vocabulary, _written(name)):
-            return f"{advice}."
-    return ""
-
-
-def _written(source: str) -> str:
-    return "adata.var_names" if source == VAR_NAMES else f"adata.var[{source!r}]"
-
-
-def write_gene_mapping(adata: AnnData, genes: MappedGenes) -> None:
-    """Write the columns of ``adata.var`` and their records."""
-    adata.var[Var.GENE] = np.asarray(genes.mapping.gene_id, dtype=object)
-    adata.var[Var.TOKEN_ID] = genes.mapping.token_id
-    for key in (Var.GENE, Var.TOKEN_ID):
-        write_record(adata, key, genes.params, vocabulary=genes.vocabulary, names=genes.names)
-
-
-def candidate_names(adata: AnnData, gene_key: str | None) -> dict[str, list[str]]:
-    """Return all names of the genes, or only those of one column of ``adata.var``."""
-    if gene_key is None:
-        return gene_name_sources(adata)
-    columns = list(adata.var.columns)
-    if gene_key not in columns:
-        msg = f"adata.var has no column {gene_key!r}; it has {columns}."
-        raise KeyError(msg)
-    return {gene_key: names_of_genes(adata, gene_key)}
-
-
-def names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
-    """Fingerprint of the names that a mapping with these params is made from; ``""`` if one is gone."""
-    sources = [params[name] for name in ("source", "fallback") if params.get(name)]
-    if not all(source == VAR_NAMES or source in adata.var for source in sources):
-        return ""
-    return fingerprint(*("\n".join([one, *names_of_genes(adata, one)]) for one in sources))
-
-
-def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
-    """Fingerprint of the tokens of all columns."""
-    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
-
-
-def counts_per_gene(adata: AnnData) -> NDArray[np.float64] | None:
-    """Sum each column of ``X``; None if ``X`` does not hold counts, which mapping can do without."""
-    total = np.zeros(adata.n_vars)
-    try:
-        for block in read_counts(adata):
-            total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
-    except DamagedMatrixError:
-        raise
-    except (TypeError, ValueError):
-        return None
-    return total
-
-
-def find_columns(
-    adata: AnnData,
-    vocabulary: GeneVocabulary,
-    *,
-    species: Species,
-    gene_key: str | None,
-    orthologs: Mapping[str, str] | str | PathLike[str] | None,
+    orthologs: Orthologs = None,
+    may_reuse: bool = True,
 ) -> Columns:
     """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
     require_cells_and_genes(adata)
-    index, genes = None, None
-    if orthologs is None:
-        index = _existing_mapping(adata, vocabulary, species, gene_key)
+    record = read_record(adata, Var.TOKEN_ID) if may_reuse and orthologs is None else None
+    index = None if record is None else _stored_index(adata, record, vocabulary, species, gene_key)
+    mapping, params, names = None, {}, ""
     if index is None:
-        genes = compute_gene_mapping(
-            adata, vocabulary, species=species, gene_key=gene_key, orthologs=orthologs
-        )
-        index = genes.mapping.gene_index
+        mapping, sources = _map(adata, vocabulary, species, gene_key, orthologs)
+        index = mapping.gene_index
+        pairs = "mapping" if hasattr(orthologs, "items") else str(orthologs or "")
+        params = {"species": species, "gene_key": gene_key or "", "orthologs": pairs, **sources}
+        names = _names_fingerprint(adata, params)
     token_ids = np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32)
-    digits = columns_fingerprint(token_ids)
-    return Columns(token_ids, vocabulary.medians[index], genes, vocabulary.fingerprint, digits)
+    medians = vocabulary.medians[index]
+    return Columns(token_ids, medians, vocabulary.fingerprint, mapping, params, names)
 
 
-def _existing_mapping(
-    adata: AnnData, vocabulary: GeneVocabulary, species: Species, gene_key: str | None
+def _stored_index(
+    adata: AnnData,
+    record: Mapping[str, Any],
+    vocabulary: GeneVocabulary,
+    species: Species,
+    gene_key: str | None,
 ) -> NDArray[np.int64] | None:
     """Place of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
-    record = read_record(adata, Var.TOKEN_ID)
-    if record is None or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
-        return None
     made = record.get("params", {})
     asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
-    if not asked or record.get("vocabulary") != vocabulary.fingerprint:
+    if not asked or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
         return None
-    if record.get("names") != names_fingerprint(adata, made):
+    read = (record.get("vocabulary"), record.get("names"))
+    if read != (vocabulary.fingerprint, _names_fingerprint(adata, made)):
         return None
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
@@ -281,76 +231,128 @@ def _existing_mapping(
     return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
 
 
-# What is said of a mapping
+def _names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
+    """Fingerprint of the names that a mapping with these params is made from; ``""`` if one is gone."""
+    sources = [params[name] for name in ("source", "fallback") if params.get(name)]
+    if not all(source == VAR_NAMES or source in adata.var for source in sources):
+        return ""
+    return fingerprint(*("\n".join([one, *_names_of_genes(adata, one)]) for one in sources))
 
 
-def report_mapping(
-    adata: AnnData, genes: MappedGenes, counts_per_gene: NDArray[np.float64] | None
-) -> None:
-    """Log which genes were found by what names, and what is left out; warn of lost counts."""
-    mapping = replace(genes.mapping, counts_per_gene=counts_per_gene)
-    sources = " and ".join(filter(None, (genes.params["source"], genes.params["fallback"])))
-    logger.info("%s; names in %s", mapping.summary(), sources)
-    read_features(adata).report()
-    if genes.advice:
+def _map(
+    adata: AnnData,
+    vocabulary: GeneVocabulary,
+    species: Species,
+    gene_key: str | None,
+    orthologs: Orthologs,
+) -> tuple[GeneMapping, dict[str, str]]:
+    """Map the columns by the names that find most genes, and by the next best that mean the same.
+
+    Other columns may name genes too: neighbours, partners, paralogs. They disagree with the names
+    of the features themselves.
+    """
+    names = names_by_source(adata, gene_key)
+    pairs = None if orthologs is None else read_orthologs(orthologs)
+    found = {
+        source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs)
+        for source, ids in names.items()
+    }
+    order = sorted(found, key=lambda source: -found[source].n_matched)
+    trusted = order[0]
+    if VAR_NAMES in found and 2 * found[VAR_NAMES].n_matched >= found[trusted].n_matched:
+        trusted = VAR_NAMES
+    agreeing = [one for one in order if _agree(found[one], found[trusted])]
+    best, second, *_ = [*agreeing, "", ""]
+    if best != order[0]:
+        logger.info(
+            "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
+            order[0],
+            trusted,
+        )
+    options: Any = {"species": species, "orthologs": pairs, "fallback_ids": names.get(second)}
+    mapping = map_gene_ids(names[best], vocabulary, **options)
+    # The report does not count columns that are no genes.
+    types = Counter(mapping.id_types)
+    types[IdType.MISSING.value] -= int((kinds_of_others(adata) != "").sum())
+    mapping = replace(mapping, id_types=dict(+types))
+    mapping.require_enough(lambda: _advice(adata, mapping, vocabulary, names))
+    return mapping, {"source": best, "fallback": second}
+
+
+def _agree(first: GeneMapping, second: GeneMapping) -> bool:
+    both = (first.gene_index >= 0) & (second.gene_index >= 0)
+    same = first.gene_index[both] == second.gene_index[both]
+    return not both.any() or float(same.mean()) >= _LEAST_AGREEMENT
+
+
+def _advice(
+    adata: AnnData,
+    mapping: GeneMapping,
+    vocabulary: GeneVocabulary,
+    names: Mapping[str, list[str]],
+) -> str:
+    """What to do about too few genes, if there is more to say than which arguments there are."""
+    rows = clean_names(adata.obs_names[:: -(-adata.n_obs // _MOST_ROWS)])
+    n_genes = map_gene_ids(rows, vocabulary).n_matched
+    if n_genes > max(len(rows) / 2, mapping.n_matched):
+        return (
+            f"The rows are genes: {n_genes} of {len(rows)} obs_names are in the vocabulary. "
+            "Transpose the AnnData, so that cells are in its rows: adata = adata.T.copy()."
+        )
+    for source, ids in names.items():
+        where = "adata.var_names" if source == VAR_NAMES else f"adata.var[{source!r}]"
+        if advice := advice_for_names(ids, vocabulary, where):
+            return advice
+    return ""
+
+
+def write_columns(adata: AnnData, columns: Columns) -> None:
+    """Write a new mapping to ``adata.var``, with records."""
+    if columns.mapping is not None:
+        adata.var[Var.GENE] = np.asarray(columns.mapping.gene_id, dtype=object)
+        adata.var[Var.TOKEN_ID] = columns.mapping.token_id
+        more = {"vocabulary": columns.vocabulary, "names": columns.names}
+        for key in (Var.GENE, Var.TOKEN_ID):
+            write_record(adata, key, columns.params, **more)
+
+
+def report_columns(adata: AnnData, columns: Columns, counts: NDArray[np.float64] | None) -> None:
+    """Log a new mapping, and warn of counts, (n_vars,), without a gene or of genes with several columns."""
+    if columns.mapping is not None:
+        sources = " and ".join(filter(None, (columns.params["source"], columns.params["fallback"])))
+        mapping = replace(columns.mapping, counts_per_gene=counts)
+        logger.info("%s; names in %s", mapping.summary(), sources)
+        _log_others(adata)
+    if counts is None:
+        return
+    total = counts.sum()
+    unknown = np.where(columns.token_ids >= 0, 0.0, counts)
+    if unknown.sum() > MOST_UNKNOWN * total:
         warn(
-            f"{len(mapping.lost)} of {mapping.n_vars} genes were not found. Of those, {genes.advice}."
+            f"{unknown.sum() / total:.1%} of the counts are in columns that no gene of the vocabulary "
+            f"was found for ({_largest(adata, unknown / total)}). They count in the totals that the "
+            "values of all genes are shares of. If they are no genes (controls, spike-ins, "
+            "antibodies, another species), drop them: "
+            f"adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
         )
-    if dates := spreadsheet_dates(mapping.lost):
-        tell = warn if len(dates) >= _MOST_DATES * mapping.n_vars else logger.info
-        tell(
-            f"{len(dates)} of {mapping.n_vars} genes are lost, because a spreadsheet turned their names "
-            f"into dates, such as {dates[0]}. Take adata.var_names from where they came from."
+    repeated = counts_of_repeated_genes(columns.token_ids, counts)
+    if repeated.sum() > MOST_REPEATED * total:
+        warn(
+            f"{repeated.sum() / total:.1%} of the counts are in columns of genes that another column "
+            f"before them has too ({_largest(adata, repeated / total)}). The columns of a gene count "
+            "together. If some are no genes (antibodies, another modality), drop them."
         )
-    if counts_per_gene is not None:
-        warn_of_counts(adata, mapping.gene_index, counts_per_gene)
 
 
-def warn_of_counts(
-    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
-) -> None:
-    """Warn if many counts are in columns without a gene (negative numbers), or that share their gene."""
-    _warn_of_unknown_counts(adata, genes >= 0, counts_per_column)
-    _warn_of_shared_genes(adata, genes, counts_per_column)
-
-
-def _warn_of_shared_genes(
-    adata: AnnData, genes: NDArray[np.integer], counts_per_column: NDArray[np.float64]
-) -> None:
-    shared, keep = counts_of_shared_genes(genes, counts_per_column)
-    if not shared.any():
-        return
-    total = counts_per_column.sum()
-    side, argument = ("before", "") if keep == "first" else ("after", "keep='last'")
-    n_genes = len(np.unique(genes[shared > 0]))
-    warn(
-        f"{shared.sum() / total:.1%} of the counts are in {_columns(shared)} of {n_genes} "
-        f"gene{'s' if n_genes > 1 else ''} that another column {side} them has too: "
-        f"{_largest(adata, shared / total)}. The columns of a gene count together. If these are no "
-        f"genes (antibodies, another modality), drop them: gene = adata.var[{Var.GENE!r}]; "
-        f"adata = adata[:, ((gene == '') | ~gene.duplicated({argument})).to_numpy()].copy()"
-    )
-
-
-def _warn_of_unknown_counts(
-    adata: AnnData, is_known: NDArray[np.bool_], counts_per_column: NDArray[np.float64]
-) -> None:
-    unknown = np.where(is_known, 0.0, counts_per_column)
-    total = counts_per_column.sum()
-    if unknown.sum() <= MOST_UNKNOWN * total:
-        return
-    warn(
-        f"{unknown.sum() / total:.1%} of the counts are in {_columns(unknown)} that no gene of the "
-        f"vocabulary was found for: {_largest(adata, unknown / total)}. They count in the "
-        "totals that the values of all genes are shares of. If they are no genes (controls, "
-        "spike-ins, antibodies, another species), drop them: "
-        f"adata = adata[:, {_code_for_others(adata, is_known, unknown)}].copy()"
-    )
-
-
-def _columns(counts: NDArray[np.float64]) -> str:
-    n_columns = np.count_nonzero(counts)
-    return f"{n_columns} column{'s' if n_columns > 1 else ''}"
+def _log_others(adata: AnnData) -> None:
+    kinds = kinds_of_others(adata)
+    if kinds.any():
+        logger.info(
+            "%d of %d columns are no genes and are left out (%s).",
+            np.count_nonzero(kinds),
+            adata.n_vars,
+            _counted(kinds),
+        )
 
 
 def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
@@ -358,21 +360,3 @@ def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
     order = np.argsort(-shares, kind="stable")[:_N_NAMED]
     named = ", ".join(f"{adata.var_names[k]} ({shares[k]:.1%})" for k in order if shares[k])
     return f"most of them in {named}" if np.count_nonzero(shares) > _N_NAMED else named
-
-
-def _code_for_others(
-    adata: AnnData, is_known: NDArray[np.bool_], unknown: NDArray[np.float64]
-) -> str:
-    """Code that is True for all but the unknown columns: by few names, their start, or mapping."""
-    names = adata.var_names.astype(str)
-    largest = np.argsort(-unknown, kind="stable")[:_N_NAMED]
-    enough = _MOST_OF_UNKNOWN * unknown.sum()
-    if unknown[largest].sum() >= enough:
-        few = [names[k] for k in largest if unknown[k]]
-        return f"~adata.var_names.isin({few!r})"
-    start = re.split(r"[\W\d_]", names[largest[0]])[0]
-    has_start = np.asarray(names.str.startswith(start))
-    is_start = len(start) >= _SHORTEST_START and not (has_start & is_known).any()
-    if is_start and unknown[has_start].sum() >= enough:
-        return f"~adata.var_names.str.startswith({start!r})"
-    return f"adata.var[{Var.GENE!r}] != ''"

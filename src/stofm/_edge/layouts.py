@@ -18,27 +18,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm._edge.places import Places
-
+    from stofm._edge.slices import Places
 
 # Rules that take effect only when a sub-slice is embedded, not when slices are cut.
 _NOT_LAYOUT = ("n_neighbors", "neighbors_among")
-
-
-def rules_of(model_or_config: Any) -> SubSliceConfig:
-    """Rules as they are, those of a model, or the default ones for None."""
-    if model_or_config is None:
-        return SubSliceConfig()
-    if isinstance(model_or_config, SubSliceConfig):
-        return model_or_config
-    rules = getattr(getattr(model_or_config, "config", None), "subslice", None)
-    if not isinstance(rules, SubSliceConfig):
-        msg = (
-            "model_or_config must be a Stofm model or a SubSliceConfig, found "
-            f"{type(model_or_config).__name__}."
-        )
-        raise TypeError(msg)
-    return rules
 
 
 @dataclass(frozen=True)
@@ -49,17 +32,11 @@ class Layouts:
     places: Places
     params: dict[str, Any]
     digest: str
-    is_new: bool = True
 
     @property
     def n_subslices(self) -> int:
         """Number of sub-slices of all slices together."""
         return sum(layout.n_subslices for layout in self.layouts)
-
-    @property
-    def n_virtual(self) -> int:
-        """Number of virtual cells of all slices together."""
-        return sum(layout.virtual.n_virtual for layout in self.layouts)
 
 
 def lay_out(
@@ -79,53 +56,46 @@ def lay_out(
         "library_key": places.library_key,
         "seed": seed,
     }
-    digest = _input_digest(features, places)
+    slices = places.slices
+    parts = (part for one in zip(slices.names, slices.rows, strict=True) for part in one)
+    digest = fingerprint(features, places.coordinates, *parts)
     record = None if stored_in is None else read_record(stored_in, Uns.SUBSLICE)
     if stored_in is not None and record is not None:
+        layouts = None
         if same_params(record, params) and record.get("input") == digest:
-            stored = _read_layouts(stored_in, record, places)
-            if stored is not None:
-                return Layouts(stored, places, params, digest, is_new=False)
+            layouts = _read_layouts(stored_in, record, places)
+        if layouts is not None:
+            return Layouts(layouts, places, params, digest)
         logger.info(
             "Cells, their embeddings, places or the rules are not those of the stored layout: "
             "slices are cut again."
         )
     layouts = [
         lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
-        for rows in places.slices.rows
+        for rows in slices.rows
     ]
     return Layouts(layouts, places, params, digest)
-
-
-def _input_digest(features: NDArray[np.float32], places: Places) -> str:
-    """Fingerprint of all that a layout depends on besides its parameters."""
-    slices = zip(places.slices.names, places.slices.rows, strict=True)
-    return fingerprint(features, places.coordinates, *(part for one in slices for part in one))
 
 
 def write_layouts(adata: AnnData, result: Layouts) -> None:
     """Write layouts into the AnnData: see :func:`stofm.pp.subslice`."""
     import pandas as pd
 
+    layouts, slices = result.layouts, result.places.slices
     coordinates = np.empty((adata.n_obs, 2))
     subslices, virtual = (np.empty(adata.n_obs, dtype=np.int64) for _ in range(2))
     n_subslices = n_virtual = 0
-    for rows, layout in zip(result.places.slices.rows, result.layouts, strict=True):
+    for rows, layout in zip(slices.rows, layouts, strict=True):
         coordinates[rows] = layout.coordinates
         subslices[rows] = layout.subslice + n_subslices
         virtual[rows] = layout.virtual_cell + n_virtual
         n_subslices += layout.n_subslices
         n_virtual += layout.virtual.n_virtual
-    names = np.repeat(result.places.slices.names, [y.virtual.n_virtual for y in result.layouts])
 
     outdate_by_places(adata)
     adata.obsm[Obsm.COORDINATES] = coordinates
-    for key, codes, n in (
-        (Obs.SUBSLICE, subslices, n_subslices),
-        (Obs.VIRTUAL_CELL, virtual, n_virtual),
-    ):
-        categories = [str(k) for k in range(n)]
-        adata.obs[key] = pd.Categorical.from_codes(codes, categories=categories)
+    adata.obs[Obs.SUBSLICE] = pd.Categorical.from_codes(subslices, [*map(str, range(n_subslices))])
+    adata.obs[Obs.VIRTUAL_CELL] = pd.Categorical.from_codes(virtual, [*map(str, range(n_virtual))])
     for key in (Obsm.COORDINATES, Obs.SUBSLICE, Obs.VIRTUAL_CELL):
         write_record(adata, key, result.params, input=result.digest)
     write_record(
@@ -133,18 +103,14 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
         Uns.SUBSLICE,
         result.params,
         input=result.digest,
-        output=_output_digest(result.layouts),
-        coordinates=np.vstack([y.virtual.coordinates for y in result.layouts]),
-        features=np.vstack([y.virtual.features for y in result.layouts]),
-        slice=names.astype(object),
+        output=_output_digest(layouts),
+        coordinates=np.vstack([y.virtual.coordinates for y in layouts]),
+        features=np.vstack([y.virtual.features for y in layouts]),
+        slice=np.repeat(slices.names, [y.virtual.n_virtual for y in layouts]).astype(object),
         n_cells=np.bincount(virtual, minlength=n_virtual),
     )
     logger.info(
-        "%d sub-slices and %d virtual cells in %d slice%s.",
-        n_subslices,
-        n_virtual,
-        len(result.layouts),
-        "" if len(result.layouts) == 1 else "s",
+        "%d sub-slices and %d virtual cells in %d slice(s).", n_subslices, n_virtual, len(layouts)
     )
 
 
@@ -152,33 +118,27 @@ def _read_layouts(
     adata: AnnData, record: dict[str, Any], places: Places
 ) -> list[SliceLayout] | None:
     """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
-    if not {Obs.SUBSLICE, Obs.VIRTUAL_CELL} <= set(adata.obs) or Obsm.COORDINATES not in adata.obsm:
-        return None
-    coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
-    subslices, virtual = (_numbers(adata.obs[key]) for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL))
-    features, positions = (np.asarray(record.get(name)) for name in ("features", "coordinates"))
-    if subslices is None or virtual is None or virtual.max(initial=0) >= len(positions):
-        return None
     layouts = []
-    for rows in places.slices.rows:
-        used, own = np.unique(virtual[rows], return_inverse=True)
-        layouts.append(
-            SliceLayout(
-                coordinates=coordinates[rows],
-                subslice=subslices[rows] - subslices[rows].min(),
-                virtual_cell=own,
-                virtual=VirtualCells(coordinates=positions[used], features=features[used]),
-            )
+    try:
+        coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
+        subslices, virtual = (
+            adata.obs[key].astype(int).to_numpy() for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)
         )
+        for rows in places.slices.rows:
+            used, own = np.unique(virtual[rows], return_inverse=True)
+            layouts.append(
+                SliceLayout(
+                    coordinates=coordinates[rows],
+                    subslice=subslices[rows] - subslices[rows].min(),
+                    virtual_cell=own,
+                    virtual=VirtualCells(
+                        coordinates=record["coordinates"][used], features=record["features"][used]
+                    ),
+                )
+            )
+    except (KeyError, IndexError, ValueError):
+        return None
     return layouts if _output_digest(layouts) == record.get("output") else None
-
-
-def _numbers(column: Any) -> NDArray[np.int64] | None:
-    """Numbers that categories such as "12" stand for; None if one is something else."""
-    import pandas as pd
-
-    numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=float)
-    return numbers.astype(np.int64) if (numbers >= 0).all() else None
 
 
 def _output_digest(layouts: list[SliceLayout]) -> str:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-#: Names of columns that mean something else in a file.
-_RESERVED: Final = ("", ".", "..", "_index")
 #: Entry of a record with the true names of a DataFrame's columns.
 _COLUMNS: Final = "columns"
 
@@ -70,22 +68,14 @@ def storable_names(names: Iterable[str]) -> list[str]:
 
     Names that can stay do. Two that would become the same are numbered.
     """
-    given = list(names)
-    taken = {name for name in given if _storable(name) == name}
-    found = []
-    for name in given:
-        wanted = chosen = _storable(name)
+    found = list(names)
+    for place, name in enumerate(found):
+        plain = chosen = name.replace("/", "_")
         number = 2
-        while chosen != name and chosen in taken:
-            chosen, number = f"{wanted}_{number}", number + 1
-        taken.add(chosen)
-        found.append(chosen)
+        while chosen != name and chosen in found:
+            chosen, number = f"{plain}_{number}", number + 1
+        found[place] = chosen
     return found
-
-
-def _storable(name: str) -> str:
-    plain = name.replace("/", "_")
-    return f"{plain}_" if plain in _RESERVED else plain
 
 
 def make_frame(adata: AnnData, values: Any, names: Sequence[str]) -> pd.DataFrame:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from scipy.spatial import cKDTree
 
-from stofm._edge.coordinates import read_axes
-from stofm._edge.overlays import Nearest, boxes_overlap, other_z, refuse_planes
-from stofm._edge.tables import value_codes
+from stofm._edge.coordinates import (
+    listed,
+    read_axes,
+    read_coordinates,
+    warn_of_depth,
+    warn_of_places,
+    warn_of_spots_off_tissue,
+)
 from stofm._keys import Uns
 from stofm._logging import logger
 from stofm._messages import warn
@@ -26,21 +32,28 @@ if TYPE_CHECKING:
 _MAX_SLICES: Final = 1000
 #: Cells that a slice has at least on average, for a column to name slices.
 _MIN_CELLS: Final = 5
-#: What other columns may explain less than the best one and be named beside it.
-_ALSO: Final = 0.15
 #: Words in the name of a column that names slices.
 _SLICE_WORDS: Final = re.compile(
     r"(?<![a-z])(animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample"
     r"|section|slice|slide|specimen|subject)",
     re.IGNORECASE,
 )
-#: What separates parts of the names of cells, and what anndata appends to names that occur again.
-_SIGNS: Final = "[^0-9A-Za-z]+"
-_NUMBERED: Final = r"-(\d+)$"
 #: Share of cells whose name another has, from which on slices were joined.
 _REPEATED: Final = 0.05
 #: Share of cells with a neighbour of another region, from which on regions adjoin.
 _ADJOINING: Final = 0.002
+#: Cells that are looked at, and their neighbours; the farther half says who lives around.
+_CELLS: Final = 10_000
+_NEIGHBORS: Final = 40
+#: Share of the cells, those with the nearest neighbours, that count as close.
+_CLOSE: Final = 1 / 3
+#: Nearest distances: the tenth part and the median of them stand as 0.39 to 1 where cells are strewn
+#: independently of each other. Cells of one tissue need room: 0.57 and more, with few exceptions.
+_STREWN: Final = 0.56
+#: Close pairs within a group, as a share of what its frequency around lets expect. Of 900 groupings
+#: of single slices (types, clusters, tiles, counts, at random) none has less with significance.
+_MAX_SHARE: Final = 0.7
+_SIGNIFICANT: Final = 4.0
 
 
 @dataclass(frozen=True)
@@ -56,28 +69,41 @@ class Slices:
     column: str | None = None
 
 
+@dataclass(frozen=True)
+class Places:
+    """Coordinates and slices of an AnnData, and where they were read."""
+
+    coordinates: NDArray[np.float64]
+    slices: Slices
+    spatial_key: str
+    library_key: str | None
+
+
+def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
+    """Read coordinates and slices, and warn of places that carry little or mislead."""
+    xy, z = read_axes(adata, spatial_key)
+    slices = read_slices(adata, library_key, spatial_key)
+    warn_of_spots_off_tissue(adata)
+    for name, rows in zip(slices.names, slices.rows, strict=True):
+        warn_of_places(adata, name, rows, xy[rows])
+    if z is not None:
+        rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
+        warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
+    return Places(xy, slices, spatial_key, slices.column)
+
+
 def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
     """Separate the slices of an AnnData by a column, or by that which the metadata names.
 
     Without such a column all cells are one slice, unless places in ``obsm[spatial_key]``, which
     need not be there, tell that they are not: then ValueError says which column may name them.
     """
+    column = library_key or described_column(adata)
     if library_key is not None or spatial_key not in adata.obsm:
-        return separate(adata, library_key or described_column(adata), spatial_key)
-    return tell_slices(adata, *read_axes(adata, spatial_key), spatial_key=spatial_key)
-
-
-def tell_slices(
-    adata: AnnData,
-    xy: NDArray[np.float64],
-    z: NDArray[np.float64] | None,
-    *,
-    spatial_key: str,
-) -> Slices:
-    """Separate slices where no column is given; see :func:`read_slices`."""
-    column = described_column(adata)
+        return _separate(adata, column)
+    xy = read_coordinates(adata, spatial_key)
     if column is not None and _are_apart(adata, column, xy):
-        slices = separate(adata, column, spatial_key)
+        slices = _separate(adata, column)
         logger.info(
             "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
             len(slices.rows),
@@ -85,27 +111,21 @@ def tell_slices(
             column,
         )
         return slices
-    slices = Slices(names=[""], rows=[np.arange(adata.n_obs)])
-    found = other_z(adata, xy) if z is None else (z, f"obsm[{spatial_key!r}]")
-    if found is not None:
-        refuse_planes(adata, slices, xy, *found, is_read=z is not None)
     _refuse_overlays(adata, xy)
-    return slices
+    return _separate(adata, None)
 
 
-def separate(adata: AnnData, column: str | None, spatial_key: str) -> Slices:
+def _separate(adata: AnnData, column: str | None) -> Slices:
     """Slices by a column; all cells are one where it is None."""
     if column is None:
         return Slices(names=[""], rows=[np.arange(adata.n_obs)])
     if column not in adata.obs:
-        near = difflib.get_close_matches(column, [str(n) for n in adata.obs.columns])
-        likely = []
-        if spatial_key in adata.obsm:
-            nearest = Nearest.find(read_axes(adata, spatial_key)[0])
-            likely = [name for name, _ in _overlaid(adata, nearest)]
+        there = [str(name) for name in adata.obs.columns]
+        likely = [name for name in there if _SLICE_WORDS.search(name)]
+        likely += difflib.get_close_matches(column, there)
         msg = (
             f"There is no obs[{column!r}] to separate slices by; "
-            f"candidates: {list(dict.fromkeys([*likely, *near])) or 'none'}. If all cells are one "
+            f"candidates: {list(dict.fromkeys(likely)) or 'none'}. If all cells are one "
             f"slice, add it: adata.obs[{column!r}] = 'one'."
         )
         raise KeyError(msg)
@@ -145,11 +165,10 @@ def described_column(adata: AnnData) -> str | None:
 
 def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
     """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
-    codes, names = value_codes(adata.obs[column])
-    if boxes_overlap(xy, codes, len(names)):
+    codes, names = _numbered(adata.obs[column])
+    if _boxes_overlap(xy, codes):
         raise ValueError(_overlay_message([column], names))
-    nearest = Nearest.find(xy)
-    if nearest.mixing(codes[nearest.rows]) < _ADJOINING:
+    if Nearest.find(xy).mixing(codes) < _ADJOINING:
         return True
     logger.info(
         "The %d regions in obs[%r] adjoin, as fields of one slide do: they are taken as one slice. "
@@ -161,72 +180,48 @@ def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
     return False
 
 
-def _overlaid(
-    adata: AnnData, nearest: Nearest, slices: NDArray[np.integer] | None = None
-) -> list[tuple[str, list[str]]]:
-    """Columns whose values lie on each other as slices would, and these values."""
-    own = None if slices is None else slices[nearest.rows]
-    found = []
-    for name, codes, names in _groupings(adata.obs, nearest):
-        codes = codes if own is None else own * len(names) + codes
-        share = nearest.same_share(codes)
-        is_named = _SLICE_WORDS.search(name) is not None
-        if share == 1.0 and own is None:
-            is_joined = nearest.are_joined(codes, is_named=is_named)
-            share = 0.5 if is_joined or (is_named and nearest.are_in_one_box(codes)) else 1.0
-        found.append((share, name, names))
-    best = min((share for share, _, _ in found), default=1.0)
-    near = sorted((f for f in found if f[0] < 1.0 and f[0] <= best + _ALSO), key=lambda f: f[0])
-    return [(name, names) for _, name, names in near]
-
-
-def _groupings(
-    columns: pd.DataFrame, nearest: Nearest
-) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:
-    """Columns that put cells into groups of several, numbered for the rows that are looked at."""
-    most = _most_groups(nearest)
-    for name in columns.columns:
-        column = columns[name]
-        if str(name).startswith(Uns.STOFM):
-            continue
-        if column.iloc[nearest.rows[nearest.cells]].nunique() > most:
-            continue
-        codes, names = value_codes(column.iloc[nearest.rows])
-        if len(names) > 1:
-            yield str(name), codes, names
-
-
-def _most_groups(nearest: Nearest) -> int:
-    return min(_MAX_SLICES, len(nearest.cells) // _MIN_CELLS)
+# Slices that lie on each other
 
 
 def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
+    """Refuse slices on each other; warn of a column that names parts with gaps between them."""
     nearest = Nearest.find(xy)
-    found = _overlaid(adata, nearest)
+    # Where a name speaks of slices, it is enough that their boxes overlap.
+    found = [
+        (name, values)
+        for name, codes, values in _groupings(adata.obs)
+        if (_SLICE_WORDS.search(name) and _boxes_overlap(xy, codes)) or nearest.are_overlaid(codes)
+    ]
     if found:
         raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
-    _refuse_joined_names(adata, xy, nearest)
-    _warn_of_slices_apart(adata, nearest)
+    _refuse_joined_names(adata, xy)
+    for name, codes, values in _groupings(adata.obs):
+        if _SLICE_WORDS.search(name) and nearest.mixing(codes) == 0.0:
+            warn(
+                f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie apart from each "
+                "other and are taken as parts of one slice, whose size is set to a fixed one. If "
+                f"they are slices, pass library_key={name!r}."
+            )
+            return
 
 
-def _warn_of_slices_apart(adata: AnnData, nearest: Nearest) -> None:
-    """Warn of a column that names parts with gaps between them, which may be slices."""
-    apart = [
-        (name, names)
-        for name, codes, names in _groupings(adata.obs, nearest)
-        if _SLICE_WORDS.search(name) and nearest.mixing(codes) == 0.0
-    ]
-    if apart:
-        (name, names), *_ = apart
-        warn(
-            f"The {len(names)} values of obs[{name!r}] ({listed(names)}) "
-            f"lie apart from each other and are taken as parts of "
-            f"one slice, whose size is set to a fixed one. If they are slices, pass library_key={name!r}."
-        )
+def _groupings(obs: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:
+    """Columns that put cells into groups of several, numbered."""
+    for name in obs.columns:
+        most = min(_MAX_SLICES, len(obs) // _MIN_CELLS)
+        if not str(name).startswith(Uns.STOFM) and 1 < obs[name].nunique(dropna=False) <= most:
+            yield str(name), *_numbered(obs[name])
+
+
+def _numbered(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
+    """Number the values of a column, missing ones as one more."""
+    import pandas as pd
+
+    codes, values = pd.factorize(column, use_na_sentinel=False)
+    return codes.astype(np.int64), ["(none)" if pd.isna(one) else str(one) for one in values]
 
 
 def _overlay_message(columns: list[str], values: list[str]) -> str:
-    """What to say of slices on each other that the first of some columns names."""
     ways = " or ".join(f"library_key={column!r}" for column in columns)
     return (
         f"obs[{columns[0]!r}] names {len(values)} samples ({listed(values)}) whose "
@@ -235,73 +230,93 @@ def _overlay_message(columns: list[str], values: list[str]) -> str:
     )
 
 
-def listed(names: list[str]) -> str:
-    """The first three of some names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64], nearest: Nearest) -> None:
-    """Refuse slices on each other that were joined without a column that names them."""
-    import pandas as pd
-
-    if not adata.obs_names.is_unique:
-        _refuse_repeated_names(adata, xy)
-        return
-    names = pd.Series(adata.obs_names[nearest.rows])
-    for few, code in _parts_of_names(adata, names, nearest):
-        codes, values = value_codes(few)
-        if nearest.same_share(codes) < 1.0 or nearest.are_joined(codes, is_named=False):
-            msg = (
-                f"obs_names are of {len(values)} samples ({listed(values)}) "
-                f"whose coordinates overlap: cells of "
-                "different slices would be taken as neighbours. Make a column of it and pass it: "
-                f"adata.obs['sample'] = {code}, library_key='sample'. If they are one slice, pass a "
-                "column that is the same for all cells."
-            )
-            raise ValueError(msg)
-
-
-def _parts_of_names(
-    adata: AnnData, names: pd.Series, nearest: Nearest
-) -> Iterator[tuple[pd.Series, str]]:
-    """Parts of the names of cells that few values have, and the code that makes a column of them."""
-    most = _most_groups(nearest)
-    bare = names.str.replace(_NUMBERED, "", regex=True)
-    if (bare != names).mean() >= _REPEATED and adata.obs_names.isin(bare[bare != names]).any():
-        # Names that occurred several times, and were made unique.
-        number = names.str.extract(_NUMBERED, expand=False).fillna("")
-        if 1 < number.nunique() <= most:
-            yield number, f"adata.obs_names.str.extract(r'{_NUMBERED}', expand=False).fillna('')"
-    parts = names.str.split(_SIGNS, regex=True)
-    for number in (-1, 0, 1, 2, -2, -3):
-        few = parts.str[number]
-        if 1 < few.iloc[nearest.cells].nunique() <= most:
-            yield few, f"adata.obs_names.str.split(r'{_SIGNS}', regex=True).str[{number}]"
-
-
-def _refuse_repeated_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
-    import pandas as pd
-
-    names = pd.Series(adata.obs_names)
-    times = names.groupby(names, sort=False).cumcount().to_numpy()
-    n = int(times.max()) + 1
-    share = float(np.isin(names, names[times > 0]).mean())
-    if share >= _REPEATED and boxes_overlap(xy, times, n):
+def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
+    """Refuse slices on each other that were joined without a column: names of cells occur again."""
+    times = adata.obs.groupby(level=0, sort=False).cumcount().to_numpy()
+    share = float(adata.obs_names.duplicated(keep=False).mean())
+    if share >= _REPEATED and _boxes_overlap(xy, times):
         msg = (
-            f"{share:.0%} of the obs_names are there several times (up to {n}), and their cells "
-            "lie on each other: slices that were joined without a column that names them? Join "
-            'them with ad.concat(slices, label="sample", index_unique="-"), slices a dict, and '
-            "pass library_key='sample'. If they are one slice, make the names unique: "
-            "adata.obs_names_make_unique()."
+            f"{share:.0%} of the obs_names are there several times (up to {times.max() + 1}), and "
+            "their cells lie on each other: slices that were joined without a column that names "
+            "them? Make one and pass it: adata.obs['sample'] = adata.obs.groupby(level=0).cumcount()"
+            ".astype(str).to_numpy(), library_key='sample'. If they are one slice, pass a column "
+            "that is the same for all cells."
         )
         raise ValueError(msg)
 
 
-def overlaid_within(
-    adata: AnnData, slices: Slices, xy: NDArray[np.float64]
-) -> list[tuple[str, list[str]]]:
-    """Columns whose values lie on each other within slices which were asked for, and these values."""
-    codes = np.empty(adata.n_obs, dtype=np.int64)
-    for k, rows in enumerate(slices.rows):
-        codes[rows] = k
-    return _overlaid(adata, Nearest.find(xy, codes), codes)
+def _boxes_overlap(xy: NDArray[np.float64], codes: NDArray[np.integer]) -> bool:
+    """Whether two groups' bounding boxes share a quarter of the smaller one."""
+    n = int(codes.max()) + 1
+    low, high = np.full((n, 2), np.inf), np.full((n, 2), -np.inf)
+    np.minimum.at(low, codes, xy)
+    np.maximum.at(high, codes, xy)
+    sides = np.minimum(high[:, None], high[None]) - np.maximum(low[:, None], low[None])
+    shared = np.maximum(sides, 0.0).prod(axis=-1)
+    area = (high - low).prod(axis=1)
+    np.fill_diagonal(shared, 0.0)
+    return bool((shared > 0.25 * np.minimum(area[:, None], area[None])).any())
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest:
+    """Nearest neighbours in the plane: of `cells` (m,), a sample where there are many.
+
+    `neighbors` (m, k) are rows, the nearest first; `distances` (m, k) are theirs.
+    """
+
+    cells: NDArray[np.int64]
+    neighbors: NDArray[np.int64]
+    distances: NDArray[np.float64]
+
+    @classmethod
+    def find(cls, xy: NDArray[np.float64]) -> Nearest:
+        """Find the neighbours of cells at `xy` (n, 2)."""
+        n = len(xy)
+        # Of a small slice, what is around a cell is not the whole.
+        k = min(_NEIGHBORS, max(8, n // 8), n - 1)
+        chosen = np.arange(n)
+        if n > _CELLS:
+            chosen = np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False))
+        tree = cKDTree(xy, balanced_tree=False, compact_nodes=False)
+        distances, neighbors = tree.query(xy[chosen], k=np.arange(1, k + 2))
+        # Among many cells at one place, the cell itself may be missing.
+        is_self = neighbors == chosen[:, None]
+        is_self[~is_self.any(axis=1), -1] = True
+        shape = (len(chosen), -1)
+        return cls(chosen, neighbors[~is_self].reshape(shape), distances[~is_self].reshape(shape))
+
+    @property
+    def spacing(self) -> float:
+        """Median distance to the nearest neighbour; 0 of one cell."""
+        return float(np.median(self.distances[:, 0])) if self.distances.size else 0.0
+
+    def mixing(self, codes: NDArray[np.integer]) -> float:
+        """Share of the cells that have one of another group among their neighbours."""
+        other = codes[self.neighbors] != codes[self.cells][:, None]
+        return float(other.any(axis=1).mean())
+
+    def are_overlaid(self, codes: NDArray[np.integer]) -> bool:
+        """Whether close cells are of one group far less often than the cells around let expect.
+
+        Cells of one slice keep a distance, and places of other slices are independent of them.
+        """
+        own, distances = codes[self.cells], self.distances
+        same: NDArray[Any] = codes[self.neighbors] == own[:, None]
+        # Cells at the very place say nothing about who lives around.
+        far = distances > 0
+        far[:, : max(2, far.shape[1] // 2)] = False
+        n_far = far.sum(axis=1)
+        overall = np.bincount(own) / len(own)
+        around = np.where(n_far >= 4, (same & far).sum(axis=1) / np.maximum(n_far, 1), overall[own])
+        is_mixed = around < 0.9
+        if is_mixed.sum() < 20:
+            return False
+        nearest, same_first, around = distances[is_mixed, 0], same[is_mixed, 0], around[is_mixed]
+        tenth, close, median = np.quantile(nearest, [0.1, _CLOSE, 0.5])
+        if tenth > _STREWN * median:
+            return False
+        expected = around[nearest <= close].sum()
+        found = int(same_first[nearest <= close].sum())
+        is_significant = expected - found >= _SIGNIFICANT * np.sqrt(expected)
+        return bool(is_significant and found <= _MAX_SHARE * expected)

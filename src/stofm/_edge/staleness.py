@@ -8,28 +8,22 @@ import numpy as np
 
 from stofm._edge.coordinates import read_coordinates
 from stofm._edge.counts import peek_counts
-from stofm._edge.features import VAR_NAMES, names_of_genes
-from stofm._edge.gene_mapping import columns_fingerprint, compute_gene_mapping, names_fingerprint
+from stofm._edge.gene_mapping import columns_fingerprint
 from stofm._edge.records import read_record
 from stofm._edge.tables import read_representation
 from stofm._keys import Obsm, Uns, Var
-from stofm.genes import RankedTokens, embedded_vocabulary, map_gene_ids, rank_genes
+from stofm.genes import RankedTokens, embedded_vocabulary, rank_genes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from stofm.genes import GeneVocabulary
 
 #: Cells whose tokens are made again.
 _N_CELLS: Final = 512
-#: Where columns are taken away, or names that genes were found by, genes that several columns had
-#: are others: so large a share of a cell's tokens may be, and more than this of the cells must.
-_FEW: Final = 0.1
-_MOST: Final = 0.5
 #: Normalised coordinates span 100; by less than this they may differ, which is rounding.
 _SAME_PLACE: Final = 0.01
 _SAME_SCALE: Final = 1e-3
@@ -84,10 +78,17 @@ def _reads_tokens(record: Mapping[str, Any]) -> bool:
     return bool(record.get("params", {}).get("use_rep", Obsm.X_CELL) == Obsm.X_CELL)
 
 
-def outdate_by_counts(adata: AnnData) -> None:
-    """Mark embeddings of other counts than there are now, before their tokens are replaced."""
-    if changed_counts(adata):
-        vocabulary = (read_record(adata, Obsm.TOKENS) or {}).get("vocabulary")
+def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> None:
+    """Mark embeddings of other tokens than these of the vocabulary, which will replace the stored."""
+    record = read_record(adata, Obsm.TOKENS) or {}
+    if Obsm.TOKENS not in adata.obsm or record.get("vocabulary") != vocabulary:
+        return
+    try:
+        stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+    except ValueError:  # damaged, and replaced now
+        return
+    n = min(int(one.n_tokens.max(initial=0)) for one in (stored, ranked))
+    if not stored.head(n).equals(ranked.without_values().head(n)):
         _mark(adata, "counts", lambda it: _reads_tokens(it) and it.get("vocabulary") == vocabulary)
 
 
@@ -111,157 +112,45 @@ def is_outdated(record: Mapping[str, Any]) -> bool:
     return _OUTDATED in record
 
 
-# Counts
-
-
 def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> str:
     """Say how stored tokens contradict the counts that they are of; empty if they don't.
 
-    Tokens of up to 512 cells, evenly spread, are made again and compared, but for genes that are
-    no longer there. This notices what is done to a table as a whole: cells or genes permuted,
-    counts replaced. A change of a few cells goes unnoticed. Counts that can't be ranked again
-    (normalised by now, or the vocabulary is not at hand) must still have the genes of the tokens.
-    Columns that lost their tokens when tables were joined are mapped again, and columns renamed
-    to other genes are other counts.
+    Tokens of up to 512 cells, evenly spread, are made again and compared. This notices what is done
+    to a table as a whole: cells or genes permuted, counts replaced. A change of a few cells goes
+    unnoticed. Where genes were taken away, counts are normalised by now, or the vocabulary is not
+    at hand, nothing can be told.
     """
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
-    is_there = Obsm.TOKENS in adata.obsm and adata.n_obs > 0
-    is_told = {"layer", "max_tokens", "duplicates"} <= set(record.get("params", {}))
-    if not (is_there and is_told) or made.get("vocabulary") != record.get("vocabulary"):
+    known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
+    own = next((one for one in known if one.fingerprint == record.get("vocabulary")), None)
+    is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
+    if own is None or not is_there or made.get("vocabulary") != own.fingerprint:
         return ""
-    known = (vocabulary, embedded_vocabulary())
-    own = next((v for v in known if v and v.fingerprint == record.get("vocabulary")), None)
-    columns = _stored_columns(adata)
-    if own and columns is None:
-        columns = _map_again(adata, made, own)
-    elif own and columns is not None and (found := _renamed(adata, made, own, columns)):
-        return found
-    if columns is None:
+    columns = np.asarray(adata.var[Var.TOKEN_ID].fillna(-1), dtype=np.int64)
+    if columns_fingerprint(columns) != record.get("columns"):
         return ""
-    is_whole = columns_fingerprint(columns) == record.get("columns")
-    return _other_tokens(adata, record["params"], columns, own, is_whole=is_whole)
-
-
-def _stored_columns(adata: AnnData) -> NDArray[np.int64] | None:
-    """(n_vars,) token of each column, -1 for none; None where joining tables dropped them."""
-    import pandas as pd
-
-    if Var.TOKEN_ID not in adata.var:
-        return None
-    # Where tables were joined, columns can lack their token.
-    tokens = pd.to_numeric(adata.var[Var.TOKEN_ID], errors="coerce").fillna(-1)
-    stored: NDArray[np.int64] = tokens.to_numpy(dtype=np.int64)
-    return stored
-
-
-def _name_sources(adata: AnnData, made: Mapping[str, Any]) -> list[str]:
-    """Where the names are that a mapping was made from; empty unless all are still there."""
-    params = made.get("params", {})
-    sources = [params[name] for name in ("source", "fallback") if params.get(name)]
-    return sources if all(one == VAR_NAMES or one in adata.var for one in sources) else []
-
-
-def _renamed(
-    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary, stored: NDArray[np.int64]
-) -> str:
-    """Say how many columns have names of other genes than those that their tokens are of."""
-    is_told = bool(_name_sources(adata, made))
-    if not is_told or names_fingerprint(adata, made["params"]) == made.get("names"):
-        return ""
-    now = _map_again(adata, made, vocabulary)
-    if now is None or not (n := np.count_nonzero((now >= 0) & (stored >= 0) & (now != stored))):
-        return ""
-    return f"{n} of {adata.n_vars} columns have names of other genes than those that their tokens are of."
-
-
-def _map_again(
-    adata: AnnData, made: Mapping[str, Any], vocabulary: GeneVocabulary
-) -> NDArray[np.int64] | None:
-    """Token of each column by its names, or by what is left of these; None if they say little."""
-    species = made.get("params", {}).get("species", "auto")
-    try:
-        if sources := _name_sources(adata, made):
-            names, *others = (names_of_genes(adata, one) for one in sources)
-            fallback = others[0] if others else None
-            mapping = map_gene_ids(names, vocabulary, species=species, fallback_ids=fallback)
-        else:
-            mapping = compute_gene_mapping(adata, vocabulary, species=species).mapping
-    except ValueError:
-        return None
-    return mapping.token_id.astype(np.int64)
-
-
-def _other_tokens(
-    adata: AnnData,
-    params: Mapping[str, Any],
-    columns: NDArray[np.int64],
-    vocabulary: GeneVocabulary | None,
-    *,
-    is_whole: bool,
-) -> str:
-    """Say how many cells have other tokens now; if columns are not those of the tokens, if most do."""
+    params = record["params"]
     layer = str(params["layer"]) or None
     rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
     try:
         counts, is_raw = peek_counts(adata, layer, rows)
     except (KeyError, TypeError, ValueError):
         return ""
-    if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
-        return ""
+    # Token -1, no gene, reads the last entry.
+    medians = np.ones(own.n_tokens + 1)
+    medians[own.tokens] = own.medians
+    options = {name: params[name] for name in ("max_tokens", "duplicates")}
+    now = rank_genes(counts, columns, medians[columns], **options) if is_raw else None
     stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
-    is_there = np.isin(stored.tokens, columns)
-    ends = np.concatenate([[0], np.cumsum(is_there)])
-    kept = RankedTokens(stored.tokens[is_there], ends[stored.offsets])
-    order = vocabulary if is_raw and is_whole else None
-    now = _ranked(counts, columns, order, params["duplicates"])
-    # Which tokens the counts do not give; without a vocabulary their order does not matter.
-    own, found = (_keys(one, ordered=order is not None) for one in (kept, now))
-    cells = np.repeat(np.arange(now.n_cells), kept.n_tokens)
-    n_lost = np.bincount(cells[~np.isin(own, found)], minlength=now.n_cells)
-    differ = n_lost > (0 if is_whole else _FEW) * kept.n_tokens
-    if order is not None:
-        is_cut = stored.n_tokens >= params["max_tokens"]
-        differ |= ~is_cut & (now.n_tokens != kept.n_tokens)
-    if differ.sum() <= (0 if is_whole else _MOST * len(rows)):
+    if now is None or now.equals(stored):
         return ""
+    both = (np.split(one.tokens, one.offsets[1:-1]) for one in (stored, now))
+    n_other = sum(not np.array_equal(*pair) for pair in zip(*both, strict=True))
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
-        f"of {len(rows)} cells that were looked at, {int(differ.sum())} have other genes, or "
-        f"another order of these, than {where} has for them now."
+        f"of {len(rows)} cells that were looked at, {n_other} have other genes, or another order "
+        f"of these, than {where} has for them now."
     )
-
-
-def _ranked(
-    counts: sparse.csr_matrix,
-    columns: NDArray[np.int64],
-    vocabulary: GeneVocabulary | None,
-    duplicates: Any,
-) -> RankedTokens:
-    """All tokens of some cells, in the order that a vocabulary gives them."""
-    medians = np.ones(int(columns.max(initial=0)) + 2)
-    if vocabulary is not None:
-        is_used = vocabulary.tokens < len(medians) - 1
-        medians[vocabulary.tokens[is_used]] = vocabulary.medians[is_used]
-    return rank_genes(
-        counts,
-        columns,
-        # Token -1, no gene, reads the last entry.
-        medians[columns],
-        max_tokens=max(counts.shape[1], 1),
-        duplicates=duplicates,
-    )
-
-
-def _keys(tokens: RankedTokens, *, ordered: bool) -> NDArray[np.int64]:
-    """A number for each token with its cell, and with its place in the order if that counts."""
-    cells = np.repeat(np.arange(tokens.n_cells), tokens.n_tokens)
-    places = np.arange(len(tokens.tokens)) - tokens.offsets[cells]
-    cells = (cells << 20) + places if ordered else cells
-    numbers: NDArray[np.int64] = (cells << 24) + tokens.tokens
-    return numbers
-
-
-# Places
 
 
 def _same_places_read(layout: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
@@ -278,24 +167,20 @@ def changed_places(adata: AnnData) -> bool:
     a model reads. Layouts that tables lost with their slices when they were joined can't be
     compared.
     """
-    record = read_record(adata, Uns.SUBSLICE) or {}
-    params = record.get("params", {})
+    params = (read_record(adata, Uns.SUBSLICE) or {}).get("params", {})
     spatial_key, library_key = (params.get(name) for name in ("spatial_key", "library_key"))
-    entries = {spatial_key, Obsm.COORDINATES}
-    if "input" not in record or not entries <= set(adata.obsm):
-        return False
-    if library_key and library_key not in adata.obs:
+    is_there = {spatial_key, Obsm.COORDINATES} <= set(adata.obsm)
+    if not is_there or (library_key and library_key not in adata.obs):
         return False
     try:
         now = read_coordinates(adata, spatial_key)
     except ValueError:
         return False
     stored = np.asarray(adata.obsm[Obsm.COORDINATES])
-    slices = adata.obs[library_key].astype(str).to_numpy() if library_key else np.zeros(len(now))
-    order = np.argsort(slices, kind="stable")
-    starts = np.flatnonzero(np.append(True, slices[order][1:] != slices[order][:-1]))
-    parts = np.split(order, starts[1:])
-    return not all(_are_similar(now[rows], stored[rows]) for rows in parts)
+    if not library_key:
+        return not _are_similar(now, stored)
+    groups = adata.obs.reset_index(drop=True).groupby(library_key, observed=True).indices
+    return not all(_are_similar(now[rows], stored[rows]) for rows in groups.values())
 
 
 def _are_similar(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:

@@ -59,7 +59,7 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
 def _add_centroids(sdata: Any, table: AnnData) -> None:
     """Set ``obsm["spatial"]`` to the centroids of what the table annotates, if it annotates anything.
 
-    All regions are read in one coordinate system if they share one, "global" if possible.
+    Each region is read in the coordinate system "global", or in its first.
     """
     attrs = table.uns.get("spatialdata_attrs")
     if not attrs or table.n_obs == 0:
@@ -67,26 +67,20 @@ def _add_centroids(sdata: Any, table: AnnData) -> None:
     from spatialdata import get_centroids
     from spatialdata.transformations import get_transformation
 
-    regions = table.obs[attrs["region_key"]].astype(str).to_numpy()
-    names = [str(name) for name in np.unique(regions) if name in sdata]
-    systems = {name: sorted(get_transformation(sdata[name], get_all=True)) for name in names}
-    if len(names) < len(np.unique(regions)) or not all(systems.values()):
-        return
-    shared = set.intersection(*map(set, systems.values()))
-    centroids = np.full((table.n_obs, 2), np.nan)
-    used = {}
-    for name, own in systems.items():
-        choice = [system for system in own if system in shared] or own
-        used[name] = "global" if "global" in choice else choice[0]
-        rows = np.flatnonzero(regions == name)
-        found = get_centroids(sdata[name], coordinate_system=used[name]).compute()
-        wanted = table.obs[attrs["instance_key"]].iloc[rows]
+    obs = table.obs.reset_index(drop=True)
+    centroids, used = np.full((table.n_obs, 2), np.nan), {}
+    for name, rows in obs.groupby(attrs["region_key"], observed=True).indices.items():
+        systems = sorted(get_transformation(sdata[name], get_all=True)) if name in sdata else []
+        if not systems:
+            return
+        used[str(name)] = "global" if "global" in systems else systems[0]
+        found = get_centroids(sdata[name], coordinate_system=used[str(name)]).compute()
+        wanted = obs[attrs["instance_key"]].iloc[rows]
         centroids[rows] = found[["x", "y"]].reindex(wanted).to_numpy(dtype=np.float64)
     table.obsm[Obsm.SPATIAL] = centroids
     logger.info(
-        "The table has no obsm[%r]: it is set to the centroids of %s.",
-        Obsm.SPATIAL,
-        ", ".join(f"{name!r} in the coordinate system {system!r}" for name, system in used.items()),
+        "The table has no obsm[%r]: it is set to centroids (region: coordinate system %s).",
+        *(Obsm.SPATIAL, used),
     )
 
 
@@ -108,11 +102,11 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
     if rep not in adata.obsm:
         there = sorted(map(str, adata.obsm))
         near = difflib.get_close_matches(rep, there, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        if rep in _STEPS:
-            hint = f" Run {_STEPS[rep]}(adata) first."
-        msg = f"There is no obsm[{rep!r}]; there are {there}.{hint}"
-        raise KeyError(msg)
+        hint = f"Run {_STEPS[rep]}(adata) first." if rep in _STEPS else f"Did you mean {near}?"
+        msg = (
+            f"There is no obsm[{rep!r}]; there are {there}. {hint if rep in _STEPS or near else ''}"
+        )
+        raise KeyError(msg.rstrip())
     stored: Any = adata.obsm[rep]
     require_sound(stored, f"adata.obsm[{rep!r}]")
     values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
@@ -148,13 +142,3 @@ def label_text(column: pd.Series) -> NDArray[np.object_]:
 def _text(label: Any) -> str:
     is_whole = isinstance(label, float | np.floating) and float(label).is_integer()
     return str(int(label)) if is_whole else str(label)
-
-
-def value_codes(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
-    """Number the values of a column, missing ones as one more."""
-    import pandas as pd
-
-    codes, values = pd.factorize(column)
-    codes = np.where(codes < 0, len(values), codes)
-    used = int(codes.max(initial=-1)) + 1
-    return codes, [*map(str, values), "(none)"][:used]

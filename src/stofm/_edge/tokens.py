@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -11,89 +10,32 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from stofm._edge.counts import read_counts
-from stofm._edge.gene_mapping import (
-    Columns,
-    find_columns,
-    report_mapping,
-    vocabulary_of,
-    warn_of_counts,
-    write_gene_mapping,
-)
-from stofm._edge.records import read_record, remove_entry, same_params, write_record
-from stofm._edge.staleness import outdate_by_counts
+from stofm._edge.gene_mapping import Columns, report_columns, write_columns
+from stofm._edge.records import read_record, remove_entry, write_record
+from stofm._edge.staleness import changed_counts, outdate_by_counts
 from stofm._keys import Obs, Obsm
-from stofm._logging import counter, logger
+from stofm._logging import counter
 from stofm._messages import warn
 from stofm.genes import RankedTokens, rank_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from os import PathLike
+    from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
-    from numpy.typing import NDArray
 
     from stofm.genes import GeneVocabulary
-    from stofm.genes.mapping import Species
 
 Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Tokens of all cells, before they are written, and whether they differ from those stored."""
-
-    ranked: RankedTokens
-    columns: Columns
-    params: Mapping[str, Any]
-    is_new: bool = True
-
-
-def tokens_or_stored(
-    adata: AnnData,
-    model: Any,
-    *,
-    layer: str | None = None,
-    species: Species = "auto",
-    gene_key: str | None = None,
-    orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
-    on_columns: Callable[[Columns], object] = lambda _: None,
-    show_progress_bar: bool = True,
-) -> Tokens:
-    """Make tokens, or take those stored if they are the same; writes nothing.
-
-    Ranking costs little beside what follows, so the counts are always read again: no change of
-    them goes unnoticed.
-    """
-    columns = find_columns(
-        adata, vocabulary_of(model), species=species, gene_key=gene_key, orthologs=orthologs
-    )
-    on_columns(columns)
-    params = token_params(model, layer=layer)
-    stored = _stored_tokens(adata, columns, params)
-    tokens = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
-    is_same = stored is not None and tokens.ranked.equals(stored)
-    if stored is not None and not is_same:
-        logger.info("The counts are not those of the stored tokens, which are made again.")
-    return replace(tokens, is_new=not is_same or columns.genes is not None)
-
-
 def compute_tokens(
-    adata: AnnData,
-    columns: Columns,
-    params: Mapping[str, Any],
-    *,
-    chunk_size: int | None = None,
-    show_progress_bar: bool = True,
-) -> Tokens:
-    """Read the counts block by block and rank them; writes nothing."""
-    blocks = token_blocks(
-        adata, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
-    )
-    ranked = RankedTokens.concatenate(list(blocks))
+    adata: AnnData, columns: Columns, params: Mapping[str, Any], **options: Any
+) -> RankedTokens:
+    """Read the counts block by block and rank them; writes nothing. See :func:`token_blocks`."""
+    ranked = RankedTokens.concatenate(list(token_blocks(adata, columns, params, **options)))
     warn_of_empty_cells(ranked)
-    return Tokens(ranked, columns, params)
+    return ranked
 
 
 def token_blocks(
@@ -104,13 +46,12 @@ def token_blocks(
     chunk_size: int | None = None,
     show_progress_bar: bool = True,
 ) -> Iterator[RankedTokens]:
-    """Give the tokens block of cells after block, in order; a new mapping is reported at the end."""
-    reader = read_counts(adata, layer=params["layer"] or None, chunk_size=chunk_size)
+    """Give the tokens block of cells after block, in order; the mapping is reported at the end."""
     total = np.zeros(adata.n_vars)
     with counter(
         total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
     ) as advance:
-        for block in reader:
+        for block in read_counts(adata, layer=params["layer"] or None, chunk_size=chunk_size):
             yield rank_genes(
                 block,
                 columns.token_ids,
@@ -122,16 +63,6 @@ def token_blocks(
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
     report_columns(adata, columns, total)
-
-
-def report_columns(
-    adata: AnnData, columns: Columns, counts_per_column: NDArray[np.float64]
-) -> None:
-    """Report a new mapping; warn of what counts are lost by one that is there."""
-    if columns.genes is None:
-        warn_of_counts(adata, columns.token_ids, counts_per_column)
-    else:
-        report_mapping(adata, columns.genes, counts_per_column)
 
 
 def token_params(
@@ -167,27 +98,25 @@ def _embedded_model_reads_values() -> bool:
 
 def warn_of_empty_cells(ranked: RankedTokens) -> None:
     """Warn if some cells have no tokens."""
-    n_empty = int((ranked.n_tokens == 0).sum())
-    if n_empty:
+    if n_empty := int((ranked.n_tokens == 0).sum()):
         warn(
             f"{n_empty} of {ranked.n_cells} cells have no count in any known gene; they have no "
             "tokens, so a model sees nothing but the <cls> token."
         )
 
 
-def write_tokens(adata: AnnData, tokens: Tokens) -> None:
+def write_tokens(
+    adata: AnnData, ranked: RankedTokens, columns: Columns, params: Mapping[str, Any]
+) -> None:
     """Write tokens, their number, their values, a new mapping of the columns, and the records.
 
-    Values that belong to other tokens, which the new ones replace, are removed. Embeddings that
-    are of other counts are marked as such.
+    Values of former tokens are removed. Embeddings of other counts are marked as such.
     """
-    ranked, columns, params = tokens.ranked, tokens.columns, tokens.params
     made: dict[str, Any] = {Obsm.TOKENS: ranked.to_csr(params["max_tokens"])}
     if params.get("values"):
         made[Obsm.TOKEN_VALUES] = ranked.values_to_csr(params["max_tokens"])
-    outdate_by_counts(adata)
-    if columns.genes is not None:
-        write_gene_mapping(adata, columns.genes)
+    outdate_by_counts(adata, ranked, columns.vocabulary)
+    write_columns(adata, columns)
     remove_entry(adata, Obsm.TOKEN_VALUES)
     adata.obs[Obs.N_TOKENS] = ranked.n_tokens
     for key, matrix in made.items():
@@ -196,47 +125,37 @@ def write_tokens(adata: AnnData, tokens: Tokens) -> None:
         write_record(adata, key, params, vocabulary=columns.vocabulary, columns=columns.fingerprint)
 
 
-def _stored_tokens(
-    adata: AnnData, columns: Columns, params: Mapping[str, Any]
-) -> RankedTokens | None:
-    """Return the stored tokens if they were made with these columns and parameters.
-
-    Tokens that were stored with values do for a model that reads none.
-    """
-    record = read_record(adata, Obsm.TOKENS)
-    if record is None or Obsm.TOKENS not in adata.obsm:
-        return None
-    with_values = bool(params.get("values"))
-    made, asked = ({**one, "values": ""} for one in (record.get("params", {}), params))
-    fits = (
-        same_params({"params": made}, asked)
-        and record.get("vocabulary") == columns.vocabulary
-        and record.get("columns") == columns.fingerprint
-    )
-    if not fits or (with_values and not values_are_stored(adata)):
-        return None
-    return read_ranked(adata, int(columns.token_ids.max(initial=0)) + 1, values=with_values)
-
-
-def read_ranked(adata: AnnData, n_tokens: int, *, values: bool) -> RankedTokens:
-    """Read the stored tokens, all of them below `n_tokens`."""
+def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
+    """Read stored tokens, as many as the model keeps of a cell, with values if it reads them."""
+    again = "st.pp.tokenize(adata, model)"
+    if Obsm.TOKENS not in adata.obsm:
+        msg = f"There is no obsm[{Obsm.TOKENS!r}]: run {again} first."
+        raise KeyError(msg)
+    record, beside = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Obsm.TOKEN_VALUES))
+    if record.get("vocabulary") != model.vocabulary.fingerprint:
+        msg = (
+            f"The tokens were made with the vocabulary {record.get('vocabulary', '(unknown)')}, "
+            f"and model {model.name!r} has {model.vocabulary.fingerprint}. Run {again} again."
+        )
+        raise ValueError(msg)
+    reads_values = model.config.cell_encoder.reads_values
+    if reads_values and (Obsm.TOKEN_VALUES not in adata.obsm or record != beside):
+        msg = (
+            f"Model {model.name!r} reads the values of tokens, and there is no "
+            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]. Run {again} again."
+        )
+        raise KeyError(msg)
     try:
         ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
-        if (largest := int(ranked.tokens.max(initial=0))) >= n_tokens:
+        if (largest := int(ranked.tokens.max(initial=0))) >= model.vocabulary.n_tokens:
             msg = f"The token {largest} is not in the vocabulary."
             raise ValueError(msg)
-        return ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES]) if values else ranked
+        if reads_values:
+            ranked = ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES])
     except ValueError as error:
-        msg = f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run st.pp.tokenize(adata, model) again."
+        msg = f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run {again} again."
         raise ValueError(msg) from error
-
-
-def values_are_stored(adata: AnnData) -> bool:
-    """Whether the stored tokens were made with values, and those are stored beside them."""
-    record = read_record(adata, Obsm.TOKENS) or {}
-    beside = read_record(adata, Obsm.TOKEN_VALUES)
-    return (
-        bool(record.get("params", {}).get("values"))
-        and record == beside
-        and Obsm.TOKEN_VALUES in adata.obsm
-    )
+    if found := changed_counts(adata, model.vocabulary):
+        msg = f"The tokens are of other counts: {found} Run {again} again."
+        raise ValueError(msg)
+    return ranked.head(model.config.max_tokens)

@@ -13,15 +13,18 @@ from scipy import sparse
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.compressed import require_sound
-from stofm.genes.gene_ids import (
+from stofm.genes.mapping import (
+    MOST_REPEATED,
+    MOST_UNKNOWN,
     MOUSE_TYPES,
     IdType,
     clean_names,
+    counts_of_repeated_genes,
     id_type,
+    map_gene_ids,
     read_orthologs,
     strip_version,
 )
-from stofm.genes.mapping import MOST_UNKNOWN, counts_of_shared_genes, map_gene_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -68,7 +71,7 @@ def fit_genes(
         msg = f"method must be one of ['exact', 'histogram'], found {method!r}."
         raise ValueError(msg)
     pairs = {} if orthologs is None else read_orthologs(orthologs)
-    medians = ExactMedians() if method == "exact" else HistogramMedians()
+    medians = Medians(binned=method == "histogram")
     names = GeneNames()
     names.add_aliases(pairs)
     if reference is not None:
@@ -112,11 +115,11 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
         )
     # The only way from here to AnnData: who passes arrays does not need it.
     from stofm._edge.counts import read_counts
-    from stofm._edge.features import gene_names
+    from stofm._edge.gene_mapping import ids_and_symbols
     from stofm._edge.slice_files import open_table
 
     adata = open_table(item) if isinstance(item, str | Path) else item
-    ids, symbols = gene_names(adata)
+    ids, symbols = ids_and_symbols(adata)
     return CountSlice(read_counts(adata, layer=layer), ids, symbols)
 
 
@@ -127,7 +130,8 @@ def _human_gene_ids(
     names: GeneNames,
 ) -> list[str]:
     """Return the human Ensembl id of each column, ``""`` where none is known; note the names."""
-    own = [_human_gene_id(name, pairs) for name in columns.ids]
+    bare = [strip_version(name) for name in columns.ids]
+    own = [name if id_type(name) is IdType.HUMAN_ENSEMBL else pairs.get(name, "") for name in bare]
     names.add(own, columns.ids, columns.symbols)
     if reference is None:
         return own
@@ -140,13 +144,8 @@ def _human_gene_ids(
     return genes
 
 
-def _human_gene_id(name: str, pairs: Mapping[str, str]) -> str:
-    bare = strip_version(name)
-    return bare if id_type(bare) is IdType.HUMAN_ENSEMBL else pairs.get(bare, "")
-
-
 def _add_values(
-    medians: ExactMedians | HistogramMedians,
+    medians: Medians,
     blocks: Iterable[sparse.csr_matrix],
     genes: list[str],
     numbers: dict[str, int],
@@ -181,13 +180,12 @@ def _warn_of_counts(place: int, genes: NDArray[np.int64], counts: NDArray[np.flo
             "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
             "antibodies), drop their columns; `orthologs` and `reference` find more genes."
         )
-    shared, _ = counts_of_shared_genes(genes, shares)
-    if shared.any():
-        n_genes = len(np.unique(genes[shared > 0]))
+    repeated = counts_of_repeated_genes(genes, shares).sum()
+    if repeated > MOST_REPEATED:
         warn(
-            f"Slice {place}: {shared.sum():.1%} of the counts are in several columns of one gene, "
-            f"beside the {n_genes} columns that hold the others, and they count together. "
-            "If some of these columns are no genes (antibodies, another modality), drop them."
+            f"Slice {place}: {repeated:.1%} of the counts are in columns of genes that another "
+            "column before them has too, and they count together. If some of these columns are no "
+            "genes (antibodies, another modality), drop them."
         )
 
 
@@ -213,13 +211,11 @@ class GeneNames:
 
     def symbols(self, genes: Iterable[str]) -> dict[str, str]:
         """Return the symbol that most slices give to each gene; no symbol is given twice."""
-        wanted = set(genes)
+        wanted, genes_of = set(genes), dict[str, str]()
         symbols: dict[str, str] = {}
-        taken: set[str] = set()
         for (gene, name), _ in _most_frequent_first(self._symbol_votes):
-            if gene in wanted and gene not in symbols and name not in taken:
-                symbols[gene] = name
-                taken.add(name)
+            if gene in wanted and gene not in symbols and name not in genes_of:
+                symbols[gene], genes_of[name] = name, gene
         return symbols
 
     def aliases(self, symbols: Mapping[str, str], genes: Iterable[str]) -> dict[str, str]:
@@ -229,16 +225,15 @@ class GeneNames:
         """
         wanted = set(genes)
         taken = wanted | set(symbols.values())
-        best: dict[str, tuple[str, int]] = {}
-        tied: set[str] = set()
-        for (gene, name), votes in _most_frequent_first(self._votes):
-            if gene not in wanted or name in taken:
-                continue
-            if name not in best:
-                best[name] = (gene, votes)
-            elif best[name][1] == votes:
-                tied.add(name)
-        return {name: gene for name, (gene, _) in best.items() if name not in tied}
+        votes: dict[str, list[tuple[int, str]]] = {}
+        for (gene, name), number in _most_frequent_first(self._votes):
+            if gene in wanted and name not in taken:
+                votes.setdefault(name, []).append((number, gene))
+        return {
+            name: found[0][1]
+            for name, found in votes.items()
+            if len(found) == 1 or found[0][0] > found[1][0]
+        }
 
 
 def _most_frequent_first(
@@ -247,75 +242,49 @@ def _most_frequent_first(
     return sorted(votes.items(), key=lambda item: (-item[1], item[0]))
 
 
-class ExactMedians:
-    """Keeps every value, 12 bytes each."""
+class Medians:
+    """Keeps how often each value of each gene was seen.
 
-    def __init__(self) -> None:
-        self._genes: list[NDArray[np.int32]] = []
-        self._values: list[NDArray[np.float64]] = []
-
-    def add(self, genes: NDArray[np.integer], values: NDArray[np.floating]) -> None:
-        """Add values, each with the number of its gene."""
-        self._genes.append(np.asarray(genes, dtype=np.int32))
-        self._values.append(np.asarray(values, dtype=np.float64))
-
-    def result(self, n_genes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return how many values each gene has, and their median (NaN where there are none)."""
-        genes = np.concatenate([np.empty(0, np.int32), *self._genes])
-        order = np.argsort(genes, kind="stable")
-        values = np.concatenate([np.empty(0), *self._values])[order]
-        numbers = np.bincount(genes, minlength=n_genes)
-        parts = np.split(values, np.cumsum(numbers)[:-1])
-        medians = [np.median(part) if len(part) else np.nan for part in parts]
-        return numbers, np.array(medians, dtype=np.float64)
-
-
-class HistogramMedians:
-    """Counts values in logarithmic bins.
-
-    Memory depends on how many bins the genes fill, not on the number of values: at most 9,212
-    for each gene, some hundreds as a rule, 16 bytes each. A median is within 0.1 % of the exact
-    one. The result does not depend on the order in which values, or parts, are added.
+    Exact values take 12 bytes each. Binned, memory depends on how many narrow logarithmic bins the
+    genes fill, at most 9,212 for each gene, some hundreds as a rule; a median is within 0.1 % of the
+    exact one. The result does not depend on the order in which values, or parts, are added.
     """
 
-    def __init__(self) -> None:
-        self._keys: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._numbers: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._waiting: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    def __init__(self, *, binned: bool) -> None:
+        self._binned = binned
+        self._whole = (np.empty(0, np.int32), np.empty(0), np.empty(0, np.int64))
+        self._parts: list[tuple[NDArray[Any], ...]] = []
 
     def add(self, genes: NDArray[np.integer], values: NDArray[np.floating]) -> None:
-        """Add values from 0.0001 to 10,000, each with the number of its gene."""
-        scaled = np.log(np.asarray(values, dtype=np.float64) / _SMALLEST) / np.log(_BIN_RATIO)
-        bins = np.clip(np.floor(scaled), 0, _N_BINS - 1).astype(np.int64)
-        keys = np.asarray(genes, dtype=np.int64) * _N_BINS + bins
-        self._waiting.append(np.unique(keys, return_counts=True))
+        """Add values, from 0.0001 to 10,000 if binned, each with the number of its gene."""
+        if self._binned:
+            scaled = np.log(np.asarray(values, dtype=np.float64) / _SMALLEST) / np.log(_BIN_RATIO)
+            low = _SMALLEST * _BIN_RATIO ** np.clip(np.floor(scaled), 0, _N_BINS - 1)
+            values = low * 2 * _BIN_RATIO / (1 + _BIN_RATIO)
+        self._parts.append((genes.astype(np.int32), values, np.ones(len(genes), np.int64)))
         # Joined only once they weigh as much as what there is, each entry is moved few times.
-        if sum(len(keys) for keys, _ in self._waiting) > max(_FEW, len(self._keys)):
-            self._put_together()
+        n_waiting = sum(len(part[0]) for part in self._parts)
+        if self._binned and n_waiting > max(_FEW, len(self._whole[0])):
+            self._join()
 
     def result(self, n_genes: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return how many values each gene has, and their median (NaN where there are none)."""
-        self._put_together()
-        genes = self._keys // _N_BINS
-        numbers = np.bincount(genes, weights=self._numbers, minlength=n_genes).astype(np.int64)
-        ends = np.cumsum(self._numbers)
-        first = np.cumsum(numbers) - numbers
+        self._join()
+        genes, values, times = self._whole
+        numbers = np.bincount(genes, weights=times, minlength=n_genes).astype(np.int64)
+        first, ends = np.cumsum(numbers) - numbers, np.cumsum(times)
         # Of an even number of values the two in the middle are averaged.
-        lower = self._value_at(ends, first + np.maximum(numbers - 1, 0) // 2)
-        upper = self._value_at(ends, first + numbers // 2)
+        ranks = (first + np.maximum(numbers - 1, 0) // 2, first + numbers // 2)
+        places = (np.minimum(np.searchsorted(ends, one, "right"), len(ends) - 1) for one in ranks)
+        lower, upper = (np.append(values, np.nan)[one] for one in places)
         return numbers, np.where(numbers > 0, (lower + upper) / 2, np.nan)
 
-    def _put_together(self) -> None:
-        keys, numbers = zip((self._keys, self._numbers), *self._waiting, strict=True)
-        self._waiting.clear()
-        self._keys, place = np.unique(np.concatenate(keys), return_inverse=True)
-        self._numbers = np.zeros(len(self._keys), dtype=np.int64)
-        np.add.at(self._numbers, place, np.concatenate(numbers))
-
-    def _value_at(self, ends: NDArray[np.int64], ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Values at places in the sorted sequence of all values of all genes."""
-        if not len(ends):
-            return np.full(len(ranks), np.nan)
-        place = np.minimum(np.searchsorted(ends, ranks, side="right"), len(ends) - 1)
-        low = _SMALLEST * _BIN_RATIO ** (self._keys[place] % _N_BINS)
-        return np.asarray(low * 2 * _BIN_RATIO / (1 + _BIN_RATIO))
+    def _join(self) -> None:
+        genes, values, times = map(np.concatenate, zip(self._whole, *self._parts, strict=True))
+        self._parts.clear()
+        order = np.lexsort((values, genes))
+        genes, values, times = genes[order], values[order], times[order]
+        is_new = np.append(True, (np.diff(genes) != 0) | (np.diff(values) != 0))[: len(genes)]
+        starts = np.flatnonzero(is_new)
+        summed = np.add.reduceat(times, starts) if len(starts) else times
+        self._whole = (genes[starts], values[starts], summed)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from stofm._config import require_rules
+from stofm._digests import fingerprint
 from stofm._files import local, read_table, reading
-from stofm.genes.gene_ids import clean_names, strip_version
-from stofm.genes.mapping import map_gene_ids
+from stofm.genes.mapping import clean_names, map_gene_ids, strip_version
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -59,12 +59,10 @@ class GeneTable:
         if not place.is_file():
             msg = f"There is no table of genes {path}."
             raise FileNotFoundError(msg)
-        with reading(place, "table of genes"):
-            with np.errstate(over="ignore"):
-                names, values = (
-                    _read_arrays(place) if suffix == ".npz" else _read_frame(place, suffix)
-                )
-            digest = hashlib.blake2b(place.read_bytes(), digest_size=8).hexdigest()
+        with reading(place, "table of genes"), np.errstate(over="ignore"):
+            names, values = _read_arrays(place) if suffix == ".npz" else _read_frame(place, suffix)
+            values = values.astype(np.float32, copy=False)
+            digest = fingerprint(place.read_bytes())
         is_named = np.array([bool(name) for name in names], dtype=bool)
         names = [name for name in names if name]
         _require_numbers_of_genes(names, values[is_named], place)
@@ -107,7 +105,7 @@ def require_suffix(path: str | PathLike[str], what: str) -> str:
     return suffix
 
 
-def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[np.float32]]:
+def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[Any]]:
     """Names in the first column, and the numbers in the others."""
     import pandas as pd
 
@@ -116,70 +114,44 @@ def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[np.float32]
     if not isinstance(frame.index, pd.RangeIndex):
         # The header of R's tables has no word for the names.
         frame = frame.reset_index()
-    if frame.shape[1] < 2:
-        how = {"\t": ", separated by tabs,", ",": ", separated by commas,"}.get(separator or "", "")
-        msg = (
-            f"{path} has {frame.shape[1]} column: expected genes in the first one{how} and numbers "
-            "in others."
-        )
+    numbers = frame.iloc[:, 1:]
+    is_text = [name for name, kind in numbers.dtypes.items() if kind.kind not in "biuf"]
+    if numbers.empty or is_text:
+        found = f"{is_text[0]!r} holds something else" if is_text else f"the table is {frame.shape}"
+        msg = f"{path}: expected genes in the first column and numbers in all others; {found}."
         raise ValueError(msg)
-    names, numbers = clean_names(frame.iloc[:, 0]), frame.iloc[:, 1:]
-    for name, kind in numbers.dtypes.items():
-        if len(frame) and kind.kind not in "biuf":
-            msg = (
-                f"{path}: column {name!r} has {numbers[name].iloc[0]!r}, expected numbers in all "
-                "columns but the first, one number in each."
-            )
-            raise ValueError(msg)
-    return names, numbers.to_numpy(dtype=np.float32, na_value=np.nan)
+    return clean_names(frame.iloc[:, 0]), numbers.to_numpy(dtype=np.float32, na_value=np.nan)
 
 
-def _read_arrays(path: Path) -> tuple[list[str], NDArray[np.float32]]:
+def _read_arrays(path: Path) -> tuple[list[str], NDArray[Any]]:
     with np.load(path, allow_pickle=False) as file:
-        others = [name for name in file.files if name != _GENES]
-        if _GENES not in file.files or len(others) != 1:
-            msg = (
-                f"{path} has the arrays {file.files}: expected {_GENES!r}, (n,), and one other, "
-                "(n, width)."
-            )
-            raise ValueError(msg)
-        names, values = (_array(file, name, path) for name in (_GENES, others[0]))
-    if names.ndim != 1 or values.ndim != 2 or len(names) != len(values):
-        msg = (
-            f"{path}: {_GENES!r} is {names.shape} and {others[0]!r} is {values.shape}; expected (n,) "
-            "and (n, width)."
-        )
+        try:
+            arrays = dict(file)
+        except ValueError as error:
+            msg = f"{path} can't be read without unpickling ({error}): save names as np.array(names, dtype=str)."
+            raise ValueError(msg) from error
+    names = arrays.pop(_GENES, np.empty(0))
+    values = next(iter(arrays.values()), np.empty(0))
+    is_table = names.ndim == 1 and values.ndim == 2 and len(names) == len(values)
+    if len(arrays) != 1 or not is_table or values.dtype.kind not in "biuf":
+        msg = f"{path}: expected the array {_GENES!r}, (n,), and one other, of numbers, (n, width)."
         raise ValueError(msg)
-    if values.dtype.kind not in "biuf":
-        msg = f"{path}: {others[0]!r} has the type {values.dtype}, expected numbers."
-        raise ValueError(msg)
-    return clean_names(names), values.astype(np.float32)
-
-
-def _array(file: Any, name: str, path: Path) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = file[name]
-    except ValueError as error:
-        msg = (
-            f"{path}: {name!r} can't be read without unpickling ({error}). Save names as text, "
-            "np.array(names, dtype=str), and numbers as numbers."
-        )
-        raise ValueError(msg) from error
-    return array
+    return clean_names(names), values
 
 
 def _require_numbers_of_genes(names: list[str], values: NDArray[np.float32], path: Path) -> None:
-    if not names or not values.shape[1]:
-        msg = f"{path} names {len(names)} genes, with {values.shape[1]} numbers each. {_EXPECTED}"
-        raise ValueError(msg)
-    if twice := [name for name, number in Counter(names).items() if number > 1]:
-        msg = f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}."
-        raise ValueError(msg)
+    n, width = values.shape
+    twice = [name for name, number in Counter(names).items() if number > 1]
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(bad):
-        examples = [names[row] for row in bad[:3]]
-        msg = (
+    require_rules(
+        (min(n, width) > 0, f"{path} names {n} genes, with {width} numbers each. {_EXPECTED}"),
+        (
+            not twice,
+            f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}.",
+        ),
+        (
+            len(bad) == 0,
             f"{path}: numbers of {len(bad)} genes are missing, infinite or beyond float32, for "
-            f"example those of {examples}. Fill them in, or leave these genes out."
-        )
-        raise ValueError(msg)
+            f"example those of {[names[row] for row in bad[:3]]}. Fill them in, or leave them out.",
+        ),
+    )

@@ -28,17 +28,6 @@ _HUB_FILES: Final = {
     "30m": "geneformer/gene_dictionaries_30m/{}_gc30M.pkl",
     "104m": "geneformer/{}_gc104M.pkl",
 }
-#: Where a local folder may have them: as published now, at its top, or as in earlier releases.
-_LOCAL_FILES: Final = {
-    "30m": (
-        "geneformer/gene_dictionaries_30m/{}_gc30M.pkl",
-        "gene_dictionaries_30m/{}_gc30M.pkl",
-        "{}_gc30M.pkl",
-        "{}.pkl",
-        "geneformer/{}.pkl",
-    ),
-    "104m": ("geneformer/{}_gc104M.pkl", "{}_gc104M.pkl"),
-}
 #: Checksums of the tables; none are known for "104m".
 _SHA256: Final[dict[str, dict[str, str]]] = {
     "30m": {
@@ -48,8 +37,6 @@ _SHA256: Final[dict[str, dict[str, str]]] = {
     },
     "104m": {},
 }
-#: The published tables have 4 MB at most; more is not one of them.
-_MAX_BYTES: Final = 64 << 20
 _FORMATS: Final = {"f8": "d", "f4": "f", "i8": "q", "i4": "i", "i2": "h", "u8": "Q", "u4": "I"}
 _ADMITTED: Final = (
     "Only dictionaries of names and numbers are read, because a pickle can hold any program."
@@ -77,11 +64,12 @@ def load_geneformer(
         expected = _SHA256[name].get(table) if check_sha256 else None
         tables[table] = read_pickle_table(path, sha256=expected)
     tokens, medians, ids_by_name = tables.values()
-    symbols: dict[str, str] = {}
-    aliases: dict[str, str] = {}
-    for symbol, gene in ids_by_name.items():
-        if symbols.setdefault(str(gene), symbol) != symbol and gene in tokens:
-            aliases[symbol] = str(gene)
+    symbols = {str(gene): symbol for symbol, gene in reversed(ids_by_name.items())}
+    aliases = {
+        symbol: str(gene)
+        for symbol, gene in ids_by_name.items()
+        if symbols[str(gene)] != symbol and gene in tokens
+    }
     special = {key.strip("<>"): int(token) for key, token in tokens.items() if key[0] == "<"}
     genes = [gene for gene in tokens if gene[0] != "<"]
     if without := [gene for gene in genes if gene not in medians]:
@@ -101,12 +89,13 @@ def _download(name: str, table: str, revision: str | None) -> Path:
 
 
 def _find(name: str, table: str, folder: str | PathLike[str]) -> Path:
-    candidates = [local(folder) / pattern.format(table) for pattern in _LOCAL_FILES[name]]
-    for path in candidates:
-        if path.is_file():
-            return path
-    searched = ", ".join(str(path.relative_to(folder)) for path in candidates)
-    msg = f"{folder} has no {table} of the vocabulary {name!r}; looked for {searched}."
+    """Find a table anywhere in a folder, as named now, or as in earlier releases."""
+    own = Path(_HUB_FILES[name].format(table)).name
+    names = [own, f"{table}.pkl"] if name == "30m" else [own]
+    for file in names:
+        if found := sorted(local(folder).rglob(file)):
+            return found[0]
+    msg = f"{folder} has no {table} of the vocabulary {name!r}; looked for {' and '.join(names)}."
     raise FileNotFoundError(msg)
 
 
@@ -121,9 +110,6 @@ def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any
             f"{path} is not the published file: its sha256 is {found}, expected {sha256}. "
             "Download it again, or pass check_sha256=False if it is meant to differ."
         )
-        raise ValueError(msg)
-    if len(content) > _MAX_BYTES:
-        msg = f"{path} has {len(content) >> 20} MB, more than a table of genes can have."
         raise ValueError(msg)
     try:
         table = _TableReader(io.BytesIO(content)).load()
@@ -156,11 +142,8 @@ class _ScalarType:
             self.format = f">{self.format[1:]}"
 
 
-def _scalar(kind: object, content: object) -> float | int:
+def _scalar(kind: Any, content: bytes) -> float | int:
     """Stands for the function that makes numpy's scalars while a table is read."""
-    if not isinstance(kind, _ScalarType) or not isinstance(content, bytes):
-        msg = "It holds a number in an unknown form."
-        raise UnsafeTableError(msg)
     value: float | int = struct.unpack(kind.format, content)[0]
     return value
 
@@ -186,7 +169,3 @@ class _TableReader(pickle.Unpickler):
             raise UnsafeTableError(msg)
         # Wrapped anew each time, because a pickle may set attributes of what it gets.
         return lambda *arguments: stand_in(*arguments)
-
-    def persistent_load(self, pid: Any) -> Any:
-        msg = f"It asks for an outside object ({pid!r})."
-        raise UnsafeTableError(msg)

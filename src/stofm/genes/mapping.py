@@ -1,32 +1,155 @@
-"""From the names of a slice's columns to genes of a vocabulary, with a report."""
+"""Names of genes: of which kind and species they are, and which gene of a vocabulary each means."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from urllib.parse import urldefrag
 
 import numpy as np
 
-from stofm.genes.gene_ids import (
-    HUMAN_TYPES,
-    MOUSE_TYPES,
-    IdType,
-    clean_names,
-    id_type,
-    read_orthologs,
-    strip_version,
-)
+from stofm._files import local, read_text_table
+from stofm._logging import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from os import PathLike
 
     from numpy.typing import NDArray
 
     from stofm.genes.vocabulary import GeneVocabulary
+
+#: Ids such as ENSG00000000003.15 and ENSG00000002586.20_PAR_Y; ENSGR0000002586 is the old form
+#: of the latter.
+_ENSEMBL_GENE: Final = re.compile(r"(ENS(?:[A-Z]{3,4})?GR?\d{10,})(\.\d+)?(_PAR_Y)?", re.IGNORECASE)
+#: Columns of a table of orthologs.
+_MOUSE: Final = "mouse_ensembl_id"
+_HUMAN: Final = "human_ensembl_id"
+#: Missing values that a table was written and read back with.
+_MISSING: Final = frozenset({"", "nan", "NaN", "NA", "<NA>", "None"})
+
+
+class IdType(StrEnum):
+    """Kinds of gene names."""
+
+    HUMAN_ENSEMBL = "human Ensembl ids"
+    HUMAN_ENSEMBL_VERSION = "human Ensembl ids with version"
+    MOUSE_ENSEMBL = "mouse Ensembl ids"
+    MOUSE_ENSEMBL_VERSION = "mouse Ensembl ids with version"
+    OTHER_ENSEMBL = "Ensembl ids of another species"
+    TRANSCRIPT = "Ensembl transcript ids"
+    HUMAN_SYMBOL = "human symbols"
+    MOUSE_SYMBOL = "mouse symbols"
+    NUMBER = "numbers"
+    OTHER = "other names"
+    MISSING = "missing names"
+
+
+_KINDS: Final = (
+    (re.compile(""), IdType.MISSING),
+    (re.compile(r"ENS(?:[A-Z]{3,4})?T\d{10,}(\.\d+)?", re.IGNORECASE), IdType.TRANSCRIPT),
+    (re.compile(r"\d+"), IdType.NUMBER),
+    # Human symbols are upper case but for names such as C2orf74.
+    (re.compile(r"[A-Z0-9][A-Z0-9.@/-]*|C(\d+|X|Y)orf\d+[A-Z]*(-\d+)?"), IdType.HUMAN_SYMBOL),
+    # Mouse symbols have capitals as in a name (Gfap, H2-Ab1, 1700022I11Rik, mt-Nd4).
+    (re.compile(r"(mt-)?[A-Z0-9][A-Za-z0-9.()/-]*"), IdType.MOUSE_SYMBOL),
+    (re.compile(".*", re.DOTALL), IdType.OTHER),
+)
+HUMAN_TYPES: Final = frozenset(kind for kind in IdType if kind.name.startswith("HUMAN"))
+MOUSE_TYPES: Final = frozenset(kind for kind in IdType if kind.name.startswith("MOUSE"))
+ENSEMBL_TYPES: Final = frozenset(kind for kind in IdType if "ENSEMBL" in kind.name)
+SYMBOL_TYPES: Final = frozenset({IdType.HUMAN_SYMBOL, IdType.MOUSE_SYMBOL})
+
+
+def clean_names(names: Iterable[Any]) -> list[str]:
+    """Return `names` as stripped strings, ``""`` where a value is missing (None, NaN, or their text)."""
+    return [_clean_name(name) for name in names]
+
+
+def _clean_name(name: Any) -> str:
+    if isinstance(name, bytes):
+        name = name.decode()
+    if isinstance(name, int | np.integer):
+        name = str(name)
+    text = name.strip() if isinstance(name, str) else ""
+    return "" if text in _MISSING else text
+
+
+def strip_version(name: str) -> str:
+    """Return an Ensembl gene id in capitals and without version; other names as they are."""
+    match = _ENSEMBL_GENE.fullmatch(name)
+    return match[1].upper() if match else name
+
+
+def id_type(name: str) -> IdType:
+    """Return what kind of gene name `name` is."""
+    if match := _ENSEMBL_GENE.fullmatch(name):
+        species = re.match("ENS(MUS)?G", match[1].upper())
+        if species is None:
+            return IdType.OTHER_ENSEMBL
+        version = "_VERSION" if match[2] or match[3] else ""
+        return IdType[f"{'MOUSE' if species[1] else 'HUMAN'}_ENSEMBL{version}"]
+    return next(kind for pattern, kind in _KINDS if pattern.fullmatch(name))
+
+
+def read_orthologs(source: Mapping[str, str] | str | PathLike[str]) -> dict[str, str]:
+    """Return mouse Ensembl ids and their human orthologs, without versions.
+
+    Parameters
+    ----------
+    source
+        One of: a mapping of mouse to human ids; the path of a table (plain or gzip, separated by
+        tabs) with the columns ``mouse_ensembl_id`` and ``human_ensembl_id``; the http(s) or ftp
+        address of such a table, which is downloaded once and kept in the user's cache. An
+        address may end in ``#sha256=...``; the file must then have this checksum. Otherwise the
+        checksum found is logged.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no file at the path.
+    ValueError
+        The table lacks a column, or the checksum differs.
+    """
+    if isinstance(source, Mapping):
+        pairs = dict(source)
+    else:
+        is_remote = str(source).startswith(("http://", "https://", "ftp://"))
+        pairs = _read_pairs(_download(str(source)) if is_remote else local(source))
+    return {strip_version(mouse): strip_version(human) for mouse, human in pairs.items()}
+
+
+def _download(address: str) -> Path:
+    import pooch
+
+    url, fragment = urldefrag(address)
+    known = f"sha256:{fragment.removeprefix('sha256=').lower()}" if fragment else None
+    path = Path(pooch.retrieve(url, known_hash=known, path=pooch.os_cache("stofm")))
+    if known is None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        logger.info("ortholog table %s has sha256 %s", url, found)
+    return path
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    table = read_text_table(path, "ortholog table")
+    if not {_MOUSE, _HUMAN} <= set(table):
+        msg = (
+            f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
+            f"separated by tabs, found {list(table)}."
+        )
+        raise ValueError(msg)
+    pairs = table[[_MOUSE, _HUMAN]].dropna()
+    return dict(zip(pairs[_MOUSE], pairs[_HUMAN], strict=True))
+
+
+# Genes of a vocabulary
 
 Species = Literal["auto", "human", "mouse"]
 
@@ -39,11 +162,8 @@ MIN_SHARE: Final = 0.02
 #: 0.90. Slices of the benchmark have up to 0.28 (mitochondrial and ribosomal RNA).
 MOST_UNKNOWN: Final = 0.4
 #: Share of the counts in columns beyond the first of their gene from which on they may be no genes:
-#: paralogs of mice that are one human gene have up to 0.01 in slices of the benchmark, and
-#: antibodies often more than RNA. In columns before the last, which antibodies can be too, the
-#: genes themselves have up to 0.02 there, and a gene of a small panel has more.
-_MOST_BEYOND_FIRST: Final = 0.03
-_MOST_BEFORE_LAST: Final = 0.2
+#: paralogs of mice that are one human gene have up to 0.01 in slices of the benchmark.
+MOST_REPEATED: Final = 0.03
 #: A second species is named in the report from this share of the ids on.
 _MIXED_SHARE: Final = 0.1
 _N_EXAMPLES: Final = 3
@@ -52,19 +172,11 @@ _ADVICE: Final = (
     "('human' or 'mouse'), or `orthologs` to translate mouse Ensembl ids; genes of other species "
     "must be translated to human ones first."
 )
+
+
 #: Names that are looked at to give advice, and what stands between parts of a name.
 _SAMPLE: Final = 2000
-_SEPARATORS: Final = ("_", ":", "|", "-", " ", "/")
-#: Parts of names that say that it is no gene, although one is named.
-_OTHER: Final = re.compile(r"adt|hto|prot(ein)?|ab|antibody|totalseq\w*", re.IGNORECASE)
-#: What a spreadsheet makes of MARCH1, SEPT7 and DEC1, and how it numbers days.
-_DATE: Final = re.compile(
-    r"\d{1,2}[-/. ](mar|sep|dec)\w*|(mar|sep|dec)\w*[-/. ]\d{1,2}"
-    r"|\d{4}-(03|09|12)-\d\d( 00:00:00)?|\d{1,2}/\d{1,2}/\d{2,4}",
-    re.IGNORECASE,
-)
-_FIRST_DAY: Final = date(1899, 12, 30)
-_MONTHS: Final = (3, 9, 12)
+_SEPARATORS: Final = "_:|- /"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +195,6 @@ class GeneMapping:
         ``"human"``, ``"mouse"``, ``"human and mouse"`` or ``"unknown"``.
     id_types
         Kinds of names and how many columns have each, the most frequent first.
-    routes
-        How many columns were found by ``"id"``, ``"alias"``, ``"ortholog"``, ``"symbol"`` or
-        ``"case"`` (the symbol in capitals).
     names
         Name of each column that the report shows.
     counts_per_gene
@@ -98,7 +207,6 @@ class GeneMapping:
     token_id: NDArray[np.int32]
     species: str
     id_types: Mapping[str, int]
-    routes: Mapping[str, int]
     names: Sequence[str]
     counts_per_gene: NDArray[Any] | None
 
@@ -126,21 +234,13 @@ class GeneMapping:
         return float(kept / self.counts_per_gene.sum())
 
     @property
-    def lost(self) -> list[str]:
-        """Names that were not found."""
-        return [self.names[row] for row in self._lost_rows()]
-
-    @property
     def unmatched(self) -> tuple[str, ...]:
         """Up to three names that were not found, those with most counts first."""
-        rows = self._lost_rows()
+        rows: list[int] = np.flatnonzero(self.gene_index < 0).tolist()
+        rows = [row for row in rows if self.names[row]]
         if self.counts_per_gene is not None:
             rows.sort(key=(-self.counts_per_gene).__getitem__)
         return tuple(self.names[row] for row in rows[:_N_EXAMPLES])
-
-    def _lost_rows(self) -> list[int]:
-        rows: list[int] = np.flatnonzero(self.gene_index < 0).tolist()
-        return [row for row in rows if self.names[row]]
 
     def summary(self) -> str:
         """Return the report as one line."""
@@ -227,84 +327,42 @@ def map_gene_ids(
     if len(second) != len(names):
         msg = f"There are {len(names)} ids, but {len(second)} fallback ids."
         raise ValueError(msg)
-    if counts_per_gene is not None and np.shape(counts_per_gene) != (len(names),):
-        msg = f"There are {len(names)} ids, but counts_per_gene is {np.shape(counts_per_gene)}."
-        raise ValueError(msg)
-    tables = _lookup_tables(vocabulary, species, orthologs)
-    found = [
-        _look_up(name, tables, species) or _look_up(other, tables, species) or (-1, "")
+    pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
+    rows = vocabulary.rows_by_symbol | vocabulary.rows_by_alias | vocabulary.rows_by_id
+    rows = {mouse: rows[human] for mouse, human in pairs.items() if human in rows} | rows
+
+    def look_up(name: str) -> int:
+        row = rows.get(strip_version(name), -1)
+        if row >= 0 or species == "human":
+            return row
+        may_be_mouse = species == "mouse" or id_type(name) is IdType.MOUSE_SYMBOL
+        return rows.get(name.upper(), -1) if may_be_mouse else -1
+
+    found = (
+        row if (row := look_up(name)) >= 0 else look_up(other)
         for name, other in zip(names, second, strict=True)
-    ]
+    )
+    index = np.fromiter(found, dtype=np.int64, count=len(names))
     shown = [name or other for name, other in zip(names, second, strict=True)]
     types = Counter(id_type(name) for name in shown)
-    index = np.array([row for row, _ in found], dtype=np.int64)
     return GeneMapping(
         gene_index=index,
         gene_id=np.where(index >= 0, vocabulary.gene_ids[index], ""),
         token_id=np.where(index >= 0, vocabulary.tokens[index], -1).astype(np.int32),
         species=_main_species(types),
         id_types={kind.value: number for kind, number in types.most_common()},
-        routes=dict(Counter(route for _, route in found if route).most_common()),
         names=shown,
         counts_per_gene=counts_per_gene,
     )
 
 
-def counts_of_shared_genes(
+def counts_of_repeated_genes(
     genes: NDArray[np.integer], counts: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], Literal["first", "last"]]:
-    """Counts of columns that share their gene with another, if there are too many for genes.
-
-    Returns the counts of the columns that may be no genes, (n_vars,), 0 in all others, and which
-    column of each gene is not one of them.
-    """
-    beyond_first = np.where(_stand_again(genes), counts, 0.0)
-    before_last = np.where(_stand_again(genes[::-1])[::-1], counts, 0.0)
-    after, before = beyond_first.sum(), before_last.sum()
-    is_much = after > _MOST_BEYOND_FIRST * counts.sum() or before > _MOST_BEFORE_LAST * counts.sum()
-    if not is_much:
-        return np.zeros_like(counts), "first"
-    return (beyond_first, "first") if after >= before else (before_last, "last")
-
-
-def _stand_again(genes: NDArray[np.integer]) -> NDArray[np.bool_]:
-    again = genes >= 0
-    again[np.unique(genes, return_index=True)[1]] = False
-    return again
-
-
-def _lookup_tables(
-    vocabulary: GeneVocabulary,
-    species: Species,
-    orthologs: Mapping[str, str] | str | PathLike[str] | None,
-) -> dict[str, Mapping[str, int]]:
-    rows = vocabulary.rows_by_id
-    pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
-    return {
-        "id": rows,
-        "alias": vocabulary.rows_by_alias,
-        "ortholog": {mouse: rows[human] for mouse, human in pairs.items() if human in rows},
-        "symbol": vocabulary.rows_by_symbol,
-    }
-
-
-def _look_up(
-    name: str, tables: Mapping[str, Mapping[str, int]], species: Species
-) -> tuple[int, str] | None:
-    if not name:
-        return None
-    bare = strip_version(name)
-    for route, rows in tables.items():
-        if bare in rows:
-            return rows[bare], route
-    may_be_mouse = species == "mouse" or (
-        species == "auto" and id_type(name) is IdType.MOUSE_SYMBOL
-    )
-    if not may_be_mouse:
-        return None
-    capitals = name.upper()
-    row = tables["symbol"].get(capitals, tables["alias"].get(capitals))
-    return None if row is None else (row, "case")
+) -> NDArray[np.float64]:
+    """Counts of the columns whose gene, not negative, another column before them has; 0 elsewhere."""
+    is_repeated = genes >= 0
+    is_repeated[np.unique(genes, return_index=True)[1]] = False
+    return np.where(is_repeated, counts, 0.0)
 
 
 def _main_species(types: Mapping[IdType, int]) -> str:
@@ -323,53 +381,12 @@ def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: st
     `where` is what holds the names, as code: ``"adata.var_names"``.
     """
     kept = [name for name in names if name][:_SAMPLE]
-    best, advice = len(kept) / 2, ""
-    for changed, description, code in _changes(kept):
+    changes = {"upper()": [name.upper() for name in kept]}
+    for sign in _SEPARATORS:
+        for place in (0, -1):
+            changes[f"split({sign!r}).str[{place}]"] = [name.split(sign)[place] for name in kept]
+    for code, changed in changes.items():
         n_found = map_gene_ids(changed, vocabulary).n_matched
-        if n_found > best or (n_found == best > 0 and not advice):
-            best = n_found
-            advice = (
-                f"{n_found} of {len(kept)} names {description} are found, such as {changed[0]!r} "
-                f"for {kept[0]!r}: {where} = {where}.str.{code}"
-            )
-    return advice
-
-
-def _changes(names: Sequence[str]) -> Iterator[tuple[list[str], str, str]]:
-    """Changed names, what was done to them, and the method of ``.str`` that does it."""
-    if not names:
-        return
-    yield [name.upper() for name in names], "in capitals", "upper()"
-    for separator in _SEPARATORS:
-        split = [name.partition(separator)[::2] for name in names if separator in name]
-        if 2 * len(split) < len(names):
-            continue
-        yield from _without_prefix(names, separator)
-        if not any(_OTHER.fullmatch(part) or part.isdigit() for parts in split for part in parts):
-            first = [name.split(separator)[0] for name in names]
-            last = [name.split(separator)[-1] for name in names]
-            yield first, f"up to {separator!r}", f"split({separator!r}).str[0]"
-            yield last, f"after the last {separator!r}", f"split({separator!r}).str[-1]"
-
-
-def _without_prefix(names: Sequence[str], separator: str) -> Iterator[tuple[list[str], str, str]]:
-    """Names without the prefix that at least half of them share."""
-    pattern = re.compile(rf"[^{re.escape(separator)}]+{re.escape(separator)}+")
-    found = (pattern.match(name) for name in names)
-    prefix, number = Counter(match[0] if match else "" for match in found).most_common(1)[0]
-    if prefix and 2 * number >= len(names) and not _OTHER.fullmatch(prefix.rstrip(separator)):
-        changed = [name.removeprefix(prefix) for name in names]
-        yield changed, f"without the prefix {prefix!r}", f"removeprefix({prefix!r})"
-
-
-def spreadsheet_dates(names: Sequence[str]) -> list[str]:
-    """Names that a spreadsheet turned into dates, such as 1-Mar or 43525 for MARCH1.
-
-    Numbers are taken for days only if all of them can be.
-    """
-    numbers = [name for name in names if name.isdecimal()]
-    are_days = all(
-        len(name) == 5 and (_FIRST_DAY + timedelta(days=int(name))).month in _MONTHS
-        for name in numbers
-    )
-    return [name for name in names if _DATE.fullmatch(name) or (are_days and name.isdecimal())]
+        if 2 * n_found >= max(len(kept), 1):
+            return f"{n_found} of {len(kept)} names are found after {where} = {where}.str.{code}."
+    return ""

@@ -1,22 +1,26 @@
-"""Counts of a cell to its gene tokens, most characteristic gene first."""
+"""Counts of a cell to its gene tokens, the most characteristic gene first."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from scipy import sparse
 
+from stofm._config import require_rules
+from stofm._digests import fingerprint
 from stofm.genes.compressed import require_sound
-from stofm.genes.ranked_tokens import RankedTokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+#: Rows of a matrix of tokens that are checked at once.
+_ROWS_AT_ONCE: Final = 1 << 14
 #: Stored entries that are ranked at once: keys and their padded copy stay near 15 MB.
 _BLOCK_ENTRIES: Final = 1 << 18
 #: numpy sorts and gathers outside the interpreter's lock; each thread holds one block.
@@ -28,8 +32,156 @@ _LENGTH_SLACK: Final = 8
 _NO_GENE: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 #: Values are those of a cell scaled to so many counts.
 _TARGET_SUM: Final = 10_000
-#: Totals given may fall short of a row's sum by rounding.
-_TOTAL_TOLERANCE: Final = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTokens:
+    """Gene tokens of many cells, one after another.
+
+    Attributes
+    ----------
+    tokens
+        (n_tokens_in_all,) int32, cell after cell, in the order of rank.
+    offsets
+        (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
+    values
+        (n_tokens_in_all,) float32 value of each token: count / total count of the cell x 10,000
+        / median of the gene. None where only the order was asked for.
+    """
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    values: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        rising = bool((np.diff(self.offsets) >= 0).all())
+        if not rising or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            msg = "offsets must rise from 0 to the number of tokens."
+            raise ValueError(msg)
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> NDArray[np.int32]:
+        """(n_cells,) number of tokens of each cell."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def to_csr(self, max_tokens: int) -> sparse.csr_matrix:
+        """Return the tokens as an int32 matrix, (n_cells, max_tokens).
+
+        Row c holds the cell's tokens in its first columns, in order; no token is 0 (the
+        padding token), so the matrix loses none. No cell may have more than `max_tokens` tokens.
+        """
+        return self._csr(self.tokens, max_tokens)
+
+    def values_to_csr(self, max_tokens: int) -> sparse.csr_matrix:
+        """Return the values as a float32 matrix with the places of :meth:`to_csr`."""
+        return self._csr(self.values, max_tokens)
+
+    def _csr(self, entries: Any, max_tokens: int) -> sparse.csr_matrix:
+        index_dtype = np.int32 if len(entries) <= np.iinfo(np.int32).max else np.int64
+        offsets = self.offsets.astype(index_dtype)
+        columns: NDArray[Any] = np.arange(len(entries), dtype=index_dtype)
+        columns -= np.repeat(offsets[:-1], np.diff(offsets))
+        return sparse.csr_matrix((entries, columns, offsets), shape=(self.n_cells, max_tokens))
+
+    @classmethod
+    def from_csr(cls, matrix: Any) -> RankedTokens:
+        """Read back what :meth:`to_csr` gave, from any sparse matrix of that content.
+
+        Raises
+        ------
+        ValueError
+            A row has a gap, so it does not hold tokens in order of rank; an entry is no positive
+            integer, or an index is out of range.
+        """
+        entries, offsets = _entries_in_order(matrix)
+        if entries.dtype.kind not in "iu" or (len(entries) and entries.min() < 1):
+            msg = (
+                f"Tokens must be positive integers, found the type {entries.dtype} and "
+                f"{entries.min(initial=1):g} as the smallest; they were not made by stofm."
+            )
+            raise ValueError(msg)
+        return cls(tokens=entries.astype(np.int32, copy=False), offsets=offsets)
+
+    def with_values(self, matrix: Any) -> RankedTokens:
+        """Add the values that :meth:`values_to_csr` gave, from any sparse matrix of that content.
+
+        Raises
+        ------
+        ValueError
+            The matrix has its entries in other places than the tokens, or one is negative, NaN or
+            infinite.
+        """
+        entries, offsets = _entries_in_order(matrix)
+        is_sound = (np.isfinite(entries) & (entries >= 0)).all()
+        if not is_sound or not np.array_equal(offsets, self.offsets):
+            msg = (
+                "Values of tokens are negative, NaN or infinite, or are in other places than the "
+                "tokens. Make both anew."
+            )
+            raise ValueError(msg)
+        return replace(self, values=entries.astype(np.float32, copy=False))
+
+    def without_values(self) -> RankedTokens:
+        """Return the same tokens without values."""
+        return self if self.values is None else replace(self, values=None)
+
+    def head(self, max_tokens: int) -> RankedTokens:
+        """Return the first `max_tokens` tokens of each cell, with their values if there are any."""
+        lengths = np.diff(self.offsets)
+        if int(lengths.max(initial=0)) <= max_tokens:
+            return self
+        place = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], lengths)
+        is_kept = place < max_tokens
+        return RankedTokens(
+            tokens=self.tokens[is_kept],
+            offsets=np.concatenate([[0], np.cumsum(np.minimum(lengths, max_tokens))]),
+            values=None if self.values is None else self.values[is_kept],
+        )
+
+    def equals(self, other: RankedTokens) -> bool:
+        """Whether all cells have the same tokens in the same order, and the same values if any."""
+        return self.digest == other.digest
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits over all cells' tokens, and their values if there are any."""
+        parts = (self.offsets, self.tokens, self.values)
+        return fingerprint(*(part for part in parts if part is not None))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[RankedTokens]) -> RankedTokens:
+        """Join the cells of `parts`, in order; all of them have values, or none."""
+        lengths = [np.diff(part.offsets) for part in parts]
+        values = [part.values for part in parts if part.values is not None]
+        return cls(
+            tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+            offsets=np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64),
+            values=np.concatenate(values) if values else None,
+        )
+
+
+def _entries_in_order(matrix: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return a sparse matrix's entries row after row, and where each row starts."""
+    require_sound(matrix, "The matrix of tokens")
+    rows = sparse.csr_matrix(matrix)
+    if not rows.has_sorted_indices:
+        rows = rows.sorted_indices()
+    offsets = rows.indptr.astype(np.int64)
+    for start in range(0, len(offsets) - 1, _ROWS_AT_ONCE):
+        own = offsets[start : start + _ROWS_AT_ONCE + 1]
+        places = np.arange(own[0], own[-1]) - np.repeat(own[:-1], np.diff(own))
+        if not np.array_equal(rows.indices[own[0] : own[-1]], places):
+            msg = "The matrix has empty places between tokens; it was not made by stofm."
+            raise ValueError(msg)
+    return rows.data, offsets
+
+
+# Ranking
 
 
 def rank_genes(
@@ -77,72 +229,59 @@ def rank_genes(
     Raises
     ------
     ValueError
-        Sizes or indices do not fit, a count is negative, a median of a known gene is not positive, or a
-        total is smaller than the sum of the cell's counts.
+        Sizes or indices do not fit, a count is negative, or a median of a known gene is not positive.
     """
-    counts = _canonical(counts)
-    tokens = np.asarray(token_ids).astype(np.int64)
-    _check(counts.shape[1], tokens, np.asarray(medians), max_tokens, duplicates)
-    if totals is not None:
-        totals = np.asarray(totals, dtype=np.float64)
-        if totals.shape != counts.shape[:1]:
-            msg = (
-                f"The counts have {counts.shape[0]} rows, but totals has shape {totals.shape}; "
-                "pass one per cell."
-            )
-            raise ValueError(msg)
-    divisors = np.where(tokens >= 0, medians, np.inf)
-    # Columns whose token another column has too.
-    shared = (tokens >= 0) & (
-        np.bincount(tokens[tokens >= 0], minlength=1)[np.maximum(tokens, 0)] > 1
+    require_sound(counts, "The matrix of counts")
+    counts = sparse.csr_matrix(counts)
+    if not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
+    tokens, medians = np.asarray(token_ids).astype(np.int64), np.asarray(medians)
+    n_cells, n_vars = counts.shape
+    totals = None if totals is None else np.asarray(totals, dtype=np.float64)
+    known = medians[tokens >= 0] if tokens.shape == medians.shape else np.empty(0)
+    require_rules(
+        (
+            tokens.shape == medians.shape == (n_vars,),
+            f"The counts have {n_vars} columns, but token_ids has shape {tokens.shape} and medians "
+            f"{medians.shape}; pass one token and one median per column.",
+        ),
+        (
+            totals is None or totals.shape == (n_cells,),
+            f"The counts have {n_cells} rows, but totals has shape {getattr(totals, 'shape', ())}; pass one per "
+            "cell.",
+        ),
+        (
+            bool((np.isfinite(known) & (known > 0)).all()),
+            "The medians of genes with a token must be positive and finite.",
+        ),
+        (
+            duplicates in ("sum", "keep"),
+            f"duplicates must be 'sum' or 'keep', found {duplicates!r}.",
+        ),
+        (max_tokens >= 1, f"max_tokens must be at least 1, found {max_tokens}."),
     )
+    divisors = np.where(tokens >= 0, medians, np.inf)
+    columns = np.flatnonzero(tokens >= 0)
+    genes, first, local = np.unique(tokens[columns], return_index=True, return_inverse=True)
+    sums = None
+    if duplicates == "sum" and len(genes) < len(columns):
+        # Multiplied from the right it sums the columns of each gene.
+        entries = (np.ones(len(columns)), (columns, local))
+        sums = sparse.csr_matrix(entries, shape=(n_vars, len(genes)))
+        tokens, divisors = genes, divisors[columns][first]
 
     def rank(start_and_block: tuple[int, sparse.csr_matrix]) -> RankedTokens:
         start, block = start_and_block
-        found = _defined_counts(block)
-        scale = _scale_of_cells(block, found, start, totals) if values else None
-        if duplicates == "sum" and shared.any():
-            found = _sum_shared_columns(block, found, tokens, shared)
-        return _rank_block(block, found, tokens, divisors, max_tokens, scale)
+        block = _defined(block)
+        scale = _scale_of_cells(block, start, totals) if values else None
+        if sums is not None:
+            block = sparse.csr_matrix(block @ sums)
+        return _rank_block(block, tokens, divisors, max_tokens, scale)
 
     with ThreadPoolExecutor(_N_THREADS) as threads:
         parts = list(threads.map(rank, _row_blocks(counts)))
     return RankedTokens.concatenate(parts)
-
-
-def _canonical(counts: Any) -> sparse.csr_matrix:
-    require_sound(counts, "The matrix of counts")
-    matrix = sparse.csr_matrix(counts)
-    if matrix.has_canonical_format:
-        return matrix
-    matrix = matrix.copy()
-    matrix.sum_duplicates()
-    return matrix
-
-
-def _check(
-    n_vars: int,
-    token_ids: NDArray[np.int64],
-    medians: NDArray[Any],
-    max_tokens: int,
-    duplicates: str,
-) -> None:
-    if duplicates not in ("sum", "keep"):
-        msg = f"duplicates must be 'sum' or 'keep', found {duplicates!r}."
-        raise ValueError(msg)
-    if token_ids.shape != (n_vars,) or medians.shape != (n_vars,):
-        msg = (
-            f"The counts have {n_vars} columns, but token_ids has shape {token_ids.shape} and "
-            f"medians {medians.shape}; pass one token and one median per column."
-        )
-        raise ValueError(msg)
-    known = medians[token_ids >= 0]
-    if not (np.isfinite(known) & (known > 0)).all():
-        msg = "The medians of genes with a token must be positive and finite."
-        raise ValueError(msg)
-    if max_tokens < 1:
-        msg = f"max_tokens must be at least 1, found {max_tokens}."
-        raise ValueError(msg)
 
 
 def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_matrix]]:
@@ -165,8 +304,8 @@ def _row_blocks(counts: sparse.csr_matrix) -> Iterator[tuple[int, sparse.csr_mat
         start = stop
 
 
-def _defined_counts(block: sparse.csr_matrix) -> NDArray[Any]:
-    """Return the stored counts, with 0 in every cell that holds NaN or infinity.
+def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Return the counts with 0 in every cell that holds NaN or infinity.
 
     DISCREPANCY: the reference implementation divides by a total of NaN or 0 and then emits every
     gene of the vocabulary for such a cell; here it has no genes.
@@ -176,34 +315,22 @@ def _defined_counts(block: sparse.csr_matrix) -> NDArray[Any]:
         msg = "Counts must not be negative."
         raise ValueError(msg)
     if values.dtype.kind != "f" or np.isfinite(values).all():
-        return values
+        return block
     rows = _rows_of_entries(block)
     undefined = np.zeros(block.shape[0], dtype=bool)
     undefined[rows[~np.isfinite(values)]] = True
-    return np.where(undefined[rows], 0, values)
+    defined = np.where(undefined[rows], 0, values)
+    return sparse.csr_matrix((defined, block.indices, block.indptr), block.shape)
 
 
 def _scale_of_cells(
-    block: sparse.csr_matrix,
-    values: NDArray[Any],
-    start: int,
-    totals: NDArray[np.floating] | None,
+    block: sparse.csr_matrix, start: int, totals: NDArray[np.floating] | None
 ) -> NDArray[np.float64]:
     """Return 10,000 / total count of each cell of a block; 0 for a cell without counts."""
     n_cells = block.shape[0]
     # Integers add up exactly in float64, whatever the order of columns.
-    sums = np.bincount(_rows_of_entries(block), weights=values, minlength=n_cells)
-    found: NDArray[Any] = sums
-    if totals is not None:
-        found = totals[start : start + n_cells]
-        # Written so that NaN is refused too.
-        bad = np.flatnonzero((sums > 0) & ~(found >= sums * (1 - _TOTAL_TOLERANCE)))
-        if len(bad):
-            msg = (
-                f"totals[{start + bad[0]}] is {found[bad[0]]:g}, and the counts of that cell sum "
-                f"to {sums[bad[0]]:g}; a total is over all columns, so it can't be smaller."
-            )
-            raise ValueError(msg)
+    sums = np.bincount(_rows_of_entries(block), weights=block.data, minlength=n_cells)
+    found: Any = sums if totals is None else totals[start : start + n_cells]
     scale = np.zeros(n_cells)
     np.divide(_TARGET_SUM, found, out=scale, where=sums > 0)
     return scale
@@ -213,38 +340,15 @@ def _rows_of_entries(block: sparse.csr_matrix) -> NDArray[np.int64]:
     return np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
 
 
-def _sum_shared_columns(
-    block: sparse.csr_matrix,
-    values: NDArray[Any],
-    token_ids: NDArray[np.int64],
-    shared: NDArray[np.bool_],
-) -> NDArray[np.float64]:
-    """Give the first entry of each cell and gene the gene's sum, and the others 0."""
-    affected = np.flatnonzero(shared[block.indices])
-    summed = values.astype(np.float64)
-    if not len(affected):
-        return summed
-    rows = np.searchsorted(block.indptr, affected, side="right") - 1
-    tokens = token_ids[block.indices[affected]]
-    order = np.lexsort((tokens, rows))
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = (np.diff(rows[order]) != 0) | (np.diff(tokens[order]) != 0)
-    sums = np.add.reduceat(summed[affected[order]], np.flatnonzero(is_first))
-    summed[affected] = 0
-    summed[affected[order[is_first]]] = sums
-    return summed
-
-
 def _rank_block(
     block: sparse.csr_matrix,
-    values: NDArray[Any],
     token_ids: NDArray[np.int64],
     divisors: NDArray[np.float64],
     max_tokens: int,
     scale: NDArray[np.float64] | None,
 ) -> RankedTokens:
     token_mask = np.uint64((1 << int(token_ids.max(initial=0)).bit_length()) - 1)
-    keys = _sort_keys(block, values, token_ids, divisors, token_mask)
+    keys = _sort_keys(block, token_ids, divisors, token_mask)
     lengths = np.diff(block.indptr)
     n_tokens = np.zeros(block.shape[0], dtype=np.int64)
     ranked = []
@@ -272,7 +376,6 @@ def _rank_block(
 
 def _sort_keys(
     block: sparse.csr_matrix,
-    values: NDArray[Any],
     token_ids: NDArray[np.int64],
     divisors: NDArray[np.float64],
     token_mask: np.uint64,
@@ -283,8 +386,8 @@ def _sort_keys(
     bits (17 of 52 for a vocabulary of 100,000 genes) make room for the token, which decides
     between equal values. A key more than there are entries stands for padding.
     """
-    ratios = np.zeros(len(values) + 1)
-    np.divide(values, divisors[block.indices], out=ratios[:-1])
+    ratios = np.zeros(len(block.data) + 1)
+    np.divide(block.data, divisors[block.indices], out=ratios[:-1])
     ratios += 0.0  # turns -0.0, whose sign bit would rank it first, into 0.0
     keys = ratios.view(np.uint64)
     np.invert(keys, out=keys)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from stofm._files import local, put_in_place
-from stofm.genes.gene_ids import read_cells
+from stofm._config import require_rules
+from stofm._files import local, put_in_place, read_text_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 _COLUMNS: Final = ("token", "gene_id", "symbol", "median", "aliases")
 #: Column names of plain copies of Geneformer's dictionaries, and ours for them.
 _OTHER_NAMES: Final = {"token_id": "token", "ensembl_id": "gene_id"}
-_LARGEST_TOKEN: Final = 2**31 - 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,31 +61,28 @@ class GeneVocabulary:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {len(self.gene_ids), len(self.symbols), len(self.tokens), len(self.medians)}
-        if len(sizes) != 1:
-            msg = f"gene_ids, symbols, tokens and medians differ in length: {sorted(sizes)}."
-            raise ValueError(msg)
-        if not len(self.gene_ids):
-            msg = "A vocabulary needs at least one gene."
-            raise ValueError(msg)
-        if not {"pad", "mask", "cls"} <= set(self.special) or self.special["pad"] != 0:
-            msg = (
-                "A vocabulary needs the special tokens pad (0), mask and cls, "
-                f"found {dict(self.special)}."
-            )
-            raise ValueError(msg)
-        _require_unique("gene ids", self.gene_ids.tolist())
-        _require_unique("tokens", [*self.tokens.tolist(), *self.special.values()])
-        if (self.tokens < 0).any():
-            msg = "Tokens must not be negative."
-            raise ValueError(msg)
-        bad = ~(np.isfinite(self.medians) & (self.medians > 0))
-        if bad.any():
-            msg = (
-                f"Medians must be positive and finite; {int(bad.sum())} are not, "
-                f"for example that of {self.gene_ids[bad][0]}."
-            )
-            raise ValueError(msg)
+        n, special = self.n_genes, self.special
+        is_bad = ~(np.isfinite(self.medians) & (self.medians > 0))
+        all_tokens = [*self.tokens.tolist(), *special.values()]
+        require_rules(
+            (
+                n > 0 and {len(self.symbols), len(self.tokens), len(self.medians)} == {n},
+                "gene_ids, symbols, tokens and medians must have one length, at least 1.",
+            ),
+            (
+                {"pad", "mask", "cls"} <= set(special) and special["pad"] == 0,
+                f"A vocabulary needs the special tokens pad (0), mask and cls, found {dict(special)}.",
+            ),
+            (len(set(self.gene_ids.tolist())) == n, "The gene ids must be unique."),
+            (
+                len(set(all_tokens)) == len(all_tokens) and min(all_tokens, default=0) >= 0,
+                "The tokens must be unique and not negative.",
+            ),
+            (
+                not is_bad.any(),
+                f"Medians must be positive and finite; {int(is_bad.sum())} are not.",
+            ),
+        )
 
     def __repr__(self) -> str:
         return (
@@ -168,10 +163,11 @@ class GeneVocabulary:
         ValueError
             The header is not one of these, or a row is not valid.
         """
-        genes = _read_genes(local(path))
         try:
-            return cls(**arranged(*genes))
-        except ValueError as error:
+            return cls(**arranged(*_read_genes(local(path))))
+        except (ValueError, OverflowError) as error:
+            if str(error).startswith(str(path)):
+                raise
             msg = f"{path}: {error}"
             raise ValueError(msg) from error
 
@@ -293,13 +289,6 @@ def embedded_vocabulary() -> GeneVocabulary:
         return GeneVocabulary.from_tsv(path)
 
 
-def _require_unique(what: str, values: list[Any]) -> None:
-    repeated = sorted(value for value, number in Counter(values).items() if number > 1)
-    if repeated:
-        msg = f"The {what} of a vocabulary must be unique; {repeated[:3]} occur more than once."
-        raise ValueError(msg)
-
-
 def arranged(
     genes: list[tuple[str, str, int, float]], special: dict[str, int], aliases: dict[str, str]
 ) -> dict[str, Any]:
@@ -322,63 +311,40 @@ def _read_genes(
     path: Path,
 ) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
     """Read a table's genes, its special tokens and its aliases."""
-    genes: list[tuple[str, str, int, float]] = []
-    special: dict[str, int] = {}
-    aliases: dict[str, str] = {}
-    header, *lines = read_cells(path, "vocabulary table") or [[""]]
-    columns = [_OTHER_NAMES.get(name, name) for name in header]
+    table = read_text_table(path, "vocabulary table")
+    columns = table.fillna("").rename(columns=_OTHER_NAMES).to_dict("list")
     if not {"token", "gene_id", "median"} <= set(columns):
         msg = (
             f"{path} is not a vocabulary table: expected the columns {list(_COLUMNS)} "
-            f"(or token_id, ensembl_id, median, symbol), found {header}."
+            f"(or token_id, ensembl_id, median, symbol), found {list(table)}."
         )
         raise ValueError(msg)
-    for number, cells in enumerate(lines, start=2):
-        where = f"{path}, line {number}"
-        if len(cells) != len(columns):
-            msg = f"{where}: expected {len(columns)} cells, found {len(cells)}."
-            raise ValueError(msg)
-        row = dict(zip(columns, cells, strict=True))
-        gene, token, median = row["gene_id"], *_numbers(row, where)
+    nothing = [""] * len(table)
+    rows = zip(*(columns.get(name, nothing) for name in _COLUMNS), strict=True)
+    genes: list[tuple[str, str, int, float]] = []
+    special: dict[str, int] = {}
+    aliases: dict[str, str] = {}
+    for token, gene, symbol, median, others in rows:
         if gene.startswith("<"):
-            special[gene.strip("<>")] = token
+            special[gene.strip("<>")] = int(token)
             continue
-        if median is None:
-            msg = f"{where}: the gene {gene} has no median."
-            raise ValueError(msg)
-        genes.append((gene, row.get("symbol", ""), token, median))
-        names = row.get("aliases", "")
-        aliases.update(dict.fromkeys(names.split("|"), gene) if names else {})
+        genes.append((gene, symbol, int(token), float(median)))
+        aliases |= dict.fromkeys(filter(None, others.split("|")), gene)
     return genes, special, aliases
-
-
-def _numbers(row: dict[str, str], where: str) -> tuple[int, float | None]:
-    """Token and median of a row."""
-    try:
-        token, median = int(row["token"]), float(row["median"]) if row["median"] else None
-    except ValueError:
-        msg = f"{where}: token or median is not a number: {row}."
-        raise ValueError(msg) from None
-    if not 0 <= token <= _LARGEST_TOKEN:
-        msg = f"{where}: tokens are from 0 to {_LARGEST_TOKEN}, found {token}."
-        raise ValueError(msg)
-    return token, median
 
 
 def _lines(vocabulary: GeneVocabulary) -> list[str]:
     """Lines of the table of a vocabulary, the header first."""
-    names: dict[str, list[str]] = {}
+    names = [*vocabulary.gene_ids.tolist(), *vocabulary.symbols.tolist(), *vocabulary.aliases]
+    bad = [name for name in names if set(name) & set("\t\n\r")]
+    if bad := bad + [alias for alias in vocabulary.aliases if not alias or "|" in alias]:
+        msg = f"The name {bad[0]!r} is empty, or holds a character that separates the table."
+        raise ValueError(msg)
+    aliases: dict[str, list[str]] = {}
     for alias, gene in vocabulary.aliases.items():
-        if not alias or any(separator in alias for separator in "\t\n\r|"):
-            msg = f"The alias {alias!r} of {gene} is empty or holds a tab, line end or '|'."
-            raise ValueError(msg)
-        names.setdefault(gene, []).append(alias)
+        aliases.setdefault(gene, []).append(alias)
     rows = [(token, f"<{name}>", "", "", "") for name, token in vocabulary.special.items()]
     columns = (vocabulary.tokens, vocabulary.gene_ids, vocabulary.symbols, vocabulary.medians)
     for token, gene, symbol, median in zip(*(one.tolist() for one in columns), strict=True):
-        for name in (gene, symbol):
-            if any(separator in name for separator in "\t\n\r"):
-                msg = f"The name {name!r} of {gene} holds a character that separates the table."
-                raise ValueError(msg)
-        rows.append((token, gene, symbol, repr(median), "|".join(sorted(names.get(gene, [])))))
+        rows.append((token, gene, symbol, repr(median), "|".join(sorted(aliases.get(gene, [])))))
     return ["\t".join(map(str, cells)) for cells in [_COLUMNS, *sorted(rows)]]

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import sparse
 
-from stofm._edge.features import VAR_NAMES, gene_name_sources
-from stofm._edge.gene_mapping import find_columns
+from stofm._edge.gene_mapping import VAR_NAMES, find_columns, names_by_source
 from stofm._messages import warn
 from stofm.genes import map_gene_ids
-from stofm.genes.gene_ids import clean_names
+from stofm.genes.mapping import clean_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -87,7 +86,7 @@ class GeneColumns:
         name
             What the AnnData is, in messages.
         """
-        sources = gene_name_sources(adata)
+        sources = names_by_source(adata)
         names = sources.pop(VAR_NAMES)
         others = tuple(zip(*sources.values(), strict=True))
         ids = _vocabulary_ids(adata, vocabulary, must_map=must_map, name=name)

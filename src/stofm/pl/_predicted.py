@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgba_array
 
 from stofm import metrics
 from stofm._edge.counts import read_counts
-from stofm._edge.features import read_features
+from stofm._edge.gene_mapping import kinds_of_others
 from stofm._edge.records import frame_names, read_record
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
@@ -372,7 +372,7 @@ def _read_measured(
     if not there:
         return pd.DataFrame(index=adata.obs_names)
     # An antibody may have the name of its gene.
-    own = np.flatnonzero(read_features(source).is_gene)
+    own = np.flatnonzero(kinds_of_others(source) == "")
     columns = own[source.var_names[own].get_indexer(there)]
     is_counted = source.var_names.isin(counted)
     weights = (is_counted | (not is_counted.any())).astype(np.float64)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stofm._edge.gene_mapping import (
-    compute_gene_mapping,
-    counts_per_gene,
-    report_mapping,
-    vocabulary_of,
-    write_gene_mapping,
-)
+import numpy as np
+
+from stofm._edge.counts import NotRawCountsError, read_counts
+from stofm._edge.gene_mapping import find_columns, report_columns, vocabulary_of, write_columns
 from stofm._edge.records import all_or_nothing
-from stofm._edge.tables import require_cells_and_genes, resolve_table
+from stofm._edge.tables import resolve_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
     from anndata import AnnData
+    from numpy.typing import NDArray
 
     from stofm.genes import GeneVocabulary
     from stofm.genes.mapping import Species
@@ -82,18 +80,27 @@ def map_genes(
         `gene_key` is no column of `adata.var`, or `table_key` no table.
     """
     table = resolve_table(adata, table_key, copy=copy)
-    require_cells_and_genes(table)
     target = table.copy() if copy else table
-    counts = counts_per_gene(target)
-    genes = compute_gene_mapping(
+    columns = find_columns(
         target,
         vocabulary_of(vocabulary),
         species=species,
         gene_key=gene_key,
         orthologs=orthologs,
-        counts_per_gene=counts,
+        may_reuse=False,
     )
-    report_mapping(target, genes, counts)
+    report_columns(target, columns, _counts_per_column(target))
     with all_or_nothing(target):
-        write_gene_mapping(target, genes)
+        write_columns(target, columns)
     return target if copy else None
+
+
+def _counts_per_column(adata: AnnData) -> NDArray[np.float64] | None:
+    """Sum each column of ``X``; None if ``X`` does not hold counts, which mapping can do without."""
+    total = np.zeros(adata.n_vars)
+    try:
+        for block in read_counts(adata):
+            total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
+    except (TypeError, NotRawCountsError):
+        return None
+    return total

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stofm._config import check_seed
-from stofm._edge.layouts import lay_out, rules_of, write_layouts
-from stofm._edge.places import read_places
+from stofm._edge.layouts import lay_out, write_layouts
 from stofm._edge.records import all_or_nothing
+from stofm._edge.slices import read_places
 from stofm._edge.staleness import read_current
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
+from stofm.spatial import SubSliceConfig
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -129,7 +130,15 @@ def subslice(
         "clustering": clustering,
         "max_virtual_cells": max_virtual_cells,
     }
-    rules = replace(rules_of(model_or_config), **{k: v for k, v in chosen.items() if v is not None})
+    rules = model_or_config or SubSliceConfig()
+    rules = getattr(getattr(rules, "config", None), "subslice", rules)
+    if not isinstance(rules, SubSliceConfig):
+        msg = (
+            "model_or_config must be a Stofm model or a SubSliceConfig, found "
+            f"{type(model_or_config).__name__}."
+        )
+        raise TypeError(msg)
+    rules = replace(rules, **{name: one for name, one in chosen.items() if one is not None})
     where = read_places(table, spatial_key=spatial_key, library_key=library_key)
     result = lay_out(read_current(table, use_rep), where, rules, use_rep=use_rep, seed=seed)
     target = table.copy() if copy else table

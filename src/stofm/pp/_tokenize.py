@@ -106,9 +106,9 @@ def tokenize(
         duplicates=duplicates,
         values=values,
     )
-    tokens = compute_tokens(
+    ranked = compute_tokens(
         target, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
     )
     with all_or_nothing(target):
-        write_tokens(target, tokens)
+        write_tokens(target, ranked, columns, params)
     return target if copy else None

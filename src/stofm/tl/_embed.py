@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._config import check_seed
-from stofm._edge.embedding import Run, embed_table, refuse_own_keys, write_embedding
+from stofm._edge.embedding import Run, embed_table
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 
@@ -128,7 +128,6 @@ def embed(
     (500, 128)
     """
     table = resolve_table(adata, table_key, copy=copy)
-    refuse_own_keys(key_added, spatial_key, cell_rep)
     check_seed(seed)
     run = Run.choose(
         model,
@@ -138,18 +137,20 @@ def embed(
         token_budget=token_budget,
         show_progress_bar=show_progress_bar,
     )
-    result = embed_table(
+    write = embed_table(
         table,
         run,
-        genes={"layer": layer, "species": species, "gene_key": gene_key, "orthologs": orthologs},
+        layer=layer,
+        genes={"species": species, "gene_key": gene_key, "orthologs": orthologs},
         cell_rep=cell_rep,
         spatial_key=spatial_key,
         library_key=library_key,
         rules=subslice,
         seed=seed,
+        key_added=key_added,
         copy=copy,
     )
     # Nothing is written before this line, and from here on nothing is computed.
     target = table.copy() if copy else table
-    write_embedding(target, result, key_added)
+    write(target)
     return target if copy else None

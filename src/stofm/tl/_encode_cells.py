@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._edge.embedding import Run, encode_table, write_cells
+from stofm._edge.embedding import Run, cell_record, encode, write_cells
 from stofm._edge.records import all_or_nothing
 from stofm._edge.tables import resolve_table
+from stofm._edge.tokens import read_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,8 +89,9 @@ def encode_cells(
     run = Run.choose(
         model, device, dtype, token_budget=token_budget, show_progress_bar=show_progress_bar
     )
-    cells = encode_table(table, run)
+    ranked = read_tokens(table, run.model)
+    features = encode(ranked, run)
     target = table.copy() if copy else table
     with all_or_nothing(target):
-        write_cells(target, cells)
+        write_cells(target, features, cell_record(ranked, run))
     return target if copy else None

@@ -8,10 +8,9 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
-from stofm._edge.gene_mapping import find_columns
+from stofm._edge.gene_mapping import find_columns, report_columns
 from stofm._edge.records import all_or_nothing, write_record
 from stofm._edge.tables import resolve_table
-from stofm._edge.tokens import report_columns
 from stofm._keys import Obsm
 from stofm._logging import counter, logger
 from stofm._messages import warn
@@ -119,7 +118,7 @@ def _pool(
     show_progress_bar: bool,
 ) -> NDArray[np.float32]:
     """Weighted means, (n_obs, width)."""
-    columns = find_columns(adata, vocabulary, species="auto", gene_key=None, orthologs=None)
+    columns = find_columns(adata, vocabulary)
     row_of_token = np.full(vocabulary.n_tokens + 1, -1)
     row_of_token[vocabulary.tokens] = genes.rows_of(vocabulary)
     # Token -1, no gene, reads the last entry.

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stofm._edge.counts import read_counts
-from stofm._edge.features import gene_names
-from stofm._edge.gene_mapping import candidate_names, find_columns
-from stofm._edge.places import read_places
+from stofm._edge.gene_mapping import find_columns, ids_and_symbols, names_by_source
 from stofm._edge.slice_files import open_table
+from stofm._edge.slices import read_places
 from stofm._edge.tables import resolve_table
 from stofm._edge.tokens import compute_tokens, token_blocks, token_params, warn_of_empty_cells
 from stofm._files import local
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm._edge.places import Places
+    from stofm._edge.slices import Places
     from stofm.nn import Stofm
     from stofm.train.corpus import TokenizedSlice
     from stofm.train.recipe import FileConfig
@@ -227,7 +226,7 @@ def _write(
         if key is not None and len(places.slices.rows) == 1:
             tokens = token_blocks(adata, columns, params, show_progress_bar=False)
         else:
-            tokens = compute_tokens(adata, columns, params, show_progress_bar=False).ranked
+            tokens = compute_tokens(adata, columns, params, show_progress_bar=False)
             content = {"tokens": tokens.digest, "places": _digest(places), "name": source.name}
             key = key or preparation_key(None, settings | content)
         return _write_slices(source, folder, key, places, tokens)
@@ -329,10 +328,10 @@ def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
         gene_key = source.options.gene_key
         with source.open() as adata:
             if gene_key is None:
-                ids, symbols = gene_names(adata)
+                ids, symbols = ids_and_symbols(adata)
             else:
                 with source.naming():
-                    ids = candidate_names(adata, gene_key)[gene_key]
+                    ids = names_by_source(adata, gene_key)[gene_key]
                 symbols = [""] * adata.n_vars
             yield CountSlice(_blocks(source, adata), ids, symbols)
 
