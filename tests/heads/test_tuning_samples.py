@@ -10,8 +10,7 @@ from stofm.heads.targets import Targets
 from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
 from stofm.train.cell_cache import CellCache
 from stofm.train.config import SpatialMasking
-from stofm.train.epochs import Draws
-from stofm.train.samples import JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import Draws, JointSamples, SubSliceSamples, TokenReader
 
 DRAWS = Draws(seed=5, stage=0, batch_size=2)
 #: The user's cells: five that are in no slice, then those of the slices, backwards.
@@ -123,8 +122,8 @@ def test_without_tokens_no_cell_is_embedded_anew(make, targets):
     batch = samples.epoch(0)[0]
     loaded = samples.load(batch, 0)
     assert loaded.cells.cells == ()
-    assert samples.n_tokens(loaded) == sum(loaded.cells.masked.subslices.pairs.n_real)
-    assert samples.n_cells(loaded) == len(loaded.targets)
+    assert loaded.n_tokens == sum(loaded.cells.masked.subslices.pairs.n_real)
+    assert loaded.n_cells == len(loaded.targets)
     assert "slice-" in samples.describe(batch)
 
 

@@ -19,21 +19,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning_fabric.plugins import Precision
 
 import stofm as st
+from stofm._files import read_table
 from stofm.nn import Stofm
 from stofm.train import (
     LossWeights,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
-    TrainingLoop,
     preparation,
 )
 from stofm.train import run as run_module
 from stofm.train.checkpoint import read_progress
-from stofm.train.log import RunRecorder, read_history
-from stofm.train.processes import Processes
+from stofm.train.loop import TrainingLoop
+from stofm.train.run import RunRecorder
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.
@@ -124,7 +125,6 @@ def test_the_report_says_what_was_done(train, slices):
     encoder = sum(w.numel() for w in result.model.cell_encoder.parameters())
     assert cells["n_weights"] > encoder
     assert spatial["n_weights"] < n_weights
-    assert spatial["flops"] > 6 * spatial["tokens"] * 1000
     assert 0 <= spatial["share_waiting"] <= 1
     assert 10**7 < spatial["peak_memory_bytes"] < 10**11
     assert result.run["settings"]["slices"][0].startswith("data ")
@@ -144,7 +144,7 @@ def test_history_has_a_row_for_each_step_and_validation(train, tmp_path):
     mean = 0.5 * (spatial["masked_cells"] + spatial["pair_distances"])
     np.testing.assert_allclose(spatial["loss"], mean)
     assert spatial["contrastive"].isna().all()
-    pd.testing.assert_frame_equal(read_history(tmp_path / "run" / "history.csv"), history)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "run" / "history.csv"), history)
 
 
 def test_frozen_and_kept_parts(train, model):
@@ -278,8 +278,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, kill_at, monkeypatch
     assert_same_weights(rest.model, whole.model)
     pd.testing.assert_frame_equal(without_times(rest.history), without_times(whole.history))
     for one, other in zip(rest.run["stages"], whole.run["stages"], strict=True):
-        assert [one[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")] == [
-            other[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")
+        assert [one[k] for k in ("steps", "cells", "tokens", "best_loss")] == [
+            other[k] for k in ("steps", "cells", "tokens", "best_loss")
         ]
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()}
@@ -302,8 +302,8 @@ def test_the_scale_of_gradients_goes_on_where_it_was(train, kill_at, monkeypatch
             original(self)
 
         monkeypatch.setattr(RunRecorder, "advance", advance)
-        monkeypatch.setattr(Processes, "scaler_state", lambda self: {"scale": scale[0]})
-        monkeypatch.setattr(Processes, "load_scaler_state", load)
+        monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": scale[0]})
+        monkeypatch.setattr(Precision, "load_state_dict", load)
 
     # The first stage has three steps: stopped within it, and before the next one's checkpoint.
     options = {"stage": [CELLS, SPATIAL], "checkpoint_every": 1}
@@ -342,7 +342,7 @@ import os, signal, sys
 import anndata, torch
 import stofm as st
 from stofm.train import StageConfig, OptimizerConfig
-from stofm.train.log import RunRecorder
+from stofm.train.run import RunRecorder
 
 folder, threads, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
@@ -397,15 +397,6 @@ def cut_history(run):
     (run / "history.csv").write_text("".join(lines[:-1]))
 
 
-def empty_report(run):
-    (run / "run.json").write_text("")
-
-
-def lose_both(run):
-    (run / "run.json").unlink()
-    (run / "history.csv").unlink()
-
-
 def damage_newest(run):
     path = run / "checkpoints" / "0-spatial-00000004" / "training" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
@@ -417,9 +408,7 @@ def lose_config_of_newest(run):
     (run / "checkpoints" / "0-spatial-00000004" / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize(
-    "harm", [cut_history, empty_report, lose_both, damage_newest, lose_config_of_newest]
-)
+@pytest.mark.parametrize("harm", [cut_history, damage_newest, lose_config_of_newest])
 def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
     train, kill_at, monkeypatch, tmp_path, harm
 ):

@@ -9,8 +9,8 @@ import torch
 
 from stofm.nn import encode_cells
 from stofm.spatial import lay_out_slice
-from stofm.train.cell_cache import CellCache, KeptResults
-from stofm.train.epochs import Draws
+from stofm.train.cell_cache import CellCache
+from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 
 CPU = torch.device("cpu")
@@ -122,11 +122,14 @@ def test_interrupted_encoding_goes_on(tmp_path, corpus, model, monkeypatch):
 def test_removed_result_is_missed_with_advice(tmp_path, corpus, model):
     one = cache(tmp_path, corpus, model)
     key, _ = one.encode(model, ALONE)
-    assert len(one.open(key)) == 3
-    one.remove(key)
+    one.remove(but={key})
+    assert len(one.encode(model, ALONE, key=key)[1]) == 3
+    one.remove(but={"other"})
     assert list((tmp_path / "cells").iterdir()) == []
+    with torch.no_grad():
+        model.cell_encoder.projection.weight[0, 0] += 1.0
     with pytest.raises(FileNotFoundError, match=r"'slice-0' .* and resume, and the stage begins"):
-        one.open(key)
+        one.encode(model, ALONE, key=key)
 
 
 def flip(path):
@@ -148,72 +151,17 @@ def widen(path):
 def test_a_damaged_result_is_made_again(tmp_path, write_corpus, model, name, harm):
     corpus = write_corpus([13, 9])
     one = cache(tmp_path, corpus, model)
-    key, made = one.encode(model, ALONE)
+    _, made = one.encode(model, ALONE)
     # Not the mapped file, which changes.
     expected = [replace(old, features=old.features.copy()) for old in made]
     path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
     harm(path)
-    with pytest.raises(ValueError, match=f"{path} is damaged: .* delete the stage's checkpoints"):
-        one.check(key, ALONE)
     with pytest.warns(
         UserWarning, match=f"{path} is damaged: it is not what was written. It is ma"
     ):
         _, found = one.encode(model, ALONE)
-    one.check(key, ALONE)
     for new, old in zip(found, expected, strict=True):
         np.testing.assert_array_equal(new.features, old.features)
-
-
-@pytest.fixture
-def removed():
-    return []
-
-
-def test_results_stay_while_checkpoints_refer_to_them(removed):
-    results = KeptResults(removed.append)
-    assert results.state() == {}
-    results.replace("first")
-    results.state()
-    for key in "abcd":
-        results.replace(key)
-        results.state()
-    # When d came, the checkpoints on disk referred to c and b.
-    assert removed == ["a"]
-    results.replace("e")
-    assert removed == ["a", "b"]
-
-
-def test_results_without_a_checkpoint_go_at_once(removed):
-    results = KeptResults(removed.append)
-    for key in ("first", "a", "a", "b"):
-        results.replace(key)
-    assert removed == ["a"]
-
-
-def test_first_result_is_never_removed(removed):
-    results = KeptResults(removed.append)
-    for key in ("first", "a", "first", "b", "c"):
-        results.replace(key)
-    assert "first" not in removed
-    assert results.first("d") == "first"
-    assert KeptResults(removed.append).first("d") == "d"
-
-
-def test_results_go_on_after_an_interruption(removed):
-    before = KeptResults([].append)
-    for key in ("first", "a"):
-        before.replace(key)
-    state = before.state()
-    results = KeptResults(removed.append)
-    assert results.restore(state) == "a"
-    results.replace("b")
-    assert removed == []
-    results.state()
-    results.replace("c")
-    results.state()
-    results.replace("d")
-    assert removed == ["a"]
-    assert KeptResults(removed.append).restore({}) is None
 
 
 @pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 8)])

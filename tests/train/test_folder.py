@@ -7,20 +7,25 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stofm._files import _HOST
 from stofm.nn import Stofm
-from stofm.train import OptimizerConfig, Progress, RunFolder
+from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
-from stofm.train.checkpoint import Trained, load_checkpoint, read_progress, write_checkpoint
-from stofm.train.folder import LOCK, locked, write_json
-from stofm.train.log import History
-from stofm.train.optimizer import make_optimizer
+from stofm.train.checkpoint import (
+    Progress,
+    Trained,
+    _digest_of,
+    find_damage,
+    load_checkpoint,
+    read_progress,
+    write_checkpoint,
+)
+from stofm.train.folder import LOCK, RunFolder, locked
+from stofm.train.loop import make_optimizer
+from stofm.train.storage import write_json
 
 
 class Objective(nn.Module):
@@ -83,14 +88,6 @@ def test_a_head_is_stored_once_and_the_models_weights_only_with_the_model(make):
     assert sorted(trained.head_tensors()) == ["0.head.bias", "0.head.weight"]
 
 
-def test_other_heads_are_refused(make, tmp_path):
-    trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(), None)
-    wider = Trained(trained.model, nn.ModuleList([nn.Linear(2, 2)]))
-    with pytest.raises(ValueError, match=r"The heads in .*one are others than those of this run"):
-        load_checkpoint(tmp_path / "one", wider)
-
-
 def test_a_failed_write_leaves_no_checkpoint(make, tmp_path, monkeypatch):
     trained, objective, optimizer = make()
     folder = RunFolder(tmp_path)
@@ -119,13 +116,13 @@ def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     write_checkpoint(tmp_path / "one", trained, Progress(step=3), None)
     state = tmp_path / "one" / "training" / "state.json"
     text = state.read_text()
-    state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
+    newer = {k: v for k, v in json.loads(text).items() if k != "digest"} | {"format_version": 99}
+    state.write_text(json.dumps(newer | {"digest": _digest_of(newer)}))
     with pytest.raises(ValueError, match=r"format_version 99, this stofm reads 2"):
         read_progress(tmp_path / "one")
     for damaged in (text[:20], "", "[1]", "{}", text.replace('"step": 3', '"step": 4')):
         state.write_text(damaged)
-        with pytest.raises(ValueError, match=r"Delete .*one and resume: .* the checkpoint before"):
-            read_progress(tmp_path / "one")
+        assert find_damage(tmp_path / "one") == f"{state} is damaged: it is not what was written."
 
 
 @pytest.mark.parametrize(
@@ -157,29 +154,6 @@ def test_any_damage_is_found_and_the_checkpoint_before_taken(make, tmp_path, nam
     (first / name).unlink()
     with pytest.warns(UserWarning, match=name):
         assert folder.newest() is None
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["heads", "optimizer"])
-def test_tensors_that_can_not_be_trained_on_are_refused(make, tmp_path, name, value):
-    trained, objective, optimizer = make()
-    objective.step(optimizer)
-    write_checkpoint(tmp_path / "one", trained, Progress(), (optimizer, objective))
-    path = tmp_path / "one" / "training" / f"{name}.safetensors"
-    tensors = load_file(path)
-    key = sorted(tensors)[0]
-    tensors[key].view(-1)[0] = value
-    save_file(tensors, path)
-    with pytest.raises(
-        ValueError, match=f"{name}.safetensors is damaged .*1 of .*{key}.* and resume"
-    ):
-        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
-    tensors[key] = torch.zeros_like(tensors[key]).half()
-    save_file(tensors, path)
-    with pytest.raises(
-        ValueError, match=f"{name}.safetensors: {key} is torch.float16, not float32"
-    ):
-        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
 
 
 @pytest.fixture
@@ -231,18 +205,6 @@ def test_without_a_sound_checkpoint_none_is_left(folder):
     assert list(folder.checkpoints.iterdir()) == []
 
 
-def test_leftovers_of_interrupted_writes_go(folder):
-    # Of a process that is no more.
-    left = folder.checkpoints / f".1-spatial-00001200.stofm-new-{_HOST}-99999999-ab3"
-    left.mkdir()
-    (folder.checkpoints / ".1-spatial-00000900.stofm-old").mkdir()
-    folder.remove_leftovers()
-    names = {path.name for path in folder.checkpoints.iterdir()}
-    assert "1-spatial-00000900" in names
-    assert not any(name.startswith(".") for name in names)
-    assert folder.newest().name == "1-spatial-00001000"
-
-
 def test_clearing_keeps_prepared_slices(folder):
     (folder.work / "slices").mkdir(parents=True)
     folder.history.touch()
@@ -272,45 +234,13 @@ def test_work_folder_that_the_run_would_clear_is_refused(tmp_path, place):
         RunFolder(tmp_path / "run", tmp_path / "run" / place)
 
 
-def test_refreshed_results_go_and_the_work_folder_stays(folder):
-    for one in (folder.work, folder.refreshed):
-        (one / "cells").mkdir(parents=True)
-    folder.remove_refreshed()
-    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
-    folder.remove_refreshed()
-    folder.refreshed.mkdir()
-    folder.clear()
-    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
-
-
 def report_of(settings):
     return {"stofm_version": "0.1", "status": "begun", "stages": [], "settings": settings}
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "{}", None, '{"settings": {}}', '{"settings": null}', '{"settings": []}'],
-)
-def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, content):
-    trained, objective, optimizer = make()
-    folder = RunFolder(tmp_path)
-    report = report_of({"stages": [], "run": {"seed": 1}, "model": {}})
-    one = (optimizer, objective)
-    place = folder.checkpoint(0, "spatial", 2)
-    write_checkpoint(place, trained, Progress(), one, report=report)
-    if content is not None:
-        folder.report.write_text(content)
-    folder.check(resume=True, overwrite=False)
-    assert folder.read_report() == report
-    with pytest.raises(FileExistsError, match=r"holds a run \(begun\)"):
-        folder.check(resume=False, overwrite=False)
 
 
 def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    folder.report.touch()
-    History(folder.history)
     (tmp_path / ".run.json.stofm-new-x").write_text("{")
     folder.check(resume=True, overwrite=False)
 
@@ -331,33 +261,6 @@ def test_files_of_others_are_no_run(tmp_path, name, content, resume, overwrite):
         RunFolder(tmp_path).check(resume=resume, overwrite=overwrite)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model/notes.txt",
-        "checkpoints/paper.docx",
-        "checkpoints/1-spatial-00000020/training/notes.txt",
-        "tensorboard/x",
-        "refreshed/cells-mine/a.npy",
-    ],
-)
-def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, name):
-    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
-    (folder.path / "model").mkdir()
-    (folder.path / "model" / "config.json").touch()
-    folder.check(resume=False, overwrite=True)
-    place = folder.path / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.touch()
-    with pytest.raises(FileExistsError, match=f"none of its own, for example .*{name}"):
-        folder.check(resume=False, overwrite=True)
-    folder.check(resume=True, overwrite=False)
-    # What goes in the course of a run takes nothing with it.
-    folder.remove_later(None)
-    folder.remove_refreshed()
-    assert place.exists()
-
-
 def test_folders_with_names_of_others_are_no_checkpoints(folder):
     others = {"1x-foo-bar", "2024-09-data", "3-spatial-figures"}
     for name in others:
@@ -365,14 +268,6 @@ def test_folders_with_names_of_others_are_no_checkpoints(folder):
     assert folder.newest().name == "1-spatial-00001000"
     folder.remove_later(None)
     assert {path.name for path in folder.checkpoints.iterdir()} == others
-
-
-@pytest.mark.parametrize("name", ["history.csv", "run.lock"])
-def test_folders_in_the_place_of_files_are_named(folder, name):
-    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
-    (folder.path / name).mkdir()
-    with pytest.raises(FileExistsError, match=f"{name} is a folder"):
-        folder.check(resume=True, overwrite=False)
 
 
 def test_settings_that_differ_are_named(tmp_path):
@@ -386,7 +281,11 @@ def test_settings_that_differ_are_named(tmp_path):
     new = {"model": {}, "run": {"seed": 2}, "stages": [{"name": "a", "epochs": 3}], "slices": ["x"]}
     with pytest.raises(ValueError, match="begun with other settings") as error:
         folder.check_settings(begun, new)
-    for text in ("run.seed was 1, now 2", "stages[0].epochs was 2, now 3", "slices was ['x', 'y']"):
+    for text in (
+        "seed was 1, now 2",
+        "stages[0].epochs was 2, now 3",
+        "slices[1] was 'y', now None",
+    ):
         assert text in str(error.value)
 
 

@@ -6,19 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from stofm.genes import RankedTokens
 from stofm.nn import TokenBatch
-from stofm.train.batches import MaskedGenes
 from stofm.train.config import ContrastiveConfig, LossWeights, MaskedGeneConfig, TokenMasking
-from stofm.train.heads import MaskedGeneHead
 from stofm.train.losses import (
-    candidate_genes,
+    MaskedCellHead,
+    MaskedGeneHead,
+    PairDistanceHead,
     contrastive_loss,
     masked_cell_loss,
     masked_gene_loss,
     pair_distance_loss,
 )
+from stofm.train.masked_genes import MaskedGenes
+from stofm.train.objectives import _candidate_genes
 
 
 class OfAll:
@@ -105,7 +108,7 @@ def head():
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     encoder = model.cell_encoder
-    chosen = candidate_genes(candidates, genes.measured)
+    chosen = _candidate_genes(candidates, genes.measured, None)
     part = masked_gene_loss(encoder, head, genes, candidates=chosen)
     with torch.no_grad():
         hidden = encoder.hidden_states(genes.tokens)
@@ -122,11 +125,11 @@ def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
 
 def test_candidates_are_the_genes_of_all_processes(genes):
     own, other = genes.measured.flip(0), torch.tensor([9, 41, 66])
-    assert torch.equal(candidate_genes("batch", own), genes.measured)
+    assert torch.equal(_candidate_genes("batch", own, None), genes.measured)
     gather = OfAll([own[:, None], other[:, None]], 0)
     union = sorted({*own.tolist(), 9, 41, 66})
-    assert candidate_genes("batch", own, gather).tolist() == union
-    assert candidate_genes("vocabulary", own, gather) is None
+    assert _candidate_genes("batch", own, gather).tolist() == union
+    assert _candidate_genes("vocabulary", own, gather) is None
 
 
 def test_nothing_to_recover_gives_zero_and_a_gradient(model, genes, head):
@@ -178,3 +181,49 @@ def test_errors():
     for name in ("contrastive", "visible_cells", "surroundings"):
         with pytest.raises(ValueError, match=f"{name} must not be negative, found -1"):
             LossWeights(**{name: -1})
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_gene_scores_like_transformers(activation):
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=31,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=9,
+            hidden_act=activation,
+            layer_norm_eps=1e-12,
+        )
+    )
+    other = bert.cls.predictions
+    head = MaskedGeneHead(n_tokens=31, d_hidden=8, activation=activation, layer_norm_eps=1e-12)
+    with torch.no_grad():
+        other.transform.LayerNorm.weight.uniform_(0.5, 2)
+        other.bias.uniform_(-1, 1)
+    head.dense.load_state_dict(other.transform.dense.state_dict())
+    head.norm.load_state_dict(other.transform.LayerNorm.state_dict())
+    head.bias.data.copy_(other.bias)
+    words = bert.bert.embeddings.word_embeddings.weight
+    hidden = torch.randn(6, 8)
+    scores = head(hidden, words)
+    torch.testing.assert_close(scores, other(hidden))
+    some = torch.tensor([3, 7, 30])
+    torch.testing.assert_close(head(hidden, words[some], some), scores[:, some])
+
+
+def test_mask_is_as_long_as_an_embedding_or_absent():
+    torch.manual_seed(0)
+    length = MaskedCellHead(d_model=6, d_cell=400).mask.norm().item()
+    assert length == pytest.approx(1, abs=0.2)
+    head = MaskedCellHead(d_model=6, d_cell=4, learned_mask=False)
+    assert head.mask is None
+    assert "mask" not in dict(head.named_parameters())
+    assert head(torch.randn(3, 6)).shape == (3, 4)
+
+
+def test_one_distance_per_pair():
+    head = PairDistanceHead(n_heads=4)
+    assert head(torch.randn(5, 4)).shape == (5,)
+    assert head(torch.randn(0, 4)).shape == (0,)

@@ -7,12 +7,29 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.spatial import NodeType, SliceLayout, SubSliceConfig, VirtualCells
+from stofm.spatial import (
+    NodeType,
+    SliceLayout,
+    SubSliceConfig,
+    VirtualCells,
+    lay_out_slice,
+    normalize_coordinates,
+    partition_balanced,
+    rows_by_subslice,
+)
 from stofm.train import samples as samples_module
 from stofm.train.cell_cache import EncodedSlice
 from stofm.train.config import SpatialMasking, TokenMasking
-from stofm.train.epochs import Draws
-from stofm.train.samples import CellSamples, JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import (
+    CellSamples,
+    Draws,
+    JointSamples,
+    Purpose,
+    SubSliceSamples,
+    TokenReader,
+    batch_length,
+    cut_slice,
+)
 
 DRAWS = Draws(seed=3, stage=1, batch_size=3)
 RULES = SubSliceConfig(n_cells=20, n_neighbors=7)
@@ -68,12 +85,6 @@ def arrays(masked):
 
 def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(arrays(one), arrays(other), strict=True))
-
-
-def test_nothing_can_be_built_before_cells_are_encoded(corpus):
-    samples = SubSliceSamples(corpus, RULES, DRAWS, masking=SpatialMasking(), vary=False)
-    with pytest.raises(RuntimeError, match=r"not encoded yet: call refresh\(\) or restore\(\)"):
-        samples.load(samples.epoch(0)[0], 0)
 
 
 def test_an_epoch_holds_each_cell_once_with_its_own_embedding(make, corpus):
@@ -196,7 +207,7 @@ def test_sub_slices_that_stay_are_built_once(make, encode, corpus, monkeypatch):
 
 def test_kept_sub_slices_are_bounded(make, monkeypatch):
     built = counted_builds(monkeypatch)
-    monkeypatch.setattr(samples_module, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(samples_module, "_CELLS_KEPT", 1)
     samples = make(vary=False)
     batch = samples.epoch(0)[0]
     samples.masked(batch, 0)
@@ -209,8 +220,8 @@ def test_numbers_and_names_for_messages(make):
     batch = np.array([0, (1 << 32) + 1, (1 << 32)])
     inputs = samples.load(batch, 0)
     cells = [part.subslice.n_nodes - 4 for part in samples.masked(batch, 0)]
-    assert samples.n_cells(inputs) == sum(cells)
-    assert samples.n_tokens(inputs) == sum(cells) + 3 * 4
+    assert inputs.n_cells == sum(cells)
+    assert inputs.n_tokens == sum(cells) + 3 * 4
     assert inputs.subslices.features.shape[1] % 8 == 0
     assert samples.describe(batch) == "'slice-0', 'slice-1'"
 
@@ -273,8 +284,6 @@ def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
     inputs = samples.load(batch, 0)
     assert len(inputs.places) == len(batch)
     assert sorted(inputs.places.tolist()) == sorted(inputs.masked.hidden_places.tolist())
-    with pytest.raises(ValueError, match="sampled_cells must be at least 1, found 0"):
-        joint(sampled_cells=0)
 
 
 def test_genes_are_hidden_if_asked(joint):
@@ -292,9 +301,9 @@ def test_joint_numbers_and_names(joint):
     samples = joint()
     batch = samples.epoch(0)[0]
     inputs = samples.load(batch, 0)
-    assert samples.n_cells(inputs) == samples.subslices.n_cells(inputs.masked)
+    assert inputs.n_cells == inputs.masked.n_cells
     tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
-    assert samples.n_tokens(inputs) == samples.subslices.n_tokens(inputs.masked) + tokens
+    assert inputs.n_tokens == inputs.masked.n_tokens + tokens
     assert not samples.epochs_differ_in_length
     assert samples.describe(batch) == samples.subslices.describe(batch)
 
@@ -391,9 +400,9 @@ def test_values_come_along_only_if_they_are_read(make_cells, write_corpus):
 def test_numbers_and_names_for_messages_for_cells(make_cells, corpus):
     samples = make_cells(corpus)
     inputs = samples.load(np.array([0, 2, 120]), 0)
-    assert samples.n_cells(inputs) == 3
+    assert inputs.n_cells == 3
     lengths = np.minimum(corpus.cell_lengths[[0, 2, 120]] + 1, 41)
-    assert samples.n_tokens(inputs) == lengths.sum()
+    assert inputs.n_tokens == lengths.sum()
     assert samples.describe(np.array([0, 2, 120])) == "'slice-0', 'slice-1'"
 
 
@@ -408,7 +417,92 @@ def test_cells_of_like_length_are_grouped(model, corpus):
     assert reader.groups(cells[:0]) == []
 
 
-@pytest.mark.parametrize("name", ["seed", "stage", "batch_size"])
-def test_draws_are_checked(name):
-    with pytest.raises(ValueError, match=rf"{name} must be at least \d, found -1"):
-        replace(CELL_DRAWS, **{name: -1})
+def draws(*, seed=0, stage=1, batch_size=8):
+    return Draws(seed=seed, stage=stage, batch_size=batch_size)
+
+
+def lists(batches):
+    return [batch.tolist() for batch in batches]
+
+
+def test_generator_depends_on_each_number():
+    def drawn(seed, stage, *of):
+        return draws(seed=seed, stage=stage).generator(*of).integers(1 << 60)
+
+    keys = [
+        (0, 1, 0, Purpose.MASKING, 5),
+        (1, 1, 0, Purpose.MASKING, 5),
+        (0, 2, 0, Purpose.MASKING, 5),
+        (0, 1, 3, Purpose.MASKING, 5),
+        (0, 1, 0, Purpose.CELLS, 5),
+        (0, 1, 0, Purpose.MASKING, 0),
+        (0, 1, 0, Purpose.MASKING, 5 << 32),
+        (0, 1, 0, Purpose.ORDER),
+        (0, 1, 0, Purpose.ROTATION),
+    ]
+    found = [drawn(*key) for key in keys]
+    assert len(set(found)) == len(keys)
+    assert found == [drawn(*key) for key in keys]
+
+
+def epoch_of_cells(corpus, seed=3):
+    return draws(seed=seed).batches(batch_length(corpus.cell_lengths, 41), 0)
+
+
+def test_epoch_takes_each_cell_once(corpus):
+    batches = epoch_of_cells(corpus)
+    assert sorted(np.concatenate(batches)) == list(range(corpus.n_cells))
+    assert max(len(b) for b in batches) == 8
+    assert len(batches) == -(-corpus.n_cells // 8)
+    assert all(b.dtype == np.int64 for b in batches)
+
+
+def test_epoch_is_seeded_and_shuffled(corpus):
+    epoch = lists(epoch_of_cells(corpus))
+    assert epoch == lists(epoch_of_cells(corpus))
+    assert epoch != lists(epoch_of_cells(corpus, seed=4))
+    order = np.concatenate(epoch)
+    # Neither slices nor lengths come one after another.
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.3
+
+
+def test_little_is_padded(rng):
+    n_tokens = rng.integers(1, 500, 5000)
+    lengths = batch_length(n_tokens, 1025)
+    batches = draws(batch_size=16).batches(lengths, 0)
+    padded = sum(lengths[b].max() * len(b) for b in batches)
+    assert padded < 1.01 * lengths.sum()
+    means = [lengths[b].mean() for b in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+
+
+def test_what_fills_no_batch_is_shared_out_evenly():
+    sizes = np.repeat(np.arange(7), [3, 4, 1, 2, 4, 2, 1])
+    batches = draws(batch_size=5).batches(sizes, 0)
+    assert sorted(len(b) for b in batches) == [4, 4, 4, 5]
+    assert draws(batch_size=5).batches(sizes[:0], 0) == []
+
+
+def test_batch_length_counts_cls_and_ends_at_the_longest_input():
+    n_tokens = np.array([0, 7, 8, 100, 2000])
+    assert batch_length(n_tokens, 41).tolist() == [8, 8, 16, 41, 41]
+
+
+@pytest.fixture
+def places(rng):
+    return normalize_coordinates(rng.random((113, 2)) * [9.0, 4.0])
+
+
+def test_fixed_subslices_are_those_of_inference(places, rng):
+    rules = SubSliceConfig(n_cells=20)
+    layout = lay_out_slice(places, rng.normal(size=(113, 5)), rules)
+    expected = [rows.tolist() for rows in rows_by_subslice(layout)]
+    assert [rows.tolist() for rows in cut_slice(places, rules)] == expected
+
+
+def test_slice_is_turned_before_it_is_cut(places):
+    rules = SubSliceConfig(n_cells=60)
+    found = cut_slice(places, rules, angle=np.pi / 2)
+    turned = np.column_stack([-places[:, 1], places[:, 0]])
+    expected = partition_balanced(turned, 60)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))

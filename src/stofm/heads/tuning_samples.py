@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from stofm.train.batches import JointBatch
 from stofm.train.config import OptimizerConfig
+from stofm.train.masked_cells import JointBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,6 +43,16 @@ class FineTuningBatch:
     cells: JointBatch
     places: Int[Tensor, " targets"]
     targets: Tensor
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells of the sub-slices."""
+        return self.cells.n_cells
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of nodes, and of tokens of the cells that are embedded anew."""
+        return self.cells.n_tokens
 
     def to(self, device: torch.device | str) -> FineTuningBatch:
         """Return a copy on `device`."""
@@ -138,15 +148,6 @@ class FineTuningSamples:
             places=torch.from_numpy(np.concatenate(places)),
             targets=self._known.targets.take(np.concatenate(rows)),
         )
-
-    def n_cells(self, inputs: FineTuningBatch) -> int:
-        """Number of cells of the sub-slices."""
-        return self._subslices.n_cells(inputs.cells.masked)
-
-    def n_tokens(self, inputs: FineTuningBatch) -> int:
-        """Number of nodes, and of tokens of the cells that are embedded anew."""
-        n_tokens = sum(int(group.is_real.sum()) for group in inputs.cells.cells)
-        return self._subslices.n_tokens(inputs.cells.masked) + n_tokens
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that sub-slices come from."""

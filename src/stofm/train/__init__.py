@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.checkpoint import Progress
 from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
@@ -17,25 +15,22 @@ from stofm.train.config import (
     StageConfig,
     TokenMasking,
 )
-from stofm.train.corpus import Corpus, TokenizedSlice, open_slice, preparation_key, write_slice
-from stofm.train.epochs import Draws
-from stofm.train.folder import RunFolder
-from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
-from stofm.train.loop import TrainingLoop
+from stofm.train.corpus import Corpus, TokenizedSlice
 from stofm.train.losses import (
     LossPart,
+    MaskedCellHead,
+    MaskedGeneHead,
+    PairDistanceHead,
     contrastive_loss,
     masked_cell_loss,
     masked_gene_loss,
     pair_distance_loss,
 )
-from stofm.train.masking import MaskedSubSlice, drop_genes, mask_tokens
+from stofm.train.masked_cells import JointBatch, MaskedSubSlice, MaskedSubSliceBatch
+from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes, mask_tokens
 from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
-from stofm.train.processes import Processes
-from stofm.train.protocols import Recorder, Samples, Stage
 from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, paper_schedule
-from stofm.train.run import Pretraining, TrainResult
-from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage, StageSetup
+from stofm.train.run import TrainResult
 
 if TYPE_CHECKING:
     from stofm.heads.ensemble import blend_weights, fit_linear_head, stack_weights
@@ -68,18 +63,15 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "CellBatch",
     "CellEncoderObjective",
-    "CellEncoderStage",
     "ContrastiveConfig",
     "Corpus",
     "DataConfig",
-    "Draws",
     "FileConfig",
     "FineTuningConfig",
     "FittedHead",
     "HeadTraining",
     "JointBatch",
     "JointObjective",
-    "JointStage",
     "LossPart",
     "LossWeights",
     "MaskedCellHead",
@@ -91,25 +83,15 @@ __all__ = [
     "ModelSource",
     "OptimizerConfig",
     "PairDistanceHead",
-    "Pretraining",
-    "Processes",
-    "Progress",
     "Recipe",
-    "Recorder",
     "RunConfig",
-    "RunFolder",
-    "Samples",
     "SpatialMasking",
     "SpatialObjective",
-    "SpatialStage",
-    "Stage",
     "StageConfig",
-    "StageSetup",
     "Targets",
     "TokenMasking",
     "TokenizedSlice",
     "TrainResult",
-    "TrainingLoop",
     "apply_head",
     "blend_weights",
     "contrastive_loss",
@@ -120,10 +102,7 @@ __all__ = [
     "mask_tokens",
     "masked_cell_loss",
     "masked_gene_loss",
-    "open_slice",
     "pair_distance_loss",
     "paper_schedule",
-    "preparation_key",
     "stack_weights",
-    "write_slice",
 ]

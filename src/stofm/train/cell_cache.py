@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ import numpy as np
 from stofm._logging import progress
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.storage import digest_json, find_damage, is_there, open_array, write_folder
+from stofm.train.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Collection
     from pathlib import Path
 
     import torch
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 
 
 _FORMAT_VERSION = 2
-_BEGIN_AGAIN = (
-    "The cell encoder has changed since, so it can't be made again: delete the stage's checkpoints "
-    "and resume, and the stage begins again."
-)
 #: Rules that decide virtual cells; the others take effect when a sub-slice is built.
 _VIRTUAL_RULES = (
     "leiden_resolution",
@@ -43,8 +38,6 @@ _VIRTUAL_RULES = (
 )
 #: float16 ends at 65,504; no number of an embedding comes near it.
 _STORED = np.float16
-#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
-_REFERRED_TO = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +67,25 @@ class CellCache:
     dtype: torch.dtype
 
     def encode(
-        self, model: Stofm, processes: Processes, *, show_progress_bar: bool = False
+        self,
+        model: Stofm,
+        processes: Processes,
+        *,
+        key: str | None = None,
+        show_progress_bar: bool = False,
     ) -> tuple[str, list[EncodedSlice]]:
-        """Encode all slices with the model's cell encoder as it is now.
+        """Encode all slices with the model's cell encoder as it is now, or find an older result.
 
-        Each process encodes its share. Returns the key under which :meth:`open` finds the
-        result, and the slices.
+        Each process encodes its share of what is not there. Returns the key of the result and the
+        slices.
+
+        Raises
+        ------
+        FileNotFoundError
+            The older result of that key is not there, or damaged.
         """
-        key = self.key_of(model)
+        present = self.key_of(model)
+        key = present if key is None else key
         own = self.corpus.slices[processes.rank :: processes.count]
         shown = progress(
             own,
@@ -91,27 +95,15 @@ class CellCache:
             show=show_progress_bar,
         )
         for one in shown:
-            self._encode_slice(model, one, key)
+            self._encode_slice(model, one, key, can_be_made=key == present)
         processes.wait()
-        return key, self.open(key)
+        return key, [self._open_slice(one, key) for one in self.corpus.slices]
 
-    def open(self, key: str) -> list[EncodedSlice]:
-        """Open what :meth:`encode` wrote."""
-        return [self._open_slice(s, key) for s in self.corpus.slices]
-
-    def check(self, key: str, processes: Processes) -> None:
-        """Compare this process's share of a result with what was written."""
-        for one in self.corpus.slices[processes.rank :: processes.count]:
-            for folder in self._folders(one, key):
-                if folder.is_dir() and (damage := find_damage(folder)):
-                    msg = f"{damage} {_BEGIN_AGAIN}"
-                    raise ValueError(msg)
-
-    def remove(self, key: str) -> None:
-        """Delete a result that is not needed any more."""
-        for one in self.corpus.slices:
-            for folder in self._folders(one, key):
-                shutil.rmtree(folder, ignore_errors=True)
+    def remove(self, *, but: Collection[str]) -> None:
+        """Delete all results in the folder but those of some keys."""
+        kept = {p for key in but for one in self.corpus.slices for p in self._folders(one, key)}
+        for folder in set(self.folder.glob("*-*")) - kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def key_of(self, model: Stofm) -> str:
         """Key of what :meth:`encode` would give for the cell encoder as it is now."""
@@ -131,9 +123,18 @@ class CellCache:
             self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
         )
 
-    def _encode_slice(self, model: Stofm, one: TokenizedSlice, key: str) -> None:
+    def _encode_slice(
+        self, model: Stofm, one: TokenizedSlice, key: str, *, can_be_made: bool
+    ) -> None:
         cells, virtual = self._folders(one, key)
         if not is_there(cells):
+            if not can_be_made:
+                msg = (
+                    f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the "
+                    "cell encoder of the checkpoint, and it has changed since: delete the stage's "
+                    "checkpoints and resume, and the stage begins again."
+                )
+                raise FileNotFoundError(msg)
             features = encode_cells(
                 model.cell_encoder,
                 one.ranked,
@@ -150,17 +151,10 @@ class CellCache:
 
     def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
         cells, virtual = self._folders(one, key)
-        if not cells.is_dir():
-            msg = (
-                f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the cell "
-                f"encoder of the checkpoint. {_BEGIN_AGAIN}"
-            )
-            raise FileNotFoundError(msg)
         features = open_array(cells / "features.npy")
         places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
         if self.virtual_cells:
-            places = np.load(virtual / "coordinates.npy", allow_pickle=False)
-            embedded = np.load(virtual / "features.npy", allow_pickle=False)
+            places, embedded = (np.load(virtual / f"{n}.npy") for n in ("coordinates", "features"))
         # In one piece: the sampler cuts it.
         nowhere = np.broadcast_to(np.int64(0), one.n_cells)
         layout = SliceLayout(
@@ -178,48 +172,3 @@ def _write(folder: Path, **arrays: NDArray[Any]) -> None:
             np.save(place / f"{name}.npy", array)
 
     write_folder(folder, fill)
-
-
-class KeptResults:
-    """Results of a stage on disk: the first, the present one, and older ones.
-
-    The first is in the work folder, where other stages and runs may use it, and stays. Those
-    after it are in a folder of the run, until no checkpoint refers to them; `remove` deletes one.
-    """
-
-    def __init__(self, remove: Callable[[str], object]) -> None:
-        self._remove = remove
-        self._first: str | None = None
-        self._key: str | None = None
-        self._made: list[str] = []
-        self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
-
-    def first(self, key: str) -> str:
-        """Key of the first result; that of the result that is to come if there is none."""
-        return key if self._first is None else self._first
-
-    def replace(self, key: str) -> None:
-        """Take a new result, and delete those that nothing refers to."""
-        self._first = self.first(key)
-        if key not in (self._first, self._key):
-            self._made.append(key)
-        self._key = key
-        for old in [k for k in self._made if k not in (key, *self._referred)]:
-            self._made.remove(old)
-            self._remove(old)
-
-    def state(self) -> dict[str, str]:
-        """What a checkpoint notes; the present result is then kept."""
-        if self._key is None or self._first is None:
-            return {}
-        self._referred.append(self._key)
-        return {"key": self._key, "first": self._first, "made": " ".join(self._made)}
-
-    def restore(self, state: Mapping[str, str]) -> str | None:
-        """Go on from what a checkpoint noted; returns the result's key."""
-        self._key = state.get("key")
-        self._first = state.get("first")
-        self._made = state.get("made", "").split()
-        if self._key is not None:
-            self._referred.append(self._key)
-        return self._key

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stofm._config import build_dataclass
-from stofm._files import put_in_place
 from stofm.nn import checkpoint
 from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
-from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
-from stofm.train.storage import digest_file
+from stofm.train.storage import digest_files, find_change
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,14 +27,15 @@ if TYPE_CHECKING:
 #: Raised when a run of this version can't be continued by an older one, or the reverse.
 FORMAT_VERSION = 2
 
-_TRAINING = checkpoint.TRAINING
-_STATE = f"{_TRAINING}/state.json"
-_HISTORY = f"{_TRAINING}/history.csv"
-_HEADS = f"{_TRAINING}/heads.safetensors"
-_OPTIMIZER = f"{_TRAINING}/optimizer.safetensors"
-TRAINING_FILES = (_STATE, _HISTORY, _HEADS, _OPTIMIZER)
+_STATE = f"{checkpoint.TRAINING}/state.json"
+#: The history as it was when the checkpoint was written.
+HISTORY = f"{checkpoint.TRAINING}/history.csv"
+_HEADS = f"{checkpoint.TRAINING}/heads.safetensors"
+_OPTIMIZER = f"{checkpoint.TRAINING}/optimizer.safetensors"
 #: How the name of a checkpoint at the end of a stage ends.
 FINAL = "final"
+#: What AdamW keeps of each weight.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -59,8 +58,6 @@ class Progress:
         The checkpoint written last.
     n_cells, n_tokens
         Cells and tokens (or nodes) seen in the stage, by all processes.
-    n_operations
-        Estimate of the floating-point operations of the stage's steps, of all processes.
     seconds, waited
         Time spent on the stage's steps, and the part of it spent waiting for data.
     totals, counts
@@ -82,7 +79,6 @@ class Progress:
     n_without_improvement: int = 0
     n_cells: int = 0
     n_tokens: int = 0
-    n_operations: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     totals: list[float] = field(default_factory=list)
@@ -115,29 +111,26 @@ def write_checkpoint(
     progress: Progress,
     optimizer: tuple[Optimizer, nn.Module] | None,
     *,
-    report: Mapping[str, Any] | None = None,
     history: Path | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
 
     `optimizer` goes with the module whose weights it has; there is none if the stage does not go
-    on here. With `report` (what ``run.json`` says) and `history` the run needs neither from
-    elsewhere.
+    on here.
     """
 
     def fill(place: Path) -> None:
         trained.model.save_pretrained(place)
-        (place / _TRAINING).mkdir()
+        (place / checkpoint.TRAINING).mkdir()
         write_tensors(place / _HEADS, trained.head_tensors())
         if optimizer is not None:
             write_tensors(place / _OPTIMIZER, optimizer_tensors(*optimizer))
         if history is not None:
-            shutil.copyfile(history, place / _HISTORY)
+            shutil.copyfile(history, place / HISTORY)
         entries = {
             "format_version": FORMAT_VERSION,
             "progress": asdict(progress),
-            "report": dict(report or {}),
-            "files": _digests(place),
+            "files": digest_files(place),
         }
         text = json.dumps(entries | {"digest": _digest_of(entries)}, indent=2)
         (place / _STATE).write_text(text + "\n", encoding="utf-8")
@@ -153,99 +146,68 @@ def can_go_on(folder: Path) -> bool:
 
 def find_damage(folder: Path) -> str:
     """Compare all files of a checkpoint with what was written; empty if they are the same."""
-    try:
-        stored = _read_state(folder)["files"]
-        found = _digests(folder)
-    except OSError as error:
-        return f"{folder} can't be read ({error})."
-    except _DamagedError as error:
-        return error.finding
-    if missing := sorted(set(stored) - set(found)):
-        return f"{folder / missing[0]} is missing."
-    if changed := sorted(name for name in stored if stored[name] != found[name]):
-        return f"{folder / changed[0]} is damaged: it is not what was written."
-    return ""
+    entries = _read_state(folder)
+    if not entries:
+        return f"{folder / _STATE} is damaged: it is not what was written."
+    return find_change(folder, entries["files"])
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read how far the run had come at a checkpoint."""
-    return build_dataclass(Progress, _read_state(folder)["progress"], str(folder / _STATE))
-
-
-def read_stored_report(folder: Path) -> Any:
-    """Read what ``run.json`` said when a checkpoint was written."""
-    return _read_state(folder)["report"]
-
-
-def restore_history(folder: Path, path: Path) -> None:
-    """Put the history that a checkpoint holds in the place of another."""
-    put_in_place(path, lambda part: shutil.copyfile(folder / _HISTORY, part))
+    """Read how far the run had come at a sound checkpoint."""
+    entries, known = _read_state(folder)["progress"], {one.name for one in fields(Progress)}
+    entries = {name: value for name, value in entries.items() if name in known}
+    return build_dataclass(Progress, entries, str(folder / _STATE))
 
 
 def load_checkpoint(
     folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
 ) -> None:
-    """Put a checkpoint's weights into model, heads and optimiser."""
-    load_exactly(trained.model, _read_tensors(folder, checkpoint.WEIGHTS), str(folder))
-    stored = _read_tensors(folder, _HEADS)
-    own = trained.head_tensors()
-    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in stored.items()}:
-        differing = sorted(set(own) ^ set(stored))[:3]
-        msg = f"The heads in {folder} are others than those of this run: {differing} differ."
-        raise ValueError(msg)
+    """Put a sound checkpoint's weights into model, heads and optimiser."""
+    load_exactly(trained.model, read_tensors(folder / checkpoint.WEIGHTS), str(folder))
+    stored = read_tensors(folder / _HEADS)
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in trained.head_tensors().items():
             value.copy_(stored[name])
     if optimizer is not None:
-        load_optimizer_tensors(*optimizer, _read_tensors(folder, _OPTIMIZER))
+        load_optimizer_tensors(*optimizer, read_tensors(folder / _OPTIMIZER))
 
 
-class _DamagedError(ValueError):
-    """A file of a checkpoint is not what was written."""
+def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """State of AdamW by name of the weight in `module`, on the CPU."""
+    return {
+        f"{name}/{key}": optimizer.state[weight][key].detach().to("cpu", copy=True)
+        for name, weight in module.named_parameters()
+        for key in _MOMENTS
+        if key in optimizer.state.get(weight, {})
+    }
 
-    def __init__(self, folder: Path, finding: str) -> None:
-        self.finding = finding
-        super().__init__(
-            f"{finding} Delete {folder} and resume: the run goes on from the checkpoint before."
-        )
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    for name, weight in module.named_parameters():
+        for key in _MOMENTS:
+            if (value := tensors.get(f"{name}/{key}")) is not None:
+                # AdamW counts its steps on the CPU.
+                place = torch.device("cpu") if key == "step" else weight.device
+                optimizer.state[weight][key] = value.to(place, copy=True)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / _STATE
+    """What is noted beside the weights; nothing if that is damaged."""
     try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _DamagedError(folder, f"{path} can't be read ({error}).") from error
-    if not isinstance(entries, dict):
-        raise _DamagedError(folder, f"{path} is damaged: it holds {type(entries).__name__}.")
-    found = entries.get("format_version")
-    if isinstance(found, int) and found != FORMAT_VERSION:
+        entries: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        digest, found = entries.pop("digest"), entries["format_version"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+    if found != FORMAT_VERSION and digest == _digest_of(entries):
         msg = (
-            f"{path} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: go on with "
-            "the version of stofm that began the run (see run.json)."
+            f"{folder / _STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
+            "go on with the version of stofm that began the run (see run.json)."
         )
         raise ValueError(msg)
-    if entries.pop("digest", None) != _digest_of(entries):
-        raise _DamagedError(folder, f"{path} is damaged: it is not what was written.")
-    return entries
-
-
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read weights that training can go on from: finite float32."""
-    try:
-        tensors = read_tensors(folder / name)
-    except (OSError, ValueError) as error:
-        raise _DamagedError(folder, str(error)) from error
-    for key, value in tensors.items():
-        if value.dtype != torch.float32:
-            raise _DamagedError(folder, f"{folder / name}: {key} is {value.dtype}, not float32.")
-    return tensors
-
-
-def _digests(place: Path) -> dict[str, str]:
-    """Digest of every file but the state, by its path within the folder."""
-    files = {p.relative_to(place).as_posix(): p for p in sorted(place.rglob("*")) if p.is_file()}
-    return {name: digest_file(path) for name, path in files.items() if name != _STATE}
+    return entries if digest == _digest_of(entries) else {}
 
 
 def _digest_of(entries: Mapping[str, Any]) -> str:

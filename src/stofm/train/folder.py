@@ -9,50 +9,21 @@ import os
 import re
 import shutil
 import socket
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from stofm._files import TRIFLES, local, put_in_place, tidy
+from stofm._files import local
 from stofm._messages import warn
-from stofm.nn.checkpoint import FILES
-from stofm.train.checkpoint import (
-    FINAL,
-    TRAINING_FILES,
-    can_go_on,
-    find_damage,
-    read_stored_report,
-)
-from stofm.train.config import StageName
+from stofm.train.checkpoint import FINAL, can_go_on, find_damage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-#: Columns of the history that every row has, before those of the loss parts.
-HISTORY_COLUMNS = (
-    *("stage", "split", "epoch", "step", "loss"),
-    *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
-)
 #: The file by which a process has the folder to itself.
 LOCK: Final = "run.lock"
-_WORK = "work"
-_STAGE: Final = rf"\d+-(?:{'|'.join(get_args(StageName))})"
-_CHECKPOINT: Final = re.compile(rf"{_STAGE}-(?:\d{{8,}}|{FINAL})")
-_MODEL_FILES: Final = "|".join(map(re.escape, FILES))
-_RUN_FILES: Final = "|".join((_MODEL_FILES, *map(re.escape, TRAINING_FILES)))
-#: Files that a run writes into the folders that it clears, and what a killed write has left.
-_WRITTEN: Final = re.compile(
-    "|".join(
-        (
-            rf"checkpoints/{_CHECKPOINT.pattern}/(?:{_RUN_FILES})",
-            rf"model/(?:{_MODEL_FILES})",
-            rf"tensorboard/{_STAGE}/events\.out\.tfevents\.[^/]*",
-            r"refreshed/(?:cells|virtual)-[0-9a-f]{16}/[^/]*",
-            r"(?:.*/)?\.[^/]*\.stofm-.*",
-        )
-    )
-)
+_CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{FINAL})")
 
 
 class RunFolder:
@@ -71,7 +42,7 @@ class RunFolder:
     NotADirectoryError
         There is a file at `path`.
     ValueError
-        The work folder is the run's folder or one that the run uses itself.
+        The work folder is the run's folder or one that the run clears.
     """
 
     def __init__(
@@ -81,36 +52,29 @@ class RunFolder:
         if self.path.is_file():
             msg = f"{self.path} is a file, and a run needs a folder: name another place."
             raise NotADirectoryError(errno.ENOTDIR, msg)
-        self.checkpoints = self.path / "checkpoints"
         self.history = self.path / "history.csv"
         self.report = self.path / "run.json"
+        self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.tensorboard = self.path / "tensorboard"
         #: For what the present stage computes anew as it goes on.
         self.refreshed = self.path / "refreshed"
-        self._cleared = (self.checkpoints, self.model, self.path / "tensorboard", self.refreshed)
-        self.work = self.path / _WORK if work is None else local(work)
-        #: Names of what is none of the run's results: the lock, and the folder that `work` is in.
-        self._beside = {_WORK, LOCK}
+        self._cleared = (self.checkpoints, self.model, self.tensorboard, self.refreshed)
+        self.work = self.path / "work" if work is None else local(work)
         place = self.work.resolve()
-        if place.is_relative_to(self.path.resolve()):
-            name = next(iter(place.relative_to(self.path.resolve()).parts), None)
-            if name is None or name in {p.name for p in self._cleared}:
-                msg = (
-                    f"work_dir {str(self.work)!r} is the run's own folder or one that the run "
-                    f"clears; choose another, such as {str(self.path / _WORK)!r} (the default)."
-                )
-                raise ValueError(msg)
-            self._beside.add(name)
+        if place == self.path.resolve() or any(
+            place.is_relative_to(one.resolve()) for one in self._cleared
+        ):
+            msg = (
+                f"work_dir {str(self.work)!r} is the run's own folder or one that the run clears; "
+                f"choose another, such as {str(self.path / 'work')!r} (the default)."
+            )
+            raise ValueError(msg)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that may not be written to.
 
-        Parameters
-        ----------
-        resume
-            Go on with the run that is there, if one is.
-        overwrite
-            Throw away the run that is there, if one is.
+        `resume` goes on with the run that is there, if one is; `overwrite` throws it away.
 
         Raises
         ------
@@ -121,61 +85,40 @@ class RunFolder:
             msg = "resume and overwrite exclude each other: go on with the run, or begin again?"
             raise ValueError(msg)
         report = self.read_report()
-        if not report and not self._is_hardly_begun():
-            msg = f"{self.path} holds something else than a run of stofm; take another folder."
-            raise FileExistsError(msg)
-        for path in (self.history, self.report, self.path / LOCK):
-            if path.is_dir():
-                msg = f"{path} is a folder, and a run has a file there; take another folder."
-                raise FileExistsError(msg)
-        if overwrite and (others := self._others(*self._cleared)):
+        if not report and (others := self._others()):
             msg = (
-                f"{self.path} holds a run, and files that are none of its own, for example "
-                f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
-                "another folder."
+                f"{self.path} holds something else than a run of stofm ({', '.join(others[:3])}); "
+                "take another folder."
             )
             raise FileExistsError(msg)
         if report and not (resume or overwrite):
             msg = (
-                f"{self.path} holds a run ({report.get('status', 'unknown')}): pass "
-                "resume=True to go on with it, overwrite=True to throw it "
-                "away, or take another folder."
+                f"{self.path} holds a run ({report['status']}): pass resume=True to go on with it, "
+                "overwrite=True to throw it away, or take another folder."
             )
             raise FileExistsError(msg)
 
-    def _is_hardly_begun(self) -> bool:
-        """Whether there is at most what a run leaves that was stopped before its first checkpoint."""
-        for path in self.path.iterdir() if self.path.exists() else ():
-            is_part = path.name.startswith(".") and ".stofm-" in path.name
-            is_empty = path in (self.report, self.checkpoints, self.history) and _is_empty(path)
-            is_ours = is_part or is_empty or path.name in self._beside
-            if not is_ours and not (path == self.history and _is_history(path)):
-                return False
-        return True
-
-    def _others(self, *folders: Path) -> list[str]:
-        """Files in folders that no run has written."""
-        found = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-        files = [path for path in found if path.is_symlink() or path.is_file()]
-        names = [p.relative_to(self.path).as_posix() for p in files if p.name not in TRIFLES]
-        return sorted(name for name in names if not _WRITTEN.fullmatch(name))
+    def _others(self) -> list[str]:
+        """What is in the folder beside what a run leaves that has no report yet."""
+        work = self.work.resolve()
+        return [
+            path.name
+            for path in (self.path.iterdir() if self.path.is_dir() else ())
+            if path.name != LOCK
+            and not work.is_relative_to(path.resolve())
+            and not path.name.startswith(".")
+            and not (path == self.checkpoints and not any(path.iterdir()))
+        ]
 
     def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with a run under other settings.
-
-        Parameters
-        ----------
-        begun
-            Settings that the run was begun with.
-        settings
-            All that the run's result depends on now, as JSON can hold it.
-
-        Raises
-        ------
-        ValueError
-            They differ.
-        """
-        if changed := _differences(begun, json.loads(json.dumps(settings))):
+        """Refuse to go on with a run that was begun with other settings (ValueError)."""
+        old, new = _flat(dict(begun)), _flat(json.loads(json.dumps(settings)))
+        changed = [
+            f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+            for name in sorted(old | new)
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             msg = (
                 f"The run in {self.path} was begun with other settings: {'; '.join(changed[:5])}"
@@ -184,17 +127,11 @@ class RunFolder:
             raise ValueError(msg)
 
     def read_report(self) -> dict[str, Any]:
-        """Return what ``run.json`` says, or else the newest checkpoint that can; nothing if there is no run."""
-        report: dict[str, Any]
+        """Return what ``run.json`` says; nothing if there is no run."""
         with contextlib.suppress(OSError, ValueError):
             report = json.loads(self.report.read_text(encoding="utf-8"))
-            if _is_report(report):
+            if isinstance(report, dict) and {"stofm_version", "status", "settings"} <= set(report):
                 return report
-        for folder in reversed(self._to_go_on()):
-            with contextlib.suppress(ValueError):
-                report = read_stored_report(folder)
-                if _is_report(report):
-                    return report
         return {}
 
     def clear(self) -> None:
@@ -234,26 +171,13 @@ class RunFolder:
         needed = {*keep, *(folder.name for folder in found[max(0, at - 1) : at + 1])}
         for folder in self._all():
             if folder.name not in needed and not folder.name.endswith(FINAL):
-                self._remove(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def remove_later(self, than: Path | None) -> None:
         """Delete the checkpoints of steps that will be repeated: damaged ones, and weights alone."""
         for folder in self._all():
             if than is None or _age(folder) > _age(than):
-                self._remove(folder)
-
-    def remove_refreshed(self) -> None:
-        """Delete what a stage that is finished has computed anew."""
-        self._remove(self.refreshed)
-
-    def remove_leftovers(self) -> None:
-        """Delete what an interrupted write has left."""
-        tidy(self.checkpoints)
-
-    def _remove(self, folder: Path) -> None:
-        """Delete a folder that the run has written, if it holds nothing else."""
-        if not self._others(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         return [p for p in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(p.name)]
@@ -271,12 +195,13 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = "another process"
+        holder = ""
         with contextlib.suppress(OSError):
-            holder = path.read_text(encoding="utf-8") or holder
+            holder = path.read_text(encoding="utf-8")
         msg = (
-            f"{folder} is in use: {holder} trains into it. Wait until it has ended, or take "
-            f"another out_dir. If there is no such process any more, delete {path}."
+            f"{folder} is in use: {holder or 'another process'} trains into it. Wait until it has "
+            "ended, or take another out_dir. If there is no such process any more, delete "
+            f"{path}."
         )
         raise FileExistsError(msg) from None
     try:
@@ -290,50 +215,17 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_json(path: Path, entries: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(entries, indent=2) + "\n"
-    put_in_place(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def _is_report(entries: Any) -> bool:
-    """Whether JSON is what a run of stofm says of itself, and not another program's."""
-    own = {"stofm_version": str, "status": str, "stages": list, "settings": dict}
-    return (
-        isinstance(entries, dict)
-        and all(isinstance(entries.get(name), kind) for name, kind in own.items())
-        and {"stages", "run", "model"} <= set(entries["settings"])
-    )
-
-
-def _is_history(path: Path) -> bool:
-    """Whether a file begins as a history does."""
-    with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
-        return file.readline().startswith(",".join(HISTORY_COLUMNS))
-    return False
-
-
-def _is_empty(path: Path) -> bool:
-    return not any(path.iterdir()) if path.is_dir() else path.stat().st_size == 0
-
-
 def _age(folder: Path) -> tuple[int, str]:
     # Digits sort before "final".
     return int(folder.name.split("-")[0]), folder.name.rsplit("-", 1)[1]
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Say in which entries two JSON values differ."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{where}[{k}]", a, b) for k, (a, b) in enumerate(zip(old, new, strict=True))]
-    elif isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        pairs = [(f"{where}.{n}".lstrip("."), old.get(n), new.get(n)) for n in names]
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Entries of nested JSON by their place, such as ``stages[0].epochs``."""
+    if isinstance(value, dict):
+        parts = {f"{where}.{name}".lstrip("."): one for name, one in value.items()}
+    elif isinstance(value, list):
+        parts = {f"{where}[{k}]": one for k, one in enumerate(value)}
     else:
-        return [] if old == new else [f"{where} was {_short(old)}, now {_short(new)}"]
-    return [text for place, a, b in pairs for text in _differences(a, b, place)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return {where: value}
+    return {name: leaf for place, one in parts.items() for name, leaf in _flat(one, place).items()}

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from stofm._config import build_dataclass
-from stofm.genes import GeneVocabulary, embedded_vocabulary
-from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceConfig
+from stofm.genes import GeneVocabulary
+from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import StageConfig, StageName
 from stofm.train.folder import RunFolder, locked
 from stofm.train.gene_embeddings import make_initializer, read_gene_embeddings
-from stofm.train.preparation import (
-    SliceSource,
-    find_sources,
-    fit_vocabulary,
-    open_corpus,
-    prepare_slices,
-)
+from stofm.train.preparation import SliceSource, fit_vocabulary, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import paper_schedule
 from stofm.train.run import Pretraining, TrainResult
@@ -32,40 +25,10 @@ if TYPE_CHECKING:
 
     from stofm.train.config import OptimizerConfig, RunConfig
     from stofm.train.corpus import Corpus
-    from stofm.train.recipe import FileConfig, ModelSource, Recipe
+    from stofm.train.recipe import Recipe
 
     #: Fits a vocabulary on the slices to train on.
     Fit = Callable[[], GeneVocabulary]
-
-
-def train_data(
-    data: Any,
-    model: Any,
-    *,
-    validation: Any,
-    options: FileConfig,
-    stage: Any,
-    epochs: int | None,
-    optimizer: OptimizerConfig | None,
-    run: RunConfig,
-    vocabulary: GeneVocabulary | None,
-    gene_embeddings: str | PathLike[str],
-    **place: Any,
-) -> TrainResult:
-    """Train on what a user passes; `place` as in :func:`train_recipe`."""
-
-    def find() -> tuple[list[SliceSource], list[SliceSource]]:
-        held_out = [] if validation is None else find_sources(validation, options)
-        return find_sources(data, options), held_out
-
-    return _launch(
-        find,
-        lambda fit: _find_model(model, vocabulary, fit, seed=run.seed),
-        stages=choose_stages(stage, epochs, optimizer),
-        run=run,
-        gene_embeddings=gene_embeddings,
-        **place,
-    )
 
 
 def train_recipe(
@@ -90,9 +53,9 @@ def train_recipe(
             for files in recipe.data.find(data)
         )
 
-    return _launch(
+    return launch(
         find,
-        lambda fit: _make_model(recipe.model, fit, seed=recipe.run.seed),
+        lambda fit: recipe.model.make(fit, seed=recipe.run.seed),
         stages=recipe.stages,
         run=recipe.run,
         gene_embeddings=recipe.model.gene_embeddings,
@@ -105,7 +68,7 @@ def train_recipe(
     )
 
 
-def _launch(
+def launch(
     find: Callable[[], tuple[list[SliceSource], ...]],
     make_model: Callable[[Fit], Stofm],
     *,
@@ -119,7 +82,10 @@ def _launch(
     overwrite: bool,
     show_progress_bar: bool,
 ) -> TrainResult:
-    """Find the other processes, prepare the slices in the first, and train."""
+    """Find the other processes, prepare the slices in the first, and train.
+
+    `find` lists the slices to train on and those held out.
+    """
     genes = read_gene_embeddings(gene_embeddings)
     folder = RunFolder(out_dir, work_dir)
     with Processes.start(device, run.precision) as processes, ExitStack() as stack:
@@ -177,7 +143,7 @@ def choose_stages(
     return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
 
 
-def _find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:
+def find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:
     """The model that a user passes or names, or a new one."""
     if isinstance(model, StofmConfig):
         if vocabulary is None:
@@ -197,38 +163,3 @@ def _find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed
         )
         raise TypeError(msg)
     return model
-
-
-def _make_model(source: ModelSource, fit: Fit, *, seed: int) -> Stofm:
-    """The model of a recipe."""
-    if source.checkpoint:
-        model = Stofm.from_pretrained(source.checkpoint)
-    else:
-        if source.vocabulary == "embedded":
-            vocabulary = embedded_vocabulary()
-        elif source.vocabulary == "fit":
-            vocabulary = fit()
-        else:
-            vocabulary = GeneVocabulary.from_tsv(source.vocabulary)
-        model = Stofm(config_of_recipe(source, vocabulary.n_tokens), vocabulary, seed=seed)
-    model.config = replace(
-        model.config,
-        name=source.name or model.name,
-        provenance=source.provenance or model.config.provenance,
-    )
-    return model
-
-
-def config_of_recipe(source: ModelSource, n_tokens: int) -> StofmConfig:
-    """Sizes of a new model: the preset's, with the recipe's changes."""
-    preset = StofmConfig.mini(n_tokens) if source.preset == "mini" else StofmConfig.base(n_tokens)
-    parts: dict[str, type[Any]] = {
-        "cell_encoder": CellEncoderConfig,
-        "se2_transformer": SE2TransformerConfig,
-        "subslice": SubSliceConfig,
-    }
-    built = {}
-    for name, part in parts.items():
-        entries = asdict(getattr(preset, name)) | getattr(source, name)
-        built[name] = build_dataclass(part, entries, "the recipe", f"model.{name}")
-    return replace(preset, **built, max_tokens=source.max_tokens or preset.max_tokens)

@@ -1,45 +1,30 @@
-"""The losses of pretraining, each as a sum and a count; and the operations that they take.
+"""The losses of pretraining, each as a sum and a count, and the heads that they need.
 
 Several processes that each hold a part of a batch can so divide by the count of all: the loss and
 its gradient are then those of one process.
-
-Floating-point operations are estimated from the matrices that a batch goes through. A trained
-matrix takes 6 for each of its weights and each vector that is multiplied with it: 2 forward, 4
-backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). Not counted are padding, what
-attention does with lengths squared, and whatever is no matrix. The functions count products, of
-which each stands for :data:`PER_PRODUCT` operations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from jaxtyping import Float, Int
-    from torch import nn
 
-    from stofm.nn import CellEncoder, SE2Transformer, TokenBatch
-    from stofm.train.batches import MaskedGenes, MaskedSubSliceBatch
-    from stofm.train.config import Candidates, CellLoss
-    from stofm.train.heads import MaskedGeneHead
+    from stofm.nn import CellEncoder
+    from stofm.nn.config import Activation
+    from stofm.train.config import CellLoss
+    from stofm.train.masked_genes import MaskedGenes
 
-#: Operations, forward and backward, of one weight times one number.
-PER_PRODUCT = 6
-
-
-class Gather(Protocol):
-    """Puts the rows of all processes together; gradients find their way back."""
-
-    def __call__(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Gather (n, d) rows, where n may differ between processes, and say where one's own begin."""
-        ...
+#: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
+#: one's own begin; gradients find their way back.
+Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +43,84 @@ class LossPart:
     count: float
 
 
+class MaskedGeneHead(nn.Module):
+    """Hidden states to a score for each candidate gene, as in BERT.
+
+    ``score = layer_norm(f(W h + b)) . word_embedding + bias``, with the activation f (``"relu"`` or
+    ``"gelu"``) of the cell encoder, as in transformers' ``BertForMaskedLM``. The word embeddings,
+    `n_tokens` of the width `d_hidden`, are the cell encoder's.
+
+    References
+    ----------
+    BERT (Devlin et al. 2019), section 3.1; SToFM (arXiv 2507.11588), section A.1.
+    """
+
+    def __init__(
+        self, *, n_tokens: int, d_hidden: int, activation: Activation, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dense = nn.Linear(d_hidden, d_hidden)
+        self.norm = nn.LayerNorm(d_hidden, eps=layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(n_tokens))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "targets d_hidden"],
+        words: Float[Tensor, "candidates d_hidden"],
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> Float[Tensor, "targets candidates"]:
+        """Score candidate tokens (None for the whole vocabulary) by their word embeddings."""
+        inner = self.dense(hidden)
+        inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
+        bias = self.bias if candidates is None else self.bias[candidates]
+        return F.linear(self.norm(inner), words, bias)
+
+
+class MaskedCellHead(nn.Module):
+    """Hidden states of nodes to the cell embeddings that were hidden: linear, ReLU, linear.
+
+    With `learned_mask`, `mask` is a learned vector that stands in place of hidden embeddings.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4; ``lm_head`` of the published code.
+    """
+
+    def __init__(self, *, d_model: int, d_cell: int, learned_mask: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_cell)
+        )
+        #: (d_cell,) of about the length 1 of embeddings.
+        self.mask: Tensor | None = None
+        if learned_mask:
+            self.mask = nn.Parameter(torch.randn(d_cell) * d_cell**-0.5)
+
+    def forward(self, hidden: Float[Tensor, "targets d_model"]) -> Float[Tensor, "targets d_cell"]:
+        """Predict cell embeddings."""
+        predicted: Tensor = self.layers(hidden)
+        return predicted
+
+
+class PairDistanceHead(nn.Module):
+    """Pair representation, `n_heads` wide, to the nodes' distance: linear, ReLU, linear.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.4; ``pair_head`` of the published code.
+    """
+
+    def __init__(self, *, n_heads: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(n_heads, n_heads), nn.ReLU(), nn.Linear(n_heads, 1))
+
+    def forward(self, pairs: Float[Tensor, "pairs heads"]) -> Float[Tensor, " pairs"]:
+        """Predict distances, model units."""
+        predicted: Tensor = self.layers(pairs)
+        return predicted[:, 0]
+
+
 def contrastive_loss(
     first: Float[Tensor, "cells d_cell"],
     second: Float[Tensor, "cells d_cell"],
@@ -68,16 +131,8 @@ def contrastive_loss(
     """Tell each cell's second view from those of all other cells, given its first.
 
     ``-log(exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t))``, summed over i; j runs over the
-    cells of all processes. In float32 whatever the precision of training.
-
-    Parameters
-    ----------
-    first, second
-        Embeddings a and b of the same cells.
-    temperature
-        t.
-    gather
-        Collects b from all processes; None for one process.
+    cells of all processes, whose b `gather` collects (None for one process). In float32 whatever
+    the precision of training.
 
     References
     ----------
@@ -101,15 +156,8 @@ def masked_gene_loss(
 ) -> LossPart:
     """Cross-entropy of the hidden genes, summed over them.
 
-    Parameters
-    ----------
-    encoder, head
-        The cell encoder, and what scores genes from its hidden states.
-    genes
-        Cells with hidden genes.
-    candidates
-        Tokens among which the hidden ones are to be found, ascending; None for the whole
-        vocabulary.
+    `candidates` are the tokens among which they are to be found, ascending; None for the whole
+    vocabulary.
 
     References
     ----------
@@ -124,21 +172,6 @@ def masked_gene_loss(
     return LossPart(total, len(genes.labels))
 
 
-def candidate_genes(
-    candidates: Candidates, measured: Int[Tensor, " genes"], gather: Gather | None = None
-) -> Int[Tensor, " candidates"] | None:
-    """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
-
-    `measured` are those that occur in what this process holds of the batch.
-    """
-    if candidates == "vocabulary":
-        return None
-    if gather is not None:
-        measured = gather(measured[:, None])[0]
-    distinct: Tensor = torch.unique(measured)
-    return distinct
-
-
 def masked_cell_loss(
     predicted: Float[Tensor, "cells d_cell"],
     target: Float[Tensor, "cells d_cell"],
@@ -147,13 +180,8 @@ def masked_cell_loss(
 ) -> LossPart:
     """Distance of predicted cell embeddings from the hidden ones, summed over the cells.
 
-    Parameters
-    ----------
-    predicted, target
-        Predicted and hidden embeddings.
-    kind
-        ``"mse"``: mean over the width of the squared difference, as in the paper. ``"cosine"``:
-        1 - cosine, as in the published code, which scales predictions to unit length before.
+    ``"mse"``: mean over the width of the squared difference, as in the paper. ``"cosine"``:
+    1 - cosine, as in the published code, which scales predictions to unit length before.
 
     References
     ----------
@@ -172,74 +200,8 @@ def pair_distance_loss(
 ) -> LossPart:
     """Squared difference of predicted and true distances, model units squared, summed over pairs.
 
-    Parameters
-    ----------
-    predicted, target
-        Predicted and true distances.
-
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.4.
     """
     return LossPart((predicted.float() - target.float()).square().sum(), len(target))
-
-
-def matrix_weights(*modules: nn.Module) -> int:
-    """Number of trained weights of modules that stand in matrices."""
-    weights = (weight for module in modules for weight in module.parameters())
-    return sum(w.numel() for w in weights if w.requires_grad and w.ndim > 1)
-
-
-def products_of_embeddings(encoder: CellEncoder, batch: TokenBatch) -> int:
-    """Products of the cell encoder, for cell embeddings.
-
-    Of the last layer, only keys and values are computed at all tokens.
-    """
-    # transformers' modules are untyped below BertModel.
-    stack: Any = encoder.bert.encoder.layer
-    *layers, last = stack
-    attention = last.attention.self
-    keys_and_values = matrix_weights(attention.key, attention.value)
-    per_token = matrix_weights(*layers) + keys_and_values + _of_inputs(encoder)
-    per_cell = matrix_weights(last, encoder.projection) - keys_and_values
-    return int(batch.is_real.sum()) * per_token + len(batch.tokens) * per_cell
-
-
-def products_of_masked_genes(
-    encoder: CellEncoder,
-    head: MaskedGeneHead,
-    groups: Sequence[MaskedGenes],
-    candidates: Candidates,
-) -> int:
-    """Products of the cell encoder for hidden states at all tokens, and of the head on hidden genes.
-
-    The candidates' word embeddings are a matrix of the head; they are counted in this process.
-    """
-    n_tokens = sum(int(group.tokens.is_real.sum()) for group in groups)
-    n_targets = sum(len(group.labels) for group in groups)
-    n_candidates = encoder.config.n_tokens
-    if candidates == "batch":
-        n_candidates = len({token for group in groups for token in group.measured.tolist()})
-    per_token = matrix_weights(encoder.bert.encoder) + _of_inputs(encoder)
-    per_target = matrix_weights(head.dense) + n_candidates * head.dense.out_features
-    projected = n_candidates * _of_gene_projection(encoder)
-    return n_tokens * per_token + n_targets * per_target + projected
-
-
-def products_of_transformer(transformer: SE2Transformer, inputs: MaskedSubSliceBatch) -> int:
-    """Products of the SE(2) Transformer over nodes, and over the pairs that have a distance."""
-    pairs = inputs.subslices.pairs
-    per_node = matrix_weights(transformer.input_projection, transformer.layers)
-    products = sum(pairs.n_real) * per_node
-    if transformer.config.pair_bias:
-        products += len(pairs.distances) * matrix_weights(transformer.distance_bias)
-    return products
-
-
-def _of_inputs(encoder: CellEncoder) -> int:
-    of_values = 0 if encoder.config.values == "none" else matrix_weights(encoder.value_embedding)
-    return of_values + _of_gene_projection(encoder)
-
-
-def _of_gene_projection(encoder: CellEncoder) -> int:
-    return matrix_weights(encoder.gene_projection) if encoder.config.projects_genes else 0

@@ -8,31 +8,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from stofm._config import check_choice
-from stofm.train.config import CellLoss, ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
+from stofm.train.config import ContrastiveConfig, LossWeights, MaskedGeneConfig
 from stofm.train.losses import (
-    PER_PRODUCT,
     LossPart,
-    candidate_genes,
+    MaskedCellHead,
+    MaskedGeneHead,
+    PairDistanceHead,
     contrastive_loss,
     masked_cell_loss,
     masked_gene_loss,
-    matrix_weights,
     pair_distance_loss,
-    products_of_embeddings,
-    products_of_masked_genes,
-    products_of_transformer,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from jaxtyping import Float, Int
 
     from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
-    from stofm.train.batches import CellBatch, JointBatch, MaskedSubSliceBatch
+    from stofm.train.config import Candidates, CellLoss
     from stofm.train.losses import Gather
+    from stofm.train.masked_cells import JointBatch, MaskedSubSliceBatch
+    from stofm.train.masked_genes import CellBatch
 
 
 class CellEncoderObjective(nn.Module):
@@ -78,8 +75,8 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            genes = inputs.genes
-            among = candidate_genes(self.masked_genes.candidates, genes.measured, gather)
+            genes, kind = inputs.genes, self.masked_genes.candidates
+            among = _candidate_genes(kind, genes.measured, gather)
             parts["masked_genes"] = masked_gene_loss(
                 self.encoder, self.gene_head, genes, candidates=among
             )
@@ -90,17 +87,6 @@ class CellEncoderObjective(nn.Module):
                 first, second, temperature=self.contrastive.temperature, gather=gather
             )
         return parts
-
-    def count_operations(self, inputs: CellBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = 0
-        if "masked_genes" in self.weights:
-            products += products_of_masked_genes(
-                self.encoder, self.gene_head, [inputs.genes], self.masked_genes.candidates
-            )
-        if "contrastive" in self.weights:
-            products += sum(products_of_embeddings(self.encoder, view) for view in inputs.views)
-        return PER_PRODUCT * products
 
 
 class SpatialObjective(nn.Module):
@@ -140,8 +126,7 @@ class SpatialObjective(nn.Module):
         super().__init__()
         config = transformer.config
         self.transformer = transformer
-        self.cell_loss = cell_loss
-        check_choice(self, "cell_loss", CellLoss)
+        self.cell_loss: CellLoss = cell_loss
         self.distance_unit = distance_unit
 
         def head(*, learned_mask: bool) -> MaskedCellHead:
@@ -177,49 +162,26 @@ class SpatialObjective(nn.Module):
         out: SE2Output = self.transformer(batch)
         parts = {}
         if "masked_cells" in self.weights:
-            target = inputs.target_features * self.transformer.config.feature_scale
             predicted = self.predict_cells(out, inputs)
-            parts["masked_cells"] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+            parts["masked_cells"] = self._cell_loss(predicted, inputs.target_features)
         if "pair_distances" in self.weights:
             parts["pair_distances"] = pair_distance_loss(
                 self.predict_distances(out, inputs) / self.distance_unit,
                 inputs.pair_distances / self.distance_unit,
             )
-        return parts | self._visible_losses(out, inputs)
-
-    def _visible_losses(self, out: SE2Output, inputs: MaskedSubSliceBatch) -> dict[str, LossPart]:
-        """Compute the losses at cells that are not hidden."""
-        if self.visible_head is None and self.surroundings_head is None:
-            return {}
-        visible = inputs.visible
-        if visible is None:
-            msg = (
-                "The weights ask for what cells that are not hidden tell, and the sub-slices have no "
-                "targets for it: mask them with n_surrounding of at least 1."
-            )
-            raise ValueError(msg)
-        parts = {}
-        for name, head, target in (
-            ("visible_cells", self.visible_head, visible.features),
-            ("surroundings", self.surroundings_head, visible.surroundings),
-        ):
-            if head is not None:
-                predicted = _predicted(head, _at(out, visible.places))
-                target = target * self.transformer.config.feature_scale
-                parts[name] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+        if (visible := inputs.visible) is not None:
+            for name, head, target in (
+                ("visible_cells", self.visible_head, visible.features),
+                ("surroundings", self.surroundings_head, visible.surroundings),
+            ):
+                if head is not None:
+                    predicted = _predicted(head, _at(out, visible.places))
+                    parts[name] = self._cell_loss(predicted, target)
         return parts
 
-    def count_operations(self, inputs: MaskedSubSliceBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = products_of_transformer(self.transformer, inputs)
-        if "masked_cells" in self.weights:
-            products += len(inputs.target_places) * matrix_weights(self.cell_head.layers)
-        if "pair_distances" in self.weights:
-            products += len(inputs.pair_rows) * matrix_weights(self.pair_head)
-        for head in (self.visible_head, self.surroundings_head):
-            if head is not None and inputs.visible is not None:
-                products += len(inputs.visible.places) * matrix_weights(head)
-        return PER_PRODUCT * products
+    def _cell_loss(self, predicted: Tensor, target: Tensor) -> LossPart:
+        scaled = target * self.transformer.config.feature_scale
+        return masked_cell_loss(predicted, scaled, kind=self.cell_loss)
 
     def predict_cells(
         self, out: SE2Output, inputs: MaskedSubSliceBatch
@@ -243,23 +205,6 @@ class SpatialObjective(nn.Module):
         else:
             filling = self.cell_head.mask.expand(len(places), -1)
         return replace_rows(features, places, filling)
-
-    def load_reference_heads(self, state: Mapping[str, Tensor]) -> None:
-        """Take the heads' weights from a published checkpoint.
-
-        Parameters
-        ----------
-        state
-            Tensors by name, ``lm_head.*`` and ``pair_head.*`` among them; others are ignored.
-
-        Raises
-        ------
-        RuntimeError
-            Weights are missing or have another shape.
-        """
-        for name, head in (("lm_head.", self.cell_head), ("pair_head.", self.pair_head)):
-            own = {key.removeprefix(name): state[key] for key in state if key.startswith(name)}
-            head.layers.load_state_dict(own)
 
 
 class JointObjective(nn.Module):
@@ -312,39 +257,17 @@ class JointObjective(nn.Module):
             features = replace_rows(features, inputs.places, embed_sampled(self.encoder, inputs))
         parts = self.spatial.losses(inputs.masked, features)
         if "masked_genes" in self.weights:
-            parts["masked_genes"] = self._recover_genes(inputs, gather)
-        return parts
-
-    def count_operations(self, inputs: JointBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = sum(products_of_embeddings(self.encoder, group) for group in inputs.cells)
-        if "masked_genes" in self.weights:
             assert self.masked_genes is not None
             assert self.gene_head is not None
-            products += products_of_masked_genes(
-                self.encoder, self.gene_head, inputs.genes, self.masked_genes.candidates
-            )
-        return self.spatial.count_operations(inputs.masked) + PER_PRODUCT * products
-
-    def _recover_genes(self, inputs: JointBatch, gather: Gather | None) -> LossPart:
-        """Masked genes of the sampled cells, all groups together."""
-        assert self.masked_genes is not None
-        assert self.gene_head is not None
-        if len(inputs.genes) != len(inputs.cells):
-            msg = (
-                f"The batch has {len(inputs.cells)} groups of cells and {len(inputs.genes)} with "
-                "masked genes; expected as many. Make them with MaskedGenes.build, or leave "
-                "masked_genes of the objective at None."
-            )
-            raise ValueError(msg)
-        # All groups at once: processes may have different numbers of them, and gather together.
-        measured = [inputs.places.new_empty(0), *(group.measured for group in inputs.genes)]
-        candidates = candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
-        whole = LossPart(inputs.masked.target_features.new_zeros(()), 0)
-        for group in inputs.genes:
-            part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=candidates)
-            whole = LossPart(whole.total + part.total, whole.count + part.count)
-        return whole
+            # All groups at once: processes may have different numbers of them, and gather together.
+            measured = [inputs.places.new_empty(0), *(group.measured for group in inputs.genes)]
+            among = _candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
+            total, count = inputs.masked.target_features.new_zeros(()), 0.0
+            for group in inputs.genes:
+                part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=among)
+                total, count = total + part.total, count + part.count
+            parts["masked_genes"] = LossPart(total, count)
+        return parts
 
 
 def _positive(weights: LossWeights | None, *names: str) -> dict[str, float]:
@@ -361,6 +284,21 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
         activation=config.activation,
         layer_norm_eps=config.layer_norm_eps,
     )
+
+
+def _candidate_genes(
+    candidates: Candidates, measured: Int[Tensor, " genes"], gather: Gather | None
+) -> Int[Tensor, " candidates"] | None:
+    """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
+
+    `measured` are those that occur in what this process holds of the batch.
+    """
+    if candidates == "vocabulary":
+        return None
+    if gather is not None:
+        measured = gather(measured[:, None])[0]
+    distinct: Tensor = torch.unique(measured)
+    return distinct
 
 
 def _at(out: SE2Output, places: Tensor) -> Tensor:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass, check_choice
 from stofm._files import local
 from stofm._messages import warn
+from stofm.genes import GeneVocabulary, embedded_vocabulary
+from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
 from stofm.train.gene_embeddings import WORDS, require_gene_embeddings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from os import PathLike
     from pathlib import Path
 
 Species = Literal["auto", "human", "mouse"]
 Preset = Literal["mini", "base"]
+#: Parts of a model's config that a recipe may change.
+_PARTS = ("cell_encoder", "se2_transformer", "subslice")
 
 
 def paper_schedule(
@@ -118,40 +122,38 @@ class DataConfig:
         if not root.is_dir():
             msg = f"There is no data folder {root}."
             raise FileNotFoundError(msg)
-        default = type(self)().train
-        if unused := [pattern for pattern in self.exclude if not any(root.glob(pattern))]:
-            warn(
-                f"exclude = {unused} names no file in {root}; check the spelling if one is to be "
-                "left out."
-            )
-        excluded = _matches(root, self.exclude)
-        held_out = _matches(root, self.validation, required=True) - excluded
-        found = _matches(root, self.train, required=self.train != default)
-        train = sorted(found - held_out - excluded)
+        named: dict[str, set[Path]] = {}
+        for kind, patterns in (
+            ("train", self.train),
+            ("validation", self.validation),
+            ("exclude", self.exclude),
+        ):
+            found = {pattern: set(root.glob(pattern)) for pattern in patterns}
+            named[kind] = set().union(*found.values())
+            unused = [pattern for pattern, files in found.items() if not files]
+            if kind == "exclude" and unused:
+                warn(
+                    f"exclude = {unused} names no file in {root}; check the spelling if one is to "
+                    "be left out."
+                )
+            elif unused and patterns != type(self)().train:
+                msg = f"{unused[0]!r} names no file in {root}."
+                raise FileNotFoundError(msg)
+        held_out = named["validation"] - named["exclude"]
+        train = named["train"] - held_out - named["exclude"]
         if not train:
             msg = (
                 f"No file is left to train on in {root}: train = {list(self.train)} names "
-                f"{len(found)} files, and validation and exclude take all of them away."
+                f"{len(named['train'])} files, and validation and exclude take all of them away."
             )
             raise FileNotFoundError(msg)
-        return train, sorted(held_out)
+        return sorted(train), sorted(held_out)
 
     def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
         """How a file is read: the last table whose pattern names it."""
         relative = file.relative_to(local(folder))
         fitting = [one for one in self.options if relative.match(one.files)]
         return fitting[-1] if fitting else FileConfig()
-
-
-def _matches(root: Path, patterns: tuple[str, ...], *, required: bool = False) -> set[Path]:
-    found: set[Path] = set()
-    for pattern in patterns:
-        own = set(root.glob(pattern))
-        if required and not own:
-            msg = f"{pattern!r} names no file in {root}."
-            raise FileNotFoundError(msg)
-        found |= own
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +197,36 @@ class ModelSource:
         """Check each value and how they fit together."""
         check_choice(self, "preset", Preset)
         require_gene_embeddings(self.gene_embeddings)
-        changes = [
-            name
-            for name in ("cell_encoder", "se2_transformer", "subslice", "max_tokens")
-            if getattr(self, name)
-        ]
-        if self.checkpoint and changes:
+        sizes = (*_PARTS, "max_tokens")
+        if self.checkpoint and (changes := [name for name in sizes if getattr(self, name)]):
             msg = f"A checkpoint's sizes can't be changed: leave out {changes}, or the checkpoint."
             raise ValueError(msg)
+
+    def config(self, n_tokens: int) -> StofmConfig:
+        """Sizes of a new model: the preset's, with the changes to it."""
+        preset = (StofmConfig.mini if self.preset == "mini" else StofmConfig.base)(n_tokens)
+        parts: dict[str, Any] = {}
+        for name in _PARTS:
+            given = getattr(preset, name)
+            entries = asdict(given) | getattr(self, name)
+            parts[name] = build_dataclass(type(given), entries, "the recipe", f"model.{name}")
+        return replace(preset, **parts, max_tokens=self.max_tokens or preset.max_tokens)
+
+    def make(self, fit: Callable[[], GeneVocabulary], *, seed: int) -> Stofm:
+        """Make or load the model; `fit` fits a vocabulary on the slices to train on."""
+        if self.checkpoint:
+            model = Stofm.from_pretrained(self.checkpoint)
+        else:
+            if self.vocabulary == "embedded":
+                vocabulary = embedded_vocabulary()
+            elif self.vocabulary == "fit":
+                vocabulary = fit()
+            else:
+                vocabulary = GeneVocabulary.from_tsv(self.vocabulary)
+            model = Stofm(self.config(vocabulary.n_tokens), vocabulary, seed=seed)
+        provenance = self.provenance or model.config.provenance
+        model.config = replace(model.config, name=self.name or model.name, provenance=provenance)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)

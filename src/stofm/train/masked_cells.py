@@ -1,7 +1,7 @@
-"""What is hidden from the networks: genes of a cell, cells of a sub-slice and where they lie.
+"""Sub-slices with cells hidden and moved, what is to be recovered of them, and batches of these.
 
-All random numbers come from generators that the caller makes, one per cell or sub-slice, so that
-what is hidden depends neither on the batch nor on the number of processes.
+All random numbers come from a generator that the caller makes, one per sub-slice, so that what is
+hidden depends neither on the batch nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,195 +13,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from stofm.nn import GeneBag, TokenBatch
+from stofm.nn import SubSliceBatch
 from stofm.spatial import NodeType, PairDistances
 from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.train.masked_genes import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from jaxtyping import Float, Int
     from numpy.random import Generator
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from stofm.nn import TokenBatch
     from stofm.spatial import SubSlice
-    from stofm.train.config import SpatialMasking, TokenMasking
-
-
-def mask_tokens(
-    batch: TokenBatch,
-    masking: TokenMasking,
-    *,
-    mask_token: int,
-    gene_tokens: NDArray[np.integer],
-    rngs: Sequence[Generator],
-) -> tuple[TokenBatch, Tensor]:
-    """Hide genes of cells.
-
-    A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A hidden
-    gene's position and value stay; ``is_hidden`` takes it out of the sum over all genes.
-
-    Parameters
-    ----------
-    batch
-        Token lists, on the CPU; not changed.
-    masking
-        How much to hide.
-    mask_token
-        Token of ``<mask>``.
-    gene_tokens
-        Tokens from which random genes are taken.
-    rngs
-        One generator per cell.
-
-    Returns
-    -------
-    The lists with genes hidden, and which positions are to be recovered (cells, length).
-
-    Raises
-    ------
-    ValueError
-        The generators are not as many as the cells, or there are no genes to take at random.
-    """
-    _check_generators(batch, rngs)
-    if masking.random_share > 0 and not len(gene_tokens):
-        msg = "random_share is positive but gene_tokens is empty; pass the vocabulary's tokens."
-        raise ValueError(msg)
-    at, genes = _genes_of_lists(batch)
-    replacement = genes.tokens.copy()
-    is_chosen = np.zeros(len(genes.tokens), dtype=bool)
-    is_hidden = np.zeros(len(genes.tokens), dtype=bool)
-    for cell, rng in enumerate(rngs):
-        n_genes = genes.starts[cell + 1] - genes.starts[cell]
-        n_chosen = min(n_genes, max(1, round(masking.share * n_genes))) if masking.share else 0
-        chosen = genes.starts[cell] + rng.permutation(n_genes)[:n_chosen]
-        lot = rng.random(n_chosen)
-        is_random = (lot >= masking.mask_share) & (lot < masking.mask_share + masking.random_share)
-        replacement[chosen[lot < masking.mask_share]] = mask_token
-        if is_random.any():
-            replacement[chosen[is_random]] = rng.choice(gene_tokens, int(is_random.sum()))
-        is_chosen[chosen] = True
-        is_hidden[chosen] = lot < masking.mask_share + masking.random_share
-
-    tokens = batch.tokens.numpy().copy()
-    tokens[at] = replacement[genes.of_entry]
-    hidden, is_target = (
-        torch.from_numpy(_spread(is_so[genes.of_entry], at, tokens.shape))
-        for is_so in (is_hidden, is_chosen)
-    )
-    return replace(batch, tokens=torch.from_numpy(tokens), is_hidden=hidden), is_target
-
-
-def drop_genes(
-    batch: TokenBatch, share: float, *, pad_token: int, rngs: Sequence[Generator]
-) -> TokenBatch:
-    """Leave out genes at random, as a panel that measures fewer genes would.
-
-    The genes that remain move up to the ranks that they have among themselves, with their values
-    as they were: the total count that values are relative to is taken to be known.
-
-    Parameters
-    ----------
-    batch
-        Token lists, on the CPU; not changed.
-    share
-        Share of each cell's genes to leave out, at least 0 and less than 1; rounded down, so
-        that a cell with genes keeps at least one.
-    pad_token
-        Token of padding.
-    rngs
-        One generator per cell.
-
-    Raises
-    ------
-    ValueError
-        The share is out of range, or the generators are not as many as the cells.
-    """
-    _check_generators(batch, rngs)
-    if not 0 <= share < 1:
-        msg = f"The share of genes to leave out must be at least 0 and below 1, found {share}."
-        raise ValueError(msg)
-    at, in_lists = _genes_of_lists(batch)
-    genes = in_lists if batch.bag is None else _genes_of_bag(batch.bag, len(batch.tokens))
-    is_dropped = np.zeros(len(genes.tokens), dtype=bool)
-    for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
-        n_genes = end - start
-        is_dropped[start + rng.permutation(n_genes)[: int(share * n_genes)]] = True
-
-    is_gone = np.isin(in_lists.keys, genes.keys[is_dropped])[in_lists.of_entry]
-    kept = batch.is_real & ~torch.from_numpy(_spread(is_gone, at, batch.is_real.shape))
-    order = torch.argsort(~kept, dim=1, stable=True)
-    is_real = kept.gather(1, order)
-
-    def moved_up(entries: Tensor, blank: int) -> Tensor:
-        return entries.gather(1, order).masked_fill(~is_real, blank)
-
-    return TokenBatch(
-        tokens=moved_up(batch.tokens, pad_token),
-        is_real=is_real,
-        values=None if batch.values is None else moved_up(batch.values, 0),
-        bag=None if batch.bag is None else _take(batch.bag, ~is_dropped[genes.of_entry]),
-        is_hidden=None if batch.is_hidden is None else moved_up(batch.is_hidden, 0),
-    )
-
-
-def _check_generators(batch: TokenBatch, rngs: Sequence[Generator]) -> None:
-    if len(rngs) != len(batch.tokens):
-        msg = f"{len(rngs)} generators for {len(batch.tokens)} cells; expected one per cell."
-        raise ValueError(msg)
-
-
-class _Genes(NamedTuple):
-    """The genes of cells, each once per cell, by cell and token."""
-
-    keys: NDArray[np.int64]  # (genes,) of cell and token, ascending
-    starts: NDArray[np.int64]  # (cells + 1,) first gene of each cell
-    of_entry: NDArray[np.intp]  # (entries,) which gene each entry is
-
-    @property
-    def tokens(self) -> NDArray[np.int64]:
-        return self.keys & _LARGEST
-
-    @classmethod
-    def of(cls, cells: NDArray[np.intp], tokens: NDArray[np.int64], n_cells: int) -> _Genes:
-        keys, of_entry = np.unique((cells << _TOKEN_BITS) + tokens, return_inverse=True)
-        starts = np.searchsorted(keys, np.arange(n_cells + 1) << _TOKEN_BITS)
-        return cls(keys, starts, of_entry)
-
-
-_TOKEN_BITS = 32
-_LARGEST = (1 << _TOKEN_BITS) - 1
-
-
-def _genes_of_lists(batch: TokenBatch) -> tuple[tuple[NDArray[np.intp], ...], _Genes]:
-    """Where the lists have genes, and which."""
-    is_gene = batch.is_real.numpy().copy()
-    is_gene[:, 0] = False  # <cls>
-    at = np.nonzero(is_gene)
-    return at, _Genes.of(at[0], batch.tokens.numpy()[at].astype(np.int64), len(is_gene))
-
-
-def _genes_of_bag(bag: GeneBag, n_cells: int) -> _Genes:
-    lengths = np.diff(bag.offsets.numpy(), append=len(bag.tokens))
-    return _Genes.of(np.repeat(np.arange(n_cells), lengths), bag.tokens.numpy(), n_cells)
-
-
-def _spread(
-    is_so: NDArray[np.bool_], at: tuple[NDArray[np.intp], ...], shape: tuple[int, ...]
-) -> NDArray[np.bool_]:
-    spread = np.zeros(shape, dtype=bool)
-    spread[at] = is_so
-    return spread
-
-
-def _take(bag: GeneBag, kept: NDArray[np.bool_]) -> GeneBag:
-    before = np.concatenate([[0], np.cumsum(kept)])
-    chosen = torch.from_numpy(kept)
-    return GeneBag(
-        tokens=bag.tokens[chosen],
-        offsets=torch.from_numpy(before[bag.offsets.numpy()]),
-        values=bag.values[chosen],
-    )
+    from stofm.train.config import SpatialMasking
+    from stofm.train.masked_genes import MaskedGenes
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,3 +196,126 @@ def _moved_pairs(
     return PairDistances(
         rows=rows[order], columns=columns[order], distances=distances[order], n_nodes=pairs.n_nodes
     )
+
+
+@dataclass(frozen=True)
+class VisibleCellBatch(Batch):
+    """Cells of a batch that are not hidden, and what is to be told from them."""
+
+    places: Int[Tensor, " visible"]
+    features: Float[Tensor, "visible d_cell"]
+    surroundings: Float[Tensor, "visible d_cell"]
+
+
+@dataclass(frozen=True)
+class MaskedSubSliceBatch(Batch):
+    """Input of :class:`~stofm.train.SpatialObjective`.
+
+    A node's place is its number counted through the padded sub-slices.
+
+    Attributes
+    ----------
+    subslices
+        What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
+    hidden_places
+        (n_hidden,) nodes whose features are hidden.
+    target_places, target_features
+        (n_targets,) nodes whose features are to be recovered, and (n_targets, d_cell) these.
+    pair_batch, pair_rows, pair_columns
+        (n_pairs,) the sub-slice and the two nodes in it of pairs whose distance is to be recovered.
+    pair_distances
+        (n_pairs,) these distances, model units.
+    visible
+        What is asked of the cells that are not hidden; None for nothing.
+    """
+
+    subslices: SubSliceBatch
+    hidden_places: Int[Tensor, " hidden"]
+    target_places: Int[Tensor, " targets"]
+    target_features: Float[Tensor, "targets d_cell"]
+    pair_batch: Int[Tensor, " pairs"]
+    pair_rows: Int[Tensor, " pairs"]
+    pair_columns: Int[Tensor, " pairs"]
+    pair_distances: Float[Tensor, " pairs"]
+    visible: VisibleCellBatch | None = None
+
+    @classmethod
+    def from_masked(
+        cls, masked: Sequence[MaskedSubSlice], *, node_multiple: int = 1
+    ) -> MaskedSubSliceBatch:
+        """Pad masked sub-slices, at least one, into one batch.
+
+        `node_multiple` is that of :meth:`stofm.nn.SubSliceBatch.from_subslices`.
+        """
+        subslices = SubSliceBatch.from_subslices(
+            [part.subslice for part in masked], node_multiple=node_multiple
+        )
+        n_nodes = subslices.pairs.n_nodes
+        n_pairs = [len(part.pair_rows) for part in masked]
+
+        def places(nodes: Sequence[NDArray[np.int64]]) -> Tensor:
+            return _joined([b * n_nodes + own for b, own in enumerate(nodes)])
+
+        visible = [part.visible for part in masked if part.visible is not None]
+        asked = None
+        if visible:
+            nodes, features, surroundings = zip(*visible, strict=True)
+            asked = VisibleCellBatch(places(nodes), _joined(features), _joined(surroundings))
+        return cls(
+            subslices=subslices,
+            hidden_places=places([part.hidden_nodes for part in masked]),
+            target_places=places([part.target_nodes for part in masked]),
+            target_features=_joined([part.target_features for part in masked]),
+            pair_batch=torch.from_numpy(np.repeat(np.arange(len(masked)), n_pairs)),
+            pair_rows=_joined([part.pair_rows for part in masked]),
+            pair_columns=_joined([part.pair_columns for part in masked]),
+            pair_distances=_joined([part.pair_distances for part in masked]),
+            visible=asked,
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return int((self.subslices.cell_index >= 0).sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of nodes."""
+        return sum(self.subslices.pairs.n_real)
+
+
+@dataclass(frozen=True)
+class JointBatch(Batch):
+    """Input of :class:`~stofm.train.JointObjective`.
+
+    Attributes
+    ----------
+    masked
+        The sub-slices, with kept embeddings at all cells.
+    cells
+        Token lists of the sampled cells, in groups of like length.
+    places
+        (sampled,) where these cells' fresh embeddings go, group after group; places as in
+        :class:`MaskedSubSliceBatch`.
+    genes
+        The groups with hidden genes; empty if masked genes are not trained along.
+    """
+
+    masked: MaskedSubSliceBatch
+    cells: tuple[TokenBatch, ...]
+    places: Int[Tensor, " sampled"]
+    genes: tuple[MaskedGenes, ...] = ()
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells of the sub-slices."""
+        return self.masked.n_cells
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of nodes, and of tokens of the sampled cells."""
+        return self.masked.n_tokens + sum(int(group.is_real.sum()) for group in self.cells)
+
+
+def _joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
