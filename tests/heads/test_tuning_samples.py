@@ -10,7 +10,8 @@ from stofm.heads.targets import Targets
 from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
 from stofm.train.cell_cache import CellCache
 from stofm.train.config import SpatialMasking
-from stofm.train.samples import Draws, JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import Draws, SubSliceSamples, TokenReader
+from stofm.train.stages import StageSetup
 
 DRAWS = Draws(seed=5, stage=0, batch_size=2)
 #: The user's cells: five that are in no slice, then those of the slices, backwards.
@@ -39,27 +40,22 @@ def targets(corpus, rng):
 @pytest.fixture
 def make(model, corpus, rows, targets, tmp_path):
     def build(counts, *, vary=False, with_tokens=True):
-        subslices = SubSliceSamples(
-            corpus,
-            model.config.subslice,
-            DRAWS,
-            masking=SpatialMasking(masked=0.0, moved=0.0),
-            vary=vary,
-        )
-        cache = CellCache(
-            folder=tmp_path / "cells",
-            corpus=corpus,
-            rules=model.config.subslice,
-            virtual_cells=True,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        subslices.encoded = cache.encode(model, Alone())[1]
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        tokens = None
-        if with_tokens:
-            tokens = JointSamples(subslices, reader, DRAWS, sampled_cells=4, token_masking=None)
-        return FineTuningSamples(subslices, KnownCells(targets, rows, counts), tokens=tokens)
+        nothing = SpatialMasking(masked=0.0, moved=0.0)
+        sampled = {"reader": reader, "sampled_cells": 4} if with_tokens else {}
+        rules = model.config.subslice
+        subslices = SubSliceSamples(corpus, rules, DRAWS, nothing, vary, **sampled)
+        setup = StageSetup(
+            model=model,
+            corpus=corpus,
+            draws=DRAWS,
+            folder=tmp_path / "cells",
+            own_folder=tmp_path / "cells",
+            processes=Alone(),
+            device=torch.device("cpu"),
+        )
+        subslices.encoded = CellCache(setup, corpus, setup.folder, virtual_cells=True).encode()[1]
+        return FineTuningSamples(subslices, KnownCells(targets, rows, counts))
 
     return build
 

@@ -16,16 +16,28 @@ from stofm.train.stages import StageSetup
 CPU = torch.device("cpu")
 
 
-def cache(tmp_path, corpus, model, **changed):
-    given = {
-        "folder": tmp_path / "cells",
-        "corpus": corpus,
-        "rules": model.config.subslice,
-        "virtual_cells": True,
-        "device": CPU,
-        "dtype": torch.float32,
-    }
-    return CellCache(**given | changed)
+def cache(tmp_path, corpus, model, *, rules=None, virtual_cells=True):
+    """A cache; its ``encode`` takes a model with these rules, and the processes."""
+
+    class Cache(CellCache):
+        def encode(self, model, processes, key=None):
+            config = replace(model.config, subslice=rules or model.config.subslice)
+            model.config = config
+            setup = SimpleNamespace(
+                model=model,
+                processes=processes,
+                device=CPU,
+                dtype=torch.float32,
+                show_progress_bar=False,
+            )
+            own = CellCache(setup, self.corpus, self.folder, self.virtual_cells)
+            return own.encode(key)
+
+        def remove(self, *, but):
+            own = CellCache(SimpleNamespace(model=model), self.corpus, self.folder, True)
+            own.remove(but=but)
+
+    return Cache(None, corpus, tmp_path / "cells", virtual_cells)
 
 
 class Together:
@@ -123,13 +135,13 @@ def test_removed_result_is_missed_with_advice(tmp_path, corpus, model):
     one = cache(tmp_path, corpus, model)
     key, _ = one.encode(model, ALONE)
     one.remove(but={key})
-    assert len(one.encode(model, ALONE, key=key)[1]) == 3
+    assert len(one.encode(model, ALONE, key)[1]) == 3
     one.remove(but={"other"})
     assert list((tmp_path / "cells").iterdir()) == []
     with torch.no_grad():
         model.cell_encoder.projection.weight[0, 0] += 1.0
     with pytest.raises(FileNotFoundError, match=r"'slice-0' .* and resume, and the stage begins"):
-        one.encode(model, ALONE, key=key)
+        one.encode(model, ALONE, key)
 
 
 def flip(path):

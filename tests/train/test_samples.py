@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +24,9 @@ from stofm.train.config import SpatialMasking, TokenMasking
 from stofm.train.samples import (
     CellSamples,
     Draws,
-    JointSamples,
     Purpose,
     SubSliceSamples,
     TokenReader,
-    batch_length,
     cut_slice,
 )
 
@@ -228,15 +227,10 @@ def test_numbers_and_names_for_messages(make):
 
 @pytest.fixture
 def joint(make, corpus, model):
-    def joint(*, sampled_cells=5, token_masking=None, draws=DRAWS, **changed):
+    def joint(*, sampled_cells=5, token_masking=None, **changed):
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        return JointSamples(
-            make(draws=draws, **changed),
-            reader,
-            draws,
-            sampled_cells=sampled_cells,
-            token_masking=token_masking,
-        )
+        tokens = {"sampled_cells": sampled_cells, "token_masking": token_masking}
+        return make(reader=reader, **tokens, **changed)
 
     return joint
 
@@ -252,7 +246,7 @@ def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
     assert not np.isin(inputs.places, inputs.masked.hidden_places).any()
 
     cells = inputs.masked.subslices.cell_index.numpy()[row, node]
-    numbers = samples.subslices.slices_of(batch)[row]
+    numbers = samples.slices_of(batch)[row]
     read = [
         group.tokens[k][group.is_real[k]].tolist()
         for group in inputs.cells
@@ -297,15 +291,12 @@ def test_genes_are_hidden_if_asked(joint):
     assert sum(len(hidden.labels) for hidden in inputs.genes) > 10
 
 
-def test_joint_numbers_and_names(joint):
+def test_joint_numbers(joint):
     samples = joint()
-    batch = samples.epoch(0)[0]
-    inputs = samples.load(batch, 0)
+    inputs = samples.load(samples.epoch(0)[0], 0)
     assert inputs.n_cells == inputs.masked.n_cells
     tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
     assert inputs.n_tokens == inputs.masked.n_tokens + tokens
-    assert not samples.epochs_differ_in_length
-    assert samples.describe(batch) == samples.subslices.describe(batch)
 
 
 CELL_DRAWS = Draws(seed=3, stage=1, batch_size=8)
@@ -316,7 +307,7 @@ def make_cells(model):
     def make_cells(corpus, *, draws=CELL_DRAWS, gene_dropout=0.0, **changed):
         config = replace(model.config.cell_encoder, **changed)
         reader = TokenReader(corpus, config, model.vocabulary)
-        return CellSamples(reader, draws, masking=TokenMasking(), gene_dropout=gene_dropout)
+        return CellSamples(reader, draws, TokenMasking(), gene_dropout)
 
     return make_cells
 
@@ -417,6 +408,11 @@ def test_cells_of_like_length_are_grouped(model, corpus):
     assert reader.groups(cells[:0]) == []
 
 
+def padded(n_tokens, most):
+    config = SimpleNamespace(reads_values=False, max_positions=most)
+    return TokenReader(None, config, None).padded(n_tokens)
+
+
 def draws(*, seed=0, stage=1, batch_size=8):
     return Draws(seed=seed, stage=stage, batch_size=batch_size)
 
@@ -446,7 +442,7 @@ def test_generator_depends_on_each_number():
 
 
 def epoch_of_cells(corpus, seed=3):
-    return draws(seed=seed).batches(batch_length(corpus.cell_lengths, 41), 0)
+    return draws(seed=seed).batches(padded(corpus.cell_lengths, 41), 0)
 
 
 def test_epoch_takes_each_cell_once(corpus):
@@ -468,10 +464,10 @@ def test_epoch_is_seeded_and_shuffled(corpus):
 
 def test_little_is_padded(rng):
     n_tokens = rng.integers(1, 500, 5000)
-    lengths = batch_length(n_tokens, 1025)
+    lengths = padded(n_tokens, 1025)
     batches = draws(batch_size=16).batches(lengths, 0)
-    padded = sum(lengths[b].max() * len(b) for b in batches)
-    assert padded < 1.01 * lengths.sum()
+    filled = sum(lengths[b].max() * len(b) for b in batches)
+    assert filled < 1.01 * lengths.sum()
     means = [lengths[b].mean() for b in batches]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
 
@@ -483,9 +479,9 @@ def test_what_fills_no_batch_is_shared_out_evenly():
     assert draws(batch_size=5).batches(sizes[:0], 0) == []
 
 
-def test_batch_length_counts_cls_and_ends_at_the_longest_input():
+def test_padded_length_counts_cls_and_ends_at_the_longest_input():
     n_tokens = np.array([0, 7, 8, 100, 2000])
-    assert batch_length(n_tokens, 41).tolist() == [8, 8, 16, 41, 41]
+    assert padded(n_tokens, 41).tolist() == [8, 8, 16, 41, 41]
 
 
 @pytest.fixture

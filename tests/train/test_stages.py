@@ -146,8 +146,7 @@ def test_validation_takes_the_sub_slices_of_inference(setup, name):
 
 
 def first_features(stage):
-    samples = getattr(stage.samples, "subslices", stage.samples)
-    return np.array(samples.encoded[0].features)
+    return np.array(stage.samples.encoded[0].features)
 
 
 def change(model):
@@ -168,12 +167,12 @@ def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
     stage = make_stage("joint", setup)
     stage.refresh()
     before = first_features(stage)
-    virtual = stage.samples.subslices.encoded[0].layout.virtual
+    virtual = stage.samples.encoded[0].layout.virtual
     loaded = stage.samples.load(stage.samples.epoch(0)[0], 0).masked.target_features
     change(setup.model)
     stage.refresh()
     assert not np.array_equal(first_features(stage), before)
-    renewed = stage.samples.subslices.encoded[0].layout.virtual
+    renewed = stage.samples.encoded[0].layout.virtual
     assert not np.array_equal(renewed.features, virtual.features)
     assert not torch.equal(
         stage.samples.load(stage.samples.epoch(0)[0], 0).masked.target_features, loaded

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.heads.targets import Targets
-    from stofm.train.samples import JointSamples, SubSliceSamples
+    from stofm.train.samples import SubSliceSamples
 #: What is changed: low-rank changes that are added to the weights at the end, or the weights.
 TuningStrategy = Literal["lora", "full"]
 
@@ -93,8 +93,6 @@ class FineTuningSamples:
         The sub-slices, with nothing hidden and nothing moved.
     known
         Which targets count.
-    tokens
-        Reads the tokens of cells that are embedded anew; None if none is.
     before_epoch
         Called before the batches of an epoch are listed.
     """
@@ -104,19 +102,17 @@ class FineTuningSamples:
         subslices: SubSliceSamples,
         known: KnownCells,
         *,
-        tokens: JointSamples | None = None,
         before_epoch: Callable[[], object] | None = None,
     ) -> None:
         self._subslices = subslices
         self._known = known
-        self._tokens = tokens
         self._before_epoch = before_epoch
 
     @property
     def epochs_differ_in_length(self) -> bool:
         """Whether the number of batches may differ between epochs."""
         # How many sub-slices have a cell that counts depends on where they are cut.
-        return self._subslices.varies
+        return self._subslices.vary
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice with a target that counts once."""
@@ -130,11 +126,10 @@ class FineTuningSamples:
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> FineTuningBatch:
         """Build some sub-slices, and read tokens and targets of their cells."""
-        if self._tokens is not None:
-            cells = self._tokens.load(samples, epoch)
-        else:
+        cells = self._subslices.load(samples, epoch)
+        if not isinstance(cells, JointBatch):
             nothing = torch.empty(0, dtype=torch.int64)
-            cells = JointBatch(self._subslices.load(samples, epoch), cells=(), places=nothing)
+            cells = JointBatch(cells, cells=(), places=nothing)
         index = cells.masked.subslices.cell_index.numpy()
         places, rows = [], []
         for b, number in enumerate(self._subslices.slices_of(samples)):

@@ -19,7 +19,7 @@ from stofm.train.config import RunConfig, SpatialMasking
 from stofm.train.loop import TrainingLoop
 from stofm.train.losses import LossPart
 from stofm.train.objectives import embed_sampled, replace_rows
-from stofm.train.samples import JointSamples, SubSliceSamples
+from stofm.train.samples import SubSliceSamples
 from stofm.train.stages import Stage
 
 if TYPE_CHECKING:
@@ -151,16 +151,11 @@ class FineTuningStage(Stage):
     ) -> None:
         self._setup = setup
         self._low_rank = low_rank
-        self._training = self._cut(vary=config.vary_subslices)
+        reader = setup.reader(setup.corpus)
+        sampled = {"reader": reader, "sampled_cells": config.sampled_cells}
+        self._training = self._cut(vary=config.vary_subslices, **sampled)
         self._whole = self._cut(vary=False)
-        tokens = JointSamples(
-            self._training,
-            setup.reader(setup.corpus),
-            setup.draws,
-            sampled_cells=config.sampled_cells,
-            token_masking=None,
-        )
-        samples = FineTuningSamples(self._training, fitted, tokens=tokens)
+        samples = FineTuningSamples(self._training, fitted)
         validation = None
         if held_out is not None:
             validation = FineTuningSamples(self._whole, held_out, before_epoch=self.refresh)
@@ -173,33 +168,27 @@ class FineTuningStage(Stage):
             # Also between validations, so that no sub-slice is built while the embeddings change.
             refresh_every=max(config.validate_every, len(samples.epoch(0))),
         )
-        self._cache = CellCache(
-            folder=setup.folder,
-            corpus=setup.corpus,
-            device=setup.device,
-            dtype=setup.dtype,
-            rules=setup.model.config.subslice,
-            virtual_cells=Obsm.X in objective.use_rep,
-        )
+        self._cache = CellCache(setup, setup.corpus, setup.folder, Obsm.X in objective.use_rep)
 
     def refresh(self) -> None:
         """Embed all cells with the model as it is, and find the virtual cells."""
         model = self._setup.model if self._low_rank is None else self._low_rank.merged()
-        key, encoded = self._cache.encode(model, self._setup.processes)
+        key, encoded = self._cache.encode(model=model)
         for subslices in (self._training, self._whole):
             subslices.encoded = encoded
         if self._setup.processes.rank == 0:
             self._cache.remove(but={key})
 
-    def _cut(self, *, vary: bool) -> SubSliceSamples:
+    def _cut(self, *, vary: bool, **sampled: Any) -> SubSliceSamples:
         setup = self._setup
         return SubSliceSamples(
             setup.corpus,
             setup.model.config.subslice,
             setup.draws,
-            masking=_NOTHING_HIDDEN,
+            _NOTHING_HIDDEN,
             vary=vary,
             node_multiple=setup.node_multiple,
+            **sampled,
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from stofm._lazy import lazy
 from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
@@ -15,20 +15,6 @@ from stofm.train.config import (
     StageConfig,
     TokenMasking,
 )
-from stofm.train.corpus import Corpus, TokenizedSlice
-from stofm.train.losses import (
-    LossPart,
-    MaskedCellHead,
-    MaskedGeneHead,
-    PairDistanceHead,
-    contrastive_loss,
-    masked_cell_loss,
-    masked_gene_loss,
-    pair_distance_loss,
-)
-from stofm.train.masked_cells import JointBatch, MaskedSubSlice, MaskedSubSliceBatch
-from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes, mask_tokens
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
 from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, paper_schedule
 from stofm.train.run import TrainResult
 
@@ -40,69 +26,44 @@ if TYPE_CHECKING:
 
 #: Public here, and kept with the heads, which are built on training.
 _HEADS = {
-    "FineTuningConfig": "tuning_samples",
-    "FittedHead": "network",
-    "HeadTraining": "network",
-    "Targets": "targets",
-    "apply_head": "network",
-    "blend_weights": "ensemble",
-    "fit_head": "network",
-    "fit_linear_head": "ensemble",
-    "head_loss": "targets",
-    "stack_weights": "ensemble",
+    "FineTuningConfig": "stofm.heads.tuning_samples",
+    "FittedHead": "stofm.heads.network",
+    "HeadTraining": "stofm.heads.network",
+    "Targets": "stofm.heads.targets",
+    "apply_head": "stofm.heads.network",
+    "blend_weights": "stofm.heads.ensemble",
+    "fit_head": "stofm.heads.network",
+    "fit_linear_head": "stofm.heads.ensemble",
+    "head_loss": "stofm.heads.targets",
+    "stack_weights": "stofm.heads.ensemble",
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HEADS:
-        msg = f"module 'stofm.train' has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(importlib.import_module(f"stofm.heads.{_HEADS[name]}"), name)
-
+__getattr__ = lazy("stofm.train", _HEADS)
 
 __all__ = [
-    "CellBatch",
-    "CellEncoderObjective",
     "ContrastiveConfig",
-    "Corpus",
     "DataConfig",
     "FileConfig",
     "FineTuningConfig",
     "FittedHead",
     "HeadTraining",
-    "JointBatch",
-    "JointObjective",
-    "LossPart",
     "LossWeights",
-    "MaskedCellHead",
     "MaskedGeneConfig",
-    "MaskedGeneHead",
-    "MaskedGenes",
-    "MaskedSubSlice",
-    "MaskedSubSliceBatch",
     "ModelSource",
     "OptimizerConfig",
-    "PairDistanceHead",
     "Recipe",
     "RunConfig",
     "SpatialMasking",
-    "SpatialObjective",
     "StageConfig",
     "Targets",
     "TokenMasking",
-    "TokenizedSlice",
     "TrainResult",
     "apply_head",
     "blend_weights",
-    "contrastive_loss",
-    "drop_genes",
     "fit_head",
     "fit_linear_head",
     "head_loss",
-    "mask_tokens",
-    "masked_cell_loss",
-    "masked_gene_loss",
-    "pair_distance_loss",
     "paper_schedule",
     "stack_weights",
 ]

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    import torch
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
     from stofm.spatial import SubSliceConfig
     from stofm.train.corpus import Corpus, TokenizedSlice
-    from stofm.train.processes import Processes
+    from stofm.train.stages import StageSetup
 
 
 _FORMAT_VERSION = 2
@@ -50,51 +49,41 @@ class EncodedSlice:
     layout: SliceLayout
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CellCache:
-    """Encodes the slices of a corpus and keeps the result on disk.
+    """Encodes the slices of a corpus and keeps the result in a folder.
 
     A result is found again by the weights of the cell encoder, the tokens and the rules that
     made it, so that stages, runs and processes share one folder. Without `virtual_cells`
     sub-slices consist of cells alone.
     """
 
-    folder: Path
+    setup: StageSetup
     corpus: Corpus
-    rules: SubSliceConfig
+    folder: Path
     virtual_cells: bool
-    device: torch.device
-    dtype: torch.dtype
 
     def encode(
-        self,
-        model: Stofm,
-        processes: Processes,
-        *,
-        key: str | None = None,
-        show_progress_bar: bool = False,
+        self, key: str | None = None, *, model: Stofm | None = None
     ) -> tuple[str, list[EncodedSlice]]:
-        """Encode all slices with the model's cell encoder as it is now, or find an older result.
+        """Encode all slices with the cell encoder as it is now, or find the older result of a key.
 
-        Each process encodes its share of what is not there. Returns the key of the result and the
-        slices.
+        The cell encoder is that of the setup's model, or of another. Each process encodes its share
+        of what is not there. Returns the key of the result and the slices.
 
         Raises
         ------
         FileNotFoundError
             The older result of that key is not there, or damaged.
         """
+        model = model or self.setup.model
         present = self.key_of(model)
-        key = present if key is None else key
+        key = key or present
+        processes, show = self.setup.processes, self.setup.show_progress_bar
         own = self.corpus.slices[processes.rank :: processes.count]
-        shown = progress(
-            own,
-            total=len(own),
-            description="encode slices",
-            unit="slice",
-            show=show_progress_bar,
-        )
-        for one in shown:
+        for one in progress(
+            own, total=len(own), description="encode slices", unit="slice", show=show
+        ):
             self._encode_slice(model, one, key, can_be_made=key == present)
         processes.wait()
         return key, [self._open_slice(one, key) for one in self.corpus.slices]
@@ -112,12 +101,16 @@ class CellCache:
             model.cell_encoder_fingerprint,
             model.vocabulary.fingerprint,
             asdict(model.config.cell_encoder),
-            str(self.dtype),
+            str(self.setup.dtype),
         )
+
+    @property
+    def _rules(self) -> SubSliceConfig:
+        return self.setup.model.config.subslice
 
     def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
         """Folders of a slice's cell embeddings and of its virtual cells."""
-        rules = {name: getattr(self.rules, name) for name in _VIRTUAL_RULES}
+        rules = {name: getattr(self._rules, name) for name in _VIRTUAL_RULES}
         return (
             self.folder / f"cells-{digest_json(key, one.digest)}",
             self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
@@ -135,18 +128,15 @@ class CellCache:
                     "checkpoints and resume, and the stage begins again."
                 )
                 raise FileNotFoundError(msg)
+            setup, encoder = self.setup, model.cell_encoder
             features = encode_cells(
-                model.cell_encoder,
-                one.ranked,
-                model.vocabulary,
-                device=self.device,
-                dtype=self.dtype,
+                encoder, one.ranked, model.vocabulary, device=setup.device, dtype=setup.dtype
             )
             _write(cells, features=features.astype(_STORED))
         if self.virtual_cells and not is_there(virtual):
             # From what is stored, not from what was computed: it must not matter who found it.
             features = open_array(cells / "features.npy").astype(np.float32)
-            found = lay_out_slice(one.coordinates, features, self.rules).virtual
+            found = lay_out_slice(one.coordinates, features, self._rules).virtual
             _write(virtual, coordinates=found.coordinates, features=found.features)
 
     def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stofm._config import check_choice, check_seed, check_shares, check_sum, require
@@ -387,7 +387,3 @@ class StageConfig:
     def n_surrounding(self) -> int:
         """Cells around each that is not hidden, to be told from it; 0 if nothing is asked of it."""
         return self.surrounding_cells if self.weights.asks_visible_cells else 0
-
-    def settings(self) -> dict[str, Any]:
-        """Entries that the trained weights depend on: all."""
-        return asdict(self)

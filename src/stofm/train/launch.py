@@ -31,20 +31,10 @@ if TYPE_CHECKING:
     Fit = Callable[[], GeneVocabulary]
 
 
-def train_recipe(
-    data: str | PathLike[str],
-    recipe: Recipe,
-    *,
-    out_dir: str | PathLike[str],
-    device: str | torch.device = "auto",
-    work_dir: str | PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    show_progress_bar: bool = True,
-) -> TrainResult:
+def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
     """Train as a recipe says, on files of the folder `data`.
 
-    The other arguments are those of :func:`stofm.tl.train`.
+    `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
     """
 
     def find() -> tuple[list[SliceSource], ...]:
@@ -59,12 +49,7 @@ def train_recipe(
         stages=recipe.stages,
         run=recipe.run,
         gene_embeddings=recipe.model.gene_embeddings,
-        out_dir=out_dir,
-        device=device,
-        work_dir=work_dir,
-        resume=resume,
-        overwrite=overwrite,
-        show_progress_bar=show_progress_bar,
+        **options,
     )
 
 
@@ -76,11 +61,11 @@ def launch(
     run: RunConfig,
     gene_embeddings: str | PathLike[str],
     out_dir: str | PathLike[str],
-    device: str | torch.device,
-    work_dir: str | PathLike[str] | None,
-    resume: bool,
-    overwrite: bool,
-    show_progress_bar: bool,
+    device: str | torch.device = "auto",
+    work_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
 ) -> TrainResult:
     """Find the other processes, prepare the slices in the first, and train.
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,26 +37,6 @@ if TYPE_CHECKING:
 
 #: Seconds between checkpoints, where no number of steps is asked for.
 _BETWEEN_CHECKPOINTS = 600.0
-
-
-class Recorder(Protocol):
-    """Where the loop reports to."""
-
-    def record(self, row: Mapping[str, Any]) -> None:
-        """Take a row of the history."""
-        ...
-
-    def advance(self) -> None:
-        """One more optimiser step is done."""
-        ...
-
-    def keep(self) -> None:
-        """Take the present weights as the best so far."""
-        ...
-
-    def save(self) -> None:
-        """Write a checkpoint; processes may call it at different steps, but all at the end."""
-        ...
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -160,8 +140,6 @@ class TrainingLoop:
         The optimiser, of the weights of ``stage.objective``.
     """
 
-    _recorder: Recorder
-
     def __init__(
         self,
         stage: Stage,
@@ -198,8 +176,12 @@ class TrainingLoop:
                 return max_steps
         return total
 
-    def train(self, recorder: Recorder) -> None:
+    def train(self, recorder: Any) -> None:
         """Train to the end of the stage, or until the held-out loss no longer falls.
+
+        The recorder is told of a row of the history (``record(row)``), that a step is done
+        (``advance()``), that weights are the best so far (``keep()``) and that it is time for a
+        checkpoint (``save()``), which processes may do at different steps, but all at the end.
 
         Raises
         ------

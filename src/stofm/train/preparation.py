@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from stofm._digests import fingerprint
 from stofm._edge.counts import read_counts
 from stofm._edge.features import gene_names
 from stofm._edge.gene_mapping import candidate_names, find_columns
@@ -157,12 +155,11 @@ def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
 
 
 def _prepare(source: SliceSource, model: Stofm, folder: Path, orthologs: Orthologs) -> list[str]:
-    options = {name: value for name, value in asdict(source.options).items() if name != "files"}
     settings = {
         "preparation": _PREPARATION,
         **_described_vocabulary(model.vocabulary),
         "tokens": token_params(model, layer=source.options.layer),
-        "options": options | {"orthologs": _orthologs_digest(source, orthologs)},
+        "options": _described_options(source, orthologs),
     }
     if source.file is None:
         return _write(source, model, folder, None, settings)
@@ -177,6 +174,14 @@ def _prepare(source: SliceSource, model: Stofm, folder: Path, orthologs: Ortholo
     return names
 
 
+def _described_options(source: SliceSource, orthologs: Orthologs) -> dict[str, Any]:
+    """Options of a source, with what is in a table of orthologs, which may change under its name."""
+    options = {name: value for name, value in asdict(source.options).items() if name != "files"}
+    if (address := source.options.orthologs) is not None:
+        options["orthologs"] = digest_json(orthologs[address])
+    return options
+
+
 def _described_vocabulary(vocabulary: GeneVocabulary) -> dict[str, str]:
     # Names decide which columns are found; the fingerprint leaves them out.
     names = digest_json(vocabulary.symbols.tolist(), dict(vocabulary.aliases))
@@ -187,11 +192,16 @@ def _write(
     source: SliceSource, model: Stofm, folder: Path, key: str | None, settings: dict[str, Any]
 ) -> list[str]:
     """Tokenise a source and write its slices; keys from the content if there is none."""
-    options = source.options
+    options, library_key = source.options, source.options.library_key
     with source.naming(), source.open() as adata:
-        places = read_places(
-            adata, spatial_key=options.spatial_key, library_key=options.library_key
-        )
+        places = read_places(adata, spatial_key=options.spatial_key, library_key=library_key)
+        slices = places.slices
+        if unknown := sorted({*options.exclude} - {*slices.names}):
+            msg = (
+                f"exclude = {unknown} names no slice of {source.name}, which has "
+                f"{list(slices.names)[:8]} by library_key={library_key!r}."
+            )
+            raise ValueError(msg)
         columns = find_columns(
             adata,
             model.vocabulary,
@@ -200,58 +210,37 @@ def _write(
             orthologs=options.orthologs,
         )
         params = token_params(model, layer=options.layer)
-        if key is not None and len(places.slices.rows) == 1:
-            blocks = token_blocks(adata, columns, params, show_progress_bar=False)
-            return _write_slices(source, folder, key, places, [blocks])
-        tokens = compute_tokens(adata, columns, params, show_progress_bar=False).ranked
-        content = {"tokens": tokens.digest, "places": _digest(places), "name": source.name}
-        key = key or preparation_key(None, settings | content)
-        return _write_slices(
-            source, folder, key, places, ([take_cells(tokens, rows)] for rows in places.slices.rows)
-        )
-
-
-def _write_slices(
-    source: SliceSource,
-    folder: Path,
-    key: str,
-    places: Places,
-    tokens: Iterable[Iterable[RankedTokens]],
-) -> list[str]:
-    """Write the slices of a source, of each of which there are the tokens in blocks."""
-    excluded, slices = source.options.exclude, places.slices
-    if unknown := sorted({*excluded} - {*slices.names}):
-        msg = (
-            f"exclude = {unknown} names no slice of {source.name}, which has "
-            f"{list(slices.names)[:8]} by library_key={source.options.library_key!r}."
-        )
-        raise ValueError(msg)
-    names = []
-    for number, (name, rows, blocks) in enumerate(
-        zip(slices.names, slices.rows, tokens, strict=True)
-    ):
-        if name in excluded:
-            continue
-        names.append(f"{key}-{number}")
-        written = write_slice(
-            folder,
-            names[-1],
-            name=f"{source.name}/{name}" if name else source.name,
-            blocks=blocks,
-            coordinates=normalize_coordinates(places.coordinates[rows]),
-            technology=source.options.technology,
-        )
-        if len(slices.rows) == 1 and source.file:
-            warn_of_empty_cells(written.ranked)
+        is_streamed = key is not None and len(slices.rows) == 1
+        tokens: Iterable[Iterable[RankedTokens]]
+        if is_streamed:
+            tokens = [token_blocks(adata, columns, params, show_progress_bar=False)]
+        else:
+            ranked = compute_tokens(adata, columns, params, show_progress_bar=False).ranked
+            tokens = ([take_cells(ranked, rows)] for rows in slices.rows)
+            content = {"tokens": ranked.digest, "places": _digest(places), "name": source.name}
+            key = key or preparation_key(None, settings | content)
+        names = []
+        parts = zip(slices.names, slices.rows, tokens, strict=True)
+        for number, (name, rows, blocks) in enumerate(parts):
+            if name in options.exclude:
+                continue
+            names.append(f"{key}-{number}")
+            written = write_slice(
+                folder,
+                names[-1],
+                name=f"{source.name}/{name}" if name else source.name,
+                blocks=blocks,
+                coordinates=normalize_coordinates(places.coordinates[rows]),
+                technology=options.technology,
+            )
+            if is_streamed:
+                warn_of_empty_cells(written.ranked)
     return names
 
 
 def _digest(places: Places) -> str:
-    hashed = hashlib.blake2b(places.coordinates.data, digest_size=8)
-    for name, rows in zip(places.slices.names, places.slices.rows, strict=True):
-        hashed.update(name.encode())
-        hashed.update(np.ascontiguousarray(rows).data)
-    return hashed.hexdigest()
+    slices = zip(places.slices.names, places.slices.rows, strict=True)
+    return fingerprint(places.coordinates, *(part for one in slices for part in one))
 
 
 def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
@@ -259,20 +248,16 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
 
     Names that are no human Ensembl ids are looked up in the embedded vocabulary.
     """
-    reference = embedded_vocabulary()
-    orthologs = _read_orthologs(sources)
-    settings = {
-        "reference": _described_vocabulary(reference),
-        "sources": [_described(one, orthologs) for one in sources],
-    }
+    reference, orthologs = embedded_vocabulary(), _read_orthologs(sources)
+    described = [preparation_key(o.file, _described_options(o, orthologs)) for o in sources]
+    settings = {"reference": _described_vocabulary(reference), "sources": described}
     place = folder / f"vocabulary-{preparation_key(None, settings)}"
     table = place / "vocabulary.tsv"
-    if all(source.file for source in sources):
-        if is_there(place):
-            return table
-    elif place.is_dir():
-        # Of other data: what is in memory has no name.
-        shutil.rmtree(place)
+    if not all(source.file for source in sources):
+        # What is in memory has no name: this is of other data.
+        shutil.rmtree(place, ignore_errors=True)
+    elif is_there(place):
+        return table
     vocabulary = GeneVocabulary.fit(
         _counted(sources),
         orthologs={mouse: human for pairs in orthologs.values() for mouse, human in pairs.items()},
@@ -281,15 +266,6 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     )
     write_folder(place, lambda part: vocabulary.save(part / table.name))
     return table
-
-
-def _described(source: SliceSource, orthologs: Orthologs) -> str:
-    settings = {
-        "layer": source.options.layer,
-        "gene_key": source.options.gene_key,
-        "orthologs": _orthologs_digest(source, orthologs),
-    }
-    return preparation_key(source.file, settings)
 
 
 def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
@@ -315,9 +291,3 @@ def _read_orthologs(sources: Sequence[SliceSource]) -> Orthologs:
     """Read the tables of orthologs that sources name, each once."""
     addresses = (source.options.orthologs for source in sources)
     return {name: read_orthologs(name) for name in dict.fromkeys(addresses) if name is not None}
-
-
-def _orthologs_digest(source: SliceSource, orthologs: Orthologs) -> str | None:
-    """Hash what is in a source's table of orthologs, which may change under its name."""
-    address = source.options.orthologs
-    return None if address is None else digest_json(orthologs[address])

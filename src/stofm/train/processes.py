@@ -23,7 +23,6 @@ from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import TracebackType
     from typing import Self, TypeVar
 
     from lightning_fabric import Fabric
@@ -47,14 +46,22 @@ class Processes:
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. As a context: a failure within it ends all of them, with its message.
 
-    Parameters
+    Attributes
     ----------
     fabric
         Launched.
+    rank, count
+        Number of this process, from 0, and of all processes.
+    is_first
+        Whether this process writes what only one may write.
+    device
+        Where this process computes.
     """
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+        self.is_first, self.device = fabric.is_global_zero, fabric.device
         self._watch: _Watch | None = None
         #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
         self._waiting: Any = None
@@ -81,12 +88,7 @@ class Processes:
             connections = [listener.accept() for _ in range(self.count - 1)]
         return {int(one.recv_bytes()): one for one in connections}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._watch is None:
             return
         if isinstance(error, RuntimeError):
@@ -153,26 +155,6 @@ class Processes:
             raise RuntimeError(msg) from error
         return cls(fabric)
 
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        return self.fabric.global_rank
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        return self.fabric.world_size
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes what only one may write."""
-        return self.fabric.is_global_zero
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.fabric.device
-
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.count > 1:
@@ -202,6 +184,7 @@ class Processes:
         """
         if self.count == 1:
             return None
+        from torch.distributed.nn.functional import all_gather
 
         def gather(rows: Tensor) -> tuple[Tensor, int]:
             own = rows if is_active else rows[:0]
@@ -211,20 +194,13 @@ class Processes:
             padded = F.pad(own, (0, 0, 0, max(*n_rows, 1) - len(own)))
             # In a group of its own: with DistributedDataParallel's, exchanges of the backward pass
             # could meet in another order in each process.
-            parts = _all_gather(padded, self._own)
+            parts: tuple[Tensor, ...] = all_gather(padded, group=self._own)
             gathered = torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)])
             if not is_active:
                 return torch.cat([gathered, rows]), len(gathered)
             return gathered, sum(n_rows[: self.rank])
 
         return gather
-
-
-def _all_gather(rows: Tensor, group: Any) -> tuple[Tensor, ...]:
-    from torch.distributed.nn.functional import all_gather
-
-    gathered: tuple[Tensor, ...] = all_gather(rows, group=group)
-    return gathered
 
 
 class _Watch:
@@ -276,22 +252,21 @@ def _places_of_environment() -> tuple[int, int]:
     if torch.distributed.is_torchelastic_launched():
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local
-    total = _number("SLURM_NTASKS")
+
+    def number(variable: str) -> int:
+        text = os.environ.get(variable, "")
+        return max(int(text), 1) if text.isdecimal() else 1
+
+    total = number("SLURM_NTASKS")
     # A shell in an allocation has the variables of a step and is no step.
     if total == 1 or os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}:
         return 1, 1
-    if _number("SLURM_STEP_NUM_TASKS") == 1:
+    if number("SLURM_STEP_NUM_TASKS") == 1:
         # A job script has the variables of its job, and is one process all the same.
         warn(
             f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
             "alone. To train in all of them, write `srun` before the command."
         )
         return 1, 1
-    n_nodes = _number("SLURM_NNODES")
+    n_nodes = number("SLURM_NNODES")
     return total // n_nodes, n_nodes
-
-
-def _number(variable: str) -> int:
-    """A count in the environment; 1 where none is stated, as outside of SLURM."""
-    text = os.environ.get(variable, "")
-    return max(int(text), 1) if text.isdecimal() else 1

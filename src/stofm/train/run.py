@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import shutil
 import sys
 import time
@@ -21,7 +20,6 @@ from stofm.train import checkpoint
 from stofm.train.checkpoint import (
     Progress,
     Trained,
-    find_damage,
     load_checkpoint,
     read_progress,
     write_checkpoint,
@@ -84,10 +82,8 @@ class Pretraining:
 
     Attributes
     ----------
-    stages
-        What is trained, one after the other.
-    run
-        How.
+    stages, run
+        What is trained, one after the other, and how.
     corpus, validation
         Slices to train on, and held-out ones; None for no validation.
     folder
@@ -109,36 +105,19 @@ class Pretraining:
     validation: Corpus | None
     folder: RunFolder
     processes: Processes
-    initialize: Initializer | None = None
-    gene_table: str = ""
-    show_progress_bar: bool = True
+    initialize: Initializer | None
+    gene_table: str
+    show_progress_bar: bool
 
-    def train(self, model: Stofm, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    def train(self, model: Stofm, *, resume: bool, overwrite: bool) -> TrainResult:
         """Train a copy of a model.
 
-        Parameters
-        ----------
-        model
-            Stays as it is.
-        resume
-            Go on with the run in the folder, if there is one.
-        overwrite
-            Throw it away instead.
-
-        Raises
-        ------
-        FileExistsError
-            There is a run and neither was asked for, or the folder holds something else.
-        ValueError
-            The run to go on with has other settings, or a slice is trained on and held out.
-        FloatingPointError
-            A loss is NaN or infinite.
+        `resume` goes on with the run in the folder, if there is one; `overwrite` throws it away.
         """
         self._check_validation()
         settings = self._settings(model)
-        report, newest = self.processes.agree(
-            self._find_run(settings, resume=resume, overwrite=overwrite)
-        )
+        found = self._find_run(settings, resume=resume, overwrite=overwrite)
+        report, newest = self.processes.agree(found)
         model = copy.deepcopy(model)
         model.config = replace(model.config, trained=True)
         if not report:
@@ -184,10 +163,6 @@ class Pretraining:
         config = model.config.to_dict()
         for label in ("name", "provenance", "stofm_version", "trained"):
             config.pop(label)
-        slices, held_out = (
-            [f"{one.name} {one.digest}" for one in corpus.slices] if corpus else []
-            for corpus in (self.corpus, self.validation)
-        )
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "run": self.run.settings(),
@@ -195,8 +170,8 @@ class Pretraining:
             "vocabulary": model.vocabulary.fingerprint,
             "initialized": self.initialize is not None,
             **({"gene_table": self.gene_table} if self.gene_table else {}),
-            "slices": slices,
-            "held_out_slices": held_out,
+            "slices": _digests(self.corpus),
+            "held_out_slices": _digests(self.validation),
         }
 
     def _find_run(
@@ -214,11 +189,9 @@ class Pretraining:
 
     def _begin(self, settings: Mapping[str, Any], model: Stofm) -> dict[str, Any]:
         """Clear the folder and write the first report."""
-        device = self.processes.device
-        if device.type == "cuda":
-            described = f"{device} ({torch.cuda.get_device_name(device)})"
-        else:
-            described = f"{device} ({torch.get_num_threads()} threads)"
+        device, described = self.processes.device, f"{torch.get_num_threads()} threads"
+        if self.processes.device.type == "cuda":
+            described = torch.cuda.get_device_name(device)
         report = {
             "stofm_version": __version__,
             "status": "begun",
@@ -226,7 +199,7 @@ class Pretraining:
             "n_weights": sum(w.numel() for w in model.parameters()),
             "n_cells": self.corpus.n_cells,
             "n_slices": len(self.corpus.slices),
-            "device": described,
+            "device": f"{device} ({described})",
             "n_processes": self.processes.count,
             "stages": [],
             "settings": settings,
@@ -242,10 +215,10 @@ class Pretraining:
         if self.processes.is_first:
             tidy(self.folder.checkpoints)
             self.folder.remove_later(newest)
-            parts: Any = trained.heads.children()
-            names = dict.fromkeys(name for objective in parts for name in objective.weights)
-            columns = [*HISTORY_COLUMNS, *names]
-            begin_history(self.folder.history, columns, newest and newest / checkpoint.HISTORY)
+            objectives: Any = trained.heads.children()
+            parts = dict.fromkeys(name for one in objectives for name in one.weights)
+            earlier = newest and newest / checkpoint.HISTORY
+            begin_history(self.folder.history, [*HISTORY_COLUMNS, *parts], earlier)
         if newest is None:
             if self.initialize is not None:
                 self.initialize(self.corpus, trained.model)
@@ -278,9 +251,7 @@ class Pretraining:
                 stage.embeddings.restore(progress.stage_state)
         else:
             stage.refresh()
-        recorder = RunRecorder(
-            loop, trained, self.folder, self.processes, self.run, show=self.show_progress_bar
-        )
+        recorder = RunRecorder(self, loop, trained)
         try:
             loop.train(recorder)
         except FloatingPointError as error:
@@ -296,7 +267,7 @@ class Pretraining:
         # The first process may still be writing.
         self.processes.wait()
         if self.run.keep == "best" and progress.best_checkpoint:
-            self._take_best(trained, self.folder.checkpoints / progress.best_checkpoint)
+            load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
         recorder.save_end()
 
     def _setup(self, model: Stofm, number: int) -> StageSetup:
@@ -315,16 +286,6 @@ class Pretraining:
             dtype=torch.bfloat16 if is_bf16 else torch.float32,
             show_progress_bar=self.show_progress_bar and self.processes.is_first,
         )
-
-    def _take_best(self, trained: Trained, best: Path) -> None:
-        damage = self.processes.agree(find_damage(best) if self.processes.is_first else "")
-        if not damage:
-            load_checkpoint(best, trained)
-        elif self.processes.is_first:
-            warn(
-                f"{damage} The stage's last weights are handed on in place of the best: to have "
-                "those, train again (overwrite=True)."
-            )
 
     def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
         """Write the report of a stage that is finished, and delete what it alone needed.
@@ -366,37 +327,20 @@ class Pretraining:
 class RunRecorder:
     """Takes a loop's reports and writes history and checkpoints; only the first process does."""
 
-    def __init__(
-        self,
-        loop: TrainingLoop,
-        trained: Trained,
-        folder: RunFolder,
-        processes: Processes,
-        run: RunConfig,
-        *,
-        show: bool,
-    ) -> None:
-        self._loop = loop
-        self._trained = trained
-        self._folder = folder
-        self._processes = processes
-        #: The best weights so far, until they are on disk.
-        self._best: tuple[Trained, Progress] | None = None
-        stage, progress = loop.stage, loop.progress
+    def __init__(self, run: Pretraining, loop: TrainingLoop, trained: Trained) -> None:
+        self._folder, self._processes = run.folder, run.processes
+        self._loop, self._trained = loop, trained
+        stage, step = loop.stage, loop.progress.step
         self._board: Any = None
-        if processes.is_first and run.tensorboard:
+        if run.processes.is_first and run.run.tensorboard:
             from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
             # Entries of steps that are repeated are hidden, also those of a run without a checkpoint.
-            self._board = TensorBoardLogger(
-                folder.path,
-                folder.tensorboard.name,
-                f"{stage.number}-{stage.name}",
-                purge_step=progress.step + 1,
-            )
-        show = show and processes.is_first
-        self._bar = step_bar(stage.name, total=loop.n_steps, done=progress.step, show=show)
-        self._since = (time.perf_counter(), progress.n_cells)
+            place = (run.folder.path, run.folder.tensorboard.name, f"{stage.number}-{stage.name}")
+            self._board = TensorBoardLogger(*place, purge_step=step + 1)
+        show = run.show_progress_bar and run.processes.is_first
+        self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
+        self._since = (time.perf_counter(), loop.progress.n_cells)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""
@@ -421,31 +365,23 @@ class RunRecorder:
         self._bar.update()
 
     def keep(self) -> None:
-        """Take the present weights as the best so far."""
+        """Write the present weights, the best so far."""
         progress = self._loop.progress
-        progress.best_checkpoint = self._path(progress.step).name
+        target = self._path(progress.step)
+        progress.best_checkpoint = target.name
         if self._processes.is_first:
-            vocabulary = self._trained.model.vocabulary
-            kept = copy.deepcopy(self._trained, {id(vocabulary): vocabulary})
-            kept.model.to("cpu")
-            kept.heads.to("cpu")
-            self._best = (kept, replace(progress))
+            write_checkpoint(target, self._trained, progress, None)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, and the best weights; only the first process does.
+        """Write a checkpoint of the present step; only the first process does.
 
         The others may call it at other steps.
         """
         progress = self._loop.progress
         target = self._path(progress.step)
         progress.last_checkpoint = target.name
-        if not self._processes.is_first:
-            return
-        if self._best is not None and progress.best_checkpoint != target.name:
-            trained, then = self._best
-            write_checkpoint(self._path(then.step), trained, then, None)
-        self._best = None
-        self._write(target)
+        if self._processes.is_first:
+            self._write(target)
 
     def save_end(self) -> None:
         """Write the checkpoint of the stage's end, without the optimiser."""
@@ -475,26 +411,23 @@ class RunRecorder:
 
 def begin_history(path: Path, columns: Sequence[str], earlier: Path | None = None) -> None:
     """Write the header of a history, and the rows that an earlier one has."""
-    rows: list[dict[str, Any]] = []
-    if earlier is not None:
-        with earlier.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    import pandas as pd
 
-    def fill(part: Path) -> None:
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    put_in_place(path, fill)
+    rows = pd.DataFrame() if earlier is None else pd.read_csv(earlier, dtype=str)
+    rows = rows.reindex(columns=columns)
+    put_in_place(path, lambda part: rows.to_csv(part, index=False))
 
 
 def append_history(path: Path, row: Mapping[str, Any]) -> None:
     """Write a row of a history; numbers can be read again to the last bit."""
-    with path.open("r+", newline="") as file:
-        columns = next(csv.reader(file))
-        file.seek(0, 2)
-        csv.DictWriter(file, columns, restval="").writerow(row)
+    import pandas as pd
+
+    columns = pd.read_csv(path, nrows=0).columns
+    pd.DataFrame([row], columns=columns).to_csv(path, mode="a", header=False, index=False)
+
+
+def _digests(corpus: Corpus | None) -> list[str]:
+    return [] if corpus is None else [f"{one.name} {one.digest}" for one in corpus.slices]
 
 
 def peak_memory(device: torch.device) -> int:

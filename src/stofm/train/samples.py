@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,13 +105,6 @@ class Draws:
         return [batches[k].astype(np.int64) for k in rng.permutation(len(batches))]
 
 
-def batch_length(n_tokens: NDArray[np.integer], max_length: int) -> NDArray[np.int64]:
-    """Padded length of cells with `n_tokens` gene tokens, ``<cls>`` counted."""
-    length = np.minimum(n_tokens.astype(np.int64) + 1, max_length)
-    padded: NDArray[np.int64] = np.minimum(padded_length(length), max_length)
-    return padded
-
-
 def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
     """Class of like sizes, at most 19 % apart."""
     octaves = np.log2(np.maximum(sizes, 1))
@@ -119,30 +112,37 @@ def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
     return found
 
 
+@dataclass(frozen=True)
 class TokenReader:
     """Reads token lists of a corpus as the cell encoder takes them."""
 
-    def __init__(
-        self, corpus: Corpus, config: CellEncoderConfig, vocabulary: GeneVocabulary
-    ) -> None:
-        if config.reads_values and not corpus.has_values:
+    corpus: Corpus
+    config: CellEncoderConfig
+    vocabulary: GeneVocabulary
+
+    def __post_init__(self) -> None:
+        """Refuse a corpus without the values that the cell encoder reads."""
+        if self.config.reads_values and not self.corpus.has_values:
             raise ValueError(NO_VALUES)
-        self.corpus = corpus
-        self.vocabulary = vocabulary
-        self.max_length = config.max_positions
-        self._with_values = config.reads_values
+
+    def padded(self, n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Padded length of cells with so many gene tokens, ``<cls>`` counted."""
+        most = self.config.max_positions
+        length = np.minimum(n_tokens.astype(np.int64) + 1, most)
+        padded: NDArray[np.int64] = np.minimum(padded_length(length), most)
+        return padded
 
     def read(self, cells: NDArray[np.int64]) -> TokenBatch:
         """Token lists of some cells, padded to the longest."""
         ranked = self.corpus.take(cells)
-        if not self._with_values:
+        if not self.config.reads_values:
             ranked = ranked.without_values()
         return TokenBatch.from_ranked(
             ranked,
             np.arange(len(cells)),
             cls_token=self.vocabulary.cls,
             pad_token=self.vocabulary.pad,
-            length=int(batch_length(ranked.n_tokens, self.max_length).max()),
+            length=int(self.padded(ranked.n_tokens).max()),
         )
 
     def groups(self, cells: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -151,70 +151,65 @@ class TokenReader:
         return [np.flatnonzero(classes == k) for k in np.unique(classes)]
 
 
+@dataclass(frozen=True)
 class CellSamples:
     """Cells of a corpus, for the cell encoder's objective. A sample is a cell."""
 
+    reader: TokenReader
+    draws: Draws
+    masking: TokenMasking
+    gene_dropout: float
     epochs_differ_in_length = False
-
-    def __init__(
-        self, reader: TokenReader, draws: Draws, *, masking: TokenMasking, gene_dropout: float
-    ) -> None:
-        self._reader = reader
-        self._draws = draws
-        self._masking = masking
-        self._gene_dropout = gene_dropout
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each cell once; most hold cells of one padded length."""
-        lengths = batch_length(self._reader.corpus.cell_lengths, self._reader.max_length)
-        return self._draws.batches(lengths, number)
+        return self.draws.batches(self.reader.padded(self.reader.corpus.cell_lengths), number)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
         """Hide genes of some cells and make their two views."""
-        cells, vocabulary = self._reader.read(samples), self._reader.vocabulary
-        rngs = [self._draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples]
-        genes = MaskedGenes.build(cells, rngs, masking=self._masking, vocabulary=vocabulary)
-        if not self._gene_dropout:
+        cells, vocabulary = self.reader.read(samples), self.reader.vocabulary
+        rngs = [self.draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples]
+        genes = MaskedGenes.build(cells, rngs, masking=self.masking, vocabulary=vocabulary)
+        if not self.gene_dropout:
             return CellBatch(genes=genes, views=(cells, cells))
         first, second = (
-            drop_genes(cells, self._gene_dropout, pad_token=vocabulary.pad, rngs=rngs)
+            drop_genes(cells, self.gene_dropout, pad_token=vocabulary.pad, rngs=rngs)
             for _ in range(2)
         )
         return CellBatch(genes=genes, views=(first, second))
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that cells come from."""
-        return self._reader.corpus.describe(self._reader.corpus.locate(samples)[0])
+        return self.reader.corpus.describe(self.reader.corpus.locate(samples)[0])
 
 
+@dataclass
 class SubSliceSamples:
-    """Sub-slices of a corpus, for the spatial objective. A sample is a sub-slice.
+    """Sub-slices of a corpus, for the objectives on these. A sample is a sub-slice.
 
     They are cut by `rules`; `masking` says which cells are hidden and moved, `n_surrounding` over
     how many nearest cells surroundings are averaged. If they `vary`, each epoch turns the plane by
     a random angle before a slice is cut. A sample's number holds the slice and the sub-slice in it,
     so that it stands for the same slice in every epoch.
+
+    With a `reader`, `sampled_cells` of each, none that is hidden, come with their tokens, of which
+    `token_masking` hides some genes.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        rules: SubSliceConfig,
-        draws: Draws,
-        *,
-        masking: SpatialMasking,
-        vary: bool,
-        node_multiple: int = 1,
-        n_surrounding: int = 0,
-    ) -> None:
-        self.corpus = corpus
-        self._rules = rules
-        self._draws = draws
-        self._masking = masking
-        self.varies = vary
-        self._node_multiple = node_multiple
-        self._n_surrounding = n_surrounding
-        self._cut = lru_cache(_EPOCHS_KEPT * len(corpus.slices))(self._cut_anew)
+    corpus: Corpus
+    rules: SubSliceConfig
+    draws: Draws
+    masking: SpatialMasking
+    vary: bool
+    node_multiple: int = 1
+    n_surrounding: int = 0
+    reader: TokenReader | None = None
+    sampled_cells: int = 0
+    token_masking: TokenMasking | None = None
+
+    def __post_init__(self) -> None:
+        """Remember the last cuts."""
+        self._cut = lru_cache(_EPOCHS_KEPT * len(self.corpus.slices))(self._cut_anew)
 
     @property
     def encoded(self) -> Sequence[EncodedSlice]:
@@ -224,13 +219,13 @@ class SubSliceSamples:
     @encoded.setter
     def encoded(self, slices: Sequence[EncodedSlice]) -> None:
         self._encoded = slices
-        n_kept = 0 if self.varies else max(1, _CELLS_KEPT // self._rules.n_cells)
+        n_kept = 0 if self.vary else max(1, _CELLS_KEPT // self.rules.n_cells)
         self._build = lru_cache(n_kept)(self._build_anew)
 
     @property
     def epochs_differ_in_length(self) -> bool:
         """Whether the number of batches may differ between epochs."""
-        return self.varies and self._rules.partition != "balanced"
+        return self.vary and self.rules.partition != "balanced"
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of all sub-slices of an epoch, slice after slice."""
@@ -246,26 +241,41 @@ class SubSliceSamples:
         sizes = np.array([one.n_cells for one in self.corpus.slices])[slices]
         # Parts of a slice are of nearly equal size.
         mean = sizes / np.bincount(slices)[slices]
-        return [samples[batch] for batch in self._draws.batches(size_class(mean), number)]
+        return [samples[batch] for batch in self.draws.batches(size_class(mean), number)]
 
-    def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
-        """Hide and move cells of some sub-slices, and pad these into one batch."""
-        return self.collate(self.masked(samples, epoch))
+    def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch | JointBatch:
+        """Hide and move cells of some sub-slices, and read the tokens of others."""
+        parts = self.masked(samples, epoch)
+        batch = MaskedSubSliceBatch.from_masked(parts, node_multiple=self.node_multiple)
+        if self.reader is None:
+            return batch
+        n_nodes = batch.subslices.pairs.n_nodes
+        places, cells = [], []
+        for b, (part, sample) in enumerate(zip(parts, samples.tolist(), strict=True)):
+            nodes = self._sample(part, self.draws.generator(epoch, Purpose.CELLS, sample))
+            places.append(b * n_nodes + nodes)
+            first = self.corpus.first_cell[sample >> _PART_BITS]
+            cells.append(first + part.subslice.cell_index[nodes])
+        groups = self.reader.groups(np.concatenate(cells))
+        in_groups = [np.concatenate(cells)[group] for group in groups]
+        read = tuple(self.reader.read(group) for group in in_groups)
+        where = torch.from_numpy(np.concatenate(places)[np.concatenate(groups)])
+        genes: tuple[MaskedGenes, ...] = ()
+        if self.token_masking is not None:
+            genes = tuple(map(partial(self._hide, epoch), read, in_groups))
+        return JointBatch(masked=batch, cells=read, places=where, genes=genes)
 
     def masked(self, samples: NDArray[np.int64], epoch: int) -> list[MaskedSubSlice]:
         """Hide and move cells of some sub-slices, one by one."""
         found = []
         for sample in samples.tolist():
-            subslice = self._build(sample, epoch if self.varies else 0)
+            subslice = self._build(sample, epoch if self.vary else 0)
             n_cells = int((subslice.cell_index >= 0).sum())
-            rng = self._draws.generator(epoch, Purpose.MASKING, sample)
-            drawn = draw(n_cells, self._masking, rng)
-            found.append(apply(subslice, drawn, self._masking, n_surrounding=self._n_surrounding))
+            drawn = draw(
+                n_cells, self.masking, self.draws.generator(epoch, Purpose.MASKING, sample)
+            )
+            found.append(apply(subslice, drawn, self.masking, n_surrounding=self.n_surrounding))
         return found
-
-    def collate(self, masked: Sequence[MaskedSubSlice]) -> MaskedSubSliceBatch:
-        """Pad sub-slices into one batch."""
-        return MaskedSubSliceBatch.from_masked(masked, node_multiple=self._node_multiple)
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that sub-slices come from."""
@@ -279,23 +289,36 @@ class SubSliceSamples:
     def cells_of(self, sample: int, epoch: int) -> NDArray[np.int64]:
         """Rows of a sub-slice's cells in its slice, ascending."""
         part = sample & ((1 << _PART_BITS) - 1)
-        return self._cut(sample >> _PART_BITS, epoch if self.varies else 0)[part]
+        return self._cut(sample >> _PART_BITS, epoch if self.vary else 0)[part]
+
+    def _sample(self, part: MaskedSubSlice, rng: Generator) -> NDArray[np.int64]:
+        """Nodes of some cells; hidden ones, which get no gradient, only if there are no others."""
+        cells = np.flatnonzero(part.subslice.cell_index >= 0)
+        visible = np.setdiff1d(cells, part.hidden_nodes)
+        return np.sort(rng.permutation(visible if len(visible) else cells)[: self.sampled_cells])
+
+    def _hide(self, epoch: int, tokens: TokenBatch, cells: NDArray[np.int64]) -> MaskedGenes:
+        assert self.reader is not None
+        assert self.token_masking is not None
+        rngs = [self.draws.generator(epoch, Purpose.GENES, int(cell)) for cell in cells]
+        vocabulary = self.reader.vocabulary
+        return MaskedGenes.build(tokens, rngs, masking=self.token_masking, vocabulary=vocabulary)
 
     def _n_parts(self, number: int, epoch: int) -> int:
-        if self._rules.partition == "balanced":
-            return -(-self.corpus.slices[number].n_cells // self._rules.n_cells)
-        return len(self._cut(number, epoch if self.varies else 0))
+        if self.rules.partition == "balanced":
+            return -(-self.corpus.slices[number].n_cells // self.rules.n_cells)
+        return len(self._cut(number, epoch if self.vary else 0))
 
     def _cut_anew(self, number: int, epoch: int) -> list[NDArray[np.int64]]:
         angle = 0.0
-        if self.varies:
-            rng = self._draws.generator(epoch, Purpose.ROTATION, number)
+        if self.vary:
+            rng = self.draws.generator(epoch, Purpose.ROTATION, number)
             angle = float(rng.uniform(0.0, 2 * np.pi))
-        return cut_slice(self.corpus.slices[number].coordinates, self._rules, angle=angle)
+        return cut_slice(self.corpus.slices[number].coordinates, self.rules, angle=angle)
 
     def _build_anew(self, sample: int, epoch: int) -> SubSlice:
         one = self.encoded[sample >> _PART_BITS]
-        return build_subslice(one.layout, one.features, self.cells_of(sample, epoch), self._rules)
+        return build_subslice(one.layout, one.features, self.cells_of(sample, epoch), self.rules)
 
 
 def cut_slice(
@@ -310,65 +333,3 @@ def cut_slice(
         return partition_reference(xy, config.n_cells)
     order = canonical_order(coordinates, np.empty((len(xy), 0)))
     return [np.sort(order[rows]) for rows in partition_balanced(xy[order], config.n_cells)]
-
-
-class JointSamples:
-    """Sub-slices with the tokens of some of their cells, for the joint objective.
-
-    `sampled_cells` of each go through the cell encoder, none that is hidden; with
-    `token_masking`, some of their genes are hidden too.
-    """
-
-    def __init__(
-        self,
-        subslices: SubSliceSamples,
-        reader: TokenReader,
-        draws: Draws,
-        *,
-        sampled_cells: int,
-        token_masking: TokenMasking | None,
-    ) -> None:
-        self.subslices = subslices
-        self.epoch = subslices.epoch
-        self.describe = subslices.describe
-        self.epochs_differ_in_length = subslices.epochs_differ_in_length
-        self._reader = reader
-        self._draws = draws
-        self._sampled_cells = sampled_cells
-        self._token_masking = token_masking
-
-    def load(self, samples: NDArray[np.int64], epoch: int) -> JointBatch:
-        """Hide and move cells of some sub-slices, and read the tokens of others."""
-        parts = self.subslices.masked(samples, epoch)
-        batch = self.subslices.collate(parts)
-        nodes = [
-            self._sample(part, self._draws.generator(epoch, Purpose.CELLS, int(sample)))
-            for part, sample in zip(parts, samples, strict=True)
-        ]
-        n_nodes = batch.subslices.pairs.n_nodes
-        places = np.concatenate([b * n_nodes + own for b, own in enumerate(nodes)])
-        rows = [part.subslice.cell_index[own] for part, own in zip(parts, nodes, strict=True)]
-        slices = np.repeat(self.subslices.slices_of(samples), [len(own) for own in nodes])
-        cells = self._reader.corpus.first_cell[slices] + np.concatenate(rows)
-        groups = self._reader.groups(cells)
-        read = tuple(self._reader.read(cells[group]) for group in groups)
-        genes: tuple[MaskedGenes, ...] = ()
-        if (masking := self._token_masking) is not None:
-            genes = tuple(
-                self._hide(tokens, cells[group], epoch, masking)
-                for tokens, group in zip(read, groups, strict=True)
-            )
-        where = torch.from_numpy(places[np.concatenate(groups)])
-        return JointBatch(masked=batch, cells=read, places=where, genes=genes)
-
-    def _sample(self, part: MaskedSubSlice, rng: Generator) -> NDArray[np.int64]:
-        """Nodes of some cells; hidden ones, which get no gradient, only if there are no others."""
-        cells = np.flatnonzero(part.subslice.cell_index >= 0)
-        visible = np.setdiff1d(cells, part.hidden_nodes)
-        return np.sort(rng.permutation(visible if len(visible) else cells)[: self._sampled_cells])
-
-    def _hide(
-        self, tokens: TokenBatch, cells: NDArray[np.int64], epoch: int, masking: TokenMasking
-    ) -> MaskedGenes:
-        rngs = [self._draws.generator(epoch, Purpose.GENES, int(cell)) for cell in cells]
-        return MaskedGenes.build(tokens, rngs, masking=masking, vocabulary=self._reader.vocabulary)

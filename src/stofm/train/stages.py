@@ -17,7 +17,7 @@ import torch
 from stofm.nn.device import seeded
 from stofm.train.cell_cache import CellCache
 from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
-from stofm.train.samples import CellSamples, JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import CellSamples, SubSliceSamples, TokenReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stofm.nn import Stofm
-    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import StageConfig
     from stofm.train.corpus import Corpus
     from stofm.train.processes import Processes
@@ -163,14 +162,7 @@ class KeptEmbeddings:
         held_out: SubSliceSamples | None,
     ) -> None:
         self._setup, self._training, self._held_out = setup, training, held_out
-        self._shared = CellCache(
-            folder=setup.folder,
-            corpus=setup.corpus,
-            device=setup.device,
-            dtype=setup.dtype,
-            rules=setup.model.config.subslice,
-            virtual_cells=config.virtual_cells,
-        )
+        self._shared = CellCache(setup, setup.corpus, setup.folder, config.virtual_cells)
         self._own = replace(self._shared, folder=setup.own_folder)
         self._first = self._key = ""
         self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
@@ -205,16 +197,10 @@ class KeptEmbeddings:
         self._use(self._key, with_held_out=True)
 
     def _use(self, key: str, *, with_held_out: bool) -> None:
-        setup = self._setup
-
-        def found(cache: CellCache, key: str) -> list[EncodedSlice]:
-            shows = setup.show_progress_bar
-            return cache.encode(setup.model, setup.processes, key=key, show_progress_bar=shows)[1]
-
-        self._training.encoded = found(self._shared if key == self._first else self._own, key)
-        if with_held_out and self._held_out is not None and setup.validation is not None:
-            held_out = replace(self._shared, corpus=setup.validation)
-            self._held_out.encoded = found(held_out, self._first)
+        cache, held_out = self._shared if key == self._first else self._own, self._setup.validation
+        self._training.encoded = cache.encode(key)[1]
+        if with_held_out and self._held_out is not None and held_out is not None:
+            self._held_out.encoded = replace(self._shared, corpus=held_out).encode(self._first)[1]
 
 
 def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> Stage:
@@ -225,9 +211,8 @@ def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> 
         return make(setup.corpus), None if setup.validation is None else make(setup.validation)
 
     def cells(corpus: Corpus) -> CellSamples:
-        dropout = config.contrastive.gene_dropout
         reader = setup.reader(corpus)
-        return CellSamples(reader, draws, masking=config.masking, gene_dropout=dropout)
+        return CellSamples(reader, draws, config.masking, config.contrastive.gene_dropout)
 
     def subslices(corpus: Corpus) -> SubSliceSamples:
         is_held_out = corpus is setup.validation
@@ -236,17 +221,11 @@ def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> 
             corpus,
             replace(rules, n_cells=n_cells),
             draws,
-            masking=config.spatial_masking,
+            config.spatial_masking,
             vary=config.vary_subslices and not is_held_out,
             node_multiple=setup.node_multiple,
             n_surrounding=config.n_surrounding,
-        )
-
-    def with_tokens(subslices: SubSliceSamples) -> JointSamples:
-        return JointSamples(
-            subslices,
-            setup.reader(subslices.corpus),
-            draws,
+            reader=setup.reader(corpus) if config.name == "joint" else None,
             sampled_cells=config.sampled_cells,
             token_masking=config.masking if config.trains_masked_genes else None,
         )
@@ -256,10 +235,8 @@ def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> 
         return stage(*both(cells))
     training, held_out = both(subslices)
     embeddings = KeptEmbeddings(setup, config, training, held_out)
-    if config.name == "spatial":
-        return stage(training, held_out, embeddings)
-    validation = None if held_out is None else with_tokens(held_out)
-    return stage(with_tokens(training), validation, embeddings, config.refresh_every)
+    every = config.refresh_every if config.name == "joint" else None
+    return stage(training, held_out, embeddings, every)
 
 
 def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
