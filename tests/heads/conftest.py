@@ -35,7 +35,6 @@ def corpus(tmp_path: Path, rng: np.random.Generator) -> Corpus:
                 name=f"slice-{k}",
                 blocks=[ranked],
                 coordinates=places,
-                technology="made-up",
             )
         )
     return Corpus(tuple(slices))

@@ -31,8 +31,7 @@ from stofm.train import (
     StageConfig,
     preparation,
 )
-from stofm.train import run as run_module
-from stofm.train.checkpoint import read_progress
+from stofm.train.folder import read_progress
 from stofm.train.loop import TrainingLoop
 from stofm.train.run import RunRecorder
 
@@ -429,15 +428,6 @@ def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
     assert rest.run["settings"] == whole.run["settings"]
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == rest.run
     assert not (tmp_path / "run" / "run.lock").exists()
-
-
-def test_best_weights_that_are_damaged_give_way_to_the_last(train, held_out_losses, monkeypatch):
-    stage = replace(SPATIAL, epochs=5)
-    last = train(stage=stage, keep="last")
-    monkeypatch.setattr(run_module, "find_damage", lambda folder: f"{folder} is damaged.")
-    with pytest.warns(UserWarning, match=r"00000004 is damaged. The stage's last weights are"):
-        found = train(stage=stage, overwrite=True)
-    assert found.model.fingerprint == last.model.fingerprint
 
 
 def test_without_steps_asked_for_a_short_stage_has_the_checkpoints_of_its_end(train, tmp_path):

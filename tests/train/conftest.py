@@ -44,7 +44,6 @@ def write_corpus(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Corp
                     name=f"{names}-{k}",
                     blocks=[ranked_tokens(rng, n, values=values)],
                     coordinates=normalize_coordinates(rng.random((n, 2)) * [7.0, 5.0]),
-                    technology="made-up",
                 )
                 for k, n in enumerate(sizes)
             )

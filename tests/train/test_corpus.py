@@ -37,13 +37,11 @@ def base(array):
 
 
 def test_slice_comes_back_with_its_tokens_memory_mapped(tmp_path, ranked, places):
-    written = write_slice(
-        tmp_path, "k", name="left", blocks=[ranked], coordinates=places, technology="Xenium"
-    )
+    written = write_slice(tmp_path, "k", name="left", blocks=[ranked], coordinates=places)
     found = open_slice(tmp_path, "k")
     assert found.ranked.equals(ranked)
     np.testing.assert_array_equal(found.coordinates, places)
-    assert (found.name, found.technology, found.n_cells) == ("left", "Xenium", 5)
+    assert (found.name, found.n_cells) == ("left", 5)
     assert found.digest == written.digest
     # Each map keeps a file open.
     mapped, in_memory = (

@@ -14,16 +14,18 @@ from torch import nn
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
-from stofm.train.checkpoint import (
+from stofm.train.folder import (
+    LOCK,
     Progress,
+    RunFolder,
     Trained,
     _digest_of,
     find_damage,
     load_checkpoint,
+    locked,
     read_progress,
     write_checkpoint,
 )
-from stofm.train.folder import LOCK, RunFolder, locked
 from stofm.train.loop import make_optimizer
 from stofm.train.storage import write_json
 
@@ -259,6 +261,33 @@ def test_files_of_others_are_no_run(tmp_path, name, content, resume, overwrite):
     (tmp_path / name).write_text(content)
     with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
         RunFolder(tmp_path).check(resume=resume, overwrite=overwrite)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model/notes.txt",
+        "checkpoints/paper.docx",
+        "checkpoints/1-spatial-00000020/training/notes.txt",
+        "tensorboard/x",
+        "refreshed/cells-mine/a.csv",
+    ],
+)
+def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, name):
+    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
+    (folder.path / "model").mkdir()
+    (folder.path / "model" / "config.json").touch()
+    folder.check(resume=False, overwrite=True)
+    place = folder.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    with pytest.raises(FileExistsError, match=f"none of its own, for example .*{name}"):
+        folder.check(resume=False, overwrite=True)
+    folder.check(resume=True, overwrite=False)
+    # What goes in the course of a run takes nothing with it.
+    folder.remove_later(None)
+    folder.remove(folder.refreshed)
+    assert place.exists()
 
 
 def test_folders_with_names_of_others_are_no_checkpoints(folder):

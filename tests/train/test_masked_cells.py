@@ -224,10 +224,9 @@ def test_visible_cells_and_their_surroundings(subslice, rng):
     masking = SpatialMasking(masked=0.3, moved=0.3)
     cells = np.flatnonzero(subslice.node_type == NodeType.CELL)
     masked = apply(subslice, draw(len(cells), masking, rng), masking, n_surrounding=4)
-    nodes = masked.visible.nodes
+    nodes = masked.visible_nodes
     np.testing.assert_array_equal(nodes, np.setdiff1d(cells, masked.hidden_nodes))
     assert len(nodes) < len(cells)
-    np.testing.assert_array_equal(masked.visible.features, subslice.features[nodes])
     # Hidden cells count with what they had, moved ones where they were.
     distances = np.linalg.norm(
         subslice.coordinates[nodes, None] - subslice.coordinates[None, cells], axis=2
@@ -235,13 +234,13 @@ def test_visible_cells_and_their_surroundings(subslice, rng):
     nearest = cells[np.argsort(distances, axis=1)[:, 1:5]]
     assert np.isin(nearest, masked.hidden_nodes).any()
     np.testing.assert_allclose(
-        masked.visible.surroundings, subslice.features[nearest].mean(axis=1), rtol=1e-5, atol=1e-6
+        masked.surroundings, subslice.features[nearest].mean(axis=1), rtol=1e-5, atol=1e-6
     )
 
 
 def test_nothing_is_asked_of_visible_cells_unless_it_is_wanted(subslice, rng):
     masking = SpatialMasking()
-    assert apply(subslice, draw(30, masking, rng), masking).visible is None
+    assert not len(apply(subslice, draw(30, masking, rng), masking).visible_nodes)
 
 
 def test_errors():
@@ -289,15 +288,13 @@ def test_targets_of_a_batch_are_those_of_its_subslices(masked):
         np.testing.assert_array_equal(batch.pair_rows[own], part.pair_rows)
         np.testing.assert_array_equal(batch.pair_columns[own], part.pair_columns)
         np.testing.assert_array_equal(batch.pair_distances[own], part.pair_distances)
-        own = slice(visible, visible := visible + len(part.visible.nodes))
-        np.testing.assert_array_equal(batch.visible.places[own] - b * n_nodes, part.visible.nodes)
-        np.testing.assert_array_equal(batch.visible.features[own], part.visible.features)
-        np.testing.assert_array_equal(batch.visible.surroundings[own], part.visible.surroundings)
+        own = slice(visible, visible := visible + len(part.visible_nodes))
+        np.testing.assert_array_equal(batch.visible_places[own] - b * n_nodes, part.visible_nodes)
+        np.testing.assert_array_equal(batch.surroundings[own], part.surroundings)
     assert (hidden, targets, pairs, visible) == tuple(
-        map(len, (batch.hidden_places, batch.target_places, batch.pair_rows, batch.visible.places))
+        map(len, (batch.hidden_places, batch.target_places, batch.pair_rows, batch.visible_places))
     )
     flat = batch.subslices.features.flatten(0, 1)
-    assert torch.equal(flat[batch.visible.places], batch.visible.features)
     assert not flat[batch.hidden_places].any()
     kept = torch.isin(batch.target_places, batch.hidden_places, invert=True)
     assert kept.any()

@@ -108,12 +108,6 @@ class FineTuningSamples:
         self._known = known
         self._before_epoch = before_epoch
 
-    @property
-    def epochs_differ_in_length(self) -> bool:
-        """Whether the number of batches may differ between epochs."""
-        # How many sub-slices have a cell that counts depends on where they are cut.
-        return self._subslices.vary
-
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice with a target that counts once."""
         if self._before_epoch is not None:

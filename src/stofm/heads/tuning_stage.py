@@ -13,14 +13,12 @@ from stofm._keys import Obsm
 from stofm._logging import step_bar
 from stofm.heads.targets import head_loss
 from stofm.heads.tuning_samples import FineTuningSamples
-from stofm.train.cell_cache import CellCache
-from stofm.train.checkpoint import Progress
 from stofm.train.config import RunConfig, SpatialMasking
+from stofm.train.folder import Progress
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import LossPart
-from stofm.train.objectives import embed_sampled, replace_rows
+from stofm.train.objectives import LossPart, embed_sampled, replace_rows
 from stofm.train.samples import SubSliceSamples
-from stofm.train.stages import Stage
+from stofm.train.stages import CellCache, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from stofm.heads.tuning_samples import FineTuningBatch, FineTuningConfig, KnownCells
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
-    from stofm.train.losses import Gather
+    from stofm.train.objectives import Gather
     from stofm.train.processes import Processes
     from stofm.train.stages import StageSetup
 

@@ -41,8 +41,6 @@ class TokenizedSlice:
         memory-mapped.
     coordinates
         (n_cells, 2) float64, model units (the slice's diagonal is 100).
-    technology
-        Name of the technology; may be empty.
     digest
         16 hexadecimal digits that change with any token, value or coordinate.
     """
@@ -50,7 +48,6 @@ class TokenizedSlice:
     name: str
     ranked: RankedTokens
     coordinates: NDArray[np.float64]
-    technology: str
     digest: str
 
     @property
@@ -99,7 +96,6 @@ def write_slice(
     name: str,
     blocks: Iterable[RankedTokens],
     coordinates: NDArray[np.floating],
-    technology: str = "",
 ) -> TokenizedSlice:
     """Write one slice to disk and open it; a crash leaves nothing half-written.
 
@@ -110,8 +106,8 @@ def write_slice(
         nothing is written.
     key
         What the slice was prepared from (:func:`preparation_key`).
-    name, technology
-        See :class:`TokenizedSlice`.
+    name
+        As messages give it.
     blocks
         Tokens of the cells in order, which are written block by block as they come.
     coordinates
@@ -131,12 +127,7 @@ def write_slice(
         xy = np.ascontiguousarray(coordinates, dtype=np.float64)
         np.save(place / _COORDINATES, xy)
         ranked = _open_tokens(place, has_values=has_values)
-        info = {
-            "has_values": has_values,
-            "digest": _digest(ranked, xy),
-            "name": name,
-            "technology": technology,
-        }
+        info = {"name": name, "has_values": has_values, "digest": _digest(ranked, xy)}
         (place / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
     if not is_there(folder / key):
@@ -150,7 +141,7 @@ def open_slice(folder: Path, key: str) -> TokenizedSlice:
     info = json.loads((place / _INFO).read_text(encoding="utf-8"))
     ranked = _open_tokens(place, has_values=info["has_values"])
     coordinates = _read(place / _COORDINATES)
-    return TokenizedSlice(info["name"], ranked, coordinates, info["technology"], info["digest"])
+    return TokenizedSlice(info["name"], ranked, coordinates, info["digest"])
 
 
 def _open_tokens(place: Path, *, has_values: bool) -> RankedTokens:

@@ -1,29 +1,236 @@
-"""The folder of a run: what may be in it, who trains into it, which checkpoint it goes on from."""
+"""The folder of a run: who trains into it, and its checkpoints, from which it goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from filelock import FileLock, Timeout
 
-from stofm._files import local
+from stofm._config import build_dataclass
+from stofm._files import TRIFLES, local
 from stofm._messages import warn
-from stofm.train.checkpoint import FINAL, can_go_on, find_damage
+from stofm.nn import checkpoint
+from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
+from stofm.train.storage import digest_files, find_change
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from stofm.nn import Stofm
+
+#: Raised when a run of this version can't be continued by an older one, or the reverse.
+FORMAT_VERSION = 2
+
+_STATE = f"{checkpoint.TRAINING}/state.json"
+#: The history as it was when the checkpoint was written.
+HISTORY = f"{checkpoint.TRAINING}/history.csv"
+_HEADS = f"{checkpoint.TRAINING}/heads.safetensors"
+_OPTIMIZER = f"{checkpoint.TRAINING}/optimizer.safetensors"
+#: How the name of a checkpoint at the end of a stage ends.
+FINAL = "final"
+#: What AdamW keeps of each weight.
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes
+    ----------
+    stage
+        Number of the present stage in the run.
+    epoch, position
+        Present epoch, and its batches that are done.
+    step
+        Optimiser steps of the stage that are done.
+    is_finished
+        Whether the stage is.
+    best_loss, best_checkpoint, n_without_improvement
+        Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
+    last_checkpoint
+        The checkpoint written last.
+    n_cells, n_tokens
+        Cells and tokens (or nodes) seen in the stage, by all processes.
+    seconds, waited
+        Time spent on the stage's steps, and the part of it spent waiting for data.
+    totals, counts
+        Sums of the loss parts since the last row of the history, and what they are sums over.
+    stage_state
+        What the stage itself needs.
+    scaler
+        State of the gradients' scale, in precision ``"16-mixed"``.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    is_finished: bool = False
+    best_loss: float | None = None
+    best_checkpoint: str = ""
+    last_checkpoint: str = ""
+    n_without_improvement: int = 0
+    n_cells: int = 0
+    n_tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    totals: list[float] = field(default_factory=list)
+    counts: list[float] = field(default_factory=list)
+    stage_state: dict[str, str] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and what stands on it in training; that may hold parts of the model."""
+
+    model: Stofm
+    heads: nn.Module
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Weights of the heads that are none of the model's, each once."""
+        seen = {id(value) for value in self.model.state_dict(keep_vars=True).values()}
+        found = {}
+        for name, value in self.heads.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                found[name] = value.detach()
+        return found
+
+
+def write_checkpoint(
+    folder: Path,
+    trained: Trained,
+    progress: Progress,
+    optimizer: tuple[Optimizer, nn.Module] | None,
+    *,
+    history: Path | None = None,
+) -> None:
+    """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
+
+    `optimizer` goes with the module whose weights it has; there is none if the stage does not go
+    on here.
+    """
+
+    def fill(place: Path) -> None:
+        trained.model.save_pretrained(place)
+        (place / checkpoint.TRAINING).mkdir()
+        write_tensors(place / _HEADS, trained.head_tensors())
+        if optimizer is not None:
+            write_tensors(place / _OPTIMIZER, optimizer_tensors(*optimizer))
+        if history is not None:
+            shutil.copyfile(history, place / HISTORY)
+        entries = {
+            "format_version": FORMAT_VERSION,
+            "progress": asdict(progress),
+            "files": digest_files(place),
+        }
+        text = json.dumps(entries | {"digest": _digest_of(entries)}, indent=2)
+        (place / _STATE).write_text(text + "\n", encoding="utf-8")
+
+    checkpoint.write_atomically(folder, fill, overwrite=True, kind=checkpoint.RUN_CHECKPOINT)
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether training can go on from a folder: not if only its weights were kept."""
+    is_end = folder.name.endswith(FINAL)
+    return (folder / _STATE).is_file() and (is_end or (folder / _OPTIMIZER).is_file())
+
+
+def find_damage(folder: Path) -> str:
+    """Compare all files of a checkpoint with what was written; empty if they are the same."""
+    entries = _read_state(folder)
+    if not entries:
+        return f"{folder / _STATE} is damaged: it is not what was written."
+    return find_change(folder, entries["files"])
+
+
+def read_progress(folder: Path) -> Progress:
+    """Read how far the run had come at a sound checkpoint."""
+    entries, known = _read_state(folder)["progress"], {one.name for one in fields(Progress)}
+    entries = {name: value for name, value in entries.items() if name in known}
+    return build_dataclass(Progress, entries, str(folder / _STATE))
+
+
+def load_checkpoint(
+    folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
+) -> None:
+    """Put a sound checkpoint's weights into model, heads and optimiser."""
+    load_exactly(trained.model, read_tensors(folder / checkpoint.WEIGHTS), str(folder))
+    stored = read_tensors(folder / _HEADS)
+    with torch.no_grad():
+        for name, value in trained.head_tensors().items():
+            value.copy_(stored[name])
+    if optimizer is not None:
+        load_optimizer_tensors(*optimizer, read_tensors(folder / _OPTIMIZER))
+
+
+def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """State of AdamW by name of the weight in `module`, on the CPU."""
+    return {
+        f"{name}/{key}": optimizer.state[weight][key].detach().to("cpu", copy=True)
+        for name, weight in module.named_parameters()
+        for key in _MOMENTS
+        if key in optimizer.state.get(weight, {})
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    for name, weight in module.named_parameters():
+        for key in _MOMENTS:
+            if (value := tensors.get(f"{name}/{key}")) is not None:
+                # AdamW counts its steps on the CPU.
+                place = torch.device("cpu") if key == "step" else weight.device
+                optimizer.state[weight][key] = value.to(place, copy=True)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What is noted beside the weights; nothing if that is damaged."""
+    try:
+        entries: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        digest, found = entries.pop("digest"), entries["format_version"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+    if found != FORMAT_VERSION and digest == _digest_of(entries):
+        msg = (
+            f"{folder / _STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
+            "go on with the version of stofm that began the run (see run.json)."
+        )
+        raise ValueError(msg)
+    return entries if digest == _digest_of(entries) else {}
+
+
+def _digest_of(entries: Mapping[str, Any]) -> str:
+    text = json.dumps(entries, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 #: The file by which a process has the folder to itself.
 LOCK: Final = "run.lock"
 _CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{FINAL})")
+#: Ends of the paths of files that a run writes into the folders that it clears.
+_WRITTEN: Final = re.compile(
+    rf"/(?:{'|'.join([*checkpoint.FILES, _STATE, HISTORY, _HEADS, _OPTIMIZER])}|digests\.json"
+    r"|(?:features|coordinates)\.npy|events\.out\.tfevents\..*|.*\.stofm-(?:old|new).*)$"
+)
 
 
 class RunFolder:
@@ -91,6 +298,13 @@ class RunFolder:
                 "take another folder."
             )
             raise FileExistsError(msg)
+        if overwrite and (others := self._foreign(*self._cleared)):
+            msg = (
+                f"{self.path} holds a run, and files that are none of its own, for example "
+                f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
+                "another folder."
+            )
+            raise FileExistsError(msg)
         if report and not (resume or overwrite):
             msg = (
                 f"{self.path} holds a run ({report['status']}): pass resume=True to go on with it, "
@@ -109,6 +323,17 @@ class RunFolder:
             and not path.name.startswith(".")
             and not (path == self.checkpoints and not any(path.iterdir()))
         ]
+
+    def _foreign(self, *folders: Path) -> list[str]:
+        """Files in folders that no run has written."""
+        files = [path for folder in folders for path in folder.rglob("*") if not path.is_dir()]
+        names = [one.relative_to(self.path).as_posix() for one in files if one.name not in TRIFLES]
+        return sorted(name for name in names if not _WRITTEN.search(name))
+
+    def remove(self, folder: Path) -> None:
+        """Delete a folder that the run has written, if it holds nothing else."""
+        if not self._foreign(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Refuse to go on with a run that was begun with other settings (ValueError)."""
@@ -171,13 +396,13 @@ class RunFolder:
         needed = {*keep, *(folder.name for folder in found[max(0, at - 1) : at + 1])}
         for folder in self._all():
             if folder.name not in needed and not folder.name.endswith(FINAL):
-                shutil.rmtree(folder, ignore_errors=True)
+                self.remove(folder)
 
     def remove_later(self, than: Path | None) -> None:
         """Delete the checkpoints of steps that will be repeated: damaged ones, and weights alone."""
         for folder in self._all():
             if than is None or _age(folder) > _age(than):
-                shutil.rmtree(folder, ignore_errors=True)
+                self.remove(folder)
 
     def _all(self) -> list[Path]:
         return [p for p in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(p.name)]

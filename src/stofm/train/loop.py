@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.train.checkpoint import Progress
     from stofm.train.config import OptimizerConfig, RunConfig
-    from stofm.train.losses import LossPart
+    from stofm.train.folder import Progress
+    from stofm.train.objectives import LossPart
     from stofm.train.processes import Processes
     from stofm.train.stages import Samples, Stage
 
@@ -167,14 +167,12 @@ class TrainingLoop:
 
     def _count_steps(self, max_steps: int | None) -> int:
         """Optimiser steps of the stage; the last one of an epoch may have fewer batches."""
-        samples, total, n_of_epoch = self.stage.samples, 0, 0
+        n_steps = 0
         for epoch in range(self._n_epochs):
-            if epoch == 0 or samples.epochs_differ_in_length:
-                n_of_epoch = -(-len(samples.epoch(epoch)) // self._config.accumulation)
-            total += n_of_epoch
-            if max_steps is not None and total >= max_steps:
+            n_steps += -(-len(self.stage.samples.epoch(epoch)) // self._config.accumulation)
+            if max_steps is not None and n_steps >= max_steps:
                 return max_steps
-        return total
+        return n_steps
 
     def train(self, recorder: Any) -> None:
         """Train to the end of the stage, or until the held-out loss no longer falls.
@@ -323,12 +321,11 @@ class TrainingLoop:
         raise FloatingPointError(msg)
 
     def _advice(self) -> str:
-        precision = self._run.precision
-        calmer = "" if precision == "32" else f", or precision='32' (now {precision!r})"
+        rate, warmup = self._config.learning_rate, self._config.warmup_steps
+        calmer = "" if self._run.precision == "32" else ", or precision='32'"
         return (
-            "Look at these slices, or take a lower learning_rate (now "
-            f"{self._config.learning_rate:g}), a longer warm-up (now {self._config.warmup_steps} "
-            f"steps){calmer}."
+            f"Look at these slices, or take a lower learning_rate (now {rate:g}), a longer warm-up "
+            f"(now {warmup} steps){calmer}."
         )
 
     def _count(self, sums: NDArray[np.float64], seconds: float) -> None:

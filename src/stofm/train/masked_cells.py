@@ -51,8 +51,9 @@ class MaskedSubSlice:
         (n_pairs,) nodes of the pairs whose distance is to be recovered, in both directions.
     pair_distances
         (n_pairs,) float32, their original distances, model units.
-    visible
-        What is asked of the cells that are not hidden; None for nothing.
+    visible_nodes, surroundings
+        (n_visible,) cells that are not hidden, and (n_visible, d_cell) float32, the mean of the
+        original features of the cells nearest to each, before any moved; none if not asked for.
     """
 
     subslice: SubSlice
@@ -62,15 +63,7 @@ class MaskedSubSlice:
     pair_rows: NDArray[np.int64]
     pair_columns: NDArray[np.int64]
     pair_distances: NDArray[np.float32]
-    visible: VisibleCells | None = None
-
-
-class VisibleCells(NamedTuple):
-    """Cells of a sub-slice that are not hidden, and what is to be told from them."""
-
-    nodes: NDArray[np.int64]
-    features: NDArray[np.float32]
-    #: Mean of the original features of the cells nearest to each, before any moved.
+    visible_nodes: NDArray[np.int64]
     surroundings: NDArray[np.float32]
 
 
@@ -132,6 +125,12 @@ def apply(
     is_cell = subslice.node_type == NodeType.CELL
     asked &= is_cell[pairs.rows] & is_cell[pairs.columns]
     rows, columns = pairs.rows[asked], pairs.columns[asked]
+    visible, surroundings = cells[:0], features[:0]
+    if n_surrounding:
+        around = subslice.features[cells], subslice.coordinates[cells].astype(np.float64)
+        means = neighbor_means(*around, [np.arange(len(cells))], n_surrounding)
+        is_visible = ~np.isin(cells, masked)
+        visible, surroundings = cells[is_visible], means[is_visible]
     return MaskedSubSlice(
         subslice=replace(
             subslice, features=features, pairs=_moved_pairs(subslice, coordinates, moved)
@@ -142,18 +141,9 @@ def apply(
         pair_rows=np.concatenate([rows, columns]).astype(np.int64),
         pair_columns=np.concatenate([columns, rows]).astype(np.int64),
         pair_distances=np.tile(pairs.distances[asked], 2),
-        visible=_visible_cells(subslice, cells, masked, n_surrounding) if n_surrounding else None,
+        visible_nodes=visible,
+        surroundings=surroundings,
     )
-
-
-def _visible_cells(
-    subslice: SubSlice, cells: NDArray[np.int64], masked: NDArray[np.int64], n_surrounding: int
-) -> VisibleCells:
-    features = subslice.features[cells]
-    places = subslice.coordinates[cells].astype(np.float64)
-    means = neighbor_means(features, places, [np.arange(len(cells))], n_surrounding)
-    is_visible = ~np.isin(cells, masked)
-    return VisibleCells(cells[is_visible], features[is_visible], means[is_visible])
 
 
 def _mean_spacing(cells: NDArray[np.floating]) -> float:
@@ -199,15 +189,6 @@ def _moved_pairs(
 
 
 @dataclass(frozen=True)
-class VisibleCellBatch(Batch):
-    """Cells of a batch that are not hidden, and what is to be told from them."""
-
-    places: Int[Tensor, " visible"]
-    features: Float[Tensor, "visible d_cell"]
-    surroundings: Float[Tensor, "visible d_cell"]
-
-
-@dataclass(frozen=True)
 class MaskedSubSliceBatch(Batch):
     """Input of :class:`~stofm.train.SpatialObjective`.
 
@@ -225,8 +206,9 @@ class MaskedSubSliceBatch(Batch):
         (n_pairs,) the sub-slice and the two nodes in it of pairs whose distance is to be recovered.
     pair_distances
         (n_pairs,) these distances, model units.
-    visible
-        What is asked of the cells that are not hidden; None for nothing.
+    visible_places, surroundings
+        (n_visible,) cells that are not hidden, and (n_visible, d_cell) the mean original features
+        around each; none if not asked for.
     """
 
     subslices: SubSliceBatch
@@ -237,7 +219,8 @@ class MaskedSubSliceBatch(Batch):
     pair_rows: Int[Tensor, " pairs"]
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
-    visible: VisibleCellBatch | None = None
+    visible_places: Int[Tensor, " visible"]
+    surroundings: Float[Tensor, "visible d_cell"]
 
     @classmethod
     def from_masked(
@@ -256,11 +239,6 @@ class MaskedSubSliceBatch(Batch):
         def places(nodes: Sequence[NDArray[np.int64]]) -> Tensor:
             return _joined([b * n_nodes + own for b, own in enumerate(nodes)])
 
-        visible = [part.visible for part in masked if part.visible is not None]
-        asked = None
-        if visible:
-            nodes, features, surroundings = zip(*visible, strict=True)
-            asked = VisibleCellBatch(places(nodes), _joined(features), _joined(surroundings))
         return cls(
             subslices=subslices,
             hidden_places=places([part.hidden_nodes for part in masked]),
@@ -270,7 +248,8 @@ class MaskedSubSliceBatch(Batch):
             pair_rows=_joined([part.pair_rows for part in masked]),
             pair_columns=_joined([part.pair_columns for part in masked]),
             pair_distances=_joined([part.pair_distances for part in masked]),
-            visible=asked,
+            visible_places=places([part.visible_nodes for part in masked]),
+            surroundings=_joined([part.surroundings for part in masked]),
         )
 
     @property

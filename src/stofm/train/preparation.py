@@ -231,7 +231,6 @@ def _write(
                 name=f"{source.name}/{name}" if name else source.name,
                 blocks=blocks,
                 coordinates=normalize_coordinates(places.coordinates[rows]),
-                technology=options.technology,
             )
             if is_streamed:
                 warn_of_empty_cells(written.ranked)

@@ -113,8 +113,6 @@ class Processes:
         ------
         ValueError
             The device is not there, or can't compute in this precision.
-        RuntimeError
-            Not all processes have come.
         """
         # Takes more than a second to import, which who only embeds should not wait for, and adds
         # to the filters of warnings.
@@ -144,15 +142,7 @@ class Processes:
         else:
             devices: Any = [place.index or 0] if place.type == "cuda" else 1
             fabric = Fabric(devices=devices, plugins=[LightningEnvironment()], **options)
-        try:
-            fabric.launch()
-        except torch.distributed.DistError as error:
-            msg = (
-                f"{per_node * n_nodes} processes should train together, and not all have come "
-                f"within {_START.total_seconds() / 60:g} minutes ({error}). See what the others "
-                "say. To train with one process, start it without torchrun or srun."
-            )
-            raise RuntimeError(msg) from error
+        fabric.launch()
         return cls(fabric)
 
     def wait(self) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,8 @@ from stofm._files import put_in_place, read_table, tidy
 from stofm._logging import logger, step_bar
 from stofm._messages import warn
 from stofm._version import __version__
-from stofm.train import checkpoint
-from stofm.train.checkpoint import (
+from stofm.train.folder import (
+    HISTORY,
     Progress,
     Trained,
     load_checkpoint,
@@ -217,7 +215,7 @@ class Pretraining:
             self.folder.remove_later(newest)
             objectives: Any = trained.heads.children()
             parts = dict.fromkeys(name for one in objectives for name in one.weights)
-            earlier = newest and newest / checkpoint.HISTORY
+            earlier = newest and newest / HISTORY
             begin_history(self.folder.history, [*HISTORY_COLUMNS, *parts], earlier)
         if newest is None:
             if self.initialize is not None:
@@ -315,7 +313,7 @@ class Pretraining:
                 }
             )
         if self.processes.is_first:
-            shutil.rmtree(self.folder.refreshed, ignore_errors=True)
+            self.folder.remove(self.folder.refreshed)
         self._write(report)
 
     def _write(self, report: Mapping[str, Any]) -> None:
@@ -340,7 +338,6 @@ class RunRecorder:
             self._board = TensorBoardLogger(*place, purge_step=step + 1)
         show = run.show_progress_bar and run.processes.is_first
         self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
-        self._since = (time.perf_counter(), loop.progress.n_cells)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""
@@ -351,14 +348,10 @@ class RunRecorder:
             self._board.log_metrics(numbers, row["step"])
             self._board.save()
         if row["split"] == "train":
-            now, n_cells = time.perf_counter(), self._loop.progress.n_cells
-            seconds, seen = now - self._since[0], n_cells - self._since[1]
-            self._since = (now, n_cells)
             shown = {
                 name: f"{row[name]:.4g}" for name in ("loss", *self._loop.names) if name in row
             }
-            speed = f"{seen / max(seconds, 1e-9):.0f}"
-            self._bar.set_postfix(shown | {"cells/s": speed}, refresh=False)
+            self._bar.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
         """One more optimiser step is done."""

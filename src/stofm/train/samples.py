@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
-    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import SpatialMasking, TokenMasking
     from stofm.train.corpus import Corpus
     from stofm.train.masked_cells import MaskedSubSlice
+    from stofm.train.stages import EncodedSlice
 
 #: A sub-slice's number in its slice takes the lower bits of a sample's number.
 _PART_BITS = 32
@@ -159,7 +159,6 @@ class CellSamples:
     draws: Draws
     masking: TokenMasking
     gene_dropout: float
-    epochs_differ_in_length = False
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each cell once; most hold cells of one padded length."""
@@ -221,11 +220,6 @@ class SubSliceSamples:
         self._encoded = slices
         n_kept = 0 if self.vary else max(1, _CELLS_KEPT // self.rules.n_cells)
         self._build = lru_cache(n_kept)(self._build_anew)
-
-    @property
-    def epochs_differ_in_length(self) -> bool:
-        """Whether the number of batches may differ between epochs."""
-        return self.vary and self.rules.partition != "balanced"
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of all sub-slices of an epoch, slice after slice."""
