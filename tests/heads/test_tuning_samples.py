@@ -74,7 +74,7 @@ def test_targets_stand_at_their_cells(make, rows, corpus, targets, rng):
     samples = make(counts)
     for batch in samples.epoch(0):
         loaded = samples.load(batch, 0)
-        subslices = loaded.cells.masked.subslices
+        subslices = loaded.cells.subslices
         n_nodes = subslices.cell_index.shape[1]
         for place, target in zip(loaded.places.tolist(), loaded.targets.tolist(), strict=True):
             b, node = divmod(place, n_nodes)
@@ -93,7 +93,7 @@ def test_subslices_without_a_target_are_left_out(make, rows, targets):
 
 def test_nothing_is_hidden_or_moved(make, targets):
     samples = make(np.ones(len(targets), dtype=bool))
-    masked = samples.load(samples.epoch(0)[0], 0).cells.masked
+    masked = samples.load(samples.epoch(0)[0], 0).cells
     assert not len(masked.hidden_places)
     assert not len(masked.target_places)
     assert not len(masked.pair_rows)
@@ -107,7 +107,7 @@ def test_what_counts_does_not_change_what_the_model_reads(make, targets):
     for batch, other in zip(whole.epoch(0), part.epoch(0), strict=True):
         assert np.array_equal(batch, other)
         first, second = whole.load(batch, 0), part.load(batch, 0)
-        assert torch.equal(first.cells.places, second.cells.places)
+        assert torch.equal(first.cells.sampled_places, second.cells.sampled_places)
         assert len(first.places) > len(second.places)
 
 
@@ -115,8 +115,8 @@ def test_without_tokens_no_cell_is_embedded_anew(make, targets):
     samples = make(np.ones(len(targets), dtype=bool), with_tokens=False)
     batch = samples.epoch(0)[0]
     loaded = samples.load(batch, 0)
-    assert loaded.cells.cells == ()
-    assert loaded.n_tokens == sum(loaded.cells.masked.subslices.pairs.n_real)
+    assert loaded.cells.sampled == ()
+    assert loaded.n_tokens == sum(loaded.cells.subslices.pairs.n_real)
     assert loaded.n_cells == len(loaded.targets)
     assert "slice-" in samples.describe(batch)
 
@@ -125,4 +125,4 @@ def test_moves_to_a_device(make, targets):
     samples = make(np.ones(len(targets), dtype=bool))
     moved = samples.load(samples.epoch(0)[0], 0).to("meta")
     assert moved.places.device.type == moved.targets.device.type == "meta"
-    assert moved.cells.masked.subslices.features.device.type == "meta"
+    assert moved.cells.subslices.features.device.type == "meta"

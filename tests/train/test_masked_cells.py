@@ -20,7 +20,7 @@ from stofm.spatial import (
     rows_by_subslice,
 )
 from stofm.train.config import SpatialMasking, TokenMasking
-from stofm.train.masked_cells import Draw, JointBatch, MaskedSubSliceBatch, apply, draw
+from stofm.train.masked_cells import Draw, MaskedSubSliceBatch, apply, draw
 from stofm.train.masked_genes import CellBatch, MaskedGenes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -320,10 +320,10 @@ def test_all_tensors_go_to_the_device(vocabulary, masked):
     cells = TokenBatch.from_ranked(ranked, np.arange(3), length=40, **special)
     rngs = [np.random.default_rng(k) for k in range(3)]
     genes = MaskedGenes.build(cells, rngs, masking=TokenMasking(), vocabulary=vocabulary)
-    joint = JointBatch(
-        masked=MaskedSubSliceBatch.from_masked(masked),
-        cells=(cells,),
-        places=torch.tensor([40, 41, 45]),
+    joint = replace(
+        MaskedSubSliceBatch.from_masked(masked),
+        sampled=(cells,),
+        sampled_places=torch.tensor([40, 41, 45]),
         genes=(genes,),
     )
     views = CellBatch(genes=genes, views=(cells, cells))
@@ -334,4 +334,4 @@ def test_all_tensors_go_to_the_device(vocabulary, masked):
         assert [name for name, tensor in found if tensor.device.type != "meta"] == []
         assert [name for name, _ in found] == [name for name, _ in tensors(batch)]
         assert len(found) > 8
-    assert isinstance(joint.to("cpu").masked.subslices, SubSliceBatch)
+    assert isinstance(joint.to("cpu").subslices, SubSliceBatch)

@@ -23,7 +23,7 @@ from stofm.train.config import (
     SpatialMasking,
     TokenMasking,
 )
-from stofm.train.masked_cells import JointBatch, MaskedSubSliceBatch, apply, draw
+from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
 from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
 from stofm.train.objectives import (
     CellEncoderObjective,
@@ -447,7 +447,7 @@ def joint_batch(rng, vocabulary, masked):
     free = is_cell.nonzero()[:, 0]
     free = free[~torch.isin(free, batch.hidden_places)]
     groups = (token_batch(rng, vocabulary, [23, 19]), token_batch(rng, vocabulary, [7, 5, 3]))
-    return JointBatch(masked=batch, cells=groups, places=free[[3, 30, 41, 8, 60]])
+    return replace(batch, sampled=groups, sampled_places=free[[3, 30, 41, 8, 60]])
 
 
 @pytest.fixture
@@ -456,12 +456,12 @@ def joint(model, objective):
 
 
 def test_fresh_embeddings_take_the_place_of_kept_ones(joint, joint_batch):
-    batch = joint_batch.masked
+    batch = joint_batch
     with torch.no_grad():
         kept = totals(joint.spatial(batch))
         features = batch.subslices.features.clone()
-        embeddings = [joint.encoder(group) for group in joint_batch.cells]
-        for place, row in zip(joint_batch.places, torch.cat(embeddings), strict=True):
+        embeddings = [joint.encoder(group) for group in joint_batch.sampled]
+        for place, row in zip(joint_batch.sampled_places, torch.cat(embeddings), strict=True):
             features.flatten(0, 1)[place] = row
         expected = totals(joint.spatial.losses(batch, features))
         assert totals(joint(joint_batch)) == pytest.approx(expected, rel=1e-6)
@@ -469,9 +469,9 @@ def test_fresh_embeddings_take_the_place_of_kept_ones(joint, joint_batch):
 
 
 def test_hidden_cells_stay_hidden(joint, joint_batch):
-    hidden = replace(joint_batch, places=joint_batch.masked.hidden_places[:5])
+    hidden = replace(joint_batch, sampled_places=joint_batch.hidden_places[:5])
     with torch.no_grad():
-        assert totals(joint(hidden)) == totals(joint.spatial(joint_batch.masked))
+        assert totals(joint(hidden)) == totals(joint.spatial(joint_batch))
 
 
 def test_joint_objective_trains_the_cell_encoder(joint, joint_batch):
@@ -485,17 +485,17 @@ def test_joint_objective_trains_the_cell_encoder(joint, joint_batch):
 def test_order_of_groups_does_not_matter(joint, joint_batch):
     swapped = replace(
         joint_batch,
-        cells=joint_batch.cells[::-1],
-        places=joint_batch.places[[2, 3, 4, 0, 1]],
+        sampled=joint_batch.sampled[::-1],
+        sampled_places=joint_batch.sampled_places[[2, 3, 4, 0, 1]],
     )
     with torch.no_grad():
         assert totals(joint(swapped)) == pytest.approx(totals(joint(joint_batch)), rel=1e-6)
 
 
 def test_without_sampled_cells_it_is_the_spatial_objective(joint, joint_batch):
-    without = replace(joint_batch, cells=(), places=joint_batch.places[:0])
+    without = replace(joint_batch, sampled=(), sampled_places=None)
     with torch.no_grad():
-        assert totals(joint(without)) == totals(joint.spatial(joint_batch.masked))
+        assert totals(joint(without)) == totals(joint.spatial(joint_batch))
 
 
 def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabulary):
@@ -506,7 +506,7 @@ def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabu
             masking=TokenMasking(),
             vocabulary=vocabulary,
         )
-        for group in joint_batch.cells
+        for group in joint_batch.sampled
     )
     joint = JointObjective(
         model.cell_encoder,
@@ -529,7 +529,7 @@ def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabu
     parts["masked_genes"].total.backward()
     assert joint.gene_head.bias.grad[genes[1].labels].any()
     # A process without sampled cells takes part in what all do.
-    nothing = joint(replace(joint_batch, cells=(), places=joint_batch.places[:0]), gather)
+    nothing = joint(replace(joint_batch, sampled=(), sampled_places=None), gather)
     assert (nothing["masked_genes"].total.item(), nothing["masked_genes"].count) == (0.0, 0)
     assert len(calls) == 2
 

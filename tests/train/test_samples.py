@@ -239,17 +239,17 @@ def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
     samples = joint()
     batch = np.concatenate(samples.epoch(0))[:5]
     inputs = samples.load(batch, 0)
-    n_nodes = inputs.masked.subslices.pairs.n_nodes
-    row, node = np.divmod(inputs.places.numpy(), n_nodes)
+    n_nodes = inputs.subslices.pairs.n_nodes
+    row, node = np.divmod(inputs.sampled_places.numpy(), n_nodes)
     assert np.bincount(row).tolist() == [5] * 5
-    assert len(np.unique(inputs.places)) == len(inputs.places)
-    assert not np.isin(inputs.places, inputs.masked.hidden_places).any()
+    assert len(np.unique(inputs.sampled_places)) == len(inputs.sampled_places)
+    assert not np.isin(inputs.sampled_places, inputs.hidden_places).any()
 
-    cells = inputs.masked.subslices.cell_index.numpy()[row, node]
+    cells = inputs.subslices.cell_index.numpy()[row, node]
     numbers = samples.slices_of(batch)[row]
     read = [
         group.tokens[k][group.is_real[k]].tolist()
-        for group in inputs.cells
+        for group in inputs.sampled
         for k in range(len(group.tokens))
     ]
     expected = corpus.take(corpus.first_cell[numbers] + cells)
@@ -263,28 +263,28 @@ def test_sampling_follows_the_sample_alone(joint):
     samples = joint()
     batch = samples.epoch(0)[0]
     together = samples.load(batch, 0)
-    n_nodes = together.masked.subslices.pairs.n_nodes
-    row, node = np.divmod(together.places.numpy(), n_nodes)
+    n_nodes = together.subslices.pairs.n_nodes
+    row, node = np.divmod(together.sampled_places.numpy(), n_nodes)
     for k in range(len(batch)):
         alone = samples.load(batch[k : k + 1], 0)
-        assert sorted(alone.places.tolist()) == sorted(node[row == k].tolist())
+        assert sorted(alone.sampled_places.tolist()) == sorted(node[row == k].tolist())
     other = samples.load(batch, 1)
-    assert sorted(other.places.tolist()) != sorted(together.places.tolist())
+    assert sorted(other.sampled_places.tolist()) != sorted(together.sampled_places.tolist())
 
 
 def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
     samples = joint(rules=replace(RULES, n_cells=1), masking=SpatialMasking(masked=1.0, moved=0))
     batch = samples.epoch(0)[0]
     inputs = samples.load(batch, 0)
-    assert len(inputs.places) == len(batch)
-    assert sorted(inputs.places.tolist()) == sorted(inputs.masked.hidden_places.tolist())
+    assert len(inputs.sampled_places) == len(batch)
+    assert sorted(inputs.sampled_places.tolist()) == sorted(inputs.hidden_places.tolist())
 
 
 def test_genes_are_hidden_if_asked(joint):
     samples = joint(token_masking=TokenMasking(share=0.5))
     inputs = samples.load(samples.epoch(0)[0], 0)
-    assert len(inputs.genes) == len(inputs.cells)
-    for group, hidden in zip(inputs.cells, inputs.genes, strict=True):
+    assert len(inputs.genes) == len(inputs.sampled)
+    for group, hidden in zip(inputs.sampled, inputs.genes, strict=True):
         is_mask = hidden.tokens.tokens == 1
         assert torch.equal(group.tokens[is_mask], hidden.labels)
         assert torch.equal(hidden.tokens.tokens[~is_mask], group.tokens[~is_mask])
@@ -294,9 +294,8 @@ def test_genes_are_hidden_if_asked(joint):
 def test_joint_numbers(joint):
     samples = joint()
     inputs = samples.load(samples.epoch(0)[0], 0)
-    assert inputs.n_cells == inputs.masked.n_cells
-    tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
-    assert inputs.n_tokens == inputs.masked.n_tokens + tokens
+    tokens = sum(int(group.is_real.sum()) for group in inputs.sampled)
+    assert inputs.n_tokens == sum(inputs.subslices.pairs.n_real) + tokens
 
 
 CELL_DRAWS = Draws(seed=3, stage=1, batch_size=8)

@@ -135,7 +135,7 @@ def test_validation_takes_the_sub_slices_of_inference(setup, name):
 
     def sizes(samples, epoch):
         loaded = [samples.load(batch, epoch) for batch in samples.epoch(epoch)]
-        batches = [getattr(inputs, "masked", inputs).subslices for inputs in loaded]
+        batches = [inputs.subslices for inputs in loaded]
         return sorted(n for b in batches for n in (b.cell_index >= 0).sum(1).tolist())
 
     assert max(sizes(stage.samples, 0)) <= 20
@@ -168,15 +168,13 @@ def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
     stage.refresh()
     before = first_features(stage)
     virtual = stage.samples.encoded[0].layout.virtual
-    loaded = stage.samples.load(stage.samples.epoch(0)[0], 0).masked.target_features
+    loaded = stage.samples.load(stage.samples.epoch(0)[0], 0).target_features
     change(setup.model)
     stage.refresh()
     assert not np.array_equal(first_features(stage), before)
     renewed = stage.samples.encoded[0].layout.virtual
     assert not np.array_equal(renewed.features, virtual.features)
-    assert not torch.equal(
-        stage.samples.load(stage.samples.epoch(0)[0], 0).masked.target_features, loaded
-    )
+    assert not torch.equal(stage.samples.load(stage.samples.epoch(0)[0], 0).target_features, loaded)
 
 
 def test_held_out_slices_keep_the_first_embeddings(setup):
@@ -190,8 +188,8 @@ def test_held_out_slices_keep_the_first_embeddings(setup):
     resumed.embeddings.restore(stage.embeddings.state())
     for one in (stage, resumed):
         after = one.validation.load(batch, 0)
-        assert torch.equal(after.masked.target_features, before.masked.target_features)
-        assert torch.equal(after.masked.subslices.features, before.masked.subslices.features)
+        assert torch.equal(after.target_features, before.target_features)
+        assert torch.equal(after.subslices.features, before.subslices.features)
 
 
 def test_runs_with_one_work_folder_leave_each_others_results(setup):
@@ -229,7 +227,7 @@ def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
     resumed.embeddings.restore(state)
     np.testing.assert_array_equal(first_features(resumed), expected)
     batch = stage.samples.epoch(0)[1]
-    one, other = (s.samples.load(batch, 0).masked.subslices for s in (stage, resumed))
+    one, other = (s.samples.load(batch, 0).subslices for s in (stage, resumed))
     assert torch.equal(one.features, other.features)
     assert torch.equal(one.pairs.distances, other.pairs.distances)
 
@@ -330,8 +328,8 @@ def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
     stage.refresh()
     inputs = stage.samples.load(stage.samples.epoch(0)[0], 0)
     with torch.no_grad():
-        fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.cells])
-    kept = inputs.masked.subslices.features.flatten(0, 1)[inputs.places]
+        fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.sampled])
+    kept = inputs.subslices.features.flatten(0, 1)[inputs.sampled_places]
     torch.testing.assert_close(fresh, kept, atol=1e-3, rtol=1e-3)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from stofm.train.config import OptimizerConfig
-from stofm.train.masked_cells import JointBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.heads.targets import Targets
+    from stofm.train.masked_cells import MaskedSubSliceBatch
     from stofm.train.samples import SubSliceSamples
 #: What is changed: low-rank changes that are added to the weights at the end, or the weights.
 TuningStrategy = Literal["lora", "full"]
@@ -40,7 +40,7 @@ class FineTuningBatch:
         Their targets, a row for each.
     """
 
-    cells: JointBatch
+    cells: MaskedSubSliceBatch
     places: Int[Tensor, " targets"]
     targets: Tensor
 
@@ -121,10 +121,7 @@ class FineTuningSamples:
     def load(self, samples: NDArray[np.int64], epoch: int) -> FineTuningBatch:
         """Build some sub-slices, and read tokens and targets of their cells."""
         cells = self._subslices.load(samples, epoch)
-        if not isinstance(cells, JointBatch):
-            nothing = torch.empty(0, dtype=torch.int64)
-            cells = JointBatch(cells, cells=(), places=nothing)
-        index = cells.masked.subslices.cell_index.numpy()
+        index = cells.subslices.cell_index.numpy()
         places, rows = [], []
         for b, number in enumerate(self._subslices.slices_of(samples)):
             nodes = np.flatnonzero(index[b] >= 0)

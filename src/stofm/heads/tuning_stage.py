@@ -16,7 +16,7 @@ from stofm.heads.tuning_samples import FineTuningSamples
 from stofm.train.config import RunConfig, SpatialMasking
 from stofm.train.folder import Progress
 from stofm.train.loop import TrainingLoop
-from stofm.train.objectives import LossPart, embed_sampled, replace_rows
+from stofm.train.objectives import LossPart, with_fresh
 from stofm.train.samples import SubSliceSamples
 from stofm.train.stages import CellCache, Stage
 
@@ -93,11 +93,7 @@ class FineTuningObjective(nn.Module):
 
     def predict(self, inputs: FineTuningBatch) -> Tensor:
         """Raw outputs of the head for the cells with a target, (n_targets, d_output)."""
-        subslices = inputs.cells.masked.subslices
-        features = subslices.features
-        if inputs.cells.cells:
-            fresh = embed_sampled(self._encoder(), inputs.cells)
-            features = replace_rows(features, inputs.cells.places, fresh)
+        subslices, features = inputs.cells.subslices, with_fresh(self._encoder(), inputs.cells)
         found = {Obsm.X_CELL: features}
         if Obsm.X in self.use_rep:
             batch = replace(subslices, features=features)

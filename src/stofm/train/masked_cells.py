@@ -190,7 +190,7 @@ def _moved_pairs(
 
 @dataclass(frozen=True)
 class MaskedSubSliceBatch(Batch):
-    """Input of :class:`~stofm.train.SpatialObjective`.
+    """Input of the objectives on sub-slices.
 
     A node's place is its number counted through the padded sub-slices.
 
@@ -209,6 +209,11 @@ class MaskedSubSliceBatch(Batch):
     visible_places, surroundings
         (n_visible,) cells that are not hidden, and (n_visible, d_cell) the mean original features
         around each; none if not asked for.
+    sampled, sampled_places
+        Token lists of the cells that are embedded anew, in groups of like length, and (n_sampled,)
+        where these cells' embeddings go, group after group; None if there are none.
+    genes
+        The groups with hidden genes; empty if masked genes are not trained along.
     """
 
     subslices: SubSliceBatch
@@ -221,6 +226,9 @@ class MaskedSubSliceBatch(Batch):
     pair_distances: Float[Tensor, " pairs"]
     visible_places: Int[Tensor, " visible"]
     surroundings: Float[Tensor, "visible d_cell"]
+    sampled: tuple[TokenBatch, ...] = ()
+    sampled_places: Int[Tensor, " sampled"] | None = None
+    genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod
     def from_masked(
@@ -259,41 +267,9 @@ class MaskedSubSliceBatch(Batch):
 
     @property
     def n_tokens(self) -> int:
-        """Number of nodes."""
-        return sum(self.subslices.pairs.n_real)
-
-
-@dataclass(frozen=True)
-class JointBatch(Batch):
-    """Input of :class:`~stofm.train.JointObjective`.
-
-    Attributes
-    ----------
-    masked
-        The sub-slices, with kept embeddings at all cells.
-    cells
-        Token lists of the sampled cells, in groups of like length.
-    places
-        (sampled,) where these cells' fresh embeddings go, group after group; places as in
-        :class:`MaskedSubSliceBatch`.
-    genes
-        The groups with hidden genes; empty if masked genes are not trained along.
-    """
-
-    masked: MaskedSubSliceBatch
-    cells: tuple[TokenBatch, ...]
-    places: Int[Tensor, " sampled"]
-    genes: tuple[MaskedGenes, ...] = ()
-
-    @property
-    def n_cells(self) -> int:
-        """Number of cells of the sub-slices."""
-        return self.masked.n_cells
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of nodes, and of tokens of the sampled cells."""
-        return self.masked.n_tokens + sum(int(group.is_real.sum()) for group in self.cells)
+        """Number of nodes, and of tokens of the cells that are embedded anew."""
+        n_tokens = sum(int(group.is_real.sum()) for group in self.sampled)
+        return sum(self.subslices.pairs.n_real) + n_tokens
 
 
 def _joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:

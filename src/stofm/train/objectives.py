@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
     from stofm.nn.config import Activation
     from stofm.train.config import Candidates, CellLoss
-    from stofm.train.masked_cells import JointBatch, MaskedSubSliceBatch
+    from stofm.train.masked_cells import MaskedSubSliceBatch
     from stofm.train.masked_genes import CellBatch, MaskedGenes
 
 #: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
@@ -322,7 +322,7 @@ class SpatialObjective(nn.Module):
             filling = inputs.subslices.features.flatten(0, 1)[places]
         else:
             filling = self.cell_head.mask.expand(len(places), -1)
-        return replace_rows(features, places, filling)
+        return _replace_rows(features, places, filling)
 
 
 class JointObjective(nn.Module):
@@ -351,22 +351,25 @@ class JointObjective(nn.Module):
         if masked_genes is not None:
             self.weights |= _positive(weights, "masked_genes")
 
-    def forward(self, inputs: JointBatch, gather: Gather | None = None) -> dict[str, LossPart]:
+    def forward(
+        self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
+    ) -> dict[str, LossPart]:
         """Compute the losses of a batch, or of this process's part of one.
 
         `gather` collects rows from all processes; None for one process.
         """
-        features = inputs.masked.subslices.features
-        if inputs.cells:
-            features = replace_rows(features, inputs.places, embed_sampled(self.encoder, inputs))
-        parts = self.spatial.losses(inputs.masked, features)
+        features = with_fresh(self.encoder, inputs)
+        parts = self.spatial.losses(inputs, features)
         if "masked_genes" in self.weights:
             assert self.masked_genes is not None
             assert self.gene_head is not None
             # All groups at once: processes may have different numbers of them, and gather together.
-            measured = [inputs.places.new_empty(0), *(group.measured for group in inputs.genes)]
+            measured = [
+                inputs.hidden_places.new_empty(0),
+                *(group.measured for group in inputs.genes),
+            ]
             among = _candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
-            total, count = inputs.masked.target_features.new_zeros(()), 0.0
+            total, count = inputs.target_features.new_zeros(()), 0.0
             for group in inputs.genes:
                 part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=among)
                 total, count = total + part.total, count + part.count
@@ -416,14 +419,18 @@ def _predicted(head: nn.Module, hidden: Tensor) -> Tensor:
     return predicted
 
 
-def embed_sampled(
-    encoder: Callable[[TokenBatch], Tensor], inputs: JointBatch
-) -> Float[Tensor, "sampled d_cell"]:
-    """Embed a batch's sampled cells anew, group by group."""
-    return torch.cat([encoder(group) for group in inputs.cells])
+def with_fresh(
+    encoder: Callable[[TokenBatch], Tensor], inputs: MaskedSubSliceBatch
+) -> Float[Tensor, "batch nodes d_cell"]:
+    """Features of a batch with the sampled cells embedded anew."""
+    features: Tensor = inputs.subslices.features
+    if inputs.sampled_places is None:
+        return features
+    fresh = torch.cat([encoder(group) for group in inputs.sampled])
+    return _replace_rows(features, inputs.sampled_places, fresh)
 
 
-def replace_rows(
+def _replace_rows(
     features: Float[Tensor, "batch nodes d_cell"],
     places: Int[Tensor, " rows"],
     rows: Float[Tensor, "rows d_cell"],

@@ -6,7 +6,7 @@ number, so that it does not matter which batch, process or thread loads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from stofm.spatial import (
     partition_balanced,
     partition_reference,
 )
-from stofm.train.masked_cells import JointBatch, MaskedSubSliceBatch, apply, draw
+from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
 from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class SubSliceSamples:
         mean = sizes / np.bincount(slices)[slices]
         return [samples[batch] for batch in self.draws.batches(size_class(mean), number)]
 
-    def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch | JointBatch:
+    def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
         """Hide and move cells of some sub-slices, and read the tokens of others."""
         parts = self.masked(samples, epoch)
         batch = MaskedSubSliceBatch.from_masked(parts, node_multiple=self.node_multiple)
@@ -257,7 +257,7 @@ class SubSliceSamples:
         genes: tuple[MaskedGenes, ...] = ()
         if self.token_masking is not None:
             genes = tuple(map(partial(self._hide, epoch), read, in_groups))
-        return JointBatch(masked=batch, cells=read, places=where, genes=genes)
+        return replace(batch, sampled=read, sampled_places=where, genes=genes)
 
     def masked(self, samples: NDArray[np.int64], epoch: int) -> list[MaskedSubSlice]:
         """Hide and move cells of some sub-slices, one by one."""
