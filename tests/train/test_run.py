@@ -6,7 +6,7 @@ import torch
 from stofm._files import read_table
 from stofm.train.run import HISTORY_COLUMNS, append_history, begin_history, peak_memory
 
-COLUMNS = [*HISTORY_COLUMNS, "masked_genes", "masked_cells"]
+PARTS = ["masked_genes", "masked_cells"]
 
 
 def row(step, **parts):
@@ -15,7 +15,7 @@ def row(step, **parts):
 
 def test_rows_come_back_to_the_last_bit(tmp_path):
     path = tmp_path / "history.csv"
-    begin_history(path, COLUMNS)
+    begin_history(path, PARTS)
     values = [0.1 + 0.2, 1e-17 / 3, 12345678.9012345678]
     for step, value in enumerate(values):
         append_history(path, row(step, loss=value, masked_cells=value))
@@ -26,12 +26,12 @@ def test_rows_come_back_to_the_last_bit(tmp_path):
 
 def test_a_history_goes_on_with_the_rows_of_an_earlier_one(tmp_path):
     first, second = tmp_path / "first.csv", tmp_path / "history.csv"
-    begin_history(first, [*HISTORY_COLUMNS, "masked_genes"])
+    begin_history(first, PARTS[:1])
     append_history(first, row(1, masked_genes=0.1))
-    begin_history(second, COLUMNS, first)
+    begin_history(second, PARTS, first)
     append_history(second, row(2, masked_cells=2.0))
     table = read_table(second)
-    assert list(table) == COLUMNS
+    assert list(table) == [*HISTORY_COLUMNS, *PARTS]
     assert table["masked_genes"].tolist()[:1] == [0.1]
     assert table["masked_cells"].tolist()[1:] == [2.0]
 

@@ -100,7 +100,13 @@ class Trained:
     """A model, and what stands on it in training; that may hold parts of the model."""
 
     model: Stofm
-    heads: nn.Module
+    heads: nn.ModuleList
+
+    @property
+    def loss_parts(self) -> list[str]:
+        """Names of the loss parts of all objectives."""
+        objectives: Any = self.heads.children()
+        return list(dict.fromkeys(name for one in objectives for name in one.weights))
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Weights of the heads that are none of the model's, each once."""

@@ -114,19 +114,15 @@ class Pretraining:
         """
         self._check_validation()
         settings = self._settings(model)
-        found = self._find_run(settings, resume=resume, overwrite=overwrite)
-        report, newest = self.processes.agree(found)
         model = copy.deepcopy(model)
         model.config = replace(model.config, trained=True)
-        if not report:
-            report = self._begin(settings, model)
-        objectives = make_objectives(model, self.stages, seed=self.run.seed)
-        trained = Trained(model, nn.ModuleList(objectives))
+        trained = Trained(model, make_objectives(model, self.stages, seed=self.run.seed))
+        report, newest = self._open(trained, settings, resume=resume, overwrite=overwrite)
         progress = self._start(trained, newest)
         for number in range(progress.stage, len(self.stages)):
             if not progress.is_finished:
-                self._run_stage(objectives[number], trained, progress, newest)
-            self._note(objectives[number], progress, report)
+                self._run_stage(trained, progress, newest)
+            self._note(trained.heads[number], progress, report)
             progress = Progress(stage=number + 1, scaler=progress.scaler)
         model.to("cpu").eval()
         if self.processes.is_first and not self.folder.model.is_dir():
@@ -172,25 +168,33 @@ class Pretraining:
             "held_out_slices": _digests(self.validation),
         }
 
-    def _find_run(
-        self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    def _open(
+        self, trained: Trained, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
     ) -> tuple[dict[str, Any], Path | None]:
-        """Report and newest checkpoint of the run to go on with; the first process looks."""
+        """Report and newest checkpoint of the run in the folder, or the report of a new one."""
+        folder, newest = self.folder, None
         if not self.processes.is_first:
-            return {}, None
-        self.folder.check(resume=resume, overwrite=overwrite)
-        report = self.folder.read_report()
-        if overwrite or not report:
-            return {}, None
-        self.folder.check_settings(report["settings"], settings)
-        return report, self.folder.newest()
+            return self.processes.agree(({}, newest))
+        folder.check(resume=resume, overwrite=overwrite)
+        report = {} if overwrite else folder.read_report()
+        if report:
+            folder.check_settings(report["settings"], settings)
+            newest = folder.newest()
+        else:
+            report = self._first_report(trained.model, settings)
+            folder.clear()
+            folder.checkpoints.mkdir(parents=True)
+            write_json(folder.report, report)
+        tidy(folder.checkpoints)
+        folder.remove_later(newest)
+        begin_history(folder.history, trained.loss_parts, newest and newest / HISTORY)
+        return self.processes.agree((report, newest))
 
-    def _begin(self, settings: Mapping[str, Any], model: Stofm) -> dict[str, Any]:
-        """Clear the folder and write the first report."""
+    def _first_report(self, model: Stofm, settings: Mapping[str, Any]) -> dict[str, Any]:
         device, described = self.processes.device, f"{torch.get_num_threads()} threads"
-        if self.processes.device.type == "cuda":
+        if device.type == "cuda":
             described = torch.cuda.get_device_name(device)
-        report = {
+        return {
             "stofm_version": __version__,
             "status": "begun",
             "name": model.name,
@@ -202,21 +206,9 @@ class Pretraining:
             "stages": [],
             "settings": settings,
         }
-        if self.processes.is_first:
-            self.folder.clear()
-            self.folder.checkpoints.mkdir(parents=True)
-        self._write(report)
-        return report
 
     def _start(self, trained: Trained, newest: Path | None) -> Progress:
         """Load a checkpoint, or set the first weights."""
-        if self.processes.is_first:
-            tidy(self.folder.checkpoints)
-            self.folder.remove_later(newest)
-            objectives: Any = trained.heads.children()
-            parts = dict.fromkeys(name for one in objectives for name in one.weights)
-            earlier = newest and newest / HISTORY
-            begin_history(self.folder.history, [*HISTORY_COLUMNS, *parts], earlier)
         if newest is None:
             if self.initialize is not None:
                 self.initialize(self.corpus, trained.model)
@@ -225,11 +217,9 @@ class Pretraining:
         load_checkpoint(newest, trained)
         return read_progress(newest)
 
-    def _run_stage(
-        self, objective: nn.Module, trained: Trained, progress: Progress, newest: Path | None
-    ) -> None:
+    def _run_stage(self, trained: Trained, progress: Progress, newest: Path | None) -> None:
         """Train one stage, from where it stands to its end."""
-        config = self.stages[progress.stage]
+        config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self._setup(trained.model, progress.stage), config)
         loop = TrainingLoop(
             stage,
@@ -402,12 +392,12 @@ class RunRecorder:
         self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})
 
 
-def begin_history(path: Path, columns: Sequence[str], earlier: Path | None = None) -> None:
-    """Write the header of a history, and the rows that an earlier one has."""
+def begin_history(path: Path, parts: Sequence[str], earlier: Path | None = None) -> None:
+    """Write the header of a history with these loss parts, and the rows that an earlier one has."""
     import pandas as pd
 
     rows = pd.DataFrame() if earlier is None else pd.read_csv(earlier, dtype=str)
-    rows = rows.reindex(columns=columns)
+    rows = rows.reindex(columns=[*HISTORY_COLUMNS, *parts])
     put_in_place(path, lambda part: rows.to_csv(part, index=False))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from stofm._logging import progress
 from stofm.nn.device import seeded
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from torch import nn
 
     from stofm.nn import Stofm
     from stofm.spatial import SubSliceConfig
@@ -378,11 +378,11 @@ def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> 
     return stage(training, held_out, embeddings, every)
 
 
-def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
+def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
     """Make the objectives of all stages; heads that several stages need are one."""
     heads: dict[str, nn.Module] = {}
     with seeded(seed):
-        return [_share_heads(_make_objective(model, stage), heads) for stage in stages]
+        return nn.ModuleList(_share_heads(_make_objective(model, stage), heads) for stage in stages)
 
 
 def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:
