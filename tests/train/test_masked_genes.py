@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, CellEncoderConfig, TokenBatch
 from stofm.train.config import TokenMasking
-from stofm.train.masked_genes import MaskedGenes, drop_genes, mask_tokens
+from stofm.train.masked_genes import MaskedGenes, drop_genes
 
 PAD, MASK, CLS = 0, 1, 69
 GENES = np.arange(2, 69)
@@ -37,14 +38,17 @@ def lists(rng):
     return [rng.permutation(GENES)[:n] for n in (40, 0, 1, 33, 7)]
 
 
-def mask(batch, masking=None, seed=0):
-    return mask_tokens(
+def mask(batch, masking=None, seed=0, *, generators=None):
+    """The lists with genes hidden, and which positions are to be recovered."""
+    genes = MaskedGenes.build(
         batch,
-        masking or TokenMasking(),
-        mask_token=MASK,
-        gene_tokens=GENES,
-        rngs=rngs(len(batch.tokens), seed),
+        generators or rngs(len(batch.tokens), seed),
+        masking=masking or TokenMasking(),
+        vocabulary=SimpleNamespace(mask=MASK, tokens=GENES),
     )
+    is_target = torch.zeros(batch.tokens.numel(), dtype=torch.bool)
+    is_target[genes.places] = True
+    return genes.tokens, is_target.view(batch.tokens.shape)
 
 
 def test_share_of_each_cells_genes_is_masked(lists):
@@ -94,13 +98,8 @@ def test_masks_do_not_depend_on_the_batch(lists):
     together, is_target = mask(batch_of(lists), TokenMasking.bert())
     for cell in (0, 3, 4):
         length = len(lists[cell]) + 1
-        alone, is_target_alone = mask_tokens(
-            batch_of([lists[cell]], length=length),
-            TokenMasking.bert(),
-            mask_token=MASK,
-            gene_tokens=GENES,
-            rngs=[rngs(5)[cell]],
-        )
+        own = batch_of([lists[cell]], length=length)
+        alone, is_target_alone = mask(own, TokenMasking.bert(), generators=[rngs(5)[cell]])
         assert torch.equal(alone.tokens[0], together.tokens[cell, :length])
         assert torch.equal(is_target_alone[0], is_target[cell, :length])
 

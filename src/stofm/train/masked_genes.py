@@ -29,59 +29,6 @@ if TYPE_CHECKING:
 _TOKEN_BITS = 32
 
 
-def mask_tokens(
-    batch: TokenBatch,
-    masking: TokenMasking,
-    *,
-    mask_token: int,
-    gene_tokens: NDArray[np.integer],
-    rngs: Sequence[Generator],
-) -> tuple[TokenBatch, Tensor]:
-    """Hide genes of cells.
-
-    A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A hidden
-    gene's position and value stay; ``is_hidden`` takes it out of the sum over all genes.
-
-    Parameters
-    ----------
-    batch
-        Token lists, on the CPU; not changed.
-    masking
-        How much to hide.
-    mask_token
-        Token of ``<mask>``.
-    gene_tokens
-        Tokens from which random genes are taken.
-    rngs
-        One generator per cell.
-
-    Returns
-    -------
-    The lists with genes hidden, and which positions are to be recovered (cells, length).
-    """
-    at, genes = _genes_of_lists(batch)
-    replacement = genes.tokens.copy()
-    is_chosen, is_hidden = np.zeros((2, len(replacement)), dtype=bool)
-    for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
-        n_genes = end - start
-        n_chosen = min(n_genes, max(1, round(masking.share * n_genes))) if masking.share else 0
-        chosen = start + rng.permutation(n_genes)[:n_chosen]
-        lot = rng.random(n_chosen)
-        is_mask = lot < masking.mask_share
-        is_random = ~is_mask & (lot < masking.mask_share + masking.random_share)
-        replacement[chosen[is_mask]] = mask_token
-        if is_random.any():
-            replacement[chosen[is_random]] = rng.choice(gene_tokens, int(is_random.sum()))
-        is_chosen[chosen] = True
-        is_hidden[chosen] = is_mask | is_random
-    tokens = batch.tokens.clone()
-    tokens[at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
-    hidden, is_target = torch.zeros((2, *tokens.shape), dtype=torch.bool)
-    hidden[at] = torch.from_numpy(is_hidden[genes.of_entry])
-    is_target[at] = torch.from_numpy(is_chosen[genes.of_entry])
-    return replace(batch, tokens=tokens, is_hidden=hidden), is_target
-
-
 def drop_genes(
     batch: TokenBatch, share: float, *, pad_token: int, rngs: Sequence[Generator]
 ) -> TokenBatch:
@@ -210,12 +157,34 @@ class MaskedGenes(Batch):
         masking: TokenMasking,
         vocabulary: GeneVocabulary,
     ) -> MaskedGenes:
-        """Hide genes of cells, given as token lists on the CPU, with one generator per cell."""
-        masked, is_target = mask_tokens(
-            cells, masking, mask_token=vocabulary.mask, gene_tokens=vocabulary.tokens, rngs=rngs
-        )
+        """Hide genes of cells, given as token lists on the CPU, with one generator per cell.
+
+        A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A
+        hidden gene's position and value stay; ``is_hidden`` takes it out of the sum over all genes.
+        """
+        at, genes = _genes_of_lists(cells)
+        replacement = genes.tokens.copy()
+        is_chosen, is_hidden = np.zeros((2, len(replacement)), dtype=bool)
+        for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
+            n_genes = end - start
+            n_chosen = min(n_genes, max(1, round(masking.share * n_genes))) if masking.share else 0
+            chosen = start + rng.permutation(n_genes)[:n_chosen]
+            lot = rng.random(n_chosen)
+            is_mask = lot < masking.mask_share
+            is_random = ~is_mask & (lot < masking.mask_share + masking.random_share)
+            replacement[chosen[is_mask]] = vocabulary.mask
+            if is_random.any():
+                random = rng.choice(vocabulary.tokens, int(is_random.sum()))
+                replacement[chosen[is_random]] = random
+            is_chosen[chosen] = True
+            is_hidden[chosen] = is_mask | is_random
+        tokens = cells.tokens.clone()
+        tokens[at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
+        hidden, is_target = torch.zeros((2, *tokens.shape), dtype=torch.bool)
+        hidden[at] = torch.from_numpy(is_hidden[genes.of_entry])
+        is_target[at] = torch.from_numpy(is_chosen[genes.of_entry])
         return cls(
-            tokens=masked,
+            tokens=replace(cells, tokens=tokens, is_hidden=hidden),
             places=is_target.flatten().nonzero()[:, 0],
             labels=cells.tokens[is_target],
             measured=torch.unique(cells.tokens[:, 1:][cells.is_real[:, 1:]]),
@@ -224,7 +193,7 @@ class MaskedGenes(Batch):
 
 @dataclass(frozen=True)
 class CellBatch(Batch):
-    """Input of :class:`~stofm.train.CellEncoderObjective`.
+    """Input of the objective of the cell encoder.
 
     Attributes
     ----------

@@ -120,13 +120,9 @@ def prepare_slices(
     come; those of a file of several slices are in memory together. Returns the keys under which
     :func:`open_corpus` finds the slices.
     """
-    orthologs = _read_orthologs(sources)
+    orthologs, show = _read_orthologs(sources), show_progress_bar
     shown = progress(
-        sources,
-        total=len(sources),
-        description="prepare slices",
-        unit="file",
-        show=show_progress_bar,
+        sources, total=len(sources), description="prepare slices", unit="file", show=show
     )
     return [key for source in shown for key in _prepare(source, model, folder, orthologs)]
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
-    from stofm.spatial import SubSliceConfig
     from stofm.train.config import StageConfig
     from stofm.train.corpus import Corpus, TokenizedSlice
     from stofm.train.processes import Processes
@@ -50,6 +49,9 @@ _VIRTUAL_RULES = (
     "clustering",
     "max_virtual_cells",
 )
+_CUDA_NODE_MULTIPLE = 8
+#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
+_REFERRED_TO = 2
 #: float16 ends at 65,504; no number of an embedding comes near it.
 _STORED = np.float16
 
@@ -106,7 +108,7 @@ class CellCache:
     def remove(self, *, but: Collection[str]) -> None:
         """Delete all results in the folder but those of some keys."""
         kept = {p for key in but for one in self.corpus.slices for p in self._folders(one, key)}
-        for folder in set(self.folder.glob("*-*")) - kept:
+        for folder in {*self.folder.glob("cells-*"), *self.folder.glob("virtual-*")} - kept:
             shutil.rmtree(folder, ignore_errors=True)
 
     def key_of(self, model: Stofm) -> str:
@@ -119,13 +121,9 @@ class CellCache:
             str(self.setup.dtype),
         )
 
-    @property
-    def _rules(self) -> SubSliceConfig:
-        return self.setup.model.config.subslice
-
     def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
         """Folders of a slice's cell embeddings and of its virtual cells."""
-        rules = {name: getattr(self._rules, name) for name in _VIRTUAL_RULES}
+        rules = {name: getattr(self.setup.model.config.subslice, name) for name in _VIRTUAL_RULES}
         return (
             self.folder / f"cells-{digest_json(key, one.digest)}",
             self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
@@ -143,15 +141,14 @@ class CellCache:
                     "checkpoints and resume, and the stage begins again."
                 )
                 raise FileNotFoundError(msg)
-            setup, encoder = self.setup, model.cell_encoder
-            features = encode_cells(
-                encoder, one.ranked, model.vocabulary, device=setup.device, dtype=setup.dtype
-            )
+            where: dict[str, Any] = {"device": self.setup.device, "dtype": self.setup.dtype}
+            features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
             _write(cells, features=features.astype(_STORED))
         if self.virtual_cells and not is_there(virtual):
             # From what is stored, not from what was computed: it must not matter who found it.
             features = open_array(cells / "features.npy").astype(np.float32)
-            found = lay_out_slice(one.coordinates, features, self._rules).virtual
+            rules = self.setup.model.config.subslice
+            found = lay_out_slice(one.coordinates, features, rules).virtual
             _write(virtual, coordinates=found.coordinates, features=found.features)
 
     def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
@@ -177,11 +174,6 @@ def _write(folder: Path, **arrays: NDArray[Any]) -> None:
             np.save(place / f"{name}.npy", array)
 
     write_folder(folder, fill)
-
-
-_CUDA_NODE_MULTIPLE = 8
-#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
-_REFERRED_TO = 2
 
 
 @dataclass(frozen=True, kw_only=True)
