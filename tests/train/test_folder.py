@@ -19,7 +19,6 @@ from stofm.train.folder import (
     Progress,
     RunFolder,
     Trained,
-    _digest_of,
     find_damage,
     load_checkpoint,
     locked,
@@ -118,8 +117,7 @@ def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     write_checkpoint(tmp_path / "one", trained, Progress(step=3), None)
     state = tmp_path / "one" / "training" / "state.json"
     text = state.read_text()
-    newer = {k: v for k, v in json.loads(text).items() if k != "digest"} | {"format_version": 99}
-    state.write_text(json.dumps(newer | {"digest": _digest_of(newer)}))
+    state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
     with pytest.raises(ValueError, match=r"format_version 99, this stofm reads 2"):
         read_progress(tmp_path / "one")
     for damaged in (text[:20], "", "[1]", "{}", text.replace('"step": 3', '"step": 4')):

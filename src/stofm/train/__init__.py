@@ -26,20 +26,14 @@ if TYPE_CHECKING:
 
 #: Public here, and kept with the heads, which are built on training.
 _HEADS = {
-    "FineTuningConfig": "stofm.heads.tuning_samples",
-    "FittedHead": "stofm.heads.network",
-    "HeadTraining": "stofm.heads.network",
-    "Targets": "stofm.heads.targets",
-    "apply_head": "stofm.heads.network",
-    "blend_weights": "stofm.heads.ensemble",
-    "fit_head": "stofm.heads.network",
-    "fit_linear_head": "stofm.heads.ensemble",
-    "head_loss": "stofm.heads.targets",
-    "stack_weights": "stofm.heads.ensemble",
+    "ensemble": ("blend_weights", "fit_linear_head", "stack_weights"),
+    "network": ("FittedHead", "HeadTraining", "apply_head", "fit_head"),
+    "targets": ("Targets", "head_loss"),
+    "tuning_samples": ("FineTuningConfig",),
 }
-
-
-__getattr__ = lazy("stofm.train", _HEADS)
+__getattr__ = lazy(
+    "stofm.train", {name: f"stofm.heads.{file}" for file, names in _HEADS.items() for name in names}
+)
 
 __all__ = [
     "ContrastiveConfig",

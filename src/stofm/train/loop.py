@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -82,14 +81,15 @@ def load_ahead(
     if not n_threads:
         yield from map(load, items)
         return
-    left = iter(items)
+    pending: deque[Future[Loaded]] = deque()
     with ThreadPoolExecutor(n_threads, "stofm-load") as threads:
-        pending = deque(threads.submit(load, item) for item in islice(left, 2 * n_threads))
         try:
+            for item in items:
+                pending.append(threads.submit(load, item))
+                if len(pending) > 2 * n_threads:
+                    yield pending.popleft().result()
             while pending:
-                loaded = pending.popleft().result()
-                pending.extend(threads.submit(load, item) for item in islice(left, 1))
-                yield loaded
+                yield pending.popleft().result()
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
 
@@ -205,9 +205,8 @@ class TrainingLoop:
         """Train to the end of an epoch, in runs between which the stage is refreshed."""
         progress, every = self.progress, self.stage.refresh_every
         batches, at_once = self.stage.samples.epoch(progress.epoch), self._config.accumulation
-        starts = range(progress.position, len(batches), at_once)
-        steps = [batches[start : start + at_once] for start in starts]
-        steps = steps[: self.n_steps - progress.step]
+        left = batches[progress.position :][: at_once * (self.n_steps - progress.step)]
+        steps = [left[start : start + at_once] for start in range(0, len(left), at_once)]
         while steps and not self._is_done():
             if every is not None and progress.step and progress.step % every == 0:
                 self.stage.refresh()
@@ -299,10 +298,7 @@ class TrainingLoop:
         reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
 
     def _require_finite(
-        self,
-        sums: NDArray[np.float64],
-        gradient_norm: float,
-        batches: Sequence[NDArray[np.int64]],
+        self, sums: NDArray[np.float64], gradient_norm: float, batches: Sequence[NDArray[np.int64]]
     ) -> None:
         is_bad: NDArray[np.bool_] = ~np.isfinite(sums[:, : len(self.names)])
         # In 16 bits a scaler skips steps whose gradients overflow, and lowers the scale.
