@@ -56,10 +56,8 @@ class Progress:
         Number of the present stage in the run.
     epoch, position
         Present epoch, and its batches that are done.
-    step
-        Optimiser steps of the stage that are done.
-    is_finished
-        Whether the stage is.
+    step, is_finished
+        Optimiser steps of the stage that are done, and whether the stage is.
     best_loss, best_checkpoint, n_without_improvement
         Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
     last_checkpoint
@@ -70,10 +68,8 @@ class Progress:
         Time spent on the stage's steps, and the part of it spent waiting for data.
     totals, counts
         Sums of the loss parts since the last row of the history, and what they are sums over.
-    stage_state
-        What the stage itself needs.
-    scaler
-        State of the gradients' scale, in precision ``"16-mixed"``.
+    stage_state, scaler
+        What the stage itself needs, and, in precision ``"16-mixed"``, the gradients' scale.
     """
 
     stage: int = 0
@@ -242,13 +238,8 @@ _WRITTEN: Final = re.compile(
 class RunFolder:
     """The folder of a run: ``run.json``, ``history.csv``, ``checkpoints/``, ``model/``.
 
-    Parameters
-    ----------
-    path
-        The folder.
-    work
-        Where prepared slices and cell embeddings are kept; ``work/`` in it by default. Several
-        runs may share it.
+    Prepared slices and cell embeddings are kept in `work`, by default ``work/`` in it; several runs
+    may share that.
 
     Raises
     ------
@@ -285,14 +276,9 @@ class RunFolder:
             raise ValueError(msg)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that may not be written to.
+        """Refuse a folder that may not be written to (FileExistsError).
 
         `resume` goes on with the run that is there, if one is; `overwrite` throws it away.
-
-        Raises
-        ------
-        FileExistsError
-            There is a run and neither was asked for, or there is something else.
         """
         if resume and overwrite:
             msg = "resume and overwrite exclude each other: go on with the run, or begin again?"
