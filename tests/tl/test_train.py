@@ -396,6 +396,15 @@ def cut_history(run):
     (run / "history.csv").write_text("".join(lines[:-1]))
 
 
+def empty_report(run):
+    (run / "run.json").write_text("")
+
+
+def lose_both(run):
+    (run / "run.json").unlink()
+    (run / "history.csv").unlink()
+
+
 def damage_newest(run):
     path = run / "checkpoints" / "0-spatial-00000004" / "training" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
@@ -407,7 +416,9 @@ def lose_config_of_newest(run):
     (run / "checkpoints" / "0-spatial-00000004" / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize("harm", [cut_history, damage_newest, lose_config_of_newest])
+@pytest.mark.parametrize(
+    "harm", [cut_history, empty_report, lose_both, damage_newest, lose_config_of_newest]
+)
 def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
     train, kill_at, monkeypatch, tmp_path, harm
 ):

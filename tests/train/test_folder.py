@@ -64,7 +64,7 @@ def test_a_checkpoint_holds_weights_optimiser_and_progress(make, tmp_path):
     progress = Progress(
         stage=1, epoch=2, position=3, step=4, best_loss=0.1 + 0.2, totals=[1 / 3], counts=[7.0]
     )
-    write_checkpoint(tmp_path / "one", trained, progress, (optimizer, objective))
+    write_checkpoint(tmp_path / "one", trained, progress, (optimizer, objective), report={})
     assert read_progress(tmp_path / "one") == progress
 
     other, other_objective, other_optimizer = make()
@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_weights_optimiser_and_progress(make, tmp_path):
 
 def test_a_checkpoint_is_a_model_for_everyone(make, tmp_path):
     trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(), None)
+    write_checkpoint(tmp_path / "one", trained, Progress(), None, report={})
     assert Stofm.from_pretrained(tmp_path / "one").fingerprint == trained.model.fingerprint
     assert not (tmp_path / "one" / "training" / "optimizer.safetensors").exists()
 
@@ -93,14 +93,16 @@ def test_a_failed_write_leaves_no_checkpoint(make, tmp_path, monkeypatch):
     trained, objective, optimizer = make()
     folder = RunFolder(tmp_path)
     one = (optimizer, objective)
-    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), one)
+    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), one, report={})
 
     def fail(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), one)
+        write_checkpoint(
+            folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), one, report={}
+        )
     assert [path.name for path in folder.checkpoints.iterdir()] == ["0-spatial-00000002"]
     assert folder.newest() == folder.checkpoint(0, "spatial", 2)
 
@@ -114,7 +116,7 @@ def flip(path, at=-1):
 
 def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(step=3), None)
+    write_checkpoint(tmp_path / "one", trained, Progress(step=3), None, report={})
     state = tmp_path / "one" / "training" / "state.json"
     text = state.read_text()
     state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
@@ -144,7 +146,7 @@ def test_any_damage_is_found_and_the_checkpoint_before_taken(make, tmp_path, nam
     first, second = (folder.checkpoint(0, "spatial", step) for step in (2, 4))
     for place in (first, second):
         one = (trained, Progress(), (optimizer, objective))
-        write_checkpoint(place, *one, history=folder.history)
+        write_checkpoint(place, *one, report={}, history=folder.history)
     assert folder.newest() == second
     flip(second / name, at=-20 if name.endswith(".json") else -1)
     with pytest.warns(
@@ -236,6 +238,25 @@ def test_work_folder_that_the_run_would_clear_is_refused(tmp_path, place):
 
 def report_of(settings):
     return {"stofm_version": "0.1", "status": "begun", "stages": [], "settings": settings}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", None, '{"settings": {}}'],
+)
+def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, content):
+    trained, objective, optimizer = make()
+    folder = RunFolder(tmp_path)
+    report = report_of({"stages": [], "run": {"seed": 1}, "model": {}})
+    one = (optimizer, objective)
+    place = folder.checkpoint(0, "spatial", 2)
+    write_checkpoint(place, trained, Progress(), one, report=report)
+    if content is not None:
+        folder.report.write_text(content)
+    folder.check(resume=True, overwrite=False)
+    assert folder.read_report() == report
+    with pytest.raises(FileExistsError, match=r"holds a run \(begun\)"):
+        folder.check(resume=False, overwrite=False)
 
 
 def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):

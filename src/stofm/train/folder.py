@@ -62,10 +62,9 @@ class Progress:
         Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
     last_checkpoint
         The checkpoint written last.
-    n_cells, n_tokens
-        Cells and tokens (or nodes) seen in the stage, by all processes.
-    seconds, waited
-        Time spent on the stage's steps, and the part of it spent waiting for data.
+    n_cells, n_tokens, seconds, waited
+        Cells and tokens (or nodes) seen in the stage, by all processes; time spent on its steps,
+        and the part of that spent waiting for data.
     totals, counts
         Sums of the loss parts since the last row of the history, and what they are sums over.
     stage_state, scaler
@@ -121,12 +120,13 @@ def write_checkpoint(
     progress: Progress,
     optimizer: tuple[Optimizer, nn.Module] | None,
     *,
+    report: Mapping[str, Any],
     history: Path | None = None,
 ) -> None:
     """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
 
     `optimizer` goes with the module whose weights it has; there is none if the stage does not go
-    on here.
+    on here. `report` is what ``run.json`` says.
     """
 
     def fill(place: Path) -> None:
@@ -140,6 +140,7 @@ def write_checkpoint(
         entries = {
             "format_version": FORMAT_VERSION,
             "progress": asdict(progress),
+            "report": report,
             "files": digest_files(place),
         }
         text = json.dumps(entries | {"digest": _digest_of(entries)}, indent=2)
@@ -344,12 +345,13 @@ class RunFolder:
             raise ValueError(msg)
 
     def read_report(self) -> dict[str, Any]:
-        """Return what ``run.json`` says; nothing if there is no run."""
+        """What ``run.json`` says, or else the newest checkpoint; nothing if there is no run."""
+        found: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
-            report = json.loads(self.report.read_text(encoding="utf-8"))
-            if isinstance(report, dict) and {"stofm_version", "status", "settings"} <= set(report):
-                return report
-        return {}
+            found.append(json.loads(self.report.read_text(encoding="utf-8")))
+        found += (_read_state(folder).get("report") for folder in reversed(self._to_go_on()))
+        own = {"stofm_version", "status", "settings"}
+        return next((one for one in found if isinstance(one, dict) and own <= set(one)), {})
 
     def clear(self) -> None:
         """Delete a run, but not what was prepared for it in the work folder."""

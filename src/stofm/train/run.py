@@ -121,7 +121,7 @@ class Pretraining:
         progress = self._start(trained, newest)
         for number in range(progress.stage, len(self.stages)):
             if not progress.is_finished:
-                self._run_stage(trained, progress, newest)
+                self._run_stage(trained, progress, newest, report)
             self._note(trained.heads[number], progress, report)
             progress = Progress(stage=number + 1, scaler=progress.scaler)
         model.to("cpu").eval()
@@ -217,7 +217,13 @@ class Pretraining:
         load_checkpoint(newest, trained)
         return read_progress(newest)
 
-    def _run_stage(self, trained: Trained, progress: Progress, newest: Path | None) -> None:
+    def _run_stage(
+        self,
+        trained: Trained,
+        progress: Progress,
+        newest: Path | None,
+        report: Mapping[str, Any],
+    ) -> None:
         """Train one stage, from where it stands to its end."""
         config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self._setup(trained.model, progress.stage), config)
@@ -239,7 +245,7 @@ class Pretraining:
                 stage.embeddings.restore(progress.stage_state)
         else:
             stage.refresh()
-        recorder = RunRecorder(self, loop, trained)
+        recorder = RunRecorder(self, loop, trained, report)
         try:
             loop.train(recorder)
         except FloatingPointError as error:
@@ -315,9 +321,11 @@ class Pretraining:
 class RunRecorder:
     """Takes a loop's reports and writes history and checkpoints; only the first process does."""
 
-    def __init__(self, run: Pretraining, loop: TrainingLoop, trained: Trained) -> None:
+    def __init__(
+        self, run: Pretraining, loop: TrainingLoop, trained: Trained, report: Mapping[str, Any]
+    ) -> None:
         self._folder, self._processes = run.folder, run.processes
-        self._loop, self._trained = loop, trained
+        self._loop, self._trained, self._report = loop, trained, report
         stage, step = loop.stage, loop.progress.step
         self._board: Any = None
         if run.processes.is_first and run.run.tensorboard:
@@ -353,7 +361,7 @@ class RunRecorder:
         target = self._path(progress.step)
         progress.best_checkpoint = target.name
         if self._processes.is_first:
-            write_checkpoint(target, self._trained, progress, None)
+            write_checkpoint(target, self._trained, progress, None, report=self._report)
 
     def save(self) -> None:
         """Write a checkpoint of the present step; only the first process does.
@@ -388,7 +396,8 @@ class RunRecorder:
         progress.stage_state = {} if embeddings is None else embeddings.state()
         progress.scaler = dict(self._processes.fabric.strategy.precision.state_dict())
         optimizer = None if progress.is_finished else (loop.optimizer, loop.stage.objective)
-        write_checkpoint(target, self._trained, progress, optimizer, history=self._folder.history)
+        beside: dict[str, Any] = {"report": self._report, "history": self._folder.history}
+        write_checkpoint(target, self._trained, progress, optimizer, **beside)
         self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})
 
 
