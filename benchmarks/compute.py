@@ -20,7 +20,6 @@ import torch
 from stofm.genes import embedded_vocabulary
 from stofm.nn import CellEncoder, SE2Transformer
 from stofm.train import Recipe
-from stofm.train.launch import config_of_recipe
 
 if TYPE_CHECKING:
     from stofm.nn import CellEncoderConfig, SE2TransformerConfig, StofmConfig
@@ -119,7 +118,7 @@ def count_weights(config: StofmConfig) -> int:
 def describe(path: Path, work: Work, share: float) -> str:
     """A row of the table."""
     recipe = Recipe.from_toml(path)
-    config = config_of_recipe(recipe.model, embedded_vocabulary().n_tokens)
+    config = recipe.model.config(embedded_vocabulary().n_tokens)
     of_cell = encoder_flops(config.cell_encoder, work.n_tokens)
     spatial = subslice_flops(config, work.n_virtual) / config.subslice.n_cells
     stages = [stage_flops(stage, config, work) for stage in recipe.stages]

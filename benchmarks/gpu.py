@@ -42,11 +42,12 @@ from stofm.nn.inference import SUBSLICES_AT_ONCE, TOKEN_BUDGET, placed
 from stofm.spatial import build_subslice, lay_out_slice
 from stofm.tl import train
 from stofm.train import OptimizerConfig, StageConfig
-from stofm.train.log import peak_memory
+from stofm.train.run import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import pandas as pd
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
@@ -297,16 +298,32 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[dict[str, Any]]:
             half = result.history.iloc[sizes.n_steps // 2 - 1 :]
             n_timed = len(half) - 1
             report = result.run["stages"][0]
+            n_cells = int(half["cells"].iloc[-1] - half["cells"].iloc[0])
+            flops = flops_of_steps(stage, model, n_cells, half["tokens"])
             yield {
                 "what": f"training, stage {stage}, {batch_size} samples a step",
                 "precision": precision,
-                "cells": int(half["cells"].iloc[-1] - half["cells"].iloc[0]),
+                "cells": n_cells,
                 "seconds": float(half["seconds"].iloc[-1] - half["seconds"].iloc[0]),
-                "flops": report["flops"] / report["steps"] * n_timed,
+                "flops": flops,
                 "steps": n_timed,
                 "share_waiting": report["share_waiting"],
                 "bytes": report["peak_memory_bytes"] if device.type == "cuda" else None,
             }
+
+
+def flops_of_steps(stage: str, model: Stofm, n_cells: int, tokens: pd.Series) -> int:
+    """FLOPs of steps in which so many cells were seen; `tokens` are those seen so far."""
+    config = model.config
+    seen = int(tokens.iloc[-1] - tokens.iloc[0])
+    if stage == "cell_encoder":
+        work = compute.Work(n_cells=n_cells, n_tokens=seen // n_cells)
+        return compute.stage_flops(StageConfig(name=stage), config, work)
+    per_part = min(n_cells, config.subslice.n_cells)
+    n_parts = -(-n_cells // per_part)
+    n_virtual = max(0, (seen - n_cells) // n_parts - 1)
+    of_part = compute.subslice_flops(config, n_virtual, per_part)
+    return compute.TRAINING * n_parts * of_part
 
 
 def to_markdown(rows: list[dict[str, Any]], peak_tflops: float) -> str:

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stofm._logging import counter, progress
-from stofm.train.log import ProgressBar
+from stofm._logging import counter, progress, step_bar
 
 
 class Terminal(io.StringIO):
@@ -20,8 +19,8 @@ def draw_bars():
     list(progress(range(9), total=9, description="a", unit="step", show=True))
     with counter(total=9, description="b", unit="step", show=True) as advance:
         advance(9)
-    bar = ProgressBar("c", total=9, done=0, show=True)
-    bar.advance()
+    bar = step_bar("c", total=9, done=0, show=True)
+    bar.update()
     bar.close()
     return sys.stderr.getvalue().count("\r")
 

@@ -70,3 +70,11 @@ def counter(
 
     with tqdm(total=total, desc=description, unit=unit, leave=False) as bar:
         yield bar.update
+
+
+def step_bar(name: str, *, total: int, done: int, show: bool) -> Any:
+    """Give a bar of the steps of training, which stays when it is closed; mute if not to be shown."""
+    from tqdm.auto import tqdm
+
+    hidden = not (show and bars_can_be_seen())
+    return tqdm(total=total, initial=done, desc=name, unit="step", leave=True, disable=hidden)

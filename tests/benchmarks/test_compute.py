@@ -17,7 +17,7 @@ from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, SE2Transformer, StofmConfig, SubSliceBatch, TokenBatch
 from stofm.spatial import build_subslice, lay_out_slice
 from stofm.train import Recipe, paper_schedule
-from stofm.train.launch import train_recipe
+from stofm.train.recipe import train_recipe
 
 FOLDER = Path(__file__).parents[2]
 sys.path.append(str(FOLDER / "benchmarks"))
@@ -86,7 +86,7 @@ def test_a_stage_that_is_cut_short_takes_less():
 def test_the_base_recipe_is_the_papers():
     recipe = Recipe.from_toml(FOLDER / "recipes" / "stofm-base.toml")
     assert recipe.stages == paper_schedule()
-    assert compute.config_of_recipe(recipe.model, 99) == StofmConfig.base(99)
+    assert recipe.model.config(99) == StofmConfig.base(99)
 
 
 def test_the_table_has_a_row_for_each_recipe(monkeypatch, capsys):

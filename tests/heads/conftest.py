@@ -33,9 +33,8 @@ def corpus(tmp_path: Path, rng: np.random.Generator) -> Corpus:
                 tmp_path / "slices",
                 f"slice{k}",
                 name=f"slice-{k}",
-                ranked=ranked,
+                blocks=[ranked],
                 coordinates=places,
-                technology="made-up",
             )
         )
     return Corpus(tuple(slices))

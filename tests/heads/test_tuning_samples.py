@@ -8,10 +8,9 @@ import torch
 
 from stofm.heads.targets import Targets
 from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
-from stofm.train.cell_cache import CellCache
 from stofm.train.config import SpatialMasking
-from stofm.train.epochs import Draws
-from stofm.train.samples import JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import Draws, SubSliceSamples, TokenReader
+from stofm.train.stages import CellCache, StageSetup
 
 DRAWS = Draws(seed=5, stage=0, batch_size=2)
 #: The user's cells: five that are in no slice, then those of the slices, backwards.
@@ -40,27 +39,22 @@ def targets(corpus, rng):
 @pytest.fixture
 def make(model, corpus, rows, targets, tmp_path):
     def build(counts, *, vary=False, with_tokens=True):
-        subslices = SubSliceSamples(
-            corpus,
-            model.config.subslice,
-            DRAWS,
-            masking=SpatialMasking(masked=0.0, moved=0.0),
-            vary=vary,
-        )
-        cache = CellCache(
-            folder=tmp_path / "cells",
-            corpus=corpus,
-            rules=model.config.subslice,
-            virtual_cells=True,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        subslices.encoded = cache.encode(model, Alone())[1]
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        tokens = None
-        if with_tokens:
-            tokens = JointSamples(subslices, reader, DRAWS, sampled_cells=4, token_masking=None)
-        return FineTuningSamples(subslices, KnownCells(targets, rows, counts), tokens=tokens)
+        nothing = SpatialMasking(masked=0.0, moved=0.0)
+        sampled = {"reader": reader, "sampled_cells": 4} if with_tokens else {}
+        rules = model.config.subslice
+        subslices = SubSliceSamples(corpus, rules, DRAWS, nothing, vary, **sampled)
+        setup = StageSetup(
+            model=model,
+            corpus=corpus,
+            draws=DRAWS,
+            folder=tmp_path / "cells",
+            own_folder=tmp_path / "cells",
+            processes=Alone(),
+            device=torch.device("cpu"),
+        )
+        subslices.encoded = CellCache(setup, corpus, setup.folder, virtual_cells=True).encode()[1]
+        return FineTuningSamples(subslices, KnownCells(targets, rows, counts))
 
     return build
 
@@ -73,7 +67,6 @@ def test_each_target_that_counts_comes_once_an_epoch(make, corpus, targets, rng,
         loaded = [samples.load(batch, epoch) for batch in samples.epoch(epoch)]
         found = torch.cat([batch.targets for batch in loaded]).numpy()
         assert np.array_equal(np.sort(found), np.sort(targets.values[N_OTHERS:][counts[N_OTHERS:]]))
-    assert samples.epochs_differ_in_length == vary
 
 
 def test_targets_stand_at_their_cells(make, rows, corpus, targets, rng):
@@ -81,7 +74,7 @@ def test_targets_stand_at_their_cells(make, rows, corpus, targets, rng):
     samples = make(counts)
     for batch in samples.epoch(0):
         loaded = samples.load(batch, 0)
-        subslices = loaded.cells.masked.subslices
+        subslices = loaded.cells.subslices
         n_nodes = subslices.cell_index.shape[1]
         for place, target in zip(loaded.places.tolist(), loaded.targets.tolist(), strict=True):
             b, node = divmod(place, n_nodes)
@@ -100,7 +93,7 @@ def test_subslices_without_a_target_are_left_out(make, rows, targets):
 
 def test_nothing_is_hidden_or_moved(make, targets):
     samples = make(np.ones(len(targets), dtype=bool))
-    masked = samples.load(samples.epoch(0)[0], 0).cells.masked
+    masked = samples.load(samples.epoch(0)[0], 0).cells
     assert not len(masked.hidden_places)
     assert not len(masked.target_places)
     assert not len(masked.pair_rows)
@@ -114,7 +107,7 @@ def test_what_counts_does_not_change_what_the_model_reads(make, targets):
     for batch, other in zip(whole.epoch(0), part.epoch(0), strict=True):
         assert np.array_equal(batch, other)
         first, second = whole.load(batch, 0), part.load(batch, 0)
-        assert torch.equal(first.cells.places, second.cells.places)
+        assert torch.equal(first.cells.sampled_places, second.cells.sampled_places)
         assert len(first.places) > len(second.places)
 
 
@@ -122,9 +115,9 @@ def test_without_tokens_no_cell_is_embedded_anew(make, targets):
     samples = make(np.ones(len(targets), dtype=bool), with_tokens=False)
     batch = samples.epoch(0)[0]
     loaded = samples.load(batch, 0)
-    assert loaded.cells.cells == ()
-    assert samples.n_tokens(loaded) == sum(loaded.cells.masked.subslices.pairs.n_real)
-    assert samples.n_cells(loaded) == len(loaded.targets)
+    assert loaded.cells.sampled == ()
+    assert loaded.n_tokens == sum(loaded.cells.subslices.pairs.n_real)
+    assert loaded.n_cells == len(loaded.targets)
     assert "slice-" in samples.describe(batch)
 
 
@@ -132,4 +125,4 @@ def test_moves_to_a_device(make, targets):
     samples = make(np.ones(len(targets), dtype=bool))
     moved = samples.load(samples.epoch(0)[0], 0).to("meta")
     assert moved.places.device.type == moved.targets.device.type == "meta"
-    assert moved.cells.masked.subslices.features.device.type == "meta"
+    assert moved.cells.subslices.features.device.type == "meta"

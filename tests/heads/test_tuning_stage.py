@@ -13,8 +13,8 @@ from stofm.heads.tuning_lora import LowRankModel
 from stofm.heads.tuning_samples import FineTuningConfig, KnownCells
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.nn import HeadConfig, PredictionHead
-from stofm.train.epochs import Draws
 from stofm.train.processes import Processes
+from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 
 BOTH = ("X_stofm_cell", "X_stofm")
@@ -76,7 +76,7 @@ def make(model, corpus, targets, processes, tmp_path):
 
 def first_loss(stage):
     stage.refresh()
-    part = stage.objective(stage.load(stage.epoch(0)[0], 0))["head"]
+    part = stage.objective(stage.samples.load(stage.samples.epoch(0)[0], 0))["head"]
     return part.total / part.count
 
 
@@ -112,7 +112,6 @@ def test_a_head_on_the_cell_encoder_alone_leaves_the_transformer_out(make, monke
     first_loss(stage).backward()
     assert any(n.startswith("model.cell_encoder") for n in moved(stage.objective))
     assert not list(stage._setup.folder.glob("virtual-*"))
-    assert stage.objective.count_operations(stage.load(stage.epoch(0)[0], 0)) > 0
 
 
 def test_the_heads_columns_follow_use_rep(make):
@@ -134,7 +133,7 @@ def test_class_weights_count(make, corpus, targets):
     weighted = Targets("classes", targets.values, 4, class_weights=weights)
     stage = make(targets=weighted)
     stage.refresh()
-    inputs = stage.load(stage.epoch(0)[0], 0)
+    inputs = stage.samples.load(stage.samples.epoch(0)[0], 0)
     assert stage.objective(inputs)["head"].count == (inputs.targets == 0).sum()
 
 
@@ -169,7 +168,7 @@ def test_the_last_step_counts_without_validation(make, processes):
 @pytest.mark.parametrize(("min_steps", "n_steps"), [(1, 6), (7, 9)])
 def test_tuning_is_as_long_as_epochs_and_fewest_steps_need(make, processes, min_steps, n_steps):
     stage = make()
-    assert len(stage.epoch(0)) == 3
+    assert len(stage.samples.epoch(0)) == 3
     config = replace(SHORT, epochs=2, min_steps=min_steps, validate_every=3)
     found = tune(stage, config, processes=processes, seed=1, show_progress_bar=False)
     assert found.rows[-1]["split"] == "validation"

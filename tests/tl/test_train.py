@@ -19,21 +19,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning_fabric.plugins import Precision
 
 import stofm as st
+from stofm._files import read_table
 from stofm.nn import Stofm
 from stofm.train import (
     LossWeights,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
-    TrainingLoop,
     preparation,
 )
-from stofm.train import run as run_module
-from stofm.train.checkpoint import read_progress
-from stofm.train.log import RunRecorder, read_history
-from stofm.train.processes import Processes
+from stofm.train.folder import read_progress
+from stofm.train.loop import TrainingLoop
+from stofm.train.run import RunRecorder
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.
@@ -124,7 +124,6 @@ def test_the_report_says_what_was_done(train, slices):
     encoder = sum(w.numel() for w in result.model.cell_encoder.parameters())
     assert cells["n_weights"] > encoder
     assert spatial["n_weights"] < n_weights
-    assert spatial["flops"] > 6 * spatial["tokens"] * 1000
     assert 0 <= spatial["share_waiting"] <= 1
     assert 10**7 < spatial["peak_memory_bytes"] < 10**11
     assert result.run["settings"]["slices"][0].startswith("data ")
@@ -144,7 +143,7 @@ def test_history_has_a_row_for_each_step_and_validation(train, tmp_path):
     mean = 0.5 * (spatial["masked_cells"] + spatial["pair_distances"])
     np.testing.assert_allclose(spatial["loss"], mean)
     assert spatial["contrastive"].isna().all()
-    pd.testing.assert_frame_equal(read_history(tmp_path / "run" / "history.csv"), history)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "run" / "history.csv"), history)
 
 
 def test_frozen_and_kept_parts(train, model):
@@ -278,8 +277,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, kill_at, monkeypatch
     assert_same_weights(rest.model, whole.model)
     pd.testing.assert_frame_equal(without_times(rest.history), without_times(whole.history))
     for one, other in zip(rest.run["stages"], whole.run["stages"], strict=True):
-        assert [one[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")] == [
-            other[k] for k in ("steps", "cells", "tokens", "flops", "best_loss")
+        assert [one[k] for k in ("steps", "cells", "tokens", "best_loss")] == [
+            other[k] for k in ("steps", "cells", "tokens", "best_loss")
         ]
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()}
@@ -302,8 +301,8 @@ def test_the_scale_of_gradients_goes_on_where_it_was(train, kill_at, monkeypatch
             original(self)
 
         monkeypatch.setattr(RunRecorder, "advance", advance)
-        monkeypatch.setattr(Processes, "scaler_state", lambda self: {"scale": scale[0]})
-        monkeypatch.setattr(Processes, "load_scaler_state", load)
+        monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": scale[0]})
+        monkeypatch.setattr(Precision, "load_state_dict", load)
 
     # The first stage has three steps: stopped within it, and before the next one's checkpoint.
     options = {"stage": [CELLS, SPATIAL], "checkpoint_every": 1}
@@ -342,7 +341,7 @@ import os, signal, sys
 import anndata, torch
 import stofm as st
 from stofm.train import StageConfig, OptimizerConfig
-from stofm.train.log import RunRecorder
+from stofm.train.run import RunRecorder
 
 folder, threads, kill = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
@@ -440,15 +439,6 @@ def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
     assert rest.run["settings"] == whole.run["settings"]
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == rest.run
     assert not (tmp_path / "run" / "run.lock").exists()
-
-
-def test_best_weights_that_are_damaged_give_way_to_the_last(train, held_out_losses, monkeypatch):
-    stage = replace(SPATIAL, epochs=5)
-    last = train(stage=stage, keep="last")
-    monkeypatch.setattr(run_module, "find_damage", lambda folder: f"{folder} is damaged.")
-    with pytest.warns(UserWarning, match=r"00000004 is damaged. The stage's last weights are"):
-        found = train(stage=stage, overwrite=True)
-    assert found.model.fingerprint == last.model.fingerprint
 
 
 def test_without_steps_asked_for_a_short_stage_has_the_checkpoints_of_its_end(train, tmp_path):

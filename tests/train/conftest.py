@@ -42,9 +42,8 @@ def write_corpus(tmp_path: Path, rng: np.random.Generator) -> Callable[..., Corp
                     tmp_path / "slices",
                     f"{names}{k}",
                     name=f"{names}-{k}",
-                    ranked=ranked_tokens(rng, n, values=values),
+                    blocks=[ranked_tokens(rng, n, values=values)],
                     coordinates=normalize_coordinates(rng.random((n, 2)) * [7.0, 5.0]),
-                    technology="made-up",
                 )
                 for k, n in enumerate(sizes)
             )

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import torch
 
-from stofm.train import watch
 from stofm.train.processes import Processes
 
 
@@ -103,6 +102,5 @@ def run(case: str, out: Path, rank: int, port: int) -> NoReturn:
 if __name__ == "__main__":
     # Once, before the processes are forked.
     importlib.import_module("lightning_fabric")
-    watch._LAST = 3.0
     for one in sys.argv[2:]:
         in_processes(one, Path(sys.argv[1]))

@@ -9,23 +9,10 @@ import torch
 
 from stofm.nn import encode_cells
 from stofm.spatial import lay_out_slice
-from stofm.train.cell_cache import CellCache, KeptResults
-from stofm.train.epochs import Draws
-from stofm.train.stages import StageSetup
+from stofm.train.samples import Draws
+from stofm.train.stages import CellCache, StageSetup
 
 CPU = torch.device("cpu")
-
-
-def cache(tmp_path, corpus, model, **changed):
-    given = {
-        "folder": tmp_path / "cells",
-        "corpus": corpus,
-        "rules": model.config.subslice,
-        "virtual_cells": True,
-        "device": CPU,
-        "dtype": torch.float32,
-    }
-    return CellCache(**given | changed)
 
 
 class Together:
@@ -38,8 +25,16 @@ class Together:
 ALONE = Together(0, 1)
 
 
+def cache(tmp_path, corpus, model, processes=ALONE, *, rules=None, virtual_cells=True):
+    model.config = replace(model.config, subslice=rules or model.config.subslice)
+    setup = SimpleNamespace(
+        model=model, processes=processes, device=CPU, dtype=torch.float32, show_progress_bar=False
+    )
+    return CellCache(setup, corpus, tmp_path / "cells", virtual_cells)
+
+
 def test_features_are_those_of_the_cell_encoder_in_half_precision(tmp_path, corpus, model):
-    _, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    _, found = cache(tmp_path, corpus, model).encode()
     assert len(found) == 3
     for one, encoded in zip(corpus.slices, found, strict=True):
         expected = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, device=CPU)
@@ -50,7 +45,7 @@ def test_features_are_those_of_the_cell_encoder_in_half_precision(tmp_path, corp
 
 def test_virtual_cells_are_those_of_the_rules(tmp_path, corpus, model):
     rules = replace(model.config.subslice, leiden_resolution=2.0)
-    _, found = cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+    _, found = cache(tmp_path, corpus, model, rules=rules).encode()
     one, encoded = corpus.slices[0], found[0]
     expected = lay_out_slice(one.coordinates, encoded.features.astype(np.float32), rules).virtual
     np.testing.assert_array_equal(encoded.layout.virtual.coordinates, expected.coordinates)
@@ -59,36 +54,36 @@ def test_virtual_cells_are_those_of_the_rules(tmp_path, corpus, model):
 
 
 def test_without_virtual_cells(tmp_path, corpus, model):
-    _, found = cache(tmp_path, corpus, model, virtual_cells=False).encode(model, ALONE)
+    _, found = cache(tmp_path, corpus, model, virtual_cells=False).encode()
     assert [e.layout.virtual.n_virtual for e in found] == [0, 0, 0]
     assert found[0].layout.virtual.features.shape == (0, 12)
 
 
 def test_second_time_nothing_is_computed(tmp_path, corpus, model, monkeypatch):
-    key, found = cache(tmp_path, corpus, model).encode(model, ALONE)
-    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", None)
-    monkeypatch.setattr("stofm.train.cell_cache.lay_out_slice", None)
-    again_key, again = cache(tmp_path, corpus, model).encode(model, ALONE)
+    key, found = cache(tmp_path, corpus, model).encode()
+    monkeypatch.setattr("stofm.train.stages.encode_cells", None)
+    monkeypatch.setattr("stofm.train.stages.lay_out_slice", None)
+    again_key, again = cache(tmp_path, corpus, model).encode()
     assert again_key == key
     for one, other in zip(found, again, strict=True):
         np.testing.assert_array_equal(one.features, other.features)
     # Other rules of sub-slices need neither.
     rules = replace(model.config.subslice, n_cells=7)
-    cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+    cache(tmp_path, corpus, model, rules=rules).encode()
 
 
 def test_other_weights_or_rules_are_computed_anew(tmp_path, corpus, model):
-    first, _ = cache(tmp_path, corpus, model).encode(model, ALONE)
+    first, _ = cache(tmp_path, corpus, model).encode()
     with torch.no_grad():
         model.cell_encoder.projection.weight[0, 0] += 1.0
-    key, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+    key, found = cache(tmp_path, corpus, model).encode()
     assert key != first
     expected = encode_cells(
         model.cell_encoder, corpus.slices[0].ranked, model.vocabulary, device=CPU
     )
     np.testing.assert_array_equal(found[0].features, expected.astype(np.float16))
     rules = replace(model.config.subslice, leiden_resolution=9.0)
-    _, finer = cache(tmp_path, corpus, model, rules=rules).encode(model, ALONE)
+    _, finer = cache(tmp_path, corpus, model, rules=rules).encode()
     assert finer[0].layout.virtual.n_virtual > found[0].layout.virtual.n_virtual
 
 
@@ -99,34 +94,37 @@ def test_processes_share_the_slices(tmp_path, corpus, model, monkeypatch):
         encoded.append(ranked.n_cells)
         return encode_cells(encoder, ranked, *args, **options)
 
-    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", counted)
+    monkeypatch.setattr("stofm.train.stages.encode_cells", counted)
 
     def second_works():
         encoded.append("wait")
-        cache(tmp_path, corpus, model).encode(model, Together(1, 2))
+        cache(tmp_path, corpus, model, Together(1, 2)).encode()
 
-    _, found = cache(tmp_path, corpus, model).encode(model, Together(0, 2, second_works))
+    _, found = cache(tmp_path, corpus, model, Together(0, 2, second_works)).encode()
     assert encoded == [113, 59, "wait", 31]
     assert [len(e.features) for e in found] == [113, 31, 59]
 
 
 def test_interrupted_encoding_goes_on(tmp_path, corpus, model, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("stofm.train.cell_cache.lay_out_slice", None)
+        patch.setattr("stofm.train.stages.lay_out_slice", None)
         with pytest.raises(TypeError):
-            cache(tmp_path, corpus, model).encode(model, ALONE)
-    _, found = cache(tmp_path, corpus, model).encode(model, ALONE)
+            cache(tmp_path, corpus, model).encode()
+    _, found = cache(tmp_path, corpus, model).encode()
     assert [len(e.features) for e in found] == [113, 31, 59]
 
 
 def test_removed_result_is_missed_with_advice(tmp_path, corpus, model):
     one = cache(tmp_path, corpus, model)
-    key, _ = one.encode(model, ALONE)
-    assert len(one.open(key)) == 3
-    one.remove(key)
+    key, _ = one.encode()
+    one.remove(but={key})
+    assert len(one.encode(key)[1]) == 3
+    one.remove(but={"other"})
     assert list((tmp_path / "cells").iterdir()) == []
+    with torch.no_grad():
+        model.cell_encoder.projection.weight[0, 0] += 1.0
     with pytest.raises(FileNotFoundError, match=r"'slice-0' .* and resume, and the stage begins"):
-        one.open(key)
+        one.encode(key)
 
 
 def flip(path):
@@ -148,72 +146,17 @@ def widen(path):
 def test_a_damaged_result_is_made_again(tmp_path, write_corpus, model, name, harm):
     corpus = write_corpus([13, 9])
     one = cache(tmp_path, corpus, model)
-    key, made = one.encode(model, ALONE)
+    _, made = one.encode()
     # Not the mapped file, which changes.
     expected = [replace(old, features=old.features.copy()) for old in made]
     path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
     harm(path)
-    with pytest.raises(ValueError, match=f"{path} is damaged: .* delete the stage's checkpoints"):
-        one.check(key, ALONE)
     with pytest.warns(
         UserWarning, match=f"{path} is damaged: it is not what was written. It is ma"
     ):
-        _, found = one.encode(model, ALONE)
-    one.check(key, ALONE)
+        _, found = one.encode()
     for new, old in zip(found, expected, strict=True):
         np.testing.assert_array_equal(new.features, old.features)
-
-
-@pytest.fixture
-def removed():
-    return []
-
-
-def test_results_stay_while_checkpoints_refer_to_them(removed):
-    results = KeptResults(removed.append)
-    assert results.state() == {}
-    results.replace("first")
-    results.state()
-    for key in "abcd":
-        results.replace(key)
-        results.state()
-    # When d came, the checkpoints on disk referred to c and b.
-    assert removed == ["a"]
-    results.replace("e")
-    assert removed == ["a", "b"]
-
-
-def test_results_without_a_checkpoint_go_at_once(removed):
-    results = KeptResults(removed.append)
-    for key in ("first", "a", "a", "b"):
-        results.replace(key)
-    assert removed == ["a"]
-
-
-def test_first_result_is_never_removed(removed):
-    results = KeptResults(removed.append)
-    for key in ("first", "a", "first", "b", "c"):
-        results.replace(key)
-    assert "first" not in removed
-    assert results.first("d") == "first"
-    assert KeptResults(removed.append).first("d") == "d"
-
-
-def test_results_go_on_after_an_interruption(removed):
-    before = KeptResults([].append)
-    for key in ("first", "a"):
-        before.replace(key)
-    state = before.state()
-    results = KeptResults(removed.append)
-    assert results.restore(state) == "a"
-    results.replace("b")
-    assert removed == []
-    results.state()
-    results.replace("c")
-    results.state()
-    results.replace("d")
-    assert removed == ["a"]
-    assert KeptResults(removed.append).restore({}) is None
 
 
 @pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 8)])
@@ -228,4 +171,3 @@ def test_nodes_are_padded_for_the_device(tmp_path, model, corpus, device, multip
         device=torch.device(device),
     )
     assert setup.node_multiple == multiple
-    assert setup.reader(corpus).max_length == 41

@@ -17,8 +17,8 @@ from anndata import AnnData
 from safetensors.torch import load_file
 from scipy import sparse
 
+from stofm._files import read_table
 from stofm.nn import Stofm
-from stofm.train.log import read_history
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
 
@@ -115,7 +115,7 @@ def test_going_on_with_another_number_of_processes_keeps_every_sample_once(runs)
 
 
 def test_all_stages_over_two_processes_give_the_model_of_one(out):
-    one, two = (read_history(out / f"stages{n}" / "history.csv") for n in (1, 2))
+    one, two = (read_table(out / f"stages{n}" / "history.csv") for n in (1, 2))
     assert one["stage"].drop_duplicates().tolist() == ["spatial", "joint", "cell_encoder"]
     first = one.index[one["stage"] == "cell_encoder"].max() + 1
     same = [table[:first].drop(columns="seconds") for table in (two, one)]

@@ -47,8 +47,8 @@ def test_a_failure_ends_the_other_process_with_its_message(ends, case, failing, 
     assert codes == [1, 1]
     assert said[failing] == message
     other = said[1 - failing]
-    assert other.startswith(f"RuntimeError: Process {failing} of 2 (")
-    assert f"failed: {message} All other processes end with it" in other
+    assert other.startswith(f"stofm: Process {failing} of 2 (")
+    assert f"failed: {message} This process ends with it." in other
 
 
 def test_a_process_that_is_killed_ends_the_other_even_where_no_signal_reaches(ends):

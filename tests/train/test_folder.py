@@ -7,19 +7,26 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stofm.nn import Stofm
-from stofm.train import OptimizerConfig, Progress, RunFolder
+from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
-from stofm.train.checkpoint import Trained, load_checkpoint, read_progress, write_checkpoint
-from stofm.train.folder import LOCK, locked, write_json
-from stofm.train.log import History
-from stofm.train.optimizer import make_optimizer
+from stofm.train.folder import (
+    LOCK,
+    Progress,
+    RunFolder,
+    Trained,
+    find_damage,
+    load_checkpoint,
+    locked,
+    read_progress,
+    write_checkpoint,
+)
+from stofm.train.loop import make_optimizer
+from stofm.train.storage import write_json
 
 
 class Objective(nn.Module):
@@ -57,7 +64,7 @@ def test_a_checkpoint_holds_weights_optimiser_and_progress(make, tmp_path):
     progress = Progress(
         stage=1, epoch=2, position=3, step=4, best_loss=0.1 + 0.2, totals=[1 / 3], counts=[7.0]
     )
-    write_checkpoint(tmp_path / "one", trained, progress, (optimizer, objective))
+    write_checkpoint(tmp_path / "one", trained, progress, (optimizer, objective), report={})
     assert read_progress(tmp_path / "one") == progress
 
     other, other_objective, other_optimizer = make()
@@ -72,7 +79,7 @@ def test_a_checkpoint_holds_weights_optimiser_and_progress(make, tmp_path):
 
 def test_a_checkpoint_is_a_model_for_everyone(make, tmp_path):
     trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(), None)
+    write_checkpoint(tmp_path / "one", trained, Progress(), None, report={})
     assert Stofm.from_pretrained(tmp_path / "one").fingerprint == trained.model.fingerprint
     assert not (tmp_path / "one" / "training" / "optimizer.safetensors").exists()
 
@@ -82,26 +89,20 @@ def test_a_head_is_stored_once_and_the_models_weights_only_with_the_model(make):
     assert sorted(trained.head_tensors()) == ["0.head.bias", "0.head.weight"]
 
 
-def test_other_heads_are_refused(make, tmp_path):
-    trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(), None)
-    wider = Trained(trained.model, nn.ModuleList([nn.Linear(2, 2)]))
-    with pytest.raises(ValueError, match=r"The heads in .*one are others than those of this run"):
-        load_checkpoint(tmp_path / "one", wider)
-
-
 def test_a_failed_write_leaves_no_checkpoint(make, tmp_path, monkeypatch):
     trained, objective, optimizer = make()
     folder = RunFolder(tmp_path)
     one = (optimizer, objective)
-    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), one)
+    write_checkpoint(folder.checkpoint(0, "spatial", 2), trained, Progress(step=2), one, report={})
 
     def fail(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), one)
+        write_checkpoint(
+            folder.checkpoint(0, "spatial", 4), trained, Progress(step=4), one, report={}
+        )
     assert [path.name for path in folder.checkpoints.iterdir()] == ["0-spatial-00000002"]
     assert folder.newest() == folder.checkpoint(0, "spatial", 2)
 
@@ -115,7 +116,7 @@ def flip(path, at=-1):
 
 def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
     trained, _, _ = make()
-    write_checkpoint(tmp_path / "one", trained, Progress(step=3), None)
+    write_checkpoint(tmp_path / "one", trained, Progress(step=3), None, report={})
     state = tmp_path / "one" / "training" / "state.json"
     text = state.read_text()
     state.write_text(json.dumps(json.loads(text) | {"format_version": 99}))
@@ -123,8 +124,7 @@ def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
         read_progress(tmp_path / "one")
     for damaged in (text[:20], "", "[1]", "{}", text.replace('"step": 3', '"step": 4')):
         state.write_text(damaged)
-        with pytest.raises(ValueError, match=r"Delete .*one and resume: .* the checkpoint before"):
-            read_progress(tmp_path / "one")
+        assert find_damage(tmp_path / "one") == f"{state} is damaged: it is not what was written."
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_any_damage_is_found_and_the_checkpoint_before_taken(make, tmp_path, nam
     first, second = (folder.checkpoint(0, "spatial", step) for step in (2, 4))
     for place in (first, second):
         one = (trained, Progress(), (optimizer, objective))
-        write_checkpoint(place, *one, history=folder.history)
+        write_checkpoint(place, *one, report={}, history=folder.history)
     assert folder.newest() == second
     flip(second / name, at=-20 if name.endswith(".json") else -1)
     with pytest.warns(
@@ -156,29 +156,6 @@ def test_any_damage_is_found_and_the_checkpoint_before_taken(make, tmp_path, nam
     (first / name).unlink()
     with pytest.warns(UserWarning, match=name):
         assert folder.newest() is None
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["heads", "optimizer"])
-def test_tensors_that_can_not_be_trained_on_are_refused(make, tmp_path, name, value):
-    trained, objective, optimizer = make()
-    objective.step(optimizer)
-    write_checkpoint(tmp_path / "one", trained, Progress(), (optimizer, objective))
-    path = tmp_path / "one" / "training" / f"{name}.safetensors"
-    tensors = load_file(path)
-    key = sorted(tensors)[0]
-    tensors[key].view(-1)[0] = value
-    save_file(tensors, path)
-    with pytest.raises(
-        ValueError, match=f"{name}.safetensors is damaged .*1 of .*{key}.* and resume"
-    ):
-        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
-    tensors[key] = torch.zeros_like(tensors[key]).half()
-    save_file(tensors, path)
-    with pytest.raises(
-        ValueError, match=f"{name}.safetensors: {key} is torch.float16, not float32"
-    ):
-        load_checkpoint(tmp_path / "one", trained, (optimizer, objective))
 
 
 @pytest.fixture
@@ -230,18 +207,6 @@ def test_without_a_sound_checkpoint_none_is_left(folder):
     assert list(folder.checkpoints.iterdir()) == []
 
 
-def test_leftovers_of_interrupted_writes_go(folder):
-    # Of a process that is no more.
-    left = folder.checkpoints / ".1-spatial-00001200.stofm-new-99999999-ab3"
-    left.mkdir()
-    (folder.checkpoints / ".1-spatial-00000900.stofm-old").mkdir()
-    folder.remove_leftovers()
-    names = {path.name for path in folder.checkpoints.iterdir()}
-    assert "1-spatial-00000900" in names
-    assert not any(name.startswith(".") for name in names)
-    assert folder.newest().name == "1-spatial-00001000"
-
-
 def test_clearing_keeps_prepared_slices(folder):
     (folder.work / "slices").mkdir(parents=True)
     folder.history.touch()
@@ -271,24 +236,13 @@ def test_work_folder_that_the_run_would_clear_is_refused(tmp_path, place):
         RunFolder(tmp_path / "run", tmp_path / "run" / place)
 
 
-def test_refreshed_results_go_and_the_work_folder_stays(folder):
-    for one in (folder.work, folder.refreshed):
-        (one / "cells").mkdir(parents=True)
-    folder.remove_refreshed()
-    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
-    folder.remove_refreshed()
-    folder.refreshed.mkdir()
-    folder.clear()
-    assert (folder.work.is_dir(), folder.refreshed.exists()) == (True, False)
-
-
 def report_of(settings):
     return {"stofm_version": "0.1", "status": "begun", "stages": [], "settings": settings}
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", None, '{"settings": {}}', '{"settings": null}', '{"settings": []}'],
+    ["", "{", "[]", "{}", None, '{"settings": {}}'],
 )
 def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, content):
     trained, objective, optimizer = make()
@@ -308,8 +262,6 @@ def test_a_report_that_is_lost_comes_from_the_newest_checkpoint(make, tmp_path, 
 def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    folder.report.touch()
-    History(folder.history)
     (tmp_path / ".run.json.stofm-new-x").write_text("{")
     folder.check(resume=True, overwrite=False)
 
@@ -337,7 +289,7 @@ def test_files_of_others_are_no_run(tmp_path, name, content, resume, overwrite):
         "checkpoints/paper.docx",
         "checkpoints/1-spatial-00000020/training/notes.txt",
         "tensorboard/x",
-        "refreshed/cells-mine/a.npy",
+        "refreshed/cells-mine/a.csv",
     ],
 )
 def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, name):
@@ -353,7 +305,7 @@ def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, n
     folder.check(resume=True, overwrite=False)
     # What goes in the course of a run takes nothing with it.
     folder.remove_later(None)
-    folder.remove_refreshed()
+    folder.remove(folder.refreshed)
     assert place.exists()
 
 
@@ -364,14 +316,6 @@ def test_folders_with_names_of_others_are_no_checkpoints(folder):
     assert folder.newest().name == "1-spatial-00001000"
     folder.remove_later(None)
     assert {path.name for path in folder.checkpoints.iterdir()} == others
-
-
-@pytest.mark.parametrize("name", ["history.csv", "run.lock"])
-def test_folders_in_the_place_of_files_are_named(folder, name):
-    write_json(folder.report, report_of({"stages": [], "run": {}, "model": {}}))
-    (folder.path / name).mkdir()
-    with pytest.raises(FileExistsError, match=f"{name} is a folder"):
-        folder.check(resume=True, overwrite=False)
 
 
 def test_settings_that_differ_are_named(tmp_path):
@@ -385,7 +329,11 @@ def test_settings_that_differ_are_named(tmp_path):
     new = {"model": {}, "run": {"seed": 2}, "stages": [{"name": "a", "epochs": 3}], "slices": ["x"]}
     with pytest.raises(ValueError, match="begun with other settings") as error:
         folder.check_settings(begun, new)
-    for text in ("run.seed was 1, now 2", "stages[0].epochs was 2, now 3", "slices was ['x', 'y']"):
+    for text in (
+        "seed was 1, now 2",
+        "stages[0].epochs was 2, now 3",
+        "slices[1] was 'y', now None",
+    ):
         assert text in str(error.value)
 
 

@@ -295,7 +295,7 @@ def corpus(planted, tmp_path, rng):
                 tmp_path,
                 f"slice{k}",
                 name=f"slice-{k}",
-                ranked=ranked,
+                blocks=[ranked],
                 coordinates=normalize_coordinates(rng.random((ranked.n_cells, 2))),
             )
             for k, ranked in enumerate(planted[0])

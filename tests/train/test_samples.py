@@ -2,17 +2,33 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from stofm.spatial import NodeType, SliceLayout, SubSliceConfig, VirtualCells
+from stofm.spatial import (
+    NodeType,
+    SliceLayout,
+    SubSliceConfig,
+    VirtualCells,
+    lay_out_slice,
+    normalize_coordinates,
+    partition_balanced,
+    rows_by_subslice,
+)
 from stofm.train import samples as samples_module
-from stofm.train.cell_cache import EncodedSlice
 from stofm.train.config import SpatialMasking, TokenMasking
-from stofm.train.epochs import Draws
-from stofm.train.samples import CellSamples, JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import (
+    CellSamples,
+    Draws,
+    Purpose,
+    SubSliceSamples,
+    TokenReader,
+    cut_slice,
+)
+from stofm.train.stages import EncodedSlice
 
 DRAWS = Draws(seed=3, stage=1, batch_size=3)
 RULES = SubSliceConfig(n_cells=20, n_neighbors=7)
@@ -68,12 +84,6 @@ def arrays(masked):
 
 def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(arrays(one), arrays(other), strict=True))
-
-
-def test_nothing_can_be_built_before_cells_are_encoded(corpus):
-    samples = SubSliceSamples(corpus, RULES, DRAWS, masking=SpatialMasking(), vary=False)
-    with pytest.raises(RuntimeError, match=r"not encoded yet: call refresh\(\) or restore\(\)"):
-        samples.load(samples.epoch(0)[0], 0)
 
 
 def test_an_epoch_holds_each_cell_once_with_its_own_embedding(make, corpus):
@@ -150,7 +160,7 @@ def test_only_the_reference_partition_gives_epochs_of_different_length(make, var
         draws=replace(DRAWS, batch_size=1),
     )
     differ = len({len(samples.epoch(number)) for number in range(9)}) > 1
-    assert samples.epochs_differ_in_length == differ == (vary and partition == "reference")
+    assert differ == (vary and partition == "reference")
 
 
 def test_threads_load_the_same(make):
@@ -196,7 +206,7 @@ def test_sub_slices_that_stay_are_built_once(make, encode, corpus, monkeypatch):
 
 def test_kept_sub_slices_are_bounded(make, monkeypatch):
     built = counted_builds(monkeypatch)
-    monkeypatch.setattr(samples_module, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(samples_module, "_CELLS_KEPT", 1)
     samples = make(vary=False)
     batch = samples.epoch(0)[0]
     samples.masked(batch, 0)
@@ -209,23 +219,18 @@ def test_numbers_and_names_for_messages(make):
     batch = np.array([0, (1 << 32) + 1, (1 << 32)])
     inputs = samples.load(batch, 0)
     cells = [part.subslice.n_nodes - 4 for part in samples.masked(batch, 0)]
-    assert samples.n_cells(inputs) == sum(cells)
-    assert samples.n_tokens(inputs) == sum(cells) + 3 * 4
+    assert inputs.n_cells == sum(cells)
+    assert inputs.n_tokens == sum(cells) + 3 * 4
     assert inputs.subslices.features.shape[1] % 8 == 0
     assert samples.describe(batch) == "'slice-0', 'slice-1'"
 
 
 @pytest.fixture
 def joint(make, corpus, model):
-    def joint(*, sampled_cells=5, token_masking=None, draws=DRAWS, **changed):
+    def joint(*, sampled_cells=5, token_masking=None, **changed):
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        return JointSamples(
-            make(draws=draws, **changed),
-            reader,
-            draws,
-            sampled_cells=sampled_cells,
-            token_masking=token_masking,
-        )
+        tokens = {"sampled_cells": sampled_cells, "token_masking": token_masking}
+        return make(reader=reader, **tokens, **changed)
 
     return joint
 
@@ -234,17 +239,17 @@ def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
     samples = joint()
     batch = np.concatenate(samples.epoch(0))[:5]
     inputs = samples.load(batch, 0)
-    n_nodes = inputs.masked.subslices.pairs.n_nodes
-    row, node = np.divmod(inputs.places.numpy(), n_nodes)
+    n_nodes = inputs.subslices.pairs.n_nodes
+    row, node = np.divmod(inputs.sampled_places.numpy(), n_nodes)
     assert np.bincount(row).tolist() == [5] * 5
-    assert len(np.unique(inputs.places)) == len(inputs.places)
-    assert not np.isin(inputs.places, inputs.masked.hidden_places).any()
+    assert len(np.unique(inputs.sampled_places)) == len(inputs.sampled_places)
+    assert not np.isin(inputs.sampled_places, inputs.hidden_places).any()
 
-    cells = inputs.masked.subslices.cell_index.numpy()[row, node]
-    numbers = samples.subslices.slices_of(batch)[row]
+    cells = inputs.subslices.cell_index.numpy()[row, node]
+    numbers = samples.slices_of(batch)[row]
     read = [
         group.tokens[k][group.is_real[k]].tolist()
-        for group in inputs.cells
+        for group in inputs.sampled
         for k in range(len(group.tokens))
     ]
     expected = corpus.take(corpus.first_cell[numbers] + cells)
@@ -258,45 +263,39 @@ def test_sampling_follows_the_sample_alone(joint):
     samples = joint()
     batch = samples.epoch(0)[0]
     together = samples.load(batch, 0)
-    n_nodes = together.masked.subslices.pairs.n_nodes
-    row, node = np.divmod(together.places.numpy(), n_nodes)
+    n_nodes = together.subslices.pairs.n_nodes
+    row, node = np.divmod(together.sampled_places.numpy(), n_nodes)
     for k in range(len(batch)):
         alone = samples.load(batch[k : k + 1], 0)
-        assert sorted(alone.places.tolist()) == sorted(node[row == k].tolist())
+        assert sorted(alone.sampled_places.tolist()) == sorted(node[row == k].tolist())
     other = samples.load(batch, 1)
-    assert sorted(other.places.tolist()) != sorted(together.places.tolist())
+    assert sorted(other.sampled_places.tolist()) != sorted(together.sampled_places.tolist())
 
 
 def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
     samples = joint(rules=replace(RULES, n_cells=1), masking=SpatialMasking(masked=1.0, moved=0))
     batch = samples.epoch(0)[0]
     inputs = samples.load(batch, 0)
-    assert len(inputs.places) == len(batch)
-    assert sorted(inputs.places.tolist()) == sorted(inputs.masked.hidden_places.tolist())
-    with pytest.raises(ValueError, match="sampled_cells must be at least 1, found 0"):
-        joint(sampled_cells=0)
+    assert len(inputs.sampled_places) == len(batch)
+    assert sorted(inputs.sampled_places.tolist()) == sorted(inputs.hidden_places.tolist())
 
 
 def test_genes_are_hidden_if_asked(joint):
     samples = joint(token_masking=TokenMasking(share=0.5))
     inputs = samples.load(samples.epoch(0)[0], 0)
-    assert len(inputs.genes) == len(inputs.cells)
-    for group, hidden in zip(inputs.cells, inputs.genes, strict=True):
+    assert len(inputs.genes) == len(inputs.sampled)
+    for group, hidden in zip(inputs.sampled, inputs.genes, strict=True):
         is_mask = hidden.tokens.tokens == 1
         assert torch.equal(group.tokens[is_mask], hidden.labels)
         assert torch.equal(hidden.tokens.tokens[~is_mask], group.tokens[~is_mask])
     assert sum(len(hidden.labels) for hidden in inputs.genes) > 10
 
 
-def test_joint_numbers_and_names(joint):
+def test_joint_numbers(joint):
     samples = joint()
-    batch = samples.epoch(0)[0]
-    inputs = samples.load(batch, 0)
-    assert samples.n_cells(inputs) == samples.subslices.n_cells(inputs.masked)
-    tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
-    assert samples.n_tokens(inputs) == samples.subslices.n_tokens(inputs.masked) + tokens
-    assert not samples.epochs_differ_in_length
-    assert samples.describe(batch) == samples.subslices.describe(batch)
+    inputs = samples.load(samples.epoch(0)[0], 0)
+    tokens = sum(int(group.is_real.sum()) for group in inputs.sampled)
+    assert inputs.n_tokens == sum(inputs.subslices.pairs.n_real) + tokens
 
 
 CELL_DRAWS = Draws(seed=3, stage=1, batch_size=8)
@@ -307,7 +306,7 @@ def make_cells(model):
     def make_cells(corpus, *, draws=CELL_DRAWS, gene_dropout=0.0, **changed):
         config = replace(model.config.cell_encoder, **changed)
         reader = TokenReader(corpus, config, model.vocabulary)
-        return CellSamples(reader, draws, masking=TokenMasking(), gene_dropout=gene_dropout)
+        return CellSamples(reader, draws, TokenMasking(), gene_dropout)
 
     return make_cells
 
@@ -391,9 +390,9 @@ def test_values_come_along_only_if_they_are_read(make_cells, write_corpus):
 def test_numbers_and_names_for_messages_for_cells(make_cells, corpus):
     samples = make_cells(corpus)
     inputs = samples.load(np.array([0, 2, 120]), 0)
-    assert samples.n_cells(inputs) == 3
+    assert inputs.n_cells == 3
     lengths = np.minimum(corpus.cell_lengths[[0, 2, 120]] + 1, 41)
-    assert samples.n_tokens(inputs) == lengths.sum()
+    assert inputs.n_tokens == lengths.sum()
     assert samples.describe(np.array([0, 2, 120])) == "'slice-0', 'slice-1'"
 
 
@@ -408,7 +407,97 @@ def test_cells_of_like_length_are_grouped(model, corpus):
     assert reader.groups(cells[:0]) == []
 
 
-@pytest.mark.parametrize("name", ["seed", "stage", "batch_size"])
-def test_draws_are_checked(name):
-    with pytest.raises(ValueError, match=rf"{name} must be at least \d, found -1"):
-        replace(CELL_DRAWS, **{name: -1})
+def padded(n_tokens, most):
+    config = SimpleNamespace(reads_values=False, max_positions=most)
+    return TokenReader(None, config, None).padded(n_tokens)
+
+
+def draws(*, seed=0, stage=1, batch_size=8):
+    return Draws(seed=seed, stage=stage, batch_size=batch_size)
+
+
+def lists(batches):
+    return [batch.tolist() for batch in batches]
+
+
+def test_generator_depends_on_each_number():
+    def drawn(seed, stage, *of):
+        return draws(seed=seed, stage=stage).generator(*of).integers(1 << 60)
+
+    keys = [
+        (0, 1, 0, Purpose.MASKING, 5),
+        (1, 1, 0, Purpose.MASKING, 5),
+        (0, 2, 0, Purpose.MASKING, 5),
+        (0, 1, 3, Purpose.MASKING, 5),
+        (0, 1, 0, Purpose.CELLS, 5),
+        (0, 1, 0, Purpose.MASKING, 0),
+        (0, 1, 0, Purpose.MASKING, 5 << 32),
+        (0, 1, 0, Purpose.ORDER),
+        (0, 1, 0, Purpose.ROTATION),
+    ]
+    found = [drawn(*key) for key in keys]
+    assert len(set(found)) == len(keys)
+    assert found == [drawn(*key) for key in keys]
+
+
+def epoch_of_cells(corpus, seed=3):
+    return draws(seed=seed).batches(padded(corpus.cell_lengths, 41), 0)
+
+
+def test_epoch_takes_each_cell_once(corpus):
+    batches = epoch_of_cells(corpus)
+    assert sorted(np.concatenate(batches)) == list(range(corpus.n_cells))
+    assert max(len(b) for b in batches) == 8
+    assert len(batches) == -(-corpus.n_cells // 8)
+    assert all(b.dtype == np.int64 for b in batches)
+
+
+def test_epoch_is_seeded_and_shuffled(corpus):
+    epoch = lists(epoch_of_cells(corpus))
+    assert epoch == lists(epoch_of_cells(corpus))
+    assert epoch != lists(epoch_of_cells(corpus, seed=4))
+    order = np.concatenate(epoch)
+    # Neither slices nor lengths come one after another.
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.3
+
+
+def test_little_is_padded(rng):
+    n_tokens = rng.integers(1, 500, 5000)
+    lengths = padded(n_tokens, 1025)
+    batches = draws(batch_size=16).batches(lengths, 0)
+    filled = sum(lengths[b].max() * len(b) for b in batches)
+    assert filled < 1.01 * lengths.sum()
+    means = [lengths[b].mean() for b in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+
+
+def test_what_fills_no_batch_is_shared_out_evenly():
+    sizes = np.repeat(np.arange(7), [3, 4, 1, 2, 4, 2, 1])
+    batches = draws(batch_size=5).batches(sizes, 0)
+    assert sorted(len(b) for b in batches) == [4, 4, 4, 5]
+    assert draws(batch_size=5).batches(sizes[:0], 0) == []
+
+
+def test_padded_length_counts_cls_and_ends_at_the_longest_input():
+    n_tokens = np.array([0, 7, 8, 100, 2000])
+    assert padded(n_tokens, 41).tolist() == [8, 8, 16, 41, 41]
+
+
+@pytest.fixture
+def places(rng):
+    return normalize_coordinates(rng.random((113, 2)) * [9.0, 4.0])
+
+
+def test_fixed_subslices_are_those_of_inference(places, rng):
+    rules = SubSliceConfig(n_cells=20)
+    layout = lay_out_slice(places, rng.normal(size=(113, 5)), rules)
+    expected = [rows.tolist() for rows in rows_by_subslice(layout)]
+    assert [rows.tolist() for rows in cut_slice(places, rules)] == expected
+
+
+def test_slice_is_turned_before_it_is_cut(places):
+    rules = SubSliceConfig(n_cells=60)
+    found = cut_slice(places, rules, angle=np.pi / 2)
+    turned = np.column_stack([-places[:, 1], places[:, 0]])
+    expected = partition_balanced(turned, 60)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))

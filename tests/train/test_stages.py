@@ -13,14 +13,12 @@ from stofm.train import stages
 from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
-    MaskedGeneConfig,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
 )
-from stofm.train.epochs import Draws
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
-from stofm.train.optimizer import make_optimizer
+from stofm.train.loop import make_optimizer
+from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 
 CPU = torch.device("cpu")
@@ -55,21 +53,12 @@ def setup(tmp_path, model, corpus, held_out):
     )
 
 
-def make_stage(name, setup, *, objective=None, weights=None, **options):
+def make_stage(name, setup, *, weights=None, **options):
     """A stage with its objective, of which dropout is off."""
-    config = StageConfig(name=name, **{"subslice_cells": 20, "vary_subslices": True} | options)
-    model = setup.model
-    spatial = SpatialObjective(model.se2_transformer, weights=weights)
-    if name == "cell_encoder":
-        objective = objective or CellEncoderObjective(
-            model.cell_encoder, contrastive=config.contrastive, weights=weights
-        )
-        return stages.CellEncoderStage(objective.eval(), setup, config)
-    if name == "spatial":
-        return stages.SpatialStage(spatial.eval(), setup, config)
-    genes = MaskedGeneConfig() if config.trains_masked_genes else None
-    objective = JointObjective(model.cell_encoder, spatial, masked_genes=genes, weights=weights)
-    return stages.JointStage(objective.eval(), setup, config)
+    options = {"subslice_cells": 20, "vary_subslices": True} | options
+    config = StageConfig(name=name, weights=weights or LossWeights(), **options)
+    (objective,) = stages.make_objectives(setup.model, [config], seed=0)
+    return stages.make_stage(objective.eval(), setup, config)
 
 
 def total(stage, inputs):
@@ -100,7 +89,7 @@ def moves(module):
 def test_real_objective_learns_from_each_stage(setup, name, options, trains_cells, trains_space):
     stage = make_stage(name, setup, **options)
     stage.refresh()
-    loss = total(stage, stage.load(stage.epoch(0)[0], 0))
+    loss = total(stage, stage.samples.load(stage.samples.epoch(0)[0], 0))
     assert torch.isfinite(loss)
     assert loss > 0
     loss.backward()
@@ -118,11 +107,11 @@ def test_shares_of_processes_add_up_to_the_batch(setup, name):
     # Without contrastive learning, which needs all the batch's cells together.
     stage = make_stage(name, setup, weights=LossWeights(contrastive=0.0))
     stage.refresh()
-    batch = stage.epoch(1)[1]
+    batch = stage.samples.epoch(1)[1]
     shares = [batch[rank::3] for rank in range(3)]
     with torch.no_grad():
-        whole = stage.objective(stage.load(batch, 1))
-        parts = [stage.objective(stage.load(share, 1)) for share in shares]
+        whole = stage.objective(stage.samples.load(batch, 1))
+        parts = [stage.objective(stage.samples.load(share, 1)) for share in shares]
     for key, part in whole.items():
         assert sum(p[key].count for p in parts) == part.count
         summed = sum(p[key].total for p in parts)
@@ -134,7 +123,7 @@ def test_stage_says_what_it_is(setup, name):
     stage = make_stage(name, setup, refresh_every=7)
     assert (stage.name, stage.number) == (name, 1)
     assert stage.refresh_every == (7 if name == "joint" else None)
-    assert stage.describe(stage.epoch(0)[0]).startswith("'slice-")
+    assert stage.samples.describe(stage.samples.epoch(0)[0]).startswith("'slice-")
     assert stage.validation.describe(stage.validation.epoch(0)[0]) == "'held-out-0'"
     assert make_stage(name, replace(setup, validation=None)).validation is None
 
@@ -146,19 +135,18 @@ def test_validation_takes_the_sub_slices_of_inference(setup, name):
 
     def sizes(samples, epoch):
         loaded = [samples.load(batch, epoch) for batch in samples.epoch(epoch)]
-        batches = [getattr(inputs, "masked", inputs).subslices for inputs in loaded]
+        batches = [inputs.subslices for inputs in loaded]
         return sorted(n for b in batches for n in (b.cell_index >= 0).sum(1).tolist())
 
-    assert max(sizes(stage, 0)) <= 20
+    assert max(sizes(stage.samples, 0)) <= 20
     assert sizes(stage.validation, 0) == sizes(stage.validation, 1) == [30, 31]
     whole = make_stage(name, setup, subslice_cells=None)
     whole.refresh()
-    assert max(sizes(whole, 0)) > 30
+    assert max(sizes(whole.samples, 0)) > 30
 
 
 def first_features(stage):
-    samples = getattr(stage, "subslices", stage)
-    return np.array(samples.encoded[0].features)
+    return np.array(stage.samples.encoded[0].features)
 
 
 def change(model):
@@ -179,14 +167,14 @@ def test_joint_stage_renews_all_embeddings_and_virtual_cells(setup):
     stage = make_stage("joint", setup)
     stage.refresh()
     before = first_features(stage)
-    virtual = stage.subslices.encoded[0].layout.virtual
-    loaded = stage.load(stage.epoch(0)[0], 0).masked.target_features
+    virtual = stage.samples.encoded[0].layout.virtual
+    loaded = stage.samples.load(stage.samples.epoch(0)[0], 0).target_features
     change(setup.model)
     stage.refresh()
     assert not np.array_equal(first_features(stage), before)
-    renewed = stage.subslices.encoded[0].layout.virtual
+    renewed = stage.samples.encoded[0].layout.virtual
     assert not np.array_equal(renewed.features, virtual.features)
-    assert not torch.equal(stage.load(stage.epoch(0)[0], 0).masked.target_features, loaded)
+    assert not torch.equal(stage.samples.load(stage.samples.epoch(0)[0], 0).target_features, loaded)
 
 
 def test_held_out_slices_keep_the_first_embeddings(setup):
@@ -197,11 +185,11 @@ def test_held_out_slices_keep_the_first_embeddings(setup):
     change(setup.model)
     stage.refresh()
     resumed = make_stage("joint", setup)
-    resumed.restore(stage.state())
+    resumed.embeddings.restore(stage.embeddings.state())
     for one in (stage, resumed):
         after = one.validation.load(batch, 0)
-        assert torch.equal(after.masked.target_features, before.masked.target_features)
-        assert torch.equal(after.masked.subslices.features, before.masked.subslices.features)
+        assert torch.equal(after.target_features, before.target_features)
+        assert torch.equal(after.subslices.features, before.subslices.features)
 
 
 def test_runs_with_one_work_folder_leave_each_others_results(setup):
@@ -211,7 +199,7 @@ def test_runs_with_one_work_folder_leave_each_others_results(setup):
     shared = names(setup.folder)
     change(setup.model)
     stage.refresh()
-    state, used = stage.state(), names(setup.own_folder)
+    state, used = stage.embeddings.state(), names(setup.own_folder)
     # What is computed anew is the run's own; the first result stays where others find it.
     assert used
     assert names(setup.folder) == shared
@@ -224,7 +212,7 @@ def test_runs_with_one_work_folder_leave_each_others_results(setup):
         second.refresh()
     assert names(setup.folder) == shared
     assert names(setup.own_folder) == used
-    make_stage("joint", setup).restore(state)
+    make_stage("joint", setup).embeddings.restore(state)
 
 
 def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
@@ -232,14 +220,14 @@ def test_restored_stage_goes_on_with_the_embeddings_of_its_checkpoint(setup):
     stage.refresh()
     change(setup.model)
     stage.refresh()
-    expected, state = first_features(stage), stage.state()
+    expected, state = first_features(stage), stage.embeddings.state()
     change(setup.model)
 
     resumed = make_stage("joint", setup)
-    resumed.restore(state)
+    resumed.embeddings.restore(state)
     np.testing.assert_array_equal(first_features(resumed), expected)
-    batch = stage.epoch(0)[1]
-    one, other = (s.load(batch, 0).masked.subslices for s in (stage, resumed))
+    batch = stage.samples.epoch(0)[1]
+    one, other = (s.samples.load(batch, 0).subslices for s in (stage, resumed))
     assert torch.equal(one.features, other.features)
     assert torch.equal(one.pairs.distances, other.pairs.distances)
 
@@ -252,7 +240,7 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
     for _ in range(4):
         change(setup.model)
         stage.refresh()
-        states.append(stage.state())
+        states.append(stage.embeddings.state())
     # The first, and the last three: two that checkpoints refer to and, before that, the present.
     # Held-out slices have the first alone.
     assert n_kept(setup) == n_slices + 3 * 3
@@ -260,17 +248,17 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
     stage.refresh()
     assert n_kept(setup) == n_slices + 3 * 3
     resumed = make_stage("joint", setup)
-    resumed.restore(states[-1])
+    resumed.embeddings.restore(states[-1])
     with pytest.raises(FileNotFoundError, match="and the stage begins again"):
-        make_stage("joint", setup).restore(states[0])
+        make_stage("joint", setup).embeddings.restore(states[0])
     # What the run before the interruption made is cleared away too.
     resumed.refresh()
     change(setup.model)
     resumed.refresh()
-    resumed.state()
+    resumed.embeddings.state()
     change(setup.model)
     resumed.refresh()
-    resumed.state()
+    resumed.embeddings.state()
     change(setup.model)
     resumed.refresh()
     assert n_kept(setup) == n_slices + 3 * 3
@@ -279,10 +267,10 @@ def test_embeddings_stay_while_a_checkpoint_needs_them(setup):
 def test_lost_embeddings_of_a_frozen_encoder_are_made_again(setup):
     stage = make_stage("spatial", setup)
     stage.refresh()
-    expected, state = first_features(stage), stage.state()
+    expected, state = first_features(stage), stage.embeddings.state()
     shutil.rmtree(setup.folder)
     resumed = make_stage("spatial", setup)
-    resumed.restore(state)
+    resumed.embeddings.restore(state)
     np.testing.assert_array_equal(first_features(resumed), expected)
 
 
@@ -294,7 +282,7 @@ def test_second_process_removes_nothing(setup):
     for _ in range(3):
         change(setup.model)
         stage.refresh()
-        stage.state()
+        stage.embeddings.state()
         other.refresh()
     assert n_kept(setup) == 4 + 3 * 3
 
@@ -314,9 +302,8 @@ def pooling(setup, write_corpus):
 def test_nothing_is_computed_beforehand_for_cells(setup):
     stage = make_stage("cell_encoder", setup)
     stage.refresh()
-    assert stage.state() == {}
+    assert stage.embeddings is None
     assert stage.refresh_every is None
-    stage.restore({})
     assert not setup.folder.exists()
 
 
@@ -327,7 +314,7 @@ def test_what_is_pooled_by_stays_in_each_stage(pooling, name):
     encoder = pooling.model.cell_encoder
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     optimizer = make_optimizer(stage.objective, OptimizerConfig(learning_rate=0.1))
-    total(stage, stage.load(stage.epoch(0)[0], 0)).backward()
+    total(stage, stage.samples.load(stage.samples.epoch(0)[0], 0)).backward()
     assert moves(stage.objective)
     assert moves(encoder) == (name != "spatial")
     optimizer.step()
@@ -339,10 +326,10 @@ def test_what_is_pooled_by_stays_in_each_stage(pooling, name):
 def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
     stage = make_stage("joint", pooling)
     stage.refresh()
-    inputs = stage.load(stage.epoch(0)[0], 0)
+    inputs = stage.samples.load(stage.samples.epoch(0)[0], 0)
     with torch.no_grad():
-        fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.cells])
-    kept = inputs.masked.subslices.features.flatten(0, 1)[inputs.places]
+        fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.sampled])
+    kept = inputs.subslices.features.flatten(0, 1)[inputs.sampled_places]
     torch.testing.assert_close(fresh, kept, atol=1e-3, rtol=1e-3)
 
 

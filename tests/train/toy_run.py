@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stofm.tl import train
-from stofm.train.checkpoint import Progress
 from stofm.train.config import MaskedGeneConfig, OptimizerConfig, RunConfig, StageConfig
+from stofm.train.folder import Progress, load_optimizer_tensors, optimizer_tensors
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import LossPart, contrastive_loss
-from stofm.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from stofm.train.objectives import LossPart, contrastive_loss
 from stofm.train.processes import Processes
 
 N_SAMPLES, N_HELD_OUT = 37, 11
@@ -32,6 +31,7 @@ N_SAMPLES, N_HELD_OUT = 37, 11
 class ToyInputs:
     def __init__(self, numbers: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> None:
         self.numbers, self.x, self.y = numbers, x, y
+        self.n_cells, self.n_tokens = len(x), 6 * len(x)
 
     def to(self, device: torch.device) -> ToyInputs:
         return ToyInputs(self.numbers, self.x.to(device), self.y.to(device))
@@ -59,9 +59,6 @@ class ToyObjective(nn.Module):
             parts["contrast"] = contrastive_loss(hidden, turned, temperature=0.5, gather=gather)
         return parts
 
-    def count_operations(self, inputs: ToyInputs) -> int:
-        return 1000 * len(inputs.x)
-
 
 class ToySamples:
     def __init__(self, n_samples: int, batch_size: int, seed: int) -> None:
@@ -79,12 +76,6 @@ class ToySamples:
         x = self.x[samples] + 0.1 * np.stack(noise).astype(np.float32)
         return ToyInputs(samples, torch.from_numpy(x), torch.from_numpy(self.y[samples]))
 
-    def n_cells(self, inputs: ToyInputs) -> int:
-        return len(inputs.x)
-
-    def n_tokens(self, inputs: ToyInputs) -> int:
-        return 6 * len(inputs.x)
-
     def describe(self, samples: np.ndarray) -> str:
         return f"slices {sorted(samples.tolist())}"
 
@@ -92,13 +83,13 @@ class ToySamples:
 class ToyStage(ToySamples):
     name = "toy"
     number = 1
-    epochs_differ_in_length = False
 
     def __init__(
         self, objective: ToyObjective, *, batch_size: int = 4, held_out: bool = False
     ) -> None:
         super().__init__(N_SAMPLES, batch_size, seed=1)
         self.objective = objective
+        self.samples = self
         self.validation = ToySamples(N_HELD_OUT, 4, seed=2) if held_out else None
         self.refresh_every: int | None = None
         self.loaded: list[int] = []
@@ -111,12 +102,6 @@ class ToyStage(ToySamples):
     def refresh(self) -> None:
         self.refreshed_at.append(len(self.loaded))
 
-    def state(self) -> dict[str, str]:
-        return {}
-
-    def restore(self, state: Any) -> None:
-        assert state == {}
-
 
 class StoppedError(Exception):
     """A run was stopped after a checkpoint."""
@@ -127,7 +112,6 @@ class ToyRecorder:
 
     def __init__(self, loop: TrainingLoop, *, stop_at: int | None = None) -> None:
         self.loop, self.stop_at = loop, stop_at
-        self.newest: Path | None = None
         self.rows: list[dict[str, Any]] = []
         self.saved: list[int] = []
         self.kept: list[int] = []
@@ -144,7 +128,6 @@ class ToyRecorder:
 
     def save(self) -> None:
         self.saved.append(self.loop.progress.step)
-        self.newest = Path("run", "checkpoints", f"1-toy-{self.loop.progress.step}")
         if self.loop.progress.step == self.stop_at:
             raise StoppedError
 

@@ -24,10 +24,10 @@ from stofm.heads.tuning_lora import LowRankModel
 from stofm.heads.tuning_samples import FineTuningConfig, KnownCells, TuningStrategy
 from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.spatial import canonical_order
-from stofm.train.epochs import Draws
 from stofm.train.preparation import find_sources, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import FileConfig
+from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 
 if TYPE_CHECKING:

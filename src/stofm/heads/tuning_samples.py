@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from stofm.train.batches import JointBatch
 from stofm.train.config import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.heads.targets import Targets
-    from stofm.train.samples import JointSamples, SubSliceSamples
+    from stofm.train.masked_cells import MaskedSubSliceBatch
+    from stofm.train.samples import SubSliceSamples
 #: What is changed: low-rank changes that are added to the weights at the end, or the weights.
 TuningStrategy = Literal["lora", "full"]
 
@@ -40,9 +40,19 @@ class FineTuningBatch:
         Their targets, a row for each.
     """
 
-    cells: JointBatch
+    cells: MaskedSubSliceBatch
     places: Int[Tensor, " targets"]
     targets: Tensor
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells of the sub-slices."""
+        return self.cells.n_cells
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of nodes, and of tokens of the cells that are embedded anew."""
+        return self.cells.n_tokens
 
     def to(self, device: torch.device | str) -> FineTuningBatch:
         """Return a copy on `device`."""
@@ -83,8 +93,6 @@ class FineTuningSamples:
         The sub-slices, with nothing hidden and nothing moved.
     known
         Which targets count.
-    tokens
-        Reads the tokens of cells that are embedded anew; None if none is.
     before_epoch
         Called before the batches of an epoch are listed.
     """
@@ -94,19 +102,11 @@ class FineTuningSamples:
         subslices: SubSliceSamples,
         known: KnownCells,
         *,
-        tokens: JointSamples | None = None,
         before_epoch: Callable[[], object] | None = None,
     ) -> None:
         self._subslices = subslices
         self._known = known
-        self._tokens = tokens
         self._before_epoch = before_epoch
-
-    @property
-    def epochs_differ_in_length(self) -> bool:
-        """Whether the number of batches may differ between epochs."""
-        # How many sub-slices have a cell that counts depends on where they are cut.
-        return self._subslices.varies
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each sub-slice with a target that counts once."""
@@ -120,12 +120,8 @@ class FineTuningSamples:
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> FineTuningBatch:
         """Build some sub-slices, and read tokens and targets of their cells."""
-        if self._tokens is not None:
-            cells = self._tokens.load(samples, epoch)
-        else:
-            nothing = torch.empty(0, dtype=torch.int64)
-            cells = JointBatch(self._subslices.load(samples, epoch), cells=(), places=nothing)
-        index = cells.masked.subslices.cell_index.numpy()
+        cells = self._subslices.load(samples, epoch)
+        index = cells.subslices.cell_index.numpy()
         places, rows = [], []
         for b, number in enumerate(self._subslices.slices_of(samples)):
             nodes = np.flatnonzero(index[b] >= 0)
@@ -138,15 +134,6 @@ class FineTuningSamples:
             places=torch.from_numpy(np.concatenate(places)),
             targets=self._known.targets.take(np.concatenate(rows)),
         )
-
-    def n_cells(self, inputs: FineTuningBatch) -> int:
-        """Number of cells of the sub-slices."""
-        return self._subslices.n_cells(inputs.cells.masked)
-
-    def n_tokens(self, inputs: FineTuningBatch) -> int:
-        """Number of nodes, and of tokens of the cells that are embedded anew."""
-        n_tokens = sum(int(group.is_real.sum()) for group in inputs.cells.cells)
-        return self._subslices.n_tokens(inputs.cells.masked) + n_tokens
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that sub-slices come from."""

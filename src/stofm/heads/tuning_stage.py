@@ -10,35 +10,26 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stofm._keys import Obsm
+from stofm._logging import step_bar
 from stofm.heads.targets import head_loss
 from stofm.heads.tuning_samples import FineTuningSamples
-from stofm.train.cell_cache import CellCache
-from stofm.train.checkpoint import Progress
 from stofm.train.config import RunConfig, SpatialMasking
-from stofm.train.log import ProgressBar
+from stofm.train.folder import Progress
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import (
-    PER_PRODUCT,
-    LossPart,
-    matrix_weights,
-    products_of_embeddings,
-    products_of_transformer,
-)
-from stofm.train.objectives import embed_sampled, replace_rows
-from stofm.train.samples import JointSamples, SubSliceSamples
+from stofm.train.objectives import LossPart, with_fresh
+from stofm.train.samples import SubSliceSamples
+from stofm.train.stages import CellCache, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from stofm.heads.targets import Targets
     from stofm.heads.tuning_lora import LowRankModel
     from stofm.heads.tuning_samples import FineTuningBatch, FineTuningConfig, KnownCells
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
-    from stofm.train.losses import Gather
+    from stofm.train.objectives import Gather
     from stofm.train.processes import Processes
-    from stofm.train.protocols import Samples
     from stofm.train.stages import StageSetup
 
 _NOTHING_HIDDEN = SpatialMasking(masked=0.0, moved=0.0)
@@ -102,11 +93,7 @@ class FineTuningObjective(nn.Module):
 
     def predict(self, inputs: FineTuningBatch) -> Tensor:
         """Raw outputs of the head for the cells with a target, (n_targets, d_output)."""
-        subslices = inputs.cells.masked.subslices
-        features = subslices.features
-        if inputs.cells.cells:
-            fresh = embed_sampled(self._encoder(), inputs.cells)
-            features = replace_rows(features, inputs.cells.places, fresh)
+        subslices, features = inputs.cells.subslices, with_fresh(self._encoder(), inputs.cells)
         found = {Obsm.X_CELL: features}
         if Obsm.X in self.use_rep:
             batch = replace(subslices, features=features)
@@ -115,14 +102,6 @@ class FineTuningObjective(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             predicted: Tensor = self.head(torch.cat(read, dim=1))
         return predicted
-
-    def count_operations(self, inputs: FineTuningBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        encoder = self.model.cell_encoder
-        products = sum(products_of_embeddings(encoder, group) for group in inputs.cells.cells)
-        if Obsm.X in self.use_rep:
-            products += products_of_transformer(self.model.se2_transformer, inputs.cells.masked)
-        return PER_PRODUCT * (products + len(inputs.places) * matrix_weights(self.head))
 
     def _encoder(self) -> Any:
         """The cell encoder as it is called, with the low-rank changes in its weights."""
@@ -133,7 +112,7 @@ class FineTuningObjective(nn.Module):
         return lambda group: functional_call(encoder, weights, (group,))
 
 
-class FineTuningStage(FineTuningSamples):
+class FineTuningStage(Stage):
     """Sub-slices with targets to train on, and those to validate on.
 
     Both come from the same slices: they differ in the cells whose targets count. All cells are
@@ -164,63 +143,46 @@ class FineTuningStage(FineTuningSamples):
         held_out: KnownCells | None,
         low_rank: LowRankModel | None = None,
     ) -> None:
-        self.name: str = "fine-tuning"
-        self.number: int = setup.draws.stage
-        self.objective: nn.Module = objective
         self._setup = setup
         self._low_rank = low_rank
-        self._needs_places = Obsm.X in objective.use_rep
-        self._training = self._cut(vary=config.vary_subslices)
-        tokens = JointSamples(
-            self._training,
-            setup.reader(setup.corpus),
-            setup.draws,
-            sampled_cells=config.sampled_cells,
-            token_masking=None,
-        )
-        super().__init__(self._training, fitted, tokens=tokens)
-        #: Also between validations, so that no sub-slice is built while the embeddings change.
-        self.refresh_every: int | None = max(config.validate_every, len(self.epoch(0)))
+        reader = setup.reader(setup.corpus)
+        sampled = {"reader": reader, "sampled_cells": config.sampled_cells}
+        self._training = self._cut(vary=config.vary_subslices, **sampled)
         self._whole = self._cut(vary=False)
-        self.validation: Samples | None = None
+        samples = FineTuningSamples(self._training, fitted)
+        validation = None
         if held_out is not None:
-            self.validation = FineTuningSamples(self._whole, held_out, before_epoch=self.refresh)
-        self._cache = CellCache(
-            folder=setup.folder,
-            corpus=setup.corpus,
-            device=setup.device,
-            dtype=setup.dtype,
-            rules=setup.model.config.subslice,
-            virtual_cells=self._needs_places,
+            validation = FineTuningSamples(self._whole, held_out, before_epoch=self.refresh)
+        super().__init__(
+            name="fine-tuning",
+            number=setup.draws.stage,
+            objective=objective,
+            samples=samples,
+            validation=validation,
+            # Also between validations, so that no sub-slice is built while the embeddings change.
+            refresh_every=max(config.validate_every, len(samples.epoch(0))),
         )
-        self._key: str | None = None
+        self._cache = CellCache(setup, setup.corpus, setup.folder, Obsm.X in objective.use_rep)
 
     def refresh(self) -> None:
         """Embed all cells with the model as it is, and find the virtual cells."""
         model = self._setup.model if self._low_rank is None else self._low_rank.merged()
-        key, encoded = self._cache.encode(model, self._setup.processes)
+        key, encoded = self._cache.encode(model=model)
         for subslices in (self._training, self._whole):
             subslices.encoded = encoded
-        if self._key not in (None, key) and self._setup.processes.rank == 0:
-            self._cache.remove(self._key)
-        self._key = key
+        if self._setup.processes.rank == 0:
+            self._cache.remove(but={key})
 
-    def state(self) -> dict[str, str]:
-        """Nothing: fine-tuning is not interrupted."""
-        return {}
-
-    def restore(self, state: Mapping[str, str]) -> None:
-        """Nothing: fine-tuning is not interrupted."""
-
-    def _cut(self, *, vary: bool) -> SubSliceSamples:
+    def _cut(self, *, vary: bool, **sampled: Any) -> SubSliceSamples:
         setup = self._setup
         return SubSliceSamples(
             setup.corpus,
             setup.model.config.subslice,
             setup.draws,
-            masking=_NOTHING_HIDDEN,
+            _NOTHING_HIDDEN,
             vary=vary,
             node_multiple=setup.node_multiple,
+            **sampled,
         )
 
 
@@ -245,13 +207,11 @@ class BestWeights:
         Optimiser step whose weights are kept; the last one, if there is no validation.
     """
 
-    newest: Path | None = None
-
     def __init__(self, loop: TrainingLoop, *, show_progress_bar: bool) -> None:
         self._loop = loop
         self._trained = [w for w in loop.stage.objective.parameters() if w.requires_grad]
         self._kept: list[Tensor] | None = None
-        self._bar = ProgressBar("fine-tune", total=loop.n_steps, done=0, show=show_progress_bar)
+        self._bar = step_bar("fine-tune", total=loop.n_steps, done=0, show=show_progress_bar)
         self.rows: list[dict[str, Any]] = []
         self.best_step = 0
 
@@ -261,7 +221,7 @@ class BestWeights:
 
     def advance(self) -> None:
         """One more optimiser step is done."""
-        self._bar.advance()
+        self._bar.update()
 
     def keep(self) -> None:
         """Keep the weights, the best so far."""
@@ -312,7 +272,7 @@ def tune(
     -------
     The history, and which step was best.
     """
-    every, per_epoch = stage.refresh_every, len(stage.epoch(0))
+    every, per_epoch = stage.refresh_every, len(stage.samples.epoch(0))
     assert every is not None
     # To the end with a validation, without one that follows on the heels of another.
     n_steps = -(-max(config.epochs * per_epoch, config.min_steps) // every) * every

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm.train.config import RunConfig
-from stofm.train.launch import train_data
-from stofm.train.recipe import FileConfig
+from stofm.train.preparation import find_sources
+from stofm.train.recipe import FileConfig, choose_stages, find_model, launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm, StofmConfig
     from stofm.train.config import Keep, OptimizerConfig, Precision, StageConfig, StageName
+    from stofm.train.preparation import SliceSource
     from stofm.train.run import TrainResult
 
 
@@ -153,34 +154,36 @@ def train(
     >>> st.pl.training(result)  # doctest: +SKIP
     >>> st.tl.embed(slices[2], result.model)  # doctest: +SKIP
     """
-    return train_data(
-        data,
-        model,
-        validation=validation,
-        options=FileConfig(
-            layer=layer,
-            spatial_key=spatial_key,
-            library_key=library_key,
-            species=species,
-            gene_key=gene_key,
-            orthologs=orthologs,
-            table_key=table_key,
-        ),
-        stage=stage,
-        epochs=epochs,
-        optimizer=optimizer,
-        run=RunConfig(
-            seed=seed,
-            precision=precision,
-            keep=keep,
-            validate_every=validate_every,
-            patience=patience,
-            checkpoint_every=checkpoint_every,
-            log_every=log_every,
-            n_threads=n_threads,
-            tensorboard=tensorboard,
-        ),
-        vocabulary=vocabulary,
+    options = FileConfig(
+        layer=layer,
+        spatial_key=spatial_key,
+        library_key=library_key,
+        species=species,
+        gene_key=gene_key,
+        orthologs=orthologs,
+        table_key=table_key,
+    )
+    run = RunConfig(
+        seed=seed,
+        precision=precision,
+        keep=keep,
+        validate_every=validate_every,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        log_every=log_every,
+        n_threads=n_threads,
+        tensorboard=tensorboard,
+    )
+
+    def find() -> tuple[list[SliceSource], list[SliceSource]]:
+        held_out = [] if validation is None else find_sources(validation, options)
+        return find_sources(data, options), held_out
+
+    return launch(
+        find,
+        lambda fit: find_model(model, vocabulary, fit, seed=seed),
+        stages=choose_stages(stage, epochs, optimizer),
+        run=run,
         gene_embeddings=gene_embeddings,
         out_dir=out_dir,
         device=device,

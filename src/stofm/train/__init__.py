@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.checkpoint import Progress
+from stofm._lazy import lazy
 from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
@@ -17,25 +15,8 @@ from stofm.train.config import (
     StageConfig,
     TokenMasking,
 )
-from stofm.train.corpus import Corpus, TokenizedSlice, open_slice, preparation_key, write_slice
-from stofm.train.epochs import Draws
-from stofm.train.folder import RunFolder
-from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
-from stofm.train.loop import TrainingLoop
-from stofm.train.losses import (
-    LossPart,
-    contrastive_loss,
-    masked_cell_loss,
-    masked_gene_loss,
-    pair_distance_loss,
-)
-from stofm.train.masking import MaskedSubSlice, drop_genes, mask_tokens
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
-from stofm.train.processes import Processes
-from stofm.train.protocols import Recorder, Samples, Stage
 from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, paper_schedule
-from stofm.train.run import Pretraining, TrainResult
-from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage, StageSetup
+from stofm.train.run import TrainResult
 
 if TYPE_CHECKING:
     from stofm.heads.ensemble import blend_weights, fit_linear_head, stack_weights
@@ -45,85 +26,38 @@ if TYPE_CHECKING:
 
 #: Public here, and kept with the heads, which are built on training.
 _HEADS = {
-    "FineTuningConfig": "tuning_samples",
-    "FittedHead": "network",
-    "HeadTraining": "network",
-    "Targets": "targets",
-    "apply_head": "network",
-    "blend_weights": "ensemble",
-    "fit_head": "network",
-    "fit_linear_head": "ensemble",
-    "head_loss": "targets",
-    "stack_weights": "ensemble",
+    "ensemble": ("blend_weights", "fit_linear_head", "stack_weights"),
+    "network": ("FittedHead", "HeadTraining", "apply_head", "fit_head"),
+    "targets": ("Targets", "head_loss"),
+    "tuning_samples": ("FineTuningConfig",),
 }
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HEADS:
-        msg = f"module 'stofm.train' has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(importlib.import_module(f"stofm.heads.{_HEADS[name]}"), name)
-
+__getattr__ = lazy(
+    "stofm.train", {name: f"stofm.heads.{file}" for file, names in _HEADS.items() for name in names}
+)
 
 __all__ = [
-    "CellBatch",
-    "CellEncoderObjective",
-    "CellEncoderStage",
     "ContrastiveConfig",
-    "Corpus",
     "DataConfig",
-    "Draws",
     "FileConfig",
     "FineTuningConfig",
     "FittedHead",
     "HeadTraining",
-    "JointBatch",
-    "JointObjective",
-    "JointStage",
-    "LossPart",
     "LossWeights",
-    "MaskedCellHead",
     "MaskedGeneConfig",
-    "MaskedGeneHead",
-    "MaskedGenes",
-    "MaskedSubSlice",
-    "MaskedSubSliceBatch",
     "ModelSource",
     "OptimizerConfig",
-    "PairDistanceHead",
-    "Pretraining",
-    "Processes",
-    "Progress",
     "Recipe",
-    "Recorder",
     "RunConfig",
-    "RunFolder",
-    "Samples",
     "SpatialMasking",
-    "SpatialObjective",
-    "SpatialStage",
-    "Stage",
     "StageConfig",
-    "StageSetup",
     "Targets",
     "TokenMasking",
-    "TokenizedSlice",
     "TrainResult",
-    "TrainingLoop",
     "apply_head",
     "blend_weights",
-    "contrastive_loss",
-    "drop_genes",
     "fit_head",
     "fit_linear_head",
     "head_loss",
-    "mask_tokens",
-    "masked_cell_loss",
-    "masked_gene_loss",
-    "open_slice",
-    "pair_distance_loss",
     "paper_schedule",
-    "preparation_key",
     "stack_weights",
-    "write_slice",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stofm._config import check_choice, check_seed, check_shares, check_sum, require
@@ -252,11 +252,6 @@ class LossWeights:
         """Weight of the pairs' distances, 1 - lambda."""
         return 1.0 - self.masked_cells
 
-    @property
-    def asks_visible_cells(self) -> bool:
-        """Whether anything is asked of cells that are not hidden."""
-        return self.visible_cells > 0 or self.surroundings > 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -386,8 +381,5 @@ class StageConfig:
     @property
     def n_surrounding(self) -> int:
         """Cells around each that is not hidden, to be told from it; 0 if nothing is asked of it."""
-        return self.surrounding_cells if self.weights.asks_visible_cells else 0
-
-    def settings(self) -> dict[str, Any]:
-        """Entries that the trained weights depend on: all."""
-        return asdict(self)
+        is_asked = self.weights.visible_cells > 0 or self.weights.surroundings > 0
+        return self.surrounding_cells if is_asked else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -52,11 +52,18 @@ def make_initializer(
     gene_embeddings: str | GeneTable, model: Stofm, *, seed: int
 ) -> Initializer | None:
     """What sets a model's first gene embeddings; None to leave them."""
-    if isinstance(gene_embeddings, GeneTable):
-        return partial(_put_in, *_embeddings_of(gene_embeddings, model))
     if gene_embeddings == "random":
         return None
-    return partial(initialize_from_coexpression, seed=seed)
+    if not isinstance(gene_embeddings, GeneTable):
+        return partial(initialize_from_coexpression, seed=seed)
+    tokens, values = _embeddings_of(gene_embeddings, model)
+
+    def put_in(_: Corpus, model: Stofm) -> None:
+        words = model.cell_encoder.gene_embeddings.weight
+        with torch.no_grad():
+            words[torch.from_numpy(tokens.astype(np.int64))] = torch.from_numpy(values).to(words)
+
+    return put_in
 
 
 def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -65,7 +72,7 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
     These are the table's rows less their mean or, if the table is wider than embeddings, the first
     principal components of the rows. They are as spread as the embeddings of a new model.
     """
-    encoder = model.cell_encoder
+    encoder, vocabulary = model.cell_encoder, model.vocabulary
     width = encoder.gene_embeddings.weight.shape[1]
     if table.width < width:
         msg = (
@@ -74,7 +81,6 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
             "wider table."
         )
         raise ValueError(msg)
-    vocabulary = model.vocabulary
     rows = table.rows_of(vocabulary)
     found = table.values[rows[rows >= 0]]
     if table.width > width:
@@ -95,14 +101,54 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
     return vocabulary.tokens[rows >= 0], values.astype(np.float32)
 
 
-def _put_in(
-    tokens: NDArray[np.int32], values: NDArray[np.float32], corpus: Corpus, model: Stofm
-) -> None:
-    """Set the embeddings of some tokens, in place."""
-    del corpus
-    words = model.cell_encoder.gene_embeddings.weight
+def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0) -> None:
+    """Set the gene embeddings of a model that pools, in place.
+
+    The first half of their numbers are factors of log(1 + value x median), in which genes count by
+    their variance, as in principal components. The second half are factors of log(1 + value), in which
+    rare genes count more, and which are half as large, because these are noisier. Each factor is
+    divided by the root of its deviation over the slices: what varies most in all of them, such as the
+    depth of sequencing, shall not drown the rest. Pooled sums then have mean 0 over the slices, and
+    the first half's have a mean variance of 1. BERT, if it is narrower than gene embeddings, reads the
+    first factors.
+    """
+    encoder = model.cell_encoder
+    if not encoder.config.pooled:
+        msg = (
+            "gene_embeddings='coexpression' sets what is pooled over a cell's genes, and this cell "
+            "encoder pools nothing: set cell_encoder.pooled to true."
+        )
+        raise ValueError(msg)
+    slices = [one.ranked for one in corpus.slices]
+    n_tokens, width = encoder.gene_embeddings.weight.shape
+    medians = encoder.medians.numpy()
+    halves, offsets = [], []
+    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
+        factors = coexpression_factors(
+            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
+        )
+        moments = []
+        for one in slices:
+            sums = _values(one, scale) @ factors
+            moments.append(
+                [sums.mean(axis=0, dtype=np.float64), sums.var(axis=0, dtype=np.float64)]
+            )
+        mean, variance = np.mean(moments, axis=0)
+        deviation = np.sqrt(variance)
+        # Variances become deviations, whose mean is then `size` squared.
+        ratio = (size / np.sqrt(deviation.mean() * deviation)).astype(np.float32)
+        halves.append(factors * ratio)
+        offsets.append(mean * ratio)
+    table = np.hstack(halves)
     with torch.no_grad():
-        words[torch.from_numpy(tokens.astype(np.int64))] = torch.from_numpy(values).to(words)
+        encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))
+        encoder.gene_offset.copy_(torch.from_numpy(np.concatenate(offsets)))
+        if encoder.config.projects_genes:
+            # As spread as BERT's own would be, so that positions and values weigh as usual.
+            spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
+            ratio = float(encoder.bert.config.initializer_range) / spread
+            projection = encoder.gene_projection.weight
+            projection.copy_(torch.eye(*projection.shape) * ratio)
 
 
 def coexpression_factors(
@@ -131,8 +177,8 @@ def coexpression_factors(
     scale = np.ones(n_tokens, dtype=np.float32) if scale is None else scale
     moments = [_moments(_values(ranked, scale)) for ranked in slices]
     weights = np.sqrt([float(ranked.n_cells) for ranked in slices])
-    seen = sum(w * (m.mean > 0) for w, m in zip(weights, moments, strict=True))
-    variance = sum(w * m.variance for w, m in zip(weights, moments, strict=True))
+    seen = sum(w * (mean > 0) for w, (mean, _) in zip(weights, moments, strict=True))
+    variance = sum(w * own for w, (_, own) in zip(weights, moments, strict=True))
     deviation = np.sqrt(variance / np.maximum(seen, 1e-12))
     if (n_genes := int((deviation > 0).sum())) < n_factors:
         msg = (
@@ -146,83 +192,18 @@ def coexpression_factors(
 
     start = np.random.default_rng(seed).standard_normal((n_tokens, n_factors))
     factors: NDArray[np.float64] = np.linalg.qr(start * (seen > 0)[:, None])[0]
-    strength = np.zeros(n_factors)
     for _ in range(iterations):
         product = np.zeros((n_tokens, n_factors))
-        for ranked, moment, weight in zip(slices, moments, weights, strict=True):
-            product += weight * _covariance_product(
-                _values(ranked, scale), moment.mean, factors * inverse[:, None]
-            )
+        for ranked, (mean, _variance), weight in zip(slices, moments, weights, strict=True):
+            scaled = factors * inverse[:, None]
+            product += weight * _covariance_product(_values(ranked, scale), mean, scaled)
         product *= (inverse / np.maximum(seen, 1e-12))[:, None]
-        factors, strength, _ = np.linalg.svd(product, full_matrices=False)
+        factors = np.linalg.svd(product, full_matrices=False)[0]
     # Of each factor the weight of largest magnitude is positive.
     largest = np.take_along_axis(factors, np.abs(factors).argmax(axis=0)[None], axis=0)
     factors = factors * np.where(largest < 0, -1.0, 1.0)
-    logger.info(
-        "Co-expression of %d genes over %d slices: the first of %d factors is %.0f times as strong "
-        "as the last.",
-        n_genes,
-        len(slices),
-        n_factors,
-        strength[0] / max(strength[-1], 1e-12),
-    )
+    logger.info(f"Co-expression of {n_genes} genes over {len(slices)} slices: {n_factors} factors.")
     return (inverse[:, None] * factors).astype(np.float32)
-
-
-def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0) -> None:
-    """Set the gene embeddings of a model that pools, in place.
-
-    The first half of their numbers are factors of log(1 + value x median), in which genes count by
-    their variance, as in principal components. The second half are factors of log(1 + value), in which
-    rare genes count more, and which are half as large, because these are noisier. Each factor is
-    divided by the root of its deviation over the slices: what varies most in all of them, such as the
-    depth of sequencing, shall not drown the rest. Pooled sums then have mean 0 over the slices, and
-    the first half's have a mean variance of 1. BERT, if it is narrower than gene embeddings, reads the
-    first factors.
-    """
-    encoder = model.cell_encoder
-    if not encoder.config.pooled:
-        msg = (
-            "gene_embeddings='coexpression' sets what is pooled over a cell's genes, and this cell "
-            "encoder pools nothing: set cell_encoder.pooled to true."
-        )
-        raise ValueError(msg)
-    slices = [one.ranked for one in corpus.slices]
-    n_tokens, width = encoder.gene_embeddings.weight.shape
-    medians = encoder.medians.numpy()
-    halves, means = [], []
-    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        factors = coexpression_factors(
-            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
-        )
-        sums = (_values(one, scale) @ factors for one in slices)
-        moments = [
-            _Moments(s.mean(axis=0, dtype=np.float64), s.var(axis=0, dtype=np.float64))
-            for s in sums
-        ]
-        deviation = np.sqrt(np.mean([m.variance for m in moments], axis=0))
-        # Variances become deviations, whose mean is then `size` squared.
-        ratio = (size / np.sqrt(deviation.mean() * deviation)).astype(np.float32)
-        halves.append(factors * ratio)
-        means.append(np.mean([m.mean for m in moments], axis=0) * ratio)
-    table = np.hstack(halves)
-    with torch.no_grad():
-        encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))
-        encoder.gene_offset.copy_(torch.from_numpy(np.concatenate(means)))
-        if encoder.config.projects_genes:
-            # As spread as BERT's own would be, so that positions and values weigh as usual.
-            spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
-            ratio = float(encoder.bert.config.initializer_range) / spread
-            encoder.gene_projection.weight.copy_(
-                torch.eye(*encoder.gene_projection.weight.shape) * ratio
-            )
-
-
-class _Moments(NamedTuple):
-    """Mean and variance of each gene, or factor, over a slice."""
-
-    mean: NDArray[np.float64]
-    variance: NDArray[np.float64]
 
 
 def _values(ranked: RankedTokens, scale: NDArray[np.float32]) -> sparse.csr_matrix:
@@ -238,13 +219,13 @@ def _values(ranked: RankedTokens, scale: NDArray[np.float32]) -> sparse.csr_matr
     return sparse.csr_matrix((logs, ranked.tokens, ranked.offsets), shape=shape)
 
 
-def _moments(values: sparse.csr_matrix) -> _Moments:
-    n_cells = values.shape[0]
-    columns = values.indices
-    size = values.shape[1]
-    mean = np.bincount(columns, weights=values.data, minlength=size) / n_cells
-    square = np.bincount(columns, weights=values.data.astype(np.float64) ** 2, minlength=size)
-    return _Moments(mean=mean, variance=np.maximum(square / n_cells - mean**2, 0.0))
+def _moments(values: sparse.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and variance of each gene over a slice."""
+    n_cells, n_tokens = values.shape
+    mean = np.bincount(values.indices, weights=values.data, minlength=n_tokens) / n_cells
+    squares = values.data.astype(np.float64) ** 2
+    square = np.bincount(values.indices, weights=squares, minlength=n_tokens) / n_cells
+    return mean, np.maximum(square - mean**2, 0.0)
 
 
 def _covariance_product(

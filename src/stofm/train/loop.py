@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import nn
 
 from stofm._logging import logger
 from stofm.nn.device import reseed, seeded
-from stofm.train.optimizer import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -24,16 +23,52 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.train.checkpoint import Progress
     from stofm.train.config import OptimizerConfig, RunConfig
-    from stofm.train.processes import Processes, RowGatherer
-    from stofm.train.protocols import Recorder, Samples, Stage
+    from stofm.train.folder import Progress
+    from stofm.train.objectives import LossPart
+    from stofm.train.processes import Processes
+    from stofm.train.stages import Samples, Stage
 
     Item = TypeVar("Item")
     Loaded = TypeVar("Loaded")
+    #: A process's part of a batch, and whether it counts: one that gets none runs another sample.
+    Share = tuple[Any, bool]
 
 #: Seconds between checkpoints, where no number of steps is asked for.
 _BETWEEN_CHECKPOINTS = 600.0
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Make AdamW for the weights of a module that are to be trained."""
+    plain = {
+        id(weight)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding | nn.LayerNorm)
+        for weight in part.parameters(recurse=False)
+    }
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    if not weights:
+        msg = "There are no weights to train: all of them are frozen."
+        raise ValueError(msg)
+    decayed = [w for w in weights if w.ndim > 1 and id(w) not in plain]
+    others = [w for w in weights if w.ndim < 2 or id(w) in plain]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )
+
+
+def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of an optimiser step, counted from 0: a linear rise, then a linear fall."""
+    warmup = min(config.warmup_steps, n_steps // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * max(0, n_steps - step) / (n_steps - warmup)
 
 
 def load_ahead(
@@ -46,31 +81,17 @@ def load_ahead(
     if not n_threads:
         yield from map(load, items)
         return
-    left = iter(items)
+    pending: deque[Future[Loaded]] = deque()
     with ThreadPoolExecutor(n_threads, "stofm-load") as threads:
-        pending = deque(threads.submit(load, item) for item in islice(left, 2 * n_threads))
         try:
+            for item in items:
+                pending.append(threads.submit(load, item))
+                if len(pending) > 2 * n_threads:
+                    yield pending.popleft().result()
             while pending:
-                loaded = pending.popleft().result()
-                pending.extend(threads.submit(load, item) for item in islice(left, 1))
-                yield loaded
+                yield pending.popleft().result()
         finally:
             threads.shutdown(wait=True, cancel_futures=True)
-
-
-class _Share(NamedTuple):
-    """A process's part of a batch; one that gets none runs a sample that does not count."""
-
-    inputs: Any
-    is_active: bool
-
-
-class _Work:
-    """One forward pass's input; opaque to Fabric, which would cast coordinates to bfloat16."""
-
-    def __init__(self, inputs: Any, gather: RowGatherer | None) -> None:
-        self.inputs = inputs
-        self.gather = gather
 
 
 class _Losses(nn.Module):
@@ -79,15 +100,16 @@ class _Losses(nn.Module):
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective
-        self.names = tuple(cast("Mapping[str, float]", objective.weights))
-        if not self.names:
+        self.weights = cast("Mapping[str, float]", objective.weights)
+        if not self.weights:
             msg = "All losses have the weight 0: nothing would be trained. Raise one of `weights`."
             raise ValueError(msg)
 
-    def forward(self, work: _Work) -> tuple[Tensor, Tensor]:
-        parts = self.objective(work.inputs, work.gather)
-        totals = torch.stack([parts[name].total.float() for name in self.names])
-        return totals, totals.new_tensor([float(parts[name].count) for name in self.names])
+    def forward(self, compute: Callable[[], Mapping[str, LossPart]]) -> tuple[Tensor, Tensor]:
+        """Call the objective; Fabric would cast tensors to bfloat16, coordinates among them."""
+        parts = compute()
+        totals = torch.stack([parts[name].total.float() for name in self.weights])
+        return totals, totals.new_tensor([float(parts[name].count) for name in self.weights])
 
 
 class TrainingLoop:
@@ -118,8 +140,6 @@ class TrainingLoop:
         The optimiser, of the weights of ``stage.objective``.
     """
 
-    _recorder: Recorder
-
     def __init__(
         self,
         stage: Stage,
@@ -139,25 +159,27 @@ class TrainingLoop:
         self.progress = progress
         self.n_steps = self._count_steps(max_steps)
         self.optimizer = make_optimizer(stage.objective, optimizer)
-        module = _Losses(stage.objective)
-        self.names = module.names
-        self._weights = cast("Mapping[str, float]", stage.objective.weights)
-        self._module, self._placed = processes.set_up(module, self.optimizer)
-        self._gradient_norm = math.nan
+        losses = _Losses(stage.objective)
+        self._weights, self.names = losses.weights, tuple(losses.weights)
+        processes.wait()
+        placed = cast("tuple[Any, Any]", processes.fabric.setup(losses, self.optimizer))
+        self._module, self._placed = placed
 
     def _count_steps(self, max_steps: int | None) -> int:
         """Optimiser steps of the stage; the last one of an epoch may have fewer batches."""
-        total = n_of_epoch = 0
+        n_steps = 0
         for epoch in range(self._n_epochs):
-            if epoch == 0 or self.stage.epochs_differ_in_length:
-                n_of_epoch = -(-len(self.stage.epoch(epoch)) // self._config.accumulation)
-            total += n_of_epoch
-            if max_steps is not None and total >= max_steps:
+            n_steps += -(-len(self.stage.samples.epoch(epoch)) // self._config.accumulation)
+            if max_steps is not None and n_steps >= max_steps:
                 return max_steps
-        return total
+        return n_steps
 
-    def train(self, recorder: Recorder) -> None:
+    def train(self, recorder: Any) -> None:
         """Train to the end of the stage, or until the held-out loss no longer falls.
+
+        The recorder is told of a row of the history (``record(row)``), that a step is done
+        (``advance()``), that weights are the best so far (``keep()``) and that it is time for a
+        checkpoint (``save()``), which processes may do at different steps, but all at the end.
 
         Raises
         ------
@@ -182,88 +204,91 @@ class TrainingLoop:
     def _train_epoch(self) -> None:
         """Train to the end of an epoch, in runs between which the stage is refreshed."""
         progress, every = self.progress, self.stage.refresh_every
-        batches, at_once = self.stage.epoch(progress.epoch), self._config.accumulation
-        starts = range(progress.position, len(batches), at_once)
-        steps = [batches[start : start + at_once] for start in starts]
-        steps = steps[: self.n_steps - progress.step]
+        batches, at_once = self.stage.samples.epoch(progress.epoch), self._config.accumulation
+        left = batches[progress.position :][: at_once * (self.n_steps - progress.step)]
+        steps = [left[start : start + at_once] for start in range(0, len(left), at_once)]
         while steps and not self._is_done():
             if every is not None and progress.step and progress.step % every == 0:
                 self.stage.refresh()
             n_run = len(steps) if every is None else every - progress.step % every
             batches_of_run = [batch for step in steps[:n_run] for batch in step]
-            with self._loading(self.stage, batches_of_run, progress.epoch) as loaded:
+            with self._loading(self.stage.samples, batches_of_run, progress.epoch) as loaded:
                 for step in steps[:n_run]:
-                    self._take_step(step, loaded)
-                    self._come_forward(len(step), len(batches))
+                    norm = self._take_step(step, loaded)
+                    self._come_forward(len(step), len(batches), norm)
                     if self._is_done():
                         break
             steps = steps[n_run:]
 
     def _loading(
         self, samples: Samples, batches: Sequence[NDArray[np.int64]], epoch: int
-    ) -> closing[Generator[_Share, None, None]]:
+    ) -> closing[Generator[Share, None, None]]:
         rank, count = self._processes.rank, self._processes.count
 
-        def load(batch: NDArray[np.int64]) -> _Share:
+        def load(batch: NDArray[np.int64]) -> Share:
             own = batch[rank::count]
-            return _Share(samples.load(own if len(own) else batch[:1], epoch), len(own) > 0)
+            return samples.load(own if len(own) else batch[:1], epoch), len(own) > 0
 
         return closing(load_ahead(load, batches, self._run.n_threads))
 
     def _take_step(
-        self, batches: Sequence[NDArray[np.int64]], loaded: Generator[_Share, None, None]
-    ) -> None:
-        """Take one optimiser step: the mean over the batches, each weighted by its samples."""
+        self, batches: Sequence[NDArray[np.int64]], loaded: Generator[Share, None, None]
+    ) -> float:
+        """Take one optimiser step: the mean over the batches, each weighted by its samples.
+
+        Returns the norm of the gradient.
+        """
         start = time.perf_counter()
-        self._rate = learning_rate(self.progress.step, self.n_steps, self._config)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
+            group["lr"] = learning_rate(self.progress.step, self.n_steps, self._config)
         n_samples = sum(len(batch) for batch in batches)
+        fabric, is_alone = self._processes.fabric, self._processes.count == 1
         found = []
         for number, batch in enumerate(batches):
             asked = time.perf_counter()
             share = next(loaded)
             self.progress.waited += time.perf_counter() - asked
             self._seed_dropout(number)
-            is_last = number == len(batches) - 1
-            with self._processes.without_sync(self._module, enabled=not is_last):
+            is_last = is_alone or number == len(batches) - 1
+            # Gradients are averaged over the processes once, in the backward pass of the last batch.
+            with fabric.no_backward_sync(self._module, enabled=not is_last):
                 found.append(self._go_back(share, len(batch) / n_samples))
         limit = self._config.max_norm
-        norm = self._processes.fabric.clip_gradients(
+        norm = fabric.clip_gradients(
             self._module,
             self._placed,
             max_norm=math.inf if limit is None else limit,
             error_if_nonfinite=False,
         )
-        self._gradient_norm = float(cast("Tensor", norm))
+        gradient_norm = float(cast("Tensor", norm))
         sums = torch.stack(found).cpu().numpy().astype(np.float64)
-        self._require_finite(sums, batches)
+        self._require_finite(sums, gradient_norm, batches)
         self._placed.step()
         self._placed.zero_grad()
         self._count(sums.sum(axis=0), time.perf_counter() - start)
+        return gradient_norm
 
-    def _go_back(self, share: _Share, share_of_step: float) -> Tensor:
+    def _go_back(self, share: Share, share_of_step: float) -> Tensor:
         """Forward and backward pass of one batch; returns what :meth:`_forward` sums."""
-        totals, sums = self._forward(self.stage, share)
+        totals, sums = self._forward(share)
         n = len(self.names)
         # The weights of what was asked may be small; where nothing was there is no gradient.
         counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
-        weights = totals.new_tensor([self._weights[name] for name in self.names])
+        weights = totals.new_tensor(list(self._weights.values()))
         # Gradients are averaged over the processes: their number takes that back.
         scale = weights * (share_of_step * self._processes.count) / counts
         self._processes.fabric.backward((totals * scale).sum())
         return sums
 
-    def _forward(self, samples: Samples, share: _Share) -> tuple[Tensor, Tensor]:
-        """Own sums with gradient, and those of all: sums, counts, cells, tokens, operations."""
+    def _forward(self, share: Share) -> tuple[Tensor, Tensor]:
+        """Own sums with gradient, and those of all processes: sums, counts, cells, tokens."""
         inputs, is_active = share
         gather = self._processes.gather_rows(is_active=is_active)
-        totals, counts = self._module(_Work(inputs.to(self._processes.device), gather))
+        on_device = inputs.to(self._processes.device)
+        totals, counts = self._module(partial(self.stage.objective, on_device, gather))
         if not is_active:
             totals, counts = totals * 0, counts * 0
-        n_operations = cast("Any", self.stage.objective).count_operations(inputs)
-        size = [samples.n_cells(inputs), samples.n_tokens(inputs), n_operations]
-        seen = totals.new_tensor([float(n) * is_active for n in size])
+        seen = totals.new_tensor([float(n) * is_active for n in (inputs.n_cells, inputs.n_tokens)])
         return totals, self._processes.sum(torch.cat([totals.detach(), counts, seen]))
 
     def _seed_dropout(self, number: int) -> None:
@@ -273,37 +298,30 @@ class TrainingLoop:
         reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
 
     def _require_finite(
-        self, sums: NDArray[np.float64], batches: Sequence[NDArray[np.int64]]
+        self, sums: NDArray[np.float64], gradient_norm: float, batches: Sequence[NDArray[np.int64]]
     ) -> None:
-        is_bad = np.asarray(~np.isfinite(sums[:, : len(self.names)]))
-        uses_scaler = self._run.precision == "16-mixed"
-        if not is_bad.any() and (math.isfinite(self._gradient_norm) or uses_scaler):
-            # A scaler skips steps whose gradients overflow, and lowers the scale.
+        is_bad: NDArray[np.bool_] = ~np.isfinite(sums[:, : len(self.names)])
+        # In 16 bits a scaler skips steps whose gradients overflow, and lowers the scale.
+        gradient_counts = self._run.precision != "16-mixed"
+        if not is_bad.any() and (math.isfinite(gradient_norm) or not gradient_counts):
             return
-        at_fault = [batches[int(k)] for k in np.flatnonzero(is_bad.any(axis=1))]
-        where = self.stage.describe(np.concatenate(at_fault or list(batches)))
-        names = [self.names[int(k)] for k in np.flatnonzero(is_bad.any(axis=0))]
+        at_fault = [batches[k] for k in range(len(batches)) if is_bad[k].any()]
+        where = self.stage.samples.describe(np.concatenate(at_fault or list(batches)))
+        names = [name for k, name in enumerate(self.names) if is_bad[:, k].any()]
         what = f"The loss ({', '.join(names)})" if names else "The gradient"
         msg = (
             f"{what} is not finite at step {self.progress.step + 1} of stage "
             f"{self.stage.name!r} (epoch {self.progress.epoch}), in a batch from {where}. Nothing "
-            f"of this step was kept. Look at these slices. {self._advice()}"
+            f"of this step was kept. {self._advice()}"
         )
         raise FloatingPointError(msg)
 
     def _advice(self) -> str:
-        """What can be done; a run can't go on with other settings than its own."""
-        newest, config, precision = self._recorder.newest, self._config, self._run.precision
-        calmer = "" if precision == "32" else f" or precision='32' (now {precision!r})"
-        change = (
-            f"a lower learning_rate (now {config.learning_rate:g}), a longer warm-up (now "
-            f"{config.warmup_steps} steps){calmer}."
-        )
-        if newest is None:
-            return f"There is no checkpoint yet: begin again with {change}"
+        rate, warmup = self._config.learning_rate, self._config.warmup_steps
+        calmer = "" if self._run.precision == "32" else ", or precision='32'"
         return (
-            "The last checkpoint is good: begin a new run with it, train(data, "
-            f"{str(newest)!r}, out_dir=<a new folder>), and with the stages that are left, {change}"
+            f"Look at these slices, or take a lower learning_rate (now {rate:g}), a longer warm-up "
+            f"(now {warmup} steps){calmer}."
         )
 
     def _count(self, sums: NDArray[np.float64], seconds: float) -> None:
@@ -312,10 +330,9 @@ class TrainingLoop:
         progress.totals, progress.counts = (before + sums[: 2 * n].reshape(2, n)).tolist()
         progress.n_cells += int(sums[2 * n])
         progress.n_tokens += int(sums[2 * n + 1])
-        progress.n_operations += int(sums[2 * n + 2])
         progress.seconds += seconds
 
-    def _come_forward(self, n_done: int, n_batches: int) -> None:
+    def _come_forward(self, n_done: int, n_batches: int, gradient_norm: float) -> None:
         """Note that a step is done; log, validate and save where it is time."""
         progress, run = self.progress, self._run
         progress.step += 1
@@ -325,9 +342,9 @@ class TrainingLoop:
         is_last = progress.step >= self.n_steps
         if progress.step % run.log_every == 0 or is_last:
             row = self._row("train", epoch, np.array([progress.totals, progress.counts]))
-            row |= {"learning_rate": self._rate, "gradient_norm": self._gradient_norm}
+            rate = self.optimizer.param_groups[0]["lr"]
             progress.totals, progress.counts = [], []
-            self._recorder.record(row)
+            self._recorder.record(row | {"learning_rate": rate, "gradient_norm": gradient_norm})
         if ends_epoch:
             progress.epoch, progress.position = epoch + 1, 0
         every = run.validate_every
@@ -367,7 +384,7 @@ class TrainingLoop:
         if not math.isfinite(row["loss"]):
             msg = (
                 f"The loss on the held-out slices is not finite after step {progress.step} of stage "
-                f"{self.stage.name!r}: {row}. Look at these slices. {self._advice()}"
+                f"{self.stage.name!r}: {row}. {self._advice()}"
             )
             raise FloatingPointError(msg)
         self._recorder.record(row)
@@ -377,11 +394,8 @@ class TrainingLoop:
             progress.best_loss = row["loss"]
         if self._is_done() and progress.step < self.n_steps:
             logger.info(
-                "Stage %r stops at step %d: the loss on held-out slices has not fallen in %d "
-                "validations.",
-                self.stage.name,
-                progress.step,
-                progress.n_without_improvement,
+                f"Stage {self.stage.name!r} stops at step {progress.step}: the loss on held-out "
+                f"slices has not fallen in {progress.n_without_improvement} validations."
             )
         return is_best
 
@@ -389,12 +403,11 @@ class TrainingLoop:
         """Sums and counts (2, parts) of the loss parts over all held-out samples."""
         samples = self.stage.validation
         assert samples is not None
-        batches = samples.epoch(0)
         sums = np.zeros(2 * len(self.names))
         self._module.eval()
-        with torch.no_grad(), self._loading(samples, batches, 0) as loaded:
+        with torch.no_grad(), self._loading(samples, samples.epoch(0), 0) as loaded:
             for share in loaded:
-                found = self._forward(samples, share)[1]
+                found = self._forward(share)[1]
                 sums += found[: len(sums)].cpu().numpy().astype(np.float64)
         self._module.train()
         return sums.reshape(2, -1)

@@ -1,58 +1,189 @@
-"""What the stages of pretraining minimise, as modules of the networks and their heads."""
+"""What the stages of pretraining minimise: losses, the heads that they need, and modules of both.
+
+Each loss is a sum and a count. Several processes that each hold a part of a batch can so divide by
+the count of all: the loss and its gradient are then those of one process.
+
+References
+----------
+SToFM (arXiv 2507.11588), sections 3.4 and A.1, and its published code; BERT (Devlin et al. 2019),
+section 3.1; SimCSE (Gao et al. 2021), equation 4.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from stofm._config import check_choice
-from stofm.train.config import CellLoss, ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.heads import MaskedCellHead, MaskedGeneHead, PairDistanceHead
-from stofm.train.losses import (
-    PER_PRODUCT,
-    LossPart,
-    candidate_genes,
-    contrastive_loss,
-    masked_cell_loss,
-    masked_gene_loss,
-    matrix_weights,
-    pair_distance_loss,
-    products_of_embeddings,
-    products_of_masked_genes,
-    products_of_transformer,
-)
+from stofm.train.config import ContrastiveConfig, LossWeights, MaskedGeneConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
     from jaxtyping import Float, Int
 
     from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
-    from stofm.train.batches import CellBatch, JointBatch, MaskedSubSliceBatch
-    from stofm.train.losses import Gather
+    from stofm.nn.config import Activation
+    from stofm.train.config import Candidates, CellLoss
+    from stofm.train.masked_cells import MaskedSubSliceBatch
+    from stofm.train.masked_genes import CellBatch, MaskedGenes
+
+#: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
+#: one's own begin; gradients find their way back.
+Gather = Callable[[Tensor], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class LossPart:
+    """One loss over what a process holds of a batch; the loss is `total` / `count`."""
+
+    #: Scalar with gradient, 0 where there is nothing to recover.
+    total: Tensor
+    #: Number of genes, cells or pairs in the sum, or their weight.
+    count: float
+
+
+class MaskedGeneHead(nn.Module):
+    """Hidden states to a score for each candidate gene, as in BERT.
+
+    ``score = layer_norm(f(W h + b)) . word_embedding + bias``, with the activation f (``"relu"`` or
+    ``"gelu"``) of the cell encoder, as in transformers' ``BertForMaskedLM``. The word embeddings,
+    `n_tokens` of the width `d_hidden`, are the cell encoder's.
+    """
+
+    def __init__(
+        self, *, n_tokens: int, d_hidden: int, activation: Activation, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dense = nn.Linear(d_hidden, d_hidden)
+        self.norm = nn.LayerNorm(d_hidden, eps=layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(n_tokens))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "targets d_hidden"],
+        words: Float[Tensor, "candidates d_hidden"],
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> Float[Tensor, "targets candidates"]:
+        """Score candidate tokens (None for the whole vocabulary) by their word embeddings."""
+        inner = self.dense(hidden)
+        inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
+        bias = self.bias if candidates is None else self.bias[candidates]
+        return F.linear(self.norm(inner), words, bias)
+
+
+class MaskedCellHead(nn.Module):
+    """Hidden states of nodes to the cell embeddings that were hidden: linear, ReLU, linear.
+
+    With `learned_mask`, `mask` is a learned vector that stands in place of hidden embeddings.
+    """
+
+    def __init__(self, *, d_model: int, d_cell: int, learned_mask: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_cell)
+        )
+        #: (d_cell,) of about the length 1 of embeddings.
+        self.mask: Tensor | None = None
+        if learned_mask:
+            self.mask = nn.Parameter(torch.randn(d_cell) * d_cell**-0.5)
+
+    def forward(self, hidden: Float[Tensor, "targets d_model"]) -> Float[Tensor, "targets d_cell"]:
+        """Predict cell embeddings."""
+        predicted: Tensor = self.layers(hidden)
+        return predicted
+
+
+class PairDistanceHead(nn.Module):
+    """Pair representation, `n_heads` wide, to the nodes' distance: linear, ReLU, linear."""
+
+    def __init__(self, *, n_heads: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(n_heads, n_heads), nn.ReLU(), nn.Linear(n_heads, 1))
+
+    def forward(self, pairs: Float[Tensor, "pairs heads"]) -> Float[Tensor, " pairs"]:
+        """Predict distances, model units."""
+        predicted: Tensor = self.layers(pairs)
+        return predicted[:, 0]
+
+
+def contrastive_loss(
+    first: Float[Tensor, "cells d_cell"],
+    second: Float[Tensor, "cells d_cell"],
+    *,
+    temperature: float,
+    gather: Gather | None = None,
+) -> LossPart:
+    """Tell each cell's second view from those of all other cells, given its first.
+
+    ``-log(exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t))``, summed over i; j runs over the
+    cells of all processes, whose b `gather` collects (None for one process). In float32 whatever
+    the precision of training.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        queries = F.normalize(first.float(), dim=-1) / temperature
+        own_keys = F.normalize(second.float(), dim=-1)
+        keys, start = (own_keys, 0) if gather is None else gather(own_keys)
+        answers = start + torch.arange(len(queries), device=queries.device)
+        total = F.cross_entropy(queries @ keys.T, answers, reduction="sum")
+    return LossPart(total, len(first))
+
+
+def masked_gene_loss(
+    encoder: CellEncoder,
+    head: MaskedGeneHead,
+    genes: MaskedGenes,
+    *,
+    candidates: Int[Tensor, " candidates"] | None = None,
+) -> LossPart:
+    """Cross-entropy of the hidden genes, summed over them.
+
+    `candidates` are the tokens among which they are to be found, ascending; None for the whole
+    vocabulary.
+    """
+    hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
+    scores = head(hidden, encoder.words(candidates), candidates)
+    answers = genes.labels
+    if candidates is not None:
+        answers = torch.searchsorted(candidates, answers)
+    total = F.cross_entropy(scores.float(), answers, reduction="sum")
+    return LossPart(total, len(genes.labels))
+
+
+def masked_cell_loss(
+    predicted: Float[Tensor, "cells d_cell"],
+    target: Float[Tensor, "cells d_cell"],
+    *,
+    kind: CellLoss = "mse",
+) -> LossPart:
+    """Distance of predicted cell embeddings from the hidden ones, summed over the cells.
+
+    ``"mse"``: mean over the width of the squared difference, as in the paper. ``"cosine"``:
+    1 - cosine, as in the published code, which scales predictions to unit length before.
+    """
+    predicted, target = predicted.float(), target.float()
+    if kind == "mse":
+        total = (predicted - target).square().mean(dim=-1).sum()
+    else:
+        total = (1 - F.cosine_similarity(predicted, target, dim=-1)).sum()
+    return LossPart(total, len(target))
+
+
+def pair_distance_loss(
+    predicted: Float[Tensor, " pairs"], target: Float[Tensor, " pairs"]
+) -> LossPart:
+    """Squared difference of predicted and true distances, model units squared, summed over pairs."""
+    return LossPart((predicted.float() - target.float()).square().sum(), len(target))
 
 
 class CellEncoderObjective(nn.Module):
-    """Domain adaptation of the cell encoder: masked genes and contrastive learning.
+    """Domain adaptation of the cell encoder, in place: masked genes and contrastive learning.
 
-    Without dropout, as in validation, the two views of a cell differ by `gene_dropout` alone; the
-    contrastive loss then says how far other cells lie away.
-
-    Parameters
-    ----------
-    encoder
-        The cell encoder; trained in place.
-    masked_genes, contrastive
-        Options of the two losses.
-    weights
-        Their weights.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section A.1: L_DA = L_MGM + L_CL.
+    L_DA = L_MGM + L_CL. Without dropout, as in validation, the two views of a cell differ by
+    `gene_dropout` alone; the contrastive loss then says how far other cells lie away.
     """
 
     def __init__(
@@ -78,8 +209,8 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            genes = inputs.genes
-            among = candidate_genes(self.masked_genes.candidates, genes.measured, gather)
+            genes, kind = inputs.genes, self.masked_genes.candidates
+            among = _candidate_genes(kind, genes.measured, gather)
             parts["masked_genes"] = masked_gene_loss(
                 self.encoder, self.gene_head, genes, candidates=among
             )
@@ -91,41 +222,14 @@ class CellEncoderObjective(nn.Module):
             )
         return parts
 
-    def count_operations(self, inputs: CellBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = 0
-        if "masked_genes" in self.weights:
-            products += products_of_masked_genes(
-                self.encoder, self.gene_head, [inputs.genes], self.masked_genes.candidates
-            )
-        if "contrastive" in self.weights:
-            products += sum(products_of_embeddings(self.encoder, view) for view in inputs.views)
-        return PER_PRODUCT * products
-
 
 class SpatialObjective(nn.Module):
-    """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer.
+    """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer, in place.
 
-    Parameters
-    ----------
-    transformer
-        The SE(2) Transformer; trained in place.
-    learned_mask
-        Whether a learned vector stands in place of hidden features; otherwise the number that
-        the batch holds there.
-    cell_loss
-        ``"mse"`` (paper) or ``"cosine"`` (published code).
-    distance_unit
-        Model units in which distances are compared: 1 in the paper. Their squared error is then
-        hundreds, and that of unit-length cell embeddings a hundredth.
-    weights
-        Weights of the losses; with one of those at cells that are not hidden, inputs need targets
-        for them.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section 3.4: L = lambda L_MCM + (1 - lambda) L_PDR. The losses at
-    cells that are not hidden are ours.
+    L = lambda L_MCM + (1 - lambda) L_PDR; the losses at cells that are not hidden are ours.
+    Without `learned_mask`, the number that the batch holds stands in place of hidden features.
+    Distances are compared in the model unit `distance_unit`, 1 in the paper; their squared error is
+    then hundreds, and that of unit-length cell embeddings a hundredth.
     """
 
     def __init__(
@@ -140,8 +244,7 @@ class SpatialObjective(nn.Module):
         super().__init__()
         config = transformer.config
         self.transformer = transformer
-        self.cell_loss = cell_loss
-        check_choice(self, "cell_loss", CellLoss)
+        self.cell_loss: CellLoss = cell_loss
         self.distance_unit = distance_unit
 
         def head(*, learned_mask: bool) -> MaskedCellHead:
@@ -177,49 +280,26 @@ class SpatialObjective(nn.Module):
         out: SE2Output = self.transformer(batch)
         parts = {}
         if "masked_cells" in self.weights:
-            target = inputs.target_features * self.transformer.config.feature_scale
             predicted = self.predict_cells(out, inputs)
-            parts["masked_cells"] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+            parts["masked_cells"] = self._cell_loss(predicted, inputs.target_features)
         if "pair_distances" in self.weights:
             parts["pair_distances"] = pair_distance_loss(
                 self.predict_distances(out, inputs) / self.distance_unit,
                 inputs.pair_distances / self.distance_unit,
             )
-        return parts | self._visible_losses(out, inputs)
-
-    def _visible_losses(self, out: SE2Output, inputs: MaskedSubSliceBatch) -> dict[str, LossPart]:
-        """Compute the losses at cells that are not hidden."""
-        if self.visible_head is None and self.surroundings_head is None:
-            return {}
-        visible = inputs.visible
-        if visible is None:
-            msg = (
-                "The weights ask for what cells that are not hidden tell, and the sub-slices have no "
-                "targets for it: mask them with n_surrounding of at least 1."
-            )
-            raise ValueError(msg)
-        parts = {}
+        own = inputs.subslices.features.flatten(0, 1)[inputs.visible_places]
         for name, head, target in (
-            ("visible_cells", self.visible_head, visible.features),
-            ("surroundings", self.surroundings_head, visible.surroundings),
+            ("visible_cells", self.visible_head, own),
+            ("surroundings", self.surroundings_head, inputs.surroundings),
         ):
             if head is not None:
-                predicted = _predicted(head, _at(out, visible.places))
-                target = target * self.transformer.config.feature_scale
-                parts[name] = masked_cell_loss(predicted, target, kind=self.cell_loss)
+                predicted = _predicted(head, _at(out, inputs.visible_places))
+                parts[name] = self._cell_loss(predicted, target)
         return parts
 
-    def count_operations(self, inputs: MaskedSubSliceBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = products_of_transformer(self.transformer, inputs)
-        if "masked_cells" in self.weights:
-            products += len(inputs.target_places) * matrix_weights(self.cell_head.layers)
-        if "pair_distances" in self.weights:
-            products += len(inputs.pair_rows) * matrix_weights(self.pair_head)
-        for head in (self.visible_head, self.surroundings_head):
-            if head is not None and inputs.visible is not None:
-                products += len(inputs.visible.places) * matrix_weights(head)
-        return PER_PRODUCT * products
+    def _cell_loss(self, predicted: Tensor, target: Tensor) -> LossPart:
+        scaled = target * self.transformer.config.feature_scale
+        return masked_cell_loss(predicted, scaled, kind=self.cell_loss)
 
     def predict_cells(
         self, out: SE2Output, inputs: MaskedSubSliceBatch
@@ -242,46 +322,15 @@ class SpatialObjective(nn.Module):
             filling = inputs.subslices.features.flatten(0, 1)[places]
         else:
             filling = self.cell_head.mask.expand(len(places), -1)
-        return replace_rows(features, places, filling)
-
-    def load_reference_heads(self, state: Mapping[str, Tensor]) -> None:
-        """Take the heads' weights from a published checkpoint.
-
-        Parameters
-        ----------
-        state
-            Tensors by name, ``lm_head.*`` and ``pair_head.*`` among them; others are ignored.
-
-        Raises
-        ------
-        RuntimeError
-            Weights are missing or have another shape.
-        """
-        for name, head in (("lm_head.", self.cell_head), ("pair_head.", self.pair_head)):
-            own = {key.removeprefix(name): state[key] for key in state if key.startswith(name)}
-            head.layers.load_state_dict(own)
+        return _replace_rows(features, places, filling)
 
 
 class JointObjective(nn.Module):
     """The spatial objective with fresh embeddings of sampled cells, so that it trains both scales.
 
     The other cells, the virtual cells and the targets keep the embeddings that were computed
-    before; a sampled cell that is hidden stays hidden.
-
-    Parameters
-    ----------
-    encoder
-        The cell encoder; trained in place.
-    spatial
-        The spatial objective.
-    masked_genes
-        Train masked genes of the sampled cells along, with these options; None: do not.
-    weights
-        Weight of the masked genes.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section 3.4.
+    before; a sampled cell that is hidden stays hidden. With `masked_genes`, genes of the sampled
+    cells are hidden and recovered along.
     """
 
     def __init__(
@@ -302,49 +351,30 @@ class JointObjective(nn.Module):
         if masked_genes is not None:
             self.weights |= _positive(weights, "masked_genes")
 
-    def forward(self, inputs: JointBatch, gather: Gather | None = None) -> dict[str, LossPart]:
+    def forward(
+        self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
+    ) -> dict[str, LossPart]:
         """Compute the losses of a batch, or of this process's part of one.
 
         `gather` collects rows from all processes; None for one process.
         """
-        features = inputs.masked.subslices.features
-        if inputs.cells:
-            features = replace_rows(features, inputs.places, embed_sampled(self.encoder, inputs))
-        parts = self.spatial.losses(inputs.masked, features)
-        if "masked_genes" in self.weights:
-            parts["masked_genes"] = self._recover_genes(inputs, gather)
-        return parts
-
-    def count_operations(self, inputs: JointBatch) -> int:
-        """Estimate the floating-point operations of a step (:mod:`stofm.train.losses`)."""
-        products = sum(products_of_embeddings(self.encoder, group) for group in inputs.cells)
+        features = with_fresh(self.encoder, inputs)
+        parts = self.spatial.losses(inputs, features)
         if "masked_genes" in self.weights:
             assert self.masked_genes is not None
             assert self.gene_head is not None
-            products += products_of_masked_genes(
-                self.encoder, self.gene_head, inputs.genes, self.masked_genes.candidates
-            )
-        return self.spatial.count_operations(inputs.masked) + PER_PRODUCT * products
-
-    def _recover_genes(self, inputs: JointBatch, gather: Gather | None) -> LossPart:
-        """Masked genes of the sampled cells, all groups together."""
-        assert self.masked_genes is not None
-        assert self.gene_head is not None
-        if len(inputs.genes) != len(inputs.cells):
-            msg = (
-                f"The batch has {len(inputs.cells)} groups of cells and {len(inputs.genes)} with "
-                "masked genes; expected as many. Make them with MaskedGenes.build, or leave "
-                "masked_genes of the objective at None."
-            )
-            raise ValueError(msg)
-        # All groups at once: processes may have different numbers of them, and gather together.
-        measured = [inputs.places.new_empty(0), *(group.measured for group in inputs.genes)]
-        candidates = candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
-        whole = LossPart(inputs.masked.target_features.new_zeros(()), 0)
-        for group in inputs.genes:
-            part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=candidates)
-            whole = LossPart(whole.total + part.total, whole.count + part.count)
-        return whole
+            # All groups at once: processes may have different numbers of them, and gather together.
+            measured = [
+                inputs.hidden_places.new_empty(0),
+                *(group.measured for group in inputs.genes),
+            ]
+            among = _candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
+            total, count = inputs.target_features.new_zeros(()), 0.0
+            for group in inputs.genes:
+                part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=among)
+                total, count = total + part.total, count + part.count
+            parts["masked_genes"] = LossPart(total, count)
+        return parts
 
 
 def _positive(weights: LossWeights | None, *names: str) -> dict[str, float]:
@@ -363,6 +393,21 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
     )
 
 
+def _candidate_genes(
+    candidates: Candidates, measured: Int[Tensor, " genes"], gather: Gather | None
+) -> Int[Tensor, " candidates"] | None:
+    """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
+
+    `measured` are those that occur in what this process holds of the batch.
+    """
+    if candidates == "vocabulary":
+        return None
+    if gather is not None:
+        measured = gather(measured[:, None])[0]
+    distinct: Tensor = torch.unique(measured)
+    return distinct
+
+
 def _at(out: SE2Output, places: Tensor) -> Tensor:
     return out.last_hidden_state.flatten(0, 1)[places]
 
@@ -374,14 +419,18 @@ def _predicted(head: nn.Module, hidden: Tensor) -> Tensor:
     return predicted
 
 
-def embed_sampled(
-    encoder: Callable[[TokenBatch], Tensor], inputs: JointBatch
-) -> Float[Tensor, "sampled d_cell"]:
-    """Embed a batch's sampled cells anew, group by group."""
-    return torch.cat([encoder(group) for group in inputs.cells])
+def with_fresh(
+    encoder: Callable[[TokenBatch], Tensor], inputs: MaskedSubSliceBatch
+) -> Float[Tensor, "batch nodes d_cell"]:
+    """Features of a batch with the sampled cells embedded anew."""
+    features: Tensor = inputs.subslices.features
+    if inputs.sampled_places is None:
+        return features
+    fresh = torch.cat([encoder(group) for group in inputs.sampled])
+    return _replace_rows(features, inputs.sampled_places, fresh)
 
 
-def replace_rows(
+def _replace_rows(
     features: Float[Tensor, "batch nodes d_cell"],
     places: Int[Tensor, " rows"],
     rows: Float[Tensor, "rows d_cell"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from contextlib import contextmanager
@@ -10,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from stofm._digests import fingerprint
 from stofm._edge.counts import read_counts
 from stofm._edge.gene_mapping import find_columns, ids_and_symbols, names_by_source
 from stofm._edge.slice_files import open_table
@@ -21,25 +19,22 @@ from stofm._edge.tokens import compute_tokens, token_blocks, token_params, warn_
 from stofm._files import local
 from stofm._logging import progress
 from stofm._messages import warn
-from stofm.genes import GeneVocabulary, RankedTokens, embedded_vocabulary, read_orthologs
+from stofm.genes import GeneVocabulary, embedded_vocabulary, read_orthologs
 from stofm.genes.fitting import CountSlice
 from stofm.spatial import normalize_coordinates
-from stofm.train.corpus import Corpus, preparation_key, reuse_slice, write_slice
-from stofm.train.corpus import open_slice as open_prepared
-from stofm.train.folder import write_json
-from stofm.train.storage import digest_json, is_there, write_folder
+from stofm.train.corpus import Corpus, open_slice, preparation_key, take_cells, write_slice
+from stofm.train.storage import digest_json, is_there, write_folder, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stofm._edge.slices import Places
+    from stofm.genes import RankedTokens
     from stofm.nn import Stofm
     from stofm.train.corpus import TokenizedSlice
     from stofm.train.recipe import FileConfig
 
-    #: Pairs of genes by the address of their table.
+    #: Mouse and human genes by the address of their table.
     Orthologs = Mapping[str, Mapping[str, str]]
 
 _ENDINGS = (".h5ad", ".zarr")
@@ -55,32 +50,30 @@ class SliceSource:
     name: str
     options: FileConfig
 
+    @property
+    def file(self) -> Path | None:
+        """The file or store; None for data in memory."""
+        return self.data if isinstance(self.data, Path) else None
+
     @contextmanager
     def naming(self) -> Iterator[None]:
         """Say in messages of errors which source they are about."""
         try:
             yield
-        except KeyError as error:
-            msg = f"{self.name}: {error.args[0] if error.args else error}"
-            raise KeyError(msg) from error
-        except OSError as error:
-            msg = f"{self.name}: {error.strerror or error}"
-            raise OSError(error.errno, msg) from error
-        except ValueError as error:
-            # Not of its own type: some, as UnicodeDecodeError, are made of more than a message.
-            msg = f"{self.name}: {error}"
-            raise ValueError(msg) from error
+        except (KeyError, OSError, ValueError) as error:
+            if len(error.args) == 1:
+                error.args = (f"{self.name}: {error.args[0]}",)
+            raise
 
     @contextmanager
     def open(self) -> Iterator[Any]:
         """Give the AnnData; a file is closed afterwards."""
-        is_file = isinstance(self.data, Path)
         key = self.options.table_key
-        adata = open_table(self.data, key) if is_file else resolve_table(self.data, key)
+        adata = open_table(self.file, key) if self.file else resolve_table(self.data, key)
         try:
             yield adata
         finally:
-            if is_file and adata.isbacked:
+            if self.file and adata.isbacked:
                 adata.file.close()
 
 
@@ -91,10 +84,7 @@ def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
             msg = "There is no data: the list is empty."
             raise ValueError(msg)
         found = [source for one in data for source in find_sources(one, options)]
-        return [
-            source if isinstance(source.data, Path) else replace(source, name=f"data[{k}]")
-            for k, source in enumerate(found)
-        ]
+        return [one if one.file else replace(one, name=f"data[{k}]") for k, one in enumerate(found)]
     if isinstance(data, str | Path):
         return [SliceSource(path, path.stem, options) for path in _files(local(data))]
     if not hasattr(data, "obsm") and not hasattr(data, "tables"):
@@ -129,74 +119,62 @@ def prepare_slices(
     come; those of a file of several slices are in memory together. Returns the keys under which
     :func:`open_corpus` finds the slices.
     """
-    orthologs = _read_orthologs(sources)
+    orthologs, show = _read_orthologs(sources), show_progress_bar
     shown = progress(
-        sources,
-        total=len(sources),
-        description="prepare slices",
-        unit="file",
-        show=show_progress_bar,
+        sources, total=len(sources), description="prepare slices", unit="file", show=show
     )
     return [key for source in shown for key in _prepare(source, model, folder, orthologs)]
 
 
 def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
     """Open prepared slices, without those that have no cells."""
-    slices: list[TokenizedSlice] = []
-    for key in keys:
-        one = open_prepared(folder, key)
-        if one is None:
-            msg = (
-                f"The prepared slice {folder / key} is not there. The first process wrote it: the "
-                "work folder must be visible to every process; pass work_dir (--work) on a file "
-                "system that all machines share."
-            )
-            raise FileNotFoundError(msg)
-        slices.append(one)
+    if keys and not (folder / keys[0]).is_dir():
+        msg = (
+            f"The prepared slice {folder / keys[0]} is not there. The first process wrote it: the "
+            "work folder must be visible to every process; pass work_dir (--work) on a file "
+            "system that all machines share."
+        )
+        raise FileNotFoundError(msg)
+    slices = [open_slice(folder, key) for key in keys]
     if empty := [one.name for one in slices if not one.n_cells]:
         warn(f"{len(empty)} of {len(slices)} slices have no cells and are left out: {empty[:8]}.")
-    slices = [one for one in slices if one.n_cells]
-    first: dict[str, int] = {}
-    for number, one in enumerate(slices):
-        other = first.setdefault(one.digest, number)
-        if other != number:
+    first: dict[str, TokenizedSlice] = {}
+    for one in slices:
+        if one.n_cells and first.setdefault(one.digest, one) is not one:
             msg = (
-                f"Slice {one.name!r} (number {number + 1} of {len(slices)}) is the same as slice "
-                f"{slices[other].name!r} (number {other + 1}), in all tokens and places, and would "
-                "count twice; leave one of them out."
+                f"Slice {one.name!r} is the same as slice {first[one.digest].name!r}, in all tokens "
+                "and places, and would count twice; leave one of them out."
             )
             raise ValueError(msg)
-    return Corpus(tuple(slices))
+    return Corpus(tuple(first.values()))
 
 
 def _prepare(source: SliceSource, model: Stofm, folder: Path, orthologs: Orthologs) -> list[str]:
-    options = {k: v for k, v in asdict(source.options).items() if k != "files"}
     settings = {
         "preparation": _PREPARATION,
         **_described_vocabulary(model.vocabulary),
         "tokens": token_params(model, layer=source.options.layer),
-        "options": options | {"orthologs": _orthologs_digest(source, orthologs)},
+        "options": _described_options(source, orthologs),
     }
-    if not isinstance(source.data, Path):
+    if source.file is None:
         return _write(source, model, folder, None, settings)
-    key = preparation_key(source.data, settings)
+    key = preparation_key(source.file, settings)
     index = folder / f"{key}.json"
-    names = _read_index(index)
-    if names and all(reuse_slice(folder, name) is not None for name in names):
-        return names
+    if index.is_file():
+        names: list[str] = json.loads(index.read_text(encoding="utf-8"))
+        if all(is_there(folder / name) for name in names):
+            return names
     names = _write(source, model, folder, key, settings)
     write_json(index, names)
     return names
 
 
-def _read_index(index: Path) -> list[str]:
-    """Names of the slices of a file; none if that is not known."""
-    try:
-        names: Any = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return names if is_list else []
+def _described_options(source: SliceSource, orthologs: Orthologs) -> dict[str, Any]:
+    """Options of a source, with what is in a table of orthologs, which may change under its name."""
+    options = {name: value for name, value in asdict(source.options).items() if name != "files"}
+    if (address := source.options.orthologs) is not None:
+        options["orthologs"] = digest_json(orthologs[address])
+    return options
 
 
 def _described_vocabulary(vocabulary: GeneVocabulary) -> dict[str, str]:
@@ -209,11 +187,16 @@ def _write(
     source: SliceSource, model: Stofm, folder: Path, key: str | None, settings: dict[str, Any]
 ) -> list[str]:
     """Tokenise a source and write its slices; keys from the content if there is none."""
-    options = source.options
+    options, library_key = source.options, source.options.library_key
     with source.naming(), source.open() as adata:
-        places = read_places(
-            adata, spatial_key=options.spatial_key, library_key=options.library_key
-        )
+        places = read_places(adata, spatial_key=options.spatial_key, library_key=library_key)
+        slices = places.slices
+        if unknown := sorted({*options.exclude} - {*slices.names}):
+            msg = (
+                f"exclude = {unknown} names no slice of {source.name}, which has "
+                f"{list(slices.names)[:8]} by library_key={library_key!r}."
+            )
+            raise ValueError(msg)
         columns = find_columns(
             adata,
             model.vocabulary,
@@ -222,66 +205,36 @@ def _write(
             orthologs=options.orthologs,
         )
         params = token_params(model, layer=options.layer)
-        tokens: RankedTokens | Iterator[RankedTokens]
-        if key is not None and len(places.slices.rows) == 1:
-            tokens = token_blocks(adata, columns, params, show_progress_bar=False)
+        is_streamed = key is not None and len(slices.rows) == 1
+        tokens: Iterable[Iterable[RankedTokens]]
+        if is_streamed:
+            tokens = [token_blocks(adata, columns, params, show_progress_bar=False)]
         else:
-            tokens = compute_tokens(adata, columns, params, show_progress_bar=False)
-            content = {"tokens": tokens.digest, "places": _digest(places), "name": source.name}
+            ranked = compute_tokens(adata, columns, params, show_progress_bar=False)
+            tokens = ([take_cells(ranked, rows)] for rows in slices.rows)
+            content = {"tokens": ranked.digest, "places": _digest(places), "name": source.name}
             key = key or preparation_key(None, settings | content)
-        return _write_slices(source, folder, key, places, tokens)
-
-
-def _write_slices(
-    source: SliceSource,
-    folder: Path,
-    key: str,
-    places: Places,
-    tokens: RankedTokens | Iterator[RankedTokens],
-) -> list[str]:
-    """Write the slices of a source; blocks of tokens are those of its only slice."""
-    excluded, slices = source.options.exclude, places.slices
-    if unknown := sorted({*excluded} - {*slices.names}):
-        msg = (
-            f"exclude = {unknown} names no slice of {source.name}, which has "
-            f"{list(slices.names)[:8]} by library_key={source.options.library_key!r}."
-        )
-        raise ValueError(msg)
-    names = []
-    for number, (name, rows) in enumerate(zip(slices.names, slices.rows, strict=True)):
-        if name in excluded:
-            continue
-        names.append(f"{key}-{number}")
-        written = write_slice(
-            folder,
-            names[-1],
-            name=f"{source.name}/{name}" if name else source.name,
-            ranked=_take(tokens, rows) if isinstance(tokens, RankedTokens) else tokens,
-            coordinates=normalize_coordinates(places.coordinates[rows]),
-            technology=source.options.technology,
-        )
-        if not isinstance(tokens, RankedTokens):
-            warn_of_empty_cells(written.ranked)
+        names = []
+        parts = zip(slices.names, slices.rows, tokens, strict=True)
+        for number, (name, rows, blocks) in enumerate(parts):
+            if name in options.exclude:
+                continue
+            names.append(f"{key}-{number}")
+            written = write_slice(
+                folder,
+                names[-1],
+                name=f"{source.name}/{name}" if name else source.name,
+                blocks=blocks,
+                coordinates=normalize_coordinates(places.coordinates[rows]),
+            )
+            if is_streamed:
+                warn_of_empty_cells(written.ranked)
     return names
 
 
 def _digest(places: Places) -> str:
-    hashed = hashlib.blake2b(places.coordinates.data, digest_size=8)
-    for name, rows in zip(places.slices.names, places.slices.rows, strict=True):
-        hashed.update(name.encode())
-        hashed.update(np.ascontiguousarray(rows).data)
-    return hashed.hexdigest()
-
-
-def _take(ranked: RankedTokens, rows: NDArray[np.int64]) -> RankedTokens:
-    """Tokens of some cells, ascending."""
-    if len(rows) == ranked.n_cells:
-        return ranked
-    lengths = np.diff(ranked.offsets)[rows]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    entries = np.arange(offsets[-1]) + np.repeat(ranked.offsets[rows] - offsets[:-1], lengths)
-    values = None if ranked.values is None else ranked.values[entries]
-    return RankedTokens(tokens=ranked.tokens[entries], offsets=offsets, values=values)
+    slices = zip(places.slices.names, places.slices.rows, strict=True)
+    return fingerprint(places.coordinates, *(part for one in slices for part in one))
 
 
 def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
@@ -289,20 +242,16 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
 
     Names that are no human Ensembl ids are looked up in the embedded vocabulary.
     """
-    reference = embedded_vocabulary()
-    orthologs = _read_orthologs(sources)
-    settings = {
-        "reference": _described_vocabulary(reference),
-        "sources": [_described(one, orthologs) for one in sources],
-    }
+    reference, orthologs = embedded_vocabulary(), _read_orthologs(sources)
+    described = [preparation_key(o.file, _described_options(o, orthologs)) for o in sources]
+    settings = {"reference": _described_vocabulary(reference), "sources": described}
     place = folder / f"vocabulary-{preparation_key(None, settings)}"
     table = place / "vocabulary.tsv"
-    if all(isinstance(source.data, Path) for source in sources):
-        if is_there(place):
-            return table
-    elif place.is_dir():
-        # Of other data: what is in memory has no name.
-        shutil.rmtree(place)
+    if not all(source.file for source in sources):
+        # What is in memory has no name: this is of other data.
+        shutil.rmtree(place, ignore_errors=True)
+    elif is_there(place):
+        return table
     vocabulary = GeneVocabulary.fit(
         _counted(sources),
         orthologs={mouse: human for pairs in orthologs.values() for mouse, human in pairs.items()},
@@ -311,15 +260,6 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     )
     write_folder(place, lambda part: vocabulary.save(part / table.name))
     return table
-
-
-def _described(source: SliceSource, orthologs: Orthologs) -> str:
-    settings = {
-        "layer": source.options.layer,
-        "gene_key": source.options.gene_key,
-        "orthologs": _orthologs_digest(source, orthologs),
-    }
-    return preparation_key(source.data if isinstance(source.data, Path) else None, settings)
 
 
 def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
@@ -343,18 +283,5 @@ def _blocks(source: SliceSource, adata: Any) -> Iterator[Any]:
 
 def _read_orthologs(sources: Sequence[SliceSource]) -> Orthologs:
     """Read the tables of orthologs that sources name, each once."""
-    tables: dict[str, dict[str, str]] = {}
-    for address in {source.options.orthologs: None for source in sources}:
-        if address is not None:
-            try:
-                tables[str(address)] = read_orthologs(address)
-            except ValueError as error:
-                msg = f"orthologs = {str(address)!r}: {error}"
-                raise ValueError(msg) from error
-    return tables
-
-
-def _orthologs_digest(source: SliceSource, orthologs: Orthologs) -> str | None:
-    """Hash what is in a source's table of orthologs, which may change under its name."""
-    address = source.options.orthologs
-    return None if address is None else digest_json(orthologs[str(address)])
+    addresses = (source.options.orthologs for source in sources)
+    return {name: read_orthologs(name) for name in dict.fromkeys(addresses) if name is not None}

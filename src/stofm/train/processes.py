@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
+import sys
+import threading
+import time
 import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from multiprocessing.connection import Client, Connection, Listener
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stofm._messages import warn
 from stofm.nn.device import choose_device
-from stofm.train.watch import Watch, accept_all, connect, open_server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from contextlib import AbstractContextManager
-    from types import TracebackType
+    from collections.abc import Callable, Mapping
     from typing import Self, TypeVar
 
     from lightning_fabric import Fabric
-    from torch import nn
-    from torch.optim import Optimizer
 
     from stofm.train.config import Precision
 
@@ -32,9 +34,10 @@ if TYPE_CHECKING:
 #: All processes must have come within this time. It holds for DistributedDataParallel too, whose
 #: exchanges follow on others that wait longer.
 _START = timedelta(minutes=3)
-#: The first process may tokenise a whole corpus while the others wait for it; that it has failed
-#: they learn otherwise (:mod:`stofm.train.watch`).
+#: The first process may tokenise a whole corpus while the others wait for it.
 _PATIENCE = timedelta(days=30)
+#: Seconds that a process has to fail by itself after it has heard of a failure.
+_GRACE = 2.0
 
 
 class Processes:
@@ -43,15 +46,23 @@ class Processes:
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. As a context: a failure within it ends all of them, with its message.
 
-    Parameters
+    Attributes
     ----------
     fabric
         Launched.
+    rank, count
+        Number of this process, from 0, and of all processes.
+    is_first
+        Whether this process writes what only one may write.
+    device
+        Where this process computes.
     """
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
-        self._watch: Watch | None = None
+        self.rank, self.count = fabric.global_rank, fabric.world_size
+        self.is_first, self.device = fabric.is_global_zero, fabric.device
+        self._watch: _Watch | None = None
         #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
         self._waiting: Any = None
         self._own: Any = None
@@ -61,35 +72,31 @@ class Processes:
 
     def __enter__(self) -> Self:
         if self.count > 1:
-            self._watch = Watch(self.rank, self._connect())
+            self._watch = _Watch(self._connect(), relays=self.is_first)
         return self
 
-    def _connect(self) -> dict[int, socket.socket]:
-        if self.is_first:
-            server, place = open_server()
-            self.agree(place)
-            return accept_all(server, self.count - 1)
-        names, port = self.agree(([""], 0))
-        return connect(self.rank, names, port)
+    def _connect(self) -> dict[int, Connection]:
+        """Connect the first process with all others; returns the connections by rank."""
+        if not self.is_first:
+            port, key = self.agree((0, b""))
+            connection = Client((os.environ["MASTER_ADDR"], port), authkey=key)
+            connection.send_bytes(str(self.rank).encode())
+            return {0: connection}
+        key = secrets.token_bytes(32)
+        with Listener(("", 0), backlog=self.count, authkey=key) as listener:
+            self.agree((listener.address[1], key))
+            connections = [listener.accept() for _ in range(self.count - 1)]
+        return {int(one.recv_bytes()): one for one in connections}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        watch = self._watch
-        if watch is None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self._watch is None:
             return
-        if error is None:
-            watch.leave()
-        elif watch.failed_elsewhere(error):
-            watch.leave(watch.reason)
-            msg = f"{watch.reason} All other processes end with it; its own output says more."
-            raise RuntimeError(msg) from error
-        else:
-            where = f"Process {self.rank} of {self.count} ({socket.gethostname()}, {os.getpid()})"
-            watch.leave(f"{where} failed: {type(error).__name__}: {error}")
+        if isinstance(error, RuntimeError):
+            # Perhaps but a broken exchange with a process that failed: then this one ends here.
+            time.sleep(2 * _GRACE)
+        where = f"Process {self.rank} of {self.count} ({socket.gethostname()}, {os.getpid()})"
+        failure = f"{where} failed: {type(error).__name__}: {error}"
+        self._watch.leave("" if error is None else failure)
 
     @classmethod
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
@@ -106,8 +113,6 @@ class Processes:
         ------
         ValueError
             The device is not there, or can't compute in this precision.
-        RuntimeError
-            Not all processes have come.
         """
         # Takes more than a second to import, which who only embeds should not wait for, and adds
         # to the filters of warnings.
@@ -123,49 +128,22 @@ class Processes:
                 "or '32'."
             )
             raise ValueError(msg)
+        options: dict[str, Any] = {
+            "accelerator": place.type,
+            "precision": "32-true" if precision == "32" else precision,
+        }
         per_node, n_nodes = _places_of_environment()
         if per_node * n_nodes > 1:
             # No buffer changes; to send them with each batch would be for nothing.
             strategy = DDPStrategy(
                 find_unused_parameters=True, broadcast_buffers=False, timeout=_START
             )
-            fabric = Fabric(
-                accelerator=place.type,
-                devices=per_node,
-                num_nodes=n_nodes,
-                strategy=strategy,
-                precision=_fabric_name(precision),
-            )
+            fabric = Fabric(devices=per_node, num_nodes=n_nodes, strategy=strategy, **options)
         else:
-            devices: Any = 1 if place.type != "cuda" else [place.index or 0]
-            fabric = Fabric(
-                accelerator=place.type,
-                devices=devices,
-                precision=_fabric_name(precision),
-                plugins=[LightningEnvironment()],
-            )
-        _launch(fabric, per_node * n_nodes)
+            devices: Any = [place.index or 0] if place.type == "cuda" else 1
+            fabric = Fabric(devices=devices, plugins=[LightningEnvironment()], **options)
+        fabric.launch()
         return cls(fabric)
-
-    @property
-    def rank(self) -> int:
-        """Number of this process, from 0."""
-        return self.fabric.global_rank
-
-    @property
-    def count(self) -> int:
-        """Number of processes."""
-        return self.fabric.world_size
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes what only one may write."""
-        return self.fabric.is_global_zero
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        return self.fabric.device
 
     def wait(self) -> None:
         """Wait until all processes have come here."""
@@ -187,96 +165,76 @@ class Processes:
         torch.distributed.broadcast_object_list(shared, src=0, group=self._waiting)
         return shared[0]
 
-    def set_up(self, module: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
-        """Place a module and its optimiser, and have gradients averaged over the processes."""
-        self.wait()
-        return cast("tuple[Any, Any]", self.fabric.setup(module, optimizer))
-
-    def scaler_state(self) -> dict[str, float]:
-        """Scale of the gradients in precision ``"16-mixed"``; empty in others."""
-        return dict(self.fabric.strategy.precision.state_dict())
-
-    def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Put back what :meth:`scaler_state` gave."""
-        if state:
-            self.fabric.strategy.precision.load_state_dict(dict(state))
-
-    def without_sync(self, module: Any, *, enabled: bool) -> AbstractContextManager[Any]:
-        """Leave gradients unaveraged, until a backward pass outside of this context."""
-        enabled = enabled and self.count > 1
-        return self.fabric.no_backward_sync(module, enabled=enabled)
-
-    def gather_rows(self, *, is_active: bool) -> RowGatherer | None:
+    def gather_rows(self, *, is_active: bool) -> Callable[[Tensor], tuple[Tensor, int]] | None:
         """Return what collects rows from all processes with gradients; None for one process.
 
-        Parameters
-        ----------
-        is_active
-            Whether this process's rows count; the others don't see them if not.
+        It gives the rows of all in their order, and the place of this process's first row. All
+        call it the same number of times. A process that is not `is_active` gets its own rows
+        behind those of the others, which don't see them.
         """
-        return RowGatherer(self, self._own, is_active=is_active) if self.count > 1 else None
+        if self.count == 1:
+            return None
+        from torch.distributed.nn.functional import all_gather
+
+        def gather(rows: Tensor) -> tuple[Tensor, int]:
+            own = rows if is_active else rows[:0]
+            counts = torch.zeros(self.count, dtype=torch.int64, device=rows.device)
+            counts[self.rank] = len(own)
+            n_rows = [int(n) for n in self.sum(counts).tolist()]
+            padded = F.pad(own, (0, 0, 0, max(*n_rows, 1) - len(own)))
+            # In a group of its own: with DistributedDataParallel's, exchanges of the backward pass
+            # could meet in another order in each process.
+            parts: tuple[Tensor, ...] = all_gather(padded, group=self._own)
+            gathered = torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)])
+            if not is_active:
+                return torch.cat([gathered, rows]), len(gathered)
+            return gathered, sum(n_rows[: self.rank])
+
+        return gather
 
 
-class RowGatherer:
-    """Puts together the rows of all processes; gradients find their way back.
+class _Watch:
+    """Ends this process when another has failed.
 
-    All processes call it the same number of times, in a `group` of its own: with that of
-    DistributedDataParallel, its exchanges could meet others of the backward pass in another order
-    in each process. One that is not active, as its rows are none of the batch, gets those of the
-    others with its own behind them.
+    One that fails says why on all its connections (by rank of the process at the other end), and a
+    connection that ends without a word is that of a process that was killed. The first process is
+    connected with all others, and relays what it hears.
     """
 
-    def __init__(self, processes: Processes, group: Any, *, is_active: bool) -> None:
-        self._processes = processes
-        self._group = group
-        self._is_active = is_active
+    def __init__(self, connections: Mapping[int, Connection], *, relays: bool) -> None:
+        self._connections = connections
+        self._relays = relays
+        self._left = threading.Event()
+        for one in connections.items():
+            threading.Thread(target=self._listen, args=one, name="stofm-watch", daemon=True).start()
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Give the rows of all processes in their order, and the place of this one's first row."""
-        own = rows if self._is_active else rows[:0]
-        counts = torch.zeros(self._processes.count, dtype=torch.int64, device=rows.device)
-        counts[self._processes.rank] = len(own)
-        n_rows = [int(n) for n in self._processes.sum(counts).tolist()]
-        gathered: Tensor = _GatherRows.apply(own, n_rows, self._processes.rank, self._group)  # type: ignore[no-untyped-call]
-        if not self._is_active:
-            return torch.cat([gathered, rows]), len(gathered)
-        return gathered, sum(n_rows[: self._processes.rank])
+    def leave(self, reason: str) -> None:
+        """Tell the others why this process has failed; nothing if it has done its part."""
+        self._left.set()
+        self._tell(reason)
 
+    def _tell(self, reason: str) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(OSError):
+                connection.send_bytes(reason.encode())
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather of different numbers of rows; backward sums each row's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, n_rows: list[int], rank: int, group: Any) -> Tensor:
-        ctx.start, ctx.length, ctx.group = sum(n_rows[:rank]), n_rows[rank], group
-        padded = rows.new_zeros((max(*n_rows, 1), rows.shape[1]))
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in n_rows]
-        torch.distributed.all_gather(parts, padded, group=group)
-        return torch.cat([part[:n] for part, n in zip(parts, n_rows, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total[ctx.start : ctx.start + ctx.length], None, None, None
-
-
-def _launch(fabric: Fabric, n_expected: int) -> None:
-    try:
-        fabric.launch()
-    except torch.distributed.DistError as error:
-        minutes = _START.total_seconds() / 60
-        msg = (
-            f"{n_expected} processes should train together, and not all of them have come within "
-            f"{minutes:g} minutes ({error}). See what the others say; each must call the same "
-            "function. To train with one process, start it without torchrun or srun."
-        )
-        raise RuntimeError(msg) from error
-
-
-def _fabric_name(precision: Precision) -> Any:
-    return "32-true" if precision == "32" else precision
+    def _listen(self, peer: int, connection: Connection) -> None:
+        with connection:
+            try:
+                reason = connection.recv_bytes().decode()
+            except (EOFError, OSError):
+                reason = (
+                    f"Process {peer} ended without a message: it was killed, or its machine had "
+                    "no memory left."
+                )
+        if not reason or self._left.is_set():
+            return
+        if self._relays:
+            self._tell(reason)
+        if not self._left.wait(_GRACE):
+            sys.stderr.write(f"stofm: {reason} This process ends with it.\n")
+            sys.stderr.flush()
+            os._exit(1)
 
 
 def _places_of_environment() -> tuple[int, int]:
@@ -284,26 +242,21 @@ def _places_of_environment() -> tuple[int, int]:
     if torch.distributed.is_torchelastic_launched():
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local
-    total = _number("SLURM_NTASKS")
-    if total == 1 or _is_interactive_slurm():
+
+    def number(variable: str) -> int:
+        text = os.environ.get(variable, "")
+        return max(int(text), 1) if text.isdecimal() else 1
+
+    total = number("SLURM_NTASKS")
+    # A shell in an allocation has the variables of a step and is no step.
+    if total == 1 or os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}:
         return 1, 1
-    if _number("SLURM_STEP_NUM_TASKS") == 1:
+    if number("SLURM_STEP_NUM_TASKS") == 1:
         # A job script has the variables of its job, and is one process all the same.
         warn(
             f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
             "alone. To train in all of them, write `srun` before the command."
         )
         return 1, 1
-    n_nodes = _number("SLURM_NNODES")
+    n_nodes = number("SLURM_NNODES")
     return total // n_nodes, n_nodes
-
-
-def _number(variable: str) -> int:
-    """A count in the environment; 1 where none is stated, as outside of SLURM."""
-    text = os.environ.get(variable, "")
-    return max(int(text), 1) if text.isdecimal() else 1
-
-
-def _is_interactive_slurm() -> bool:
-    # A shell in an allocation has the variables of a step and is no step.
-    return os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}

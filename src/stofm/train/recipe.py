@@ -1,24 +1,45 @@
-"""A whole run, data and model included, as a recipe in TOML."""
+"""A whole run, data and model included: as a recipe in TOML says, or as a user passes."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import build_dataclass, check_choice
 from stofm._files import local
 from stofm._messages import warn
+from stofm.genes import GeneVocabulary, embedded_vocabulary
+from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
-from stofm.train.gene_embeddings import WORDS, require_gene_embeddings
+from stofm.train.folder import RunFolder, locked
+from stofm.train.gene_embeddings import (
+    WORDS,
+    make_initializer,
+    read_gene_embeddings,
+    require_gene_embeddings,
+)
+from stofm.train.preparation import SliceSource, fit_vocabulary, open_corpus, prepare_slices
+from stofm.train.processes import Processes
+from stofm.train.run import Pretraining, TrainResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
-    from pathlib import Path
+
+    import torch
+
+    from stofm.train.corpus import Corpus
+
+    #: Fits a vocabulary on the slices to train on.
+    Fit = Callable[[], GeneVocabulary]
 
 Species = Literal["auto", "human", "mouse"]
 Preset = Literal["mini", "base"]
+#: Parts of a model's config that a recipe may change.
+_PARTS = ("cell_encoder", "se2_transformer", "subslice")
 
 
 def paper_schedule(
@@ -118,40 +139,37 @@ class DataConfig:
         if not root.is_dir():
             msg = f"There is no data folder {root}."
             raise FileNotFoundError(msg)
-        default = type(self)().train
-        if unused := [pattern for pattern in self.exclude if not any(root.glob(pattern))]:
+        patterns = (*self.train, *self.validation, *self.exclude)
+        files = {pattern: set(root.glob(pattern)) for pattern in patterns}
+        is_default = self.train == type(self)().train
+        required = self.validation if is_default else (*self.train, *self.validation)
+        if missing := [pattern for pattern in required if not files[pattern]]:
+            msg = f"{missing[0]!r} names no file in {root}."
+            raise FileNotFoundError(msg)
+        if unused := [pattern for pattern in self.exclude if not files[pattern]]:
             warn(
                 f"exclude = {unused} names no file in {root}; check the spelling if one is to be "
                 "left out."
             )
-        excluded = _matches(root, self.exclude)
-        held_out = _matches(root, self.validation, required=True) - excluded
-        found = _matches(root, self.train, required=self.train != default)
-        train = sorted(found - held_out - excluded)
+        named, held_out, excluded = (
+            set().union(*(files[pattern] for pattern in own))
+            for own in (self.train, self.validation, self.exclude)
+        )
+        held_out -= excluded
+        train = named - held_out - excluded
         if not train:
             msg = (
                 f"No file is left to train on in {root}: train = {list(self.train)} names "
-                f"{len(found)} files, and validation and exclude take all of them away."
+                f"{len(named)} files, and validation and exclude take all of them away."
             )
             raise FileNotFoundError(msg)
-        return train, sorted(held_out)
+        return sorted(train), sorted(held_out)
 
     def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
         """How a file is read: the last table whose pattern names it."""
         relative = file.relative_to(local(folder))
         fitting = [one for one in self.options if relative.match(one.files)]
         return fitting[-1] if fitting else FileConfig()
-
-
-def _matches(root: Path, patterns: tuple[str, ...], *, required: bool = False) -> set[Path]:
-    found: set[Path] = set()
-    for pattern in patterns:
-        own = set(root.glob(pattern))
-        if required and not own:
-            msg = f"{pattern!r} names no file in {root}."
-            raise FileNotFoundError(msg)
-        found |= own
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,14 +213,36 @@ class ModelSource:
         """Check each value and how they fit together."""
         check_choice(self, "preset", Preset)
         require_gene_embeddings(self.gene_embeddings)
-        changes = [
-            name
-            for name in ("cell_encoder", "se2_transformer", "subslice", "max_tokens")
-            if getattr(self, name)
-        ]
-        if self.checkpoint and changes:
+        sizes = (*_PARTS, "max_tokens")
+        if self.checkpoint and (changes := [name for name in sizes if getattr(self, name)]):
             msg = f"A checkpoint's sizes can't be changed: leave out {changes}, or the checkpoint."
             raise ValueError(msg)
+
+    def config(self, n_tokens: int) -> StofmConfig:
+        """Sizes of a new model: the preset's, with the changes to it."""
+        preset = (StofmConfig.mini if self.preset == "mini" else StofmConfig.base)(n_tokens)
+        parts: dict[str, Any] = {}
+        for name in _PARTS:
+            given = getattr(preset, name)
+            entries = asdict(given) | getattr(self, name)
+            parts[name] = build_dataclass(type(given), entries, "the recipe", f"model.{name}")
+        return replace(preset, **parts, max_tokens=self.max_tokens or preset.max_tokens)
+
+    def make(self, fit: Callable[[], GeneVocabulary], *, seed: int) -> Stofm:
+        """Make or load the model; `fit` fits a vocabulary on the slices to train on."""
+        if self.checkpoint:
+            model = Stofm.from_pretrained(self.checkpoint)
+        else:
+            if self.vocabulary == "embedded":
+                vocabulary = embedded_vocabulary()
+            elif self.vocabulary == "fit":
+                vocabulary = fit()
+            else:
+                vocabulary = GeneVocabulary.from_tsv(self.vocabulary)
+            model = Stofm(self.config(vocabulary.n_tokens), vocabulary, seed=seed)
+        provenance = self.provenance or model.config.provenance
+        model.config = replace(model.config, name=self.name or model.name, provenance=provenance)
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,3 +307,122 @@ class _Tables:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelSource = field(default_factory=ModelSource)
+
+
+def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
+    """Train as a recipe says, on files of the folder `data`.
+
+    `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
+    """
+
+    def find() -> tuple[list[SliceSource], ...]:
+        return tuple(
+            [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
+            for files in recipe.data.find(data)
+        )
+
+    return launch(
+        find,
+        lambda fit: recipe.model.make(fit, seed=recipe.run.seed),
+        stages=recipe.stages,
+        run=recipe.run,
+        gene_embeddings=recipe.model.gene_embeddings,
+        **options,
+    )
+
+
+def launch(
+    find: Callable[[], tuple[list[SliceSource], ...]],
+    make_model: Callable[[Fit], Stofm],
+    *,
+    stages: Sequence[StageConfig],
+    run: RunConfig,
+    gene_embeddings: str | PathLike[str],
+    out_dir: str | PathLike[str],
+    device: str | torch.device = "auto",
+    work_dir: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+) -> TrainResult:
+    """Find the other processes, prepare the slices in the first, and train.
+
+    `find` lists the slices to train on and those held out.
+    """
+    genes = read_gene_embeddings(gene_embeddings)
+    folder = RunFolder(out_dir, work_dir)
+    with Processes.start(device, run.precision) as processes, ExitStack() as stack:
+        if processes.is_first:
+            # Before hours of preparation.
+            folder.check(resume=resume, overwrite=overwrite)
+            stack.enter_context(locked(folder.path))
+        sources, held_out = find()
+
+        def in_first(compute: Callable[[], Any]) -> Any:
+            return processes.agree(compute() if processes.is_first else None)
+
+        def fit() -> GeneVocabulary:
+            return GeneVocabulary.from_tsv(in_first(lambda: fit_vocabulary(sources, folder.work)))
+
+        def prepare(those: Sequence[SliceSource]) -> Corpus:
+            place, shows = folder.work / "slices", show_progress_bar
+            keys = in_first(lambda: prepare_slices(those, model, place, show_progress_bar=shows))
+            return open_corpus(place, keys)
+
+        model = make_model(fit)
+        initialize = make_initializer(genes, model, seed=run.seed)
+        pretraining = Pretraining(
+            stages=stages,
+            run=run,
+            corpus=prepare(sources),
+            validation=prepare(held_out) if held_out else None,
+            folder=folder,
+            processes=processes,
+            initialize=initialize,
+            gene_table="" if isinstance(genes, str) else f"{genes.file} {genes.digest}",
+            show_progress_bar=show_progress_bar,
+        )
+        return pretraining.train(model, resume=resume, overwrite=overwrite)
+
+
+def choose_stages(
+    stage: Any, epochs: int | None, optimizer: OptimizerConfig | None
+) -> tuple[StageConfig, ...]:
+    """The stages that a user names, or passes."""
+    given = (stage,) if isinstance(stage, StageConfig) else stage
+    if not isinstance(given, str):
+        if epochs is not None or optimizer is not None:
+            msg = "epochs and optimizer are entries of StageConfig; leave out the arguments."
+            raise ValueError(msg)
+        if not given or not all(isinstance(one, StageConfig) for one in given):
+            msg = f"stage must be a name or one or more StageConfig, found {stage!r}."
+            raise TypeError(msg)
+        return tuple(given)
+    names = get_args(StageName)
+    if given not in (*names, "pretrain"):
+        msg = f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
+        raise ValueError(msg)
+    chosen = [s for s in paper_schedule(optimizer=optimizer) if given in (s.name, "pretrain")]
+    return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
+
+
+def find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:
+    """The model that a user passes or names, or a new one."""
+    if isinstance(model, StofmConfig):
+        if vocabulary is None:
+            vocabulary = fit()
+            cell_encoder = replace(model.cell_encoder, n_tokens=vocabulary.n_tokens)
+            model = replace(model, cell_encoder=cell_encoder)
+        return Stofm(model, vocabulary, seed=seed)
+    if vocabulary is not None:
+        msg = "A model has its vocabulary already; `vocabulary` is for a new one (StofmConfig)."
+        raise ValueError(msg)
+    if isinstance(model, str | Path):
+        return Stofm.from_pretrained(model)
+    if not isinstance(model, Stofm):
+        msg = (
+            "model must be a Stofm, a StofmConfig, a folder or a hub id, found "
+            f"{type(model).__name__}."
+        )
+        raise TypeError(msg)
+    return model

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from stofm._logging import logger
+from stofm._files import put_in_place, read_table, tidy
+from stofm._logging import logger, step_bar
 from stofm._messages import warn
 from stofm._version import __version__
-from stofm.train.checkpoint import (
+from stofm.train.folder import (
+    HISTORY,
     Progress,
     Trained,
-    find_damage,
     load_checkpoint,
     read_progress,
-    restore_history,
+    write_checkpoint,
 )
-from stofm.train.epochs import Draws
-from stofm.train.folder import write_json
-from stofm.train.log import RunRecorder, count_weights, peak_memory, read_history
 from stofm.train.loop import TrainingLoop
+from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup, make_objectives, make_stage
+from stofm.train.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
     from stofm.train.folder import RunFolder
     from stofm.train.gene_embeddings import Initializer
     from stofm.train.processes import Processes
+
+#: Columns of the history that every run has, before those of the loss parts.
+HISTORY_COLUMNS = (
+    *("stage", "split", "epoch", "step", "loss"),
+    *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class TrainResult:
         last, if there are none), and the last.
     run
         What ``run.json`` says: settings, and of each stage weights, cells, tokens, seconds, share
-        of time spent waiting for data, operations, memory.
+        of time spent waiting for data, memory.
     """
 
     model: Stofm
@@ -73,10 +80,8 @@ class Pretraining:
 
     Attributes
     ----------
-    stages
-        What is trained, one after the other.
-    run
-        How.
+    stages, run
+        What is trained, one after the other, and how.
     corpus, validation
         Slices to train on, and held-out ones; None for no validation.
     folder
@@ -98,56 +103,46 @@ class Pretraining:
     validation: Corpus | None
     folder: RunFolder
     processes: Processes
-    initialize: Initializer | None = None
-    gene_table: str = ""
-    show_progress_bar: bool = True
+    initialize: Initializer | None
+    gene_table: str
+    show_progress_bar: bool
 
-    def train(self, model: Stofm, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    def train(self, model: Stofm, *, resume: bool, overwrite: bool) -> TrainResult:
         """Train a copy of a model.
 
-        Parameters
-        ----------
-        model
-            Stays as it is.
-        resume
-            Go on with the run in the folder, if there is one.
-        overwrite
-            Throw it away instead.
-
-        Raises
-        ------
-        FileExistsError
-            There is a run and neither was asked for, or the folder holds something else.
-        ValueError
-            The run to go on with has other settings, or a slice is trained on and held out.
-        FloatingPointError
-            A loss is NaN or infinite.
+        `resume` goes on with the run in the folder, if there is one; `overwrite` throws it away.
         """
-        self._refuse_shared_slices()
-        self._say_what_has_no_effect()
+        self._check_validation()
         settings = self._settings(model)
-        report, newest = self.processes.agree(
-            self._find_run(settings, resume=resume, overwrite=overwrite)
-        )
         model = copy.deepcopy(model)
         model.config = replace(model.config, trained=True)
-        if report:
-            self._write(report)
-        else:
-            report = self._begin(settings, model)
-        objectives = make_objectives(model, self.stages, seed=self.run.seed)
-        trained = Trained(model, nn.ModuleList(objectives))
+        trained = Trained(model, make_objectives(model, self.stages, seed=self.run.seed))
+        report, newest = self._open(trained, settings, resume=resume, overwrite=overwrite)
         progress = self._start(trained, newest)
         for number in range(progress.stage, len(self.stages)):
             if not progress.is_finished:
-                self._run_stage(objectives[number], trained, progress, newest, report)
-            self._note(objectives[number], progress, report)
-            if number + 1 < len(self.stages):
-                progress = Progress(stage=number + 1, scaler=progress.scaler)
-        return self._finish(model, report)
+                self._run_stage(trained, progress, newest, report)
+            self._note(trained.heads[number], progress, report)
+            progress = Progress(stage=number + 1, scaler=progress.scaler)
+        model.to("cpu").eval()
+        if self.processes.is_first and not self.folder.model.is_dir():
+            model.save_pretrained(self.folder.model)
+        report["status"] = "finished"
+        self._write(report)
+        return TrainResult(
+            model=model,
+            history=read_table(self.folder.history),
+            best=self.folder.checkpoints / report["best"],
+            last=self.folder.checkpoints / report["last"],
+            run=report,
+        )
 
-    def _refuse_shared_slices(self) -> None:
+    def _check_validation(self) -> None:
         if self.validation is None:
+            given = {name: getattr(self.run, name) for name in ("patience", "validate_every")}
+            if idle := [f"{name}={value}" for name, value in given.items() if value is not None]:
+                what = ", ".join(idle)
+                warn(f"{what}: has no effect without held-out slices; pass `validation`.")
             return
         trained_on = {one.digest: one.name for one in self.corpus.slices}
         for one in self.validation.slices:
@@ -157,12 +152,6 @@ class Pretraining:
                     f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
                 )
                 raise ValueError(msg)
-
-    def _say_what_has_no_effect(self) -> None:
-        given = {name: getattr(self.run, name) for name in ("patience", "validate_every")}
-        if self.validation is None and (idle := {n: v for n, v in given.items() if v is not None}):
-            text = ", ".join(f"{name}={value}" for name, value in idle.items())
-            warn(f"{text}: has no effect without held-out slices; pass `validation`.")
 
     def _settings(self, model: Stofm) -> dict[str, Any]:
         config = model.config.to_dict()
@@ -179,66 +168,64 @@ class Pretraining:
             "held_out_slices": _digests(self.validation),
         }
 
-    def _begin(self, settings: Mapping[str, Any], model: Stofm) -> dict[str, Any]:
-        """Clear the folder and write the first report."""
-        report = {
+    def _open(
+        self, trained: Trained, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
+    ) -> tuple[dict[str, Any], Path | None]:
+        """Report and newest checkpoint of the run in the folder, or the report of a new one."""
+        folder, newest = self.folder, None
+        if not self.processes.is_first:
+            return self.processes.agree(({}, newest))
+        folder.check(resume=resume, overwrite=overwrite)
+        report = {} if overwrite else folder.read_report()
+        if report:
+            folder.check_settings(report["settings"], settings)
+            newest = folder.newest()
+        else:
+            report = self._first_report(trained.model, settings)
+            folder.clear()
+            folder.checkpoints.mkdir(parents=True)
+            write_json(folder.report, report)
+        tidy(folder.checkpoints)
+        folder.remove_later(newest)
+        begin_history(folder.history, trained.loss_parts, newest and newest / HISTORY)
+        return self.processes.agree((report, newest))
+
+    def _first_report(self, model: Stofm, settings: Mapping[str, Any]) -> dict[str, Any]:
+        device, described = self.processes.device, f"{torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            described = torch.cuda.get_device_name(device)
+        return {
             "stofm_version": __version__,
             "status": "begun",
             "name": model.name,
             "n_weights": sum(w.numel() for w in model.parameters()),
             "n_cells": self.corpus.n_cells,
             "n_slices": len(self.corpus.slices),
-            "device": _describe(self.processes.device),
+            "device": f"{device} ({described})",
             "n_processes": self.processes.count,
             "stages": [],
             "settings": settings,
         }
-        if self.processes.is_first:
-            self.folder.clear()
-            self.folder.checkpoints.mkdir(parents=True)
-            write_json(self.folder.report, report)
-        self.processes.wait()
-        return report
-
-    def _find_run(
-        self, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
-    ) -> tuple[dict[str, Any], Path | None]:
-        """Report and newest checkpoint of the run to go on with; the first process looks."""
-        if not self.processes.is_first:
-            return {}, None
-        self.folder.check(resume=resume, overwrite=overwrite)
-        report = self.folder.read_report()
-        if overwrite or not report:
-            return {}, None
-        self.folder.check_settings(report["settings"], settings)
-        return report, self.folder.newest()
 
     def _start(self, trained: Trained, newest: Path | None) -> Progress:
         """Load a checkpoint, or set the first weights."""
-        if self.processes.is_first:
-            self.folder.remove_leftovers()
-            self.folder.remove_later(newest)
-            self.folder.history.unlink(missing_ok=True)
         if newest is None:
             if self.initialize is not None:
                 self.initialize(self.corpus, trained.model)
             return Progress()
         logger.info("Going on from %s.", newest)
-        if self.processes.is_first:
-            restore_history(newest, self.folder.history)
         load_checkpoint(newest, trained)
         return read_progress(newest)
 
     def _run_stage(
         self,
-        objective: nn.Module,
         trained: Trained,
         progress: Progress,
         newest: Path | None,
         report: Mapping[str, Any],
     ) -> None:
         """Train one stage, from where it stands to its end."""
-        config = self.stages[progress.stage]
+        config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self._setup(trained.model, progress.stage), config)
         loop = TrainingLoop(
             stage,
@@ -249,75 +236,33 @@ class Pretraining:
             processes=self.processes,
             progress=progress,
         )
-        self.processes.load_scaler_state(progress.scaler)
+        if progress.scaler:
+            self.processes.fabric.strategy.precision.load_state_dict(progress.scaler)
         if progress.step:
             assert newest is not None
             load_checkpoint(newest, trained, (loop.optimizer, objective))
-            stage.restore(progress.stage_state)
+            if stage.embeddings is not None:
+                stage.embeddings.restore(progress.stage_state)
         else:
             stage.refresh()
-        recorder = RunRecorder(
-            loop,
-            trained,
-            self.folder,
-            self.processes,
-            report=report,
-            tensorboard=self.run.tensorboard,
-            show_progress_bar=self.show_progress_bar,
-        )
+        recorder = RunRecorder(self, loop, trained, report)
         try:
             loop.train(recorder)
+        except FloatingPointError as error:
+            if (good := self.folder.newest()) is None:
+                raise
+            msg = (
+                f"{error} The last checkpoint is good: begin a new run with it, train(data, "
+                f"{str(good)!r}, out_dir=<a new folder>), and with the stages that are left."
+            )
+            raise FloatingPointError(msg) from error
         finally:
             recorder.close()
         # The first process may still be writing.
         self.processes.wait()
         if self.run.keep == "best" and progress.best_checkpoint:
-            self._take_best(trained, self.folder.checkpoints / progress.best_checkpoint)
+            load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
         recorder.save_end()
-
-    def _take_best(self, trained: Trained, best: Path) -> None:
-        damage = self.processes.agree(find_damage(best) if self.processes.is_first else "")
-        if not damage:
-            load_checkpoint(best, trained)
-        elif self.processes.is_first:
-            warn(
-                f"{damage} The stage's last weights are handed on in place of the best: to have "
-                "those, train again (overwrite=True)."
-            )
-
-    def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
-        """Write the report of a stage that is finished, and delete what it alone needed."""
-        number = progress.stage
-        report |= {
-            "status": f"stage {number + 1} of {len(self.stages)} is finished",
-            "best": progress.best_checkpoint or progress.last_checkpoint,
-            "last": progress.last_checkpoint,
-        }
-        if len(report["stages"]) == number:
-            report["stages"].append(self._describe_stage(objective, progress))
-        if self.processes.is_first:
-            self.folder.remove_refreshed()
-        self._write(report)
-
-    def _describe_stage(self, objective: nn.Module, progress: Progress) -> dict[str, Any]:
-        """What ``run.json`` says of a stage.
-
-        Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
-        seen; operations are estimated (:mod:`stofm.train.losses`); memory is the most in use so
-        far, on a CUDA device or by the process.
-        """
-        return {
-            "stage": self.stages[progress.stage].name,
-            "steps": progress.step,
-            "n_weights": count_weights(objective),
-            "cells": progress.n_cells,
-            "tokens": progress.n_tokens,
-            "seconds": round(progress.seconds, 3),
-            "share_waiting": round(progress.waited / max(progress.seconds, 1e-9), 4),
-            "flops": float(progress.n_operations),
-            "peak_memory_bytes": peak_memory(self.processes.device),
-            "best_loss": progress.best_loss,
-        }
 
     def _setup(self, model: Stofm, number: int) -> StageSetup:
         device = self.processes.device
@@ -336,19 +281,36 @@ class Pretraining:
             show_progress_bar=self.show_progress_bar and self.processes.is_first,
         )
 
-    def _finish(self, model: Stofm, report: dict[str, Any]) -> TrainResult:
-        model.to("cpu").eval()
-        if self.processes.is_first and not self.folder.model.is_dir():
-            model.save_pretrained(self.folder.model)
-        report["status"] = "finished"
+    def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
+        """Write the report of a stage that is finished, and delete what it alone needed.
+
+        Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
+        seen; memory is the most in use so far, on a CUDA device or by the process.
+        """
+        number = progress.stage
+        report |= {
+            "status": f"stage {number + 1} of {len(self.stages)} is finished",
+            "best": progress.best_checkpoint or progress.last_checkpoint,
+            "last": progress.last_checkpoint,
+        }
+        if len(report["stages"]) == number:
+            trained = [w for w in objective.parameters() if w.requires_grad]
+            report["stages"].append(
+                {
+                    "stage": self.stages[number].name,
+                    "steps": progress.step,
+                    "n_weights": sum(w.numel() for w in trained),
+                    "cells": progress.n_cells,
+                    "tokens": progress.n_tokens,
+                    "seconds": round(progress.seconds, 3),
+                    "share_waiting": round(progress.waited / max(progress.seconds, 1e-9), 4),
+                    "peak_memory_bytes": peak_memory(self.processes.device),
+                    "best_loss": progress.best_loss,
+                }
+            )
+        if self.processes.is_first:
+            self.folder.remove(self.folder.refreshed)
         self._write(report)
-        return TrainResult(
-            model=model,
-            history=read_history(self.folder.history),
-            best=self.folder.checkpoints / report["best"],
-            last=self.folder.checkpoints / report["last"],
-            run=report,
-        )
 
     def _write(self, report: Mapping[str, Any]) -> None:
         if self.processes.is_first:
@@ -356,11 +318,119 @@ class Pretraining:
         self.processes.wait()
 
 
+class RunRecorder:
+    """Takes a loop's reports and writes history and checkpoints; only the first process does."""
+
+    def __init__(
+        self, run: Pretraining, loop: TrainingLoop, trained: Trained, report: Mapping[str, Any]
+    ) -> None:
+        self._folder, self._processes = run.folder, run.processes
+        self._loop, self._trained, self._report = loop, trained, report
+        stage, step = loop.stage, loop.progress.step
+        self._board: Any = None
+        if run.processes.is_first and run.run.tensorboard:
+            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+            # Entries of steps that are repeated are hidden, also those of a run without a checkpoint.
+            place = (run.folder.path, run.folder.tensorboard.name, f"{stage.number}-{stage.name}")
+            self._board = TensorBoardLogger(*place, purge_step=step + 1)
+        show = run.show_progress_bar and run.processes.is_first
+        self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Take a row of the history."""
+        if self._processes.is_first:
+            append_history(self._folder.history, row)
+        if self._board is not None:
+            numbers = {f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, float)}
+            self._board.log_metrics(numbers, row["step"])
+            self._board.save()
+        if row["split"] == "train":
+            shown = {
+                name: f"{row[name]:.4g}" for name in ("loss", *self._loop.names) if name in row
+            }
+            self._bar.set_postfix(shown, refresh=False)
+
+    def advance(self) -> None:
+        """One more optimiser step is done."""
+        self._bar.update()
+
+    def keep(self) -> None:
+        """Write the present weights, the best so far."""
+        progress = self._loop.progress
+        target = self._path(progress.step)
+        progress.best_checkpoint = target.name
+        if self._processes.is_first:
+            write_checkpoint(target, self._trained, progress, None, report=self._report)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; only the first process does.
+
+        The others may call it at other steps.
+        """
+        progress = self._loop.progress
+        target = self._path(progress.step)
+        progress.last_checkpoint = target.name
+        if self._processes.is_first:
+            self._write(target)
+
+    def save_end(self) -> None:
+        """Write the checkpoint of the stage's end, without the optimiser."""
+        self._loop.progress.is_finished = True
+        if self._processes.is_first:
+            self._write(self._path(None))
+
+    def close(self) -> None:
+        """Close bar and files."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.finalize("success")
+
+    def _path(self, step: int | None) -> Path:
+        stage = self._loop.stage
+        return self._folder.checkpoint(stage.number, stage.name, step)
+
+    def _write(self, target: Path) -> None:
+        loop, progress = self._loop, self._loop.progress
+        embeddings = loop.stage.embeddings
+        progress.stage_state = {} if embeddings is None else embeddings.state()
+        progress.scaler = dict(self._processes.fabric.strategy.precision.state_dict())
+        optimizer = None if progress.is_finished else (loop.optimizer, loop.stage.objective)
+        beside: dict[str, Any] = {"report": self._report, "history": self._folder.history}
+        write_checkpoint(target, self._trained, progress, optimizer, **beside)
+        self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})
+
+
+def begin_history(path: Path, parts: Sequence[str], earlier: Path | None = None) -> None:
+    """Write the header of a history with these loss parts, and the rows that an earlier one has."""
+    import pandas as pd
+
+    rows = pd.DataFrame() if earlier is None else pd.read_csv(earlier, dtype=str)
+    rows = rows.reindex(columns=[*HISTORY_COLUMNS, *parts])
+    put_in_place(path, lambda part: rows.to_csv(part, index=False))
+
+
+def append_history(path: Path, row: Mapping[str, Any]) -> None:
+    """Write a row of a history; numbers can be read again to the last bit."""
+    import pandas as pd
+
+    columns = pd.read_csv(path, nrows=0).columns
+    pd.DataFrame([row], columns=columns).to_csv(path, mode="a", header=False, index=False)
+
+
 def _digests(corpus: Corpus | None) -> list[str]:
     return [] if corpus is None else [f"{one.name} {one.digest}" for one in corpus.slices]
 
 
-def _describe(device: torch.device) -> str:
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far, on a CUDA device or by the process."""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(largest if sys.platform == "darwin" else largest * 1024)

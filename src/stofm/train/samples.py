@@ -1,9 +1,14 @@
-"""Cells and sub-slices of a corpus as inputs of the objectives."""
+"""Cells and sub-slices of a corpus as inputs of the objectives, in batches drawn anew each epoch.
+
+All random numbers of a sample come from the seed, the stage, the epoch and the sample's own
+number, so that it does not matter which batch, process or thread loads it.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,59 +16,133 @@ import torch
 
 from stofm.nn import TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
-from stofm.spatial import build_subslice
-from stofm.train.batches import CellBatch, JointBatch, MaskedGenes, MaskedSubSliceBatch
-from stofm.train.epochs import (
-    Purpose,
-    SubSliceSampler,
-    batch_length,
-    draw_batches,
-    size_class,
+from stofm.nn.inference import padded_length
+from stofm.spatial import (
+    build_subslice,
+    canonical_order,
+    partition_balanced,
+    partition_reference,
 )
-from stofm.train.masking import apply, draw
+from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
+from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.random import Generator
     from numpy.typing import NDArray
 
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
-    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import SpatialMasking, TokenMasking
     from stofm.train.corpus import Corpus
-    from stofm.train.epochs import Draws
-    from stofm.train.masking import MaskedSubSlice
+    from stofm.train.masked_cells import MaskedSubSlice
+    from stofm.train.stages import EncodedSlice
 
-#: Built sub-slices that stay the same from epoch to epoch are kept up to this.
-_KEPT_BYTES = 256 * 2**20
+#: A sub-slice's number in its slice takes the lower bits of a sample's number.
+_PART_BITS = 32
+_SIZE_CLASSES_PER_OCTAVE = 4
+#: Epochs whose cuts are kept: the present one, and the next, which is loaded ahead.
+_EPOCHS_KEPT = 2
+#: Built sub-slices that stay the same from epoch to epoch are kept for so many cells.
+_CELLS_KEPT = 100_000
 
 
+class Purpose(IntEnum):
+    """What random numbers are drawn for; numbers of different purposes are independent."""
+
+    ORDER = 1
+    ROTATION = 2
+    MASKING = 3
+    CELLS = 4
+    GENES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What samples are drawn by.
+
+    Attributes
+    ----------
+    seed
+        Seed of the run, at least 0.
+    stage
+        Number of the stage in the run.
+    batch_size
+        Samples of a batch over all processes, at most.
+    """
+
+    seed: int
+    stage: int
+    batch_size: int
+
+    def generator(self, epoch: int, purpose: Purpose, *sample: int) -> Generator:
+        """Random numbers of one sample, whatever batch, process or thread asks for them."""
+        # The purpose comes before the sample: trailing zeros would not change the numbers.
+        return np.random.default_rng([self.seed, self.stage, epoch, int(purpose), *sample])
+
+    def batches(self, sizes: NDArray[np.integer], epoch: int) -> list[NDArray[np.int64]]:
+        """Shuffle samples and group those of one size, so that batches hold little padding.
+
+        What does not fill a batch of its own size is put together with the next sizes. Each sample
+        occurs once.
+        """
+        rng = self.generator(epoch, Purpose.ORDER)
+        shuffled = rng.permutation(len(sizes))
+        by_size = shuffled[np.argsort(sizes[shuffled], kind="stable")]
+        ends = np.flatnonzero(np.diff(sizes[by_size])) + 1
+        batches: list[NDArray[np.int64]] = []
+        left = [np.empty(0, dtype=np.int64)]
+        for group in np.split(by_size, ends):
+            n_in_full = len(group) - len(group) % self.batch_size
+            batches.extend(group[:n_in_full].reshape(-1, self.batch_size))
+            left.append(group[n_in_full:])
+        rest = np.concatenate(left)
+        if len(rest):
+            # Nearly equal parts: a batch of one cell has nothing to contrast it with.
+            batches += np.array_split(rest, -(-len(rest) // self.batch_size))
+        return [batches[k].astype(np.int64) for k in rng.permutation(len(batches))]
+
+
+def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
+    """Class of like sizes, at most 19 % apart."""
+    octaves = np.log2(np.maximum(sizes, 1))
+    found: NDArray[np.int64] = np.round(octaves * _SIZE_CLASSES_PER_OCTAVE).astype(np.int64)
+    return found
+
+
+@dataclass(frozen=True)
 class TokenReader:
     """Reads token lists of a corpus as the cell encoder takes them."""
 
-    def __init__(
-        self, corpus: Corpus, config: CellEncoderConfig, vocabulary: GeneVocabulary
-    ) -> None:
-        if config.reads_values and not corpus.has_values:
+    corpus: Corpus
+    config: CellEncoderConfig
+    vocabulary: GeneVocabulary
+
+    def __post_init__(self) -> None:
+        """Refuse a corpus without the values that the cell encoder reads."""
+        if self.config.reads_values and not self.corpus.has_values:
             raise ValueError(NO_VALUES)
-        self.corpus = corpus
-        self.vocabulary = vocabulary
-        self.max_length = config.max_positions
-        self._with_values = config.reads_values
+
+    def padded(self, n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Padded length of cells with so many gene tokens, ``<cls>`` counted."""
+        most = self.config.max_positions
+        length = np.minimum(n_tokens.astype(np.int64) + 1, most)
+        padded: NDArray[np.int64] = np.minimum(padded_length(length), most)
+        return padded
 
     def read(self, cells: NDArray[np.int64]) -> TokenBatch:
         """Token lists of some cells, padded to the longest."""
         ranked = self.corpus.take(cells)
-        if not self._with_values:
+        if not self.config.reads_values:
             ranked = ranked.without_values()
         return TokenBatch.from_ranked(
             ranked,
             np.arange(len(cells)),
             cls_token=self.vocabulary.cls,
             pad_token=self.vocabulary.pad,
-            length=int(batch_length(ranked.n_tokens, self.max_length).max()),
+            length=int(self.padded(ranked.n_tokens).max()),
         )
 
     def groups(self, cells: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -72,259 +151,179 @@ class TokenReader:
         return [np.flatnonzero(classes == k) for k in np.unique(classes)]
 
 
+@dataclass(frozen=True)
 class CellSamples:
     """Cells of a corpus, for the cell encoder's objective. A sample is a cell."""
 
-    epochs_differ_in_length = False
-
-    def __init__(
-        self, reader: TokenReader, draws: Draws, *, masking: TokenMasking, gene_dropout: float
-    ) -> None:
-        self._reader = reader
-        self._draws = draws
-        self._masking = masking
-        self._gene_dropout = gene_dropout
+    reader: TokenReader
+    draws: Draws
+    masking: TokenMasking
+    gene_dropout: float
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches that take each cell once; most hold cells of one padded length."""
-        lengths = batch_length(self._reader.corpus.cell_lengths, self._reader.max_length)
-        return draw_batches(self._draws, lengths, number)
+        return self.draws.batches(self.reader.padded(self.reader.corpus.cell_lengths), number)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
         """Hide genes of some cells and make their two views."""
-        return CellBatch.build(
-            self._reader.read(samples),
-            [self._draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples],
-            masking=self._masking,
-            gene_dropout=self._gene_dropout,
-            vocabulary=self._reader.vocabulary,
+        cells, vocabulary = self.reader.read(samples), self.reader.vocabulary
+        rngs = [self.draws.generator(epoch, Purpose.MASKING, int(cell)) for cell in samples]
+        genes = MaskedGenes.build(cells, rngs, masking=self.masking, vocabulary=vocabulary)
+        if not self.gene_dropout:
+            return CellBatch(genes=genes, views=(cells, cells))
+        first, second = (
+            drop_genes(cells, self.gene_dropout, pad_token=vocabulary.pad, rngs=rngs)
+            for _ in range(2)
         )
-
-    def n_cells(self, inputs: CellBatch) -> int:
-        """Number of cells."""
-        return inputs.n_cells
-
-    def n_tokens(self, inputs: CellBatch) -> int:
-        """Number of tokens of these cells, each counted once."""
-        return int(inputs.genes.tokens.is_real.sum())
+        return CellBatch(genes=genes, views=(first, second))
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that cells come from."""
-        return self._reader.corpus.describe(self._reader.corpus.locate(samples)[0])
+        return self.reader.corpus.describe(self.reader.corpus.locate(samples)[0])
 
 
+@dataclass
 class SubSliceSamples:
-    """Sub-slices of a corpus, for the spatial objective. A sample is a sub-slice.
+    """Sub-slices of a corpus, for the objectives on these. A sample is a sub-slice.
 
-    They are cut by `rules`, anew in every epoch if they `vary`; `masking` says which cells are
-    hidden and moved, `n_surrounding` over how many nearest cells surroundings are averaged.
+    They are cut by `rules`; `masking` says which cells are hidden and moved, `n_surrounding` over
+    how many nearest cells surroundings are averaged. If they `vary`, each epoch turns the plane by
+    a random angle before a slice is cut. A sample's number holds the slice and the sub-slice in it,
+    so that it stands for the same slice in every epoch.
+
+    With a `reader`, `sampled_cells` of each, none that is hidden, come with their tokens, of which
+    `token_masking` hides some genes.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        rules: SubSliceConfig,
-        draws: Draws,
-        *,
-        masking: SpatialMasking,
-        vary: bool,
-        node_multiple: int = 1,
-        n_surrounding: int = 0,
-    ) -> None:
-        self._corpus = corpus
-        self._rules = rules
-        self._draws = draws
-        self._masking = masking
-        self._node_multiple = node_multiple
-        self._n_surrounding = n_surrounding
-        places = [s.coordinates for s in corpus.slices]
-        self._sampler = SubSliceSampler(places, rules, draws, vary=vary)
-        self._encoded: Sequence[EncodedSlice] | None = None
-        self._built: OrderedDict[int, SubSlice] = OrderedDict()
-        self._built_bytes = 0
-        self._lock = threading.Lock()
+    corpus: Corpus
+    rules: SubSliceConfig
+    draws: Draws
+    masking: SpatialMasking
+    vary: bool
+    node_multiple: int = 1
+    n_surrounding: int = 0
+    reader: TokenReader | None = None
+    sampled_cells: int = 0
+    token_masking: TokenMasking | None = None
+
+    def __post_init__(self) -> None:
+        """Remember the last cuts."""
+        self._cut = lru_cache(_EPOCHS_KEPT * len(self.corpus.slices))(self._cut_anew)
 
     @property
     def encoded(self) -> Sequence[EncodedSlice]:
         """Cell embeddings and virtual cells of each slice, from which sub-slices are built."""
-        if self._encoded is None:
-            msg = "The cells are not encoded yet: call refresh() or restore() of the stage first."
-            raise RuntimeError(msg)
         return self._encoded
 
     @encoded.setter
     def encoded(self, slices: Sequence[EncodedSlice]) -> None:
-        with self._lock:
-            self._encoded = slices
-            self._built.clear()
-            self._built_bytes = 0
+        self._encoded = slices
+        n_kept = 0 if self.vary else max(1, _CELLS_KEPT // self.rules.n_cells)
+        self._build = lru_cache(n_kept)(self._build_anew)
 
-    @property
-    def varies(self) -> bool:
-        """Whether slices are cut anew in every epoch."""
-        return self._sampler.vary
-
-    @property
-    def epochs_differ_in_length(self) -> bool:
-        """Whether the number of batches may differ between epochs."""
-        return self._sampler.epochs_differ_in_length
+    def samples(self, epoch: int) -> NDArray[np.int64]:
+        """Numbers of all sub-slices of an epoch, slice after slice."""
+        parts = [self._n_parts(k, epoch) for k in range(len(self.corpus.slices))]
+        return np.concatenate(
+            [(k << _PART_BITS) + np.arange(n, dtype=np.int64) for k, n in enumerate(parts)]
+        )
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Batches that take each sub-slice once."""
-        return self._sampler.epoch(number)
+        """Batches that take each sub-slice once, like sizes together."""
+        samples = self.samples(number)
+        slices = self.slices_of(samples)
+        sizes = np.array([one.n_cells for one in self.corpus.slices])[slices]
+        # Parts of a slice are of nearly equal size.
+        mean = sizes / np.bincount(slices)[slices]
+        return [samples[batch] for batch in self.draws.batches(size_class(mean), number)]
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
-        """Hide and move cells of some sub-slices."""
-        return self.collate(self.masked(samples, epoch))
+        """Hide and move cells of some sub-slices, and read the tokens of others."""
+        parts = self.masked(samples, epoch)
+        batch = MaskedSubSliceBatch.from_masked(parts, node_multiple=self.node_multiple)
+        if self.reader is None:
+            return batch
+        n_nodes = batch.subslices.pairs.n_nodes
+        places, cells = [], []
+        for b, (part, sample) in enumerate(zip(parts, samples.tolist(), strict=True)):
+            nodes = self._sample(part, self.draws.generator(epoch, Purpose.CELLS, sample))
+            places.append(b * n_nodes + nodes)
+            first = self.corpus.first_cell[sample >> _PART_BITS]
+            cells.append(first + part.subslice.cell_index[nodes])
+        groups = self.reader.groups(np.concatenate(cells))
+        in_groups = [np.concatenate(cells)[group] for group in groups]
+        read = tuple(self.reader.read(group) for group in in_groups)
+        where = torch.from_numpy(np.concatenate(places)[np.concatenate(groups)])
+        genes: tuple[MaskedGenes, ...] = ()
+        if self.token_masking is not None:
+            genes = tuple(map(partial(self._hide, epoch), read, in_groups))
+        return replace(batch, sampled=read, sampled_places=where, genes=genes)
 
     def masked(self, samples: NDArray[np.int64], epoch: int) -> list[MaskedSubSlice]:
         """Hide and move cells of some sub-slices, one by one."""
         found = []
         for sample in samples.tolist():
-            subslice = self._subslice(sample, epoch)
+            subslice = self._build(sample, epoch if self.vary else 0)
             n_cells = int((subslice.cell_index >= 0).sum())
-            rng = self._draws.generator(epoch, Purpose.MASKING, sample)
-            drawn = draw(n_cells, self._masking, rng)
-            found.append(apply(subslice, drawn, self._masking, n_surrounding=self._n_surrounding))
+            drawn = draw(
+                n_cells, self.masking, self.draws.generator(epoch, Purpose.MASKING, sample)
+            )
+            found.append(apply(subslice, drawn, self.masking, n_surrounding=self.n_surrounding))
         return found
-
-    def collate(self, masked: Sequence[MaskedSubSlice]) -> MaskedSubSliceBatch:
-        """Pad sub-slices into one batch."""
-        return MaskedSubSliceBatch.from_masked(masked, node_multiple=self._node_multiple)
-
-    def n_cells(self, inputs: MaskedSubSliceBatch) -> int:
-        """Number of cells."""
-        return int((inputs.subslices.cell_index >= 0).sum())
-
-    def n_tokens(self, inputs: MaskedSubSliceBatch) -> int:
-        """Number of nodes."""
-        return sum(inputs.subslices.pairs.n_real)
 
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Name the slices that sub-slices come from."""
-        return self._corpus.describe(self.slices_of(samples))
+        return self.corpus.describe(self.slices_of(samples))
 
-    def slices_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    @staticmethod
+    def slices_of(samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of each sub-slice's slice."""
-        return self._sampler.locate(samples)[0]
+        return samples >> _PART_BITS
 
     def cells_of(self, sample: int, epoch: int) -> NDArray[np.int64]:
         """Rows of a sub-slice's cells in its slice, ascending."""
-        return self._sampler.cells(sample, epoch)
+        part = sample & ((1 << _PART_BITS) - 1)
+        return self._cut(sample >> _PART_BITS, epoch if self.vary else 0)[part]
 
-    def _subslice(self, sample: int, epoch: int) -> SubSlice:
-        found = None if self.varies else self._built.get(sample)
-        if found is not None:
-            return found
-        one = self.encoded[int(self.slices_of(np.array([sample]))[0])]
-        cells = self.cells_of(sample, epoch)
-        built = build_subslice(one.layout, one.features, cells, self._rules)
-        if not self.varies:
-            self._keep(sample, built)
-        return built
-
-    def _keep(self, sample: int, built: SubSlice) -> None:
-        with self._lock:
-            if sample in self._built:
-                return
-            self._built[sample] = built
-            self._built_bytes += _n_bytes(built)
-            while self._built_bytes > _KEPT_BYTES:
-                self._built_bytes -= _n_bytes(self._built.popitem(last=False)[1])
-
-
-def _n_bytes(subslice: SubSlice) -> int:
-    pairs = subslice.pairs
-    arrays = (subslice.coordinates, subslice.features, pairs.rows, pairs.columns, pairs.distances)
-    return sum(array.nbytes for array in arrays)
-
-
-class JointSamples:
-    """Sub-slices with the tokens of some of their cells, for the joint objective.
-
-    `sampled_cells` of each go through the cell encoder, none that is hidden; with
-    `token_masking`, some of their genes are hidden too.
-    """
-
-    def __init__(
-        self,
-        subslices: SubSliceSamples,
-        reader: TokenReader,
-        draws: Draws,
-        *,
-        sampled_cells: int,
-        token_masking: TokenMasking | None,
-    ) -> None:
-        if sampled_cells < 1:
-            msg = f"sampled_cells must be at least 1, found {sampled_cells}."
-            raise ValueError(msg)
-        self.subslices = subslices
-        self._reader = reader
-        self._draws = draws
-        self._sampled_cells = sampled_cells
-        self._token_masking = token_masking
-
-    @property
-    def epochs_differ_in_length(self) -> bool:
-        """Whether the number of batches may differ between epochs."""
-        return self.subslices.epochs_differ_in_length
-
-    def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Batches that take each sub-slice once."""
-        return self.subslices.epoch(number)
-
-    def describe(self, samples: NDArray[np.int64]) -> str:
-        """Name the slices that sub-slices come from."""
-        return self.subslices.describe(samples)
-
-    def load(self, samples: NDArray[np.int64], epoch: int) -> JointBatch:
-        """Hide and move cells of some sub-slices, and read the tokens of others."""
-        parts = self.subslices.masked(samples, epoch)
-        batch = self.subslices.collate(parts)
-        nodes = [
-            self._sample(part, self._draws.generator(epoch, Purpose.CELLS, int(sample)))
-            for part, sample in zip(parts, samples, strict=True)
-        ]
-        n_nodes = batch.subslices.pairs.n_nodes
-        places = np.concatenate([b * n_nodes + own for b, own in enumerate(nodes)])
-        rows = [part.subslice.cell_index[own] for part, own in zip(parts, nodes, strict=True)]
-        slices = np.repeat(self.subslices.slices_of(samples), [len(own) for own in nodes])
-        cells = self._reader.corpus.first_cell[slices] + np.concatenate(rows)
-        groups = self._reader.groups(cells)
-        read = tuple(self._reader.read(cells[group]) for group in groups)
-        return JointBatch(
-            masked=batch,
-            cells=read,
-            places=torch.from_numpy(places[np.concatenate(groups)]),
-            genes=self._hide_genes(read, [cells[group] for group in groups], epoch),
-        )
-
-    def n_cells(self, inputs: JointBatch) -> int:
-        """Number of cells of the sub-slices."""
-        return self.subslices.n_cells(inputs.masked)
-
-    def n_tokens(self, inputs: JointBatch) -> int:
-        """Number of nodes, and of tokens of the sampled cells."""
-        n_tokens = sum(int(group.is_real.sum()) for group in inputs.cells)
-        return self.subslices.n_tokens(inputs.masked) + n_tokens
-
-    def _sample(self, part: MaskedSubSlice, rng: np.random.Generator) -> NDArray[np.int64]:
+    def _sample(self, part: MaskedSubSlice, rng: Generator) -> NDArray[np.int64]:
         """Nodes of some cells; hidden ones, which get no gradient, only if there are no others."""
         cells = np.flatnonzero(part.subslice.cell_index >= 0)
         visible = np.setdiff1d(cells, part.hidden_nodes)
-        return np.sort(rng.permutation(visible if len(visible) else cells)[: self._sampled_cells])
+        return np.sort(rng.permutation(visible if len(visible) else cells)[: self.sampled_cells])
 
-    def _hide_genes(
-        self, read: Sequence[TokenBatch], cells: Sequence[NDArray[np.int64]], epoch: int
-    ) -> tuple[MaskedGenes, ...]:
-        if self._token_masking is None:
-            return ()
-        return tuple(
-            MaskedGenes.build(
-                tokens,
-                [self._draws.generator(epoch, Purpose.GENES, int(cell)) for cell in own],
-                masking=self._token_masking,
-                vocabulary=self._reader.vocabulary,
-            )
-            for tokens, own in zip(read, cells, strict=True)
-        )
+    def _hide(self, epoch: int, tokens: TokenBatch, cells: NDArray[np.int64]) -> MaskedGenes:
+        assert self.reader is not None
+        assert self.token_masking is not None
+        rngs = [self.draws.generator(epoch, Purpose.GENES, int(cell)) for cell in cells]
+        vocabulary = self.reader.vocabulary
+        return MaskedGenes.build(tokens, rngs, masking=self.token_masking, vocabulary=vocabulary)
+
+    def _n_parts(self, number: int, epoch: int) -> int:
+        if self.rules.partition == "balanced":
+            return -(-self.corpus.slices[number].n_cells // self.rules.n_cells)
+        return len(self._cut(number, epoch if self.vary else 0))
+
+    def _cut_anew(self, number: int, epoch: int) -> list[NDArray[np.int64]]:
+        angle = 0.0
+        if self.vary:
+            rng = self.draws.generator(epoch, Purpose.ROTATION, number)
+            angle = float(rng.uniform(0.0, 2 * np.pi))
+        return cut_slice(self.corpus.slices[number].coordinates, self.rules, angle=angle)
+
+    def _build_anew(self, sample: int, epoch: int) -> SubSlice:
+        one = self.encoded[sample >> _PART_BITS]
+        return build_subslice(one.layout, one.features, self.cells_of(sample, epoch), self.rules)
+
+
+def cut_slice(
+    coordinates: NDArray[np.float64], config: SubSliceConfig, *, angle: float = 0.0
+) -> list[NDArray[np.int64]]:
+    """Turn a slice by an angle in radians and cut it: rows of each sub-slice, ascending."""
+    xy = np.asarray(coordinates)
+    if angle:
+        cosine, sine = np.cos(angle), np.sin(angle)
+        xy = xy @ np.array([[cosine, sine], [-sine, cosine]])
+    if config.partition == "reference":
+        return partition_reference(xy, config.n_cells)
+    order = canonical_order(coordinates, np.empty((len(xy), 0)))
+    return [np.sort(order[rows]) for rows in partition_balanced(xy[order], config.n_cells)]

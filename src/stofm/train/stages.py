@@ -1,9 +1,5 @@
 """The stages of pretraining: what is trained on what, and what is computed once beforehand.
 
-A stage is the samples to train on, with the objective, the samples to validate on, and what is
-kept of the cell encoder's output while the stage runs. Before the first step, ``refresh()``
-computes that; a stage that goes on from a checkpoint gets ``restore()`` instead.
-
 References
 ----------
 SToFM (arXiv 2507.11588), sections 3.4 and A.1.
@@ -11,31 +7,173 @@ SToFM (arXiv 2507.11588), sections 3.4 and A.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import shutil
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import nn
 
+from stofm._logging import progress
 from stofm.nn.device import seeded
-from stofm.train.cell_cache import CellCache, KeptResults
+from stofm.nn.inference import encode_cells
+from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
 from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
-from stofm.train.samples import CellSamples, JointSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import CellSamples, SubSliceSamples, TokenReader
+from stofm.train.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
-    from torch import nn
+    from numpy.typing import NDArray
 
     from stofm.nn import Stofm
-    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import StageConfig
-    from stofm.train.corpus import Corpus
-    from stofm.train.epochs import Draws
+    from stofm.train.corpus import Corpus, TokenizedSlice
     from stofm.train.processes import Processes
-    from stofm.train.protocols import Samples, Stage
+    from stofm.train.samples import Draws
 
+    Made = TypeVar("Made")
+
+_FORMAT_VERSION = 2
+#: Rules that decide virtual cells; the others take effect when a sub-slice is built.
+_VIRTUAL_RULES = (
+    "leiden_resolution",
+    "position_weight",
+    "mixing",
+    "n_components",
+    "clustering",
+    "max_virtual_cells",
+)
 _CUDA_NODE_MULTIPLE = 8
+#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
+_REFERRED_TO = 2
+#: float16 ends at 65,504; no number of an embedding comes near it.
+_STORED = np.float16
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSlice:
+    """What the SE(2) Transformer reads of one slice."""
+
+    #: (n_cells, d_cell) cell embeddings, memory-mapped.
+    features: NDArray[np.float16]
+    #: Coordinates and virtual cells; for :func:`stofm.spatial.build_subslice`.
+    layout: SliceLayout
+
+
+@dataclass(frozen=True)
+class CellCache:
+    """Encodes the slices of a corpus and keeps the result in a folder.
+
+    A result is found again by the weights of the cell encoder, the tokens and the rules that
+    made it, so that stages, runs and processes share one folder. Without `virtual_cells`
+    sub-slices consist of cells alone.
+    """
+
+    setup: StageSetup
+    corpus: Corpus
+    folder: Path
+    virtual_cells: bool
+
+    def encode(
+        self, key: str | None = None, *, model: Stofm | None = None
+    ) -> tuple[str, list[EncodedSlice]]:
+        """Encode all slices with the cell encoder as it is now, or find the older result of a key.
+
+        The cell encoder is that of the setup's model, or of another. Each process encodes its share
+        of what is not there. Returns the key of the result and the slices.
+
+        Raises
+        ------
+        FileNotFoundError
+            The older result of that key is not there, or damaged.
+        """
+        model = model or self.setup.model
+        present = self.key_of(model)
+        key = key or present
+        processes, show = self.setup.processes, self.setup.show_progress_bar
+        own = self.corpus.slices[processes.rank :: processes.count]
+        for one in progress(
+            own, total=len(own), description="encode slices", unit="slice", show=show
+        ):
+            self._encode_slice(model, one, key, can_be_made=key == present)
+        processes.wait()
+        return key, [self._open_slice(one, key) for one in self.corpus.slices]
+
+    def remove(self, *, but: Collection[str]) -> None:
+        """Delete all results in the folder but those of some keys."""
+        kept = {p for key in but for one in self.corpus.slices for p in self._folders(one, key)}
+        for folder in {*self.folder.glob("cells-*"), *self.folder.glob("virtual-*")} - kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def key_of(self, model: Stofm) -> str:
+        """Key of what :meth:`encode` would give for the cell encoder as it is now."""
+        return digest_json(
+            _FORMAT_VERSION,
+            model.cell_encoder_fingerprint,
+            model.vocabulary.fingerprint,
+            asdict(model.config.cell_encoder),
+            str(self.setup.dtype),
+        )
+
+    def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
+        """Folders of a slice's cell embeddings and of its virtual cells."""
+        rules = {name: getattr(self.setup.model.config.subslice, name) for name in _VIRTUAL_RULES}
+        return (
+            self.folder / f"cells-{digest_json(key, one.digest)}",
+            self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
+        )
+
+    def _encode_slice(
+        self, model: Stofm, one: TokenizedSlice, key: str, *, can_be_made: bool
+    ) -> None:
+        cells, virtual = self._folders(one, key)
+        if not is_there(cells):
+            if not can_be_made:
+                msg = (
+                    f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the "
+                    "cell encoder of the checkpoint, and it has changed since: delete the stage's "
+                    "checkpoints and resume, and the stage begins again."
+                )
+                raise FileNotFoundError(msg)
+            where: dict[str, Any] = {"device": self.setup.device, "dtype": self.setup.dtype}
+            features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
+            _write(cells, features=features.astype(_STORED))
+        if self.virtual_cells and not is_there(virtual):
+            # From what is stored, not from what was computed: it must not matter who found it.
+            features = open_array(cells / "features.npy").astype(np.float32)
+            rules = self.setup.model.config.subslice
+            found = lay_out_slice(one.coordinates, features, rules).virtual
+            _write(virtual, coordinates=found.coordinates, features=found.features)
+
+    def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
+        cells, virtual = self._folders(one, key)
+        features = open_array(cells / "features.npy")
+        places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
+        if self.virtual_cells:
+            places, embedded = (np.load(virtual / f"{n}.npy") for n in ("coordinates", "features"))
+        # In one piece: the sampler cuts it.
+        nowhere = np.broadcast_to(np.int64(0), one.n_cells)
+        layout = SliceLayout(
+            one.coordinates,
+            subslice=nowhere,
+            virtual_cell=nowhere,
+            virtual=VirtualCells(coordinates=places, features=embedded),
+        )
+        return EncodedSlice(features, layout)
+
+
+def _write(folder: Path, **arrays: NDArray[Any]) -> None:
+    def fill(place: Path) -> None:
+        for name, array in arrays.items():
+            np.save(place / f"{name}.npy", array)
+
+    write_folder(folder, fill)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,56 +221,68 @@ class StageSetup:
         return _CUDA_NODE_MULTIPLE if self.device.type == "cuda" else 1
 
 
-class CellEncoderStage(CellSamples):
-    """Domain adaptation of the cell encoder: masked genes and contrastive learning.
+class Samples(Protocol):
+    """Samples of a stage, from the slices to train on or from those held out.
 
-    Parameters
-    ----------
-    objective
-        Holds the model's cell encoder.
-    setup
-        Model, slices, draws.
-    config
-        Which genes are hidden.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section A.1.
+    A batch is a list of sample numbers; each process loads its share of one. What :meth:`load`
+    returns depends on the samples and the epoch only, not on batch, process or thread.
     """
 
-    def __init__(
-        self, objective: CellEncoderObjective, setup: StageSetup, config: StageConfig
-    ) -> None:
-        self.name: str = "cell_encoder"
-        self.number: int = setup.draws.stage
-        self.objective: nn.Module = objective
-        self.refresh_every: int | None = None
-        self.validation: Samples | None = None
-        dropout, masking = objective.contrastive.gene_dropout, config.masking
-        reader = setup.reader(setup.corpus)
-        super().__init__(reader, setup.draws, masking=masking, gene_dropout=dropout)
-        if setup.validation is not None:
-            reader = setup.reader(setup.validation)
-            self.validation = CellSamples(
-                reader, setup.draws, masking=masking, gene_dropout=dropout
-            )
+    def epoch(self, number: int) -> list[NDArray[np.int64]]:
+        """Batches of an epoch; the same in every process."""
+        ...
+
+    def load(self, samples: NDArray[np.int64], epoch: int) -> Any:
+        """Inputs of the objective, with ``n_cells``, ``n_tokens`` and ``to(device)``."""
+        ...
+
+    def describe(self, samples: NDArray[np.int64]) -> str:
+        """Name the slices that samples come from, for messages."""
+        ...
+
+
+@dataclass
+class Stage:
+    """A stage of training.
+
+    Attributes
+    ----------
+    name
+        Such as ``"spatial"``; in the history.
+    number
+        Of the stage in the run; part of every seed.
+    objective
+        Module whose ``forward(inputs, gather)`` returns a :class:`~stofm.train.objectives.LossPart`
+        for each name in its attribute ``weights``.
+    samples, validation
+        Samples to train on, and held-out ones, loaded with the draws of epoch 0; None if there
+        are none.
+    embeddings
+        What sub-slices are built from; None if there are none.
+    refresh_every
+        Optimiser steps after which :meth:`refresh` is called; None for never.
+    """
+
+    name: str
+    number: int
+    objective: nn.Module
+    samples: Samples
+    validation: Samples | None = None
+    embeddings: KeptEmbeddings | None = None
+    refresh_every: int | None = None
 
     def refresh(self) -> None:
-        """Nothing: cells are encoded in each step."""
-
-    def state(self) -> dict[str, str]:
-        """Nothing: what is read are tokens."""
-        return {}
-
-    def restore(self, state: Mapping[str, str]) -> None:
-        """Nothing: what is read are tokens."""
+        """Compute anew what is kept of the model's output; called by all processes at once."""
+        if self.embeddings is not None:
+            self.embeddings.refresh()
 
 
-class _KeptFeatures:
-    """Cell embeddings on disk of the sub-slices to train on and to validate on.
+class KeptEmbeddings:
+    """Cell embeddings on disk, from which a stage's sub-slices are built.
 
-    Those to validate on are the stage's first, so that losses at different steps are of the same
-    targets.
+    The first are in the work folder, where other stages and runs may use them, and stay. Those
+    after them are in a folder of the run, until no checkpoint refers to them. Held-out sub-slices
+    keep the first, so that losses at different steps are of the same targets.
     """
 
     def __init__(
@@ -143,184 +293,88 @@ class _KeptFeatures:
         held_out: SubSliceSamples | None,
     ) -> None:
         self._setup, self._training, self._held_out = setup, training, held_out
-        self._shared = [
-            CellCache(
-                folder=setup.folder,
-                corpus=corpus,
-                device=setup.device,
-                dtype=setup.dtype,
-                rules=setup.model.config.subslice,
-                virtual_cells=config.virtual_cells,
-            )
-            for corpus in (setup.corpus, setup.validation)
-            if corpus is not None
-        ]
-        self._own = replace(self._shared[0], folder=setup.own_folder)
-        self.results = KeptResults(self._remove)
-
-    def present_key(self) -> str:
-        """Key of the embeddings of the cell encoder as it is now."""
-        return self._shared[0].key_of(self._setup.model)
-
-    def fill(self, key: str, *, encode: bool) -> None:
-        """Give the sub-slices a result: make it, or open what is there."""
-        first = self.results.first(key)
-        cache = self._shared[0] if key == first else self._own
-        self._training.encoded = self._get(cache, key, encode=encode)
-        if self._held_out is not None:
-            is_new = encode and key == first
-            self._held_out.encoded = self._get(self._shared[1], first, encode=is_new)
-
-    def _get(self, cache: CellCache, key: str, *, encode: bool) -> list[EncodedSlice]:
-        setup = self._setup
-        if not encode:
-            cache.check(key, setup.processes)
-            return cache.open(key)
-        shows = setup.show_progress_bar
-        return cache.encode(setup.model, setup.processes, show_progress_bar=shows)[1]
-
-    def _remove(self, key: str) -> None:
-        if self._setup.processes.rank == 0:
-            self._own.remove(key)
-
-
-class _OnFeatures:
-    """A stage whose sub-slices are built from cell embeddings on disk."""
-
-    _features: _KeptFeatures
+        self._shared = CellCache(setup, setup.corpus, setup.folder, config.virtual_cells)
+        self._own = replace(self._shared, folder=setup.own_folder)
+        self._first = self._key = ""
+        self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
 
     def refresh(self) -> None:
         """Encode all cells with the cell encoder as it is now, and find the virtual cells.
 
-        Nothing is computed that is on disk already. The held-out slices keep the stage's first
-        embeddings.
+        Nothing is computed that is on disk already.
         """
-        key = self._features.present_key()
-        self._features.fill(key, encode=True)
-        self._features.results.replace(key)
+        is_first = not self._first
+        self._key = self._shared.key_of(self._setup.model)
+        self._first = self._first or self._key
+        self._use(self._key, with_held_out=is_first)
+        if self._setup.processes.rank == 0:
+            self._own.remove(but={self._key, *self._referred})
 
     def state(self) -> dict[str, str]:
-        """Which cell embeddings are in use."""
-        return self._features.results.state()
+        """What a checkpoint notes; the embeddings in use are then kept."""
+        self._referred.append(self._key)
+        return {"key": self._key, "first": self._first}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """Use the cell embeddings that :meth:`state` noted.
+        """Use the embeddings that :meth:`state` noted.
 
         Raises
         ------
         FileNotFoundError
             They are not on disk any more, and the cell encoder has changed since.
         """
-        if (key := self._features.results.restore(state)) is not None:
-            self._features.fill(key, encode=key == self._features.present_key())
+        self._key, self._first = state["key"], state["first"]
+        self._referred.append(self._key)
+        self._use(self._key, with_held_out=True)
 
-
-class SpatialStage(_OnFeatures, SubSliceSamples):
-    """Masked cells and pair distances on embeddings of a cell encoder that stays as it is.
-
-    Parameters
-    ----------
-    objective
-        Holds the model's SE(2) Transformer.
-    setup
-        Model, slices, draws.
-    config
-        How sub-slices are made, and what is hidden and moved. Validation takes the sub-slices of
-        inference.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section 3.4.
-    """
-
-    def __init__(self, objective: SpatialObjective, setup: StageSetup, config: StageConfig) -> None:
-        self.name: str = "spatial"
-        self.number: int = setup.draws.stage
-        self.objective: nn.Module = objective
-        self.refresh_every: int | None = None
-        super().__init__(**_training(setup, config))
-        held_out = _held_out(setup, config)
-        self.validation: Samples | None = held_out
-        self._features = _KeptFeatures(setup, config, self, held_out)
-
-
-class JointStage(_OnFeatures, JointSamples):
-    """The spatial losses with gradients into the cell encoder, through sampled cells.
-
-    Parameters
-    ----------
-    objective
-        Holds both of the model's networks.
-    setup
-        Model, slices, draws.
-    config
-        As for :class:`SpatialStage`; how many cells are sampled, and how often all others are
-        encoded anew.
-
-    References
-    ----------
-    SToFM (arXiv 2507.11588), section 3.4.
-    """
-
-    def __init__(self, objective: JointObjective, setup: StageSetup, config: StageConfig) -> None:
-        self.name: str = "joint"
-        self.number: int = setup.draws.stage
-        self.objective: nn.Module = objective
-        self.refresh_every: int | None = config.refresh_every
-        self.validation: Samples | None = None
-        masking = None if objective.masked_genes is None else config.masking
-        sampling: dict[str, Any] = {
-            "draws": setup.draws,
-            "sampled_cells": config.sampled_cells,
-            "token_masking": masking,
-        }
-        training, held_out = SubSliceSamples(**_training(setup, config)), _held_out(setup, config)
-        super().__init__(training, setup.reader(setup.corpus), **sampling)
-        if held_out is not None and setup.validation is not None:
-            self.validation = JointSamples(held_out, setup.reader(setup.validation), **sampling)
-        self._features = _KeptFeatures(setup, config, training, held_out)
-
-
-def _training(setup: StageSetup, config: StageConfig) -> dict[str, Any]:
-    """Arguments of the sub-slices to train on."""
-    rules = setup.model.config.subslice
-    if config.subslice_cells is not None:
-        rules = replace(rules, n_cells=config.subslice_cells)
-    return {
-        "corpus": setup.corpus,
-        "rules": rules,
-        "draws": setup.draws,
-        "masking": config.spatial_masking,
-        "vary": config.vary_subslices,
-        "node_multiple": setup.node_multiple,
-        "n_surrounding": config.n_surrounding,
-    }
-
-
-def _held_out(setup: StageSetup, config: StageConfig) -> SubSliceSamples | None:
-    """The held-out slices, cut as in inference."""
-    if setup.validation is None:
-        return None
-    as_in_inference = {"rules": setup.model.config.subslice, "vary": False}
-    corpus = {"corpus": setup.validation}
-    return SubSliceSamples(**_training(setup, config) | as_in_inference | corpus)
+    def _use(self, key: str, *, with_held_out: bool) -> None:
+        cache, held_out = self._shared if key == self._first else self._own, self._setup.validation
+        self._training.encoded = cache.encode(key)[1]
+        if with_held_out and self._held_out is not None and held_out is not None:
+            self._held_out.encoded = replace(self._shared, corpus=held_out).encode(self._first)[1]
 
 
 def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> Stage:
-    """Make the stage that trains an objective."""
-    if isinstance(objective, CellEncoderObjective):
-        return CellEncoderStage(objective, setup, config)
-    if isinstance(objective, SpatialObjective):
-        return SpatialStage(objective, setup, config)
-    assert isinstance(objective, JointObjective)
-    return JointStage(objective, setup, config)
+    """Make the stage that trains an objective; held-out slices are cut as in inference."""
+    draws, rules = setup.draws, setup.model.config.subslice
+
+    def both(make: Callable[[Corpus], Made]) -> tuple[Made, Made | None]:
+        return make(setup.corpus), None if setup.validation is None else make(setup.validation)
+
+    def cells(corpus: Corpus) -> CellSamples:
+        reader = setup.reader(corpus)
+        return CellSamples(reader, draws, config.masking, config.contrastive.gene_dropout)
+
+    def subslices(corpus: Corpus) -> SubSliceSamples:
+        is_held_out = corpus is setup.validation
+        n_cells = rules.n_cells if is_held_out else config.subslice_cells or rules.n_cells
+        return SubSliceSamples(
+            corpus,
+            replace(rules, n_cells=n_cells),
+            draws,
+            config.spatial_masking,
+            vary=config.vary_subslices and not is_held_out,
+            node_multiple=setup.node_multiple,
+            n_surrounding=config.n_surrounding,
+            reader=setup.reader(corpus) if config.name == "joint" else None,
+            sampled_cells=config.sampled_cells,
+            token_masking=config.masking if config.trains_masked_genes else None,
+        )
+
+    stage = partial(Stage, config.name, draws.stage, objective)
+    if config.name == "cell_encoder":
+        return stage(*both(cells))
+    training, held_out = both(subslices)
+    embeddings = KeptEmbeddings(setup, config, training, held_out)
+    every = config.refresh_every if config.name == "joint" else None
+    return stage(training, held_out, embeddings, every)
 
 
-def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> list[nn.Module]:
+def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
     """Make the objectives of all stages; heads that several stages need are one."""
     heads: dict[str, nn.Module] = {}
     with seeded(seed):
-        return [_share_heads(_make_objective(model, stage), heads) for stage in stages]
+        return nn.ModuleList(_share_heads(_make_objective(model, stage), heads) for stage in stages)
 
 
 def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:

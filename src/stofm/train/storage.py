@@ -1,9 +1,8 @@
-"""Folders and arrays on disk: digests of what was written, memory maps, the limit of open files."""
+"""Folders and arrays on disk: digests of what was written, memory maps."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -11,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stofm._files import put_in_place
 from stofm._messages import warn
 from stofm.nn.checkpoint import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
 _DIGESTS = "digests.json"
 #: Open files that are asked for: three for each of 20,000 slices, and some for all else.
@@ -31,83 +31,75 @@ def digest_json(*parts: Any) -> str:
     return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """32 hexadecimal digits that change with a file."""
+def write_json(path: Path, entries: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(entries, indent=2) + "\n"
+    put_in_place(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Digest of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest_file(path) for path in files}
+
+
+def _digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
+def find_change(folder: Path, digests: Mapping[str, str]) -> str:
+    """Compare files with what was written; empty if they are the same."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing."
+        if _digest_file(path) != digest:
+            return f"{path} is damaged: it is not what was written."
+    return ""
+
+
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write the files of a folder, and note their digests; not if it is there."""
+    """Let `fill` write the files of a folder, whole or not at all, and note their digests.
+
+    Not if it is there, because another run that shares it was faster.
+    """
 
     def fill_and_note(place: Path) -> None:
         fill(place)
-        digests = {path.name: digest_file(path) for path in sorted(place.iterdir())}
-        (place / _DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(digest_files(place), indent=2) + "\n"
+        (place / _DIGESTS).write_text(text, encoding="utf-8")
 
-    write_once(folder, fill_and_note)
-
-
-def write_once(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a folder, whole or not at all; not if it is there."""
-    # Unless another run that shares the folder was faster.
     with contextlib.suppress(FileExistsError):
-        write_atomically(folder, fill, overwrite=False)
-
-
-def find_damage(folder: Path) -> str:
-    """Compare the files of a folder with what was written; empty if they are the same."""
-    try:
-        digests: dict[str, str] = dict(json.loads((folder / _DIGESTS).read_text(encoding="utf-8")))
-        changed = [name for name, digest in digests.items() if digest_file(folder / name) != digest]
-    except (OSError, ValueError, TypeError) as error:
-        return f"{folder} can't be read ({error})."
-    if not digests:
-        return f"{folder / _DIGESTS} is damaged: it names no files."
-    return f"{folder / changed[0]} is damaged: it is not what was written." if changed else ""
+        write_atomically(folder, fill_and_note, overwrite=False)
 
 
 def is_there(folder: Path) -> bool:
     """Whether a folder is there as it was written; a damaged one goes, with a warning."""
     if not folder.is_dir():
         return False
-    damage = find_damage(folder)
+    try:
+        damage = find_change(folder, json.loads((folder / _DIGESTS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        damage = f"{folder} is damaged ({error})."
     if damage:
         warn(f"{damage} It is made again.")
         shutil.rmtree(folder)
     return not damage
 
 
-def open_array(path: Path) -> NDArray[Any]:
-    """Memory-map an .npy file, as a plain read-only array.
+def open_array(path: Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
+    """Memory-map an array, read-only: an .npy file, or the bare numbers of a type.
 
     A map keeps its file open, and a corpus can have more files than a process may have open at
     first (often 1,024). That limit is therefore raised, as far as the system allows it.
     """
-    with explained_file_limit():
-        _allow_many_files()
+    _allow_many_files()
+    if dtype is None:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-@contextlib.contextmanager
-def explained_file_limit() -> Iterator[None]:
-    """Say what to do about too many open files."""
-    try:
-        yield
-    except OSError as error:
-        if not is_file_limit(error):
-            raise
-        msg = (
-            "Too many files are open: each prepared slice needs up to three. Raise the limit "
-            f"(`ulimit -n {_N_FILES}` in the shell, before Python starts), or train on fewer slices. "
-            f"Nothing is damaged. {error}"
-        )
-        raise OSError(error.errno, msg) from error
-
-
-def is_file_limit(error: BaseException) -> bool:
-    """Whether an error means that too many files are open."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
 def _allow_many_files() -> None:
@@ -118,8 +110,7 @@ def _allow_many_files() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _N_FILES if hard == resource.RLIM_INFINITY else min(_N_FILES, hard)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
-    # Some systems have a lower limit than they say; then this one stays.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # Some systems have a lower limit than they say; then this one stays.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

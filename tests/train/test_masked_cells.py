@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stofm.genes import RankedTokens
-from stofm.nn import CellEncoder, CellEncoderConfig, TokenBatch
+from stofm.nn import SubSliceBatch, TokenBatch
 from stofm.spatial import (
     NodeType,
     PairDistances,
@@ -20,10 +20,12 @@ from stofm.spatial import (
     rows_by_subslice,
 )
 from stofm.train.config import SpatialMasking, TokenMasking
-from stofm.train.masking import Draw, apply, draw, drop_genes, mask_tokens
+from stofm.train.masked_cells import Draw, MaskedSubSliceBatch, apply, draw
+from stofm.train.masked_genes import CellBatch, MaskedGenes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RULES = SubSliceConfig(n_cells=80, n_neighbors=9)
+BATCH_RULES = SubSliceConfig(n_cells=60, n_neighbors=9)
 EMPTY = np.empty(0, np.int64)
 
 
@@ -222,10 +224,9 @@ def test_visible_cells_and_their_surroundings(subslice, rng):
     masking = SpatialMasking(masked=0.3, moved=0.3)
     cells = np.flatnonzero(subslice.node_type == NodeType.CELL)
     masked = apply(subslice, draw(len(cells), masking, rng), masking, n_surrounding=4)
-    nodes = masked.visible.nodes
+    nodes = masked.visible_nodes
     np.testing.assert_array_equal(nodes, np.setdiff1d(cells, masked.hidden_nodes))
     assert len(nodes) < len(cells)
-    np.testing.assert_array_equal(masked.visible.features, subslice.features[nodes])
     # Hidden cells count with what they had, moved ones where they were.
     distances = np.linalg.norm(
         subslice.coordinates[nodes, None] - subslice.coordinates[None, cells], axis=2
@@ -233,13 +234,13 @@ def test_visible_cells_and_their_surroundings(subslice, rng):
     nearest = cells[np.argsort(distances, axis=1)[:, 1:5]]
     assert np.isin(nearest, masked.hidden_nodes).any()
     np.testing.assert_allclose(
-        masked.visible.surroundings, subslice.features[nearest].mean(axis=1), rtol=1e-5, atol=1e-6
+        masked.surroundings, subslice.features[nearest].mean(axis=1), rtol=1e-5, atol=1e-6
     )
 
 
 def test_nothing_is_asked_of_visible_cells_unless_it_is_wanted(subslice, rng):
     masking = SpatialMasking()
-    assert apply(subslice, draw(30, masking, rng), masking).visible is None
+    assert not len(apply(subslice, draw(30, masking, rng), masking).visible_nodes)
 
 
 def test_errors():
@@ -256,212 +257,81 @@ def test_errors():
             SpatialMasking(mask_value=value)
 
 
-PAD, MASK, CLS = 0, 1, 69
-GENES = np.arange(2, 69)
-
-
-def batch_of(lists, *, length=48, values=False):
-    tokens = np.concatenate([np.empty(0, int), *lists]).astype(np.int32)
-    ranked = RankedTokens(
-        tokens=tokens,
-        offsets=np.concatenate([[0], np.cumsum([len(genes) for genes in lists])]),
-        values=1 + tokens.astype(np.float32) if values else None,
-    )
-    return TokenBatch.from_ranked(
-        ranked, np.arange(len(lists)), cls_token=CLS, pad_token=PAD, length=length
-    )
-
-
-def rngs(n, seed=0):
-    return [np.random.default_rng([seed, k]) for k in range(n)]
-
-
 @pytest.fixture
-def lists(rng):
-    """Genes of five cells: 40, 0, 1, 33 and 7."""
-    return [rng.permutation(GENES)[:n] for n in (40, 0, 1, 33, 7)]
+def masked(rng):
+    xy = rng.random((113, 2)) * [90.0, 40.0]
+    features = rng.normal(size=(113, 5)).astype(np.float32)
+    layout = lay_out_slice(xy, features, BATCH_RULES)
+    masking = SpatialMasking(kept=0.1)
+    parts = []
+    for rows in rows_by_subslice(layout):
+        subslice = build_subslice(layout, features, rows, BATCH_RULES)
+        drawn = draw(len(rows), masking, rng)
+        parts.append(apply(subslice, drawn, masking, n_surrounding=3))
+    return parts
 
 
-def mask(batch, masking=None, seed=0):
-    return mask_tokens(
-        batch,
-        masking or TokenMasking(),
-        mask_token=MASK,
-        gene_tokens=GENES,
-        rngs=rngs(len(batch.tokens), seed),
+def test_targets_of_a_batch_are_those_of_its_subslices(masked):
+    batch = MaskedSubSliceBatch.from_masked(masked, node_multiple=16)
+    n_nodes = batch.subslices.pairs.n_nodes
+    assert n_nodes % 16 == 0
+    assert len(masked) == 2
+    hidden, targets, pairs, visible = 0, 0, 0, 0
+    for b, part in enumerate(masked):
+        own = slice(hidden, hidden := hidden + len(part.hidden_nodes))
+        np.testing.assert_array_equal(batch.hidden_places[own] - b * n_nodes, part.hidden_nodes)
+        own = slice(targets, targets := targets + len(part.target_nodes))
+        np.testing.assert_array_equal(batch.target_places[own] - b * n_nodes, part.target_nodes)
+        np.testing.assert_array_equal(batch.target_features[own], part.target_features)
+        own = slice(pairs, pairs := pairs + len(part.pair_rows))
+        assert (batch.pair_batch[own] == b).all()
+        np.testing.assert_array_equal(batch.pair_rows[own], part.pair_rows)
+        np.testing.assert_array_equal(batch.pair_columns[own], part.pair_columns)
+        np.testing.assert_array_equal(batch.pair_distances[own], part.pair_distances)
+        own = slice(visible, visible := visible + len(part.visible_nodes))
+        np.testing.assert_array_equal(batch.visible_places[own] - b * n_nodes, part.visible_nodes)
+        np.testing.assert_array_equal(batch.surroundings[own], part.surroundings)
+    assert (hidden, targets, pairs, visible) == tuple(
+        map(len, (batch.hidden_places, batch.target_places, batch.pair_rows, batch.visible_places))
     )
+    flat = batch.subslices.features.flatten(0, 1)
+    assert not flat[batch.hidden_places].any()
+    kept = torch.isin(batch.target_places, batch.hidden_places, invert=True)
+    assert kept.any()
+    assert torch.equal(flat[batch.target_places[kept]], batch.target_features[kept])
 
 
-def test_share_of_each_cells_genes_is_masked(lists):
-    batch = batch_of(lists)
-    masked, is_target = mask(batch)
-    assert is_target.sum(dim=1).tolist() == [6, 0, 1, 5, 1]
-    assert (masked.tokens[is_target] == MASK).all()
-    assert torch.equal(masked.tokens[~is_target], batch.tokens[~is_target])
-    assert torch.equal(masked.is_hidden, is_target)
-    assert not is_target[:, 0].any()  # <cls>
-    assert not (is_target & ~batch.is_real).any()
-    assert not (batch.tokens == MASK).any()  # the input is not changed
+def tensors(value):
+    """All tensors in a batch, by name."""
+    if isinstance(value, torch.Tensor):
+        yield "", value
+    elif isinstance(value, tuple):
+        for k, part in enumerate(value):
+            yield from ((f"{k}.{name}", tensor) for name, tensor in tensors(part))
+    elif hasattr(value, "__dataclass_fields__"):
+        for field in value.__dataclass_fields__:
+            found = tensors(getattr(value, field))
+            yield from ((f"{field}.{name}", tensor) for name, tensor in found)
 
 
-def test_nothing_and_everything(lists):
-    batch = batch_of(lists)
-    nothing, is_target = mask(batch, TokenMasking(share=0))
-    assert torch.equal(nothing.tokens, batch.tokens)
-    assert not is_target.any()
-    _, is_target = mask(batch, TokenMasking(share=1))
-    assert is_target.sum(dim=1).tolist() == [len(genes) for genes in lists]
-
-
-def test_bert_shows_some_and_swaps_some(rng):
-    batch = batch_of([rng.permutation(GENES)[:47] for _ in range(300)])
-    masked, is_target = mask(batch, replace(TokenMasking.bert(), share=0.5))
-    n_targets = int(is_target.sum())
-    is_mask = masked.tokens == MASK
-    is_changed = masked.tokens != batch.tokens
-    assert is_mask.sum() / n_targets == pytest.approx(0.8, abs=0.02)
-    # One gene in 67 is replaced by itself.
-    assert (is_changed & ~is_mask).sum() / n_targets == pytest.approx(0.1, abs=0.02)
-    assert (is_changed <= is_target).all()
-    assert np.isin(masked.tokens[is_changed & ~is_mask], GENES).all()
-    # What stays visible may enter sums over the genes, what does not stays out.
-    assert (is_changed <= masked.is_hidden).all()
-    assert masked.is_hidden.sum() / n_targets == pytest.approx(0.9, abs=0.02)
-
-
-def test_every_gene_is_masked_as_often_as_the_others():
-    batch = batch_of([GENES[:20]] * 2000, length=24)
-    _, is_target = mask(batch)
-    assert is_target[:, 1:21].float().mean(dim=0).numpy() == pytest.approx(0.15, abs=0.035)
-
-
-def test_masks_do_not_depend_on_the_batch(lists):
-    together, is_target = mask(batch_of(lists), TokenMasking.bert())
-    for cell in (0, 3, 4):
-        length = len(lists[cell]) + 1
-        alone, is_target_alone = mask_tokens(
-            batch_of([lists[cell]], length=length),
-            TokenMasking.bert(),
-            mask_token=MASK,
-            gene_tokens=GENES,
-            rngs=[rngs(5)[cell]],
-        )
-        assert torch.equal(alone.tokens[0], together.tokens[cell, :length])
-        assert torch.equal(is_target_alone[0], is_target[cell, :length])
-
-
-def test_seeds_matter(lists):
-    first, second = (mask(batch_of(lists), seed=seed)[1] for seed in (0, 1))
-    assert not torch.equal(first, second)
-
-
-def test_gene_that_stands_twice_is_hidden_twice():
-    genes = np.array([5, 9, 5, 11, 9, 13, 15, 17, 19, 21])
-    batch = batch_of([genes] * 60, length=11)
-    masked, is_target = mask(batch, replace(TokenMasking.bert(), share=0.3))
-    for one in (5, 9):
-        is_one = batch.tokens == one
-        assert torch.equal(is_target[is_one].view(60, 2)[:, 0], is_target[is_one].view(60, 2)[:, 1])
-        seen = (masked.tokens == one) & is_one
-        assert (seen[is_one].view(60, 2).sum(dim=1) != 1).all()
-
-
-def test_values_stay_and_the_pooled_sum_loses_what_is_masked(lists):
-    batch = batch_of(lists, values=True)
-    masked, is_target = mask(batch)
-    assert torch.equal(masked.values, batch.values)
-    assert torch.equal(masked.bag.values, batch.bag.values)
-    assert torch.equal(masked.is_hidden, is_target)
-
-
-def test_model_with_all_its_inputs_does_not_see_which_gene_is_masked(lists):
-    torch.manual_seed(0)
-    encoder = CellEncoder(
-        CellEncoderConfig(
-            n_tokens=70,
-            d_cell=14,
-            n_layers=1,
-            d_hidden=8,
-            n_heads=2,
-            d_inner=9,
-            max_positions=50,
-            values="log",
-            pooled=True,
-        )
-    ).eval()
-    masked, is_target = mask(batch_of(lists, values=True))
-    others = masked.bag.tokens.clone()
-    bag = 0
-    for row, genes in enumerate(lists):  # other genes in the bag where the list has <mask>
-        own = is_target[row, 1 : 1 + len(genes)]
-        others[bag : bag + len(genes)][own] = 68
-        bag += len(genes)
-    assert not torch.equal(others, masked.bag.tokens)
-    swapped = replace(masked, bag=replace(masked.bag, tokens=others))
-    with torch.no_grad():
-        assert torch.equal(encoder(masked), encoder(swapped))
-        assert not torch.equal(encoder(replace(masked, is_hidden=None)), encoder(masked))
-
-
-def test_dropped_genes_leave_the_list_and_the_rest_moves_up(lists):
-    batch = batch_of(lists)
-    fewer = drop_genes(batch, 0.3, pad_token=PAD, rngs=rngs(5))
-    for cell, genes in enumerate(lists):
-        n_left = len(genes) - int(0.3 * len(genes))
-        left = fewer.tokens[cell, 1 : 1 + n_left].numpy()
-        assert fewer.tokens[cell, 0] == CLS
-        assert np.array_equal(left, genes[np.isin(genes, left)])  # in the order of rank
-        assert not fewer.tokens[cell, 1 + n_left :].any()
-        assert fewer.is_real[cell].sum() == 1 + n_left
-    assert batch.is_real.sum() == 5 + sum(map(len, lists))  # the input is not changed
-
-
-def test_dropped_genes_leave_the_bag_too(lists):
-    batch = batch_of(lists, values=True, length=20)  # lists are cut, the bag is not
-    fewer = drop_genes(batch, 0.5, pad_token=PAD, rngs=rngs(5))
-    ends = [*fewer.bag.offsets[1:].tolist(), len(fewer.bag.tokens)]
-    for cell, (start, end) in enumerate(zip(fewer.bag.offsets.tolist(), ends, strict=True)):
-        assert end - start == len(lists[cell]) - len(lists[cell]) // 2
-        bag, listed = fewer.bag.tokens[start:end], fewer.tokens[cell][fewer.is_real[cell]][1:]
-        assert np.isin(bag, lists[cell]).all()
-        assert torch.equal(bag[: len(listed)], listed)
-        assert torch.equal(fewer.values[cell, 1 : 1 + len(listed)], 1.0 + listed)
-        assert not fewer.values[cell, 1 + len(listed) :].any()
-    assert torch.equal(fewer.bag.values, 1.0 + fewer.bag.tokens)
-
-
-def test_hidden_genes_stay_hidden_when_others_are_dropped(lists):
-    masked, _ = mask(batch_of(lists, values=True))
-    fewer = drop_genes(masked, 0.3, pad_token=PAD, rngs=rngs(5))
-    assert torch.equal(fewer.is_hidden, fewer.tokens == MASK)
-
-
-def test_dropping_nothing_changes_nothing(lists):
-    batch = batch_of(lists, values=True)
-    same = drop_genes(batch, 0.0, pad_token=PAD, rngs=rngs(5))
-    for own, other in ((same, batch), (same.bag, batch.bag)):
-        assert torch.equal(own.tokens, other.tokens)
-        assert torch.equal(own.values, other.values)
-
-
-def test_drops_do_not_depend_on_the_batch(lists):
-    together = drop_genes(batch_of(lists), 0.4, pad_token=PAD, rngs=rngs(5))
-    alone = drop_genes(batch_of([lists[3]]), 0.4, pad_token=PAD, rngs=[rngs(5)[3]])
-    assert torch.equal(alone.tokens[0], together.tokens[3])
-
-
-def test_errors_of_gene_masking(lists):
-    with pytest.raises(ValueError, match="share is a share and must lie between 0 and 1, found 2"):
-        TokenMasking(share=2)
-    with pytest.raises(ValueError, match=r"mask_share, random_share must add up to at most 1"):
-        TokenMasking(mask_share=0.8, random_share=0.3)
-    with pytest.raises(ValueError, match="2 generators for 5 cells; expected one per cell"):
-        mask_tokens(
-            batch_of(lists), TokenMasking(), mask_token=MASK, gene_tokens=GENES, rngs=rngs(2)
-        )
-    with pytest.raises(ValueError, match="gene_tokens is empty; pass the vocabulary's tokens"):
-        mask_tokens(
-            batch_of(lists), TokenMasking.bert(), mask_token=MASK, gene_tokens=[], rngs=rngs(5)
-        )
-    with pytest.raises(ValueError, match="must be at least 0 and below 1, found 1"):
-        drop_genes(batch_of(lists), 1, pad_token=PAD, rngs=rngs(5))
+def test_all_tensors_go_to_the_device(vocabulary, masked):
+    ranked = RankedTokens(np.arange(2, 52, dtype=np.int32), np.array([0, 31, 31, 50]))
+    special = {"cls_token": vocabulary.cls, "pad_token": vocabulary.pad}
+    cells = TokenBatch.from_ranked(ranked, np.arange(3), length=40, **special)
+    rngs = [np.random.default_rng(k) for k in range(3)]
+    genes = MaskedGenes.build(cells, rngs, masking=TokenMasking(), vocabulary=vocabulary)
+    joint = replace(
+        MaskedSubSliceBatch.from_masked(masked),
+        sampled=(cells,),
+        sampled_places=torch.tensor([40, 41, 45]),
+        genes=(genes,),
+    )
+    views = CellBatch(genes=genes, views=(cells, cells))
+    moved = views.to("cpu")
+    assert moved.views[0] is moved.views[1]
+    for batch in (joint, views):
+        found = list(tensors(batch.to("meta")))
+        assert [name for name, tensor in found if tensor.device.type != "meta"] == []
+        assert [name for name, _ in found] == [name for name, _ in tensors(batch)]
+        assert len(found) > 8
+    assert isinstance(joint.to("cpu").subslices, SubSliceBatch)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import psutil
+import torch
+
+from stofm._files import read_table
+from stofm.train.run import HISTORY_COLUMNS, append_history, begin_history, peak_memory
+
+PARTS = ["masked_genes", "masked_cells"]
+
+
+def row(step, **parts):
+    return {"stage": "spatial", "split": "train", "epoch": 0, "step": step, **parts}
+
+
+def test_rows_come_back_to_the_last_bit(tmp_path):
+    path = tmp_path / "history.csv"
+    begin_history(path, PARTS)
+    values = [0.1 + 0.2, 1e-17 / 3, 12345678.9012345678]
+    for step, value in enumerate(values):
+        append_history(path, row(step, loss=value, masked_cells=value))
+    table = read_table(path)
+    assert table["loss"].tolist() == values
+    assert table["masked_genes"].isna().all()
+
+
+def test_a_history_goes_on_with_the_rows_of_an_earlier_one(tmp_path):
+    first, second = tmp_path / "first.csv", tmp_path / "history.csv"
+    begin_history(first, PARTS[:1])
+    append_history(first, row(1, masked_genes=0.1))
+    begin_history(second, PARTS, first)
+    append_history(second, row(2, masked_cells=2.0))
+    table = read_table(second)
+    assert list(table) == [*HISTORY_COLUMNS, *PARTS]
+    assert table["masked_genes"].tolist()[:1] == [0.1]
+    assert table["masked_cells"].tolist()[1:] == [2.0]
+
+
+def test_peak_memory_counts_what_was_given_back():
+    device = torch.device("cpu")
+    before = peak_memory(device)
+    block = bytearray(before - psutil.Process().memory_info().rss + 50_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    assert peak_memory(device) > before + 40_000_000
