@@ -21,8 +21,8 @@ from stofm._edge.staleness import stale_reason
 from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import MADE_BY_EMBED, places_entry, slices_column
-from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.options import check_if_given, check_whole_number
 from stofm.spatial.domains import (
     Centering,

@@ -37,34 +37,6 @@ from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, pape
 from stofm.train.run import Pretraining, TrainResult
 from stofm.train.stages import CellEncoderStage, JointStage, SpatialStage, StageSetup
 
-if TYPE_CHECKING:
-    from stofm.heads.ensemble import blend_weights, fit_linear_head, stack_weights
-    from stofm.heads.network import FittedHead, HeadTraining, apply_head, fit_head
-    from stofm.heads.targets import Targets, head_loss
-    from stofm.heads.tuning_samples import FineTuningConfig
-
-#: Public here, and kept with the heads, which are built on training.
-_HEADS = {
-    "FineTuningConfig": "tuning_samples",
-    "FittedHead": "network",
-    "HeadTraining": "network",
-    "Targets": "targets",
-    "apply_head": "network",
-    "blend_weights": "ensemble",
-    "fit_head": "network",
-    "fit_linear_head": "ensemble",
-    "head_loss": "targets",
-    "stack_weights": "ensemble",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HEADS:
-        msg = f"module 'stofm.train' has no attribute {name!r}"
-        raise AttributeError(msg)
-    return getattr(importlib.import_module(f"stofm.heads.{_HEADS[name]}"), name)
-
-
 __all__ = [
     "CellBatch",
     "CellEncoderObjective",
@@ -74,9 +46,6 @@ __all__ = [
     "DataConfig",
     "Draws",
     "FileConfig",
-    "FineTuningConfig",
-    "FittedHead",
-    "HeadTraining",
     "JointBatch",
     "JointObjective",
     "JointStage",
@@ -105,18 +74,12 @@ __all__ = [
     "Stage",
     "StageConfig",
     "StageSetup",
-    "Targets",
     "TokenMasking",
     "TokenizedSlice",
     "TrainResult",
     "TrainingLoop",
-    "apply_head",
-    "blend_weights",
     "contrastive_loss",
     "drop_genes",
-    "fit_head",
-    "fit_linear_head",
-    "head_loss",
     "mask_tokens",
     "masked_cell_loss",
     "masked_gene_loss",
@@ -124,6 +87,5 @@ __all__ = [
     "pair_distance_loss",
     "paper_schedule",
     "preparation_key",
-    "stack_weights",
     "write_slice",
 ]
