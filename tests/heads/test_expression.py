@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
 from scipy import sparse
 
-from stofm._config import build_dataclass
-from stofm.heads import components as module
-from stofm.heads.components import (
-    ComponentsEntries,
+import stofm as st
+from stofm._keys import Obsm
+from stofm.heads import expression as module
+from stofm.heads.blocks import Blocks
+from stofm.heads.expression import (
     ExpressionComponents,
-    fit_components,
+    add_expression,
     principal_axes,
+    read_expression,
 )
-from stofm.heads.gene_columns import Gene, GeneColumns, choose_panel
+from stofm.heads.gene_columns import Gene, GeneColumns
+from stofm.heads.options import HeadOptions, Request
 from stofm.heads.sections import resolve_slices
 
 N_GENES = 40
 GENES = tuple(Gene(f"g{k}", "") for k in range(N_GENES))
+QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 
 
 @pytest.fixture
@@ -55,13 +57,18 @@ def normalised(counts, target=1e4):
     return np.log1p(target * counts / np.where(totals > 0, totals, 1.0))
 
 
-def fit(data, vocabulary, rows=None, layers=None, n_components=5, classes=None):
-    sections = resolve_slices(data)
+def blocks_of(sections, use_rep=(Obsm.X,)):
+    features = np.ones((sections.n_obs, 2), dtype=np.float32)
+    return Blocks(features, use_rep, (2,), {rep: {} for rep in use_rep})
+
+
+def add(data, rows=None, *, n_components=5, use_rep=(Obsm.X,), library_key=None, layer=None):
+    """Components of all cells, and how they are read."""
+    sections = resolve_slices(data, library_key, spatial_key="")
     rows = np.arange(sections.n_obs) if rows is None else rows
-    layers = layers or [None] * len(sections.tables)
-    columns = [GeneColumns.read(one, vocabulary, must_map=False) for one in sections.tables]
-    genes = choose_panel(columns, ()).inputs
-    return fit_components(sections, rows, columns, genes, layers, n_components, classes)
+    request = Request(layer=layer, options=HeadOptions(n_components=n_components))
+    found, components = add_expression(sections, blocks_of(sections, use_rep), rows, request)
+    return components, found.expression
 
 
 @pytest.mark.parametrize("n_components", [1, 7, 30])
@@ -70,6 +77,8 @@ def test_principal_axes(rng, n_components, monkeypatch):
     values = rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12)) + 3.0
     values[rng.random((100, 12)) < 0.4] = 0.0
     mean, axes, variances = principal_axes(sparse.csr_matrix(values), n_components)
+    for one, other in zip(principal_axes(values, n_components), (mean, axes, variances), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
     n_found = min(n_components, 12)
     assert axes.shape == (12, n_found)
     np.testing.assert_allclose(mean, values.mean(axis=0))
@@ -189,8 +198,6 @@ def test_too_few_genes(counts, components, vocabulary, caplog):
     adata = table(counts[:, enough], [f"g{k}" for k in enough])
     assert read(components, adata, vocabulary) is not None
     assert not caplog.text
-    own = GeneColumns.read(adata, vocabulary, must_map=False)
-    assert components.read(adata, own, layer=None, least_measured=0.95) is None
 
 
 def test_cells_without_counts(counts, components, vocabulary):
@@ -208,148 +215,151 @@ def test_blocks_layers_and_kinds_of_matrices(counts, components, vocabulary, tmp
     with pytest.raises(ValueError, match="raw counts"):
         read(components, dense, vocabulary)
     table(counts).write_h5ad(tmp_path / "cells.h5ad")
-    import anndata as ad
-
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
     monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", 50 * N_GENES)
     np.testing.assert_allclose(read(components, backed, vocabulary), expected, atol=1e-5)
     backed.file.close()
 
 
-def test_slices_are_centred_if_they_were_for_fitting(components, rng):
-    scores = rng.normal(size=(90, 6)).astype(np.float32) + 3.0
-    slices = [np.arange(0, 70, 2), np.arange(1, 70, 2), np.arange(70, 89), np.array([89])]
-    np.testing.assert_array_equal(components.centered(scores, slices), scores)
-    before = scores.copy()
-    found = replace(components, by_slice=True).centered(scores, slices)
-    for rows in slices[:2]:
-        np.testing.assert_allclose(found[rows], scores[rows] - scores[rows].mean(axis=0), atol=1e-5)
-    # The mean of fewer than 20 cells says nothing.
-    np.testing.assert_array_equal(found[70:], scores[70:])
-    np.testing.assert_array_equal(scores, before)
+def test_arrays_are_exact(counts, components, vocabulary):
+    again = ExpressionComponents.of([[g.name, g.id] for g in components.genes], components.arrays)
+    assert again.genes == components.genes
+    np.testing.assert_array_equal(
+        read(again, table(counts), vocabulary), read(components, table(counts), vocabulary)
+    )
 
 
-def test_centring_does_not_depend_on_the_order_of_cells(components, rng):
-    components = replace(components, by_slice=True)
-    scores = rng.normal(size=(90, 6)).astype(np.float32) + 3.0
-    order = rng.permutation(90)
-    first = components.centered(scores, [np.arange(90)])
-    again = components.centered(scores[order], [np.arange(90)])
-    np.testing.assert_array_equal(again, first[order])
-
-
-def test_entries_are_exact(counts, components, vocabulary):
-    for one in (components, replace(components, by_slice=True)):
-        entries, arrays = one.to_entries()
-        stored = build_dataclass(ComponentsEntries, json.loads(json.dumps(entries)), "entries")
-        again = ExpressionComponents.from_entries(stored, arrays)
-        assert again.genes == one.genes
-        assert again.by_slice is one.by_slice
-        for name in ("shares", "chosen", "mean", "axes", "variances"):
-            value = getattr(again, name)
-            np.testing.assert_array_equal(value, getattr(one, name))
-            assert value.dtype == getattr(one, name).dtype
-        np.testing.assert_array_equal(
-            read(again, table(counts), vocabulary), read(one, table(counts), vocabulary)
-        )
-
-
-def test_fitted_to_one_table(counts, vocabulary):
-    components, scores = fit(table(counts), vocabulary)
-    assert not components.by_slice
-    expected = ExpressionComponents.fit(sparse.csr_matrix(counts), GENES, 5)
+def test_labelled_cells_alone_are_fitted(counts, vocabulary, rng):
+    rows = rng.permutation(120)[:70]
+    components, scores = add(table(counts), rows)
+    expected = ExpressionComponents.fit(sparse.csr_matrix(counts[rows]), GENES, 5)
     np.testing.assert_array_equal(components.axes, expected.axes)
     np.testing.assert_array_equal(scores, read(expected, table(counts), vocabulary))
 
 
-def test_fitted_to_labelled_cells_alone(counts, vocabulary, rng):
-    rows = rng.permutation(120)[:70]
-    components, scores = fit(table(counts), vocabulary, rows)
-    expected = ExpressionComponents.fit(sparse.csr_matrix(counts[rows]), GENES, 5)
-    np.testing.assert_array_equal(components.axes, expected.axes)
-    assert scores.shape == (120, 5)
-
-
-def test_several_tables_and_layers(counts, vocabulary, rng):
-    """The same cells in one table, in two, in another order of genes, and in a layer."""
+def test_several_tables(counts, rng):
+    """The same cells in one table, and in two, in another order of genes."""
     rows = rng.permutation(120)[:90]
-    whole, scores = fit(table(counts), vocabulary, rows)
+    whole, scores = add(table(counts), rows)
     order = rng.permutation(N_GENES)
     second = table(counts[70:][:, order], [f"g{k}" for k in order])
-    second.layers["raw"], second.X = second.X.copy(), second.X * 0.37
-    # The parts are drawn alike, but need not be near enough to leave their means.
-    apart, found = fit([table(counts[:70]), second], vocabulary, rows, [None, "raw"])
+    apart, found = add([table(counts[:70]), second], rows)
     assert apart.genes == whole.genes
     np.testing.assert_array_equal(apart.axes, whole.axes)
     np.testing.assert_array_equal(apart.mean, whole.mean)
-    assert not apart.by_slice
     np.testing.assert_allclose(found, scores, atol=1e-5)
-    with pytest.raises(ValueError, match="raw counts"):
-        fit([table(counts[:70]), second], vocabulary, rows)
 
 
-def test_another_order_of_rows(counts, vocabulary, rng):
+def test_another_order_of_rows(counts, rng):
     rows, order = rng.permutation(120)[:90], rng.permutation(120)
-    first, scores = fit(table(counts), vocabulary, rows)
+    first, scores = add(table(counts), rows)
     # The same cells in the same order, which are elsewhere in the file.
-    again, moved = fit(table(counts[order]), vocabulary, np.argsort(order)[rows])
+    again, moved = add(table(counts[order]), np.argsort(order)[rows])
     np.testing.assert_array_equal(again.axes, first.axes)
     np.testing.assert_array_equal(moved, scores[order])
 
 
-def test_shared_genes_are_read(counts, vocabulary):
+def test_shared_genes_are_read(counts):
     parts = [
         table(counts[:60, :30], [f"g{k}" for k in range(30)]),
         table(counts[60:, 10:], [f"g{k}" for k in range(10, 40)]),
     ]
-    components, scores = fit(parts, vocabulary)
+    components, scores = add(parts)
     assert components.genes == GENES[10:30]
     assert scores.shape == (120, 5)
     expected = ExpressionComponents.fit(sparse.csr_matrix(counts[:, 10:30]), GENES[10:30], 5)
     np.testing.assert_array_equal(components.axes, expected.axes)
 
 
-def test_duplicate_columns(counts, vocabulary, rng):
-    part = rng.binomial(counts[:, 3].astype(int), 0.4).astype(np.float32)
-    split = np.column_stack([counts, part])
-    split[:, 3] -= part
-    whole, scores = fit(table(counts), vocabulary)
-    twice = table(split, [*vocabulary.gene_ids[:N_GENES], vocabulary.symbols[3]])
-    once = table(counts, [*vocabulary.gene_ids[:N_GENES]])
-    found, own = fit(twice, vocabulary)
-    assert [gene.id for gene in found.genes] == vocabulary.gene_ids[:N_GENES].tolist()
-    np.testing.assert_array_equal(found.axes, whole.axes)
-    np.testing.assert_allclose(own, scores, atol=1e-5)
-    np.testing.assert_allclose(read(found, once, vocabulary), scores, atol=1e-5)
-
-
-def test_many_cells_are_thinned_out(counts, vocabulary, rng, monkeypatch):
+def test_many_cells_are_thinned_out(counts, rng, monkeypatch):
     rows = rng.permutation(120)[:100]
     monkeypatch.setattr(module, "_MOST_CELLS", 45)
-    thin, scores = fit(table(counts), vocabulary, rows)
+    thin, scores = add(table(counts), rows)
     expected = ExpressionComponents.fit(sparse.csr_matrix(counts[rows[::3]]), GENES, 5)
     np.testing.assert_array_equal(thin.axes, expected.axes)
     assert len(scores) == 120
 
 
-def test_labelled_slices_that_differ(counts, vocabulary):
-    # The genes of each type are another one's: nothing of the mean is left.
-    other = (counts[:, ::-1] + 30 * (np.arange(N_GENES) < 20)).astype(np.float32)
-    data = [table(counts), table(other)]
-    components, scores = fit(data, vocabulary)
-    assert components.by_slice
-    for own in (scores[:120], scores[120:]):
-        np.testing.assert_allclose(own.mean(axis=0), 0.0, atol=1e-3)
-    # Few cells say nothing about a slice.
-    components, scores = fit(data, vocabulary, np.arange(139))
-    assert not components.by_slice
-    np.testing.assert_array_equal(scores[:120], read(components, data[0], vocabulary))
+@pytest.mark.parametrize(
+    ("n_components", "use_rep", "expected"),
+    [
+        (None, (Obsm.X_CELL, Obsm.X), 71),
+        (None, (Obsm.X, "X_pca"), 0),
+        (None, ("X_pca",), 0),
+        (7, ("X_pca",), 7),
+        (0, (Obsm.X,), 0),
+    ],
+)
+def test_number_of_components(adata, n_components, use_rep, expected):
+    found = add(adata, n_components=n_components, use_rep=use_rep, library_key="library")
+    if expected:
+        assert found[1].shape == (184, expected)
+    else:
+        assert found == (None, None)
 
 
-def test_slices_of_other_classes_are_not_centred(counts, vocabulary):
-    """What differs is what the slices are made of."""
-    axes = ExpressionComponents.fit(sparse.csr_matrix(counts), GENES, 1)
-    side = read(axes, table(counts), vocabulary)[:, 0] > 0
-    data, classes = [table(counts[side]), table(counts[~side])], np.sort(~side).astype(np.int64)
-    assert fit(data, vocabulary)[0].by_slice
-    assert not fit(data, vocabulary, classes=classes)[0].by_slice
+@pytest.fixture
+def pair(adata):
+    return [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
+
+
+def take_away(adata, lack):
+    """The table without what components are read from, and what a message says of it."""
+    if lack == "genes":
+        return adata[:, :2].copy(), "2 of the 71 genes"
+    if lack == "names":
+        adata.var_names = [f"strange{k}" for k in range(71)]
+        return adata, "share no gene|too few"
+    adata.X = adata.X * 0.37 if lack == "raw counts" else None
+    return adata, {"raw counts": "raw counts", "a matrix": "is empty"}[lack]
+
+
+@pytest.mark.parametrize("lack", ["raw counts", "names", "a matrix"])
+@pytest.mark.filterwarnings("ignore:.*without their expression")
+def test_labelled_cells_without(pair, caplog, lack):
+    pair[1], told = take_away(pair[1], lack)
+    assert add(pair, n_components=None) == (None, None)
+    assert "184 cells are judged without their expression" in caplog.text
+    with pytest.raises(ValueError, match=told):
+        add(pair)
+    # Tables without labelled cells have no say.
+    components, scores = add(pair, np.arange(101))
+    expected = add(pair[0])
+    np.testing.assert_array_equal(components.axes, expected[0].axes)
+    np.testing.assert_array_equal(scores[:101], expected[1])
+    assert np.isnan(scores[101:]).all()
+
+
+@pytest.mark.parametrize("lack", ["raw counts", "genes", "names", "a matrix"])
+@pytest.mark.filterwarnings("ignore:.*without their expression")
+def test_a_table_of_a_query_without(pair, caplog, lack):
+    components, expected = add(pair)
+    pair[1], _ = take_away(pair[1], lack)
+    sections = resolve_slices(pair)
+    found = read_expression(components, sections, blocks_of(sections), None).expression
+    assert "without their expression" in caplog.text
+    np.testing.assert_array_equal(found[:101], expected[:101])
+    assert np.isnan(found[101:]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*without their expression")
+def test_layers(adata, model, caplog):
+    components, expected = add(adata, library_key="library")
+    adata.layers["raw"], adata.X = adata.X.copy(), adata.X * 0.37
+    sections = resolve_slices(adata, "library")
+
+    def again(layer=None):
+        return read_expression(components, sections, blocks_of(sections), layer).expression
+
+    np.testing.assert_array_equal(again("raw"), expected)
+    np.testing.assert_array_equal(add(adata, library_key="library", layer="raw")[1], expected)
+    # Without a name it is the one that was embedded.
+    st.tl.embed(adata, model, layer="raw", **QUIET)
+    np.testing.assert_array_equal(again(), expected)
+    np.testing.assert_array_equal(add(adata, library_key="library")[1], expected)
+    assert "without their expression" not in caplog.text
+    del adata.layers["raw"]
+    assert np.isnan(again()).all()
+    assert "There is no layer 'raw'" in caplog.text
+    with pytest.raises(KeyError, match="There is no layer 'raw'"):
+        add(adata, library_key="library")
