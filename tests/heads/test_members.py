@@ -229,7 +229,8 @@ def test_narrow_blocks_are_read_as_they_are(wide):
 def test_members_on_wide_blocks(classes, splits, rng, wide, monkeypatch):
     monkeypatch.setattr(module, "_MOST_COLUMNS", 20)
     features = np.nan_to_num(wide)
-    features[:, :200] += 10 * rng.normal(size=(3, 200))[classes.values]
+    features[:, 200:] = 2 * rng.normal(size=(3, 100))[classes.values]
+    features[:, :200] += 2 * rng.normal(size=(3, 200))[classes.values]
     blocks = Blocks(features, ("X_a",), (300,), {"X_a": {}})
     members = fit_members(blocks, classes, splits, SEEDS)
     assert {one.config.d_input for one in members.networks} == {300}
