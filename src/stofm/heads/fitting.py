@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
+import pandas as pd
 
 from stofm._edge.records import all_or_nothing
 from stofm._logging import logger
@@ -15,7 +16,7 @@ from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, sa
 from stofm.heads.expression import add_expression
 from stofm.heads.members import fit_members
 from stofm.heads.network import fit_head, row_order
-from stofm.heads.tuning import fine_tune_head
+from stofm.heads.tuning import FineTuned, fine_tune_head
 from stofm.nn.model import load_model
 from stofm.spatial import split_cells
 
@@ -87,9 +88,13 @@ def fit(task: Task, sections: Sections) -> Any:
     splits = [plan_split(sections, task, blocks, seed) for seed in seeds]
     model = None
     if options.strategy != "frozen":
-        model = _tune(task, sections, blocks, splits[0], options.strategy)
+        tuned = _tune(task, sections, blocks, splits[0], options.strategy)
+        model = tuned.model
         blocks = _read_again(sections, blocks, replace(request, model=model))
     members = fit_members(blocks, task.targets, splits, seeds)
+    history = members.history
+    if model is not None:
+        history = pd.concat([tuned.history.assign(reads="slices"), history], ignore_index=True)
     slices = zip(sections.slices.names, sections.slices.rows, strict=True)
     common = {
         "use_rep": blocks.use_rep,
@@ -102,14 +107,14 @@ def fit(task: Task, sections: Sections) -> Any:
         "reads": members.reads,
         "weights": members.weights,
         "n_neighbors": blocks.neighbors_of(members.reads),
-        "history": members.history,
+        "history": history,
     }
     return task.make_head(blocks, splits, members, common)
 
 
 def _tune(
     task: Task, sections: Sections, blocks: Blocks, split: Split, strategy: TuningStrategy
-) -> Stofm:
+) -> FineTuned:
     """Tune a copy of the model with a network on its embeddings."""
     request = task.request
     model = model_to_tune(request, blocks.origin)
@@ -133,7 +138,7 @@ def _tune(
         task=task.name,
         seed=request.seed,
         **request.reading,
-    ).model
+    )
 
 
 def _read_again(sections: Sections, before: Blocks, request: Request) -> Blocks:

@@ -162,10 +162,13 @@ def fit_members(
     known = row_order(blocks.features, targets.values, np.flatnonzero(targets.is_known))
     held_out = [row_order(blocks.features, targets.values, one.held_out) for one in splits]
     kinds, histories = [], []
+    rotations: dict[Source, Rotation] = {}
     for reads, is_linear in _kinds(blocks, targets):
-        block = blocks.of(reads)
-        assert block is not None
-        rotation = Rotation(block, blocks.widths_of(reads), known)
+        if reads not in rotations:
+            block = blocks.of(reads)
+            assert block is not None
+            rotations[reads] = Rotation(block, blocks.widths_of(reads), known)
+        rotation = rotations[reads]
         if is_linear:
             trials = [_fit_linear(rotation.values, targets, split.fitted) for split in splits]
             final = [rotation.undone(_fit_linear(rotation.values, targets, known))]

@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -83,9 +83,6 @@ def fine_tune_head(
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
     library_key: str | None = None,
-    species: Literal["auto", "human", "mouse"] = "auto",
-    gene_key: str | None = None,
-    orthologs: str | None = None,
     training: FineTuningConfig | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -122,8 +119,6 @@ def fine_tune_head(
     layer, spatial_key, library_key
         Layer with raw counts (``X`` by default), entry of ``obsm`` with the coordinates, column
         of ``obs`` that names the slices; by default those that a table was embedded with.
-    species, gene_key, orthologs
-        How genes are found: see :func:`stofm.pp.map_genes`.
     training
         Length, rates and sizes.
     seed
@@ -145,17 +140,9 @@ def fine_tune_head(
     check_seed(seed)
     training = training or FineTuningConfig()
     names = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
-    _check_strategy(strategy)
     _check_head(head, model, targets, names)
     parts = _check_parts(targets, fitted, held_out, n_cells=sum(one.n_obs for one in slices))
-    options = FileConfig(
-        layer=layer,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        species=species,
-        gene_key=gene_key,
-        orthologs=orthologs,
-    )
+    options = FileConfig(layer=layer, spatial_key=spatial_key, library_key=library_key)
     sources = [_as_embedded(source) for source in find_sources(list(slices), options)]
     # All but the vocabulary, which nothing changes.
     tuned = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary})
@@ -203,15 +190,6 @@ def _as_embedded(source: SliceSource) -> SliceSource:
     options = source.options
     found = recorded_options(source.data, options)
     return replace(source, options=replace(options, **found))
-
-
-def _check_strategy(strategy: str) -> None:
-    if strategy not in get_args(TuningStrategy):
-        msg = (
-            f"strategy must be one of {list(get_args(TuningStrategy))} to tune a model, found "
-            f"{strategy!r}."
-        )
-        raise ValueError(msg)
 
 
 def _check_head(
