@@ -121,7 +121,7 @@ class EmbeddingSource:
                 "embedding aside.",
                 next(iter(objections)),
             )
-            adata = _bare(adata, options)
+            adata = bare_table(adata, options)
         model = load_model(self._model)
         if Obsm.X in reps:
             read_places(adata, options["spatial_key"])
@@ -262,7 +262,7 @@ def _slice_codes(adata: AnnData, key: str) -> NDArray[np.int64]:
     return codes
 
 
-def _bare(adata: AnnData, options: Mapping[str, Any]) -> AnnData:
+def bare_table(adata: AnnData, options: Mapping[str, Any]) -> AnnData:
     """The table's counts, genes, cells and places, without anything that a model made."""
     import anndata
 

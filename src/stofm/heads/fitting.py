@@ -16,7 +16,7 @@ from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, sa
 from stofm.heads.expression import add_expression
 from stofm.heads.members import fit_members
 from stofm.heads.network import fit_head, row_order
-from stofm.heads.tuning import FineTuned, fine_tune_head
+from stofm.heads.tuning import fine_tune
 from stofm.nn.model import load_model
 from stofm.spatial import split_cells
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stofm.heads.options import Request
     from stofm.heads.sections import Sections
     from stofm.heads.targets import Targets
-    from stofm.heads.tuning_samples import TuningStrategy
+    from stofm.heads.tuning import TuningStrategy
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
@@ -78,7 +78,7 @@ def fit(task: Task, sections: Sections) -> Any:
     with all_or_nothing(*sections.tables):
         blocks = read_embeddings(sections, request)
         rows = row_order(blocks.features, task.targets.values, known)
-        blocks, expression = add_expression(sections, blocks, rows, request)
+        blocks, expression = add_expression(sections, blocks, rows, request, task.classes)
         blocks = choose_neighborhood(sections, blocks, request, known)
     # A model is tuned on a split, which is the only one then.
     seeds = [
@@ -88,13 +88,12 @@ def fit(task: Task, sections: Sections) -> Any:
     splits = [plan_split(sections, task, blocks, seed) for seed in seeds]
     model = None
     if options.strategy != "frozen":
-        tuned = _tune(task, sections, blocks, splits[0], options.strategy)
-        model = tuned.model
+        model, losses = _tune(task, sections, blocks, splits[0], options.strategy)
         blocks = _read_again(sections, blocks, replace(request, model=model))
     members = fit_members(blocks, task.targets, splits, seeds)
     history = members.history
     if model is not None:
-        history = pd.concat([tuned.history.assign(reads="slices"), history], ignore_index=True)
+        history = pd.concat([losses.assign(reads="slices"), history], ignore_index=True)
     slices = zip(sections.slices.names, sections.slices.rows, strict=True)
     common = {
         "use_rep": blocks.use_rep,
@@ -114,8 +113,8 @@ def fit(task: Task, sections: Sections) -> Any:
 
 def _tune(
     task: Task, sections: Sections, blocks: Blocks, split: Split, strategy: TuningStrategy
-) -> FineTuned:
-    """Tune a copy of the model with a network on its embeddings."""
+) -> tuple[Stofm, pd.DataFrame]:
+    """Tune a copy of the model with a network on its embeddings; also the losses."""
     request = task.request
     model = model_to_tune(request, blocks.origin)
     network = fit_head(
@@ -126,18 +125,16 @@ def _tune(
         input_widths=blocks.widths,
         seed=request.seed,
     )
-    return fine_tune_head(
-        sections.tables,
+    return fine_tune(
+        sections,
         model,
         network.head,
         task.targets,
         strategy=strategy,
         fitted=split.fitted,
         held_out=split.held_out,
-        use_rep=blocks.use_rep,
+        request=request,
         task=task.name,
-        seed=request.seed,
-        **request.reading,
     )
 
 

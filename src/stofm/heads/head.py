@@ -271,7 +271,7 @@ class Head:
             "reads": self.reads,
             "weights": self.weights,
             "n_neighbors": self.n_neighbors,
-            "expression": expression and {"genes": [[g.name, g.id] for g in expression.genes]},
+            "expression": expression and expression.entries,
             "panel": panel and [[gene.name, gene.id] for gene in panel],
         }
         return entries, {} if expression is None else expression.arrays
@@ -284,7 +284,7 @@ class Head:
             "reads": tuple(own["reads"]),
             "weights": tuple(own["weights"]),
             "n_neighbors": own["n_neighbors"],
-            "expression": expression and ExpressionComponents.of(expression["genes"], arrays),
+            "expression": expression and ExpressionComponents.of(expression, arrays),
             "panel": panel and tuple(Gene(*gene) for gene in panel),
         }
 
