@@ -92,12 +92,11 @@ def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
     tuned = st.Stofm(model.config, model.vocabulary, seed=9).eval()
     given = {}
 
-    def tune(_tables, own, head, targets, **options):
+    def tune(_sections, own, head, targets, **options):
         given.update(options, model=own, kind=targets.kind, d_input=head.config.d_input)
-        history = pd.DataFrame({"epoch": [1], "loss": [0.5]})
-        return fitting.FineTuned(tuned, head, history, best_step=1)
+        return tuned, pd.DataFrame({"epoch": [1], "loss": [0.5]})
 
-    monkeypatch.setattr(fitting, "fine_tune_head", tune)
+    monkeypatch.setattr(fitting, "fine_tune", tune)
     sections = resolve_slices(adata, "library")
     task = task_of(adata, model=model, strategy="full", n_neighbors=6)
     found = fitting.fit(task, sections)
