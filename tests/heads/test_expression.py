@@ -89,7 +89,9 @@ def test_principal_axes(rng, n_components, monkeypatch):
     values = rng.normal(size=(100, 12)) @ rng.normal(size=(12, 12)) + 3.0
     values[rng.random((100, 12)) < 0.4] = 0.0
     mean, axes, variances = principal_axes(sparse.csr_matrix(values), n_components)
-    for one, other in zip(principal_axes(values, n_components), (mean, axes, variances), strict=True):
+    for one, other in zip(
+        principal_axes(values, n_components), (mean, axes, variances), strict=True
+    ):
         np.testing.assert_allclose(one, other, atol=1e-9)
     n_found = min(n_components, 12)
     assert axes.shape == (12, n_found)

@@ -297,9 +297,7 @@ def mixed(adata, rng):
     networks = []
     for seed, d_input in enumerate((5, 5, 4)):
         torch.manual_seed(seed)
-        networks.append(
-            PredictionHead(HeadConfig(d_input=d_input, d_output=3, widths=())).eval()
-        )
+        networks.append(PredictionHead(HeadConfig(d_input=d_input, d_output=3, widths=())).eval())
     head = make(
         networks=tuple(networks),
         reads=("embedding", "embedding", "expression"),

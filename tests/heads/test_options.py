@@ -55,7 +55,10 @@ def test_what_does_not_go_together(adata, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "some"}, r"strategy must be one of \['frozen', 'lora', 'full'\], found 'some"),
+        (
+            {"strategy": "some"},
+            r"strategy must be one of \['frozen', 'lora', 'full'\], found 'some",
+        ),
         ({"split": "slice"}, r"split must be one of \['auto', .*found 'slice'"),
         ({"class_weights": "equal"}, r"class_weights must be one of \[None, 'balanced'\]"),
         ({"reject_rate": 1.0}, "reject_rate must be from 0 to below 1, found 1.0"),
@@ -119,7 +122,9 @@ def test_arguments_that_moved():
         return data, seed, options
 
     assert call(1, seed=2) == (1, 2, None)
-    told = r"^split, n_neighbors: pass options=st\.tl\.HeadOptions\(split=\.\.\., n_neighbors=\.\.\.\)"
+    told = (
+        r"^split, n_neighbors: pass options=st\.tl\.HeadOptions\(split=\.\.\., n_neighbors=\.\.\.\)"
+    )
     with pytest.warns(FutureWarning, match=told) as warned:
         found = call(1, split="random", n_neighbors=3)
     assert found == (1, 0, HeadOptions(split="random", n_neighbors=3))

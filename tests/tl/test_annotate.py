@@ -143,9 +143,7 @@ def test_copy_and_several_slices(cells):
 def test_seed_and_order_of_cells(cells, rng):
     moved = cells[rng.permutation(184)].copy()
     for split in ("slices", "blocks", "random"):
-        first, again = (
-            apply(cells, fit(data, split=split), copy=True) for data in (cells, moved)
-        )
+        first, again = (apply(cells, fit(data, split=split), copy=True) for data in (cells, moved))
         pd.testing.assert_frame_equal(first.obsm[PROBA], again.obsm[PROBA], check_exact=True)
         assert first.obs[KEY].equals(again.obs[KEY])
     other = probabilities(cells, fit(cells, split=split, seed=1))
@@ -538,7 +536,9 @@ def test_another_models_embedding_is_refused(adata, model):
 
 def test_arguments_that_moved_to_the_options(cells):
     expected = fit(cells, split="random", reject_rate=0.1)
-    told = r"split, reject_rate: pass options=st\.tl\.HeadOptions\(split=\.\.\., reject_rate=\.\.\.\)"
+    told = (
+        r"split, reject_rate: pass options=st\.tl\.HeadOptions\(split=\.\.\., reject_rate=\.\.\.\)"
+    )
     with pytest.warns(FutureWarning, match=told):
         head = st.tl.annotate(
             cells, label_key="kind", use_rep="X_pca", split="random", reject_rate=0.1, **QUIET
