@@ -54,7 +54,13 @@ def read(components, adata, vocabulary, layer=None):
     return components.read(adata, columns, layer=layer)
 
 
-def normalised(counts, target=1e4):
+def target_of(counts):
+    """The total of the cell in the middle, to which counts are scaled."""
+    totals = counts.sum(axis=1)
+    return float(np.median(totals[totals > 0]))
+
+
+def normalised(counts, target):
     totals = counts.sum(axis=1, keepdims=True, dtype=float)
     return np.log1p(target * counts / np.where(totals > 0, totals, 1.0))
 
@@ -103,7 +109,7 @@ def test_principal_axes(rng, n_components, monkeypatch):
 
 
 def test_as_computed_densely(counts, components, vocabulary):
-    values = normalised(counts)
+    values = normalised(counts, target_of(counts))
     values[[17, 60]] = 0.0
     # More may be chosen than there are genes.
     np.testing.assert_array_equal(components.chosen, np.arange(N_GENES))
@@ -121,7 +127,7 @@ def test_as_computed_densely(counts, components, vocabulary):
 def test_genes_that_vary_most(counts, monkeypatch):
     monkeypatch.setattr(module, "_MOST_GENES", 9)
     found = ExpressionComponents.fit(sparse.csr_matrix(counts), GENES, 6)
-    most = np.argsort(-normalised(counts).var(axis=0))[:9]
+    most = np.argsort(-normalised(counts, target_of(counts)).var(axis=0))[:9]
     np.testing.assert_array_equal(found.chosen, np.sort(most))
     assert (found.axes.shape, found.mean.shape) == ((9, 6), (9,))
     # Totals are of all genes.
@@ -180,15 +186,15 @@ def test_missing_genes_leave_what_is_expected(counts, components, vocabulary):
     there = np.setdiff1d(np.arange(N_GENES), [2, 11, *range(20, 30)])
     adata = table(counts[:, there], [f"g{k}" for k in there])
     found = read(components, adata, vocabulary)
-    # Cells have as many counts per 10,000 in the genes that are there as the labelled cells.
-    target = 1e4 * float(components.shares[there].sum())
+    # Cells have the same share of their counts in the genes that are there as the labelled cells.
+    target = target_of(counts) * float(components.shares[there].sum())
     values = normalised(counts[:, there], target) - components.mean[there]
     # The mean of components given genes, both normal, the other way round.
     axes, variances = components.axes[there].astype(float), components.variances.astype(float)
     covariance = axes * variances @ axes.T + 0.1 * variances[-1] * np.eye(len(there))
     expected = values @ np.linalg.solve(covariance, axes * variances)
     np.testing.assert_allclose(found, expected, atol=2e-3)
-    plain = normalised(counts[:, there]) - components.mean[there]
+    plain = normalised(counts[:, there], target_of(counts)) - components.mean[there]
     assert np.abs(plain @ np.linalg.solve(covariance, axes * variances) - found).max() > 0.05
     # It is nearer to what all genes say than if the others were as in the mean cell.
     whole = read(components, table(counts), vocabulary)
@@ -224,7 +230,7 @@ def test_cells_without_counts(counts, components, vocabulary):
 def test_blocks_layers_and_kinds_of_matrices(counts, components, vocabulary, tmp_path, monkeypatch):
     expected = read(components, table(counts), vocabulary)
     dense = table(counts)
-    dense.X, dense.layers["counts"] = normalised(counts), counts
+    dense.X, dense.layers["counts"] = normalised(counts, 1e4), counts
     np.testing.assert_array_equal(read(components, dense, vocabulary, "counts"), expected)
     with pytest.raises(ValueError, match="raw counts"):
         read(components, dense, vocabulary)

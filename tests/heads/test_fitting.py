@@ -88,6 +88,19 @@ def test_rounds_hold_out_different_cells(adata, model):
 
 
 @pytest.mark.usefixtures("few_epochs")
+def test_rounds_hold_out_other_slices(adata, rng):
+    adata.obsm["X_pca"] = rng.normal(size=(184, 4)).astype(np.float32)
+    adata.obs["quarter"] = np.arange(184) % 4
+    for library_key, expected in (("quarter", 3), ("library", 2)):
+        task = task_of(adata, split="slices")
+        task = replace(task, request=replace(task.request, use_rep="X_pca"))
+        found = fitting.fit(task, resolve_slices(adata, library_key))
+        # As long as there are others.
+        assert len(found["splits"]) == 3
+        assert len({split.slices for split in found["splits"]}) == expected
+
+
+@pytest.mark.usefixtures("few_epochs")
 def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
     tuned = st.Stofm(model.config, model.vocabulary, seed=9).eval()
     given = {}
