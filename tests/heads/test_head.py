@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -232,6 +233,13 @@ def test_damaged_arrays(tmp_path, change, found):
     arrays["1.last.bias"] = np.ascontiguousarray(change(arrays["1.last.bias"]))
     save_file(arrays, path)
     with pytest.raises(ValueError, match=rf"(?s){tmp_path / 'head'}.*{found}"):
+        ToyHead.load(tmp_path / "head")
+
+
+def test_a_tuned_head_needs_its_model(tmp_path, model):
+    make(model=model, strategy="lora").save(tmp_path / "head")
+    shutil.rmtree(tmp_path / "head" / "model")
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"{tmp_path / 'head'}.*model"):
         ToyHead.load(tmp_path / "head")
 
 

@@ -312,6 +312,16 @@ def test_a_class_without_cells(problem):
     assert found[:, 3].max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["classes", "proportions"])
+def test_a_single_class_with_cells(problem, kind):
+    features, _ = problem
+    values = np.zeros(400, dtype=np.int64)
+    if kind == "proportions":
+        values = np.eye(2, dtype=np.float32)[values]
+    found = probabilities((features, Targets(kind, values, 2)))
+    np.testing.assert_allclose(found[:, 0], 1.0, atol=1e-6)
+
+
 def test_errors_of_values(rng, monkeypatch):
     monkeypatch.setattr(module, "GENES_AT_ONCE", 2)
     torch.manual_seed(3)

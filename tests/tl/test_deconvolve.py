@@ -303,6 +303,10 @@ def test_a_reference_with_several_tables(spots, cells):
             r"obsm\['X_known'\] are not embeddings",
         ),
         ({"proportions_key": "truth", "use_rep": ()}, "use_rep must name"),
+        (
+            {"reference": "cells", "label_key": "kind", "n_components": 0},
+            "n_components must be .* at least 1",
+        ),
         ({"head": "folder"}, None),
     ],
 )

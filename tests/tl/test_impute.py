@@ -234,6 +234,14 @@ def test_neighbours_of_a_query(fit, training):
         st.tl.impute(query, head=head, **LIBRARY)
 
 
+@pytest.mark.parametrize("n_cells", [3, 1])
+def test_small_slices_of_a_query(fit, query, model, n_cells):
+    head = fit()
+    parts = [query[n_cells:].copy(), query[:n_cells].copy()]
+    st.tl.impute(parts, head=head, model=model, **QUIET)
+    assert np.isfinite(parts[1].obsm[Obsm.IMPUTED]).all(axis=None)
+
+
 def test_gene_scores_are_of_held_out_cells(fit, training, monkeypatch):
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
     monkeypatch.setattr(fitting, "_N_ROUNDS", 1)
