@@ -15,7 +15,7 @@ from stofm._messages import warn
 from stofm.genes.vocabulary import embedded_vocabulary
 from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer
 from stofm.heads.gene_columns import Gene, GeneColumns, choose_panel, selector
-from stofm.heads.targets import TARGET_SUM, log_normalised
+from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,6 +86,8 @@ class ExpressionComponents:
         (m,) their mean log-normalised expression.
     axes, variances
         (m, k) principal axes, and the (k,) variances along them.
+    target_sum
+        Total to which a cell's counts are scaled before the logarithm.
     by_slice
         Whether each slice's mean is taken off, since labelled slices differ in more than their
         composition.
@@ -97,6 +99,7 @@ class ExpressionComponents:
     mean: NDArray[np.float32]
     axes: NDArray[np.float32]
     variances: NDArray[np.float32]
+    target_sum: float
     by_slice: bool = False
 
     @classmethod
@@ -105,7 +108,9 @@ class ExpressionComponents:
     ) -> ExpressionComponents:
         """Find components of labelled cells' counts, whose order does not depend on the file."""
         sums = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel()
-        values = log_normalised(counts)
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+        target_sum = float(np.median(totals[totals > 0])) if (totals > 0).any() else 1.0
+        values = log_normalised(counts, target_sum=target_sum)
         mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
         squares = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
         chosen = np.sort(np.argsort(mean**2 - squares, kind="stable")[:_MOST_GENES])
@@ -125,6 +130,7 @@ class ExpressionComponents:
             mean=mean.astype(np.float32),
             axes=np.ascontiguousarray(axes[:, is_kept], dtype=np.float32),
             variances=variances[is_kept].astype(np.float32),
+            target_sum=target_sum,
         )
 
     def read(
@@ -159,7 +165,7 @@ class ExpressionComponents:
             is_there = np.ones(len(self.genes), dtype=bool)
         known = is_there[self.chosen]
         axes = self.axes if known.all() else self._expectation(known)
-        target = TARGET_SUM * float(self.shares[is_there].sum(dtype=np.float64))
+        target = self.target_sum * float(self.shares[is_there].sum(dtype=np.float64))
         values = log_normalised(sparse.csr_matrix(counts), target_sum=target)
         scores = values[:, self.chosen[known]] @ axes - self.mean[known] @ axes
         return np.asarray(scores, dtype=np.float32)
@@ -191,7 +197,7 @@ class ExpressionComponents:
     def entries(self) -> dict[str, Any]:
         """What config.json of a head holds of it."""
         genes = [[gene.name, gene.id] for gene in self.genes]
-        return {"genes": genes, "by_slice": self.by_slice}
+        return {"genes": genes, "target_sum": self.target_sum, "by_slice": self.by_slice}
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -211,7 +217,8 @@ class ExpressionComponents:
             if name.startswith(prefix)
         }
         genes = tuple(Gene(*gene) for gene in entries["genes"])
-        return cls(genes, **own, by_slice=entries["by_slice"])
+        rules: dict[str, Any] = {name: entries[name] for name in ("target_sum", "by_slice")}
+        return cls(genes, **own, **rules)
 
 
 def read_expression(

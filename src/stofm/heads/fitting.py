@@ -40,6 +40,7 @@ _HELD_OUT: Final = 0.1
 #: Rounds with other cells held out, and between their seeds.
 _N_ROUNDS: Final = 3
 _SEED_STEP: Final = 1000
+_MOST_DRAWS: Final = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,7 +86,7 @@ def fit(task: Task, sections: Sections) -> Any:
         request.seed + _SEED_STEP * k
         for k in range(_N_ROUNDS if options.strategy == "frozen" else 1)
     ]
-    splits = [plan_split(sections, task, blocks, seed) for seed in seeds]
+    splits = _plan_splits(sections, task, blocks, seeds)
     model = None
     if options.strategy != "frozen":
         model, losses = _tune(task, sections, blocks, splits[0], options.strategy)
@@ -166,6 +167,20 @@ def model_to_tune(request: Request, origin: Origin) -> Stofm:
             )
             raise ValueError(msg)
     return loaded
+
+
+def _plan_splits(
+    sections: Sections, task: Task, blocks: Blocks, seeds: Sequence[int]
+) -> list[Split]:
+    """A split for each seed, with other whole slices held out as long as there are others."""
+    splits: list[Split] = []
+    for seed in seeds:
+        for draw in range(_MOST_DRAWS):
+            split = plan_split(sections, task, blocks, seed + draw)
+            if not split.slices or all(split.slices != one.slices for one in splits):
+                break
+        splits.append(split)
+    return splits
 
 
 def plan_split(sections: Sections, task: Task, blocks: Blocks, seed: int) -> Split:
