@@ -20,7 +20,7 @@ NEWER := $(or $(PYTHON),python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pye
 NEWEST = $(or $(shell for python in $(NEWER); do \
   $$python -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null; \
 done | sort -V | tail -n 1),$(error None of these is there: $(NEWER)))
-QUICK := tests/test_*.py tests/datasets tests/edge tests/pl tests/pp tests/heads/test_base.py \
+QUICK := tests/test_*.py tests/datasets tests/edge tests/pl tests/pp tests/heads/test_head.py \
   $(addprefix tests/tl/test_, \
   annotate.py deconvolve.py domains.py embed.py encode_cells.py impute.py train.py)
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python)

@@ -22,7 +22,7 @@ from task_sets import LABEL_KEY
 
 import stofm as st
 from stofm._edge.records import frame_names
-from stofm.heads.inputs import N_NEIGHBORS
+from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.sections import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._probe_folds import NO_CLASS
@@ -150,13 +150,19 @@ def _annotate(task: Annotation, seed: int, **options: Any) -> Scores:
 def annotate_with_model(task: Annotation, setting: Setting, seed: int, *, strategy: str) -> Scores:
     """A head on the model's embeddings, or the model tuned with it."""
     setting.embed(list(task.slices.values()))
-    return _annotate(task, seed, model=setting.model, strategy=strategy, device=setting.device)
+    return _annotate(
+        task,
+        seed,
+        model=setting.model,
+        options=st.tl.HeadOptions(strategy=strategy),
+        device=setting.device,
+    )
 
 
 def annotate_with_components(task: Annotation, setting: Setting, seed: int, *, name: str) -> Scores:
     """The same head on principal components."""
     add_components(list(task.slices.values()))
-    return _annotate(task, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device)
+    return _annotate(task, seed, use_rep=_COMPONENTS[name], device=setting.device)
 
 
 def annotate_with_regression(task: Annotation, _setting: Setting, _seed: int) -> Scores:
@@ -249,7 +255,11 @@ def proportions_with_model(
     """A head on the model's embeddings of spots, or the model tuned with it."""
     setting.embed([task.query])
     return _learn_proportions(
-        task, seed, model=setting.model, strategy=strategy, device=setting.device
+        task,
+        seed,
+        model=setting.model,
+        options=st.tl.HeadOptions(strategy=strategy),
+        device=setting.device,
     )
 
 
@@ -258,9 +268,7 @@ def proportions_with_components(
 ) -> Scores:
     """The same head on principal components."""
     add_components([task.query])
-    return _learn_proportions(
-        task, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device
-    )
+    return _learn_proportions(task, seed, use_rep=_COMPONENTS[name], device=setting.device)
 
 
 def deconvolve_with_least_squares(
@@ -306,7 +314,12 @@ def impute_with_model(task: Imputation, setting: Setting, seed: int, *, strategy
     """A head on the model's embeddings without these genes, or the model tuned with it."""
     slices = [one.copy() for one in (*task.fit, task.query)]
     return _impute(
-        task, slices, seed, model=setting.model, strategy=strategy, device=setting.device
+        task,
+        slices,
+        seed,
+        model=setting.model,
+        options=st.tl.HeadOptions(strategy=strategy),
+        device=setting.device,
     )
 
 
@@ -317,9 +330,7 @@ def impute_with_components(task: Imputation, setting: Setting, seed: int, *, nam
     for adata, known in zip(slices, task.known_genes, strict=True):
         for key in _COMPONENTS[name]:
             adata.obsm[key] = known.obsm[key]
-    return _impute(
-        task, slices, seed, use_rep=_COMPONENTS[name], n_components=0, device=setting.device
-    )
+    return _impute(task, slices, seed, use_rep=_COMPONENTS[name], device=setting.device)
 
 
 def impute_with_neighbors(task: Imputation, _setting: Setting, _seed: int) -> Scores:

@@ -78,6 +78,22 @@ def model(_model: Stofm) -> Stofm:
 
 
 @pytest.fixture
+def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the networks of heads be fitted in a moment."""
+    from stofm.heads import members, network, simulated_spots
+    from stofm.heads.network import HeadTraining
+
+    short = HeadTraining(learning_rate=5e-3, max_epochs=6, patience=3)
+    for module, name in (
+        (members, "VOTING"),
+        (members, "IMPUTING"),
+        (simulated_spots, "_TRAINING"),
+    ):
+        monkeypatch.setattr(module, name, short)
+    monkeypatch.setattr(network, "HeadTraining", lambda: short)
+
+
+@pytest.fixture
 def adata(rng: np.random.Generator, vocabulary: GeneVocabulary) -> AnnData:
     """Two slices of 101 and 83 cells and 71 genes, four of them unknown; rows mixed."""
     import pandas as pd

@@ -18,7 +18,7 @@ import torch
 
 import stofm as st
 from stofm._keys import Obs, Obsm
-from stofm.train import HeadTraining, OptimizerConfig, StageConfig
+from stofm.train import OptimizerConfig, StageConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,10 +56,8 @@ mpl.use("Agg")
 
 
 @pytest.fixture
-def made(adata: AnnData, model: Any, monkeypatch: pytest.MonkeyPatch) -> AnnData:
+def made(adata: AnnData, model: Any, few_epochs: None) -> AnnData:
     """Slices with all that functions write."""
-    for name in ("imputation.ExpressionTask.training", "spot_reference._TRAINING"):
-        monkeypatch.setattr(f"stofm.heads.{name}", HeadTraining(max_epochs=2))
     st.tl.embed(adata, model, **SLICES)
     adata.obsm["X_umap"] = adata.obsm["spatial"] / 100
     adata.obsm["truth"] = pd.get_dummies(adata.obs["kind"]).astype(float)
@@ -79,7 +77,9 @@ def _pp(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], obj
 
 
 def _tl(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], object]]:
-    heads = {"n_heads": 1, "n_components": 3, **SLICES}
+    rules = st.spatial.SpotRules(n_spots=100)
+    own = st.tl.HeadOptions(n_components=3, spots=rules)
+    heads: dict[str, Any] = {"options": own, **SLICES}
     known = st.datasets.simulate_slice(60, 120, seed=3)
     table = folder / "genes.tsv"
     numbers = np.arange(2.0 * known.n_vars).reshape(known.n_vars, 2)
@@ -90,15 +90,12 @@ def _tl(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], obje
         st.tl.annotate(adata, head=head, **SLICES)
 
     def deconvolve() -> None:
-        rules = st.spatial.SpotRules(n_spots=100)
-        options: dict[str, Any] = {"label_key": "kind", "spots": rules, **heads}
-        st.tl.deconvolve(adata.copy(), reference=adata.copy(), model=model, **options)
+        st.tl.deconvolve(adata.copy(), reference=adata.copy(), label_key="kind", **heads)
         st.tl.deconvolve(adata, proportions_key="truth", **heads)
 
     def impute() -> None:
         query = adata[:, 4:].copy()
-        options = {**heads, "n_heads": 2}
-        st.tl.impute(query, reference=adata.copy(), model=model, **options)
+        st.tl.impute(query, reference=adata.copy(), model=model, **heads)
 
     return {
         "tl.pool_genes": lambda: st.tl.pool_genes(known, table, show_progress_bar=False),
@@ -198,8 +195,9 @@ def test_every_public_function_is_called(made: AnnData, model: Any, tmp_path: Pa
 
 
 def test_a_head_that_is_loaded_draws_nothing(made: AnnData, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"n_heads": 1, "n_components": 0, **SLICES}
-    st.tl.annotate(made, label_key="kind", **options).save(tmp_path / "head")
+    options = st.tl.HeadOptions(n_components=0)
+    head = st.tl.annotate(made, label_key="kind", options=options, **SLICES)
+    head.save(tmp_path / "head")
     before = torch.get_rng_state()
     st.AnnotationHead.load(tmp_path / "head")
     assert torch.equal(torch.get_rng_state(), before)

@@ -60,8 +60,6 @@ EXCEPTIONS = {
     "train/preparation.py": {"_edge"},
     # Cells without embeddings are embedded by what users call too.
     "heads/embeddings.py": {"tl"},
-    # Names of heads that are public in stofm.train.
-    "train/__init__.py": {"heads"},
 }
 AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
 HEAVY = [

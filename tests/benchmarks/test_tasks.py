@@ -274,9 +274,7 @@ def test_all_contenders_of_annotation_learn_the_same_cells(folder, setting, monk
     ]
     # All else is the same, but for the model.
     assert fits[0][1].pop("model") is setting.model
-    assert fits[0][1].pop("strategy") == "frozen"
-    # Components are read instead of the model, not beside themselves.
-    assert [options.pop("n_components", None) for _, options in fits] == [None, 0, 0]
+    assert fits[0][1].pop("options") == st.tl.HeadOptions(strategy="frozen")
     for (learnt, options), (tested, _) in zip(fits, applied, strict=True):
         assert options == fits[0][1]
         assert options["seed"] == 3
@@ -404,11 +402,11 @@ def test_contenders_that_learn_proportions(deconvolution, setting, monkeypatch):
     assert list(found)[:5] == [*ours, "PCs", "PCs + neighbours"]
     assert found["PCs"]["pearson"] == pytest.approx(1.0)
     assert found["least squares"]["pearson"] > 0.7
-    assert [options.pop("strategy", None) for _, options in calls] == ["frozen", "lora", None, None]
+    own = [options.pop("options", None) for _, options in calls]
+    assert own == [*(st.tl.HeadOptions(strategy=one) for one in ("frozen", "lora")), None, None]
     assert [options.pop("model", None) is setting.model for _, options in calls[:2]] == [True, True]
     keys = [options.pop("use_rep", None) for _, options in calls]
     assert keys == [None, None, ("X_pca",), ("X_pca", "X_pca_around")]
-    assert [options.pop("n_components", None) for _, options in calls] == [None, None, 0, 0]
     for learnt, options in calls:
         pd.testing.assert_frame_equal(learnt, known)
         assert options == calls[0][1]
@@ -453,10 +451,9 @@ def test_contenders_of_imputation(imputation, setting, monkeypatch):
     assert found["nearest neighbours"]["rmse"] < found["gene's mean"]["rmse"]
     model, *components = calls
     assert model[2].pop("model") is setting.model
-    assert model[2].pop("strategy") == "frozen"
+    assert model[2].pop("options") == st.tl.HeadOptions(strategy="frozen")
     for query, (fit,), options in components:
         keys = options.pop("use_rep")
-        assert options.pop("n_components") == 0
         assert options == model[2]
         assert options["seed"] == 3
         # Made without the genes to impute, and of both slices together.

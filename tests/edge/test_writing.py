@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACKAGE = str(Path(st.__file__).parent)
 QUIET = {"device": "cpu", "show_progress_bar": False}
 SLICES = {"library_key": "library", **QUIET}
-FAST = {"use_rep": "X_pca", "n_heads": 1, **SLICES}
+FAST = {"use_rep": "X_pca", **SLICES}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -156,7 +156,7 @@ def _impute(adata, _model, _vocabulary, heads):
 
 
 @pytest.fixture
-def heads(cells, request):
+def heads(cells, request, few_epochs):
     """A head for each task that a test asks for."""
     found: dict[str, Any] = {}
     if request.param == "annotate":
@@ -166,7 +166,7 @@ def heads(cells, request):
         found["deconvolve"] = st.tl.deconvolve(cells, proportions_key="truth", **FAST)
     if request.param == "impute":
         genes = cells.var_names[:2].tolist()
-        found["impute"] = st.tl.impute(cells, genes=genes, n_components=0, **FAST)
+        found["impute"] = st.tl.impute(cells, genes=genes, **FAST)
     return found
 
 

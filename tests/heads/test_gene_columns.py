@@ -11,8 +11,6 @@ from stofm.heads.gene_columns import (
     Gene,
     GeneColumns,
     choose_panel,
-    find_genes,
-    new_genes,
     selector,
     warn_of_few_shared,
 )
@@ -89,39 +87,6 @@ def test_no_shared_genes(vocabulary):
     second = columns(vocabulary, vocabulary.gene_ids[20:40])
     with pytest.raises(ValueError, match=r"No gene is left to read.*ENSG00000000021"):
         choose_panel([first], [first.genes[0]], [second])
-
-
-def test_genes_are_found_by_any_name(vocabulary, ensembl, symbols):
-    ids = vocabulary.gene_ids
-    numbered = columns(vocabulary, ids[:20], rank=[str(k) for k in range(20)])
-    assert find_genes(["GENE8", ids[9]], [ensembl, symbols], vocabulary) == (
-        Gene("GENE8", ids[7]),
-        Gene(ids[9], ids[9]),
-    )
-    assert find_genes("probe", [ensembl], vocabulary) == (Gene("probe", ""),)
-    assert numbered.find("3") is None  # numbers are no names
-    named = columns(vocabulary, ids[:20], nickname=[f"x{k}" for k in range(20)])
-    assert find_genes(["x3"], [named], vocabulary) == (Gene("x3", ids[3]),)
-    assert named.measured(Gene("x3", ids[3])) == [3]
-
-
-def test_genes_that_are_not_there(vocabulary, ensembl, symbols):
-    with pytest.raises(ValueError, match=r"1 of 2 genes are not in every.*'prob'.*'probe'"):
-        find_genes(["prob", "GENE8"], [symbols], vocabulary)
-    with pytest.raises(ValueError, match="1 of 1 genes are not in every"):
-        find_genes(["GENE2"], [ensembl, symbols], vocabulary)
-    with pytest.raises(ValueError, match=r"\['GENE8'\] occur more than once"):
-        find_genes(["GENE8", "GENE9", "GENE8"], [symbols], vocabulary)
-    with pytest.raises(ValueError, match="there are none"):
-        find_genes([], [symbols], vocabulary)
-
-
-def test_new_genes_are_those_that_a_query_lacks(ensembl, symbols):
-    assert [gene.id for gene in new_genes([symbols], [ensembl])] == [
-        gene.id for gene in symbols.genes[16:]
-    ]
-    with pytest.raises(ValueError, match="nothing to impute"):
-        new_genes([symbols], [symbols])
 
 
 def test_selector_adds_up_columns():

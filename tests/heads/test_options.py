@@ -1,3 +1,5 @@
+"""What a call asks of a head."""
+
 from __future__ import annotations
 
 import sys
@@ -5,22 +7,21 @@ import sys
 import numpy as np
 import pytest
 
+import stofm as st
 from stofm._keys import Obsm
-from stofm.heads import options as module
-from stofm.heads.options import FitOptions, Reading, check_whole_number
+from stofm.heads.options import (
+    HeadOptions,
+    Request,
+    check_whole_number,
+    checked_reps,
+    moved_to_options,
+)
 from stofm.heads.sections import resolve_slices
 
-GOOD = {
-    "strategy": "frozen",
-    "use_rep": "X_pca",
-    "split": "auto",
-    "seed": np.int64(3),
-    "reading": Reading(),
-}
 
-
-def check(adata, library_key="library", **options):
-    FitOptions(**{**GOOD, **options}).check(resolve_slices(adata, library_key))
+def check(adata, library_key="library", use_rep="X_pca", **options):
+    request = Request(use_rep=use_rep, seed=np.int64(3), options=HeadOptions(**options))
+    request.check(resolve_slices(adata, library_key))
 
 
 @pytest.mark.parametrize(
@@ -40,19 +41,48 @@ def test_usable_options(adata, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "some"}, "strategy must be one of"),
-        ({"split": "slice"}, r"split must be one of \['auto', .*found 'slice'"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, found -1"),
-        ({"seed": 1.0}, "seed must be a whole number from 0 to 4294967295, found 1.0"),
         ({"split": "slices", "library_key": "one"}, "there is a single one; use split='blocks'"),
         ({"strategy": "lora"}, r"tunes a model, and obsm\['X_pca'\] are not embeddings"),
         ({"strategy": "full", "use_rep": (Obsm.X, "X_pca")}, r"obsm\['X_pca'\]"),
     ],
 )
-def test_options_that_can_not_be(adata, options, message):
+def test_what_does_not_go_together(adata, options, message):
     adata.obs["one"] = "slice"
     with pytest.raises(ValueError, match=message):
         check(adata, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"strategy": "some"},
+            r"strategy must be one of \['frozen', 'lora', 'full'\], found 'some",
+        ),
+        ({"split": "slice"}, r"split must be one of \['auto', .*found 'slice'"),
+        ({"class_weights": "equal"}, r"class_weights must be one of \[None, 'balanced'\]"),
+        ({"reject_rate": 1.0}, "reject_rate must be from 0 to below 1, found 1.0"),
+        ({"min_share": -0.1}, "min_share must be from 0 to below 1, found -0.1"),
+        ({"n_neighbors": -1}, "n_neighbors must be a whole number of at least 0, found -1"),
+        ({"n_neighbors": 2.5}, "n_neighbors must be a whole number"),
+        ({"n_components": -1}, "n_components must be a whole number of at least 0, found -1"),
+        ({"n_components": "5"}, "n_components must be a whole number"),
+    ],
+)
+def test_options_that_can_not_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        st.tl.HeadOptions(**options)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0])
+def test_seeds_that_can_not_be(seed):
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .* found {seed}"):
+        Request(seed=seed)
+
+
+def test_options_are_of_their_kind():
+    with pytest.raises(TypeError, match=r"options must be st\.tl\.HeadOptions\(.* found dict"):
+        Request(options={"split": "blocks"})
 
 
 @pytest.mark.parametrize("options", [{"split": "blocks"}, {"strategy": "full", "use_rep": Obsm.X}])
@@ -61,8 +91,6 @@ def test_places_are_asked_for_where_they_are_needed(adata, options):
     check(adata)
     with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
         check(adata, **options)
-    # Simulated spots have no place, and the split none of the slices.
-    FitOptions(**{**GOOD, "split": "blocks"}).check(None)
 
 
 def test_low_rank_needs_peft(adata, monkeypatch):
@@ -80,8 +108,32 @@ def test_whole_numbers(value):
         check_whole_number("n", value, least=1)
 
 
-def test_number_of_networks(monkeypatch):
-    monkeypatch.setattr(module, "_MANY_CELLS", 700)
-    assert FitOptions().heads_of(700) == 3
-    assert FitOptions().heads_of(701) == 1
-    assert FitOptions(n_heads=5).heads_of(10**6) == 5
+def test_representations():
+    assert checked_reps("X") == ("X",)
+    assert checked_reps(["X", "Y"]) == ("X", "Y")
+    for reps in ((), ("X", "X")):
+        with pytest.raises(ValueError, match="each once"):
+            checked_reps(reps)
+
+
+def test_arguments_that_moved():
+    @moved_to_options("split", "n_neighbors")
+    def call(data, *, seed=0, options=None):
+        return data, seed, options
+
+    assert call(1, seed=2) == (1, 2, None)
+    told = (
+        r"^split, n_neighbors: pass options=st\.tl\.HeadOptions\(split=\.\.\., n_neighbors=\.\.\.\)"
+    )
+    with pytest.warns(FutureWarning, match=told) as warned:
+        found = call(1, split="random", n_neighbors=3)
+    assert found == (1, 0, HeadOptions(split="random", n_neighbors=3))
+    # It is told where the call is.
+    assert warned[0].filename == __file__
+    with pytest.warns(FutureWarning, match="^split: "):
+        _, _, options = call(1, split="random", options=HeadOptions(n_components=7))
+    assert options == HeadOptions(split="random", n_components=7)
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="split must be one of"):
+        call(1, split="rows")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'n_heads'"):
+        call(1, n_heads=3)

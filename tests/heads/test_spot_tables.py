@@ -8,6 +8,7 @@ from scipy import sparse
 import stofm as st
 from stofm._edge.records import make_frame, write_frame
 from stofm.heads.labels import read_labels
+from stofm.heads.options import Request
 from stofm.heads.sections import resolve_slices
 from stofm.heads.spot_tables import grid_into_spots, read_proportions
 
@@ -87,12 +88,10 @@ def test_proportions_that_can_not_be(spots):
         read(spots, ["a"])
 
 
-def grid(data, spot_size=90.0, **options):
+def grid(data, spot_size=90.0):
     sections = resolve_slices(data, "library")
     labels = read_labels(sections, "kind", missing=("2",))
-    return grid_into_spots(
-        sections, labels, spot_size=spot_size, layer=None, spatial_key="spatial", **options
-    )
+    return grid_into_spots(sections, labels, Request(), spot_size=spot_size)
 
 
 def test_cells_become_spots(adata):

@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from scipy import sparse
 
-from stofm.heads.targets import Targets, head_loss
+from stofm.heads.sections import resolve_slices
+from stofm.heads.targets import Targets, expression_targets, head_loss, log_normalised
 
 
 def test_classes():
@@ -61,3 +63,49 @@ def test_loss_of_proportions_is_least_where_they_are_met(rng):
 def test_loss_of_values_is_the_mean_over_columns():
     total, count = head_loss(torch.zeros(2, 4), torch.full((2, 4), 3.0), "values")
     assert (float(total), count) == (18.0, 2.0)
+
+
+@pytest.fixture
+def counts(rng):
+    """Of 30 genes that are read and of three to learn, in 61 cells, of which one has none."""
+    read = rng.poisson(2.0, (61, 30)).astype(np.float32)
+    read[7] = 0
+    return read, rng.poisson(4.0, (61, 3)).astype(np.float32)
+
+
+def targets_of(counts):
+    read, learnt = counts
+    sections = resolve_slices(AnnData(sparse.csr_matrix(read)), spatial_key="")
+    return expression_targets(sections, [sparse.csr_matrix(learnt)])
+
+
+def test_expression_is_normalised_by_the_total_of_what_is_read(counts):
+    targets = targets_of(counts)
+    read, learnt = counts
+    known = np.arange(61) != 7
+    expected = np.log1p(1e4 * learnt[known] / read[known].sum(axis=1, keepdims=True))
+    assert sparse.issparse(targets.values)
+    np.testing.assert_allclose(targets.values.toarray()[known], expected, atol=1e-5)
+    np.testing.assert_array_equal(targets.is_known, known)
+    assert not targets.values[7].toarray().any()
+
+
+def test_expression_is_standardised_by_gene(counts, rng):
+    counts[1][:, 1] = 0
+    targets = targets_of(counts)
+    rows = np.setdiff1d(rng.permutation(61)[:40], [7])
+    assert targets.is_constant(rows).tolist() == [False, True, False]
+    found = targets.standardised(rows)
+    taken = found.take(rows).numpy()
+    assert taken.dtype == np.float32
+    np.testing.assert_allclose(taken.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(taken.std(axis=0), [1, 0, 1], atol=1e-4)
+    assert found.scale[1] == 1.0
+
+
+def test_log_normalised_values():
+    counts = sparse.csr_matrix(np.array([[3.0, 0.0], [1.0, 1.0]]))
+    found = log_normalised(counts, np.array([30.0, 0.0])).toarray()
+    np.testing.assert_allclose(found, [[np.log1p(1000.0), 0.0], [0.0, 0.0]])
+    found = log_normalised(counts, target_sum=4.0).toarray()
+    np.testing.assert_allclose(found, np.log1p([[4, 0], [2, 2]]))

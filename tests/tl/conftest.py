@@ -9,10 +9,9 @@ import pytest
 def few_steps(monkeypatch):
     """Let models be tuned in a few steps where no other length is asked for."""
     from stofm.heads import tuning
-    from stofm.heads.tuning_samples import FineTuningConfig
 
-    short = FineTuningConfig(epochs=1, min_steps=4, validate_every=2)
-    monkeypatch.setattr(tuning, "FineTuningConfig", lambda: short)
+    short = tuning.FineTuning(epochs=1, min_steps=4, validate_every=2)
+    monkeypatch.setattr(tuning, "FineTuning", lambda: short)
 
 
 @pytest.fixture

@@ -14,9 +14,14 @@ from scipy import sparse
 import stofm as st
 from stofm._keys import Obsm, Uns
 from stofm.heads import fitting
+from stofm.heads.network import apply_head
 
 RULES = st.spatial.SpotRules(n_spots=400, cells_per_spot=(1, 4))
 QUIET = {"device": "cpu", "show_progress_bar": False}
+KEY, STD = Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD
+TYPES = ["astro", "micro", "oligo"]
+
+pytestmark = pytest.mark.usefixtures("few_epochs")
 
 
 @pytest.fixture
@@ -54,17 +59,35 @@ def spots(cells, rng):
     )
 
 
-def from_reference(spots, cells, model, **options):
-    options = {"label_key": "kind", "spots": RULES, "n_components": 8, "n_heads": 2, **options}
-    return st.tl.deconvolve(spots, reference=cells, model=model, **options, **QUIET)
+@pytest.fixture
+def embedded(spots, model):
+    """The spots with the tiny model's embeddings."""
+    st.tl.embed(spots, model, **QUIET)
+    return spots
+
+
+def split_by(options):
+    """Arguments of a call, and options of the head."""
+    names = st.tl.HeadOptions.__dataclass_fields__
+    own = {name: options.pop(name) for name in list(options) if name in names}
+    return options | ({"options": st.tl.HeadOptions(**own)} if own else {})
+
+
+def from_reference(spots, cells, **options):
+    options = split_by({"label_key": "kind", "spots": RULES, **options})
+    return st.tl.deconvolve(spots, reference=cells, **options, **QUIET)
 
 
 def from_known(spots, **options):
-    options = {"proportions_key": "truth", "use_rep": "X_known", **options}
+    options = split_by({"proportions_key": "truth", "use_rep": "X_known", **options})
     return st.tl.deconvolve(spots, **options, **QUIET)
 
 
-def check_proportions(spots, head, key=Obsm.DECONVOLUTION):
+def apply(spots, head, **options):
+    return st.tl.deconvolve(spots, head=head, copy=True, **options, **QUIET)
+
+
+def check_proportions(spots, head, key=KEY):
     found = spots.obsm[key]
     assert list(found.columns) == list(head.types)
     assert list(found.index) == list(spots.obs_names)
@@ -76,38 +99,32 @@ def check_proportions(spots, head, key=Obsm.DECONVOLUTION):
     assert spread.to_numpy().max() > 0.0
 
 
-def test_projection_and_components_have_a_scale_each(spots, cells, model, scales_of):
-    head = from_reference(spots, cells, model, n_components=6)
-    d_cell = model.config.cell_encoder.d_cell
-    for network in head.networks:
-        assert len(set(scales_of(network, (d_cell, 6)))) == 2
-
-
-def test_from_a_reference(spots, cells, model):
+def test_from_a_reference(spots, cells):
     before = spots.X.copy()
-    head = from_reference(spots, cells, model)
+    head = from_reference(spots, cells)
     assert isinstance(head, st.tl.DeconvolutionHead)
-    assert head.types == ("astro", "micro", "oligo")
+    assert head.types == tuple(TYPES)
     check_proportions(spots, head)
-    assert st.metrics.pearson(spots.obsm["truth"], spots.obsm[Obsm.DECONVOLUTION]).min() > 0.7
-    record = spots.uns[Uns.STOFM][Obsm.DECONVOLUTION]
-    assert record["cell_encoder"] == model.cell_encoder_fingerprint
-    assert record["params"]["n_heads"] == 2
+    assert st.metrics.pearson(spots.obsm["truth"], spots.obsm[KEY]).min() > 0.7
+    record = spots.uns[Uns.STOFM][KEY]
+    assert record["params"]["use_rep"] == []
     assert (before != spots.X).nnz == 0
-    assert len(head.networks) == 2
-    assert len(head.panel.genes) <= 62
+    assert len(head.networks) == 3
+    assert set(head.reads) == {"expression"}
+    assert len(head.expression.genes) <= 62
     assert head.validation_scores["pearson"].min() > 0.7
     assert head.params["n_spots"] == 400
-    # Nothing that a simulated spot can not have is read, so nothing is embedded.
-    assert Obsm.X not in spots.obsm
+    # No model is read, and nothing is embedded.
+    assert (head.use_rep, head.model_names()) == ((), {})
+    assert set(spots.obsm) == {"spatial", "truth", "X_known", KEY, STD}
 
 
 def test_from_known_proportions(spots):
     head = from_known(spots)
-    assert Obsm.DECONVOLUTION not in spots.obsm
+    assert KEY not in spots.obsm
     st.tl.deconvolve(spots, head=head, **QUIET)
     check_proportions(spots, head)
-    assert st.metrics.pearson(spots.obsm["truth"], spots.obsm[Obsm.DECONVOLUTION]).min() > 0.8
+    assert st.metrics.pearson(spots.obsm["truth"], spots.obsm[KEY]).min() > 0.8
     assert list(head.validation_scores.index) == list(head.types)
     assert head.split["how"] == "blocks"
     assert head.params["proportions_key"] == "truth"
@@ -117,22 +134,31 @@ def test_from_known_proportions(spots):
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 def test_types_that_a_file_can_not_name(spots, tmp_path, suffix):
     spots.obsm["truth"].columns = types = ["L2/3", "L2_3", "oligo"]
-    head = from_known(spots, n_heads=2)
+    head = from_known(spots)
     st.tl.deconvolve(spots, head=head, **QUIET)
     del spots.obsm["truth"]
     path = tmp_path / f"spots.{suffix}"
     getattr(spots, f"write_{suffix}")(path)
     again = getattr(ad, f"read_{suffix}")(path)
     assert list(head.types) == types
-    for key in (Obsm.DECONVOLUTION, Obsm.DECONVOLUTION_STD):
+    for key in (KEY, STD):
         assert list(again.obsm[key]) == ["L2_3_2", "L2_3", "oligo"]
         axes = st.pl.deconvolution(again, key=key, show=False)
         assert [ax.get_title() for ax in axes] == types
     plt.close("all")
-    # One head has no spread: that of the earlier run is gone, with its names.
-    st.tl.deconvolve(again, head=from_known(again, proportions_key=Obsm.DECONVOLUTION, n_heads=1))
-    assert list(st.tl.deconvolve(again, head=head, copy=True).obsm[Obsm.DECONVOLUTION_STD])
-    assert Obsm.DECONVOLUTION_STD not in {*again.obsm, *again.uns[Uns.STOFM]}
+    # They are names of types to learn, too.
+    assert list(from_known(again, proportions_key=KEY).types) == types
+
+
+def test_spread_of_an_earlier_run(spots):
+    head = from_known(spots)
+    st.tl.deconvolve(spots, head=head, **QUIET)
+    first = next(k for k, weight in enumerate(head.weights) if weight > 0)
+    for name in ("networks", "reads"):
+        object.__setattr__(head, name, getattr(head, name)[first : first + 1])
+    object.__setattr__(head, "weights", (1.0,))
+    st.tl.deconvolve(spots, head=head, **QUIET)
+    assert STD not in {*spots.obsm, *spots.uns[Uns.STOFM]}
 
 
 def test_rows_without_proportions_are_left_out(spots, caplog):
@@ -147,120 +173,108 @@ def test_from_single_cells_on_a_grid(cells, spots, model, rng):
     cells.obsm["places"] = rng.random((90, 2)) * 70
     cells.obs["kind"] = cells.obs["kind"].where(np.arange(90) != 4, None)
     options = {"label_key": "kind", "spot_size": 10.0, "spatial_key": "places"}
-    one_network = {"n_heads": 1, "n_components": 0, "n_neighbors": 0}
-    head = st.tl.deconvolve(cells, model=model, **one_network, **options, **QUIET)
-    assert head.types == ("astro", "micro", "oligo")
+    head = st.tl.deconvolve(cells, model=model, **options, **QUIET)
+    assert head.types == tuple(TYPES)
+    assert head.expression is not None
     assert head.use_rep == (Obsm.X_CELL, Obsm.X)
     assert head.params["spot_size"] == 10.0
     # The cells themselves are not embedded, their spots are.
     assert Obsm.X not in cells.obsm
     st.tl.deconvolve(spots, head=head, model=model, **QUIET)
-    assert list(spots.obsm[Obsm.DECONVOLUTION].columns) == list(head.types)
-    # A single network has no spread.
-    assert Obsm.DECONVOLUTION_STD not in spots.obsm
+    assert list(spots.obsm[KEY].columns) == list(head.types)
 
 
 @pytest.mark.parametrize("way", ["reference", "known"])
-def test_save_and_load(spots, cells, model, tmp_path, way):
-    head = from_reference(spots, cells, model) if way == "reference" else from_known(spots)
+def test_save_and_load(spots, cells, tmp_path, way):
+    head = from_reference(spots, cells) if way == "reference" else from_known(spots)
     head.save(tmp_path / "head")
     again = st.tl.DeconvolutionHead.load(tmp_path / "head")
     assert repr(again) == repr(head)
     assert json.loads((tmp_path / "head" / "config.json").read_text())["task"] == "deconvolution"
-    one, other = (
-        st.tl.deconvolve(spots, head=which, model=model, copy=True, **QUIET)
-        for which in (head, again)
-    )
-    pd.testing.assert_frame_equal(one.obsm[Obsm.DECONVOLUTION], other.obsm[Obsm.DECONVOLUTION])
+    one, other = (apply(spots, which) for which in (head, again))
+    for key in (KEY, STD):
+        pd.testing.assert_frame_equal(one.obsm[key], other.obsm[key], check_exact=True)
     pd.testing.assert_frame_equal(head.validation_scores, again.validation_scores)
     check_proportions(other, again)
 
 
-def test_a_head_finds_the_same_as_when_it_was_fitted(spots, cells, model):
-    head = from_reference(spots, cells, model)
-    new = st.tl.deconvolve(
-        spots[::-1].copy(), head=head, model=model, key_added="again", copy=True, **QUIET
-    )
+def test_a_head_finds_the_same_as_when_it_was_fitted(spots, cells):
+    head = from_reference(spots, cells)
+    new = apply(spots[::-1].copy(), head, key_added="again")
     check_proportions(new, head, "again")
-    first = spots.obsm[Obsm.DECONVOLUTION]
+    first = spots.obsm[KEY]
     np.testing.assert_allclose(new.obsm["again"].loc[first.index], first, atol=1e-5)
 
 
-def test_seed_and_order(spots, cells, model, rng):
+def test_seed_and_order(spots, cells, rng):
     found = []
     for seed in (0, 0, 1):
-        from_reference(spots, cells, model, seed=seed)
-        found.append(spots.obsm[Obsm.DECONVOLUTION].to_numpy())
+        from_reference(spots, cells, seed=seed)
+        found.append(spots.obsm[KEY].to_numpy())
     np.testing.assert_array_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 1e-3
     order = rng.permutation(80)
     shuffled = spots[order].copy()
-    from_reference(shuffled, cells[rng.permutation(90)].copy(), model)
-    np.testing.assert_allclose(shuffled.obsm[Obsm.DECONVOLUTION], found[0][order], atol=1e-4)
+    from_reference(shuffled, cells[rng.permutation(90)].copy())
+    np.testing.assert_allclose(shuffled.obsm[KEY], found[0][order], atol=1e-4)
 
 
-def test_messages_name_the_reference(spots, cells, model):
+def test_messages_name_the_reference(spots, cells):
     cells.layers["counts"], cells.X = cells.X, cells.X * 0.37
     told = r"^reference.X does not .*reference.layers\['counts'\] .*pass reference_layer='counts'"
     with pytest.raises(ValueError, match=told):
-        from_reference(spots, cells, model)
+        from_reference(spots, cells)
     with pytest.raises(KeyError, match=r"^.The reference: There is no obs\['nope'\] with labels"):
-        from_reference(spots, cells, model, label_key="nope")
+        from_reference(spots, cells, label_key="nope")
     with pytest.raises(KeyError, match=r"The query: There is no layer 'counts'"):
-        from_reference(spots, cells, model, layer="counts")
+        from_reference(spots, cells, layer="counts")
     cells.obs.loc[cells.obs_names[:40], "kind"] = "other"
     with pytest.warns(UserWarning, match=r"^The reference: .*'other' \(40 cells, 44.4%\)"):
-        from_reference(spots, cells, model, reference_layer="counts")
+        from_reference(spots, cells, reference_layer="counts")
 
 
-@pytest.mark.filterwarnings("ignore:.*count as 0")
-def test_a_head_for_other_genes(spots, cells, model, caplog):
-    head = from_reference(spots, cells, model)
-    st.tl.deconvolve(spots[:, :50].copy(), head=head, model=model, **QUIET)
-    assert "genes that the head reads are not in adata and count as 0" in caplog.text
-    with pytest.raises(ValueError, match=r"Only \d+ of the 60 genes that the head reads"):
-        st.tl.deconvolve(spots[:, :20].copy(), head=head, model=model, **QUIET)
+@pytest.mark.filterwarnings("ignore:.*without their expression")
+def test_a_query_of_other_genes(spots, cells, rng, caplog):
+    head = from_reference(spots, cells)
+    expected = spots.obsm[KEY]
+    moved = spots[:, rng.permutation(62)].copy()
+    np.testing.assert_allclose(apply(moved, head).obsm[KEY], expected, atol=1e-5)
+    # Genes that are missing are expected from the others.
+    some = apply(spots[:, :50].copy(), head).obsm[KEY]
+    assert st.metrics.pearson(spots.obsm["truth"], some).min() > 0.5
+    with pytest.raises(ValueError, match="80 of 80 cells have nothing of what the head reads"):
+        apply(spots[:, :1].copy(), head)
+    assert "genes whose expression the head reads are there, too few" in caplog.text
 
 
-def test_a_head_for_another_model(spots, cells, model):
-    head = from_reference(spots, cells, model)
-    other = st.Stofm(model.config, model.vocabulary, seed=2).eval()
-    with pytest.raises(ValueError, match=r"fitted to what tiny .* makes of spots"):
-        st.tl.deconvolve(spots, head=head, model=other, **QUIET)
+def test_a_query_of_a_head_without_raw_counts(spots, cells):
+    head = from_reference(spots, cells)
+    query = spots.copy()
+    query.layers["counts"], query.X = query.X, query.X * 0.37
+    pd.testing.assert_frame_equal(apply(query, head, layer="counts").obsm[KEY], spots.obsm[KEY])
+    with (
+        pytest.warns(UserWarning, match="raw counts"),
+        pytest.raises(ValueError, match="have nothing of what the head reads"),
+    ):
+        apply(query, head)
 
 
 @pytest.mark.filterwarnings("ignore:.*have no counts")
-def test_spots_without_counts_are_named(spots, cells, model, caplog):
-    head = from_reference(spots, cells, model)
+def test_spots_without_counts_are_named(spots, cells, caplog):
     spots.X = spots.X.toarray() * (np.arange(80) > 2)[:, None]
-    st.tl.deconvolve(spots, head=head, model=model, **QUIET)
+    head = from_reference(spots, cells)
     assert "3 of 80 spots have no counts" in caplog.text
     check_proportions(spots, head)
+    check_proportions(apply(spots, head), head)
 
 
-@pytest.mark.filterwarnings("ignore:.*have no counts")
-def test_spots_without_counts_are_named_when_a_head_is_fitted(spots, cells, model, caplog):
-    spots.X = spots.X.toarray() * (np.arange(80) > 2)[:, None]
-    from_reference(spots, cells, model, n_heads=1)
-    assert "3 of 80 spots have no counts" in caplog.text
-
-
-def test_names_of_types_stay_when_they_look_like_something_else(spots, tmp_path):
-    spots.obsm["truth"].columns = ["0", "NA", "None"]
-    head = from_known(spots, n_heads=1)
-    head.save(tmp_path / "head")
-    again = st.tl.DeconvolutionHead.load(tmp_path / "head")
-    pd.testing.assert_frame_equal(head.validation_scores, again.validation_scores)
-    assert list(again.validation_scores.index) == ["0", "NA", "None"]
-
-
-def test_a_reference_with_several_tables(spots, cells, model):
+def test_a_reference_with_several_tables(spots, cells):
     several = SimpleNamespace(tables={"cells": cells, "bins": spots})
     for reference in (several, [cells, several], {"a": several}):
         with pytest.raises(KeyError, match=r"tables \['bins', 'cells'\]; .* reference=sdata"):
-            from_reference(spots, reference, model)
-    from_reference(spots, SimpleNamespace(tables={"cells": cells}), model, n_heads=1)
-    assert Obsm.DECONVOLUTION in spots.obsm
+            from_reference(spots, reference)
+    from_reference(spots, SimpleNamespace(tables={"cells": cells}))
+    assert KEY in spots.obsm
 
 
 @pytest.mark.parametrize(
@@ -282,27 +296,23 @@ def test_a_reference_with_several_tables(spots, cells, model):
             {"reference": "cells", "label_key": "kind", "key_added": "X_stofm"},
             "key_added='X_stofm' would replace",
         ),
-        (
-            {"proportions_key": "truth", "n_heads": 0},
-            "n_heads must be a whole number of at least 1, found 0",
-        ),
-        (
-            {"reference": "cells", "label_key": "kind", "n_components": -1},
-            "n_components must be a whole number of at least 0, found -1",
-        ),
-        ({"reference": "cells", "label_key": "kind", "split": "s"}, "split must be one of"),
         ({"proportions_key": "truth", "split": "slices"}, "there is a single one"),
         ({"spot_size": 3.0, "label_key": "kind", "seed": -1}, "seed must be a whole number"),
         (
             {"proportions_key": "truth", "strategy": "lora", "use_rep": "X_known"},
             r"obsm\['X_known'\] are not embeddings",
         ),
-        ({"proportions_key": "truth", "strategy": "some"}, "strategy must be one of"),
+        ({"proportions_key": "truth", "use_rep": ()}, "use_rep must name"),
+        (
+            {"reference": "cells", "label_key": "kind", "n_components": 0},
+            "n_components must be .* at least 1",
+        ),
         ({"head": "folder"}, None),
     ],
 )
 def test_options_that_can_not_be(spots, cells, options, message):
     options = {key: cells if value == "cells" else value for key, value in options.items()}
+    options = split_by(options)
     keys = set(spots.obsm)
     with pytest.raises(TypeError if message is None else ValueError, match=message or "Expected"):
         st.tl.deconvolve(spots, **options, **QUIET)
@@ -316,30 +326,125 @@ def test_too_few_spots(spots):
         from_known(spots)
 
 
-def test_types_of_a_reference_that_can_not_be(spots, cells, model):
+def test_types_of_a_reference_that_can_not_be(spots, cells):
     with pytest.raises(KeyError, match=r"There is no obs\['type'\]"):
-        from_reference(spots, cells, model, label_key="type")
+        from_reference(spots, cells, label_key="type")
     cells.obs["kind"] = ["rare", *cells.obs["kind"][1:]]
     with pytest.raises(ValueError, match=r"one cell each: \['rare'\]"):
-        from_reference(spots, cells, model)
-    head = from_reference(spots, cells, model, missing=["rare"])
+        from_reference(spots, cells)
+    head = from_reference(spots, cells, missing=["rare"])
     assert head.types == ("astro", "micro", "oligo")
+
+
+def test_members_for_known_proportions(embedded, tmp_path, scales_of):
+    head = from_known(embedded, use_rep=(Obsm.X_CELL, Obsm.X))
+    assert set(head.reads) == {
+        "embedding",
+        "neighborhood",
+        "expression",
+        "expression neighborhood",
+    }
+    assert head.expression.axes.shape[0] == 62
+    assert head.params["n_neighbors"] == head.n_neighbors == 10
+    scales_of(head.networks[0], (12, 12, 14))
+    made = apply(embedded, head)
+    assert st.metrics.pearson(embedded.obsm["truth"], made.obsm[KEY]).min() > 0.7
+    head.save(tmp_path / "head")
+    again = apply(embedded, st.tl.DeconvolutionHead.load(tmp_path / "head"))
+    for key in (KEY, STD):
+        pd.testing.assert_frame_equal(again.obsm[key], made.obsm[key], check_exact=True)
+    alone = from_known(embedded, use_rep=(Obsm.X_CELL, Obsm.X), n_components=0, n_neighbors=0)
+    assert (alone.expression, set(alone.reads)) == (None, {"embedding"})
+    expected = apply(embedded, alone).obsm[KEY]
+    embedded.X = None
+    pd.testing.assert_frame_equal(apply(embedded, alone).obsm[KEY], expected, check_exact=True)
+
+
+def test_proportions_are_told_by_what_is_around(embedded, rng):
+    west = embedded.obsm["spatial"][:, 0] < 50
+    share = np.where(west, 0.9, 0.1)
+    for key in (Obsm.X_CELL, Obsm.X):
+        noise = rng.normal(size=embedded.obsm[key].shape)
+        noise[:, 0] += np.where(west, 0.7, -0.7)
+        embedded.obsm[key] = noise.astype(np.float32)
+    embedded.obsm["truth"] = pd.DataFrame({"a": share, "b": 1 - share}, index=embedded.obs_names)
+    errors = []
+    for n_neighbors in (None, 0):
+        options = {"n_components": 0, "n_neighbors": n_neighbors}
+        head = from_known(embedded, use_rep=(Obsm.X_CELL, Obsm.X), **options)
+        errors.append(np.abs(apply(embedded, head).obsm[KEY]["a"] - share).mean())
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*without their expression")
+def test_known_proportions_without_raw_counts(embedded, caplog):
+    options = {"use_rep": (Obsm.X_CELL, Obsm.X), "n_neighbors": 0}
+    head = from_known(embedded, **options)
+    embedded.X = embedded.X * 0.37
+    made = apply(embedded, head)
+    assert "are judged without their expression" in caplog.text
+    features = np.hstack([embedded.obsm[Obsm.X_CELL], embedded.obsm[Obsm.X]])
+    own = [k for k, source in enumerate(head.reads) if source == "embedding"]
+    votes = [apply_head(head.networks[k], features, "proportions") for k in own]
+    expected = np.average(votes, axis=0, weights=[head.weights[k] for k in own])
+    np.testing.assert_allclose(made.obsm[KEY], expected, atol=1e-6)
+    assert from_known(embedded, **options).expression is None
+    with pytest.raises(ValueError, match="raw counts"):
+        from_known(embedded, n_components=5, **options)
+
+
+def test_the_layer_that_was_embedded(embedded, model):
+    options = {"use_rep": (Obsm.X_CELL, Obsm.X), "n_components": 5}
+    expected = apply(embedded, from_known(embedded, **options)).obsm[KEY]
+    embedded.layers["raw"], embedded.X = embedded.X.copy(), embedded.X * 0.37
+    st.tl.embed(embedded, model, layer="raw", **QUIET)
+    head = from_known(embedded, **options)
+    assert "expression" in head.reads
+    pd.testing.assert_frame_equal(apply(embedded, head).obsm[KEY], expected, check_exact=True)
+
+
+def test_order_of_spots(embedded, rng):
+    moved = embedded[rng.permutation(80)].copy()
+    first, again = (
+        apply(embedded, from_known(one, use_rep=(Obsm.X_CELL, Obsm.X))).obsm[KEY]
+        for one in (embedded, moved)
+    )
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+
+
+def test_squares_of_cells_of_which_a_layer_has_the_counts(cells, model, rng):
+    cells = cells[rng.permutation(90)].copy()
+    cells.obsm["spatial"] = rng.random((90, 2)) * 70
+    cells.layers["raw"], cells.X = cells.X.copy(), cells.X * 0.37
+    options = {"label_key": "kind", "spot_size": 10.0, "model": model}
+    head = st.tl.deconvolve(cells, layer="raw", **options, **QUIET)
+    assert "expression" in head.reads
+    # What it is applied to may have its counts in X.
+    query = cells.copy()
+    query.X = query.layers.pop("raw")
+    assert np.isfinite(apply(query, head, model=model).obsm[KEY]).all(axis=None)
+
+
+def test_arguments_that_moved_to_the_options(spots, cells):
+    told = r"^n_components, spots: pass options=st\.tl\.HeadOptions\("
+    with pytest.warns(FutureWarning, match=told):
+        head = st.tl.deconvolve(
+            spots, reference=cells, label_key="kind", n_components=6, spots=RULES, **QUIET
+        )
+    assert head.expression.axes.shape[1] == 6
+    assert head.params["n_spots"] == 400
 
 
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(spots, model):
-    head = from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), model=model, strategy="full", n_heads=2)
+    head = from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), model=model, strategy="full")
     assert head.model is not None
-    assert head.reads.count("embedding") == 2
     st.tl.deconvolve(spots, head=head, **QUIET)
     check_proportions(spots, head)
 
 
-def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_fitted(
-    spots, model, monkeypatch
-):
-    st.tl.embed(spots, model, **QUIET)
+def test_a_model_that_can_not_be_tuned_is_refused_before_anything_is_fitted(embedded, monkeypatch):
     monkeypatch.setattr(fitting, "fit_head", None)
     with pytest.raises(ValueError, match="pass that model as `model` to tune it"):
-        from_known(spots, use_rep=(Obsm.X_CELL, Obsm.X), strategy="full")
+        from_known(embedded, use_rep=(Obsm.X_CELL, Obsm.X), strategy="full")

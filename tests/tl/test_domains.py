@@ -223,6 +223,20 @@ def test_cells_without_embeddings_are_embedded_first(model, adata):
     assert record["model_fingerprint"] == other.fingerprint
 
 
+def test_slices_are_those_that_were_embedded(adata, model, rng):
+    adata.obs["bregma"] = adata.obs.pop("library")
+    adata.obsm["xy"], adata.obsm["spatial"] = adata.obsm["spatial"], rng.random((184, 2))
+    options = {"library_key": "bregma", "spatial_key": "xy"}
+    st.tl.embed(adata, model, device="cpu", show_progress_bar=False, **options)
+    st.tl.domains(adata, n_domains=3)
+    again = adata.copy()
+    st.tl.domains(again, n_domains=3, **options)
+    assert again.obs[Obs.DOMAIN].equals(adata.obs[Obs.DOMAIN])
+    # The column that is read can't be written.
+    with pytest.raises(ValueError, match="bregma"):
+        st.tl.domains(adata, n_domains=3, key_added="bregma")
+
+
 def test_no_coordinates_are_needed(embedded):
     del embedded.obsm["spatial"]
     st.tl.domains(embedded, n_domains=2)
@@ -245,6 +259,7 @@ def test_one_cell(embedded):
         ({"n_domains": 0}, "n_domains must be a whole number of at least 1, found 0"),
         ({"n_domains": 2.5}, r"n_domains must be a whole number of at least 1, found 2\.5"),
         ({"n_domains": 185}, "n_domains is 185, but only 184 embeddings are different"),
+        ({"n_neighbors": 2.5}, r"n_neighbors must be .* found 2\.5"),
         ({"smooth": -1}, "smooth must be a whole number of at least 0, found -1"),
         ({"resolution": 0.0}, r"resolution must be positive, found 0\.0"),
         ({"coarser": [3, 3]}, r"coarser must hold falling numbers of domains, found \[3, 3\]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import anndata as ad
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,11 +14,12 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.heads import ensemble, fitting, imputation
+from stofm.heads import fitting, members
 from stofm.heads.annotation import AnnotationHead
-from stofm.heads.genes import ImputationHead
+from stofm.heads.imputation import ImputationHead
 from stofm.heads.network import HeadTraining
 
+EMBEDDINGS, EXPRESSION = "neighborhood", "expression neighborhood"
 QUIET = {"show_progress_bar": False, "device": "cpu"}
 LIBRARY = {"library_key": "library", **QUIET}
 HELD_OUT = [f"ENSG{k:011d}" for k in (3, 11, 40)]
@@ -40,15 +42,22 @@ def query(training, rng):
     return right[rng.permutation(right.n_obs)].copy()
 
 
+def split_by(options):
+    """Arguments of a call, and options of the head."""
+    names = st.tl.HeadOptions.__dataclass_fields__
+    own = {name: options.pop(name) for name in list(options) if name in names}
+    return options | ({"options": st.tl.HeadOptions(**own)} if own else {})
+
+
 @pytest.fixture
 def fit(training, model, monkeypatch):
-    """Fit a head of two networks in a few steps; arguments as for `impute`."""
-    monkeypatch.setattr(imputation.ExpressionTask, "training", HeadTraining(max_epochs=4))
+    """Fit a head in two rounds of a few steps; arguments as for `impute`."""
+    monkeypatch.setattr(fitting, "_N_ROUNDS", 2)
+    monkeypatch.setattr(members, "IMPUTING", HeadTraining(max_epochs=4))
 
     def run(data=training, **options):
-        return st.tl.impute(
-            data, **{"genes": HELD_OUT, "model": model, "n_heads": 2, **LIBRARY, **options}
-        )
+        usual = {"genes": HELD_OUT, "model": model, **LIBRARY}
+        return st.tl.impute(data, **(usual | split_by(options)))
 
     return run
 
@@ -72,14 +81,14 @@ def seen_inputs(monkeypatch):
     """Collect what heads are fitted to."""
     seen = []
 
-    def watched(sections, reading, **options):
-        found = original(sections, reading, **options)
+    def watched(sections, request, **options):
+        found = original(sections, request, **options)
         tokens = [table.obsm[Obsm.TOKENS].toarray() for table in sections.tables]
         seen.append((found.features, tokens, [table.X.toarray() for table in sections.tables]))
         return found
 
-    original = fitting.read_inputs
-    monkeypatch.setattr(fitting, "read_inputs", watched)
+    original = fitting.read_embeddings
+    monkeypatch.setattr(fitting, "read_embeddings", watched)
     return seen
 
 
@@ -169,7 +178,7 @@ def test_what_is_written(fit, query, model):
 
 
 def test_genes_are_learnt(fit, training, monkeypatch):
-    monkeypatch.setattr(imputation.ExpressionTask, "training", HeadTraining())
+    monkeypatch.setattr(members, "IMPUTING", HeadTraining())
     # Of random weights, the cell encoder says little about counts: exact features stand in.
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
     head = fit(use_rep="exact")
@@ -185,31 +194,58 @@ def test_genes_are_learnt(fit, training, monkeypatch):
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
-    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([0.01, 0, 0.79, 0.2]))
+    monkeypatch.setattr(members, "stack_weights", lambda _: np.array([0.2, 0.8]))
     head = fit()
-    kinds = ("embedding", "neighborhood", "expression", "expression neighborhood")
-    assert head.reads == kinds * 2
-    np.testing.assert_allclose(head.weights, np.tile([0.005, 0, 0.395, 0.1], 2))
+    assert head.reads == (EMBEDDINGS,) * 2 + (EXPRESSION,) * 2
+    np.testing.assert_allclose(head.weights, [0.1, 0.1, 0.4, 0.4])
     assert head.n_neighbors == 10
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     weighed = query.obsm[Obsm.IMPUTED].to_numpy()
-    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.array([1, 0, 0, 0.0]))
+    monkeypatch.setattr(members, "stack_weights", lambda _: np.array([1.0, 0.0]))
     st.tl.impute(query, head=fit(), model=model, **LIBRARY)
     assert np.abs(query.obsm[Obsm.IMPUTED].to_numpy() - weighed).max() > 0.01
 
 
-def test_columns_of_each_representation_share_a_scale(fit, model, monkeypatch, scales_of):
-    monkeypatch.setattr(imputation, "stack_weights", lambda _: np.full(4, 0.25))
-    head = fit(n_heads=1, n_components=55)
+def test_what_networks_read(fit, model, scales_of):
+    """Columns of each representation share a scale."""
+    head = fit(n_components=55)
     cell, spatial = model.config.cell_encoder.d_cell, model.config.se2_transformer.d_model
-    widths = ((cell, spatial), (cell, cell, spatial), (55,), (50, 50))
-    for network, own in zip(head.networks, widths, strict=True):
-        assert len(set(scales_of(network, own))) == len(own)
+    widths = {EMBEDDINGS: (cell, cell, spatial), EXPRESSION: (50, 50)}
+    for network, reads in zip(head.networks, head.reads, strict=True):
+        assert len(set(scales_of(network, widths[reads]))) == len(widths[reads])
+    alone = fit(n_components=0, n_neighbors=0)
+    assert (alone.reads, alone.n_neighbors, alone.expression) == (("embedding",) * 2, 0, None)
+    assert fit(n_neighbors=0).reads == ("embedding",) * 2 + ("expression",) * 2
 
 
-def test_gene_scores_are_of_held_out_cells(fit, training):
+def test_neighbours_of_a_query(fit, training):
+    """Neither places nor neighbours are needed of what no model makes, unless asked for."""
+    query = training.copy()
+    query.obsm["exact"] = training.obsm["exact"] = training.X[:, :6].toarray()
+    del query.obsm["spatial"]
+    st.tl.impute(query, head=fit(use_rep="exact"), **LIBRARY)
+    head = fit(use_rep="exact", n_neighbors=3)
+    assert head.reads == (EMBEDDINGS,) * 2
+    st.tl.impute(training, head=head, **LIBRARY)
+    with (
+        pytest.warns(UserWarning, match="without their neighbours"),
+        pytest.raises(ValueError, match="have nothing of what the head reads"),
+    ):
+        st.tl.impute(query, head=head, **LIBRARY)
+
+
+@pytest.mark.parametrize("n_cells", [3, 1])
+def test_small_slices_of_a_query(fit, query, model, n_cells):
+    head = fit()
+    parts = [query[n_cells:].copy(), query[:n_cells].copy()]
+    st.tl.impute(parts, head=head, model=model, **QUIET)
+    assert np.isfinite(parts[1].obsm[Obsm.IMPUTED]).all(axis=None)
+
+
+def test_gene_scores_are_of_held_out_cells(fit, training, monkeypatch):
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
-    head = fit(use_rep="exact", n_heads=1, split="slices")
+    monkeypatch.setattr(fitting, "_N_ROUNDS", 1)
+    head = fit(use_rep="exact", split="slices")
     name = head.split["held_out_slices"][0]
     part = training[training.obs["library"] == name].copy()
     st.tl.impute(part, head=head, **LIBRARY)
@@ -243,6 +279,7 @@ def test_seeds(fit, query, model):
     assert np.abs(found[0] - found[2]).to_numpy().max() > 0.05
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_reference(training, query, model, vocabulary):
     # Names of another kind, other genes, and no column of slices in the reference.
     symbols = dict(zip(vocabulary.gene_ids, vocabulary.symbols, strict=True))
@@ -250,7 +287,7 @@ def test_reference(training, query, model, vocabulary):
     lacks = query[:, ~query.var_names.isin([symbols[g] for g in HELD_OUT])].copy()
     reference = training[training.obs["library"] == "left"].copy()
     del reference.obs["library"]
-    head = st.tl.impute(lacks, reference=reference, model=model, n_heads=2, **LIBRARY)
+    head = st.tl.impute(lacks, reference=reference, model=model, **LIBRARY)
     assert head.genes == tuple(HELD_OUT)
     assert len(head.inputs) == 68
     assert lacks.obsm[Obsm.IMPUTED].columns.tolist() == HELD_OUT
@@ -258,9 +295,7 @@ def test_reference(training, query, model, vocabulary):
     st.tl.impute(again, head=head, model=model, **LIBRARY)
     assert again.obsm[Obsm.IMPUTED].equals(lacks.obsm[Obsm.IMPUTED])
     # Genes that the query has are held out of it too when they are named.
-    named = st.tl.impute(
-        query, reference=reference, genes=["GENE3"], model=model, n_heads=1, **LIBRARY
-    )
+    named = st.tl.impute(query, reference=reference, genes=["GENE3"], model=model, **LIBRARY)
     assert named.genes == ("GENE3",)
     assert len(named.inputs) == 70
 
@@ -275,7 +310,7 @@ def test_several_anndata(fit, training, query, model):
 
 
 def test_some_genes_of_a_head(fit, query, model, monkeypatch):
-    monkeypatch.setattr("stofm.heads.genes._GENES_AT_ONCE", 2)
+    monkeypatch.setattr("stofm.heads.imputation.GENES_AT_ONCE", 2)
     head = fit()
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     every = query.obsm[Obsm.IMPUTED]
@@ -294,7 +329,7 @@ def test_save_and_load(fit, query, model, tmp_path):
     loaded = ImputationHead.load(tmp_path / "head")
     assert loaded.gene_scores.equals(head.gene_scores)
     assert loaded.inputs == head.inputs
-    assert loaded.targets == head.targets
+    assert loaded.genes == head.genes
     other = query.copy()
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     st.tl.impute(other, head=loaded, model=model, **LIBRARY)
@@ -330,35 +365,22 @@ def test_another_model_is_refused(fit, query, model):
     assert Obsm.IMPUTED not in query.obsm
 
 
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
-    weights = model.fingerprint
-    given = {}
+    before, given = model.fingerprint, []
+    tune = fitting.fine_tune
 
-    def tune(slices, model, head, targets, **options):
-        given.update(options, slices=slices, kind=targets.kind)
-        tuned = st.Stofm(model.config, model.vocabulary, seed=9).eval()
-        return _Tuned(tuned, head)
+    def watched(sections, *args, **options):
+        given.extend(sections.tables)
+        return tune(sections, *args, **options)
 
-    class _Tuned:
-        def __init__(self, tuned, head):
-            self.model, self.head, self.best_step = tuned, head, 1
-            self.history = pd.DataFrame({"epoch": [1], "loss": [0.5]})
-
-    monkeypatch.setattr(fitting, "fine_tune_head", tune)
-    held_out = []
-    original = ensemble.fit_head
-
-    def watched(*args, **options):
-        held_out.append(options["held_out"])
-        return original(*args, **options)
-
-    monkeypatch.setattr(ensemble, "fit_head", watched)
+    monkeypatch.setattr(fitting, "fine_tune", watched)
     head = fit(strategy="full")
-    # Another network on embeddings, two on expression, and two on the neighbours of either.
-    assert [rows.tolist() for rows in held_out] == [given["held_out"].tolist()] * 7
-    assert model.fingerprint == weights != head.model.fingerprint
-    assert given["kind"] == "values"
-    assert not set(HELD_OUT) & set(given["slices"][0].var_names)
+    # There is a single split.
+    assert head.reads == (EMBEDDINGS, EXPRESSION)
+    assert model.fingerprint == before != head.model.fingerprint
+    assert not set(HELD_OUT) & set(given[0].var_names)
     # The head brings its own model, also from a folder.
     head.save(tmp_path / "head")
     other = query.copy()
@@ -428,7 +450,7 @@ def test_cells_without_counts(fit, training, model):
     dense[5, training.var_names.get_indexer(HELD_OUT)] = 9
     training.X = sparse.csr_matrix(dense)
     with pytest.warns(UserWarning, match="no count in any known gene"):
-        head = fit(n_heads=1, split="slices")
+        head = fit(split="slices")
     assert head.split["n_fitted"] + head.split["n_held_out"] == 183
     with pytest.warns(UserWarning, match="no count in any known gene"):
         st.tl.impute(training, head=head, model=model, **LIBRARY)
@@ -436,11 +458,40 @@ def test_cells_without_counts(fit, training, model):
 
 
 def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
-    monkeypatch.setattr(fitting, "read_inputs", None)
-    monkeypatch.setattr(imputation, "read_panel", None)
-    for options in ({"split": "slice"}, {"seed": -1}):
+    monkeypatch.setattr(fitting, "read_embeddings", None)
+    monkeypatch.setattr("stofm.heads.imputation.reduce_tables", None)
+    for options in ({"split": "slice"}, {"seed": -1}, {"n_components": 2.5}):
         with pytest.raises(ValueError, match="must be"):
             fit(**options)
+
+
+def test_arguments_that_moved_to_the_options(training, query, fit, model):
+    expected = fit(n_components=0, split="slices")
+    told = r"^n_components, split: pass options=st\.tl\.HeadOptions\("
+    with pytest.warns(FutureWarning, match=told):
+        head = st.tl.impute(
+            training, genes=HELD_OUT, model=model, n_components=0, split="slices", **LIBRARY
+        )
+    pd.testing.assert_series_equal(head.gene_scores, expected.gene_scores)
+
+
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+@pytest.mark.filterwarnings("ignore:Writing zarr v2")
+def test_genes_that_a_file_can_not_name(fit, training, model, tmp_path, suffix):
+    names = training.var_names.tolist()
+    names[-2:] = ["GENE1/GENE2", "GENE1_GENE2"]
+    training.var_names = names
+    head = fit(genes=[*names[-2:], HELD_OUT[0]], use_rep=Obsm.X_CELL)
+    st.tl.impute(training, head=head, model=model, key_added="mine", **LIBRARY)
+    left = training[training.obs["library"] == "left"].copy()
+    path = tmp_path / f"cells.{suffix}"
+    getattr(left, f"write_{suffix}")(path)
+    again = getattr(ad, f"read_{suffix}")(path)
+    assert list(again.obsm["mine"]) == ["GENE1_GENE2_2", "GENE1_GENE2", HELD_OUT[0]]
+    ax = st.pl.imputation(again, "GENE1/GENE2", key="mine", show=False)
+    drawn = np.sort(np.ravel(ax)[-1].collections[0].get_array())
+    np.testing.assert_allclose(drawn, np.sort(left.obsm["mine"].iloc[:, 0]), rtol=1e-6)
+    plt.close("all")
 
 
 def test_the_picture_normalises_by_the_genes_that_were_read(
@@ -464,14 +515,12 @@ def test_the_picture_normalises_by_the_genes_that_were_read(
 
 
 def test_bad_calls(fit, training, query, model):
-    head = fit(n_heads=1)
+    head = fit()
     cases = [
         ({"genes": None}, "Pass genes= to learn"),
         ({"head": head, "reference": query}, "fitted already"),
         ({"copy": True}, "copy=True is for head="),
-        ({"n_heads": 0}, "n_heads must be a whole number"),
-        ({"strategy": "half"}, "strategy must be one of"),
-        ({"split": "slice"}, "split must be one of"),
+        ({"use_rep": ()}, "use_rep must name"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"strategy": "lora", "use_rep": "exact"}, r"obsm\['exact'\] are not embeddings"),
         ({"genes": ["ENSG0000000004"]}, "near: "),

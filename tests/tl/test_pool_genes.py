@@ -140,7 +140,11 @@ def test_a_head_notices_another_table(adata, values, path, tmp_path):
     adata.obs["kind"] = np.where(np.arange(59) % 2, "odd", "even")
     pool(adata, path)
     head = st.tl.annotate(
-        adata, label_key="kind", use_rep=Obsm.X_GENES, split="random", show_progress_bar=False
+        adata,
+        label_key="kind",
+        use_rep=Obsm.X_GENES,
+        options=st.tl.HeadOptions(split="random"),
+        show_progress_bar=False,
     )
     (values + 1).to_csv(tmp_path / "other.csv")
     pool(adata, tmp_path / "other.csv")

@@ -7,7 +7,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 from sklearn.metrics import f1_score
 
+from stofm.heads.network import apply_head, fit_head
 from stofm.heads.sections import resolve_slices
+from stofm.heads.targets import Targets
 from stofm.tl import _probe_scores
 from stofm.tl._probe_folds import Fold, common_classes
 from stofm.tl._probe_scores import (
@@ -20,7 +22,6 @@ from stofm.tl._probe_scores import (
     side_by_side,
     with_neighbors,
 )
-from stofm.train import Targets, apply_head, fit_head
 
 
 def blobs(rng, n, *, spread=1.0):

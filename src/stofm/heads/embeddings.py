@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Reading
+    from stofm.heads.options import Request
     from stofm.nn import Stofm
     from stofm.train.recipe import FileConfig
 
@@ -81,33 +81,27 @@ def counts_layer(adata: AnnData, layer: str | None) -> str | None:
     return layer or (str(made_with) if made_with else None)
 
 
-def recorded_options(adata: AnnData, reading: Reading | FileConfig) -> dict[str, Any]:
+def recorded_options(adata: AnnData, request: Request | FileConfig) -> dict[str, Any]:
     """Options to read a table with: as asked for, or those that it was embedded with."""
     return {
-        "library_key": slices_column(adata, reading.library_key),
-        "layer": counts_layer(adata, reading.layer),
-        "spatial_key": places_entry(adata, reading.spatial_key),
+        "library_key": slices_column(adata, request.library_key),
+        "layer": counts_layer(adata, request.layer),
+        "spatial_key": places_entry(adata, request.spatial_key),
     }
 
 
 class EmbeddingSource:
-    """The model whose embeddings are wanted, loaded when it is needed.
+    """The model whose embeddings a request wants, loaded when it is needed.
 
-    Parameters
-    ----------
-    model
-        None for whichever made what is there.
-    expected
-        What a head was fitted to.
-    reading
-        How to embed; keys and layer that a table was embedded with take the place of the defaults.
+    Keys and layer that a table was embedded with take the place of the defaults. `expected` is the
+    origin of what a head was fitted to.
     """
 
-    def __init__(self, model: Stofm | None, expected: Origin | None, reading: Reading) -> None:
-        self._given = model
-        self._model = model
+    def __init__(self, request: Request, expected: Origin | None) -> None:
+        self._given = None if request.model is None else load_model(request.model)
+        self._model = self._given
         self._expected = expected
-        self._reading = reading
+        self._request = request
         self._made: Origin | None = None
 
     def with_embeddings(self, adata: AnnData, reps: Sequence[str]) -> AnnData:
@@ -120,18 +114,22 @@ class EmbeddingSource:
             return adata
         if objections and (self._given is None or not set(objections) <= set(MADE_BY_EMBED)):
             raise ValueError(next(iter(objections.values())))
-        options = {
-            **self._reading.as_dict(),
-            **recorded_options(adata, self._reading),
-        }
+        options = self._request.reading | recorded_options(adata, self._request)
         if objections:
             logger.info(
                 "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
                 "embedding aside.",
                 next(iter(objections)),
             )
-            adata = _bare(adata, options)
-        _embed(adata, load_model(self._model), options, with_places=Obsm.X in reps)
+            adata = bare_table(adata, options)
+        model = load_model(self._model)
+        if Obsm.X in reps:
+            read_places(adata, options["spatial_key"])
+            embed(adata, model, **options)
+        else:
+            show = options["show_progress_bar"]
+            tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
+            encode_cells(adata, model, device=options["device"], show_progress_bar=show)
         return adata
 
     def _wanted(self, *, is_needed: bool) -> Origin:
@@ -164,7 +162,7 @@ class EmbeddingSource:
                 "it could not tell which cells it can be used on. Embed the cells again with "
                 f"st.tl.embed, or pass `model` to embed them aside.{_NO_RECORD}"
             )
-        return _changed_option(adata, rep, self._reading.keys) or self._staleness(adata, rep)
+        return _changed_option(adata, rep, self._request.reading) or self._staleness(adata, rep)
 
     def _staleness(self, adata: AnnData, rep: str) -> str:
         reason = stale_reason(adata, rep, None if self._model is None else self._model.vocabulary)
@@ -186,17 +184,6 @@ class EmbeddingSource:
             f"obsm[{rep!r}] is by {describe_origin(found)}, and what is missing beside it would be "
             f"made with {describe_origin(wanted)}. Pass the model that made it as `model`."
         )
-
-
-def _embed(adata: AnnData, model: Stofm, options: Mapping[str, Any], *, with_places: bool) -> None:
-    """Embed cells, without regard to place if only that is read."""
-    if with_places:
-        read_places(adata, options["spatial_key"])
-        embed(adata, model, **options)
-        return
-    show = options["show_progress_bar"]
-    tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
-    encode_cells(adata, model, device=options["device"], show_progress_bar=show)
 
 
 def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
@@ -275,7 +262,7 @@ def _slice_codes(adata: AnnData, key: str) -> NDArray[np.int64]:
     return codes
 
 
-def _bare(adata: AnnData, options: Mapping[str, Any]) -> AnnData:
+def bare_table(adata: AnnData, options: Mapping[str, Any]) -> AnnData:
     """The table's counts, genes, cells and places, without anything that a model made."""
     import anndata
 

@@ -13,8 +13,6 @@ from scipy import sparse
 
 from stofm._edge.gene_mapping import VAR_NAMES, find_columns, names_by_source
 from stofm._messages import warn
-from stofm.genes import map_gene_ids
-from stofm.genes.mapping import clean_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -244,51 +242,6 @@ def warn_of_few_shared(n_shared: int, n_genes: Sequence[int]) -> None:
             f"{', '.join(map(str, n_genes[:5]))}: the others are not read. If more should be shared, "
             "give all of them Ensembl ids or symbols, see st.pp.map_genes."
         )
-
-
-def find_genes(
-    names: Iterable[str], training: Sequence[GeneColumns], vocabulary: GeneVocabulary
-) -> tuple[Gene, ...]:
-    """Find genes by any of their names, and by their ids in a vocabulary."""
-    asked = clean_names([names] if isinstance(names, str) else names)
-    if not asked or len(set(asked)) < len(asked):
-        twice = sorted({name for name in asked if asked.count(name) > 1})[:3]
-        what = f"{twice} occur more than once" if twice else "there are none"
-        msg = f"genes must name the genes to impute, each once; {what}."
-        raise ValueError(msg)
-    ids = map_gene_ids(asked, vocabulary).gene_id.tolist()
-    found = [
-        next(filter(None, (table.find(name) for table in training)), None) or Gene(name, id_)
-        for name, id_ in zip(asked, ids, strict=True)
-    ]
-    missing = [g for g in found if not all(table.measured(g) for table in training)]
-    if missing:
-        near = {g.name: training[0].near(g.name) for g in missing[:3]}
-        hints = "; ".join(f"{name!r} (near: {like or 'nothing'})" for name, like in near.items())
-        msg = (
-            f"{len(missing)} of {len(found)} genes are not in every AnnData to learn from, for "
-            f"example {hints}. Only genes that all of them measure can be imputed."
-        )
-        raise ValueError(msg)
-    return tuple(found)
-
-
-def new_genes(training: Sequence[GeneColumns], query: Sequence[GeneColumns]) -> tuple[Gene, ...]:
-    """Genes that every AnnData to learn from has and one of the query's lacks."""
-    found = {
-        gene.name: gene
-        for gene in training[0].genes
-        if gene.name
-        and not all(table.same_gene(gene) for table in query)
-        and all(table.measured(gene) for table in training[1:])
-    }
-    if found:
-        return tuple(found.values())
-    msg = (
-        "The query has all genes that the reference measures, so there is nothing to impute. To "
-        "check predictions against measured genes, name them: genes=[...]."
-    )
-    raise ValueError(msg)
 
 
 def selector(columns: Sequence[Sequence[int]], n_vars: int) -> sparse.csr_matrix:

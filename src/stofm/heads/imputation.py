@@ -1,241 +1,287 @@
-"""Learning the expression of genes, and imputing it: genes to impute are in nothing that is read."""
+"""Expression of genes: the head of ``stofm.tl.impute``, how it is fitted and what it writes.
+
+Genes to impute are in nothing that is read: tables are reduced to the other genes first.
+"""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import pandas as pd
 
+from stofm import metrics
+from stofm._edge.records import (
+    all_or_nothing,
+    make_frame,
+    refuse_not_finite,
+    write_frame,
+    write_record,
+)
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
-from stofm.heads.base import refuse_reserved, require_head
-from stofm.heads.components import fit_components
-from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
-from stofm.heads.ensemble import fit_networks, stack_weights
-from stofm.heads.fitting import Task
-from stofm.heads.gene_columns import GeneColumns
-from stofm.heads.genes import (
-    Ballot,
-    ImputationHead,
-    error_products,
-    score_genes,
-    write_imputed,
-)
-from stofm.heads.inputs import read_inputs
-from stofm.heads.network import HeadTraining, row_order
+from stofm.heads.embeddings import MADE_BY_EMBED
+from stofm.heads.fitting import Task, fit
+from stofm.heads.gene_columns import Gene, choose_panel
+from stofm.heads.head import Head, refuse_reserved, require_head
+from stofm.heads.members import GENES_AT_ONCE
+from stofm.heads.network import apply_head
 from stofm.heads.options import checked_reps
-from stofm.heads.targets import ExpressionTargets, expression_targets, on_panel
+from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
+from stofm.heads.sections import resolve_reference
+from stofm.heads.targets import ExpressionTargets, expression_targets
 from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from stofm.genes import GeneVocabulary
-    from stofm.heads.components import ExpressionComponents
-    from stofm.heads.fitting import FirstFit
-    from stofm.heads.gene_columns import Gene, GenePanel
-    from stofm.heads.inputs import Inputs
-    from stofm.heads.options import FitOptions, Reading
+    from stofm.heads.blocks import Blocks
+    from stofm.heads.members import Members
+    from stofm.heads.options import Request
     from stofm.heads.sections import Sections
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
-#: Column of ``obs`` that tells slices apart in the AnnData that models read.
-_SLICE: Final = "slice"
-#: Stronger dropout than for classes: expression is noisy, and the networks vote.
-_TRAINING: Final = HeadTraining(dropout=0.4)
-#: A query with a smaller share of a head's input genes is refused, or warned of.
+#: A query with a smaller share of a head's panel is refused, or warned of.
 _LEAST_SHARE: Final = 0.1
 _LOW_SHARE: Final = 0.5
 
 
-def read_panel(
-    sections: Sections,
-    columns: Sequence[GeneColumns],
-    inputs: Sequence[Gene],
-    targets: Sequence[Gene],
-    use_rep: str | Sequence[str],
-    reading: Reading,
-) -> tuple[Sections, list[sparse.csr_matrix]]:
-    """AnnData of the input genes alone, and the counts of the target genes beside them.
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ImputationHead(Head):
+    """A head that imputes the expression of genes, from :func:`stofm.tl.impute`.
 
-    Nothing else of the given AnnData is in them but places, slices, and representations that no
-    model makes.
+    Keep it with ``head.save(folder)``, and read it with ``ImputationHead.load(folder)``.
+
+    Attributes
+    ----------
+    gene_scores
+        By gene, Pearson correlation of measured and imputed expression over held-out cells, mean
+        over the rounds; NaN for a gene that is constant there. Drop genes with a low one.
+    output_ids
+        Ids of the genes to impute in the model's vocabulary, ``""`` for genes that it lacks.
+    mean, scale
+        (n_genes,) mean and standard deviation of each gene over the training cells.
+    panel
+        Genes that are read: all others are taken out of a query first.
+    outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
+        Genes to impute; what is read and by which model; how the head was fitted and how good it
+        is.
+    networks, reads, weights, expression, n_neighbors
+        Networks whose weighted mean is the prediction, and what they read.
     """
-    names = np.empty(sections.n_obs, dtype=object)
-    for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True):
-        names[rows] = name
-    reps = checked_reps(use_rep)
-    own = [rep for rep in reps if rep not in MADE_BY_EMBED]
-    tables, counts = [], []
-    parts = zip(sections.tables, columns, sections.places, strict=True)
-    for k, (table, known, place) in enumerate(parts):
-        where = places_entry(table, reading.spatial_key)
-        with sections.naming(k):
-            bare, wanted = on_panel(
-                table,
-                known,
-                inputs,
-                targets,
-                layer=counts_layer(table, reading.layer),
-                kept_obsm=own,
+
+    task: ClassVar[str] = "imputation"
+    called: ClassVar[str] = "genes"
+    may_be_nan: ClassVar[frozenset[str]] = frozenset({"gene_scores"})
+
+    gene_scores: pd.Series[float]
+    output_ids: tuple[str, ...]
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        """Name the scores."""
+        scores = np.asarray(self.gene_scores, dtype=np.float64)
+        index = pd.Index(self.outputs, name="gene")
+        object.__setattr__(self, "gene_scores", pd.Series(scores, index=index, name="pearson"))
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Names of the genes that can be imputed."""
+        return self.outputs
+
+    @property
+    def inputs(self) -> tuple[Gene, ...]:
+        """Genes that are read."""
+        return self.panel or ()
+
+    def columns_of(self, genes: Sequence[str] | None) -> NDArray[np.int64]:
+        """Find genes among the outputs, by name or id of the vocabulary; None for all."""
+        if genes is None:
+            return np.arange(len(self.outputs))
+        asked = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+        places = {gene_id: k for k, gene_id in enumerate(self.output_ids) if gene_id}
+        places |= {name: k for k, name in enumerate(self.outputs)}
+        if unknown := [gene for gene in asked if gene not in places]:
+            near = difflib.get_close_matches(unknown[0], places, n=3)
+            msg = (
+                f"The head does not impute {len(unknown)} of {len(asked)} genes, for example "
+                f"{unknown[:3]} (near {unknown[0]!r}: {near or 'nothing'}). It knows "
+                f"{len(self.outputs)} genes, see head.genes; fit one with these genes."
             )
-            if Obsm.X in reps:
-                bare.obsm[reading.spatial_key] = read_places(table, where)
-        if where in table.obsm:
-            bare.obsm.setdefault(reading.spatial_key, table.obsm[where])
-        bare.obs[_SLICE] = pd.Categorical(names[place])
-        tables.append(bare)
-        counts.append(wanted)
-    return replace(sections, tables=tuple(tables)), counts
+            raise ValueError(msg)
+        columns = np.array([places[gene] for gene in asked], dtype=np.int64)
+        if not len(columns) or len(np.unique(columns)) < len(columns):
+            msg = f"genes must name the genes to impute, each once; found {asked[:5]}."
+            raise ValueError(msg)
+        return columns
 
+    def predict(
+        self, blocks: Blocks, columns: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Log-normalised expression, float32 (n, n_genes), not negative; of some outputs, or of all."""
+        columns = np.arange(len(self.outputs)) if columns is None else columns
+        found = np.zeros((len(blocks.features), len(columns)), dtype=np.float32)
+        for start in range(0, len(columns), GENES_AT_ONCE):
+            own = columns[start : start + GENES_AT_ONCE]
+            part = found[:, start : start + GENES_AT_ONCE]
+            for vote, weight in self.votes(blocks, "values", columns=own):
+                part += weight.astype(np.float32)[:, None] * vote
+            np.maximum(part * self.scale[own] + self.mean[own], 0.0, out=part)
+        return found
 
-def _of_panel(reading: Reading) -> Reading:
-    """How what :func:`read_panel` returns is read."""
-    return replace(reading, library_key=_SLICE, layer=None)
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        entries, arrays = super()._own()
+        entries["output_ids"] = list(self.output_ids)
+        scores = self.gene_scores.to_numpy(dtype=np.float64)
+        return entries, arrays | {"mean": self.mean, "scale": self.scale, "gene_scores": scores}
+
+    @classmethod
+    def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+        fields = super()._read_own(own, arrays) | {"output_ids": tuple(own["output_ids"])}
+        return fields | {name: arrays[name] for name in ("mean", "scale", "gene_scores")}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpressionTask(Task):
-    """Learning the expression of genes.
+    """Learning the expression of genes from the other genes of reduced tables.
 
     Attributes
     ----------
-    source
-        The slices with all their genes; those to fit to have the input genes alone.
-    columns
-        Genes of each of their tables.
     panel
-        Which genes are read and which are learnt.
-    layer
-        Layer of `source` with raw counts.
+        Genes that are read.
+    learnt
+        Genes of the targets.
     """
 
     name: ClassVar[str] = ImputationHead.task
-    training: ClassVar[HeadTraining | None] = _TRAINING
-    seed_step: ClassVar[int] = 1
 
-    source: Sections
-    columns: Sequence[GeneColumns]
-    panel: GenePanel
-    layer: str | None
-
-    @classmethod
-    def of(
-        cls,
-        sections: Sections,
-        columns: Sequence[GeneColumns],
-        panel: GenePanel,
-        options: FitOptions,
-    ) -> tuple[ExpressionTask, Sections]:
-        """The task, and the slices to fit to; refuses genes of which nothing can be learnt."""
-        reading = options.reading
-        bare, counts = read_panel(
-            sections, columns, panel.inputs, panel.targets, options.use_rep, reading
-        )
-        targets = expression_targets(bare, counts)
-        known = _learnable(targets, panel.targets)
-        own = replace(options, reading=_of_panel(reading))
-        task = cls(
-            targets=targets.standardised(known),
-            options=own,
-            source=sections,
-            columns=columns,
-            panel=panel,
-            layer=reading.layer,
-        )
-        return task, bare
-
-    def add_expression(
-        self, sections: Sections, inputs: Inputs, rows: NDArray[np.int64]
-    ) -> tuple[Inputs, ExpressionComponents | None]:
-        """Find components of the expression of the input genes."""
-        n_components = self.options.components_beside(inputs.use_rep)
-        if not n_components:
-            return inputs, None
-        layers = [counts_layer(table, self.layer) for table in self.source.tables]
-        components, scores = fit_components(
-            self.source, rows, self.columns, self.panel.inputs, layers, n_components
-        )
-        return replace(inputs, expression=scores), components
+    panel: tuple[Gene, ...]
+    learnt: tuple[Gene, ...]
 
     def make_head(
-        self, first: FirstFit, splits: Sequence[Split], common: dict[str, Any]
+        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
     ) -> ImputationHead:
-        """Fit networks to what the first one reads and what is beside it, and weigh these kinds."""
-        targets = cast("ExpressionTargets", self.targets)
-        seeds, sources = self.seeds, first.inputs.sources
-        splits = [splits[k % len(splits)] for k in range(len(seeds))]
-        fits = [
-            fit_networks(first, reads, targets, splits, seeds, self.training) for reads in sources
-        ]
-        features = [first.inputs.of(reads) for reads in sources]
-        rounds = [
-            [
-                Ballot(one.head, read)
-                for one, read in zip(own, features, strict=True)
-                if read is not None
-            ]
-            for own in zip(*fits, strict=True)
-        ]
-        histories = [one.history for own in zip(*fits, strict=True) for one in own]
-        weights = _weigh(rounds, targets, splits)
-        rounds = [
-            [
-                ballot._replace(weight=weight / len(rounds))
-                for ballot, weight in zip(own, weights, strict=True)
-            ]
-            for own in rounds
-        ]
+        """Score the genes on the held-out cells of each round."""
+        targets = self.targets
+        assert isinstance(targets, ExpressionTargets)
+        n_rounds = len(splits)
         scores = [
-            score_genes(own, targets, split.held_out)
-            for own, split in zip(rounds, splits, strict=True)
+            _score_genes(members, blocks, targets, rows, slice(k, None, n_rounds))
+            for k, rows in enumerate(members.held_out)
         ]
-        head = ImputationHead(
+        index = pd.RangeIndex(1, n_rounds + 1, name="network")
+        return ImputationHead(
             **common,
-            networks=tuple(one.network for own in rounds for one in own),
-            reads=sources * len(rounds),
-            weights=tuple(one.weight for own in rounds for one in own),
-            n_neighbors=first.inputs.neighbors_of(sources),
-            outputs=tuple(gene.name for gene in self.panel.targets),
-            params={
-                "seed": self.options.seed,
-                "n_heads": len(seeds),
-                "n_inputs": len(self.panel.inputs),
-            },
-            validation_scores=_by_round(scores),
-            history=pd.concat(
-                [one.assign(network=k) for k, one in enumerate(histories, 1)], ignore_index=True
-            ),
+            outputs=tuple(gene.name for gene in self.learnt),
+            params={**self.request.record, "n_inputs": len(self.panel)},
+            validation_scores=pd.DataFrame([one.mean() for one in scores]).set_index(index),
             gene_scores=pd.concat([one["pearson"] for one in scores], axis=1).mean(axis=1),
-            inputs=self.panel.inputs,
-            output_ids=tuple(gene.id for gene in self.panel.targets),
+            panel=self.panel,
+            output_ids=tuple(gene.id for gene in self.learnt),
             mean=targets.mean,
             scale=targets.scale,
         )
-        return head
 
 
-def _weigh(
-    rounds: Sequence[Sequence[Ballot]], targets: ExpressionTargets, splits: Sequence[Split]
-) -> list[float]:
-    """Weight of each kind of networks, as is best for held-out cells."""
-    errors = [
-        error_products(
-            ballots, targets, row_order(ballots[0].features, targets.values, one.held_out)
+def _score_genes(
+    members: Members,
+    blocks: Blocks,
+    targets: ExpressionTargets,
+    rows: NDArray[np.int64],
+    own: slice,
+) -> pd.DataFrame:
+    """Pearson correlation, RMSE and MAE of each gene over held-out cells, some genes at a time.
+
+    `own` are the members that were not fitted to these. NaN for fewer than two cells.
+    """
+    if len(rows) < 2:
+        return pd.DataFrame(np.nan, range(targets.n_outputs), ["pearson", "rmse", "mae"])
+    chosen = list(zip(members.networks, members.reads, members.weights, strict=True))[own]
+    read = {source: blocks.of(source) for _, source, _ in chosen}
+    total = sum(weight for *_, weight in chosen)
+    parts = []
+    for start in range(0, targets.n_outputs, GENES_AT_ONCE):
+        columns = np.arange(start, min(start + GENES_AT_ONCE, targets.n_outputs))
+        true = targets.values[rows][:, columns].toarray()
+        found = np.zeros_like(true)
+        for network, source, weight in chosen:
+            vote = apply_head(network, np.asarray(read[source])[rows], "values", columns=columns)
+            found += np.float32(weight / total) * vote
+        found = np.maximum(found * targets.scale[columns] + targets.mean[columns], 0.0)
+        scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
+        parts.append(pd.DataFrame({name: score(true, found) for name, score in scores.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def learn_genes(
+    sections: Sections,
+    reference: Any,
+    request: Request,
+    genes: Sequence[str] | None,
+    key: str,
+    table_key: str | None,
+) -> ImputationHead:
+    """Fit a head to slices, or to a reference and impute with it what these lack."""
+    refuse_reserved(key, Obsm.IMPUTED, request.spatial_key, *checked_reps(request.use_rep))
+    training, own = sections, request
+    if reference is not None:
+        training, request, own = resolve_reference(sections, reference, request, table_key)
+    own.check(training)
+    model, vocabulary = _model_and_vocabulary(request.model, request.use_rep)
+    must_map = model is not None
+    name = "the data" if reference is None else "the reference"
+    columns = read_columns(training, vocabulary, must_map=must_map, name=name)
+    query = None
+    if reference is not None:
+        query = read_columns(sections, vocabulary, must_map=must_map, name="the query")
+    if genes is not None:
+        learnt = find_genes(genes, columns, vocabulary)
+    else:
+        learnt = new_genes(columns, query or ())
+    panel = choose_panel(columns, learnt, query).inputs
+    reduced, own, counts = reduce_tables(
+        training, columns, panel, replace(own, model=model), learnt=learnt
+    )
+    targets = expression_targets(reduced, counts)
+    targets = targets.standardised(_learnable(targets, learnt))
+    task = ExpressionTask(targets=targets, request=own, panel=panel, learnt=learnt)
+    head: ImputationHead = fit(task, reduced)
+    logger.info(
+        "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
+        "below 0.1.",
+        len(head.outputs),
+        len(head.inputs),
+        head.gene_scores.mean(),
+        int((head.gene_scores < 0.1).sum()),
+    )
+    if reference is not None:
+        impute_with(sections, head, replace(request, model=head.model or model), key)
+    return head
+
+
+def _model_and_vocabulary(
+    model: Stofm | str | Path | None, use_rep: str | Sequence[str]
+) -> tuple[Stofm | None, GeneVocabulary]:
+    """Load the model if something of it is read."""
+    reps = checked_reps(use_rep)
+    if others := [rep for rep in reps if rep not in MADE_BY_EMBED]:
+        logger.info(
+            "obsm%s are read as they are; genes to impute must have no part in them.", others
         )
-        for ballots, one in zip(rounds, splits, strict=True)
-    ]
-    weights: list[float] = stack_weights(np.sum(errors, axis=0)).tolist()
-    return weights
+    if len(others) == len(reps):
+        return None, embedded_vocabulary()
+    loaded = load_model(model)
+    return loaded, loaded.vocabulary
 
 
 def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.int64]:
@@ -261,96 +307,45 @@ def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.
     return known
 
 
-def _by_round(scores: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean over the genes for the networks of each split on its held-out cells."""
-    index = pd.RangeIndex(1, len(scores) + 1, name="network")
-    return pd.DataFrame([one.mean() for one in scores]).set_index(index)
-
-
-def log_summary(head: ImputationHead) -> None:
-    """Say how well genes are predicted."""
-    logger.info(
-        "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
-        "below 0.1.",
-        len(head.outputs),
-        len(head.inputs),
-        head.gene_scores.mean(),
-        int((head.gene_scores < 0.1).sum()),
-    )
-
-
 def impute_with(
     sections: Sections,
     head: ImputationHead,
-    options: FitOptions,
+    request: Request,
     key: str,
     genes: Sequence[str] | None = None,
 ) -> None:
-    """Embed cells on a head's input genes, and write what it makes of them."""
-    reading = options.reading
+    """Read the cells' panel as a head does, and write what it makes of them."""
     require_head(head, ImputationHead)
-    refuse_reserved(key, Obsm.IMPUTED, reading.spatial_key, *head.use_rep)
-    columns = head.columns_of(genes)
-    model = head.model if options.model is None else options.model
-    loaded, vocabulary = model_and_vocabulary(model, head.use_rep)
-    known = read_columns(sections, loaded, vocabulary, "the query")
-    if loaded is not None:
-        for one in known:
-            _check_overlap(one, head.inputs)
-    bare, _ = read_panel(sections, known, head.inputs, (), head.use_rep, reading)
-    inputs = read_inputs(
-        bare, _of_panel(reading), use_rep=head.use_rep, model=loaded, expected=head.origin
-    )
-    head.check_inputs(inputs)
-    read = [
-        table.var_names[one.columns_of(head.inputs)].astype(str).tolist()
-        for table, one in zip(sections.tables, known, strict=True)
+    refuse_reserved(key, Obsm.IMPUTED, request.spatial_key, *head.use_rep)
+    chosen = head.columns_of(genes)
+    model = head.model if request.model is None else request.model
+    loaded, vocabulary = _model_and_vocabulary(model, head.use_rep)
+    known = read_columns(sections, vocabulary, must_map=loaded is not None, name="the query")
+    for one in known:
+        if loaded is not None:
+            check_overlap(one, head.inputs, least=_LEAST_SHARE, low=_LOW_SHARE)
+    request = replace(request, model=loaded, use_rep=head.use_rep)
+    reduced, own, _ = reduce_tables(sections, known, head.inputs, request)
+    names = [head.outputs[k] for k in chosen]
+    found = head.predict(head.read(reduced, own), chosen)
+    refuse_not_finite(head.task, found)
+    # All is computed before anything is written.
+    frames = [
+        make_frame(table, found[part], names)
+        for table, part in zip(sections.tables, sections.places, strict=True)
     ]
-    inputs = head.read_beside_panel(sections, known, inputs, reading)
-    write_imputed(sections, head, inputs, columns, read, key)
-
-
-def model_and_vocabulary(
-    model: Stofm | str | Path | None, use_rep: str | Sequence[str]
-) -> tuple[Stofm | None, GeneVocabulary]:
-    """Load the model if something of it is read."""
-    reps = checked_reps(use_rep)
-    others = [rep for rep in reps if rep not in MADE_BY_EMBED]
-    if others:
-        logger.info(
-            "obsm%s are read as they are; genes to impute must have no part in them.", others
-        )
-    if len(others) == len(reps):
-        return None, embedded_vocabulary()
-    loaded = load_model(model)
-    return loaded, loaded.vocabulary
-
-
-def read_columns(
-    sections: Sections, model: Stofm | None, vocabulary: GeneVocabulary, name: str
-) -> list[GeneColumns]:
-    """Genes of each table; without a model they need not be in its vocabulary."""
-    return sections.each(
-        lambda table: GeneColumns.read(table, vocabulary, must_map=model is not None, name=name)
-    )
-
-
-def _check_overlap(columns: GeneColumns, inputs: Sequence[Gene]) -> None:
-    """Refuse a query that lacks nearly all that the head reads, and warn if it lacks much."""
-    missing = [gene.name for gene in inputs if not columns.same_gene(gene)]
-    share = 1 - len(missing) / len(inputs)
-    found = (
-        f"The query has {len(inputs) - len(missing)} of the {len(inputs)} genes that the head reads "
-        f"({share:.0%}); missing are, for example, {missing[:3]}."
-    )
-    if share < _LEAST_SHARE:
-        msg = (
-            f"{found} At least {_LEAST_SHARE:.0%} are needed. Fit a head on the genes that both "
-            "have: st.tl.impute(query, reference=training)."
-        )
-        raise ValueError(msg)
-    if share < _LOW_SHARE:
-        warn(
-            f"{found} Its embeddings differ from those that the head was fitted to; "
-            "st.tl.impute(query, reference=training) fits one on the genes that both have."
-        )
+    with all_or_nothing(*sections.tables):
+        for table, frame, columns in zip(sections.tables, frames, known, strict=True):
+            read = table.var_names[columns.columns_of(head.inputs)].astype(str)
+            params = {
+                "n_genes": len(names),
+                "n_inputs": len(head.inputs),
+                # Of these is the total that measured expression compares with.
+                "inputs": np.array(read.tolist(), dtype=object),
+                "use_rep": list(head.use_rep),
+                "strategy": head.strategy,
+                "seed": head.params["seed"],
+            }
+            write_record(table, key, params, **head.model_names())
+            write_frame(table, key, frame, names)
+    logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)

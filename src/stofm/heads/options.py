@@ -1,19 +1,23 @@
-"""What the heads of all tasks are asked for, checked before anything is computed."""
+"""What a call of ``stofm.tl`` asks of a head, checked before anything is computed."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_args
 
 from stofm._config import check_seed
 from stofm._keys import Obsm
 from stofm.heads.embeddings import MADE_BY_EMBED
+from stofm.heads.labels import MIN_SHARE, MISSING
 from stofm.heads.tuning_lora import require_peft
 from stofm.spatial.splits import SplitRule
+from stofm.spatial.spots import SpotRules
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     import torch
@@ -23,102 +27,160 @@ if TYPE_CHECKING:
 
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 
-#: ``"frozen"``: the head alone is fitted. Else the model is tuned with it: by changes of low rank
-#: (``"lora"``), or all its weights (``"full"``).
+#: ``"frozen"``: the head alone is fitted. Otherwise the model is tuned with it: by changes of low
+#: rank (``"lora"``), or all its weights (``"full"``).
 Strategy = Literal["frozen", "lora", "full"]
-
-#: With more known cells, networks that start elsewhere differ little, and one of a kind does.
-_MANY_CELLS: Final = 15_000
-_FEW_NETWORKS: Final = 3
-#: A panel of some hundred genes has hardly more components that matter.
-_N_COMPONENTS: Final = 150
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How tables are read and embedded; as in :func:`stofm.tl.embed`."""
+class HeadOptions:
+    """How a head is fitted: options of :func:`stofm.tl.annotate`, `deconvolve` and `impute`.
 
-    library_key: str | None = None
-    layer: str | None = None
-    spatial_key: str = Obsm.SPATIAL
-    device: str | torch.device = "auto"
-    show_progress_bar: bool = True
+    Attributes
+    ----------
+    strategy
+        ``"frozen"`` fits the head to stored embeddings, in seconds. ``"lora"`` and ``"full"`` first
+        tune a copy of the model, which the head then carries; not with a single-cell reference.
+    n_neighbors
+        Nearest neighbours of the same slice over which ``X_stofm_cell`` (or, if it is not read, all
+        of `use_rep`) and the first 50 components are averaged. None: 10 beside embeddings of a
+        model where the labelled cells have coordinates and the split is not random, else 0.
+    n_components
+        Most principal components of log-normalised counts that are read beside the embeddings, of
+        the genes that all labelled cells have. None: 150 beside embeddings of a model if there are
+        raw counts, else 0. 0 is safer for a query from another technology.
+    split
+        How a tenth of the cells is held out, to stop early, to weigh the members of the head and to
+        score them: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
+        ``"auto"``: whole slices where there are four or more, else blocks. Neighbours resemble each
+        other, so a random split gives scores that are too good.
+    missing
+        Labels treated as missing (case-insensitive), besides NaN and empty strings. By default all
+        that read as unknown, unassigned, other, missing, ambiguous, doublet or low quality.
+    min_share
+        Classes with a smaller share of the labelled cells are left out; 0 for none.
+    class_weights
+        ``"balanced"``: classes weigh the same in the loss, however few cells they have.
+    reject_rate
+        Largest share of held-out labelled cells that may be called unknown, from 0 (none) to below 1.
+    reference_layer
+        Layer of `reference` with raw counts; None: `layer` if the reference has it, else ``X``.
+    spots
+        How many spots are simulated from a single-cell reference, and of how many cells.
+    """
 
-    @property
-    def keys(self) -> dict[str, str | None]:
-        """What is written down of it."""
-        names = ("layer", "library_key", "spatial_key")
-        return {name: getattr(self, name) for name in names}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Arguments of :func:`stofm.tl.embed`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How a head is fitted, whatever its task; as in :func:`stofm.tl.annotate`."""
-
-    use_rep: str | Sequence[str] = DEFAULT_REP
-    model: Stofm | str | Path | None = None
     strategy: Strategy = "frozen"
     n_neighbors: int | None = None
     n_components: int | None = None
-    n_heads: int | None = None
     split: SplitRule = "auto"
-    seed: int = 0
-    reading: Reading = Reading()
+    missing: Collection[object] = MISSING
+    min_share: float = MIN_SHARE
+    class_weights: Literal["balanced"] | None = None
+    reject_rate: float = 0.02
+    reference_layer: str | None = None
+    spots: SpotRules = field(default_factory=SpotRules)
 
     def __post_init__(self) -> None:
         """Refuse values that no data could go with."""
-        for name, least in {"n_neighbors": 0, "n_components": 0, "n_heads": 1}.items():
-            check_if_given(name, getattr(self, name), least=least)
-        choices = {"strategy": Strategy, "split": SplitRule}
-        for name, choice in choices.items():
-            check_choice(name, getattr(self, name), get_args(choice))
+        for name in ("n_neighbors", "n_components"):
+            check_if_given(name, getattr(self, name), least=0)
+        check_choice("strategy", self.strategy, get_args(Strategy))
+        check_choice("split", self.split, get_args(SplitRule))
+        check_choice("class_weights", self.class_weights, (None, "balanced"))
+        for name in ("min_share", "reject_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                msg = f"{name} must be from 0 to below 1, found {getattr(self, name)!r}."
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a call asks for; fields as in :func:`stofm.tl.annotate`."""
+
+    model: Stofm | str | Path | None = None
+    use_rep: str | Sequence[str] = DEFAULT_REP
+    library_key: str | None = None
+    layer: str | None = None
+    spatial_key: str = Obsm.SPATIAL
+    seed: int = 0
+    device: str | torch.device = "auto"
+    show_progress_bar: bool = True
+    options: HeadOptions = field(default_factory=HeadOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no data could go with."""
         check_seed(self.seed)
+        options: Any = self.options
+        if not isinstance(options, HeadOptions):
+            msg = f"options must be st.tl.HeadOptions(...), found {type(options).__name__}."
+            raise TypeError(msg)
 
-    def check(self, sections: Sections | None) -> None:
-        """Refuse what does not go together, or with the slices; embedding takes long, and comes after.
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is written down of it with a head."""
+        options = self.options
+        return {
+            "n_neighbors": options.n_neighbors,
+            "n_components": options.n_components,
+            "seed": int(self.seed),
+            "layer": self.layer,
+            "library_key": self.library_key,
+            "spatial_key": self.spatial_key,
+        }
 
-        Parameters
-        ----------
-        sections
-            The cells to fit to; None if the split does not depend on their slices and places.
-        """
-        if self.strategy != "frozen":
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of :func:`stofm.tl.embed`."""
+        names = ("library_key", "layer", "spatial_key", "device", "show_progress_bar")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self, sections: Sections) -> None:
+        """Refuse what does not go together, or with the slices, before cells are embedded."""
+        options = self.options
+        if options.strategy != "frozen":
             if strange := [r for r in checked_reps(self.use_rep) if r not in MADE_BY_EMBED]:
                 msg = (
-                    f"strategy={self.strategy!r} tunes a model, and obsm{strange} are not embeddings "
-                    "that one makes; use strategy='frozen', or use_rep from "
+                    f"strategy={options.strategy!r} tunes a model, and obsm{strange} are not "
+                    "embeddings of one; use strategy='frozen', or use_rep from "
                     f"{list(MADE_BY_EMBED)}."
                 )
                 raise ValueError(msg)
-            if self.strategy == "lora":
+            if options.strategy == "lora":
                 require_peft()
-        if sections is None:
-            return
-        if self.split == "slices" and len(sections.slices.rows) < 2:
+        if options.split == "slices" and len(sections.slices.rows) < 2:
             msg = (
                 "split='slices' holds out whole slices, and there is a single one; use "
                 "split='blocks', or pass library_key= if there are several."
             )
             raise ValueError(msg)
-        if self.split == "blocks" or self.strategy != "frozen":
-            sections.coordinates(self.reading.spatial_key)
+        if options.split == "blocks" or options.strategy != "frozen":
+            sections.coordinates(self.spatial_key)
 
-    def heads_of(self, n_known: int) -> int:
-        """Networks of each kind: as asked for, or by the number of cells with a target."""
-        if self.n_heads is not None:
-            return self.n_heads
-        return 1 if n_known > _MANY_CELLS else _FEW_NETWORKS
 
-    def components_beside(self, use_rep: Sequence[str]) -> int:
-        """Most components to read: as asked for, or some beside embeddings that a model makes."""
-        if self.n_components is not None:
-            return self.n_components
-        is_made = set(use_rep) <= set(MADE_BY_EMBED)
-        return _N_COMPONENTS if is_made else 0
+def moved_to_options(
+    *names: str,
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """Take arguments that are now fields of :class:`HeadOptions`, with a FutureWarning."""
+
+    def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+        @functools.wraps(function)
+        def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+            if moved := {name: kwargs.pop(name) for name in names if name in kwargs}:
+                warnings.warn(
+                    f"{', '.join(moved)}: pass options=st.tl.HeadOptions("
+                    f"{', '.join(f'{name}=...' for name in moved)}) instead.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                given: Any = kwargs.get("options") or HeadOptions()
+                kwargs["options"] = replace(given, **moved)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:

@@ -15,11 +15,13 @@ from stofm._messages import naming
 from stofm.heads.embeddings import places_entry, slices_column
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm.heads.options import Request
 
 _Read = TypeVar("_Read")
 
@@ -87,23 +89,11 @@ class Sections:
             return list(self.tables)
         return dict(zip(self.keys, self.tables, strict=True))
 
-    def of_tables(self, numbers: Sequence[int]) -> tuple[Sections, NDArray[np.int64]]:
-        """Some of the tables, and the rows of their cells."""
-        places = self.places
-        rows = np.concatenate([np.arange(places[k].start, places[k].stop) for k in numbers])
-        slices = Slices(names=[], rows=[])
-        for name, own in zip(self.slices.names, self.slices.rows, strict=True):
-            if np.isin(own, rows).all():
-                slices.names.append(name)
-                slices.rows.append(np.searchsorted(rows, own))
-        found = replace(
-            self,
-            tables=tuple(self.tables[k] for k in numbers),
-            keys=None,
-            slices=slices,
-            called=tuple(self.called[k] for k in numbers),
-        )
-        return found, rows
+    def tables_of(self, rows: NDArray[np.int64]) -> list[int]:
+        """Numbers of the tables that have some of the cells."""
+        ends = np.array([place.stop for place in self.places])
+        found: list[int] = np.unique(np.searchsorted(ends, rows, side="right")).tolist()
+        return found
 
     def coordinates(self, spatial_key: str) -> NDArray[np.float64]:
         """Places of all cells, (n_obs, 2): as asked for, or those that tables were embedded with."""
@@ -164,6 +154,39 @@ def resolve_slices(
         found.slices.names.extend(":".join(filter(None, (prefix, part))) for part in own.names)
         found.slices.rows.extend(rows + place.start for rows in own.rows)
     return found
+
+
+def resolve_reference(
+    query: Sections, reference: Any, request: Request, table_key: str | None
+) -> tuple[Sections, Request, Request]:
+    """Slices to learn from, and how to read the query and these.
+
+    A reference may do without the query's column of slices. A layer that one side alone has is read
+    there.
+    """
+    library_key, layer = request.library_key, request.layer
+    if library_key is not None:
+        plain = reference.values() if isinstance(reference, dict) else reference
+        tables = plain if isinstance(plain, list | tuple) else [plain]
+        if not any(library_key in getattr(table, "obs", {}) for table in tables):
+            library_key = None
+    with naming("the reference", adata="reference"):
+        found = resolve_slices(
+            reference,
+            library_key,
+            spatial_key=request.spatial_key,
+            table_key=table_key,
+            role="reference",
+        )
+    theirs = request.options.reference_layer
+    if theirs is None and layer is not None:
+        has_query, has_reference = (
+            any(layer in table.layers for table in one.tables) for one in (query, found)
+        )
+        theirs = layer if has_reference else None
+        layer = layer if has_query or not has_reference else None
+    own = replace(request, layer=theirs, library_key=library_key)
+    return found, replace(request, layer=layer), own
 
 
 def _called(data: Any, role: str) -> tuple[tuple[str, str], ...]:

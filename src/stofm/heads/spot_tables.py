@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.labels import Labels
+    from stofm.heads.options import Request
     from stofm.spatial.spots import SpotGrid
 
 #: By so much the proportions of a spot may miss 1: rounding, not something left out.
@@ -170,17 +171,16 @@ def _check_proportions(values: NDArray[np.float64], key: str | Sequence[str]) ->
 def grid_into_spots(
     sections: Sections,
     labels: Labels,
+    request: Request,
     *,
     spot_size: float,
-    layer: str | None,
-    spatial_key: str,
 ) -> SpotTable:
     """Sum cells with types into square spots, whose proportions are known.
 
     The spots have their slice in ``obs["slice"]`` and their centre in ``obsm["spatial"]``.
     """
     grid = grid_spots(
-        sections.coordinates(spatial_key),
+        sections.coordinates(request.spatial_key),
         labels.codes,
         sections.slices.rows,
         n_types=len(labels.classes),
@@ -193,7 +193,7 @@ def grid_into_spots(
         if len(spots):
             names = [sections.slices.names[number] for number in grid.slices[spots]]
             with sections.naming(k):
-                tables.append(_spot_table(table, place.start, grid, spots, names, layer))
+                tables.append(_spot_table(table, place.start, grid, spots, names, request.layer))
             order.append(spots)
     _tell_of_sizes(grid, spot_size)
     rows = np.concatenate(order)

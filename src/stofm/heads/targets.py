@@ -10,18 +10,13 @@ import torch
 from scipy import sparse
 from torch.nn import functional as F
 
-from stofm._edge.counts import read_counts
-from stofm.heads.gene_columns import selector
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from anndata import AnnData
     from jaxtyping import Float
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.heads.gene_columns import Gene, GeneColumns
     from stofm.heads.sections import Sections
 
 #: Classes of cells, proportions that sum to 1, or values such as expression.
@@ -179,43 +174,6 @@ class ExpressionTargets(Targets):
         return np.asarray(low == np.asarray(values.max(axis=0).todense()).ravel())
 
 
-def on_panel(
-    adata: AnnData,
-    columns: GeneColumns,
-    inputs: Sequence[Gene],
-    targets: Sequence[Gene],
-    *,
-    layer: str | None,
-    kept_obsm: Iterable[str],
-) -> tuple[AnnData, sparse.csr_matrix]:
-    """Make an AnnData of the input genes alone, and return the targets' counts beside it.
-
-    Counts are read block by block; `adata` is not changed. Columns of the same gene are added up,
-    input genes that `adata` lacks are 0.
-
-    Parameters
-    ----------
-    kept_obsm
-        What else the new AnnData has, where it is there.
-    """
-    import pandas as pd
-    from anndata import AnnData as NewAnnData
-
-    read = selector([columns.same_gene(gene) for gene in inputs], adata.n_vars)
-    learnt = selector([columns.measured(gene) for gene in targets], adata.n_vars)
-    both = [(block @ read, block @ learnt) for block in read_counts(adata, layer=layer)]
-    counts, wanted = (
-        sparse.vstack(parts, format="csr", dtype=np.float32) for parts in zip(*both, strict=True)
-    )
-    bare = NewAnnData(
-        X=counts,
-        obs=pd.DataFrame(index=adata.obs_names),
-        var=pd.DataFrame(index=[gene.key for gene in inputs]),
-        obsm={key: adata.obsm[key] for key in kept_obsm if key in adata.obsm},
-    )
-    return bare, wanted
-
-
 def expression_targets(
     sections: Sections, counts: Sequence[sparse.csr_matrix]
 ) -> ExpressionTargets:
@@ -224,7 +182,7 @@ def expression_targets(
     Parameters
     ----------
     sections
-        AnnData of the input genes, from :func:`on_panel`.
+        AnnData of the input genes, from :func:`~stofm.heads.panel.reduce_tables`.
     counts
         Of the target genes, for each of them.
     """

@@ -10,7 +10,6 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from stofm._config import check_shares
 from stofm.nn.prediction_head import ROUNDING
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 #: Bounds of the temperature, and its value without cells to fit it to.
 TEMPERATURES = (0.2, 5.0)
-_NO_TEMPERATURE = 1.0
 #: How firmly the temperature is held to 1: few cells, all of them right or all of them wrong, would
 #: draw it without end. A hundred cells or more do as they like.
 _PRIOR = 20.0
@@ -50,7 +48,7 @@ def fit_temperature(scores: NDArray[np.floating], classes: NDArray[np.int64]) ->
     Guo et al. 2017, On calibration of modern neural networks (ICML).
     """
     if not len(scores):
-        return _NO_TEMPERATURE
+        return 1.0
     values = np.asarray(scores, dtype=np.float64)
     rows = np.arange(len(values))
 
@@ -70,6 +68,12 @@ def calibrated_probabilities(
         np.asarray(scores, dtype=np.float32) / np.float32(temperature), axis=1
     )
     return probabilities
+
+
+def log_scores(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Scores whose softmax is the probabilities, for a temperature to act on."""
+    scores: NDArray[np.floating] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +100,6 @@ class Surroundings:
     center: NDArray[np.float32]
     projection: NDArray[np.float32]
     means: NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        """Check how the arrays fit together."""
-        d, k = (*self.projection.shape, 0)[:2]
-        if self.center.shape != (d,) or self.means.ndim != 2 or self.means.shape[1] != k:
-            found = (self.center.shape, self.projection.shape, self.means.shape)
-            msg = f"center (d,), projection (d, k) and means (n, k) do not fit each other: {found}."
-            raise ValueError(msg)
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
@@ -173,14 +169,6 @@ class Rejection:
     n_cells: int
     least_probability: float
     greatest_distance: float
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        check_shares(self, "rate", "measured", "least_probability")
-        for name in ("n_cells", "greatest_distance"):
-            if not getattr(self, name) >= 0:
-                msg = f"{name} must not be negative, found {getattr(self, name)}."
-                raise ValueError(msg)
 
     @classmethod
     def fit(

@@ -1,351 +1,434 @@
-"""Fine-tuning a model together with a head, for the tasks of ``stofm.tl``."""
+"""Fine-tuning: a model and a head on it learn a task together, sub-slice by sub-slice."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
+import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
 
-from stofm._config import check_seed
-from stofm._edge.coordinates import read_coordinates
-from stofm._edge.slices import read_slices
+from stofm._edge.tokens import read_tokens
 from stofm._keys import Obsm
-from stofm._logging import logger
+from stofm._logging import logger, progress
 from stofm._messages import warn
-from stofm.heads.embeddings import recorded_options
+from stofm.heads.embeddings import bare_table, places_entry, read_places, recorded_options
+from stofm.heads.targets import head_loss
 from stofm.heads.tuning_lora import LowRankModel
-from stofm.heads.tuning_samples import FineTuningConfig, KnownCells, TuningStrategy
-from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
-from stofm.spatial import canonical_order
-from stofm.train.preparation import find_sources, open_corpus, prepare_slices
-from stofm.train.processes import Processes
-from stofm.train.recipe import FileConfig
-from stofm.train.samples import Draws
-from stofm.train.stages import StageSetup
+from stofm.nn import choose_device, embed_slice, encode_cells
+from stofm.nn.batch import SubSliceBatch, TokenBatch
+from stofm.nn.device import seeded
+from stofm.nn.inference import padded_length
+from stofm.pp import tokenize
+from stofm.spatial import build_subslice, canonical_order, lay_out_slice
+from stofm.spatial.coordinates import partition_balanced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    import torch
-    from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.genes import RankedTokens
+    from stofm.heads.options import Request
+    from stofm.heads.sections import Sections
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
-    from stofm.train.corpus import Corpus
-    from stofm.train.preparation import SliceSource
+    from stofm.spatial import SliceLayout
+
+#: What is changed: low-rank changes that are added to the weights at the end, or the weights.
+TuningStrategy = Literal["lora", "full"]
 
 
-@dataclass(frozen=True, eq=False)
-class FineTuned:
-    """What fine-tuning gives.
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How a model is tuned together with a head. A step sees one sub-slice.
 
     Attributes
     ----------
-    model
-        The tuned model, on the CPU, named after the other and the task, with its own fingerprint.
-    head
-        The head that was tuned along, on the CPU; it reads what :func:`stofm.tl.embed` gives with
-        `model`.
-    history
-        Losses over the steps: columns ``split`` (``"train"``, the mean since the row before, or
-        ``"validation"``, the first at step 0), ``epoch``, ``step``, ``loss``, ``learning_rate``, ``gradient_norm``,
-        ``cells`` and ``tokens`` seen, ``seconds``.
-    best_step
-        Optimiser step whose weights are kept: that with the lowest loss on the held-out cells.
+    learning_rate, weight_decay
+        Of AdamW; decay for matrices only.
+    warmup_steps
+        Steps over which the learning rate rises; then it falls linearly to 0.
+    epochs, min_steps
+        Passes over the sub-slices, and the fewest steps.
+    validate_every
+        Steps between validations, or those of an epoch if these are more. All cells are embedded
+        anew before each.
+    patience
+        Validations without a lower loss after which tuning stops.
+    sampled_cells
+        Cells of a sub-slice that go through the cell encoder in a step, with gradients.
+    max_norm
+        Norm to which larger gradients are scaled down.
+    lora_rank, lora_alpha
+        ``"lora"``: rank of the changes, and their scale times the rank.
     """
 
-    model: Stofm
-    head: PredictionHead
-    history: pd.DataFrame
-    best_step: int
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 10
+    epochs: int = 10
+    min_steps: int = 100
+    validate_every: int = 10
+    patience: int = 5
+    sampled_cells: int = 32
+    max_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
 
 
-def fine_tune_head(
-    slices: Sequence[AnnData],
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """Rows of a slice's cells in the tokens of their table and in the targets, in order of place."""
+
+    tokens: RankedTokens
+    cells: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    coordinates: NDArray[np.float64]
+
+
+def fine_tune(
+    sections: Sections,
     model: Stofm,
     head: PredictionHead,
     targets: Targets,
     *,
     strategy: TuningStrategy,
-    fitted: NDArray[np.integer],
-    held_out: NDArray[np.integer],
-    use_rep: str | Sequence[str] = (Obsm.X_CELL, Obsm.X),
-    task: str = "annotation",
-    layer: str | None = None,
-    spatial_key: str = Obsm.SPATIAL,
-    library_key: str | None = None,
-    species: Literal["auto", "human", "mouse"] = "auto",
-    gene_key: str | None = None,
-    orthologs: str | None = None,
-    training: FineTuningConfig | None = None,
-    seed: int = 0,
-    device: str | torch.device = "auto",
-    show_progress_bar: bool = True,
-) -> FineTuned:
+    fitted: NDArray[np.int64],
+    held_out: NDArray[np.int64],
+    request: Request,
+    task: str,
+    how: FineTuning | None = None,
+) -> tuple[Stofm, pd.DataFrame]:
     """Tune copies of a model and of a head on it, so that the head predicts targets better.
 
-    Slices are cut into sub-slices. In each step some of a sub-slice's cells go through the cell
-    encoder, with gradients; the others keep embeddings that are computed anew before each
-    validation. The loss is that of the head, on the cells with a known target in the fitted part.
-    Of the cells in neither part only counts and places are read, as the surroundings of others.
+    In each step some of a sub-slice's cells go through the cell encoder, with gradients; the others
+    keep embeddings that are computed anew before each validation. The loss is that of the head, on
+    the fitted cells of the sub-slice. Slices are cut anew in every epoch, at another angle.
 
     Parameters
     ----------
-    slices
-        Raw counts and places. They stay as they are.
-    model
-        Stays as it is.
-    head
-        To begin with, usually fitted on the embeddings of `model`; stays as it is.
+    sections
+        Raw counts and places; they stay as they are.
+    model, head
+        To begin with; they stay as they are. The head reads ``request.use_rep``.
     targets
-        A row for each cell, slice after slice.
+        A row for each cell.
     strategy
         ``"full"``: all weights are trained but the table of gene embeddings, so that genes that
-        these slices don't measure still lie where they did among those that they do.
-        ``"lora"``: changes of low rank, which are added to the weights at the end; needs peft.
+        these slices don't measure still lie where they did among those that they do. ``"lora"``:
+        changes of low rank, which are added to the weights at the end; needs peft.
     fitted, held_out
         Rows of `targets` to train on, and to choose the best step by; without the latter the last
         step is taken.
-    use_rep
-        What the head reads, in the order of its input: ``"X_stofm_cell"``, ``"X_stofm"`` or both.
+    request
+        How tables are read, the seed and the device.
     task
         Becomes part of the new model's name.
-    layer, spatial_key, library_key
-        Layer with raw counts (``X`` by default), entry of ``obsm`` with the coordinates, column
-        of ``obs`` that names the slices; by default those that a table was embedded with.
-    species, gene_key, orthologs
-        How genes are found: see :func:`stofm.pp.map_genes`.
-    training
+    how
         Length, rates and sizes.
-    seed
-        Decides cuts, order, sampled cells, dropout and first changes.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    show_progress_bar
-        Show bars.
 
     Returns
     -------
-    Tuned model and head, and the history.
+    The tuned model, on the CPU, with a name and fingerprint of its own, and losses: columns
+    ``split``, ``epoch``, ``step``, ``loss``, ``learning_rate`` and ``seconds``.
 
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
-    started = time.perf_counter()
-    check_seed(seed)
-    training = training or FineTuningConfig()
-    names = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
-    _check_strategy(strategy)
-    _check_head(head, model, targets, names)
-    parts = _check_parts(targets, fitted, held_out, n_cells=sum(one.n_obs for one in slices))
-    options = FileConfig(
-        layer=layer,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        species=species,
-        gene_key=gene_key,
-        orthologs=orthologs,
-    )
-    sources = [_as_embedded(source) for source in find_sources(list(slices), options)]
-    # All but the vocabulary, which nothing changes.
-    tuned = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary})
-    head = copy.deepcopy(head)
-    changes = _prepare_weights(tuned, strategy, training, seed)
-    objective = FineTuningObjective(tuned, head, use_rep=names, targets=targets, low_rank=changes)
-    with Processes.start(device) as processes, _temporary_folder(processes) as folder:
-        show = show_progress_bar and processes.is_first
-        corpus, rows = _read(sources, model, folder, parts[0] | parts[1], processes, show=show)
-        known = [KnownCells(targets, rows, counts) for counts in parts]
-        stage = FineTuningStage(
-            objective,
-            StageSetup(
-                model=tuned,
-                corpus=corpus,
-                draws=Draws(seed=seed, stage=0, batch_size=training.batch_size),
-                folder=folder / "cells",
-                own_folder=folder / "cells",
-                processes=processes,
-                device=processes.device,
-            ),
-            training,
-            fitted=known[0],
-            held_out=known[1] if parts[1].any() else None,
-            low_rank=changes,
-        )
-        found = tune(stage, training, processes=processes, seed=seed, show_progress_bar=show)
-    result = tuned if changes is None else changes.merged()
-    for weight, given in zip(result.parameters(), model.parameters(), strict=True):
+    how = how or FineTuning()
+    slices = _read(sections, model, request, np.union1d(fitted, held_out))
+    device = choose_device(request.device)
+    with seeded(request.seed, device):
+        run = _Tuning(model, head, targets, slices, strategy, how, request, device)
+        history = run.train(fitted, held_out)
+        tuned = run.result()
+    for weight, given in zip(tuned.parameters(), model.parameters(), strict=True):
         weight.requires_grad_(given.requires_grad)
-    result = result.to("cpu").eval()
-    result.config = replace(
+    tuned = tuned.to("cpu").eval()
+    tuned.config = replace(
         model.config,
         name=f"{model.name}-{task}",
-        provenance=_provenance(model, strategy, task, int(parts[0].sum())),
+        provenance=(
+            f"Tuned ({strategy}, {task}, {len(fitted)} cells) from {model.name!r}, fingerprint "
+            f"{model.fingerprint}. Of that: {model.config.provenance}"
+        ),
         trained=True,
     )
-    history = pd.DataFrame(found.rows).drop(columns=["stage", "head"])
-    _log_summary(model, result, history, found.best_step, time.perf_counter() - started)
-    return FineTuned(result, head.to("cpu").eval(), history, found.best_step)
-
-
-def _as_embedded(source: SliceSource) -> SliceSource:
-    """The source, read as it was embedded where nothing else is asked for."""
-    options = source.options
-    found = recorded_options(source.data, options)
-    return replace(source, options=replace(options, **found))
-
-
-def _check_strategy(strategy: str) -> None:
-    if strategy not in get_args(TuningStrategy):
-        msg = (
-            f"strategy must be one of {list(get_args(TuningStrategy))} to tune a model, found "
-            f"{strategy!r}."
-        )
-        raise ValueError(msg)
-
-
-def _check_head(
-    head: PredictionHead, model: Stofm, targets: Targets, names: tuple[str, ...]
-) -> None:
-    """Refuse a head that does not read what the model gives, or predicts something else."""
-    config = model.config
-    widths = {Obsm.X_CELL: config.cell_encoder.d_cell, Obsm.X: config.se2_transformer.d_embedding}
-    if not names or len(set(names)) < len(names) or not set(names) <= set(widths):
-        msg = (
-            f"use_rep={list(names)}: gradients reach {sorted(widths)} only, so that a model can be "
-            "tuned for a head on one or both of these, each once. Choose those, or "
-            "strategy='frozen'."
-        )
-        raise ValueError(msg)
-    expected = (sum(widths[name] for name in names), targets.n_outputs)
-    found = (head.config.d_input, head.config.d_output)
-    if found != expected:
-        msg = (
-            f"The head reads {found[0]} and gives {found[1]} numbers; {list(names)} of "
-            f"{model.name!r} and the targets have {expected[0]} and {expected[1]}. Fit a head on "
-            "this model's embeddings and these targets first."
-        )
-        raise ValueError(msg)
-
-
-def _check_parts(
-    targets: Targets,
-    fitted: NDArray[np.integer],
-    held_out: NDArray[np.integer],
-    *,
-    n_cells: int,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which rows are trained on and which are validated on: with a known target only."""
-    is_known = np.asarray(targets.is_known)
-    if len(is_known) != n_cells:
-        msg = f"There are {n_cells} cells in the slices and {len(is_known)} rows of targets."
-        raise ValueError(msg)
-    parts = []
-    for name, rows in (("fitted", fitted), ("held_out", held_out)):
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not (rows.min() >= 0 and rows.max() < n_cells):
-            msg = f"{name} must hold rows from 0 to {n_cells - 1}, found {rows.min()} to {rows.max()}."
-            raise ValueError(msg)
-        is_part = np.zeros(n_cells, dtype=bool)
-        is_part[rows] = True
-        parts.append(is_part & is_known)
-    if n_both := int((parts[0] & parts[1]).sum()):
-        msg = f"{n_both} cells are in fitted and in held_out: the loss would say nothing."
-        raise ValueError(msg)
-    if not parts[0].any():
-        msg = f"None of the {len(fitted)} fitted cells has a target; there is nothing to learn."
-        raise ValueError(msg)
-    return parts[0], parts[1]
-
-
-def _prepare_weights(
-    model: Stofm, strategy: TuningStrategy, training: FineTuningConfig, seed: int
-) -> LowRankModel | None:
-    """Decide which weights are trained; put changes of low rank in if it is these."""
-    model.requires_grad_(requires_grad=True)
-    if strategy == "lora":
-        rank, alpha = training.lora_rank, training.lora_alpha
-        return LowRankModel(model, rank=rank, alpha=alpha, seed=seed)
-    model.cell_encoder.gene_embeddings.weight.requires_grad = False
-    return None
-
-
-@contextmanager
-def _temporary_folder(processes: Processes) -> Iterator[Path]:
-    """Give a folder that all processes know and that is gone afterwards."""
-    if not processes.is_first:
-        yield Path(processes.agree(""))
-        processes.wait()
-        return
-    # A memory-mapped file can't be deleted on Windows while anything refers to it.
-    with tempfile.TemporaryDirectory(prefix="stofm-", ignore_cleanup_errors=True) as folder:
-        yield Path(processes.agree(folder))
-        processes.wait()
+    _report(model, tuned, history)
+    return tuned, history
 
 
 def _read(
-    sources: Sequence[SliceSource],
-    model: Stofm,
-    folder: Path,
-    is_used: NDArray[np.bool_],
-    processes: Processes,
-    *,
-    show: bool,
-) -> tuple[Corpus, list[NDArray[np.int64]]]:
-    """Prepare the slices that have a used cell; also the rows of targets of their cells."""
-    used: list[SliceSource] = []
-    rows: list[NDArray[np.int64]] = []
-    first = 0
-    for source in sources:
-        with source.naming(), source.open() as adata:
-            in_order = _canonical_rows(source, adata)
-            own = [first + one for one in in_order]
-            if is_used[first : first + adata.n_obs].any():
-                table = adata.to_memory() if adata.isbacked else adata
-                used.append(replace(source, data=table[np.concatenate(in_order)]))
-                rows += own
-            first += adata.n_obs
-    folder = folder / "slices"
-    keys = None
-    if processes.is_first:
-        keys = prepare_slices(used, model, folder, show_progress_bar=show)
-    keys = processes.agree(keys)
-    assert keys is not None
-    assert len(keys) == len(rows)
-    chosen = [k for k, own in enumerate(rows) if is_used[own].any()]
-    return open_corpus(folder, [keys[k] for k in chosen]), [rows[k] for k in chosen]
+    sections: Sections, model: Stofm, request: Request, used: NDArray[np.int64]
+) -> list[_Slice]:
+    """Tokens and places of the slices that have a used cell."""
+    tokens, coordinates = {}, np.full((sections.n_obs, 2), np.nan)
+    for k in sections.tables_of(used):
+        table = sections.tables[k]
+        with sections.naming(k):
+            options = request.reading | recorded_options(table, request)
+            places = read_places(table, places_entry(table, request.spatial_key))
+            coordinates[sections.places[k]] = places
+            bare = bare_table(table, options)
+            tokenize(bare, model, layer=options["layer"], show_progress_bar=False)
+            tokens[k] = read_tokens(bare, model)
+    slices = []
+    for rows in sections.slices.rows:
+        if len(np.intersect1d(rows, used)):
+            number = sections.tables_of(rows)[0]
+            order = canonical_order(coordinates[rows], np.empty((len(rows), 0)))
+            own = rows[order]
+            cells = own - sections.places[number].start
+            slices.append(_Slice(tokens[number], cells, own, coordinates[own]))
+    return slices
 
 
-def _canonical_rows(source: SliceSource, adata: AnnData) -> list[NDArray[np.int64]]:
-    """Rows of each slice in an order that is of their places: the user's must not matter."""
-    options = source.options
-    coordinates = read_coordinates(adata, options.spatial_key)
-    slices = read_slices(adata, options.library_key, options.spatial_key)
-    return [
-        rows[canonical_order(coordinates[rows], np.empty((len(rows), 0)))] for rows in slices.rows
-    ]
+class _Tuning:
+    """A run of :func:`fine_tune`."""
+
+    def __init__(
+        self,
+        model: Stofm,
+        head: PredictionHead,
+        targets: Targets,
+        slices: Sequence[_Slice],
+        strategy: TuningStrategy,
+        how: FineTuning,
+        request: Request,
+        device: torch.device,
+    ) -> None:
+        # All but the vocabulary, which nothing changes.
+        self._model = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary}).to(device)
+        self._head = copy.deepcopy(head).to(device)
+        self._targets, self._slices, self._how = targets, slices, how
+        self._request, self._device = request, device
+        self._reps = (
+            (request.use_rep,) if isinstance(request.use_rep, str) else tuple(request.use_rep)
+        )
+        weights = targets.class_weights
+        self._class_weights = None if weights is None else torch.as_tensor(weights).to(device)
+        self._model.requires_grad_(requires_grad=True)
+        self._changes: LowRankModel | None = None
+        if strategy == "lora":
+            self._changes = LowRankModel(
+                self._model, rank=how.lora_rank, alpha=how.lora_alpha, seed=request.seed
+            )
+        else:
+            self._model.cell_encoder.gene_embeddings.weight.requires_grad = False
+        parts = (self._model, self._head)
+        self._trained = [w for part in parts for w in part.parameters() if w.requires_grad]
+        self._encoded: list[tuple[NDArray[np.float32], SliceLayout]] = []
+
+    def train(self, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> pd.DataFrame:
+        """Train, leave the best weights in place, and return the losses."""
+        how, started, history = self._how, time.perf_counter(), []
+        is_fitted = np.zeros(len(self._targets), dtype=bool)
+        is_fitted[fitted] = True
+        self._refresh()
+        pending = self._cut(0, is_fitted)
+        every = max(how.validate_every, len(pending))
+        n_steps = -(-max(how.epochs * len(pending), how.min_steps) // every) * every
+        optimizer, schedule = self._optimizer(n_steps)
+        best, best_step = math.inf, 0
+        kept: list[torch.Tensor] = []
+        epoch, losses = 0, []
+
+        def record(split: str, step: int, loss: float) -> None:
+            rate = schedule.get_last_lr()[0]
+            seconds = time.perf_counter() - started
+            history.append((split, epoch, step, loss, rate, seconds))
+
+        if len(held_out):
+            # A head that was stopped early on these cells has its lowest loss here: not a candidate.
+            record("validation", 0, self._loss_on(held_out))
+        steps = progress(
+            range(1, n_steps + 1),
+            total=n_steps,
+            description="fine-tune",
+            unit="step",
+            show=self._request.show_progress_bar,
+        )
+        for step in steps:
+            if not pending:
+                epoch += 1
+                pending = self._cut(epoch, is_fitted)
+            losses.append(self._step(*pending.pop(), is_fitted, optimizer, step))
+            schedule.step()
+            if step % every:
+                continue
+            record("train", step, float(np.mean(losses)))
+            losses = []
+            self._refresh()
+            if not len(held_out):
+                continue
+            loss = self._loss_on(held_out)
+            record("validation", step, loss)
+            if loss < best:
+                best, best_step = loss, step
+                kept = [weight.detach().clone() for weight in self._trained]
+            elif step - best_step >= how.patience * every:
+                break
+        self._put_back(kept)
+        columns = ["split", "epoch", "step", "loss", "learning_rate", "seconds"]
+        return pd.DataFrame(history, columns=columns)
+
+    def _optimizer(self, n_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+        how = self._how
+        groups: list[dict[str, Any]] = [
+            {"params": [weight for weight in self._trained if weight.ndim > 1]},
+            {"params": [w for w in self._trained if w.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=how.learning_rate, weight_decay=how.weight_decay)
+        warmup = min(how.warmup_steps, n_steps // 2)
+
+        def rate(step: int) -> float:
+            return min((step + 1) / max(warmup, 1), (n_steps - step) / (n_steps - warmup))
+
+        return optimizer, LambdaLR(optimizer, rate)
+
+    @torch.no_grad()
+    def _put_back(self, kept: Sequence[torch.Tensor]) -> None:
+        """Put weights back, if any were kept."""
+        for weight, value in zip(self._trained, kept, strict=False):
+            weight.copy_(value)
+
+    def result(self) -> Stofm:
+        """The model as it is, with low-rank changes added to its weights."""
+        return self._model if self._changes is None else self._changes.merged()
+
+    def _refresh(self) -> None:
+        """Embed all cells with the model as it is, and find the virtual cells."""
+        model, tokens = self.result(), {id(one.tokens): one.tokens for one in self._slices}
+        encoded = {
+            number: encode_cells(model.cell_encoder, own, model.vocabulary, device=self._device)
+            for number, own in tokens.items()
+        }
+        self._encoded = []
+        for one in self._slices:
+            features = encoded[id(one.tokens)][one.cells]
+            layout = lay_out_slice(one.coordinates, features, model.config.subslice)
+            self._encoded.append((features, layout))
+
+    def _cut(self, epoch: int, is_fitted: NDArray[np.bool_]) -> list[tuple[int, int, Any]]:
+        """Cut the slices at an angle: number of the sub-slice, of its slice, and its cells."""
+        rng = np.random.default_rng([self._request.seed, epoch])
+        angle = rng.uniform(0, 2 * np.pi) if epoch else 0.0
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        size = self._model.config.subslice.n_cells
+        parts = [
+            (number, cells)
+            for number, (one, (_, layout)) in enumerate(
+                zip(self._slices, self._encoded, strict=True)
+            )
+            for cells in partition_balanced(layout.coordinates @ turn, size)
+            if is_fitted[one.rows[cells]].any()
+        ]
+        order = rng.permutation(len(parts)).tolist()
+        return [(k, *parts[k]) for k in order]
+
+    def _step(
+        self,
+        part: int,
+        number: int,
+        cells: NDArray[np.int64],
+        is_fitted: NDArray[np.bool_],
+        optimizer: torch.optim.Optimizer,
+        step: int,
+    ) -> float:
+        one, (features, layout) = self._slices[number], self._encoded[number]
+        rules = self._model.config.subslice
+        subslice = build_subslice(layout, features, np.sort(cells), rules)
+        batch = SubSliceBatch.from_subslices([subslice]).to(self._device)
+        nodes = np.flatnonzero(subslice.cell_index >= 0)
+        rng = np.random.default_rng([self._request.seed, step, part])
+        sampled = np.sort(rng.permutation(nodes)[: self._how.sampled_cells])
+        self._model.train()
+        self._head.train()
+        fresh = self._encode(one, subslice.cell_index[sampled])
+        values = batch.features.index_put(
+            (torch.zeros(len(sampled), dtype=torch.int64), torch.from_numpy(sampled)), fresh
+        )
+        found = {Obsm.X_CELL: values}
+        if Obsm.X in self._reps:
+            transformer = self._model.se2_transformer
+            found[Obsm.X] = transformer.embed(replace(batch, features=values))
+        known = nodes[is_fitted[one.rows[subslice.cell_index[nodes]]]]
+        read = torch.cat([found[rep][0, torch.from_numpy(known)] for rep in self._reps], dim=1)
+        rows = one.rows[subslice.cell_index[known]]
+        loss = self._loss(read, rows)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self._how.max_norm)
+        optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            msg = (
+                f"The loss is {value} in step {step} of tuning {self._model.name!r}. Tune on another "
+                "device, or use strategy='frozen'."
+            )
+            raise FloatingPointError(msg)
+        return value
+
+    def _encode(self, one: _Slice, cells: NDArray[np.integer]) -> torch.Tensor:
+        """Embed some cells of a slice, with gradients."""
+        encoder, vocabulary = self._model.cell_encoder, self._model.vocabulary
+        tokens = one.tokens if encoder.config.reads_values else one.tokens.without_values()
+        own = one.cells[cells]
+        longest = int(padded_length(tokens.n_tokens[own].max(keepdims=True) + 1)[0])
+        batch = TokenBatch.from_ranked(
+            tokens,
+            own,
+            cls_token=vocabulary.cls,
+            pad_token=vocabulary.pad,
+            length=min(longest, encoder.config.max_positions),
+        ).to(self._device)
+        embedded: torch.Tensor
+        if self._changes is None:
+            embedded = encoder(batch)
+            return embedded
+        changed = self._changes.encoder_weights()
+        embedded = functional_call(encoder, changed, (batch,))
+        return embedded
+
+    def _loss(self, read: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        outputs, wanted = self._head(read.float()), self._targets.take(rows).to(self._device)
+        total, count = head_loss(outputs, wanted, self._targets.kind, self._class_weights)
+        return total / count
+
+    @torch.no_grad()
+    def _loss_on(self, rows: NDArray[np.int64]) -> float:
+        """Loss on held-out cells, embedded as :func:`stofm.tl.embed` does."""
+        model = self.result()
+        self._head.eval()
+        where = np.full(len(self._targets), -1)
+        where[rows] = np.arange(len(rows))
+        read = np.empty((len(rows), self._head.config.d_input), dtype=np.float32)
+        for one, (features, layout) in zip(self._slices, self._encoded, strict=True):
+            found = {Obsm.X_CELL: features}
+            if Obsm.X in self._reps:
+                found[Obsm.X] = embed_slice(
+                    model.se2_transformer,
+                    layout,
+                    features,
+                    model.config.subslice,
+                    device=self._device,
+                )
+            is_own = where[one.rows] >= 0
+            parts = [found[rep][is_own] for rep in self._reps]
+            read[where[one.rows[is_own]]] = np.concatenate(parts, axis=1)
+        return float(self._loss(torch.from_numpy(read).to(self._device), rows))
 
 
-def _provenance(model: Stofm, strategy: str, task: str, n_cells: int) -> str:
-    return (
-        f"Tuned ({strategy}, {task}, {n_cells} cells) from {model.name!r}, fingerprint "
-        f"{model.fingerprint}. Of that: {model.config.provenance}"
-    )
-
-
-def _log_summary(
-    model: Stofm, result: Stofm, history: pd.DataFrame, best_step: int, seconds: float
-) -> None:
+def _report(model: Stofm, tuned: Stofm, history: pd.DataFrame) -> None:
     losses = history.loc[history["split"] == "validation", "loss"].to_numpy()
     by = ""
     if len(losses):
@@ -357,11 +440,10 @@ def _log_summary(
                 "strategy='frozen' may serve as well."
             )
     logger.info(
-        "%r was tuned from %r: %sbest step %d of %d, %.1f s.",
-        result.name,
+        "%r was tuned from %r: %s%d steps, %.1f s.",
+        tuned.name,
         model.name,
         by,
-        best_step,
         int(history["step"].max()),
-        seconds,
+        float(history["seconds"].max()),
     )

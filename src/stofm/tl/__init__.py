@@ -8,8 +8,9 @@ from stofm._lazy import lazy
 
 if TYPE_CHECKING:
     from stofm.heads.annotation import AnnotationHead
-    from stofm.heads.genes import ImputationHead
-    from stofm.heads.spots import DeconvolutionHead
+    from stofm.heads.deconvolution import DeconvolutionHead
+    from stofm.heads.imputation import ImputationHead
+    from stofm.heads.options import HeadOptions
     from stofm.tl._annotate import annotate
     from stofm.tl._deconvolve import deconvolve
     from stofm.tl._domains import domains
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnnotationHead",
     "DeconvolutionHead",
+    "HeadOptions",
     "ImputationHead",
     "ProbeResult",
     "annotate",
@@ -41,12 +43,13 @@ __getattr__ = lazy(
     {
         "annotate": "stofm.tl._annotate",
         "AnnotationHead": "stofm.heads.annotation",
-        "DeconvolutionHead": "stofm.heads.spots",
+        "DeconvolutionHead": "stofm.heads.deconvolution",
         "deconvolve": "stofm.tl._deconvolve",
         "domains": "stofm.tl._domains",
         "embed": "stofm.tl._embed",
         "encode_cells": "stofm.tl._encode_cells",
-        "ImputationHead": "stofm.heads.genes",
+        "HeadOptions": "stofm.heads.options",
+        "ImputationHead": "stofm.heads.imputation",
         "impute": "stofm.tl._impute",
         "pool_genes": "stofm.tl._pool_genes",
         "probe": "stofm.tl._probe",

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obs, Obsm
-from stofm.heads.annotation import AnnotationHead, AnnotationTask, annotate_with
+from stofm.heads.annotation import AnnotationHead, AnnotationTask, annotate_with, refuse_keys
 from stofm.heads.fitting import fit
-from stofm.heads.labels import MIN_SHARE, MISSING
-from stofm.heads.options import DEFAULT_REP, FitOptions, Reading
-from stofm.heads.sections import resolve_slices
-
-pass
+from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, checked_reps, moved_to_options
+from stofm.heads.sections import resolve_reference, resolve_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
-    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
-    from stofm.spatial.splits import SplitRule
 
 
+@moved_to_options(
+    "strategy",
+    "n_neighbors",
+    "n_components",
+    "missing",
+    "min_share",
+    "class_weights",
+    "split",
+    "reject_rate",
+)
 def annotate(
     data: Any,
     *,
     label_key: str | None = None,
+    reference: Any = None,
     head: AnnotationHead | None = None,
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
-    strategy: Strategy = "frozen",
-    n_neighbors: int | None = None,
-    n_components: int | None = None,
-    n_heads: int | None = None,
+    options: HeadOptions | None = None,
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = MISSING,
-    min_share: float = MIN_SHARE,
-    class_weights: Literal["balanced"] | None = None,
-    split: SplitRule = "auto",
-    reject_rate: float = 0.02,
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obs.ANNOTATION,
@@ -52,23 +50,23 @@ def annotate(
 ) -> Any:
     """Learn cell types or regions from labelled cells, and name those of other cells.
 
-    With `label_key` a head is fitted and returned. With `head` it names the cells of `data`::
+    There are three ways to call it::
 
-        head = st.tl.annotate(labelled, label_key="cell_type")
-        st.tl.annotate(query, head=head)
+        head = st.tl.annotate(labelled, label_key="cell_type")  # learn
+        st.tl.annotate(query, head=head)  # name
+        head = st.tl.annotate(query, reference=labelled, label_key="cell_type")  # both
 
-    The query may be another slice, have other genes, or be of another species. Some networks of
-    the head read embeddings, others principal components of expression, and further ones the mean
-    over a cell's neighbours beside either; what each kind weighs was found on held-out cells. Where
-    a query lacks places, raw counts or nearly all of the genes, those that read them have no vote,
-    which a warning says. Neighbours are those in `data`: pass whole slices, and choose among their
-    cells afterwards. Cells that are missing their embeddings are embedded first; do it yourself
-    with :func:`stofm.tl.embed` if that needs options of its own, such as `orthologs`.
+    The query may be another slice, have other genes, or be of another species. Members of the head
+    read embeddings, principal components of expression, or either beside the mean over a cell's
+    neighbours; held-out cells decide what each weighs. Where a query lacks places, raw counts or
+    nearly all of the genes, members that need them have no vote, and a warning says so. Neighbours
+    are those in `data`: pass whole slices, and choose among their cells afterwards. Cells without
+    embeddings are embedded first; call :func:`stofm.tl.embed` yourself to set other options.
 
-    A cell is ``"unknown"`` if two things come together: the probability of its likeliest class is
-    low, and its embedding lies far from those of the labelled cells. The thresholds are such that
-    of the held-out labelled cells no more than `reject_rate` would be unknown. A class that the
-    labelled cells lack is found only in part this way; ``head.rejection`` tells how it was set.
+    A cell is ``"unknown"`` if the probability of its likeliest class is low and its embedding lies far
+    from those of the labelled cells. The thresholds reject at most a share ``reject_rate`` of the
+    held-out labelled cells. Cells of a class that the labelled cells lack are found only in part
+    this way; ``head.rejection`` has the numbers.
 
     Parameters
     ----------
@@ -77,6 +75,8 @@ def annotate(
         dict of them, which are different slices.
     label_key
         Column of ``obs`` with the labels to learn.
+    reference
+        Labelled slices to learn from, in the forms of `data`, which is then the query.
     head
         Fitted head to use instead.
     model
@@ -85,53 +85,15 @@ def annotate(
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side. All columns of one
         are divided by the same number: principal components need no scaling, columns of different
-        units do. With `head` its own are read.
-    strategy
-        ``"frozen"`` fits a head on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
-        tune a copy of the model with it; the head then carries that model.
-    n_neighbors
-        Nearest neighbours in the plane, of the same slice, over which ``X_stofm_cell`` is averaged
-        (or all of `use_rep`, if that is not read); further networks read this mean beside the
-        embeddings, and others that of the first 50 components of expression. None: 10 beside the
-        embeddings of a model, if labelled cells have places, and 0, none, beside other entries of
-        ``obsm`` or with ``split="random"``: cells that are held out at random
-        share neighbours with fitted ones, so that scores and the weights of the networks are wrong.
-    n_components
-        Principal components of log-normalised counts that further networks read, of the genes
-        that all labelled cells have; they are centred by slice if the labelled slices differ in
-        more than their composition. None: 150 beside the embeddings of a model, if there are raw
-        counts, and none beside other entries of ``obsm``. 0: none, which is
-        safer for a query that was measured with another technology.
-    n_heads
-        Networks of each kind that vote. None: three, or one for more than 15,000 labelled
-        cells.
+        units do. A head reads those that it was fitted to.
+    options
+        How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer
         Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
-    missing
-        Labels that stand for none, in whatever case, besides NaN and blank ones: by default
-        all that reads as unknown, unassigned, other, missing, ambiguous, a doublet or of low
-        quality, such as ``"Unlabelled"``, ``"N/A"``, ``"?"`` and ``"Unknown cells"``. Such cells are left out. No
-        class can be called ``"unknown"``.
-    min_share
-        Classes with a smaller share of the labelled cells are left out, by default 0.01; 0 for
-        none.
-    class_weights
-        ``"balanced"``: classes weigh the same in the loss however few cells they have.
-    split
-        How the tenth of the labelled cells is held out that tells when to stop and how far to
-        trust the head: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
-        ``"auto"``: whole slices where there are four or more and each class is in others too, else
-        blocks. Each network of a kind holds out other cells. Neighbours resemble each other: a
-        random split gives scores that are too good. Scores, weights of the networks, temperature
-        and thresholds come from networks that have not seen the held-out cells; those that are
-        returned, but for one that was tuned with the model, are then fitted to all labelled cells,
-        in as many epochs.
-    reject_rate
-        Share of known cells that may be called unknown, from 0 to below 1; 0 for none.
     seed
         Seed of splits, first weights and order of steps.
     device
@@ -148,7 +110,7 @@ def annotate(
     Returns
     -------
     With `label_key` the :class:`AnnotationHead`. With `head` None, or with ``copy=True`` the new
-    AnnData, in the form of `data`. Sets, with `head`:
+    AnnData, in the form of `data`. Sets, with `head` or `reference`:
 
     ``adata.obs['stofm_annotation']`` : category
         Likeliest class of each cell, or ``"unknown"``.
@@ -160,7 +122,7 @@ def annotate(
     ``adata.uns['stofm']['stofm_annotation']`` : dict
         Parameters, and fingerprints of the embedding's model.
     ``adata.obsm['X_stofm']`` and others
-        What :func:`stofm.tl.embed` writes, if it was missing (also with `label_key`).
+        What :func:`stofm.tl.embed` writes, if it was missing (also while fitting).
 
     Raises
     ------
@@ -169,7 +131,7 @@ def annotate(
     TypeError
         `head` is no head for annotation.
     ValueError
-        Neither or both of `label_key` and `head` are given, an option is not usable, there are
+        `label_key` and `head` are both given or both missing, an option is not usable, there are
         fewer than two classes, a class has a single cell or is called "unknown", `key_added` would
         replace something else, or embeddings are by another model than the head's, or of other
         counts or coordinates than there are now.
@@ -194,38 +156,41 @@ def annotate(
         given = "both" if head is not None else "neither"
         msg = f"Pass label_key= to fit a head, or head= to use one; found {given}."
         raise ValueError(msg)
-    options = FitOptions(
-        use_rep=use_rep,
+    if reference is not None and (head is not None or copy):
+        what = "head=" if head is not None else "copy=True; pass data.copy() if need be"
+        msg = f"reference= fits a head, which is returned; it does not go with {what}."
+        raise ValueError(msg)
+    request = Request(
         model=model,
-        strategy=strategy,
-        n_neighbors=n_neighbors,
-        n_components=n_components,
-        n_heads=n_heads,
-        split=split,
+        use_rep=use_rep,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
         seed=seed,
-        reading=Reading(
-            library_key=library_key,
-            layer=layer,
-            spatial_key=spatial_key,
-            device=device,
-            show_progress_bar=show_progress_bar,
-        ),
+        device=device,
+        show_progress_bar=show_progress_bar,
+        options=options or HeadOptions(),
     )
     sections = resolve_slices(
-        data, library_key, spatial_key=spatial_key, table_key=table_key, copy=copy
+        data,
+        library_key,
+        spatial_key=spatial_key,
+        table_key=table_key,
+        copy=copy,
+        role="" if reference is None else "query",
     )
     if head is not None:
         target = sections.copied() if copy else sections
-        annotate_with(target, head, options, key_added)
+        annotate_with(target, head, request, key_added)
         return target.as_given() if copy else None
-    options.check(sections)
-    task = AnnotationTask.of(
-        sections,
-        options,
-        label_key=label_key,
-        missing=missing,
-        min_share=min_share,
-        class_weights=class_weights,
-        reject_rate=reject_rate,
-    )
-    return fit(task, sections.copied() if copy else sections)
+    assert label_key is not None
+    labelled, own = sections, request
+    if reference is not None:
+        refuse_keys(sections, request, key_added, checked_reps(use_rep))
+        labelled, request, own = resolve_reference(sections, reference, request, table_key)
+    own.check(labelled)
+    task = AnnotationTask.of(labelled, own, label_key)
+    head = fit(task, labelled.copied() if copy else labelled)
+    if reference is not None:
+        annotate_with(sections, head, request, key_added)
+    return head

@@ -1,60 +1,53 @@
-"""``stofm.tl.deconvolve``: the share of each cell type in spots of many cells."""
+"""``stofm.tl.deconvolve``: proportions of cell types in spots."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
-from stofm.heads.deconvolution_calls import (
-    LabelOptions,
-    ReferenceCells,
-    check_way,
-    chosen_way,
+from stofm.heads.deconvolution import (
+    DeconvolutionHead,
+    deconvolve_with,
     learn_proportions,
     learn_reference,
     learn_squares,
 )
-from stofm.heads.labels import MISSING
-from stofm.heads.options import DEFAULT_REP, FitOptions, Reading, check_whole_number
+from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
 from stofm.heads.sections import resolve_slices
-from stofm.heads.spots import DeconvolutionHead, deconvolve_with
-from stofm.spatial.spots import SpotRules
-
-pass
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
 
-    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
-    from stofm.spatial.splits import SplitRule
 
 
+@moved_to_options(
+    "strategy",
+    "n_neighbors",
+    "n_components",
+    "reference_layer",
+    "missing",
+    "min_share",
+    "spots",
+    "split",
+)
 def deconvolve(
     data: Any,
     *,
-    proportions_key: str | Sequence[str] | None = None,
-    reference: Any = None,
     label_key: str | None = None,
-    spot_size: float | None = None,
+    reference: Any = None,
     head: DeconvolutionHead | None = None,
+    proportions_key: str | Sequence[str] | None = None,
+    spot_size: float | None = None,
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
-    strategy: Strategy = "frozen",
-    n_heads: int = 3,
+    options: HeadOptions | None = None,
     library_key: str | None = None,
     layer: str | None = None,
-    reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    missing: Collection[object] = MISSING,
-    min_share: float = 0.0,
-    spots: SpotRules | None = None,
-    n_neighbors: int | None = None,
-    n_components: int | None = None,
-    split: SplitRule = "auto",
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obsm.DECONVOLUTION,
@@ -81,9 +74,8 @@ def deconvolve(
 
     Simulated spots have the genes that both sides have, as many counts as the measured spots, and
     each gene as well seen as there; they are pure, mixed, and all in between. Numbers of cells
-    count, not of transcripts. Several networks with different beginnings are fitted; their mean is
-    the estimate. Their spread is large where the head is unsure, but says nothing about types that
-    the reference lacks.
+    count, not of transcripts. The estimate is the mean over the members of the head. Their deviation is
+    large where the head is unsure, but says nothing about types that the reference lacks.
 
     Parameters
     ----------
@@ -108,41 +100,16 @@ def deconvolve(
         stored embeddings, or the embedded ``"stofm-mini"``.
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
-        are divided by the same number. Not read with `reference`: simulated spots have no place.
-        Their head reads cell embeddings of the shared genes, and `n_components`.
-    strategy
-        ``"frozen"`` fits heads on the embeddings, in seconds. ``"lora"`` and ``"full"`` go on to
-        tune a copy of the model, which the head then carries; not with `reference`.
-    n_heads
-        Networks to fit; of each kind, if there are others beside those on the embeddings. With
-        `reference` each is fitted to simulated spots of its own.
+        are divided by the same number. Not read with `reference`: simulated spots have no place,
+        and their head reads 50 principal components of the shared genes.
+    options
+        How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
-    layer, reference_layer
-        Layers of `data` and of `reference` with raw counts; ``X`` by default.
+    layer
+        Layer of `data` with raw counts; ``X`` by default.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
-    missing
-        Labels that stand for none, in whatever case, besides NaN and blank ones: by default
-        all that reads as unknown, unassigned, other, missing, ambiguous, a doublet or of low
-        quality, such as ``"Unlabelled"``, ``"N/A"``, ``"?"`` and ``"Unknown cells"``.
-    min_share
-        Types with a smaller share of the labelled cells are left out.
-    spots
-        With `reference`: how many spots to simulate, of how many cells each.
-    n_neighbors
-        Nearest neighbours over which ``X_stofm_cell`` and components of expression are averaged,
-        for further networks; as in :func:`stofm.tl.annotate`. Not read with `reference`.
-    n_components
-        Principal components of log-normalised counts that are read beside the embedding; 0 for
-        none. With `reference` they are those of the shared genes, 50 by default. Else further
-        networks read those of the genes that all spots have: 150 by default beside the embeddings
-        of a model, if there are raw counts.
-    split
-        How a tenth of the spots is held out to stop early and to score: ``"slices"``,
-        ``"blocks"`` of the plane with a margin, ``"random"``, or ``"auto"``, which holds out whole
-        slices from four slices on and blocks otherwise; see :func:`stofm.spatial.split_cells`. Not
-        read with `reference`, where all are independent.
     seed
         Seed of splits, simulation, first weights and order of steps.
     device
@@ -166,7 +133,7 @@ def deconvolve(
         Proportions, (n_obs, n_types), not negative; rows sum to 1. A ``/`` in a type is ``_`` in
         its column, which files need; ``head.types`` has the names.
     ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
-        Standard deviation between the networks; not for a single one.
+        Standard deviation between the members of the head.
     ``adata.uns['stofm']['stofm_deconvolution']`` : dict
         Parameters, and fingerprints of the model.
     ``adata.obsm['X_stofm']`` and others
@@ -189,7 +156,7 @@ def deconvolve(
 
     Notes
     -----
-    Spots are simulated in two rounds. The first takes all types for equally frequent; what it
+    With `reference`, spots are simulated in two rounds. The first takes all types for equally frequent; what it
     finds in the query on average sets, for the second, how frequent types are and by which factor
     each gene differs between the technologies.
 
@@ -210,29 +177,40 @@ def deconvolve(
     >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
     True
     """
-    way = chosen_way(
-        proportions_key=proportions_key, reference=reference, spot_size=spot_size, head=head
-    )
-    check_whole_number("n_heads", n_heads, least=1)
-    options = FitOptions(
-        use_rep=use_rep,
+    ways = {
+        "proportions_key": proportions_key,
+        "reference": reference,
+        "spot_size": spot_size,
+        "head": head,
+    }
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        msg = (
+            "Pass one of proportions_key= (spots with known proportions), reference= (single "
+            "cells), spot_size= (slices of single cells to sum into spots), or head= (a fitted "
+            f"head); found {given or 'none'}."
+        )
+        raise ValueError(msg)
+    if given[0] in ("reference", "spot_size") and label_key is None:
+        msg = f"{given[0]}= needs label_key=, the column of obs with the types of the cells."
+        raise ValueError(msg)
+    if reference is not None and copy:
+        msg = (
+            "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
+            "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
+        )
+        raise ValueError(msg)
+    request = Request(
         model=model,
-        strategy=strategy,
-        n_neighbors=n_neighbors,
-        n_components=n_components,
-        n_heads=n_heads,
-        split=split,
+        use_rep=use_rep,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
         seed=seed,
-        reading=Reading(
-            library_key=library_key,
-            layer=layer,
-            spatial_key=spatial_key,
-            device=device,
-            show_progress_bar=show_progress_bar,
-        ),
+        device=device,
+        show_progress_bar=show_progress_bar,
+        options=options or HeadOptions(),
     )
-    labels = LabelOptions(label_key, missing, min_share)
-    check_way(way, options, labels, copy=copy)
     sections = resolve_slices(
         data,
         library_key,
@@ -243,11 +221,11 @@ def deconvolve(
     )
     if head is not None:
         target = sections.copied() if copy else sections
-        deconvolve_with(target, head, options, key_added)
+        deconvolve_with(target, head, request, key_added)
         return target.as_given() if copy else None
     if proportions_key is not None:
-        return learn_proportions(sections, proportions_key, options, copy=copy)
+        return learn_proportions(sections, proportions_key, request, copy=copy)
+    assert label_key is not None
     if spot_size is not None:
-        return learn_squares(sections, spot_size, labels, options)
-    cells = ReferenceCells(reference, reference_layer, labels)
-    return learn_reference(sections, cells, spots or SpotRules(), options, key_added)
+        return learn_squares(sections, spot_size, label_key, request)
+    return learn_reference(sections, reference, label_key, request, key_added)

@@ -21,6 +21,7 @@ from stofm._edge.staleness import stale_reason
 from stofm._edge.tables import read_representation, resolve_table
 from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm._logging import logger
+from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import (
     MADE_BY_EMBED,
     origin_by,
@@ -29,7 +30,6 @@ from stofm.heads.embeddings import (
     same_origin,
     slices_column,
 )
-from stofm.heads.inputs import N_NEIGHBORS
 from stofm.heads.options import check_choice, check_if_given, check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels

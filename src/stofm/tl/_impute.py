@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
-from stofm.heads.imputation import impute_with
-from stofm.heads.imputation_calls import check_call, learn, resolve_reference
-from stofm.heads.options import DEFAULT_REP, FitOptions, Reading, check_whole_number
+from stofm.heads.imputation import ImputationHead, impute_with, learn_genes
+from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
 from stofm.heads.sections import resolve_slices
 
 if TYPE_CHECKING:
@@ -16,12 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.heads.genes import ImputationHead
-    from stofm.heads.options import Strategy
     from stofm.nn import Stofm
-    from stofm.spatial.splits import SplitRule
 
 
+@moved_to_options("strategy", "n_neighbors", "n_components", "reference_layer", "split")
 def impute(
     data: Any,
     *,
@@ -30,15 +27,10 @@ def impute(
     head: ImputationHead | None = None,
     model: Stofm | str | Path | None = None,
     use_rep: str | Sequence[str] = DEFAULT_REP,
-    strategy: Strategy = "frozen",
-    n_neighbors: int | None = None,
-    n_components: int | None = None,
-    n_heads: int = 5,
+    options: HeadOptions | None = None,
     library_key: str | None = None,
     layer: str | None = None,
-    reference_layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    split: SplitRule = "auto",
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obsm.IMPUTED,
@@ -84,35 +76,17 @@ def impute(
         What the head reads: ``"X_stofm_cell"``, ``"X_stofm"``, or both, side by side. Other
         entries of ``obsm`` are read as they are, but for one scale for all columns of each: see to
         it yourself that they were made without the genes to impute. With `head` its own are read.
-    strategy
-        ``"frozen"`` fits heads on the embeddings. ``"lora"`` and ``"full"`` tune a copy of the
-        model with the first of them; the head then carries that model.
-    n_neighbors
-        Neighbours whose mean further networks read; as in :func:`stofm.tl.annotate`.
-    n_components
-        Principal components of the log-normalised counts of the genes that are read, for networks
-        beside those on the embeddings; 0 for none. By default 150 beside the embeddings of a
-        model.
-    n_heads
-        Networks of each kind; their mean is the prediction. Each holds out its own cells, but with
-        a tuned model, where they share them.
+    options
+        How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
         A reference may lack it.
     layer
         Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``. One
         that only the reference has is read there.
-    reference_layer
-        Layer of `reference` with raw counts; by default `layer`, if the reference has it.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit; by default the one that was
         embedded with.
-    split
-        How the tenth of the cells is held out that tells when to stop and how well a gene is
-        predicted: ``"slices"``, ``"blocks"`` of the plane with a margin, ``"random"``, or
-        ``"auto"``, which holds out whole slices from four slices on and blocks otherwise; see
-        :func:`stofm.spatial.split_cells`. Neighbours resemble each other: a random split gives
-        scores that are too good.
     seed
         Seed of splits, first weights and order of steps.
     device
@@ -163,24 +137,29 @@ def impute(
     >>> query.obsm["stofm_imputed"].shape, len(head.gene_scores)
     ((400, 10), 10)
     """
-    check_call(genes=genes, reference=reference, head=head, copy=copy)
-    check_whole_number("n_heads", n_heads, least=1)
-    options = FitOptions(
-        use_rep=use_rep,
+    if head is not None and reference is not None:
+        msg = "head= is fitted already: leave out reference=, or leave out head=."
+        raise ValueError(msg)
+    if head is None and reference is None and genes is None:
+        msg = (
+            "Pass genes= to learn some genes of these slices, reference= to learn from other "
+            "slices the genes that these lack, or head= to use what was learnt."
+        )
+        raise ValueError(msg)
+    if copy and head is None:
+        what = "nothing is written to data" if reference is None else "the head is returned"
+        msg = f"copy=True is for head=; without it {what}. Pass data.copy() if need be."
+        raise ValueError(msg)
+    request = Request(
         model=model,
-        strategy=strategy,
-        n_neighbors=n_neighbors,
-        n_components=n_components,
-        n_heads=n_heads,
-        split=split,
+        use_rep=use_rep,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
         seed=seed,
-        reading=Reading(
-            library_key=library_key,
-            layer=layer,
-            spatial_key=spatial_key,
-            device=device,
-            show_progress_bar=show_progress_bar,
-        ),
+        device=device,
+        show_progress_bar=show_progress_bar,
+        options=options or HeadOptions(),
     )
     sections = resolve_slices(
         data,
@@ -192,9 +171,6 @@ def impute(
     )
     if head is not None:
         target = sections.copied() if copy else sections
-        impute_with(target, head, options, key_added, genes)
+        impute_with(target, head, request, key_added, genes)
         return target.as_given() if copy else None
-    training = None
-    if reference is not None:
-        training = resolve_reference(reference, library_key, spatial_key, table_key)
-    return learn(sections, training, options, genes, reference_layer, key_added)
+    return learn_genes(sections, reference, request, genes, key_added, table_key)

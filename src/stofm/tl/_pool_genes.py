@@ -16,7 +16,7 @@ from stofm._logging import counter, logger
 from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
-from stofm.heads.base import refuse_reserved
+from stofm.heads.head import refuse_reserved
 from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import counter
+from stofm.heads.blocks import common_width, read_each
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
-from stofm.heads.inputs import common_width, read_each
 from stofm.heads.labels import MISSING, read_label_names
 from stofm.heads.options import DEFAULT_REP, check_whole_number
 from stofm.heads.sections import resolve_slices

@@ -11,16 +11,15 @@ from scipy import sparse
 from stofm import metrics
 from stofm._edge.counts import read_counts
 from stofm.genes import embedded_vocabulary
-from stofm.heads.annotation import log_scores
+from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
-from stofm.heads.inputs import N_NEIGHBORS
-from stofm.heads.targets import log_normalised
-from stofm.heads.trust import calibrated_probabilities, fit_temperature
+from stofm.heads.network import apply_head, fit_head
+from stofm.heads.targets import Targets, log_normalised
+from stofm.heads.trust import calibrated_probabilities, fit_temperature, log_scores
 from stofm.metrics.labels import Reliability
 from stofm.spatial.neighbor_graph import neighbor_means
 from stofm.tl._probe_folds import Fold, common_classes
-from stofm.train import Targets, apply_head, fit_head
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

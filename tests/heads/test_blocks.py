@@ -1,7 +1,9 @@
+"""What heads read of cells: entries of obsm, which may have to be made, and means over neighbours."""
+
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import get_args
 
 import anndata as ad
 import numpy as np
@@ -10,11 +12,18 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
+from stofm.heads.blocks import (
+    Blocks,
+    Source,
+    choose_neighborhood,
+    read_embeddings,
+    with_neighborhood,
+)
 from stofm.heads.embeddings import origin_by
-from stofm.heads.inputs import read_inputs
-from stofm.heads.options import Reading, checked_reps
+from stofm.heads.options import DEFAULT_REP, HeadOptions, Request
 from stofm.heads.sections import resolve_slices
 from stofm.nn import Stofm
+from stofm.spatial.neighbor_graph import neighbor_means
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 
@@ -32,79 +41,40 @@ def other(model):
 
 def read(data, library_key="library", **options):
     sections = resolve_slices(data, library_key)
-    own = {**QUIET, "library_key": library_key} | options
-    asked = {name: own.pop(name) for name in ("use_rep", "model", "expected") if name in own}
-    return read_inputs(sections, Reading(**own), **asked)
-
-
-def test_one_several_and_named(adata, pair):
-    one = resolve_slices(adata, "library")
-    assert one.as_given() is adata
-    assert one.slices.names == ["left", "right"]
-    several = resolve_slices(pair, None)
-    assert several.as_given() == pair
-    assert several.slices.names == ["0", "1"]
-    assert several.n_obs == 184
-    assert [rows[0] for rows in several.slices.rows] == [0, 101]
-    assert several.places == [slice(0, 101), slice(101, 184)]
-    named = resolve_slices({"a": pair[0], "b": pair[1]}, "library")
-    assert named.slices.names == ["a:left", "b:right"]
-    assert named.as_given()["b"] is pair[1]
-    assert named.copied().as_given()["b"] is not pair[1]
-
-
-def test_spatialdata(adata):
-    data = SimpleNamespace(tables={"cells": adata})
-    assert resolve_slices(data, "library").tables == (adata,)
-
-
-def test_coordinates_tell_several_slices_apart(adata, pair):
-    with pytest.raises(ValueError, match=r"Pass library_key='library'"):
-        resolve_slices(adata[np.argsort(adata.obs["library"])].copy())
-    with pytest.raises(ValueError, match="some are the same"):
-        resolve_slices([adata, adata], "library")
-    with pytest.raises(ValueError, match="list of AnnData is empty"):
-        resolve_slices([])
-    with pytest.raises(ValueError, match="has no cells"):
-        resolve_slices([pair[0], pair[1][:0]])
-    with pytest.raises(TypeError, match="Expected an AnnData"):
-        resolve_slices([3])
+    expected = options.pop("expected", None)
+    request = Request(**(QUIET | {"library_key": library_key} | options))
+    return read_embeddings(sections, request, expected=expected)
 
 
 def test_any_entry_can_be_read(adata, rng):
     adata.obsm["X_pca"] = rng.normal(size=(184, 5))
     adata.obsm["X_more"] = rng.normal(size=(184, 3))
-    inputs = read(adata, use_rep=["X_more", "X_pca"])
-    assert inputs.features.dtype == np.float32
+    blocks = read(adata, use_rep=["X_more", "X_pca"])
+    assert blocks.features.dtype == np.float32
     np.testing.assert_allclose(
-        inputs.features, np.hstack([adata.obsm["X_more"], adata.obsm["X_pca"]]), rtol=1e-6
+        blocks.features, np.hstack([adata.obsm["X_more"], adata.obsm["X_pca"]]), rtol=1e-6
     )
-    assert inputs.widths == (3, 5)
-    assert inputs.origin == {"X_more": {}, "X_pca": {}}
-    some = inputs.take(np.array([5, 2]))
-    np.testing.assert_array_equal(some.features, inputs.features[[5, 2]])
-    assert some.expression is None
-    both = replace(inputs, expression=np.arange(368.0).reshape(184, 2)).take(np.array([5, 2]))
-    assert both.expression.tolist() == [[10.0, 11.0], [4.0, 5.0]]
+    assert blocks.widths == (3, 5)
+    assert blocks.origin == {"X_more": {}, "X_pca": {}}
 
 
 def test_missing_embeddings_are_made_and_kept(adata, model):
-    inputs = read(adata, model=model)
-    assert inputs.widths == (12, 14)
-    np.testing.assert_array_equal(inputs.features[:, :12], adata.obsm[Obsm.X_CELL])
-    np.testing.assert_array_equal(inputs.features[:, 12:], adata.obsm[Obsm.X])
-    assert inputs.origin == origin_by(model)
+    blocks = read(adata, model=model)
+    assert blocks.widths == (12, 14)
+    np.testing.assert_array_equal(blocks.features[:, :12], adata.obsm[Obsm.X_CELL])
+    np.testing.assert_array_equal(blocks.features[:, 12:], adata.obsm[Obsm.X])
+    assert blocks.origin == origin_by(model)
     # What is there is read as it is, by a model that need not be named.
     adata.X = None
-    np.testing.assert_array_equal(read(adata).features, inputs.features)
+    np.testing.assert_array_equal(read(adata).features, blocks.features)
 
 
 def test_another_models_embeddings_stay_and_the_given_model_is_used(adata, model, other):
     wanted = read(adata.copy(), model=model)
     st.tl.embed(adata, other, library_key="library", device="cpu", show_progress_bar=False)
     before = adata.obsm[Obsm.X].copy()
-    inputs = read(adata, model=model)
-    np.testing.assert_array_equal(inputs.features, wanted.features)
+    blocks = read(adata, model=model)
+    np.testing.assert_array_equal(blocks.features, wanted.features)
     np.testing.assert_array_equal(adata.obsm[Obsm.X], before)
     assert adata.uns[Uns.STOFM][Obsm.X]["model_fingerprint"] == other.fingerprint
 
@@ -135,7 +105,7 @@ def embedded(data, model, **options):
     return data
 
 
-def test_an_embedding_without_a_record_is_no_input(pair, model, other):
+def test_an_embedding_without_a_record_is_not_read(pair, model, other):
     for one in pair:
         embedded(one, model)
     bare = ad.concat(pair)
@@ -145,9 +115,9 @@ def test_an_embedding_without_a_record_is_no_input(pair, model, other):
     assert read(bare, model=other).origin == origin_by(other)
     assert not bare.uns
     joined = ad.concat(pair, uns_merge="same")
-    inputs = read(joined)
-    assert inputs.origin == origin_by(model)
-    np.testing.assert_array_equal(inputs.features[:101, 12:], pair[0].obsm[Obsm.X])
+    blocks = read(joined)
+    assert blocks.origin == origin_by(model)
+    np.testing.assert_array_equal(blocks.features[:101, 12:], pair[0].obsm[Obsm.X])
 
 
 def test_embeddings_of_other_counts_or_slices_are_refused(adata, model):
@@ -217,7 +187,7 @@ def test_messages_name_the_table(pair, model):
     for data, where in ((pair[1], "reference"), (named, r"reference\['b'\]")):
         sections = resolve_slices(data, "library", role="reference")
         with pytest.raises(ValueError, match=rf"^{where}\..*pass reference_layer='raw'"):
-            read_inputs(sections, Reading(**QUIET), model=model)
+            read_embeddings(sections, Request(model=model, **QUIET))
     with pytest.raises(KeyError, match=r"The query: There is no obs\['nope'\]"):
         resolve_slices(pair[0], "nope", role="query")
 
@@ -301,6 +271,134 @@ def test_bad_representations(adata, pair, rng):
         one.obsm["X_pca"] = np.ones((one.n_obs, 4 + k))
     with pytest.raises(ValueError, match=r"\[4, 5\] columns in different AnnData"):
         read(pair, None, use_rep="X_pca")
-    for reps in ((), ("X", "X")):
+    for reps in (("X", "X"), ("X_pca", "X_stofm", "X_pca")):
         with pytest.raises(ValueError, match="each once"):
-            checked_reps(reps)
+            read(adata, use_rep=reps)
+
+
+def test_nothing_is_read(adata):
+    blocks = read(adata, use_rep=())
+    assert (blocks.features.shape, blocks.sources) == ((184, 0), ())
+
+
+@pytest.fixture
+def blocks(rng):
+    """Two representations of 184 cells."""
+    return blocks_of(rng.normal(size=(184, 7)).astype(np.float32))
+
+
+def blocks_of(features, use_rep=DEFAULT_REP, widths=(4, 3)):
+    return Blocks(features, use_rep, widths, {rep: {} for rep in use_rep})
+
+
+def around(data, blocks, n_neighbors, library_key="library", **options):
+    sections = resolve_slices(data, library_key)
+    return with_neighborhood(sections, blocks, n_neighbors, Request(), **options)
+
+
+def choose(data, blocks, n_neighbors=None, *, rows=None, **options):
+    """Means over as many neighbours as asked for, or as is usual."""
+    sections = resolve_slices(data, "library")
+    request = Request(options=HeadOptions(n_neighbors=n_neighbors, **options))
+    rows = np.arange(sections.n_obs) if rows is None else rows
+    return choose_neighborhood(sections, blocks, request, rows)
+
+
+@pytest.mark.parametrize(
+    ("use_rep", "widths", "averaged", "of_means"),
+    [
+        ((Obsm.X_CELL, Obsm.X), (4, 3), slice(0, 4), (4,)),
+        ((Obsm.X, Obsm.X_CELL), (3, 4), slice(3, 7), (4,)),
+        ((Obsm.X, "X_pca"), (3, 4), slice(0, 7), (3, 4)),
+    ],
+)
+def test_what_is_averaged(adata, blocks, use_rep, widths, averaged, of_means):
+    read = blocks_of(blocks.features, use_rep, widths)
+    found = around(adata, read, 5)
+    rows = resolve_slices(adata, "library").slices.rows
+    means = neighbor_means(blocks.features[:, averaged], adata.obsm["spatial"], rows, 5)
+    np.testing.assert_array_equal(found.neighborhood, means)
+    assert found.n_neighbors == 5
+    np.testing.assert_array_equal(found.of("neighborhood"), np.hstack([means, blocks.features]))
+    assert found.widths_of("neighborhood") == (*of_means, *widths)
+
+
+def test_the_first_components_are_averaged_too(adata, blocks, rng):
+    rows = resolve_slices(adata, "library").slices.rows
+    expression = rng.normal(size=(184, 63)).astype(np.float32)
+    # The cells of one slice have none.
+    expression[rows[1]] = np.nan
+    read = replace(blocks, expression=expression)
+    assert read.sources == ("embedding", "expression")
+    found = around(adata, read, 5)
+    assert found.sources == get_args(Source)
+    first = expression[:, :50]
+    means = neighbor_means(first, adata.obsm["spatial"], rows, 5)
+    both = found.of("expression neighborhood")
+    np.testing.assert_array_equal(both, np.hstack([means, first]))
+    assert found.widths_of("expression neighborhood") == (50, 50)
+    assert found.widths_of("expression") == (63,)
+    np.testing.assert_array_equal(
+        found.knows("expression neighborhood"), np.isfinite(expression[:, 0])
+    )
+    assert found.knows("neighborhood").all()
+
+
+@pytest.mark.parametrize(
+    ("n_neighbors", "use_rep", "options", "expected"),
+    [
+        (None, DEFAULT_REP, {}, 10),
+        (None, DEFAULT_REP, {"split": "blocks"}, 10),
+        # Held-out cells would share their neighbours with fitted ones.
+        (None, DEFAULT_REP, {"split": "random"}, 0),
+        (None, (Obsm.X_CELL, "X_pca"), {}, 0),
+        (4, (Obsm.X_CELL, "X_pca"), {"split": "random"}, 4),
+        (0, DEFAULT_REP, {}, 0),
+    ],
+)
+def test_number_of_neighbors(adata, blocks, n_neighbors, use_rep, options, expected):
+    found = choose(adata, blocks_of(blocks.features, use_rep), n_neighbors, **options)
+    assert found.n_neighbors == expected
+    assert (found.neighborhood is None) == (expected == 0)
+
+
+def test_neighbors_of_cells_without_places(adata, blocks):
+    del adata.obsm["spatial"]
+    assert choose(adata, blocks) is blocks
+    with pytest.raises(KeyError, match=r"There is no obsm\['spatial'\]"):
+        choose(adata, blocks, 3)
+
+
+@pytest.mark.parametrize("lack", ["no places", "no usable places"])
+@pytest.mark.filterwarnings("ignore:.*without their neighbours")
+def test_tables_without_labels_have_no_say(adata, pair, blocks, lack):
+    left = blocks_of(blocks.features[:101])
+    expected = choose(pair[0], left).neighborhood
+    if lack == "no places":
+        del pair[1].obsm["spatial"]
+    else:
+        pair[1].obsm["spatial"][3, 0] = np.nan
+    found = choose(pair, blocks, rows=np.arange(90))
+    np.testing.assert_array_equal(found.neighborhood[:101], expected)
+    assert np.isnan(found.neighborhood[101:]).all()
+    with pytest.raises((KeyError, ValueError), match="spatial"):
+        choose(pair, blocks, 10, rows=np.arange(120))
+
+
+def test_neighbors_are_of_the_slices_that_were_embedded(adata, model, blocks, rng):
+    adata.obs["bregma"] = adata.obs.pop("library")
+    adata.obsm["xy"], adata.obsm["spatial"] = adata.obsm["spatial"], rng.random((184, 2))
+    st.tl.embed(adata, model, **(QUIET | {"library_key": "bregma", "spatial_key": "xy"}))
+    rows = [np.flatnonzero(adata.obs["bregma"] == name) for name in ("left", "right")]
+    expected = neighbor_means(blocks.features[:, :4], adata.obsm["xy"], rows, 10)
+    found = around(adata, blocks, 10, None)
+    np.testing.assert_array_equal(found.neighborhood, expected)
+
+
+def test_small_slices_are_not_judged_by_their_neighbours(adata, blocks):
+    adata.obs["library"] = np.where(np.arange(184) < 5, "five", "many")
+    found = around(adata, blocks, 10)
+    assert np.isnan(found.neighborhood[:5]).all()
+    assert np.isfinite(found.neighborhood[5:]).all()
+    # Cells to fit to have what there is.
+    assert np.isfinite(choose(adata, blocks).neighborhood).all()

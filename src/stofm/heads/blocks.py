@@ -1,0 +1,260 @@
+"""What heads read of cells, block by block: embeddings, components of expression, means over neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+import numpy as np
+
+from stofm._edge.coordinates import read_coordinates
+from stofm._edge.counts import read_counts
+from stofm._edge.records import all_or_nothing
+from stofm._edge.tables import read_representation
+from stofm._keys import Obsm
+from stofm._logging import logger
+from stofm._messages import warn
+from stofm.heads.embeddings import (
+    MADE_BY_EMBED,
+    EmbeddingSource,
+    Origin,
+    describe_origin,
+    origin_of,
+    places_entry,
+    same_origin,
+)
+from stofm.heads.options import checked_reps
+from stofm.spatial.neighbor_graph import neighbor_means
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm.heads.options import Request
+    from stofm.heads.sections import Sections
+
+#: What a member of a head reads.
+Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
+
+#: Components that are averaged over neighbours; the others are mostly noise.
+_N_AVERAGED: Final = 50
+#: Neighbours over which embeddings of a model are averaged.
+N_NEIGHBORS: Final = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """What is read of cells.
+
+    Attributes
+    ----------
+    features
+        float32 (n, d), the entries of ``obsm`` side by side.
+    use_rep, widths
+        Their names, and the columns of each.
+    origin
+        By name, which model they are by.
+    expression
+        float32 (n, k) components of expression, NaN where counts or genes are missing; None if
+        they are not read.
+    neighborhood, expression_neighborhood
+        float32 means over the neighbours of each cell, NaN where these are not known; None if they
+        are not read.
+    n_neighbors
+        Over how many neighbours.
+    """
+
+    features: NDArray[np.float32]
+    use_rep: tuple[str, ...]
+    widths: tuple[int, ...]
+    origin: Origin
+    expression: NDArray[np.float32] | None = None
+    neighborhood: NDArray[np.float32] | None = None
+    expression_neighborhood: NDArray[np.float32] | None = None
+    n_neighbors: int = 0
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What there is to read, the embedding first."""
+        return tuple(source for source in get_args(Source) if self._parts(source))
+
+    def of(self, source: Source) -> NDArray[np.float32] | None:
+        """What a member reads, (n, d); None if there is none of it."""
+        parts = self._parts(source)
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else next(iter(parts), None)
+
+    def knows(self, source: Source) -> NDArray[np.bool_]:
+        """(n,) whether a cell has all that a member reads."""
+        parts = self._parts(source)
+        known = np.full(len(self.features), bool(parts))
+        for part in parts:
+            known &= np.isfinite(part[:, 0])
+        return known
+
+    def widths_of(self, source: Source) -> tuple[int, ...]:
+        """Columns of each part of :meth:`of`; those of a part share a scale."""
+        if source == "embedding":
+            return self.widths
+        if source == "neighborhood":
+            return (*self.averaged[1], *self.widths)
+        return tuple(part.shape[1] for part in self._parts(source))
+
+    @property
+    def averaged(self) -> tuple[NDArray[np.float32], tuple[int, ...]]:
+        """What is averaged over neighbours, and its widths: ``X_stofm_cell`` if read, else all."""
+        if Obsm.X_CELL not in self.use_rep:
+            return self.features, self.widths
+        number = self.use_rep.index(Obsm.X_CELL)
+        start, width = sum(self.widths[:number]), self.widths[number]
+        return self.features[:, start : start + width], (width,)
+
+    @property
+    def first_components(self) -> NDArray[np.float32] | None:
+        """Components that are averaged over neighbours; None if none are read."""
+        return None if self.expression is None else self.expression[:, :_N_AVERAGED]
+
+    def _parts(self, source: Source) -> list[NDArray[np.float32]]:
+        around, components = self.expression_neighborhood, self.first_components
+        features = self.features if self.use_rep else None
+        parts = {
+            "embedding": (features,),
+            "neighborhood": (self.neighborhood, features),
+            "expression": (self.expression,),
+            "expression neighborhood": (around, components),
+        }[source]
+        return [] if parts[0] is None else [part for part in parts if part is not None]
+
+    def neighbors_of(self, reads: Iterable[Source]) -> int:
+        """Over how many neighbours the means are that are read there; 0 if none are."""
+        return self.n_neighbors if any("neighborhood" in source for source in reads) else 0
+
+
+def read_embeddings(
+    sections: Sections,
+    request: Request,
+    *,
+    expected: Origin | None = None,
+) -> Blocks:
+    """Read entries of ``obsm``; cells without embeddings of a model are embedded first.
+
+    New embeddings are written to all tables or, after an error, to none. Stored ones that do not
+    fit (another model, layer, slices, counts or coordinates) stay; if the request names a model, the
+    cells are embedded aside. Embeddings by other models than the `expected` ones, which a head was
+    fitted to, are refused.
+    """
+    if not request.use_rep:
+        return Blocks(np.empty((sections.n_obs, 0), dtype=np.float32), (), (), {})
+    reps = checked_reps(request.use_rep)
+    parts = {rep: read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
+    if request.layer is not None:
+        sections.each(lambda table: read_counts(table, layer=request.layer))
+    source = EmbeddingSource(request, expected)
+    with all_or_nothing(*sections.tables):
+        tables = sections.each(lambda table: source.with_embeddings(table, reps))
+    embedded = replace(sections, tables=tuple(tables))
+    origin = {}
+    for rep in reps:
+        own = embedded if rep in MADE_BY_EMBED else sections
+        parts.setdefault(rep, read_each(own, rep))
+        origin[rep] = _common_origin(own.tables, rep)
+    widths = tuple(common_width(parts[rep], rep) for rep in reps)
+    features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
+    return Blocks(features, reps, widths, origin)
+
+
+def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
+    """Read an entry of ``obsm`` of each table, checked."""
+    return sections.each(lambda table: read_representation(table, rep))
+
+
+def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
+    first, *others = [origin_of(table, rep) for table in tables]
+    for k, other in enumerate(others, 2):
+        if not same_origin(other, first):
+            msg = (
+                f"obsm[{rep!r}] is by {describe_origin(first)} in the first AnnData and by "
+                f"{describe_origin(other)} in number {k}. Embed all with one model, or pass it as "
+                "`model`."
+            )
+            raise ValueError(msg)
+    return first
+
+
+def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
+    """Columns of a representation, the same in all tables."""
+    found = {int(part.shape[1]) for part in parts}
+    if len(found) > 1:
+        msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
+        raise ValueError(msg)
+    return found.pop()
+
+
+def choose_neighborhood(
+    sections: Sections, blocks: Blocks, request: Request, rows: NDArray[np.int64]
+) -> Blocks:
+    """Add means over neighbours, as many as asked for, for the tables with labelled `rows`.
+
+    By default over ten beside embeddings of a model if the labelled cells have places, and over none
+    with a random split: held-out cells would share neighbours with fitted ones.
+    """
+    n_neighbors, spatial_key = request.options.n_neighbors, request.spatial_key
+    labelled = sections.tables_of(rows)
+    if n_neighbors is None:
+        has_places = all(
+            places_entry(sections.tables[k], spatial_key) in sections.tables[k].obsm
+            for k in labelled
+        )
+        is_fair = set(blocks.use_rep) <= set(MADE_BY_EMBED) and request.options.split != "random"
+        n_neighbors = N_NEIGHBORS if is_fair and has_places else 0
+        if is_fair and not has_places:
+            logger.info("No coordinates in obsm[%r]: no neighbours are read.", spatial_key)
+    return with_neighborhood(sections, blocks, n_neighbors, request, needed=labelled)
+
+
+def with_neighborhood(
+    sections: Sections,
+    blocks: Blocks,
+    n_neighbors: int,
+    request: Request,
+    *,
+    needed: Collection[int] = (),
+) -> Blocks:
+    """Add means over each cell's nearest neighbours in its slice; 0 neighbours for none.
+
+    Tables whose numbers are in `needed` must have coordinates. Cells of others have NaN without
+    them, and in slices of less than half as many neighbours: the mean of a few varies more than what
+    the head was fitted to.
+    """
+    if not n_neighbors:
+        return blocks
+    coordinates = np.full((sections.n_obs, 2), np.nan)
+    is_needed = np.zeros(sections.n_obs, dtype=bool)
+    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+        is_needed[place] = k in needed
+        try:
+            with sections.naming(k):
+                coordinates[place] = read_coordinates(
+                    table, places_entry(table, request.spatial_key)
+                )
+        except (KeyError, ValueError) as error:
+            if k in needed:
+                raise
+            warn(f"{table.n_obs} cells are judged without their neighbours: {error.args[0]}")
+    slices = [
+        rows
+        for rows in sections.slices.rows
+        if np.isfinite(coordinates[rows]).all()
+        and (is_needed[rows].all() or len(rows) > n_neighbors // 2)
+    ]
+    values, components = blocks.averaged[0], blocks.first_components
+    both = values if components is None else np.concatenate([values, components], axis=1)
+    means = neighbor_means(both, coordinates, slices, n_neighbors)
+    width = values.shape[1]
+    return replace(
+        blocks,
+        neighborhood=means[:, :width],
+        expression_neighborhood=None if components is None else means[:, width:],
+        n_neighbors=n_neighbors,
+    )

@@ -1,0 +1,375 @@
+"""What all heads have: their members, what these read, and the folder that they are saved in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+
+import numpy as np
+
+from stofm._config import build_dataclass, read_json
+from stofm._edge.records import refuse_taken
+from stofm._files import Kind, local, read_table, reading, take_back
+from stofm._keys import Obs, Obsm, Uns
+from stofm._version import __version__
+from stofm.heads.blocks import read_embeddings, with_neighborhood
+from stofm.heads.expression import ExpressionComponents, read_expression
+from stofm.heads.gene_columns import Gene
+from stofm.heads.network import apply_head
+from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
+from stofm.nn.checkpoint import CONFIG, load_exactly, read_tensors, require_beside, write_atomically
+from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
+from stofm.nn.checkpoint import write_tensors as write_weights
+from stofm.nn.device import seeded
+from stofm.nn.model import Stofm
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import pandas as pd
+    import torch
+    from numpy.typing import NDArray
+
+    from stofm.heads.blocks import Blocks, Source
+    from stofm.heads.embeddings import Origin
+    from stofm.heads.options import Request
+    from stofm.heads.sections import Sections
+    from stofm.heads.targets import TargetKind
+
+_WEIGHTS: Final = "head.safetensors"
+_HISTORY: Final = "history.tsv"
+_SCORES: Final = "validation_scores.tsv"
+_MODEL: Final = "model"
+_FILES: Final = (CONFIG, _WEIGHTS, _SCORES, _HISTORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """config.json of a head."""
+
+    task: str
+    stofm_version: str
+    outputs: tuple[str, ...]
+    use_rep: tuple[str, ...]
+    origin: dict[str, dict[str, str]]
+    strategy: Strategy
+    params: dict[str, Any]
+    split: dict[str, Any]
+    networks: tuple[HeadConfig, ...]
+    own: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Head:
+    """A fitted head with all that its predictions depend on.
+
+    Attributes
+    ----------
+    networks
+        Its members; the weighted mean of what they say is the prediction.
+    reads
+        What each member reads: ``"embedding"``, ``"expression"``, or ``"neighborhood"`` and
+        ``"expression neighborhood"``, which are these beside their means over the neighbours.
+    weights
+        Of each member; they sum to 1.
+    outputs
+        Names of what is predicted: classes, cell types or genes.
+    use_rep, origin
+        Entries of ``obsm`` that are read, and by name the model that made them.
+    strategy, params, split
+        How the head was fitted, how cells were held out, and how many.
+    validation_scores, history
+        Scores on the held-out cells, and losses of the networks.
+    expression
+        Genes and components that members read; None if none does.
+    n_neighbors
+        Over how many neighbours means are; 0 if none are read.
+    panel
+        Genes to which a query is reduced before anything is read; None for all.
+    model
+        The tuned model; None for a frozen one.
+    """
+
+    #: Name of the task in files and messages, and what the outputs are called together.
+    task: ClassVar[str]
+    called: ClassVar[str]
+    #: Arrays in which NaN has a meaning.
+    may_be_nan: ClassVar[frozenset[str]] = frozenset()
+
+    networks: tuple[PredictionHead, ...]
+    reads: tuple[Source, ...]
+    weights: tuple[float, ...]
+    outputs: tuple[str, ...]
+    use_rep: tuple[str, ...]
+    origin: Origin
+    strategy: str
+    params: dict[str, Any]
+    split: dict[str, Any]
+    validation_scores: pd.DataFrame
+    history: pd.DataFrame
+    expression: ExpressionComponents | None = None
+    n_neighbors: int = 0
+    panel: tuple[Gene, ...] | None = None
+    model: Stofm | None = None
+
+    def __repr__(self) -> str:
+        """A line with task, outputs, inputs and strategy."""
+        return (
+            f"{type(self).__name__}({len(self.outputs)} {self.called}, "
+            f"use_rep={list(self.use_rep)}, strategy={self.strategy!r})"
+        )
+
+    def model_names(self) -> dict[str, str]:
+        """Name and fingerprints of the model, for records; none if it is not recorded."""
+        return {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
+
+    def read(self, sections: Sections, request: Request) -> Blocks:
+        """What the head reads of cells; NaN where they lack places, genes or counts."""
+        model = self.model if request.model is None else request.model
+        request = replace(request, use_rep=self.use_rep, model=model)
+        blocks = read_embeddings(sections, request, expected=self.origin)
+        if self.expression is not None:
+            blocks = read_expression(self.expression, sections, blocks, request.layer)
+        blocks = with_neighborhood(sections, blocks, self.n_neighbors, request)
+        for source, network in zip(self.reads, self.networks, strict=True):
+            expected, widths = network.config.d_input, blocks.widths_of(source)
+            if widths and sum(widths) != expected:
+                msg = (
+                    f"The head reads {expected} columns of obsm{list(self.use_rep)} ({source}), "
+                    f"found {list(widths)}. Make them as for fitting."
+                )
+                raise ValueError(msg)
+        return blocks
+
+    def votes(
+        self, blocks: Blocks, kind: TargetKind, *, columns: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        """Yield what each member says, (n, n_outputs), and its weight for each cell, (n,).
+
+        Members that read what a cell lacks have no weight for it; those of a cell sum to 1.
+        """
+        known = {source: blocks.knows(source) for source in set(self.reads)}
+        shares = [w * known[source] for source, w in zip(self.reads, self.weights, strict=True)]
+        total = np.sum(shares, axis=0)
+        if n_bad := int((total == 0).sum()):
+            msg = (
+                f"{n_bad} of {len(total)} cells have nothing of what the head reads "
+                f"({', '.join(sorted(known))}); see the warnings before, or fit a head to what there is."
+            )
+            raise ValueError(msg)
+        last, values = None, blocks.features
+        for network, reads, share in zip(self.networks, self.reads, shares, strict=True):
+            if not share.any():
+                continue
+            # Members that read the same follow one another, and what they read may be large.
+            if reads != last:
+                last, found = reads, blocks.of(reads)
+                assert found is not None
+                values = found if share.all() else np.nan_to_num(found)
+            yield apply_head(network, values, kind, columns=columns), share / total
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the head to a folder; a crash leaves nothing half-written.
+
+        Parameters
+        ----------
+        folder
+            Gets ``config.json`` with the names of the outputs, ``head.safetensors``, scores and
+            history as tables, and a tuned model's checkpoint in ``model/``.
+        overwrite
+            Replace a head that is already there.
+
+        Raises
+        ------
+        FileExistsError
+            `folder` is there and `overwrite` is false, or it holds something else than a head of
+            this task, or other files beside it.
+        OSError
+            The disk is full, or can't be written to.
+        """
+        files = {*_FILES, *(f"{_MODEL}/{name}" for name in CHECKPOINT_FILES)}
+        kind = Kind(f"a head for {self.task}", self._is_one, files.__contains__)
+        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=kind)
+
+    @classmethod
+    def _is_one(cls, folder: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            config = read_json(folder / CONFIG, "")
+            return config.get("task") == cls.task and "networks" in config
+        return False
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a head from a folder.
+
+        Parameters
+        ----------
+        folder
+            Written by :meth:`save`.
+
+        Raises
+        ------
+        FileNotFoundError
+            `folder` is not there, or lacks a file.
+        ValueError
+            It holds a head of another task, or is damaged.
+        """
+        where = local(folder)
+        take_back(where)
+        missing = [name for name in _FILES if not (where / name).is_file()]
+        config = {} if CONFIG in missing else read_json(where / CONFIG, "save the head again")
+        found = config.get("task")
+        if config and found != cls.task:
+            what = f"a head for {found}" if found else "no head"
+            msg = f"{where} holds {what}, not one for {cls.task}."
+            raise ValueError(msg)
+        if missing:
+            msg = f"{where} is no folder of a head: {missing} missing."
+            raise FileNotFoundError(msg)
+        try:
+            return cls._read(where, config)
+        except (OSError, MemoryError):
+            raise
+        # A missing entry, one of another type, tables, tensors that do not fit.
+        except Exception as error:
+            if str(where) in str(error):
+                raise
+            msg = (
+                f"{where} is damaged, or was saved by an older stofm ({type(error).__name__}: "
+                f"{error}); it says {config.get('stofm_version')}, this is {__version__}. Fit the "
+                "head again."
+            )
+            raise ValueError(msg) from error
+
+    @classmethod
+    def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
+        # The digest of all files vouches for what is not checked here.
+        require_beside(where / _WEIGHTS, _digested(where, config))
+        entries = build_dataclass(_Config, config, CONFIG)
+        tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
+        arrays = {name: value.numpy() for name, value in tensors.items()}
+        same = ("outputs", "use_rep", "origin", "strategy", "params", "split")
+        return cls(
+            **{name: getattr(entries, name) for name in same},
+            networks=tuple(
+                _read_network(sizes, tensors, k) for k, sizes in enumerate(entries.networks)
+            ),
+            validation_scores=_read_table(where / _SCORES),
+            history=_read_table(where / _HISTORY).reset_index(),
+            model=Stofm.from_pretrained(where / _MODEL) if (where / _MODEL).is_dir() else None,
+            **cls._read_own(entries.own, arrays),
+        )
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """What members read, and what a task adds: entries of config.json, and arrays."""
+        expression, panel = self.expression, self.panel
+        entries = {
+            "reads": self.reads,
+            "weights": self.weights,
+            "n_neighbors": self.n_neighbors,
+            "expression": expression and expression.entries,
+            "panel": panel and [[gene.name, gene.id] for gene in panel],
+        }
+        return entries, {} if expression is None else expression.arrays
+
+    @classmethod
+    def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields from what :meth:`_own` returned."""
+        expression, panel = own["expression"], own["panel"]
+        return {
+            "reads": tuple(own["reads"]),
+            "weights": tuple(own["weights"]),
+            "n_neighbors": own["n_neighbors"],
+            "expression": expression and ExpressionComponents.of(expression, arrays),
+            "panel": panel and tuple(Gene(*gene) for gene in panel),
+        }
+
+    def _write(self, folder: Path) -> None:
+        own, arrays = self._own()
+        config = {
+            "task": self.task,
+            "stofm_version": __version__,
+            "outputs": self.outputs,
+            "use_rep": self.use_rep,
+            "origin": self.origin,
+            "strategy": self.strategy,
+            "params": self.params,
+            "split": self.split,
+            "networks": [asdict(network.config) for network in self.networks],
+            "own": own,
+        }
+        text = json.dumps(config, indent=2, default=_plain)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        self.validation_scores.to_csv(folder / _SCORES, sep="\t")
+        self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
+        beside = _digested(folder, json.loads(text))
+        write_weights(folder / _WEIGHTS, self._tensors(arrays), beside)
+        if self.model is not None:
+            self.model.save_pretrained(folder / _MODEL)
+
+    def _tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        found = {name: torch.tensor(value) for name, value in arrays.items()}
+        for k, network in enumerate(self.networks):
+            found |= {f"{k}.{name}": value for name, value in network.state_dict().items()}
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, which options may be, as those of Python."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    msg = f"Object of type {type(value).__name__} is not JSON serializable"
+    raise TypeError(msg)
+
+
+def _digested(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file of weights keeps a digest of."""
+    tables = {name: (folder / name).read_text("utf-8").splitlines() for name in (_SCORES, _HISTORY)}
+    return {CONFIG: config} | tables
+
+
+def _read_network(
+    config: HeadConfig, tensors: Mapping[str, torch.Tensor], number: int
+) -> PredictionHead:
+    prefix = f"{number}."
+    state = {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+    with seeded(0):
+        network = PredictionHead(config)
+    load_exactly(network, state, f"network {number} in {_WEIGHTS}")
+    return network.eval()
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    with reading(path, "table"):
+        return read_table(path, sep="\t", index_col=0)
+
+
+def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
+    """Refuse a key whose entry or record is read, or means something else."""
+    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
+    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
+    refuse_taken(key_added, suggestion, *own, *entries, *read)
+
+
+def require_head(head: Any, kind: type[Head]) -> None:
+    """Refuse something else than a head of a task."""
+    if isinstance(head, kind):
+        return
+    if isinstance(head, str | Path):
+        found = f"the path {str(head)!r}; read it with {kind.__name__}.load(path)"
+    elif isinstance(head, Head):
+        found = f"a head for {head.task}"
+    else:
+        found = f"a {type(head).__name__}"
+    msg = f"Expected a head for {kind.task} ({kind.__name__}), found {found}."
+    raise TypeError(msg)

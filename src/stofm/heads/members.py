@@ -1,0 +1,368 @@
+"""The members of a head: networks and linear maps on blocks, and what each weighs on held-out cells."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import nnls
+
+from stofm.heads.expression import principal_axes
+from stofm.heads.network import HeadTraining, apply_head, fit_head, row_order
+from stofm.nn.device import seeded
+from stofm.nn.prediction_head import HeadConfig, PredictionHead
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from stofm.heads.blocks import Blocks, Source
+    from stofm.heads.targets import Targets
+    from stofm.spatial import Split
+
+#: Held-out cells that every kind is taken to have explained before any is looked at.
+_PRIOR: Final = 1.0
+_ROUNDS: Final = 200
+_TINY: Final = 1e-6
+#: Share of the mean squared error that is added to each kind's own: equal ones then weigh the same.
+_RIDGE: Final = 1e-6
+#: How much more than the errors it counts that weights sum to 1, before they are made to.
+_SUM_TO_1: Final = 1e3
+#: Wider blocks are rotated to so many principal components, which saves most of the time.
+_MOST_COLUMNS: Final = 256
+#: Cells that these are found from; of more, every second or third one is taken.
+_MOST_CELLS: Final = 20_000
+#: Standard deviation of all columns together for logistic regression, and its ``C``, the prior
+#: variance of each weight: the scores of a class are then expected to vary by about five. Columns are
+#: scaled as one: components that hardly vary hardly count.
+_SPREAD: Final = 10.0
+_STRENGTH: Final = 0.3
+_MOST_ROUNDS: Final = 100
+#: Networks for classes and proportions: members of a vote need fewer and larger steps than a head alone.
+VOTING: Final = HeadTraining(learning_rate=2e-3, batch_size=512, max_epochs=30, patience=5)
+#: Networks for expression, which is noisy.
+IMPUTING: Final = HeadTraining(dropout=0.4)
+#: Score of a class of which no cell was fitted, below the lowest.
+_ABSENT: Final = -20.0
+#: Genes that are computed at a time.
+GENES_AT_ONCE: Final = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Fitted members of a head.
+
+    Attributes
+    ----------
+    networks, reads, weights
+        As a :class:`~stofm.heads.head.Head` has them.
+    history
+        Losses of the networks, numbered in the column ``network``.
+    held_out
+        Held-out cells of each split; splits may share cells.
+    votes
+        (n_rows, n_outputs) what members that were not fitted to them say of these, split after
+        split; None for values.
+    """
+
+    networks: tuple[PredictionHead, ...]
+    reads: tuple[Source, ...]
+    weights: tuple[float, ...]
+    history: pd.DataFrame
+    held_out: tuple[NDArray[np.int64], ...]
+    votes: Any = None
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Held-out cells of all splits in turn."""
+        return np.concatenate(self.held_out)
+
+
+class Rotation:
+    """A block in its first principal components, if it is wide.
+
+    Parameters
+    ----------
+    values
+        (n, d) of all cells, NaN in rows that are not fitted.
+    widths
+        Columns of its parts, each of which has one scale.
+    rows
+        Rows to fit, in an order that does not depend on the file.
+    """
+
+    def __init__(
+        self, values: NDArray[np.float32], widths: Sequence[int], rows: NDArray[np.int64]
+    ) -> None:
+        self._values = values
+        self._axes: NDArray[np.float32] | None = None
+        if values.shape[1] <= _MOST_COLUMNS:
+            self.values, self.widths = values, tuple(widths)
+            return
+        fitted = values[rows[:: -(-len(rows) // _MOST_CELLS)]]
+        self._plain = PredictionHead(HeadConfig(d_input=values.shape[1], d_output=1, widths=()))
+        self._plain.fit_inputs(torch.from_numpy(fitted), widths)
+        self._axes = principal_axes(self._scaled(fitted), _MOST_COLUMNS)[1].astype(np.float32)
+        self.values = self._scaled(values) @ self._axes
+        self.widths = (self.values.shape[1],)
+
+    def _scaled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        mean, scale = self._plain.input_mean.numpy(), self._plain.input_scale.numpy()
+        return np.asarray((values - mean) / scale, dtype=np.float32)
+
+    def undone(self, network: PredictionHead) -> PredictionHead:
+        """The same network, reading the block itself."""
+        if self._axes is None:
+            return network
+        config = network.config
+        with seeded(0):
+            found = PredictionHead(
+                HeadConfig(
+                    d_input=self._values.shape[1],
+                    d_output=config.d_output,
+                    widths=config.widths,
+                    dropout=config.dropout,
+                )
+            )
+        state = network.state_dict()
+        first = "hidden.0" if config.widths else "last"
+        weight = state[f"{first}.weight"] / state["input_scale"]
+        state[f"{first}.bias"] = state[f"{first}.bias"] - weight @ state["input_mean"]
+        state[f"{first}.weight"] = weight @ torch.from_numpy(self._axes).T
+        state["input_mean"] = self._plain.input_mean
+        state["input_scale"] = self._plain.input_scale
+        found.load_state_dict(state)
+        return found.eval()
+
+
+def fit_members(
+    blocks: Blocks, targets: Targets, splits: Sequence[Split], seeds: Sequence[int]
+) -> Members:
+    """Fit members to what is read of cells, and weigh them by the held-out cells.
+
+    For classes and proportions these are networks that read the embeddings with their neighbourhood,
+    and a linear member on each block; for values, networks on embeddings and on expression, each
+    with its neighbourhood. There is a network for each split. Linear members are fitted to all cells
+    once they are weighed.
+
+    Parameters
+    ----------
+    blocks
+        What is read of all cells.
+    targets
+        Classes, proportions or values.
+    splits, seeds
+        Cells to fit and to hold out, and the seed of the network, of each round.
+    """
+    known = row_order(blocks.features, targets.values, np.flatnonzero(targets.is_known))
+    held_out = [row_order(blocks.features, targets.values, one.held_out) for one in splits]
+    kinds, histories = [], []
+    rotations: dict[Source, Rotation] = {}
+    for reads, is_linear in _kinds(blocks, targets):
+        if reads not in rotations:
+            block = blocks.of(reads)
+            assert block is not None
+            rotations[reads] = Rotation(block, blocks.widths_of(reads), known)
+        rotation = rotations[reads]
+        if is_linear:
+            trials = [_fit_linear(rotation.values, targets, split.fitted) for split in splits]
+            final = [rotation.undone(_fit_linear(rotation.values, targets, known))]
+        else:
+            fits = [
+                fit_head(
+                    rotation.values,
+                    targets,
+                    fitted=split.fitted,
+                    held_out=split.held_out,
+                    input_widths=rotation.widths,
+                    training=IMPUTING if targets.kind == "values" else VOTING,
+                    seed=seed,
+                )
+                for split, seed in zip(splits, seeds, strict=True)
+            ]
+            histories += [one.history.assign(reads=reads) for one in fits]
+            trials = [one.head for one in fits]
+            final = [rotation.undone(network) for network in trials]
+        kinds.append(_Kind(reads, rotation.values, trials, final))
+    weights, votes = _weigh(kinds, targets, held_out)
+    shares = [float(w) / len(kind.final) for w, kind in zip(weights, kinds, strict=True)]
+    return Members(
+        networks=tuple(network for kind in kinds for network in kind.final),
+        reads=tuple(kind.reads for kind in kinds for _ in kind.final),
+        weights=tuple(share for share, kind in zip(shares, kinds, strict=True) for _ in kind.final),
+        history=pd.concat([one.assign(network=k) for k, one in enumerate(histories)]),
+        held_out=tuple(held_out),
+        votes=votes,
+    )
+
+
+class _Kind(NamedTuple):
+    """Members that read the same: those fitted on each split, and those that are kept."""
+
+    reads: Source
+    values: NDArray[np.float32]
+    trials: list[PredictionHead]
+    final: list[PredictionHead]
+
+
+def _kinds(blocks: Blocks, targets: Targets) -> list[tuple[Source, bool]]:
+    """What each kind of members reads, and whether it is linear."""
+    sources = blocks.sources
+    # The widest of the embeddings' and the expression's blocks come last.
+    embeddings = [one for one in sources if "expression" not in one]
+    expression = [one for one in sources if "expression" in one]
+    networks = [(embeddings[-1], False)]
+    if targets.kind == "values":
+        return networks + [(one, False) for one in expression[-1:]]
+    return networks + [(one, True) for one in sources]
+
+
+def _fit_linear(
+    values: NDArray[np.float32], targets: Targets, rows: NDArray[np.int64]
+) -> PredictionHead:
+    """Logistic regression of classes or, each type of a spot taken as a part of a cell, proportions."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    rows = row_order(values, targets.values, rows)
+    read, known = values[rows], targets.values[rows]
+    mean = read.mean(axis=0, dtype=np.float64)
+    scale = float(np.sqrt(read.var(axis=0, dtype=np.float64).sum())) / _SPREAD or 1.0
+    if targets.kind == "classes":
+        codes, of = known, np.arange(len(rows))
+        mass = np.ones(len(rows)) if targets.class_weights is None else targets.class_weights[codes]
+    else:
+        of, codes = np.nonzero(known > 0)
+        mass = known[of, codes]
+    model = LogisticRegression(C=_STRENGTH, max_iter=_MOST_ROUNDS)
+    with warnings.catch_warnings():
+        # Scores on held-out cells no longer change in the last rounds.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(((read - mean) / scale).astype(np.float32)[of], codes, sample_weight=mass)
+    weight, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:
+        weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
+    with seeded(0):
+        config = HeadConfig(d_input=values.shape[1], d_output=targets.n_outputs, widths=())
+        found = PredictionHead(config)
+    torch.nn.init.zeros_(found.last.weight)
+    # Classes of which no cell is fitted are all but impossible.
+    torch.nn.init.constant_(found.last.bias, float(bias.min()) + _ABSENT)
+    seen = torch.from_numpy(model.classes_)
+    with torch.no_grad():
+        found.last.weight[seen] = torch.from_numpy(weight).float()
+        found.last.bias[seen] = torch.from_numpy(bias).float()
+    found.input_mean.copy_(torch.from_numpy(mean))
+    found.input_scale.fill_(scale)
+    return found.eval()
+
+
+def _weigh(
+    kinds: Sequence[_Kind], targets: Targets, held_out: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.float64], Any]:
+    """Weight of each kind, and what all say of the held-out cells, split after split."""
+    if targets.kind == "values":
+        errors = sum(
+            error_products([(kind.trials[k], kind.values[rows]) for kind in kinds], targets, rows)
+            for k, rows in enumerate(held_out)
+        )
+        return stack_weights(np.asarray(errors)), None
+    votes = [
+        np.concatenate(
+            [
+                apply_head(network, kind.values[rows], targets.kind)
+                for network, rows in zip(kind.trials, held_out, strict=True)
+            ]
+        )
+        for kind in kinds
+    ]
+    weights = blend_weights(votes, targets, np.concatenate(held_out))
+    return weights, np.tensordot(weights, np.stack(votes).astype(np.float64), axes=1)
+
+
+def blend_weights(
+    votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Weights with which probabilities of several voters are best averaged, (n_voters,), sum 1.
+
+    The weighted mean is a mixture, and its likelihood on the held-out cells is raised by
+    expectation maximisation, which from equal weights comes to the only maximum.
+
+    Parameters
+    ----------
+    votes
+        For each voter (n, n_outputs) probabilities or proportions of cells that it was not fitted to.
+    targets
+        Classes or proportions.
+    rows
+        (n,) rows of the targets that the votes are of, in an order that does not depend on the file.
+
+    References
+    ----------
+    van der Laan et al. 2007, Super learner (Statistical Applications in Genetics and Molecular
+    Biology 6:25). Dempster et al. 1977, Maximum likelihood from incomplete data via the EM algorithm
+    (J R Stat Soc B 39:1).
+    """
+    values = targets.values[rows]
+    if targets.kind == "classes":
+        likelihood = np.stack([vote[np.arange(len(rows)), values] for vote in votes], axis=1)
+        own = targets.class_weights
+        mass = np.ones(len(rows)) if own is None else own[values].astype(np.float64)
+    else:
+        likelihood = np.stack([vote.ravel() for vote in votes], axis=1)
+        mass = np.asarray(values, dtype=np.float64).ravel()
+    likelihood = np.maximum(likelihood.astype(np.float64), _TINY)
+    weights = np.full(len(votes), 1 / len(votes))
+    for _ in range(_ROUNDS):
+        shares = likelihood * weights
+        shares /= shares.sum(axis=1, keepdims=True)
+        explained = mass @ shares + _PRIOR
+        weights = explained / explained.sum()
+    return weights
+
+
+def stack_weights(errors: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights, (n_voters,), not negative and of sum 1, with which values are best averaged.
+
+    `errors`, (n_voters, n_voters), are sums over held-out values of the products of two voters'
+    errors; the weighted mean has the least squared error (Breiman 1996, Stacked regressions, Machine
+    Learning 24:49).
+    """
+    n_voters = len(errors)
+    scale = float(np.trace(errors)) / n_voters
+    if not scale > 0:
+        return np.full(n_voters, 1 / n_voters)
+    scaled = errors / scale + _RIDGE * np.eye(n_voters)
+    root = np.linalg.cholesky(scaled).T
+    conditions = np.vstack([root, np.full(n_voters, _SUM_TO_1)])
+    weights, _ = nnls(conditions, np.append(np.zeros(n_voters), _SUM_TO_1))
+    return np.asarray(weights / weights.sum())
+
+
+def error_products(
+    members: Sequence[tuple[PredictionHead, NDArray[np.float32]]],
+    targets: Targets,
+    rows: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Products of the errors of each two members, (n, n), summed over some cells and all genes.
+
+    Errors are those of standardised expression, so that all genes count the same. `members` come
+    with what they read of the cells.
+    """
+    true = targets.take(rows).numpy()
+    products = np.zeros((len(members), len(members)))
+    for start in range(0, targets.n_outputs, GENES_AT_ONCE):
+        columns = np.arange(start, min(start + GENES_AT_ONCE, targets.n_outputs))
+        errors = np.stack(
+            [
+                (apply_head(*one, "values", columns=columns) - true[:, columns]).ravel()
+                for one in members
+            ]
+        ).astype(np.float64)
+        products += errors @ errors.T
+    return products

@@ -1,0 +1,129 @@
+"""Genes that are read and learnt, and tables reduced to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+
+from stofm._keys import Obsm
+from stofm.heads.gene_columns import Gene, GeneColumns
+from stofm.heads.options import Request
+from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
+from stofm.heads.sections import resolve_slices
+
+
+def columns(vocabulary, names, **others):
+    """Columns of an AnnData with these names."""
+    adata = AnnData(np.ones((3, len(names))), var=pd.DataFrame(others, index=names))
+    return GeneColumns.read(adata, vocabulary, must_map=False)
+
+
+@pytest.fixture
+def ensembl(vocabulary):
+    """The first 20 genes by id, and a probe that no vocabulary has."""
+    return columns(vocabulary, [*vocabulary.gene_ids[:20], "probe"])
+
+
+@pytest.fixture
+def symbols(vocabulary):
+    """The genes 5 to 24 by symbol, and the probe."""
+    return columns(vocabulary, ["probe", *vocabulary.symbols[5:25]])
+
+
+def test_genes_are_found_by_any_name(vocabulary, ensembl, symbols):
+    ids = vocabulary.gene_ids
+    numbered = columns(vocabulary, ids[:20], rank=[str(k) for k in range(20)])
+    assert find_genes(["GENE8", ids[9]], [ensembl, symbols], vocabulary) == (
+        Gene("GENE8", ids[7]),
+        Gene(ids[9], ids[9]),
+    )
+    assert find_genes("probe", [ensembl], vocabulary) == (Gene("probe", ""),)
+    assert numbered.find("3") is None  # numbers are no names
+    named = columns(vocabulary, ids[:20], nickname=[f"x{k}" for k in range(20)])
+    assert find_genes(["x3"], [named], vocabulary) == (Gene("x3", ids[3]),)
+    assert named.measured(Gene("x3", ids[3])) == [3]
+
+
+def test_genes_that_are_not_there(vocabulary, ensembl, symbols):
+    with pytest.raises(ValueError, match=r"1 of 2 genes are not in every.*'prob'.*'probe'"):
+        find_genes(["prob", "GENE8"], [symbols], vocabulary)
+    with pytest.raises(ValueError, match="1 of 1 genes are not in every"):
+        find_genes(["GENE2"], [ensembl, symbols], vocabulary)
+    with pytest.raises(ValueError, match=r"\['GENE8'\] occur more than once"):
+        find_genes(["GENE8", "GENE9", "GENE8"], [symbols], vocabulary)
+    with pytest.raises(ValueError, match="there are none"):
+        find_genes([], [symbols], vocabulary)
+
+
+def test_new_genes_are_those_that_a_query_lacks(ensembl, symbols):
+    assert [gene.id for gene in new_genes([symbols], [ensembl])] == [
+        gene.id for gene in symbols.genes[16:]
+    ]
+    with pytest.raises(ValueError, match="nothing to impute"):
+        new_genes([symbols], [symbols])
+
+
+def reduced(adata, vocabulary, learnt, **options):
+    """The table reduced to its first 30 genes, and counts of some to learn."""
+    sections = resolve_slices(adata, "library")
+    known = read_columns(sections, vocabulary, must_map=True, name="the data")
+    request = Request(library_key="library", **options)
+    panel = known[0].genes[:30]
+    found, own, counts = reduce_tables(sections, known, panel, request, learnt=learnt(known[0]))
+    return found.tables[0], own, counts[0]
+
+
+def some(columns):
+    return columns.genes[30:33]
+
+
+def test_nothing_but_the_panel_places_and_slices_is_kept(adata, vocabulary):
+    adata.obsm["X_pca"] = adata.obsm["X_other"] = np.ones((184, 3))
+    bare, own, counts = reduced(adata, vocabulary, some, use_rep=("X_pca", Obsm.X))
+    np.testing.assert_array_equal(bare.X.toarray(), adata.X[:, :30].toarray())
+    np.testing.assert_array_equal(counts.toarray(), adata.X[:, 30:33].toarray())
+    assert bare.obs_names.equals(adata.obs_names)
+    assert set(bare.obsm) == {Obsm.SPATIAL, "X_pca"}
+    assert bare.obs[own.library_key].astype(str).tolist() == adata.obs["library"].tolist()
+    assert not bare.uns
+    assert not bare.layers
+    del adata.obsm[Obsm.SPATIAL]
+    with pytest.raises(KeyError, match=r"no obsm\['spatial'\]"):
+        reduced(adata, vocabulary, some)
+    assert not reduced(adata, vocabulary, some, use_rep=Obsm.X_CELL)[0].obsm
+
+
+@pytest.mark.parametrize("form", [sparse.csc_matrix, np.asarray, sparse.csr_array])
+def test_any_matrix_and_layer(adata, vocabulary, form):
+    expected = reduced(adata, vocabulary, some)
+    dense = adata.X.toarray()
+    adata.layers["raw"] = dense if form is np.asarray else form(dense)
+    adata.X = dense / 3
+    bare, own, counts = reduced(adata, vocabulary, some, layer="raw")
+    assert own.layer is None
+    assert (bare.X != expected[0].X).nnz == 0
+    assert (counts != expected[2]).nnz == 0
+
+
+def test_columns_of_one_gene_are_added_up(adata, vocabulary):
+    # The last columns are the first gene and the first to learn, under another name.
+    names = adata.var_names.tolist()
+    names[-2:] = vocabulary.symbols[[0, 30]].tolist()
+    adata.var_names = names
+    bare, _, counts = reduced(adata, vocabulary, some)
+    dense = adata.X.toarray()
+    np.testing.assert_array_equal(bare.X[:, 0].toarray().ravel(), dense[:, 0] + dense[:, -2])
+    # Learnt is the column that is called so.
+    np.testing.assert_array_equal(counts.toarray(), dense[:, 30:33])
+
+
+def test_a_query_must_have_some_of_the_panel(ensembl, vocabulary, symbols):
+    panel = ensembl.genes
+    check_overlap(ensembl, panel, least=0.1, low=0.5)
+    with pytest.warns(UserWarning, match=r"has 16 of the 21 genes that the head reads \(76%\)"):
+        check_overlap(symbols, panel, least=0.5, low=0.9)
+    with pytest.raises(ValueError, match="At least 80% are needed"):
+        check_overlap(symbols, panel, least=0.8, low=0.9)
