@@ -179,8 +179,9 @@ def _embed(options: argparse.Namespace) -> None:
 
 def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) -> None:
     if table_key is not None and not has_tables:
-        msg = f"--table-key names a table of a SpatialData, and {file} holds an AnnData: leave it out."
-        raise ValueError(msg)
+        raise ValueError(
+            f"--table-key names a table of a SpatialData, and {file} holds an AnnData: leave it out."
+        )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -191,8 +192,7 @@ def _train(options: argparse.Namespace) -> None:
     from stofm.train.recipe import train_recipe
 
     if not options.recipe.is_file():
-        msg = f"There is no recipe {options.recipe}."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"There is no recipe {options.recipe}.")
     names = ("out_dir", "device", "work_dir", "resume", "overwrite")
     result = train_recipe(
         options.data,

@@ -33,8 +33,7 @@ def build_dataclass(cls: type[Config], entries: object, where: str, table: str =
     """
     place = f"[{table}] of {where}" if table else where
     if not isinstance(entries, Mapping):
-        msg = f"{place} must be a table, found {_short(entries)}."
-        raise ValueError(msg)
+        raise ValueError(f"{place} must be a table, found {_short(entries)}.")
     _check_names(cls, entries, place)
     hints = get_type_hints(cls)
     values = {}
@@ -45,22 +44,19 @@ def build_dataclass(cls: type[Config], entries: object, where: str, table: str =
             )
         except _MisfitError:
             dotted = f"{table}.{name}".lstrip(".")
-            msg = (
+            raise ValueError(
                 f"{place}: {name} must be {_described(hints[name], dotted)}, found {_short(value)}."
-            )
-            raise ValueError(msg) from None
+            ) from None
     try:
         return cls(**values)
     except ValueError as error:
-        msg = f"{place}: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{place}: {error}") from error
 
 
 def check_seed(seed: object) -> None:
     """Refuse what is no seed for every generator that is used."""
     if not (hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32):
-        msg = f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}."
-        raise ValueError(msg)
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}.")
 
 
 def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) -> None:
@@ -68,8 +64,7 @@ def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) ->
     for name in names:
         value = getattr(config, name)
         if value is not None and not fits(value):
-            msg = f"{name} {rule}, found {value!r}."
-            raise ValueError(msg)
+            raise ValueError(f"{name} {rule}, found {value!r}.")
 
 
 def require_rules(*rules: tuple[bool, str]) -> None:
@@ -89,16 +84,14 @@ def check_choice(config: Any, name: str, kind: Any) -> None:
     """Refuse a value of a config that is not among those of a literal type."""
     value, allowed = getattr(config, name), get_args(kind)
     if value not in allowed:
-        msg = f"{name} must be one of {list(allowed)}, found {value!r}."
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be one of {list(allowed)}, found {value!r}.")
 
 
 def check_sum(config: Any, *names: str) -> None:
     """Refuse shares of a config that are more than the whole together."""
     total = sum(getattr(config, name) for name in names)
     if total > 1 + 1e-9:
-        msg = f"{', '.join(names)} must add up to at most 1, found {total:g}."
-        raise ValueError(msg)
+        raise ValueError(f"{', '.join(names)} must add up to at most 1, found {total:g}.")
 
 
 def _check_names(cls: type, entries: Mapping[Any, Any], place: str) -> None:
@@ -108,13 +101,11 @@ def _check_names(cls: type, entries: Mapping[Any, Any], place: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
-            msg = f"Unknown entry {name!r} in {place}{hint} Known are {known}."
-            raise ValueError(msg)
+            raise ValueError(f"Unknown entry {name!r} in {place}{hint} Known are {known}.")
     nothing = dataclasses.MISSING
     required = [f.name for f in fields if f.default is f.default_factory is nothing]
     if missing := [name for name in required if name not in entries]:
-        msg = f"Missing from {place}: {missing}."
-        raise ValueError(msg)
+        raise ValueError(f"Missing from {place}: {missing}.")
 
 
 def _fitted(value: Any, hint: Any, where: str, table: str) -> Any:
@@ -186,9 +177,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         entries = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        msg = f"{path} is damaged ({error}); {remedy}."
-        raise ValueError(msg) from error
+        raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
     if not isinstance(entries, dict):
-        msg = f"{path} is damaged: expected a table of names and values; {remedy}."
-        raise ValueError(msg)
+        raise ValueError(f"{path} is damaged: expected a table of names and values; {remedy}.")
     return entries

@@ -46,8 +46,7 @@ def run_demo(
     refuse_output(out / _EMBEDDED, has_spatialdata=False, overwrite=overwrite)
     figures = [out / name for name in _FIGURES]
     if (found := [figure.name for figure in figures if figure.exists()]) and not overwrite:
-        msg = f"{out} has {found} already; pass overwrite=True to replace them."
-        raise FileExistsError(msg)
+        raise FileExistsError(f"{out} has {found} already; pass overwrite=True to replace them.")
     if data is None:
         from stofm.datasets import simulate_slice
 

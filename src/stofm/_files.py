@@ -52,19 +52,18 @@ class Kind:
         if not place.exists() or (place.is_dir() and not any(place.iterdir())):
             return
         if not overwrite:
-            msg = f"{path} exists; pass overwrite=True to replace it."
-            raise FileExistsError(msg)
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
         if not self.is_one(place):
-            msg = f"{path} holds something else than {self.name} and is not replaced."
-            raise FileExistsError(msg)
+            raise FileExistsError(
+                f"{path} holds something else than {self.name} and is not replaced."
+            )
         files = (file for file in place.rglob("*") if file.is_symlink() or not file.is_dir())
         names = (file.relative_to(place).as_posix() for file in files if file.name not in TRIFLES)
         if others := sorted(name for name in names if not self.has(name)):
-            msg = (
+            raise FileExistsError(
                 f"{path} holds more than {self.name}, for example {others[:3]}, and is not "
                 "replaced. Move that elsewhere, or write to another place."
             )
-            raise FileExistsError(msg)
 
 
 def put_in_place(path: Path, fill: Callable[[Path], object]) -> None:
@@ -141,11 +140,10 @@ def reading(path: Path, expected: str) -> Iterator[None]:
             msg = f"{path} can't be read: {error.strerror or error}"
             raise OSError(error.errno, msg) from error
         first = (str(error).splitlines() or [""])[0]
-        msg = (
+        raise ValueError(
             f"{path} can't be read ({type(error).__name__}: {first}): it is damaged, or no "
             f"{expected}. Get or write it again."
-        )
-        raise ValueError(msg) from error
+        ) from error
 
 
 def read_table(path: Path, **options: Any) -> pd.DataFrame:

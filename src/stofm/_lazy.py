@@ -20,8 +20,7 @@ def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
 
     def load(name: str) -> object:
         if name not in homes:
-            msg = f"module {package!r} has no attribute {name!r}"
-            raise AttributeError(msg)
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         state = random.getstate()
         try:
             # It draws a number when it is imported, and scikit-learn imports it, within calls of ours.

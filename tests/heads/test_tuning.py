@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stofm.heads.tuning_samples import FineTuningConfig
 
 import stofm as st
 from stofm.heads.targets import Targets, head_loss
 from stofm.heads.tuning import fine_tune_head
-from stofm.heads.tuning_samples import FineTuningConfig
 from stofm.nn import HeadConfig, PredictionHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")

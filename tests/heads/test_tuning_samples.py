@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
 
 from stofm.heads.targets import Targets
-from stofm.heads.tuning_samples import FineTuningSamples, KnownCells
 from stofm.train.config import SpatialMasking
 from stofm.train.samples import Draws, SubSliceSamples, TokenReader
 from stofm.train.stages import CellCache, StageSetup

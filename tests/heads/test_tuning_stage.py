@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from stofm.heads.tuning_samples import FineTuningConfig, KnownCells
+from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 
 from stofm.heads.targets import Targets
 from stofm.heads.tuning_lora import LowRankModel
-from stofm.heads.tuning_samples import FineTuningConfig, KnownCells
-from stofm.heads.tuning_stage import FineTuningObjective, FineTuningStage, tune
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.train.processes import Processes
 from stofm.train.samples import Draws

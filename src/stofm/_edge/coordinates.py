@@ -42,26 +42,23 @@ def read_axes(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
     """Return x and y of every cell, (n_obs, 2), finite, and z, (n_obs,), if there is one."""
     if adata.n_obs == 0:
-        msg = "The AnnData has no cells; nothing to do. Was it filtered too hard?"
-        raise ValueError(msg)
+        raise ValueError("The AnnData has no cells; nothing to do. Was it filtered too hard?")
     if spatial_key not in adata.obsm:
         raise KeyError(_missing(adata, spatial_key))
     values = _numbers(adata, spatial_key)
     if values.ndim != 2 or values.shape[1] not in (2, 3):
-        msg = (
+        raise ValueError(
             f"obsm[{spatial_key!r}] has the shape {values.shape}; expected ({adata.n_obs}, 2), "
             "x and y of each cell."
         )
-        raise ValueError(msg)
     bad = np.flatnonzero(~np.isfinite(values[:, :2]).all(axis=1))
     if len(bad):
-        msg = (
+        raise ValueError(
             f"{len(bad)} of {adata.n_obs} cells have NaN or infinite coordinates in "
             f"obsm[{spatial_key!r}], for example {adata.obs_names[bad[:3]].tolist()}. Drop them: "
             f"adata = adata[np.isfinite(np.asarray(adata.obsm[{spatial_key!r}], dtype=float))"
             ".all(axis=1)].copy()"
         )
-        raise ValueError(msg)
     return np.ascontiguousarray(values[:, :2]), values[:, 2] if values.shape[1] == 3 else None
 
 

@@ -48,11 +48,11 @@ def read_counts(
     """
     require_cells_and_genes(adata)
     if chunk_size is not None and chunk_size < 1:
-        msg = f"chunk_size must be at least 1, found {chunk_size}."
-        raise ValueError(msg)
+        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
     if layer is not None and layer not in adata.layers:
-        msg = f"There is no layer {layer!r}; layers of the AnnData: {sorted(layer_names(adata))}."
-        raise KeyError(msg)
+        raise KeyError(
+            f"There is no layer {layer!r}; layers of the AnnData: {sorted(layer_names(adata))}."
+        )
     return _checked_blocks(adata, layer, _starts_of_blocks(adata, layer, chunk_size))
 
 
@@ -73,11 +73,10 @@ def _checked_blocks(
             advice = _counts_elsewhere(adata, layer) or (
                 f"No layer looks like raw counts either. {_advice(block.data, _name(layer))}"
             )
-            msg = (
+            raise NotRawCountsError(
                 f"{_name(layer)} does not hold raw counts: {fault} (non-zero entries of cells "
                 f"{start} to {stop - 1}). {advice}"
             )
-            raise NotRawCountsError(msg)
         yield _rounded(block)
 
 
@@ -104,8 +103,7 @@ def _matrix(adata: AnnData, layer: str | None) -> Any:
     if matrix is None:
         names = sorted(layer_names(adata))
         way_out = f"pass `layer`, one of {names}" if names else "put raw counts there"
-        msg = f"adata.X is empty; {way_out}."
-        raise NotRawCountsError(msg)
+        raise NotRawCountsError(f"adata.X is empty; {way_out}.")
     return matrix
 
 
@@ -139,11 +137,10 @@ def _to_csr(rows: Any, name: str, is_gene: NDArray[np.bool_]) -> sparse.csr_matr
         # scipy has no sparse matrices of half precision.
         rows = rows.astype(np.float32) if rows.dtype == np.float16 else rows
     if rows.dtype.kind not in "buif":
-        msg = (
+        raise TypeError(
             f"Counts must be numbers, found the type {rows.dtype} in {name}. If they are numbers "
             f"all the same: {name} = {name}.astype('float32')."
         )
-        raise TypeError(msg)
     require_sound(rows, name)
     block = sparse.csr_matrix(rows)
     if is_gene.all():

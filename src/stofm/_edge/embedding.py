@@ -81,8 +81,7 @@ class Run:
         """Resolve what users may leave open."""
         for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
             if value != "auto" and value < 1:
-                msg = f"`{name}` must be at least 1, or left out, found {value}."
-                raise ValueError(msg)
+                raise ValueError(f"`{name}` must be at least 1, or left out, found {value}.")
         model = load_model(model)
         model.warn_if_untrained()
         place = choose_device(device)
@@ -184,11 +183,10 @@ def embed_table(
         require_memory(adata, run, rules, places.slices.rows, 0.0, copy=copy)
         features = read_current(adata, cell_rep)
         if features.shape[1] != model.config.se2_transformer.d_cell:
-            msg = (
+            raise ValueError(
                 f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} takes "
                 f"cell features of {model.config.se2_transformer.d_cell}."
             )
-            raise ValueError(msg)
     use_rep = cell_rep or Obsm.X_CELL
     layouts = lay_out(features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata)
     values = _embed_slices(layouts, features, rules, run)
@@ -301,9 +299,8 @@ def require_memory(
     for device, n_bytes in needed.items():
         if n_bytes > (free := free_memory(device)):
             place = "main memory" if device == _CPU else str(device)
-            msg = (
+            raise MemoryError(
                 f"Embedding {adata.n_obs} cells of {n_genes:.0f} genes takes about "
                 f"{describe_bytes(n_bytes)} of {place}, and {describe_bytes(free)} are free. "
                 f"{_MEMORY_ADVICE}"
             )
-            raise MemoryError(msg)

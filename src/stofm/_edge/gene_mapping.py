@@ -78,8 +78,9 @@ def kinds_of_others(adata: AnnData) -> NDArray[np.object_]:
             is_other = column.isin(others).to_numpy() & (kinds == "")
             kinds[is_other] = column.astype(str).to_numpy()[is_other]
     if adata.n_vars and kinds.all():
-        msg = f"adata has no genes, by its own word ({_counted(kinds)}). Pass the gene expression."
-        raise ValueError(msg)
+        raise ValueError(
+            f"adata has no genes, by its own word ({_counted(kinds)}). Pass the gene expression."
+        )
     return kinds
 
 
@@ -106,8 +107,7 @@ def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, li
         names = _names_of_genes(adata, VAR_NAMES)
         return {name: sources[name] for name in kept} | {VAR_NAMES: names}
     if gene_key not in adata.var:
-        msg = f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}."
-        raise KeyError(msg)
+        raise KeyError(f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}.")
     return {gene_key: _names_of_genes(adata, gene_key)}
 
 
@@ -176,11 +176,10 @@ def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocab
         return embedded_vocabulary()
     vocabulary = getattr(model_or_vocabulary, "vocabulary", model_or_vocabulary)
     if not isinstance(vocabulary, GeneVocabulary):
-        msg = (
+        raise TypeError(
             "Expected a GeneVocabulary or a model that has one, "
             f"found {type(model_or_vocabulary).__name__}."
         )
-        raise TypeError(msg)
     return vocabulary
 
 

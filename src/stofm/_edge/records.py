@@ -148,17 +148,15 @@ def _put_back(
 def refuse_taken(key_added: str, suggestion: str, *taken: str | None) -> None:
     """Refuse a name that files can't hold, or that is one of `taken`, and suggest another."""
     if not key_added.strip(".") or set(key_added) & {"/", "\0"}:
-        msg = (
+        raise ValueError(
             f"key_added={key_added!r} can't be written to a file: a name has to have letters and no "
             f"'/'. Choose one such as {suggestion!r}."
         )
-        raise ValueError(msg)
     if key_added in taken:
-        msg = (
+        raise ValueError(
             f"key_added={key_added!r} would replace something that is read or that means something "
             f"else; choose another name, such as {suggestion!r}."
         )
-        raise ValueError(msg)
 
 
 def refuse_foreign(
@@ -170,20 +168,18 @@ def refuse_foreign(
     found = [f"obs[{name!r}]" for name in obs if name in adata.obs]
     found += [f"obsm[{name!r}]" for name in obsm if name in adata.obsm]
     if found:
-        msg = (
+        raise ValueError(
             f"key_added={key!r} would replace {' and '.join(found)}, which stofm has not written. "
             "Choose another name, or delete it first."
         )
-        raise ValueError(msg)
 
 
 def refuse_not_finite(task: str, *predicted: NDArray[Any] | None) -> None:
     """Refuse to write predictions that are NaN or infinite."""
     for values in predicted:
         if values is not None and (n_bad := int((~np.isfinite(values)).any(axis=1).sum())):
-            msg = (
+            raise FloatingPointError(
                 f"The {task} of {n_bad} of {len(values)} cells is not finite, and nothing is "
                 "written: the head's weights are damaged. Fit it again, or load it from where it "
                 "was saved."
             )
-            raise FloatingPointError(msg)

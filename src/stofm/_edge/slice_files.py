@@ -69,11 +69,10 @@ def _has_elements(path: Path) -> bool:
         return False
     if path.is_dir() and names & (_ELEMENTS - _METADATA):
         return True
-    msg = (
+    raise ValueError(
         f"{path} holds no AnnData: expected obs and var, found {sorted(names)[:8]} ({encoding}). "
         "Read it as what it is, and write the table with counts of genes and coordinates as .h5ad."
     )
-    raise ValueError(msg)
 
 
 @contextlib.contextmanager
@@ -93,8 +92,7 @@ def _root(path: Path) -> Iterator[Any]:
 def _found(path: str | Path) -> Path:
     path = local(path)
     if not take_back(path).exists():
-        msg = f"There is no file {path}."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"There is no file {path}.")
     return path
 
 
@@ -133,11 +131,10 @@ def _require_whole(group: Any, path: Path) -> None:
         for array in (group["data"], group["indices"]):
             n, expected = array.nchunks_initialized, array.nchunks
             if n < expected and min(group.attrs["shape"]) > 1:
-                msg = (
+                raise ValueError(
                     f"{path} lacks a part: the array {array.path!r} has {n} of {expected} chunks. "
                     "Copy the store again, or write it again from the data."
                 )
-                raise ValueError(msg)
     for _, inner in group.groups():
         _require_whole(inner, path)
 
@@ -171,8 +168,7 @@ def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None
     kind that is written.
     """
     if path.suffix not in (".h5ad", ".zarr"):
-        msg = f"The output must end in .h5ad or .zarr, found {path.name!r}."
-        raise ValueError(msg)
+        raise ValueError(f"The output must end in .h5ad or .zarr, found {path.name!r}.")
     kind = _H5AD if path.suffix == ".h5ad" else _SPATIALDATA if has_spatialdata else _ANNDATA_STORE
     kind.refuse_other(path, overwrite=overwrite)
 

@@ -123,19 +123,17 @@ def _separate(adata: AnnData, column: str | None) -> Slices:
         there = [str(name) for name in adata.obs.columns]
         likely = [name for name in there if _SLICE_WORDS.search(name)]
         likely += difflib.get_close_matches(column, there)
-        msg = (
+        raise KeyError(
             f"There is no obs[{column!r}] to separate slices by; "
             f"candidates: {list(dict.fromkeys(likely)) or 'none'}. If all cells are one "
             f"slice, add it: adata.obs[{column!r}] = 'one'."
         )
-        raise KeyError(msg)
     values = adata.obs[column]
     if n_missing := int(values.isna().sum()):
-        msg = (
+        raise ValueError(
             f"{n_missing} cells have no value in obs[{column!r}]; every cell must belong to "
             "a slice. Fill the column or drop the cells."
         )
-        raise ValueError(msg)
     names, codes = np.unique(values.astype(str).to_numpy().astype(str), return_inverse=True)
     order = np.argsort(codes, kind="stable")
     rows = np.split(order, np.cumsum(np.bincount(codes))[:-1])
@@ -235,14 +233,13 @@ def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
     times = adata.obs.groupby(level=0, sort=False).cumcount().to_numpy()
     share = float(adata.obs_names.duplicated(keep=False).mean())
     if share >= _REPEATED and _boxes_overlap(xy, times):
-        msg = (
+        raise ValueError(
             f"{share:.0%} of the obs_names are there several times (up to {times.max() + 1}), and "
             "their cells lie on each other: slices that were joined without a column that names "
             "them? Make one and pass it: adata.obs['sample'] = adata.obs.groupby(level=0).cumcount()"
             ".astype(str).to_numpy(), library_key='sample'. If they are one slice, pass a column "
             "that is the same for all cells."
         )
-        raise ValueError(msg)
 
 
 def _boxes_overlap(xy: NDArray[np.float64], codes: NDArray[np.integer]) -> bool:

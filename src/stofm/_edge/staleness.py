@@ -68,8 +68,9 @@ def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
     """Read an entry of ``obsm``, and refuse an embedding that does not fit the AnnData any more."""
     values = read_representation(adata, rep)
     if reason := stale_reason(adata, rep):
-        msg = f"{reason} Make it again: st.pp.tokenize(adata), st.tl.encode_cells(adata)."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{reason} Make it again: st.pp.tokenize(adata), st.tl.encode_cells(adata)."
+        )
     return values
 
 

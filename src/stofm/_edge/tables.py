@@ -37,22 +37,21 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
         if table_key is None and len(names) == 1:
             table_key = names[0]
         if table_key not in names:
-            msg = f"The SpatialData has the tables {names}; pass one of them as `table_key`."
-            raise KeyError(msg)
+            raise KeyError(
+                f"The SpatialData has the tables {names}; pass one of them as `table_key`."
+            )
         sdata, data = data, tables[table_key]
         if Obsm.SPATIAL not in data.obsm:
             data = data.copy() if copy else data
             _add_centroids(sdata, data)
     if not (hasattr(data, "obsm") and hasattr(data, "var_names")):
-        msg = f"Expected an AnnData or a SpatialData, found {type(data).__name__}."
-        raise TypeError(msg)
+        raise TypeError(f"Expected an AnnData or a SpatialData, found {type(data).__name__}.")
     adata: AnnData = data
     if adata.isbacked and (copy or adata.is_view):
-        msg = (
+        raise ValueError(
             "A backed AnnData can't be copied, nor its view written to, without a new file: use "
             "adata.to_memory(), or work on the whole backed AnnData with copy=False."
         )
-        raise ValueError(msg)
     return adata
 
 
@@ -88,8 +87,9 @@ def require_cells_and_genes(adata: AnnData) -> None:
     """Refuse an AnnData without rows or columns."""
     if 0 in adata.shape:
         what = "cells" if adata.n_obs == 0 else "genes"
-        msg = f"The AnnData has no {what} (shape {adata.shape}). Was it filtered too hard?"
-        raise ValueError(msg)
+        raise ValueError(
+            f"The AnnData has no {what} (shape {adata.shape}). Was it filtered too hard?"
+        )
 
 
 def layer_names(adata: AnnData) -> list[str]:
@@ -111,18 +111,16 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
     require_sound(stored, f"adata.obsm[{rep!r}]")
     values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)
     if values.ndim != 2 or 0 in values.shape or values.dtype.kind not in "biuf":
-        msg = (
+        raise ValueError(
             f"obsm[{rep!r}] has the shape {values.shape} and the type {values.dtype}; expected "
             "numbers, (n_obs, d), of at least one cell."
         )
-        raise ValueError(msg)
     values = values.astype(np.float32, copy=False)
     if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
-        msg = (
+        raise ValueError(
             f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{rep!r}]; make it "
             "again or drop these cells."
         )
-        raise ValueError(msg)
     return values
 
 

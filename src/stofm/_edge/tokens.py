@@ -129,33 +129,29 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
     """Read stored tokens, as many as the model keeps of a cell, with values if it reads them."""
     again = "st.pp.tokenize(adata, model)"
     if Obsm.TOKENS not in adata.obsm:
-        msg = f"There is no obsm[{Obsm.TOKENS!r}]: run {again} first."
-        raise KeyError(msg)
+        raise KeyError(f"There is no obsm[{Obsm.TOKENS!r}]: run {again} first.")
     record, beside = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Obsm.TOKEN_VALUES))
     if record.get("vocabulary") != model.vocabulary.fingerprint:
-        msg = (
+        raise ValueError(
             f"The tokens were made with the vocabulary {record.get('vocabulary', '(unknown)')}, "
             f"and model {model.name!r} has {model.vocabulary.fingerprint}. Run {again} again."
         )
-        raise ValueError(msg)
     reads_values = model.config.cell_encoder.reads_values
     if reads_values and (Obsm.TOKEN_VALUES not in adata.obsm or record != beside):
-        msg = (
+        raise KeyError(
             f"Model {model.name!r} reads the values of tokens, and there is no "
             f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]. Run {again} again."
         )
-        raise KeyError(msg)
     try:
         ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
         if (largest := int(ranked.tokens.max(initial=0))) >= model.vocabulary.n_tokens:
-            msg = f"The token {largest} is not in the vocabulary."
-            raise ValueError(msg)
+            raise ValueError(f"The token {largest} is not in the vocabulary.")
         if reads_values:
             ranked = ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES])
     except ValueError as error:
-        msg = f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run {again} again."
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run {again} again."
+        ) from error
     if found := changed_counts(adata, model.vocabulary):
-        msg = f"The tokens are of other counts: {found} Run {again} again."
-        raise ValueError(msg)
+        raise ValueError(f"The tokens are of other counts: {found} Run {again} again.")
     return ranked.head(model.config.max_tokens)

@@ -48,12 +48,14 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     """
     is_address = "://" in name
     if not is_address and not local(name).is_file():
-        msg = f"There is no file {name!r}; pass the path or the http(s) address of an .h5ad file."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(
+            f"There is no file {name!r}; pass the path or the http(s) address of an .h5ad file."
+        )
     digest = (sha256 or "").strip().lower()
     if not re.fullmatch(r"[0-9a-f]{64}", digest):
-        msg = f"sha256 must be 64 hexadecimal digits, as `sha256sum` prints them, found {sha256!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"sha256 must be 64 hexadecimal digits, as `sha256sum` prints them, found {sha256!r}."
+        )
     if is_address:
         folder = pooch.os_cache("stofm") if cache_dir is None else local(cache_dir)
         # The name starts with the checksum, so that two never collide.
@@ -61,6 +63,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
         known_hash = f"sha256:{digest}"
         return read_data(pooch.retrieve(name, known_hash=known_hash, fname=file, path=folder))
     if (found := pooch.file_hash(local(name))) != digest:
-        msg = f"{name} has the sha256 {found}, expected {digest}: it is another file or damaged."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{name} has the sha256 {found}, expected {digest}: it is another file or damaged."
+        )
     return read_data(name)

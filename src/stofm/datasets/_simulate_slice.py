@@ -309,5 +309,4 @@ def _categorical(codes: NDArray[np.int64], names: tuple[str, ...] | list[str]) -
 
 def _require(name: str, value: object, expected: str, is_fine: object) -> None:
     if not is_fine:
-        msg = f"{name} must be {expected}, found {value!r}."
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be {expected}, found {value!r}.")

@@ -91,8 +91,9 @@ def make_panel(n_genes: int, *, species: Species, regions: Regions, platform: in
     types = tissue.cell_types
     known = [row for row in _panel_order(types) if genes[species][row]]
     if n_genes > len(known):
-        msg = f"n_genes={n_genes}, but there are real symbols of {len(known)} {species} genes."
-        raise ValueError(msg)
+        raise ValueError(
+            f"n_genes={n_genes}, but there are real symbols of {len(known)} {species} genes."
+        )
     columns = np.array(known[:n_genes])
     marked = [genes["cell_types"][row] for row in columns]
     log_expression, gradients, shape = _profiles()

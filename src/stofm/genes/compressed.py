@@ -36,8 +36,7 @@ def require_sound(matrix: Any, name: str, *, entries: bool = True) -> None:
         part = np.asarray(indices[start : min(start + _ENTRIES_AT_ONCE, n)])
         is_sound = is_sound and part.min() >= 0 and part.max() < n_places
     if not is_sound:
-        msg = (
+        raise ValueError(
             f"{name} is damaged: indices of its entries do not fit its shape {tuple(matrix.shape)} "
             "or their number. Get the file again, or build the matrix again from its source."
         )
-        raise ValueError(msg)

@@ -68,8 +68,7 @@ def fit_genes(
 ) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
     """Genes, special tokens and aliases; see :meth:`stofm.genes.GeneVocabulary.fit`."""
     if method not in ("exact", "histogram"):
-        msg = f"method must be one of ['exact', 'histogram'], found {method!r}."
-        raise ValueError(msg)
+        raise ValueError(f"method must be one of ['exact', 'histogram'], found {method!r}.")
     pairs = {} if orthologs is None else read_orthologs(orthologs)
     medians = Medians(binned=method == "histogram")
     names = GeneNames()
@@ -87,12 +86,11 @@ def fit_genes(
     kept = {gene: float(values[row]) for gene, row in numbers.items() if n_cells[row] >= min_cells}
     logger.info("%d of %d genes were seen in at least %d cells", len(kept), len(numbers), min_cells)
     if not kept:
-        msg = (
+        raise ValueError(
             f"No gene is left: {len(numbers)} genes were recognised, none of them seen in "
             f"{min_cells} cells. Ids must be human Ensembl ids; pass `orthologs` for mouse Ensembl "
             "ids, and a `reference` vocabulary for symbols."
         )
-        raise ValueError(msg)
     symbols = names.symbols(kept)
     rows = [
         (gene, symbols.get(gene, ""), token, kept[gene])

@@ -57,8 +57,7 @@ class GeneTable:
         suffix = require_suffix(path, "A table of genes must be a file")
         place = local(path)
         if not place.is_file():
-            msg = f"There is no table of genes {path}."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"There is no table of genes {path}.")
         with reading(place, "table of genes"), np.errstate(over="ignore"):
             names, values = _read_arrays(place) if suffix == ".npz" else _read_frame(place, suffix)
             values = values.astype(np.float32, copy=False)
@@ -78,11 +77,10 @@ class GeneTable:
         genes = mapping.gene_index
         if not mapping.n_matched:
             found = ", ".join(repr(name) for name in mapping.unmatched)
-            msg = (
+            raise ValueError(
                 f"{self.file}: none of its {len(self.names)} genes is in the vocabulary; found, for "
                 f"example, {found}. {_EXPECTED}"
             )
-            raise ValueError(msg)
         bare = np.array([strip_version(name) for name in self.names])
         is_own = (bare == mapping.gene_id) | (bare == vocabulary.symbols[genes])
         order = np.argsort(~is_own, kind="stable")
@@ -97,11 +95,10 @@ def require_suffix(path: str | PathLike[str], what: str) -> str:
     """Return the ending of a table's name; `what` is how the message begins if it is of none."""
     suffix = next((one for one in _SUFFIXES if str(path).endswith(one)), "")
     if not suffix:
-        msg = (
+        raise ValueError(
             f"{what} that ends in {', '.join(_SUFFIXES)}, found {str(path)!r}. Pickles are never "
             "read: write what they hold to one of these."
         )
-        raise ValueError(msg)
     return suffix
 
 
@@ -118,8 +115,9 @@ def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[Any]]:
     is_text = [name for name, kind in numbers.dtypes.items() if kind.kind not in "biuf"]
     if numbers.empty or is_text:
         found = f"{is_text[0]!r} holds something else" if is_text else f"the table is {frame.shape}"
-        msg = f"{path}: expected genes in the first column and numbers in all others; {found}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{path}: expected genes in the first column and numbers in all others; {found}."
+        )
     return clean_names(frame.iloc[:, 0]), numbers.to_numpy(dtype=np.float32, na_value=np.nan)
 
 
@@ -128,14 +126,16 @@ def _read_arrays(path: Path) -> tuple[list[str], NDArray[Any]]:
         try:
             arrays = dict(file)
         except ValueError as error:
-            msg = f"{path} can't be read without unpickling ({error}): save names as np.array(names, dtype=str)."
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"{path} can't be read without unpickling ({error}): save names as np.array(names, dtype=str)."
+            ) from error
     names = arrays.pop(_GENES, np.empty(0))
     values = next(iter(arrays.values()), np.empty(0))
     is_table = names.ndim == 1 and values.ndim == 2 and len(names) == len(values)
     if len(arrays) != 1 or not is_table or values.dtype.kind not in "biuf":
-        msg = f"{path}: expected the array {_GENES!r}, (n,), and one other, of numbers, (n, width)."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{path}: expected the array {_GENES!r}, (n,), and one other, of numbers, (n, width)."
+        )
     return clean_names(names), values
 
 

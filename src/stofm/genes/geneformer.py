@@ -56,8 +56,9 @@ def load_geneformer(
 ) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
     """Genes, special tokens and aliases; see :meth:`stofm.genes.GeneVocabulary.geneformer`."""
     if name not in _HUB_FILES:
-        msg = f"There is no Geneformer vocabulary {name!r}; there are {sorted(_HUB_FILES)}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"There is no Geneformer vocabulary {name!r}; there are {sorted(_HUB_FILES)}."
+        )
     tables = {}
     for table in (_TOKENS, _MEDIANS, _NAMES):
         path = _download(name, table, revision) if folder is None else _find(name, table, folder)
@@ -73,8 +74,9 @@ def load_geneformer(
     special = {key.strip("<>"): int(token) for key, token in tokens.items() if key[0] == "<"}
     genes = [gene for gene in tokens if gene[0] != "<"]
     if without := [gene for gene in genes if gene not in medians]:
-        msg = f"{len(without)} genes have a token but no median, for example {without[:3]}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{len(without)} genes have a token but no median, for example {without[:3]}."
+        )
     rows = [
         (gene, symbols.get(gene, ""), int(tokens[gene]), float(medians[gene])) for gene in genes
     ]
@@ -95,8 +97,9 @@ def _find(name: str, table: str, folder: str | PathLike[str]) -> Path:
     for file in names:
         if found := sorted(local(folder).rglob(file)):
             return found[0]
-    msg = f"{folder} has no {table} of the vocabulary {name!r}; looked for {' and '.join(names)}."
-    raise FileNotFoundError(msg)
+    raise FileNotFoundError(
+        f"{folder} has no {table} of the vocabulary {name!r}; looked for {' and '.join(names)}."
+    )
 
 
 def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
@@ -106,25 +109,23 @@ def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any
     if sha256 is None:
         logger.info("%s: sha256 %s, not compared with a known one", path, found)
     elif found != sha256:
-        msg = (
+        raise ValueError(
             f"{path} is not the published file: its sha256 is {found}, expected {sha256}. "
             "Download it again, or pass check_sha256=False if it is meant to differ."
         )
-        raise ValueError(msg)
     try:
         table = _TableReader(io.BytesIO(content)).load()
     except UnsafeTableError as error:
-        msg = f"{path} is refused. {error} {_ADMITTED}"
-        raise UnsafeTableError(msg) from None
+        raise UnsafeTableError(f"{path} is refused. {error} {_ADMITTED}") from None
     except Exception as error:
-        msg = f"{path} could not be read as a pickle: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{path} could not be read as a pickle: {error}") from error
     if not isinstance(table, dict) or not all(
         isinstance(key, str) and isinstance(value, str | int | float)
         for key, value in table.items()
     ):
-        msg = f"{path} is refused: it is no dictionary of names to names or numbers. {_ADMITTED}"
-        raise UnsafeTableError(msg)
+        raise UnsafeTableError(
+            f"{path} is refused: it is no dictionary of names to names or numbers. {_ADMITTED}"
+        )
     return dict(table)
 
 
@@ -133,8 +134,7 @@ class _ScalarType:
 
     def __init__(self, name: str, *_: object) -> None:
         if name not in _FORMATS:
-            msg = f"It holds numbers of the unknown type {name!r}."
-            raise UnsafeTableError(msg)
+            raise UnsafeTableError(f"It holds numbers of the unknown type {name!r}.")
         self.format = f"<{_FORMATS[name]}"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -165,7 +165,6 @@ class _TableReader(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         stand_in = _STAND_INS.get((module_name, global_name))
         if stand_in is None:
-            msg = f"It asks for {module_name}.{global_name}."
-            raise UnsafeTableError(msg)
+            raise UnsafeTableError(f"It asks for {module_name}.{global_name}.")
         # Wrapped anew each time, because a pickle may set attributes of what it gets.
         return lambda *arguments: stand_in(*arguments)

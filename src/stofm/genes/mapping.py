@@ -140,11 +140,10 @@ def _download(address: str) -> Path:
 def _read_pairs(path: Path) -> dict[str, str]:
     table = read_text_table(path, "ortholog table")
     if not {_MOUSE, _HUMAN} <= set(table):
-        msg = (
+        raise ValueError(
             f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
             f"separated by tabs, found {list(table)}."
         )
-        raise ValueError(msg)
     pairs = table[[_MOUSE, _HUMAN]].dropna()
     return dict(zip(pairs[_MOUSE], pairs[_HUMAN], strict=True))
 
@@ -271,12 +270,11 @@ class GeneMapping:
             return
         examples = ", ".join(repr(name) for name in self.unmatched)
         advice = advise() if advise else ""
-        msg = (
+        raise ValueError(
             f"Only {self.n_matched} of {self.n_vars} genes are in the vocabulary. Found "
             f"{self._types()} (species: {self.species}); not in the vocabulary, for example: "
             f"{examples}. {advice or _ADVICE}"
         )
-        raise ValueError(msg)
 
     def _types(self) -> str:
         return ", ".join(f"{number} {kind}" for kind, number in self.id_types.items())
@@ -320,13 +318,11 @@ def map_gene_ids(
         `species` is none of the three, or the arguments differ in length.
     """
     if species not in get_args(Species):
-        msg = f"species must be 'auto', 'human' or 'mouse', found {species!r}."
-        raise ValueError(msg)
+        raise ValueError(f"species must be 'auto', 'human' or 'mouse', found {species!r}.")
     names = clean_names(ids)
     second = [""] * len(names) if fallback_ids is None else clean_names(fallback_ids)
     if len(second) != len(names):
-        msg = f"There are {len(names)} ids, but {len(second)} fallback ids."
-        raise ValueError(msg)
+        raise ValueError(f"There are {len(names)} ids, but {len(second)} fallback ids.")
     pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
     rows = vocabulary.rows_by_symbol | vocabulary.rows_by_alias | vocabulary.rows_by_id
     rows = {mouse: rows[human] for mouse, human in pairs.items() if human in rows} | rows

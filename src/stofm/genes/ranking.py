@@ -56,8 +56,7 @@ class RankedTokens:
     def __post_init__(self) -> None:
         rising = bool((np.diff(self.offsets) >= 0).all())
         if not rising or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            msg = "offsets must rise from 0 to the number of tokens."
-            raise ValueError(msg)
+            raise ValueError("offsets must rise from 0 to the number of tokens.")
 
     @property
     def n_cells(self) -> int:
@@ -100,11 +99,10 @@ class RankedTokens:
         """
         entries, offsets = _entries_in_order(matrix)
         if entries.dtype.kind not in "iu" or (len(entries) and entries.min() < 1):
-            msg = (
+            raise ValueError(
                 f"Tokens must be positive integers, found the type {entries.dtype} and "
                 f"{entries.min(initial=1):g} as the smallest; they were not made by stofm."
             )
-            raise ValueError(msg)
         return cls(tokens=entries.astype(np.int32, copy=False), offsets=offsets)
 
     def with_values(self, matrix: Any) -> RankedTokens:
@@ -119,11 +117,10 @@ class RankedTokens:
         entries, offsets = _entries_in_order(matrix)
         is_sound = (np.isfinite(entries) & (entries >= 0)).all()
         if not is_sound or not np.array_equal(offsets, self.offsets):
-            msg = (
+            raise ValueError(
                 "Values of tokens are negative, NaN or infinite, or are in other places than the "
                 "tokens. Make both anew."
             )
-            raise ValueError(msg)
         return replace(self, values=entries.astype(np.float32, copy=False))
 
     def without_values(self) -> RankedTokens:
@@ -176,8 +173,9 @@ def _entries_in_order(matrix: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
         own = offsets[start : start + _ROWS_AT_ONCE + 1]
         places = np.arange(own[0], own[-1]) - np.repeat(own[:-1], np.diff(own))
         if not np.array_equal(rows.indices[own[0] : own[-1]], places):
-            msg = "The matrix has empty places between tokens; it was not made by stofm."
-            raise ValueError(msg)
+            raise ValueError(
+                "The matrix has empty places between tokens; it was not made by stofm."
+            )
     return rows.data, offsets
 
 
@@ -312,8 +310,7 @@ def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
     """
     values: NDArray[Any] = block.data
     if len(values) and values.min() < 0:
-        msg = "Counts must not be negative."
-        raise ValueError(msg)
+        raise ValueError("Counts must not be negative.")
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return block
     rows = _rows_of_entries(block)

@@ -168,8 +168,7 @@ class GeneVocabulary:
         except (ValueError, OverflowError) as error:
             if str(error).startswith(str(path)):
                 raise
-            msg = f"{path}: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the table that :meth:`from_tsv` reads back exactly.
@@ -314,11 +313,10 @@ def _read_genes(
     table = read_text_table(path, "vocabulary table")
     columns = table.fillna("").rename(columns=_OTHER_NAMES).to_dict("list")
     if not {"token", "gene_id", "median"} <= set(columns):
-        msg = (
+        raise ValueError(
             f"{path} is not a vocabulary table: expected the columns {list(_COLUMNS)} "
             f"(or token_id, ensembl_id, median, symbol), found {list(table)}."
         )
-        raise ValueError(msg)
     nothing = [""] * len(table)
     rows = zip(*(columns.get(name, nothing) for name in _COLUMNS), strict=True)
     genes: list[tuple[str, str, int, float]] = []
@@ -338,8 +336,9 @@ def _lines(vocabulary: GeneVocabulary) -> list[str]:
     names = [*vocabulary.gene_ids.tolist(), *vocabulary.symbols.tolist(), *vocabulary.aliases]
     bad = [name for name in names if set(name) & set("\t\n\r")]
     if bad := bad + [alias for alias in vocabulary.aliases if not alias or "|" in alias]:
-        msg = f"The name {bad[0]!r} is empty, or holds a character that separates the table."
-        raise ValueError(msg)
+        raise ValueError(
+            f"The name {bad[0]!r} is empty, or holds a character that separates the table."
+        )
     aliases: dict[str, list[str]] = {}
     for alias, gene in vocabulary.aliases.items():
         aliases.setdefault(gene, []).append(alias)

@@ -146,11 +146,10 @@ class AnnotationTask(Task):
             sections, label_key, missing=options.missing, min_share=options.min_share
         )
         if Label.UNKNOWN in labels.classes:
-            msg = (
+            raise ValueError(
                 f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, the name of cells that no class "
                 "is supported for. Rename it, or add it to `missing` to leave it out."
             )
-            raise ValueError(msg)
         weights = None
         if options.class_weights == "balanced":
             sizes = np.bincount(labels.codes[labels.is_known], minlength=len(labels.classes))

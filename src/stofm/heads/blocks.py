@@ -173,12 +173,11 @@ def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
     first, *others = [origin_of(table, rep) for table in tables]
     for k, other in enumerate(others, 2):
         if not same_origin(other, first):
-            msg = (
+            raise ValueError(
                 f"obsm[{rep!r}] is by {describe_origin(first)} in the first AnnData and by "
                 f"{describe_origin(other)} in number {k}. Embed all with one model, or pass it as "
                 "`model`."
             )
-            raise ValueError(msg)
     return first
 
 
@@ -186,8 +185,9 @@ def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
     """Columns of a representation, the same in all tables."""
     found = {int(part.shape[1]) for part in parts}
     if len(found) > 1:
-        msg = f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
-        raise ValueError(msg)
+        raise ValueError(
+            f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
+        )
     return found.pop()
 
 

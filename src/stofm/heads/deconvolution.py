@@ -106,12 +106,11 @@ class ProportionsTask(Task):
         targets = Targets("proportions", spots.proportions, len(spots.types))
         n_known = int(targets.is_known.sum())
         if n_known < _MIN_SPOTS:
-            msg = (
+            raise ValueError(
                 f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
                 "are needed to fit a head and to hold some out. Pass more slices, or a smaller "
                 "spot_size if cells are summed into spots."
             )
-            raise ValueError(msg)
         return cls(targets=targets, request=request, types=tuple(spots.types), source=source)
 
     def make_head(
@@ -173,13 +172,20 @@ def learn_reference(
 ) -> DeconvolutionHead:
     """Fit a head to spots simulated from single cells, and write the proportions that it finds."""
     if request.options.strategy != "frozen":
-        msg = (
+        raise ValueError(
             f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
             "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
             "with a slice of single cells."
         )
-        raise ValueError(msg)
     _refuse_keys(sections, key, request)
+    plain = list(reference.values()) if isinstance(reference, dict) else reference
+    for one in plain if isinstance(plain, list | tuple) else [plain]:
+        if len(names := sorted(getattr(one, "tables", ()))) > 1:
+            # `table_key` names one of the query.
+            raise KeyError(
+                f"The reference is a SpatialData with the tables {names}; pass the one with the "
+                f"single cells: reference=sdata.tables[{names[0]!r}]."
+            )
     # A reference's slices do not matter, nor whether they overlap.
     cells = resolve_slices(reference, spatial_key="", role="reference")
     fitted = fit_simulated(sections, cells, label_key, request)

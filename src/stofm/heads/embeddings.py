@@ -144,12 +144,11 @@ class EmbeddingSource:
     def _check_against_head(self) -> None:
         for rep, origin in (self._expected or {}).items():
             if rep in MADE_BY_EMBED and not same_origin((self._made or {})[rep], origin):
-                msg = (
+                raise ValueError(
                     f"The head was fitted to embeddings by {describe_origin(origin)}, and the model "
                     f"to embed with is {describe_origin((self._made or {})[rep])}. Pass the head's "
                     "model as `model`, or fit a new head."
                 )
-                raise ValueError(msg)
 
     def _objection(self, adata: AnnData, rep: str, wanted: Origin) -> str:
         """Why an entry can't be read; empty if it can."""
@@ -191,12 +190,11 @@ def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
     try:
         return read_coordinates(adata, spatial_key)
     except KeyError as error:
-        msg = (
+        raise KeyError(
             f"{error.args[0]} Dissociated cells have none: for them pass "
             f"use_rep={Obsm.X_CELL!r}, which st.pp.tokenize and st.tl.encode_cells make of counts "
             "alone."
-        )
-        raise KeyError(msg) from error
+        ) from error
 
 
 def _changed_option(adata: AnnData, rep: str, options: Mapping[str, Any]) -> str:

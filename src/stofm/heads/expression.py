@@ -118,11 +118,10 @@ class ExpressionComponents:
         mean, axes, variances = principal_axes(values[:, chosen], n_components)
         is_kept = variances > max(_LEAST_SHARE * variances[0], 1e-9)
         if not is_kept.any():
-            msg = (
+            raise ValueError(
                 f"The expression of {len(genes)} genes is the same in all {counts.shape[0]} labelled "
                 "cells that have them. Are these raw counts? n_components=0 reads embeddings alone."
             )
-            raise ValueError(msg)
         return cls(
             genes=tuple(genes),
             shares=(sums / max(sums.sum(), 1.0)).astype(np.float32),

@@ -152,20 +152,18 @@ def _read_again(sections: Sections, before: Blocks, request: Request) -> Blocks:
 def model_to_tune(request: Request, origin: Origin) -> Stofm:
     """The model that embeddings are by; refuse those that are not all by one, or by another."""
     if strange := [rep for rep in origin if rep not in MADE_BY_EMBED]:
-        msg = (
+        raise ValueError(
             f"obsm{strange} are not embeddings of a model that could be tuned; use "
             f"strategy='frozen', or use_rep from {list(MADE_BY_EMBED)}."
         )
-        raise ValueError(msg)
     loaded = load_model(request.model)
     made = origin_by(loaded)
     for rep, found in origin.items():
         if not same_origin(found, made[rep]):
-            msg = (
+            raise ValueError(
                 f"obsm[{rep!r}] is by {describe_origin(found)}; pass that model as `model` to tune "
                 "it."
             )
-            raise ValueError(msg)
     return loaded
 
 
@@ -193,11 +191,10 @@ def plan_split(sections: Sections, task: Task, blocks: Blocks, seed: int) -> Spl
     own = [rows[is_known[rows]] for rows in sections.slices.rows]
     slices = [rows for rows in own if len(rows)]
     if how == "slices" and len(slices) < 2:
-        msg = (
+        raise ValueError(
             f"split='slices' holds out whole slices, and {len(slices)} of the {len(own)} slices has "
             "cells to learn from; use split='blocks'."
         )
-        raise ValueError(msg)
     has_places = sections.has_coordinates(spatial_key)
     if has_places or how == "blocks":
         places = sections.coordinates(spatial_key)

@@ -151,11 +151,10 @@ def map_columns(adata: AnnData, vocabulary: GeneVocabulary, name: str) -> Column
     try:
         return find_columns(adata, vocabulary, species="auto", gene_key=None, orthologs=None)
     except ValueError as error:
-        msg = (
+        raise ValueError(
             f"Genes of {name}: {error} These are options of st.pp.map_genes(adata, ...); call it "
             f"on {name} first, and its result is used here."
-        )
-        raise ValueError(msg) from error
+        ) from error
 
 
 def _vocabulary_ids(
@@ -221,17 +220,15 @@ def choose_panel(
         return GenePanel(tuple(inputs.values()), tuple(targets))
     examples = "; ".join(", ".join(repr(g.name) for g in table.genes[:3]) for table in tables)
     if not targets:
-        msg = (
+        raise ValueError(
             f"The {len(tables)} AnnData share no gene. Their genes are, for example: {examples}. "
             "Give all of them Ensembl ids or symbols, see st.pp.map_genes."
         )
-        raise ValueError(msg)
-    msg = (
+    raise ValueError(
         f"No gene is left to read: the {len(tables)} AnnData share none besides the {len(targets)} "
         f"genes to impute. Their genes are, for example: {examples}. Hold out fewer genes, or give "
         "all AnnData Ensembl ids or symbols, see st.pp.map_genes."
     )
-    raise ValueError(msg)
 
 
 def warn_of_few_shared(n_shared: int, n_genes: Sequence[int]) -> None:

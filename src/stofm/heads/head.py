@@ -97,6 +97,8 @@ class Head:
     #: Name of the task in files and messages, and what the outputs are called together.
     task: ClassVar[str]
     called: ClassVar[str]
+    #: Whether all slices must have places if neighbours are read.
+    needs_places: ClassVar[bool] = False
     #: Arrays in which NaN has a meaning.
     may_be_nan: ClassVar[frozenset[str]] = frozenset()
 
@@ -134,15 +136,15 @@ class Head:
         blocks = read_embeddings(sections, request, expected=self.origin)
         if self.expression is not None:
             blocks = read_expression(self.expression, sections, blocks, request.layer)
-        blocks = with_neighborhood(sections, blocks, self.n_neighbors, request)
+        needed = range(len(sections.tables)) if self.needs_places else ()
+        blocks = with_neighborhood(sections, blocks, self.n_neighbors, request, needed=needed)
         for source, network in zip(self.reads, self.networks, strict=True):
             expected, widths = network.config.d_input, blocks.widths_of(source)
             if widths and sum(widths) != expected:
-                msg = (
+                raise ValueError(
                     f"The head reads {expected} columns of obsm{list(self.use_rep)} ({source}), "
                     f"found {list(widths)}. Make them as for fitting."
                 )
-                raise ValueError(msg)
         return blocks
 
     def votes(
@@ -156,11 +158,10 @@ class Head:
         shares = [w * known[source] for source, w in zip(self.reads, self.weights, strict=True)]
         total = np.sum(shares, axis=0)
         if n_bad := int((total == 0).sum()):
-            msg = (
+            raise ValueError(
                 f"{n_bad} of {len(total)} cells have nothing of what the head reads "
                 f"({', '.join(sorted(known))}); see the warnings before, or fit a head to what there is."
             )
-            raise ValueError(msg)
         last, values = None, blocks.features
         for network, reads, share in zip(self.networks, self.reads, shares, strict=True):
             if not share.any():
@@ -225,11 +226,9 @@ class Head:
         found = config.get("task")
         if config and found != cls.task:
             what = f"a head for {found}" if found else "no head"
-            msg = f"{where} holds {what}, not one for {cls.task}."
-            raise ValueError(msg)
+            raise ValueError(f"{where} holds {what}, not one for {cls.task}.")
         if missing:
-            msg = f"{where} is no folder of a head: {missing} missing."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"{where} is no folder of a head: {missing} missing.")
         try:
             return cls._read(where, config)
         except (OSError, MemoryError):
@@ -238,12 +237,11 @@ class Head:
         except Exception as error:
             if str(where) in str(error):
                 raise
-            msg = (
+            raise ValueError(
                 f"{where} is damaged, or was saved by an older stofm ({type(error).__name__}: "
                 f"{error}); it says {config.get('stofm_version')}, this is {__version__}. Fit the "
                 "head again."
-            )
-            raise ValueError(msg) from error
+            ) from error
 
     @classmethod
     def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
@@ -252,6 +250,8 @@ class Head:
         entries = build_dataclass(_Config, config, CONFIG)
         tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
         arrays = {name: value.numpy() for name, value in tensors.items()}
+        if entries.strategy != "frozen" and not (where / _MODEL).is_dir():
+            raise ValueError(f"there is no {_MODEL}/ with the tuned model")
         same = ("outputs", "use_rep", "origin", "strategy", "params", "split")
         return cls(
             **{name: getattr(entries, name) for name in same},
@@ -324,8 +324,7 @@ def _plain(value: Any) -> Any:
     """Numbers of numpy, which options may be, as those of Python."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
-    msg = f"Object of type {type(value).__name__} is not JSON serializable"
-    raise TypeError(msg)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _digested(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,5 +370,4 @@ def require_head(head: Any, kind: type[Head]) -> None:
         found = f"a head for {head.task}"
     else:
         found = f"a {type(head).__name__}"
-    msg = f"Expected a head for {kind.task} ({kind.__name__}), found {found}."
-    raise TypeError(msg)
+    raise TypeError(f"Expected a head for {kind.task} ({kind.__name__}), found {found}.")

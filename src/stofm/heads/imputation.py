@@ -81,6 +81,7 @@ class ImputationHead(Head):
 
     task: ClassVar[str] = "imputation"
     called: ClassVar[str] = "genes"
+    needs_places: ClassVar[bool] = True
     may_be_nan: ClassVar[frozenset[str]] = frozenset({"gene_scores"})
 
     gene_scores: pd.Series[float]
@@ -113,16 +114,14 @@ class ImputationHead(Head):
         places |= {name: k for k, name in enumerate(self.outputs)}
         if unknown := [gene for gene in asked if gene not in places]:
             near = difflib.get_close_matches(unknown[0], places, n=3)
-            msg = (
+            raise ValueError(
                 f"The head does not impute {len(unknown)} of {len(asked)} genes, for example "
                 f"{unknown[:3]} (near {unknown[0]!r}: {near or 'nothing'}). It knows "
                 f"{len(self.outputs)} genes, see head.genes; fit one with these genes."
             )
-            raise ValueError(msg)
         columns = np.array([places[gene] for gene in asked], dtype=np.int64)
         if not len(columns) or len(np.unique(columns)) < len(columns):
-            msg = f"genes must name the genes to impute, each once; found {asked[:5]}."
-            raise ValueError(msg)
+            raise ValueError(f"genes must name the genes to impute, each once; found {asked[:5]}.")
         return columns
 
     def predict(
@@ -288,16 +287,16 @@ def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.
     """Cells to learn from; refuse genes of which they tell nothing."""
     known = np.flatnonzero(targets.is_known)
     if not len(known):
-        msg = "No cell has any count in the genes that are read, so there is nothing to learn from."
-        raise ValueError(msg)
+        raise ValueError(
+            "No cell has any count in the genes that are read, so there is nothing to learn from."
+        )
     flat = targets.is_constant(known)
     examples = [gene.name for gene, is_flat in zip(genes, flat, strict=True) if is_flat][:3]
     if flat.all():
-        msg = (
+        raise ValueError(
             f"All {len(genes)} genes to impute are constant over the training cells, for example "
             f"{examples}: there is nothing to learn. Choose other genes."
         )
-        raise ValueError(msg)
     if flat.any():
         warn(
             f"{int(flat.sum())} of {len(genes)} genes are constant over the training cells and will "

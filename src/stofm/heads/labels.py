@@ -83,8 +83,7 @@ def read_labels(
         Smallest share of the labelled cells that a class must have.
     """
     if not 0 <= min_share < 1:
-        msg = f"min_share must be from 0 to below 1, found {min_share!r}."
-        raise ValueError(msg)
+        raise ValueError(f"min_share must be from 0 to below 1, found {min_share!r}.")
     labels = read_label_names(sections, key, missing=missing)
     names, counts = np.unique(labels[labels != ""], return_counts=True)
     is_kept = counts >= min_share * counts.sum()
@@ -98,12 +97,11 @@ def read_labels(
         )
     classes, sizes = names[is_kept], counts[is_kept]
     if len(classes) < 2 and left_out:
-        msg = (
+        raise ValueError(
             f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have {min_share:.1%} of "
             f"the labelled cells or more; a head needs two. The others are left out: "
             f"{_some(left_out)}. Lower `min_share`, or pass a column with larger classes."
         )
-        raise ValueError(msg)
     _check_classes(key, classes, sizes, n_obs=len(labels))
     codes = np.full(len(labels), -1, dtype=np.int64)
     is_kept_cell = np.isin(labels, classes)
@@ -122,17 +120,17 @@ def read_label_names(
         As in :func:`read_labels`.
     """
     if isinstance(missing, str) or not isinstance(missing, Collection):
-        msg = f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
-        raise TypeError(msg)
+        raise TypeError(
+            f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
+        )
     labels = np.concatenate(sections.each(lambda table: _read_column(table, key)))
     is_known = _are_known(labels, missing)
     _tell_of_missing(key, labels, is_known, is_default=missing is MISSING)
     if not is_known.any():
-        msg = (
+        raise ValueError(
             f"None of {len(labels)} cells has a label in obs[{key!r}] (NaN, blanks and "
             f"{list(missing)} count as none). Pass labelled cells."
         )
-        raise ValueError(msg)
     known: NDArray[np.str_] = np.where(is_known, labels, "").astype(str)
     return known
 
@@ -171,18 +169,16 @@ def _check_classes(
     n_obs: int,
 ) -> None:
     if len(classes) == 1:
-        msg = (
+        raise ValueError(
             f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {n_obs} cells); a "
             "head needs at least two to tell apart. Pass slices or a column with more."
         )
-        raise ValueError(msg)
     if (sizes < 2).any():
         single = classes[sizes < 2].tolist()
-        msg = (
+        raise ValueError(
             f"These classes of obs[{key!r}] have one cell each: {single}. A class needs two or "
             "more. Raise `min_share`, or add them to `missing`, to leave them out."
         )
-        raise ValueError(msg)
 
 
 def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
@@ -191,18 +187,16 @@ def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
         columns = [str(name) for name in adata.obs.columns]
         near = difflib.get_close_matches(key, columns, n=3)
         hint = f"did you mean {near}?" if near else f"its columns are {columns[:20]}."
-        msg = f"There is no obs[{key!r}] with labels; {hint}"
-        raise KeyError(msg)
+        raise KeyError(f"There is no obs[{key!r}] with labels; {hint}")
     column: pd.Series = adata.obs[key]
     if column.dtype.kind == "f":
         known = column[column.notna()]
         bad = known[~np.isfinite(known) | (known != known.round())]
         if len(bad):
-            msg = (
+            raise ValueError(
                 f"obs[{key!r}] holds {float(bad.iloc[0])}: numbers with fractions or infinite ones are no "
                 "classes. Pass a column of labels."
             )
-            raise ValueError(msg)
     return label_text(column)
 
 

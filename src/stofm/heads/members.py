@@ -239,13 +239,16 @@ def _fit_linear(
     else:
         of, codes = np.nonzero(known > 0)
         mass = known[of, codes]
-    model = LogisticRegression(C=_STRENGTH, max_iter=_MOST_ROUNDS)
-    with warnings.catch_warnings():
-        # Scores on held-out cells no longer change in the last rounds.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(((read - mean) / scale).astype(np.float32)[of], codes, sample_weight=mass)
-    weight, bias = model.coef_, model.intercept_
-    if len(model.classes_) == 2:
+    seen = np.unique(codes)
+    weight, bias = np.zeros((1, values.shape[1])), np.zeros(1)
+    if len(seen) > 1:
+        model = LogisticRegression(C=_STRENGTH, max_iter=_MOST_ROUNDS)
+        with warnings.catch_warnings():
+            # Scores on held-out cells no longer change in the last rounds.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(((read - mean) / scale).astype(np.float32)[of], codes, sample_weight=mass)
+        weight, bias = model.coef_, model.intercept_
+    if len(seen) == 2:
         weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
     with seeded(0):
         config = HeadConfig(d_input=values.shape[1], d_output=targets.n_outputs, widths=())
@@ -253,7 +256,6 @@ def _fit_linear(
     torch.nn.init.zeros_(found.last.weight)
     # Classes of which no cell is fitted are all but impossible.
     torch.nn.init.constant_(found.last.bias, float(bias.min()) + _ABSENT)
-    seen = torch.from_numpy(model.classes_)
     with torch.no_grad():
         found.last.weight[seen] = torch.from_numpy(weight).float()
         found.last.bias[seen] = torch.from_numpy(bias).float()

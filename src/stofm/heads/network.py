@@ -65,11 +65,9 @@ class HeadTraining:
         """Check each value."""
         for name in ("batch_size", "max_epochs", "patience"):
             if getattr(self, name) < 1:
-                msg = f"{name} must be at least 1, found {getattr(self, name)}."
-                raise ValueError(msg)
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}.")
         if not 0 < self.learning_rate < math.inf:
-            msg = f"learning_rate must be positive, found {self.learning_rate}."
-            raise ValueError(msg)
+            raise ValueError(f"learning_rate must be positive, found {self.learning_rate}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +166,12 @@ def fit_head(
 
 def _check_rows(targets: Targets, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> None:
     if not len(fitted):
-        msg = "There are no cells to fit a head to."
-        raise ValueError(msg)
+        raise ValueError("There are no cells to fit a head to.")
     known = targets.is_known
     if n_unknown := int((~known[fitted]).sum() + (~known[held_out]).sum()):
-        msg = f"{n_unknown} of the cells to fit or validate a head have no target; leave them out."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{n_unknown} of the cells to fit or validate a head have no target; leave them out."
+        )
 
 
 def row_order(
@@ -289,11 +287,10 @@ class _Fitting:
 
     def _record(self, epoch: int, split: str, loss: float, started: float) -> None:
         if not math.isfinite(loss):
-            msg = (
+            raise FloatingPointError(
                 f"The {split} loss of the head is {loss} in epoch {epoch}; look for extreme values "
                 "in the representations, or lower learning_rate."
             )
-            raise FloatingPointError(msg)
         self.rows.append(
             {
                 "epoch": epoch,

@@ -89,10 +89,13 @@ class HeadOptions:
         check_choice("strategy", self.strategy, get_args(Strategy))
         check_choice("split", self.split, get_args(SplitRule))
         check_choice("class_weights", self.class_weights, (None, "balanced"))
+        if not isinstance(self.spots, SpotRules):
+            raise TypeError(f"spots must be st.spatial.SpotRules(...), found {self.spots!r}.")
         for name in ("min_share", "reject_rate"):
             if not 0 <= getattr(self, name) < 1:
-                msg = f"{name} must be from 0 to below 1, found {getattr(self, name)!r}."
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{name} must be from 0 to below 1, found {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,9 @@ class Request:
         check_seed(self.seed)
         options: Any = self.options
         if not isinstance(options, HeadOptions):
-            msg = f"options must be st.tl.HeadOptions(...), found {type(options).__name__}."
-            raise TypeError(msg)
+            raise TypeError(
+                f"options must be st.tl.HeadOptions(...), found {type(options).__name__}."
+            )
 
     @property
     def record(self) -> dict[str, Any]:
@@ -138,23 +142,21 @@ class Request:
 
     def check(self, sections: Sections) -> None:
         """Refuse what does not go together, or with the slices, before cells are embedded."""
-        options = self.options
+        options, reps = self.options, checked_reps(self.use_rep)
         if options.strategy != "frozen":
-            if strange := [r for r in checked_reps(self.use_rep) if r not in MADE_BY_EMBED]:
-                msg = (
+            if strange := [rep for rep in reps if rep not in MADE_BY_EMBED]:
+                raise ValueError(
                     f"strategy={options.strategy!r} tunes a model, and obsm{strange} are not "
                     "embeddings of one; use strategy='frozen', or use_rep from "
                     f"{list(MADE_BY_EMBED)}."
                 )
-                raise ValueError(msg)
             if options.strategy == "lora":
                 require_peft()
         if options.split == "slices" and len(sections.slices.rows) < 2:
-            msg = (
+            raise ValueError(
                 "split='slices' holds out whole slices, and there is a single one; use "
                 "split='blocks', or pass library_key= if there are several."
             )
-            raise ValueError(msg)
         if options.split == "blocks" or options.strategy != "frozen":
             sections.coordinates(self.spatial_key)
 
@@ -187,8 +189,9 @@ def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:
     """Names of representations as a tuple; refuse none, or one twice."""
     reps = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
     if not reps or len(set(reps)) < len(reps):
-        msg = f"use_rep must name one or several entries of obsm, each once; found {use_rep!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"use_rep must name one or several entries of obsm, each once; found {use_rep!r}."
+        )
     return reps
 
 
@@ -199,8 +202,7 @@ def check_whole_number(name: str, value: Any, *, least: int) -> None:
     except TypeError:
         is_usable = False
     if not is_usable:
-        msg = f"{name} must be a whole number of at least {least}, found {value!r}."
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}.")
 
 
 def check_if_given(name: str, value: Any, *, least: int) -> None:
@@ -212,5 +214,4 @@ def check_if_given(name: str, value: Any, *, least: int) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse what is none of some values."""
     if value not in choices:
-        msg = f"{name} must be one of {list(choices)}, found {value!r}."
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be one of {list(choices)}, found {value!r}.")

@@ -12,7 +12,7 @@ from stofm._edge.counts import read_counts
 from stofm._keys import Obsm
 from stofm._messages import warn
 from stofm.genes import map_gene_ids
-from stofm.genes.gene_ids import clean_names
+from stofm.genes.mapping import clean_names
 from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer, places_entry, read_places
 from stofm.heads.gene_columns import Gene, selector
 from stofm.heads.options import checked_reps
@@ -37,8 +37,7 @@ def find_genes(
     if not asked or len(set(asked)) < len(asked):
         twice = sorted({name for name in asked if asked.count(name) > 1})[:3]
         what = f"{twice} occur more than once" if twice else "there are none"
-        msg = f"genes must name the genes to impute, each once; {what}."
-        raise ValueError(msg)
+        raise ValueError(f"genes must name the genes to impute, each once; {what}.")
     ids = map_gene_ids(asked, vocabulary).gene_id.tolist()
     found = [
         next(filter(None, (table.find(name) for table in training)), None) or Gene(name, id_)
@@ -48,11 +47,10 @@ def find_genes(
     if missing:
         near = {g.name: training[0].near(g.name) for g in missing[:3]}
         hints = "; ".join(f"{name!r} (near: {like or 'nothing'})" for name, like in near.items())
-        msg = (
+        raise ValueError(
             f"{len(missing)} of {len(found)} genes are not in every AnnData to learn from, for "
             f"example {hints}. Only genes that all of them measure can be imputed."
         )
-        raise ValueError(msg)
     return tuple(found)
 
 
@@ -67,11 +65,10 @@ def new_genes(training: Sequence[GeneColumns], query: Sequence[GeneColumns]) -> 
     }
     if found:
         return tuple(found.values())
-    msg = (
+    raise ValueError(
         "The query has all genes that the reference measures, so there is nothing to impute. To "
         "check predictions against measured genes, name them: genes=[...]."
     )
-    raise ValueError(msg)
 
 
 def reduce_tables(
@@ -143,11 +140,10 @@ def check_overlap(columns: GeneColumns, panel: Sequence[Gene], *, least: float, 
         f"({share:.0%}); missing are, for example, {missing[:3]}."
     )
     if share < least:
-        msg = (
+        raise ValueError(
             f"{found} At least {least:.0%} are needed. Fit a head on the genes that both have: "
             "st.tl.impute(query, reference=training)."
         )
-        raise ValueError(msg)
     if share < low:
         warn(
             f"{found} Its embeddings differ from those that the head was fitted to; "

@@ -200,6 +200,5 @@ def _called(data: Any, role: str) -> tuple[tuple[str, str], ...]:
 
 def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
     if adata.n_obs == 0:
-        msg = "An AnnData has no cells; nothing to do. Was it filtered too hard?"
-        raise ValueError(msg)
+        raise ValueError("An AnnData has no cells; nothing to do. Was it filtered too hard?")
     return read_slices(adata, slices_column(adata, library_key), places_entry(adata, spatial_key))

@@ -18,6 +18,7 @@ from stofm.heads.expression import ExpressionComponents
 from stofm.heads.gene_columns import GeneColumns, choose_panel, selector
 from stofm.heads.labels import read_labels
 from stofm.heads.network import HeadTraining, apply_head, fit_head
+from stofm.heads.options import check_whole_number
 from stofm.heads.targets import Targets
 from stofm.nn import choose_device
 from stofm.spatial.spots import TypedCells, gene_scales, simulate_spots
@@ -88,6 +89,7 @@ def fit_simulated(
         )
     mean = np.asarray(counts.mean(axis=0), dtype=np.float64).ravel()
     n_components = _N_COMPONENTS if options.n_components is None else options.n_components
+    check_whole_number("n_components", n_components, least=1)
 
     def simulate(scale: NDArray[Any], composition: NDArray[Any], seed: int) -> SimulatedSpots:
         return simulate_spots(
@@ -188,12 +190,11 @@ def _shared_counts(
     if len(both) < _MIN_GENES:
         first, other = query.tables[0], reference.tables[0]
         examples = [", ".join(map(str, one.var_names[:3])) for one in (first, other)]
-        msg = (
+        raise ValueError(
             f"Query and reference share {len(both)} genes with counts in both; at least "
             f"{_MIN_GENES} are needed. The query has {first.n_vars} genes ({examples[0]}), the "
             f"reference {other.n_vars} ({examples[1]}). Are both raw counts with gene names?"
         )
-        raise ValueError(msg)
     return [genes[k] for k in both], counts[:, both], cells[:, both]
 
 

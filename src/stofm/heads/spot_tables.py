@@ -73,15 +73,13 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
     types = [str(name) for name in frames[0].columns]
     for k, frame in enumerate(frames[1:], start=2):
         if set(map(str, frame.columns)) != set(types):
-            msg = (
+            raise ValueError(
                 f"{_where(key)} has the types {types} in the first AnnData and "
                 f"{[str(name) for name in frame.columns]} in number {k}; they must be the same."
             )
-            raise ValueError(msg)
     values = np.concatenate([_numbers(frame, types, key) for frame in frames])
     if len(types) < 2:
-        msg = f"{_where(key)} has {len(types)} types; at least two are needed."
-        raise ValueError(msg)
+        raise ValueError(f"{_where(key)} has {len(types)} types; at least two are needed.")
     known = ~np.isnan(values).any(axis=1)
     _check_proportions(values[known], key)
     values[~known] = np.nan
@@ -93,8 +91,9 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
 
 def _require_unique(types: Sequence[str], key: str | Sequence[str]) -> None:
     if twice := sorted({name for name in types if types.count(name) > 1}):
-        msg = f"{_where(key)} has the types {twice} more than once; each must have one column."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{_where(key)} has the types {twice} more than once; each must have one column."
+        )
 
 
 def _where(key: str | Sequence[str]) -> str:
@@ -107,15 +106,13 @@ def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
 
     if not isinstance(key, str):
         if absent := [name for name in key if name not in adata.obs]:
-            msg = f"There is no obs column {absent}; there are {list(adata.obs)}."
-            raise KeyError(msg)
+            raise KeyError(f"There is no obs column {absent}; there are {list(adata.obs)}.")
         return adata.obs[list(key)]
     if key not in adata.obsm:
-        msg = (
+        raise KeyError(
             f"There is no obsm[{key!r}]; there are {sorted(map(str, adata.obsm))}. For proportions "
             "in columns of obs pass the list of their names."
         )
-        raise KeyError(msg)
     values = adata.obsm[key]
     if isinstance(values, pd.DataFrame):
         return values.set_axis(frame_names(adata, key), axis=1)
@@ -127,8 +124,7 @@ def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
 def _type_names(adata: AnnData, key: str, values: NDArray[Any]) -> list[str]:
     """Names of an array's columns: those that ``uns`` lists for it, or their numbers."""
     if values.ndim != 2:
-        msg = f"obsm[{key!r}] has the shape {values.shape}; expected (n_obs, n_types)."
-        raise ValueError(msg)
+        raise ValueError(f"obsm[{key!r}] has the shape {values.shape}; expected (n_obs, n_types).")
     for name in (f"{key}_names", f"{key.removesuffix('s')}_names"):
         names = adata.uns.get(name)
         if names is not None and len(names) == values.shape[1]:
@@ -143,29 +139,28 @@ def _numbers(
     try:
         values: NDArray[np.float64] = renamed.to_numpy(np.float64, na_value=np.nan, copy=True)
     except (TypeError, ValueError) as error:
-        msg = f"{_where(key)} must hold numbers, the share of each type; found {error}."
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{_where(key)} must hold numbers, the share of each type; found {error}."
+        ) from error
     return values
 
 
 def _check_proportions(values: NDArray[np.float64], key: str | Sequence[str]) -> None:
     negative = (values < 0).any(axis=1)
     if negative.any():
-        msg = (
+        raise ValueError(
             f"{int(negative.sum())} of {len(values)} spots have negative proportions in "
             f"{_where(key)}, down to {values.min():.4g}; expected shares from 0 to 1. "
             "Correct them, or set rows that are not known to NaN."
         )
-        raise ValueError(msg)
     sums = values.sum(axis=1)
     off = ~(np.abs(sums - 1) <= _TOLERANCE)
     if off.any():
-        msg = (
+        raise ValueError(
             f"The proportions of {int(off.sum())} of {len(values)} spots in {_where(key)} do not "
             f"sum to 1: they sum to {sums[off].min():.4g} to {sums[off].max():.4g}. Divide each "
             "row by its sum, and set rows that are not known to NaN."
         )
-        raise ValueError(msg)
 
 
 def grid_into_spots(

@@ -51,16 +51,15 @@ class Targets:
     def __post_init__(self) -> None:
         """Check shapes and kinds."""
         if self.kind not in _KINDS:
-            msg = f"kind must be one of {_KINDS}, found {self.kind!r}."
-            raise ValueError(msg)
+            raise ValueError(f"kind must be one of {_KINDS}, found {self.kind!r}.")
         shape = np.shape(self.values)
         expected = (shape[0],) if self.kind == "classes" else (shape[0], self.n_outputs)
         if shape != expected:
-            msg = f"Targets of {self.kind} have the shape {shape}; expected {expected}."
-            raise ValueError(msg)
+            raise ValueError(f"Targets of {self.kind} have the shape {shape}; expected {expected}.")
         if self.class_weights is not None and len(self.class_weights) != self.n_outputs:
-            msg = f"There are {len(self.class_weights)} class weights for {self.n_outputs} classes."
-            raise ValueError(msg)
+            raise ValueError(
+                f"There are {len(self.class_weights)} class weights for {self.n_outputs} classes."
+            )
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -371,11 +371,10 @@ class _Tuning:
         optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
-            msg = (
+            raise FloatingPointError(
                 f"The loss is {value} in step {step} of tuning {self._model.name!r}. Tune on another "
                 "device, or use strategy='frozen'."
             )
-            raise FloatingPointError(msg)
         return value
 
     def _encode(self, one: _Slice, cells: NDArray[np.integer]) -> torch.Tensor:

@@ -83,8 +83,9 @@ def _changed(module: nn.Module) -> list[tuple[str, Any]]:
 def require_peft() -> None:
     """Say how to get peft where it is missing; it is not imported, which takes seconds."""
     if importlib.util.find_spec("peft") is None:
-        msg = "strategy='lora' needs peft: pip install 'stofm[lora]'. Or use strategy='full'."
-        raise ImportError(msg)
+        raise ImportError(
+            "strategy='lora' needs peft: pip install 'stofm[lora]'. Or use strategy='full'."
+        )
 
 
 def _import_peft() -> Any:

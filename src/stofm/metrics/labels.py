@@ -93,11 +93,10 @@ def macro_f1(
     elif classes == "union":
         scored = np.unique(np.r_[true, found[found >= 0]])
     elif isinstance(classes, str) or not len(classes) or not set(classes) <= set(names):
-        msg = (
+        raise ValueError(
             f"classes must be 'true', 'union' or a list of classes that occur ({names[:10]}), "
             f"found {classes!r}."
         )
-        raise ValueError(msg)
     else:
         scored = np.unique([names.index(name) for name in classes])
     return _f1(true, found, scored, "macro")
@@ -251,19 +250,22 @@ def silhouette(
 
     values = np.asarray(features)
     if values.ndim != 2 or len(values) != len(labels):
-        msg = f"Expected features (n, d) and n labels, found {values.shape} and {len(labels)}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"Expected features (n, d) and n labels, found {values.shape} and {len(labels)}."
+        )
     groups, _, _ = _read_labels(labels, labels, missing)
     values = values[_to_series(labels, missing).notna()]
     if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
-        msg = f"{n_bad} of {len(values)} cells have NaN or infinite features; leave them out."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{n_bad} of {len(values)} cells have NaN or infinite features; leave them out."
+        )
     if n_sampled is not None and n_sampled < len(groups):
         chosen = np.random.default_rng(seed).choice(len(groups), n_sampled, replace=False)
         values, groups = values[chosen], groups[chosen]
     if not 2 <= (n := len(np.unique(groups))) < len(groups):
-        msg = f"The silhouette needs 2 groups to n - 1, found {n} groups of {len(groups)} cells."
-        raise ValueError(msg)
+        raise ValueError(
+            f"The silhouette needs 2 groups to n - 1, found {n} groups of {len(groups)} cells."
+        )
     return float(silhouette_score(values, groups, metric=metric))
 
 
@@ -305,21 +307,22 @@ def _read_labels(
     """Numbers of the labels of cells with a true one, -1 for no prediction, and the labels' names."""
     true, found = _to_series(y_true, missing), _to_series(in_same_order(y_true, y_pred), missing)
     if len(true) != len(found):
-        msg = f"y_true has {len(true)} labels and y_pred {len(found)}; give one of each per cell."
-        raise ValueError(msg)
+        raise ValueError(
+            f"y_true has {len(true)} labels and y_pred {len(found)}; give one of each per cell."
+        )
     known = true.notna()
     if not known.any():
-        msg = f"None of {len(true)} cells has a true label; NaN, None and {list(missing)} are none."
-        raise ValueError(msg)
+        raise ValueError(
+            f"None of {len(true)} cells has a true label; NaN, None and {list(missing)} are none."
+        )
     true, found = true[known], found[known]
     examples = [labels.dropna().unique().tolist() for labels in (true, found)]
     kinds = [{isinstance(label, str) for label in labels} for labels in examples]
     if not are_clusters and kinds[1] and kinds[0] != kinds[1]:
-        msg = (
+        raise TypeError(
             f"Labels must be of one kind: y_true holds {examples[0][:3]}, y_pred "
             f"{examples[1][:3]}. Convert both with .astype(str)."
         )
-        raise TypeError(msg)
     codes, names = pd.factorize(pd.concat([true, found], ignore_index=True))
     return codes[: len(true)], codes[len(true) :], list(names)
 
@@ -330,16 +333,16 @@ def _read_clusters(
     """The same of clusters, which have names of their own; each cell must be in one."""
     true, found, _ = _read_labels(y_true, clusters, missing, are_clusters=True)
     if n_without := int((found < 0).sum()):
-        msg = f"{n_without} of {len(found)} cells with a class have no cluster; leave them out."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{n_without} of {len(found)} cells with a class have no cluster; leave them out."
+        )
     return true, found
 
 
 def _to_series(labels: Any, missing: Collection[object]) -> pd.Series:
     """Labels by position, None where there is none."""
     if np.ndim(labels) != 1:
-        msg = f"Give one label per cell; found the shape {np.shape(labels)}."
-        raise ValueError(msg)
+        raise ValueError(f"Give one label per cell; found the shape {np.shape(labels)}.")
     series = pd.Series(labels).astype(object).reset_index(drop=True)
     return series.where(series.notna() & ~series.isin(list(missing)), None)
 

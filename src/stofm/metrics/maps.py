@@ -70,19 +70,18 @@ def ssim(
     """
     for value, name in ((sigma, "sigma"), (data_range, "data_range")):
         if value is not None and not 0.0 < value < np.inf:
-            msg = f"{name} must be positive, found {value!r}."
-            raise ValueError(msg)
+            raise ValueError(f"{name} must be positive, found {value!r}.")
     values = read_values(y_true, y_pred)
     places, n_rows = np.asarray(coordinates, dtype=np.float64), len(values[0])
     if places.shape != (n_rows, 2) or not np.isfinite(places).all():
-        msg = (
+        raise ValueError(
             f"coordinates must be finite, x and y of each of the {n_rows} rows; found the shape "
             f"{places.shape} with {np.sum(~np.isfinite(places))} NaN or infinite values."
         )
-        raise ValueError(msg)
     if not np.ptp(places, axis=0).any():
-        msg = f"All {n_rows} rows lie at one place, so there is no map; check the coordinates."
-        raise ValueError(msg)
+        raise ValueError(
+            f"All {n_rows} rows lie at one place, so there is no map; check the coordinates."
+        )
     window = gaussian_windows(places, sigma)
 
     def similarity(true: _Array, predicted: _Array) -> _Array:

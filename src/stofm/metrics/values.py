@@ -167,13 +167,13 @@ def jensen_shannon(
     values are all 0; the largest value where only the predicted ones are.
     """
     if not base > 1.0:
-        msg = f"base must be above 1, found {base!r}."
-        raise ValueError(msg)
+        raise ValueError(f"base must be above 1, found {base!r}.")
 
     def divergence(true: _Array, predicted: _Array) -> _Array:
         if (lowest := min(true.min(), predicted.min())) < 0:
-            msg = f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
-            raise ValueError(msg)
+            raise ValueError(
+                f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
+            )
         found: _Array = _jensen_shannon(true, predicted) / np.log(base)
         return np.sqrt(found) if root else found
 
@@ -193,14 +193,12 @@ def read_values(
     true = _numbers(y_true, "y_true")
     predicted = _numbers(in_same_order(y_true, y_pred), "y_pred")
     if true.shape != predicted.shape or true.ndim not in (1, 2) or true.size == 0:
-        msg = (
+        raise ValueError(
             f"y_true has the shape {true.shape} and y_pred {predicted.shape}; expected the same "
             "shape, (n,) or (n, k), with at least one value."
         )
-        raise ValueError(msg)
     if per not in ("column", "row"):
-        msg = f"per must be 'column' or 'row', found {per!r}."
-        raise ValueError(msg)
+        raise ValueError(f"per must be 'column' or 'row', found {per!r}.")
     names = None
     if true.ndim == 1:
         true, predicted = true[:, None], predicted[:, None]
@@ -210,22 +208,22 @@ def read_values(
         if per == "row":
             true, predicted = true.T, predicted.T
     if len(true) < least:
-        msg = f"A correlation needs at least {least} values for each {per}; found {len(true)}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"A correlation needs at least {least} values for each {per}; found {len(true)}."
+        )
     return true, predicted, names
 
 
 def _numbers(values: Any, name: str) -> NDArray[Any]:
     if sparse.issparse(values):
-        msg = f"{name} is sparse; pass the columns that you compare as .toarray()."
-        raise TypeError(msg)
+        raise TypeError(f"{name} is sparse; pass the columns that you compare as .toarray().")
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
-        msg = f"{name} must hold numbers; found the type {array.dtype}."
-        raise TypeError(msg)
+        raise TypeError(f"{name} must hold numbers; found the type {array.dtype}.")
     if n_bad := int(array.size - np.isfinite(array).sum()):
-        msg = f"{n_bad} of {array.size} values of {name} are NaN or infinite; leave them out."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{n_bad} of {array.size} values of {name} are NaN or infinite; leave them out."
+        )
     return array
 
 
@@ -239,12 +237,11 @@ def in_same_order(first: Any, second: Any) -> Any:
             continue
         unpaired = [*names.symmetric_difference(other), *names[names.duplicated()]]
         if unpaired := [*unpaired, *other[other.duplicated()]]:
-            msg = (
+            raise ValueError(
                 f"The {('rows', 'columns')[axis]} of y_true and y_pred can't be paired by name: "
                 f"{unpaired[:3]} are in one of them only, or twice. Select the common ones, or "
                 "pass arrays to pair by position."
             )
-            raise ValueError(msg)
         second = second.reindex(names, axis=axis)
     return second
 

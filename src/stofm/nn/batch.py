@@ -189,8 +189,9 @@ class GeneBag(_Tensors):
             The tokens have no values.
         """
         if ranked.values is None:
-            msg = "The tokens have no values; rank them with rank_genes(..., values=True)."
-            raise ValueError(msg)
+            raise ValueError(
+                "The tokens have no values; rank them with rank_genes(..., values=True)."
+            )
         starts = ranked.offsets[cells]
         lengths = ranked.offsets[cells + 1] - starts
         offsets = np.cumsum(lengths) - lengths

@@ -47,28 +47,25 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **options:
     elif take_back(Path(name)).is_dir():
         folder = local(name)
     if folder is not None and revision is not None:
-        msg = f"`revision` is for models on the hub; {str(name)!r} is on this machine."
-        raise ValueError(msg)
+        raise ValueError(f"`revision` is for models on the hub; {str(name)!r} is on this machine.")
     if folder is not None:
         return folder
     if not re.fullmatch(r"[^./~][^/]*/[^/]+", str(name)):
-        msg = (
+        raise FileNotFoundError(
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
             f"{list(EMBEDDED)}, and no hub id of the form 'owner/name'."
         )
-        raise FileNotFoundError(msg)
     from huggingface_hub import snapshot_download
 
     files = sorted(FILES)
     try:
         found = snapshot_download(str(name), revision=revision, allow_patterns=files, **options)
     except Exception as error:
-        msg = (
+        raise FileNotFoundError(
             f"The checkpoint {str(name)!r} is no local folder and could not be had from the hub "
             f"({type(error).__name__}: {error}). Offline, pass a folder or the embedded "
             f"{EMBEDDED[0]!r}."
-        )
-        raise FileNotFoundError(msg) from error
+        ) from error
     return Path(found)
 
 
@@ -79,8 +76,7 @@ def read_config(folder: Path) -> tuple[StofmConfig, str]:
         hint = ""
         if (folder / "cell_encoder").is_dir():
             hint = " It has the layout of SToFM's published weights: use Stofm.from_reference."
-        msg = f"{folder} is no stofm checkpoint: {missing} missing.{hint}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"{folder} is no stofm checkpoint: {missing} missing.{hint}")
     entries = read_json(folder / CONFIG, "get the checkpoint again")
     vocabulary = str(entries.pop("vocabulary", ""))
     return StofmConfig.from_dict(entries, str(folder / CONFIG)), vocabulary
@@ -211,9 +207,9 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], what: str
         module.load_state_dict(dict(state))
     except RuntimeError as error:
         found = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
-        msg = f"The weights of {what} do not fit the config: {found}"
-        raise ValueError(msg) from error
+        raise ValueError(f"The weights of {what} do not fit the config: {found}") from error
     for name, value in own.items():
         if value.is_floating_point() != state[name].is_floating_point():
-            msg = f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
-            raise ValueError(msg)
+            raise ValueError(
+                f"The weights of {what} do not fit the config: {name} is {state[name].dtype}."
+            )

@@ -31,8 +31,7 @@ def _check(config: Any, sizes: tuple[str, ...], width: str) -> None:
     _check_sizes(config, *sizes)
     if getattr(config, width) % config.n_heads:
         found = f"{getattr(config, width)} and {config.n_heads}"
-        msg = f"{width} must be divisible by n_heads, found {found}."
-        raise ValueError(msg)
+        raise ValueError(f"{width} must be divisible by n_heads, found {found}.")
     require(config, "must be at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")
     require(config, "must be above 0 and below 1", lambda eps: 0 < eps < 1, "layer_norm_eps")
 
@@ -124,8 +123,9 @@ class CellEncoderConfig:
         check_choice(self, "values", Values)
         width = self.gene_width
         if self.pooled and (width % 2 or self.d_learned < 1):
-            msg = f"pooled=True needs an even d_gene below d_cell, found {width} and {self.d_cell}."
-            raise ValueError(msg)
+            raise ValueError(
+                f"pooled=True needs an even d_gene below d_cell, found {width} and {self.d_cell}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +229,9 @@ class StofmConfig:
         _check_sizes(self, "max_tokens")
         widths = self.cell_encoder.d_cell, self.se2_transformer.d_cell
         if widths[0] != widths[1]:
-            msg = f"Both networks must have one d_cell, found {widths[0]} and {widths[1]}."
-            raise ValueError(msg)
+            raise ValueError(
+                f"Both networks must have one d_cell, found {widths[0]} and {widths[1]}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -270,12 +271,11 @@ class StofmConfig:
         entries = dict(entries)
         found = entries.pop("format_version", None)
         if type(found) is not int or not 1 <= found <= FORMAT_VERSION:
-            msg = (
+            raise ValueError(
                 f"{where} has format_version {found!r}; this stofm ({__version__}) reads up to "
                 f"{FORMAT_VERSION}. It was written by stofm "
                 f"{entries.get('stofm_version', '(unknown)')}: upgrade with `pip install -U stofm`."
             )
-            raise ValueError(msg)
         config: StofmConfig = build_dataclass(cls, entries, where)
         return config
 

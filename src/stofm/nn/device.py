@@ -52,13 +52,15 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        msg = f"Unknown device {device!r}; use 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'."
-        raise ValueError(msg) from None
+        raise ValueError(
+            f"Unknown device {device!r}; use 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'."
+        ) from None
     n_cuda = torch.cuda.device_count() if chosen.type == "cuda" else 0
     lacks_cuda = chosen.type == "cuda" and (chosen.index or 0) >= n_cuda
     if lacks_cuda or (chosen.type == "mps" and not torch.backends.mps.is_available()):
-        msg = f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
-        raise ValueError(msg)
+        raise ValueError(
+            f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
+        )
     return chosen
 
 
@@ -75,8 +77,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     chosen = _DTYPES.get(dtype, dtype)
     if not isinstance(chosen, torch.dtype) or chosen not in _DTYPES.values():
-        msg = f"dtype must be 'auto', 'float32' or 'bfloat16', found {dtype!r}."
-        raise ValueError(msg)
+        raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', found {dtype!r}.")
     return chosen
 
 

@@ -200,12 +200,11 @@ def _refuse_not_finite(
 ) -> None:
     """Stop rather than hand on NaN, which some devices give where the CPU does not."""
     if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
-        msg = (
+        raise FloatingPointError(
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
             f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "
             "does not help, the model's weights are damaged: take another model."
         )
-        raise FloatingPointError(msg)
 
 
 @contextmanager
@@ -248,8 +247,9 @@ def _halving(
         if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):
             raise
     if len(items) == 1:
-        msg = f"The device lacks memory for the smallest batch; lower {option} or use device='cpu'."
-        raise MemoryError(msg)
+        raise MemoryError(
+            f"The device lacks memory for the smallest batch; lower {option} or use device='cpu'."
+        )
     logger.warning("Out of device memory with a batch of %d; halving it.", len(items))
     # After the failed attempt has let go of its tensors.
     if torch.cuda.is_available():

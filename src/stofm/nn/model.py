@@ -53,8 +53,9 @@ class Stofm(nn.Module):
     def __init__(self, config: StofmConfig, vocabulary: GeneVocabulary, *, seed: int = 0) -> None:
         super().__init__()
         if vocabulary.n_tokens > (n_tokens := config.cell_encoder.n_tokens):
-            msg = f"The vocabulary has {vocabulary.n_tokens} tokens, the cell encoder {n_tokens}."
-            raise ValueError(msg)
+            raise ValueError(
+                f"The vocabulary has {vocabulary.n_tokens} tokens, the cell encoder {n_tokens}."
+            )
         self.config = config
         self.vocabulary = vocabulary
         with seeded(seed):
@@ -131,12 +132,11 @@ class Stofm(nn.Module):
         config, made_with = checkpoint.read_config(folder)
         vocabulary = GeneVocabulary.from_tsv(folder / checkpoint.VOCABULARY)
         if vocabulary.fingerprint != made_with:
-            msg = (
+            raise ValueError(
                 f"{folder / checkpoint.VOCABULARY} has the fingerprint {vocabulary.fingerprint}, "
                 f"and the checkpoint was made with {made_with or '(none recorded)'}: it belongs to "
                 "another model. Get the checkpoint again."
             )
-            raise ValueError(msg)
         path = folder / checkpoint.WEIGHTS
         checkpoint.require_beside(path, _beside(config, folder))
         model = cls(config, vocabulary)
@@ -306,6 +306,7 @@ def load_model(model: Any) -> Stofm:
     if model is None or isinstance(model, str | Path):
         return Stofm.from_pretrained("stofm-mini" if model is None else model)
     if not isinstance(model, Stofm):
-        msg = f"model must be a Stofm, a folder or a hub id, found {type(model).__name__}."
-        raise TypeError(msg)
+        raise TypeError(
+            f"model must be a Stofm, a folder or a hub id, found {type(model).__name__}."
+        )
     return model

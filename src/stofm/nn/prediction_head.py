@@ -48,8 +48,7 @@ class HeadConfig:
         """Check each value; lists become tuples."""
         object.__setattr__(self, "widths", tuple(self.widths))
         if len(self.widths) not in (0, 2):
-            msg = f"widths must name two hidden layers or none, found {self.widths}."
-            raise ValueError(msg)
+            raise ValueError(f"widths must name two hidden layers or none, found {self.widths}.")
         require(self, "must be at least 1", lambda size: np.min(size, initial=1) >= 1, *_SIZES)
         require(self, "must be from 0 to below 1", lambda rate: 0 <= rate < 1, "dropout")
 

@@ -113,8 +113,7 @@ def cell_encoder_from_reference(folder: Path) -> CellEncoder:
 
 def _renamed(config: Mapping[str, Any], names: Mapping[str, str], file: str) -> dict[str, Any]:
     if missing := sorted(set(names) - set(config)):
-        msg = f"The published {file} lacks {missing}; it has {sorted(config)}."
-        raise ValueError(msg)
+        raise ValueError(f"The published {file} lacks {missing}; it has {sorted(config)}.")
     return {ours: config[theirs] for theirs, ours in names.items()}
 
 
@@ -132,8 +131,9 @@ def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        msg = f"{path} is missing; it belongs to the layout of SToFM's published weights."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(
+            f"{path} is missing; it belongs to the layout of SToFM's published weights."
+        )
     return read_json(path, "get the file again")
 
 
@@ -145,20 +145,19 @@ def read_weights(folder: Path, *stems: str) -> dict[str, Tensor]:
     names = [f"{stem}.{suffix}" for stem in stems for suffix in ("safetensors", "bin", "pth")]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        msg = f"{folder} holds none of {names}."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"{folder} holds none of {names}.")
     if found.suffix == ".safetensors":
         return read_tensors(found)
     try:
         state: Any = torch.load(found, map_location="cpu", weights_only=True)
     except Exception as error:
-        msg = (
+        raise ValueError(
             f"{found} can't be read as plain tensors ({type(error).__name__}): it is damaged or "
             "holds Python objects, which stofm does not load. Get the file again."
-        )
-        raise ValueError(msg) from error
+        ) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        msg = f"{found} should hold tensors by name, found {type(state).__name__} of other things."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{found} should hold tensors by name, found {type(state).__name__} of other things."
+        )
     require_finite(found, state)
     return state

@@ -133,8 +133,7 @@ def annotation(
         text = f"There is no obs[{truth_key!r}]: pass the column with the true classes."
         require_name(truth_key, adata.obs, text)
     if n_bins < 1:
-        msg = f"n_bins must be at least 1, found {n_bins}."
-        raise ValueError(msg)
+        raise ValueError(f"n_bins must be at least 1, found {n_bins}.")
     kinds = _choose_panels(adata, key, truth_key, panels)
     slices = read_panels(adata, spatial_key, library_key)
     colors = _resolve_colors(adata, key, truth_key)
@@ -179,15 +178,16 @@ def _choose_panels(
         return [*chosen, last] if has_confidence else chosen
     kinds = list(panels)
     if not kinds or set(kinds) - set(get_args(PanelKind)) or len(set(kinds)) < len(kinds):
-        msg = f"panels must be some of {list(get_args(PanelKind))}, each once, found {kinds}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"panels must be some of {list(get_args(PanelKind))}, each once, found {kinds}."
+        )
     needing = [kind for kind in kinds if kind not in ("map", "confidence")]
     if needing and truth_key is None:
-        msg = f"The panels {needing} compare with the truth: pass truth_key."
-        raise ValueError(msg)
+        raise ValueError(f"The panels {needing} compare with the truth: pass truth_key.")
     if not has_confidence and {"confidence", "reliability"} & set(kinds):
-        msg = f"There is no obs[{key + _CONFIDENCE!r}]; st.tl.annotate(adata, head=head) writes it."
-        raise KeyError(msg)
+        raise KeyError(
+            f"There is no obs[{key + _CONFIDENCE!r}]; st.tl.annotate(adata, head=head) writes it."
+        )
     return kinds
 
 
@@ -223,12 +223,11 @@ def _read_cells(adata: AnnData, key: str, truth_key: str) -> tuple[pd.DataFrame,
     cells = pd.DataFrame({"true": truth.to_numpy(object), "found": found.to_numpy(object)})
     cells = cells[cells["true"].notna()].assign(is_known=lambda table: table["true"].isin(known))
     if not cells["is_known"].any():
-        msg = (
+        raise ValueError(
             f"No cell's true class in obs[{truth_key!r}] is one of the annotation's: found "
             f"{list(truth.cat.categories)[:5]}, the annotation has {known[:5]}. Pass the "
             "column that the head was fitted to as truth_key."
         )
-        raise ValueError(msg)
     return cells, known
 
 

@@ -98,12 +98,12 @@ def training(
     """
     history = _read(data)
     if x not in ("step", "cells", "tokens", "seconds"):
-        msg = f"x must be 'step', 'cells', 'tokens' or 'seconds', found {x!r}."
-        raise KeyError(msg)
+        raise KeyError(f"x must be 'step', 'cells', 'tokens' or 'seconds', found {x!r}.")
     panels = _panels(history, parts)
     if not panels:
-        msg = "No stage of the history has these loss parts; leave `parts` out to see all."
-        raise ValueError(msg)
+        raise ValueError(
+            "No stage of the history has these loss parts; leave `parts` out to see all."
+        )
     names = ", ".join(f"{stage}: {part}" for stage, part, _ in panels)
     axes, is_new = make_axes(ax, len(panels), _PANEL_INCHES, what=names)
     rows: dict[str, list[Axes]] = {}
@@ -122,15 +122,16 @@ def _read(data: Any) -> pd.DataFrame:
     if isinstance(history, str | Path):
         file = local(history) / "history.csv"
         if not file.is_file():
-            msg = f"There is no {file}; pass the folder of a run (out_dir of st.tl.train)."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(
+                f"There is no {file}; pass the folder of a run (out_dir of st.tl.train)."
+            )
         history = read_table(file)
     if not isinstance(history, pd.DataFrame):
-        msg = f"Expected a run's folder, history or TrainResult, found {type(data).__name__}."
-        raise TypeError(msg)
+        raise TypeError(
+            f"Expected a run's folder, history or TrainResult, found {type(data).__name__}."
+        )
     if history.empty:
-        msg = "The history has no rows yet; they come with the first steps of training."
-        raise ValueError(msg)
+        raise ValueError("The history has no rows yet; they come with the first steps of training.")
     return history
 
 
@@ -142,8 +143,7 @@ def _panels(
     known.sort(key=lambda name: name != "loss")
     wanted = known if parts is None else [parts] if isinstance(parts, str) else list(parts)
     if unknown := [name for name in wanted if name not in known]:
-        msg = f"The history has no loss part {unknown[0]!r}; it has {known}."
-        raise KeyError(msg)
+        raise KeyError(f"The history has no loss part {unknown[0]!r}; it has {known}.")
     return [
         (str(stage), part, present)
         for stage, rows in history.groupby("stage", sort=False)
@@ -214,8 +214,7 @@ def probe(
     >>> st.pl.probe(result)  # doctest: +SKIP
     """
     if not hasattr(data, "summary") or not hasattr(data, "better_of_pcs"):
-        msg = f"Expected what st.tl.probe returns, found {type(data).__name__}."
-        raise TypeError(msg)
+        raise TypeError(f"Expected what st.tl.probe returns, found {type(data).__name__}.")
     summary, best = data.summary(measure), data.better_of_pcs(measure)
     size = (_PROBE_WIDTH, _ROW_INCHES * len(summary))
     axes, is_new = make_axes(ax, 1, size, what=measure)

@@ -131,8 +131,7 @@ def deconvolution(
     """
     adata = resolve_table(adata, table_key)
     if kind not in get_args(Kind):
-        msg = f"kind must be one of {list(get_args(Kind))}, found {kind!r}."
-        raise ValueError(msg)
+        raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
     chosen = _read_frame(adata, key, types, "deconvolve", "type")
     names, values = list(chosen), chosen.to_numpy()
     panels = read_panels(adata, spatial_key, library_key)
@@ -267,18 +266,16 @@ def _read_frame(
     require_name(key, adata.obsm, text)
     stored = adata.obsm[key]
     if not isinstance(stored, pd.DataFrame):
-        msg = (
+        raise TypeError(
             f"obsm[{key!r}] must be a DataFrame with a column for each {what}, found "
             f"{type(stored).__name__}."
         )
-        raise TypeError(msg)
     known = {name: place for place, name in enumerate(frame_names(adata, key))}
     chosen = list(known) if names is None else [names] if isinstance(names, str) else list(names)
     for name in chosen:
         require_name(name, known, f"obsm[{key!r}] has no {what} {name!r}.")
     if not chosen:
-        msg = f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}."
-        raise ValueError(msg)
+        raise ValueError(f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}.")
     columns = stored.iloc[:, [known[name] for name in chosen]]
     return columns.astype(np.float64).set_axis(chosen, axis=1)
 
@@ -286,11 +283,10 @@ def _read_frame(
 def _require_proportions(values: NDArray[np.float64], key: str) -> None:
     low, high = np.nanmin(values, initial=0.0), np.nanmax(np.nansum(values, axis=1), initial=0.0)
     if low < 0.0 or high > 1.0 + _ROUNDING:
-        msg = (
+        raise ValueError(
             f"Pies need proportions of at least 0 that sum to 1 at most; obsm[{key!r}] goes down to "
             f"{low:.4g} and sums to {high:.4g} in a row. Draw it with kind='maps'."
         )
-        raise ValueError(msg)
 
 
 def _color_types(
@@ -367,8 +363,9 @@ def _read_measured(
         names = measured.obs_names
         if not names.is_unique or not names.isin(adata.obs_names).any():
             found, expected = list(names[:3]), list(adata.obs_names[:3])
-            msg = f"`measured` must hold cells of `adata` once: found {found}, expected {expected}."
-            raise ValueError(msg)
+            raise ValueError(
+                f"`measured` must hold cells of `adata` once: found {found}, expected {expected}."
+            )
     if not there:
         return pd.DataFrame(index=adata.obs_names)
     # An antibody may have the name of its gene.

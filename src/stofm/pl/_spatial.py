@@ -138,8 +138,7 @@ def spatial(
 def _add_scale_bar(ax: Axes, microns_per_unit: float) -> None:
     """Draw a bar of a round length, about a fifth of the panel's width."""
     if not microns_per_unit > 0:
-        msg = f"microns_per_unit must be above 0, found {microns_per_unit!r}."
-        raise ValueError(msg)
+        raise ValueError(f"microns_per_unit must be above 0, found {microns_per_unit!r}.")
     x_range = abs(np.diff(ax.get_xlim()).item())
     microns = round_below(0.25 * x_range * microns_per_unit)
     bar = AnchoredSizeBar(
@@ -219,8 +218,7 @@ def umap(
         steps = f"sc.pp.neighbors(adata, use_rep='{Obsm.X}'); sc.tl.umap(adata)"
         if Obsm.X not in adata.obsm:
             steps = f"st.tl.embed(adata); {steps}"
-        msg = f"obsm['{_UMAP}'] is missing: call {steps} first."
-        raise KeyError(msg)
+        raise KeyError(f"obsm['{_UMAP}'] is missing: call {steps} first.")
     colors = resolve_colors(
         adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
     )

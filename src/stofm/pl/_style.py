@@ -53,11 +53,9 @@ def make_axes(
 ) -> tuple[list[Axes], bool]:
     """Return the axes to draw into, and whether they are new: of that size, inches, not yet placed."""
     if n_panels == 0:
-        msg = f"There is nothing to draw: {what}."
-        raise ValueError(msg)
+        raise ValueError(f"There is nothing to draw: {what}.")
     if ncols < 1:
-        msg = f"ncols must be at least 1, found {ncols}."
-        raise ValueError(msg)
+        raise ValueError(f"ncols must be at least 1, found {ncols}.")
     if ax is None:
         figure = plt.figure()
         # Labels keep axes apart that lie at one place until they are laid out.
@@ -68,11 +66,9 @@ def make_axes(
     # Of plt.subplots too, which gives them in rows.
     given = np.ravel(np.asarray(ax, dtype=object)).tolist()
     if others := [type(one).__name__ for one in given if not isinstance(one, Axes)]:
-        msg = f"ax must be Axes or several of them, found {others[0]}."
-        raise TypeError(msg)
+        raise TypeError(f"ax must be Axes or several of them, found {others[0]}.")
     if len(given) != n_panels:
-        msg = f"{n_panels} panels are needed ({what}), but ax holds {len(given)}."
-        raise ValueError(msg)
+        raise ValueError(f"{n_panels} panels are needed ({what}), but ax holds {len(given)}.")
     return given, False
 
 
@@ -143,8 +139,9 @@ def finish(axes: list[Axes], *, show: bool | None, save: str | Path | None) -> A
         try:
             root_figure(axes[0]).savefig(local(save), dpi=150, bbox_inches="tight")
         except FileNotFoundError as error:
-            msg = f"There is no folder {local(save).parent} for save={str(save)!r}; make it first."
-            raise FileNotFoundError(msg) from error
+            raise FileNotFoundError(
+                f"There is no folder {local(save).parent} for save={str(save)!r}; make it first."
+            ) from error
     if show is None:
         from scanpy import settings
 
@@ -233,8 +230,7 @@ def require_name(
 ) -> None:
     """Refuse a name that is not known; the message ends with the nearest ones."""
     if name not in known:
-        msg = text + nearest_names(name, known)
-        raise error(msg)
+        raise error(text + nearest_names(name, known))
 
 
 def nearest_names(name: str, names: Iterable[object]) -> str:
@@ -265,8 +261,7 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple[float, float]:
     """Return the ends of the colour map."""
     if isinstance(vmin, int | float) and isinstance(vmax, int | float) and vmin > vmax:
-        msg = f"vmin={vmin:g} is above vmax={vmax:g}."
-        raise ValueError(msg)
+        raise ValueError(f"vmin={vmin:g} is above vmax={vmax:g}.")
     finite = values[np.isfinite(values)]
     if len(finite) == 0:
         return 0.0, 1.0
@@ -283,8 +278,9 @@ def _limit(limit: float | str, values: NDArray[np.float64]) -> float:
         return float(limit)
     match = re.fullmatch(r"p(\d+(?:\.\d+)?)", limit)
     if match is None or float(match[1]) > 100.0:
-        msg = f"vmin and vmax are numbers, or percentiles such as 'p99'; found {limit!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"vmin and vmax are numbers, or percentiles such as 'p99'; found {limit!r}."
+        )
     return float(np.percentile(values, float(match[1])))
 
 
@@ -308,8 +304,9 @@ def choose_colors(
         keys = label_text(pd.Series(list(palette), dtype=object))
         by_name = dict(zip(keys, palette.values(), strict=True))
         if missing := [name for name in names if name not in by_name]:
-            msg = f"The palette has no colour for {missing[:5]}; give one for each category."
-            raise ValueError(msg)
+            raise ValueError(
+                f"The palette has no colour for {missing[:5]}; give one for each category."
+            )
         return tuple(to_hex(by_name[name]) for name in names)
     if isinstance(palette, str | Colormap):
         # Spread over the map as scanpy does; a map of fewer colours gives some of them twice.
@@ -319,8 +316,9 @@ def choose_colors(
     # A cycler gives dictionaries.
     colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
     if len(colors) < n:
-        msg = f"The palette has {len(colors)} colours for {n} categories; palette=None has enough."
-        raise ValueError(msg)
+        raise ValueError(
+            f"The palette has {len(colors)} colours for {n} categories; palette=None has enough."
+        )
     return tuple(colors[:n])
 
 

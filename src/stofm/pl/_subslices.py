@@ -123,14 +123,14 @@ def _layout_codes(adata: AnnData, key: str, library_key: str | None) -> NDArray[
         record: library_key is not None or n_made is not None,
     }
     if missing := [name for name, is_there in needed.items() if not is_there]:
-        msg = f"{missing[0]} is missing: call st.tl.embed(adata) or st.pp.subslice(adata) first."
-        raise KeyError(msg)
+        raise KeyError(
+            f"{missing[0]} is missing: call st.tl.embed(adata) or st.pp.subslice(adata) first."
+        )
     if library_key is None and adata.n_obs > np.sum(n_made):
-        msg = (
+        raise KeyError(
             f"{record} is of other cells: of {np.sum(n_made)}; here are {adata.n_obs}. If slices "
             "were joined, pass the column of obs that names them as library_key."
         )
-        raise KeyError(msg)
     return np.asarray(adata.obs[key].astype("category").cat.codes, dtype=np.int64)
 
 

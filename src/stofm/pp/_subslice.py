@@ -133,11 +133,10 @@ def subslice(
     rules = model_or_config or SubSliceConfig()
     rules = getattr(getattr(rules, "config", None), "subslice", rules)
     if not isinstance(rules, SubSliceConfig):
-        msg = (
+        raise TypeError(
             "model_or_config must be a Stofm model or a SubSliceConfig, found "
             f"{type(model_or_config).__name__}."
         )
-        raise TypeError(msg)
     rules = replace(rules, **{name: one for name, one in chosen.items() if one is not None})
     where = read_places(table, spatial_key=spatial_key, library_key=library_key)
     result = lay_out(read_current(table, use_rep), where, rules, use_rep=use_rep, seed=seed)

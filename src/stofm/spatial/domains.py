@@ -162,8 +162,9 @@ def find_domains(
     Leiden clusters at `resolution` on the neighbour graph.
     """
     if n_domains is not None and n_domains > len(space.scores):
-        msg = f"n_domains is {n_domains}, but only {len(space.scores)} embeddings are different."
-        raise ValueError(msg)
+        raise ValueError(
+            f"n_domains is {n_domains}, but only {len(space.scores)} embeddings are different."
+        )
     from sklearn.exceptions import ConvergenceWarning
 
     with _turn, warnings.catch_warnings():

@@ -129,11 +129,9 @@ def split_cells(
     SToFM (arXiv 2507.11588), section C.2, which holds cells out at random.
     """
     if how not in get_args(SplitRule):
-        msg = f"how must be one of {get_args(SplitRule)}, found {how!r}."
-        raise ValueError(msg)
+        raise ValueError(f"how must be one of {get_args(SplitRule)}, found {how!r}.")
     if not 0 < share < 1:
-        msg = f"share must be between 0 and 1, found {share!r}."
-        raise ValueError(msg)
+        raise ValueError(f"share must be between 0 and 1, found {share!r}.")
     rng = np.random.default_rng(seed)
     xy = np.asarray(coordinates, dtype=np.float64)
     classes = np.zeros(len(xy), dtype=np.int64) if classes is None else classes
@@ -152,8 +150,9 @@ def split_cells(
         if len(others) and is_moved[rows].any():
             part[rows[others[_is_near(xy[rows], is_moved[rows], others, margin)]]] = _LEFT_OUT
     if rule == "slices" and not (part == _HELD_OUT).any():
-        msg = "how='slices' holds nothing out: each slice has classes of its own; use 'blocks'."
-        raise ValueError(msg)
+        raise ValueError(
+            "how='slices' holds nothing out: each slice has classes of its own; use 'blocks'."
+        )
     return Split(
         rule,
         fitted=np.flatnonzero(part == _FITTED),
@@ -223,8 +222,7 @@ def _choose_slices(
     """Of some draws of slices, whose classes are given, the first that leaves most to fit."""
     n_slices = len(kinds)
     if n_slices < 2:
-        msg = "how='slices' needs at least two slices, found one; use how='blocks'."
-        raise ValueError(msg)
+        raise ValueError("how='slices' needs at least two slices, found one; use how='blocks'.")
     n_chosen = min(max(1, round(share * n_slices)), n_slices - 1)
     draws = [rng.permutation(n_slices)[:n_chosen] for _ in range(_N_DRAWS)]
 

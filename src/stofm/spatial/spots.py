@@ -306,8 +306,9 @@ def grid_spots(
         `spot_size` is not positive, or no cell has a type.
     """
     if not 0.0 < spot_size < np.inf:
-        msg = f"spot_size must be positive, in the unit of the coordinates, found {spot_size!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"spot_size must be positive, in the unit of the coordinates, found {spot_size!r}."
+        )
     number = np.full(len(codes), -1, dtype=np.int64)
     corner = np.zeros((len(slices), 2))
     for k, rows in enumerate(slices):
@@ -315,8 +316,9 @@ def grid_spots(
         corner[k] = coordinates[rows].min(axis=0, initial=np.inf)
     cells = np.flatnonzero((codes >= 0) & (number >= 0))
     if not len(cells):
-        msg = f"None of {len(codes)} cells has a known type; there is nothing to make spots from."
-        raise ValueError(msg)
+        raise ValueError(
+            f"None of {len(codes)} cells has a known type; there is nothing to make spots from."
+        )
     own = number[cells]
     square = np.floor((coordinates[cells] - corner[own]) / spot_size).astype(np.int64)
     places, found = np.unique(np.column_stack([own, square]), axis=0, return_inverse=True)

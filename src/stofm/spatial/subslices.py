@@ -105,8 +105,7 @@ class SubSliceConfig:
         require(self, "must be positive", lambda value: value > 0, "leiden_resolution")
         check_shares(self, "position_weight")
         if self.mixing == "sum" and self.n_components != 2:
-            msg = f"mixing='sum' needs n_components=2, found {self.n_components}."
-            raise ValueError(msg)
+            raise ValueError(f"mixing='sum' needs n_components=2, found {self.n_components}.")
 
     @classmethod
     def reference(cls) -> SubSliceConfig:
@@ -207,8 +206,9 @@ def lay_out_slice(
     """
     xy, features = np.asarray(coordinates, dtype=np.float64), np.asarray(features)
     if len(xy) != len(features):
-        msg = f"{len(xy)} coordinates and {len(features)} rows of features; expected as many."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{len(xy)} coordinates and {len(features)} rows of features; expected as many."
+        )
     normalized, by_place = normalize_coordinates(xy), canonical_order(xy, features)
     if config.partition == "reference":
         parts = partition_reference(normalized, config.n_cells)

@@ -154,12 +154,10 @@ def annotate(
     """
     if (label_key is None) == (head is None):
         given = "both" if head is not None else "neither"
-        msg = f"Pass label_key= to fit a head, or head= to use one; found {given}."
-        raise ValueError(msg)
+        raise ValueError(f"Pass label_key= to fit a head, or head= to use one; found {given}.")
     if reference is not None and (head is not None or copy):
         what = "head=" if head is not None else "copy=True; pass data.copy() if need be"
-        msg = f"reference= fits a head, which is returned; it does not go with {what}."
-        raise ValueError(msg)
+        raise ValueError(f"reference= fits a head, which is returned; it does not go with {what}.")
     request = Request(
         model=model,
         use_rep=use_rep,

@@ -172,8 +172,8 @@ def deconvolve(
     >>> import stofm as st
     >>> cells = st.datasets.simulate_slice(600, 100, seed=0)
     >>> query = st.datasets.simulate_slice(300, 100, seed=1)
-    >>> rules = st.spatial.SpotRules(n_spots=1000)
-    >>> head = st.tl.deconvolve(query, reference=cells, label_key="cell_type", spots=rules)
+    >>> options = st.tl.HeadOptions(spots=st.spatial.SpotRules(n_spots=1000))
+    >>> head = st.tl.deconvolve(query, reference=cells, label_key="cell_type", options=options)
     >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
     True
     """
@@ -185,21 +185,20 @@ def deconvolve(
     }
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
-        msg = (
+        raise ValueError(
             "Pass one of proportions_key= (spots with known proportions), reference= (single "
             "cells), spot_size= (slices of single cells to sum into spots), or head= (a fitted "
             f"head); found {given or 'none'}."
         )
-        raise ValueError(msg)
     if given[0] in ("reference", "spot_size") and label_key is None:
-        msg = f"{given[0]}= needs label_key=, the column of obs with the types of the cells."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{given[0]}= needs label_key=, the column of obs with the types of the cells."
+        )
     if reference is not None and copy:
-        msg = (
+        raise ValueError(
             "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
             "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
         )
-        raise ValueError(msg)
     request = Request(
         model=model,
         use_rep=use_rep,

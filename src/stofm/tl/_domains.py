@@ -185,8 +185,9 @@ def domains(
     refuse_foreign(table, key_added, obs=columns[1:])
     slices = read_slices(table, library_key, spatial_key)
     if not shared and slices.column is None:
-        msg = "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
-        raise ValueError(msg)
+        raise ValueError(
+            "shared=False clusters each slice by itself: pass `library_key` to tell slices apart."
+        )
     table = table.copy() if copy else table
     if use_rep in MADE_BY_EMBED and (model is not None or use_rep not in table.obsm):
         model = load_model(model)
@@ -194,8 +195,7 @@ def domains(
             embed(table, model, library_key=library_key, spatial_key=spatial_key)
     features = read_representation(table, use_rep)
     if reason := stale_reason(table, use_rep):
-        msg = f"{reason} Embed the cells again: st.tl.embed(adata)."
-        raise ValueError(msg)
+        raise ValueError(f"{reason} Embed the cells again: st.tl.embed(adata).")
     if n_neighbors is None:
         is_read = use_rep in MADE_BY_EMBED and spatial_key in table.obsm
         n_neighbors = N_NEIGHBORS if is_read else 0
@@ -251,24 +251,24 @@ def _check_options(
     centering: str,
 ) -> None:
     if n_domains is not None and resolution is not None:
-        msg = f"Pass n_domains={n_domains} or resolution={resolution}, not both."
-        raise ValueError(msg)
+        raise ValueError(f"Pass n_domains={n_domains} or resolution={resolution}, not both.")
     check_if_given("n_domains", n_domains, least=1)
     check_whole_number("smooth", smooth, least=0)
     check_choice("centering", centering, get_args(Centering))
     if np.ndim(coarser) != 1:
-        msg = f"coarser must be a list of numbers of domains, such as [4, 2]; found {coarser!r}."
-        raise TypeError(msg)
+        raise TypeError(
+            f"coarser must be a list of numbers of domains, such as [4, 2]; found {coarser!r}."
+        )
     for number in coarser:
         check_whole_number("Each number in coarser", number, least=1)
     if resolution is not None and not 0.0 < resolution < np.inf:
-        msg = f"resolution must be positive, found {resolution!r}."
-        raise ValueError(msg)
+        raise ValueError(f"resolution must be positive, found {resolution!r}.")
     numbers = [*([] if n_domains is None else [n_domains]), *coarser]
     if any(after >= before for before, after in pairwise(numbers)):
         below = "" if n_domains is None else f" below n_domains={n_domains}"
-        msg = f"coarser must hold falling numbers of domains{below}, found {list(coarser)}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"coarser must hold falling numbers of domains{below}, found {list(coarser)}."
+        )
 
 
 def _level_columns(key: str, n_levels: int) -> list[str]:

@@ -138,18 +138,15 @@ def impute(
     ((400, 10), 10)
     """
     if head is not None and reference is not None:
-        msg = "head= is fitted already: leave out reference=, or leave out head=."
-        raise ValueError(msg)
+        raise ValueError("head= is fitted already: leave out reference=, or leave out head=.")
     if head is None and reference is None and genes is None:
-        msg = (
+        raise ValueError(
             "Pass genes= to learn some genes of these slices, reference= to learn from other "
             "slices the genes that these lack, or head= to use what was learnt."
         )
-        raise ValueError(msg)
     if copy and head is None:
         what = "nothing is written to data" if reference is None else "the head is returned"
-        msg = f"copy=True is for head=; without it {what}. Pass data.copy() if need be."
-        raise ValueError(msg)
+        raise ValueError(f"copy=True is for head=; without it {what}. Pass data.copy() if need be.")
     request = Request(
         model=model,
         use_rep=use_rep,

@@ -125,12 +125,11 @@ def _pool(
     rows = row_of_token[columns.token_ids]
     is_there = np.flatnonzero(rows >= 0)
     if not len(is_there):
-        msg = (
+        raise ValueError(
             f"None of the {adata.n_vars} genes of the AnnData, such as "
             f"{adata.var_names[:3].tolist()}, is among the {len(genes.names)} of {genes.file}, such "
             f"as {list(genes.names[:3])}: take a table that has them."
         )
-        raise ValueError(msg)
     shape = (adata.n_vars, len(genes.names))
     selector = sparse.csr_matrix((np.ones(len(is_there)), (is_there, rows[is_there])), shape=shape)
 

@@ -161,11 +161,13 @@ def probe(
     """
     check_whole_number("seeds", seeds, least=1)
     if protocol not in (None, *get_args(Protocol)):
-        msg = f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
+        )
     if protocol is not None and (left_out is not None or seeds != _N_SEEDS):
-        msg = f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
-        raise ValueError(msg)
+        raise ValueError(
+            f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
+        )
     sections = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
     labels = read_label_names(sections, label_key, missing=missing)
     features = read_representations(sections, use_rep)
@@ -192,11 +194,10 @@ def read_representations(
     names = [AND.join(reps) for reps in asked]
     taken = {"", PCS, PCS_AND_NEIGHBORS, LOG_COUNTS}
     if not names or len(set(names)) < len(names) or taken & set(names):
-        msg = (
+        raise ValueError(
             "use_rep must name entries of obsm or tuples of them, each once and none called "
             f"{PCS!r}, {PCS_AND_NEIGHBORS!r} or {LOG_COUNTS!r}; found {use_rep!r}."
         )
-        raise ValueError(msg)
     values = {}
     for rep in dict.fromkeys(itertools.chain(*asked)):
         parts = read_each(sections, rep)
@@ -204,11 +205,10 @@ def read_representations(
         first, *others = (origin_of(table, rep) for table in sections.tables)
         unlike = [one for one in others if rep in MADE_BY_EMBED and not same_origin(first, one)]
         if unlike:
-            msg = (
+            raise ValueError(
                 f"obsm[{rep!r}] is by {describe_origin(first)} in one AnnData and by "
                 f"{describe_origin(unlike[0])} in another. Embed all with one model."
             )
-            raise ValueError(msg)
         values[rep] = np.concatenate(parts)
     asked_by_name = zip(names, asked, strict=True)
     return {name: side_by_side([values[rep] for rep in reps]) for name, reps in asked_by_name}
@@ -317,8 +317,7 @@ class ProbeResult:
     def _read(self, measure: str) -> tuple[list[str], NDArray[np.float64]]:
         """Names of the representations, and their values, (n_representations, n_slices, n_seeds)."""
         if measure not in MEASURES:
-            msg = f"measure must be one of {list(MEASURES)}, found {measure!r}."
-            raise ValueError(msg)
+            raise ValueError(f"measure must be one of {list(MEASURES)}, found {measure!r}.")
         keys = ["representation", "slice", "seed"]
         table = self.scores.pivot(index=keys[0], columns=keys[1:], values=measure)
         names = self.scores["representation"].unique().tolist()

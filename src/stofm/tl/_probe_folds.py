@@ -158,8 +158,7 @@ def _find(
     if unknown := [name for names in groups for name in names if name not in known]:
         near = difflib.get_close_matches(str(unknown[0]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {list(known)[:10]}."
-        msg = f"left_out names {unknown[0]!r}, which is no slice; {hint}"
-        raise ValueError(msg)
+        raise ValueError(f"left_out names {unknown[0]!r}, which is no slice; {hint}")
     rows = [np.unique(np.concatenate([known[name] for name in names])) for names in groups]
     return dict(zip(map(AND.join, groups), rows, strict=True))
 
@@ -175,12 +174,11 @@ def _checked(folds: Sequence[Fold]) -> list[Fold]:
         )
     usable = [fold for fold in folds if len(fold.classes) > 1 and len(fold.tested)]
     if not usable:
-        msg = (
+        raise ValueError(
             "Nothing can be tested: that needs two classes with "
             f"{MIN_SHARE:.0%} or more of the cells that are fitted, and cells of them among those "
             "that are left out. Pass more slices, a column with larger classes, or another `left_out`."
         )
-        raise ValueError(msg)
     if lost := [fold.name for fold in folds if fold not in usable]:
         warn(
             f"{', '.join(lost[:_MOST_NAMED])} can't be tested: the other cells have fewer than two "

@@ -147,8 +147,9 @@ def log_counts(sections: Sections, *, layer: str | None = None) -> sparse.csr_ma
     columns = sections.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
     genes = choose_panel(columns, ()).inputs
     if len(genes) < 2:
-        msg = f"The AnnData have a single gene in common, {genes[0].name!r}; two are needed."
-        raise ValueError(msg)
+        raise ValueError(
+            f"The AnnData have a single gene in common, {genes[0].name!r}; two are needed."
+        )
     own = iter(columns)
 
     def read(table: AnnData) -> sparse.csr_matrix:

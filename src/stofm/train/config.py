@@ -154,8 +154,7 @@ class SpatialMasking:
         value: object = self.mask_value
         is_number = isinstance(value, float | int) and math.isfinite(value)
         if not (is_number or value == "learned"):
-            msg = f"mask_value must be 'learned' or a finite number, found {value!r}."
-            raise ValueError(msg)
+            raise ValueError(f"mask_value must be 'learned' or a finite number, found {value!r}.")
 
     @classmethod
     def reference(cls) -> SpatialMasking:

@@ -80,8 +80,7 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
     if source is not None:
         path = local(source)
         if not path.exists():
-            msg = f"There is no file or folder {str(path)!r}; check the path."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"There is no file or folder {str(path)!r}; check the path.")
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         stats = [(p.relative_to(path).as_posix(), p.stat()) for p in files]
         state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -180,8 +179,7 @@ class Corpus:
     def __post_init__(self) -> None:
         """Refuse an empty corpus."""
         if not self.slices:
-            msg = "A corpus needs at least one slice with cells, found none."
-            raise ValueError(msg)
+            raise ValueError("A corpus needs at least one slice with cells, found none.")
 
     @cached_property
     def first_cell(self) -> NDArray[np.int64]:

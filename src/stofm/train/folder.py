@@ -213,11 +213,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
     if isinstance(found, int) and found != FORMAT_VERSION:
-        msg = (
+        raise ValueError(
             f"{folder / _STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
             "go on with the version of stofm that began the run (see run.json)."
         )
-        raise ValueError(msg)
     return entries if digest == _digest_of(entries) else {}
 
 
@@ -270,11 +269,10 @@ class RunFolder:
         if place == self.path.resolve() or any(
             place.is_relative_to(one.resolve()) for one in self._cleared
         ):
-            msg = (
+            raise ValueError(
                 f"work_dir {str(self.work)!r} is the run's own folder or one that the run clears; "
                 f"choose another, such as {str(self.path / 'work')!r} (the default)."
             )
-            raise ValueError(msg)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that may not be written to (FileExistsError).
@@ -282,28 +280,26 @@ class RunFolder:
         `resume` goes on with the run that is there, if one is; `overwrite` throws it away.
         """
         if resume and overwrite:
-            msg = "resume and overwrite exclude each other: go on with the run, or begin again?"
-            raise ValueError(msg)
+            raise ValueError(
+                "resume and overwrite exclude each other: go on with the run, or begin again?"
+            )
         report = self.read_report()
         if not report and (others := self._others()):
-            msg = (
+            raise FileExistsError(
                 f"{self.path} holds something else than a run of stofm ({', '.join(others[:3])}); "
                 "take another folder."
             )
-            raise FileExistsError(msg)
         if overwrite and (others := self._foreign(*self._cleared)):
-            msg = (
+            raise FileExistsError(
                 f"{self.path} holds a run, and files that are none of its own, for example "
                 f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
                 "another folder."
             )
-            raise FileExistsError(msg)
         if report and not (resume or overwrite):
-            msg = (
+            raise FileExistsError(
                 f"{self.path} holds a run ({report['status']}): pass resume=True to go on with it, "
                 "overwrite=True to throw it away, or take another folder."
             )
-            raise FileExistsError(msg)
 
     def _others(self) -> list[str]:
         """What is in the folder beside what a run leaves that has no report yet."""
@@ -338,11 +334,10 @@ class RunFolder:
         ]
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            msg = (
+            raise ValueError(
                 f"The run in {self.path} was begun with other settings: {'; '.join(changed[:5])}"
                 f"{more}. Go on with those, or take another folder."
             )
-            raise ValueError(msg)
 
     def read_report(self) -> dict[str, Any]:
         """What ``run.json`` says, or else the newest checkpoint; nothing if there is no run."""
@@ -417,12 +412,11 @@ def locked(folder: Path) -> Iterator[None]:
         holder = ""
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8")
-        msg = (
+        raise FileExistsError(
             f"{folder} is in use: {holder or 'another process'} trains into it. Wait until it has "
             "ended, or take another out_dir. If there is no such process any more, delete "
             f"{path}."
-        )
-        raise FileExistsError(msg) from None
+        ) from None
     try:
         # Not where a file that is locked can't be written to or deleted.
         with contextlib.suppress(OSError):

@@ -75,12 +75,11 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
     encoder, vocabulary = model.cell_encoder, model.vocabulary
     width = encoder.gene_embeddings.weight.shape[1]
     if table.width < width:
-        msg = (
+        raise ValueError(
             f"{table.file} has {table.width} numbers for each gene, and gene embeddings have {width}. "
             "Lower that (d_gene of the cell encoder, or d_hidden where that is not set), or take a "
             "wider table."
         )
-        raise ValueError(msg)
     rows = table.rows_of(vocabulary)
     found = table.values[rows[rows >= 0]]
     if table.width > width:
@@ -89,8 +88,9 @@ def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], N
         values = found - found.mean(axis=0, dtype=np.float64)
     spread = float(np.sqrt(np.mean(values**2)))
     if not spread > 0:
-        msg = f"{table.file} has the same numbers for all genes of the model, which tell nothing."
-        raise ValueError(msg)
+        raise ValueError(
+            f"{table.file} has the same numbers for all genes of the model, which tell nothing."
+        )
     values *= float(encoder.bert.config.initializer_range) / spread
     n_lacking = vocabulary.n_genes - len(values)
     tell = warn if n_lacking > _MOST_LACKING * vocabulary.n_genes else logger.info
@@ -114,11 +114,10 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     """
     encoder = model.cell_encoder
     if not encoder.config.pooled:
-        msg = (
+        raise ValueError(
             "gene_embeddings='coexpression' sets what is pooled over a cell's genes, and this cell "
             "encoder pools nothing: set cell_encoder.pooled to true."
         )
-        raise ValueError(msg)
     slices = [one.ranked for one in corpus.slices]
     n_tokens, width = encoder.gene_embeddings.weight.shape
     medians = encoder.medians.numpy()
@@ -181,12 +180,11 @@ def coexpression_factors(
     variance = sum(w * own for w, (_, own) in zip(weights, moments, strict=True))
     deviation = np.sqrt(variance / np.maximum(seen, 1e-12))
     if (n_genes := int((deviation > 0).sum())) < n_factors:
-        msg = (
+        raise ValueError(
             f"Found {n_genes} genes that vary within slices for {n_factors} factors; there must be "
             "as many. Lower the width of gene embeddings (d_gene of the cell encoder, or d_hidden where "
             "that is not set), or use gene_embeddings='random'."
         )
-        raise ValueError(msg)
     smallest = _SMALLEST_SCALE * np.median(deviation[deviation > 0])
     inverse = np.where(seen > 0, np.maximum(deviation, smallest) ** -scaling, 0.0)
 
@@ -209,11 +207,10 @@ def coexpression_factors(
 def _values(ranked: RankedTokens, scale: NDArray[np.float32]) -> sparse.csr_matrix:
     """Values log(1 + value x scale) of a slice, (n_cells, n_tokens)."""
     if ranked.values is None:
-        msg = (
+        raise ValueError(
             "Co-expression needs the values of the tokens, and they have none: prepare the slices "
             "for a model with cell_encoder.pooled = true."
         )
-        raise ValueError(msg)
     logs = np.log1p(ranked.values * scale[ranked.tokens])
     shape = (ranked.n_cells, len(scale))
     return sparse.csr_matrix((logs, ranked.tokens, ranked.offsets), shape=shape)

@@ -48,8 +48,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     }
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     if not weights:
-        msg = "There are no weights to train: all of them are frozen."
-        raise ValueError(msg)
+        raise ValueError("There are no weights to train: all of them are frozen.")
     decayed = [w for w in weights if w.ndim > 1 and id(w) not in plain]
     others = [w for w in weights if w.ndim < 2 or id(w) in plain]
     return torch.optim.AdamW(
@@ -102,8 +101,9 @@ class _Losses(nn.Module):
         self.objective = objective
         self.weights = cast("Mapping[str, float]", objective.weights)
         if not self.weights:
-            msg = "All losses have the weight 0: nothing would be trained. Raise one of `weights`."
-            raise ValueError(msg)
+            raise ValueError(
+                "All losses have the weight 0: nothing would be trained. Raise one of `weights`."
+            )
 
     def forward(self, compute: Callable[[], Mapping[str, LossPart]]) -> tuple[Tensor, Tensor]:
         """Call the objective; Fabric would cast tensors to bfloat16, coordinates among them."""
@@ -309,12 +309,11 @@ class TrainingLoop:
         where = self.stage.samples.describe(np.concatenate(at_fault or list(batches)))
         names = [name for k, name in enumerate(self.names) if is_bad[:, k].any()]
         what = f"The loss ({', '.join(names)})" if names else "The gradient"
-        msg = (
+        raise FloatingPointError(
             f"{what} is not finite at step {self.progress.step + 1} of stage "
             f"{self.stage.name!r} (epoch {self.progress.epoch}), in a batch from {where}. Nothing "
             f"of this step was kept. {self._advice()}"
         )
-        raise FloatingPointError(msg)
 
     def _advice(self) -> str:
         rate, warmup = self._config.learning_rate, self._config.warmup_steps
@@ -382,11 +381,10 @@ class TrainingLoop:
         progress = self.progress
         row = self._row("validation", epoch, self.evaluate())
         if not math.isfinite(row["loss"]):
-            msg = (
+            raise FloatingPointError(
                 f"The loss on the held-out slices is not finite after step {progress.step} of stage "
                 f"{self.stage.name!r}: {row}. {self._advice()}"
             )
-            raise FloatingPointError(msg)
         self._recorder.record(row)
         is_best = progress.best_loss is None or row["loss"] < progress.best_loss
         progress.n_without_improvement = 0 if is_best else progress.n_without_improvement + 1

@@ -81,31 +81,27 @@ def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
     """List the sources in what a user passes: data, a path, a folder of files, or a list of these."""
     if isinstance(data, list | tuple):
         if not data:
-            msg = "There is no data: the list is empty."
-            raise ValueError(msg)
+            raise ValueError("There is no data: the list is empty.")
         found = [source for one in data for source in find_sources(one, options)]
         return [one if one.file else replace(one, name=f"data[{k}]") for k, one in enumerate(found)]
     if isinstance(data, str | Path):
         return [SliceSource(path, path.stem, options) for path in _files(local(data))]
     if not hasattr(data, "obsm") and not hasattr(data, "tables"):
-        msg = (
+        raise TypeError(
             "data must be an AnnData, a path, a folder of .h5ad and .zarr, or a list of these, "
             f"found {type(data).__name__}."
         )
-        raise TypeError(msg)
     return [SliceSource(data, "data", options)]
 
 
 def _files(path: Path) -> list[Path]:
     if not path.exists():
-        msg = f"There is no slice or folder of slices at {path}."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"There is no slice or folder of slices at {path}.")
     if path.is_file() or path.suffix in _ENDINGS:
         return [path]
     found = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS)
     if not found:
-        msg = f"The folder {path} has no .h5ad file and no .zarr store."
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"The folder {path} has no .h5ad file and no .zarr store.")
     return found
 
 
@@ -129,23 +125,21 @@ def prepare_slices(
 def open_corpus(folder: Path, keys: Sequence[str]) -> Corpus:
     """Open prepared slices, without those that have no cells."""
     if keys and not (folder / keys[0]).is_dir():
-        msg = (
+        raise FileNotFoundError(
             f"The prepared slice {folder / keys[0]} is not there. The first process wrote it: the "
             "work folder must be visible to every process; pass work_dir (--work) on a file "
             "system that all machines share."
         )
-        raise FileNotFoundError(msg)
     slices = [open_slice(folder, key) for key in keys]
     if empty := [one.name for one in slices if not one.n_cells]:
         warn(f"{len(empty)} of {len(slices)} slices have no cells and are left out: {empty[:8]}.")
     first: dict[str, TokenizedSlice] = {}
     for one in slices:
         if one.n_cells and first.setdefault(one.digest, one) is not one:
-            msg = (
+            raise ValueError(
                 f"Slice {one.name!r} is the same as slice {first[one.digest].name!r}, in all tokens "
                 "and places, and would count twice; leave one of them out."
             )
-            raise ValueError(msg)
     return Corpus(tuple(first.values()))
 
 
@@ -192,11 +186,10 @@ def _write(
         places = read_places(adata, spatial_key=options.spatial_key, library_key=library_key)
         slices = places.slices
         if unknown := sorted({*options.exclude} - {*slices.names}):
-            msg = (
+            raise ValueError(
                 f"exclude = {unknown} names no slice of {source.name}, which has "
                 f"{list(slices.names)[:8]} by library_key={library_key!r}."
             )
-            raise ValueError(msg)
         columns = find_columns(
             adata,
             model.vocabulary,

@@ -123,11 +123,10 @@ class Processes:
 
         place = choose_device(device)
         if precision == "16-mixed" and place.type != "cuda":
-            msg = (
+            raise ValueError(
                 f"precision='16-mixed' needs a CUDA device, found {place.type!r}; use 'bf16-mixed' "
                 "or '32'."
             )
-            raise ValueError(msg)
         options: dict[str, Any] = {
             "accelerator": place.type,
             "precision": "32-true" if precision == "32" else precision,

@@ -137,15 +137,13 @@ class DataConfig:
         """
         root = local(folder)
         if not root.is_dir():
-            msg = f"There is no data folder {root}."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"There is no data folder {root}.")
         patterns = (*self.train, *self.validation, *self.exclude)
         files = {pattern: set(root.glob(pattern)) for pattern in patterns}
         is_default = self.train == type(self)().train
         required = self.validation if is_default else (*self.train, *self.validation)
         if missing := [pattern for pattern in required if not files[pattern]]:
-            msg = f"{missing[0]!r} names no file in {root}."
-            raise FileNotFoundError(msg)
+            raise FileNotFoundError(f"{missing[0]!r} names no file in {root}.")
         if unused := [pattern for pattern in self.exclude if not files[pattern]]:
             warn(
                 f"exclude = {unused} names no file in {root}; check the spelling if one is to be "
@@ -158,11 +156,10 @@ class DataConfig:
         held_out -= excluded
         train = named - held_out - excluded
         if not train:
-            msg = (
+            raise FileNotFoundError(
                 f"No file is left to train on in {root}: train = {list(self.train)} names "
                 f"{len(named)} files, and validation and exclude take all of them away."
             )
-            raise FileNotFoundError(msg)
         return sorted(train), sorted(held_out)
 
     def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
@@ -215,8 +212,9 @@ class ModelSource:
         require_gene_embeddings(self.gene_embeddings)
         sizes = (*_PARTS, "max_tokens")
         if self.checkpoint and (changes := [name for name in sizes if getattr(self, name)]):
-            msg = f"A checkpoint's sizes can't be changed: leave out {changes}, or the checkpoint."
-            raise ValueError(msg)
+            raise ValueError(
+                f"A checkpoint's sizes can't be changed: leave out {changes}, or the checkpoint."
+            )
 
     def config(self, n_tokens: int) -> StofmConfig:
         """Sizes of a new model: the preset's, with the changes to it."""
@@ -282,8 +280,7 @@ class Recipe:
         try:
             entries = tomllib.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            msg = f"{file} is no TOML: {error}."
-            raise ValueError(msg) from error
+            raise ValueError(f"{file} is no TOML: {error}.") from error
         recipe = cls.from_dict(entries, file.name)
         model = recipe.model
         if model.gene_embeddings in WORDS:
@@ -296,8 +293,9 @@ class Recipe:
         """Build from plain tables, as :meth:`from_toml` reads them."""
         tables = build_dataclass(_Tables, entries, where)
         if not tables.stage:
-            msg = f"{where} has no [[stage]]; add one, for example [[stage]] name = 'spatial'."
-            raise ValueError(msg)
+            raise ValueError(
+                f"{where} has no [[stage]]; add one, for example [[stage]] name = 'spatial'."
+            )
         return cls(run=tables.run, data=tables.data, model=tables.model, stages=tables.stage)
 
 
@@ -392,16 +390,17 @@ def choose_stages(
     given = (stage,) if isinstance(stage, StageConfig) else stage
     if not isinstance(given, str):
         if epochs is not None or optimizer is not None:
-            msg = "epochs and optimizer are entries of StageConfig; leave out the arguments."
-            raise ValueError(msg)
+            raise ValueError(
+                "epochs and optimizer are entries of StageConfig; leave out the arguments."
+            )
         if not given or not all(isinstance(one, StageConfig) for one in given):
-            msg = f"stage must be a name or one or more StageConfig, found {stage!r}."
-            raise TypeError(msg)
+            raise TypeError(f"stage must be a name or one or more StageConfig, found {stage!r}.")
         return tuple(given)
     names = get_args(StageName)
     if given not in (*names, "pretrain"):
-        msg = f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
-        raise ValueError(msg)
+        raise ValueError(
+            f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
+        )
     chosen = [s for s in paper_schedule(optimizer=optimizer) if given in (s.name, "pretrain")]
     return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
 
@@ -415,14 +414,14 @@ def find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed:
             model = replace(model, cell_encoder=cell_encoder)
         return Stofm(model, vocabulary, seed=seed)
     if vocabulary is not None:
-        msg = "A model has its vocabulary already; `vocabulary` is for a new one (StofmConfig)."
-        raise ValueError(msg)
+        raise ValueError(
+            "A model has its vocabulary already; `vocabulary` is for a new one (StofmConfig)."
+        )
     if isinstance(model, str | Path):
         return Stofm.from_pretrained(model)
     if not isinstance(model, Stofm):
-        msg = (
+        raise TypeError(
             "model must be a Stofm, a StofmConfig, a folder or a hub id, found "
             f"{type(model).__name__}."
         )
-        raise TypeError(msg)
     return model

@@ -147,11 +147,10 @@ class Pretraining:
         trained_on = {one.digest: one.name for one in self.corpus.slices}
         for one in self.validation.slices:
             if one.digest in trained_on:
-                msg = (
+                raise ValueError(
                     f"Slice {one.name!r} is held out and also trained on (as "
                     f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
                 )
-                raise ValueError(msg)
 
     def _settings(self, model: Stofm) -> dict[str, Any]:
         config = model.config.to_dict()
@@ -251,11 +250,10 @@ class Pretraining:
         except FloatingPointError as error:
             if (good := self.folder.newest()) is None:
                 raise
-            msg = (
+            raise FloatingPointError(
                 f"{error} The last checkpoint is good: begin a new run with it, train(data, "
                 f"{str(good)!r}, out_dir=<a new folder>), and with the stages that are left."
-            )
-            raise FloatingPointError(msg) from error
+            ) from error
         finally:
             recorder.close()
         # The first process may still be writing.

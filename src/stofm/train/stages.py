@@ -135,12 +135,11 @@ class CellCache:
         cells, virtual = self._folders(one, key)
         if not is_there(cells):
             if not can_be_made:
-                msg = (
+                raise FileNotFoundError(
                     f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the "
                     "cell encoder of the checkpoint, and it has changed since: delete the stage's "
                     "checkpoints and resume, and the stage begins again."
                 )
-                raise FileNotFoundError(msg)
             where: dict[str, Any] = {"device": self.setup.device, "dtype": self.setup.dtype}
             features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
             _write(cells, features=features.astype(_STORED))
