@@ -1,34 +1,33 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stofm.heads.tuning_samples import FineTuningConfig
 
 import stofm as st
+from stofm.heads.options import Request
+from stofm.heads.sections import resolve_slices
 from stofm.heads.targets import Targets, head_loss
-from stofm.heads.tuning import fine_tune_head
+from stofm.heads.tuning import FineTuning, fine_tune
 from stofm.nn import HeadConfig, PredictionHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")
 
-SHORT = FineTuningConfig(
+SHORT = FineTuning(
     learning_rate=5e-3,
     warmup_steps=1,
     epochs=1,
     min_steps=4,
     validate_every=2,
     sampled_cells=6,
-    batch_size=2,
     lora_rank=2,
 )
 BOTH = ("X_stofm_cell", "X_stofm")
 N_CELLS = 184
+QUIET = {"device": "cpu", "show_progress_bar": False}
 
 
 @pytest.fixture
@@ -48,22 +47,19 @@ def make_head(d_input=26, d_output=3):
 
 
 @pytest.fixture
-def fine_tune(adata, model, targets, parts):
-    def run(slices=None, trained=None, head=None, known=None, **options):
-        return fine_tune_head(
-            [adata] if slices is None else slices,
+def tune(adata, model, targets, parts):
+    def run(slices=None, *, trained=None, head=None, known=None, **options):
+        names = ("use_rep", "library_key", "seed")
+        asked = {name: options.pop(name) for name in names if name in options}
+        request = Request(**({"library_key": "library", "use_rep": BOTH} | asked), **QUIET)
+        given = {"strategy": "full", "task": "annotation", "how": SHORT, **parts, **options}
+        return fine_tune(
+            resolve_slices(adata if slices is None else slices, request.library_key),
             trained or model,
             head or make_head(),
             known or targets,
-            **{
-                "strategy": "full",
-                "library_key": "library",
-                "training": SHORT,
-                "device": "cpu",
-                "show_progress_bar": False,
-                **parts,
-                **options,
-            },
+            request=request,
+            **given,
         )
 
     return run
@@ -75,203 +71,133 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
-def test_gives_a_new_model_and_leaves_the_old_one(fine_tune, model, adata, strategy):
-    head, before = make_head(), copy.deepcopy(model)
-    fingerprint, counts = model.fingerprint, adata.X.copy()
-    result = fine_tune(head=head, strategy=strategy)
+def test_gives_a_new_model_and_leaves_the_old_one(tune, model, adata, tmp_path, strategy):
+    head, before, counts = make_head(), copy.deepcopy(model), adata.X.copy()
+    tuned, history = tune(head=head, strategy=strategy)
     assert same_weights(model, before)
-    assert model.fingerprint == fingerprint != result.model.fingerprint
     assert same_weights(head, make_head())
-    assert not same_weights(result.head, head)
     assert (counts != adata.X).nnz == 0
     assert not adata.uns
-    assert result.model.name == "tiny-annotation"
-    assert model.name == "tiny"
-    for word in (strategy, "'tiny'", fingerprint, "120 cells"):
-        assert word in result.model.config.provenance
-    assert result.model.state_dict().keys() == model.state_dict().keys()
-    assert all(weight.requires_grad for weight in result.model.parameters())
-    assert not result.model.training
-    assert not result.head.training
-
-
-def test_slices_are_read_as_they_were_embedded(fine_tune, adata, model):
-    expected = fine_tune()
-    adata.obs["puck"] = adata.obs.pop("library")
-    adata.layers["counts"], adata.obsm["places"] = adata.X, adata.obsm.pop("spatial")
-    adata.X = adata.X.log1p()
-    options = {"layer": "counts", "spatial_key": "places", "library_key": "puck"}
-    st.tl.embed(adata, model, device="cpu", show_progress_bar=False, **options)
-    assert same_weights(fine_tune(library_key=None).model, expected.model)
+    assert tuned.fingerprint != model.fingerprint
+    assert tuned.name == "tiny-annotation"
+    for word in (strategy, "'tiny'", model.fingerprint, "120 cells"):
+        assert word in tuned.config.provenance
+    assert tuned.state_dict().keys() == model.state_dict().keys()
+    assert all(weight.requires_grad for weight in tuned.parameters())
+    assert not tuned.training
+    assert history["split"].tolist() == ["validation", "train", "validation"]
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert st.Stofm.from_pretrained(tmp_path / "tuned").fingerprint == tuned.fingerprint
 
 
 @pytest.mark.parametrize("strategy", ["full", "lora"])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_gene_embeddings_stay_and_what_is_pooled_by(fine_tune, model, pooled, strategy):
+def test_gene_embeddings_stay_and_what_is_pooled_by(tune, model, pooled, strategy):
     config = replace(model.config.cell_encoder, pooled=pooled, d_gene=8)
     model = st.Stofm(replace(model.config, cell_encoder=config), model.vocabulary, seed=1).eval()
     before = model.cell_encoder.state_dict()
-    tuned = fine_tune(trained=model, strategy=strategy).model.cell_encoder
+    width = config.d_cell + model.config.se2_transformer.d_embedding
+    tuned = tune(trained=model, head=make_head(width), strategy=strategy)[0].cell_encoder
     after = tuned.state_dict()
     same = {name for name, value in before.items() if torch.equal(value, after[name])}
     table = "bert.embeddings.word_embeddings.weight"
     assert same >= ({table, "gene_offset"} if pooled else {table})
     assert "projection.weight" not in same
-    assert tuned.gene_embeddings.weight.requires_grad is not pooled
-    assert all(w.requires_grad for w in tuned.parameters() if w is not tuned.gene_embeddings.weight)
 
 
-def test_the_result_can_be_saved_and_embeds(fine_tune, adata, tmp_path):
-    result = fine_tune(strategy="lora")
-    result.model.save_pretrained(tmp_path / "tuned")
-    loaded = st.Stofm.from_pretrained(tmp_path / "tuned")
-    assert loaded.fingerprint == result.model.fingerprint
-    st.tl.embed(adata, loaded, library_key="library", show_progress_bar=False)
-    assert adata.uns["stofm"]["X_stofm"]["model_fingerprint"] == loaded.fingerprint
+def test_the_loss_is_that_of_the_head_on_stored_embeddings(tune, adata, model, targets, parts):
+    history = tune()[1]
+    embedded = st.tl.embed(adata, model, library_key="library", copy=True, **QUIET)
+    features = np.hstack([embedded.obsm[name] for name in BOTH])[parts["held_out"]]
+    outputs = make_head()(torch.from_numpy(features))
+    total, count = head_loss(outputs, targets.take(parts["held_out"]), "classes")
+    assert total.item() / count == pytest.approx(history["loss"][0], rel=1e-4)
 
 
-def test_the_loss_is_that_of_the_head_on_stored_embeddings(fine_tune, adata, model, targets, parts):
-    """What tuning sees of the held-out cells is what the head will be applied to."""
-    result = fine_tune(strategy="lora")
-    losses = result.history[result.history["split"] == "validation"].set_index("step")["loss"]
-    for one, head, step in (
-        (model, make_head(), 0),
-        (result.model, result.head, result.best_step),
-    ):
-        embedded = st.tl.embed(
-            adata, one, library_key="library", show_progress_bar=False, copy=True
-        )
-        features = np.hstack([embedded.obsm[name] for name in BOTH])[parts["held_out"]]
-        outputs = head(torch.from_numpy(features))
-        total, count = head_loss(outputs, targets.take(parts["held_out"]), "classes")
-        # Kept embeddings are float16.
-        assert total.item() / count == pytest.approx(losses[step], rel=1e-3)
-
-
-def test_held_out_cells_do_not_change_what_is_learnt(fine_tune, targets, parts):
-    values = targets.values.copy()
-    values[parts["held_out"]] = (values[parts["held_out"]] + 1) % 3
-    training = replace(SHORT, patience=99)
-    first, second = (
-        fine_tune(known=known, training=training).history
-        for known in (targets, Targets("classes", values, 3))
-    )
-    is_train = first["split"] == "train"
-    assert is_train.sum() == 2
-    assert first[is_train]["loss"].equals(second[is_train]["loss"])
-    assert not (first[~is_train]["loss"] == second[~is_train]["loss"]).any()
-
-
-def test_cells_in_neither_part_count_in_no_loss(fine_tune, targets, parts):
+def test_only_fitted_cells_are_learnt_from(tune, targets, parts):
+    how = replace(SHORT, patience=99)
     values = targets.values.copy()
     rest = np.setdiff1d(np.arange(N_CELLS), np.concatenate(list(parts.values())))
+    values[parts["held_out"]] = (values[parts["held_out"]] + 1) % 3
     values[rest] = 0
-    first, second = fine_tune(), fine_tune(known=Targets("classes", values, 3))
-    assert first.history["loss"].equals(second.history["loss"])
+    first, second = (
+        tune(known=known, how=how)[1].set_index("split")["loss"]
+        for known in (targets, Targets("classes", values, 3))
+    )
+    assert first["train"] == second["train"]
+    assert not set(first["validation"]) & set(second["validation"])
 
 
-def test_same_seed_same_result_whatever_the_order_of_rows(fine_tune, adata, targets, parts, rng):
+def test_same_seed_same_result_whatever_the_order_of_rows(tune, adata, targets, parts, rng):
     state = torch.random.get_rng_state()
-    first = fine_tune(seed=1)
+    first = tune(seed=1)[0]
     assert torch.equal(torch.random.get_rng_state(), state)
     order = rng.permutation(N_CELLS)
     place = np.argsort(order)
-    second = fine_tune(
-        [adata[order].copy()],
-        known=Targets("classes", targets.values[order], 3),
-        seed=1,
-        **{name: place[rows] for name, rows in parts.items()},
+    known = Targets("classes", targets.values[order], 3)
+    again = {name: place[rows] for name, rows in parts.items()}
+    assert (
+        first.fingerprint == tune(adata[order].copy(), known=known, seed=1, **again)[0].fingerprint
     )
-    assert first.model.fingerprint == second.model.fingerprint
-    assert same_weights(first.head, second.head)
-    assert fine_tune(seed=2).model.fingerprint != first.model.fingerprint
+    assert first.fingerprint != tune(seed=2)[0].fingerprint
 
 
-def test_slices_of_their_own_are_as_those_of_one_table(fine_tune, adata, targets, parts):
+def test_slices_as_they_were_embedded_and_in_tables_of_their_own(
+    tune, adata, model, targets, parts
+):
+    expected = tune()[0].fingerprint
     rows = np.concatenate([np.flatnonzero(adata.obs["library"] == x) for x in ("left", "right")])
     place = np.argsort(rows)
     apart = [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
-    result = fine_tune(
-        apart,
-        known=Targets("classes", targets.values[rows], 3),
-        library_key=None,
-        **{name: place[own] for name, own in parts.items()},
-    )
-    assert result.model.fingerprint == fine_tune().model.fingerprint
+    known = Targets("classes", targets.values[rows], 3)
+    again = {name: place[own] for name, own in parts.items()}
+    assert tune(apart, known=known, library_key=None, **again)[0].fingerprint == expected
+    adata.obs["puck"] = adata.obs.pop("library")
+    adata.layers["counts"], adata.obsm["places"] = adata.X, adata.obsm.pop("spatial")
+    adata.X = adata.X.log1p()
+    options = {"layer": "counts", "spatial_key": "places", "library_key": "puck"}
+    st.tl.embed(adata, model, **QUIET, **options)
+    assert tune(library_key=None)[0].fingerprint == expected
 
 
-def test_slices_without_a_used_cell_are_not_read(fine_tune, adata, targets):
+def test_slices_without_a_used_cell_are_not_read(tune, adata, targets):
     unusable = adata.copy()
     unusable.X = unusable.X * 0.37
     known = Targets("classes", np.tile(targets.values, 2), 3)
-    result = fine_tune(
-        [unusable, adata], known=known, fitted=np.arange(184, 300), held_out=np.arange(300, 368)
-    )
-    assert result.best_step > 0
+    tune([unusable, adata], known=known, fitted=np.arange(184, 300), held_out=np.arange(300, 368))
     with pytest.raises(ValueError, match=r"data\[0\]"):
-        fine_tune([unusable, adata], known=known, fitted=np.arange(300), held_out=[301])
+        tune([unusable, adata], known=known, fitted=np.arange(300), held_out=np.array([301]))
 
 
 @pytest.mark.parametrize("kind", ["proportions", "values"])
-def test_other_kinds_of_targets(fine_tune, rng, kind):
+def test_other_targets_one_representation_and_no_held_out_cells(tune, model, rng, kind):
     values = rng.dirichlet(np.ones(4), N_CELLS).astype(np.float32)
-    values[7] = np.nan
-    result = fine_tune(head=make_head(d_output=4), known=Targets(kind, values, 4), task="test")
-    assert np.isfinite(result.history["loss"]).all()
-    assert result.model.name == "tiny-test"
+    tuned, history = tune(
+        head=make_head(12, 4),
+        known=Targets(kind, values, 4),
+        use_rep="X_stofm_cell",
+        held_out=np.empty(0, dtype=np.int64),
+        task="test",
+    )
+    assert np.isfinite(history["loss"]).all()
+    assert set(history["split"]) == {"train"}
+    assert tuned.name == "tiny-test"
+    assert same_weights(tuned.se2_transformer, model.se2_transformer)
+    assert not same_weights(tuned.cell_encoder, model.cell_encoder)
 
 
-def test_one_representation(fine_tune, model):
-    result = fine_tune(head=make_head(d_input=12), use_rep="X_stofm_cell")
-    assert same_weights(result.model.se2_transformer, model.se2_transformer)
-    assert not same_weights(result.model.cell_encoder, model.cell_encoder)
-
-
-def test_without_held_out_cells_the_last_step_is_taken(fine_tune):
-    result = fine_tune(held_out=np.empty(0, dtype=np.int64))
-    assert result.best_step == 4
-    assert set(result.history["split"]) == {"train"}
-
-
-def test_nothing_stays_on_disk(fine_tune, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    fine_tune()
-    assert not list(Path(tmp_path).iterdir())
-
-
-def test_a_loss_that_is_not_finite_stops(fine_tune):
+def test_a_loss_that_is_not_finite_stops(tune):
     head = make_head()
     with torch.no_grad():
         head.last.bias[0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"step 1 .*'fine-tuning'.*data\[0\]"):
-        fine_tune(head=head)
+    with pytest.raises(FloatingPointError, match="step 1 of tuning 'tiny'"):
+        tune(head=head)
 
 
-def test_says_when_tuning_did_not_help(fine_tune, caplog):
-    training = replace(SHORT, learning_rate=0.9)
+def test_says_when_tuning_did_not_help(tune, caplog):
     with caplog.at_level("INFO", logger="stofm"):
-        result = fine_tune(training=training)
-    losses = result.history.query("split == 'validation'")["loss"]
+        history = tune(how=replace(SHORT, learning_rate=0.9))[1]
+    losses = history.query("split == 'validation'")["loss"]
     assert losses.iloc[1:].min() > losses.iloc[0]
     assert "no lower" in caplog.text
     assert "'tiny-annotation' was tuned from 'tiny'" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strategy": "frozen"}, r"one of \['lora', 'full'\] to tune a model, found 'frozen'"),
-        ({"use_rep": "X_pca"}, r"gradients reach .*X_stofm.* only.*strategy='frozen'"),
-        ({"use_rep": ("X_stofm", "X_stofm")}, "each once"),
-        ({"use_rep": "X_stofm"}, "reads 26 and gives 3 numbers.*have 14 and 3"),
-        ({"head": make_head(d_output=5)}, "gives 5 numbers"),
-        ({"fitted": np.array([0, 184])}, "fitted must hold rows from 0 to 183, found 0 to 184"),
-        ({"held_out": np.array([-1])}, "held_out must hold rows from 0"),
-        ({"fitted": np.arange(9), "held_out": np.arange(7, 12)}, "2 cells are in fitted and in"),
-        ({"known": Targets("classes", np.zeros(9, np.int64), 3)}, "184 cells .* and 9 rows"),
-        ({"known": Targets("classes", np.full(184, -1), 3)}, "None of the 120 fitted cells has"),
-    ],
-)
-def test_refuses(fine_tune, options, message):
-    with pytest.raises(ValueError, match=message):
-        fine_tune(**options)

@@ -227,10 +227,7 @@ def test_neighbours_of_a_query(fit, training):
     head = fit(use_rep="exact", n_neighbors=3)
     assert head.reads == (EMBEDDINGS,) * 2
     st.tl.impute(training, head=head, **LIBRARY)
-    with (
-        pytest.warns(UserWarning, match="without their neighbours"),
-        pytest.raises(ValueError, match="have nothing of what the head reads"),
-    ):
+    with pytest.raises(KeyError, match=r"no obsm\['spatial'\]"):
         st.tl.impute(query, head=head, **LIBRARY)
 
 

@@ -119,34 +119,45 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
     Tokens of up to 512 cells, evenly spread, are made again and compared. This notices what is done
     to a table as a whole: cells or genes permuted, counts replaced. A change of a few cells goes
     unnoticed. Where genes were taken away, counts are normalised by now, or the vocabulary is not
-    at hand, nothing can be told.
+    at hand, the counts must still have the genes of the tokens that are there, in any order.
     """
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
-    known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
-    own = next((one for one in known if one.fingerprint == record.get("vocabulary")), None)
     is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
-    if own is None or not is_there or made.get("vocabulary") != own.fingerprint:
+    if not is_there or made.get("vocabulary") != record.get("vocabulary") or "params" not in record:
         return ""
+    params, layer = record["params"], str(record["params"]["layer"]) or None
     columns = np.asarray(adata.var[Var.TOKEN_ID].fillna(-1), dtype=np.int64)
-    if columns_fingerprint(columns) != record.get("columns"):
-        return ""
-    params = record["params"]
-    layer = str(params["layer"]) or None
     rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
     try:
         counts, is_raw = peek_counts(adata, layer, rows)
     except (KeyError, TypeError, ValueError):
         return ""
-    # Token -1, no gene, reads the last entry.
-    medians = np.ones(own.n_tokens + 1)
-    medians[own.tokens] = own.medians
-    options = {name: params[name] for name in ("max_tokens", "duplicates")}
-    now = rank_genes(counts, columns, medians[columns], **options) if is_raw else None
-    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
-    if now is None or now.equals(stored):
+    if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
         return ""
-    both = (np.split(one.tokens, one.offsets[1:-1]) for one in (stored, now))
-    n_other = sum(not np.array_equal(*pair) for pair in zip(*both, strict=True))
+    known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
+    own = next((one for one in known if one.fingerprint == record["vocabulary"]), None)
+    is_whole = columns_fingerprint(columns) == record.get("columns")
+    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
+    # Token -1, no gene, reads the last entry.
+    medians = np.ones(int(columns.max(initial=0)) + 2)
+    if own is not None and is_raw and is_whole:
+        is_used = own.tokens < len(medians) - 1
+        medians[own.tokens[is_used]] = own.medians[is_used]
+        options = {name: params[name] for name in ("max_tokens", "duplicates")}
+        now = rank_genes(counts, columns, medians[columns], **options)
+        both = (np.split(one.tokens, one.offsets[1:-1]) for one in (stored, now))
+        n_other = sum(not np.array_equal(*pair) for pair in zip(*both, strict=True))
+    else:
+        options = {"max_tokens": max(adata.n_vars, 1), "duplicates": params["duplicates"]}
+        now = rank_genes(counts, columns, medians[columns], **options)
+        wanted, found = (
+            np.repeat(np.arange(len(rows)) << 32, one.n_tokens) + one.tokens
+            for one in (stored, now)
+        )
+        lost = wanted[np.isin(stored.tokens, columns) & ~np.isin(wanted, found)]
+        n_other = len(np.unique(lost >> 32))
+    if not n_other:
+        return ""
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
         f"of {len(rows)} cells that were looked at, {n_other} have other genes, or another order "
