@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 #: Fewer shared genes than this say too little about types.
 _MIN_GENES: Final = 10
-#: Networks, each with spots of its own, and between their seeds.
+#: Networks, and between their seeds.
 _N_NETWORKS: Final = 3
 _SEED_STEP: Final = 1000
 #: Components: what differs between types; more is noise of the reference.
@@ -44,7 +44,7 @@ _N_COMPONENTS: Final = 50
 _HELD_OUT: Final = 0.1
 #: Simulated spots are many, and a tenth of them tells well when to stop.
 _TRAINING: Final = HeadTraining(
-    learning_rate=2e-3, batch_size=512, max_epochs=40, patience=8, dropout=0.1
+    learning_rate=4e-3, batch_size=1024, max_epochs=30, patience=6, dropout=0.1
 )
 
 
@@ -64,8 +64,8 @@ def fit_simulated(
     Spots are simulated in two rounds. The first takes all types for equally frequent and all genes
     for equally well seen by both technologies. What a network that is fitted to it finds in the query
     on average tells how frequent types are and, with that, how technologies differ. The second
-    round, of other spots for each network, simulates half of that composition and half of equal
-    frequencies, so that rare types are still learnt.
+    round simulates half of that composition and half of equal frequencies, so that rare types are
+    still learnt; each network holds out other spots of it.
     """
     options, seed = request.options, request.seed
     with naming("the reference", adata="reference"):
@@ -109,16 +109,13 @@ def fit_simulated(
     composition = found.mean(axis=0, dtype=np.float64)
     composition /= composition.sum()
     scale = gene_scales(mean, len(totals), typed.mean_counts(), composition)
-    fits: list[FittedHead] = []
-    held_out: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    spots = simulate(scale, (composition + equal) / 2, 2 * seed + 1)
+    components = ExpressionComponents.fit(spots.counts, genes, n_components)
+    values = components.of_counts(spots.counts)
+    fits, held_out = [], []
     for k in range(_N_NETWORKS):
-        own = seed + _SEED_STEP * k
-        spots = simulate(scale, (composition + equal) / 2, 2 * own + 1)
-        if not k:
-            components = ExpressionComponents.fit(spots.counts, genes, n_components)
-        values = components.of_counts(spots.counts)
-        fits.append(_fit(values, spots, own, request))
-        rows = _parts(len(values))[1]
+        fits.append(_fit(values, spots, seed + _SEED_STEP * k, request, part=k))
+        rows = _parts(len(values), k)[1]
         found = apply_head(fits[-1].head, values[rows], "proportions")
         held_out.append((found, spots.proportions[rows]))
     rules = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options.spots).items()}
@@ -145,17 +142,23 @@ def fit_simulated(
     return FittedToSpots(fields, *(np.concatenate(part) for part in zip(*held_out, strict=True)))
 
 
-def _parts(n_spots: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Simulated spots to fit, and to hold out."""
-    n_fitted = n_spots - round(_HELD_OUT * n_spots)
-    return np.arange(n_fitted), np.arange(n_fitted, n_spots)
+def _parts(n_spots: int, part: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Simulated spots to fit, and one of their tenths to hold out."""
+    rows = np.roll(np.arange(n_spots), part * round(_HELD_OUT * n_spots))
+    fitted, held_out = np.split(rows, [n_spots - round(_HELD_OUT * n_spots)])
+    return fitted, held_out
 
 
 def _fit(
-    values: NDArray[np.float32], spots: SimulatedSpots, seed: int, request: Request
+    values: NDArray[np.float32],
+    spots: SimulatedSpots,
+    seed: int,
+    request: Request,
+    *,
+    part: int = 0,
 ) -> FittedHead:
     proportions = spots.proportions.astype(np.float32)
-    fitted, held_out = _parts(len(values))
+    fitted, held_out = _parts(len(values), part)
     return fit_head(
         values,
         Targets("proportions", proportions, proportions.shape[1]),

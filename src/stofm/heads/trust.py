@@ -10,6 +10,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
+from stofm.heads.expression import principal_axes
 from stofm.nn.prediction_head import ROUNDING
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ class Surroundings:
         scale = values.std(axis=0)
         scale[scale <= ROUNDING * np.abs(features).max(axis=0)] = np.inf
         values /= scale
-        variances, axes = np.linalg.eigh(values.T @ values / len(values))
-        kept = axes[:, np.argsort(-variances, kind="stable")[:_N_COMPONENTS]]
+        kept = principal_axes(values, _N_COMPONENTS)[1]
         scores = values @ kept
         sizes = np.bincount(classes).astype(np.float64)
         sums = np.stack([np.bincount(classes, column) for column in scores.T], axis=1)
