@@ -289,7 +289,8 @@ def _write_levels(
     n_before = len((read_record(adata, key) or {}).get("params", {}).get("coarser", ()))
     n_levels = len(next(iter(found.values()))[1])
     for column in _level_columns(key, n_before + 1)[n_levels:]:
-        adata.obs.drop(columns=column, errors="ignore", inplace=True)
+        if column in adata.obs:
+            del adata.obs[column]
         adata.uns.pop(column + Suffix.COLORS, None)
     counts: list[int] = []
     finest = np.empty(0)
