@@ -348,3 +348,32 @@ def test_spots_off_tissue_are_counted(off, on, name):
     with pytest.warns(UserWarning, match=rf"3 of 16 spots are not on tissue by obs\['{name}'\]"):
         places(adata)
     places(adata[3:].copy())  # without a word
+
+
+@pytest.fixture
+def planes(rng):
+    """Three planes, 40 apart."""
+    xy = np.concatenate([tissue(rng) for _ in range(3)])
+    z = np.repeat([0.0, 40.0, 80.0], len(xy) // 3)
+    return AnnData(np.ones((len(z), 1)), obsm={"spatial": np.c_[xy, z]})
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+@pytest.mark.parametrize("library_key", [None, "donor"])
+def test_planes_on_each_other_say_how_to_name_them(planes, rng, library_key, noise):
+    planes.obsm["spatial"][:, 2] += noise * rng.random(planes.n_obs)
+    if library_key is not None:
+        planes.obs["donor"] = np.where(np.arange(planes.n_obs) % 2, "A", "B")
+    with pytest.raises(ValueError, match=r"z in obsm\['spatial'\] takes 3 values") as error:
+        read_places(planes, spatial_key="spatial", library_key=library_key)
+    line = str(error.value).partition("pass it: ")[2].partition(", library_key")[0]
+    exec(line, {"adata": planes, "np": np})
+    places = read_places(planes, spatial_key="spatial", library_key="plane")
+    assert len(places.slices.rows) == (3 if library_key is None else 6)
+
+
+def test_planes_side_by_side_are_one_slice(planes):
+    planes.obsm["spatial"][:, 0] += 10 * planes.obsm["spatial"][:, 2]
+    with pytest.warns(UserWarning, match="z extends"):
+        places = read_places(planes, spatial_key="spatial", library_key=None)
+    assert len(places.slices.rows) == 1

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _MAX_SLICES: Final = 1000
 #: Cells that a slice has at least on average, for a column to name slices.
 _MIN_CELLS: Final = 5
+#: With more heights than this, z is that of a volume.
+_MAX_PLANES: Final = 100
 #: Words in the name of a column that names slices.
 _SLICE_WORDS: Final = re.compile(
     r"(?<![a-z])(animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample"
@@ -87,9 +89,40 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
     for name, rows in zip(slices.names, slices.rows, strict=True):
         warn_of_places(adata, name, rows, xy[rows])
     if z is not None:
+        _refuse_planes(xy, z, slices, spatial_key)
         rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
         warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
     return Places(xy, slices, spatial_key, slices.column)
+
+
+def _refuse_planes(
+    xy: NDArray[np.float64], z: NDArray[np.float64], slices: Slices, spatial_key: str
+) -> None:
+    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice."""
+    for name, rows in zip(slices.names, slices.rows, strict=True):
+        heights = np.unique(z[rows])
+        steps = np.diff(heights)
+        borders = np.flatnonzero(steps > 0.5 * steps.max(initial=0))
+        n = len(borders) + 1
+        planes = np.searchsorted(heights[borders], z[rows], side="left")
+        most = min(_MAX_PLANES, len(rows) // _MIN_CELLS)
+        if not 2 <= n <= most or not _boxes_overlap(xy[rows], planes):
+            continue
+        parts = [z[rows][planes == k] for k in range(n)]
+        is_thin = max(np.ptp(part) for part in parts) <= 0.25 * steps.max()
+        largest = xy[rows][planes == np.bincount(planes).argmax()]
+        # The steps of a volume may be finer than cells.
+        if not is_thin or np.ptp(z[rows]) / (n - 1) < 0.5 * Nearest.find(largest).spacing:
+            continue
+        middles = ", ".join(f"{heights[b] + steps[b] / 2:.6g}" for b in borders)
+        joined = f"adata.obs[{slices.column!r}].astype(str) + ':' + " if slices.column else ""
+        raise ValueError(
+            f"{f'Slice {name!r}: ' if name else ''}z in obsm[{spatial_key!r}] takes {n} values, and "
+            "these planes overlap in x and y: cells of different planes would be taken as "
+            f"neighbours. Make a column of z and pass it: adata.obs['plane'] = {joined}np.digitize("
+            f"adata.obsm[{spatial_key!r}][:, 2], [{middles}]).astype(str), library_key='plane'. If "
+            "they are one slice, leave z out of the coordinates."
+        )
 
 
 def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:

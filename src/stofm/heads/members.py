@@ -49,6 +49,8 @@ VOTING: Final = HeadTraining(learning_rate=2e-3, batch_size=512, max_epochs=30, 
 IMPUTING: Final = HeadTraining(dropout=0.4)
 #: Score of a class of which no cell was fitted, below the lowest.
 _ABSENT: Final = -20.0
+#: Held-out cells whose errors are computed at a time, for all genes.
+_ROWS_AT_ONCE: Final = 256
 #: Genes that are computed at a time.
 GENES_AT_ONCE: Final = 512
 
@@ -195,7 +197,9 @@ def fit_members(
         networks=tuple(network for kind in kinds for network in kind.final),
         reads=tuple(kind.reads for kind in kinds for _ in kind.final),
         weights=tuple(share for share, kind in zip(shares, kinds, strict=True) for _ in kind.final),
-        history=pd.concat([one.assign(network=k) for k, one in enumerate(histories)]),
+        history=pd.concat(
+            [one.assign(network=k) for k, one in enumerate(histories)], ignore_index=True
+        ),
         held_out=tuple(held_out),
         votes=votes,
     )
@@ -356,14 +360,13 @@ def error_products(
     Errors are those of standardised expression, so that all genes count the same. `members` come
     with what they read of the cells.
     """
-    true = targets.take(rows).numpy()
     products = np.zeros((len(members), len(members)))
-    for start in range(0, targets.n_outputs, GENES_AT_ONCE):
-        columns = np.arange(start, min(start + GENES_AT_ONCE, targets.n_outputs))
+    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // _ROWS_AT_ONCE) or 1):
+        true = targets.take(rows[part]).numpy()
         errors = np.stack(
             [
-                (apply_head(*one, "values", columns=columns) - true[:, columns]).ravel()
-                for one in members
+                (apply_head(network, read[part], "values") - true).ravel()
+                for network, read in members
             ]
         ).astype(np.float64)
         products += errors @ errors.T

@@ -136,7 +136,9 @@ def fit_simulated(
             "n_components": n_components,
         },
         "split": {"how": "simulated", "n_fitted": n_fitted, "n_held_out": n_held_out},
-        "history": pd.concat([one.history.assign(network=k) for k, one in enumerate(fits)]),
+        "history": pd.concat(
+            [one.history.assign(network=k) for k, one in enumerate(fits)], ignore_index=True
+        ),
         "expression": components,
     }
     return FittedToSpots(fields, *(np.concatenate(part) for part in zip(*held_out, strict=True)))
