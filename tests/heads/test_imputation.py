@@ -72,7 +72,7 @@ def test_prediction_is_the_weighted_mean_in_the_unit_of_the_genes(head, blocks):
 
 
 def test_only_genes_asked_for_are_computed_some_at_a_time(head, blocks, monkeypatch):
-    monkeypatch.setattr(module, "GENES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_GENES_AT_ONCE", 2)
     asked = []
 
     def watched(*args, columns, **options):
@@ -97,7 +97,7 @@ def test_genes_by_name_or_id(head):
 
 
 def test_scores_are_the_metrics(head, blocks, rng, monkeypatch):
-    monkeypatch.setattr(module, "GENES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_GENES_AT_ONCE", 2)
     true = rng.random((13, 5)).astype(np.float32)
     true[:, 3] = 0
     targets = ExpressionTargets(

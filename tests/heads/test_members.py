@@ -323,7 +323,7 @@ def test_a_single_class_with_cells(problem, kind):
 
 
 def test_errors_of_values(rng, monkeypatch):
-    monkeypatch.setattr(module, "GENES_AT_ONCE", 2)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
     torch.manual_seed(3)
     config = HeadConfig(d_input=7, d_output=5, widths=(11, 6))
     features = rng.normal(size=(13, 7)).astype(np.float32)

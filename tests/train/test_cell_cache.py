@@ -9,8 +9,9 @@ import torch
 
 from stofm.nn import encode_cells
 from stofm.spatial import lay_out_slice
+from stofm.train.cell_cache import CellCache
 from stofm.train.samples import Draws
-from stofm.train.stages import CellCache, StageSetup
+from stofm.train.stages import StageSetup
 
 CPU = torch.device("cpu")
 
@@ -61,8 +62,8 @@ def test_without_virtual_cells(tmp_path, corpus, model):
 
 def test_second_time_nothing_is_computed(tmp_path, corpus, model, monkeypatch):
     key, found = cache(tmp_path, corpus, model).encode()
-    monkeypatch.setattr("stofm.train.stages.encode_cells", None)
-    monkeypatch.setattr("stofm.train.stages.lay_out_slice", None)
+    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", None)
+    monkeypatch.setattr("stofm.train.cell_cache.lay_out_slice", None)
     again_key, again = cache(tmp_path, corpus, model).encode()
     assert again_key == key
     for one, other in zip(found, again, strict=True):
@@ -94,7 +95,7 @@ def test_processes_share_the_slices(tmp_path, corpus, model, monkeypatch):
         encoded.append(ranked.n_cells)
         return encode_cells(encoder, ranked, *args, **options)
 
-    monkeypatch.setattr("stofm.train.stages.encode_cells", counted)
+    monkeypatch.setattr("stofm.train.cell_cache.encode_cells", counted)
 
     def second_works():
         encoded.append("wait")
@@ -107,7 +108,7 @@ def test_processes_share_the_slices(tmp_path, corpus, model, monkeypatch):
 
 def test_interrupted_encoding_goes_on(tmp_path, corpus, model, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("stofm.train.stages.lay_out_slice", None)
+        patch.setattr("stofm.train.cell_cache.lay_out_slice", None)
         with pytest.raises(TypeError):
             cache(tmp_path, corpus, model).encode()
     _, found = cache(tmp_path, corpus, model).encode()

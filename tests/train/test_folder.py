@@ -14,18 +14,16 @@ from torch import nn
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
-from stofm.train.folder import (
-    LOCK,
+from stofm.train.checkpoint import (
     Progress,
-    RunFolder,
     Trained,
     find_damage,
     load_checkpoint,
-    locked,
     read_progress,
     write_checkpoint,
 )
-from stofm.train.loop import make_optimizer
+from stofm.train.folder import LOCK, RunFolder, locked
+from stofm.train.optimizer import make_optimizer
 from stofm.train.storage import write_json
 
 

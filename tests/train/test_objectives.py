@@ -23,20 +23,22 @@ from stofm.train.config import (
     SpatialMasking,
     TokenMasking,
 )
+from stofm.train.losses import (
+    MaskedCellHead,
+    MaskedGeneHead,
+    PairDistanceHead,
+    contrastive_loss,
+    masked_cell_loss,
+    masked_gene_loss,
+    pair_distance_loss,
+)
 from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
 from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
 from stofm.train.objectives import (
     CellEncoderObjective,
     JointObjective,
-    MaskedCellHead,
-    MaskedGeneHead,
-    PairDistanceHead,
     SpatialObjective,
     _candidate_genes,
-    contrastive_loss,
-    masked_cell_loss,
-    masked_gene_loss,
-    pair_distance_loss,
 )
 from stofm.train.stages import make_objectives
 

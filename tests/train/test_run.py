@@ -4,7 +4,8 @@ import psutil
 import torch
 
 from stofm._files import read_table
-from stofm.train.run import HISTORY_COLUMNS, append_history, begin_history, peak_memory
+from stofm.train.recorder import HISTORY_COLUMNS, append_history, begin_history
+from stofm.train.run import peak_memory
 
 PARTS = ["masked_genes", "masked_cells"]
 

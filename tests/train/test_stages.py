@@ -17,7 +17,7 @@ from stofm.train.config import (
     SpatialMasking,
     StageConfig,
 )
-from stofm.train.loop import make_optimizer
+from stofm.train.optimizer import make_optimizer
 from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stofm.tl import train
+from stofm.train.checkpoint import Progress, load_optimizer_tensors, optimizer_tensors
 from stofm.train.config import MaskedGeneConfig, OptimizerConfig, RunConfig, StageConfig
-from stofm.train.folder import Progress, load_optimizer_tensors, optimizer_tensors
 from stofm.train.loop import TrainingLoop
-from stofm.train.objectives import LossPart, contrastive_loss
+from stofm.train.losses import LossPart, contrastive_loss
 from stofm.train.processes import Processes
 
 N_SAMPLES, N_HELD_OUT = 37, 11

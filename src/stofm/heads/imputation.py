@@ -28,7 +28,6 @@ from stofm.heads.embeddings import MADE_BY_EMBED
 from stofm.heads.fitting import Task, fit
 from stofm.heads.gene_columns import Gene, choose_panel
 from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.members import GENES_AT_ONCE
 from stofm.heads.network import apply_head
 from stofm.heads.options import checked_reps
 from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
@@ -53,6 +52,8 @@ if TYPE_CHECKING:
 #: A query with a smaller share of a head's panel is refused, or warned of.
 _LEAST_SHARE: Final = 0.1
 _LOW_SHARE: Final = 0.5
+#: Genes that are computed at a time.
+_GENES_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -130,9 +131,9 @@ class ImputationHead(Head):
         """Log-normalised expression, float32 (n, n_genes), not negative; of some outputs, or of all."""
         columns = np.arange(len(self.outputs)) if columns is None else columns
         found = np.zeros((len(blocks.features), len(columns)), dtype=np.float32)
-        for start in range(0, len(columns), GENES_AT_ONCE):
-            own = columns[start : start + GENES_AT_ONCE]
-            part = found[:, start : start + GENES_AT_ONCE]
+        for start in range(0, len(columns), _GENES_AT_ONCE):
+            own = columns[start : start + _GENES_AT_ONCE]
+            part = found[:, start : start + _GENES_AT_ONCE]
             for vote, weight in self.votes(blocks, "values", columns=own):
                 part += weight.astype(np.float32)[:, None] * vote
             np.maximum(part * self.scale[own] + self.mean[own], 0.0, out=part)
@@ -209,8 +210,8 @@ def _score_genes(
     read = {source: blocks.of(source) for _, source, _ in chosen}
     total = sum(weight for *_, weight in chosen)
     parts = []
-    for start in range(0, targets.n_outputs, GENES_AT_ONCE):
-        columns = np.arange(start, min(start + GENES_AT_ONCE, targets.n_outputs))
+    for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
+        columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
         true = targets.values[rows][:, columns].toarray()
         found = np.zeros_like(true)
         for network, source, weight in chosen:

@@ -51,8 +51,6 @@ IMPUTING: Final = HeadTraining(dropout=0.4)
 _ABSENT: Final = -20.0
 #: Held-out cells whose errors are computed at a time, for all genes.
 _ROWS_AT_ONCE: Final = 256
-#: Genes that are computed at a time.
-GENES_AT_ONCE: Final = 512
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,19 +14,17 @@ import torch
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
-from stofm._edge.tokens import read_tokens
 from stofm._keys import Obsm
 from stofm._logging import logger, progress
 from stofm._messages import warn
-from stofm.heads.embeddings import bare_table, places_entry, read_places, recorded_options
 from stofm.heads.targets import head_loss
 from stofm.heads.tuning_lora import LowRankModel
+from stofm.heads.tuning_setup import FineTuning, read_tuning_slices
 from stofm.nn import choose_device, embed_slice, encode_cells
 from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.device import seeded
 from stofm.nn.inference import padded_length
-from stofm.pp import tokenize
-from stofm.spatial import build_subslice, canonical_order, lay_out_slice
+from stofm.spatial import build_subslice, lay_out_slice
 from stofm.spatial.coordinates import partition_balanced
 
 if TYPE_CHECKING:
@@ -34,64 +32,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.genes import RankedTokens
     from stofm.heads.options import Request
     from stofm.heads.sections import Sections
     from stofm.heads.targets import Targets
+    from stofm.heads.tuning_setup import TuningSlice
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
     from stofm.spatial import SliceLayout
 
 #: What is changed: low-rank changes that are added to the weights at the end, or the weights.
 TuningStrategy = Literal["lora", "full"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuning:
-    """How a model is tuned together with a head. A step sees one sub-slice.
-
-    Attributes
-    ----------
-    learning_rate, weight_decay
-        Of AdamW; decay for matrices only.
-    warmup_steps
-        Steps over which the learning rate rises; then it falls linearly to 0.
-    epochs, min_steps
-        Passes over the sub-slices, and the fewest steps.
-    validate_every
-        Steps between validations, or those of an epoch if these are more. All cells are embedded
-        anew before each.
-    patience
-        Validations without a lower loss after which tuning stops.
-    sampled_cells
-        Cells of a sub-slice that go through the cell encoder in a step, with gradients.
-    max_norm
-        Norm to which larger gradients are scaled down.
-    lora_rank, lora_alpha
-        ``"lora"``: rank of the changes, and their scale times the rank.
-    """
-
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 10
-    epochs: int = 10
-    min_steps: int = 100
-    validate_every: int = 10
-    patience: int = 5
-    sampled_cells: int = 32
-    max_norm: float = 1.0
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-
-
-@dataclass(frozen=True, eq=False)
-class _Slice:
-    """Rows of a slice's cells in the tokens of their table and in the targets, in order of place."""
-
-    tokens: RankedTokens
-    cells: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    coordinates: NDArray[np.float64]
 
 
 def fine_tune(
@@ -145,7 +95,7 @@ def fine_tune(
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
     how = how or FineTuning()
-    slices = _read(sections, model, request, np.union1d(fitted, held_out))
+    slices = read_tuning_slices(sections, model, request, np.union1d(fitted, held_out))
     device = choose_device(request.device)
     with seeded(request.seed, device):
         run = _Tuning(model, head, targets, slices, strategy, how, request, device)
@@ -167,31 +117,6 @@ def fine_tune(
     return tuned, history
 
 
-def _read(
-    sections: Sections, model: Stofm, request: Request, used: NDArray[np.int64]
-) -> list[_Slice]:
-    """Tokens and places of the slices that have a used cell."""
-    tokens, coordinates = {}, np.full((sections.n_obs, 2), np.nan)
-    for k in sections.tables_of(used):
-        table = sections.tables[k]
-        with sections.naming(k):
-            options = request.reading | recorded_options(table, request)
-            places = read_places(table, places_entry(table, request.spatial_key))
-            coordinates[sections.places[k]] = places
-            bare = bare_table(table, options)
-            tokenize(bare, model, layer=options["layer"], show_progress_bar=False)
-            tokens[k] = read_tokens(bare, model)
-    slices = []
-    for rows in sections.slices.rows:
-        if len(np.intersect1d(rows, used)):
-            number = sections.tables_of(rows)[0]
-            order = canonical_order(coordinates[rows], np.empty((len(rows), 0)))
-            own = rows[order]
-            cells = own - sections.places[number].start
-            slices.append(_Slice(tokens[number], cells, own, coordinates[own]))
-    return slices
-
-
 class _Tuning:
     """A run of :func:`fine_tune`."""
 
@@ -200,7 +125,7 @@ class _Tuning:
         model: Stofm,
         head: PredictionHead,
         targets: Targets,
-        slices: Sequence[_Slice],
+        slices: Sequence[TuningSlice],
         strategy: TuningStrategy,
         how: FineTuning,
         request: Request,
@@ -377,7 +302,7 @@ class _Tuning:
             )
         return value
 
-    def _encode(self, one: _Slice, cells: NDArray[np.integer]) -> torch.Tensor:
+    def _encode(self, one: TuningSlice, cells: NDArray[np.integer]) -> torch.Tensor:
         """Embed some cells of a slice, with gradients."""
         encoder, vocabulary = self._model.cell_encoder, self._model.vocabulary
         tokens = one.tokens if encoder.config.reads_values else one.tokens.without_values()

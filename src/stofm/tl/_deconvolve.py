@@ -97,7 +97,7 @@ def deconvolve(
         Fitted head to use instead.
     model
         A :class:`stofm.Stofm`, a checkpoint folder or a hub id. By default the one that made the
-        stored embeddings, or the embedded ``"stofm-mini"``.
+        stored embeddings, or the embedded ``"stofm-mini"``. Not read with `reference`.
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
         are divided by the same number. Not read with `reference`: simulated spots have no place,

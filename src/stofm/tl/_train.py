@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm.train.config import RunConfig
+from stofm.train.launch import choose_stages, find_model, launch
 from stofm.train.preparation import find_sources
-from stofm.train.recipe import FileConfig, choose_stages, find_model, launch
+from stofm.train.recipe import FileConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,225 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from filelock import FileLock, Timeout
 
-from stofm._config import build_dataclass
 from stofm._files import TRIFLES, local
 from stofm._messages import warn
 from stofm.nn import checkpoint
-from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
-from stofm.train.storage import digest_files, find_change
+from stofm.train.checkpoint import (
+    _HEADS,
+    _OPTIMIZER,
+    _STATE,
+    FINAL,
+    HISTORY,
+    _read_state,
+    can_go_on,
+    find_damage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
-
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-
-    from stofm.nn import Stofm
-
-#: Raised when a run of this version can't be continued by an older one, or the reverse.
-FORMAT_VERSION = 2
-
-_STATE = f"{checkpoint.TRAINING}/state.json"
-#: The history as it was when the checkpoint was written.
-HISTORY = f"{checkpoint.TRAINING}/history.csv"
-_HEADS = f"{checkpoint.TRAINING}/heads.safetensors"
-_OPTIMIZER = f"{checkpoint.TRAINING}/optimizer.safetensors"
-#: How the name of a checkpoint at the end of a stage ends.
-FINAL = "final"
-#: What AdamW keeps of each weight.
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Progress:
-    """How far a run has come.
-
-    Attributes
-    ----------
-    stage
-        Number of the present stage in the run.
-    epoch, position
-        Present epoch, and its batches that are done.
-    step, is_finished
-        Optimiser steps of the stage that are done, and whether the stage is.
-    best_loss, best_checkpoint, n_without_improvement
-        Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
-    last_checkpoint
-        The checkpoint written last.
-    n_cells, n_tokens, seconds, waited
-        Cells and tokens (or nodes) seen in the stage, by all processes; time spent on its steps,
-        and the part of that spent waiting for data.
-    totals, counts
-        Sums of the loss parts since the last row of the history, and what they are sums over.
-    stage_state, scaler
-        What the stage itself needs, and, in precision ``"16-mixed"``, the gradients' scale.
-    """
-
-    stage: int = 0
-    epoch: int = 0
-    position: int = 0
-    step: int = 0
-    is_finished: bool = False
-    best_loss: float | None = None
-    best_checkpoint: str = ""
-    last_checkpoint: str = ""
-    n_without_improvement: int = 0
-    n_cells: int = 0
-    n_tokens: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    totals: list[float] = field(default_factory=list)
-    counts: list[float] = field(default_factory=list)
-    stage_state: dict[str, str] = field(default_factory=dict)
-    scaler: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model, and what stands on it in training; that may hold parts of the model."""
-
-    model: Stofm
-    heads: nn.ModuleList
-
-    @property
-    def loss_parts(self) -> list[str]:
-        """Names of the loss parts of all objectives."""
-        objectives: Any = self.heads.children()
-        return list(dict.fromkeys(name for one in objectives for name in one.weights))
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """Weights of the heads that are none of the model's, each once."""
-        seen = {id(value) for value in self.model.state_dict(keep_vars=True).values()}
-        found = {}
-        for name, value in self.heads.state_dict(keep_vars=True).items():
-            if id(value) not in seen:
-                seen.add(id(value))
-                found[name] = value.detach()
-        return found
-
-
-def write_checkpoint(
-    folder: Path,
-    trained: Trained,
-    progress: Progress,
-    optimizer: tuple[Optimizer, nn.Module] | None,
-    *,
-    report: Mapping[str, Any],
-    history: Path | None = None,
-) -> None:
-    """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
-
-    `optimizer` goes with the module whose weights it has; there is none if the stage does not go
-    on here. `report` is what ``run.json`` says.
-    """
-
-    def fill(place: Path) -> None:
-        trained.model.save_pretrained(place)
-        (place / checkpoint.TRAINING).mkdir()
-        write_tensors(place / _HEADS, trained.head_tensors())
-        if optimizer is not None:
-            write_tensors(place / _OPTIMIZER, optimizer_tensors(*optimizer))
-        if history is not None:
-            shutil.copyfile(history, place / HISTORY)
-        entries = {
-            "format_version": FORMAT_VERSION,
-            "progress": asdict(progress),
-            "report": report,
-            "files": digest_files(place),
-        }
-        text = json.dumps(entries | {"digest": _digest_of(entries)}, indent=2)
-        (place / _STATE).write_text(text + "\n", encoding="utf-8")
-
-    checkpoint.write_atomically(folder, fill, overwrite=True, kind=checkpoint.RUN_CHECKPOINT)
-
-
-def can_go_on(folder: Path) -> bool:
-    """Whether training can go on from a folder: not if only its weights were kept."""
-    is_end = folder.name.endswith(FINAL)
-    return (folder / _STATE).is_file() and (is_end or (folder / _OPTIMIZER).is_file())
-
-
-def find_damage(folder: Path) -> str:
-    """Compare all files of a checkpoint with what was written; empty if they are the same."""
-    entries = _read_state(folder)
-    if not entries:
-        return f"{folder / _STATE} is damaged: it is not what was written."
-    return find_change(folder, entries["files"])
-
-
-def read_progress(folder: Path) -> Progress:
-    """Read how far the run had come at a sound checkpoint."""
-    entries, known = _read_state(folder)["progress"], {one.name for one in fields(Progress)}
-    entries = {name: value for name, value in entries.items() if name in known}
-    return build_dataclass(Progress, entries, str(folder / _STATE))
-
-
-def load_checkpoint(
-    folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
-) -> None:
-    """Put a sound checkpoint's weights into model, heads and optimiser."""
-    load_exactly(trained.model, read_tensors(folder / checkpoint.WEIGHTS), str(folder))
-    stored = read_tensors(folder / _HEADS)
-    with torch.no_grad():
-        for name, value in trained.head_tensors().items():
-            value.copy_(stored[name])
-    if optimizer is not None:
-        load_optimizer_tensors(*optimizer, read_tensors(folder / _OPTIMIZER))
-
-
-def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """State of AdamW by name of the weight in `module`, on the CPU."""
-    return {
-        f"{name}/{key}": optimizer.state[weight][key].detach().to("cpu", copy=True)
-        for name, weight in module.named_parameters()
-        for key in _MOMENTS
-        if key in optimizer.state.get(weight, {})
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put back what :func:`optimizer_tensors` gave."""
-    for name, weight in module.named_parameters():
-        for key in _MOMENTS:
-            if (value := tensors.get(f"{name}/{key}")) is not None:
-                # AdamW counts its steps on the CPU.
-                place = torch.device("cpu") if key == "step" else weight.device
-                optimizer.state[weight][key] = value.to(place, copy=True)
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """What is noted beside the weights; nothing if that is damaged."""
-    try:
-        entries: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        digest, found = entries.pop("digest"), entries["format_version"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {}
-    if isinstance(found, int) and found != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder / _STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
-            "go on with the version of stofm that began the run (see run.json)."
-        )
-    return entries if digest == _digest_of(entries) else {}
-
-
-def _digest_of(entries: Mapping[str, Any]) -> str:
-    text = json.dumps(entries, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 #: The file by which a process has the folder to itself.
