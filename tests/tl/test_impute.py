@@ -307,7 +307,7 @@ def test_several_anndata(fit, training, query, model):
 
 
 def test_some_genes_of_a_head(fit, query, model, monkeypatch):
-    monkeypatch.setattr("stofm.heads.imputation.GENES_AT_ONCE", 2)
+    monkeypatch.setattr("stofm.heads.imputation._GENES_AT_ONCE", 2)
     head = fit()
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     every = query.obsm[Obsm.IMPUTED]
