@@ -53,10 +53,42 @@ def build_dataclass(cls: type[Config], entries: object, where: str, table: str =
         raise ValueError(f"{place}: {error}") from error
 
 
+class Checked:
+    """Base of dataclasses whose values must follow the rules of their fields (:func:`must`).
+
+    Those of a literal type must be among its values.
+    """
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        hints = get_type_hints(type(self))
+        for one in dataclasses.fields(self):  # type: ignore[arg-type]
+            if one.metadata:
+                require(self, one.metadata["rule"], one.metadata["fits"], one.name)
+            elif get_origin(hints[one.name]) is Literal:
+                check_choice(self, one.name, hints[one.name])
+
+
+def must(rule: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    """Metadata of a field: a rule in words and whether a value follows it; None stands for no value."""
+    return {"rule": f"must {rule}", "fits": fits}
+
+
+AT_LEAST_ONE = must("be at least 1", lambda value: value >= 1)
+POSITIVE = must("be positive and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = must("be at least 0 and finite", lambda value: 0 <= value < math.inf)
+BELOW_ONE = must("be at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = must("lie between 0 and 1", lambda value: 0 <= value <= 1)
+SEED = must(
+    f"be a whole number from 0 to {2**32 - 1}",
+    lambda seed: hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32,
+)
+
+
 def check_seed(seed: object) -> None:
     """Refuse what is no seed for every generator that is used."""
-    if not (hasattr(seed, "__index__") and 0 <= operator.index(seed) < 2**32):
-        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, found {seed!r}.")
+    if not SEED["fits"](seed):
+        raise ValueError(f"seed {SEED['rule']}, found {seed!r}.")
 
 
 def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) -> None:

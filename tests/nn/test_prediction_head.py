@@ -86,7 +86,7 @@ def test_dropout_only_while_training(head):
         ({"widths": (4, 0)}, "widths must be at least 1"),
         ({"widths": (4,)}, r"two hidden layers or none, found \(4,\)"),
         ({"widths": (4, 3, 2)}, "two hidden layers or none"),
-        ({"dropout": 1.0}, "dropout must be from 0 to below 1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
     ],
 )
 def test_bad_sizes(change, message):

@@ -115,7 +115,7 @@ def test_a_recipe_gives_dataclasses():
         ("epochs = 2", 'epochs = "2"', r"\[\[stage\]\] of the recipe: epochs must be an integer"),
         ("epochs = 2", "epochs = true", "epochs must be an integer, found True"),
         ("epochs = 2", "epochs = 0", "epochs must be at least 1, found 0"),
-        ("share = 0.2", "share = 1.2", r"share is a share and must lie between 0 and 1, found 1.2"),
+        ("share = 0.2", "share = 1.2", r"share must lie between 0 and 1, found 1.2"),
         ("share = 0.2", 'share = "much"', r"share must be a finite number, found 'much'"),
         ("patience = 4", "patience = 4.5", "patience must be an integer, found 4.5"),
         ('"spatial"', '"spatail"', r"name must be one of \['cell_encoder', 'spatial', 'joint'\]"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._config import build_dataclass, check_choice, require
+from stofm._config import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Checked, build_dataclass, must
 from stofm._version import __version__
 from stofm.spatial import SubSliceConfig
 
@@ -24,21 +23,14 @@ DistanceStart = Literal["random", "near"]
 
 #: More is damage: no array can be so wide.
 _MOST = 2**31 - 1
+_SIZE = must(f"be at least 1 and at most {_MOST}", lambda size: 1 <= size <= _MOST)
+_LENGTH = must(f"be at least 2 and at most {_MOST}", lambda size: 2 <= size <= _MOST)
+_EPSILON = must("be above 0 and below 1", lambda value: 0 < value < 1)
 
 
-def _check(config: Any, sizes: tuple[str, ...], width: str) -> None:
-    """Check what both networks have: sizes, heads that share the width, and rates."""
-    _check_sizes(config, *sizes)
-    if getattr(config, width) % config.n_heads:
-        found = f"{getattr(config, width)} and {config.n_heads}"
-        raise ValueError(f"{width} must be divisible by n_heads, found {found}.")
-    require(config, "must be at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")
-    require(config, "must be above 0 and below 1", lambda eps: 0 < eps < 1, "layer_norm_eps")
-
-
-def _check_sizes(config: Any, *names: str, least: int = 1) -> None:
-    rule = f"must be at least {least} and at most {_MOST}"
-    require(config, rule, lambda size: least <= size <= _MOST, *names)
+def _require_divisible(name: str, width: int, n_heads: int) -> None:
+    if width % n_heads:
+        raise ValueError(f"{name} must be divisible by n_heads, found {width} and {n_heads}.")
 
 
 def _not_default(config: Any) -> dict[str, Any]:
@@ -47,7 +39,7 @@ def _not_default(config: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellEncoderConfig:
+class CellEncoderConfig(Checked):
     """BERT over ranked gene tokens, and the projection to the cell embedding.
 
     Attributes
@@ -80,17 +72,17 @@ class CellEncoderConfig:
         training can lose. Off in the paper.
     """
 
-    n_tokens: int
-    d_cell: int = 256
-    n_layers: int = 12
-    d_hidden: int = 512
-    n_heads: int = 8
-    d_inner: int = 1024
-    d_gene: int | None = None
-    max_positions: int = 2048
+    n_tokens: int = field(metadata=_SIZE)
+    d_cell: int = field(default=256, metadata=_SIZE)
+    n_layers: int = field(default=12, metadata=_SIZE)
+    d_hidden: int = field(default=512, metadata=_SIZE)
+    n_heads: int = field(default=8, metadata=_SIZE)
+    d_inner: int = field(default=1024, metadata=_SIZE)
+    d_gene: int | None = field(default=None, metadata=_SIZE)
+    max_positions: int = field(default=2048, metadata=_LENGTH)
     activation: Activation = "relu"
-    dropout: float = 0.02
-    layer_norm_eps: float = 1e-12
+    dropout: float = field(default=0.02, metadata=BELOW_ONE)
+    layer_norm_eps: float = field(default=1e-12, metadata=_EPSILON)
     values: Values = "none"
     pooled: bool = False
 
@@ -116,11 +108,8 @@ class CellEncoderConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        sizes = ("n_tokens", "d_cell", "n_layers", "d_hidden", "n_heads", "d_inner", "d_gene")
-        _check(self, sizes, "d_hidden")
-        _check_sizes(self, "max_positions", least=2)
-        check_choice(self, "activation", Activation)
-        check_choice(self, "values", Values)
+        super().__post_init__()
+        _require_divisible("d_hidden", self.d_hidden, self.n_heads)
         width = self.gene_width
         if self.pooled and (width % 2 or self.d_learned < 1):
             raise ValueError(
@@ -129,7 +118,7 @@ class CellEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SE2TransformerConfig:
+class SE2TransformerConfig(Checked):
     """Transformer over the nodes of a sub-slice with distances as attention bias.
 
     Attributes
@@ -163,20 +152,20 @@ class SE2TransformerConfig:
         embeddings beside them; those of a model that pools have it. 1 in the paper.
     """
 
-    d_cell: int = 256
-    n_layers: int = 4
-    d_model: int = 256
-    n_heads: int = 8
-    d_inner: int = 256
-    n_kernels: int = 128
+    d_cell: int = field(default=256, metadata=_SIZE)
+    n_layers: int = field(default=4, metadata=_SIZE)
+    d_model: int = field(default=256, metadata=_SIZE)
+    n_heads: int = field(default=8, metadata=_SIZE)
+    d_inner: int = field(default=256, metadata=_SIZE)
+    n_kernels: int = field(default=128, metadata=_SIZE)
     norm_first: bool = False
     pair_bias: bool = True
     distance_start: DistanceStart = "random"
-    n_passed: int = 0
-    reach: float = 2.0
-    dropout: float = 0.1
-    layer_norm_eps: float = 1e-5
-    feature_scale: float = 1.0
+    n_passed: int = field(default=0, metadata=NOT_NEGATIVE)
+    reach: float = field(default=2.0, metadata=POSITIVE)
+    dropout: float = field(default=0.1, metadata=BELOW_ONE)
+    layer_norm_eps: float = field(default=1e-5, metadata=_EPSILON)
+    feature_scale: float = field(default=1.0, metadata=POSITIVE)
 
     @property
     def d_embedding(self) -> int:
@@ -185,17 +174,16 @@ class SE2TransformerConfig:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        sizes = ("d_cell", "n_layers", "d_model", "n_heads", "d_inner", "n_kernels")
-        _check(self, sizes, "d_model")
-        check_choice(self, "distance_start", DistanceStart)
-        rule = f"must be from 0 to d_cell, {self.d_cell}"
-        require(self, rule, lambda n: 0 <= n <= self.d_cell, "n_passed")
-        positive = "must be positive and finite"
-        require(self, positive, lambda one: 0 < one < math.inf, "reach", "feature_scale")
+        super().__post_init__()
+        _require_divisible("d_model", self.d_model, self.n_heads)
+        if self.n_passed > self.d_cell:
+            raise ValueError(
+                f"n_passed must be from 0 to d_cell, {self.d_cell}, found {self.n_passed}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class StofmConfig:
+class StofmConfig(Checked):
     """Everything that a model's embeddings depend on besides its weights and vocabulary.
 
     Attributes
@@ -219,14 +207,14 @@ class StofmConfig:
     cell_encoder: CellEncoderConfig
     se2_transformer: SE2TransformerConfig
     subslice: SubSliceConfig = field(default_factory=SubSliceConfig)
-    max_tokens: int = 2048
+    max_tokens: int = field(default=2048, metadata=_SIZE)
     trained: bool = False
     provenance: str = ""
     stofm_version: str = __version__
 
     def __post_init__(self) -> None:
         """Check how the parts fit together."""
-        _check_sizes(self, "max_tokens")
+        super().__post_init__()
         widths = self.cell_encoder.d_cell, self.se2_transformer.d_cell
         if widths[0] != widths[1]:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stofm._config import require
+from stofm._config import BELOW_ONE, Checked, must
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 #: A column that varies by no more than this share of its largest value is constant but for rounding.
 ROUNDING = 1e-6
-_SIZES = ("d_input", "d_output", "widths")
+_SIZES = must("be at least 1", lambda size: np.min(size, initial=1) >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(Checked):
     """Sizes of a :class:`PredictionHead`.
 
     Attributes
@@ -39,18 +39,17 @@ class HeadConfig:
         Share of hidden units that training drops.
     """
 
-    d_input: int
-    d_output: int
-    widths: tuple[int, ...] = (256, 128)
-    dropout: float = 0.3
+    d_input: int = field(metadata=_SIZES)
+    d_output: int = field(metadata=_SIZES)
+    widths: tuple[int, ...] = field(default=(256, 128), metadata=_SIZES)
+    dropout: float = field(default=0.3, metadata=BELOW_ONE)
 
     def __post_init__(self) -> None:
         """Check each value; lists become tuples."""
         object.__setattr__(self, "widths", tuple(self.widths))
         if len(self.widths) not in (0, 2):
             raise ValueError(f"widths must name two hidden layers or none, found {self.widths}.")
-        require(self, "must be at least 1", lambda size: np.min(size, initial=1) >= 1, *_SIZES)
-        require(self, "must be from 0 to below 1", lambda rate: 0 <= rate < 1, "dropout")
+        super().__post_init__()
 
 
 class PredictionHead(nn.Module):

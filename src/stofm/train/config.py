@@ -6,7 +6,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stofm._config import check_choice, check_seed, check_shares, check_sum, require
+from stofm._config import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Checked,
+    check_sum,
+    must,
+)
 
 StageName = Literal["cell_encoder", "spatial", "joint"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
@@ -14,14 +24,15 @@ Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Keep = Literal["best", "last"]
 Candidates = Literal["vocabulary", "batch"]
 CellLoss = Literal["mse", "cosine"]
-
-
-def _at_least_one(value: float) -> bool:
-    return value >= 1
+_LIMIT = must("be positive, or left out for no limit", lambda value: value > 0)
+_FILLING = must(
+    "be 'learned' or a finite number",
+    lambda value: value == "learned" or (isinstance(value, float | int) and math.isfinite(value)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """How weights are changed; the defaults are the paper's.
 
     Attributes
@@ -47,30 +58,19 @@ class OptimizerConfig:
     SToFM (arXiv 2507.11588), table A.8.
     """
 
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    warmup_steps: int = 500
-    batch_size: int = 16
-    accumulation: int = 4
-    max_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        require(self, "must be at least 1", _at_least_one, "batch_size", "accumulation")
-        rule = "must be positive and finite"
-        require(self, rule, lambda value: 0 < value < math.inf, "learning_rate", "epsilon")
-        rule = "must be at least 0 and finite"
-        require(self, rule, lambda value: 0 <= value < math.inf, "weight_decay", "warmup_steps")
-        require(self, "must be at least 0 and below 1", lambda b: 0 <= b < 1, "beta1", "beta2")
-        rule = "must be positive, or left out for no limit"
-        require(self, rule, lambda value: value > 0, "max_norm")
+    learning_rate: float = field(default=1e-4, metadata=POSITIVE)
+    weight_decay: float = field(default=0.01, metadata=NOT_NEGATIVE)
+    beta1: float = field(default=0.9, metadata=BELOW_ONE)
+    beta2: float = field(default=0.999, metadata=BELOW_ONE)
+    epsilon: float = field(default=1e-8, metadata=POSITIVE)
+    warmup_steps: int = field(default=500, metadata=NOT_NEGATIVE)
+    batch_size: int = field(default=16, metadata=AT_LEAST_ONE)
+    accumulation: int = field(default=4, metadata=AT_LEAST_ONE)
+    max_norm: float | None = field(default=1.0, metadata=_LIMIT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMasking:
+class TokenMasking(Checked):
     """Which genes of a cell are to be recovered, and what the model sees in their place.
 
     Attributes
@@ -87,13 +87,13 @@ class TokenMasking:
     SToFM (arXiv 2507.11588), section A.1 (15 %); BERT (Devlin et al. 2019), section 3.1.
     """
 
-    share: float = 0.15
-    mask_share: float = 1.0
-    random_share: float = 0.0
+    share: float = field(default=0.15, metadata=SHARE)
+    mask_share: float = field(default=1.0, metadata=SHARE)
+    random_share: float = field(default=0.0, metadata=SHARE)
 
     def __post_init__(self) -> None:
         """Check each share and their sum."""
-        check_shares(self, "share", "mask_share", "random_share")
+        super().__post_init__()
         check_sum(self, "mask_share", "random_share")
 
     @classmethod
@@ -103,7 +103,7 @@ class TokenMasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpatialMasking:
+class SpatialMasking(Checked):
     """What masked cell modelling and pairwise distance recovery change in a sub-slice.
 
     Slice token and virtual cells never change.
@@ -135,26 +135,20 @@ class SpatialMasking:
     two independently and writes -100 into masked features (:meth:`reference`).
     """
 
-    masked: float = 0.10
-    kept: float = 0.0
-    moved: float = 0.10
-    kept_pairs: float = 0.0
+    masked: float = field(default=0.10, metadata=SHARE)
+    kept: float = field(default=0.0, metadata=SHARE)
+    moved: float = field(default=0.10, metadata=SHARE)
+    kept_pairs: float = field(default=0.0, metadata=SHARE)
     disjoint: bool = True
-    noise_spacings: float = 5.0
-    mask_value: Literal["learned"] | float = "learned"
+    noise_spacings: float = field(default=5.0, metadata=NOT_NEGATIVE)
+    mask_value: Literal["learned"] | float = field(default="learned", metadata=_FILLING)
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
+        super().__post_init__()
         groups = ("masked", "kept", "moved", "kept_pairs")
-        check_shares(self, *groups)
         for together in [groups] if self.disjoint else [groups[:2], groups[2:]]:
             check_sum(self, *together)
-        rule = "must be finite and not negative"
-        require(self, rule, lambda value: 0 <= value < math.inf, "noise_spacings")
-        value: object = self.mask_value
-        is_number = isinstance(value, float | int) and math.isfinite(value)
-        if not (is_number or value == "learned"):
-            raise ValueError(f"mask_value must be 'learned' or a finite number, found {value!r}.")
 
     @classmethod
     def reference(cls) -> SpatialMasking:
@@ -165,7 +159,7 @@ class SpatialMasking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedGeneConfig:
+class MaskedGeneConfig(Checked):
     """Masked gene modelling.
 
     Attributes
@@ -178,13 +172,9 @@ class MaskedGeneConfig:
 
     candidates: Candidates = "vocabulary"
 
-    def __post_init__(self) -> None:
-        """Check the value."""
-        check_choice(self, "candidates", Candidates)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig:
+class ContrastiveConfig(Checked):
     """Contrastive learning of cell embeddings.
 
     Attributes
@@ -200,18 +190,12 @@ class ContrastiveConfig:
     SToFM (arXiv 2507.11588), section A.1; SimCSE (Gao et al. 2021), equation 4, temperature 0.05.
     """
 
-    temperature: float = 0.05
-    gene_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        require(self, "must be positive", lambda value: value > 0, "temperature")
-        rule = "must be at least 0 and below 1"
-        require(self, rule, lambda value: 0 <= value < 1, "gene_dropout")
+    temperature: float = field(default=0.05, metadata=POSITIVE)
+    gene_dropout: float = field(default=0.0, metadata=BELOW_ONE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights:
+class LossWeights(Checked):
     """Weights of the losses in a stage's loss; a loss of weight 0 is not computed.
 
     Attributes
@@ -234,17 +218,11 @@ class LossWeights:
     after training; the weights of these two are 0 by default.
     """
 
-    masked_genes: float = 1.0
-    contrastive: float = 1.0
-    masked_cells: float = 0.5
-    visible_cells: float = 0.0
-    surroundings: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check each weight."""
-        check_shares(self, "masked_cells")
-        names = ("masked_genes", "contrastive", "visible_cells", "surroundings")
-        require(self, "must not be negative", lambda value: value >= 0, *names)
+    masked_genes: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    contrastive: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    masked_cells: float = field(default=0.5, metadata=SHARE)
+    visible_cells: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    surroundings: float = field(default=0.0, metadata=NOT_NEGATIVE)
 
     @property
     def pair_distances(self) -> float:
@@ -253,7 +231,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Checked):
     """How all stages of a run are trained.
 
     Attributes
@@ -280,24 +258,15 @@ class RunConfig:
         Write TensorBoard's files too.
     """
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     precision: Precision = "32"
     keep: Keep = "best"
-    validate_every: int | None = None
-    patience: int | None = None
-    checkpoint_every: int | None = None
-    log_every: int = 10
-    n_threads: int = 2
+    validate_every: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    patience: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    checkpoint_every: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    log_every: int = field(default=10, metadata=AT_LEAST_ONE)
+    n_threads: int = field(default=2, metadata=NOT_NEGATIVE)
     tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        check_choice(self, "precision", Precision)
-        check_choice(self, "keep", Keep)
-        counts = ("validate_every", "patience", "checkpoint_every", "log_every")
-        require(self, "must be at least 1", _at_least_one, *counts)
-        check_seed(self.seed)
-        require(self, "must not be negative", lambda value: value >= 0, "n_threads")
 
     def settings(self) -> dict[str, Any]:
         """Entries that the trained weights depend on."""
@@ -306,7 +275,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Checked):
     """One stage of training.
 
     Attributes
@@ -351,8 +320,8 @@ class StageConfig:
     """
 
     name: StageName
-    epochs: int = 1
-    max_steps: int | None = None
+    epochs: int = field(default=1, metadata=AT_LEAST_ONE)
+    max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     weights: LossWeights = field(default_factory=LossWeights)
     masking: TokenMasking = field(default_factory=TokenMasking)
@@ -360,22 +329,14 @@ class StageConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     spatial_masking: SpatialMasking = field(default_factory=SpatialMasking)
     cell_loss: CellLoss = "mse"
-    distance_unit: float = 1.0
-    surrounding_cells: int = 10
-    subslice_cells: int | None = None
+    distance_unit: float = field(default=1.0, metadata=POSITIVE)
+    surrounding_cells: int = field(default=10, metadata=AT_LEAST_ONE)
+    subslice_cells: int | None = field(default=None, metadata=AT_LEAST_ONE)
     vary_subslices: bool = False
     virtual_cells: bool = True
-    sampled_cells: int = 12
-    refresh_every: int | None = None
+    sampled_cells: int = field(default=12, metadata=AT_LEAST_ONE)
+    refresh_every: int | None = field(default=None, metadata=AT_LEAST_ONE)
     trains_masked_genes: bool = False
-
-    def __post_init__(self) -> None:
-        """Check each value."""
-        check_choice(self, "name", StageName)
-        check_choice(self, "cell_loss", CellLoss)
-        counts = ("epochs", "max_steps", "subslice_cells", "sampled_cells", "refresh_every")
-        require(self, "must be at least 1", _at_least_one, *counts, "surrounding_cells")
-        require(self, "must be positive", lambda value: value > 0, "distance_unit")
 
     @property
     def n_surrounding(self) -> int:

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from stofm._config import build_dataclass, check_choice
+from stofm._config import Checked, build_dataclass
 from stofm._files import local
 from stofm._messages import warn
 from stofm.genes import GeneVocabulary, embedded_vocabulary
@@ -53,7 +53,7 @@ def paper_schedule(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileConfig:
+class FileConfig(Checked):
     """How files of slices are read.
 
     Attributes
@@ -86,10 +86,6 @@ class FileConfig:
     orthologs: str | None = None
     technology: str = ""
     table_key: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_choice(self, "species", Species)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +152,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
+class ModelSource(Checked):
     """Which model is trained.
 
     Attributes
@@ -194,7 +190,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         """Check each value and how they fit together."""
-        check_choice(self, "preset", Preset)
+        super().__post_init__()
         require_gene_embeddings(self.gene_embeddings)
         sizes = (*_PARTS, "max_tokens")
         if self.checkpoint and (changes := [name for name in sizes if getattr(self, name)]):
