@@ -13,9 +13,11 @@ import pytest
 from stofm.genes import GeneVocabulary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anndata import AnnData
 
-    from stofm.nn import Stofm
+    from stofm.nn import Stofm, SubSliceBatch
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +77,37 @@ def _model(vocabulary: GeneVocabulary) -> Stofm:
 def model(_model: Stofm) -> Stofm:
     """A tiny model; a copy for each test. Its weights are random, which nothing is told."""
     return copy.deepcopy(_model)
+
+
+@pytest.fixture
+def dense_batch() -> Callable[..., SubSliceBatch]:
+    """Builds a batch from the padded arrays of SToFM's published code.
+
+    Features, distances (0 stands for "no distance" and 100 for "not a neighbour"), types of nodes and
+    indices of cells; padding is on the right.
+    """
+    from stofm.nn import SubSliceBatch
+    from stofm.spatial import NO_NEIGHBOR, PairDistances, SubSlice
+
+    def build(*arrays: np.ndarray) -> SubSliceBatch:
+        subslices = []
+        for features, distances, node_type, index in zip(*arrays, strict=True):
+            n = int((node_type != 3).sum())
+            inner = np.triu(distances[:n, :n], k=1)
+            rows, columns = np.nonzero((inner != 0) & (inner != NO_NEIGHBOR))
+            pairs = PairDistances(
+                rows=rows.astype(np.int32),
+                columns=columns.astype(np.int32),
+                distances=inner[rows, columns].astype(np.float32),
+                n_nodes=n,
+            )
+            nodes = {"node_type": node_type[:n], "cell_index": index[:n], "pairs": pairs}
+            subslices.append(
+                SubSlice(features=features[:n], coordinates=np.zeros((n, 2), np.float32), **nodes)
+            )
+        return SubSliceBatch.from_subslices(subslices, node_multiple=arrays[0].shape[1])
+
+    return build
 
 
 @pytest.fixture

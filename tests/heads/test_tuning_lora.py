@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stofm.heads.tuning_lora import LowRankModel
-from stofm.nn import SubSliceBatch, TokenBatch
+from stofm.nn import TokenBatch
 from stofm.nn.batch import PairIndex
 
 RANK = 3
@@ -39,7 +39,7 @@ def tokens(rng):
 
 
 @pytest.fixture
-def subslices(rng):
+def subslices(rng, dense_batch):
     n, d = 11, 12
     xy = rng.random((n, 2)) * 10
     distances = np.hypot(*(xy[:, None] - xy[None]).transpose(2, 0, 1))
@@ -47,7 +47,7 @@ def subslices(rng):
     types[0, :2] = [1, 2]
     index = np.concatenate([[-1, -1], np.arange(n - 2)])[None]
     features = rng.standard_normal((1, n, d)).astype(np.float32)
-    batch = SubSliceBatch.from_dense(features, distances[None], types, index)
+    batch = dense_batch(features, distances[None], types, index)
     assert isinstance(batch.pairs, PairIndex)
     return batch
 

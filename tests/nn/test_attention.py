@@ -11,7 +11,6 @@ from stofm.nn import (
     GaussianDistanceBias,
     SE2Transformer,
     SE2TransformerConfig,
-    SubSliceBatch,
 )
 from stofm.nn.attention import biased_attention
 from stofm.nn.se2_transformer import PairState
@@ -166,10 +165,10 @@ def dense_distances(rng, n_real, n_nodes):
     return matrices, node_type
 
 
-def test_bias_and_gradients_like_the_dense_computation(rng):
+def test_bias_and_gradients_like_the_dense_computation(rng, dense_batch):
     matrices, node_type = dense_distances(rng, (11, 7), 13)
     features = np.zeros((2, 13, 4), dtype=np.float32)
-    batch = SubSliceBatch.from_dense(features, matrices, node_type, np.full((2, 13), -1))
+    batch = dense_batch(features, matrices, node_type, np.full((2, 13), -1))
     torch.manual_seed(0)
     model = SE2Transformer(
         SE2TransformerConfig(d_cell=4, d_model=6, n_heads=3, n_layers=1, d_inner=5, n_kernels=7)

@@ -21,18 +21,20 @@ def golden_model(name):
     return se2_from_reference(config, load_file(GOLDEN / f"{name}.safetensors")).eval()
 
 
-def golden_batch(arrays):
-    return SubSliceBatch.from_dense(
-        arrays["token_embeddings"], arrays["attn_bias"], arrays["token_types"], arrays["indices"]
-    )
+NAMES = ("token_embeddings", "attn_bias", "token_types", "indices")
 
 
 @pytest.fixture(params=["post", "pre"])
-def golden(request):
+def golden(request, dense_batch):
     inputs = np.load(GOLDEN / "f_model_post_ln.npz")
     is_real = inputs["token_types"] != 3
     expected = np.load(GOLDEN / f"f_model_{request.param}_ln.npz")
-    return golden_model(f"f_model_{request.param}_ln"), golden_batch(inputs), is_real, expected
+    return (
+        golden_model(f"f_model_{request.param}_ln"),
+        dense_batch(*map(inputs.get, NAMES)),
+        is_real,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("grad", [False, True])

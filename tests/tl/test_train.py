@@ -33,7 +33,7 @@ from stofm.train import (
 )
 from stofm.train.checkpoint import read_progress
 from stofm.train.loop import TrainingLoop
-from stofm.train.recorder import RunRecorder
+from stofm.train.run import RunRecorder
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 #: Six sub-slices and two steps an epoch; sub-slices differ from epoch to epoch.

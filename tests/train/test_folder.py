@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -23,7 +22,7 @@ from stofm.train.checkpoint import (
     write_checkpoint,
 )
 from stofm.train.folder import LOCK, RunFolder, locked
-from stofm.train.optimizer import make_optimizer
+from stofm.train.loop import make_optimizer
 from stofm.train.storage import write_json
 
 
@@ -355,15 +354,13 @@ def test_a_folder_that_another_process_has_is_refused_until_that_is_gone(tmp_pat
     command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "has it\n"
-        expected = (
-            f"process {holder.pid} on '{socket.gethostname()}' trains into it.*delete .*{LOCK}"
-        )
+        expected = f"another process trains into it.*delete .*{LOCK}"
         with pytest.raises(FileExistsError, match=expected), locked(tmp_path):
             pass
         holder.kill()
     assert (tmp_path / LOCK).is_file()
     with locked(tmp_path):
-        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,9 +16,8 @@ from torch import nn
 from stofm.train import loop as loop_module
 from stofm.train.checkpoint import Progress, load_optimizer_tensors, optimizer_tensors
 from stofm.train.config import OptimizerConfig
-from stofm.train.loop import load_ahead
-from stofm.train.losses import LossPart
-from stofm.train.optimizer import learning_rate, make_optimizer
+from stofm.train.loop import learning_rate, load_ahead, make_optimizer
+from stofm.train.objectives import LossPart
 from stofm.train.processes import Processes
 
 _SPEC = importlib.util.spec_from_file_location("toy_run", Path(__file__).with_name("toy_run.py"))

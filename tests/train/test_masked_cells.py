@@ -20,8 +20,7 @@ from stofm.spatial import (
     rows_by_subslice,
 )
 from stofm.train.config import SpatialMasking, TokenMasking
-from stofm.train.masked_cells import Draw, MaskedSubSliceBatch, apply, draw
-from stofm.train.masked_genes import CellBatch, MaskedGenes
+from stofm.train.masking import CellBatch, Draw, MaskedGenes, MaskedSubSliceBatch, apply, draw
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RULES = SubSliceConfig(n_cells=80, n_neighbors=9)
@@ -244,13 +243,13 @@ def test_nothing_is_asked_of_visible_cells_unless_it_is_wanted(subslice, rng):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="moved is a share and must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="moved must lie between 0 and 1"):
         SpatialMasking(moved=-0.1)
     with pytest.raises(ValueError, match="masked, kept, moved, kept_pairs must add up to at most"):
         SpatialMasking(masked=0.6, moved=0.6)
     with pytest.raises(ValueError, match=r"moved, kept_pairs must add up to at most 1, found 1\.2"):
         SpatialMasking(moved=0.6, kept_pairs=0.6, disjoint=False)
-    with pytest.raises(ValueError, match="noise_spacings must be finite and not negative"):
+    with pytest.raises(ValueError, match="noise_spacings must be at least 0 and finite"):
         SpatialMasking(noise_spacings=float("nan"))
     for value in ("zero", float("inf")):
         with pytest.raises(ValueError, match="mask_value must be 'learned' or a finite number"):

@@ -10,7 +10,7 @@ import torch
 from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, CellEncoderConfig, TokenBatch
 from stofm.train.config import TokenMasking
-from stofm.train.masked_genes import MaskedGenes, drop_genes
+from stofm.train.masking import MaskedGenes, drop_genes
 
 PAD, MASK, CLS = 0, 1, 69
 GENES = np.arange(2, 69)
@@ -205,7 +205,7 @@ def test_drops_do_not_depend_on_the_batch(lists):
 
 
 def test_errors_of_gene_masking():
-    with pytest.raises(ValueError, match="share is a share and must lie between 0 and 1, found 2"):
+    with pytest.raises(ValueError, match="share must lie between 0 and 1, found 2"):
         TokenMasking(share=2)
     with pytest.raises(ValueError, match=r"mask_share, random_share must add up to at most 1"):
         TokenMasking(mask_share=0.8, random_share=0.3)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
 from stofm.genes import RankedTokens
-from stofm.nn import Stofm, SubSliceBatch, TokenBatch
+from stofm.nn import Stofm, TokenBatch
 from stofm.nn.reference import se2_from_reference
 from stofm.spatial import NodeType, build_subslice, lay_out_slice, rows_by_subslice
 from stofm.train import StageConfig
@@ -23,26 +23,26 @@ from stofm.train.config import (
     SpatialMasking,
     TokenMasking,
 )
-from stofm.train.losses import (
-    MaskedCellHead,
+from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch, apply, draw, drop_genes
+from stofm.train.objectives import (
+    CellEncoderObjective,
+    JointObjective,
     MaskedGeneHead,
-    PairDistanceHead,
+    SpatialObjective,
+    TwoLayerHead,
+    candidate_genes,
     contrastive_loss,
+    make_objectives,
     masked_cell_loss,
     masked_gene_loss,
     pair_distance_loss,
 )
-from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
-from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
-from stofm.train.objectives import (
-    CellEncoderObjective,
-    JointObjective,
-    SpatialObjective,
-    _candidate_genes,
-)
-from stofm.train.stages import make_objectives
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def stage(name, **options):
+    return StageConfig(name=name, **options)
 
 
 @pytest.fixture
@@ -55,7 +55,8 @@ def golden_objective():
     config = json.loads((GOLDEN / "g_losses.config.json").read_text())
     state = load_file(GOLDEN / "g_losses.safetensors")
     objective = SpatialObjective(
-        se2_from_reference(config, state), learned_mask=False, cell_loss="cosine"
+        se2_from_reference(config, state),
+        stage("spatial", spatial_masking=SpatialMasking.reference(), cell_loss="cosine"),
     )
     for name, head in (("lm_head.", objective.cell_head), ("pair_head.", objective.pair_head)):
         own = {key.removeprefix(name): state[key] for key in state if key.startswith(name)}
@@ -64,13 +65,13 @@ def golden_objective():
 
 
 @pytest.fixture
-def golden_inputs(golden):
+def golden_inputs(golden, dense_batch):
     labels, pair_labels = (torch.from_numpy(golden[k]) for k in ("labels", "pair_labels"))
     is_target = labels[..., 0] != -100
     batch, rows, columns = torch.nonzero(pair_labels != -100, as_tuple=True)
     is_hidden = torch.from_numpy(golden["token_embeddings"])[..., 0] == -100
     return MaskedSubSliceBatch(
-        subslices=SubSliceBatch.from_dense(
+        subslices=dense_batch(
             golden["token_embeddings"],
             golden["attn_bias"],
             golden["token_types"],
@@ -92,8 +93,10 @@ def test_losses_and_predictions_like_the_reference(golden, golden_objective, gol
     with torch.no_grad():
         parts = golden_objective(golden_inputs)
         out = golden_objective.transformer(golden_inputs.subslices)
-        cells = golden_objective.predict_cells(out, golden_inputs)
-        distances = golden_objective.predict_distances(out, golden_inputs)
+        told = out.last_hidden_state.flatten(0, 1)[golden_inputs.target_places]
+        cells = golden_objective.cell_head(told)
+        places = (golden_inputs.pair_batch, golden_inputs.pair_rows, golden_inputs.pair_columns)
+        distances = golden_objective.pair_head(out.pairs.at(*places))[:, 0]
     for name, expected in (("masked_cells", "loss"), ("pair_distances", "pair_loss")):
         own = parts[name].total.item() / parts[name].count
         assert own == pytest.approx(float(golden[expected]), rel=2e-5)
@@ -165,7 +168,7 @@ def cells(rng, vocabulary):
 
 def test_cell_encoder_has_both_losses(model, cells, vocabulary):
     torch.manual_seed(0)
-    objective = CellEncoderObjective(model.cell_encoder)
+    objective = CellEncoderObjective(model.cell_encoder, stage("cell_encoder"))
     assert objective.weights == {"masked_genes": 1.0, "contrastive": 1.0}
     parts = objective(cell_batch(cells, vocabulary))
     assert list(parts) == list(objective.weights)
@@ -179,7 +182,7 @@ def test_cell_encoder_has_both_losses(model, cells, vocabulary):
 def test_dropout_makes_two_views_of_a_cell(model, cells, vocabulary):
     batch = cell_batch(cells, vocabulary)
     encoder = model.cell_encoder
-    objective = CellEncoderObjective(encoder)
+    objective = CellEncoderObjective(encoder, stage("cell_encoder"))
     objective.eval()
     with torch.no_grad():
         same = objective(batch)["contrastive"].total
@@ -194,7 +197,7 @@ def test_dropout_makes_two_views_of_a_cell(model, cells, vocabulary):
 
 def test_gene_dropout_reaches_the_encoder(model, cells, vocabulary):
     encoder = model.cell_encoder
-    objective = CellEncoderObjective(encoder).eval()
+    objective = CellEncoderObjective(encoder, stage("cell_encoder")).eval()
     batch = cell_batch(cells, vocabulary, gene_dropout=0.3)
     with torch.no_grad():
         first, second = (encoder(view) for view in batch.views)
@@ -206,7 +209,7 @@ def test_gene_dropout_reaches_the_encoder(model, cells, vocabulary):
 def test_views_are_compared_by_what_is_learned(model, rng, vocabulary):
     config = replace(model.config.cell_encoder, pooled=True, d_gene=8)
     encoder = Stofm(replace(model.config, cell_encoder=config), vocabulary, seed=1).cell_encoder
-    objective = CellEncoderObjective(encoder).eval()
+    objective = CellEncoderObjective(encoder, stage("cell_encoder")).eval()
     cells = token_batch(rng, vocabulary, [23, 11, 17, 20, 9], values=True)
     batch = cell_batch(cells, vocabulary, gene_dropout=0.3)
     with torch.no_grad():
@@ -221,7 +224,9 @@ def test_views_are_compared_by_what_is_learned(model, rng, vocabulary):
 def test_losses_of_weight_zero_are_not_computed(model, cells, vocabulary):
     batch = cell_batch(cells, vocabulary)
     for name, other in (("masked_genes", "contrastive"), ("contrastive", "masked_genes")):
-        objective = CellEncoderObjective(model.cell_encoder, weights=LossWeights(**{name: 0.0}))
+        objective = CellEncoderObjective(
+            model.cell_encoder, stage("cell_encoder", weights=LossWeights(**{name: 0.0}))
+        )
         assert list(objective(batch)) == list(objective.weights) == [other]
 
 
@@ -229,8 +234,11 @@ def test_masked_genes_can_be_learned(model, cells, vocabulary):
     torch.manual_seed(0)
     objective = CellEncoderObjective(
         model.cell_encoder,
-        masked_genes=MaskedGeneConfig(candidates="batch"),
-        weights=LossWeights(contrastive=0.0),
+        stage(
+            "cell_encoder",
+            masked_genes=MaskedGeneConfig(candidates="batch"),
+            weights=LossWeights(contrastive=0.0),
+        ),
     )
     batch = cell_batch(cells, vocabulary)
     optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
@@ -269,7 +277,7 @@ def masked(rng, model):
 @pytest.fixture
 def objective(model):
     torch.manual_seed(2)
-    return SpatialObjective(model.se2_transformer).eval()
+    return SpatialObjective(model.se2_transformer, stage("spatial")).eval()
 
 
 def totals(parts):
@@ -312,7 +320,9 @@ def test_hidden_features_are_not_seen(objective, masked):
 
 def test_a_number_in_place_of_features_stays(model, masked):
     torch.manual_seed(2)
-    objective = SpatialObjective(model.se2_transformer, learned_mask=False).eval()
+    objective = SpatialObjective(
+        model.se2_transformer, stage("spatial", spatial_masking=SpatialMasking.reference())
+    ).eval()
     batch = MaskedSubSliceBatch.from_masked(masked)
     features = batch.subslices.features.clone()
     features.flatten(0, 1)[batch.hidden_places] = -100.0
@@ -328,7 +338,7 @@ def test_lambda_of_one_and_zero(model, masked):
     batch = MaskedSubSliceBatch.from_masked(masked)
     for weight, only in ((1.0, "masked_cells"), (0.0, "pair_distances")):
         objective = SpatialObjective(
-            model.se2_transformer, weights=LossWeights(masked_cells=weight)
+            model.se2_transformer, stage("spatial", weights=LossWeights(masked_cells=weight))
         )
         assert list(objective(batch)) == [only]
         assert objective.weights == {only: 1.0}
@@ -348,7 +358,8 @@ def test_losses_at_cells_that_are_not_hidden(model, masked, rng):
     batch = with_visible(masked, rng)
     model.se2_transformer.config = replace(model.se2_transformer.config, feature_scale=4.0)
     objective = SpatialObjective(
-        model.se2_transformer, weights=LossWeights(visible_cells=0.3, surroundings=8.0)
+        model.se2_transformer,
+        stage("spatial", weights=LossWeights(visible_cells=0.3, surroundings=8.0)),
     ).eval()
     assert list(objective.weights) == [
         "masked_cells",
@@ -381,7 +392,9 @@ def test_other_losses_are_the_same_with_and_without_those_at_visible_cells(model
     found = []
     for weights in (LossWeights(), LossWeights(visible_cells=1.0, surroundings=1.0)):
         torch.manual_seed(2)
-        objective = SpatialObjective(model.se2_transformer, weights=weights).eval()
+        objective = SpatialObjective(
+            model.se2_transformer, stage("spatial", weights=weights)
+        ).eval()
         with torch.no_grad():
             found.append(totals(objective(with_visible(masked, rng))))
     assert found[0] == {name: found[1][name] for name in found[0]}
@@ -393,12 +406,13 @@ def test_units_of_the_losses(objective, masked):
     objective.eval()
     with torch.no_grad():
         before = objective(batch)["pair_distances"].total.item()
-        objective.distance_unit = 10.0
+        objective.config = replace(objective.config, distance_unit=10.0)
         assert objective(batch)["pair_distances"].total.item() == pytest.approx(before / 100)
         config = objective.transformer.config
         objective.transformer.config = replace(config, feature_scale=4.0)
         out = objective.transformer(objective_input(objective, batch))
-        error = objective.predict_cells(out, batch) - 4 * batch.target_features
+        told = out.last_hidden_state.flatten(0, 1)[batch.target_places]
+        error = objective.cell_head(told) - 4 * batch.target_features
         assert objective(batch)["masked_cells"].total.item() == pytest.approx(
             error.square().mean(dim=1).sum().item(), rel=1e-5
         )
@@ -434,8 +448,9 @@ def test_distances_are_predicted_in_full_precision(objective, masked):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         parts = objective(batch)
         out = objective.transformer(batch.subslices)
-        assert objective.predict_distances(out, batch).dtype == torch.float32
-        assert objective.predict_cells(out, batch).dtype == torch.float32
+        pairs = out.pairs.at(batch.pair_batch, batch.pair_rows, batch.pair_columns)
+        assert objective.pair_head(pairs).dtype == torch.float32
+        assert objective.cell_head(out.last_hidden_state[0]).dtype == torch.float32
     assert all(part.total.dtype == torch.float32 for part in parts.values())
 
 
@@ -454,7 +469,7 @@ def joint_batch(rng, vocabulary, masked):
 
 @pytest.fixture
 def joint(model, objective):
-    return JointObjective(model.cell_encoder, objective).eval()
+    return JointObjective(model.cell_encoder, objective, stage("joint")).eval()
 
 
 def test_fresh_embeddings_take_the_place_of_kept_ones(joint, joint_batch):
@@ -513,8 +528,12 @@ def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabu
     joint = JointObjective(
         model.cell_encoder,
         objective,
-        masked_genes=MaskedGeneConfig(candidates="batch"),
-        weights=LossWeights(masked_genes=0.3),
+        stage(
+            "joint",
+            trains_masked_genes=True,
+            masked_genes=MaskedGeneConfig(candidates="batch"),
+            weights=LossWeights(masked_genes=0.3),
+        ),
     )
     assert joint.weights == {"masked_cells": 0.5, "pair_distances": 0.5, "masked_genes": 0.3}
     calls = []
@@ -556,8 +575,6 @@ def test_stages_train_the_same_heads_unless_they_need_others(model, stages):
     assert joint.spatial.pair_head is reference.pair_head is spatial.pair_head
     assert joint.encoder is cells.encoder is model.cell_encoder
     assert joint.spatial.transformer is spatial.transformer is model.se2_transformer
-    assert cells.masked_genes.candidates == "batch"
-    assert (spatial.cell_loss, reference.cell_loss) == ("mse", "cosine")
 
 
 def test_the_seed_decides_the_heads(model, stages):
@@ -654,7 +671,7 @@ def head():
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     encoder = model.cell_encoder
-    chosen = _candidate_genes(candidates, genes.measured, None)
+    chosen = candidate_genes(candidates, genes.measured, None)
     part = masked_gene_loss(encoder, head, genes, candidates=chosen)
     with torch.no_grad():
         hidden = encoder.hidden_states(genes.tokens)
@@ -671,11 +688,11 @@ def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
 
 def test_candidates_are_the_genes_of_all_processes(genes):
     own, other = genes.measured.flip(0), torch.tensor([9, 41, 66])
-    assert torch.equal(_candidate_genes("batch", own, None), genes.measured)
+    assert torch.equal(candidate_genes("batch", own, None), genes.measured)
     gather = OfAll([own[:, None], other[:, None]], 0)
     union = sorted({*own.tolist(), 9, 41, 66})
-    assert _candidate_genes("batch", own, gather).tolist() == union
-    assert _candidate_genes("vocabulary", own, gather) is None
+    assert candidate_genes("batch", own, gather).tolist() == union
+    assert candidate_genes("vocabulary", own, gather) is None
 
 
 def test_nothing_to_recover_gives_zero_and_a_gradient(model, genes, head):
@@ -716,16 +733,16 @@ def test_weights_of_the_spatial_losses_add_up_to_one():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="temperature must be positive, found 0"):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, found 0"):
         ContrastiveConfig(temperature=0)
     with pytest.raises(ValueError, match="gene_dropout must be at least 0 and below 1, found 1"):
         ContrastiveConfig(gene_dropout=1)
     with pytest.raises(ValueError, match=r"candidates must be one of \['vocabulary', 'batch'\]"):
         MaskedGeneConfig(candidates="panel")
-    with pytest.raises(ValueError, match="masked_cells is a share and must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="masked_cells must lie between 0 and 1"):
         LossWeights(masked_cells=1.5)
     for name in ("contrastive", "visible_cells", "surroundings"):
-        with pytest.raises(ValueError, match=f"{name} must not be negative, found -1"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite, found -1"):
             LossWeights(**{name: -1})
 
 
@@ -761,15 +778,9 @@ def test_gene_scores_like_transformers(activation):
 
 def test_mask_is_as_long_as_an_embedding_or_absent():
     torch.manual_seed(0)
-    length = MaskedCellHead(d_model=6, d_cell=400).mask.norm().item()
+    length = TwoLayerHead(6, 400, learned_mask=True).mask.norm().item()
     assert length == pytest.approx(1, abs=0.2)
-    head = MaskedCellHead(d_model=6, d_cell=4, learned_mask=False)
+    head = TwoLayerHead(6, 4)
     assert head.mask is None
     assert "mask" not in dict(head.named_parameters())
     assert head(torch.randn(3, 6)).shape == (3, 4)
-
-
-def test_one_distance_per_pair():
-    head = PairDistanceHead(n_heads=4)
-    assert head(torch.randn(5, 4)).shape == (5,)
-    assert head(torch.randn(0, 4)).shape == (0,)

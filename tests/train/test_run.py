@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from stofm._files import read_table
-from stofm.train.recorder import HISTORY_COLUMNS, append_history, begin_history
+from stofm.train.folder import HISTORY_COLUMNS, append_history, begin_history
 from stofm.train.run import peak_memory
 
 PARTS = ["masked_genes", "masked_cells"]
@@ -19,7 +19,7 @@ def test_rows_come_back_to_the_last_bit(tmp_path):
     begin_history(path, PARTS)
     values = [0.1 + 0.2, 1e-17 / 3, 12345678.9012345678]
     for step, value in enumerate(values):
-        append_history(path, row(step, loss=value, masked_cells=value))
+        append_history(path, PARTS, row(step, loss=value, masked_cells=value))
     table = read_table(path)
     assert table["loss"].tolist() == values
     assert table["masked_genes"].isna().all()
@@ -27,10 +27,10 @@ def test_rows_come_back_to_the_last_bit(tmp_path):
 
 def test_a_history_goes_on_with_the_rows_of_an_earlier_one(tmp_path):
     first, second = tmp_path / "first.csv", tmp_path / "history.csv"
-    begin_history(first, PARTS[:1])
-    append_history(first, row(1, masked_genes=0.1))
+    begin_history(first, PARTS)
+    append_history(first, PARTS, row(1, masked_genes=0.1))
     begin_history(second, PARTS, first)
-    append_history(second, row(2, masked_cells=2.0))
+    append_history(second, PARTS, row(2, masked_cells=2.0))
     table = read_table(second)
     assert list(table) == [*HISTORY_COLUMNS, *PARTS]
     assert table["masked_genes"].tolist()[:1] == [0.1]

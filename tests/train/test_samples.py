@@ -19,7 +19,6 @@ from stofm.spatial import (
     rows_by_subslice,
 )
 from stofm.train import samples as samples_module
-from stofm.train.cell_cache import EncodedSlice
 from stofm.train.config import SpatialMasking, TokenMasking
 from stofm.train.samples import (
     CellSamples,
@@ -29,6 +28,7 @@ from stofm.train.samples import (
     TokenReader,
     cut_slice,
 )
+from stofm.train.stages import EncodedSlice
 
 DRAWS = Draws(seed=3, stage=1, batch_size=3)
 RULES = SubSliceConfig(n_cells=20, n_neighbors=7)

@@ -17,7 +17,8 @@ from stofm.train.config import (
     SpatialMasking,
     StageConfig,
 )
-from stofm.train.optimizer import make_optimizer
+from stofm.train.loop import make_optimizer
+from stofm.train.objectives import make_objectives
 from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup
 
@@ -57,7 +58,7 @@ def make_stage(name, setup, *, weights=None, **options):
     """A stage with its objective, of which dropout is off."""
     options = {"subslice_cells": 20, "vary_subslices": True} | options
     config = StageConfig(name=name, weights=weights or LossWeights(), **options)
-    (objective,) = stages.make_objectives(setup.model, [config], seed=0)
+    (objective,) = make_objectives(setup.model, [config], seed=0)
     return stages.make_stage(objective.eval(), setup, config)
 
 
@@ -331,6 +332,12 @@ def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
         fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.sampled])
     kept = inputs.subslices.features.flatten(0, 1)[inputs.sampled_places]
     torch.testing.assert_close(fresh, kept, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 8)])
+def test_nodes_are_padded_for_the_device(setup, device, multiple):
+    stage = make_stage("spatial", replace(setup, device=torch.device(device)))
+    assert stage.samples.node_multiple == multiple
 
 
 def test_model_that_reads_values_needs_them(setup, pooling):

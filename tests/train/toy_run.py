@@ -22,7 +22,7 @@ from stofm.tl import train
 from stofm.train.checkpoint import Progress, load_optimizer_tensors, optimizer_tensors
 from stofm.train.config import MaskedGeneConfig, OptimizerConfig, RunConfig, StageConfig
 from stofm.train.loop import TrainingLoop
-from stofm.train.losses import LossPart, contrastive_loss
+from stofm.train.objectives import LossPart, contrastive_loss
 from stofm.train.processes import Processes
 
 N_SAMPLES, N_HELD_OUT = 37, 11
@@ -165,8 +165,7 @@ def toy_loop(
 def main(out: Path, options: dict[str, Any]) -> None:
     """Train from a stored state, if there is one, to a checkpoint or the end; store the state."""
     torch.set_num_threads(1)
-    with Processes.start("cpu") as processes:
-        _train_toy(out, options, processes)
+    _train_toy(out, options, Processes.start("cpu"))
 
 
 def _train_toy(out: Path, options: dict[str, Any], processes: Processes) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from stofm.spatial import NO_NEIGHBOR, NodeType
+from stofm.spatial import NodeType
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,18 +21,26 @@ if TYPE_CHECKING:
     from stofm.spatial import SubSlice
 
 
-class _Tensors:
-    """A dataclass of tensors, and of others of its kind."""
+class Tensors:
+    """A dataclass of tensors, of others of its kind, and of tuples of these."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy on `device`."""
-        own: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}  # type: ignore[arg-type]
-        moved = {name: one.to(device) for name, one in own.items() if hasattr(one, "to")}
-        return replace(self, **moved)  # type: ignore[type-var]
+        """Return a copy on `device`, on which what stands here twice is one."""
+        moved: dict[int, Any] = {}
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(move, value))
+            if hasattr(value, "to") and id(value) not in moved:
+                moved[id(value)] = value.to(device)
+            return moved.get(id(value), value)
+
+        own = {one.name: move(getattr(self, one.name)) for one in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**own)
 
 
 @dataclass(frozen=True)
-class PairIndex(_Tensors):
+class PairIndex(Tensors):
     """Where the listed pairs of a batch stand in its dense (nodes, nodes) matrices.
 
     `distances` are in model units; `forward` and `mirrored` are flat positions of (i, j) and (j, i) in
@@ -54,7 +62,7 @@ class PairIndex(_Tensors):
 
 
 @dataclass(frozen=True)
-class SubSliceBatch(_Tensors):
+class SubSliceBatch(Tensors):
     """Sub-slices padded on the right to one number of nodes.
 
     Attributes
@@ -102,67 +110,28 @@ class SubSliceBatch(_Tensors):
             features[b, : n_real[b]] = subslice.features
             node_type[b, : n_real[b]] = subslice.node_type
             cell_index[b, : n_real[b]] = subslice.cell_index
-        listed = [(s.pairs.rows, s.pairs.columns, s.pairs.distances) for s in subslices]
+        pairs = [one.pairs for one in subslices]
+        rows = np.concatenate([one.rows for one in pairs]).astype(np.int64)
+        columns = np.concatenate([one.columns for one in pairs]).astype(np.int64)
+        distances = np.concatenate([one.distances for one in pairs]).astype(np.float32)
+        stops = np.cumsum([len(one.rows) for one in pairs]).tolist()
         return cls(
             features=torch.from_numpy(features),
             node_type=torch.from_numpy(node_type),
             cell_index=torch.from_numpy(cell_index),
-            pairs=_pair_index(listed, n_real, n_nodes),
+            pairs=PairIndex(
+                distances=torch.from_numpy(distances),
+                forward=torch.from_numpy(rows * n_nodes + columns),
+                mirrored=torch.from_numpy(columns * n_nodes + rows),
+                ranges=tuple(zip([0, *stops[:-1]], stops, strict=True)),
+                n_real=n_real,
+                n_nodes=n_nodes,
+            ),
         )
-
-    @classmethod
-    def from_dense(
-        cls,
-        features: NDArray[np.floating],
-        distances: NDArray[np.floating],
-        node_type: NDArray[np.integer],
-        cell_index: NDArray[np.integer],
-    ) -> SubSliceBatch:
-        """Build a batch from the padded arrays of SToFM's published code.
-
-        Parameters
-        ----------
-        features
-            (batch, nodes, d_cell).
-        distances
-            (batch, nodes, nodes), symmetric up to rounding; 0 stands for "no distance" and 100
-            for "not a neighbour".
-        node_type, cell_index
-            (batch, nodes); padding on the right.
-        """
-        n_real = tuple((node_type != NodeType.PADDING).sum(axis=1).tolist())
-        listed = []
-        for matrix, n in zip(distances, n_real, strict=True):
-            inner = np.triu(matrix[:n, :n], k=1)
-            rows, columns = np.nonzero((inner != 0) & (inner != NO_NEIGHBOR))
-            listed.append((rows, columns, inner[rows, columns]))
-        return cls(
-            features=torch.from_numpy(np.asarray(features, dtype=np.float32)),
-            node_type=torch.from_numpy(np.asarray(node_type, dtype=np.int64)),
-            cell_index=torch.from_numpy(np.asarray(cell_index, dtype=np.int64)),
-            pairs=_pair_index(listed, n_real, features.shape[1]),
-        )
-
-
-def _pair_index(
-    listed: Sequence[tuple[NDArray[Any], ...]], n_real: tuple[int, ...], n_nodes: int
-) -> PairIndex:
-    """Join rows, columns and distances of the sub-slices' pairs."""
-    stops = np.cumsum([len(rows) for rows, _, _ in listed]).tolist()
-    rows, columns, distances = (np.concatenate(parts) for parts in zip(*listed, strict=True))
-    rows, columns = rows.astype(np.int64), columns.astype(np.int64)
-    return PairIndex(
-        distances=torch.from_numpy(distances.astype(np.float32)),
-        forward=torch.from_numpy(rows * n_nodes + columns),
-        mirrored=torch.from_numpy(columns * n_nodes + rows),
-        ranges=tuple(zip([0, *stops[:-1]], stops, strict=True)),
-        n_real=n_real,
-        n_nodes=n_nodes,
-    )
 
 
 @dataclass(frozen=True)
-class GeneBag(_Tensors):
+class GeneBag(Tensors):
     """All genes of some cells with their values, cell after cell, for sums over them.
 
     Attributes
@@ -204,7 +173,7 @@ class GeneBag(_Tensors):
 
 
 @dataclass(frozen=True)
-class TokenBatch(_Tensors):
+class TokenBatch(Tensors):
     """Token lists of cells, ``<cls>`` in front, padded on the right.
 
     Attributes

@@ -229,6 +229,10 @@ class LossWeights(Checked):
         """Weight of the pairs' distances, 1 - lambda."""
         return 1.0 - self.masked_cells
 
+    def above_zero(self, *names: str) -> dict[str, float]:
+        """Weights of some losses, as far as they are computed."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Checked):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import json
-import os
 import re
 import shutil
-import socket
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock, Timeout
 
-from stofm._files import TRIFLES, local
+from stofm._files import TRIFLES, local, put_in_place
 from stofm._messages import warn
 from stofm.nn import checkpoint
 from stofm.train.checkpoint import (
@@ -28,10 +27,16 @@ from stofm.train.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    import os
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 
+#: Columns of the history that every run has, before those of the loss parts.
+HISTORY_COLUMNS = (
+    *("stage", "split", "epoch", "step", "loss"),
+    *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
+)
 #: The file by which a process has the folder to itself.
 LOCK: Final = "run.lock"
 _CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{FINAL})")
@@ -207,31 +212,40 @@ class RunFolder:
         return sorted((p for p in self._all() if can_go_on(p)), key=_age)
 
 
+def begin_history(path: Path, parts: Sequence[str], earlier: Path | None = None) -> None:
+    """Write the header of a history with these loss parts, or copy an earlier history."""
+    if earlier is not None:
+        put_in_place(path, lambda part: shutil.copyfile(earlier, part))
+        return
+    header = ",".join([*HISTORY_COLUMNS, *parts]) + "\n"
+    put_in_place(path, lambda part: part.write_text(header, encoding="utf-8"))
+
+
+def append_history(path: Path, parts: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Write a row of a history; numbers can be read again to the last bit."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*HISTORY_COLUMNS, *parts], lineterminator="\n")
+        writer.writerow(row)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a run's folder, which is made if need be, to this process, also among machines."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    lock = FileLock(path)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = path.read_text(encoding="utf-8")
         raise FileExistsError(
-            f"{folder} is in use: {holder or 'another process'} trains into it. Wait until it has "
-            "ended, or take another out_dir. If there is no such process any more, delete "
-            f"{path}."
+            f"{folder} is in use: another process trains into it. Wait until it has ended, or take "
+            f"another out_dir. If there is no such process any more, delete {folder / LOCK}."
         ) from None
     try:
-        # Not where a file that is locked can't be written to or deleted.
-        with contextlib.suppress(OSError):
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()!r}", "utf-8")
         yield
     finally:
+        # Not where a file that is locked can't be deleted.
         with contextlib.suppress(OSError):
-            path.unlink()
+            (folder / LOCK).unlink()
         lock.release()
 
 

@@ -74,7 +74,8 @@ def launch(
     """
     genes = read_gene_embeddings(gene_embeddings)
     folder = RunFolder(out_dir, work_dir)
-    with Processes.start(device, run.precision) as processes, ExitStack() as stack:
+    processes = Processes.start(device, run.precision)
+    with ExitStack() as stack:
         if processes.is_first:
             # Before hours of preparation.
             folder.check(resume=resume, overwrite=overwrite)

@@ -16,7 +16,6 @@ from torch import nn
 
 from stofm._logging import logger
 from stofm.nn.device import reseed, seeded
-from stofm.train.optimizer import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from stofm.train.checkpoint import Progress
     from stofm.train.config import OptimizerConfig, RunConfig
-    from stofm.train.losses import LossPart
+    from stofm.train.objectives import LossPart
     from stofm.train.processes import Processes
     from stofm.train.stages import Samples, Stage
 
@@ -82,29 +81,14 @@ class _Losses(nn.Module):
 
 
 class TrainingLoop:
-    """Trains the objective of one stage.
-
-    Parameters
-    ----------
-    stage
-        Samples and objective.
-    optimizer
-        Optimiser, batch, schedule.
-    run
-        Seed, validation, checkpoints, loading.
-    n_epochs, max_steps
-        Length of the stage: epochs, and the most optimiser steps if not None.
-    processes
-        Those that train together.
-    progress
-        Where to begin; brought up to date step by step.
+    """Trains the objective of one stage, from where `progress` is, which it brings up to date.
 
     Attributes
     ----------
     names
         Loss parts.
     n_steps
-        Optimiser steps of the stage.
+        Optimiser steps of the stage; the last one of an epoch may have fewer batches.
     optimizer
         The optimiser, of the weights of ``stage.objective``.
     """
@@ -135,7 +119,6 @@ class TrainingLoop:
         self._module, self._placed = placed
 
     def _count_steps(self, max_steps: int | None) -> int:
-        """Optimiser steps of the stage; the last one of an epoch may have fewer batches."""
         n_steps = 0
         for epoch in range(self._n_epochs):
             n_steps += -(-len(self.stage.samples.epoch(epoch)) // self._config.accumulation)
@@ -212,16 +195,26 @@ class TrainingLoop:
             group["lr"] = learning_rate(self.progress.step, self.n_steps, self._config)
         n_samples = sum(len(batch) for batch in batches)
         fabric, is_alone = self._processes.fabric, self._processes.count == 1
-        found = []
+        found, n = [], len(self.names)
+        weights = torch.tensor(list(self._weights.values()))
         for number, batch in enumerate(batches):
             asked = time.perf_counter()
             share = next(loaded)
             self.progress.waited += time.perf_counter() - asked
-            self._seed_dropout(number)
+            # Random numbers of its own for each batch, so that no generator's state is to be kept.
+            key = [self._run.seed, self.stage.number, self.progress.step, number]
+            sequence = np.random.SeedSequence([*key, self._processes.rank])
+            reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
             is_last = is_alone or number == len(batches) - 1
             # Gradients are averaged over the processes once, in the backward pass of the last batch.
             with fabric.no_backward_sync(self._module, enabled=not is_last):
-                found.append(self._go_back(share, len(batch) / n_samples))
+                totals, sums = self._forward(share)
+                # The weights of what was asked may be small; where nothing was there is no gradient.
+                counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
+                # Gradients are averaged over the processes: their number takes that back.
+                scale = weights.to(totals) * (len(batch) / n_samples * self._processes.count)
+                fabric.backward((totals * (scale / counts)).sum())
+                found.append(sums)
         limit = self._config.max_norm
         norm = fabric.clip_gradients(
             self._module,
@@ -230,24 +223,17 @@ class TrainingLoop:
             error_if_nonfinite=False,
         )
         gradient_norm = float(cast("Tensor", norm))
-        sums = torch.stack(found).cpu().numpy().astype(np.float64)
-        self._require_finite(sums, gradient_norm, batches)
+        all_sums = torch.stack(found).cpu().numpy().astype(np.float64)
+        self._require_finite(all_sums, gradient_norm, batches)
         self._placed.step()
         self._placed.zero_grad()
-        self._count(sums.sum(axis=0), time.perf_counter() - start)
+        step, progress = all_sums.sum(axis=0), self.progress
+        before = np.array([progress.totals or [0.0] * n, progress.counts or [0.0] * n])
+        progress.totals, progress.counts = (before + step[: 2 * n].reshape(2, n)).tolist()
+        progress.n_cells += int(step[2 * n])
+        progress.n_tokens += int(step[2 * n + 1])
+        progress.seconds += time.perf_counter() - start
         return gradient_norm
-
-    def _go_back(self, share: Share, share_of_step: float) -> Tensor:
-        """Forward and backward pass of one batch; returns what :meth:`_forward` sums."""
-        totals, sums = self._forward(share)
-        n = len(self.names)
-        # The weights of what was asked may be small; where nothing was there is no gradient.
-        counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
-        weights = totals.new_tensor(list(self._weights.values()))
-        # Gradients are averaged over the processes: their number takes that back.
-        scale = weights * (share_of_step * self._processes.count) / counts
-        self._processes.fabric.backward((totals * scale).sum())
-        return sums
 
     def _forward(self, share: Share) -> tuple[Tensor, Tensor]:
         """Own sums with gradient, and those of all processes: sums, counts, cells, tokens."""
@@ -259,12 +245,6 @@ class TrainingLoop:
             totals, counts = totals * 0, counts * 0
         seen = totals.new_tensor([float(n) * is_active for n in (inputs.n_cells, inputs.n_tokens)])
         return totals, self._processes.sum(torch.cat([totals.detach(), counts, seen]))
-
-    def _seed_dropout(self, number: int) -> None:
-        """Give each batch random numbers of its own, so that no generator's state is to be kept."""
-        key = [self._run.seed, self.stage.number, self.progress.step, number]
-        sequence = np.random.SeedSequence([*key, self._processes.rank])
-        reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
 
     def _require_finite(
         self, sums: NDArray[np.float64], gradient_norm: float, batches: Sequence[NDArray[np.int64]]
@@ -291,14 +271,6 @@ class TrainingLoop:
             f"Look at these slices, or take a lower learning_rate (now {rate:g}), a longer warm-up "
             f"(now {warmup} steps){calmer}."
         )
-
-    def _count(self, sums: NDArray[np.float64], seconds: float) -> None:
-        progress, n = self.progress, len(self.names)
-        before = np.array([progress.totals or [0.0] * n, progress.counts or [0.0] * n])
-        progress.totals, progress.counts = (before + sums[: 2 * n].reshape(2, n)).tolist()
-        progress.n_cells += int(sums[2 * n])
-        progress.n_tokens += int(sums[2 * n + 1])
-        progress.seconds += seconds
 
     def _come_forward(self, n_done: int, n_batches: int, gradient_norm: float) -> None:
         """Note that a step is done; log, validate and save where it is time."""
@@ -378,3 +350,35 @@ class TrainingLoop:
                 sums += found[: len(sums)].cpu().numpy().astype(np.float64)
         self._module.train()
         return sums.reshape(2, -1)
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Make AdamW for the weights of a module that are to be trained."""
+    plain = {
+        id(weight)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding | nn.LayerNorm)
+        for weight in part.parameters(recurse=False)
+    }
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    if not weights:
+        raise ValueError("There are no weights to train: all of them are frozen.")
+    decayed = [w for w in weights if w.ndim > 1 and id(w) not in plain]
+    others = [w for w in weights if w.ndim < 2 or id(w) in plain]
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )
+
+
+def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of an optimiser step, counted from 0: a linear rise, then a linear fall."""
+    warmup = min(config.warmup_steps, n_steps // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * max(0, n_steps - step) / (n_steps - warmup)

@@ -11,34 +11,163 @@ section 3.1; SimCSE (Gao et al. 2021), equation 4.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from stofm.train.config import ContrastiveConfig, LossWeights, MaskedGeneConfig
-from stofm.train.losses import (
-    Gather,
-    LossPart,
-    MaskedCellHead,
-    MaskedGeneHead,
-    PairDistanceHead,
-    contrastive_loss,
-    masked_cell_loss,
-    masked_gene_loss,
-    pair_distance_loss,
-)
+from stofm.nn.device import seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from jaxtyping import Float, Int
 
-    from stofm.nn import CellEncoder, SE2Output, SE2Transformer, TokenBatch
-    from stofm.train.config import Candidates, CellLoss
-    from stofm.train.masked_cells import MaskedSubSliceBatch
-    from stofm.train.masked_genes import CellBatch
+    from stofm.nn import CellEncoder, SE2Output, SE2Transformer, Stofm, TokenBatch
+    from stofm.nn.config import Activation
+    from stofm.train.config import Candidates, CellLoss, StageConfig
+    from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch
+
+#: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
+#: one's own begin; gradients find their way back.
+Gather = Callable[[Tensor], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class LossPart:
+    """One loss over what a process holds of a batch; the loss is `total` / `count`."""
+
+    #: Scalar with gradient, 0 where there is nothing to recover.
+    total: Tensor
+    #: Number of genes, cells or pairs in the sum, or their weight.
+    count: float
+
+
+class MaskedGeneHead(nn.Module):
+    """Hidden states to a score for each candidate gene, as in BERT.
+
+    ``score = layer_norm(f(W h + b)) . word_embedding + bias``, with the activation f (``"relu"`` or
+    ``"gelu"``) of the cell encoder, as in transformers' ``BertForMaskedLM``. The word embeddings,
+    `n_tokens` of the width `d_hidden`, are the cell encoder's.
+    """
+
+    def __init__(
+        self, *, n_tokens: int, d_hidden: int, activation: Activation, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dense = nn.Linear(d_hidden, d_hidden)
+        self.norm = nn.LayerNorm(d_hidden, eps=layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(n_tokens))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "targets d_hidden"],
+        words: Float[Tensor, "candidates d_hidden"],
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> Float[Tensor, "targets candidates"]:
+        """Score candidate tokens (None for the whole vocabulary) by their word embeddings."""
+        inner = self.dense(hidden)
+        inner = F.relu(inner) if self.activation == "relu" else F.gelu(inner)
+        bias = self.bias if candidates is None else self.bias[candidates]
+        return F.linear(self.norm(inner), words, bias)
+
+
+class TwoLayerHead(nn.Module):
+    """Linear, ReLU, linear, in float32 whatever the precision of training.
+
+    With `learned_mask`, `mask` is a learned vector that stands in place of what is predicted.
+    """
+
+    def __init__(self, d_input: int, d_output: int, *, learned_mask: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(d_input, d_input), nn.ReLU(), nn.Linear(d_input, d_output)
+        )
+        #: (d_output,) of about the length 1 of embeddings.
+        self.mask: Tensor | None = None
+        if learned_mask:
+            self.mask = nn.Parameter(torch.randn(d_output) * d_output**-0.5)
+
+    def forward(
+        self, hidden: Float[Tensor, "targets d_input"]
+    ) -> Float[Tensor, "targets d_output"]:
+        """Predict cell embeddings from hidden states, or distances from the pair representation."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            predicted: Tensor = self.layers(hidden.float())
+        return predicted
+
+
+def contrastive_loss(
+    first: Float[Tensor, "cells d_cell"],
+    second: Float[Tensor, "cells d_cell"],
+    *,
+    temperature: float,
+    gather: Gather | None = None,
+) -> LossPart:
+    """Tell each cell's second view from those of all other cells, given its first.
+
+    ``-log(exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t))``, summed over i; j runs over the
+    cells of all processes, whose b `gather` collects (None for one process). In float32 whatever
+    the precision of training.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        queries = F.normalize(first.float(), dim=-1) / temperature
+        own_keys = F.normalize(second.float(), dim=-1)
+        keys, start = (own_keys, 0) if gather is None else gather(own_keys)
+        answers = start + torch.arange(len(queries), device=queries.device)
+        total = F.cross_entropy(queries @ keys.T, answers, reduction="sum")
+    return LossPart(total, len(first))
+
+
+def masked_gene_loss(
+    encoder: CellEncoder,
+    head: MaskedGeneHead,
+    genes: MaskedGenes,
+    *,
+    candidates: Int[Tensor, " candidates"] | None = None,
+) -> LossPart:
+    """Cross-entropy of the hidden genes, summed over them.
+
+    `candidates` are the tokens among which they are to be found, ascending; None for the whole
+    vocabulary.
+    """
+    hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
+    scores = head(hidden, encoder.words(candidates), candidates)
+    answers = genes.labels
+    if candidates is not None:
+        answers = torch.searchsorted(candidates, answers)
+    total = F.cross_entropy(scores.float(), answers, reduction="sum")
+    return LossPart(total, len(genes.labels))
+
+
+def masked_cell_loss(
+    predicted: Float[Tensor, "cells d_cell"],
+    target: Float[Tensor, "cells d_cell"],
+    *,
+    kind: CellLoss = "mse",
+) -> LossPart:
+    """Distance of predicted cell embeddings from the hidden ones, summed over the cells.
+
+    ``"mse"``: mean over the width of the squared difference, as in the paper. ``"cosine"``:
+    1 - cosine, as in the published code, which scales predictions to unit length before.
+    """
+    predicted, target = predicted.float(), target.float()
+    if kind == "mse":
+        total = (predicted - target).square().mean(dim=-1).sum()
+    else:
+        total = (1 - F.cosine_similarity(predicted, target, dim=-1)).sum()
+    return LossPart(total, len(target))
+
+
+def pair_distance_loss(
+    predicted: Float[Tensor, " pairs"], target: Float[Tensor, " pairs"]
+) -> LossPart:
+    """Squared difference of predicted and true distances, model units squared, summed over pairs."""
+    return LossPart((predicted.float() - target.float()).square().sum(), len(target))
 
 
 class CellEncoderObjective(nn.Module):
@@ -48,21 +177,13 @@ class CellEncoderObjective(nn.Module):
     `gene_dropout` alone; the contrastive loss then says how far other cells lie away.
     """
 
-    def __init__(
-        self,
-        encoder: CellEncoder,
-        *,
-        masked_genes: MaskedGeneConfig | None = None,
-        contrastive: ContrastiveConfig | None = None,
-        weights: LossWeights | None = None,
-    ) -> None:
+    def __init__(self, encoder: CellEncoder, config: StageConfig) -> None:
         super().__init__()
         self.encoder = encoder
+        self.config = config
         self.gene_head = _gene_head(encoder)
-        self.masked_genes = masked_genes or MaskedGeneConfig()
-        self.contrastive = contrastive or ContrastiveConfig()
         #: Weight of each loss part that :meth:`forward` returns.
-        self.weights = _positive(weights, "masked_genes", "contrastive")
+        self.weights = config.weights.above_zero("masked_genes", "contrastive")
 
     def forward(self, inputs: CellBatch, gather: Gather | None = None) -> dict[str, LossPart]:
         """Compute the losses of a batch, or of this process's part of one.
@@ -71,16 +192,16 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            genes, kind = inputs.genes, self.masked_genes.candidates
-            among = _candidate_genes(kind, genes.measured, gather)
+            kind = self.config.masked_genes.candidates
+            among = candidate_genes(kind, inputs.genes.measured, gather)
             parts["masked_genes"] = masked_gene_loss(
-                self.encoder, self.gene_head, genes, candidates=among
+                self.encoder, self.gene_head, inputs.genes, candidates=among
             )
         if "contrastive" in self.weights:
             d_learned = self.encoder.config.d_learned
             first, second = (self.encoder(view)[:, -d_learned:] for view in inputs.views)
             parts["contrastive"] = contrastive_loss(
-                first, second, temperature=self.contrastive.temperature, gather=gather
+                first, second, temperature=self.config.contrastive.temperature, gather=gather
             )
         return parts
 
@@ -88,41 +209,27 @@ class CellEncoderObjective(nn.Module):
 class SpatialObjective(nn.Module):
     """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer, in place.
 
-    L = lambda L_MCM + (1 - lambda) L_PDR; the losses at cells that are not hidden are ours.
-    Without `learned_mask`, the number that the batch holds stands in place of hidden features.
-    Distances are compared in the model unit `distance_unit`, 1 in the paper; their squared error is
-    then hundreds, and that of unit-length cell embeddings a hundredth.
+    L = lambda L_MCM + (1 - lambda) L_PDR; the losses at cells that are not hidden are ours. Distances
+    are compared in the model unit `distance_unit`, 1 in the paper; their squared error is then
+    hundreds, and that of unit-length cell embeddings a hundredth.
     """
 
-    def __init__(
-        self,
-        transformer: SE2Transformer,
-        *,
-        learned_mask: bool = True,
-        cell_loss: CellLoss = "mse",
-        distance_unit: float = 1.0,
-        weights: LossWeights | None = None,
-    ) -> None:
+    def __init__(self, transformer: SE2Transformer, config: StageConfig) -> None:
         super().__init__()
-        config = transformer.config
         self.transformer = transformer
-        self.cell_loss: CellLoss = cell_loss
-        self.distance_unit = distance_unit
+        self.config = config
 
-        def head(*, learned_mask: bool) -> MaskedCellHead:
-            return MaskedCellHead(
-                d_model=config.d_model, d_cell=config.d_cell, learned_mask=learned_mask
-            )
-
-        self.cell_head = head(learned_mask=learned_mask)
-        self.pair_head = PairDistanceHead(n_heads=config.n_heads)
+        sizes, is_learned = transformer.config, config.spatial_masking.mask_value == "learned"
+        shape = sizes.d_model, sizes.d_cell
+        self.cell_head = TwoLayerHead(*shape, learned_mask=is_learned)
+        self.pair_head = TwoLayerHead(sizes.n_heads, 1)
         at_visible = ("visible_cells", "surroundings")
         #: Weight of each loss part that :meth:`forward` returns.
-        self.weights = _positive(weights, "masked_cells", "pair_distances", *at_visible)
+        self.weights = config.weights.above_zero("masked_cells", "pair_distances", *at_visible)
         # What is told from cells that are not hidden has heads of its own, so that hidden states
         # have room for both a cell and what lies around it.
         self.visible_head, self.surroundings_head = (
-            head(learned_mask=False) if name in self.weights else None for name in at_visible
+            TwoLayerHead(*shape) if name in self.weights else None for name in at_visible
         )
 
     def forward(
@@ -138,80 +245,57 @@ class SpatialObjective(nn.Module):
 
         Hidden nodes stay hidden, whatever `features` holds there.
         """
-        batch = replace(inputs.subslices, features=self._hidden(inputs, features))
-        out: SE2Output = self.transformer(batch)
-        parts = {}
+        original = inputs.subslices.features.flatten(0, 1)
+        if self.cell_head.mask is None:
+            filling = original[inputs.hidden_places]
+        else:
+            filling = self.cell_head.mask.expand(len(inputs.hidden_places), -1)
+        hidden = _replace_rows(features, inputs.hidden_places, filling)
+        out: SE2Output = self.transformer(replace(inputs.subslices, features=hidden))
+        told, parts = out.last_hidden_state.flatten(0, 1), {}
+
+        def at_cells(head: nn.Module, places: Tensor, target: Tensor) -> LossPart:
+            scaled = target * self.transformer.config.feature_scale
+            return masked_cell_loss(head(told[places]), scaled, kind=self.config.cell_loss)
+
         if "masked_cells" in self.weights:
-            predicted = self.predict_cells(out, inputs)
-            parts["masked_cells"] = self._cell_loss(predicted, inputs.target_features)
+            cells = inputs.target_places, inputs.target_features
+            parts["masked_cells"] = at_cells(self.cell_head, *cells)
         if "pair_distances" in self.weights:
-            parts["pair_distances"] = pair_distance_loss(
-                self.predict_distances(out, inputs) / self.distance_unit,
-                inputs.pair_distances / self.distance_unit,
-            )
-        own = inputs.subslices.features.flatten(0, 1)[inputs.visible_places]
+            # They reach 100, where bfloat16 is only good to 0.5.
+            pairs = out.pairs.at(inputs.pair_batch, inputs.pair_rows, inputs.pair_columns)
+            found, unit = self.pair_head(pairs)[:, 0], self.config.distance_unit
+            parts["pair_distances"] = pair_distance_loss(found / unit, inputs.pair_distances / unit)
+        visible = inputs.visible_places
         for name, head, target in (
-            ("visible_cells", self.visible_head, own),
+            ("visible_cells", self.visible_head, original[visible]),
             ("surroundings", self.surroundings_head, inputs.surroundings),
         ):
             if head is not None:
-                predicted = _predicted(head, _at(out, inputs.visible_places))
-                parts[name] = self._cell_loss(predicted, target)
+                parts[name] = at_cells(head, visible, target)
         return parts
-
-    def _cell_loss(self, predicted: Tensor, target: Tensor) -> LossPart:
-        scaled = target * self.transformer.config.feature_scale
-        return masked_cell_loss(predicted, scaled, kind=self.cell_loss)
-
-    def predict_cells(
-        self, out: SE2Output, inputs: MaskedSubSliceBatch
-    ) -> Float[Tensor, "targets d_cell"]:
-        """Cell embeddings predicted for the target nodes, times the model's `feature_scale`."""
-        return _predicted(self.cell_head, _at(out, inputs.target_places))
-
-    def predict_distances(
-        self, out: SE2Output, inputs: MaskedSubSliceBatch
-    ) -> Float[Tensor, " pairs"]:
-        """Distances predicted for the target pairs, model units."""
-        # They reach 100, where bfloat16 is only good to 0.5.
-        pairs = out.pairs.at(inputs.pair_batch, inputs.pair_rows, inputs.pair_columns)
-        return _predicted(self.pair_head, pairs)
-
-    def _hidden(self, inputs: MaskedSubSliceBatch, features: Tensor) -> Tensor:
-        """Put at hidden nodes what stands in place of their features."""
-        places = inputs.hidden_places
-        if self.cell_head.mask is None:
-            filling = inputs.subslices.features.flatten(0, 1)[places]
-        else:
-            filling = self.cell_head.mask.expand(len(places), -1)
-        return _replace_rows(features, places, filling)
 
 
 class JointObjective(nn.Module):
     """The spatial objective with fresh embeddings of sampled cells, so that it trains both scales.
 
     The other cells, the virtual cells and the targets keep the embeddings that were computed
-    before; a sampled cell that is hidden stays hidden. With `masked_genes`, genes of the sampled
-    cells are hidden and recovered along.
+    before; a sampled cell that is hidden stays hidden. If the stage trains masked genes, genes of the
+    sampled cells are hidden and recovered along.
     """
 
     def __init__(
-        self,
-        encoder: CellEncoder,
-        spatial: SpatialObjective,
-        *,
-        masked_genes: MaskedGeneConfig | None = None,
-        weights: LossWeights | None = None,
+        self, encoder: CellEncoder, spatial: SpatialObjective, config: StageConfig
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.spatial = spatial
-        self.masked_genes = masked_genes
-        self.gene_head = None if masked_genes is None else _gene_head(encoder)
+        self.config = config
+        self.gene_head = _gene_head(encoder) if config.trains_masked_genes else None
         #: Weight of each loss part that :meth:`forward` returns.
         self.weights = dict(spatial.weights)
-        if masked_genes is not None:
-            self.weights |= _positive(weights, "masked_genes")
+        if config.trains_masked_genes:
+            self.weights |= config.weights.above_zero("masked_genes")
 
     def forward(
         self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
@@ -220,17 +304,13 @@ class JointObjective(nn.Module):
 
         `gather` collects rows from all processes; None for one process.
         """
-        features = with_fresh(self.encoder, inputs)
-        parts = self.spatial.losses(inputs, features)
+        parts = self.spatial.losses(inputs, with_fresh(self.encoder, inputs))
         if "masked_genes" in self.weights:
-            assert self.masked_genes is not None
             assert self.gene_head is not None
             # All groups at once: processes may have different numbers of them, and gather together.
-            measured = [
-                inputs.hidden_places.new_empty(0),
-                *(group.measured for group in inputs.genes),
-            ]
-            among = _candidate_genes(self.masked_genes.candidates, torch.cat(measured), gather)
+            none = inputs.hidden_places.new_empty(0)
+            measured = torch.cat([none, *(group.measured for group in inputs.genes)])
+            among = candidate_genes(self.config.masked_genes.candidates, measured, gather)
             total, count = inputs.target_features.new_zeros(()), 0.0
             for group in inputs.genes:
                 part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=among)
@@ -239,23 +319,39 @@ class JointObjective(nn.Module):
         return parts
 
 
-def _positive(weights: LossWeights | None, *names: str) -> dict[str, float]:
-    """Weights of the losses that are computed: those above 0."""
-    weights = weights or LossWeights()
-    return {name: getattr(weights, name) for name in names if getattr(weights, name) > 0}
+def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
+    """Make the objectives of all stages; heads that several stages need are one."""
+    heads: dict[str, nn.Module] = {}
+    made = nn.ModuleList()
+    with seeded(seed):
+        for config in stages:
+            objective: nn.Module
+            if config.name == "cell_encoder":
+                objective = CellEncoderObjective(model.cell_encoder, config)
+            else:
+                objective = SpatialObjective(model.se2_transformer, config)
+                _share_heads(objective, heads)
+            if config.name == "joint":
+                objective = JointObjective(model.cell_encoder, objective, config)
+            _share_heads(objective, heads)
+            made.append(objective)
+    return made
+
+
+def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> None:
+    """Put the heads that earlier stages train in place of an objective's own."""
+    for name, own in list(objective.named_children()):
+        if name.endswith("_head"):
+            learns_mask = getattr(own, "mask", None) is not None
+            setattr(objective, name, heads.setdefault(f"{name}, {learns_mask}", own))
 
 
 def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
-    config = encoder.config
-    return MaskedGeneHead(
-        n_tokens=config.n_tokens,
-        d_hidden=config.d_hidden,
-        activation=config.activation,
-        layer_norm_eps=config.layer_norm_eps,
-    )
+    names = ("n_tokens", "d_hidden", "activation", "layer_norm_eps")
+    return MaskedGeneHead(**{name: getattr(encoder.config, name) for name in names})
 
 
-def _candidate_genes(
+def candidate_genes(
     candidates: Candidates, measured: Int[Tensor, " genes"], gather: Gather | None
 ) -> Int[Tensor, " candidates"] | None:
     """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
@@ -268,17 +364,6 @@ def _candidate_genes(
         measured = gather(measured[:, None])[0]
     distinct: Tensor = torch.unique(measured)
     return distinct
-
-
-def _at(out: SE2Output, places: Tensor) -> Tensor:
-    return out.last_hidden_state.flatten(0, 1)[places]
-
-
-def _predicted(head: nn.Module, hidden: Tensor) -> Tensor:
-    """What a head predicts, in float32 whatever the precision of training."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        predicted: Tensor = head(hidden.float())
-    return predicted
 
 
 def with_fresh(

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-import socket
-import sys
-import threading
-import time
 import warnings
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +15,8 @@ from stofm._messages import warn
 from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Self, TypeVar
+    from collections.abc import Callable
+    from typing import TypeVar
 
     from lightning_fabric import Fabric
 
@@ -34,17 +27,19 @@ if TYPE_CHECKING:
 #: All processes must have come within this time. It holds for DistributedDataParallel too, whose
 #: exchanges follow on others that wait longer.
 _START = timedelta(minutes=3)
-#: The first process may tokenise a whole corpus while the others wait for it.
+#: The first process may tokenise a whole corpus while the others wait for it. One that ends before
+#: closes its connections, and then they fail too.
 _PATIENCE = timedelta(days=30)
-#: Seconds that a process has to fail by itself after it has heard of a failure.
-_GRACE = 2.0
+#: Between two exchanges of one step: the first process may write a checkpoint meanwhile.
+_WITHIN_STEP = timedelta(minutes=30)
 
 
 class Processes:
     """What a process knows of itself and of those that train with it.
 
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
-    is one. As a context: a failure within it ends all of them, with its message.
+    is one. When one fails, ``torchrun`` ends the others, as ``srun --kill-on-bad-exit=1`` does;
+    without these they fail at their next exchange.
 
     Attributes
     ----------
@@ -62,41 +57,12 @@ class Processes:
         self.fabric = fabric
         self.rank, self.count = fabric.global_rank, fabric.world_size
         self.is_first, self.device = fabric.is_global_zero, fabric.device
-        self._watch: _Watch | None = None
         #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
         self._waiting: Any = None
         self._own: Any = None
         if self.count > 1:
             self._waiting = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-            self._own = torch.distributed.new_group(timeout=_PATIENCE)
-
-    def __enter__(self) -> Self:
-        if self.count > 1:
-            self._watch = _Watch(self._connect(), relays=self.is_first)
-        return self
-
-    def _connect(self) -> dict[int, Connection]:
-        """Connect the first process with all others; returns the connections by rank."""
-        if not self.is_first:
-            port, key = self.agree((0, b""))
-            connection = Client((os.environ["MASTER_ADDR"], port), authkey=key)
-            connection.send_bytes(str(self.rank).encode())
-            return {0: connection}
-        key = secrets.token_bytes(32)
-        with Listener(("", 0), backlog=self.count, authkey=key) as listener:
-            self.agree((listener.address[1], key))
-            connections = [listener.accept() for _ in range(self.count - 1)]
-        return {int(one.recv_bytes()): one for one in connections}
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self._watch is None:
-            return
-        if isinstance(error, RuntimeError):
-            # Perhaps but a broken exchange with a process that failed: then this one ends here.
-            time.sleep(2 * _GRACE)
-        where = f"Process {self.rank} of {self.count} ({socket.gethostname()}, {os.getpid()})"
-        failure = f"{where} failed: {type(error).__name__}: {error}"
-        self._watch.leave("" if error is None else failure)
+            self._own = torch.distributed.new_group(timeout=_WITHIN_STEP)
 
     @classmethod
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
@@ -192,70 +158,22 @@ class Processes:
         return gather
 
 
-class _Watch:
-    """Ends this process when another has failed.
-
-    One that fails says why on all its connections (by rank of the process at the other end), and a
-    connection that ends without a word is that of a process that was killed. The first process is
-    connected with all others, and relays what it hears.
-    """
-
-    def __init__(self, connections: Mapping[int, Connection], *, relays: bool) -> None:
-        self._connections = connections
-        self._relays = relays
-        self._left = threading.Event()
-        for one in connections.items():
-            threading.Thread(target=self._listen, args=one, name="stofm-watch", daemon=True).start()
-
-    def leave(self, reason: str) -> None:
-        """Tell the others why this process has failed; nothing if it has done its part."""
-        self._left.set()
-        self._tell(reason)
-
-    def _tell(self, reason: str) -> None:
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):
-                connection.send_bytes(reason.encode())
-
-    def _listen(self, peer: int, connection: Connection) -> None:
-        with connection:
-            try:
-                reason = connection.recv_bytes().decode()
-            except (EOFError, OSError):
-                reason = (
-                    f"Process {peer} ended without a message: it was killed, or its machine had "
-                    "no memory left."
-                )
-        if not reason or self._left.is_set():
-            return
-        if self._relays:
-            self._tell(reason)
-        if not self._left.wait(_GRACE):
-            sys.stderr.write(f"stofm: {reason} This process ends with it.\n")
-            sys.stderr.flush()
-            os._exit(1)
-
-
 def _places_of_environment() -> tuple[int, int]:
     """Processes of a node and nodes, as torchrun or SLURM has started them."""
     if torch.distributed.is_torchelastic_launched():
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local
-
-    def number(variable: str) -> int:
-        text = os.environ.get(variable, "")
-        return max(int(text), 1) if text.isdecimal() else 1
-
-    total = number("SLURM_NTASKS")
+    names = ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_STEP_NUM_TASKS")
+    found = (os.environ.get(name, "") for name in names)
+    total, n_nodes, in_step = (int(text) if text.isdecimal() else 1 for text in found)
     # A shell in an allocation has the variables of a step and is no step.
     if total == 1 or os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}:
         return 1, 1
-    if number("SLURM_STEP_NUM_TASKS") == 1:
+    if in_step == 1:
         # A job script has the variables of its job, and is one process all the same.
         warn(
             f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
             "alone. To train in all of them, write `srun` before the command."
         )
         return 1, 1
-    n_nodes = number("SLURM_NNODES")
     return total // n_nodes, n_nodes

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from stofm._files import read_table, tidy
-from stofm._logging import logger
+from stofm._logging import logger, step_bar
 from stofm._messages import warn
 from stofm._version import __version__
 from stofm.train.checkpoint import (
@@ -20,11 +19,13 @@ from stofm.train.checkpoint import (
     Trained,
     load_checkpoint,
     read_progress,
+    write_checkpoint,
 )
+from stofm.train.folder import append_history, begin_history
 from stofm.train.loop import TrainingLoop
-from stofm.train.recorder import RunRecorder, begin_history
+from stofm.train.objectives import make_objectives
 from stofm.train.samples import Draws
-from stofm.train.stages import StageSetup, make_objectives, make_stage
+from stofm.train.stages import StageSetup, make_stage
 from stofm.train.storage import write_json
 
 if TYPE_CHECKING:
@@ -112,17 +113,21 @@ class Pretraining:
         model.config = replace(model.config, trained=True)
         trained = Trained(model, make_objectives(model, self.stages, seed=self.run.seed))
         report, newest = self._open(trained, settings, resume=resume, overwrite=overwrite)
-        progress = self._start(trained, newest)
+        if newest is not None:
+            logger.info("Going on from %s.", newest)
+            load_checkpoint(newest, trained)
+        elif self.initialize is not None:
+            self.initialize(self.corpus, model)
+        progress = Progress() if newest is None else read_progress(newest)
         for number in range(progress.stage, len(self.stages)):
             if not progress.is_finished:
                 self._run_stage(trained, progress, newest, report)
-            self._note(trained.heads[number], progress, report)
+            self._note(trained, progress, report)
             progress = Progress(stage=number + 1, scaler=progress.scaler)
         model.to("cpu").eval()
         if self.processes.is_first and not self.folder.model.is_dir():
             model.save_pretrained(self.folder.model)
-        report["status"] = "finished"
-        self._write(report)
+        self._write(report, status="finished")
         return TrainResult(
             model=model,
             history=read_table(self.folder.history),
@@ -150,6 +155,10 @@ class Pretraining:
         config = model.config.to_dict()
         for label in ("name", "provenance", "stofm_version", "trained"):
             config.pop(label)
+        trained_on, held_out = (
+            [f"{one.name} {one.digest}" for one in (corpus.slices if corpus else ())]
+            for corpus in (self.corpus, self.validation)
+        )
         return {
             "stages": [asdict(stage) for stage in self.stages],
             "run": self.run.settings(),
@@ -157,8 +166,8 @@ class Pretraining:
             "vocabulary": model.vocabulary.fingerprint,
             "initialized": self.initialize is not None,
             **({"gene_table": self.gene_table} if self.gene_table else {}),
-            "slices": _digests(self.corpus),
-            "held_out_slices": _digests(self.validation),
+            "slices": trained_on,
+            "held_out_slices": held_out,
         }
 
     def _open(
@@ -174,7 +183,21 @@ class Pretraining:
             folder.check_settings(report["settings"], settings)
             newest = folder.newest()
         else:
-            report = self._first_report(trained.model, settings)
+            device = self.processes.device
+            is_cuda, n_threads = device.type == "cuda", torch.get_num_threads()
+            described = torch.cuda.get_device_name(device) if is_cuda else f"{n_threads} threads"
+            report = {
+                "stofm_version": __version__,
+                "status": "begun",
+                "name": trained.model.name,
+                "n_weights": sum(w.numel() for w in trained.model.parameters()),
+                "n_cells": self.corpus.n_cells,
+                "n_slices": len(self.corpus.slices),
+                "device": f"{device} ({described})",
+                "n_processes": self.processes.count,
+                "stages": [],
+                "settings": settings,
+            }
             folder.clear()
             folder.checkpoints.mkdir(parents=True)
             write_json(folder.report, report)
@@ -182,33 +205,6 @@ class Pretraining:
         folder.remove_later(newest)
         begin_history(folder.history, trained.loss_parts, newest and newest / HISTORY)
         return self.processes.agree((report, newest))
-
-    def _first_report(self, model: Stofm, settings: Mapping[str, Any]) -> dict[str, Any]:
-        device, described = self.processes.device, f"{torch.get_num_threads()} threads"
-        if device.type == "cuda":
-            described = torch.cuda.get_device_name(device)
-        return {
-            "stofm_version": __version__,
-            "status": "begun",
-            "name": model.name,
-            "n_weights": sum(w.numel() for w in model.parameters()),
-            "n_cells": self.corpus.n_cells,
-            "n_slices": len(self.corpus.slices),
-            "device": f"{device} ({described})",
-            "n_processes": self.processes.count,
-            "stages": [],
-            "settings": settings,
-        }
-
-    def _start(self, trained: Trained, newest: Path | None) -> Progress:
-        """Load a checkpoint, or set the first weights."""
-        if newest is None:
-            if self.initialize is not None:
-                self.initialize(self.corpus, trained.model)
-            return Progress()
-        logger.info("Going on from %s.", newest)
-        load_checkpoint(newest, trained)
-        return read_progress(newest)
 
     def _run_stage(
         self,
@@ -254,7 +250,8 @@ class Pretraining:
         self.processes.wait()
         if self.run.keep == "best" and progress.best_checkpoint:
             load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
-        recorder.save_end()
+        progress.is_finished = True
+        recorder.save()
 
     def _setup(self, model: Stofm, number: int) -> StageSetup:
         device = self.processes.device
@@ -273,25 +270,20 @@ class Pretraining:
             show_progress_bar=self.show_progress_bar and self.processes.is_first,
         )
 
-    def _note(self, objective: nn.Module, progress: Progress, report: dict[str, Any]) -> None:
+    def _note(self, trained: Trained, progress: Progress, report: dict[str, Any]) -> None:
         """Write the report of a stage that is finished, and delete what it alone needed.
 
         Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
         seen; memory is the most in use so far, on a CUDA device or by the process.
         """
         number = progress.stage
-        report |= {
-            "status": f"stage {number + 1} of {len(self.stages)} is finished",
-            "best": progress.best_checkpoint or progress.last_checkpoint,
-            "last": progress.last_checkpoint,
-        }
         if len(report["stages"]) == number:
-            trained = [w for w in objective.parameters() if w.requires_grad]
+            weights = [w.numel() for w in trained.heads[number].parameters() if w.requires_grad]
             report["stages"].append(
                 {
                     "stage": self.stages[number].name,
                     "steps": progress.step,
-                    "n_weights": sum(w.numel() for w in trained),
+                    "n_weights": sum(weights),
                     "cells": progress.n_cells,
                     "tokens": progress.n_tokens,
                     "seconds": round(progress.seconds, 3),
@@ -302,16 +294,92 @@ class Pretraining:
             )
         if self.processes.is_first:
             self.folder.remove(self.folder.refreshed)
-        self._write(report)
+        self._write(
+            report,
+            status=f"stage {number + 1} of {len(self.stages)} is finished",
+            best=progress.best_checkpoint or progress.last_checkpoint,
+            last=progress.last_checkpoint,
+        )
 
-    def _write(self, report: Mapping[str, Any]) -> None:
+    def _write(self, report: dict[str, Any], **changes: str) -> None:
+        report.update(changes)
         if self.processes.is_first:
             write_json(self.folder.report, report)
         self.processes.wait()
 
 
-def _digests(corpus: Corpus | None) -> list[str]:
-    return [] if corpus is None else [f"{one.name} {one.digest}" for one in corpus.slices]
+class RunRecorder:
+    """Takes a loop's reports and writes history and checkpoints; only the first process writes."""
+
+    def __init__(
+        self, run: Pretraining, loop: TrainingLoop, trained: Trained, report: Mapping[str, Any]
+    ) -> None:
+        self._folder, self._processes = run.folder, run.processes
+        self._loop, self._trained, self._report = loop, trained, report
+        stage, step = loop.stage, loop.progress.step
+        self._board: Any = None
+        if run.processes.is_first and run.run.tensorboard:
+            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+            # Entries of steps that are repeated are hidden, also those of a run without a checkpoint.
+            place = (run.folder.path, run.folder.tensorboard.name, f"{stage.number}-{stage.name}")
+            self._board = TensorBoardLogger(*place, purge_step=step + 1)
+        show = run.show_progress_bar and run.processes.is_first
+        self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Take a row of the history."""
+        if self._processes.is_first:
+            append_history(self._folder.history, self._trained.loss_parts, row)
+        if self._board is not None:
+            numbers = {f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, float)}
+            self._board.log_metrics(numbers, row["step"])
+            self._board.save()
+        if row["split"] == "train":
+            shown = ("loss", *self._loop.names)
+            parts = {name: f"{row[name]:.4g}" for name in shown if name in row}
+            self._bar.set_postfix(parts, refresh=False)
+
+    def advance(self) -> None:
+        """One more optimiser step is done."""
+        self._bar.update()
+
+    def keep(self) -> None:
+        """Write the present weights, the best so far."""
+        progress = self._loop.progress
+        target = self._path(progress.step)
+        progress.best_checkpoint = target.name
+        if self._processes.is_first:
+            write_checkpoint(target, self._trained, progress, None, report=self._report)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step or, without the optimiser, of the stage's end.
+
+        Processes may call it at different steps.
+        """
+        loop, progress, optimizer = self._loop, self._loop.progress, None
+        target = self._path(None if progress.is_finished else progress.step)
+        if not progress.is_finished:
+            progress.last_checkpoint = target.name
+            optimizer = loop.optimizer, loop.stage.objective
+        if not self._processes.is_first:
+            return
+        embeddings = loop.stage.embeddings
+        progress.stage_state = {} if embeddings is None else embeddings.state()
+        progress.scaler = dict(self._processes.fabric.strategy.precision.state_dict())
+        beside: dict[str, Any] = {"report": self._report, "history": self._folder.history}
+        write_checkpoint(target, self._trained, progress, optimizer, **beside)
+        self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})
+
+    def close(self) -> None:
+        """Close bar and files."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.finalize("success")
+
+    def _path(self, step: int | None) -> Path:
+        stage = self._loop.stage
+        return self._folder.checkpoint(stage.number, stage.name, step)
 
 
 def peak_memory(device: torch.device) -> int:

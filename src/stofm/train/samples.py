@@ -23,8 +23,7 @@ from stofm.spatial import (
     partition_balanced,
     partition_reference,
 )
-from stofm.train.masked_cells import MaskedSubSliceBatch, apply, draw
-from stofm.train.masked_genes import CellBatch, MaskedGenes, drop_genes
+from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch, apply, draw, drop_genes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,10 +34,10 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
-    from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import SpatialMasking, TokenMasking
     from stofm.train.corpus import Corpus
-    from stofm.train.masked_cells import MaskedSubSlice
+    from stofm.train.masking import MaskedSubSlice
+    from stofm.train.stages import EncodedSlice
 
 #: A sub-slice's number in its slice takes the lower bits of a sample's number.
 _PART_BITS = 32

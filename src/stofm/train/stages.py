@@ -7,37 +7,46 @@ SToFM (arXiv 2507.11588), sections 3.4 and A.1.
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
 
-from stofm.nn.device import seeded
-from stofm.train.cell_cache import CellCache
-from stofm.train.objectives import CellEncoderObjective, JointObjective, SpatialObjective
+from stofm._logging import progress
+from stofm.nn.inference import encode_cells
+from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
 from stofm.train.samples import CellSamples, SubSliceSamples, TokenReader
+from stofm.train.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
     from stofm.nn import Stofm
     from stofm.train.config import StageConfig
-    from stofm.train.corpus import Corpus
+    from stofm.train.corpus import Corpus, TokenizedSlice
     from stofm.train.processes import Processes
     from stofm.train.samples import Draws
 
-    Made = TypeVar("Made")
+    Samples = CellSamples | SubSliceSamples
 
 _CUDA_NODE_MULTIPLE = 8
 #: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
 _REFERRED_TO = 2
+_FORMAT_VERSION = 2
+#: Rules that decide virtual cells; the others take effect when a sub-slice is built.
+_VIRTUAL_RULES = (
+    *("leiden_resolution", "position_weight", "mixing"),
+    *("n_components", "clustering", "max_virtual_cells"),
+)
+#: float16 ends at 65,504; no number of an embedding comes near it.
+_STORED = np.float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +84,6 @@ class StageSetup:
     dtype: torch.dtype = torch.float32
     show_progress_bar: bool = False
 
-    def reader(self, corpus: Corpus) -> TokenReader:
-        """Reads token lists of `corpus` as the model takes them."""
-        return TokenReader(corpus, self.model.config.cell_encoder, self.model.vocabulary)
-
-    @property
-    def node_multiple(self) -> int:
-        """What the padded number of nodes is a multiple of."""
-        return _CUDA_NODE_MULTIPLE if self.device.type == "cuda" else 1
-
-
-class Samples(Protocol):
-    """Samples of a stage, from the slices to train on or from those held out.
-
-    A batch is a list of sample numbers; each process loads its share of one. What :meth:`load`
-    returns depends on the samples and the epoch only, not on batch, process or thread.
-    """
-
-    def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Batches of an epoch; the same in every process."""
-        ...
-
-    def load(self, samples: NDArray[np.int64], epoch: int) -> Any:
-        """Inputs of the objective, with ``n_cells``, ``n_tokens`` and ``to(device)``."""
-        ...
-
-    def describe(self, samples: NDArray[np.int64]) -> str:
-        """Name the slices that samples come from, for messages."""
-        ...
-
 
 @dataclass
 class Stage:
@@ -116,11 +96,12 @@ class Stage:
     number
         Of the stage in the run; part of every seed.
     objective
-        Module whose ``forward(inputs, gather)`` returns a :class:`~stofm.train.losses.LossPart`
-        for each name in its attribute ``weights``.
+        Module whose ``forward(inputs, gather)`` returns a
+        :class:`~stofm.train.objectives.LossPart` for each name in its attribute ``weights``.
     samples, validation
         Samples to train on, and held-out ones, loaded with the draws of epoch 0; None if there
-        are none.
+        are none. A batch is a list of sample numbers, the same in every process; each loads its
+        share of one. What is loaded depends on samples and epoch only.
     embeddings
         What sub-slices are built from; None if there are none.
     refresh_every
@@ -139,6 +120,40 @@ class Stage:
         """Compute anew what is kept of the model's output; called by all processes at once."""
         if self.embeddings is not None:
             self.embeddings.refresh()
+
+
+def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> Stage:
+    """Make the stage that trains an objective; held-out slices are cut as in inference."""
+    model, rules, is_joint = setup.model, setup.model.config.subslice, config.name == "joint"
+
+    def samples(corpus: Corpus | None) -> Any:
+        if corpus is None:
+            return None
+        reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
+        if config.name == "cell_encoder":
+            return CellSamples(reader, setup.draws, config.masking, config.contrastive.gene_dropout)
+        is_held_out = corpus is setup.validation
+        n_cells = rules.n_cells if is_held_out else config.subslice_cells or rules.n_cells
+        return SubSliceSamples(
+            corpus,
+            replace(rules, n_cells=n_cells),
+            setup.draws,
+            config.spatial_masking,
+            vary=config.vary_subslices and not is_held_out,
+            node_multiple=_CUDA_NODE_MULTIPLE if setup.device.type == "cuda" else 1,
+            n_surrounding=config.n_surrounding,
+            reader=reader if is_joint else None,
+            sampled_cells=config.sampled_cells,
+            token_masking=config.masking if config.trains_masked_genes else None,
+        )
+
+    training, held_out = samples(setup.corpus), samples(setup.validation)
+    stage = Stage(config.name, setup.draws.stage, objective, training, held_out)
+    if config.name != "cell_encoder":
+        stage.embeddings = KeptEmbeddings(setup, config, training, held_out)
+    if is_joint:
+        stage.refresh_every = config.refresh_every
+    return stage
 
 
 class KeptEmbeddings:
@@ -168,7 +183,7 @@ class KeptEmbeddings:
         Nothing is computed that is on disk already.
         """
         is_first = not self._first
-        self._key = self._shared.key_of(self._setup.model)
+        self._key = self._shared.key()
         self._first = self._first or self._key
         self._use(self._key, with_held_out=is_first)
         if self._setup.processes.rank == 0:
@@ -193,78 +208,110 @@ class KeptEmbeddings:
 
     def _use(self, key: str, *, with_held_out: bool) -> None:
         cache, held_out = self._shared if key == self._first else self._own, self._setup.validation
-        self._training.encoded = cache.encode(key)[1]
+        self._training.encoded = cache.encode(key)
         if with_held_out and self._held_out is not None and held_out is not None:
-            self._held_out.encoded = replace(self._shared, corpus=held_out).encode(self._first)[1]
+            self._held_out.encoded = replace(self._shared, corpus=held_out).encode(self._first)
 
 
-def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> Stage:
-    """Make the stage that trains an objective; held-out slices are cut as in inference."""
-    draws, rules = setup.draws, setup.model.config.subslice
+class EncodedSlice(NamedTuple):
+    """What the SE(2) Transformer reads of one slice: (n_cells, d_cell) features, memory-mapped."""
 
-    def both(make: Callable[[Corpus], Made]) -> tuple[Made, Made | None]:
-        return make(setup.corpus), None if setup.validation is None else make(setup.validation)
+    features: NDArray[np.float16]
+    layout: SliceLayout
 
-    def cells(corpus: Corpus) -> CellSamples:
-        reader = setup.reader(corpus)
-        return CellSamples(reader, draws, config.masking, config.contrastive.gene_dropout)
 
-    def subslices(corpus: Corpus) -> SubSliceSamples:
-        is_held_out = corpus is setup.validation
-        n_cells = rules.n_cells if is_held_out else config.subslice_cells or rules.n_cells
-        return SubSliceSamples(
-            corpus,
-            replace(rules, n_cells=n_cells),
-            draws,
-            config.spatial_masking,
-            vary=config.vary_subslices and not is_held_out,
-            node_multiple=setup.node_multiple,
-            n_surrounding=config.n_surrounding,
-            reader=setup.reader(corpus) if config.name == "joint" else None,
-            sampled_cells=config.sampled_cells,
-            token_masking=config.masking if config.trains_masked_genes else None,
+@dataclass(frozen=True)
+class CellCache:
+    """Encodes the slices of a corpus and keeps the result in a folder.
+
+    A result is found again by the weights of the cell encoder, the tokens and the rules that
+    made it, so that stages, runs and processes share one folder. Without `virtual_cells`
+    sub-slices consist of cells alone.
+    """
+
+    setup: StageSetup
+    corpus: Corpus
+    folder: Path
+    virtual_cells: bool
+
+    def key(self) -> str:
+        """Key of what :meth:`encode` gives for the cell encoder as it is now."""
+        model = self.setup.model
+        return digest_json(
+            _FORMAT_VERSION,
+            model.cell_encoder_fingerprint,
+            model.vocabulary.fingerprint,
+            asdict(model.config.cell_encoder),
+            str(self.setup.dtype),
         )
 
-    stage = partial(Stage, config.name, draws.stage, objective)
-    if config.name == "cell_encoder":
-        return stage(*both(cells))
-    training, held_out = both(subslices)
-    embeddings = KeptEmbeddings(setup, config, training, held_out)
-    every = config.refresh_every if config.name == "joint" else None
-    return stage(training, held_out, embeddings, every)
+    def encode(self, key: str) -> list[EncodedSlice]:
+        """Find the result of a key, or compute what is not there with the cell encoder as it is now.
 
+        Each process encodes its share.
 
-def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
-    """Make the objectives of all stages; heads that several stages need are one."""
-    heads: dict[str, nn.Module] = {}
-    with seeded(seed):
-        return nn.ModuleList(_share_heads(_make_objective(model, stage), heads) for stage in stages)
+        Raises
+        ------
+        FileNotFoundError
+            The result of an older cell encoder is not there, or damaged.
+        """
+        processes, can_be_made = self.setup.processes, key == self.key()
+        own = self.corpus.slices[processes.rank :: processes.count]
+        words = {"description": "encode slices", "unit": "slice"}
+        for one in progress(own, total=len(own), **words, show=self.setup.show_progress_bar):
+            self._encode_slice(one, *self._folders(one, key), can_be_made=can_be_made)
+        processes.wait()
+        return [self._open_slice(one, *self._folders(one, key)) for one in self.corpus.slices]
 
+    def remove(self, *, but: Collection[str]) -> None:
+        """Delete all results in the folder but those of some keys."""
+        kept = {p for key in but for one in self.corpus.slices for p in self._folders(one, key)}
+        for folder in {*self.folder.glob("cells-*"), *self.folder.glob("virtual-*")} - kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
-def _make_objective(model: Stofm, config: StageConfig) -> nn.Module:
-    weights, genes = config.weights, config.masked_genes
-    if config.name == "cell_encoder":
-        return CellEncoderObjective(
-            model.cell_encoder, masked_genes=genes, contrastive=config.contrastive, weights=weights
+    def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
+        """Folders of a slice's cell embeddings and of its virtual cells."""
+        rules = {name: getattr(self.setup.model.config.subslice, name) for name in _VIRTUAL_RULES}
+        return (
+            self.folder / f"cells-{digest_json(key, one.digest)}",
+            self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
         )
-    spatial = SpatialObjective(
-        model.se2_transformer,
-        learned_mask=config.spatial_masking.mask_value == "learned",
-        cell_loss=config.cell_loss,
-        distance_unit=config.distance_unit,
-        weights=weights,
-    )
-    if config.name == "spatial":
-        return spatial
-    trained = genes if config.trains_masked_genes else None
-    return JointObjective(model.cell_encoder, spatial, masked_genes=trained, weights=weights)
+
+    def _encode_slice(
+        self, one: TokenizedSlice, cells: Path, virtual: Path, *, can_be_made: bool
+    ) -> None:
+        setup, model = self.setup, self.setup.model
+        if not is_there(cells):
+            if not can_be_made:
+                raise FileNotFoundError(
+                    f"There are no cell embeddings of slice {one.name!r} in {self.folder} for the "
+                    "cell encoder of the checkpoint, and it has changed since: delete the stage's "
+                    "checkpoints and resume, and the stage begins again."
+                )
+            where: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
+            features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
+            _write(cells, features=features.astype(_STORED))
+        if self.virtual_cells and not is_there(virtual):
+            # From what is stored, not from what was computed: it must not matter who found it.
+            features = open_array(cells / "features.npy").astype(np.float32)
+            found = lay_out_slice(one.coordinates, features, model.config.subslice).virtual
+            _write(virtual, coordinates=found.coordinates, features=found.features)
+
+    def _open_slice(self, one: TokenizedSlice, cells: Path, virtual: Path) -> EncodedSlice:
+        features = open_array(cells / "features.npy")
+        places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
+        if self.virtual_cells:
+            places, embedded = (np.load(virtual / f"{n}.npy") for n in ("coordinates", "features"))
+        # In one piece: the sampler cuts it.
+        nowhere = np.broadcast_to(np.int64(0), one.n_cells)
+        found = VirtualCells(coordinates=places, features=embedded)
+        layout = SliceLayout(one.coordinates, subslice=nowhere, virtual_cell=nowhere, virtual=found)
+        return EncodedSlice(features, layout)
 
 
-def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> nn.Module:
-    """Put the heads that earlier stages train in place of an objective's own."""
-    for owner in (objective, getattr(objective, "spatial", None)):
-        for name in ("gene_head", "cell_head", "pair_head", "visible_head", "surroundings_head"):
-            if (own := getattr(owner, name, None)) is not None:
-                learns_mask = getattr(own, "mask", None) is not None
-                setattr(owner, name, heads.setdefault(f"{name}, {learns_mask}", own))
-    return objective
+def _write(folder: Path, **arrays: NDArray[Any]) -> None:
+    def fill(place: Path) -> None:
+        for name, array in arrays.items():
+            np.save(place / f"{name}.npy", array)
+
+    write_folder(folder, fill)

@@ -1,22 +1,22 @@
-"""Sub-slices with cells hidden and moved, what is to be recovered of them, and batches of these.
+"""Cells with hidden genes, sub-slices with hidden and moved cells, and batches of these.
 
-All random numbers come from a generator that the caller makes, one per sub-slice, so that what is
-hidden depends neither on the batch nor on the number of processes.
+All random numbers come from generators that the caller makes, one per cell or sub-slice, so that
+what is hidden depends neither on the batch nor on the number of processes.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from stofm.nn import SubSliceBatch
+from stofm.nn import GeneBag, SubSliceBatch, TokenBatch
+from stofm.nn.batch import Tensors
 from stofm.spatial import NodeType, PairDistances
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.train.masked_genes import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,34 +26,166 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.nn import TokenBatch
+    from stofm.genes import GeneVocabulary
     from stofm.spatial import SubSlice
-    from stofm.train.config import SpatialMasking
-    from stofm.train.masked_genes import MaskedGenes
+    from stofm.train.config import SpatialMasking, TokenMasking
+
+#: A gene of a cell is one number: the cell, and in these lower bits the token.
+_TOKEN_BITS = 32
+
+
+def drop_genes(
+    batch: TokenBatch, share: float, *, pad_token: int, rngs: Sequence[Generator]
+) -> TokenBatch:
+    """Leave out a share of each cell's genes at random, as a panel that measures fewer genes would.
+
+    The genes that remain move up to the ranks that they have among themselves, with their values
+    as they were: the total count that values are relative to is taken to be known. The number left
+    out is rounded down, so that a cell with genes keeps at least one.
+    """
+    at, in_lists = _genes_of_lists(batch)
+    genes, bag, n_cells = in_lists, batch.bag, len(batch.tokens)
+    if bag is not None:
+        lengths = np.diff(bag.offsets.numpy(), append=len(bag.tokens))
+        genes = _Genes.of(np.repeat(np.arange(n_cells), lengths), bag.tokens.numpy(), n_cells)
+    is_dropped = np.zeros(len(genes.keys), dtype=bool)
+    for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
+        n_genes = end - start
+        is_dropped[start + rng.permutation(n_genes)[: int(share * n_genes)]] = True
+    if bag is not None:
+        stays = ~is_dropped[genes.of_entry]
+        before = np.concatenate([[0], np.cumsum(stays)])
+        offsets = torch.from_numpy(before[bag.offsets.numpy()])
+        bag = GeneBag(tokens=bag.tokens[stays], offsets=offsets, values=bag.values[stays])
+    is_gone = np.isin(in_lists.keys, genes.keys[is_dropped])[in_lists.of_entry]
+    kept = batch.is_real.clone()
+    kept[at] = torch.from_numpy(~is_gone)
+    order = torch.argsort(~kept, dim=1, stable=True)
+    is_real = kept.gather(1, order)
+
+    def moved_up(entries: Tensor | None, blank: int = 0) -> Any:
+        return None if entries is None else entries.gather(1, order).masked_fill(~is_real, blank)
+
+    return TokenBatch(
+        tokens=moved_up(batch.tokens, pad_token),
+        is_real=is_real,
+        values=moved_up(batch.values),
+        bag=bag,
+        is_hidden=moved_up(batch.is_hidden),
+    )
+
+
+class _Genes(NamedTuple):
+    """The genes of cells, each once per cell, by cell and token."""
+
+    keys: NDArray[np.int64]  # (genes,) of cell and token, ascending
+    starts: NDArray[np.int64]  # (cells + 1,) first gene of each cell
+    of_entry: NDArray[np.intp]  # (entries,) which gene each entry is
+
+    @classmethod
+    def of(cls, cells: NDArray[np.intp], tokens: NDArray[np.int64], n_cells: int) -> _Genes:
+        keys, of_entry = np.unique((cells << _TOKEN_BITS) + tokens, return_inverse=True)
+        starts = np.searchsorted(keys, np.arange(n_cells + 1) << _TOKEN_BITS)
+        return cls(keys, starts, of_entry)
+
+
+def _genes_of_lists(batch: TokenBatch) -> tuple[tuple[NDArray[np.intp], ...], _Genes]:
+    """Where the lists have genes, and which."""
+    is_gene = batch.is_real.numpy().copy()
+    is_gene[:, 0] = False  # <cls>
+    at = np.nonzero(is_gene)
+    return at, _Genes.of(at[0], batch.tokens.numpy()[at].astype(np.int64), len(is_gene))
+
+
+@dataclass(frozen=True)
+class MaskedGenes(Tensors):
+    """Cells with hidden genes, and which genes these are.
+
+    Attributes
+    ----------
+    tokens
+        What the cell encoder sees.
+    places
+        Positions to recover, counted through the lists, padding included.
+    labels
+        Their genes' tokens.
+    measured
+        Tokens of all genes that occur in these cells, each once.
+    """
+
+    tokens: TokenBatch
+    places: Int[Tensor, " targets"]
+    labels: Int[Tensor, " targets"]
+    measured: Int[Tensor, " genes"]
+
+    @classmethod
+    def build(
+        cls,
+        cells: TokenBatch,
+        rngs: Sequence[Generator],
+        *,
+        masking: TokenMasking,
+        vocabulary: GeneVocabulary,
+    ) -> MaskedGenes:
+        """Hide genes of cells, given as token lists on the CPU, with one generator per cell.
+
+        A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A
+        hidden gene's position and value stay; ``is_hidden`` takes it out of the sum over all genes.
+        """
+        at, genes = _genes_of_lists(cells)
+        replacement = genes.keys & ((1 << _TOKEN_BITS) - 1)
+        is_chosen, is_hidden = np.zeros((2, len(replacement)), dtype=bool)
+        for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
+            n_genes = end - start
+            n_chosen = min(n_genes, max(1, round(masking.share * n_genes))) if masking.share else 0
+            chosen = start + rng.permutation(n_genes)[:n_chosen]
+            lot = rng.random(n_chosen)
+            is_mask = lot < masking.mask_share
+            is_random = ~is_mask & (lot < masking.mask_share + masking.random_share)
+            replacement[chosen[is_mask]] = vocabulary.mask
+            if is_random.any():
+                random = rng.choice(vocabulary.tokens, int(is_random.sum()))
+                replacement[chosen[is_random]] = random
+            is_chosen[chosen] = True
+            is_hidden[chosen] = is_mask | is_random
+        tokens = cells.tokens.clone()
+        tokens[at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
+        hidden, is_target = torch.zeros((2, *tokens.shape), dtype=torch.bool)
+        hidden[at] = torch.from_numpy(is_hidden[genes.of_entry])
+        is_target[at] = torch.from_numpy(is_chosen[genes.of_entry])
+        return cls(
+            tokens=replace(cells, tokens=tokens, is_hidden=hidden),
+            places=is_target.flatten().nonzero()[:, 0],
+            labels=cells.tokens[is_target],
+            measured=torch.unique(cells.tokens[:, 1:][cells.is_real[:, 1:]]),
+        )
+
+
+@dataclass(frozen=True)
+class CellBatch(Tensors):
+    """Input of the objective of the cell encoder: cells with hidden genes, and two views of each."""
+
+    genes: MaskedGenes
+    views: tuple[TokenBatch, TokenBatch]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.views[0].tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens of these cells, each counted once."""
+        return int(self.genes.tokens.is_real.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class MaskedSubSlice:
     """A sub-slice with cells hidden and moved, and what is to be recovered.
 
-    Attributes
-    ----------
-    subslice
-        What the model sees. Hidden features are 0 if a learned vector goes there. Coordinates,
-        which the model does not read, are the original ones.
-    hidden_nodes
-        (n_hidden,) nodes whose features are hidden.
-    target_nodes
-        (n_targets,) nodes whose features are to be recovered: hidden ones first, then kept ones.
-    target_features
-        (n_targets, d_cell) float32, their original features.
-    pair_rows, pair_columns
-        (n_pairs,) nodes of the pairs whose distance is to be recovered, in both directions.
-    pair_distances
-        (n_pairs,) float32, their original distances, model units.
-    visible_nodes, surroundings
-        (n_visible,) cells that are not hidden, and (n_visible, d_cell) float32, the mean of the
-        original features of the cells nearest to each, before any moved; none if not asked for.
+    In `subslice` hidden features are 0 if a learned vector goes there; coordinates, which the model
+    does not read, are the original ones. The rest is as in :class:`MaskedSubSliceBatch`; hidden
+    targets come before kept ones, and pairs stand in both directions.
     """
 
     subslice: SubSlice
@@ -120,9 +252,8 @@ def apply(
     coordinates = subslice.coordinates.astype(np.float64)
     spacing = _mean_spacing(subslice.coordinates[cells])
     coordinates[moved] += masking.noise_spacings * spacing * drawn.noise
-    pairs = subslice.pairs
+    pairs, is_cell = subslice.pairs, subslice.node_type == NodeType.CELL
     asked = _have_one_of(pairs, moved, cells[drawn.kept_pairs])
-    is_cell = subslice.node_type == NodeType.CELL
     asked &= is_cell[pairs.rows] & is_cell[pairs.columns]
     rows, columns = pairs.rows[asked], pairs.columns[asked]
     visible, surroundings = cells[:0], features[:0]
@@ -189,7 +320,7 @@ def _moved_pairs(
 
 
 @dataclass(frozen=True)
-class MaskedSubSliceBatch(Batch):
+class MaskedSubSliceBatch(Tensors):
     """Input of the objectives on sub-slices.
 
     A node's place is its number counted through the padded sub-slices.
@@ -199,19 +330,16 @@ class MaskedSubSliceBatch(Batch):
     subslices
         What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
     hidden_places
-        (n_hidden,) nodes whose features are hidden.
+        Nodes whose features are hidden.
     target_places, target_features
-        (n_targets,) nodes whose features are to be recovered, and (n_targets, d_cell) these.
-    pair_batch, pair_rows, pair_columns
-        (n_pairs,) the sub-slice and the two nodes in it of pairs whose distance is to be recovered.
-    pair_distances
-        (n_pairs,) these distances, model units.
+        Nodes whose features are to be recovered, and these.
+    pair_batch, pair_rows, pair_columns, pair_distances
+        Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
     visible_places, surroundings
-        (n_visible,) cells that are not hidden, and (n_visible, d_cell) the mean original features
-        around each; none if not asked for.
+        Cells that are not hidden, and the mean original features around each; none if not asked for.
     sampled, sampled_places
-        Token lists of the cells that are embedded anew, in groups of like length, and (n_sampled,)
-        where these cells' embeddings go, group after group; None if there are none.
+        Token lists of the cells that are embedded anew, in groups of like length, and where these
+        cells' embeddings go, group after group; None if there are none.
     genes
         The groups with hidden genes; empty if masked genes are not trained along.
     """
@@ -234,30 +362,29 @@ class MaskedSubSliceBatch(Batch):
     def from_masked(
         cls, masked: Sequence[MaskedSubSlice], *, node_multiple: int = 1
     ) -> MaskedSubSliceBatch:
-        """Pad masked sub-slices, at least one, into one batch.
-
-        `node_multiple` is that of :meth:`stofm.nn.SubSliceBatch.from_subslices`.
-        """
+        """Pad masked sub-slices, at least one, into one batch."""
         subslices = SubSliceBatch.from_subslices(
             [part.subslice for part in masked], node_multiple=node_multiple
         )
-        n_nodes = subslices.pairs.n_nodes
+        starts = range(0, len(masked) * subslices.pairs.n_nodes, subslices.pairs.n_nodes)
+
+        def joined(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(part, name) for part in masked]))
+
+        def places(name: str) -> Tensor:
+            parts = zip(starts, masked, strict=True)
+            return torch.from_numpy(np.concatenate([k + getattr(part, name) for k, part in parts]))
+
         n_pairs = [len(part.pair_rows) for part in masked]
-
-        def places(nodes: Sequence[NDArray[np.int64]]) -> Tensor:
-            return _joined([b * n_nodes + own for b, own in enumerate(nodes)])
-
+        pairs = ("pair_rows", "pair_columns", "pair_distances")
         return cls(
             subslices=subslices,
-            hidden_places=places([part.hidden_nodes for part in masked]),
-            target_places=places([part.target_nodes for part in masked]),
-            target_features=_joined([part.target_features for part in masked]),
             pair_batch=torch.from_numpy(np.repeat(np.arange(len(masked)), n_pairs)),
-            pair_rows=_joined([part.pair_rows for part in masked]),
-            pair_columns=_joined([part.pair_columns for part in masked]),
-            pair_distances=_joined([part.pair_distances for part in masked]),
-            visible_places=places([part.visible_nodes for part in masked]),
-            surroundings=_joined([part.surroundings for part in masked]),
+            **{
+                f"{kind}_places": places(f"{kind}_nodes")
+                for kind in ("hidden", "target", "visible")
+            },
+            **{name: joined(name) for name in (*pairs, "target_features", "surroundings")},
         )
 
     @property
@@ -270,7 +397,3 @@ class MaskedSubSliceBatch(Batch):
         """Number of nodes, and of tokens of the cells that are embedded anew."""
         n_tokens = sum(int(group.is_real.sum()) for group in self.sampled)
         return sum(self.subslices.pairs.n_real) + n_tokens
-
-
-def _joined(parts: Sequence[NDArray[np.generic]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts))
