@@ -91,8 +91,7 @@ def test_gathered_logits_are_those_of_the_matrix(inputs):
         torch.tensor([10, 2, 6]),
         torch.tensor([3, 2, 0]),
     )
-    is_real = torch.ones(2, 11, dtype=torch.bool)
-    ours = PairState(bias, queries, keys, is_real).at(batch, rows, columns)
+    ours = PairState(bias, queries, keys).at(batch, rows, columns)
     torch.testing.assert_close(ours, full[batch, :, rows, columns])
 
 

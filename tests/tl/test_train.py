@@ -453,7 +453,7 @@ def test_a_run_that_is_going_on_is_not_begun_again(train, monkeypatch):
     seen = []
 
     def advance(self):
-        with pytest.raises(FileExistsError, match=f"process {os.getpid()} on .* trains into it"):
+        with pytest.raises(FileExistsError, match="another process trains into it"):
             train(resume=True)
         seen.append(1)
 

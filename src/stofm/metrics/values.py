@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import rel_entr
+from scipy.spatial.distance import jensenshannon
 
 Per = Literal["column", "row"]
 _Array = NDArray[np.float64]
@@ -169,15 +169,21 @@ def jensen_shannon(
     if not base > 1.0:
         raise ValueError(f"base must be above 1, found {base!r}.")
 
-    def divergence(true: _Array, predicted: _Array) -> _Array:
+    largest = np.sqrt(np.log(2.0) / np.log(base))
+
+    def distances(true: _Array, predicted: _Array) -> _Array:
         if (lowest := min(true.min(), predicted.min())) < 0:
             raise ValueError(
                 f"Proportions are never negative; found {lowest:g}. Clip them at 0 first."
             )
-        found: _Array = _jensen_shannon(true, predicted) / np.log(base)
-        return np.sqrt(found) if root else found
+        with np.errstate(invalid="ignore"):
+            found = jensenshannon(true, predicted, base=base)
+        # NaN where rounding leaves the divergence below 0, too.
+        found = np.where(predicted.any(axis=0), np.nan_to_num(found), largest).clip(max=largest)
+        found = np.where(true.any(axis=0), found, np.nan)
+        return found if root else found**2
 
-    return _score("jensen_shannon", divergence, y_true, y_pred, per)
+    return _score("jensen_shannon", distances, y_true, y_pred, per)
 
 
 def _score(
@@ -277,16 +283,3 @@ def _cosine(true: _Array, predicted: _Array, *, centred: bool = False) -> _Array
 
 
 _correlation = partial(_cosine, centred=True)
-
-
-def _jensen_shannon(true: _Array, predicted: _Array) -> _Array:
-    """Divergence in nats. SciPy's distance is NaN where rounding leaves it below 0."""
-    is_known, is_predicted = true.sum(axis=0) > 0, predicted.sum(axis=0) > 0
-    p, q = (
-        true / (true.sum(axis=0) + ~is_known),
-        predicted / (predicted.sum(axis=0) + ~is_predicted),
-    )
-    middle = (p + q) / 2
-    amount = (rel_entr(p, middle).sum(axis=0) + rel_entr(q, middle).sum(axis=0)) / 2
-    amount = np.where(is_predicted, np.clip(amount, 0.0, np.log(2.0)), np.log(2.0))
-    return np.where(is_known, amount, np.nan)

@@ -31,16 +31,16 @@ SUBSLICES_AT_ONCE = {"cpu": 1, "cuda": 16, "mps": 4}
 _CUDA_NODE_MULTIPLE = 8
 
 
-def padded_length(n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
+def padded_length(n_tokens: NDArray[np.integer], most: int | None = None) -> NDArray[np.int64]:
     """Length to which a cell's tokens are padded: a function of their own number only.
 
     So a cell is computed in the same shape whatever stands beside it in a batch. At most 12 %
-    of a list of 64 tokens or more is padding.
+    of a list of 64 tokens or more is padding. Longer lists than `most` are cut to it.
     """
-    n = np.asarray(n_tokens, dtype=np.int64)
+    most = most or 2**62
+    n = np.minimum(np.asarray(n_tokens, dtype=np.int64), most)
     step = np.select([n <= 128, n <= 256, n <= 512], [8, 16, 32], default=64)
-    padded: NDArray[np.int64] = -(-n // step) * step
-    return padded
+    return np.minimum(-(-n // step) * step, most)
 
 
 def encode_cells(
@@ -92,8 +92,7 @@ def encode_cells(
     elif ranked.values is None:
         raise ValueError(NO_VALUES)
     n_cells = len(ranked.n_tokens)
-    limit = encoder.config.max_positions
-    lengths = np.minimum(padded_length(np.minimum(ranked.n_tokens + 1, limit)), limit)
+    lengths = padded_length(ranked.n_tokens + 1, encoder.config.max_positions)
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
     result = np.empty((n_cells, encoder.config.d_cell), dtype=np.float32)
     encoder.to(device)

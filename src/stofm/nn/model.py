@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -273,18 +274,14 @@ class Stofm(nn.Module):
         -------
         Address of the commit.
         """
-        import tempfile
-
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             self._write(Path(folder), None)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message
-            )
-        return str(commit.commit_url)
+            where = {"repo_id": repo_id, "folder_path": folder}
+            return str(api.upload_folder(**where, commit_message=commit_message).commit_url)
 
 
 def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from stofm.nn.attention import GaussianDistanceBias, biased_attention, scatter_p
 from stofm.spatial import NO_NEIGHBOR, NodeType
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
     from stofm.nn.batch import SubSliceBatch
     from stofm.nn.config import SE2TransformerConfig
@@ -26,14 +26,12 @@ _TOLD_LENGTH = 10.0
 class PairState:
     """The pair representation, kept as its factors.
 
-    `bias` is what every layer adds; `queries` and `keys` are those of all layers side by side;
-    `is_real` says which nodes are no padding.
+    `bias` is what every layer adds; `queries` and `keys` are those of all layers side by side.
     """
 
     bias: Float[Tensor, "batch heads nodes nodes"]
     queries: Float[Tensor, "batch heads nodes qk"]
     keys: Float[Tensor, "batch heads nodes qk"]
-    is_real: Bool[Tensor, "batch nodes"]
 
     def at(
         self, batch: Int[Tensor, " n"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
@@ -41,18 +39,6 @@ class PairState:
         """Pair representation at chosen pairs of real nodes: the sub-slice, and two nodes of it."""
         products = (self.queries[batch, :, rows] * self.keys[batch, :, columns]).sum(-1)
         return products + self.bias[batch, :, rows, columns]
-
-    def dense(self) -> Float[Tensor, "batch nodes nodes heads"]:
-        """Whole pair representation; 0 at padded keys."""
-        return self._logits(0.0).permute(0, 2, 3, 1)
-
-    def attention(self) -> Float[Tensor, "batch nodes nodes"]:
-        """Attention weights of the last layer, averaged over the heads."""
-        return self._logits(-torch.inf).softmax(dim=-1).mean(dim=1)
-
-    def _logits(self, at_padding: float) -> Tensor:
-        logits = self.queries @ self.keys.transpose(-1, -2) + self.bias
-        return logits.masked_fill(~self.is_real[:, None, None, :], at_padding)
 
 
 @dataclass(frozen=True)
@@ -196,7 +182,7 @@ class SE2Transformer(nn.Module):
             attended = biased_attention(*joined, value, masked, n_real, dropout=dropout)
             hidden = layer.update(hidden, attended)
             all_hidden.append(hidden)
-        return SE2Output(hidden, tuple(all_hidden), PairState(bias, *joined, batch.is_real))
+        return SE2Output(hidden, tuple(all_hidden), PairState(bias, *joined))
 
     def embed(self, batch: SubSliceBatch) -> Float[Tensor, "batch nodes d_embedding"]:
         """Embed the nodes: what is passed on, in front of the last hidden states.

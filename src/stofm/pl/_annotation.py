@@ -254,8 +254,7 @@ def _draw_confusion(
     counts = table.reindex(index=rows, columns=columns, fill_value=0).to_numpy()
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
-    line: dict[str, Any] = {"edgecolors": _GRID_COLOR, "linewidth": 0.5}
-    ax.pcolormesh(shares, cmap="Blues", vmin=0.0, vmax=1.0, **line)
+    ax.pcolormesh(shares, cmap="Blues", vmin=0.0, vmax=1.0, edgecolors=_GRID_COLOR, linewidth=0.5)
     ax.invert_yaxis()
     field = float(np.clip(_CLASS_INCHES * max(counts.shape), _MIN_INCHES, _MAX_INCHES))
     field /= max(counts.shape)
@@ -272,13 +271,13 @@ def _draw_confusion(
     ax.set_title(scores, fontsize=TITLE_SIZE, pad=4.0)
     if max(counts.shape) <= _MAX_NUMBERED:
         for row, column in np.argwhere(shares >= _MIN_SHARE):
-            share = shares[row, column]
+            share, font = (
+                shares[row, column],
+                {"fontsize": size - 1.0, "ha": "center", "va": "center"},
+            )
             text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
-            font: dict[str, Any] = {
-                "fontsize": size - 1.0,
-                "color": "white" if share > _DARK else "black",
-            }
-            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", **font)
+            shade = "white" if share > _DARK else "black"
+            ax.text(column + 0.5, row + 0.5, text, color=shade, **font)
     return field * len(columns), field * len(rows)
 
 

@@ -291,9 +291,9 @@ def draw_maps(
     its own. `what` is what the colours are, for the message about axes that do not fit.
     """
     n, n_axes = len(panels), len(panels) * len(colors)
-    what = f"{n} slices" + (f" x {len(colors)} {what}" if what else "")
+    parts = [f"{n} slices"] * (n > 1) + [f"{len(colors)} {what}"] * bool(what)
     inches = map_inches(panels, n_axes)
-    axes, is_new = make_axes(look.ax, n_axes, inches, what=what, ncols=look.ncols)
+    axes, is_new = make_axes(look.ax, n_axes, inches, what=" x ".join(parts), ncols=look.ncols)
     if shared is not None:
         draw["key"] = None
     for k, color in enumerate(colors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -11,16 +12,8 @@ from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-un
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._maps import Look, Panel, add_key, draw_cells, draw_maps, read_panels, round_below
-from stofm.pl._style import (
-    FONT_SIZE,
-    TITLE_SIZE,
-    arrange,
-    finish,
-    in_rows,
-    make_axes,
-    resolve_colors,
-)
+from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels, round_below
+from stofm.pl._style import FONT_SIZE, resolve_colors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +26,6 @@ if TYPE_CHECKING:
     from stofm.pl._style import Palette
 
 _UMAP: Final = "X_umap"
-_UMAP_INCHES: Final = (3.4, 3.4)
 #: Square points that all cells of a UMAP share, as in scanpy.
 _UMAP_AREA: Final = 120_000
 
@@ -222,15 +214,10 @@ def umap(
     colors = resolve_colors(
         adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
     )
-    n = len(colors)
-    axes, is_new = make_axes(ax, n, _UMAP_INCHES, what=f"{n} colours", ncols=ncols)
     places = np.asarray(adata.obsm[_UMAP])[:, :2]
-    cells = Panel("", np.arange(len(places)), places, 0.0, places.min(axis=0), places.max(axis=0))
-    for panel_ax, shown in zip(axes, colors, strict=True):
-        draw_cells(panel_ax, cells, shown, size or _UMAP_AREA / len(places), marker=".")
-        panel_ax.set_title(shown.key, fontsize=TITLE_SIZE, pad=4.0)
-        panel_ax.set_axis_off()
-        add_key(panel_ax, shown, "")
-    if is_new:
-        arrange(in_rows(axes, ncols))
-    return finish(axes, show=show, save=save)
+    low, high = places.min(axis=0), places.max(axis=0)
+    margin = 0.05 * (high - low)
+    cells = Panel("", np.arange(len(places)), places, 0.0, low - margin, high + margin)
+    size = size or _UMAP_AREA / len(places)
+    look = Look(ax, ncols, size, invert_y=False, show=show, save=save)
+    return draw_maps([cells], colors, look, fill=partial(draw_cells, marker="."), what="colours")

@@ -310,9 +310,8 @@ def choose_colors(
         return tuple(to_hex(by_name[name]) for name in names)
     if isinstance(palette, str | Colormap):
         # Spread over the map as scanpy does; a map of fewer colours gives some of them twice.
-        palette = dict.fromkeys(
-            map(to_hex, find_colormap(palette, "palette")(np.linspace(0, 1, n)))
-        )
+        spread = find_colormap(palette, "palette")(np.linspace(0, 1, n))
+        palette = dict.fromkeys(map(to_hex, spread))
     # A cycler gives dictionaries.
     colors = [to_hex(one["color"] if isinstance(one, Mapping) else one) for one in palette]
     if len(colors) < n:

@@ -123,15 +123,13 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     medians = encoder.medians.numpy()
     halves, offsets = [], []
     for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        factors = coexpression_factors(
-            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
-        )
-        moments = []
-        for one in slices:
-            sums = _values(one, scale) @ factors
-            moments.append(
-                [sums.mean(axis=0, dtype=np.float64), sums.var(axis=0, dtype=np.float64)]
-            )
+        options = {"scaling": scaling, "scale": scale, "seed": seed}
+        factors = coexpression_factors(slices, n_tokens, width // 2, **options)
+        of_slices = (_values(one, scale) @ factors for one in slices)
+        moments = [
+            [sums.mean(axis=0, dtype=np.float64), sums.var(axis=0, dtype=np.float64)]
+            for sums in of_slices
+        ]
         mean, variance = np.mean(moments, axis=0)
         deviation = np.sqrt(variance)
         # Variances become deviations, whose mean is then `size` squared.

@@ -11,10 +11,7 @@ from stofm.genes import GeneVocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
 from stofm.train.folder import RunFolder, locked
-from stofm.train.gene_embeddings import (
-    make_initializer,
-    read_gene_embeddings,
-)
+from stofm.train.gene_embeddings import make_initializer, read_gene_embeddings
 from stofm.train.preparation import SliceSource, fit_vocabulary, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import Recipe, paper_schedule
@@ -113,22 +110,20 @@ def choose_stages(
     stage: Any, epochs: int | None, optimizer: OptimizerConfig | None
 ) -> tuple[StageConfig, ...]:
     """The stages that a user names, or passes."""
-    given = (stage,) if isinstance(stage, StageConfig) else stage
-    if not isinstance(given, str):
-        if epochs is not None or optimizer is not None:
-            raise ValueError(
-                "epochs and optimizer are entries of StageConfig; leave out the arguments."
-            )
-        if not given or not all(isinstance(one, StageConfig) for one in given):
-            raise TypeError(f"stage must be a name or one or more StageConfig, found {stage!r}.")
-        return tuple(given)
-    names = get_args(StageName)
-    if given not in (*names, "pretrain"):
+    if isinstance(stage, str):
+        paper = paper_schedule(optimizer=optimizer)
+        if not (chosen := [one for one in paper if stage in (one.name, "pretrain")]):
+            names = ["pretrain", *get_args(StageName)]
+            raise ValueError(f"stage must be one of {names} or a StageConfig, found {stage!r}.")
+        return tuple(one if epochs is None else replace(one, epochs=epochs) for one in chosen)
+    if epochs is not None or optimizer is not None:
         raise ValueError(
-            f"stage must be one of {['pretrain', *names]} or a StageConfig, found {given!r}."
+            "epochs and optimizer are entries of StageConfig; leave out the arguments."
         )
-    chosen = [s for s in paper_schedule(optimizer=optimizer) if given in (s.name, "pretrain")]
-    return tuple(s if epochs is None else replace(s, epochs=epochs) for s in chosen)
+    given = (stage,) if isinstance(stage, StageConfig) else stage
+    if not given or not all(isinstance(one, StageConfig) for one in given):
+        raise TypeError(f"stage must be a name or one or more StageConfig, found {stage!r}.")
+    return tuple(given)
 
 
 def find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:

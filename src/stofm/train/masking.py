@@ -375,17 +375,16 @@ class MaskedSubSliceBatch(Tensors):
             parts = zip(starts, masked, strict=True)
             return torch.from_numpy(np.concatenate([k + getattr(part, name) for k, part in parts]))
 
-        n_pairs = [len(part.pair_rows) for part in masked]
         pairs = ("pair_rows", "pair_columns", "pair_distances")
-        return cls(
-            subslices=subslices,
-            pair_batch=torch.from_numpy(np.repeat(np.arange(len(masked)), n_pairs)),
-            **{
-                f"{kind}_places": places(f"{kind}_nodes")
-                for kind in ("hidden", "target", "visible")
-            },
-            **{name: joined(name) for name in (*pairs, "target_features", "surroundings")},
-        )
+        tensors: dict[str, Any] = {
+            name: joined(name) for name in (*pairs, "target_features", "surroundings")
+        }
+        tensors |= {
+            f"{kind}_places": places(f"{kind}_nodes") for kind in ("hidden", "target", "visible")
+        }
+        n_pairs = [len(part.pair_rows) for part in masked]
+        batch = torch.from_numpy(np.repeat(np.arange(len(masked)), n_pairs))
+        return cls(subslices=subslices, pair_batch=batch, **tensors)
 
     @property
     def n_cells(self) -> int:

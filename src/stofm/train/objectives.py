@@ -325,16 +325,16 @@ def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -
     made = nn.ModuleList()
     with seeded(seed):
         for config in stages:
-            objective: nn.Module
             if config.name == "cell_encoder":
-                objective = CellEncoderObjective(model.cell_encoder, config)
+                made.append(CellEncoderObjective(model.cell_encoder, config))
             else:
-                objective = SpatialObjective(model.se2_transformer, config)
-                _share_heads(objective, heads)
-            if config.name == "joint":
-                objective = JointObjective(model.cell_encoder, objective, config)
-            _share_heads(objective, heads)
-            made.append(objective)
+                spatial = SpatialObjective(model.se2_transformer, config)
+                _share_heads(spatial, heads)
+                is_joint = config.name == "joint"
+                made.append(
+                    JointObjective(model.cell_encoder, spatial, config) if is_joint else spatial
+                )
+            _share_heads(made[-1], heads)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import Checked, build_dataclass
@@ -12,10 +13,7 @@ from stofm._messages import warn
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
-from stofm.train.gene_embeddings import (
-    WORDS,
-    require_gene_embeddings,
-)
+from stofm.train.gene_embeddings import WORDS, require_gene_embeddings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,12 +42,9 @@ def paper_schedule(
     ----------
     SToFM (arXiv 2507.11588), section 4.1 and table A.8.
     """
-    names: tuple[StageName, ...] = get_args(StageName)
+    named = zip(get_args(StageName), epochs, strict=True)
     chosen = optimizer or OptimizerConfig()
-    return tuple(
-        StageConfig(name=name, epochs=n, optimizer=chosen)
-        for name, n in zip(names, epochs, strict=True)
-    )
+    return tuple(StageConfig(name=name, epochs=n, optimizer=chosen) for name, n in named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,12 +208,9 @@ class ModelSource(Checked):
         if self.checkpoint:
             model = Stofm.from_pretrained(self.checkpoint)
         else:
-            if self.vocabulary == "embedded":
-                vocabulary = embedded_vocabulary()
-            elif self.vocabulary == "fit":
-                vocabulary = fit()
-            else:
-                vocabulary = GeneVocabulary.from_tsv(self.vocabulary)
+            makers = {"embedded": embedded_vocabulary, "fit": fit}
+            read = partial(GeneVocabulary.from_tsv, self.vocabulary)
+            vocabulary = makers.get(self.vocabulary, read)()
             model = Stofm(self.config(vocabulary.n_tokens), vocabulary, seed=seed)
         provenance = self.provenance or model.config.provenance
         model.config = replace(model.config, name=self.name or model.name, provenance=provenance)

@@ -126,10 +126,7 @@ class TokenReader:
 
     def padded(self, n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Padded length of cells with so many gene tokens, ``<cls>`` counted."""
-        most = self.config.max_positions
-        length = np.minimum(n_tokens.astype(np.int64) + 1, most)
-        padded: NDArray[np.int64] = np.minimum(padded_length(length), most)
-        return padded
+        return padded_length(n_tokens.astype(np.int64) + 1, self.config.max_positions)
 
     def read(self, cells: NDArray[np.int64]) -> TokenBatch:
         """Token lists of some cells, padded to the longest."""
