@@ -162,14 +162,14 @@ def test_silhouette_of_a_sample(rng):
 
 def test_silhouette_of_what_can_not_be_scored(rng):
     features = rng.normal(size=(4, 2))
-    with pytest.raises(ValueError, match="found 1 groups of 4 cells"):
+    with pytest.raises(ValueError, match="Number of labels is 1"):
         st.metrics.silhouette(features, ["a"] * 4)
-    with pytest.raises(ValueError, match="found 4 groups of 4 cells"):
+    with pytest.raises(ValueError, match="Number of labels is 4"):
         st.metrics.silhouette(features, list("abcd"))
     with pytest.raises(ValueError, match=r"found \(4, 2\) and 3"):
         st.metrics.silhouette(features, list("abc"))
     features[2, 1] = np.nan
-    with pytest.raises(ValueError, match="1 of 4 cells have NaN or infinite features"):
+    with pytest.raises(ValueError, match="contains NaN"):
         st.metrics.silhouette(features, list("aabb"))
 
 

@@ -324,33 +324,6 @@ def test_a_hub_that_cannot_be_reached_says_so(monkeypatch):
         Stofm.from_pretrained("lab/model")
 
 
-def test_push_to_hub_uploads_a_checkpoint(model, monkeypatch):
-    import huggingface_hub
-
-    seen = {}
-
-    class Api:
-        def __init__(self, token=None):
-            seen["token"] = token
-
-        def create_repo(self, repo_id, **options):
-            seen.update(options, repo_id=repo_id)
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            seen["fingerprint"] = Stofm.from_pretrained(folder_path).fingerprint
-            return type("Commit", (), {"commit_url": f"hub/{repo_id}"})()
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert model.push_to_hub("lab/model", private=True, token="t") == "hub/lab/model"
-    assert seen == {
-        "token": "t",
-        "private": True,
-        "exist_ok": True,
-        "repo_id": "lab/model",
-        "fingerprint": model.fingerprint,
-    }
-
-
 def test_untrained_weights_are_announced(model, vocabulary):
     untrained = Stofm(replace(model.config, trained=False), vocabulary)
     with pytest.warns(UntrainedModelWarning, match=r"weights of 'tiny' are random, not trained"):

@@ -255,18 +255,8 @@ def silhouette(
         )
     groups, _, _ = _read_labels(labels, labels, missing)
     values = values[_to_series(labels, missing).notna()]
-    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
-        raise ValueError(
-            f"{n_bad} of {len(values)} cells have NaN or infinite features; leave them out."
-        )
-    if n_sampled is not None and n_sampled < len(groups):
-        chosen = np.random.default_rng(seed).choice(len(groups), n_sampled, replace=False)
-        values, groups = values[chosen], groups[chosen]
-    if not 2 <= (n := len(np.unique(groups))) < len(groups):
-        raise ValueError(
-            f"The silhouette needs 2 groups to n - 1, found {n} groups of {len(groups)} cells."
-        )
-    return float(silhouette_score(values, groups, metric=metric))
+    sample = {"sample_size": n_sampled, "random_state": seed}
+    return float(silhouette_score(values, groups, metric=metric, **sample))
 
 
 class Reliability(NamedTuple):

@@ -240,9 +240,7 @@ def host_memory(
     kept = _KEPT * encoding
     copied = 0 if slice_ == n else slice_
     peaks = (
-        n * 2 * tokens,
         n * (tokens + 24 + cell) + encoding,
-        n * (tokens + 24 + 2 * cell) + kept,
         laid_out + slice_ * cell + max(components, graph) + kept,
         laid_out + n * spatial + copied * (cell + spatial) + max(kept, transforming),
         # Columns of the sparse matrices, and what they are made from.

@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -201,6 +200,9 @@ class Stofm(nn.Module):
     ) -> None:
         """Write a checkpoint folder; a crash leaves nothing half-written.
 
+        To share it on the hub, call ``huggingface_hub.create_repo(repo_id)`` and
+        ``huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder)``.
+
         Parameters
         ----------
         folder
@@ -248,40 +250,6 @@ class Stofm(nn.Module):
             f'model = st.Stofm.from_pretrained("path/to/this/folder")\n'
             f"st.tl.embed(adata, model)\n```\n"
         )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        commit_message: str = "Upload stofm checkpoint",
-    ) -> str:
-        """Upload the checkpoint to the hub.
-
-        Parameters
-        ----------
-        repo_id
-            ``owner/name``; made if it is not there.
-        private
-            Whether a new repository is private.
-        token
-            Access token; the one logged in with by default.
-        commit_message
-            Message of the commit.
-
-        Returns
-        -------
-        Address of the commit.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with TemporaryDirectory() as folder:
-            self._write(Path(folder), None)
-            where = {"repo_id": repo_id, "folder_path": folder}
-            return str(api.upload_folder(**where, commit_message=commit_message).commit_url)
 
 
 def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:

@@ -17,19 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: Columns of a history that are no losses.
-_NO_LOSSES: Final = frozenset(
-    [
-        "stage",
-        "split",
-        "epoch",
-        "step",
-        "learning_rate",
-        "gradient_norm",
-        "cells",
-        "tokens",
-        "seconds",
-    ]
-)
+_NO_LOSSES: Final = {
+    *("stage", "split", "epoch", "step"),
+    *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
+}
 _PALE_COLOR, _MEAN_COLOR = "#9aa7b5", "#3b4754"
 _GOOD_COLOR, _BAD_COLOR = "#2a7f62", "#d1495b"
 _PANEL_INCHES: Final = (2.9, 2.2)

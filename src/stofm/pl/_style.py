@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, is_color_like, to_hex
+from natsort import natsorted
 
 from stofm._edge.tables import label_text, layer_names
 from stofm._files import local
@@ -248,14 +249,8 @@ def category_names(column: pd.Series) -> pd.Series:
     if isinstance(column.dtype, pd.CategoricalDtype):
         return column.cat.rename_categories(label_text(pd.Series(column.cat.categories)).tolist())
     text = pd.Series(label_text(column), index=column.index, name=column.name)
-    names = sorted(set(text[column.notna()]), key=_natural)
+    names = natsorted(set(text[column.notna()]))
     return text.where(column.notna(), None).astype(pd.CategoricalDtype(names))
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts "2" before "10"."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def value_limits(values: NDArray[np.float64], vmin: Limit, vmax: Limit) -> tuple[float, float]:
