@@ -4,7 +4,7 @@ import psutil
 import torch
 
 from stofm._files import read_table
-from stofm.train.folder import HISTORY_COLUMNS, append_history, begin_history
+from stofm.train.folder import HISTORY_COLUMNS, RunFolder
 from stofm.train.run import peak_memory
 
 PARTS = ["masked_genes", "masked_cells"]
@@ -15,24 +15,26 @@ def row(step, **parts):
 
 
 def test_rows_come_back_to_the_last_bit(tmp_path):
-    path = tmp_path / "history.csv"
-    begin_history(path, PARTS)
+    folder = RunFolder(tmp_path)
+    folder.begin_history(PARTS)
     values = [0.1 + 0.2, 1e-17 / 3, 12345678.9012345678]
     for step, value in enumerate(values):
-        append_history(path, PARTS, row(step, loss=value, masked_cells=value))
-    table = read_table(path)
+        folder.append(row(step, loss=value, masked_cells=value))
+    table = read_table(folder.history)
+    assert list(table) == [*HISTORY_COLUMNS, *PARTS]
     assert table["loss"].tolist() == values
     assert table["masked_genes"].isna().all()
 
 
-def test_a_history_goes_on_with_the_rows_of_an_earlier_one(tmp_path):
-    first, second = tmp_path / "first.csv", tmp_path / "history.csv"
-    begin_history(first, PARTS)
-    append_history(first, PARTS, row(1, masked_genes=0.1))
-    begin_history(second, PARTS, first)
-    append_history(second, PARTS, row(2, masked_cells=2.0))
-    table = read_table(second)
-    assert list(table) == [*HISTORY_COLUMNS, *PARTS]
+def test_a_history_goes_on_with_the_rows_of_a_checkpoint(tmp_path):
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path / "b")
+    first.begin_history(PARTS)
+    first.append(row(1, masked_genes=0.1))
+    (tmp_path / "one" / "training").mkdir(parents=True)
+    first.history.rename(tmp_path / "one" / "training" / "history.csv")
+    second.begin_history(PARTS, tmp_path / "one")
+    second.append(row(2, masked_cells=2.0))
+    table = read_table(second.history)
     assert table["masked_genes"].tolist()[:1] == [0.1]
     assert table["masked_cells"].tolist()[1:] == [2.0]
 

@@ -12,7 +12,6 @@ import torch
 
 from stofm._config import build_dataclass
 from stofm.nn import checkpoint
-from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
 from stofm.train.storage import digest_files, find_change
 
 if TYPE_CHECKING:
@@ -26,13 +25,11 @@ if TYPE_CHECKING:
 
 #: Raised when a run of this version can't be continued by an older one, or the reverse.
 FORMAT_VERSION = 2
-_STATE = f"{checkpoint.TRAINING}/state.json"
-#: The history as it was when the checkpoint was written.
-HISTORY = f"{checkpoint.TRAINING}/history.csv"
-_HEADS = f"{checkpoint.TRAINING}/heads.safetensors"
-_OPTIMIZER = f"{checkpoint.TRAINING}/optimizer.safetensors"
-#: How the name of a checkpoint at the end of a stage ends.
-FINAL = "final"
+#: Progress, the history as it was when the checkpoint was written, weights of heads and optimiser.
+FILES = STATE, HISTORY, _HEADS, OPTIMIZER = tuple(
+    f"{checkpoint.TRAINING}/{name}"
+    for name in ("state.json", "history.csv", "heads.safetensors", "optimizer.safetensors")
+)
 #: What AdamW keeps of each weight.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -123,9 +120,9 @@ def write_checkpoint(
     def fill(place: Path) -> None:
         trained.model.save_pretrained(place)
         (place / checkpoint.TRAINING).mkdir()
-        write_tensors(place / _HEADS, trained.head_tensors())
+        checkpoint.write_tensors(place / _HEADS, trained.head_tensors())
         if optimizer is not None:
-            write_tensors(place / _OPTIMIZER, optimizer_tensors(*optimizer))
+            checkpoint.write_tensors(place / OPTIMIZER, optimizer_tensors(*optimizer))
         if history is not None:
             shutil.copyfile(history, place / HISTORY)
         entries = {
@@ -135,43 +132,37 @@ def write_checkpoint(
             "files": digest_files(place),
         }
         text = json.dumps(entries | {"digest": _digest_of(entries)}, indent=2)
-        (place / _STATE).write_text(text + "\n", encoding="utf-8")
+        (place / STATE).write_text(text + "\n", encoding="utf-8")
 
     checkpoint.write_atomically(folder, fill, overwrite=True, kind=checkpoint.RUN_CHECKPOINT)
 
 
-def can_go_on(folder: Path) -> bool:
-    """Whether training can go on from a folder: not if only its weights were kept."""
-    is_end = folder.name.endswith(FINAL)
-    return (folder / _STATE).is_file() and (is_end or (folder / _OPTIMIZER).is_file())
-
-
 def find_damage(folder: Path) -> str:
     """Compare all files of a checkpoint with what was written; empty if they are the same."""
-    entries = _read_state(folder)
-    if not entries:
-        return f"{folder / _STATE} is damaged: it is not what was written."
+    if not (entries := read_state(folder)):
+        return f"{folder / STATE} is damaged: it is not what was written."
     return find_change(folder, entries["files"])
 
 
 def read_progress(folder: Path) -> Progress:
     """Read how far the run had come at a sound checkpoint."""
-    entries, known = _read_state(folder)["progress"], {one.name for one in fields(Progress)}
+    entries, known = read_state(folder)["progress"], {one.name for one in fields(Progress)}
     entries = {name: value for name, value in entries.items() if name in known}
-    return build_dataclass(Progress, entries, str(folder / _STATE))
+    return build_dataclass(Progress, entries, str(folder / STATE))
 
 
 def load_checkpoint(
     folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
 ) -> None:
     """Put a sound checkpoint's weights into model, heads and optimiser."""
-    load_exactly(trained.model, read_tensors(folder / checkpoint.WEIGHTS), str(folder))
-    stored = read_tensors(folder / _HEADS)
+    weights = checkpoint.read_tensors(folder / checkpoint.WEIGHTS)
+    checkpoint.load_exactly(trained.model, weights, str(folder))
+    stored = checkpoint.read_tensors(folder / _HEADS)
     with torch.no_grad():
         for name, value in trained.head_tensors().items():
             value.copy_(stored[name])
     if optimizer is not None:
-        load_optimizer_tensors(*optimizer, read_tensors(folder / _OPTIMIZER))
+        load_optimizer_tensors(*optimizer, checkpoint.read_tensors(folder / OPTIMIZER))
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -196,16 +187,16 @@ def load_optimizer_tensors(
                 optimizer.state[weight][key] = value.to(place, copy=True)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
     """What is noted beside the weights; nothing if that is damaged."""
     try:
-        entries: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        entries: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         digest, found = entries.pop("digest"), entries["format_version"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / _STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
+            f"{folder / STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
             "go on with the version of stofm that began the run (see run.json)."
         )
     return entries if digest == _digest_of(entries) else {}

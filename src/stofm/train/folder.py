@@ -1,4 +1,4 @@
-"""The folder of a run: who trains into it, and its checkpoints, from which it goes on."""
+"""The folder of a run: who trains into it, its history, and its checkpoints, from which it goes on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,12 @@ from filelock import FileLock, Timeout
 from stofm._files import TRIFLES, local, put_in_place
 from stofm._messages import warn
 from stofm.nn import checkpoint
-from stofm.train.checkpoint import (
-    _HEADS,
-    _OPTIMIZER,
-    _STATE,
-    FINAL,
-    HISTORY,
-    _read_state,
-    can_go_on,
-    find_damage,
-)
+from stofm.train.checkpoint import FILES, HISTORY, OPTIMIZER, STATE, find_damage, read_state
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
-
 
 #: Columns of the history that every run has, before those of the loss parts.
 HISTORY_COLUMNS = (
@@ -39,10 +29,12 @@ HISTORY_COLUMNS = (
 )
 #: The file by which a process has the folder to itself.
 LOCK: Final = "run.lock"
-_CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{FINAL})")
+#: How the name of a checkpoint at the end of a stage ends.
+_FINAL: Final = "final"
+_CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{_FINAL})")
 #: Ends of the paths of files that a run writes into the folders that it clears.
 _WRITTEN: Final = re.compile(
-    rf"/(?:{'|'.join([*checkpoint.FILES, _STATE, HISTORY, _HEADS, _OPTIMIZER])}|digests\.json"
+    rf"/(?:{'|'.join([*checkpoint.FILES, *FILES])}|digests\.json"
     r"|(?:features|coordinates)\.npy|events\.out\.tfevents\..*|.*\.stofm-(?:old|new).*)$"
 )
 
@@ -51,14 +43,7 @@ class RunFolder:
     """The folder of a run: ``run.json``, ``history.csv``, ``checkpoints/``, ``model/``.
 
     Prepared slices and cell embeddings are kept in `work`, by default ``work/`` in it; several runs
-    may share that.
-
-    Raises
-    ------
-    NotADirectoryError
-        There is a file at `path`.
-    ValueError
-        The work folder is the run's folder or one that the run clears.
+    may share that. A work folder that the run would clear gives ValueError.
     """
 
     def __init__(
@@ -68,19 +53,15 @@ class RunFolder:
         if self.path.is_file():
             msg = f"{self.path} is a file, and a run needs a folder: name another place."
             raise NotADirectoryError(errno.ENOTDIR, msg)
-        self.history = self.path / "history.csv"
-        self.report = self.path / "run.json"
-        self.checkpoints = self.path / "checkpoints"
-        self.model = self.path / "model"
-        self.tensorboard = self.path / "tensorboard"
-        #: For what the present stage computes anew as it goes on.
-        self.refreshed = self.path / "refreshed"
-        self._cleared = (self.checkpoints, self.model, self.tensorboard, self.refreshed)
+        self.history, self.report = self.path / "history.csv", self.path / "run.json"
+        #: The last is for what the present stage computes anew as it goes on.
+        self._cleared = [
+            self.path / name for name in ("checkpoints", "model", "tensorboard", "refreshed")
+        ]
+        self.checkpoints, self.model, self.tensorboard, self.refreshed = self._cleared
         self.work = self.path / "work" if work is None else local(work)
-        place = self.work.resolve()
-        if place == self.path.resolve() or any(
-            place.is_relative_to(one.resolve()) for one in self._cleared
-        ):
+        place, cleared = self.work.resolve(), [one.resolve() for one in self._cleared]
+        if place == self.path.resolve() or any(map(place.is_relative_to, cleared)):
             raise ValueError(
                 f"work_dir {str(self.work)!r} is the run's own folder or one that the run clears; "
                 f"choose another, such as {str(self.path / 'work')!r} (the default)."
@@ -115,12 +96,11 @@ class RunFolder:
 
     def _others(self) -> list[str]:
         """What is in the folder beside what a run leaves that has no report yet."""
-        work = self.work.resolve()
         return [
             path.name
             for path in (self.path.iterdir() if self.path.is_dir() else ())
             if path.name != LOCK
-            and not work.is_relative_to(path.resolve())
+            and not self.work.resolve().is_relative_to(path.resolve())
             and not path.name.startswith(".")
             and not (path == self.checkpoints and not any(path.iterdir()))
         ]
@@ -156,7 +136,7 @@ class RunFolder:
         found: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
             found.append(json.loads(self.report.read_text(encoding="utf-8")))
-        found += (_read_state(folder).get("report") for folder in reversed(self._to_go_on()))
+        found += (read_state(folder).get("report") for folder in reversed(self._to_go_on()))
         own = {"stofm_version", "status", "settings"}
         return next((one for one in found if isinstance(one, dict) and own <= set(one)), {})
 
@@ -167,9 +147,22 @@ class RunFolder:
         for file in (self.history, self.report):
             file.unlink(missing_ok=True)
 
+    def begin_history(self, parts: Sequence[str], earlier: Path | None = None) -> None:
+        """Write the header of a history with these loss parts, or take that of a checkpoint."""
+        header = ",".join([*HISTORY_COLUMNS, *parts]) + "\n"
+        content = header if earlier is None else (earlier / HISTORY).read_text(encoding="utf-8")
+        put_in_place(self.history, lambda part: part.write_text(content, encoding="utf-8"))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write a row of the history; numbers can be read again to the last bit."""
+        with self.history.open("r+", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, next(csv.reader(file)), lineterminator="\n")
+            file.seek(0, 2)
+            writer.writerow(row)
+
     def checkpoint(self, stage: int, name: str, step: int | None) -> Path:
         """Folder of a stage's checkpoint after `step` steps, or of its end."""
-        at = FINAL if step is None else f"{step:08d}"
+        at = _FINAL if step is None else f"{step:08d}"
         return self.checkpoints / f"{stage}-{name}-{at}"
 
     def newest(self) -> Path | None:
@@ -178,8 +171,7 @@ class RunFolder:
         Those that are damaged are named in a warning.
         """
         for folder in reversed(self._to_go_on()):
-            damage = find_damage(folder)
-            if not damage:
+            if not (damage := find_damage(folder)):
                 return folder
             warn(
                 f"{damage} The run goes on from the checkpoint before {folder}, which is made again."
@@ -196,7 +188,7 @@ class RunFolder:
         at = found.index(current)
         needed = {*keep, *(folder.name for folder in found[max(0, at - 1) : at + 1])}
         for folder in self._all():
-            if folder.name not in needed and not folder.name.endswith(FINAL):
+            if folder.name not in needed and not folder.name.endswith(_FINAL):
                 self.remove(folder)
 
     def remove_later(self, than: Path | None) -> None:
@@ -209,23 +201,32 @@ class RunFolder:
         return [p for p in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(p.name)]
 
     def _to_go_on(self) -> list[Path]:
-        return sorted((p for p in self._all() if can_go_on(p)), key=_age)
+        """Checkpoints from which training can go on: not those whose weights alone were kept."""
+        return sorted(
+            (
+                folder
+                for folder in self._all()
+                if (folder / STATE).is_file()
+                and (folder.name.endswith(_FINAL) or (folder / OPTIMIZER).is_file())
+            ),
+            key=_age,
+        )
 
 
-def begin_history(path: Path, parts: Sequence[str], earlier: Path | None = None) -> None:
-    """Write the header of a history with these loss parts, or copy an earlier history."""
-    if earlier is not None:
-        put_in_place(path, lambda part: shutil.copyfile(earlier, part))
-        return
-    header = ",".join([*HISTORY_COLUMNS, *parts]) + "\n"
-    put_in_place(path, lambda part: part.write_text(header, encoding="utf-8"))
+def _age(folder: Path) -> tuple[int, str]:
+    # Digits sort before "final".
+    return int(folder.name.split("-")[0]), folder.name.rsplit("-", 1)[1]
 
 
-def append_history(path: Path, parts: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Write a row of a history; numbers can be read again to the last bit."""
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*HISTORY_COLUMNS, *parts], lineterminator="\n")
-        writer.writerow(row)
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Entries of nested JSON by their place, such as ``stages[0].epochs``."""
+    if isinstance(value, dict):
+        parts = {f"{where}.{name}".lstrip("."): one for name, one in value.items()}
+    elif isinstance(value, list):
+        parts = {f"{where}[{k}]": one for k, one in enumerate(value)}
+    else:
+        return {where: value}
+    return {name: leaf for place, one in parts.items() for name, leaf in _flat(one, place).items()}
 
 
 @contextlib.contextmanager
@@ -247,19 +248,3 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()
         lock.release()
-
-
-def _age(folder: Path) -> tuple[int, str]:
-    # Digits sort before "final".
-    return int(folder.name.split("-")[0]), folder.name.rsplit("-", 1)[1]
-
-
-def _flat(value: Any, where: str = "") -> dict[str, Any]:
-    """Entries of nested JSON by their place, such as ``stages[0].epochs``."""
-    if isinstance(value, dict):
-        parts = {f"{where}.{name}".lstrip("."): one for name, one in value.items()}
-    elif isinstance(value, list):
-        parts = {f"{where}[{k}]": one for k, one in enumerate(value)}
-    else:
-        return {where: value}
-    return {name: leaf for place, one in parts.items() for name, leaf in _flat(one, place).items()}

@@ -14,14 +14,12 @@ from stofm._logging import logger, step_bar
 from stofm._messages import warn
 from stofm._version import __version__
 from stofm.train.checkpoint import (
-    HISTORY,
     Progress,
     Trained,
     load_checkpoint,
     read_progress,
     write_checkpoint,
 )
-from stofm.train.folder import append_history, begin_history
 from stofm.train.loop import TrainingLoop
 from stofm.train.objectives import make_objectives
 from stofm.train.samples import Draws
@@ -203,7 +201,7 @@ class Pretraining:
             write_json(folder.report, report)
         tidy(folder.checkpoints)
         folder.remove_later(newest)
-        begin_history(folder.history, trained.loss_parts, newest and newest / HISTORY)
+        folder.begin_history(trained.loss_parts, newest)
         return self.processes.agree((report, newest))
 
     def _run_stage(
@@ -330,7 +328,7 @@ class RunRecorder:
     def record(self, row: Mapping[str, Any]) -> None:
         """Take a row of the history."""
         if self._processes.is_first:
-            append_history(self._folder.history, self._trained.loss_parts, row)
+            self._folder.append(row)
         if self._board is not None:
             numbers = {f"{row['split']}/{k}": v for k, v in row.items() if isinstance(v, float)}
             self._board.log_metrics(numbers, row["step"])
