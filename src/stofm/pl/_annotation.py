@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -12,29 +12,24 @@ from stofm._edge.records import frame_names
 from stofm._edge.tables import resolve_table
 from stofm._keys import Label, Obs, Obsm
 from stofm.metrics.labels import Reliability
-from stofm.pl._maps import Look, draw_slices, map_inches, read_panels
+from stofm.pl._maps import Look, draw_maps, read_panels
 from stofm.pl._style import (
     FONT_SIZE,
     NO_VALUE_LABEL,
     TITLE_SIZE,
     Categories,
     Values,
-    arrange,
     category_names,
     color_categories,
     default_colors,
-    finish,
-    in_rows,
-    make_axes,
     require_name,
     resolve_colors,
-    set_inches,
     stored_colors,
     style_axes,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -94,14 +89,14 @@ def annotation(
         are there.
     panels
         What to draw: ``"map"``, ``"truth"`` and ``"confidence"`` (maps, a panel per slice),
-        ``"confusion"``, ``"reliability"``; maps stand first. None: the map with the confusion matrix
+        ``"confusion"``, ``"reliability"``; maps come first. None: the map with the confusion matrix
         and reliability if there is truth, else with the confidence.
     counts
         Write numbers of cells into the confusion matrix instead of percent of the true class.
     n_bins
         Bins of the reliability curve, of equally many cells.
     ax
-        Axes to draw into, panel by panel, one for each slice in maps. None: a new figure.
+        Axes to draw into, panel by panel, one for each slice in maps, maps first. None: a new figure.
     library_key, spatial_key, size, ncols, invert_y, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
@@ -138,34 +133,14 @@ def annotation(
     slices = read_panels(adata, spatial_key, library_key)
     colors = _resolve_colors(adata, key, truth_key)
     cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
-    n_axes = {kind: len(slices) if kind in _MAPS else 1 for kind in kinds}
-    what = f"{kinds}, {len(slices)} slices"
-    # Where other panels stand beside the maps, these keep their size.
-    inches = map_inches(slices, len(slices))
-    axes, is_new = make_axes(ax, sum(n_axes.values()), inches, what=what, ncols=ncols)
+    drawn: dict[str, Callable[[Axes], tuple[float, float]]] = {
+        "confusion": lambda ax: _draw_confusion(ax, cells, known, as_counts=counts),
+        "reliability": lambda ax: _draw_reliability(ax, _curve(adata, key, cells, n_bins)),
+    }
+    maps = [colors[kind] for kind in kinds if kind in _MAPS]
+    others = [drawn[kind] for kind in kinds if kind not in _MAPS]
     look = Look(ax, ncols, size, invert_y, show, save)
-    rest, maps, others = list(axes), [], []
-    for kind, n in n_axes.items():
-        block, rest = rest[:n], rest[n:]
-        if kind in _MAPS:
-            draw_slices(block, slices, colors[kind], look)
-            maps += in_rows(block, ncols)
-            continue
-        if kind == "reliability":
-            _draw_reliability(block[0], _curve(adata, key, cells, n_bins))
-            shape = (_CURVE_INCHES, _CURVE_INCHES)
-        else:
-            shape = _draw_confusion(block[0], cells, known, as_counts=counts)
-        if is_new:
-            set_inches(block[0], *shape)
-        others += block
-    # Beside a single slice all stand side by side; of several, what is no map stands below.
-    grids: list[list[Any]] = (
-        [maps, [others]] if len(slices) > 1 else [[[row[0] for row in maps] + others]]
-    )
-    if is_new:
-        arrange(*(grid for grid in grids if any(grid)))
-    return finish(axes, show=show, save=save)
+    return draw_maps(slices, maps, look, others=others, what=f"panels of {kinds}")
 
 
 def _choose_panels(
@@ -287,7 +262,7 @@ def _in_order(known: list[str], used: pd.Series) -> list[str]:
     return [name for name in known if name in present] + sorted(present.difference(known))
 
 
-def _draw_reliability(ax: Axes, curve: Reliability) -> None:
+def _draw_reliability(ax: Axes, curve: Reliability) -> tuple[float, float]:
     ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
     ax.errorbar(
         curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
@@ -297,3 +272,4 @@ def _draw_reliability(ax: Axes, curve: Reliability) -> None:
     ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xticks=ticks, yticks=ticks)
     title = f"expected calibration error {curve.error:.3f}"
     style_axes(ax, title=title, x="confidence", y="share of cells that are right")
+    return _CURVE_INCHES, _CURVE_INCHES

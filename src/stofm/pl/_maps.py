@@ -31,6 +31,7 @@ from stofm.pl._style import (
     make_axes,
     require_name,
     root_figure,
+    set_inches,
 )
 
 if TYPE_CHECKING:
@@ -245,66 +246,59 @@ class Look(NamedTuple):
     save: str | Path | None
 
 
-def draw_slices(
-    axes: Sequence[Axes],
-    panels: list[Panel],
-    color: Any,
-    look: Look,
-    *,
-    titles: Sequence[str] | None = None,
-    fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
-    key: Callable[[Axes, Any, str], None] | None = add_key,
-) -> None:
-    """Draw one colour on each slice; its key stands beside the last panel of the first row.
-
-    `titles` are the slices' names, or that of the colour if there is one slice.
-    """
-    several = len(panels) > 1
-    if titles is None:
-        titles = [panel.name for panel in panels] if several else [color.key]
-    for ax, panel, title in zip(axes, panels, titles, strict=True):
-        (left, bottom), (right, top) = panel.low, panel.high
-        ax.set_xlim(left, right)
-        ax.set_ylim((top, bottom) if look.invert_y else (bottom, top))
-        ax.set_aspect("equal")
-        ax.set_axis_off()
-        ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
-        fill(ax, panel, color, look.size)
-    if key is not None:
-        key(axes[min(look.ncols, len(axes)) - 1], color, color.key if several else "")
-
-
 def draw_maps(
     panels: list[Panel],
-    colors: Sequence[Categories | Values],
+    colors: Sequence[Any],
     look: Look,
     *,
     titles: Sequence[Sequence[str]] | None = None,
     shared: Values | None = None,
+    fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
+    key: Callable[[Axes, Any, str], None] = add_key,
+    others: Sequence[Callable[[Axes], tuple[float, float]]] = (),
     what: str = "",
-    **draw: Any,
 ) -> Axes | list[Axes]:
     """Draw each colour on each slice; save, show and return the axes, colour by colour.
 
-    Slices of a colour have rows of their own; of a single slice the colours stand side by side.
-    `shared` is the scale that all colours have, for one colour bar; without it each has a key of
-    its own. `what` is what the colours are, for the message about axes that do not fit.
+    Slices of a colour have rows of their own, and its key stands beside the last panel of the first;
+    of a single slice the colours stand side by side. `titles` of a colour are the slices' names, or
+    its own if there is one slice. `shared` is the scale that all colours have, for one colour bar.
+    `others` draw panels that are no maps, and return their size in inches; they stand below, or beside
+    a single slice. `what` is what the colours are, for the message about axes that do not fit.
     """
-    n, n_axes = len(panels), len(panels) * len(colors)
-    parts = [f"{n} slices"] * (n > 1) + [f"{len(colors)} {what}"] * bool(what)
-    inches = map_inches(panels, n_axes)
-    axes, is_new = make_axes(look.ax, n_axes, inches, what=" x ".join(parts), ncols=look.ncols)
-    if shared is not None:
-        draw["key"] = None
+    n, several = len(panels), len(panels) > 1
+    n_maps = n * len(colors)
+    parts = [f"{n} slices"] * several + [f"{len(colors)} {what}"] * bool(what)
+    # Where other panels stand beside the maps, these keep their size.
+    inches = map_inches(panels, n if others else n_maps)
+    needed = {"what": " x ".join(parts), "ncols": look.ncols}
+    axes, is_new = make_axes(look.ax, n_maps + len(others), inches, **needed)
     for k, color in enumerate(colors):
-        own = None if titles is None else titles[k]
-        draw_slices(axes[k * n : (k + 1) * n], panels, color, look, titles=own, **draw)
-    blocks = in_rows(axes, n) if n > 1 else [axes]
+        own, names = axes[k * n : (k + 1) * n], [panel.name for panel in panels]
+        if titles is not None or not several:
+            names = [color.key] if titles is None else list(titles[k])
+        for ax, panel, title in zip(own, panels, names, strict=True):
+            (left, bottom), (right, top) = panel.low, panel.high
+            ax.set_xlim(left, right)
+            ax.set_ylim((top, bottom) if look.invert_y else (bottom, top))
+            ax.set_aspect("equal")
+            ax.set_axis_off()
+            ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
+            fill(ax, panel, color, look.size)
+        if shared is None:
+            key(own[min(look.ncols, n) - 1], color, color.key if several else "")
+    maps, beside = axes[:n_maps], axes[n_maps:]
+    for ax, draw in zip(beside, others, strict=True):
+        size = draw(ax)
+        if is_new:
+            set_inches(ax, *size)
+    blocks = in_rows(maps, n) if several else [maps]
     rows = [row for block in blocks for row in in_rows(block, look.ncols)]
     if shared is not None:
         add_key(rows[0][-1], shared, "")
     if is_new:
-        arrange(rows)
+        grids = [rows, in_rows(beside, len(others) or 1)] if several or not others else [[axes]]
+        arrange(*filter(None, grids))
     return finish(axes, show=look.show, save=look.save)
 
 
