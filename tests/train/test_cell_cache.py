@@ -18,7 +18,7 @@ class Together:
     """One of several processes, which the test runs one after another."""
 
     def __init__(self, rank, count, wait=lambda: None):
-        self.rank, self.count, self.wait = rank, count, wait
+        self.rank, self.count, self.wait, self.device = rank, count, wait, CPU
 
 
 ALONE = Together(0, 1)
@@ -32,9 +32,7 @@ def encode(one, key=None):
 
 def cache(tmp_path, corpus, model, processes=ALONE, *, rules=None, virtual_cells=True):
     model.config = replace(model.config, subslice=rules or model.config.subslice)
-    setup = SimpleNamespace(
-        model=model, processes=processes, device=CPU, dtype=torch.float32, show_progress_bar=False
-    )
+    setup = SimpleNamespace(model=model, processes=processes, show_progress_bar=False)
     return CellCache(setup, corpus, tmp_path / "cells", virtual_cells)
 
 

@@ -14,22 +14,21 @@ from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
     OptimizerConfig,
+    RunConfig,
     SpatialMasking,
     StageConfig,
 )
+from stofm.train.folder import RunFolder
 from stofm.train.loop import make_optimizer
 from stofm.train.objectives import make_objectives
-from stofm.train.samples import Draws
-from stofm.train.stages import StageSetup
-
-CPU = torch.device("cpu")
+from stofm.train.stages import Setup
 
 
 class Together:
     """A process; alone unless told otherwise."""
 
-    def __init__(self, rank=0, count=1):
-        self.rank, self.count = rank, count
+    def __init__(self, rank=0, count=1, device="cpu"):
+        self.rank, self.count, self.device = rank, count, torch.device(device)
 
     def wait(self):
         pass
@@ -42,24 +41,23 @@ def held_out(write_corpus):
 
 @pytest.fixture
 def setup(tmp_path, model, corpus, held_out):
-    return StageSetup(
+    return Setup(
         model=model,
+        run=RunConfig(seed=5),
         corpus=corpus,
         validation=held_out,
-        draws=Draws(seed=5, stage=1, batch_size=4),
-        folder=tmp_path / "cells",
-        own_folder=tmp_path / "own",
+        folder=RunFolder(tmp_path / "run", tmp_path / "work"),
         processes=Together(),
-        device=CPU,
     )
 
 
 def make_stage(name, setup, *, weights=None, **options):
     """A stage with its objective, of which dropout is off."""
-    options = {"subslice_cells": 20, "vary_subslices": True} | options
+    optimizer = OptimizerConfig(batch_size=4)
+    options = {"subslice_cells": 20, "vary_subslices": True, "optimizer": optimizer} | options
     config = StageConfig(name=name, weights=weights or LossWeights(), **options)
     (objective,) = make_objectives(setup.model, [config], seed=0)
-    return stages.make_stage(objective.eval(), setup, config)
+    return stages.make_stage(objective.eval(), setup, config, 1)
 
 
 def total(stage, inputs):
@@ -159,8 +157,12 @@ def names(folder):
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+def shared_folder(setup):
+    return setup.folder.work / "cells"
+
+
 def n_kept(setup):
-    found = [*names(setup.folder), *names(setup.own_folder)]
+    found = [*names(shared_folder(setup)), *names(setup.folder.refreshed)]
     return len([name for name in found if name.startswith("cells-")])
 
 
@@ -197,22 +199,23 @@ def test_runs_with_one_work_folder_leave_each_others_results(setup):
     other_model = copy.deepcopy(setup.model)
     stage = make_stage("joint", setup)
     stage.refresh()
-    shared = names(setup.folder)
+    shared = names(shared_folder(setup))
     change(setup.model)
     stage.refresh()
-    state, used = stage.embeddings.state(), names(setup.own_folder)
+    state, used = stage.embeddings.state(), names(setup.folder.refreshed)
     # What is computed anew is the run's own; the first result stays where others find it.
     assert used
-    assert names(setup.folder) == shared
+    assert names(shared_folder(setup)) == shared
 
-    other = replace(setup, model=other_model, own_folder=setup.folder.parent / "other")
+    folder = RunFolder(setup.folder.path.parent / "other", setup.folder.work)
+    other = replace(setup, model=other_model, folder=folder)
     second = make_stage("joint", other)
     second.refresh()
     for _ in range(4):
         change(other_model)
         second.refresh()
-    assert names(setup.folder) == shared
-    assert names(setup.own_folder) == used
+    assert names(shared_folder(setup)) == shared
+    assert names(setup.folder.refreshed) == used
     make_stage("joint", setup).embeddings.restore(state)
 
 
@@ -269,7 +272,7 @@ def test_lost_embeddings_of_a_frozen_encoder_are_made_again(setup):
     stage = make_stage("spatial", setup)
     stage.refresh()
     expected, state = first_features(stage), stage.embeddings.state()
-    shutil.rmtree(setup.folder)
+    shutil.rmtree(shared_folder(setup))
     resumed = make_stage("spatial", setup)
     resumed.embeddings.restore(state)
     np.testing.assert_array_equal(first_features(resumed), expected)
@@ -305,7 +308,7 @@ def test_nothing_is_computed_beforehand_for_cells(setup):
     stage.refresh()
     assert stage.embeddings is None
     assert stage.refresh_every is None
-    assert not setup.folder.exists()
+    assert not shared_folder(setup).exists()
 
 
 @pytest.mark.parametrize("name", ["cell_encoder", "spatial", "joint"])
@@ -336,7 +339,7 @@ def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
 
 @pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 8)])
 def test_nodes_are_padded_for_the_device(setup, device, multiple):
-    stage = make_stage("spatial", replace(setup, device=torch.device(device)))
+    stage = make_stage("spatial", replace(setup, processes=Together(device=device)))
     assert stage.samples.node_multiple == multiple
 
 

@@ -143,20 +143,21 @@ def toy_loop(
     processes: Processes | None = None,
 ) -> TrainingLoop:
     run_config = RunConfig(**{"log_every": 1, "n_threads": 1, **(run or {})})
+    optimizer_config = OptimizerConfig(
+        **{
+            "learning_rate": 0.02,
+            "warmup_steps": 2,
+            "batch_size": stage.batch_size,
+            "accumulation": 2,
+            **(optimizer or {}),
+        }
+    )
     return TrainingLoop(
         stage,
-        OptimizerConfig(
-            **{
-                "learning_rate": 0.02,
-                "warmup_steps": 2,
-                "batch_size": stage.batch_size,
-                "accumulation": 2,
-                **(optimizer or {}),
-            }
+        StageConfig(
+            name="spatial", epochs=n_epochs, max_steps=max_steps, optimizer=optimizer_config
         ),
         run=run_config,
-        n_epochs=n_epochs,
-        max_steps=max_steps,
         processes=processes or Processes.start("cpu", run_config.precision),
         progress=progress or Progress(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def launch(
         model = make_model(fit)
         initialize = make_initializer(genes, model, seed=run.seed)
         pretraining = Pretraining(
+            model=copy.deepcopy(model),
             stages=stages,
             run=run,
             corpus=prepare(sources),
@@ -101,9 +103,9 @@ def launch(
             processes=processes,
             initialize=initialize,
             gene_table="" if isinstance(genes, str) else f"{genes.file} {genes.digest}",
-            show_progress_bar=show_progress_bar,
+            show_progress_bar=show_progress_bar and processes.is_first,
         )
-        return pretraining.train(model, resume=resume, overwrite=overwrite)
+        return pretraining.train(resume=resume, overwrite=overwrite)
 
 
 def choose_stages(

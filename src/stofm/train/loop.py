@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stofm.train.checkpoint import Progress
-    from stofm.train.config import OptimizerConfig, RunConfig
+    from stofm.train.config import OptimizerConfig, RunConfig, StageConfig
     from stofm.train.objectives import LossPart
     from stofm.train.processes import Processes
     from stofm.train.stages import Samples, Stage
@@ -96,22 +96,16 @@ class TrainingLoop:
     def __init__(
         self,
         stage: Stage,
-        optimizer: OptimizerConfig,
+        config: StageConfig,
         *,
         run: RunConfig,
-        n_epochs: int,
-        max_steps: int | None,
         processes: Processes,
         progress: Progress,
     ) -> None:
-        self.stage = stage
-        self._config = optimizer
-        self._run = run
-        self._n_epochs = n_epochs
-        self._processes = processes
-        self.progress = progress
-        self.n_steps = self._count_steps(max_steps)
-        self.optimizer = make_optimizer(stage.objective, optimizer)
+        self.stage, self._n_epochs, self._config = stage, config.epochs, config.optimizer
+        self._run, self._processes, self.progress = run, processes, progress
+        self.n_steps = self._count_steps(config.max_steps)
+        self.optimizer = make_optimizer(stage.objective, config.optimizer)
         losses = _Losses(stage.objective)
         self._weights, self.names = losses.weights, tuple(losses.weights)
         processes.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,7 @@ from stofm.train.checkpoint import (
 )
 from stofm.train.loop import TrainingLoop
 from stofm.train.objectives import make_objectives
-from stofm.train.samples import Draws
-from stofm.train.stages import StageSetup, make_stage
+from stofm.train.stages import Setup, make_stage
 from stofm.train.storage import write_json
 
 if TYPE_CHECKING:
@@ -33,11 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from stofm.nn import Stofm
-    from stofm.train.config import RunConfig, StageConfig
-    from stofm.train.corpus import Corpus
-    from stofm.train.folder import RunFolder
+    from stofm.train.config import StageConfig
     from stofm.train.gene_embeddings import Initializer
-    from stofm.train.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -68,46 +63,31 @@ class TrainResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretraining:
+class Pretraining(Setup):
     """A run of training.
 
     Attributes
     ----------
-    stages, run
-        What is trained, one after the other, and how.
-    corpus, validation
-        Slices to train on, and held-out ones; None for no validation.
-    folder
-        Where the run's files go, and cell embeddings.
-    processes
-        Those that train together.
+    stages
+        What is trained, one after the other.
     initialize
         Called before the first stage to set first weights from the slices; None leaves the
         model's. Must give the same in every process.
     gene_table
         Name and fingerprint of the file that it takes gene embeddings from, if any; for the record.
-    show_progress_bar
-        Show bars.
     """
 
     stages: Sequence[StageConfig]
-    run: RunConfig
-    corpus: Corpus
-    validation: Corpus | None
-    folder: RunFolder
-    processes: Processes
     initialize: Initializer | None
     gene_table: str
-    show_progress_bar: bool
 
-    def train(self, model: Stofm, *, resume: bool, overwrite: bool) -> TrainResult:
-        """Train a copy of a model.
+    def train(self, *, resume: bool, overwrite: bool) -> TrainResult:
+        """Train the model.
 
         `resume` goes on with the run in the folder, if there is one; `overwrite` throws it away.
         """
         self._check_validation()
-        settings = self._settings(model)
-        model = copy.deepcopy(model)
+        settings, model = self._settings(), self.model
         model.config = replace(model.config, trained=True)
         trained = Trained(model, make_objectives(model, self.stages, seed=self.run.seed))
         report, newest = self._open(trained, settings, resume=resume, overwrite=overwrite)
@@ -149,8 +129,8 @@ class Pretraining:
                     f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
                 )
 
-    def _settings(self, model: Stofm) -> dict[str, Any]:
-        config = model.config.to_dict()
+    def _settings(self) -> dict[str, Any]:
+        model, config = self.model, self.model.config.to_dict()
         for label in ("name", "provenance", "stofm_version", "trained"):
             config.pop(label)
         trained_on, held_out = (
@@ -213,16 +193,9 @@ class Pretraining:
     ) -> None:
         """Train one stage, from where it stands to its end."""
         config, objective = self.stages[progress.stage], trained.heads[progress.stage]
-        stage = make_stage(objective, self._setup(trained.model, progress.stage), config)
-        loop = TrainingLoop(
-            stage,
-            config.optimizer,
-            run=self.run,
-            n_epochs=config.epochs,
-            max_steps=config.max_steps,
-            processes=self.processes,
-            progress=progress,
-        )
+        stage = make_stage(objective, self, config, progress.stage)
+        with_state: dict[str, Any] = {"processes": self.processes, "progress": progress}
+        loop = TrainingLoop(stage, config, run=self.run, **with_state)
         if progress.scaler:
             self.processes.fabric.strategy.precision.load_state_dict(progress.scaler)
         if progress.step:
@@ -250,23 +223,6 @@ class Pretraining:
             load_checkpoint(self.folder.checkpoints / progress.best_checkpoint, trained)
         progress.is_finished = True
         recorder.save()
-
-    def _setup(self, model: Stofm, number: int) -> StageSetup:
-        device = self.processes.device
-        is_bf16 = self.run.precision == "bf16-mixed" and device.type == "cuda"
-        batch_size = self.stages[number].optimizer.batch_size
-        return StageSetup(
-            model=model,
-            corpus=self.corpus,
-            validation=self.validation,
-            draws=Draws(seed=self.run.seed, stage=number, batch_size=batch_size),
-            folder=self.folder.work / "cells",
-            own_folder=self.folder.refreshed,
-            processes=self.processes,
-            device=device,
-            dtype=torch.bfloat16 if is_bf16 else torch.float32,
-            show_progress_bar=self.show_progress_bar and self.processes.is_first,
-        )
 
     def _note(self, trained: Trained, progress: Progress, report: dict[str, Any]) -> None:
         """Write the report of a stage that is finished, and delete what it alone needed.
@@ -322,7 +278,7 @@ class RunRecorder:
             # Entries of steps that are repeated are hidden, also those of a run without a checkpoint.
             place = (run.folder.path, run.folder.tensorboard.name, f"{stage.number}-{stage.name}")
             self._board = TensorBoardLogger(*place, purge_step=step + 1)
-        show = run.show_progress_bar and run.processes.is_first
+        show = run.show_progress_bar
         self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
 
     def record(self, row: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from stofm._logging import progress
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.samples import CellSamples, SubSliceSamples, TokenReader
+from stofm.train.samples import CellSamples, Draws, SubSliceSamples, TokenReader
 from stofm.train.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stofm.nn import Stofm
-    from stofm.train.config import StageConfig
+    from stofm.train.config import RunConfig, StageConfig
     from stofm.train.corpus import Corpus, TokenizedSlice
+    from stofm.train.folder import RunFolder
     from stofm.train.processes import Processes
-    from stofm.train.samples import Draws
 
     Samples = CellSamples | SubSliceSamples
 
@@ -50,38 +50,32 @@ _STORED = np.float16
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSetup:
-    """What every stage needs.
+class Setup:
+    """What every stage of a run needs.
 
     Attributes
     ----------
     model
-        The model that is trained; the objective holds its networks.
+        The model that is trained; the objectives hold its networks.
+    run
+        How all stages are trained.
     corpus, validation
         Slices to train on, and held-out ones; None for no validation.
-    draws
-        What samples are drawn by.
     folder
-        Work folder, in which a stage's first cell embeddings are kept; several runs may share it.
-    own_folder
-        Folder of the run alone, for what is computed anew while a stage goes on.
+        Where the run's files go. A stage's first cell embeddings go into its work folder, which
+        several runs may share.
     processes
         Those that train together.
-    device, dtype
-        Where and in which precision cells are encoded beforehand.
     show_progress_bar
-        Show a bar while cells are encoded.
+        Show bars.
     """
 
     model: Stofm
+    run: RunConfig
     corpus: Corpus
     validation: Corpus | None = None
-    draws: Draws
-    folder: Path
-    own_folder: Path
+    folder: RunFolder
     processes: Processes
-    device: torch.device
-    dtype: torch.dtype = torch.float32
     show_progress_bar: bool = False
 
 
@@ -122,25 +116,27 @@ class Stage:
             self.embeddings.refresh()
 
 
-def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> Stage:
-    """Make the stage that trains an objective; held-out slices are cut as in inference."""
+def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: int) -> Stage:
+    """Make the stage of a number in the run; held-out slices are cut as in inference."""
     model, rules, is_joint = setup.model, setup.model.config.subslice, config.name == "joint"
+    is_cuda = setup.processes.device.type == "cuda"
+    draws = Draws(seed=setup.run.seed, stage=number, batch_size=config.optimizer.batch_size)
 
     def samples(corpus: Corpus | None) -> Any:
         if corpus is None:
             return None
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
         if config.name == "cell_encoder":
-            return CellSamples(reader, setup.draws, config.masking, config.contrastive.gene_dropout)
+            return CellSamples(reader, draws, config.masking, config.contrastive.gene_dropout)
         is_held_out = corpus is setup.validation
         n_cells = rules.n_cells if is_held_out else config.subslice_cells or rules.n_cells
         return SubSliceSamples(
             corpus,
             replace(rules, n_cells=n_cells),
-            setup.draws,
+            draws,
             config.spatial_masking,
             vary=config.vary_subslices and not is_held_out,
-            node_multiple=_CUDA_NODE_MULTIPLE if setup.device.type == "cuda" else 1,
+            node_multiple=_CUDA_NODE_MULTIPLE if is_cuda else 1,
             n_surrounding=config.n_surrounding,
             reader=reader if is_joint else None,
             sampled_cells=config.sampled_cells,
@@ -148,7 +144,7 @@ def make_stage(objective: nn.Module, setup: StageSetup, config: StageConfig) -> 
         )
 
     training, held_out = samples(setup.corpus), samples(setup.validation)
-    stage = Stage(config.name, setup.draws.stage, objective, training, held_out)
+    stage = Stage(config.name, number, objective, training, held_out)
     if config.name != "cell_encoder":
         stage.embeddings = KeptEmbeddings(setup, config, training, held_out)
     if is_joint:
@@ -166,14 +162,15 @@ class KeptEmbeddings:
 
     def __init__(
         self,
-        setup: StageSetup,
+        setup: Setup,
         config: StageConfig,
         training: SubSliceSamples,
         held_out: SubSliceSamples | None,
     ) -> None:
         self._setup, self._training, self._held_out = setup, training, held_out
-        self._shared = CellCache(setup, setup.corpus, setup.folder, config.virtual_cells)
-        self._own = replace(self._shared, folder=setup.own_folder)
+        place = setup.folder.work / "cells"
+        self._shared = CellCache(setup, setup.corpus, place, config.virtual_cells)
+        self._own = replace(self._shared, folder=setup.folder.refreshed)
         self._first = self._key = ""
         self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
 
@@ -229,10 +226,16 @@ class CellCache:
     sub-slices consist of cells alone.
     """
 
-    setup: StageSetup
+    setup: Setup
     corpus: Corpus
     folder: Path
     virtual_cells: bool
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        on_cuda = self.setup.processes.device.type == "cuda"
+        is_bf16 = on_cuda and self.setup.run.precision == "bf16-mixed"
+        return torch.bfloat16 if is_bf16 else torch.float32
 
     def key(self) -> str:
         """Key of what :meth:`encode` gives for the cell encoder as it is now."""
@@ -242,7 +245,7 @@ class CellCache:
             model.cell_encoder_fingerprint,
             model.vocabulary.fingerprint,
             asdict(model.config.cell_encoder),
-            str(self.setup.dtype),
+            str(self._dtype),
         )
 
     def encode(self, key: str) -> list[EncodedSlice]:
@@ -288,7 +291,7 @@ class CellCache:
                     "cell encoder of the checkpoint, and it has changed since: delete the stage's "
                     "checkpoints and resume, and the stage begins again."
                 )
-            where: dict[str, Any] = {"device": setup.device, "dtype": setup.dtype}
+            where: dict[str, Any] = {"device": setup.processes.device, "dtype": self._dtype}
             features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
             _write(cells, features=features.astype(_STORED))
         if self.virtual_cells and not is_there(virtual):
