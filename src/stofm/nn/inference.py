@@ -40,7 +40,8 @@ def padded_length(n_tokens: NDArray[np.integer], most: int | None = None) -> NDA
     most = most or 2**62
     n = np.minimum(np.asarray(n_tokens, dtype=np.int64), most)
     step = np.select([n <= 128, n <= 256, n <= 512], [8, 16, 32], default=64)
-    return np.minimum(-(-n // step) * step, most)
+    padded: NDArray[np.int64] = np.minimum(-(-n // step) * step, most)
+    return padded
 
 
 def encode_cells(

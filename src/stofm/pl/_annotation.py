@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -246,11 +246,9 @@ def _draw_confusion(
     ax.set_title(scores, fontsize=TITLE_SIZE, pad=4.0)
     if max(counts.shape) <= _MAX_NUMBERED:
         for row, column in np.argwhere(shares >= _MIN_SHARE):
-            share, font = (
-                shares[row, column],
-                {"fontsize": size - 1.0, "ha": "center", "va": "center"},
-            )
+            share = shares[row, column]
             text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
+            font: dict[str, Any] = {"size": size - 1.0, "ha": "center", "va": "center"}
             shade = "white" if share > _DARK else "black"
             ax.text(column + 0.5, row + 0.5, text, color=shade, **font)
     return field * len(columns), field * len(rows)

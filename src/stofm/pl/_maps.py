@@ -271,7 +271,7 @@ def draw_maps(
     parts = [f"{n} slices"] * several + [f"{len(colors)} {what}"] * bool(what)
     # Where other panels stand beside the maps, these keep their size.
     inches = map_inches(panels, n if others else n_maps)
-    needed = {"what": " x ".join(parts), "ncols": look.ncols}
+    needed: dict[str, Any] = {"what": " x ".join(parts), "ncols": look.ncols}
     axes, is_new = make_axes(look.ax, n_maps + len(others), inches, **needed)
     for k, color in enumerate(colors):
         own, names = axes[k * n : (k + 1) * n], [panel.name for panel in panels]
@@ -297,8 +297,8 @@ def draw_maps(
     if shared is not None:
         add_key(rows[0][-1], shared, "")
     if is_new:
-        grids = [rows, in_rows(beside, len(others) or 1)] if several or not others else [[axes]]
-        arrange(*filter(None, grids))
+        below = [[*rows], in_rows(beside, len(others) or 1)]
+        arrange(*(grid for grid in (below if several or not others else [[axes]]) if grid))
     return finish(axes, show=look.show, save=look.save)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     medians = encoder.medians.numpy()
     halves, offsets = [], []
     for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        options = {"scaling": scaling, "scale": scale, "seed": seed}
+        options: dict[str, Any] = {"scaling": scaling, "scale": scale, "seed": seed}
         factors = coexpression_factors(slices, n_tokens, width // 2, **options)
         of_slices = (_values(one, scale) @ factors for one in slices)
         moments = [

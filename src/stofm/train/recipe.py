@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from stofm._config import Checked, build_dataclass
@@ -208,9 +207,10 @@ class ModelSource(Checked):
         if self.checkpoint:
             model = Stofm.from_pretrained(self.checkpoint)
         else:
+            makers: dict[str, Callable[[], GeneVocabulary]]
             makers = {"embedded": embedded_vocabulary, "fit": fit}
-            read = partial(GeneVocabulary.from_tsv, self.vocabulary)
-            vocabulary = makers.get(self.vocabulary, read)()
+            make = makers.get(self.vocabulary)
+            vocabulary = make() if make else GeneVocabulary.from_tsv(self.vocabulary)
             model = Stofm(self.config(vocabulary.n_tokens), vocabulary, seed=seed)
         provenance = self.provenance or model.config.provenance
         model.config = replace(model.config, name=self.name or model.name, provenance=provenance)
