@@ -30,7 +30,6 @@ from stofm.train.objectives import (
     MaskedGeneHead,
     SpatialObjective,
     TwoLayerHead,
-    candidate_genes,
     contrastive_loss,
     make_objectives,
     masked_cell_loss,
@@ -671,8 +670,7 @@ def head():
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     encoder = model.cell_encoder
-    chosen = candidate_genes(candidates, genes.measured, None)
-    part = masked_gene_loss(encoder, head, genes, candidates=chosen)
+    part = masked_gene_loss(encoder, head, [genes], candidates=candidates)
     with torch.no_grad():
         hidden = encoder.hidden_states(genes.tokens)
         words = encoder.bert.embeddings.word_embeddings.weight
@@ -686,19 +684,24 @@ def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     assert part.count == len(genes.labels) == sum(round(0.3 * n) for n in range(6, 15))
 
 
-def test_candidates_are_the_genes_of_all_processes(genes):
-    own, other = genes.measured.flip(0), torch.tensor([9, 41, 66])
-    assert torch.equal(candidate_genes("batch", own, None), genes.measured)
+def test_candidates_are_the_genes_of_all_processes(model, genes, head, monkeypatch):
+    among = []
+    words = model.cell_encoder.words
+    monkeypatch.setattr(
+        model.cell_encoder, "words", lambda tokens: among.append(tokens) or words(tokens)
+    )
+    own, other = genes.measured, torch.tensor([9, 41, 66])
     gather = OfAll([own[:, None], other[:, None]], 0)
-    union = sorted({*own.tolist(), 9, 41, 66})
-    assert candidate_genes("batch", own, gather).tolist() == union
-    assert candidate_genes("vocabulary", own, gather) is None
+    for candidates in ("batch", "vocabulary"):
+        masked_gene_loss(model.cell_encoder, head, [genes], candidates=candidates, gather=gather)
+    assert among[0].tolist() == sorted({*own.tolist(), 9, 41, 66})
+    assert among[1] is None
 
 
 def test_nothing_to_recover_gives_zero_and_a_gradient(model, genes, head):
     nothing = replace(genes, places=genes.places[:0], labels=genes.labels[:0])
     parts = [
-        masked_gene_loss(model.cell_encoder, head, nothing),
+        masked_gene_loss(model.cell_encoder, head, [nothing]),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16)),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16), kind="cosine"),
         pair_distance_loss(head.dense(torch.zeros(0, 16))[:, 0], torch.zeros(0)),

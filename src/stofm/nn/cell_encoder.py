@@ -305,18 +305,12 @@ def _pair(module: Any, dtype: torch.dtype) -> _Linear:
 
 def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
     # transformers' modules are untyped below BertModel.
-    attention = layer.attention.self
-    projections = (attention.query, attention.key, attention.value)
-    weight = torch.cat([one.weight for one in projections])
-    bias = torch.cat([one.bias for one in projections])
-    return _LayerWeights(
-        qkv=(weight.to(dtype), bias.to(dtype)),
-        out=_pair(layer.attention.output.dense, dtype),
-        attention_norm=_pair(layer.attention.output.LayerNorm, dtype),
-        inner=_pair(layer.intermediate.dense, dtype),
-        outer=_pair(layer.output.dense, dtype),
-        norm=_pair(layer.output.LayerNorm, dtype),
-    )
+    attention, output = layer.attention.self, layer.attention.output
+    joined = (attention.query, attention.key, attention.value)
+    weight, bias = (torch.cat([getattr(one, n) for one in joined]) for n in ("weight", "bias"))
+    others = (output.dense, output.LayerNorm, layer.intermediate.dense)
+    others += (layer.output.dense, layer.output.LayerNorm)
+    return _LayerWeights((weight.to(dtype), bias.to(dtype)), *(_pair(one, dtype) for one in others))
 
 
 def _linear(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:

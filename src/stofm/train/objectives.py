@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -126,22 +126,30 @@ def contrastive_loss(
 def masked_gene_loss(
     encoder: CellEncoder,
     head: MaskedGeneHead,
-    genes: MaskedGenes,
+    groups: Sequence[MaskedGenes],
     *,
-    candidates: Int[Tensor, " candidates"] | None = None,
+    candidates: Candidates = "vocabulary",
+    gather: Gather | None = None,
 ) -> LossPart:
-    """Cross-entropy of the hidden genes, summed over them.
+    """Cross-entropy of the hidden genes of some groups of cells, summed over them.
 
-    `candidates` are the tokens among which they are to be found, ascending; None for the whole
-    vocabulary.
+    They are to be found among the whole vocabulary, or those that occur in the ``"batch"``, whose
+    parts in all processes `gather` collects (None for one process).
     """
-    hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
-    scores = head(hidden, encoder.words(candidates), candidates)
-    answers = genes.labels
-    if candidates is not None:
-        answers = torch.searchsorted(candidates, answers)
-    total = F.cross_entropy(scores.float(), answers, reduction="sum")
-    return LossPart(total, len(genes.labels))
+    among = None
+    if candidates == "batch":
+        # All groups at once: processes may have different numbers of them, and gather together.
+        none = torch.empty(0, dtype=torch.int64, device=head.bias.device)
+        measured = torch.cat([none, *(genes.measured for genes in groups)])
+        among = torch.unique(measured if gather is None else gather(measured[:, None])[0])
+    total, count = head.bias.new_zeros(()), 0
+    for genes in groups:
+        hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
+        scores = head(hidden, encoder.words(among), among)
+        answers = genes.labels if among is None else torch.searchsorted(among, genes.labels)
+        total = total + F.cross_entropy(scores.float(), answers, reduction="sum")
+        count += len(answers)
+    return LossPart(total, count)
 
 
 def masked_cell_loss(
@@ -192,11 +200,9 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            kind = self.config.masked_genes.candidates
-            among = candidate_genes(kind, inputs.genes.measured, gather)
-            parts["masked_genes"] = masked_gene_loss(
-                self.encoder, self.gene_head, inputs.genes, candidates=among
-            )
+            how: Any = {"candidates": self.config.masked_genes.candidates, "gather": gather}
+            genes = self.encoder, self.gene_head, [inputs.genes]
+            parts["masked_genes"] = masked_gene_loss(*genes, **how)
         if "contrastive" in self.weights:
             d_learned = self.encoder.config.d_learned
             first, second = (self.encoder(view)[:, -d_learned:] for view in inputs.views)
@@ -307,15 +313,9 @@ class JointObjective(nn.Module):
         parts = self.spatial.losses(inputs, with_fresh(self.encoder, inputs))
         if "masked_genes" in self.weights:
             assert self.gene_head is not None
-            # All groups at once: processes may have different numbers of them, and gather together.
-            none = inputs.hidden_places.new_empty(0)
-            measured = torch.cat([none, *(group.measured for group in inputs.genes)])
-            among = candidate_genes(self.config.masked_genes.candidates, measured, gather)
-            total, count = inputs.target_features.new_zeros(()), 0.0
-            for group in inputs.genes:
-                part = masked_gene_loss(self.encoder, self.gene_head, group, candidates=among)
-                total, count = total + part.total, count + part.count
-            parts["masked_genes"] = LossPart(total, count)
+            how: Any = {"candidates": self.config.masked_genes.candidates, "gather": gather}
+            genes = self.encoder, self.gene_head, inputs.genes
+            parts["masked_genes"] = masked_gene_loss(*genes, **how)
         return parts
 
 
@@ -349,21 +349,6 @@ def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> None:
 def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
     names = ("n_tokens", "d_hidden", "activation", "layer_norm_eps")
     return MaskedGeneHead(**{name: getattr(encoder.config, name) for name in names})
-
-
-def candidate_genes(
-    candidates: Candidates, measured: Int[Tensor, " genes"], gather: Gather | None
-) -> Int[Tensor, " candidates"] | None:
-    """Tokens among which hidden genes are to be found, ascending; None for the whole vocabulary.
-
-    `measured` are those that occur in what this process holds of the batch.
-    """
-    if candidates == "vocabulary":
-        return None
-    if gather is not None:
-        measured = gather(measured[:, None])[0]
-    distinct: Tensor = torch.unique(measured)
-    return distinct
 
 
 def with_fresh(
