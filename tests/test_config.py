@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pytest
 
-from stofm._config import build_dataclass, check_seed, read_json
+from stofm._config import SHARE, Checked, build_dataclass, check_seed, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,3 +129,22 @@ def test_a_seed_is_one_for_every_generator(seed: object) -> None:
     check_seed(np.int64(3))
     with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
         check_seed(seed)
+
+
+@dataclass(frozen=True)
+class Rules(Checked):
+    name: Literal["a", "b"] = "a"
+    share: float | None = field(default=None, metadata=SHARE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "c"}, r"name must be one of \['a', 'b'\], found 'c'"),
+        ({"share": 1.5}, r"share must lie between 0 and 1, found 1\.5"),
+    ],
+)
+def test_rules_of_fields_hold(values: dict[str, Any], message: str) -> None:
+    assert Rules(share=0.5).share == 0.5
+    with pytest.raises(ValueError, match=message):
+        Rules(**values)

@@ -670,7 +670,7 @@ def head():
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     encoder = model.cell_encoder
-    part = masked_gene_loss(encoder, head, [genes], candidates=candidates)
+    part = masked_gene_loss(encoder, head, [genes], how=MaskedGeneConfig(candidates=candidates))
     with torch.no_grad():
         hidden = encoder.hidden_states(genes.tokens)
         words = encoder.bert.embeddings.word_embeddings.weight
@@ -693,7 +693,8 @@ def test_candidates_are_the_genes_of_all_processes(model, genes, head, monkeypat
     own, other = genes.measured, torch.tensor([9, 41, 66])
     gather = OfAll([own[:, None], other[:, None]], 0)
     for candidates in ("batch", "vocabulary"):
-        masked_gene_loss(model.cell_encoder, head, [genes], candidates=candidates, gather=gather)
+        how = MaskedGeneConfig(candidates=candidates)
+        masked_gene_loss(model.cell_encoder, head, [genes], how=how, gather=gather)
     assert among[0].tolist() == sorted({*own.tolist(), 9, 41, 66})
     assert among[1] is None
 
@@ -701,7 +702,7 @@ def test_candidates_are_the_genes_of_all_processes(model, genes, head, monkeypat
 def test_nothing_to_recover_gives_zero_and_a_gradient(model, genes, head):
     nothing = replace(genes, places=genes.places[:0], labels=genes.labels[:0])
     parts = [
-        masked_gene_loss(model.cell_encoder, head, [nothing]),
+        masked_gene_loss(model.cell_encoder, head, [nothing], how=MaskedGeneConfig()),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16)),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16), kind="cosine"),
         pair_distance_loss(head.dense(torch.zeros(0, 16))[:, 0], torch.zeros(0)),

@@ -308,8 +308,10 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
     attention, output = layer.attention.self, layer.attention.output
     joined = (attention.query, attention.key, attention.value)
     weight, bias = (torch.cat([getattr(one, n) for one in joined]) for n in ("weight", "bias"))
-    others = (output.dense, output.LayerNorm, layer.intermediate.dense)
-    others += (layer.output.dense, layer.output.LayerNorm)
+    others = (
+        *(output.dense, output.LayerNorm, layer.intermediate.dense),
+        *(layer.output.dense, layer.output.LayerNorm),
+    )
     return _LayerWeights((weight.to(dtype), bias.to(dtype)), *(_pair(one, dtype) for one in others))
 
 

@@ -268,11 +268,10 @@ def draw_maps(
     """
     n, several = len(panels), len(panels) > 1
     n_maps = n * len(colors)
-    parts = [f"{n} slices"] * several + [f"{len(colors)} {what}"] * bool(what)
+    what = " x ".join([f"{n} slices"] * several + [f"{len(colors)} {what}"] * bool(what))
     # Where other panels stand beside the maps, these keep their size.
     inches = map_inches(panels, n if others else n_maps)
-    needed: dict[str, Any] = {"what": " x ".join(parts), "ncols": look.ncols}
-    axes, is_new = make_axes(look.ax, n_maps + len(others), inches, **needed)
+    axes, is_new = make_axes(look.ax, n_maps + len(others), inches, what=what, ncols=look.ncols)
     for k, color in enumerate(colors):
         own, names = axes[k * n : (k + 1) * n], [panel.name for panel in panels]
         if titles is not None or not several:

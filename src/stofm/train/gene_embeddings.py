@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -123,8 +123,9 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     medians = encoder.medians.numpy()
     halves, offsets = [], []
     for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        options: dict[str, Any] = {"scaling": scaling, "scale": scale, "seed": seed}
-        factors = coexpression_factors(slices, n_tokens, width // 2, **options)
+        factors = coexpression_factors(
+            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
+        )
         of_slices = (_values(one, scale) @ factors for one in slices)
         moments = [
             [sums.mean(axis=0, dtype=np.float64), sums.var(axis=0, dtype=np.float64)]

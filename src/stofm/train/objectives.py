@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from stofm.nn import CellEncoder, SE2Output, SE2Transformer, Stofm, TokenBatch
     from stofm.nn.config import Activation
-    from stofm.train.config import Candidates, CellLoss, StageConfig
+    from stofm.train.config import CellLoss, MaskedGeneConfig, StageConfig
     from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch
 
 #: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
@@ -128,16 +128,16 @@ def masked_gene_loss(
     head: MaskedGeneHead,
     groups: Sequence[MaskedGenes],
     *,
-    candidates: Candidates = "vocabulary",
+    how: MaskedGeneConfig,
     gather: Gather | None = None,
 ) -> LossPart:
     """Cross-entropy of the hidden genes of some groups of cells, summed over them.
 
-    They are to be found among the whole vocabulary, or those that occur in the ``"batch"``, whose
-    parts in all processes `gather` collects (None for one process).
+    They are to be found among the whole vocabulary, or those that occur in the batch, whose parts in
+    all processes `gather` collects (None for one process).
     """
     among = None
-    if candidates == "batch":
+    if how.candidates == "batch":
         # All groups at once: processes may have different numbers of them, and gather together.
         none = torch.empty(0, dtype=torch.int64, device=head.bias.device)
         measured = torch.cat([none, *(genes.measured for genes in groups)])
@@ -200,9 +200,10 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            how: Any = {"candidates": self.config.masked_genes.candidates, "gather": gather}
-            genes = self.encoder, self.gene_head, [inputs.genes]
-            parts["masked_genes"] = masked_gene_loss(*genes, **how)
+            genes, how = [inputs.genes], self.config.masked_genes
+            parts["masked_genes"] = masked_gene_loss(
+                self.encoder, self.gene_head, genes, how=how, gather=gather
+            )
         if "contrastive" in self.weights:
             d_learned = self.encoder.config.d_learned
             first, second = (self.encoder(view)[:, -d_learned:] for view in inputs.views)
@@ -313,9 +314,10 @@ class JointObjective(nn.Module):
         parts = self.spatial.losses(inputs, with_fresh(self.encoder, inputs))
         if "masked_genes" in self.weights:
             assert self.gene_head is not None
-            how: Any = {"candidates": self.config.masked_genes.candidates, "gather": gather}
-            genes = self.encoder, self.gene_head, inputs.genes
-            parts["masked_genes"] = masked_gene_loss(*genes, **how)
+            genes, how = inputs.genes, self.config.masked_genes
+            parts["masked_genes"] = masked_gene_loss(
+                self.encoder, self.gene_head, genes, how=how, gather=gather
+            )
         return parts
 
 

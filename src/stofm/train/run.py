@@ -194,8 +194,9 @@ class Pretraining(Setup):
         """Train one stage, from where it stands to its end."""
         config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self, config, progress.stage)
-        with_state: dict[str, Any] = {"processes": self.processes, "progress": progress}
-        loop = TrainingLoop(stage, config, run=self.run, **with_state)
+        loop = TrainingLoop(
+            stage, config, run=self.run, processes=self.processes, progress=progress
+        )
         if progress.scaler:
             self.processes.fabric.strategy.precision.load_state_dict(progress.scaler)
         if progress.step:
