@@ -51,25 +51,24 @@ class CellEncoderConfig(Checked):
     n_layers, d_hidden, n_heads, d_inner
         Depth, width, attention heads and feed-forward width of BERT.
     d_gene
-        Width of the gene embeddings; None, the paper's setting: that of BERT. Where it differs,
-        BERT reads a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1), and pooled
-        sums all of them: a narrow BERT is fast, and wide gene embeddings tell more genes apart.
+        Width of the gene embeddings; None, as in the paper: that of BERT. If it differs, BERT reads
+        a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1). A narrow BERT is fast,
+        and wide gene embeddings tell more genes apart.
     max_positions
-        Longest input, ``<cls>`` counted.
+        Longest input, including ``<cls>``.
     activation
-        Of the feed-forward part.
+        Activation of the feed-forward part.
     dropout
-        In training only.
+        Dropout rate in training.
     values
-        What enters beside a gene's rank: ``"none"`` is the paper's setting. ``"log"`` adds an
-        embedding of log(1 + value) to each token, where a value is count / total count of the
-        cell x 10,000 / median of the gene: rank alone does not say how much of a gene there is.
+        What is read beside a gene's rank: ``"none"``, as in the paper, or ``"log"``, which adds an
+        embedding of log(1 + value) to each token. A value is count / total count of the cell x
+        10,000 / median of the gene; the rank alone does not say how much of a gene there is.
     pooled
-        Put sums over **all** genes of a cell in front of what BERT tells: weight x embedding of
-        the gene, with log(1 + value x median) as weight for the first half of the gene embeddings'
-        numbers, and log(1 + value) for the second. Gene embeddings are then not trained, and
-        nothing is scaled to unit length but BERT's part: a linear view of a cell's counts that no
-        training can lose. Off in the paper.
+        Put sums over **all** genes of a cell in front of BERT's output: gene embeddings weighted by
+        log(1 + value x median) in their first half and by log(1 + value) in the second. Gene
+        embeddings are then not trained, and only BERT's part is scaled to unit length. This keeps a
+        linear view of the counts, whatever is trained. Off in the paper.
     """
 
     n_tokens: int = field(metadata=_SIZE)
@@ -93,7 +92,7 @@ class CellEncoderConfig(Checked):
 
     @property
     def d_learned(self) -> int:
-        """Width of what BERT tells, at the end of the cell embedding."""
+        """Width of BERT's part, at the end of the cell embedding."""
         return self.d_cell - self.gene_width if self.pooled else self.d_cell
 
     @property
@@ -103,7 +102,7 @@ class CellEncoderConfig(Checked):
 
     @property
     def reads_values(self) -> bool:
-        """Whether tokens must come with their values."""
+        """Whether tokens need values."""
         return self.values != "none" or self.pooled
 
     def __post_init__(self) -> None:
@@ -130,26 +129,25 @@ class SE2TransformerConfig(Checked):
     n_kernels
         Gaussians of the distance encoder.
     norm_first
-        Layer norm before each block in place of after it; without a norm at the end.
+        Put the layer norm before each block instead of after it; there is then none at the end.
     pair_bias
-        Distances, and logits carried from layer to layer, enter attention.
+        Add distances, and the logits of earlier layers, to the attention logits.
     distance_start
-        First weights of the distance encoder in a new model. ``"random"`` is the paper's setting:
-        what is near must be learnt. With ``"near"`` three of four heads attend to near cells from
-        the start, each with another reach; masked cells are then learnt in about half the steps.
+        Initial weights of the distance encoder. ``"random"``, as in the paper: which cells are near
+        must be learnt. ``"near"``: three of four heads attend to near cells from the start, each
+        with its own reach; masked cells are then learnt in about half the steps.
     n_passed
-        First features of a cell that its embedding passes on: as they are, and as their mean over
-        the cells around it, in front of what the transformer tells. No training can lose these. 0
-        in the paper.
+        Number of leading cell features that are copied into the embedding, as they are and averaged
+        over the cells around, in front of the transformer's output. 0 in the paper.
     reach
-        Deviation of the Gaussian of distance that weighs the cells around in that mean, in the
-        unit of the sub-slice's distances.
+        Standard deviation of the Gaussian weights of that average, in the unit of the sub-slice's
+        distances.
     dropout
-        In training only.
+        Dropout rate in training.
     feature_scale
-        Cell embeddings are multiplied by this on entry. Those of unit length have entries of about
-        1 / sqrt(d_cell), and the square root of d_cell gives them the size of the node types'
-        embeddings beside them; those of a model that pools have it. 1 in the paper.
+        Factor of the cell embeddings on entry. Entries of unit-length embeddings are about
+        1 / sqrt(d_cell); a factor of sqrt(d_cell) makes them as large as the node type embeddings.
+        Models that pool need none. 1 in the paper.
     """
 
     d_cell: int = field(default=256, metadata=_SIZE)
@@ -169,7 +167,7 @@ class SE2TransformerConfig(Checked):
 
     @property
     def d_embedding(self) -> int:
-        """Width of the embedding: what is passed on, and what the transformer tells."""
+        """Width of the embedding: features passed on, and the transformer's output."""
         return 2 * self.n_passed + self.d_model
 
     def __post_init__(self) -> None:
@@ -189,18 +187,18 @@ class StofmConfig(Checked):
     Attributes
     ----------
     name
-        Name of the model, as it stands in records.
+        Name of the model in records.
     cell_encoder, se2_transformer, subslice
-        The parts.
+        Configs of its parts.
     max_tokens
-        Genes kept of a cell. ``<cls>`` is put in front afterwards and the whole is cut to
-        ``cell_encoder.max_positions``; a pooled sum (``cell_encoder.pooled``) takes them all.
+        Genes kept per cell. BERT reads the first ``cell_encoder.max_positions``, including
+        ``<cls>``; pooled sums (``cell_encoder.pooled``) use all of them.
     trained
-        Whether the weights come from training. Untrained weights are announced wherever used.
+        Whether the weights come from training. Untrained weights are warned of wherever used.
     provenance
-        Where the weights come from, in words: data, recipe, licence.
+        Where the weights come from: data, recipe, licence.
     stofm_version
-        Version of stofm that made the checkpoint.
+        Version of stofm that wrote the checkpoint.
     """
 
     name: str
@@ -226,10 +224,9 @@ class StofmConfig(Checked):
         return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
 
     def rules(self) -> dict[str, Any]:
-        """Return what the embeddings depend on, as far as it differs from the defaults.
+        """Return the entries that the embeddings depend on and that differ from the defaults.
 
-        So an option that a later version adds changes no model's fingerprint while it is at its
-        default.
+        An option added by a later version then changes no model's fingerprint by its default.
         """
         transformer = _not_default(self.se2_transformer)
         transformer.pop("distance_start", None)  # decides first weights only
@@ -247,9 +244,9 @@ class StofmConfig(Checked):
         Parameters
         ----------
         entries
-            Values by name of field.
+            Values by field name.
         where
-            What they are called in messages, the file as a rule.
+            Their name in messages, usually the file.
 
         Raises
         ------
@@ -287,12 +284,12 @@ class StofmConfig(Checked):
     def mini(cls, n_tokens: int) -> StofmConfig:
         """A model for a laptop's CPU.
 
-        It departs from the paper where that costs little and helps a small model: a fixed linear
-        view of all counts in front of what a small BERT tells of ranks and values
-        (:class:`CellEncoderConfig`); a quarter of that view, and its mean around the cell, in front of
-        what the SE(2) Transformer tells, which has its layer norms before the blocks and attends to
-        near cells from the start; sub-slices of 500 cells, with distances in spacings of cells;
-        clusters on ten principal components beside place.
+        It departs from the paper where that helps a small model: a fixed linear view of all counts
+        stands in front of a small BERT's output (:class:`CellEncoderConfig`); part of that view, and
+        its mean around the cell, stands in front of the SE(2) Transformer's output; the transformer
+        has its layer norms before the blocks and attends to near cells from the start; sub-slices
+        have 500 cells and distances in cell spacings; virtual cells are clusters of place and ten
+        principal components.
 
         Parameters
         ----------

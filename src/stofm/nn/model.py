@@ -29,7 +29,7 @@ class UntrainedModelWarning(UserWarning):
 
 
 class Stofm(nn.Module):
-    """A foundation model of tissue slices with all that its numbers depend on.
+    """A foundation model of tissue slices: cell encoder, SE(2) Transformer, vocabulary and rules.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Stofm(nn.Module):
         return hashlib.sha256((described + weights).encode()).hexdigest()[:16]
 
     def warn_if_untrained(self) -> None:
-        """Say loudly that the weights are random, if they are."""
+        """Warn if the weights are random."""
         if not self.config.trained:
             text = (
                 f"The weights of {self.name!r} are random, not trained: its embeddings are a random "
@@ -113,19 +113,19 @@ class Stofm(nn.Module):
         revision
             Branch, tag or commit on the hub.
         cache_dir
-            Where hub files are kept; the hub's own cache by default.
+            Folder for downloaded files; the hub's own cache by default.
         local_files_only
-            Use what is in the cache and don't ask the hub.
+            Use cached files only.
         token
             Access token for private repositories.
 
         Raises
         ------
         FileNotFoundError
-            The checkpoint, or a file of it, is not there.
+            The checkpoint or one of its files is missing.
         ValueError
-            The checkpoint is damaged, comes from a newer version of stofm, or its parts do not
-            belong together.
+            The checkpoint is damaged, comes from a newer version of stofm, or mixes parts of
+            different models.
         """
         hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
         folder = checkpoint.find_checkpoint(name, revision=revision, **hub)
@@ -161,12 +161,12 @@ class Stofm(nn.Module):
             and ``se2transformer.pth`` (or ``.safetensors`` of the same names). Pickle-based
             files are read with ``weights_only=True``.
         vocabulary
-            Genes of the cell encoder; ``GeneVocabulary.geneformer("30m")`` by default, which the
-            published weights were trained with.
+            Genes of the cell encoder; by default ``GeneVocabulary.geneformer("30m")``, with which the
+            published weights were trained.
         subslice
             Sub-slice rules; those of the published code by default.
         name
-            Name of the model, as it stands in records.
+            Name of the model in records.
 
         Raises
         ------
@@ -208,17 +208,16 @@ class Stofm(nn.Module):
         folder
             Gets ``config.json``, ``model.safetensors``, ``vocabulary.tsv`` and ``README.md``.
         dtype
-            Precision of the stored weights, for example ``torch.float16``; theirs by default.
+            Precision of the stored weights, such as ``torch.float16``; unchanged by default.
         overwrite
-            Replace a checkpoint that is already there.
+            Replace an existing checkpoint.
 
         Raises
         ------
         FileExistsError
-            `folder` is there and `overwrite` is false, or it holds something else, or other files
-            beside a checkpoint's.
+            `folder` exists and `overwrite` is False, or it holds anything but a checkpoint.
         OSError
-            The disk is full, or can't be written to.
+            The disk is full or can't be written to.
         """
         checkpoint.write_atomically(
             Path(folder), lambda where: self._write(where, dtype), overwrite=overwrite

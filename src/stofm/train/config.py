@@ -33,25 +33,25 @@ _FILLING = must(
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked):
-    """How weights are changed; the defaults are the paper's.
+    """AdamW and its schedule; the defaults are the paper's.
 
     Attributes
     ----------
     learning_rate
         Largest learning rate, reached at the end of the warm-up.
     weight_decay
-        Of AdamW; for matrices only, neither for biases and norms nor for embeddings.
+        Weight decay of matrices; biases, layer norms and embeddings are not decayed.
     beta1, beta2, epsilon
         Of AdamW.
     warmup_steps
         Optimiser steps over which the learning rate rises linearly from 0; at most half of the
-        stage. Then it falls linearly to 0 at the stage's last step.
+        stage. It then falls linearly to 0 at the stage's last step.
     batch_size
-        Samples of a batch (cells, or sub-slices) over all processes.
+        Samples per batch (cells or sub-slices), over all processes.
     accumulation
-        Batches of an optimiser step.
+        Batches per optimiser step.
     max_norm
-        Norm to which larger gradients are scaled down; None for no limit.
+        Gradients are clipped to this norm; None: no clipping.
 
     References
     ----------
@@ -71,16 +71,16 @@ class OptimizerConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasking(Checked):
-    """Which genes of a cell are to be recovered, and what the model sees in their place.
+    """Which genes of a cell the model must recover, and what it sees in their place.
 
     Attributes
     ----------
     share
-        Share of a cell's genes to recover; at least one gene where the cell has any.
+        Share of a cell's genes to recover; at least one gene if the cell has any.
     mask_share
-        Share of these that ``<mask>`` replaces.
+        Share of these replaced by ``<mask>``.
     random_share
-        Share of these that a random gene replaces. The rest stays visible.
+        Share of these replaced by a random gene. The rest stays visible.
 
     References
     ----------
@@ -104,29 +104,28 @@ class TokenMasking(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialMasking(Checked):
-    """What masked cell modelling and pairwise distance recovery change in a sub-slice.
+    """Which cells of a sub-slice are masked, moved and recovered.
 
-    Slice token and virtual cells never change.
+    The slice token and the virtual cells are never changed.
 
     Attributes
     ----------
     masked
-        Share of the cells whose features are hidden and to be recovered.
+        Share of cells whose features are hidden and must be recovered.
     kept
-        Share of the cells whose features stay visible and are to be recovered.
+        Share of cells whose features stay visible and must be recovered.
     moved
-        Share of the cells that are moved; their distances to other cells are to be recovered.
+        Share of cells that are moved; their original distances to other cells must be recovered.
     kept_pairs
-        Share of the cells that stay in place and whose distances are to be recovered.
+        Share of cells that stay in place and whose distances must be recovered.
     disjoint
-        No cell is in two of these groups. Otherwise the first two are drawn independently of the
+        Put no cell in two of these groups. If False, the first two are drawn independently of the
         last two.
     noise_spacings
         Standard deviation of a move along each axis, in mean spacings of the sub-slice's cells,
         ``sqrt(width x height / n)``.
     mask_value
-        What stands in place of hidden features: ``"learned"``, a vector that is trained along,
-        or a number in every place.
+        Replaces hidden features: ``"learned"``, a trained vector, or a constant.
 
     References
     ----------
@@ -165,9 +164,9 @@ class MaskedGeneConfig(Checked):
     Attributes
     ----------
     candidates
-        Genes among which the hidden one is to be found: ``"vocabulary"``, as in the paper, or
-        ``"batch"``, the genes that occur in the batch: what a panel does not measure can't be the
-        answer, and to learn that teaches panels, not cells. For panels this is also much faster.
+        Genes that a hidden gene is told apart from: ``"vocabulary"``, as in the paper, or
+        ``"batch"``, those that occur in the batch. Genes outside a panel are never the answer, so
+        telling them apart teaches the panel, not the cell; ``"batch"`` is also much faster.
     """
 
     candidates: Candidates = "vocabulary"
@@ -180,10 +179,10 @@ class ContrastiveConfig(Checked):
     Attributes
     ----------
     temperature
-        Cosines are divided by this.
+        Divides the cosines.
     gene_dropout
-        Share of a cell's genes that each of its two views leaves out, besides dropout in the
-        network: a panel that measures fewer genes should place the cell alike. 0 in the paper.
+        Share of genes left out of each of a cell's two views, besides dropout in the network, so
+        that a smaller panel gives a similar embedding. 0 in the paper.
 
     References
     ----------
@@ -196,26 +195,26 @@ class ContrastiveConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights(Checked):
-    """Weights of the losses in a stage's loss; a loss of weight 0 is not computed.
+    """Weights of a stage's losses; a loss of weight 0 is not computed.
 
     Attributes
     ----------
     masked_genes, contrastive
-        Of the cell encoder's losses; the paper adds them up.
+        Losses of the cell encoder; the paper adds them up.
     masked_cells
-        The paper's lambda, between 0 and 1: weight of the masked cells. The pairs' distances have
-        the weight 1 - lambda.
+        The paper's lambda, from 0 to 1: weight of masked cells. Pair distances have the weight
+        1 - lambda.
     visible_cells
-        Of telling, from a cell that is not hidden, its own embedding.
+        Predicts a visible cell's own embedding from its hidden state.
     surroundings
-        Of telling, from a cell that is not hidden, the mean embedding of the cells around it. Such
-        a mean varies less than an embedding does, and its squared errors are smaller.
+        Predicts the mean embedding of the cells around a visible cell. Means vary less than single
+        embeddings, so their squared errors are smaller.
 
     References
     ----------
     SToFM (arXiv 2507.11588), sections A.1 and 3.4. The published code states no lambda.
-    DISCREPANCY: the paper has no loss at cells that are not hidden, where embeddings are read
-    after training; the weights of these two are 0 by default.
+    DISCREPANCY: the paper has no loss at visible cells, where embeddings are read after training;
+    the last two weights are 0 by default.
     """
 
     masked_genes: float = field(default=1.0, metadata=NOT_NEGATIVE)
@@ -230,7 +229,7 @@ class LossWeights(Checked):
         return 1.0 - self.masked_cells
 
     def above_zero(self, *names: str) -> dict[str, float]:
-        """Weights of some losses, as far as they are computed."""
+        """Return the weights of these losses that are above 0."""
         return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
 
 
@@ -241,25 +240,25 @@ class RunConfig(Checked):
     Attributes
     ----------
     seed
-        Decides order, masks, noise, dropout and the heads' first weights.
+        Seed of order, masks, noise, dropout and the heads' initial weights.
     precision
-        ``"32"``, ``"bf16-mixed"`` or (CUDA) ``"16-mixed"``; weights are float32 always.
+        ``"32"``, ``"bf16-mixed"`` or (CUDA) ``"16-mixed"``; weights are always float32.
     keep
-        Weights that go on to the next stage and into the result: ``"best"`` on the held-out
-        slices (the last, if there are none) or ``"last"``.
+        Weights passed on to the next stage and the result: ``"best"`` on the held-out slices (the
+        last if there are none) or ``"last"``.
     validate_every
         Optimiser steps between validations; None: at the end of each epoch.
     patience
-        Validations without a lower loss after which a stage stops; None: never.
+        Stop a stage after so many validations without a lower loss; None: never.
     checkpoint_every
-        Optimiser steps between checkpoints, besides that at the end of a stage; None: every 10
+        Optimiser steps between checkpoints, besides the one at the end of a stage; None: every 10
         minutes.
     log_every
-        Optimiser steps that a row of the history is the mean of.
+        Optimiser steps averaged in a row of the history.
     n_threads
-        Threads that load ahead; 0 loads between the steps. Does not change the result.
+        Threads that load batches ahead; 0 loads between steps. Does not change the result.
     tensorboard
-        Write TensorBoard's files too.
+        Also write TensorBoard files.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -273,7 +272,7 @@ class RunConfig(Checked):
     tensorboard: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """Entries that the trained weights depend on."""
+        """Return the entries that the trained weights depend on."""
         names = ("seed", "precision", "keep", "validate_every", "patience")
         return {name: getattr(self, name) for name in names}
 
@@ -285,42 +284,40 @@ class StageConfig(Checked):
     Attributes
     ----------
     name
-        ``"cell_encoder"`` (samples are cells), ``"spatial"`` (sub-slices; the cell encoder is
-        frozen) or ``"joint"`` (sub-slices; all is trained).
+        ``"cell_encoder"`` (samples are cells), ``"spatial"`` (samples are sub-slices, the cell
+        encoder is frozen) or ``"joint"`` (samples are sub-slices, everything is trained).
     epochs
         Passes over the training slices.
     max_steps
-        Optimiser steps after which the stage ends, and to which its schedule is fitted; None for
-        all of the epochs.
+        Optimiser steps after which the stage ends, and which the schedule is fitted to; None: all
+        epochs.
     optimizer
-        Optimiser, batch and schedule.
+        Optimiser, batch size and schedule.
     weights
-        Of the losses.
+        Weights of the losses.
     masking, masked_genes, contrastive
-        Options of the cell encoder's losses; the joint stage has the first two, if
-        `trains_masked_genes`.
+        Options of the cell encoder's losses; the joint stage uses the first two if
+        `trains_masked_genes` is set.
     spatial_masking, cell_loss
         Options of the losses on sub-slices.
     distance_unit
-        Model units (a slice's diagonal is 100) in which predicted and true distances are
-        compared; 1 in the paper. With 10, a squared error of distances is of the size of one of
-        cell embeddings, and the weights between them mean what they say.
+        Unit, in model units (a slice's diagonal is 100), in which predicted and true distances are
+        compared; 1 in the paper. With 10, squared errors of distances and of cell embeddings are of
+        similar size, so that their weights are comparable.
     surrounding_cells
-        Nearest cells of the sub-slice whose mean embedding is to be told, where the weights ask
-        for surroundings.
+        Nearest cells averaged for the surroundings loss.
     subslice_cells
-        Cells of a training sub-slice; None for the model's rule.
+        Cells per training sub-slice; None: as the model's rules say.
     vary_subslices
-        Cut the slices anew in every epoch, at another angle; the paper does not.
+        Cut the slices at a new angle in every epoch; the paper does not.
     virtual_cells
-        Put virtual cells into the sub-slices.
+        Add virtual cells to the sub-slices.
     sampled_cells
-        Joint: cells of a sub-slice that go through the cell encoder again, with gradients.
+        Joint stage: cells per sub-slice that are encoded again, with gradients.
     refresh_every
-        Joint: optimiser steps after which all other cells' embeddings are computed anew; None for
-        never.
+        Joint stage: optimiser steps between updates of all other cells' embeddings; None: never.
     trains_masked_genes
-        Joint: train masked genes of the sampled cells along.
+        Joint stage: also train masked genes of the sampled cells.
     """
 
     name: StageName
@@ -344,6 +341,6 @@ class StageConfig(Checked):
 
     @property
     def n_surrounding(self) -> int:
-        """Cells around each that is not hidden, to be told from it; 0 if nothing is asked of it."""
+        """Cells averaged around each visible cell; 0 without a loss at visible cells."""
         is_asked = self.weights.visible_cells > 0 or self.weights.surroundings > 0
         return self.surrounding_cells if is_asked else 0

@@ -1,4 +1,4 @@
-"""A whole run, data and model included: as a recipe in TOML says, or as a user passes."""
+"""Recipes: a whole run with its data and model, written in TOML."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _PARTS = ("cell_encoder", "se2_transformer", "subslice")
 def paper_schedule(
     *, epochs: tuple[int, int, int] = (1, 2, 1), optimizer: OptimizerConfig | None = None
 ) -> tuple[StageConfig, ...]:
-    """The stages of the paper: cell encoder, SE(2) Transformer, both.
+    """Return the paper's stages: cell encoder, SE(2) Transformer, both.
 
     Parameters
     ----------
     epochs
-        Of each stage.
+        Epochs of each stage.
     optimizer
-        Of all stages; table A.8's by default.
+        Optimiser of all stages; that of table A.8 by default.
 
     References
     ----------
@@ -53,21 +53,21 @@ class FileConfig(Checked):
     Attributes
     ----------
     files
-        Pattern of names, relative to the data folder; later tables count over earlier ones.
+        Pattern of file names, relative to the data folder; later tables take precedence.
     layer
-        Layer with raw counts; None for ``X``.
+        Layer with raw counts; None: ``X``.
     spatial_key
         Entry of ``obsm`` with the coordinates.
     library_key
-        Column of ``obs`` that names the slices of a file; None for one slice.
+        Column of ``obs`` that names the slices of a file; None: one slice.
     exclude
-        Names of slices in that column that are not trained on.
+        Slices in that column to leave out.
     species, gene_key, orthologs
         As in :func:`stofm.pp.map_genes`.
     technology
         Name of the technology.
     table_key
-        Table of a SpatialData; None for the only one.
+        Table of a SpatialData; None: the only one.
     """
 
     files: str = "*"
@@ -84,13 +84,13 @@ class FileConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which files of a folder are trained on.
+    """Which files of a folder to train and validate on.
 
     Attributes
     ----------
     train, validation, exclude
-        Patterns of ``.h5ad`` files and ``.zarr`` stores, relative to the data folder. A file that
-        `validation` or `exclude` names is not trained on, one of `exclude` not validated on.
+        Patterns of ``.h5ad`` files and ``.zarr`` stores, relative to the data folder. Files matched
+        by `validation` or `exclude` are not trained on, those of `exclude` not validated on either.
     options
         How files are read.
     """
@@ -103,13 +103,12 @@ class DataConfig:
     def find(self, folder: str | PathLike[str]) -> tuple[list[Path], list[Path]]:
         """Find the files to train on and those to validate on, in alphabetical order.
 
-        Patterns of `exclude` that name nothing get a warning: a folder need not have
-        every file that a recipe leaves out, but the pattern may also be misspelt.
+        A pattern of `exclude` that matches nothing gets a warning, as it may be misspelt.
 
         Raises
         ------
         FileNotFoundError
-            The folder is not there, or a pattern of `train` or `validation` names nothing in it.
+            The folder does not exist, or a pattern of `train` or `validation` matches no file.
         """
         root = local(folder)
         if not root.is_dir():
@@ -139,7 +138,7 @@ class DataConfig:
         return sorted(train), sorted(held_out)
 
     def options_of(self, file: Path, folder: str | PathLike[str]) -> FileConfig:
-        """How a file is read: the last table whose pattern names it."""
+        """Return how a file is read: the last table whose pattern matches it."""
         relative = file.relative_to(local(folder))
         fitting = [one for one in self.options if relative.match(one.files)]
         return fitting[-1] if fitting else FileConfig()
@@ -147,28 +146,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(Checked):
-    """Which model is trained.
+    """Which model to train.
 
     Attributes
     ----------
     checkpoint
-        A folder, an embedded model or a hub id to go on from; empty for a new model.
+        A folder, an embedded model or a hub id to continue from; empty: a new model.
     preset
         Sizes of a new model: ``"mini"`` or ``"base"``.
     name
-        Name of the trained model; empty for the preset's or the checkpoint's.
+        Name of the trained model; empty: that of the preset or checkpoint.
     vocabulary
-        Of a new model: ``"embedded"``, ``"fit"`` on the training slices, or a table's path.
+        Vocabulary of a new model: ``"embedded"``, ``"fit"`` on the training slices, or the path of
+        a table.
     gene_embeddings
-        First gene embeddings: those of the model (``"random"`` in a new one), ``"coexpression"``,
-        factors of the co-expression of genes over the training slices, or the path of a table, as
-        in :func:`stofm.tl.train`; in a file it is relative to the recipe.
+        Initial gene embeddings: ``"random"``, those of the model; ``"coexpression"``, factors of the
+        co-expression of genes over the training slices; or the path of a table, as in
+        :func:`stofm.tl.train`, relative to the recipe.
     provenance
-        What the model card says of data, recipe and licence.
+        What the model card says about data, recipe and licence.
     cell_encoder, se2_transformer, subslice
-        Entries of the preset's parts to replace.
+        Entries that replace the preset's.
     max_tokens
-        Genes kept of a cell; None for the preset's.
+        Genes kept per cell; None: as in the preset.
     """
 
     checkpoint: str = ""
@@ -193,7 +193,7 @@ class ModelSource(Checked):
             )
 
     def config(self, n_tokens: int) -> StofmConfig:
-        """Sizes of a new model: the preset's, with the changes to it."""
+        """Return the sizes of a new model: the preset with its changes."""
         preset = (StofmConfig.mini if self.preset == "mini" else StofmConfig.base)(n_tokens)
         parts: dict[str, Any] = {}
         for name in _PARTS:
@@ -224,13 +224,13 @@ class Recipe:
     Attributes
     ----------
     run
-        How all stages are trained.
+        Options of all stages.
     data
-        Which files.
+        Files to read.
     model
-        Which model.
+        Model to train.
     stages
-        One after the other.
+        Stages, one after the other.
     """
 
     run: RunConfig

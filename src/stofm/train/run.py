@@ -37,22 +37,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training gives.
+    """The result of training.
 
     Attributes
     ----------
     model
         The trained model, on the CPU.
     history
-        Loss parts over the steps: columns ``stage``, ``split`` (``"train"``, the mean since the
-        row before, or ``"validation"``), ``epoch``, ``step``, ``loss``, one for each loss part,
+        Losses over the steps: columns ``stage``, ``split`` (``"train"``, the mean since the
+        previous row, or ``"validation"``), ``epoch``, ``step``, ``loss``, one for each loss part,
         ``learning_rate``, ``gradient_norm``, ``cells`` and ``tokens`` seen, ``seconds``.
     best, last
-        Checkpoints of the last stage: the one with the lowest loss on the held-out slices (the
-        last, if there are none), and the last.
+        Checkpoints of the last stage: the one with the lowest loss on held-out slices (the last if
+        there are none), and the last.
     run
-        What ``run.json`` says: settings, and of each stage weights, cells, tokens, seconds, share
-        of time spent waiting for data, memory.
+        Content of ``run.json``: settings, and for each stage weights, cells, tokens, seconds, share
+        of time spent waiting for data, and memory.
     """
 
     model: Stofm
