@@ -47,6 +47,8 @@ _PROBA: Final = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
 _MIN_INCHES, _MAX_INCHES, _CLASS_INCHES, _CURVE_INCHES = 2.2, 5.0, 0.28, 2.6
 #: Fields are numbered up to so many classes, from this share of a row on.
 _MAX_NUMBERED, _MIN_SHARE, _DARK = 30, 0.005, 0.55
+#: Bins of a reliability curve, of equally many cells.
+_BINS: Final = 10
 _GRID_COLOR, _CURVE_COLOR, _DIAGONAL_COLOR = "#e4e8ec", "#3b4754", "#9aa7b5"
 
 
@@ -56,8 +58,6 @@ def annotation(
     truth_key: str | None = None,
     key: str = Obs.ANNOTATION,
     panels: Sequence[PanelKind] | None = None,
-    counts: bool = False,
-    n_bins: int = 10,
     library_key: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
@@ -91,10 +91,6 @@ def annotation(
         What to draw: ``"map"``, ``"truth"`` and ``"confidence"`` (maps, a panel per slice),
         ``"confusion"``, ``"reliability"``; maps come first. None: the map with the confusion matrix
         and reliability if there is truth, else with the confidence.
-    counts
-        Write numbers of cells into the confusion matrix instead of percent of the true class.
-    n_bins
-        Bins of the reliability curve, of equally many cells.
     ax
         Axes to draw into, panel by panel, one for each slice in maps, maps first. None: a new figure.
     library_key, spatial_key, size, ncols, invert_y, table_key, show, save
@@ -127,15 +123,13 @@ def annotation(
     if truth_key is not None:
         text = f"There is no obs[{truth_key!r}]: pass the column with the true classes."
         require_name(truth_key, adata.obs, text)
-    if n_bins < 1:
-        raise ValueError(f"n_bins must be at least 1, found {n_bins}.")
     kinds = _choose_panels(adata, key, truth_key, panels)
     slices = read_panels(adata, spatial_key, library_key)
     colors = _resolve_colors(adata, key, truth_key)
     cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
     drawn: dict[str, Callable[[Axes], tuple[float, float]]] = {
-        "confusion": lambda ax: _draw_confusion(ax, cells, known, as_counts=counts),
-        "reliability": lambda ax: _draw_reliability(ax, _curve(adata, key, cells, n_bins)),
+        "confusion": lambda ax: _draw_confusion(ax, cells, known),
+        "reliability": lambda ax: _draw_reliability(ax, _curve(adata, key, cells)),
     }
     maps = [colors[kind] for kind in kinds if kind in _MAPS]
     others = [drawn[kind] for kind in kinds if kind not in _MAPS]
@@ -206,7 +200,7 @@ def _read_cells(adata: AnnData, key: str, truth_key: str) -> tuple[pd.DataFrame,
     return cells, known
 
 
-def _curve(adata: AnnData, key: str, cells: pd.DataFrame, n_bins: int) -> Reliability:
+def _curve(adata: AnnData, key: str, cells: pd.DataFrame) -> Reliability:
     """Accuracy of the likeliest class, also where it was then rejected as unknown."""
     cells = cells[cells["is_known"]]
     found: NDArray[np.object_] = cells["found"].to_numpy()
@@ -214,12 +208,10 @@ def _curve(adata: AnnData, key: str, cells: pd.DataFrame, n_bins: int) -> Reliab
         names = np.array(frame_names(adata, key + _PROBA), dtype=object)
         found = names[np.asarray(adata.obsm[key + _PROBA])[cells.index].argmax(axis=1)]
     confidence = adata.obs[key + _CONFIDENCE].to_numpy(dtype=np.float64)[cells.index]
-    return Reliability.of(confidence, found == cells["true"].to_numpy(), n_bins)
+    return Reliability.of(confidence, found == cells["true"].to_numpy(), _BINS)
 
 
-def _draw_confusion(
-    ax: Axes, cells: pd.DataFrame, known: list[str], *, as_counts: bool
-) -> tuple[float, float]:
+def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str]) -> tuple[float, float]:
     """Draw the matrix, each row shaded by its shares; return its size in inches."""
     scored = cells[cells["is_known"]]
     # Known classes first, in one order on both sides, so that what is right is the diagonal.
@@ -247,7 +239,7 @@ def _draw_confusion(
     if max(counts.shape) <= _MAX_NUMBERED:
         for row, column in np.argwhere(shares >= _MIN_SHARE):
             share = shares[row, column]
-            text = f"{counts[row, column] if as_counts else np.rint(100 * share):.0f}"
+            text = f"{np.rint(100 * share):.0f}"
             font: dict[str, Any] = {"size": size - 1.0, "ha": "center", "va": "center"}
             shade = "white" if share > _DARK else "black"
             ax.text(column + 0.5, row + 0.5, text, color=shade, **font)

@@ -42,8 +42,6 @@ def subslices(
     adata: AnnData,
     *,
     library_key: str | None = None,
-    outlines: bool = True,
-    labels: bool | None = None,
     size: float | None = None,
     ncols: int = 4,
     invert_y: bool = True,
@@ -55,16 +53,13 @@ def subslices(
     """Draw the cells in colours that tell neighbouring sub-slices apart, one panel per slice.
 
     A few colours are used again and again; cells of one colour that do not touch belong to
-    different sub-slices.
+    different sub-slices. Lines are convex hulls; up to 40 sub-slices of a slice have their number of
+    cells written on them.
 
     Parameters
     ----------
     adata
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
-    outlines
-        Draw the convex hull of each sub-slice.
-    labels
-        Write the number of cells onto each sub-slice. None: where a slice has at most 40.
     ax
         Axes to draw into, one per slice. None: a new figure.
     library_key, size, ncols, invert_y, table_key, show, save
@@ -96,9 +91,8 @@ def subslices(
     def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
         draw_cells(ax, panel, color, size)
         parts = [part.to_numpy() for _, part in _by_code(codes, panel)]
-        if outlines:
-            _draw_outlines(ax, parts)
-        if labels or (labels is None and len(parts) <= _MAX_LABELLED):
+        _draw_outlines(ax, parts)
+        if len(parts) <= _MAX_LABELLED:
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
             for places in parts:
                 x, y = (places.min(axis=0) + places.max(axis=0)) / 2
@@ -179,7 +173,6 @@ def virtual_cells(
     adata: AnnData,
     *,
     library_key: str | None = None,
-    labels: bool | None = None,
     size: float | None = None,
     ncols: int = 4,
     invert_y: bool = True,
@@ -191,15 +184,13 @@ def virtual_cells(
     """Draw each slice's cells in pale colours and its virtual cells on top, one panel per slice.
 
     A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean place of
-    its cells, and its area stands for their number. Colours are kept in
+    its cells, and its area stands for their number. Up to 30 of a slice are numbered. Colours are kept in
     ``uns["stofm_virtual_cell_colors"]``.
 
     Parameters
     ----------
     adata
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
-    labels
-        Write the number of each virtual cell. None: where a slice has at most 30.
     ax
         Axes to draw into, one per slice. None: a new figure.
     library_key, size, ncols, invert_y, table_key, show, save
@@ -245,7 +236,7 @@ def virtual_cells(
         shades = [color.colors[code] for code in group.index]
         line: dict[str, Any] = {"edgecolors": _EDGE_COLOR, "linewidths": 0.7, "zorder": 3}
         ax.scatter(group["x"], group["y"], s=areas, c=shades, **line)
-        if labels or (labels is None and len(group) <= _MAX_NUMBERED):
+        if len(group) <= _MAX_NUMBERED:
             halo = [effects.withStroke(linewidth=1.8, foreground="white")]
             for code, x, y, _ in groups[panel.name].itertuples():
                 _write(ax, x, y, color.names[code], FONT_SIZE - 1.5, path_effects=halo)
