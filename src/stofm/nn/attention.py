@@ -59,7 +59,7 @@ def biased_attention(
 def _weights_by_head(
     queries: Tensor, keys: Tensor, bias: Tensor, n_real: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, int, slice], Tensor]]:
-    """Place of each head's real nodes, and its weights.
+    """Index of each head's real nodes, and its attention weights.
 
     A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and there is
     no padding to compute.

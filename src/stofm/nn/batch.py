@@ -25,7 +25,7 @@ class Tensors:
     """A dataclass of tensors, of others of its kind, and of tuples of these."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy on `device`, on which what stands here twice is one."""
+        """Return a copy on `device`; an object that occurs twice is copied once."""
         moved: dict[int, Any] = {}
 
         def move(value: Any) -> Any:
@@ -41,7 +41,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class PairIndex(Tensors):
-    """Where the listed pairs of a batch stand in its dense (nodes, nodes) matrices.
+    """Positions of a batch's listed pairs in its dense (nodes, nodes) matrices.
 
     `distances` are in model units; `forward` and `mirrored` are flat positions of (i, j) and (j, i) in
     the sub-slice's own matrix. Of each sub-slice, `ranges` are its first pair and the one after its
@@ -84,7 +84,7 @@ class SubSliceBatch(Tensors):
 
     @property
     def is_real(self) -> Bool[Tensor, "batch nodes"]:
-        """Which nodes are no padding."""
+        """Which nodes are not padding."""
         return self.node_type != NodeType.PADDING
 
     @classmethod

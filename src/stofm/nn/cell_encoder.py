@@ -1,4 +1,4 @@
-"""Cell encoder: BERT over ranked gene tokens, run without work on what is not used."""
+"""Cell encoder: BERT over ranked gene tokens, without computing what is not used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _LayerWeights(NamedTuple):
 
 
 class EncoderWeights(NamedTuple):
-    """A cell encoder's weights laid out for running it, in one precision.
+    """A cell encoder's weights arranged for running it, in one precision.
 
     Made once for a run by :meth:`CellEncoder.lay_out`; gradients flow through it.
     """
@@ -184,7 +184,7 @@ class CellEncoder(nn.Module):
 
     @property
     def _gene_projection(self) -> Tensor | None:
-        """Map from gene embeddings to what BERT reads, if that is something else."""
+        """Linear map from gene embeddings to BERT's input, if there is one."""
         if not self.config.projects_genes:
             return None
         weight: Tensor = self.gene_projection.weight
@@ -232,7 +232,7 @@ class CellEncoder(nn.Module):
         return _linear(bent.to(output[0].dtype), output)
 
     def _pooled(self, batch: TokenBatch, halves: tuple[Tensor, ...]) -> Tensor:
-        """Sums over a cell's genes, those that are hidden left out."""
+        """Sums over a cell's genes, without hidden ones."""
         if batch.bag is None:
             raise ValueError(NO_VALUES)
         bag = batch.bag

@@ -138,7 +138,7 @@ def write_tensors(
 
 
 def require_beside(path: Path, beside: Mapping[str, Any]) -> None:
-    """Refuse files that are not those that tensors were written with, if that was noted."""
+    """Refuse files that have changed since the tensors beside them were written."""
     with _opened(path) as file:
         _, *noted = _noted(file)
     found = [f"{name}={_digest_of(content)}" for name, content in beside.items()]

@@ -1,4 +1,4 @@
-"""Where and in which precision to compute, and the memory that it takes."""
+"""Device, precision, seeds, and an estimate of the memory that is needed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be taken on a device without swapping."""
+    """Bytes that are free on a device."""
     if device.type == "cuda":
         # What torch keeps for itself is free to it as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -91,7 +91,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _allowed_memory() -> int:
-    """Bytes that the process may still take by its own limit (``ulimit -v``)."""
+    """Bytes left to the process by its own limit (``ulimit -v``)."""
     try:
         import resource
     except ImportError:  # Windows
@@ -104,7 +104,7 @@ def _allowed_memory() -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
-    """Within it, torch draws from `seed` on the CPU and on `device`; then as it would have before.
+    """Seed torch on the CPU and on `device` within a block; its generators are restored afterwards.
 
     Generators of other devices are not touched, which ``torch.manual_seed`` would seed too.
     """
@@ -119,7 +119,7 @@ def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
 
 
 def reseed(seed: int, device: torch.device = _CPU) -> None:
-    """Seed what computing on `device` draws from; only within :func:`seeded`."""
+    """Seed the generators of the CPU and of `device`; only within :func:`seeded`."""
     for generator in _generators(device):
         generator.manual_seed(seed)
 
@@ -151,7 +151,7 @@ _COMPONENT_ROWS: Final = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is to be embedded, as far as memory depends on it.
+    """What is embedded, as far as memory depends on it.
 
     `n_cells` counts all slices, `genes_per_cell` is the mean number of tokens, and `n_copied` the
     bytes of the AnnData that is copied before results are written.
@@ -250,7 +250,7 @@ def host_memory(
 
 
 def describe_bytes(n_bytes: int) -> str:
-    """Write a number of bytes for people."""
+    """Write a number of bytes in readable units."""
     size = float(n_bytes)
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:

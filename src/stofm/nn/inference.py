@@ -32,7 +32,7 @@ _CUDA_NODE_MULTIPLE = 8
 
 
 def padded_length(n_tokens: NDArray[np.integer], most: int | None = None) -> NDArray[np.int64]:
-    """Length to which a cell's tokens are padded: a function of their own number only.
+    """Length to which a cell's tokens are padded, which depends on their number only.
 
     So a cell is computed in the same shape whatever stands beside it in a batch. At most 12 %
     of a list of 64 tokens or more is padding. Longer lists than `most` are cut to it.
@@ -198,7 +198,7 @@ def embed_slice(
 def _refuse_not_finite(
     result: NDArray[np.float32], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Stop rather than hand on NaN, which some devices give where the CPU does not."""
+    """Refuse NaN, which some devices compute where the CPU does not."""
     if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
         raise FloatingPointError(
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
@@ -209,7 +209,7 @@ def _refuse_not_finite(
 
 @contextmanager
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off, and leave the module in the mode that it was found in."""
+    """Switch to evaluation mode, and back afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -219,7 +219,7 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def placed(transformer: SE2Transformer, device: torch.device, dtype: torch.dtype) -> SE2Transformer:
-    """Put the transformer on a device; in another precision as a copy, so that no bit is lost.
+    """Move the transformer to a device; another precision takes a copy, so that no bit is lost.
 
     What is placed already is handed back: place once what embeds several slices.
     """

@@ -1,4 +1,4 @@
-"""Reading SToFM's published weights: their names, their layout, their rules."""
+"""Reading SToFM's published weights."""
 
 from __future__ import annotations
 

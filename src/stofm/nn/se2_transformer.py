@@ -43,7 +43,7 @@ class PairState:
 
 @dataclass(frozen=True)
 class SE2Output:
-    """What the SE(2) Transformer computes.
+    """Output of the SE(2) Transformer.
 
     Attributes
     ----------

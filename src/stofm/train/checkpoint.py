@@ -36,7 +36,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model, and what stands on it in training; that may hold parts of the model."""
+    """A model and the objectives that train it, which hold parts of the model."""
 
     model: Stofm
     heads: nn.ModuleList
@@ -92,7 +92,7 @@ class Trained:
         return list(dict.fromkeys(name for one in objectives for name in one.weights))
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Weights of the heads that are none of the model's, each once."""
+        """Weights of the objectives that are not the model's, each once."""
         seen = {id(value) for value in self.model.state_dict(keep_vars=True).values()}
         found = {}
         for name, value in self.heads.state_dict(keep_vars=True).items():
@@ -138,14 +138,14 @@ def write_checkpoint(
 
 
 def find_damage(folder: Path) -> str:
-    """Compare all files of a checkpoint with what was written; empty if they are the same."""
+    """Describe the first file of a checkpoint that has changed since it was written; empty if none."""
     if not (entries := read_state(folder)):
         return f"{folder / STATE} is damaged: it is not what was written."
     return find_change(folder, entries["files"])
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read how far the run had come at a sound checkpoint."""
+    """Read the progress at an undamaged checkpoint."""
     entries, known = read_state(folder)["progress"], {one.name for one in fields(Progress)}
     entries = {name: value for name, value in entries.items() if name in known}
     return build_dataclass(Progress, entries, str(folder / STATE))
@@ -154,7 +154,7 @@ def read_progress(folder: Path) -> Progress:
 def load_checkpoint(
     folder: Path, trained: Trained, optimizer: tuple[Optimizer, nn.Module] | None = None
 ) -> None:
-    """Put a sound checkpoint's weights into model, heads and optimiser."""
+    """Load an undamaged checkpoint into model, heads and optimiser."""
     weights = checkpoint.read_tensors(folder / checkpoint.WEIGHTS)
     checkpoint.load_exactly(trained.model, weights, str(folder))
     stored = checkpoint.read_tensors(folder / _HEADS)
@@ -178,7 +178,7 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
 def load_optimizer_tensors(
     optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what :func:`optimizer_tensors` gave."""
+    """Restore what :func:`optimizer_tensors` returned."""
     for name, weight in module.named_parameters():
         for key in _MOMENTS:
             if (value := tensors.get(f"{name}/{key}")) is not None:
@@ -188,7 +188,7 @@ def load_optimizer_tensors(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What is noted beside the weights; nothing if that is damaged."""
+    """Read the state beside the weights; empty if it is damaged."""
     try:
         entries: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         digest, found = entries.pop("digest"), entries["format_version"]

@@ -1,4 +1,4 @@
-"""The folder of a run: who trains into it, its history, and its checkpoints, from which it goes on."""
+"""The folder of a run: its lock, settings, history and checkpoints."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class RunFolder:
             )
 
     def _others(self) -> list[str]:
-        """What is in the folder beside what a run leaves that has no report yet."""
+        """Names in the folder that do not come from a run that has just begun."""
         return [
             path.name
             for path in (self.path.iterdir() if self.path.is_dir() else ())
@@ -112,12 +112,12 @@ class RunFolder:
         return sorted(name for name in names if not _WRITTEN.search(name))
 
     def remove(self, folder: Path) -> None:
-        """Delete a folder that the run has written, if it holds nothing else."""
+        """Delete a folder of the run unless it holds other files."""
         if not self._foreign(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
     def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Refuse to go on with a run that was begun with other settings (ValueError)."""
+        """Refuse to resume a run that was begun with other settings (ValueError)."""
         old, new = _flat(dict(begun)), _flat(json.loads(json.dumps(settings)))
         changed = [
             f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
@@ -132,7 +132,7 @@ class RunFolder:
             )
 
     def read_report(self) -> dict[str, Any]:
-        """What ``run.json`` says, or else the newest checkpoint; nothing if there is no run."""
+        """Read the report from ``run.json`` or the newest checkpoint; empty if there is no run."""
         found: list[Any] = []
         with contextlib.suppress(OSError, ValueError):
             found.append(json.loads(self.report.read_text(encoding="utf-8")))
@@ -141,20 +141,20 @@ class RunFolder:
         return next((one for one in found if isinstance(one, dict) and own <= set(one)), {})
 
     def clear(self) -> None:
-        """Delete a run, but not what was prepared for it in the work folder."""
+        """Delete a run, but not its work folder."""
         for folder in self._cleared:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.history, self.report):
             file.unlink(missing_ok=True)
 
     def begin_history(self, parts: Sequence[str], earlier: Path | None = None) -> None:
-        """Write the header of a history with these loss parts, or take that of a checkpoint."""
+        """Begin a history with these loss parts, or with that of a checkpoint."""
         header = ",".join([*HISTORY_COLUMNS, *parts]) + "\n"
         content = header if earlier is None else (earlier / HISTORY).read_text(encoding="utf-8")
         put_in_place(self.history, lambda part: part.write_text(content, encoding="utf-8"))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row of the history; numbers can be read again to the last bit."""
+        """Append a row to the history; numbers are written exactly."""
         with self.history.open("r+", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, next(csv.reader(file)), lineterminator="\n")
             file.seek(0, 2)
@@ -166,7 +166,7 @@ class RunFolder:
         return self.checkpoints / f"{stage}-{name}-{at}"
 
     def newest(self) -> Path | None:
-        """The newest sound checkpoint, to go on from; None if there is none.
+        """Return the newest undamaged checkpoint, or None.
 
         Those that are damaged are named in a warning.
         """
@@ -179,7 +179,7 @@ class RunFolder:
         return None
 
     def prune(self, current: Path, keep: set[str]) -> None:
-        """Delete checkpoints that nothing needs.
+        """Delete checkpoints that are no longer needed.
 
         Left are those to keep, the ends of stages, the present one, and the one before, for which
         the present one may be damaged.
@@ -192,7 +192,7 @@ class RunFolder:
                 self.remove(folder)
 
     def remove_later(self, than: Path | None) -> None:
-        """Delete the checkpoints of steps that will be repeated: damaged ones, and weights alone."""
+        """Delete the checkpoints after this one, whose steps will be repeated."""
         for folder in self._all():
             if than is None or _age(folder) > _age(than):
                 self.remove(folder)
@@ -201,7 +201,7 @@ class RunFolder:
         return [p for p in self.checkpoints.glob("*") if _CHECKPOINT.fullmatch(p.name)]
 
     def _to_go_on(self) -> list[Path]:
-        """Checkpoints from which training can go on: not those whose weights alone were kept."""
+        """Checkpoints that training can resume from; others hold weights only."""
         return sorted(
             (
                 folder
@@ -231,7 +231,7 @@ def _flat(value: Any, where: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a run's folder, which is made if need be, to this process, also among machines."""
+    """Lock a run's folder for this process, also across machines; make it if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

@@ -1,4 +1,4 @@
-"""First gene embeddings: random, from the co-expression of genes, or from a table."""
+"""Initial gene embeddings: random, from co-expression, or from a table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_gene_embeddings(gene_embeddings: str | PathLike[str]) -> None:
 
 
 def read_gene_embeddings(gene_embeddings: str | PathLike[str]) -> str | GeneTable:
-    """Read the table that gene embeddings are to come from; ``"random"`` and the like stay."""
+    """Read the table of gene embeddings; words such as ``"random"`` are returned as they are."""
     require_gene_embeddings(gene_embeddings)
     return str(gene_embeddings) if gene_embeddings in WORDS else GeneTable.read(gene_embeddings)
 
@@ -51,7 +51,7 @@ def read_gene_embeddings(gene_embeddings: str | PathLike[str]) -> str | GeneTabl
 def make_initializer(
     gene_embeddings: str | GeneTable, model: Stofm, *, seed: int
 ) -> Initializer | None:
-    """What sets a model's first gene embeddings; None to leave them."""
+    """Return a function that sets a model's initial gene embeddings; None to leave them."""
     if gene_embeddings == "random":
         return None
     if not isinstance(gene_embeddings, GeneTable):

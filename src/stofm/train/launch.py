@@ -1,4 +1,4 @@
-"""From data and a recipe, or arguments, to a run."""
+"""Start a run from a recipe or from arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
-    """Train as a recipe says, on files of the folder `data`.
+    """Train by a recipe, on files of the folder `data`.
 
     `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
     """
@@ -111,7 +111,7 @@ def launch(
 def choose_stages(
     stage: Any, epochs: int | None, optimizer: OptimizerConfig | None
 ) -> tuple[StageConfig, ...]:
-    """The stages that a user names, or passes."""
+    """Return the stages that a user names or passes."""
     if isinstance(stage, str):
         paper = paper_schedule(optimizer=optimizer)
         if not (chosen := [one for one in paper if stage in (one.name, "pretrain")]):
@@ -129,7 +129,7 @@ def choose_stages(
 
 
 def find_model(model: Any, vocabulary: GeneVocabulary | None, fit: Fit, *, seed: int) -> Stofm:
-    """The model that a user passes or names, or a new one."""
+    """Return the model that a user passes or names, or a new one."""
     if isinstance(model, StofmConfig):
         if vocabulary is None:
             vocabulary = fit()

@@ -1,4 +1,4 @@
-"""The training loop: batches in, a better model and its history out. There is only this one."""
+"""The training loop; there is only this one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class _Losses(nn.Module):
 
 
 class TrainingLoop:
-    """Trains the objective of one stage, from where `progress` is, which it brings up to date.
+    """Trains the objective of one stage, starting at `progress`, which it updates.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ class TrainingLoop:
         return n_steps
 
     def train(self, recorder: Any) -> None:
-        """Train to the end of the stage, or until the held-out loss no longer falls.
+        """Train to the end of the stage, or until the held-out loss stops falling.
 
         The recorder is told of a row of the history (``record(row)``), that a step is done
         (``advance()``), that weights are the best so far (``keep()``) and that it is time for a
@@ -267,7 +267,7 @@ class TrainingLoop:
         )
 
     def _come_forward(self, n_done: int, n_batches: int, gradient_norm: float) -> None:
-        """Note that a step is done; log, validate and save where it is time."""
+        """Count a step; log, validate and save when due."""
         progress, run = self.progress, self._run
         progress.step += 1
         progress.position += n_done
@@ -312,7 +312,7 @@ class TrainingLoop:
         }
 
     def _validate(self, epoch: int) -> bool:
-        """Measure the loss on the held-out slices; whether it is the lowest so far."""
+        """Measure the loss on held-out slices; return whether it is the lowest so far."""
         progress = self.progress
         row = self._row("validation", epoch, self.evaluate())
         if not math.isfinite(row["loss"]):
@@ -347,7 +347,7 @@ class TrainingLoop:
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Make AdamW for the weights of a module that are to be trained."""
+    """Make AdamW for the trainable weights of a module."""
     plain = {
         id(weight)
         for part in module.modules()

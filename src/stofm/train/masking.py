@@ -200,7 +200,7 @@ class MaskedSubSlice:
 
 
 class Draw(NamedTuple):
-    """The random part of masking a sub-slice: places among its cells, in the order drawn."""
+    """Random choices for one sub-slice: positions among its cells, in the order drawn."""
 
     masked: NDArray[np.int64]
     kept: NDArray[np.int64]
@@ -289,7 +289,7 @@ def _mean_spacing(cells: NDArray[np.floating]) -> float:
 
 
 def _have_one_of(pairs: PairDistances, *nodes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which pairs have at least one of some nodes."""
+    """Which pairs contain at least one of these nodes."""
     is_one = np.zeros(pairs.n_nodes, dtype=bool)
     is_one[np.concatenate(nodes)] = True
     found: NDArray[np.bool_] = is_one[pairs.rows] | is_one[pairs.columns]
@@ -393,6 +393,6 @@ class MaskedSubSliceBatch(Tensors):
 
     @property
     def n_tokens(self) -> int:
-        """Number of nodes, and of tokens of the cells that are embedded anew."""
+        """Number of nodes, and of tokens of the cells that are encoded again."""
         n_tokens = sum(int(group.is_real.sum()) for group in self.sampled)
         return sum(self.subslices.pairs.n_real) + n_tokens

@@ -1,4 +1,4 @@
-"""What the stages of pretraining minimise: losses, the heads that they need, and modules of both.
+"""Objectives of pretraining: losses, prediction heads, and modules that join them.
 
 Each loss is a sum and a count. Several processes that each hold a part of a batch can so divide by
 the count of all: the loss and its gradient are then those of one process.
@@ -38,7 +38,7 @@ Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 @dataclass(frozen=True, eq=False)
 class LossPart:
-    """One loss over what a process holds of a batch; the loss is `total` / `count`."""
+    """One loss over a process's part of a batch; the loss is `total` / `count`."""
 
     #: Scalar with gradient, 0 where there is nothing to recover.
     total: Tensor
@@ -108,7 +108,7 @@ def contrastive_loss(
     temperature: float,
     gather: Gather | None = None,
 ) -> LossPart:
-    """Tell each cell's second view from those of all other cells, given its first.
+    """Tell each cell's second view from all other cells' by its first.
 
     ``-log(exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t))``, summed over i; j runs over the
     cells of all processes, whose b `gather` collects (None for one process). In float32 whatever
@@ -341,7 +341,7 @@ def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -
 
 
 def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> None:
-    """Put the heads that earlier stages train in place of an objective's own."""
+    """Replace an objective's heads by those of earlier stages."""
     for name, own in list(objective.named_children()):
         if name.endswith("_head"):
             learns_mask = getattr(own, "mask", None) is not None
@@ -356,7 +356,7 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
 def with_fresh(
     encoder: Callable[[TokenBatch], Tensor], inputs: MaskedSubSliceBatch
 ) -> Float[Tensor, "batch nodes d_cell"]:
-    """Features of a batch with the sampled cells embedded anew."""
+    """Features of a batch with the sampled cells encoded again."""
     features: Tensor = inputs.subslices.features
     if inputs.sampled_places is None:
         return features

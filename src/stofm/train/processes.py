@@ -35,7 +35,7 @@ _WITHIN_STEP = timedelta(minutes=30)
 
 
 class Processes:
-    """What a process knows of itself and of those that train with it.
+    """This process and the others that train the same model.
 
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. When one fails, ``torchrun`` ends the others, as ``srun --kill-on-bad-exit=1`` does;
@@ -111,7 +111,7 @@ class Processes:
         return cls(fabric)
 
     def wait(self) -> None:
-        """Wait until all processes have come here."""
+        """Wait until all processes reach this point."""
         if self.count > 1:
             torch.distributed.barrier(group=self._waiting)
 
@@ -123,7 +123,7 @@ class Processes:
         return values
 
     def agree(self, value: T) -> T:
-        """The first process's value, in every process."""
+        """Return the first process's value in every process."""
         if self.count == 1:
             return value
         shared = [value]
@@ -131,7 +131,7 @@ class Processes:
         return shared[0]
 
     def gather_rows(self, *, is_active: bool) -> Callable[[Tensor], tuple[Tensor, int]] | None:
-        """Return what collects rows from all processes with gradients; None for one process.
+        """Return a function that collects rows from all processes, with gradients; None for one process.
 
         It gives the rows of all in their order, and the place of this process's first row. All
         call it the same number of times. A process that is not `is_active` gets its own rows
@@ -159,7 +159,7 @@ class Processes:
 
 
 def _places_of_environment() -> tuple[int, int]:
-    """Processes of a node and nodes, as torchrun or SLURM has started them."""
+    """Processes per node, and nodes, as started by torchrun or SLURM."""
     if torch.distributed.is_torchelastic_launched():
         total, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
         return local, total // local

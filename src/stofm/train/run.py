@@ -151,7 +151,7 @@ class Pretraining(Setup):
     def _open(
         self, trained: Trained, settings: Mapping[str, Any], *, resume: bool, overwrite: bool
     ) -> tuple[dict[str, Any], Path | None]:
-        """Report and newest checkpoint of the run in the folder, or the report of a new one."""
+        """Return the report and newest checkpoint of the run in the folder, or the report of a new run."""
         folder, newest = self.folder, None
         if not self.processes.is_first:
             return self.processes.agree(({}, newest))
@@ -191,7 +191,7 @@ class Pretraining(Setup):
         newest: Path | None,
         report: Mapping[str, Any],
     ) -> None:
-        """Train one stage, from where it stands to its end."""
+        """Train one stage to its end, from where it stopped."""
         config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self, config, progress.stage)
         loop = TrainingLoop(
@@ -226,7 +226,7 @@ class Pretraining(Setup):
         recorder.save()
 
     def _note(self, trained: Trained, progress: Progress, report: dict[str, Any]) -> None:
-        """Write the report of a stage that is finished, and delete what it alone needed.
+        """Report a finished stage, and delete the files that only it needed.
 
         Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
         seen; memory is the most in use so far, on a CUDA device or by the process.
@@ -264,7 +264,7 @@ class Pretraining(Setup):
 
 
 class RunRecorder:
-    """Takes a loop's reports and writes history and checkpoints; only the first process writes."""
+    """Writes history and checkpoints as the loop reports; only the first process writes."""
 
     def __init__(
         self, run: Pretraining, loop: TrainingLoop, trained: Trained, report: Mapping[str, Any]
@@ -283,7 +283,7 @@ class RunRecorder:
         self._bar = step_bar(stage.name, total=loop.n_steps, done=step, show=show)
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Take a row of the history."""
+        """Add a row to the history."""
         if self._processes.is_first:
             self._folder.append(row)
         if self._board is not None:
@@ -296,11 +296,11 @@ class RunRecorder:
             self._bar.set_postfix(parts, refresh=False)
 
     def advance(self) -> None:
-        """One more optimiser step is done."""
+        """Count one optimiser step."""
         self._bar.update()
 
     def keep(self) -> None:
-        """Write the present weights, the best so far."""
+        """Write the current weights as the best so far."""
         progress = self._loop.progress
         target = self._path(progress.step)
         progress.best_checkpoint = target.name
@@ -308,7 +308,7 @@ class RunRecorder:
             write_checkpoint(target, self._trained, progress, None, report=self._report)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step or, without the optimiser, of the stage's end.
+        """Write a checkpoint of this step or, without the optimiser, of the end of the stage.
 
         Processes may call it at different steps.
         """
@@ -327,7 +327,7 @@ class RunRecorder:
         self._folder.prune(target, {progress.last_checkpoint, progress.best_checkpoint})
 
     def close(self) -> None:
-        """Close bar and files."""
+        """Close the progress bar and files."""
         self._bar.close()
         if self._board is not None:
             self._board.finalize("success")

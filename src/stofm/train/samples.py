@@ -49,7 +49,7 @@ _CELLS_KEPT = 100_000
 
 
 class Purpose(IntEnum):
-    """What random numbers are drawn for; numbers of different purposes are independent."""
+    """Purposes of random numbers; those of different purposes are independent."""
 
     ORDER = 1
     ROTATION = 2
@@ -60,7 +60,7 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """What samples are drawn by.
+    """How samples are drawn.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Draws:
     batch_size: int
 
     def generator(self, epoch: int, purpose: Purpose, *sample: int) -> Generator:
-        """Random numbers of one sample, whatever batch, process or thread asks for them."""
+        """Return a sample's generator, the same in every batch, process and thread."""
         # The purpose comes before the sample: trailing zeros would not change the numbers.
         return np.random.default_rng([self.seed, self.stage, epoch, int(purpose), *sample])
 
@@ -105,7 +105,7 @@ class Draws:
 
 
 def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
-    """Class of like sizes, at most 19 % apart."""
+    """Classes of similar sizes, at most 19 % apart."""
     octaves = np.log2(np.maximum(sizes, 1))
     found: NDArray[np.int64] = np.round(octaves * _SIZE_CLASSES_PER_OCTAVE).astype(np.int64)
     return found
@@ -142,7 +142,7 @@ class TokenReader:
         )
 
     def groups(self, cells: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Put cells of like length together; returns places in `cells`."""
+        """Group cells of similar length; returns positions in `cells`."""
         classes = size_class(self.corpus.cell_lengths[cells] + 1)
         return [np.flatnonzero(classes == k) for k in np.unique(classes)]
 
@@ -157,7 +157,7 @@ class CellSamples:
     gene_dropout: float
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Batches that take each cell once; most hold cells of one padded length."""
+        """Return batches that hold each cell once; most have one padded length."""
         return self.draws.batches(self.reader.padded(self.reader.corpus.cell_lengths), number)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
@@ -225,7 +225,7 @@ class SubSliceSamples:
         )
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Batches that take each sub-slice once, like sizes together."""
+        """Return batches that hold each sub-slice once, similar sizes together."""
         samples = self.samples(number)
         slices = self.slices_of(samples)
         sizes = np.array([one.n_cells for one in self.corpus.slices])[slices]

@@ -1,4 +1,4 @@
-"""The stages of pretraining: what is trained on what, and what is computed once beforehand.
+"""The stages of pretraining: their samples, and the cell embeddings computed beforehand.
 
 References
 ----------
@@ -111,7 +111,7 @@ class Stage:
     refresh_every: int | None = None
 
     def refresh(self) -> None:
-        """Compute anew what is kept of the model's output; called by all processes at once."""
+        """Update the stored cell embeddings; called by all processes at once."""
         if self.embeddings is not None:
             self.embeddings.refresh()
 
@@ -175,7 +175,7 @@ class KeptEmbeddings:
         self._referred: deque[str] = deque(maxlen=_REFERRED_TO)
 
     def refresh(self) -> None:
-        """Encode all cells with the cell encoder as it is now, and find the virtual cells.
+        """Encode all cells with the current cell encoder, and find the virtual cells.
 
         Nothing is computed that is on disk already.
         """
@@ -187,12 +187,12 @@ class KeptEmbeddings:
             self._own.remove(but={self._key, *self._referred})
 
     def state(self) -> dict[str, str]:
-        """What a checkpoint notes; the embeddings in use are then kept."""
+        """Return what a checkpoint stores; the current embeddings are then kept."""
         self._referred.append(self._key)
         return {"key": self._key, "first": self._first}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """Use the embeddings that :meth:`state` noted.
+        """Use the embeddings that :meth:`state` named.
 
         Raises
         ------
@@ -238,7 +238,7 @@ class CellCache:
         return torch.bfloat16 if is_bf16 else torch.float32
 
     def key(self) -> str:
-        """Key of what :meth:`encode` gives for the cell encoder as it is now."""
+        """Key of the current cell encoder's results."""
         model = self.setup.model
         return digest_json(
             _FORMAT_VERSION,
@@ -249,7 +249,7 @@ class CellCache:
         )
 
     def encode(self, key: str) -> list[EncodedSlice]:
-        """Find the result of a key, or compute what is not there with the cell encoder as it is now.
+        """Open the results of a key; those missing are computed with the current cell encoder.
 
         Each process encodes its share.
 
