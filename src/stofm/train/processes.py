@@ -35,7 +35,7 @@ _WITHIN_STEP = timedelta(minutes=30)
 
 
 class Processes:
-    """This process and the others that train the same model.
+    """The processes that train one model together, seen from one of them.
 
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. When one fails, ``torchrun`` ends the others, as ``srun --kill-on-bad-exit=1`` does;
