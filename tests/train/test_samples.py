@@ -19,7 +19,7 @@ from stofm.spatial import (
     rows_by_subslice,
 )
 from stofm.train import samples as samples_module
-from stofm.train.config import SpatialMasking, TokenMasking
+from stofm.train.config import SpatialMasking, StageConfig, TokenMasking
 from stofm.train.samples import (
     CellSamples,
     Draws,
@@ -57,10 +57,11 @@ def encode(rng):
 def make(corpus, encode):
     encoded = encode(corpus)
 
-    def make(*, draws=DRAWS, vary=True, masking=None, rules=RULES, **changed):
-        samples = SubSliceSamples(
-            corpus, rules, draws, masking=masking or SpatialMasking(), vary=vary, **changed
+    def make(*, draws=DRAWS, vary=True, masking=None, rules=RULES, config=None, **changed):
+        stage = StageConfig(
+            name="joint", spatial_masking=masking or SpatialMasking(), **(config or {})
         )
+        samples = SubSliceSamples(corpus, rules, draws, stage, vary=vary, **changed)
         samples.encoded = encoded
         return samples
 
@@ -229,8 +230,10 @@ def test_numbers_and_names_for_messages(make):
 def joint(make, corpus, model):
     def joint(*, sampled_cells=5, token_masking=None, **changed):
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        tokens = {"sampled_cells": sampled_cells, "token_masking": token_masking}
-        return make(reader=reader, **tokens, **changed)
+        tokens = {"sampled_cells": sampled_cells}
+        if token_masking is not None:
+            tokens |= {"masking": token_masking, "trains_masked_genes": True}
+        return make(reader=reader, config=tokens, **changed)
 
     return joint
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
-    from stofm.train.config import SpatialMasking, TokenMasking
+    from stofm.train.config import StageConfig, TokenMasking
     from stofm.train.corpus import Corpus
     from stofm.train.masking import MaskedSubSlice
     from stofm.train.stages import EncodedSlice
@@ -182,25 +182,20 @@ class CellSamples:
 class SubSliceSamples:
     """Sub-slices of a corpus, for the objectives on these. A sample is a sub-slice.
 
-    They are cut by `rules`; `masking` says which cells are hidden and moved, `n_surrounding` over
-    how many nearest cells surroundings are averaged. If they `vary`, each epoch turns the plane by
-    a random angle before a slice is cut. A sample's number holds the slice and the sub-slice in it,
-    so that it stands for the same slice in every epoch.
+    They are cut by `rules`, and masked as the stage's `config` says. If they `vary`, each epoch turns
+    the plane by a random angle before a slice is cut. A sample's number holds the slice and the
+    sub-slice in it, so that it stands for the same slice in every epoch.
 
-    With a `reader`, `sampled_cells` of each, none that is hidden, come with their tokens, of which
-    `token_masking` hides some genes.
+    With a `reader`, some visible cells of each come with their tokens.
     """
 
     corpus: Corpus
     rules: SubSliceConfig
     draws: Draws
-    masking: SpatialMasking
+    config: StageConfig
     vary: bool
     node_multiple: int = 1
-    n_surrounding: int = 0
     reader: TokenReader | None = None
-    sampled_cells: int = 0
-    token_masking: TokenMasking | None = None
 
     def __post_init__(self) -> None:
         """Remember the last cuts."""
@@ -250,21 +245,26 @@ class SubSliceSamples:
         in_groups = [np.concatenate(cells)[group] for group in groups]
         read = tuple(self.reader.read(group) for group in in_groups)
         where = torch.from_numpy(np.concatenate(places)[np.concatenate(groups)])
-        genes: tuple[MaskedGenes, ...] = ()
-        if self.token_masking is not None:
-            genes = tuple(map(partial(self._hide, epoch), read, in_groups))
-        return replace(batch, sampled=read, sampled_places=where, genes=genes)
+        batch = replace(batch, sampled=read, sampled_places=where)
+        if not self.config.trains_masked_genes:
+            return batch
+        how: Any = {"masking": self.config.masking, "vocabulary": self.reader.vocabulary}
+        rngs = [
+            [self.draws.generator(epoch, Purpose.GENES, int(cell)) for cell in group]
+            for group in in_groups
+        ]
+        genes = tuple(MaskedGenes.build(*one, **how) for one in zip(read, rngs, strict=True))
+        return replace(batch, genes=genes)
 
     def masked(self, samples: NDArray[np.int64], epoch: int) -> list[MaskedSubSlice]:
         """Hide and move cells of some sub-slices, one by one."""
-        found = []
+        found, masking = [], self.config.spatial_masking
         for sample in samples.tolist():
             subslice = self._build(sample, epoch if self.vary else 0)
             n_cells = int((subslice.cell_index >= 0).sum())
-            drawn = draw(
-                n_cells, self.masking, self.draws.generator(epoch, Purpose.MASKING, sample)
-            )
-            found.append(apply(subslice, drawn, self.masking, n_surrounding=self.n_surrounding))
+            rng = self.draws.generator(epoch, Purpose.MASKING, sample)
+            drawn, around = draw(n_cells, masking, rng), self.config.n_surrounding
+            found.append(apply(subslice, drawn, masking, n_surrounding=around))
         return found
 
     def describe(self, samples: NDArray[np.int64]) -> str:
@@ -285,14 +285,8 @@ class SubSliceSamples:
         """Nodes of some cells; hidden ones, which get no gradient, only if there are no others."""
         cells = np.flatnonzero(part.subslice.cell_index >= 0)
         visible = np.setdiff1d(cells, part.hidden_nodes)
-        return np.sort(rng.permutation(visible if len(visible) else cells)[: self.sampled_cells])
-
-    def _hide(self, epoch: int, tokens: TokenBatch, cells: NDArray[np.int64]) -> MaskedGenes:
-        assert self.reader is not None
-        assert self.token_masking is not None
-        rngs = [self.draws.generator(epoch, Purpose.GENES, int(cell)) for cell in cells]
-        vocabulary = self.reader.vocabulary
-        return MaskedGenes.build(tokens, rngs, masking=self.token_masking, vocabulary=vocabulary)
+        chosen = rng.permutation(visible if len(visible) else cells)
+        return np.sort(chosen[: self.config.sampled_cells])
 
     def _n_parts(self, number: int, epoch: int) -> int:
         if self.rules.partition == "balanced":

@@ -134,13 +134,10 @@ def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: 
             corpus,
             replace(rules, n_cells=n_cells),
             draws,
-            config.spatial_masking,
+            config,
             vary=config.vary_subslices and not is_held_out,
             node_multiple=_CUDA_NODE_MULTIPLE if is_cuda else 1,
-            n_surrounding=config.n_surrounding,
             reader=reader if is_joint else None,
-            sampled_cells=config.sampled_cells,
-            token_masking=config.masking if config.trains_masked_genes else None,
         )
 
     training, held_out = samples(setup.corpus), samples(setup.validation)
