@@ -60,7 +60,7 @@ def test_what_is_found(adata: AnnData, model: Any, caplog: pytest.LogCaptureFixt
 
 def test_it_says_what_embed_says(adata: AnnData, model: Any) -> None:
     adata.obsm["spatial"][:40] = adata.obsm["spatial"][0]
-    adata.X = sparse.diags(np.arange(184) != 5).astype(np.float32) @ adata.X
+    adata.X = sparse.diags((np.arange(184) != 5).astype(np.float32)) @ adata.X
     found = check(adata, model, library_key="library")
     assert found.n_empty == 1
     options: dict[str, Any] = {

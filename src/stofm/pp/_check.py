@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -184,7 +183,7 @@ def check(
     species: Species = "auto",
     gene_key: str | None = None,
     orthologs: Any = None,
-    device: str | torch.device = "auto",
+    device: Any = "auto",
     table_key: str | None = None,
 ) -> Findings:
     """Tell what :func:`stofm.tl.embed` will do with a section, before it does; nothing is changed.
