@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def run_demo(
 
     out.mkdir(parents=True, exist_ok=True)
     color = [*filter(None, [label]), Obs.DOMAIN]
-    places = {"library_key": library_key, "show": False}
+    places: dict[str, Any] = {"library_key": library_key, "show": False}
     pl.umap(adata, color=color, show=False, save=figures["umap.png"])
     pl.spatial(adata, color=color, **places, save=figures["spatial.png"])
     pl.subslices(adata, **places, save=figures["subslices.png"])
@@ -105,7 +105,7 @@ def _annotate(adata: AnnData, key: str, library_key: str | None, *, seed: int) -
         slices = adata.obs[library_key].astype(str)
         is_left = slices.isin(sorted(slices.unique())[::2]).to_numpy()
     is_labelled = adata.obs[key].notna().to_numpy()
-    options = {"library_key": library_key, "seed": seed, "show_progress_bar": False}
+    options: dict[str, Any] = {"library_key": library_key, "seed": seed, "show_progress_bar": False}
     head = tl.annotate(adata[is_left & is_labelled].copy(), label_key=key, **options)
     named = adata[~is_left & is_labelled].copy()
     tl.annotate(named, head=head, **options)

@@ -156,7 +156,8 @@ def _named(
         names = GENERIC.columns(there)
     else:
         there = there or (*columns, *map(str, range(len(columns), len(file.first))))
-        names = tuple(columns) if len(columns) == 3 and set(columns) <= set(there) else None
+        is_fit = len(columns) == 3 and set(columns) <= set(there)
+        names = (columns[0], columns[1], columns[2]) if is_fit else None
     if names is None:
         raise ValueError(
             f"{file.name}: expected columns with id, x and y, found {list(there) or 'no header'}. Name "

@@ -92,7 +92,7 @@ def _places(adata: AnnData, file: File) -> NDArray[np.float64]:
             return found
     names = GENERIC.columns(["id", *map(str, adata.obs.columns)])
     if names is not None:
-        return adata.obs[list(names[1:])].to_numpy(dtype=np.float64)
+        return np.asarray(adata.obs[list(names[1:])], dtype=np.float64)
     raise ValueError(
         f"{file.name} has no places: expected obsm['spatial'], found {list(adata.obsm)}, and obs "
         f"{list(adata.obs.columns)[:10]}."

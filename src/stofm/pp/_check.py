@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +26,6 @@ from stofm._keys import Obs, Obsm, Uns
 from stofm._messages import changed, collecting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from anndata import AnnData
@@ -223,42 +222,51 @@ def check(
     """
     table = resolve_table(adata, table_key, copy=hasattr(adata, "tables"))
     source = read_record(table, Uns.SOURCE) or {}
-    said = {name: str(source.get(name, "")) for name in ("technology", "unit")}
-    found = Findings(table.n_obs, table.n_vars, **said)
+    found = Findings(
+        table.n_obs, table.n_vars, str(source.get("technology", "")), str(source.get("unit", ""))
+    )
     genes = {"species": species, "gene_key": gene_key, "orthologs": orthologs}
     run = columns = places = None
+    told = _Told(found)
     n_known = float("nan")
     with collecting() as found.warnings:
-        with _told(found):
+        with told:
             require_cells_and_genes(table)
         if not found.ok:
             return found
-        with _told(found):
+        with told:
             run = _choose(model, device)
             found.model, found.device = run.model.name, str(run.device)
-        with _told(found):
+        with told:
             found.n_controls = int((kinds_of_others(table) != "").sum())
             vocabulary = vocabulary_of(None if run is None else run.model)
             columns = find_columns(table, vocabulary, may_reuse=False, **genes)
-        with _told(found):
+        with told:
             n_known = _read_counts(table, found, layer, columns)
-        with _told(found):
+        with told:
             places = read_places(table, spatial_key=spatial_key, library_key=library_key)
             _describe_places(found, places)
         if run is not None and columns is not None and places is not None and found.ok:
-            with _told(found):
+            with told:
                 _plan(table, found, run, places, n_known, layer, genes)
         found.warnings = list(dict.fromkeys(found.warnings))
     return found
 
 
-@contextmanager
-def _told(found: Findings) -> Iterator[None]:
-    """Put what would stop embedding into the findings."""
-    try:
-        yield
-    except (ValueError, KeyError, MemoryError, TypeError, OSError) as error:
-        found.problems.append(changed(str(error.args[0]) if error.args else str(error)))
+class _Told:
+    """Puts what would stop embedding into the findings."""
+
+    def __init__(self, found: Findings) -> None:
+        self.found = found
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if not isinstance(error, ValueError | KeyError | MemoryError | TypeError | OSError):
+            return False
+        self.found.problems.append(changed(str(error.args[0]) if error.args else str(error)))
+        return True
 
 
 def _choose(model: Any, device: Any) -> Run:
@@ -382,7 +390,7 @@ def _memory(run: Run, largest: int, n_cells: int, n_known: float) -> tuple[int, 
     budget = min(run.token_budget, round(n_cells * (n_known + 1)))
     encoding = nn.encoder_memory(config.cell_encoder, budget, run.dtype)
     nodes = nn.Nodes.expected(rules, largest)
-    where = {"device": run.device, "dtype": run.dtype}
+    where: dict[str, Any] = {"device": run.device, "dtype": run.dtype}
     batch = run.batch_size or 1
     transforming = nn.transformer_memory(config.se2_transformer, rules, nodes, batch, **where)
     if run.device.type not in ("cpu", "mps"):
