@@ -399,6 +399,36 @@ def test_h5ad_with_counts_anywhere(section: Any, tmp_path: Path, place: str) -> 
             st.read(tmp_path)
 
 
+def test_images_of_h5ad(section: Any, tmp_path: Path) -> None:
+    adata = anndata.AnnData(section.counts.astype(float), obsm={"spatial": section.xy})
+    factors = {"spot_diameter_fullres": 130.0, "tissue_hires_scalef": 0.2}
+    images = {"images": {"hires": np.zeros((2, 3, 3))}, "scalefactors": factors}
+    adata.uns["spatial"] = {"lib": images, "is_single": True}
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    found = st.read(tmp_path, images=True).uns["spatial"]["lib"]
+    assert found["scalefactors"] == {"spot_diameter_fullres": 65.0, "tissue_hires_scalef": 0.4}
+    assert found["images"]["hires"].shape == (2, 3, 3)
+    without = st.read(tmp_path)
+    assert "images" not in without.uns["spatial"]["lib"]
+    np.testing.assert_allclose(without.obsm["spatial"], section.xy / 2)
+
+
+def test_damaged_files(section: Any, tmp_path: Path) -> None:
+    write_xenium(section, tmp_path)
+    (tmp_path / "transcripts.parquet").write_bytes(b"PAR1 cut")
+    (tmp_path / "boundaries.csv.gz").write_bytes(b"\x1f\x8b cut")
+    assert_same(st.read(tmp_path), section)
+    whole = (tmp_path / "cell_feature_matrix.h5").read_bytes()
+    (tmp_path / "cell_feature_matrix.h5").write_bytes(whole[:900])
+    with pytest.raises(FileNotFoundError, match=r"cell_feature_matrix\.h5 is damaged"):
+        st.read(tmp_path)
+    section.write_mtx(tmp_path / "cell_feature_matrix", zipped=False)
+    file = tmp_path / "cell_feature_matrix" / "matrix.mtx"
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"matrix\.mtx can't be read"):
+        st.read(tmp_path)
+
+
 def test_background_of_open_st(section: Any, tmp_path: Path) -> None:
     obs = pd.DataFrame({"cell_ID_mask": np.arange(17)}, index=section.ids)
     adata = anndata.AnnData(section.counts.astype(float), obs=obs, obsm={"spatial": section.xy})

@@ -186,11 +186,9 @@ def matrix_for(one: Candidate, files: list[File], where: str) -> File:
     """The matrix of counts that belongs to a table of cells."""
     matrices = _matrices(files, (one.technology, GENERIC))
     if not matrices:
-        probes = [file.name for file in files if file.kind == "probes"]
-        text = f" {listed(probes)} counts probes, not genes." if probes else ""
         raise FileNotFoundError(
             f"{where} looks like {one.technology.name} ({one.file.name}), but has no matrix of "
-            f"counts. Expected {one.technology.expected}; found {_some(files)}.{text}"
+            f"counts. Expected {one.technology.expected}; found {_some(files)}.{_faults(files)}"
         )
 
     def rank(file: File) -> tuple[bool, bool, int, bool, int, int, str]:
@@ -230,15 +228,20 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
         if file.kind == "table" and not file.columns and 2 <= len(file.first) <= 3
         and all(map(is_number, file.first))
     ]  # fmt: skip
-    probes = [f"{file.name} counts probes, not genes" for file in files if file.kind == "probes"]
-    damaged = [f"{file.name} is damaged" for file in files if file.kind == "damaged"]
     looks = f" It looks like {' or '.join(one.name for one in known)}:" if known else ""
     expected = "; ".join(one.expected for one in known) or GENERIC.expected
-    more = "".join(f" {text}." for text in [*places[:1], *probes[:1], *damaged[:1]])
+    more = "".join(f" {text}." for text in places[:1]) + _faults(files)
     return (
         f"{where} has no table of cells that can be read.{looks} expected {expected}; found "
         f"{_some(files)}.{more} Tables under other names: pass `matrix`, `coordinates` and `columns`."
     )
+
+
+def _faults(files: Sequence[File]) -> str:
+    """What is there, but can't be used."""
+    faults = {"probes": "counts probes, not genes", "damaged": "is damaged, or no file of its kind"}
+    texts = [f" {file.name} {faults[file.kind]}." for file in files if file.kind in faults]
+    return "".join(texts[:3])
 
 
 def _some(files: Sequence[File]) -> str:

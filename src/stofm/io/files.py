@@ -7,6 +7,7 @@ import gzip
 import itertools
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -119,9 +120,15 @@ def _is_store(path: Path) -> bool:
 
 
 def _look_at(path: Path, name: str) -> File:
+    """What a file is; one that can't be read may not be needed."""
+    try:
+        return File(path, name, "zarr") if path.is_dir() else _look_into(path, name)
+    except (OSError, EOFError, ValueError, zlib.error):
+        return File(path, name, "damaged")
+
+
+def _look_into(path: Path, name: str) -> File:
     kind = extension(path)
-    if path.is_dir():
-        return File(path, name, "zarr")
     if kind in _HDF5:
         return File(path, name, _kind_of_hdf5(path))
     if kind == ".parquet":
@@ -136,8 +143,6 @@ def _look_at(path: Path, name: str) -> File:
 def _kind_of_hdf5(path: Path) -> str:
     import h5py
 
-    if not h5py.is_hdf5(path):
-        return "damaged"
     with h5py.File(path, "r") as file:
         if "matrix" in file and "shape" in file["matrix"]:
             features = file["matrix"].get("features", {})

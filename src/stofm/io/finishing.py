@@ -13,9 +13,9 @@ from stofm._edge.records import write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import naming, warn
-from stofm.io.formats import CONTROLS, MICROMETRE, UNKNOWN, VISIUM, VISIUM_HD
+from stofm.io.formats import CONTROLS, H5AD, MICROMETRE, UNKNOWN, VISIUM, VISIUM_HD
 from stofm.io.matrices import name_genes
-from stofm.io.units import read_images
+from stofm.io.units import read_images, scale_images
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from stofm.io.files import File
     from stofm.io.joining import Read
 
+#: Where scanpy keeps images.
+_IMAGES: Final = "spatial"
 _CONTROL: Final = re.compile(
     r"control|codeword|blank|neg|unassigned|deprecated|intergenic|spike", re.IGNORECASE
 )
@@ -31,13 +33,15 @@ _CONTROL: Final = re.compile(
 
 def add_images(read_: Read, one: Candidate, files: list[File]) -> None:
     """Put Visium's images into ``uns["spatial"]``."""
+    if one.technology is H5AD:
+        return  # they are there, if there are any
     if one.technology not in (VISIUM, VISIUM_HD):
         raise ValueError(
             f"Images are read of Visium only, and this is {read_.technology}. For images, read it with "
             "spatialdata-io; stofm takes the result."
         )
     name = one.file.sample.replace("/", "_") or read_.facts.get("library") or "sample"
-    read_.adata.uns["spatial"] = read_images(one.file, files, read_.scale.factor, name)
+    read_.adata.uns[_IMAGES] = read_images(one.file, files, name)
 
 
 def finished(read_: Read, names: list[str], how: str) -> AnnData:
@@ -48,6 +52,8 @@ def finished(read_: Read, names: list[str], how: str) -> AnnData:
         _require_counts(adata, names[-1])
     scale = read_.scale
     adata.obsm[Obsm.SPATIAL] = np.asarray(adata.obsm[Obsm.SPATIAL], dtype=np.float64) * scale.factor
+    if _IMAGES in adata.uns:
+        adata.uns[_IMAGES] = scale_images(adata.uns[_IMAGES], scale.factor)
     genome = adata.var.get("genome")
     genomes = (
         [] if genome is None else [one for one in genome.unique() if one not in ("", "Unknown")]

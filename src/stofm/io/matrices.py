@@ -10,6 +10,7 @@ from scipy import sparse
 
 from stofm._edge.counts import peek_counts
 from stofm._edge.tables import layer_names
+from stofm._files import reading
 from stofm.genes.compressed import require_sound
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def read_10x(file: File) -> tuple[AnnData, dict[str, str]]:
     """Read 10x HDF5, and what it says about its making."""
     import h5py
 
-    with h5py.File(file.path, "r") as opened:
+    with reading(file.path, "HDF5 of 10x Genomics"), h5py.File(file.path, "r") as opened:
         said = {name: text_of(value) for name, value in opened.attrs.items()}
         parts = opened["matrix"]
         # R writes floats.
@@ -96,7 +97,8 @@ def read_mtx(file: File, files: list[File]) -> AnnData:
         return pd.DataFrame({0: []}) if empty else pd.read_csv(found[0].path, **options)
 
     genes, cells = beside(_FEATURES, "genes"), beside(_BARCODES, "cells")
-    matrix = mmread(file.path, spmatrix=True)
+    with reading(file.path, "Matrix Market file"):
+        matrix = mmread(file.path, spmatrix=True)
     if matrix.shape == (len(genes), len(cells)):
         matrix = matrix.T
     elif matrix.shape != (len(cells), len(genes)):

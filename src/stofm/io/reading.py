@@ -54,7 +54,8 @@ def read(
         Visium HD: micrometres of a bin (8 by default), or ``"cells"`` for ``segmented_outputs``.
         Stereo-seq: dots of 0.5 µm along a side (50 by default), or ``"cells"``.
     images
-        Put Visium's images into ``uns["spatial"]``, with scale factors for the coordinates here.
+        Put Visium's images into ``uns["spatial"]``, or leave those of an ``.h5ad`` there. Scale
+        factors are those for the coordinates here.
     matrix, coordinates
         Files of counts and of places, if they are to be named; below `path`.
     columns
@@ -115,7 +116,7 @@ def read(
     else:
         one = choose(files, wanted, sample, bin_size, where, own)
     if one.file.kind in WHOLE:
-        read_, used = read_whole(one, bin_size, table_key), [one.file]
+        read_, used = read_whole(one, bin_size, table_key, images=images), [one.file]
     else:
         chosen = chosen or matrix_for(one, files, where)
         read_, used = join(one, chosen, files), [one.file, chosen]

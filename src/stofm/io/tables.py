@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 
+from stofm._files import reading
 from stofm.io.files import extension, is_gzip
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def read_cells(file: File, columns: Sequence[str], ids: str) -> pd.DataFrame:
     if extension(file.path) == ".parquet":
         import pyarrow.parquet as pq
 
-        table = pq.read_table(file.path).to_pandas(ignore_metadata=True)
+        with reading(file.path, "Parquet table"):
+            table = pq.read_table(file.path).to_pandas(ignore_metadata=True)
     else:
         from pyarrow import csv
 
@@ -168,5 +170,5 @@ def opened(
             source = stack.enter_context(pa.CompressedInputStream(source, "gzip"))
         try:
             yield source, options
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file.name} can't be read as a table: {error}") from error

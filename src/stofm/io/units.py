@@ -131,8 +131,8 @@ def bin_size_of(table: File, files: list[File]) -> int | None:
     return None if size is None else round(float(size))
 
 
-def read_images(table: File, files: list[File], factor: float, name: str) -> dict[str, Any]:
-    """Images and scale factors as scanpy keeps them, for coordinates that were multiplied by `factor`."""
+def read_images(table: File, files: list[File], name: str) -> dict[str, Any]:
+    """Images and scale factors as scanpy keeps them."""
     from matplotlib.image import imread
 
     images = {}
@@ -146,13 +146,23 @@ def read_images(table: File, files: list[File], factor: float, name: str) -> dic
             "tissue_lowres_image.png. Leave out images=True."
         )
     file = nearest(table, files, _SCALES)
-    factors = {key: float(value) for key, value in (read_json(file) if file else {}).items()}
-    for key in factors:
-        if key.endswith("scalef"):
-            factors[key] /= factor
-        elif key.endswith("fullres"):
-            factors[key] *= factor
+    factors = {} if file is None else read_json(file)
     return {name: {"images": images, "scalefactors": factors, "metadata": {}}}
+
+
+def scale_images(libraries: Any, factor: float) -> dict[str, Any]:
+    """Images with scale factors that fit coordinates that were multiplied by `factor`."""
+    scaled = {}
+    for name, one in dict(libraries).items():
+        scaled[name] = one
+        if hasattr(one, "get") and "scalefactors" in one:
+            factors = {key: float(value) for key, value in one["scalefactors"].items()}
+            for key in factors:
+                # Of an image to the full size, and lengths in pixels of the full size.
+                factors[key] /= factor if key.endswith("scalef") else 1.0
+                factors[key] *= factor if key.endswith("fullres") else 1.0
+            scaled[name] = {**one, "scalefactors": factors}
+    return scaled
 
 
 def polygon_centroids(file: File) -> tuple[list[str], NDArray[np.float64]]:

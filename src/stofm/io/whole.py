@@ -28,11 +28,11 @@ WHOLE: Final = ("h5ad", "zarr", "gem", "geneExp", "cellBin")
 _MASK: Final = "cell_ID_mask"
 
 
-def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None) -> Read:
+def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, images: bool) -> Read:
     """Read a file that holds counts and places, by squares or by cells where it has both."""
     kind, file = one.file.kind, one.file
     if kind in ("h5ad", "zarr"):
-        return _read_anndata(file, table_key)
+        return _read_anndata(file, table_key, images=images)
     is_cells = (
         bin_size == "cells" or kind == "cellBin" or (bin_size is None and one.bins == "cells")
     )
@@ -51,7 +51,7 @@ def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None) -> Read
     return Read(adata, STEREO.name, rows, scale, how, facts)
 
 
-def _read_anndata(file: File, table_key: str | None) -> Read:
+def _read_anndata(file: File, table_key: str | None, *, images: bool) -> Read:
     """An AnnData or a table of a SpatialData, with its counts and places put where they belong."""
     if file.kind == "zarr":
         data = read_data(file.path)
@@ -82,6 +82,9 @@ def _read_anndata(file: File, table_key: str | None) -> Read:
         else "",
     }
     scale = scale_of_anndata(adata)
+    for library in dict(adata.uns.get("spatial", {})).values():
+        if not images and hasattr(library, "pop"):
+            library.pop("images", None)
     return Read(adata, technology, UNKNOWN, scale, f"counts in {where}", facts, dropped)
 
 
