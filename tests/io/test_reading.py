@@ -503,8 +503,11 @@ def test_spatialdata_store(section: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_read_can_be_written_and_embedded(section: Any, tmp_path: Path) -> None:
-    write_cosmx(section, tmp_path, cell="c", empty=np.nan)
+    awkward = {"": 3, "Mean.B2M/CD298": 1.5, "_index": "a", "day": pd.Timestamp("2024-02-01")}
+    write_cosmx(section, tmp_path, cell="c", empty=np.nan, **awkward)
     adata = st.read(tmp_path)
+    assert {"Mean.B2M_CD298", "day", "cell"} <= set(adata.obs)
+    assert not {"", "_index", "empty"} & set(adata.obs)
     adata.write_h5ad(tmp_path / "a.h5ad")
     again = anndata.read_h5ad(tmp_path / "a.h5ad")
     assert source(again)["technology"] == "CosMx"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from stofm._edge.coordinates import listed
+from stofm._edge.records import storable_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
@@ -133,12 +134,12 @@ def _on_tissue(cells: pd.DataFrame, chosen: File) -> NDArray[np.bool_]:
 
 
 def _storable(obs: pd.DataFrame) -> pd.DataFrame:
-    """Columns as files can hold them: text as categories; none without any value."""
+    """Columns as files can hold them: text as categories; none without a name or any value."""
     import pandas as pd
 
     obs = obs.dropna(axis=1, how="all")
-    text = [name for name in obs if obs[name].dtype.kind not in "biuf"]
-    for name in text:
+    obs = obs[[name for name in obs if str(name).strip() not in ("", "_index")]]
+    for name in [name for name in obs if obs[name].dtype.kind not in "biuf"]:
         values = obs[name]
         obs[name] = pd.Categorical(values.astype(str).where(values.notna()))
-    return obs
+    return obs.set_axis(storable_names(map(str, obs.columns)), axis=1)
