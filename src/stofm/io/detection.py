@@ -109,16 +109,15 @@ def _names(found: Sequence[Candidate]) -> str:
 
 def _candidates(files: list[File], wanted: Format | None) -> list[Candidate]:
     """All that is of the wanted technology; without one, of those that are certain, else of others."""
-    certain = [one for file in files for one in _matches(file, files, FORMATS)[:1]]
-    if wanted is not None and wanted not in (GENERIC, H5AD):
-        same = [one for one in FORMATS if one.name == wanted.name]
-        found = [one for file in files for one in _matches(file, files, same)[:1]]
-        return found
     stored = [Candidate(H5AD, file) for file in files if file.kind in ("h5ad", "zarr")]
     plain = [one for file in files for one in _matches(file, files, (GENERIC,))]
-    if wanted is not None:
+    if wanted in (GENERIC, H5AD):
         return plain if wanted is GENERIC else stored
-    return certain or (plain if _matrices(files, (GENERIC,)) else []) or stored
+    formats = [one for one in FORMATS if wanted is None or one.name == wanted.name]
+    certain = [one for file in files for one in _matches(file, files, formats)[:1]]
+    if certain or wanted is not None:
+        return certain
+    return plain if plain and _matrices(files, (GENERIC,)) else stored
 
 
 def _matches(file: File, files: list[File], formats: Sequence[Format]) -> list[Candidate]:
@@ -229,6 +228,7 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
         and all(map(is_number, file.first))
     ]  # fmt: skip
     looks = f" It looks like {' or '.join(one.name for one in known)}:" if known else ""
+    looks = looks if wanted is None else f" Of {wanted.name}:"
     expected = "; ".join(one.expected for one in known) or GENERIC.expected
     more = "".join(f" {text}." for text in places[:1]) + _faults(files)
     return (

@@ -13,7 +13,7 @@ from stofm._edge.records import write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import naming, warn
-from stofm.io.formats import CONTROLS, H5AD, MICROMETRE, UNKNOWN, VISIUM, VISIUM_HD
+from stofm.io.formats import CONTROLS, H5AD, MICROMETRE, VISIUM, VISIUM_HD
 from stofm.io.matrices import name_genes
 from stofm.io.units import read_images, scale_images
 
@@ -54,11 +54,8 @@ def finished(read_: Read, names: list[str], how: str) -> AnnData:
     adata.obsm[Obsm.SPATIAL] = np.asarray(adata.obsm[Obsm.SPATIAL], dtype=np.float64) * scale.factor
     if _IMAGES in adata.uns:
         adata.uns[_IMAGES] = scale_images(adata.uns[_IMAGES], scale.factor)
-    genome = adata.var.get("genome")
-    genomes = (
-        [] if genome is None else [one for one in genome.unique() if one not in ("", "Unknown")]
-    )
-    facts = {"software": "", "panel": "", "organism": " ".join(genomes), "library": ""}
+    genomes = {str(one) for one in adata.var.get("genome", ())} - {"", "Unknown"}
+    facts = {"software": "", "panel": "", "organism": " ".join(sorted(genomes)), "library": ""}
     facts |= {key: value for key, value in read_.facts.items() if value}
     write_record(
         adata,
@@ -74,16 +71,12 @@ def finished(read_: Read, names: list[str], how: str) -> AnnData:
         observations=read_.rows,
         dropped=read_.dropped | others,
     )
+    unit = "micrometres" if scale.unit == MICROMETRE else "a unit that the files do not tell"
+    left = "; ".join(f"{number} {what}" for what, number in read_.dropped.items())
     logger.info(
-        "%s (%s): %d %s x %d genes, coordinates in %s.",
-        *(
-            read_.technology,
-            ", ".join(names),
-            adata.n_obs,
-            read_.rows.replace(UNKNOWN, "observations"),
-            adata.n_vars,
-        ),
-        "micrometres" if scale.unit == MICROMETRE else "a unit that the files do not tell",
+        "%s (%s): %d %s x %d genes, coordinates in %s%s.",
+        *(read_.technology, ", ".join(names), adata.n_obs, read_.rows, adata.n_vars, unit),
+        f". Left out: {left}" if left else "",
     )
     return adata
 

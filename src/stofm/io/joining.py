@@ -93,7 +93,7 @@ def join(one: Candidate, chosen: File, files: list[File]) -> Read:
             f"different ones lie on each other. Pass library_key={technology.field!r} to what reads "
             "places, or give coordinates of the whole slide."
         )
-    adata = adata[kept].copy()
+    adata = adata if kept.all() else adata[kept].copy()
     adata.obs = _storable(matched.loc[kept].drop(columns=[x, y]).set_axis(adata.obs_names))
     adata.obsm[Obsm.SPATIAL] = xy[kept]
     facts = {"software": said.get("software_version", "")} | facts_of(

@@ -36,7 +36,7 @@ def make(matrix: Any, ids: Any, genes: Any, obs: Any = None, **columns: Any) -> 
 
     obs = pd.DataFrame(index=pd.Index(ids, dtype=object)) if obs is None else obs
     var = pd.DataFrame(columns, index=make_index_unique(pd.Index(genes).astype(str)))
-    return AnnData(sparse.csr_matrix(matrix), obs=obs, var=var)
+    return AnnData(sparse.csr_matrix(matrix, dtype=np.float32), obs=obs, var=var)
 
 
 def name_genes(adata: AnnData) -> None:

@@ -92,9 +92,8 @@ def _put_together(
         rows, labels = pd.factorize(squares[:, 0] * height + squares[:, 1], sort=True)
         places = np.column_stack(np.divmod(labels, height)) * bin_size
         ids = _named(places)
-    matrix = sparse.csr_matrix(
-        (counts.astype(np.float32), (rows, codes)), shape=(len(labels), len(names))
-    )
+    shape = (len(labels), len(names))
+    matrix = sparse.csr_matrix((counts.astype(np.float32), (rows, codes)), shape)
     obs = pd.DataFrame(places + offset, columns=["x", "y"], index=ids)
     return make(matrix, None, names, obs, **columns)
 
@@ -133,7 +132,7 @@ def _read_cell_bins(group: Any, attributes: Any) -> tuple[AnnData, dict[str, str
     said = _attributes(attributes)
     indptr = np.append(cells["offset"].astype(np.int64), len(entries))
     matrix = sparse.csr_matrix(
-        (entries["count"].astype(np.float32), entries["geneID"].astype(np.int64), indptr),
+        (entries["count"], entries["geneID"].astype(np.int64), indptr),
         shape=(len(cells), len(genes)),
     )
     offset = [float(said.get(f"offset{axis}", 0)) for axis in "XY"]

@@ -76,7 +76,7 @@ def ids_as_text(values: pd.Series, file: File) -> pd.Series:
     if kind not in "iu" and len(values) and isinstance(values.iloc[0], bytes):
         values = values.str.decode("utf-8")
     text = values.astype(str).str.strip()
-    if len(text) and _FLOAT.fullmatch(text.iloc[0]):
+    if len(text) and text.str.fullmatch(_FLOAT).all():
         plain = text.str.replace(r"\.0*$", "", regex=True)
         if not plain.str.fullmatch(rf"\d{{1,{_DIGITS}}}").all():
             raise ValueError(_float_message(values.name, text.iloc[0], file))
@@ -99,10 +99,12 @@ def read_dense(
 
     Which way it lies, the ids of `cells` tell: they name its rows or its columns.
     """
+    import pandas as pd
+
     names = list(file.columns)
     if not names:
         raise ValueError(f"{file.name} has no header, so its genes have no names.")
-    if np.isin(np.array(names[1:], dtype=object), cells).mean() > 0.5:
+    if pd.Index(names[1:]).isin(cells).mean() > 0.5:
         matrix, genes = _stream(file, keys=[0], others=[])
         return matrix.T.tocsr(), np.array(names[1:], dtype=object), genes.tolist()
     lower = [name.lower() for name in names]

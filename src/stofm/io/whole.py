@@ -75,17 +75,14 @@ def _read_anndata(file: File, table_key: str | None, *, images: bool) -> Read:
         adata = adata[is_cell].copy()
     elif {"bin_type", "resolution"} <= set(adata.uns):
         technology = STEREO.name
-    facts = {
-        "organism": str(adata.uns.get("organism", "")),
-        "software": f"CELLxGENE schema {adata.uns['schema_version']}"
-        if "schema_version" in adata.uns
-        else "",
-    }
+    facts = {"organism": str(adata.uns.get("organism", ""))}
+    if "schema_version" in adata.uns:
+        facts["software"] = f"CELLxGENE schema {adata.uns['schema_version']}"
     scale = scale_of_anndata(adata)
     for library in dict(adata.uns.get("spatial", {})).values():
         if not images and hasattr(library, "pop"):
             library.pop("images", None)
-    return Read(adata, technology, UNKNOWN, scale, f"counts in {where}", facts, dropped)
+    return Read(adata, technology, "observations", scale, f"counts in {where}", facts, dropped)
 
 
 def _places(adata: AnnData, file: File) -> NDArray[np.float64]:
