@@ -195,7 +195,7 @@ def facts_of(
         panel = nearest(table, files, r"gene_panel\.json(\.gz)?$")
         said = {} if panel is None else read_json(panel).get("payload", {}).get("panel", {})
         found |= {"organism": said.get("species"), "panel": said.get("identity", {}).get("name")}
-        run = nearest(table, files, r"experiment\.xenium$")
+        run = nearest(table, files, r"experiment\.xenium(\.gz)?$")
         said = {} if run is None else read_json(run)
         found |= {key: said[name] for key, name in _XENIUM.items() if said.get(name)}
     elif technology.name == COSMX.name:
