@@ -577,6 +577,16 @@ def test_small_ids_that_were_floats_are_whole(section: Any, tmp_path: Path) -> N
     assert_same(st.read(tmp_path / "cells.csv"), section)
 
 
+def test_places_as_spreadsheets_write_them(section: Any, tmp_path: Path) -> None:
+    table = section.places()
+    table.to_csv(tmp_path / "places.csv", index=False, sep=";", encoding="utf-8-sig")
+    section.write_mtx(tmp_path)
+    assert_same(st.read(tmp_path), section)
+    table.to_csv(tmp_path / "places.csv", index=False, sep=";", decimal=",")
+    with pytest.raises(ValueError, match=r"places\.csv: column 'x' holds something else than num"):
+        st.read(tmp_path)
+
+
 def test_counts_that_are_not_whole(section: Any, tmp_path: Path) -> None:
     section.places().to_csv(tmp_path / "places.csv", index=False)
     (section.dense() + 0.25).set_index(pd.Index(section.ids)).to_csv(tmp_path / "s_counts.csv")

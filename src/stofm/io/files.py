@@ -104,10 +104,10 @@ def is_gzip(path: Path) -> bool:
 
 
 def open_text(path: Path) -> IO[str]:
-    """Open a plain or compressed file of text."""
+    """Open a plain or compressed file of text; spreadsheets put a mark before its first letter."""
     if is_gzip(path):
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace", newline="")
-    return path.open(encoding="utf-8", errors="replace", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return path.open(encoding="utf-8-sig", errors="replace", newline="")
 
 
 def extension(path: Path) -> str:

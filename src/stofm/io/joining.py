@@ -120,14 +120,20 @@ def _cells(one: Candidate) -> tuple[pd.DataFrame, str, str]:
     ids_, x, y = one.names
     cells = read_cells(one.file, one.columns, ids_)
     for name in (x, y):
-        if cells[name].dtype.kind not in "iuf":
+        try:
             cells[name] = pd.to_numeric(cells[name])
+        except ValueError as error:
+            raise ValueError(
+                f"{one.file.name}: column {name!r} holds something else than numbers ({error}). Decimals "
+                "have a point."
+            ) from None
     return cells, x, y
 
 
 def _on_tissue(cells: pd.DataFrame, chosen: File) -> NDArray[np.bool_]:
     """Whether spots are on tissue; a matrix that was filtered has no others."""
-    if _TISSUE not in cells or "filtered" in chosen.name:
+    is_filtered = any("filtered" in part for part in chosen.name.split("/")[-2:])
+    if _TISSUE not in cells or is_filtered:
         return np.ones(len(cells), dtype=bool)
     is_on: NDArray[np.bool_] = cells[_TISSUE].to_numpy() != 0
     return is_on
