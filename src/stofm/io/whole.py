@@ -45,7 +45,9 @@ def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, imag
         factor = float(said["resolution"]) / 1000
         scale = Scale(factor, MICROMETRE, f"resolution (nm) in {file.name}")
     rows = "cells" if is_cells else f"bins of {size} dots"
-    software = said.get("FileFormat") or f"geftool {said.get('geftool_ver', '')}"
+    software = said.get("FileFormat", "")
+    if "geftool_ver" in said:
+        software = f"geftool {said['geftool_ver']}"
     how = f"its content ({'GEM' if kind == 'gem' else 'GEF'})"
     facts = {"software": software, "library": said.get("sn") or said.get("Stereo-seqChip", "")}
     return Read(adata, STEREO.name, rows, scale, how, facts)
