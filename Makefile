@@ -1,7 +1,8 @@
 # Each target makes the environment that it needs (in .venv) and then does its job; a second run finds it there.
 #
-#   make demo              simulate a slice, embed it, write figures and the .h5ad to demo/
+#   make demo              embed a section of real tissue, find and learn its regions; figures and .h5ad in demo/
 #   make demo DATA=x.h5ad  the same with your own slice (several: LIBRARY_KEY=sample)
+#   make demo SIMULATE=1   the same with a simulated one
 #   make test              the tests          (ARGS="-k genes" goes to pytest)
 #   make test-newest       a part of the tests on the newest Python there is, in ~/.cache/stofm
 #   make check             lint and types
@@ -36,7 +37,7 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m stofm demo --overwrite --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
-	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)")
+	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)") $(if $(SIMULATE),--simulate)
 
 # As many processes as there are processors, each with one thread.
 test: $(VENV)/.installed-test

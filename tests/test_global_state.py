@@ -70,6 +70,7 @@ def made(adata: AnnData, model: Any, few_epochs: None) -> AnnData:
 
 def _pp(adata: AnnData, model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
     return {
+        "pp.check": lambda: st.pp.check(adata, model, library_key="library", device="cpu"),
         "pp.map_genes": lambda: st.pp.map_genes(adata, vocabulary=model),
         "pp.tokenize": lambda: st.pp.tokenize(adata, model, show_progress_bar=False),
         "pp.subslice": lambda: st.pp.subslice(adata, library_key="library"),

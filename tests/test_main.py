@@ -347,3 +347,42 @@ def test_figures_are_not_replaced_unasked(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 1
     assert "has ['umap.png'] already; pass --overwrite to replace them" in capsys.readouterr().err
     assert (tmp_path / "umap.png").read_text() == "mine"
+
+
+def test_check_prints_a_page_and_changes_nothing(files, capsys):
+    before = (files / "in.h5ad").read_bytes()
+    words = ["check", str(files / "in.h5ad"), "--model", str(files / "model"), "--device", "cpu"]
+    assert main([*words, "--library-key", "library"]) == 0
+    shown = capsys.readouterr().out
+    assert "67 are known" in shown
+    assert "left (101), right (83)" in shown
+    assert main(words) == 1
+    assert "To change first" in (shown := capsys.readouterr().out)
+    assert "Pass --library-key library." in " ".join(shown.split())
+    assert (files / "in.h5ad").read_bytes() == before
+
+
+def test_check_reads_what_an_instrument_wrote(tmp_path, capsys):
+    genes = ["Slc17a7", "Gad1", "Gad2", "Mbp", "Plp1"]
+    cells = pd.DataFrame({"cell": range(9), "x": np.arange(9.0), "y": np.arange(9.0) ** 2})
+    cells.to_csv(tmp_path / "places.csv", index=False)
+    counts = pd.DataFrame(np.ones((9, 5), dtype=int), columns=genes)
+    counts.to_csv(tmp_path / "a_counts.csv", index_label="cell")
+    assert main(["check", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
+    assert "9 x 5" in (shown := capsys.readouterr().out)
+    assert "species        mouse" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", [None, "--simulate"])
+def test_demo(tmp_path, word, caplog):
+    caplog.set_level("INFO", "stofm")
+    assert main(["demo", "--out", str(tmp_path), *([word] if word else [])]) == 0
+    made = {file.name for file in tmp_path.iterdir()}
+    figures = ("umap", "spatial", "subslices", "virtual_cells", "annotation")
+    assert made == {"embedded.h5ad", *(f"{name}.png" for name in figures)}
+    result = ad.read_h5ad(tmp_path / "embedded.h5ad")
+    assert result.n_obs == (4000 if word else 4839)
+    assert {"stofm_domain", "region"} <= set(result.obs)
+    assert "Domains against obs['region']: adjusted Rand index 0." in caplog.text
+    assert "learnt on the left" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 
 import stofm as st
 from stofm._logging import logger
-from stofm._messages import naming, warn
+from stofm._messages import collecting, naming, warn
 
 
 def _message(text: str, where: str = "", **names: str) -> str:
@@ -85,3 +85,16 @@ def test_warning_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="harm"):
         warn("harm")
     assert "harm" not in capsys.readouterr().err
+
+
+def test_warnings_are_collected_and_nothing_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "stofm")
+    with collecting() as found, naming(layer="--layer"):
+        warn("pass layer='a'.")
+        logger.info("a line")
+        with collecting() as inner:
+            warn("one within")
+    assert (found, inner) == (["pass --layer a."], ["one within"])
+    assert not caplog.records
+    logger.info("another line")
+    assert caplog.messages == ["another line"]

@@ -31,18 +31,19 @@ LAYERS = ["_keys", "genes", "spatial", "nn", "train", "heads", "tl"]
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {"_edge", "heads", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {"_edge", "heads", "io", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "train", "heads", "tl", "_edge"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
     "tensorboard": {"train"},
-    "matplotlib": {"pl", "_demo"},
+    "matplotlib": {"io", "pl", "_demo"},
 }
 #: What else a part of the package must not use.
 FORBIDDEN = {
     **{part: {*LAYERS[1:], "_edge", "pp", "pl", "datasets"} for part in BASE},
     "_edge": {"nn", "train", "pp", "tl", "pl", "datasets"},
     "datasets": {"nn", "train", "pp", "tl", "pl"},
+    "io": {"nn", "train", "heads", "pp", "tl", "pl", "datasets"},
     "metrics": {*LAYERS, "_edge", "_logging", "pp", "pl", "datasets"},
     "pp": {"train", "tl", "pl"},
     "tl": {"pl"},

@@ -10,6 +10,7 @@ from stofm._version import __version__
 if TYPE_CHECKING:
     from stofm import datasets, genes, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
+    from stofm.io import read
     from stofm.nn import Stofm
     from stofm.tl import AnnotationHead, DeconvolutionHead, ImputationHead
 
@@ -26,6 +27,7 @@ __all__ = [
     "nn",
     "pl",
     "pp",
+    "read",
     "spatial",
     "tl",
     "train",
@@ -38,6 +40,7 @@ __getattr__ = lazy(
     {area: f"stofm.{area}" for area in _AREAS}
     | {
         "GeneVocabulary": "stofm.genes",
+        "read": "stofm.io",
         "Stofm": "stofm.nn",
         "AnnotationHead": "stofm.tl",
         "DeconvolutionHead": "stofm.tl",

@@ -1,4 +1,4 @@
-"""The command line: ``stofm embed``, ``stofm train``, ``stofm convert``, ``stofm demo``."""
+"""The command line: ``stofm check``, ``embed``, ``train``, ``convert`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ _MEANT = (ValueError, KeyError, TypeError, OSError, ImportError, MemoryError, Fl
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 1 for an error (its message is on stderr) or 130 if interrupted.
 
+    ``check`` returns 1 if embedding would stop.
+
     Wrong usage exits with 2.
     """
     options = _parser().parse_args(arguments)
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             with naming(**options.flags):
-                options.run(options)
+                code: int = options.run(options) or 0
         except KeyboardInterrupt:
             print("stofm: interrupted.", file=sys.stderr)
             return _INTERRUPTED
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"stofm: error: {_message(error)}", file=sys.stderr)
             return _FAILED
-    return 0
+    return code
 
 
 def _message(error: Exception) -> str:
@@ -114,6 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
     embed.set_defaults(run=_embed)
 
+    text = "tell what embedding a file will do, without doing it"
+    check = commands.add_parser("check", parents=[shared, slices, device], help=text)
+    add = check.add_argument
+    add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
+    add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
+    add("--layer", help="layer with raw counts [X]")
+    add("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
+    add("--species", default="auto", choices=["auto", "human", "mouse"])
+    add("--gene-key", help="var column with gene ids [found automatically]")
+    add("--orthologs", help="table of mouse and human Ensembl ids")
+    check.set_defaults(run=_check)
+
     train = commands.add_parser(
         "train",
         parents=[shared, device],
@@ -139,12 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default="stofm-reference", help="the model's name")
     convert.set_defaults(run=_convert)
 
-    text = "embed and cluster a slice and draw figures"
+    text = "embed a section, find and learn its regions, and draw figures"
     demo = commands.add_parser("demo", parents=[shared, slices], help=text)
     demo.add_argument("--out", type=local, default=Path("demo"), help="folder [%(default)s]")
-    demo.add_argument("--data", type=local, help=".h5ad or .zarr in place of a simulated slice")
+    instead = demo.add_mutually_exclusive_group()
+    instead.add_argument("--data", type=local, help=".h5ad or .zarr [a section of the package]")
+    instead.add_argument("--simulate", action="store_true", help="a simulated slice")
     demo.set_defaults(run=_demo)
-    for command in (embed, train, convert, demo):
+    for command in (check, embed, train, convert, demo):
         # Messages speak of arguments; here these are flags.
         flags = {one.dest: one.option_strings[0] for one in command._actions if one.option_strings}
         command.set_defaults(flags=flags)
@@ -175,6 +191,21 @@ def _embed(options: argparse.Namespace) -> None:
     write_data(data, options.output)
     what = "The SpatialData" if hasattr(data, "tables") else "The AnnData"
     logger.info("%s is written to %s.", what, options.output)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from stofm import io, pp
+    from stofm._edge.slice_files import read_data
+
+    file = options.input
+    with _about(file):
+        is_data = file.suffix in (".h5ad", ".zarr")
+        data = read_data(file) if is_data else io.read(file)
+        names = ("model", "device", *_PASSED_ON)
+        given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+        found = pp.check(data, **{name: given[name] for name in given if name != "seed"})
+    print(found)
+    return 0 if found.ok else _FAILED
 
 
 def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) -> None:
@@ -223,7 +254,7 @@ def _demo(options: argparse.Namespace) -> None:
     if options.data is not None:
         has_tables = is_spatialdata(options.data)
         _refuse_table_key(options.data, options.table_key, has_tables=has_tables)
-    names = ("data", "library_key", "table_key", "seed", "overwrite")
+    names = ("data", "simulate", "library_key", "table_key", "seed", "overwrite")
     run_demo(options.out, **{name: getattr(options, name) for name in names})
 
 

@@ -14,6 +14,8 @@ class Uns:
     STOFM: Final = "stofm"
     #: Entry of ``uns["stofm"]`` that holds the virtual cells of :func:`stofm.pp.subslice`.
     SUBSLICE: Final = "subslice"
+    #: Entry with what :func:`stofm.read` found out about its files.
+    SOURCE: Final = "source"
 
 
 class Var:
@@ -26,6 +28,7 @@ class Var:
 class Obs:
     """Columns of ``adata.obs``."""
 
+    CONTROLS: Final = "control_counts"
     N_TOKENS: Final = "stofm_n_tokens"
     SUBSLICE: Final = "stofm_subslice"
     VIRTUAL_CELL: Final = "stofm_virtual_cell"

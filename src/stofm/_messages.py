@@ -29,6 +29,8 @@ _PACKAGE: Final = str(Path(__file__).parent)
 _VALUE: Final = r"""('[^']*'|"[^"]*"|[\w.+-]*\w|)"""
 #: What changes a message, innermost call first.
 _changes: ContextVar[tuple[Callable[[str], str], ...]] = ContextVar("changes", default=())
+#: Warnings that are collected and not shown, if they are.
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
@@ -88,12 +90,26 @@ def _as_flag(flag: str, found: re.Match[str]) -> str:
     return flag if value in ("", "True") else f"{flag} {shlex.quote(value)}"
 
 
+@contextmanager
+def collecting() -> Iterator[list[str]]:
+    """Within it, warnings go into a list, and they and other lines are not shown."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
 def warn(message: str, category: type[UserWarning] = UserWarning) -> None:
     """Tell the user of something that harms the result, at the line that called stofm.
 
     It is a warning of the category, and a line of level WARNING for those who keep a log.
     """
-    message = _changed(message)
+    message = changed(message)
+    if (collected := _collected.get()) is not None:
+        collected.append(message)
+        return
     logger.warning("%s", message, extra={"is_shown": True})
     warnings.warn(message, category, stacklevel=_level_of_caller())
 
@@ -105,15 +121,18 @@ def _level_of_caller() -> int:
     return len(is_ours) - is_ours[::-1].index(True) + 1
 
 
-def _changed(text: str) -> str:
+def changed(text: str) -> str:
+    """A message in the words of the caller."""
     for change in _changes.get():
         text = change(text)
     return text
 
 
 def _rename_line(record: logging.LogRecord) -> bool:
+    if _collected.get() is not None:
+        return False
     if _changes.get() and not getattr(record, "is_shown", False):
-        record.msg, record.args = _changed(record.getMessage()), ()
+        record.msg, record.args = changed(record.getMessage()), ()
     return True
 
 

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
+import socket
 import threading
+import tomllib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 import stofm as st
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+NAMES = ["human_breast_xenium", "mouse_cortex_osmfish", "mouse_olfactory_bulb_st"]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -75,5 +81,57 @@ def test_checksum_is_asked_for(slice_file: Path) -> None:
 
 
 def test_what_is_no_file() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file 'cortex'; pass the path or the http"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no section or file 'cortex'.*mouse_cortex_osmfish"
+    ):
         st.datasets.load("cortex", sha256="0" * 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sections_of_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "socket", None)  # no network
+    adata = st.datasets.load(name)
+    assert adata.X.format == "csr"
+    np.testing.assert_array_equal(adata.X.data, np.rint(adata.X.data))
+    assert np.isfinite(adata.obsm["spatial"]).all()
+    assert adata.obs_names.is_unique
+    assert adata.var["gene_ids"].str.startswith("ENS").mean() > 0.95
+    said = adata.uns["stofm"]["source"]
+    assert said["licence"].split()[0] in {"MIT", "CC"}
+    assert said["citation"]
+    assert said["repository"].startswith("github.com/")
+
+
+def test_sections_are_small_and_have_licences() -> None:
+    folder = Path(st.datasets.__file__).with_name("sections")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
+    text, licences = ((folder / one).read_text() for one in ("README.md", "LICENSES.txt"))
+    for name in NAMES:
+        assert f"| `{name}` |" in text
+        assert f"{name}.h5ad" in licences
+
+
+def test_sections_that_trained_the_model_say_so() -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "stofm-mini.toml"
+    if not recipe.is_file():
+        pytest.skip("no recipes/ beside the tests")
+    excluded = tomllib.loads(recipe.read_text())["data"]["exclude"]
+    files = {
+        "mouse_cortex_osmfish": "osmfish_sscortex",
+        "human_breast_xenium": "xenium_breast_tile",
+    }
+    files["mouse_olfactory_bulb_st"] = "st_mob_he_MOB1"
+    for name, file in files.items():
+        is_trained = not any(fnmatch.fnmatch(f"{file}.h5ad", one) for one in excluded)
+        assert st.datasets.load(name).uns["stofm"]["source"]["trained_stofm_mini"] == is_trained
+
+
+def test_image_lies_under_the_spots() -> None:
+    adata = st.datasets.load("mouse_olfactory_bulb_st")
+    (one,) = adata.uns["spatial"].values()
+    image = one["images"]["lowres"].mean(axis=2)
+    column, row = (
+        (adata.obsm["spatial"] * one["scalefactors"]["tissue_lowres_scalef"]).astype(int).T
+    )
+    # Tissue is darker than the slide around it.
+    assert image[row, column].mean() < np.median(image) - 20

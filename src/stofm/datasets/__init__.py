@@ -1,4 +1,4 @@
-"""Simulated sections with known labels, and public sections with a checksum."""
+"""Sections of real tissue, simulated ones with known labels, and any others with a checksum."""
 
 from stofm.datasets._load import load
 from stofm.datasets._simulate_slice import simulate_slice

@@ -1,10 +1,10 @@
-"""``stofm.datasets.load``: sections from a file or an address, verified by checksum."""
+"""``stofm.datasets.load``: sections of the package, of a file or an address."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import pooch
@@ -16,15 +16,30 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 
+_SECTIONS: Final = Path(__file__).with_name("sections")
+
+
 def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None = None) -> AnnData:
-    """Read a ``.h5ad`` file, downloaded once if it is an address, and verify its checksum.
+    """Read a section of the package, or an ``.h5ad`` from a file or an address, checked by checksum.
+
+    The package carries three sections of real tissue, which need no network:
+
+    - ``"mouse_cortex_osmfish"``: osmFISH, somatosensory cortex of a mouse, 4,839 cells x 33 genes,
+      with ``obs["region"]`` and ``obs["cell_type"]``
+    - ``"human_breast_xenium"``: a window of a Xenium slide, human breast cancer, 4,344 cells x 313
+      genes, with ``obs["cell_type"]``
+    - ``"mouse_olfactory_bulb_st"``: Spatial Transcriptomics with an H&E image, olfactory bulb of a
+      mouse, 379 spots x 1,000 genes
+
+    ``uns["stofm"]["source"]`` holds source, licence and citation, and ``trained_stofm_mini``: whether
+    the embedded model has seen the section (it has not seen labels).
 
     Parameters
     ----------
     name
-        The http(s) address or the path of a file.
+        One of these names, or the http(s) address or the path of a file.
     sha256
-        Checksum of the file, 64 hexadecimal digits.
+        Checksum of a file, 64 hexadecimal digits. Not needed for sections of the package.
     cache_dir
         Folder to keep downloads in; a file that is there and has the checksum is not downloaded
         again. None: the user's cache folder.
@@ -36,20 +51,26 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        There is no such section or file.
     ValueError
         The checksum is missing, malformed, or not that of the file.
 
     Examples
     --------
     >>> import stofm as st
+    >>> st.datasets.load("mouse_cortex_osmfish").shape
+    (4839, 33)
     >>> url, digest = "https://example.org/slice.h5ad", "9f86d081..."
     >>> adata = st.datasets.load(url, sha256=digest)  # doctest: +SKIP
     """
+    sections = {file.stem: file for file in sorted(_SECTIONS.glob("*.h5ad"))}
+    if name in sections:
+        return read_data(sections[name])
     is_address = "://" in name
     if not is_address and not local(name).is_file():
         raise FileNotFoundError(
-            f"There is no file {name!r}; pass the path or the http(s) address of an .h5ad file."
+            f"There is no section or file {name!r}. Sections: {list(sections)}. Else pass the path or the "
+            "http(s) address of an .h5ad file."
         )
     digest = (sha256 or "").strip().lower()
     if not re.fullmatch(r"[0-9a-f]{64}", digest):

@@ -1,0 +1,5 @@
+"""What an instrument wrote, as AnnData."""
+
+from stofm.io.reading import read
+
+__all__ = ["read"]
