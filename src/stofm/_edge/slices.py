@@ -18,6 +18,7 @@ from stofm._edge.coordinates import (
     warn_of_places,
     warn_of_spots_off_tissue,
 )
+from stofm._edge.records import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
 from stofm._messages import warn
@@ -135,7 +136,7 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
     if library_key is not None or spatial_key not in adata.obsm:
         return _separate(adata, column)
     xy = read_coordinates(adata, spatial_key)
-    if column is not None and _are_apart(adata, column, xy):
+    if column is not None and _are_slices(adata, column, xy, spatial_key):
         slices = _separate(adata, column)
         logger.info(
             "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
@@ -173,16 +174,21 @@ def _separate(adata: AnnData, column: str | None) -> Slices:
     return Slices(names=names.tolist(), rows=rows, column=column)
 
 
+def region_column(adata: AnnData) -> str | None:
+    """Column of ``obs`` with the regions that a SpatialData's table annotates, if several."""
+    attrs = adata.uns.get("spatialdata_attrs", {})
+    key = attrs.get("region_key") if hasattr(attrs, "get") else None
+    return str(key) if key in adata.obs and adata.obs[key].nunique() > 1 else None
+
+
 def described_column(adata: AnnData) -> str | None:
     """Column of ``obs`` that the metadata says tells slices apart; None if nothing says so.
 
     That is the region column of a SpatialData's table, or the one whose values are the images that
     squidpy and scanpy keep in ``uns["spatial"]``.
     """
-    attrs = adata.uns.get("spatialdata_attrs", {})
-    key = attrs.get("region_key") if hasattr(attrs, "get") else None
-    if key in adata.obs and adata.obs[key].nunique() > 1:
-        return str(key)
+    if (region := region_column(adata)) is not None:
+        return region
     images = adata.uns.get("spatial")
     if not isinstance(images, dict) or len(images) < 2:
         return None
@@ -194,19 +200,22 @@ def described_column(adata: AnnData) -> str | None:
     return None
 
 
-def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
-    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
+def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64], spatial_key: str) -> bool:
+    """Whether what the metadata names are slices, and not parts of one slide.
+
+    They are if they lie on each other, or have coordinate systems of their own. Images that lie
+    apart are too; regions of one system are not.
+    """
     codes, names = _numbered(adata.obs[column])
-    if _boxes_overlap(xy, codes):
-        raise ValueError(_overlay_message([column], names))
-    if Nearest.find(xy).mixing(codes) < _ADJOINING:
+    systems = (read_record(adata, spatial_key) or {}).get("params", {})
+    if len(set(systems.values())) > 1 or _boxes_overlap(xy, codes):
         return True
+    if Nearest.find(xy).mixing(codes) < _ADJOINING:
+        return column != region_column(adata)
     logger.info(
         "The %d regions in obs[%r] adjoin, as fields of one slide do: they are taken as one slice. "
         "Pass library_key=%r to separate them.",
-        len(names),
-        column,
-        column,
+        *(len(names), column, column),
     )
     return False
 
@@ -227,7 +236,8 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
         raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
     _refuse_joined_names(adata, xy)
     for name, codes, values in _groupings(adata.obs):
-        if _SLICE_WORDS.search(name) and nearest.mixing(codes) == 0.0:
+        may_be_slices = name == region_column(adata) or _SLICE_WORDS.search(name)
+        if may_be_slices and nearest.mixing(codes) == 0.0:
             warn(
                 f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie apart from each "
                 "other and are taken as parts of one slice, whose size is set to a fixed one. If "

@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
 
+from stofm._edge.records import write_record
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.genes.compressed import require_sound
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -32,18 +36,11 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
     says whether the caller will copy the table, which a backed one does not allow.
     """
     if hasattr(data, "tables") and not hasattr(data, "obsm"):
-        tables = data.tables
-        names = sorted(tables)
-        if table_key is None and len(names) == 1:
-            table_key = names[0]
-        if table_key not in names:
-            raise KeyError(
-                f"The SpatialData has the tables {names}; pass one of them as `table_key`."
-            )
-        sdata, data = data, tables[table_key]
+        sdata, key = data, table_name(data.tables, table_key)
+        data = sdata.tables[key]
         if Obsm.SPATIAL not in data.obsm:
             data = data.copy() if copy else data
-            _add_centroids(sdata, data)
+            add_centroids(sdata, data, key)
     if not (hasattr(data, "obsm") and hasattr(data, "var_names")):
         raise TypeError(f"Expected an AnnData or a SpatialData, found {type(data).__name__}.")
     adata: AnnData = data
@@ -55,10 +52,20 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
     return adata
 
 
-def _add_centroids(sdata: Any, table: AnnData) -> None:
-    """Set ``obsm["spatial"]`` to the centroids of what the table annotates, if it annotates anything.
+def table_name(tables: Iterable[str], table_key: str | None) -> str:
+    """Name of the table that is meant: the only one, if none is named."""
+    names = sorted(tables)
+    if table_key is None and len(names) == 1:
+        return names[0]
+    if table_key not in names:
+        raise KeyError(f"The SpatialData has the tables {names}; pass one of them as `table_key`.")
+    return table_key
 
-    Each region is read in the coordinate system "global", or in its first.
+
+def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
+    """Set ``obsm["spatial"]`` of the table `key` to the centroids of what it annotates, if anything.
+
+    Each region is read in the coordinate system "global", or in its only one. The record tells which.
     """
     attrs = table.uns.get("spatialdata_attrs")
     if not attrs or table.n_obs == 0:
@@ -67,16 +74,42 @@ def _add_centroids(sdata: Any, table: AnnData) -> None:
     from spatialdata.transformations import get_transformation
 
     obs = table.obs.reset_index(drop=True)
-    centroids, used = np.full((table.n_obs, 2), np.nan), {}
+    centroids, used = np.empty((table.n_obs, 2)), {}
     for name, rows in obs.groupby(attrs["region_key"], observed=True).indices.items():
-        systems = sorted(get_transformation(sdata[name], get_all=True)) if name in sdata else []
-        if not systems:
+        if name not in sdata:
+            logger.info(
+                "The table annotates %r, which the SpatialData lacks: no centroids are taken.", name
+            )
             return
+        element, written = sdata[name], f"sdata[{name!r}]"
+        systems = sorted(get_transformation(element, get_all=True))
+        if "global" not in systems and len(systems) > 1:
+            raise ValueError(
+                f"{name!r} has the coordinate systems {systems} and none that is 'global'; choose "
+                "one: from spatialdata.transformations import get_transformation, "
+                f"set_transformation; set_transformation({written}, "
+                f"get_transformation({written}, {systems[0]!r}), 'global')"
+            )
         used[str(name)] = "global" if "global" in systems else systems[0]
-        found = get_centroids(sdata[name], coordinate_system=used[str(name)]).compute()
+        with warnings.catch_warnings():
+            # Ids need not be in order.
+            warnings.filterwarnings("ignore", "The index of the dataframe is not monotonic")
+            found = get_centroids(element, coordinate_system=used[str(name)]).compute()
         wanted = obs[attrs["instance_key"]].iloc[rows]
-        centroids[rows] = found[["x", "y"]].reindex(wanted).to_numpy(dtype=np.float64)
+        is_lost = ~wanted.isin(found.index).to_numpy()
+        if n_lost := int(is_lost.sum()):
+            cells = table.obs_names[rows[is_lost]].tolist()
+            mine = f"sdata[{key!r}]"
+            drop = f"{mine} = {mine}[~{mine}.obs_names.isin({cells})].copy()"
+            raise ValueError(
+                f"{n_lost} of {len(rows)} instances of {name!r} in the table are not there, for "
+                f"example {wanted[is_lost].tolist()[:3]}; its ids are such as "
+                f"{found.index[:3].tolist()}. "
+                + (f"Drop them: {drop}" if n_lost <= 10 else "Drop them, or correct the ids.")
+            )
+        centroids[rows] = found.loc[wanted, ["x", "y"]]
     table.obsm[Obsm.SPATIAL] = centroids
+    write_record(table, Obsm.SPATIAL, used)
     logger.info(
         "The table has no obsm[%r]: it is set to centroids (region: coordinate system %s).",
         *(Obsm.SPATIAL, used),
