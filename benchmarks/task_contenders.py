@@ -21,7 +21,7 @@ from task_baselines import (
 from task_sets import LABEL_KEY
 
 import stofm as st
-from stofm._edge.records import frame_names
+from stofm._edge.tables import frame_names
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.sections import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means

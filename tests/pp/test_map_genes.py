@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._edge.records import read_record
+from stofm._edge.tables import read_record
 from stofm._keys import Var
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 

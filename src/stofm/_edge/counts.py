@@ -9,7 +9,7 @@ from scipy import sparse
 
 from stofm._edge.gene_mapping import kinds_of_others
 from stofm._edge.tables import layer_names, require_cells_and_genes
-from stofm.genes.compressed import require_sound
+from stofm.genes.ranking import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

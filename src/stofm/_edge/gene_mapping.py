@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._digests import fingerprint
-from stofm._edge.records import read_record, write_record
-from stofm._edge.tables import require_cells_and_genes
+from stofm._edge.tables import read_record, require_cells_and_genes, write_record
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm._edge.coordinates import (
+from stofm._edge.places import (
     listed,
     read_axes,
     read_coordinates,
@@ -18,7 +18,7 @@ from stofm._edge.coordinates import (
     warn_of_places,
     warn_of_spots_off_tissue,
 )
-from stofm._edge.records import read_record
+from stofm._edge.tables import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
 from stofm._messages import warn

@@ -12,7 +12,6 @@ from scipy import sparse
 
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.compressed import require_sound
 from stofm.genes.mapping import (
     MOST_REPEATED,
     MOST_UNKNOWN,
@@ -25,6 +24,7 @@ from stofm.genes.mapping import (
     read_orthologs,
     strip_version,
 )
+from stofm.genes.ranking import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stofm._config import check_seed
-from stofm._edge.layouts import lay_out, write_layouts
-from stofm._edge.records import all_or_nothing
+from stofm._edge.places import lay_out, write_layouts
 from stofm._edge.slices import read_places
-from stofm._edge.staleness import read_current
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table
+from stofm._edge.tokens import read_current
 from stofm._keys import Obsm
 from stofm.spatial import SubSliceConfig
 

@@ -1,23 +1,31 @@
-"""Coordinates of cells: read, checked, and warned of where they mislead."""
+"""Places of cells: read and checked, laid out slice by slice, and compared with what was laid out."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
 
-from stofm._keys import Obsm
+from stofm._digests import fingerprint
+from stofm._edge.tables import mark_outdated, read_record, same_params, write_record
+from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.compressed import require_sound
+from stofm.genes.ranking import require_sound
+from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_slice
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
+
+    from stofm._edge.slices import Places
 
 _AXES: Final = {"x": "x", "col": "x", "column": "x", "y": "y", "row": "y", "z": "z"}
 #: In camel case too.
@@ -30,6 +38,11 @@ _FEW_PLACES: Final = 0.99
 _STRAY_SHARE: Final = 0.03
 _STRAY_BEYOND: Final = 0.35
 _STRAY_GROWTH: Final = 1.2
+#: Rules that take effect only when a sub-slice is embedded, not when slices are cut.
+_NOT_LAYOUT: Final = ("n_neighbors", "neighbors_among")
+#: Normalised coordinates span 100; by less than this they may differ, which is rounding.
+_SAME_PLACE: Final = 0.01
+_SAME_SCALE: Final = 1e-3
 
 
 def read_coordinates(adata: AnnData, spatial_key: str = Obsm.SPATIAL) -> NDArray[np.float64]:
@@ -213,3 +226,183 @@ def warn_of_spots_off_tissue(adata: AnnData) -> None:
 def listed(names: list[str]) -> str:
     """The first three of some names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# Layouts
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Layouts of all slices, in order of the slices, with what they were made from."""
+
+    layouts: list[SliceLayout]
+    places: Places
+    params: dict[str, Any]
+    digest: str
+
+    @property
+    def n_subslices(self) -> int:
+        """Number of sub-slices of all slices together."""
+        return sum(layout.n_subslices for layout in self.layouts)
+
+
+def lay_out(
+    features: NDArray[np.float32],
+    places: Places,
+    rules: SubSliceConfig,
+    *,
+    use_rep: str,
+    seed: int,
+    stored_in: AnnData | None = None,
+) -> Layouts:
+    """Lay out every slice, or take the layout stored in an AnnData if it fits; writes nothing."""
+    params = {
+        **{name: value for name, value in asdict(rules).items() if name not in _NOT_LAYOUT},
+        "use_rep": use_rep,
+        "spatial_key": places.spatial_key,
+        "library_key": places.library_key,
+        "seed": seed,
+    }
+    slices = places.slices
+    parts = (part for one in zip(slices.names, slices.rows, strict=True) for part in one)
+    digest = fingerprint(features, places.coordinates, *parts)
+    record = None if stored_in is None else read_record(stored_in, Uns.SUBSLICE)
+    if stored_in is not None and record is not None:
+        layouts = None
+        if same_params(record, params) and record.get("input") == digest:
+            layouts = _read_layouts(stored_in, record, places)
+        if layouts is not None:
+            return Layouts(layouts, places, params, digest)
+        logger.info(
+            "Cells, their embeddings, places or the rules are not those of the stored layout: "
+            "slices are cut again."
+        )
+    layouts = [
+        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
+        for rows in slices.rows
+    ]
+    return Layouts(layouts, places, params, digest)
+
+
+def write_layouts(adata: AnnData, result: Layouts) -> None:
+    """Write layouts into the AnnData: see :func:`stofm.pp.subslice`."""
+    import pandas as pd
+
+    layouts, slices = result.layouts, result.places.slices
+    coordinates = np.empty((adata.n_obs, 2))
+    subslices, virtual = (np.empty(adata.n_obs, dtype=np.int64) for _ in range(2))
+    n_subslices = n_virtual = 0
+    for rows, layout in zip(slices.rows, layouts, strict=True):
+        coordinates[rows] = layout.coordinates
+        subslices[rows] = layout.subslice + n_subslices
+        virtual[rows] = layout.virtual_cell + n_virtual
+        n_subslices += layout.n_subslices
+        n_virtual += layout.virtual.n_virtual
+
+    outdate_by_places(adata)
+    adata.obsm[Obsm.COORDINATES] = coordinates
+    adata.obs[Obs.SUBSLICE] = pd.Categorical.from_codes(subslices, [*map(str, range(n_subslices))])
+    adata.obs[Obs.VIRTUAL_CELL] = pd.Categorical.from_codes(virtual, [*map(str, range(n_virtual))])
+    for key in (Obsm.COORDINATES, Obs.SUBSLICE, Obs.VIRTUAL_CELL):
+        write_record(adata, key, result.params, input=result.digest)
+    write_record(
+        adata,
+        Uns.SUBSLICE,
+        result.params,
+        input=result.digest,
+        output=_output_digest(layouts),
+        coordinates=np.vstack([y.virtual.coordinates for y in layouts]),
+        features=np.vstack([y.virtual.features for y in layouts]),
+        slice=np.repeat(slices.names, [y.virtual.n_virtual for y in layouts]).astype(object),
+        n_cells=np.bincount(virtual, minlength=n_virtual),
+    )
+    logger.info(
+        "%d sub-slices and %d virtual cells in %d slice(s).", n_subslices, n_virtual, len(layouts)
+    )
+
+
+def _read_layouts(
+    adata: AnnData, record: dict[str, Any], places: Places
+) -> list[SliceLayout] | None:
+    """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
+    layouts = []
+    try:
+        coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
+        subslices, virtual = (
+            adata.obs[key].astype(int).to_numpy() for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)
+        )
+        for rows in places.slices.rows:
+            used, own = np.unique(virtual[rows], return_inverse=True)
+            layouts.append(
+                SliceLayout(
+                    coordinates=coordinates[rows],
+                    subslice=subslices[rows] - subslices[rows].min(),
+                    virtual_cell=own,
+                    virtual=VirtualCells(
+                        coordinates=record["coordinates"][used], features=record["features"][used]
+                    ),
+                )
+            )
+    except (KeyError, IndexError, ValueError):
+        return None
+    return layouts if _output_digest(layouts) == record.get("output") else None
+
+
+def _output_digest(layouts: list[SliceLayout]) -> str:
+    """Fingerprint of the layouts themselves, so that an edited one is not taken for ours."""
+    parts: list[NDArray[Any]] = []
+    for one in layouts:
+        parts += [one.coordinates, one.subslice, one.virtual_cell]
+        parts += [one.virtual.coordinates, one.virtual.features]
+    return fingerprint(*parts)
+
+
+# Whether places are still those
+
+
+def outdate_by_places(adata: AnnData) -> None:
+    """Mark embeddings with other coordinates than there are now, before layouts are replaced."""
+    if changed_places(adata):
+        layout = read_record(adata, Uns.SUBSLICE) or {}
+        mark_outdated(adata, "coordinates", lambda it: same_places_read(layout, it))
+
+
+def same_places_read(layout: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether a layout is of the places and slices that an embedding was made with."""
+    names = ("spatial_key", "library_key")
+    first, second = (one.get("params", {}) for one in (layout, record))
+    return all(name in first and first[name] == second.get(name) for name in names)
+
+
+def changed_places(adata: AnnData) -> bool:
+    """Whether the coordinates are no longer those that slices were cut with.
+
+    They may be moved, turned, mirrored and scaled slice by slice, which changes no distance that
+    a model reads. Layouts that tables lost with their slices when they were joined can't be
+    compared.
+    """
+    params = (read_record(adata, Uns.SUBSLICE) or {}).get("params", {})
+    spatial_key, library_key = (params.get(name) for name in ("spatial_key", "library_key"))
+    is_there = {spatial_key, Obsm.COORDINATES} <= set(adata.obsm)
+    if not is_there or (library_key and library_key not in adata.obs):
+        return False
+    try:
+        now = read_coordinates(adata, spatial_key)
+    except ValueError:
+        return False
+    stored = np.asarray(adata.obsm[Obsm.COORDINATES])
+    if not library_key:
+        return not _are_similar(now, stored)
+    groups = adata.obs.reset_index(drop=True).groupby(library_key, observed=True).indices
+    return not all(_are_similar(now[rows], stored[rows]) for rows in groups.values())
+
+
+def _are_similar(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
+    """Whether places are others but moved, turned, mirrored or scaled."""
+    first, second = (places - places.mean(axis=0) for places in (first, second))
+    first = first / (np.abs(first).max() or 1.0)
+    change, _, rank, _ = np.linalg.lstsq(first, second, rcond=None)
+    if np.abs(first @ change - second).max() > _SAME_PLACE:
+        return False
+    sizes = np.linalg.svd(change, compute_uv=False)
+    return bool(rank < 2 or sizes[1] >= (1 - _SAME_SCALE) * sizes[0])
