@@ -23,7 +23,7 @@ from stofm.heads.embeddings import (
     same_origin,
 )
 from stofm.heads.options import checked_reps
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

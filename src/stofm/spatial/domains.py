@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from stofm.spatial.coordinates import canonical_order
-from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components
+from stofm.spatial.plane import canonical_order, nearest_neighbors
+from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components, umap_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

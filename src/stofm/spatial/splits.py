@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm.spatial.coordinates import canonical_order, partition_balanced
-from stofm.spatial.neighbor_graph import nearest_neighbors
+from stofm.spatial.plane import canonical_order, nearest_neighbors, partition_balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from stofm._config import check_choice, check_shares, require
-from stofm.spatial.coordinates import (
+from stofm.spatial.plane import (
     canonical_order,
     normalize_coordinates,
     partition_balanced,

@@ -34,7 +34,7 @@ from stofm.heads.embeddings import (
 from stofm.heads.options import check_choice, check_if_given, check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 from stofm.tl._embed import embed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from stofm.nn import SubSliceBatch
 from stofm.spatial import NodeType, PairDistances
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 from stofm.train.masked_genes import Batch
 
 if TYPE_CHECKING:
