@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -21,7 +22,6 @@ from stofm.spatial import SliceLayout, SubSliceConfig, VirtualCells, lay_out_sli
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import pandas as pd
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -83,10 +83,8 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
     require_sound(stored, f"adata.obsm[{key!r}]")
     if sparse.issparse(stored):
         stored = stored.toarray()
-    if not isinstance(stored, pd.DataFrame):
-        stored = np.asarray(stored)
-        if stored.ndim != 2:
-            return np.empty(stored.shape)
+    if np.ndim(stored) != 2:
+        return np.empty(np.shape(stored))
     table = pd.DataFrame(stored)
     axes = [axis_of(name)[0] for name in table.columns]
     if axes.count("x") == axes.count("y") == 1 >= axes.count("z"):
@@ -94,22 +92,16 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
     try:
         values: NDArray[np.float64] = table.to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError):
-        raise ValueError(_text_message(adata, key, table)) from None
+        is_bad = table.apply(pd.to_numeric, errors="coerce").isna() & table.notna()
+        rows = np.flatnonzero(is_bad.any(axis=1))
+        raise ValueError(
+            f"obsm[{key!r}] holds something else than numbers in {len(rows)} of {adata.n_obs} "
+            f"cells, for example {adata.obs_names[rows[0]]}: {table.iloc[rows[0]].tolist()}. "
+            "Correct these cells or drop them. Where decimals have a comma: "
+            f"adata.obsm[{key!r}] = np.char.replace(np.asarray(adata.obsm[{key!r}], dtype=str), "
+            "',', '.').astype(float)"
+        ) from None
     return values
-
-
-def _text_message(adata: AnnData, key: str, table: pd.DataFrame) -> str:
-    import pandas as pd
-
-    is_bad = table.apply(pd.to_numeric, errors="coerce").isna() & table.notna()
-    rows = np.flatnonzero(is_bad.any(axis=1))
-    return (
-        f"obsm[{key!r}] holds something else than numbers in {len(rows)} of {adata.n_obs} cells, "
-        f"for example {adata.obs_names[rows[0]]}: {table.iloc[rows[0]].tolist()}. Correct these "
-        "cells or drop them. Where decimals have a comma: "
-        f"adata.obsm[{key!r}] = np.char.replace(np.asarray(adata.obsm[{key!r}], dtype=str), ',', "
-        "'.').astype(float)"
-    )
 
 
 def axis_of(name: object) -> tuple[str, str]:
@@ -139,12 +131,13 @@ def _missing(adata: AnnData, key: str) -> str:
         for pair in pairs.values()
         if {"x", "y"} <= set(pair)
     ]
-    if not found:
-        return (
-            f"There is no obsm[{key!r}]. Nothing in obsm or obs looks like coordinates. Put x and y "
-            f"of each cell into adata.obsm[{key!r}], or pass `spatial_key`."
-        )
-    return f"There is no obsm[{key!r}]. These look like coordinates: {'; '.join(found)}."
+    advice = (
+        f"These look like coordinates: {'; '.join(found)}."
+        if found
+        else "Nothing in obsm or obs looks like coordinates. Put x and y of each cell into "
+        f"adata.obsm[{key!r}], or pass `spatial_key`."
+    )
+    return f"There is no obsm[{key!r}]. {advice}"
 
 
 # Warnings
@@ -187,9 +180,9 @@ def warn_of_places(adata: AnnData, name: str, rows: NDArray[np.int64], xy: NDArr
 
 def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether each cell is one of a few that lie far off the others, (n,)."""
-    n_outer = max(1, int(_STRAY_SHARE * len(xy)))
     if len(xy) < 10:
         return np.zeros(len(xy), dtype=bool)
+    n_outer = max(1, int(_STRAY_SHARE * len(xy)))
     low, high = np.sort(xy, axis=0)[[n_outer, -1 - n_outer]]
     beyond = _STRAY_BEYOND * (high - low)
     found: NDArray[np.bool_] = ((xy < low - beyond) | (xy > high + beyond)).any(axis=1)
@@ -266,13 +259,12 @@ def lay_out(
     slices = places.slices
     parts = (part for one in zip(slices.names, slices.rows, strict=True) for part in one)
     digest = fingerprint(features, places.coordinates, *parts)
-    record = None if stored_in is None else read_record(stored_in, Uns.SUBSLICE)
-    if stored_in is not None and record is not None:
-        layouts = None
-        if same_params(record, params) and record.get("input") == digest:
-            layouts = _read_layouts(stored_in, record, places)
-        if layouts is not None:
+    record = {} if stored_in is None else read_record(stored_in, Uns.SUBSLICE) or {}
+    if stored_in is not None and same_params(record, params) and record.get("input") == digest:
+        layouts = _read_layouts(stored_in, record, places)
+        if _output_digest(layouts) == record.get("output"):
             return Layouts(layouts, places, params, digest)
+    if record:
         logger.info(
             "Cells, their embeddings, places or the rules are not those of the stored layout: "
             "slices are cut again."
@@ -321,40 +313,28 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
     )
 
 
-def _read_layouts(
-    adata: AnnData, record: dict[str, Any], places: Places
-) -> list[SliceLayout] | None:
-    """Read what :func:`write_layouts` wrote; None if a part was changed or removed since."""
+def _read_layouts(adata: AnnData, record: dict[str, Any], places: Places) -> list[SliceLayout]:
+    """Read what :func:`write_layouts` wrote; fewer if a part was changed or removed since."""
     layouts = []
-    try:
+    with contextlib.suppress(KeyError, IndexError, ValueError):
         coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
         subslices, virtual = (
             adata.obs[key].astype(int).to_numpy() for key in (Obs.SUBSLICE, Obs.VIRTUAL_CELL)
         )
         for rows in places.slices.rows:
             used, own = np.unique(virtual[rows], return_inverse=True)
-            layouts.append(
-                SliceLayout(
-                    coordinates=coordinates[rows],
-                    subslice=subslices[rows] - subslices[rows].min(),
-                    virtual_cell=own,
-                    virtual=VirtualCells(
-                        coordinates=record["coordinates"][used], features=record["features"][used]
-                    ),
-                )
-            )
-    except (KeyError, IndexError, ValueError):
-        return None
-    return layouts if _output_digest(layouts) == record.get("output") else None
+            means = VirtualCells(record["coordinates"][used], record["features"][used])
+            number = subslices[rows] - subslices[rows].min()
+            layouts.append(SliceLayout(coordinates[rows], number, own, means))
+    return layouts
 
 
 def _output_digest(layouts: list[SliceLayout]) -> str:
     """Fingerprint of the layouts themselves, so that an edited one is not taken for ours."""
-    parts: list[NDArray[Any]] = []
-    for one in layouts:
-        parts += [one.coordinates, one.subslice, one.virtual_cell]
-        parts += [one.virtual.coordinates, one.virtual.features]
-    return fingerprint(*parts)
+    cut = ((y.coordinates, y.subslice, y.virtual_cell) for y in layouts)
+    means = ((y.virtual.coordinates, y.virtual.features) for y in layouts)
+    pairs = zip(cut, means, strict=True)
+    return fingerprint(*(part for one in pairs for half in one for part in half))
 
 
 # Whether places are still those

@@ -19,7 +19,7 @@ from stofm._edge.places import (
     warn_of_spots_off_tissue,
 )
 from stofm._edge.tables import read_record
-from stofm._keys import Uns
+from stofm._keys import Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import warn
 
@@ -140,9 +140,7 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
         slices = _separate(adata, column)
         logger.info(
             "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
-            len(slices.rows),
-            column,
-            column,
+            *(len(slices.rows), column, column),
         )
         return slices
     _refuse_overlays(adata, xy)
@@ -190,10 +188,8 @@ def described_column(adata: AnnData) -> str | None:
     if (region := region_column(adata)) is not None:
         return region
     images = adata.uns.get("spatial")
-    if not isinstance(images, dict) or len(images) < 2:
-        return None
-    names = {str(name) for name in images}
-    for column in adata.obs.columns:
+    names = set(map(str, images)) if isinstance(images, dict) else set()
+    for column in adata.obs.columns if len(names) > 1 else ():
         values = adata.obs[column]
         if 1 < values.nunique() <= len(names) and set(values.dropna().astype(str)) <= names:
             return str(column)
@@ -207,8 +203,8 @@ def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64], spatial_ke
     apart are too; regions of one system are not.
     """
     codes, names = _numbered(adata.obs[column])
-    systems = (read_record(adata, spatial_key) or {}).get("params", {})
-    if len(set(systems.values())) > 1 or _boxes_overlap(xy, codes):
+    record = (read_record(adata, Obsm.SPATIAL) if spatial_key == Obsm.SPATIAL else None) or {}
+    if len(set(record.get("params", {}).values())) > 1 or _boxes_overlap(xy, codes):
         return True
     if Nearest.find(xy).mixing(codes) < _ADJOINING:
         return column != region_column(adata)
@@ -233,7 +229,13 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
         if (_SLICE_WORDS.search(name) and _boxes_overlap(xy, codes)) or nearest.are_overlaid(codes)
     ]
     if found:
-        raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
+        column, values = found[0]
+        ways = " or ".join(f"library_key={name!r}" for name, _ in found)
+        raise ValueError(
+            f"obs[{column!r}] names {len(values)} samples ({listed(values)}) whose coordinates "
+            f"overlap: cells of different slices would be taken as neighbours. Pass {ways}. If they "
+            "are one slice, pass a column that is the same for all cells."
+        )
     _refuse_joined_names(adata, xy)
     for name, codes, values in _groupings(adata.obs):
         may_be_slices = name == region_column(adata) or _SLICE_WORDS.search(name)
@@ -260,15 +262,6 @@ def _numbered(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
 
     codes, values = pd.factorize(column, use_na_sentinel=False)
     return codes.astype(np.int64), ["(none)" if pd.isna(one) else str(one) for one in values]
-
-
-def _overlay_message(columns: list[str], values: list[str]) -> str:
-    ways = " or ".join(f"library_key={column!r}" for column in columns)
-    return (
-        f"obs[{columns[0]!r}] names {len(values)} samples ({listed(values)}) whose "
-        f"coordinates overlap: cells of different slices would be taken as neighbours. Pass {ways}. "
-        "If they are one slice, pass a column that is the same for all cells."
-    )
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
