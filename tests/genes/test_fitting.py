@@ -156,7 +156,7 @@ def test_unknown_columns_with_most_counts(slices: list) -> None:
     counts[:, 3] += 9
     options = {"min_cells": 1, "reference": None}
     with pytest.warns(
-        UserWarning, match=r"Slice 2: [67]\d\.\d% of the counts are in columns of no"
+        UserWarning, match=r"Slice 2: [67]\d\.\d% of the counts are in columns that no"
     ):
         GeneVocabulary.fit([(human, ids), (counts, ids)], **options)
     adata = anndata.AnnData(counts.astype(np.float32))
@@ -271,4 +271,4 @@ def test_aliases_of_several_genes() -> None:
     names.add_aliases({"Tied": "ENSG1", "Won": "ENSG1", "Gone": "ENSG9"})
     names.add_aliases({"Tied": "ENSG2", "Won": "ENSG2", "ENSG2": "ENSG2"})
     names.add_aliases({"Won": "ENSG2"})
-    assert names.aliases({}, ["ENSG1", "ENSG2"]) == {"Won": "ENSG2"}
+    assert names.aliases({"ENSG1": "", "ENSG2": ""}) == {"Won": "ENSG2"}

@@ -30,7 +30,7 @@ from stofm.genes.mapping import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from os import PathLike
 
     from anndata import AnnData
@@ -321,24 +321,38 @@ def report_columns(adata: AnnData, columns: Columns, counts: NDArray[np.float64]
         mapping = replace(columns.mapping, counts_per_gene=counts)
         logger.info("%s; names in %s", mapping.summary(), sources)
         _log_others(adata)
-    if counts is None:
-        return
+    if counts is not None:
+        drop = f": adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
+        warn_of_counts(columns.token_ids, counts, adata.var_names, drop)
+
+
+def warn_of_counts(
+    genes: NDArray[np.integer], counts: NDArray[np.float64], names: Sequence[str], drop: str = "."
+) -> None:
+    """Warn of many counts (n_vars,) in columns without a gene, or of a gene with several columns.
+
+    `genes` are numbers, negative for none. `drop` says how to drop columns without one.
+    """
     total = counts.sum()
-    unknown = np.where(columns.token_ids >= 0, 0.0, counts)
+    unknown, repeated = np.where(genes >= 0, 0.0, counts), counts_of_repeated_genes(genes, counts)
+
+    def largest(part: NDArray[np.float64]) -> str:
+        order = np.argsort(-part, kind="stable")[:_N_NAMED]
+        named = ", ".join(f"{names[k]} ({part[k] / total:.1%})" for k in order if part[k])
+        return f"most of them in {named}" if np.count_nonzero(part) > _N_NAMED else named
+
     if unknown.sum() > MOST_UNKNOWN * total:
         warn(
-            f"{unknown.sum() / total:.1%} of the counts are in columns that no gene of the vocabulary "
-            f"was found for ({_largest(adata, unknown / total)}). They count in the totals that the "
-            "values of all genes are shares of. If they are no genes (controls, spike-ins, "
-            "antibodies, another species), drop them: "
-            f"adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
+            f"{unknown.sum() / total:.1%} of the counts are in columns that no gene was found for "
+            f"({largest(unknown)}). They count in the totals that the values of all genes are shares "
+            "of. If they are no genes (controls, spike-ins, antibodies, another species), drop "
+            f"them{drop}"
         )
-    repeated = counts_of_repeated_genes(columns.token_ids, counts)
     if repeated.sum() > MOST_REPEATED * total:
         warn(
             f"{repeated.sum() / total:.1%} of the counts are in columns of genes that another column "
-            f"before them has too ({_largest(adata, repeated / total)}). The columns of a gene count "
-            "together. If some are no genes (antibodies, another modality), drop them."
+            f"before them has too ({largest(repeated)}). The columns of a gene count together. If "
+            "some are no genes (antibodies, another modality), drop them."
         )
 
 
@@ -351,10 +365,3 @@ def _log_others(adata: AnnData) -> None:
             adata.n_vars,
             _counted(kinds),
         )
-
-
-def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
-    """The columns with most counts, with their shares."""
-    order = np.argsort(-shares, kind="stable")[:_N_NAMED]
-    named = ", ".join(f"{adata.var_names[k]} ({shares[k]:.1%})" for k in order if shares[k])
-    return f"most of them in {named}" if np.count_nonzero(shares) > _N_NAMED else named

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from scipy import sparse
 
+from stofm._edge.gene_mapping import warn_of_counts
 from stofm._logging import logger
-from stofm._messages import warn
+from stofm._messages import naming
 from stofm.genes.mapping import (
-    MOST_REPEATED,
-    MOST_UNKNOWN,
     MOUSE_TYPES,
     IdType,
     clean_names,
-    counts_of_repeated_genes,
     id_type,
     map_gene_ids,
     read_orthologs,
@@ -81,7 +79,11 @@ def fit_genes(
         columns = as_count_slice(item, layer=layer)
         genes = _human_gene_ids(columns, pairs, reference, names)
         counts = _add_values(medians, columns.blocks, genes, numbers)
-        _warn_of_counts(place, np.array([numbers.get(gene, -1) for gene in genes]), counts)
+        numbered = np.array([numbers.get(gene, -1) for gene in genes])
+        if counts[numbered >= 0].any():
+            with naming(f"slice {place}"):
+                called = [a or b for a, b in zip(columns.ids, columns.symbols, strict=True)]
+                warn_of_counts(numbered, counts, called)
     n_cells, values = medians.result(len(numbers))
     kept = {gene: float(values[row]) for gene, row in numbers.items() if n_cells[row] >= min_cells}
     logger.info("%d of %d genes were seen in at least %d cells", len(kept), len(numbers), min_cells)
@@ -161,25 +163,6 @@ def _add_values(
         medians.add(own[per_gene.indices], per_gene.data / totals[cells] * _TARGET_SUM)
         per_column += np.asarray(counts.sum(axis=0)).ravel()
     return per_column
-
-
-def _warn_of_counts(place: int, genes: NDArray[np.int64], counts: NDArray[np.float64]) -> None:
-    """Warn if many counts of a slice are of no known gene, or in several columns of one gene."""
-    shares = counts / (counts.sum() or 1.0)
-    unknown = shares[genes < 0].sum()
-    if unknown > MOST_UNKNOWN and (shares[genes >= 0] > 0).any():
-        warn(
-            f"Slice {place}: {unknown:.1%} of the counts are in columns of no known gene, and "
-            "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
-            "antibodies), drop their columns; `orthologs` and `reference` find more genes."
-        )
-    repeated = counts_of_repeated_genes(genes, shares).sum()
-    if repeated > MOST_REPEATED:
-        warn(
-            f"Slice {place}: {repeated:.1%} of the counts are in columns of genes that another "
-            "column before them has too, and they count together. If some of these columns are no "
-            "genes (antibodies, another modality), drop them."
-        )
 
 
 class GeneNames:
