@@ -99,21 +99,21 @@ def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, li
     That is the column `gene_key` of ``adata.var``, or columns with Ensembl ids, or with words of
     which most occur once, those with most Ensembl ids first, and ``var_names`` last.
     """
-    if gene_key is None:
-        sources = {name: _names_of_genes(adata, name) for name in _text_columns(adata)}
-        kept = sorted(name for name, names in sources.items() if _may_be_names(names))
-        kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
-        names = _names_of_genes(adata, VAR_NAMES)
-        return {name: sources[name] for name in kept} | {VAR_NAMES: names}
-    if gene_key not in adata.var:
-        raise KeyError(f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}.")
-    return {gene_key: _names_of_genes(adata, gene_key)}
+    if gene_key is not None:
+        if gene_key not in adata.var:
+            there = list(adata.var.columns)
+            raise KeyError(f"adata.var has no column {gene_key!r}; it has {there}.")
+        return {gene_key: _names_of_genes(adata, gene_key)}
+    sources = {name: _names_of_genes(adata, name) for name in sorted(_text_columns(adata))}
+    kept = [name for name, names in sources.items() if _may_be_names(names)]
+    kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
+    names = _names_of_genes(adata, VAR_NAMES)
+    return {name: sources[name] for name in kept} | {VAR_NAMES: names}
 
 
 def _names_of_genes(adata: AnnData, source: str) -> list[str]:
     names = clean_names(adata.var_names if source == VAR_NAMES else np.asarray(adata.var[source]))
-    others = kinds_of_others(adata)
-    return ["" if other else name for name, other in zip(names, others, strict=True)]
+    return np.where(kinds_of_others(adata) == "", np.array(names, dtype=object), "").tolist()
 
 
 def _may_be_names(names: list[str]) -> bool:
@@ -132,12 +132,12 @@ def ids_and_symbols(adata: AnnData) -> tuple[list[str], list[str]]:
     """Return the names with most Ensembl ids, and the others with most symbols."""
     _log_others(adata)
     sources = names_by_source(adata)
-    best = max(sources, key=lambda s: (_count(sources[s], ENSEMBL_TYPES), s == VAR_NAMES))
-    others = [source for source in sources if source != best]
-    if not others:
-        return sources[best], [""] * adata.n_vars
-    second = max(others, key=lambda s: (_count(sources[s], SYMBOL_TYPES), s == VAR_NAMES))
-    return sources[best], sources[second]
+
+    def take_best(kinds: frozenset[Any]) -> list[str]:
+        best = max(sources, key=lambda s: (_count(sources[s], kinds), s == VAR_NAMES), default="")
+        return sources.pop(best, [""] * adata.n_vars)
+
+    return take_best(ENSEMBL_TYPES), take_best(SYMBOL_TYPES)
 
 
 # Genes of a vocabulary
@@ -250,25 +250,22 @@ def _map(
     of the features themselves.
     """
     names = names_by_source(adata, gene_key)
-    pairs = None if orthologs is None else read_orthologs(orthologs)
-    found = {
-        source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs)
-        for source, ids in names.items()
+    options: Any = {
+        "species": species,
+        "orthologs": None if orthologs is None else read_orthologs(orthologs),
     }
+    found = {source: map_gene_ids(ids, vocabulary, **options) for source, ids in names.items()}
     order = sorted(found, key=lambda source: -found[source].n_matched)
     trusted = order[0]
     if VAR_NAMES in found and 2 * found[VAR_NAMES].n_matched >= found[trusted].n_matched:
         trusted = VAR_NAMES
-    agreeing = [one for one in order if _agree(found[one], found[trusted])]
-    best, second, *_ = [*agreeing, "", ""]
+    best, second, *_ = [*(one for one in order if _agree(found[one], found[trusted])), "", ""]
     if best != order[0]:
         logger.info(
             "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
-            order[0],
-            trusted,
+            *(order[0], trusted),
         )
-    options: Any = {"species": species, "orthologs": pairs, "fallback_ids": names.get(second)}
-    mapping = map_gene_ids(names[best], vocabulary, **options)
+    mapping = map_gene_ids(names[best], vocabulary, fallback_ids=names.get(second), **options)
     # The report does not count columns that are no genes.
     types = Counter(mapping.id_types)
     types[IdType.MISSING.value] -= int((kinds_of_others(adata) != "").sum())
