@@ -62,26 +62,21 @@ class GeneVocabulary:
 
     def __post_init__(self) -> None:
         n, special = self.n_genes, self.special
-        is_bad = ~(np.isfinite(self.medians) & (self.medians > 0))
-        all_tokens = [*self.tokens.tolist(), *special.values()]
+        n_bad = int((~(np.isfinite(self.medians) & (self.medians > 0))).sum())
+        tokens = [*self.tokens.tolist(), *special.values()]
+        lengths = {len(self.symbols), len(self.tokens), len(self.medians)}
+        named = {"pad", "mask", "cls"} <= set(special) and special["pad"] == 0
         require_rules(
-            (
-                n > 0 and {len(self.symbols), len(self.tokens), len(self.medians)} == {n},
-                "gene_ids, symbols, tokens and medians must have one length, at least 1.",
-            ),
-            (
-                {"pad", "mask", "cls"} <= set(special) and special["pad"] == 0,
-                f"A vocabulary needs the special tokens pad (0), mask and cls, found {dict(special)}.",
-            ),
-            (len(set(self.gene_ids.tolist())) == n, "The gene ids must be unique."),
-            (
-                len(set(all_tokens)) == len(all_tokens) and min(all_tokens, default=0) >= 0,
-                "The tokens must be unique and not negative.",
-            ),
-            (
-                not is_bad.any(),
-                f"Medians must be positive and finite; {int(is_bad.sum())} are not.",
-            ),
+            {
+                "gene_ids, symbols, tokens and medians must have one length, at least 1.": n > 0
+                and lengths == {n},
+                "A vocabulary needs the special tokens pad (0), mask and cls, found "
+                f"{dict(special)}.": named,
+                "The gene ids must be unique.": len(set(self.gene_ids.tolist())) == n,
+                "The tokens must be unique and not negative.": len(set(tokens)) == len(tokens)
+                and min(tokens, default=0) >= 0,
+                f"Medians must be positive and finite; {n_bad} are not.": n_bad == 0,
+            }
         )
 
     def __repr__(self) -> str:
@@ -310,18 +305,16 @@ def _read_genes(
     path: Path,
 ) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
     """Read a table's genes, its special tokens and its aliases."""
-    table = read_text_table(path, "vocabulary table")
-    columns = table.fillna("").rename(columns=_OTHER_NAMES).to_dict("list")
-    if not {"token", "gene_id", "median"} <= set(columns):
+    table = read_text_table(path, "vocabulary table").fillna("").rename(columns=_OTHER_NAMES)
+    if not {"token", "gene_id", "median"} <= set(table):
         raise ValueError(
             f"{path} is not a vocabulary table: expected the columns {list(_COLUMNS)} "
             f"(or token_id, ensembl_id, median, symbol), found {list(table)}."
         )
-    nothing = [""] * len(table)
-    rows = zip(*(columns.get(name, nothing) for name in _COLUMNS), strict=True)
     genes: list[tuple[str, str, int, float]] = []
     special: dict[str, int] = {}
     aliases: dict[str, str] = {}
+    rows = table.reindex(columns=list(_COLUMNS), fill_value="").itertuples(index=False, name=None)
     for token, gene, symbol, median, others in rows:
         if gene.startswith("<"):
             special[gene.strip("<>")] = int(token)
