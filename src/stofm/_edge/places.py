@@ -83,8 +83,9 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
     require_sound(stored, f"adata.obsm[{key!r}]")
     if sparse.issparse(stored):
         stored = stored.toarray()
-    if np.ndim(stored) != 2:
-        return np.empty(np.shape(stored))
+    stored = stored if isinstance(stored, pd.DataFrame) else np.asarray(stored)
+    if stored.ndim != 2:
+        return np.empty(stored.shape)
     table = pd.DataFrame(stored)
     axes = [axis_of(name)[0] for name in table.columns]
     if axes.count("x") == axes.count("y") == 1 >= axes.count("z"):

@@ -51,6 +51,10 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
             "A backed AnnData can't be copied, nor its view written to, without a new file: use "
             "adata.to_memory(), or work on the whole backed AnnData with copy=False."
         )
+    for name in ("obs", "var"):
+        frame: Any = getattr(adata, name)
+        if hasattr(frame, "to_memory"):  # of anndata.experimental.read_lazy
+            setattr(adata, name, frame.to_memory())
     return adata
 
 
