@@ -207,7 +207,7 @@ class GeneMapping:
     species: str
     id_types: Mapping[str, int]
     names: Sequence[str]
-    counts_per_gene: NDArray[Any] | None
+    counts_per_gene: NDArray[Any] | None = None
 
     @property
     def n_vars(self) -> int:
@@ -287,7 +287,6 @@ def map_gene_ids(
     species: Species = "auto",
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     fallback_ids: Iterable[Any] | None = None,
-    counts_per_gene: NDArray[Any] | None = None,
 ) -> GeneMapping:
     """Find the gene of the vocabulary that each id means.
 
@@ -309,8 +308,6 @@ def map_gene_ids(
         Mouse to human Ensembl ids, see :func:`stofm.genes.read_orthologs`.
     fallback_ids
         (n_vars,) second names, looked up where `ids` leads to nothing.
-    counts_per_gene
-        (n_vars,) counts over all cells, to report the share that is kept.
 
     Raises
     ------
@@ -348,7 +345,6 @@ def map_gene_ids(
         species=_main_species(types),
         id_types={kind.value: number for kind, number in types.most_common()},
         names=shown,
-        counts_per_gene=counts_per_gene,
     )
 
 
