@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -202,6 +203,18 @@ def test_what_is_not_there_gives_no_places(adata, rows, caplog):
     with caplog.at_level("INFO", logger="stofm"):
         assert "spatial" not in resolve_table(made(adata)).obsm
     assert "annotates 'left', which the SpatialData lacks" in caplog.text
+
+
+@pytest.mark.parametrize("area", [st.pp, st.tl, st.pl])
+def test_all_that_take_a_table_take_its_key(area):
+    functions = {name: getattr(area, name) for name in area.__all__}
+    parameters = {
+        name: inspect.signature(one).parameters
+        for name, one in functions.items()
+        if inspect.isfunction(one) and (area, name) not in {(st.pl, "probe"), (st.pl, "training")}
+    }
+    assert len(parameters) >= 3
+    assert [name for name, one in parameters.items() if "table_key" not in one] == []
 
 
 # Slices

@@ -80,7 +80,7 @@ def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
     from spatialdata.transformations import get_transformation
 
     obs = table.obs.reset_index(drop=True)
-    centroids, used = np.empty((table.n_obs, 2)), {}
+    centroids, used = np.full((table.n_obs, 2), np.nan), {}
     for name, rows in obs.groupby(attrs["region_key"], observed=True).indices.items():
         if name not in sdata:
             logger.info(
