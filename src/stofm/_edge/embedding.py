@@ -200,12 +200,7 @@ def embed_table(
             write_record(
                 target,
                 key_added,
-                {
-                    **layouts.params,
-                    "dtype": _name(run.dtype),
-                    "n_neighbors": rules.n_neighbors,
-                    "neighbors_among": rules.neighbors_among,
-                },
+                {**layouts.params, "dtype": _name(run.dtype)},
                 model=model.name,
                 model_fingerprint=model.fingerprint,
                 cell_encoder=model.cell_encoder_fingerprint,

@@ -38,8 +38,6 @@ _FEW_PLACES: Final = 0.99
 _STRAY_SHARE: Final = 0.03
 _STRAY_BEYOND: Final = 0.35
 _STRAY_GROWTH: Final = 1.2
-#: Rules that take effect only when a sub-slice is embedded, not when slices are cut.
-_NOT_LAYOUT: Final = ("n_neighbors", "neighbors_among")
 #: Normalised coordinates span 100; by less than this they may differ, which is rounding.
 _SAME_PLACE: Final = 0.01
 _SAME_SCALE: Final = 1e-3
@@ -251,7 +249,7 @@ def lay_out(
 ) -> Layouts:
     """Lay out every slice, or take the layout stored in an AnnData if it fits; writes nothing."""
     params = {
-        **{name: value for name, value in asdict(rules).items() if name not in _NOT_LAYOUT},
+        **asdict(rules),
         "use_rep": use_rep,
         "spatial_key": places.spatial_key,
         "library_key": places.library_key,
