@@ -34,13 +34,16 @@ def read_data(path: str | Path) -> Any:
 
     path = _found(path)
     with reading(path, _EXPECTED):
-        if _has_elements(path):
-            return _read_spatialdata(path)
+        has_elements = _has_elements(path)
         if not path.is_dir():
             return anndata.read_h5ad(path)
         with _root(path) as root:
             _require_whole(root, path)
-        return anndata.read_zarr(path)
+        if not has_elements:
+            return anndata.read_zarr(path)
+        import spatialdata
+
+        return spatialdata.read_zarr(path)
 
 
 def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
@@ -108,14 +111,6 @@ def _found(path: str | Path) -> Path:
     if not take_back(path).exists():
         raise FileNotFoundError(f"There is no file {path}.")
     return path
-
-
-def _read_spatialdata(path: Path) -> Any:
-    import spatialdata
-
-    with _root(path) as root:
-        _require_whole(root, path)
-    return spatialdata.read_zarr(path)
 
 
 def _open_zarr(path: Path) -> AnnData:

@@ -174,14 +174,10 @@ def label_text(column: pd.Series) -> NDArray[np.object_]:
     import pandas as pd
 
     codes, labels = pd.factorize(column)
-    names = np.array([*map(_text, labels), ""], dtype=object)
-    found: NDArray[np.object_] = names[codes]
+    is_whole = [isinstance(one, float | np.floating) and float(one).is_integer() for one in labels]
+    texts = [str(int(one) if whole else one) for one, whole in zip(labels, is_whole, strict=True)]
+    found: NDArray[np.object_] = np.array([*texts, ""], dtype=object)[codes]
     return found
-
-
-def _text(label: Any) -> str:
-    is_whole = isinstance(label, float | np.floating) and float(label).is_integer()
-    return str(int(label)) if is_whole else str(label)
 
 
 # What is written

@@ -117,11 +117,17 @@ def read_orthologs(source: Mapping[str, str] | str | PathLike[str]) -> dict[str,
     ValueError
         The table lacks a column, or the checksum differs.
     """
-    if isinstance(source, Mapping):
-        pairs = dict(source)
-    else:
+    pairs = source
+    if not isinstance(source, Mapping):
         is_remote = str(source).startswith(("http://", "https://", "ftp://"))
-        pairs = _read_pairs(_download(str(source)) if is_remote else local(source))
+        path = _download(str(source)) if is_remote else local(source)
+        table = read_text_table(path, "ortholog table")
+        if not {_MOUSE, _HUMAN} <= set(table):
+            raise ValueError(
+                f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
+                f"separated by tabs, found {list(table)}."
+            )
+        pairs = table.dropna(subset=[_MOUSE, _HUMAN]).set_index(_MOUSE)[_HUMAN].to_dict()
     return {strip_version(mouse): strip_version(human) for mouse, human in pairs.items()}
 
 
@@ -135,17 +141,6 @@ def _download(address: str) -> Path:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         logger.info("ortholog table %s has sha256 %s", url, found)
     return path
-
-
-def _read_pairs(path: Path) -> dict[str, str]:
-    table = read_text_table(path, "ortholog table")
-    if not {_MOUSE, _HUMAN} <= set(table):
-        raise ValueError(
-            f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
-            f"separated by tabs, found {list(table)}."
-        )
-    pairs = table[[_MOUSE, _HUMAN]].dropna()
-    return dict(zip(pairs[_MOUSE], pairs[_HUMAN], strict=True))
 
 
 # Genes of a vocabulary
