@@ -316,7 +316,7 @@ def map_gene_ids(
     if len(second) != len(names):
         raise ValueError(f"There are {len(names)} ids, but {len(second)} fallback ids.")
     pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
-    rows = vocabulary.rows_by_symbol | vocabulary.rows_by_alias | vocabulary.rows_by_id
+    rows = vocabulary.rows_by_name
     rows = {mouse: rows[human] for mouse, human in pairs.items() if human in rows} | rows
 
     def look_up(name: str) -> int:

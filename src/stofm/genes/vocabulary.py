@@ -130,19 +130,15 @@ class GeneVocabulary:
         return {name: row for row, name in enumerate(self.gene_ids.tolist())}
 
     @cached_property
-    def rows_by_alias(self) -> dict[str, int]:
-        """Alias to the place of its gene in the arrays."""
-        rows = self.rows_by_id
-        return {alias: rows[gene] for alias, gene in self.aliases.items() if gene in rows}
+    def rows_by_name(self) -> dict[str, int]:
+        """Gene id, alias or symbol to the place of its gene; a symbol of several leads to the first.
 
-    @cached_property
-    def rows_by_symbol(self) -> dict[str, int]:
-        """Symbol to the place of its gene; a symbol of several genes leads to the first."""
-        rows: dict[str, int] = {}
-        for row, symbol in enumerate(self.symbols.tolist()):
-            if symbol:
-                rows.setdefault(symbol, row)
-        return rows
+        What is a name of several kinds is an id first, then an alias.
+        """
+        ids, symbols = self.rows_by_id, self.symbols.tolist()
+        first = {symbols[row]: row for row in reversed(range(self.n_genes)) if symbols[row]}
+        aliases = {alias: ids[gene] for alias, gene in self.aliases.items() if gene in ids}
+        return first | aliases | ids
 
     @classmethod
     def from_tsv(cls, path: str | PathLike[str]) -> GeneVocabulary:
