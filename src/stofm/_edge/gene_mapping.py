@@ -113,7 +113,8 @@ def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, li
 
 def _names_of_genes(adata: AnnData, source: str) -> list[str]:
     names = clean_names(adata.var_names if source == VAR_NAMES else np.asarray(adata.var[source]))
-    return np.where(kinds_of_others(adata) == "", np.array(names, dtype=object), "").tolist()
+    others = kinds_of_others(adata)
+    return ["" if other else name for name, other in zip(names, others, strict=True)]
 
 
 def _may_be_names(names: list[str]) -> bool:

@@ -117,8 +117,9 @@ def read_orthologs(source: Mapping[str, str] | str | PathLike[str]) -> dict[str,
     ValueError
         The table lacks a column, or the checksum differs.
     """
-    pairs = source
-    if not isinstance(source, Mapping):
+    if isinstance(source, Mapping):
+        pairs = source
+    else:
         is_remote = str(source).startswith(("http://", "https://", "ftp://"))
         path = _download(str(source)) if is_remote else local(source)
         table = read_text_table(path, "ortholog table")

@@ -109,7 +109,7 @@ def subslice(
     """
     check_seed(seed)
     table = resolve_table(adata, table_key, copy=copy)
-    chosen = {
+    chosen: dict[str, Any] = {
         "n_cells": n_cells,
         "leiden_resolution": leiden_resolution,
         "position_weight": position_weight,

@@ -152,7 +152,9 @@ def split_cells(
         )
     return Split(
         rule,
-        *(np.flatnonzero(part == one) for one in (_FITTED, _HELD_OUT, _LEFT_OUT)),
+        fitted=np.flatnonzero(part == _FITTED),
+        held_out=np.flatnonzero(part == _HELD_OUT),
+        left_out=np.flatnonzero(part == _LEFT_OUT),
         slices=tuple(chosen) if rule == "slices" else (),
         params={"share": share, "seed": int(seed)},
         moved=np.flatnonzero(is_moved),
