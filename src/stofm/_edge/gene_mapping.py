@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -162,12 +161,7 @@ class Columns:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the tokens."""
-        return columns_fingerprint(self.token_ids)
-
-
-def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
-    """16 hexadecimal digits over the tokens of all columns."""
-    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+        return fingerprint(self.token_ids.astype("<i4"))
 
 
 def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocabulary:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from stofm._digests import fingerprint
 from stofm._edge.counts import peek_counts, read_counts
-from stofm._edge.gene_mapping import Columns, columns_fingerprint, report_columns, write_columns
+from stofm._edge.gene_mapping import Columns, report_columns, write_columns
 from stofm._edge.places import changed_places, same_places_read
 from stofm._edge.tables import (
     OUTDATED,
@@ -256,7 +257,7 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
         return ""
     known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
     own = next((one for one in known if one.fingerprint == record["vocabulary"]), None)
-    is_whole = columns_fingerprint(columns) == record.get("columns")
+    is_whole = fingerprint(columns.astype("<i4")) == record.get("columns")
     stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
     # Token -1, no gene, reads the last entry.
     medians = np.ones(int(columns.max(initial=0)) + 2)
