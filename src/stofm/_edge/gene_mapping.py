@@ -188,8 +188,14 @@ def find_columns(
 ) -> Columns:
     """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
     require_cells_and_genes(adata)
-    record = read_record(adata, Var.TOKEN_ID) if may_reuse and orthologs is None else None
-    index = None if record is None else _stored_index(adata, record, vocabulary, species, gene_key)
+    record = read_record(adata, Var.TOKEN_ID) or {}
+    made = record.get("params", {})
+    is_as_asked = species in ("auto", made.get("species")) and gene_key in (
+        None,
+        made.get("gene_key"),
+    )
+    may_reuse = may_reuse and orthologs is None and is_as_asked
+    index = _stored_index(adata, record, vocabulary) if may_reuse else None
     mapping, params, names = None, {}, ""
     if index is None:
         mapping, sources = _map(adata, vocabulary, species, gene_key, orthologs)
@@ -203,19 +209,12 @@ def find_columns(
 
 
 def _stored_index(
-    adata: AnnData,
-    record: Mapping[str, Any],
-    vocabulary: GeneVocabulary,
-    species: Species,
-    gene_key: str | None,
+    adata: AnnData, record: Mapping[str, Any], vocabulary: GeneVocabulary
 ) -> NDArray[np.int64] | None:
     """Place of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
-    made = record.get("params", {})
-    asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
-    if not asked or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
-        return None
     read = (record.get("vocabulary"), record.get("names"))
-    if read != (vocabulary.fingerprint, _names_fingerprint(adata, made)):
+    fitting = (vocabulary.fingerprint, _names_fingerprint(adata, record.get("params", {})))
+    if read != fitting or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
         return None
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
