@@ -268,9 +268,10 @@ def lay_out(
             "Cells, their embeddings, places or the rules are not those of the stored layout: "
             "slices are cut again."
         )
+    # Of a single slice nothing is copied.
+    whole = [slice(None)] if len(slices.rows) == 1 else slices.rows
     layouts = [
-        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed)
-        for rows in slices.rows
+        lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed) for rows in whole
     ]
     return Layouts(layouts, places, params, digest)
 

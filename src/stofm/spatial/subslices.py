@@ -219,7 +219,7 @@ def lay_out_slice(
         subslice[rows] = number
     order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
     points = mix_expression_and_place(
-        principal_components(features[order], config.n_components),
+        principal_components(features, config.n_components, order=order),
         normalized[order],
         position_weight=config.position_weight,
         mixing=config.mixing,

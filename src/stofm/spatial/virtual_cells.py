@@ -7,7 +7,7 @@ import threading
 from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -50,7 +50,10 @@ class VirtualCells:
 
 
 def principal_components(
-    features: NDArray[np.floating], n_components: int = 2
+    features: NDArray[np.floating],
+    n_components: int = 2,
+    *,
+    order: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float64]:
     """Scores of the first principal components, deterministic down to their sign.
 
@@ -63,15 +66,20 @@ def principal_components(
         (n, d).
     n_components
         Number of components; those beyond d are zero.
+    order
+        (n,) rows in the order to compute and return them in; all of them are never copied at once.
 
     Returns
     -------
     (n, n_components) scores.
     """
     n, d = features.shape
-    mean = features.mean(axis=0, dtype=np.float64)
-    chunks = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
-    covariance = np.zeros((d, d))
+    spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
+    chunks: Any = spans if order is None else [order[span] for span in spans]
+    total = np.zeros((1, d))
+    for rows in chunks:
+        total = np.add.reduce(np.vstack([total, features[rows]]), axis=0, keepdims=True)
+    mean, covariance = total / n, np.zeros((d, d))
     for rows in chunks:
         centered = features[rows] - mean
         covariance += centered.T @ centered
@@ -79,8 +87,8 @@ def principal_components(
     largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
     loadings = loadings * np.where(largest < 0, -1.0, 1.0)
     scores = np.zeros((n, n_components))
-    for rows in chunks:
-        scores[rows, : loadings.shape[1]] = (features[rows] - mean) @ loadings
+    for span, rows in zip(spans, chunks, strict=True):
+        scores[span, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
 
 
