@@ -165,7 +165,7 @@ def test_a_region_with_several_systems_and_no_global_one_is_refused(adata, rows)
     both = {"pixels": scaled(1), "um": scaled(2)}
     sdata = made(adata, **circles(adata, rows, left=both, right={"um": scaled(2)}))
     with pytest.raises(
-        ValueError, match=r"'left' has the coordinate systems \['pixels', 'um'\]"
+        ValueError, match=r"'left'\] has the coordinate systems \['pixels', 'um'\]"
     ) as e:
         st.pp.tokenize(sdata)
     assert "spatial" not in sdata["table"].obsm

@@ -76,9 +76,6 @@ def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
     attrs = table.uns.get("spatialdata_attrs")
     if not attrs or table.n_obs == 0:
         return
-    from spatialdata import get_centroids
-    from spatialdata.transformations import get_transformation
-
     obs = table.obs.reset_index(drop=True)
     centroids, used = np.full((table.n_obs, 2), np.nan), {}
     for name, rows in obs.groupby(attrs["region_key"], observed=True).indices.items():
@@ -87,20 +84,7 @@ def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
                 "The table annotates %r, which the SpatialData lacks: no centroids are taken.", name
             )
             return
-        element, written = sdata[name], f"sdata[{name!r}]"
-        systems = sorted(get_transformation(element, get_all=True))
-        if "global" not in systems and len(systems) > 1:
-            raise ValueError(
-                f"{name!r} has the coordinate systems {systems} and none that is 'global'; choose "
-                "one: from spatialdata.transformations import get_transformation, "
-                f"set_transformation; set_transformation({written}, "
-                f"get_transformation({written}, {systems[0]!r}), 'global')"
-            )
-        used[str(name)] = "global" if "global" in systems else systems[0]
-        with warnings.catch_warnings():
-            # Ids need not be in order.
-            warnings.filterwarnings("ignore", "The index of the dataframe is not monotonic")
-            found = get_centroids(element, coordinate_system=used[str(name)]).compute()
+        found, used[str(name)] = _centroids_of(sdata[name], f"sdata[{name!r}]")
         wanted = obs[attrs["instance_key"]].iloc[rows]
         is_lost = ~wanted.isin(found.index).to_numpy()
         if n_lost := int(is_lost.sum()):
@@ -120,6 +104,25 @@ def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
         "The table has no obsm[%r]: it is set to centroids (region: coordinate system %s).",
         *(Obsm.SPATIAL, used),
     )
+
+
+def _centroids_of(element: Any, written: str) -> tuple[pd.DataFrame, str]:
+    """Centroids of an element by instance, and their coordinate system."""
+    from spatialdata import get_centroids
+    from spatialdata.transformations import get_transformation
+
+    systems = sorted(get_transformation(element, get_all=True))
+    if "global" not in systems and len(systems) > 1:
+        raise ValueError(
+            f"{written} has the coordinate systems {systems} and none that is 'global'; choose one: "
+            "from spatialdata.transformations import get_transformation, set_transformation; "
+            f"set_transformation({written}, get_transformation({written}, {systems[0]!r}), 'global')"
+        )
+    system = "global" if "global" in systems else systems[0]
+    with warnings.catch_warnings():
+        # Ids need not be in order.
+        warnings.filterwarnings("ignore", "The index of the dataframe is not monotonic")
+        return get_centroids(element, coordinate_system=system).compute(), system
 
 
 # What is read
