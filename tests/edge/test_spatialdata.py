@@ -279,8 +279,9 @@ def test_folders_of_stores_are_read(store, adata, vocabulary):
     with source.open() as found:
         assert found.shape == adata.shape
         assert "spatial" in found.obsm
-    fitted = st.GeneVocabulary.fit([store], min_cells=1)
-    assert fitted.n_genes == st.GeneVocabulary.fit([adata], min_cells=1).n_genes
+    expected = st.GeneVocabulary.fit([adata], min_cells=1)
+    for one in (store, read_data(store)):
+        assert st.GeneVocabulary.fit([one], min_cells=1).fingerprint == expected.fingerprint
 
 
 def test_a_table_of_its_own_is_added_to_a_store(store, model):

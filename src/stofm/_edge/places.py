@@ -252,7 +252,7 @@ def lay_out(
         **asdict(rules),
         "use_rep": use_rep,
         "spatial_key": places.spatial_key,
-        "library_key": places.library_key,
+        "library_key": places.slices.column,
         "seed": seed,
     }
     slices = places.slices

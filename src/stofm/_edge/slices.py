@@ -79,7 +79,6 @@ class Places:
     coordinates: NDArray[np.float64]
     slices: Slices
     spatial_key: str
-    library_key: str | None
 
 
 def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
@@ -93,7 +92,7 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
         _refuse_planes(xy, z, slices, spatial_key)
         rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
         warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
-    return Places(xy, slices, spatial_key, slices.column)
+    return Places(xy, slices, spatial_key)
 
 
 def _refuse_planes(

@@ -100,7 +100,7 @@ def fit_genes(
 
 
 def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
-    """Read a slice from a tuple of arrays, an AnnData, or the path of one."""
+    """Read a slice from a tuple of arrays, an AnnData, a SpatialData, or the path of one."""
     if isinstance(item, CountSlice):
         return item
     if isinstance(item, tuple):
@@ -112,8 +112,9 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
     from stofm._edge.counts import read_counts
     from stofm._edge.gene_mapping import ids_and_symbols
     from stofm._edge.slice_files import open_table
+    from stofm._edge.tables import resolve_table
 
-    adata = open_table(item) if isinstance(item, str | Path) else item
+    adata = open_table(item) if isinstance(item, str | Path) else resolve_table(item)
     ids, symbols = ids_and_symbols(adata)
     return CountSlice(read_counts(adata, layer=layer), ids, symbols)
 

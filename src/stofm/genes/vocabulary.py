@@ -194,7 +194,7 @@ class GeneVocabulary:
         Parameters
         ----------
         slices
-            AnnData objects, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
+            AnnData or SpatialData, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
             gene ids) or (counts, gene ids, symbols) with counts (n_cells, n_vars) as a sparse
             matrix. Read one after another; an iterator will do.
         orthologs
