@@ -21,10 +21,10 @@ from task_baselines import (
 from task_sets import LABEL_KEY
 
 import stofm as st
-from stofm._edge.records import frame_names
+from stofm._edge.tables import frame_names
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.sections import resolve_slices
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 from stofm.tl._probe_folds import NO_CLASS
 from stofm.tl._probe_scores import (
     PCS,

@@ -65,11 +65,11 @@ def with_former_symbols(vocabulary: GeneVocabulary) -> GeneVocabulary:
     for line in RENAMED.read_text(encoding="utf-8").splitlines():
         symbols = line.split("\t")
         genes = {
-            vocabulary.rows_by_symbol[name] for name in symbols if name in vocabulary.rows_by_symbol
+            vocabulary.rows_by_name[name] for name in symbols if name in vocabulary.rows_by_name
         }
         if len(genes) == 1:
             gene = str(vocabulary.gene_ids[genes.pop()])
-            new = (name for name in symbols if name not in vocabulary.rows_by_symbol)
+            new = (name for name in symbols if name not in vocabulary.rows_by_name)
             aliases |= dict.fromkeys(new, gene)
     return replace(vocabulary, aliases=aliases)
 

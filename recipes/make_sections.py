@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from stofm._edge.records import write_record
+from stofm._edge.tables import write_record
 from stofm._keys import Obsm, Uns
 
 if TYPE_CHECKING:

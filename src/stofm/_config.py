@@ -99,9 +99,9 @@ def require(config: Any, rule: str, fits: Callable[[Any], bool], *names: str) ->
             raise ValueError(f"{name} {rule}, found {value!r}.")
 
 
-def require_rules(*rules: tuple[bool, str]) -> None:
-    """Refuse arguments by the message of the first rule that does not hold."""
-    for holds, msg in rules:
+def require_rules(rules: Mapping[str, bool]) -> None:
+    """Refuse arguments by the first message, of those that state rules, whose rule does not hold."""
+    for msg, holds in rules.items():
         if not holds:
             raise ValueError(msg)
 

@@ -46,15 +46,18 @@ def _ipython_config() -> Any:
     return {} if shell is None else shell.config
 
 
+def _bar(items: Iterable[T] | None, *, show: bool, leave: bool = False, **options: Any) -> Any:
+    """Give a bar, which is mute if it is not to be shown or can't be seen."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, leave=leave, disable=not (show and bars_can_be_seen()), **options)
+
+
 def progress(
     items: Iterable[T], *, total: int, description: str, unit: str, show: bool
 ) -> Iterable[T]:
-    """Wrap `items` in a progress bar if it is to be shown and can be seen, or hand them back."""
-    if not (show and bars_can_be_seen()):
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[T] = tqdm(items, total=total, desc=description, unit=unit, leave=False)
+    """Wrap `items` in a progress bar."""
+    bar: Iterable[T] = _bar(items, total=total, desc=description, unit=unit, show=show)
     return bar
 
 
@@ -62,19 +65,11 @@ def progress(
 def counter(
     *, total: int, description: str, unit: str, show: bool
 ) -> Iterator[Callable[[int], object]]:
-    """Give a function that moves a bar on, if one is to be shown and can be seen."""
-    if not (show and bars_can_be_seen()):
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=description, unit=unit, leave=False) as bar:
+    """Give a function that moves a bar on."""
+    with _bar(None, total=total, desc=description, unit=unit, show=show) as bar:
         yield bar.update
 
 
 def step_bar(name: str, *, total: int, done: int, show: bool) -> Any:
-    """Give a bar of the steps of training, which stays when it is closed; mute if not to be shown."""
-    from tqdm.auto import tqdm
-
-    hidden = not (show and bars_can_be_seen())
-    return tqdm(total=total, initial=done, desc=name, unit="step", leave=True, disable=hidden)
+    """Give a bar of the steps of training, which stays when it is closed."""
+    return _bar(None, total=total, initial=done, desc=name, unit="step", leave=True, show=show)

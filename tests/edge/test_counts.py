@@ -26,6 +26,10 @@ def counts(rng: np.random.Generator) -> np.ndarray:
     return rng.poisson(0.7, size=SHAPE)
 
 
+def in_blocks_of(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", n_rows * SHAPE[1])
+
+
 def together(adata: anndata.AnnData, **options: Any) -> np.ndarray:
     blocks = list(read_counts(adata, **options))
     assert all(isinstance(block, sparse.csr_matrix) for block in blocks)
@@ -54,34 +58,41 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @kinds
-@pytest.mark.parametrize("chunk_size", [None, 1, 11, 100])
-def test_every_kind_of_matrix(counts: np.ndarray, kind: str, chunk_size: int | None) -> None:
+@pytest.mark.parametrize("n_rows", [1, 11, 100])
+def test_every_kind_of_matrix(
+    counts: np.ndarray, kind: str, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_blocks_of(n_rows, monkeypatch)
     adata = anndata.AnnData(KINDS[kind](counts))
-    assert np.array_equal(together(adata, chunk_size=chunk_size), counts)
+    assert np.array_equal(together(adata), counts)
     adata = anndata.AnnData(shape=SHAPE, layers={"raw": KINDS[kind](counts)})
-    assert np.array_equal(together(adata, layer="raw", chunk_size=chunk_size), counts)
+    assert np.array_equal(together(adata, layer="raw"), counts)
 
 
 @kinds
-def test_views(counts: np.ndarray, kind: str) -> None:
+def test_views(counts: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_blocks_of(2, monkeypatch)
     adata = anndata.AnnData(KINDS[kind](counts))
     rows, columns = np.array([40, 3, 3, 17, 0]), np.array([12, 1, 7])
     view = adata[rows][:, columns]
-    assert np.array_equal(together(view, chunk_size=2), counts[rows][:, columns])
+    assert np.array_equal(together(view), counts[rows][:, columns])
     assert np.array_equal(together(adata[5:29:3]), counts[5:29:3])
     assert view.is_view
 
 
 @pytest.mark.parametrize("kind", ["csr_matrix", "csc_matrix", "dense"])
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_files(counts: np.ndarray, kind: str, suffix: str, tmp_path: Path) -> None:
+def test_files(
+    counts: np.ndarray, kind: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_blocks_of(11, monkeypatch)
     adata = anndata.AnnData(KINDS[kind](counts.astype(np.float32)))
     path = tmp_path / f"slice{suffix}"
     adata.write_zarr(path) if suffix == ".zarr" else adata.write_h5ad(path)
     opened = open_table(path)
     assert opened.isbacked == (suffix == ".h5ad")
-    assert np.array_equal(together(opened, chunk_size=11), counts)
-    assert np.array_equal(together(opened[3:31, 2:9], chunk_size=11), counts[3:31, 2:9])
+    assert np.array_equal(together(opened), counts)
+    assert np.array_equal(together(opened[3:31, 2:9]), counts[3:31, 2:9])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +106,8 @@ def test_types(counts: np.ndarray, dtype: str) -> None:
         assert np.array_equal(together(adata), counts)
 
 
-def test_dask_chunks_are_computed_once(counts: np.ndarray) -> None:
+def test_dask_chunks_are_computed_once(counts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_blocks_of(17, monkeypatch)
     seen: list[int] = []
 
     def note(block: np.ndarray) -> np.ndarray:
@@ -105,7 +117,7 @@ def test_dask_chunks_are_computed_once(counts: np.ndarray) -> None:
     lazy = chunked(counts).rechunk((7, 13)).map_blocks(note, dtype=counts.dtype, meta=counts[:0])
     adata = anndata.AnnData(lazy)
     seen.clear()
-    blocks = read_counts(adata, chunk_size=17)
+    blocks = read_counts(adata)
     assert [block.shape[0] for block in blocks] == [14, 14, 15]
     assert sum(seen) == 43
 
@@ -117,13 +129,16 @@ def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch, counts: np.ndarray) ->
     assert len(list(read_counts(anndata.AnnData(sparse.csc_matrix(counts))))) == 15
 
 
-def test_memory_is_that_of_a_block(rng: np.random.Generator, tmp_path: Path) -> None:
+def test_memory_is_that_of_a_block(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", 100 * 700)
     whole = sparse.random(3_000, 700, 0.3, format="csr", random_state=rng, dtype=np.float32)
     whole.data[:] = 1
     anndata.AnnData(whole).write_h5ad(tmp_path / "slice.h5ad")
     opened = open_table(tmp_path / "slice.h5ad")
     tracemalloc.start()
-    n_counts = sum(block.sum() for block in read_counts(opened, chunk_size=100))
+    n_counts = sum(block.sum() for block in read_counts(opened))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n_counts == whole.nnz
@@ -178,11 +193,12 @@ def test_message_names_where_counts_are(counts: np.ndarray) -> None:
         together(adata)
 
 
-def test_later_blocks_are_checked_too(counts: np.ndarray) -> None:
+def test_later_blocks_are_checked_too(counts: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_blocks_of(15, monkeypatch)
     values = counts.astype(np.float64)
     values[41, 3] = 0.5
     with pytest.raises(ValueError, match="entries of cells 30 to 42"):
-        together(anndata.AnnData(values), chunk_size=15)
+        together(anndata.AnnData(values))
 
 
 @pytest.mark.parametrize(("shape", "what"), [((0, 3), "cells"), ((3, 0), "genes")])
@@ -199,8 +215,6 @@ def test_unusable_arguments(counts: np.ndarray) -> None:
         read_counts(anndata.AnnData(shape=SHAPE))
     with pytest.raises(KeyError, match=r"no layer 'counts'; layers of the AnnData: \['raw'\]"):
         read_counts(adata, layer="counts")
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, found 0"):
-        read_counts(adata, layer="raw", chunk_size=0)
     adata.layers["text"] = np.full(SHAPE, "a", dtype=object)
     with pytest.raises(TypeError, match="Counts must be numbers, found the type object"):
         together(adata, layer="text")
@@ -246,10 +260,13 @@ def test_duplicate_and_unsorted_indices_are_no_damage() -> None:
 
 
 @kinds
-def test_only_genes_are_counted(counts: np.ndarray, kind: str) -> None:
+def test_only_genes_are_counted(
+    counts: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_blocks_of(11, monkeypatch)
     adata = anndata.AnnData(KINDS[kind](counts))
     adata.var["type"] = ["Gene Expression"] * 9 + ["Antibody Capture"] * 4
-    assert np.array_equal(together(adata, chunk_size=11), counts * (np.arange(13) < 9))
+    assert np.array_equal(together(adata), counts * (np.arange(13) < 9))
     normalised = counts * np.where(np.arange(13) < 9, 1, -0.7)
     adata = anndata.AnnData(KINDS[kind](normalised), var=adata.var)
     assert np.array_equal(together(adata)[:, :9], counts[:, :9])

@@ -4,7 +4,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from stofm._edge.records import (
+from stofm._edge.tables import (
     frame_names,
     make_frame,
     read_record,

@@ -49,7 +49,7 @@ def store(sdata, tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:.*not present in the SpatialData")
 def test_spatialdata_is_read_and_written(store: Path, adata: AnnData) -> None:
     assert is_spatialdata(store)
-    np.testing.assert_array_equal(open_table(store).X.toarray(), adata.X.toarray())
+    np.testing.assert_array_equal(open_table(store).to_memory().X.toarray(), adata.X.toarray())
     data = read_data(store)
     data.tables["table"].obsm["X_mine"] = np.ones((adata.n_obs, 2))
     write_data(data, store)

@@ -12,7 +12,6 @@ import pytest
 from anndata import AnnData
 
 import stofm as st
-from stofm._edge.coordinates import read_coordinates
 from stofm._edge.slices import read_places, read_slices
 from stofm._keys import Obsm
 
@@ -158,9 +157,9 @@ def images(adata, column):
     adata.uns["spatial"] = {str(name): {} for name in adata.obs[column].unique()}
 
 
-@pytest.mark.parametrize("describe", [regions, images])
-def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, caplog):
-    adata.obsm["spatial"][adata.obs["library"] == "right", 0] += 1e4
+@pytest.mark.parametrize(("describe", "gap"), [(regions, 0.0), (images, 0.0), (images, 1e4)])
+def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, gap, caplog):
+    adata.obsm["spatial"][adata.obs["library"] == "right", 0] += gap
     expected = st.tl.embed(adata, model, library_key="library", copy=True, show_progress_bar=False)
     describe(adata, "library")
     with caplog.at_level("INFO", logger="stofm"):
@@ -169,14 +168,6 @@ def test_metadata_separates_slices_as_if_asked_for(adata, model, describe, caplo
     np.testing.assert_array_equal(adata.obsm[Obsm.X], expected.obsm[Obsm.X])
     assert adata.uns["stofm"][Obsm.X] == expected.uns["stofm"][Obsm.X]
     assert len(st.pl.spatial(adata, show=False)) == 2
-
-
-@pytest.mark.parametrize("describe", [regions, images])
-def test_slices_of_the_metadata_that_lie_on_each_other_are_refused(adata, describe):
-    adata.obs["field"] = pd.Categorical(adata.obs.pop("library"))
-    describe(adata, "field")
-    with pytest.raises(ValueError, match=r"obs\['field'\] names 2 samples .*library_key='field'"):
-        read(adata)
 
 
 @pytest.mark.parametrize("name", ["library", "orig.ident", "Sample_ID", "section label", "fov"])
@@ -206,16 +197,15 @@ def test_own_columns_are_not_proposed(overlaid):
     assert "stofm_subslice" not in str(error.value)
 
 
-def test_regions_that_adjoin_are_fields_of_one_slice(rng, caplog):
+@pytest.mark.parametrize("describe", [regions, images])
+def test_regions_that_adjoin_are_fields_of_one_slice(rng, describe, caplog):
     xy = tissue(rng, 20)
     adata = AnnData(np.ones((400, 1)), obsm={"spatial": xy})
     adata.obs["field"] = (xy[:, 0] // 100).astype(int).astype(str)
-    regions(adata, "field")
+    describe(adata, "field")
     with caplog.at_level("INFO", logger="stofm"):
         assert len(read(adata).rows) == 1
     assert "regions in obs['field'] adjoin" in caplog.text
-    adata.obsm["spatial"] = xy + 1000.0 * (xy // 100)
-    assert len(read(adata).rows) == adata.obs["field"].nunique()
 
 
 def test_one_region_is_one_slice(overlaid):
@@ -223,39 +213,6 @@ def test_one_region_is_one_slice(overlaid):
     one.obs["field"] = "cells"
     regions(one, "field")
     assert read(one).column is None
-
-
-def test_metadata_of_a_spatialdata_gives_places(adata, model):
-    pytest.importorskip("spatialdata")
-    from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
-    from spatialdata.transformations import Scale, set_transformation
-
-    xy = read_coordinates(adata)
-    elements = {}
-    for name in ("left", "right"):
-        rows = np.flatnonzero(adata.obs["library"] == name)
-        shapes = ShapesModel.parse(xy[rows], geometry=0, radius=1.0, index=rows)
-        set_transformation(shapes, Scale([2.0, 2.0], axes=("x", "y")), f"of {name}")
-        elements[name] = shapes
-    expected = st.tl.embed(adata, model, library_key="library", copy=True, show_progress_bar=False)
-    del adata.obsm["spatial"]
-    adata.obs["id"] = np.arange(adata.n_obs)
-    sdata = SpatialData(
-        shapes=elements,
-        tables={
-            "cells": TableModel.parse(
-                adata, region=["left", "right"], region_key="library", instance_key="id"
-            )
-        },
-    )
-    options = {"library_key": "library", "show_progress_bar": False}
-    new = st.tl.embed(sdata, model, copy=True, **options)
-    assert "spatial" not in sdata["cells"].obsm
-    st.tl.embed(sdata, model, **options)
-    np.testing.assert_allclose(sdata["cells"].obsm["spatial"], xy)
-    for found in (new, sdata["cells"]):
-        np.testing.assert_allclose(found.obsm[Obsm.X], expected.obsm[Obsm.X], atol=1e-5)
 
 
 def one_slice(xy, **obs):

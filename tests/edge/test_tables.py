@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
 
+import stofm as st
 from stofm._edge.tables import label_text, layer_names, resolve_table
+from stofm._keys import Obsm
 
 
 def test_the_only_table_of_a_spatialdata_needs_no_key(adata):
@@ -34,3 +37,19 @@ def test_other_labels():
     assert label_text(pd.Series([True, False])).tolist() == ["True", "False"]
     assert label_text(pd.Series([0.5, np.inf])).tolist() == ["0.5", "inf"]
     assert label_text(pd.Series([None, None])).tolist() == ["", ""]
+
+
+@pytest.mark.filterwarnings("ignore:(Writing )?zarr v[23] :UserWarning")
+def test_a_lazy_anndata_is_embedded(adata, model, tmp_path):
+    read_lazy = getattr(ad.experimental, "read_lazy", None)
+    if read_lazy is None:
+        pytest.skip("needs anndata 0.12")
+    options = {"library_key": "library", "show_progress_bar": False}
+    expected = st.tl.embed(adata, model, copy=True, **options)
+    adata.write_zarr(tmp_path / "x.zarr")
+    lazy = read_lazy(tmp_path / "x.zarr")
+    st.tl.embed(lazy, model, **options)
+    np.testing.assert_array_equal(lazy.obsm[Obsm.X], expected.obsm[Obsm.X])
+    assert hasattr(lazy.X, "compute")  # still on disk
+    st.tl.domains(lazy, n_domains=2, library_key="library")
+    assert lazy.obs["stofm_domain"].nunique() == 2

@@ -13,8 +13,8 @@ import pytest
 from scipy import sparse
 
 import stofm as st
-from stofm._edge import records
-from stofm._edge.records import all_or_nothing, refuse_foreign, refuse_not_finite, refuse_taken
+from stofm._edge import tables
+from stofm._edge.tables import all_or_nothing, refuse_foreign, refuse_not_finite, refuse_taken
 from stofm._keys import Obsm
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Tracer:
         return [(key, id(value)) for key, value in stored], columns
 
     def __enter__(self) -> Tracer:
-        original = records._held
+        original = tables._held
 
         def of(adata: ad.AnnData) -> Any:
             frame = sys._getframe()
@@ -86,7 +86,7 @@ class Tracer:
             sys.settrace(lambda frame, *_: self._line if _is_ours(frame) else None)
             return original(adata)
 
-        self._monkeypatch.setattr(records, "_held", of)
+        self._monkeypatch.setattr(tables, "_held", of)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,7 +108,7 @@ class Tracer:
 
 def _is_ours(frame: Any) -> bool:
     name = frame.f_code.co_filename
-    return name.startswith(PACKAGE) and name != records.__file__
+    return name.startswith(PACKAGE) and name != tables.__file__
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def test_fallback_ids(vocabulary: GeneVocabulary) -> None:
 def test_report(vocabulary: GeneVocabulary) -> None:
     ids = ["GFAP", "A", "B", "MBP", "C", "ENSG00000131095", "D", ""]
     counts = np.array([10, 1, 5, 20, 2, 0, 4, 8.0])
-    mapping = map_gene_ids(ids, vocabulary, counts_per_gene=counts)
+    mapping = replace(map_gene_ids(ids, vocabulary), counts_per_gene=counts)
     assert (mapping.n_vars, mapping.n_matched, mapping.n_genes) == (8, 3, 2)
     assert mapping.counts_share == pytest.approx(30 / 50)
     assert mapping.unmatched == ("B", "D", "C")

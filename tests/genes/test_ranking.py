@@ -195,16 +195,6 @@ def test_values_of_columns_of_one_gene() -> None:
     assert kept.values.tolist() == [2500, 1000, 750]
 
 
-def test_totals_of_columns_that_are_not_there() -> None:
-    counts, medians = sparse.csr_matrix(np.array([[3, 1], [0, 0], [2, 2]])), np.ones(2)
-    given = np.array([40.0, 7.0, 4.0])
-    ranked = rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given)
-    assert ranked.values is not None
-    assert ranked.values.tolist() == [750, 250, 5000, 5000]
-    with pytest.raises(ValueError, match=r"3 rows, but totals has shape \(2,\)"):
-        rank_genes(counts, np.array([2, 3]), medians, values=True, totals=given[:2])
-
-
 def test_order_of_columns_and_rows_does_not_change_a_bit_of_values(
     rng: np.random.Generator,
 ) -> None:

@@ -14,10 +14,10 @@ def test_sizes_and_special_tokens(vocabulary: GeneVocabulary) -> None:
     assert (vocabulary.n_genes, vocabulary.n_tokens) == (7, 10)
     assert (vocabulary.pad, vocabulary.mask, vocabulary.cls) == (0, 1, 9)
     assert vocabulary.rows_by_id["ENSG00000160307"] == 2
-    assert vocabulary.rows_by_symbol == {
+    assert vocabulary.rows_by_name == vocabulary.rows_by_id | {
         "GFAP": 0, "SLC17A7": 1, "S100B": 2, "PLP1": 3, "MBP": 4, "GAD1": 5,
+        "ENSMUSG00000020932": 0, "VGLUT1": 1,
     }  # fmt: skip
-    assert vocabulary.rows_by_alias == {"ENSMUSG00000020932": 0, "VGLUT1": 1}
     assert "7 genes, 10 tokens, 2 aliases" in repr(vocabulary)
 
 
@@ -83,7 +83,7 @@ def test_table_of_the_reference(shared: Path) -> None:
     assert (vocabulary.n_genes, vocabulary.n_tokens) == (25_424, 25_427)
     assert dict(vocabulary.special) == {"pad": 0, "mask": 1, "cls": 25_426}
     assert vocabulary.medians.min() == pytest.approx(0.0947, abs=1e-4)
-    first = vocabulary.rows_by_symbol["TSPAN6"]
+    first = vocabulary.rows_by_name["TSPAN6"]
     assert vocabulary.tokens[first] == 2
     assert vocabulary.medians[first] == 2.001186019549122
 
@@ -94,12 +94,11 @@ def test_embedded_vocabulary() -> None:
     assert vocabulary.n_tokens == vocabulary.n_genes + 3
     assert vocabulary.cls == vocabulary.n_tokens - 1
     assert sorted(vocabulary.gene_ids) == vocabulary.gene_ids.tolist()
-    human, mouse = vocabulary.rows_by_symbol, vocabulary.rows_by_alias
     for symbol, names in {
         "GFAP": ("Gfap", "ENSMUSG00000020932"),
         "SLC17A7": ("Slc17a7", "ENSMUSG00000070570"),
     }.items():
-        assert {mouse[name] for name in names} == {human[symbol]}
+        assert len({vocabulary.rows_by_name[name] for name in (symbol, *names)}) == 1
 
 
 def test_embedded_names_are_unambiguous() -> None:
@@ -115,7 +114,7 @@ def test_former_and_present_symbols_lead_to_one_gene() -> None:
     if not table.is_file():
         pytest.skip("no recipes/ beside the tests")
     vocabulary = embedded_vocabulary()
-    known = vocabulary.rows_by_alias | vocabulary.rows_by_symbol
+    known = vocabulary.rows_by_name
     rows = [line.split("\t") for line in table.read_text().splitlines()]
     for names in rows:
         assert len({known[name] for name in names if name in known}) <= 1, names

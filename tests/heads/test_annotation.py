@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import stofm as st
-from stofm._edge.records import frame_names
+from stofm._edge.tables import frame_names
 from stofm._keys import Obs, Obsm, Uns
 
 QUIET = {"device": "cpu", "show_progress_bar": False, "use_rep": "X_pca"}

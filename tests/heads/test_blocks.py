@@ -23,7 +23,7 @@ from stofm.heads.embeddings import origin_by
 from stofm.heads.options import DEFAULT_REP, HeadOptions, Request
 from stofm.heads.sections import resolve_slices
 from stofm.nn import Stofm
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 

@@ -14,7 +14,7 @@ from stofm.heads.blocks import Blocks, read_embeddings, with_neighborhood
 from stofm.heads.options import HeadOptions, Request
 from stofm.heads.sections import resolve_slices
 from stofm.heads.targets import Targets
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 

@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 import stofm as st
-from stofm._edge.records import make_frame, write_frame
+from stofm._edge.tables import make_frame, write_frame
 from stofm.heads.labels import read_labels
 from stofm.heads.options import Request
 from stofm.heads.sections import resolve_slices

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._edge.records import read_record
+from stofm._edge.tables import read_record
 from stofm._keys import Var
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 
@@ -153,7 +153,7 @@ def test_mouse_symbols_with_the_embedded_vocabulary(rng: np.random.Generator) ->
     pp.map_genes(adata)
     vocabulary = embedded_vocabulary()
     symbols = ["GFAP", "MBP", "SLC17A7", "PLP1", "GAD1", "GFAP"]
-    rows = [vocabulary.rows_by_symbol[symbol] for symbol in symbols]
+    rows = [vocabulary.rows_by_name[symbol] for symbol in symbols]
     assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids[rows], ""]
 
 

@@ -69,7 +69,7 @@ def test_rules_of_a_model_or_a_config(encoded, model):
 
 def test_limit_on_virtual_cells(encoded):
     one = encoded[encoded.obs["library"] == "left"].copy()
-    st.pp.subslice(one, max_virtual_cells=2)
+    st.pp.subslice(one, SubSliceConfig(max_virtual_cells=2))
     assert one.obs[Obs.VIRTUAL_CELL].nunique() <= 2
 
 

@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 from stofm import pp
-from stofm._edge.records import read_record
+from stofm._edge.tables import read_record
 from stofm._edge.tokens import (
     _embedded_model_reads_values,
     read_tokens,
@@ -60,6 +60,10 @@ def make(matrix: Any, **options: Any) -> anndata.AnnData:
 @pytest.fixture
 def adata(counts: np.ndarray) -> anndata.AnnData:
     return make(sparse.csr_matrix(counts))
+
+
+def in_blocks_of(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stofm._edge.counts._BLOCK_ENTRIES", n_rows * SHAPE[1])
 
 
 def run(adata: anndata.AnnData, vocabulary: Any, **options: Any) -> np.ndarray:
@@ -126,12 +130,17 @@ KINDS: dict[str, Callable[[np.ndarray], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_matrix_gives_the_same(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, counts: np.ndarray, kind: str
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    counts: np.ndarray,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = run(adata, vocabulary)
     assert np.array_equal(run(make(KINDS[kind](counts)), vocabulary), expected)
     other = make(None, layers={"raw": KINDS[kind](counts)})
-    assert np.array_equal(run(other, vocabulary, layer="raw", chunk_size=11), expected)
+    in_blocks_of(11, monkeypatch)
+    assert np.array_equal(run(other, vocabulary, layer="raw"), expected)
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
@@ -141,11 +150,14 @@ def test_backed(
     counts: np.ndarray,
     kind: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     matrix = counts if kind == "dense" else sparse.csr_matrix(counts).asformat(kind)
     make(matrix).write_h5ad(tmp_path / "slice.h5ad")
     backed = anndata.read_h5ad(tmp_path / "slice.h5ad", backed="r")
-    assert np.array_equal(run(backed, vocabulary, chunk_size=9), run(adata, vocabulary))
+    expected = run(adata, vocabulary)
+    in_blocks_of(9, monkeypatch)
+    assert np.array_equal(run(backed, vocabulary), expected)
     assert backed.isbacked
 
 
@@ -162,16 +174,20 @@ def test_a_view_becomes_an_anndata_of_its_own(
     assert np.array_equal(copied.obsm[Obsm.TOKENS].toarray(), tokens)
 
 
-def test_order_of_cells_and_genes_and_chunks_do_not_matter(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, rng: np.random.Generator
+def test_order_of_cells_and_genes_and_blocks_do_not_matter(
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = run(adata, vocabulary)
     cells, genes = rng.permutation(SHAPE[0]), rng.permutation(SHAPE[1])
     shuffled = adata[cells][:, genes].copy()
     del shuffled.uns["stofm"]
     assert np.array_equal(run(shuffled, vocabulary), expected[cells])
-    for chunk_size in (1, 7, 40, 41, 1000):
-        assert np.array_equal(run(adata, vocabulary, chunk_size=chunk_size), expected)
+    for n_rows in (1, 7, 40, 41, 1000):
+        in_blocks_of(n_rows, monkeypatch)
+        assert np.array_equal(run(adata, vocabulary), expected)
 
 
 def test_max_tokens(adata: anndata.AnnData, vocabulary: GeneVocabulary, counts: np.ndarray) -> None:
@@ -303,8 +319,9 @@ def test_nothing_is_half_written(
 ) -> None:
     adata.X = adata.X.astype(np.float64)
     adata.X.data[-1] = 0.5
+    in_blocks_of(5, monkeypatch)
     with pytest.raises(ValueError, match="does not hold raw counts"):
-        run(adata, vocabulary, chunk_size=5)
+        run(adata, vocabulary)
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -374,10 +391,14 @@ def reader(vocabulary: GeneVocabulary, *, reads_values: bool = True) -> Any:
 
 
 def test_values_are_written_for_a_model_that_reads_them(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, counts: np.ndarray
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    counts: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = expected_tokens(counts, vocabulary, values=True)
-    run(adata, reader(vocabulary), chunk_size=9)
+    in_blocks_of(9, monkeypatch)
+    run(adata, reader(vocabulary))
     found = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
     assert found.with_values(adata.obsm[Obsm.TOKEN_VALUES]).digest == expected.digest
     values = adata.obsm[Obsm.TOKEN_VALUES]
@@ -424,13 +445,17 @@ def test_values_of_former_tokens_are_replaced_or_removed(
     assert read_record(adata, Obsm.TOKENS) is not None
 
 
-def test_order_of_cells_and_genes_and_chunks_change_no_bit_of_values(
-    adata: anndata.AnnData, vocabulary: GeneVocabulary, rng: np.random.Generator
+def test_order_of_cells_and_genes_and_blocks_change_no_bit_of_values(
+    adata: anndata.AnnData,
+    vocabulary: GeneVocabulary,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(adata, vocabulary, values=True)
     rows, columns = rng.permutation(SHAPE[0]), rng.permutation(SHAPE[1])
     shuffled = make(adata.X[rows])[:, columns].copy()
-    run(shuffled, vocabulary, values=True, chunk_size=7)
+    in_blocks_of(7, monkeypatch)
+    run(shuffled, vocabulary, values=True)
     assert np.array_equal(
         shuffled.obsm[Obsm.TOKEN_VALUES].toarray(), adata.obsm[Obsm.TOKEN_VALUES][rows].toarray()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 
 def test_mean_of_the_nearest_of_the_slice(rng):

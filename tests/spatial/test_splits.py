@@ -52,22 +52,12 @@ def test_at_least_one_slice_is_fitted(plane):
     assert len(split_cells(xy, slices[:2], how="slices", share=0.9).slices) == 1
 
 
-def test_blocks_keep_their_distance(plane):
-    xy, slices = plane
-    split = split_cells(xy, slices[:1], margin=1.5)
-    assert split.how == "blocks"
-    assert 50 <= len(split.held_out) <= 90
-    gaps = cdist(xy[split.fitted], xy[split.held_out]).min(axis=1)
-    assert gaps.min() > 1.5
-    near = cdist(xy[split.left_out], xy[split.held_out]).min(axis=1)
-    assert near.max() <= 1.5
-
-
-def test_default_margin_is_two_distances_between_neighbours():
+def test_blocks_keep_two_distances_between_neighbours():
     grid = np.stack(np.meshgrid(np.arange(37.0), np.arange(29.0)), axis=-1).reshape(-1, 2)
     split = split_cells(grid, [np.arange(len(grid))])
     gaps = cdist(grid[split.fitted], grid[split.held_out]).min(axis=1)
     assert 2 < gaps.min() <= 3
+    assert cdist(grid[split.left_out], grid[split.held_out]).min(axis=1).max() <= gaps.min()
     assert len(split.left_out) < 0.35 * len(grid)
 
 
@@ -108,19 +98,20 @@ def test_slices_with_the_only_cells_of_a_class_are_fitted(plane):
         assert len(split.moved) == 0
 
 
-def test_a_class_with_no_cell_to_fit_is_moved_with_a_margin(plane):
-    xy, slices = plane
-    classes = np.zeros(len(xy), dtype=np.int64)
-    lone = [rows[xy[rows, 0] < 3] for rows in slices[:2]]
+def test_a_class_with_no_cell_to_fit_is_moved_with_a_margin():
+    grid = np.stack(np.meshgrid(np.arange(30.0), np.arange(20.0)), axis=-1).reshape(-1, 2)
+    xy, slices = np.concatenate([grid, grid]), [np.arange(600), np.arange(600, 1200)]
+    lone = [rows[xy[rows, 0] < 3] for rows in slices]
+    classes = np.zeros(1200, dtype=np.int64)
     classes[lone[0]], classes[lone[1]] = 1, 2
-    split = split_cells(xy, slices[:2], how="slices", classes=classes, margin=1.5)
+    split = split_cells(xy, slices, how="slices", classes=classes)
     (chosen,) = split.slices
     assert np.array_equal(split.moved, lone[chosen])
     assert np.isin(split.moved, split.fitted).all()
-    assert cdist(xy[split.moved], xy[split.held_out]).min() > 1.5
+    assert 2 < cdist(xy[split.moved], xy[split.held_out]).min() <= 3
     near = cdist(xy[split.left_out], xy[split.moved]).min(axis=1)
     assert len(near)
-    assert near.max() <= 1.5
+    assert near.max() <= 2.5
     assert split.record()["n_moved"] == len(lone[chosen])
 
 
@@ -180,18 +171,17 @@ def test_order_of_rows_does_not_matter(plane, rng, how):
 
 def test_tiny_slices():
     xy = np.arange(14.0).reshape(7, 2)
-    split = split_cells(xy, [np.array([0]), np.arange(1, 7)], how="blocks", share=0.3, margin=0.5)
+    split = split_cells(xy, [np.array([0]), np.arange(1, 7)], how="blocks", share=0.3)
     assert 0 in split.fitted
     assert len(split.held_out) == 2
 
 
 def test_record(plane):
     xy, slices = plane
-    split = split_cells(xy, slices, how="blocks", seed=4, margin=0.5)
+    split = split_cells(xy, slices, how="blocks", seed=4)
     assert split.record() == {
         "how": "blocks",
         "share": 0.1,
-        "margin": 0.5,
         "seed": 4,
         "n_fitted": len(split.fitted),
         "n_held_out": len(split.held_out),

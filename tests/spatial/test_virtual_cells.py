@@ -13,8 +13,14 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from stofm.spatial import mix_expression_and_place, principal_components, virtual_cells
-from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.virtual_cells import _igraph_numbers, cluster_cells, leiden, merge_clusters
+from stofm.spatial.plane import nearest_neighbors
+from stofm.spatial.virtual_cells import (
+    _igraph_numbers,
+    cluster_cells,
+    leiden,
+    merge_clusters,
+    umap_weights,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SETTINGS = [

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 import stofm as st
 from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm.spatial.domains import domain_space, find_domains
-from stofm.spatial.neighbor_graph import nearest_neighbors, neighbor_means
+from stofm.spatial.plane import nearest_neighbors, neighbor_means
 
 LEVEL1, LEVEL2 = (Obs.DOMAIN + Suffix.LEVEL.format(k) for k in (1, 2))
 COLORS = Obs.DOMAIN + Suffix.COLORS

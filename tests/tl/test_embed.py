@@ -137,7 +137,7 @@ def test_the_log_ends_with_a_summary(one_slice, model, caplog):
 
 def calls(monkeypatch):
     """Count how often each step runs (ranking always does, to notice changed counts)."""
-    from stofm._edge import embedding, layouts
+    from stofm._edge import embedding, places
 
     counted = {"cells": 0, "layout": 0}
 
@@ -151,7 +151,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     count(embedding, "encode_cells", "cells")
-    count(layouts, "lay_out_slice", "layout")
+    count(places, "lay_out_slice", "layout")
     return counted
 
 

@@ -9,7 +9,7 @@ from scipy import sparse
 
 from stofm._edge.gene_mapping import kinds_of_others
 from stofm._edge.tables import layer_names, require_cells_and_genes
-from stofm.genes.compressed import require_sound
+from stofm.genes.ranking import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,25 +35,20 @@ class NotRawCountsError(ValueError):
     """A matrix holds something else than raw counts."""
 
 
-def read_counts(
-    adata: AnnData, *, layer: str | None = None, chunk_size: int | None = None
-) -> Iterator[sparse.csr_matrix]:
+def read_counts(adata: AnnData, *, layer: str | None = None) -> Iterator[sparse.csr_matrix]:
     """Give the counts of the genes as CSR blocks of rows, without changing or copying the whole.
 
     CSR, CSC and dense matrices are read, in memory, backed by a file, or as Dask arrays, also
-    through views. Values may have any numeric type. Memory is bounded by a block: `chunk_size`
-    rows, or as many as make about 8 million entries; Dask arrays are cut at their own chunks.
-    Columns that are no genes are empty, so that they enter neither genes nor totals. A block that
+    through views. Values may have any numeric type. Memory is bounded by a block of about 8 million
+    entries; Dask arrays are cut at their own chunks. Columns that are no genes are empty, so that they enter neither genes nor totals. A block that
     does not hold raw counts, or has indices out of range, raises ValueError when read.
     """
     require_cells_and_genes(adata)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, found {chunk_size}.")
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"There is no layer {layer!r}; layers of the AnnData: {sorted(layer_names(adata))}."
         )
-    return _checked_blocks(adata, layer, _starts_of_blocks(adata, layer, chunk_size))
+    return _checked_blocks(adata, layer, _starts_of_blocks(adata, layer))
 
 
 def peek_counts(adata: AnnData, layer: str | None, rows: Rows) -> tuple[sparse.csr_matrix, bool]:
@@ -80,12 +75,12 @@ def _checked_blocks(
         yield _rounded(block)
 
 
-def _starts_of_blocks(adata: AnnData, layer: str | None, chunk_size: int | None) -> list[int]:
+def _starts_of_blocks(adata: AnnData, layer: str | None) -> list[int]:
     n_obs, n_vars = adata.shape
-    rows = chunk_size or min(_MAX_BLOCK_ROWS, max(1, _BLOCK_ENTRIES // n_vars))
+    rows = min(_MAX_BLOCK_ROWS, max(1, _BLOCK_ENTRIES // n_vars))
     # To look at the matrix of a view would copy it.
     matrix = None if adata.is_view else _matrix(adata, layer)
-    if getattr(matrix, "format", "") == "csc" and chunk_size is None:
+    if getattr(matrix, "format", "") == "csc":
         rows = max(rows, -(-n_obs // _MAX_CSC_BLOCKS))
     if matrix is None or not hasattr(matrix, "compute"):
         return list(range(0, n_obs, rows))
@@ -153,10 +148,7 @@ def _to_csr(rows: Any, name: str, is_gene: NDArray[np.bool_]) -> sparse.csr_matr
 def _rounded(block: sparse.csr_matrix) -> sparse.csr_matrix:
     if block.dtype.kind != "f":
         return block
-    integers = np.rint(block.data)
-    if np.array_equal(integers, block.data):
-        return block
-    return sparse.csr_matrix((integers, block.indices, block.indptr), shape=block.shape)
+    return sparse.csr_matrix((np.rint(block.data), block.indices, block.indptr), block.shape)
 
 
 # What is no count

@@ -12,11 +12,10 @@ import torch
 
 from stofm._edge.counts import peek_counts
 from stofm._edge.gene_mapping import find_columns
-from stofm._edge.layouts import Layouts, lay_out, write_layouts
-from stofm._edge.records import all_or_nothing, read_record, refuse_taken, write_record
+from stofm._edge.places import Layouts, lay_out, write_layouts
 from stofm._edge.slices import read_places
-from stofm._edge.staleness import is_outdated, read_current
-from stofm._edge.tokens import compute_tokens, token_params, write_tokens
+from stofm._edge.tables import OUTDATED, all_or_nothing, read_record, refuse_taken, write_record
+from stofm._edge.tokens import compute_tokens, read_current, token_params, write_tokens
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice, encode_cells
@@ -138,7 +137,7 @@ def _stored_cells(adata: AnnData, record: Mapping[str, Any]) -> NDArray[np.float
     """The stored cell embeddings if they have this record; a model's name does not change them."""
     found = read_record(adata, Obsm.X_CELL) or {}
     fits = all(found.get(name) == value for name, value in record.items() if name != "model")
-    if not fits or Obsm.X_CELL not in adata.obsm or is_outdated(found):
+    if not fits or Obsm.X_CELL not in adata.obsm or OUTDATED in found:
         return None
     return np.asarray(adata.obsm[Obsm.X_CELL], dtype=np.float32)
 
@@ -201,12 +200,7 @@ def embed_table(
             write_record(
                 target,
                 key_added,
-                {
-                    **layouts.params,
-                    "dtype": _name(run.dtype),
-                    "n_neighbors": rules.n_neighbors,
-                    "neighbors_among": rules.neighbors_among,
-                },
+                {**layouts.params, "dtype": _name(run.dtype)},
                 model=model.name,
                 model_fingerprint=model.fingerprint,
                 cell_encoder=model.cell_encoder_fingerprint,

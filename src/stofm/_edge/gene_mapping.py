@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._digests import fingerprint
-from stofm._edge.records import read_record, write_record
-from stofm._edge.tables import require_cells_and_genes
+from stofm._edge.tables import read_record, require_cells_and_genes, write_record
 from stofm._keys import Var
 from stofm._logging import logger
 from stofm._messages import warn
@@ -31,7 +29,7 @@ from stofm.genes.mapping import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from os import PathLike
 
     from anndata import AnnData
@@ -100,15 +98,16 @@ def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, li
     That is the column `gene_key` of ``adata.var``, or columns with Ensembl ids, or with words of
     which most occur once, those with most Ensembl ids first, and ``var_names`` last.
     """
-    if gene_key is None:
-        sources = {name: _names_of_genes(adata, name) for name in _text_columns(adata)}
-        kept = sorted(name for name, names in sources.items() if _may_be_names(names))
-        kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
-        names = _names_of_genes(adata, VAR_NAMES)
-        return {name: sources[name] for name in kept} | {VAR_NAMES: names}
-    if gene_key not in adata.var:
-        raise KeyError(f"adata.var has no column {gene_key!r}; it has {list(adata.var.columns)}.")
-    return {gene_key: _names_of_genes(adata, gene_key)}
+    if gene_key is not None:
+        if gene_key not in adata.var:
+            there = list(adata.var.columns)
+            raise KeyError(f"adata.var has no column {gene_key!r}; it has {there}.")
+        return {gene_key: _names_of_genes(adata, gene_key)}
+    sources = {name: _names_of_genes(adata, name) for name in sorted(_text_columns(adata))}
+    kept = [name for name, names in sources.items() if _may_be_names(names)]
+    kept.sort(key=lambda name: -_count(sources[name], ENSEMBL_TYPES))
+    names = _names_of_genes(adata, VAR_NAMES)
+    return {name: sources[name] for name in kept} | {VAR_NAMES: names}
 
 
 def _names_of_genes(adata: AnnData, source: str) -> list[str]:
@@ -133,12 +132,12 @@ def ids_and_symbols(adata: AnnData) -> tuple[list[str], list[str]]:
     """Return the names with most Ensembl ids, and the others with most symbols."""
     _log_others(adata)
     sources = names_by_source(adata)
-    best = max(sources, key=lambda s: (_count(sources[s], ENSEMBL_TYPES), s == VAR_NAMES))
-    others = [source for source in sources if source != best]
-    if not others:
-        return sources[best], [""] * adata.n_vars
-    second = max(others, key=lambda s: (_count(sources[s], SYMBOL_TYPES), s == VAR_NAMES))
-    return sources[best], sources[second]
+
+    def take_best(kinds: frozenset[Any]) -> list[str]:
+        best = max(sources, key=lambda s: (_count(sources[s], kinds), s == VAR_NAMES), default="")
+        return sources.pop(best, [""] * adata.n_vars)
+
+    return take_best(ENSEMBL_TYPES), take_best(SYMBOL_TYPES)
 
 
 # Genes of a vocabulary
@@ -162,12 +161,7 @@ class Columns:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits over the tokens."""
-        return columns_fingerprint(self.token_ids)
-
-
-def columns_fingerprint(token_ids: NDArray[np.integer]) -> str:
-    """16 hexadecimal digits over the tokens of all columns."""
-    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:16]
+        return fingerprint(self.token_ids.astype("<i4"))
 
 
 def vocabulary_of(model_or_vocabulary: GeneVocabulary | Any | None) -> GeneVocabulary:
@@ -194,8 +188,14 @@ def find_columns(
 ) -> Columns:
     """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
     require_cells_and_genes(adata)
-    record = read_record(adata, Var.TOKEN_ID) if may_reuse and orthologs is None else None
-    index = None if record is None else _stored_index(adata, record, vocabulary, species, gene_key)
+    record = read_record(adata, Var.TOKEN_ID) or {}
+    made = record.get("params", {})
+    is_as_asked = species in ("auto", made.get("species")) and gene_key in (
+        None,
+        made.get("gene_key"),
+    )
+    may_reuse = may_reuse and orthologs is None and is_as_asked
+    index = _stored_index(adata, record, vocabulary) if may_reuse else None
     mapping, params, names = None, {}, ""
     if index is None:
         mapping, sources = _map(adata, vocabulary, species, gene_key, orthologs)
@@ -209,19 +209,12 @@ def find_columns(
 
 
 def _stored_index(
-    adata: AnnData,
-    record: Mapping[str, Any],
-    vocabulary: GeneVocabulary,
-    species: Species,
-    gene_key: str | None,
+    adata: AnnData, record: Mapping[str, Any], vocabulary: GeneVocabulary
 ) -> NDArray[np.int64] | None:
     """Place of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
-    made = record.get("params", {})
-    asked = species in ("auto", made.get("species")) and gene_key in (None, made.get("gene_key"))
-    if not asked or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
-        return None
     read = (record.get("vocabulary"), record.get("names"))
-    if read != (vocabulary.fingerprint, _names_fingerprint(adata, made)):
+    fitting = (vocabulary.fingerprint, _names_fingerprint(adata, record.get("params", {})))
+    if read != fitting or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
         return None
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
@@ -251,25 +244,22 @@ def _map(
     of the features themselves.
     """
     names = names_by_source(adata, gene_key)
-    pairs = None if orthologs is None else read_orthologs(orthologs)
-    found = {
-        source: map_gene_ids(ids, vocabulary, species=species, orthologs=pairs)
-        for source, ids in names.items()
+    options: Any = {
+        "species": species,
+        "orthologs": None if orthologs is None else read_orthologs(orthologs),
     }
+    found = {source: map_gene_ids(ids, vocabulary, **options) for source, ids in names.items()}
     order = sorted(found, key=lambda source: -found[source].n_matched)
     trusted = order[0]
     if VAR_NAMES in found and 2 * found[VAR_NAMES].n_matched >= found[trusted].n_matched:
         trusted = VAR_NAMES
-    agreeing = [one for one in order if _agree(found[one], found[trusted])]
-    best, second, *_ = [*agreeing, "", ""]
+    best, second, *_ = [*(one for one in order if _agree(found[one], found[trusted])), "", ""]
     if best != order[0]:
         logger.info(
             "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
-            order[0],
-            trusted,
+            *(order[0], trusted),
         )
-    options: Any = {"species": species, "orthologs": pairs, "fallback_ids": names.get(second)}
-    mapping = map_gene_ids(names[best], vocabulary, **options)
+    mapping = map_gene_ids(names[best], vocabulary, fallback_ids=names.get(second), **options)
     # The report does not count columns that are no genes.
     types = Counter(mapping.id_types)
     types[IdType.MISSING.value] -= int((kinds_of_others(adata) != "").sum())
@@ -322,24 +312,38 @@ def report_columns(adata: AnnData, columns: Columns, counts: NDArray[np.float64]
         mapping = replace(columns.mapping, counts_per_gene=counts)
         logger.info("%s; names in %s", mapping.summary(), sources)
         _log_others(adata)
-    if counts is None:
-        return
+    if counts is not None:
+        drop = f": adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
+        warn_of_counts(columns.token_ids, counts, adata.var_names, drop)
+
+
+def warn_of_counts(
+    genes: NDArray[np.integer], counts: NDArray[np.float64], names: Sequence[str], drop: str = "."
+) -> None:
+    """Warn of many counts (n_vars,) in columns without a gene, or of a gene with several columns.
+
+    `genes` are numbers, negative for none. `drop` says how to drop columns without one.
+    """
     total = counts.sum()
-    unknown = np.where(columns.token_ids >= 0, 0.0, counts)
+    unknown, repeated = np.where(genes >= 0, 0.0, counts), counts_of_repeated_genes(genes, counts)
+
+    def largest(part: NDArray[np.float64]) -> str:
+        order = np.argsort(-part, kind="stable")[:_N_NAMED]
+        named = ", ".join(f"{names[k]} ({part[k] / total:.1%})" for k in order if part[k])
+        return f"most of them in {named}" if np.count_nonzero(part) > _N_NAMED else named
+
     if unknown.sum() > MOST_UNKNOWN * total:
         warn(
-            f"{unknown.sum() / total:.1%} of the counts are in columns that no gene of the vocabulary "
-            f"was found for ({_largest(adata, unknown / total)}). They count in the totals that the "
-            "values of all genes are shares of. If they are no genes (controls, spike-ins, "
-            "antibodies, another species), drop them: "
-            f"adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
+            f"{unknown.sum() / total:.1%} of the counts are in columns that no gene was found for "
+            f"({largest(unknown)}). They count in the totals that the values of all genes are shares "
+            "of. If they are no genes (controls, spike-ins, antibodies, another species), drop "
+            f"them{drop}"
         )
-    repeated = counts_of_repeated_genes(columns.token_ids, counts)
     if repeated.sum() > MOST_REPEATED * total:
         warn(
             f"{repeated.sum() / total:.1%} of the counts are in columns of genes that another column "
-            f"before them has too ({_largest(adata, repeated / total)}). The columns of a gene count "
-            "together. If some are no genes (antibodies, another modality), drop them."
+            f"before them has too ({largest(repeated)}). The columns of a gene count together. If "
+            "some are no genes (antibodies, another modality), drop them."
         )
 
 
@@ -352,10 +356,3 @@ def _log_others(adata: AnnData) -> None:
             adata.n_vars,
             _counted(kinds),
         )
-
-
-def _largest(adata: AnnData, shares: NDArray[np.float64]) -> str:
-    """The columns with most counts, with their shares."""
-    order = np.argsort(-shares, kind="stable")[:_N_NAMED]
-    named = ", ".join(f"{adata.var_names[k]} ({shares[k]:.1%})" for k in order if shares[k])
-    return f"most of them in {named}" if np.count_nonzero(shares) > _N_NAMED else named

@@ -9,8 +9,9 @@ import contextlib
 import warnings
 from typing import TYPE_CHECKING, Any, Final
 
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import add_centroids, table_name
 from stofm._files import Kind, local, put_in_place, reading, take_back
+from stofm._keys import Obsm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,25 +34,41 @@ def read_data(path: str | Path) -> Any:
 
     path = _found(path)
     with reading(path, _EXPECTED):
-        if _has_elements(path):
-            return _read_spatialdata(path)
+        has_elements = _has_elements(path)
         if not path.is_dir():
             return anndata.read_h5ad(path)
         with _root(path) as root:
             _require_whole(root, path)
-        return anndata.read_zarr(path)
+        if not has_elements:
+            return anndata.read_zarr(path)
+        import spatialdata
+
+        return spatialdata.read_zarr(path)
 
 
 def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
-    """Open an AnnData whose ``X`` stays on disk, or read the table of a SpatialData store."""
+    """Open an AnnData, or a table of a SpatialData store, whose ``X`` stays on disk.
+
+    Of a store nothing else is read; where the table has no coordinates, its shapes and labels are.
+    """
     import anndata
 
     path = _found(path)
     with reading(path, _EXPECTED):
         if not _has_elements(path):
             return _open_zarr(path) if path.is_dir() else anndata.read_h5ad(path, backed="r")
-        data = _read_spatialdata(path)
-    return resolve_table(data, table_key)
+        with _root(path) as root:
+            names = list(root.get("tables", ()))
+    key = table_name(names, table_key)
+    with reading(path, _EXPECTED):
+        adata = _open_zarr(path / "tables" / key)
+        if Obsm.SPATIAL in adata.obsm:
+            return adata
+        import spatialdata
+
+        elements = spatialdata.read_zarr(path, selection=("labels", "shapes"))
+    add_centroids(elements, adata, key)
+    return adata
 
 
 def is_spatialdata(path: str | Path) -> bool:
@@ -94,14 +111,6 @@ def _found(path: str | Path) -> Path:
     if not take_back(path).exists():
         raise FileNotFoundError(f"There is no file {path}.")
     return path
-
-
-def _read_spatialdata(path: Path) -> Any:
-    import spatialdata
-
-    with _root(path) as root:
-        _require_whole(root, path)
-    return spatialdata.read_zarr(path)
 
 
 def _open_zarr(path: Path) -> AnnData:

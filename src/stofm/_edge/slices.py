@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm._edge.coordinates import (
+from stofm._edge.places import (
     listed,
     read_axes,
     read_coordinates,
@@ -18,7 +18,8 @@ from stofm._edge.coordinates import (
     warn_of_places,
     warn_of_spots_off_tissue,
 )
-from stofm._keys import Uns
+from stofm._edge.tables import read_record
+from stofm._keys import Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import warn
 
@@ -78,7 +79,6 @@ class Places:
     coordinates: NDArray[np.float64]
     slices: Slices
     spatial_key: str
-    library_key: str | None
 
 
 def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
@@ -92,7 +92,7 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
         _refuse_planes(xy, z, slices, spatial_key)
         rows = max(slices.rows, key=lambda rows: np.ptp(z[rows]))
         warn_of_depth(xy[rows], z[rows], Nearest.find(xy[rows]).spacing, spatial_key)
-    return Places(xy, slices, spatial_key, slices.column)
+    return Places(xy, slices, spatial_key)
 
 
 def _refuse_planes(
@@ -135,13 +135,11 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
     if library_key is not None or spatial_key not in adata.obsm:
         return _separate(adata, column)
     xy = read_coordinates(adata, spatial_key)
-    if column is not None and _are_apart(adata, column, xy):
+    if column is not None and _are_slices(adata, column, xy, spatial_key):
         slices = _separate(adata, column)
         logger.info(
             "The metadata names %d slices in obs[%r]: they are separated, as with library_key=%r.",
-            len(slices.rows),
-            column,
-            column,
+            *(len(slices.rows), column, column),
         )
         return slices
     _refuse_overlays(adata, xy)
@@ -173,40 +171,46 @@ def _separate(adata: AnnData, column: str | None) -> Slices:
     return Slices(names=names.tolist(), rows=rows, column=column)
 
 
+def region_column(adata: AnnData) -> str | None:
+    """Column of ``obs`` with the regions that a SpatialData's table annotates, if several."""
+    attrs = adata.uns.get("spatialdata_attrs", {})
+    key = attrs.get("region_key") if hasattr(attrs, "get") else None
+    return str(key) if key in adata.obs and adata.obs[key].nunique() > 1 else None
+
+
 def described_column(adata: AnnData) -> str | None:
     """Column of ``obs`` that the metadata says tells slices apart; None if nothing says so.
 
     That is the region column of a SpatialData's table, or the one whose values are the images that
     squidpy and scanpy keep in ``uns["spatial"]``.
     """
-    attrs = adata.uns.get("spatialdata_attrs", {})
-    key = attrs.get("region_key") if hasattr(attrs, "get") else None
-    if key in adata.obs and adata.obs[key].nunique() > 1:
-        return str(key)
+    if (region := region_column(adata)) is not None:
+        return region
     images = adata.uns.get("spatial")
-    if not isinstance(images, dict) or len(images) < 2:
-        return None
-    names = {str(name) for name in images}
-    for column in adata.obs.columns:
+    names = set(map(str, images)) if isinstance(images, dict) else set()
+    for column in adata.obs.columns if len(names) > 1 else ():
         values = adata.obs[column]
         if 1 < values.nunique() <= len(names) and set(values.dropna().astype(str)) <= names:
             return str(column)
     return None
 
 
-def _are_apart(adata: AnnData, column: str, xy: NDArray[np.float64]) -> bool:
-    """Whether regions are slices: they are not if they adjoin, as fields of view of one slide do."""
+def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64], spatial_key: str) -> bool:
+    """Whether what the metadata names are slices, and not parts of one slide.
+
+    They are if they lie on each other, or have coordinate systems of their own. Images that lie
+    apart are too; regions of one system are not.
+    """
     codes, names = _numbered(adata.obs[column])
-    if _boxes_overlap(xy, codes):
-        raise ValueError(_overlay_message([column], names))
-    if Nearest.find(xy).mixing(codes) < _ADJOINING:
+    record = (read_record(adata, Obsm.SPATIAL) if spatial_key == Obsm.SPATIAL else None) or {}
+    if len(set(record.get("params", {}).values())) > 1 or _boxes_overlap(xy, codes):
         return True
+    if Nearest.find(xy).mixing(codes) < _ADJOINING:
+        return column != region_column(adata)
     logger.info(
         "The %d regions in obs[%r] adjoin, as fields of one slide do: they are taken as one slice. "
         "Pass library_key=%r to separate them.",
-        len(names),
-        column,
-        column,
+        *(len(names), column, column),
     )
     return False
 
@@ -224,10 +228,17 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
         if (_SLICE_WORDS.search(name) and _boxes_overlap(xy, codes)) or nearest.are_overlaid(codes)
     ]
     if found:
-        raise ValueError(_overlay_message([name for name, _ in found], found[0][1]))
+        column, values = found[0]
+        ways = " or ".join(f"library_key={name!r}" for name, _ in found)
+        raise ValueError(
+            f"obs[{column!r}] names {len(values)} samples ({listed(values)}) whose coordinates "
+            f"overlap: cells of different slices would be taken as neighbours. Pass {ways}. If they "
+            "are one slice, pass a column that is the same for all cells."
+        )
     _refuse_joined_names(adata, xy)
     for name, codes, values in _groupings(adata.obs):
-        if _SLICE_WORDS.search(name) and nearest.mixing(codes) == 0.0:
+        may_be_slices = name == region_column(adata) or _SLICE_WORDS.search(name)
+        if may_be_slices and nearest.mixing(codes) == 0.0:
             warn(
                 f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie apart from each "
                 "other and are taken as parts of one slice, whose size is set to a fixed one. If "
@@ -250,15 +261,6 @@ def _numbered(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
 
     codes, values = pd.factorize(column, use_na_sentinel=False)
     return codes.astype(np.int64), ["(none)" if pd.isna(one) else str(one) for one in values]
-
-
-def _overlay_message(columns: list[str], values: list[str]) -> str:
-    ways = " or ".join(f"library_key={column!r}" for column in columns)
-    return (
-        f"obs[{columns[0]!r}] names {len(values)} samples ({listed(values)}) whose "
-        f"coordinates overlap: cells of different slices would be taken as neighbours. Pass {ways}. "
-        "If they are one slice, pass a column that is the same for all cells."
-    )
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:

@@ -1,4 +1,4 @@
-"""Ranked gene tokens of a table: made from its counts, written, and read back."""
+"""Ranked gene tokens of a table: made, written, read back, and compared with the counts there are."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from stofm._edge.counts import read_counts
+from stofm._digests import fingerprint
+from stofm._edge.counts import peek_counts, read_counts
 from stofm._edge.gene_mapping import Columns, report_columns, write_columns
-from stofm._edge.records import read_record, remove_entry, write_record
-from stofm._edge.staleness import changed_counts, outdate_by_counts
-from stofm._keys import Obs, Obsm
+from stofm._edge.places import changed_places, same_places_read
+from stofm._edge.tables import (
+    OUTDATED,
+    mark_outdated,
+    read_record,
+    read_representation,
+    remove_entry,
+    write_record,
+)
+from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter
 from stofm._messages import warn
-from stofm.genes import RankedTokens, rank_genes
+from stofm.genes import RankedTokens, embedded_vocabulary, rank_genes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from anndata import AnnData
+    from numpy.typing import NDArray
 
     from stofm.genes import GeneVocabulary
 
 Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
+#: Cells whose tokens are made again.
+_N_CELLS: Final = 512
 
 
 def compute_tokens(
@@ -43,7 +54,6 @@ def token_blocks(
     columns: Columns,
     params: Mapping[str, Any],
     *,
-    chunk_size: int | None = None,
     show_progress_bar: bool = True,
 ) -> Iterator[RankedTokens]:
     """Give the tokens block of cells after block, in order; the mapping is reported at the end."""
@@ -51,7 +61,7 @@ def token_blocks(
     with counter(
         total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
     ) as advance:
-        for block in read_counts(adata, layer=params["layer"] or None, chunk_size=chunk_size):
+        for block in read_counts(adata, layer=params["layer"] or None):
             yield rank_genes(
                 block,
                 columns.token_ids,
@@ -155,3 +165,122 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
     if found := changed_counts(adata, model.vocabulary):
         raise ValueError(f"The tokens are of other counts: {found} Run {again} again.")
     return ranked.head(model.config.max_tokens)
+
+
+# Whether what was made of counts is still of those
+
+
+def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = None) -> str:
+    """Say why an embedding that stofm wrote to ``obsm[key]`` does not fit the AnnData any more.
+
+    Empty if it fits, or if that can't be told: without records, counts or coordinates. Whole
+    cells and genes may be taken away or put in another order. `vocabulary` is that of its model,
+    if at hand; the embedded one is always.
+    """
+    record = read_record(adata, key)
+    if record is None or "cell_encoder" not in record:
+        return ""
+    if what := record.get(OUTDATED):
+        return f"obsm[{key!r}] is older than the {what} that were read last."
+    n_cells = int(record.get("n_cells", 0))
+    # Where records of several tables were merged, only what they share is left, without digests.
+    if {"tokens", "subslice"} & set(record) and 0 < n_cells < adata.n_obs:
+        return (
+            f"The record of obsm[{key!r}] is of {n_cells} cells, and there are {adata.n_obs}: of "
+            "what was joined it tells one part. ad.concat(..., uns_merge='same') keeps what holds "
+            "for all."
+        )
+    tokens = read_record(adata, Obsm.TOKENS) or {}
+    is_of_tokens = _reads_tokens(record) and tokens.get("vocabulary") == record.get("vocabulary")
+    if is_of_tokens and (found := changed_counts(adata, vocabulary)):
+        return f"obsm[{key!r}] was made from other counts: {found}"
+    layout = read_record(adata, Uns.SUBSLICE) or {}
+    if "subslice" in record and same_places_read(layout, record) and changed_places(adata):
+        return (
+            f"obsm[{key!r}] was made with other coordinates than "
+            f"obsm[{layout['params']['spatial_key']!r}] holds now."
+        )
+    return ""
+
+
+def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
+    """Read an entry of ``obsm``, and refuse an embedding that does not fit the AnnData any more."""
+    values = read_representation(adata, rep)
+    if reason := stale_reason(adata, rep):
+        raise ValueError(
+            f"{reason} Make it again: st.pp.tokenize(adata), st.tl.encode_cells(adata)."
+        )
+    return values
+
+
+def _reads_tokens(record: Mapping[str, Any]) -> bool:
+    """Whether an embedding is made from tokens, and not from features that the user gave."""
+    return bool(record.get("params", {}).get("use_rep", Obsm.X_CELL) == Obsm.X_CELL)
+
+
+def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> None:
+    """Mark embeddings of other tokens than these of the vocabulary, which will replace the stored."""
+    record = read_record(adata, Obsm.TOKENS) or {}
+    if Obsm.TOKENS not in adata.obsm or record.get("vocabulary") != vocabulary:
+        return
+    try:
+        stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
+    except ValueError:  # damaged, and replaced now
+        return
+    n = min(int(one.n_tokens.max(initial=0)) for one in (stored, ranked))
+    if not stored.head(n).equals(ranked.without_values().head(n)):
+        mark_outdated(
+            adata, "counts", lambda it: _reads_tokens(it) and it.get("vocabulary") == vocabulary
+        )
+
+
+def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> str:
+    """Say how stored tokens contradict the counts that they are of; empty if they don't.
+
+    Tokens of up to 512 cells, evenly spread, are made again and compared. This notices what is done
+    to a table as a whole: cells or genes permuted, counts replaced. A change of a few cells goes
+    unnoticed. Where genes were taken away, counts are normalised by now, or the vocabulary is not
+    at hand, the counts must still have the genes of the tokens that are there, in any order.
+    """
+    record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
+    is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
+    if not is_there or made.get("vocabulary") != record.get("vocabulary") or "params" not in record:
+        return ""
+    params, layer = record["params"], str(record["params"]["layer"]) or None
+    columns = np.asarray(adata.var[Var.TOKEN_ID].fillna(-1), dtype=np.int64)
+    rows = np.unique(np.linspace(0, adata.n_obs - 1, _N_CELLS).astype(np.int64))
+    try:
+        counts, is_raw = peek_counts(adata, layer, rows)
+    except (KeyError, TypeError, ValueError):
+        return ""
+    if not np.isfinite(counts.data).all() or counts.data.min(initial=0) < 0:
+        return ""
+    known = (one for one in (vocabulary, embedded_vocabulary()) if one is not None)
+    own = next((one for one in known if one.fingerprint == record["vocabulary"]), None)
+    is_whole = fingerprint(columns.astype("<i4")) == record.get("columns")
+    stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
+    # Token -1, no gene, reads the last entry.
+    medians = np.ones(int(columns.max(initial=0)) + 2)
+    if own is not None and is_raw and is_whole:
+        is_used = own.tokens < len(medians) - 1
+        medians[own.tokens[is_used]] = own.medians[is_used]
+        options = {name: params[name] for name in ("max_tokens", "duplicates")}
+        now = rank_genes(counts, columns, medians[columns], **options)
+        both = (np.split(one.tokens, one.offsets[1:-1]) for one in (stored, now))
+        n_other = sum(not np.array_equal(*pair) for pair in zip(*both, strict=True))
+    else:
+        options = {"max_tokens": max(adata.n_vars, 1), "duplicates": params["duplicates"]}
+        now = rank_genes(counts, columns, medians[columns], **options)
+        wanted, found = (
+            np.repeat(np.arange(len(rows)) << 32, one.n_tokens) + one.tokens
+            for one in (stored, now)
+        )
+        lost = wanted[np.isin(stored.tokens, columns) & ~np.isin(wanted, found)]
+        n_other = len(np.unique(lost >> 32))
+    if not n_other:
+        return ""
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    return (
+        f"of {len(rows)} cells that were looked at, {n_other} have other genes, or another order "
+        f"of these, than {where} has for them now."
+    )

@@ -1,8 +1,7 @@
 """Gene vocabularies, mapping of gene ids, and ranking: numpy and scipy only."""
 
 from stofm.genes.mapping import GeneMapping, map_gene_ids, read_orthologs
-from stofm.genes.ranked_tokens import RankedTokens
-from stofm.genes.ranking import rank_genes
+from stofm.genes.ranking import RankedTokens, rank_genes
 from stofm.genes.vocabulary import GeneVocabulary, embedded_vocabulary
 
 __all__ = [

@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from scipy import sparse
 
+from stofm._edge.gene_mapping import warn_of_counts
 from stofm._logging import logger
-from stofm._messages import warn
-from stofm.genes.compressed import require_sound
+from stofm._messages import naming
 from stofm.genes.mapping import (
-    MOST_REPEATED,
-    MOST_UNKNOWN,
     MOUSE_TYPES,
     IdType,
     clean_names,
-    counts_of_repeated_genes,
     id_type,
     map_gene_ids,
     read_orthologs,
     strip_version,
 )
+from stofm.genes.ranking import require_sound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -81,7 +79,11 @@ def fit_genes(
         columns = as_count_slice(item, layer=layer)
         genes = _human_gene_ids(columns, pairs, reference, names)
         counts = _add_values(medians, columns.blocks, genes, numbers)
-        _warn_of_counts(place, np.array([numbers.get(gene, -1) for gene in genes]), counts)
+        numbered = np.array([numbers.get(gene, -1) for gene in genes])
+        if counts[numbered >= 0].any():
+            with naming(f"slice {place}"):
+                called = [a or b for a, b in zip(columns.ids, columns.symbols, strict=True)]
+                warn_of_counts(numbered, counts, called)
     n_cells, values = medians.result(len(numbers))
     kept = {gene: float(values[row]) for gene, row in numbers.items() if n_cells[row] >= min_cells}
     logger.info("%d of %d genes were seen in at least %d cells", len(kept), len(numbers), min_cells)
@@ -92,31 +94,27 @@ def fit_genes(
             "ids, and a `reference` vocabulary for symbols."
         )
     symbols = names.symbols(kept)
-    rows = [
-        (gene, symbols.get(gene, ""), token, kept[gene])
-        for token, gene in enumerate(sorted(kept), start=_FIRST_GENE_TOKEN)
-    ]
-    return rows, {"pad": 0, "mask": 1}, names.aliases(symbols, kept)
+    tokens = enumerate(sorted(kept), start=_FIRST_GENE_TOKEN)
+    rows = [(gene, symbols[gene], token, kept[gene]) for token, gene in tokens]
+    return rows, {"pad": 0, "mask": 1}, names.aliases(symbols)
 
 
 def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
-    """Read a slice from a tuple of arrays, an AnnData, or the path of one."""
+    """Read a slice from a tuple of arrays, an AnnData, a SpatialData, or the path of one."""
     if isinstance(item, CountSlice):
         return item
     if isinstance(item, tuple):
         counts, ids, *symbols = item
         require_sound(counts, "The matrix of counts")
-        return CountSlice(
-            blocks=[sparse.csr_matrix(counts)],
-            ids=clean_names(ids),
-            symbols=clean_names(symbols[0]) if symbols else [""] * len(ids),
-        )
+        names = (clean_names(one) for one in (ids, symbols[0] if symbols else [""] * len(ids)))
+        return CountSlice([sparse.csr_matrix(counts)], *names)
     # The only way from here to AnnData: who passes arrays does not need it.
     from stofm._edge.counts import read_counts
     from stofm._edge.gene_mapping import ids_and_symbols
     from stofm._edge.slice_files import open_table
+    from stofm._edge.tables import resolve_table
 
-    adata = open_table(item) if isinstance(item, str | Path) else item
+    adata = open_table(item) if isinstance(item, str | Path) else resolve_table(item)
     ids, symbols = ids_and_symbols(adata)
     return CountSlice(read_counts(adata, layer=layer), ids, symbols)
 
@@ -168,27 +166,8 @@ def _add_values(
     return per_column
 
 
-def _warn_of_counts(place: int, genes: NDArray[np.int64], counts: NDArray[np.float64]) -> None:
-    """Warn if many counts of a slice are of no known gene, or in several columns of one gene."""
-    shares = counts / (counts.sum() or 1.0)
-    unknown = shares[genes < 0].sum()
-    if unknown > MOST_UNKNOWN and (shares[genes >= 0] > 0).any():
-        warn(
-            f"Slice {place}: {unknown:.1%} of the counts are in columns of no known gene, and "
-            "medians are of shares of all counts. If these are no genes (controls, spike-ins, "
-            "antibodies), drop their columns; `orthologs` and `reference` find more genes."
-        )
-    repeated = counts_of_repeated_genes(genes, shares).sum()
-    if repeated > MOST_REPEATED:
-        warn(
-            f"Slice {place}: {repeated:.1%} of the counts are in columns of genes that another "
-            "column before them has too, and they count together. If some of these columns are no "
-            "genes (antibodies, another modality), drop them."
-        )
-
-
 class GeneNames:
-    """Counts, slice by slice, how often a name stood for a gene."""
+    """Counts, slice by slice, how often a name stood for a gene, and how often as its symbol."""
 
     def __init__(self) -> None:
         self._votes: Counter[tuple[str, str]] = Counter()
@@ -197,11 +176,12 @@ class GeneNames:
     def add(self, genes: Iterable[str], *names: Iterable[str]) -> None:
         """Add the columns of one slice: human Ensembl ids, and other names; ``""`` where unknown."""
         for gene, *others in zip(genes, *names, strict=True):
-            is_mouse = any(id_type(name) in MOUSE_TYPES for name in others)
-            for name in {strip_version(other) for other in others if gene and other} - {gene}:
-                self._votes[gene, name] += 1
-                if not is_mouse and not name.startswith("ENS"):
-                    self._symbol_votes[gene, name] += 1
+            pairs = {(gene, strip_version(name)) for name in others if gene and name} - {
+                (gene, gene)
+            }
+            self._votes.update(pairs)
+            if not any(id_type(name) in MOUSE_TYPES for name in others):
+                self._symbol_votes.update(one for one in pairs if not one[1].startswith("ENS"))
 
     def add_aliases(self, aliases: Mapping[str, str]) -> None:
         """Add names that stand for genes but are not their symbols."""
@@ -209,35 +189,30 @@ class GeneNames:
 
     def symbols(self, genes: Iterable[str]) -> dict[str, str]:
         """Return the symbol that most slices give to each gene; no symbol is given twice."""
-        wanted, genes_of = set(genes), dict[str, str]()
-        symbols: dict[str, str] = {}
-        for (gene, name), _ in _most_frequent_first(self._symbol_votes):
-            if gene in wanted and gene not in symbols and name not in genes_of:
-                symbols[gene], genes_of[name] = name, gene
+        symbols: dict[str, str] = dict.fromkeys(genes, "")
+        given: set[str] = set()
+        for _, (gene, name) in _most_frequent_first(self._symbol_votes):
+            if symbols.get(gene) == "" and name not in given:
+                symbols[gene] = name
+                given.add(name)
         return symbols
 
-    def aliases(self, symbols: Mapping[str, str], genes: Iterable[str]) -> dict[str, str]:
-        """Return all other names of `genes`, each to the gene that most slices mean by it.
+    def aliases(self, symbols: Mapping[str, str]) -> dict[str, str]:
+        """Return all other names of the genes, each to the gene that most slices mean by it.
 
         Names that are ids or symbols are left out, and names that stand for two genes equally often.
         """
-        wanted = set(genes)
-        taken = wanted | set(symbols.values())
+        taken = {*symbols, *symbols.values()}
         votes: dict[str, list[tuple[int, str]]] = {}
-        for (gene, name), number in _most_frequent_first(self._votes):
-            if gene in wanted and name not in taken:
+        for number, (gene, name) in _most_frequent_first(self._votes):
+            if gene in symbols and name not in taken:
                 votes.setdefault(name, []).append((number, gene))
-        return {
-            name: found[0][1]
-            for name, found in votes.items()
-            if len(found) == 1 or found[0][0] > found[1][0]
-        }
+        most = {name: (*found, (0, ""))[:2] for name, found in votes.items()}
+        return {name: first[1] for name, (first, next_) in most.items() if first[0] > next_[0]}
 
 
-def _most_frequent_first(
-    votes: Counter[tuple[str, str]],
-) -> list[tuple[tuple[str, str], int]]:
-    return sorted(votes.items(), key=lambda item: (-item[1], item[0]))
+def _most_frequent_first(votes: Counter[tuple[str, str]]) -> list[tuple[int, tuple[str, str]]]:
+    return sorted(((n, pair) for pair, n in votes.items()), key=lambda one: (-one[0], one[1]))
 
 
 class Medians:

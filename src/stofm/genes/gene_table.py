@@ -142,16 +142,12 @@ def _read_arrays(path: Path) -> tuple[list[str], NDArray[Any]]:
 def _require_numbers_of_genes(names: list[str], values: NDArray[np.float32], path: Path) -> None:
     n, width = values.shape
     twice = [name for name, number in Counter(names).items() if number > 1]
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    bad = [names[row] for row in np.flatnonzero(~np.isfinite(values).all(axis=1))]
     require_rules(
-        (min(n, width) > 0, f"{path} names {n} genes, with {width} numbers each. {_EXPECTED}"),
-        (
-            not twice,
-            f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}.",
-        ),
-        (
-            len(bad) == 0,
+        {
+            f"{path} names {n} genes, with {width} numbers each. {_EXPECTED}": min(n, width) > 0,
+            f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}.": not twice,
             f"{path}: numbers of {len(bad)} genes are missing, infinite or beyond float32, for "
-            f"example those of {[names[row] for row in bad[:3]]}. Fill them in, or leave them out.",
-        ),
+            f"example those of {bad[:3]}. Fill them in, or leave them out.": not bad,
+        }
     )

@@ -118,10 +118,17 @@ def read_orthologs(source: Mapping[str, str] | str | PathLike[str]) -> dict[str,
         The table lacks a column, or the checksum differs.
     """
     if isinstance(source, Mapping):
-        pairs = dict(source)
+        pairs = source
     else:
         is_remote = str(source).startswith(("http://", "https://", "ftp://"))
-        pairs = _read_pairs(_download(str(source)) if is_remote else local(source))
+        path = _download(str(source)) if is_remote else local(source)
+        table = read_text_table(path, "ortholog table")
+        if not {_MOUSE, _HUMAN} <= set(table):
+            raise ValueError(
+                f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
+                f"separated by tabs, found {list(table)}."
+            )
+        pairs = table.dropna(subset=[_MOUSE, _HUMAN]).set_index(_MOUSE)[_HUMAN].to_dict()
     return {strip_version(mouse): strip_version(human) for mouse, human in pairs.items()}
 
 
@@ -135,17 +142,6 @@ def _download(address: str) -> Path:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         logger.info("ortholog table %s has sha256 %s", url, found)
     return path
-
-
-def _read_pairs(path: Path) -> dict[str, str]:
-    table = read_text_table(path, "ortholog table")
-    if not {_MOUSE, _HUMAN} <= set(table):
-        raise ValueError(
-            f"{path} is not an ortholog table: expected the columns {_MOUSE} and {_HUMAN}, "
-            f"separated by tabs, found {list(table)}."
-        )
-    pairs = table[[_MOUSE, _HUMAN]].dropna()
-    return dict(zip(pairs[_MOUSE], pairs[_HUMAN], strict=True))
 
 
 # Genes of a vocabulary
@@ -207,7 +203,7 @@ class GeneMapping:
     species: str
     id_types: Mapping[str, int]
     names: Sequence[str]
-    counts_per_gene: NDArray[Any] | None
+    counts_per_gene: NDArray[Any] | None = None
 
     @property
     def n_vars(self) -> int:
@@ -287,7 +283,6 @@ def map_gene_ids(
     species: Species = "auto",
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     fallback_ids: Iterable[Any] | None = None,
-    counts_per_gene: NDArray[Any] | None = None,
 ) -> GeneMapping:
     """Find the gene of the vocabulary that each id means.
 
@@ -309,8 +304,6 @@ def map_gene_ids(
         Mouse to human Ensembl ids, see :func:`stofm.genes.read_orthologs`.
     fallback_ids
         (n_vars,) second names, looked up where `ids` leads to nothing.
-    counts_per_gene
-        (n_vars,) counts over all cells, to report the share that is kept.
 
     Raises
     ------
@@ -324,7 +317,7 @@ def map_gene_ids(
     if len(second) != len(names):
         raise ValueError(f"There are {len(names)} ids, but {len(second)} fallback ids.")
     pairs = {} if orthologs is None or species == "human" else read_orthologs(orthologs)
-    rows = vocabulary.rows_by_symbol | vocabulary.rows_by_alias | vocabulary.rows_by_id
+    rows = vocabulary.rows_by_name
     rows = {mouse: rows[human] for mouse, human in pairs.items() if human in rows} | rows
 
     def look_up(name: str) -> int:
@@ -348,7 +341,6 @@ def map_gene_ids(
         species=_main_species(types),
         id_types={kind.value: number for kind, number in types.most_common()},
         names=shown,
-        counts_per_gene=counts_per_gene,
     )
 
 

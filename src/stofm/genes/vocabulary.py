@@ -62,26 +62,21 @@ class GeneVocabulary:
 
     def __post_init__(self) -> None:
         n, special = self.n_genes, self.special
-        is_bad = ~(np.isfinite(self.medians) & (self.medians > 0))
-        all_tokens = [*self.tokens.tolist(), *special.values()]
+        n_bad = int((~(np.isfinite(self.medians) & (self.medians > 0))).sum())
+        tokens = [*self.tokens.tolist(), *special.values()]
+        lengths = {len(self.symbols), len(self.tokens), len(self.medians)}
+        named = {"pad", "mask", "cls"} <= set(special) and special["pad"] == 0
         require_rules(
-            (
-                n > 0 and {len(self.symbols), len(self.tokens), len(self.medians)} == {n},
-                "gene_ids, symbols, tokens and medians must have one length, at least 1.",
-            ),
-            (
-                {"pad", "mask", "cls"} <= set(special) and special["pad"] == 0,
-                f"A vocabulary needs the special tokens pad (0), mask and cls, found {dict(special)}.",
-            ),
-            (len(set(self.gene_ids.tolist())) == n, "The gene ids must be unique."),
-            (
-                len(set(all_tokens)) == len(all_tokens) and min(all_tokens, default=0) >= 0,
-                "The tokens must be unique and not negative.",
-            ),
-            (
-                not is_bad.any(),
-                f"Medians must be positive and finite; {int(is_bad.sum())} are not.",
-            ),
+            {
+                "gene_ids, symbols, tokens and medians must have one length, at least 1.": n > 0
+                and lengths == {n},
+                "A vocabulary needs the special tokens pad (0), mask and cls, found "
+                f"{dict(special)}.": named,
+                "The gene ids must be unique.": len(set(self.gene_ids.tolist())) == n,
+                "The tokens must be unique and not negative.": len(set(tokens)) == len(tokens)
+                and min(tokens, default=0) >= 0,
+                f"Medians must be positive and finite; {n_bad} are not.": n_bad == 0,
+            }
         )
 
     def __repr__(self) -> str:
@@ -135,19 +130,15 @@ class GeneVocabulary:
         return {name: row for row, name in enumerate(self.gene_ids.tolist())}
 
     @cached_property
-    def rows_by_alias(self) -> dict[str, int]:
-        """Alias to the place of its gene in the arrays."""
-        rows = self.rows_by_id
-        return {alias: rows[gene] for alias, gene in self.aliases.items() if gene in rows}
+    def rows_by_name(self) -> dict[str, int]:
+        """Gene id, alias or symbol to the place of its gene; a symbol of several leads to the first.
 
-    @cached_property
-    def rows_by_symbol(self) -> dict[str, int]:
-        """Symbol to the place of its gene; a symbol of several genes leads to the first."""
-        rows: dict[str, int] = {}
-        for row, symbol in enumerate(self.symbols.tolist()):
-            if symbol:
-                rows.setdefault(symbol, row)
-        return rows
+        What is a name of several kinds is an id first, then an alias.
+        """
+        ids, symbols = self.rows_by_id, self.symbols.tolist()
+        first = {symbols[row]: row for row in reversed(range(self.n_genes)) if symbols[row]}
+        aliases = {alias: ids[gene] for alias, gene in self.aliases.items() if gene in ids}
+        return first | aliases | ids
 
     @classmethod
     def from_tsv(cls, path: str | PathLike[str]) -> GeneVocabulary:
@@ -203,7 +194,7 @@ class GeneVocabulary:
         Parameters
         ----------
         slices
-            AnnData objects, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
+            AnnData or SpatialData, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
             gene ids) or (counts, gene ids, symbols) with counts (n_cells, n_vars) as a sparse
             matrix. Read one after another; an iterator will do.
         orthologs
@@ -310,18 +301,16 @@ def _read_genes(
     path: Path,
 ) -> tuple[list[tuple[str, str, int, float]], dict[str, int], dict[str, str]]:
     """Read a table's genes, its special tokens and its aliases."""
-    table = read_text_table(path, "vocabulary table")
-    columns = table.fillna("").rename(columns=_OTHER_NAMES).to_dict("list")
-    if not {"token", "gene_id", "median"} <= set(columns):
+    table = read_text_table(path, "vocabulary table").fillna("").rename(columns=_OTHER_NAMES)
+    if not {"token", "gene_id", "median"} <= set(table):
         raise ValueError(
             f"{path} is not a vocabulary table: expected the columns {list(_COLUMNS)} "
             f"(or token_id, ensembl_id, median, symbol), found {list(table)}."
         )
-    nothing = [""] * len(table)
-    rows = zip(*(columns.get(name, nothing) for name in _COLUMNS), strict=True)
     genes: list[tuple[str, str, int, float]] = []
     special: dict[str, int] = {}
     aliases: dict[str, str] = {}
+    rows = table.reindex(columns=list(_COLUMNS), fill_value="").itertuples(index=False, name=None)
     for token, gene, symbol, median, others in rows:
         if gene.startswith("<"):
             special[gene.strip("<>")] = int(token)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._edge.records import (
+from stofm._edge.tables import (
     all_or_nothing,
     make_frame,
     refuse_foreign,

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._edge.coordinates import read_coordinates
 from stofm._edge.counts import read_counts
-from stofm._edge.records import all_or_nothing
-from stofm._edge.tables import read_representation
+from stofm._edge.places import read_coordinates
+from stofm._edge.tables import all_or_nothing, read_representation
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
@@ -24,7 +23,7 @@ from stofm.heads.embeddings import (
     same_origin,
 )
 from stofm.heads.options import checked_reps
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

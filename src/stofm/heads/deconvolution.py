@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm._edge.records import (
+from stofm._edge.tables import (
     all_or_nothing,
     make_frame,
     refuse_foreign,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._edge.coordinates import read_coordinates
-from stofm._edge.records import read_record
-from stofm._edge.staleness import stale_reason
+from stofm._edge.places import read_coordinates
+from stofm._edge.tables import read_record
+from stofm._edge.tokens import stale_reason
 from stofm._keys import Obsm, Uns, Var
 from stofm._logging import logger
 from stofm.nn.model import load_model

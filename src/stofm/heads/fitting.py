@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm._edge.records import all_or_nothing
+from stofm._edge.tables import all_or_nothing
 from stofm._logging import logger
 from stofm.heads.blocks import choose_neighborhood, read_embeddings, with_neighborhood
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 import numpy as np
 
 from stofm._config import build_dataclass, read_json
-from stofm._edge.records import refuse_taken
+from stofm._edge.tables import refuse_taken
 from stofm._files import Kind, local, read_table, reading, take_back
 from stofm._keys import Obs, Obsm, Uns
 from stofm._version import __version__

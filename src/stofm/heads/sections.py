@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from stofm._edge.coordinates import read_coordinates
+from stofm._edge.places import read_coordinates
 from stofm._edge.slices import Slices, read_slices
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm

@@ -9,12 +9,12 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
-from stofm._edge.records import frame_names
 from stofm._edge.slices import Slices
+from stofm._edge.tables import frame_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.compressed import require_sound
+from stofm.genes.ranking import require_sound
 from stofm.heads.embeddings import gene_records
 from stofm.heads.sections import Sections
 from stofm.spatial.spots import grid_spots

@@ -25,7 +25,7 @@ from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.device import seeded
 from stofm.nn.inference import padded_length
 from stofm.spatial import build_subslice, lay_out_slice
-from stofm.spatial.coordinates import partition_balanced
+from stofm.spatial.plane import partition_balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from stofm._edge.coordinates import listed
+from stofm._edge.places import listed
 from stofm._logging import logger
 from stofm.io.files import distance, extension, is_number
 from stofm.io.formats import FORMATS, GENERIC, H5AD, STEREO, VISIUM, VISIUM_HD

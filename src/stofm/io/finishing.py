@@ -9,7 +9,7 @@ import numpy as np
 
 from stofm._edge.counts import NotRawCountsError, read_counts
 from stofm._edge.gene_mapping import kinds_of_others
-from stofm._edge.records import write_record
+from stofm._edge.tables import write_record
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
 from stofm._messages import naming, warn

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._edge.coordinates import listed
-from stofm._edge.records import storable_names
+from stofm._edge.places import listed
+from stofm._edge.tables import storable_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn

@@ -11,7 +11,7 @@ from scipy import sparse
 from stofm._edge.counts import peek_counts
 from stofm._edge.tables import layer_names
 from stofm._files import reading
-from stofm.genes.compressed import require_sound
+from stofm.genes.ranking import require_sound
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from stofm._edge.coordinates import listed
+from stofm._edge.places import listed
 from stofm._files import local
 from stofm.io.detection import Candidate, choose, matrix_for
 from stofm.io.files import File, find_files

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._edge.records import frame_names
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import frame_names, resolve_table
 from stofm._keys import Label, Obs, Obsm
 from stofm.metrics.labels import Reliability
 from stofm.pl._maps import Look, draw_maps, read_panels

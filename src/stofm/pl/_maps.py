@@ -12,9 +12,9 @@ from matplotlib.colors import Normalize, to_rgba_array
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
-from stofm._edge.coordinates import read_coordinates
-from stofm._edge.records import read_record
+from stofm._edge.places import read_coordinates
 from stofm._edge.slices import described_column
+from stofm._edge.tables import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
 from stofm.pl._style import (

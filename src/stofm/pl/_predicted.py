@@ -12,8 +12,7 @@ from matplotlib.colors import to_rgba_array
 from stofm import metrics
 from stofm._edge.counts import read_counts
 from stofm._edge.gene_mapping import kinds_of_others
-from stofm._edge.records import frame_names, read_record
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import frame_names, read_record, resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels

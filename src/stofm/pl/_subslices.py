@@ -11,8 +11,7 @@ import pandas as pd
 from matplotlib.colors import to_hex, to_rgba_array
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
-from stofm._edge.records import read_record
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import read_record, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm.pl._maps import Look, add_legend, dot, draw_cells, draw_maps, read_panels, round_below
 from stofm.pl._style import FONT_SIZE, Categories, color_categories, default_colors, stored_colors

@@ -19,9 +19,8 @@ from stofm._edge.gene_mapping import (
     report_columns,
     vocabulary_of,
 )
-from stofm._edge.records import read_record
 from stofm._edge.slices import Nearest, Places, read_places
-from stofm._edge.tables import layer_names, require_cells_and_genes, resolve_table
+from stofm._edge.tables import layer_names, read_record, require_cells_and_genes, resolve_table
 from stofm._keys import Obs, Obsm, Uns
 from stofm._messages import changed, collecting
 

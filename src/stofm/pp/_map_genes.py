@@ -8,8 +8,7 @@ import numpy as np
 
 from stofm._edge.counts import NotRawCountsError, read_counts
 from stofm._edge.gene_mapping import find_columns, report_columns, vocabulary_of, write_columns
-from stofm._edge.records import all_or_nothing
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

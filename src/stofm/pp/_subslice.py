@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stofm._config import check_seed
-from stofm._edge.layouts import lay_out, write_layouts
-from stofm._edge.records import all_or_nothing
+from stofm._edge.places import lay_out, write_layouts
 from stofm._edge.slices import read_places
-from stofm._edge.staleness import read_current
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table
+from stofm._edge.tokens import read_current
 from stofm._keys import Obsm
 from stofm.spatial import SubSliceConfig
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from stofm.spatial.subslices import Partition
-    from stofm.spatial.virtual_cells import Clustering, Mixing
 
 
 def subslice(
@@ -32,10 +30,6 @@ def subslice(
     leiden_resolution: float | None = None,
     position_weight: float | None = None,
     partition: Partition | None = None,
-    mixing: Mixing | None = None,
-    n_components: int | None = None,
-    clustering: Clustering | None = None,
-    max_virtual_cells: int | None = None,
     seed: int = 0,
     table_key: str | None = None,
     copy: bool = False,
@@ -52,8 +46,8 @@ def subslice(
         Annotated data with cell embeddings and coordinates, or a SpatialData with such a table.
     model_or_config
         A :class:`stofm.Stofm` or a :class:`stofm.spatial.SubSliceConfig` whose rules to use; by
-        default those of ``SubSliceConfig()``, which our own models have. The options below
-        replace single rules.
+        default those of ``SubSliceConfig()``, which our own models have. `n_cells`,
+        `leiden_resolution`, `position_weight` and `partition` replace single ones.
     use_rep
         Entry of ``adata.obsm`` with the cell embeddings, (n_obs, d).
     spatial_key
@@ -69,11 +63,6 @@ def subslice(
         Weight of place against expression in the clustering, 0 to 1; 0.2 by default.
     partition
         ``"balanced"`` or ``"reference"``; see :class:`stofm.spatial.SubSliceConfig`.
-    mixing, n_components, clustering
-        How place and expression are put together, with how many principal components, and which
-        order of cells Leiden sees; see :class:`stofm.spatial.SubSliceConfig`.
-    max_virtual_cells
-        Upper limit on virtual cells of a slice, 200 by default.
     seed
         Seed of the clustering.
     table_key
@@ -125,10 +114,6 @@ def subslice(
         "leiden_resolution": leiden_resolution,
         "position_weight": position_weight,
         "partition": partition,
-        "mixing": mixing,
-        "n_components": n_components,
-        "clustering": clustering,
-        "max_virtual_cells": max_virtual_cells,
     }
     rules = model_or_config or SubSliceConfig()
     rules = getattr(getattr(rules, "config", None), "subslice", rules)

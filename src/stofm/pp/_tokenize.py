@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stofm._edge.gene_mapping import find_columns, vocabulary_of
-from stofm._edge.records import all_or_nothing
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table
 from stofm._edge.tokens import compute_tokens, token_params, write_tokens
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def tokenize(
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     duplicates: Duplicates = "sum",
     values: bool | None = None,
-    chunk_size: int | None = None,
     show_progress_bar: bool = True,
     table_key: str | None = None,
     copy: bool = False,
@@ -61,8 +59,6 @@ def tokenize(
     values
         Write the value of each token too: count / total count of the cell x 10,000 / median of
         the gene. By default if the model reads values.
-    chunk_size
-        Cells that are read at once; by default as many as make about 8 million entries.
     show_progress_bar
         Show progress.
     table_key
@@ -106,9 +102,7 @@ def tokenize(
         duplicates=duplicates,
         values=values,
     )
-    ranked = compute_tokens(
-        target, columns, params, chunk_size=chunk_size, show_progress_bar=show_progress_bar
-    )
+    ranked = compute_tokens(target, columns, params, show_progress_bar=show_progress_bar)
     with all_or_nothing(target):
         write_tokens(target, ranked, columns, params)
     return target if copy else None

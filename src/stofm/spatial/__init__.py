@@ -1,6 +1,6 @@
 """Slices, sub-slices and virtual cells on plain arrays: numpy, scipy and igraph only."""
 
-from stofm.spatial.coordinates import (
+from stofm.spatial.plane import (
     canonical_order,
     normalize_coordinates,
     partition_balanced,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from stofm.spatial.coordinates import canonical_order
-from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
-from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components
+from stofm.spatial.plane import canonical_order, nearest_neighbors
+from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components, umap_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -192,7 +191,6 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
         return np.zeros(len(scores), dtype=np.int64)
     fitted = scores[_sample(len(scores), _MAX_CLUSTERED, seed)]
     tried = fitted[_sample(len(fitted), max(_MAX_AT_START, n_domains), seed)]
-    starts = np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
     options: dict[str, Any] = {
         "covariance_type": "tied",
         "tol": _TOLERANCES[0],
@@ -202,7 +200,7 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
     }
     mixtures = [
         GaussianMixture(n_domains, random_state=int(start), **options).fit(tried)
-        for start in starts
+        for start in np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
     ]
     likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
     # It goes on from where it stands.
@@ -231,10 +229,8 @@ def _leiden_domains(scores: NDArray[np.float64], resolution: float, seed: int) -
     labels = leiden(weights, resolution=resolution, seed=seed)
     if len(chosen) == n_points:
         return labels
-    every = np.empty(n_points, dtype=np.int64)
-    for rows in _chunks(n_points):
-        nearest = search.kneighbors(scores[rows], return_distance=False)
-        every[rows] = _most_frequent(labels[nearest], labels[nearest[:, 0]])
+    chunks = (search.kneighbors(scores[rows], return_distance=False) for rows in _chunks(n_points))
+    every = np.concatenate([_most_frequent(labels[near], labels[near[:, 0]]) for near in chunks])
     every[chosen] = labels
     return every
 
@@ -288,46 +284,23 @@ def merge_domains(
     """
     if not counts:
         return []
-    sizes, means = _whitened_means(space, labels)
+    own, scores = labels[space.order], space.scores[space.point]
+    sizes = np.bincount(own).astype(np.float64)
+    sums = np.stack([np.bincount(own, column) for column in scores.T], axis=1)
+    means = sums / sizes[:, None]
+    within = (scores.T @ scores - sums.T @ means) / len(own)
+    root = np.linalg.cholesky(within + _REGULARIZATION * np.eye(len(within)))
+    means = solve_triangular(root, means.T, lower=True).T
     target = np.arange(len(sizes))
     levels = []
     for count in counts:
-        while (n_left := len(np.unique(target))) > max(count, 1):
-            kept, gone = _cheapest_merger(sizes, means)
+        while len(alive := np.unique(target)) > max(count, 1):
+            weight = 1 / (1 / sizes[alive, None] + 1 / sizes[None, alive])
+            cost = weight * ((means[alive, None] - means[None, alive]) ** 2).sum(axis=-1)
+            cost[np.tril_indices(len(alive))] = np.inf
+            kept, gone = alive[list(np.unravel_index(cost.argmin(), cost.shape))]
             means[kept] = np.average(means[[kept, gone]], axis=0, weights=sizes[[kept, gone]])
             sizes[kept] += sizes[gone]
-            sizes[gone] = 0
             target[target == gone] = kept
-        levels.append(labels if n_left == len(target) else number_by_size(target[labels]))
+        levels.append(labels if len(alive) == len(target) else number_by_size(target[labels]))
     return levels
-
-
-def _whitened_means(
-    space: DomainSpace, labels: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Numbers of cells, and means in units of the covariance within domains."""
-    own = labels[space.order]
-    sizes = np.bincount(own).astype(np.float64)
-    dimensions = space.scores.shape[1]
-    sums = np.zeros((len(sizes), dimensions))
-    squares = np.zeros((dimensions, dimensions))
-    for part in _chunks(len(own)):
-        scores = space.scores[space.point[part]]
-        columns = [np.bincount(own[part], column, len(sizes)) for column in scores.T]
-        sums += np.stack(columns, axis=1)
-        squares += scores.T @ scores
-    means = sums / sizes[:, None]
-    within = (squares - (means * sizes[:, None]).T @ means) / len(own)
-    root = np.linalg.cholesky(within + _REGULARIZATION * np.eye(dimensions))
-    return sizes, solve_triangular(root, means.T, lower=True).T
-
-
-def _cheapest_merger(sizes: NDArray[np.float64], means: NDArray[np.float64]) -> tuple[int, int]:
-    """The two domains whose merger adds least to the squared distances from the means."""
-    alive = np.flatnonzero(sizes)
-    gaps = means[alive, None] - means[None, alive]
-    weight = sizes[alive, None] * sizes[None, alive] / (sizes[alive, None] + sizes[None, alive])
-    cost = weight * (gaps**2).sum(axis=-1)
-    cost[np.tril_indices(len(alive))] = np.inf
-    first, second = np.unravel_index(cost.argmin(), cost.shape)
-    return int(alive[first]), int(alive[second])

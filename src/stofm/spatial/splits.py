@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy.spatial import cKDTree
 
-from stofm.spatial.coordinates import canonical_order, partition_balanced
-from stofm.spatial.neighbor_graph import nearest_neighbors
+from stofm.spatial.plane import canonical_order, nearest_neighbors, partition_balanced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +50,7 @@ class Split:
     slices
         Numbers of the slices that are held out as a whole, but for moved cells.
     params
-        What was asked for: share, margin, seed.
+        What was asked for: share, seed.
     moved
         Row numbers of cells that are fitted only since no other cell of their class would be.
     """
@@ -66,13 +65,16 @@ class Split:
 
     def record(self, names: Sequence[str] | None = None) -> dict[str, Any]:
         """What is written down of a split: rule, parameters, numbers of cells, held-out slices."""
+        parts = {
+            "n_fitted": self.fitted,
+            "n_held_out": self.held_out,
+            "n_left_out": self.left_out,
+            "n_moved": self.moved,
+        }
         return {
             "how": self.how,
             **self.params,
-            "n_fitted": len(self.fitted),
-            "n_held_out": len(self.held_out),
-            "n_left_out": len(self.left_out),
-            "n_moved": len(self.moved),
+            **{name: len(rows) for name, rows in parts.items()},
             "held_out_slices": [str(k) if names is None else names[k] for k in self.slices],
         }
 
@@ -83,7 +85,6 @@ def split_cells(
     *,
     how: SplitRule = "auto",
     share: float = 0.1,
-    margin: float | None = None,
     classes: NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> Split:
@@ -102,14 +103,11 @@ def split_cells(
     how
         ``"auto"``: ``"slices"`` if there are at least four, and each class has cells outside those
         held out; else ``"blocks"``. ``"slices"``: whole slices, at least one. ``"blocks"``: about
-        four compact blocks spread over each slice, apart from the rest by a margin. ``"random"``:
-        single cells, as in the paper.
+        four compact blocks spread over each slice, apart from the rest by a margin of twice the
+        distance between neighbours, or less in a small slice, so that no more than about a quarter
+        of the other cells are left out. ``"random"``: single cells, as in the paper.
     share
         Share of the cells, or slices, to hold out.
-    margin
-        Distance from held-out blocks within which cells are left out, in the unit of the
-        coordinates; by default twice that between neighbours, or less in a small slice, so that
-        no more than about a quarter of the other cells are left out.
     classes
         (n,) class of each row, from 0. With them, slices and blocks are the best of some draws:
         slices leave cells of each class to fit if they can, and what is held out of a slice in
@@ -136,19 +134,18 @@ def split_cells(
     xy = np.asarray(coordinates, dtype=np.float64)
     classes = np.zeros(len(xy), dtype=np.int64) if classes is None else classes
     rule = ("slices" if len(slices) >= _SEVERAL else "blocks") if how == "auto" else how
-    part = _draw(rule, xy, slices, classes, share, margin, rng)
+    part = _draw(rule, xy, slices, classes, share, rng)
     if how == "auto" and rule == "slices" and len(_lost(part, classes)):
         rule = "blocks"
-        part = _draw(rule, xy, slices, classes, share, margin, rng)
-    held_out = [part[rows] == _HELD_OUT for rows in slices]
-    chosen = [k for k, own in enumerate(held_out) if rule == "slices" and own.all()]
+        part = _draw(rule, xy, slices, classes, share, rng)
+    chosen = [k for k, rows in enumerate(slices) if (part[rows] == _HELD_OUT).all()]
     # Each class has cells to fit; but for random cells, those near them are left out.
     is_moved = (part != _NOWHERE) & np.isin(classes, _lost(part, classes))
     part[is_moved] = _FITTED
     for rows in slices if rule != "random" else ():
         others = np.flatnonzero(part[rows] == _HELD_OUT)
         if len(others) and is_moved[rows].any():
-            part[rows[others[_is_near(xy[rows], is_moved[rows], others, margin)]]] = _LEFT_OUT
+            part[rows[others[_is_near(xy[rows], is_moved[rows], others)]]] = _LEFT_OUT
     if rule == "slices" and not (part == _HELD_OUT).any():
         raise ValueError(
             "how='slices' holds nothing out: each slice has classes of its own; use 'blocks'."
@@ -158,8 +155,8 @@ def split_cells(
         fitted=np.flatnonzero(part == _FITTED),
         held_out=np.flatnonzero(part == _HELD_OUT),
         left_out=np.flatnonzero(part == _LEFT_OUT),
-        slices=tuple(chosen),
-        params={"share": share, "margin": margin if rule == "blocks" else None, "seed": int(seed)},
+        slices=tuple(chosen) if rule == "slices" else (),
+        params={"share": share, "seed": int(seed)},
         moved=np.flatnonzero(is_moved),
     )
 
@@ -180,7 +177,7 @@ def leave_out_blocks(
         is_own = np.zeros(len(xy), dtype=bool)
         is_own[order[block]] = True
         others = np.flatnonzero(~is_own)
-        fitted = others[~_is_near(xy, is_own, others, None)]
+        fitted = others[~_is_near(xy, is_own, others)]
         folds.append((fitted, np.flatnonzero(is_own)))
     return folds
 
@@ -191,7 +188,6 @@ def _draw(
     slices: Sequence[NDArray[np.int64]],
     classes: NDArray[np.int64],
     share: float,
-    margin: float | None,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Part of each cell."""
@@ -207,7 +203,7 @@ def _draw(
         if how == "random":
             part[rng.permutation(ordered)[: round(share * len(rows))]] = _HELD_OUT
         else:
-            part[ordered] = _block_parts(xy[ordered], share, margin, classes[ordered], rng)
+            part[ordered] = _block_parts(xy[ordered], share, classes[ordered], rng)
     return part
 
 
@@ -236,7 +232,6 @@ def _choose_slices(
 def _block_parts(
     xy: NDArray[np.float64],
     share: float,
-    margin: float | None,
     classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
@@ -263,24 +258,19 @@ def _block_parts(
     held_out = [np.concatenate([blocks[k] for k in draw]) for draw in draws]
     part[min(held_out, key=unlikeness)] = _HELD_OUT
     others = np.flatnonzero(part == _FITTED)
-    part[others[_is_near(xy, part == _HELD_OUT, others, margin)]] = _LEFT_OUT
+    part[others[_is_near(xy, part == _HELD_OUT, others)]] = _LEFT_OUT
     return part
 
 
 def _is_near(
-    xy: NDArray[np.float64],
-    are_sources: NDArray[np.bool_],
-    others: NDArray[np.int64],
-    margin: float | None,
+    xy: NDArray[np.float64], are_sources: NDArray[np.bool_], others: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Whether `others`, rows of `xy`, lie within the margin of the sources."""
     if not len(others):
         return np.zeros(0, dtype=bool)
     distance, _ = cKDTree(xy[are_sources]).query(xy[others])
-    if margin is None:
-        # Between neighbours lies the median over the cells of the mean distance to six of them.
-        _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
-        spacing = float(np.median(distances[:, 1:].mean(axis=1)))
-        nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
-        margin = min(_MARGIN * spacing, float(nearest))
-    return np.asarray(distance <= margin)
+    # Between neighbours lies the median over the cells of the mean distance to six of them.
+    _, distances = nearest_neighbors(xy, _N_NEIGHBORS + 1)
+    spacing = float(np.median(distances[:, 1:].mean(axis=1)))
+    nearest = np.quantile(distance, _MARGIN_SHARE, method="lower")
+    return np.asarray(distance <= min(_MARGIN * spacing, float(nearest)))

@@ -154,7 +154,13 @@ def simulate_spots(
     expected = n_cells @ (cells.mean_counts() @ gene_scale)
     short = totals / np.maximum(expected, 1e-9)
     replicates = np.clip(np.ceil(short), 1, _MAX_REPLICATES).astype(np.int64)
-    members = _draw_members(cells, n_cells * replicates[:, None], rng)
+    # How often each cell is in a spot, drawn type by type with replacement.
+    numbers = n_cells * replicates[:, None]
+    types = np.repeat(np.tile(np.arange(cells.n_types), rules.n_spots), numbers.ravel())
+    places = cells.starts[types] + (rng.random(len(types)) * cells.sizes[types]).astype(np.int64)
+    rows = np.repeat(np.arange(rules.n_spots), numbers.sum(axis=1))
+    drawn = (np.ones(len(rows), dtype=np.int64), (rows, places))
+    members = sparse.csr_matrix(drawn, shape=(rules.n_spots, cells.counts.shape[0]))
     counts = _measure(sparse.csr_matrix(members @ cells.counts), gene_scale, totals, rng)
     return SimulatedSpots(counts, n_cells / n_cells.sum(axis=1, keepdims=True))
 
@@ -175,18 +181,6 @@ def _draw_compositions(
     span = rng.uniform(np.log(fewest - 0.5), np.log(most + 0.5), rules.n_spots)
     n_cells = np.clip(np.rint(np.exp(span)), fewest, most).astype(np.int64)
     return np.asarray(rng.multinomial(n_cells, weights / weights.sum(axis=1, keepdims=True)))
-
-
-def _draw_members(
-    cells: TypedCells, numbers: NDArray[np.int64], rng: np.random.Generator
-) -> sparse.csr_matrix:
-    """Draw cells of each type, with replacement: (n_spots, n_cells) how often each is in a spot."""
-    n_spots, n_types = numbers.shape
-    types = np.repeat(np.tile(np.arange(n_types), n_spots), numbers.ravel())
-    places = (rng.random(len(types)) * cells.sizes[types]).astype(np.int64)
-    rows = np.repeat(np.arange(n_spots), numbers.sum(axis=1))
-    drawn = (np.ones(len(rows), dtype=np.int64), (rows, cells.starts[types] + places))
-    return sparse.csr_matrix(drawn, shape=(n_spots, cells.counts.shape[0]))
 
 
 def _measure(
@@ -326,9 +320,5 @@ def grid_spots(
     spot[cells] = found.ravel()
     members = np.zeros((len(places), n_types))
     np.add.at(members, (spot[cells], codes[cells]), 1.0)
-    return SpotGrid(
-        spot=spot,
-        centers=corner[places[:, 0]] + (places[:, 1:] + 0.5) * spot_size,
-        slices=places[:, 0],
-        proportions=members / members.sum(axis=1, keepdims=True),
-    )
+    centers = corner[places[:, 0]] + (places[:, 1:] + 0.5) * spot_size
+    return SpotGrid(spot, centers, places[:, 0], members / members.sum(axis=1, keepdims=True))

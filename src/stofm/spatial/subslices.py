@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from stofm._config import check_choice, check_shares, require
-from stofm.spatial.coordinates import (
+from stofm.spatial.plane import (
     canonical_order,
     normalize_coordinates,
     partition_balanced,
@@ -219,7 +219,7 @@ def lay_out_slice(
         subslice[rows] = number
     order = np.arange(len(normalized)) if config.clustering == "scanpy" else by_place
     points = mix_expression_and_place(
-        principal_components(features[order], config.n_components),
+        principal_components(features, config.n_components, order=order),
         normalized[order],
         position_weight=config.position_weight,
         mixing=config.mixing,

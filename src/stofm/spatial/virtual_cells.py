@@ -7,12 +7,12 @@ import threading
 from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 
-from stofm.spatial.neighbor_graph import nearest_neighbors, umap_weights
+from stofm.spatial.plane import nearest_neighbors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Mixing = Literal["sum", "concatenate"]
 
 _CHUNK = 65_536
+_MAX_BISECTIONS = 64
+_TOLERANCE = 1e-5
+_MIN_BANDWIDTH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class VirtualCells:
 
 
 def principal_components(
-    features: NDArray[np.floating], n_components: int = 2
+    features: NDArray[np.floating],
+    n_components: int = 2,
+    *,
+    order: NDArray[np.integer] | None = None,
 ) -> NDArray[np.float64]:
     """Scores of the first principal components, deterministic down to their sign.
 
@@ -60,15 +66,20 @@ def principal_components(
         (n, d).
     n_components
         Number of components; those beyond d are zero.
+    order
+        (n,) rows in the order to compute and return them in; all of them are never copied at once.
 
     Returns
     -------
     (n, n_components) scores.
     """
     n, d = features.shape
-    mean = features.mean(axis=0, dtype=np.float64)
-    chunks = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
-    covariance = np.zeros((d, d))
+    spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
+    chunks: Any = spans if order is None else [order[span] for span in spans]
+    total = np.zeros((1, d))
+    for rows in chunks:
+        total = np.add.reduce(np.vstack([total, features[rows]]), axis=0, keepdims=True)
+    mean, covariance = total / n, np.zeros((d, d))
     for rows in chunks:
         centered = features[rows] - mean
         covariance += centered.T @ centered
@@ -76,8 +87,8 @@ def principal_components(
     largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
     loadings = loadings * np.where(largest < 0, -1.0, 1.0)
     scores = np.zeros((n, n_components))
-    for rows in chunks:
-        scores[rows, : loadings.shape[1]] = (features[rows] - mean) @ loadings
+    for span, rows in zip(spans, chunks, strict=True):
+        scores[span, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
 
 
@@ -119,6 +130,59 @@ def mix_expression_and_place(
         largest = float(np.linalg.norm(values, axis=1).max(initial=0.0))
         parts.append(weight * (values / (largest or 1.0)))
     return np.asarray(sum(parts) if mixing == "sum" else np.hstack(parts))
+
+
+def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> sp.csr_array:
+    """Weight a neighbour graph by UMAP's fuzzy simplicial set: symmetric (n, n) weights, float32.
+
+    A point's nearest neighbour at non-zero distance rho gets weight 1, others
+    ``exp(-(d - rho) / sigma)``, with sigma such that a point's weights sum to
+    ``log2(n_neighbors)``. The two directions of an edge are joined by the probabilistic sum
+    ``a + b - a b``. `indices` and `distances` (n, n_neighbors) have the point itself first.
+
+    References
+    ----------
+    McInnes, Healy and Melville, UMAP (arXiv 1802.03426), section 3.1.
+    """
+    n, n_neighbors = indices.shape
+    # The first neighbour that is not at the same place; 0 if all are.
+    rho = np.where(distances > 0, distances, np.inf).min(axis=1)
+    rho[np.isinf(rho)] = 0.0
+    excess = np.maximum(distances[:, 1:] - rho[:, None], 0.0)
+    sigma = _bandwidths(excess, target=np.log2(n_neighbors))
+    floor = np.where(rho > 0, distances.mean(axis=1), distances.mean()) * _MIN_BANDWIDTH
+    sigma = np.maximum(sigma, floor)
+    # A point whose neighbours all coincide with it has no bandwidth: its weights are 1.
+    weights = np.exp(-excess / np.where(sigma > 0, sigma, 1.0)[:, None]).astype(np.float32)
+
+    offsets = np.arange(0, n * (n_neighbors - 1) + 1, n_neighbors - 1)
+    directed = sp.csr_array(
+        (weights.ravel(), indices[:, 1:].ravel().astype(np.int32), offsets.astype(np.int32)),
+        shape=(n, n),
+    )
+    reverse = directed.T.tocsr()
+    return (directed + reverse - directed.multiply(reverse)).tocsr()
+
+
+def _bandwidths(excess: NDArray[np.float64], target: float) -> NDArray[np.float64]:
+    """Solve ``sum_j exp(-excess_ij / sigma_i) = target`` for all rows at once by bisection."""
+    n = len(excess)
+    sigma = np.ones(n)
+    low, high = np.zeros(n), np.full(n, np.inf)
+    active = np.arange(n)
+    for _ in range(_MAX_BISECTIONS):
+        total = np.exp(-excess[active] / sigma[active, None]).sum(axis=1)
+        unsolved = np.abs(total - target) >= _TOLERANCE
+        active, total = active[unsolved], total[unsolved]
+        if len(active) == 0:
+            break
+        too_wide = total > target
+        high[active[too_wide]] = sigma[active[too_wide]]
+        low[active[~too_wide]] = sigma[active[~too_wide]]
+        bounded = np.isfinite(high[active])
+        middle = (low[active] + np.where(bounded, high[active], 0.0)) / 2
+        sigma[active] = np.where(bounded, middle, sigma[active] * 2)
+    return sigma
 
 
 def cluster_cells(

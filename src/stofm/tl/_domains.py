@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from stofm._config import check_seed
-from stofm._edge.coordinates import read_coordinates
-from stofm._edge.records import (
+from stofm._edge.places import read_coordinates
+from stofm._edge.slices import read_slices
+from stofm._edge.tables import (
     all_or_nothing,
     read_record,
+    read_representation,
     refuse_foreign,
     refuse_taken,
+    resolve_table,
     write_record,
 )
-from stofm._edge.slices import read_slices
-from stofm._edge.staleness import stale_reason
-from stofm._edge.tables import read_representation, resolve_table
+from stofm._edge.tokens import stale_reason
 from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm._logging import logger
 from stofm.heads.blocks import N_NEIGHBORS
@@ -33,7 +34,7 @@ from stofm.heads.embeddings import (
 from stofm.heads.options import check_choice, check_if_given, check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 from stofm.tl._embed import embed
 
 if TYPE_CHECKING:

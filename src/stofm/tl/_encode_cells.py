@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._edge.embedding import Run, cell_record, encode, write_cells
-from stofm._edge.records import all_or_nothing
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table
 from stofm._edge.tokens import read_tokens
 
 if TYPE_CHECKING:

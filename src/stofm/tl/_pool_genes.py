@@ -9,8 +9,7 @@ from scipy import sparse
 
 from stofm._edge.counts import read_counts
 from stofm._edge.gene_mapping import find_columns, report_columns
-from stofm._edge.records import all_or_nothing, write_record
-from stofm._edge.tables import resolve_table
+from stofm._edge.tables import all_or_nothing, resolve_table, write_record
 from stofm._keys import Obsm
 from stofm._logging import counter, logger
 from stofm._messages import warn

@@ -18,7 +18,7 @@ from stofm.heads.network import apply_head, fit_head
 from stofm.heads.targets import Targets, log_normalised
 from stofm.heads.trust import calibrated_probabilities, fit_temperature, log_scores
 from stofm.metrics.labels import Reliability
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 from stofm.tl._probe_folds import Fold, common_classes
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from stofm.nn import GeneBag, SubSliceBatch, TokenBatch
 from stofm.nn.batch import Tensors
 from stofm.spatial import NodeType, PairDistances
-from stofm.spatial.neighbor_graph import neighbor_means
+from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,13 +1,16 @@
-"""Coordinates of one slice: the model's frame, an order of its own, and cuts into sub-slices."""
+"""Cells of one slice in the plane: the model's frame, an order of their own, cuts, and neighbours."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 MODEL_DIAGONAL = 100.0
 #: Neighbours of a cell in a hexagonal lattice.
 _N_AROUND = 6
+#: A slice this much narrower than long is a line, whose tiles would be without number.
+_LINE = 1e-9
+_ROWS_AT_ONCE = 65_536
 
 
 def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -83,10 +89,6 @@ def canonical_order(
         keys = (*features[rows].T[::-1], y[rows], x[rows])
         order[shares_place] = rows[np.lexsort(keys)]
     return order
-
-
-#: A slice this much narrower than long is a line, whose tiles would be without number.
-_LINE = 1e-9
 
 
 def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
@@ -173,3 +175,52 @@ def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[
     for rows in np.split(by_tile, ends):
         parts.extend(np.array_split(rows, max(1, len(rows) // n_cells)))
     return parts
+
+
+def nearest_neighbors(
+    points: NDArray[np.float64], n_neighbors: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Find the nearest of points (n, d), d small, to each of them, itself first and counted.
+
+    Returns indices and Euclidean distances, each (n, n_neighbors), by ascending distance.
+    """
+    n_neighbors = min(n_neighbors, len(points))
+    tree = cKDTree(points, balanced_tree=False)
+    distances, indices = tree.query(points, k=np.arange(1, n_neighbors + 1), workers=-1)
+    # Coincident points may stand at the front of a point's list, where it shall stand itself.
+    rows = np.flatnonzero(indices[:, 0] != np.arange(len(indices)))
+    is_own = indices[rows] == rows[:, None]
+    # With more coincident points than neighbours the point may be missing: the last makes room.
+    column = np.where(is_own.any(axis=1), is_own.argmax(axis=1), indices.shape[1] - 1)
+    indices[rows, column] = indices[rows, 0]
+    distances[rows, column] = distances[rows, 0]
+    indices[rows, 0] = rows
+    distances[rows, 0] = 0.0
+    return indices, distances
+
+
+def neighbor_means(
+    values: NDArray[np.floating],
+    coordinates: NDArray[np.float64],
+    slices: Sequence[NDArray[np.int64]],
+    n_neighbors: int,
+) -> NDArray[np.float32]:
+    """Average values (n, d) over the nearest neighbours of each cell, itself not counted.
+
+    Neighbours are of the same slice. A smaller slice has as many as there are, and a cell by itself
+    its own values; rows of no slice are NaN. The order of the rows does not matter. On a lattice more
+    neighbours may be at the same distance than count; which of them do is then arbitrary.
+    """
+    means = np.full(values.shape, np.nan, dtype=np.float32)
+    for rows in slices:
+        ordered = rows[canonical_order(coordinates[rows], values[rows])]
+        nearest = nearest_neighbors(coordinates[ordered], n_neighbors + 1)[0]
+        nearest = nearest[:, 1:] if len(ordered) > 1 else nearest
+        starts = np.arange(0, nearest.size + 1, nearest.shape[1])
+        weights = np.full(nearest.size, 1.0 / nearest.shape[1], dtype=np.float32)
+        averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=(len(ordered),) * 2)
+        own = values[ordered].astype(np.float32, copy=False)
+        for start in range(0, len(ordered), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            means[ordered[part]] = averaging[part] @ own
+    return means

@@ -9,7 +9,7 @@ from anndata import AnnData
 from scipy import sparse
 
 import stofm as st
-from stofm._edge.coordinates import read_axes, read_coordinates
+from stofm._edge.places import read_axes, read_coordinates
 
 N = 60
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 import stofm as st
-from stofm._edge.staleness import changed_counts, changed_places, stale_reason
+from stofm._edge.tokens import changed_counts, changed_places, stale_reason
 from stofm._keys import Obsm, Uns
 
 QUIET = {"device": "cpu", "show_progress_bar": False}
@@ -187,7 +187,7 @@ def test_features_of_the_user_have_no_counts(adata, model, vocabulary, rng):
 
 
 def test_steps_read_nothing_that_is_stale(embedded, model, vocabulary, monkeypatch):
-    monkeypatch.setattr("stofm._edge.staleness.embedded_vocabulary", lambda: vocabulary)
+    monkeypatch.setattr("stofm._edge.tokens.embedded_vocabulary", lambda: vocabulary)
     embedded.X = embedded.X[::-1]
     with pytest.raises(ValueError, match="The tokens are of other counts: of 184 cells"):
         st.tl.encode_cells(embedded, model, **QUIET)

@@ -14,7 +14,7 @@ from stofm.spatial import (
     partition_balanced,
     partition_reference,
 )
-from stofm.spatial.coordinates import spacing
+from stofm.spatial.plane import spacing
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import sparse
 
 from stofm.genes import RankedTokens, rank_genes
-from stofm.genes.compressed import require_sound
 from stofm.genes.fitting import as_count_slice
+from stofm.genes.ranking import require_sound
 
 
 def matrix(form: str = "csr", dtype: type = np.int32) -> Any:
