@@ -263,8 +263,11 @@ def require_memory(
     n_genes: float,
     *,
     copy: bool,
-) -> None:
-    """Compare what embedding will take with what is free; `n_genes` are those of a cell."""
+) -> tuple[int, int]:
+    """Bytes that embedding takes where it computes, and those that are free there.
+
+    `n_genes` are those of a cell. More than what is free is refused.
+    """
     config, largest = run.model.config, max(map(len, slices))
     n_genes = min(n_genes, config.max_tokens)
     n_tokens = round(adata.n_obs * (n_genes + 1)) if n_genes else 0
@@ -291,10 +294,12 @@ def require_memory(
     if is_apart:
         needed[run.device] = max(batches.values())
     for device, n_bytes in needed.items():
-        if n_bytes > (free := free_memory(device)):
+        free = free_memory(device)
+        if n_bytes > free:
             place = "main memory" if device == _CPU else str(device)
             raise MemoryError(
                 f"Embedding {adata.n_obs} cells of {n_genes:.0f} genes takes about "
                 f"{describe_bytes(n_bytes)} of {place}, and {describe_bytes(free)} are free. "
                 f"{_MEMORY_ADVICE}"
             )
+    return n_bytes, free

@@ -337,8 +337,7 @@ def _plan(
     from stofm._edge.embedding import require_memory
 
     rules, rows = run.model.config.subslice, places.slices.rows
-    found.memory, found.free_memory = _memory(run, max(map(len, rows)), table.n_obs, n_known)
-    require_memory(table, run, rules, rows, n_known, copy=False)
+    found.memory, found.free_memory = require_memory(table, run, rules, rows, n_known, copy=False)
     largest = max(rows, key=len)
     xy = places.coordinates[largest]
     middle = np.median(xy, axis=0)
@@ -378,22 +377,3 @@ def _embed_some(
             key_added=Obsm.X,
             copy=False,
         )
-
-
-def _memory(run: Run, largest: int, n_cells: int, n_known: float) -> tuple[int, int]:
-    """Bytes that embedding takes where it computes, and those that are free there."""
-    from stofm.nn import device as nn
-
-    config, rules = run.model.config, run.model.config.subslice
-    n_known = min(n_known, config.max_tokens)
-    budget = min(run.token_budget, round(n_cells * (n_known + 1)))
-    encoding = nn.encoder_memory(config.cell_encoder, budget, run.dtype)
-    nodes = nn.Nodes.expected(rules, largest)
-    where: dict[str, Any] = {"device": run.device, "dtype": run.dtype}
-    batch = run.batch_size or 1
-    transforming = nn.transformer_memory(config.se2_transformer, rules, nodes, batch, **where)
-    if run.device.type not in ("cpu", "mps"):
-        return max(encoding, transforming), nn.free_memory(run.device)
-    work = nn.Workload(n_cells=n_cells, largest_slice=largest, genes_per_cell=n_known)
-    needed = nn.host_memory(config, rules, work, encoding=encoding, transforming=transforming)
-    return needed, nn.free_memory(run.device)
