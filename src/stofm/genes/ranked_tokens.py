@@ -32,8 +32,8 @@ class RankedTokens:
     offsets
         (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
     values
-        (n_tokens_in_all,) float32 value of each token: count / total count of the cell x 10,000
-        / median of the gene. None where only the order was asked for.
+        (n_tokens_in_all,) float32 value of each token (:func:`rank_genes`). None where only the
+        order was asked for.
     """
 
     tokens: NDArray[np.int32]

@@ -70,8 +70,12 @@ class CellEncoderConfig:
         In training only.
     values
         What enters beside a gene's rank: ``"none"`` is the paper's setting. ``"log"`` adds an
-        embedding of log(1 + value) to each token, where a value is count / total count of the
-        cell x 10,000 / median of the gene: rank alone does not say how much of a gene there is.
+        embedding of log(1 + value) to each token: rank alone does not say how much of a gene there
+        is.
+    depth_power
+        A value is count x (10,000 / total count of the cell)^`depth_power` / median of the gene. 1
+        is the paper's rule. 0.5 is half-way to raw counts, so that single counts of shallow cells,
+        mostly noise, don't weigh as much as hundreds in deep ones.
     pooled
         Put sums over **all** genes of a cell in front of what BERT tells: weight x embedding of
         the gene, with log(1 + value x median) as weight for the first half of the gene embeddings'
@@ -92,6 +96,7 @@ class CellEncoderConfig:
     dropout: float = 0.02
     layer_norm_eps: float = 1e-12
     values: Values = "none"
+    depth_power: float = 1.0
     pooled: bool = False
 
     @property
@@ -121,6 +126,7 @@ class CellEncoderConfig:
         _check_sizes(self, "max_positions", least=2)
         check_choice(self, "activation", Activation)
         check_choice(self, "values", Values)
+        require(self, "must be from 0 to 1", lambda power: 0 <= power <= 1, "depth_power")
         width = self.gene_width
         if self.pooled and (width % 2 or self.d_learned < 1):
             raise ValueError(
@@ -323,6 +329,7 @@ class StofmConfig:
                 d_gene=512,
                 max_positions=129,
                 values="log",
+                depth_power=0.75,
                 pooled=True,
             ),
             se2_transformer=SE2TransformerConfig(
