@@ -152,32 +152,36 @@ def test_unusable_arguments(change: dict[str, object], message: str) -> None:
         rank_genes(**(arguments | change))  # type: ignore[arg-type]
 
 
-def plain_values(counts: np.ndarray, tokens: np.ndarray, medians: np.ndarray) -> list[list[float]]:
+def plain_values(
+    counts: np.ndarray, tokens: np.ndarray, medians: np.ndarray, power: float
+) -> list[list[float]]:
     """Values of each cell in descending order, one column after another."""
     cells = []
     for row in counts.astype(float):
         values: dict[int, float] = {}
         for count, token, median in zip(row, tokens, medians, strict=True):
             if token >= 0 and count > 0:
-                value = count / row.sum() * 10_000 / median
+                value = count * (10_000 / row.sum()) ** power / median
                 values[int(token)] = values.get(int(token), 0.0) + value
         cells.append(sorted(values.values(), reverse=True))
     return cells
 
 
 @pytest.mark.parametrize("max_tokens", [3, 2048])
+@pytest.mark.parametrize("power", [1.0, 0.75, 0.0])
 def test_values_are_those_of_a_plain_loop(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_tokens: int, power: float
 ) -> None:
     monkeypatch.setattr("stofm.genes.ranking._BLOCK_ENTRIES", 97)
     counts, tokens, medians = random_case(rng, n_cells=41)
     matrix = sparse.csr_matrix(counts)
-    ranked = rank_genes(matrix, tokens, medians, max_tokens=max_tokens, values=True)
+    options = {"max_tokens": max_tokens, "values": True, "depth_power": power}
+    ranked = rank_genes(matrix, tokens, medians, **options)
     plain = rank_genes(matrix, tokens, medians, max_tokens=max_tokens)
     assert ranked.without_values().digest == plain.digest
     assert ranked.values is not None
     assert ranked.values.dtype == np.float32
-    for cell, expected in enumerate(plain_values(counts, tokens, medians)):
+    for cell, expected in enumerate(plain_values(counts, tokens, medians, power)):
         own = ranked.values[ranked.offsets[cell] : ranked.offsets[cell + 1]]
         np.testing.assert_allclose(own, expected[:max_tokens], rtol=1e-7)
 

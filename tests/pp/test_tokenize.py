@@ -15,7 +15,7 @@ from scipy import sparse
 from stofm import pp
 from stofm._edge.tables import read_record
 from stofm._edge.tokens import (
-    _embedded_model_reads_values,
+    _depth_power_of_embedded_model,
     read_tokens,
     token_params,
 )
@@ -195,7 +195,8 @@ def test_max_tokens(adata: anndata.AnnData, vocabulary: GeneVocabulary, counts: 
     cut = run(adata, vocabulary, max_tokens=5)
     assert np.array_equal(cut, whole[:, :5])
     assert adata.obs[Obs.N_TOKENS].max() == 5
-    model = SimpleNamespace(vocabulary=vocabulary, config=SimpleNamespace(max_tokens=3))
+    model = reader(vocabulary, reads_values=False)
+    model.config.max_tokens = 3
     assert np.array_equal(run(adata, model), whole[:, :3])
     assert run(adata, model, max_tokens=4).shape == (41, 4)
 
@@ -382,9 +383,11 @@ def test_round_trip(
 # Values
 
 
-def reader(vocabulary: GeneVocabulary, *, reads_values: bool = True) -> Any:
+def reader(
+    vocabulary: GeneVocabulary, *, reads_values: bool = True, depth_power: float = 1.0
+) -> Any:
     """What tokenizing needs of a model."""
-    cell_encoder = SimpleNamespace(reads_values=reads_values)
+    cell_encoder = SimpleNamespace(reads_values=reads_values, depth_power=depth_power)
     return SimpleNamespace(
         vocabulary=vocabulary, config=SimpleNamespace(max_tokens=2048, cell_encoder=cell_encoder)
     )
@@ -396,9 +399,9 @@ def test_values_are_written_for_a_model_that_reads_them(
     counts: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = expected_tokens(counts, vocabulary, values=True)
+    expected = expected_tokens(counts, vocabulary, values=True, depth_power=0.5)
     in_blocks_of(9, monkeypatch)
-    run(adata, reader(vocabulary))
+    run(adata, reader(vocabulary, depth_power=0.5))
     found = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
     assert found.with_values(adata.obsm[Obsm.TOKEN_VALUES]).digest == expected.digest
     values = adata.obsm[Obsm.TOKEN_VALUES]
@@ -408,7 +411,7 @@ def test_values_are_written_for_a_model_that_reads_them(
     row = values[11].toarray().ravel()
     first = vocabulary.tokens.tolist().index(adata.obsm[Obsm.TOKENS][11, 0])
     count = counts[11, [k for k, i in enumerate([*range(N_GENES), 3, 5]) if i == first]].sum()
-    by_hand = count / counts[11].sum() * 10_000 / vocabulary.medians[first]
+    by_hand = count / np.sqrt(counts[11].sum() / 10_000) / vocabulary.medians[first]
     assert row[0] == pytest.approx(by_hand, rel=1e-6)
     for key in (Obsm.TOKENS, Obs.N_TOKENS, Obsm.TOKEN_VALUES):
         record = read_record(adata, key)
@@ -417,7 +420,7 @@ def test_values_are_written_for_a_model_that_reads_them(
             "layer": "",
             "max_tokens": 2048,
             "duplicates": "sum",
-            "values": True,
+            "depth_power": 0.5,
         }
         assert record["vocabulary"] == vocabulary.fingerprint
 
@@ -467,11 +470,10 @@ def test_values_for_the_embedded_model_as_its_config_says(
     folder = tmp_path / "weights" / "stofm-mini"
     folder.mkdir(parents=True)
     monkeypatch.setattr("stofm._edge.tokens.resources.files", lambda _: tmp_path)
-    for entries, reads in (({}, False), ({"values": "log"}, True), ({"pooled": True}, True)):
-        (folder / "config.json").write_text(json.dumps({"cell_encoder": entries}))
-        _embedded_model_reads_values.cache_clear()
-        assert ("values" in token_params(None)) is reads
-    _embedded_model_reads_values.cache_clear()
+    (folder / "config.json").write_text(json.dumps({"cell_encoder": {"depth_power": 0.3}}))
+    _depth_power_of_embedded_model.cache_clear()
+    assert token_params(None)["depth_power"] == 0.3
+    _depth_power_of_embedded_model.cache_clear()
 
 
 def test_progress_bar(

@@ -110,6 +110,9 @@ def test_tokens_without_values_are_refused_by_a_model_that_reads_them(tokenized,
     tokenized.obsm[Obsm.TOKEN_VALUES] = values  # of unknown origin
     with pytest.raises(KeyError, match=message):
         st.tl.encode_cells(tokenized, reader)
+    st.pp.tokenize(tokenized, reader, show_progress_bar=False)  # by another rule
+    with pytest.raises(KeyError, match=message):
+        st.tl.encode_cells(tokenized, with_options(reader, depth_power=0.5))
 
 
 def test_tokens_beyond_those_that_the_model_keeps_are_not_read(adata, model):

@@ -68,7 +68,8 @@ def token_blocks(
                 columns.medians,
                 max_tokens=params["max_tokens"],
                 duplicates=params["duplicates"],
-                values=bool(params.get("values")),
+                values="depth_power" in params,
+                depth_power=params.get("depth_power", 1.0),
             )
             total += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(block.shape[0])
@@ -85,25 +86,28 @@ def token_params(
 ) -> dict[str, Any]:
     """Return what tokens depend on besides counts and columns, as it stands in records.
 
-    Number of tokens and need for values are the model's where they are None.
+    Number of tokens, need for values and their rule are the model's where they are None. A vocabulary
+    alone has the paper's.
     """
     config = getattr(model_or_vocabulary, "config", None)
     if max_tokens is None:
         max_tokens = int(getattr(config, "max_tokens", _DEFAULT_MAX_TOKENS))
-    if values is None and model_or_vocabulary is None:
-        values = _embedded_model_reads_values()
-    elif values is None:
-        values = bool(getattr(getattr(config, "cell_encoder", None), "reads_values", False))
+    reads_values, depth_power = False, 1.0
+    if model_or_vocabulary is None:
+        reads_values, depth_power = True, _depth_power_of_embedded_model()
+    elif config is not None:
+        reads_values = config.cell_encoder.reads_values
+        depth_power = config.cell_encoder.depth_power
     params = {"layer": layer or "", "max_tokens": max_tokens, "duplicates": duplicates}
-    return params | {"values": True} if values else params
+    needs_values = reads_values if values is None else values
+    return params | {"depth_power": depth_power} if needs_values else params
 
 
 @lru_cache(maxsize=1)
-def _embedded_model_reads_values() -> bool:
+def _depth_power_of_embedded_model() -> float:
     # Read here, because loading the model would import torch.
     config = resources.files("stofm").joinpath("weights", "stofm-mini", "config.json")
-    cell_encoder = json.loads(config.read_text(encoding="utf-8"))["cell_encoder"]
-    return cell_encoder.get("values", "none") != "none" or bool(cell_encoder.get("pooled"))
+    return float(json.loads(config.read_text(encoding="utf-8"))["cell_encoder"]["depth_power"])
 
 
 def warn_of_empty_cells(ranked: RankedTokens) -> None:
@@ -123,7 +127,7 @@ def write_tokens(
     Values of former tokens are removed. Embeddings of other counts are marked as such.
     """
     made: dict[str, Any] = {Obsm.TOKENS: ranked.to_csr(params["max_tokens"])}
-    if params.get("values"):
+    if "depth_power" in params:
         made[Obsm.TOKEN_VALUES] = ranked.values_to_csr(params["max_tokens"])
     outdate_by_counts(adata, ranked, columns.vocabulary)
     write_columns(adata, columns)
@@ -146,17 +150,20 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
             f"The tokens were made with the vocabulary {record.get('vocabulary', '(unknown)')}, "
             f"and model {model.name!r} has {model.vocabulary.fingerprint}. Run {again} again."
         )
-    reads_values = model.config.cell_encoder.reads_values
-    if reads_values and (Obsm.TOKEN_VALUES not in adata.obsm or record != beside):
+    encoder = model.config.cell_encoder
+    has_values = Obsm.TOKEN_VALUES in adata.obsm and record == beside
+    has_values &= record.get("params", {}).get("depth_power") == encoder.depth_power
+    if encoder.reads_values and not has_values:
         raise KeyError(
             f"Model {model.name!r} reads the values of tokens, and there is no "
-            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}]. Run {again} again."
+            f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}] for such a model. "
+            f"Run {again} again."
         )
     try:
         ranked = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS])
         if (largest := int(ranked.tokens.max(initial=0))) >= model.vocabulary.n_tokens:
             raise ValueError(f"The token {largest} is not in the vocabulary.")
-        if reads_values:
+        if encoder.reads_values:
             ranked = ranked.with_values(adata.obsm[Obsm.TOKEN_VALUES])
     except ValueError as error:
         raise ValueError(

@@ -77,8 +77,8 @@ class RankedTokens:
     offsets
         (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
     values
-        (n_tokens_in_all,) float32 value of each token: count / total count of the cell x 10,000
-        / median of the gene. None where only the order was asked for.
+        (n_tokens_in_all,) float32 value of each token (:func:`rank_genes`). None where only the
+        order was asked for.
     """
 
     tokens: NDArray[np.int32]
@@ -213,6 +213,7 @@ def rank_genes(
     max_tokens: int = 2048,
     duplicates: Literal["sum", "keep"] = "sum",
     values: bool = False,
+    depth_power: float = 1.0,
 ) -> RankedTokens:
     """Order the genes of each cell by their count relative to the gene's median.
 
@@ -237,6 +238,10 @@ def rank_genes(
         on its own, so a token can occur twice, as in the reference implementation.
     values
         Return the values too, not their order only.
+    depth_power
+        Values are count x (10,000 / total)^`depth_power` / median. 1 is the paper's rule, 0 leaves
+        counts as they are. With 1, a single count in a cell of 100 counts weighs as much as 100
+        counts in a cell of 10,000, and is mostly noise.
 
     Returns
     -------
@@ -279,7 +284,7 @@ def rank_genes(
 
     def rank(block: sparse.csr_matrix) -> RankedTokens:
         block = _defined(block)
-        scale = _scale_of_cells(block) if values else None
+        scale = _scale_of_cells(block) ** depth_power if values else None
         if sums is not None:
             block = sparse.csr_matrix(block @ sums)
         return _rank_block(block, tokens, divisors, max_tokens, scale)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from stofm._config import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Checked, build_dataclass, must
+from stofm._config import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, Checked, build_dataclass, must
 from stofm._version import __version__
 from stofm.spatial import SubSliceConfig
 
@@ -62,8 +62,12 @@ class CellEncoderConfig(Checked):
         Dropout rate in training.
     values
         What is read beside a gene's rank: ``"none"``, as in the paper, or ``"log"``, which adds an
-        embedding of log(1 + value) to each token. A value is count / total count of the cell x
-        10,000 / median of the gene; the rank alone does not say how much of a gene there is.
+        embedding of log(1 + value) to each token. The rank alone does not say how much of a gene
+        there is.
+    depth_power
+        A value is count x (10,000 / total count of the cell)^`depth_power` / median of the gene.
+        1 is the paper's rule. Lower powers give single counts of shallow cells, mostly noise, less
+        weight.
     pooled
         Put sums over **all** genes of a cell in front of BERT's output: gene embeddings weighted by
         log(1 + value x median) in their first half and by log(1 + value) in the second. Gene
@@ -83,6 +87,7 @@ class CellEncoderConfig(Checked):
     dropout: float = field(default=0.02, metadata=BELOW_ONE)
     layer_norm_eps: float = field(default=1e-12, metadata=_EPSILON)
     values: Values = "none"
+    depth_power: float = field(default=1.0, metadata=SHARE)
     pooled: bool = False
 
     @property
@@ -308,6 +313,7 @@ class StofmConfig(Checked):
                 d_gene=512,
                 max_positions=129,
                 values="log",
+                depth_power=0.75,
                 pooled=True,
             ),
             se2_transformer=SE2TransformerConfig(

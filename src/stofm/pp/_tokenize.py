@@ -57,8 +57,8 @@ def tokenize(
         Columns of the same gene: ``"sum"`` adds their counts first; ``"keep"`` ranks each on its
         own, so that a token can occur twice, as in the reference implementation.
     values
-        Write the value of each token too: count / total count of the cell x 10,000 / median of
-        the gene. By default if the model reads values.
+        Write the value of each token too, by the model's rule (``depth_power`` of
+        :class:`stofm.nn.CellEncoderConfig`). By default if the model reads values.
     show_progress_bar
         Show progress.
     table_key

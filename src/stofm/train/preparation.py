@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _ENDINGS = (".h5ad", ".zarr")
 #: Part of each key: a change of how slices are prepared makes new ones.
-_PREPARATION = 2
+_PREPARATION = 3
 
 
 @dataclass(frozen=True)
