@@ -23,7 +23,7 @@ from stofm.heads.expression import (
 )
 from stofm.heads.gene_columns import Gene, GeneColumns
 from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 N_GENES = 40
 GENES = tuple(Gene(f"g{k}", "") for k in range(N_GENES))

@@ -12,7 +12,7 @@ import stofm as st
 from stofm.heads import fitting
 from stofm.heads.blocks import Blocks, read_embeddings, with_neighborhood
 from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets
 from stofm.spatial.neighbor_graph import neighbor_means
 
@@ -127,9 +127,7 @@ def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
     np.testing.assert_array_equal(found["blocks"].features, expected.features)
     np.testing.assert_array_equal(found["blocks"].neighborhood, expected.neighborhood)
     assert found["origin"] == expected.origin
-    stored = neighbor_means(
-        adata.obsm["X_stofm_cell"], adata.obsm["spatial"], sections.slices.rows, 6
-    )
+    stored = neighbor_means(adata.obsm["X_stofm_cell"], adata.obsm["spatial"], sections.rows, 6)
     assert np.abs(found["blocks"].neighborhood - stored).max() > 0.01
 
 

@@ -21,7 +21,7 @@ from stofm.heads.expression import add_expression
 from stofm.heads.gene_columns import Gene
 from stofm.heads.head import Head, refuse_reserved, require_head
 from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.nn import HeadConfig, PredictionHead
 
 
@@ -300,8 +300,8 @@ def mixed(adata, rng):
     features = np.hstack([adata.obsm["X_a"], adata.obsm["X_b"]])
     blocks = Blocks(features, ("X_a", "X_b"), (2, 3), {"X_a": {}, "X_b": {}})
     request = Request(options=HeadOptions(n_components=4))
-    sections = resolve_slices(adata, "library")
-    blocks, expression = add_expression(sections, blocks, np.arange(184), request, None)
+    slices = resolve_slices(adata, "library")
+    blocks, expression = add_expression(slices, blocks, np.arange(184), request, None)
     networks = []
     for seed, d_input in enumerate((5, 5, 4)):
         torch.manual_seed(seed)

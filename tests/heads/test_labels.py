@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from stofm.heads.labels import MIN_SHARE, MISSING, read_labels
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 
 def read(adata, labels, **options):
@@ -115,9 +115,9 @@ def test_classes_whose_names_begin_alike(adata):
 
 
 def test_wrong_names(adata):
-    sections = resolve_slices(adata, "library")
+    slices = resolve_slices(adata, "library")
     with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):
-        read_labels(sections, "kinds")
+        read_labels(slices, "kinds")
     for missing in ("Unknown", None):
         with pytest.raises(TypeError, match="must be a list of labels"):
-            read_labels(sections, "kind", missing=missing)
+            read_labels(slices, "kind", missing=missing)

@@ -16,7 +16,7 @@ from stofm.heads.options import (
     checked_reps,
     moved_to_options,
 )
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 
 def check(adata, library_key="library", use_rep="X_pca", **options):

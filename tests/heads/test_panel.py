@@ -12,7 +12,7 @@ from stofm._keys import Obsm
 from stofm.heads.gene_columns import Gene, GeneColumns
 from stofm.heads.options import Request
 from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 
 def columns(vocabulary, names, **others):
@@ -68,11 +68,11 @@ def test_new_genes_are_those_that_a_query_lacks(ensembl, symbols):
 
 def reduced(adata, vocabulary, learnt, **options):
     """The table reduced to its first 30 genes, and counts of some to learn."""
-    sections = resolve_slices(adata, "library")
-    known = read_columns(sections, vocabulary, must_map=True, name="the data")
+    slices = resolve_slices(adata, "library")
+    known = read_columns(slices, vocabulary, must_map=True, name="the data")
     request = Request(library_key="library", **options)
     panel = known[0].genes[:30]
-    found, own, counts = reduce_tables(sections, known, panel, request, learnt=learnt(known[0]))
+    found, own, counts = reduce_tables(slices, known, panel, request, learnt=learnt(known[0]))
     return found.tables[0], own, counts[0]
 
 

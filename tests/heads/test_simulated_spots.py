@@ -9,8 +9,8 @@ from stofm.heads import simulated_spots as module
 from stofm.heads.expression import ExpressionComponents
 from stofm.heads.network import apply_head
 from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
 from stofm.heads.simulated_spots import fit_simulated
+from stofm.heads.slices import resolve_slices
 from stofm.spatial.spots import SpotRules
 
 N_SPOTS = 400

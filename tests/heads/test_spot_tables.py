@@ -9,7 +9,7 @@ import stofm as st
 from stofm._edge.records import make_frame, write_frame
 from stofm.heads.labels import read_labels
 from stofm.heads.options import Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.heads.spot_tables import grid_into_spots, read_proportions
 
 
@@ -89,16 +89,16 @@ def test_proportions_that_can_not_be(spots):
 
 
 def grid(data, spot_size=90.0):
-    sections = resolve_slices(data, "library")
-    labels = read_labels(sections, "kind", missing=("2",))
-    return grid_into_spots(sections, labels, Request(), spot_size=spot_size)
+    slices = resolve_slices(data, "library")
+    labels = read_labels(slices, "kind", missing=("2",))
+    return grid_into_spots(slices, labels, Request(), spot_size=spot_size)
 
 
 def test_cells_become_spots(adata):
     found = grid(adata)
-    table = found.sections.tables[0]
+    table = found.slices.tables[0]
     assert found.types == ["0", "1"]
-    assert found.sections.slices.names == ["left", "right"]
+    assert found.slices.names == ["left", "right"]
     is_known = (adata.obs["kind"] != "2").to_numpy()
     for name in ("left", "right"):
         own = (adata.obs["library"] == name).to_numpy() & is_known
@@ -127,19 +127,19 @@ def test_cells_of_several_tables(adata):
     parts = [adata[names == "left"].copy(), adata[:9].copy(), adata[names == "right"].copy()]
     parts[1].obs["kind"] = "2"
     together, apart = grid(adata), grid(parts)
-    assert len(apart.sections.tables) == 2
+    assert len(apart.slices.tables) == 2
     np.testing.assert_array_equal(together.proportions, apart.proportions)
-    both = np.concatenate([table.X.toarray() for table in apart.sections.tables])
-    np.testing.assert_array_equal(together.sections.tables[0].X.toarray(), both)
-    assert apart.sections.slices.names == ["0:left", "2:right"]
-    for one, other in zip(together.sections.slices.rows, apart.sections.slices.rows, strict=True):
+    both = np.concatenate([table.X.toarray() for table in apart.slices.tables])
+    np.testing.assert_array_equal(together.slices.tables[0].X.toarray(), both)
+    assert apart.slices.names == ["0:left", "2:right"]
+    for one, other in zip(together.slices.rows, apart.slices.rows, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_spots_keep_the_genes_that_were_mapped(adata, vocabulary):
     adata.var["mine"], adata.var_names = adata.var_names, [f"probe{k}" for k in range(71)]
     st.pp.map_genes(adata, gene_key="mine", vocabulary=vocabulary)
-    table = grid(adata).sections.tables[0]
+    table = grid(adata).slices.tables[0]
     st.pp.tokenize(table, vocabulary, show_progress_bar=False)
     assert table.obs["stofm_n_tokens"].min() > 0
 

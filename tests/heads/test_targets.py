@@ -6,7 +6,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets, expression_targets, head_loss, log_normalised
 
 
@@ -75,8 +75,8 @@ def counts(rng):
 
 def targets_of(counts):
     read, learnt = counts
-    sections = resolve_slices(AnnData(sparse.csr_matrix(read)), spatial_key="")
-    return expression_targets(sections, [sparse.csr_matrix(learnt)])
+    slices = resolve_slices(AnnData(sparse.csr_matrix(read)), spatial_key="")
+    return expression_targets(slices, [sparse.csr_matrix(learnt)])
 
 
 def test_expression_is_normalised_by_the_total_of_what_is_read(counts):

@@ -9,7 +9,7 @@ import torch
 
 import stofm as st
 from stofm.heads.options import Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets, head_loss
 from stofm.heads.tuning import fine_tune
 from stofm.heads.tuning_setup import FineTuning

@@ -6,7 +6,7 @@ from numpy.testing import assert_array_equal
 
 import stofm as st
 from stofm.heads.labels import MISSING, read_label_names
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.tl._probe_folds import plan_folds, plan_protocol
 
 

@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from stofm.heads.network import apply_head, fit_head
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets
 from stofm.tl import _probe_scores
 from stofm.tl._probe_folds import Fold, common_classes
@@ -200,7 +200,7 @@ def test_neighbours_are_of_the_same_slice(slices, rng):
     found = with_neighbors(components, sections, spatial_key="spatial")
     assert found.shape == (184, 6)
     means = np.empty((184, 3))
-    for rows, one in zip(sections.slices.rows, slices, strict=True):
+    for rows, one in zip(sections.rows, slices, strict=True):
         xy = one.obsm["spatial"]
         for cell, place in enumerate(xy):
             near = np.argsort(np.linalg.norm(xy - place, axis=1))[1:11]

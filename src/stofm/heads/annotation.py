@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stofm.heads.labels import Labels
     from stofm.heads.members import Members
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.spatial import Split
 
 #: With fewer held-out cells a line of the log says so.
@@ -139,11 +139,11 @@ class AnnotationTask(Task):
     label_key: str
 
     @classmethod
-    def of(cls, sections: Sections, request: Request, label_key: str) -> AnnotationTask:
+    def of(cls, slices: SliceTables, request: Request, label_key: str) -> AnnotationTask:
         """The task of learning a column of ``obs``; refuses labels that can't be learnt."""
         options = request.options
         labels = read_labels(
-            sections, label_key, missing=options.missing, min_share=options.min_share
+            slices, label_key, missing=options.missing, min_share=options.min_share
         )
         if Label.UNKNOWN in labels.classes:
             raise ValueError(
@@ -237,23 +237,23 @@ def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float
     }
 
 
-def refuse_keys(sections: Sections, request: Request, key: str, use_rep: Sequence[str]) -> None:
+def refuse_keys(slices: SliceTables, request: Request, key: str, use_rep: Sequence[str]) -> None:
     """Refuse a key that is read, or where something else is stored."""
     refuse_reserved(key, Obs.ANNOTATION, request.spatial_key, request.library_key, *use_rep)
-    sections.each(
+    slices.each(
         lambda table: refuse_foreign(table, key, obs=[key + _CONFIDENCE], obsm=[key + _PROBA])
     )
 
 
-def annotate_with(sections: Sections, head: AnnotationHead, request: Request, key: str) -> None:
+def annotate_with(slices: SliceTables, head: AnnotationHead, request: Request, key: str) -> None:
     """Name the cells of some tables, and write that."""
     require_head(head, AnnotationHead)
-    refuse_keys(sections, request, key, head.use_rep)
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, head.predict(head.read(sections, request)), key)
+    refuse_keys(slices, request, key, head.use_rep)
+    with all_or_nothing(*slices.tables):
+        _write(slices, head, head.predict(head.read(slices, request)), key)
 
 
-def _write(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:
+def _write(slices: SliceTables, head: AnnotationHead, found: Annotation, key: str) -> None:
     """Write classes, confidence and probabilities to each table, with a record."""
     refuse_not_finite(head.task, found.probabilities)
     params = {
@@ -267,13 +267,13 @@ def _write(sections: Sections, head: AnnotationHead, found: Annotation, key: str
     # All is made before anything is written.
     frames = [
         make_frame(table, found.probabilities[part], head.classes)
-        for table, part in zip(sections.tables, sections.places, strict=True)
+        for table, part in zip(slices.tables, slices.places, strict=True)
     ]
     categories = [*head.classes, Label.UNKNOWN]
     likeliest = found.probabilities.argmax(axis=1)
     codes = np.where(found.is_unknown, categories.index(Label.UNKNOWN), likeliest)
     confidence = found.probabilities.max(axis=1)
-    for table, part, frame in zip(sections.tables, sections.places, frames, strict=True):
+    for table, part, frame in zip(slices.tables, slices.places, frames, strict=True):
         table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
         table.obs[key + _CONFIDENCE] = confidence[part]
         write_frame(table, key + _PROBA, frame, head.classes)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 #: What a member of a head reads.
 Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
@@ -132,7 +132,7 @@ class Blocks:
 
 
 def read_embeddings(
-    sections: Sections,
+    slices: SliceTables,
     request: Request,
     *,
     expected: Origin | None = None,
@@ -145,18 +145,18 @@ def read_embeddings(
     fitted to, are refused.
     """
     if not request.use_rep:
-        return Blocks(np.empty((sections.n_obs, 0), dtype=np.float32), (), (), {})
+        return Blocks(np.empty((slices.n_obs, 0), dtype=np.float32), (), (), {})
     reps = checked_reps(request.use_rep)
-    parts = {rep: read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
+    parts = {rep: read_each(slices, rep) for rep in reps if rep not in MADE_BY_EMBED}
     if request.layer is not None:
-        sections.each(lambda table: read_counts(table, layer=request.layer))
+        slices.each(lambda table: read_counts(table, layer=request.layer))
     source = EmbeddingSource(request, expected)
-    with all_or_nothing(*sections.tables):
-        tables = sections.each(lambda table: source.with_embeddings(table, reps))
-    embedded = replace(sections, tables=tuple(tables))
+    with all_or_nothing(*slices.tables):
+        tables = slices.each(lambda table: source.with_embeddings(table, reps))
+    embedded = replace(slices, tables=tuple(tables))
     origin = {}
     for rep in reps:
-        own = embedded if rep in MADE_BY_EMBED else sections
+        own = embedded if rep in MADE_BY_EMBED else slices
         parts.setdefault(rep, read_each(own, rep))
         origin[rep] = _common_origin(own.tables, rep)
     widths = tuple(common_width(parts[rep], rep) for rep in reps)
@@ -164,9 +164,9 @@ def read_embeddings(
     return Blocks(features, reps, widths, origin)
 
 
-def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
+def read_each(slices: SliceTables, rep: str) -> list[NDArray[np.float32]]:
     """Read an entry of ``obsm`` of each table, checked."""
-    return sections.each(lambda table: read_representation(table, rep))
+    return slices.each(lambda table: read_representation(table, rep))
 
 
 def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
@@ -192,7 +192,7 @@ def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
 
 
 def choose_neighborhood(
-    sections: Sections, blocks: Blocks, request: Request, rows: NDArray[np.int64]
+    slices: SliceTables, blocks: Blocks, request: Request, rows: NDArray[np.int64]
 ) -> Blocks:
     """Add means over neighbours, as many as asked for, for the tables with labelled `rows`.
 
@@ -200,21 +200,20 @@ def choose_neighborhood(
     with a random split: held-out cells would share neighbours with fitted ones.
     """
     n_neighbors, spatial_key = request.options.n_neighbors, request.spatial_key
-    labelled = sections.tables_of(rows)
+    labelled = slices.tables_of(rows)
     if n_neighbors is None:
         has_places = all(
-            places_entry(sections.tables[k], spatial_key) in sections.tables[k].obsm
-            for k in labelled
+            places_entry(slices.tables[k], spatial_key) in slices.tables[k].obsm for k in labelled
         )
         is_fair = set(blocks.use_rep) <= set(MADE_BY_EMBED) and request.options.split != "random"
         n_neighbors = N_NEIGHBORS if is_fair and has_places else 0
         if is_fair and not has_places:
             logger.info("No coordinates in obsm[%r]: no neighbours are read.", spatial_key)
-    return with_neighborhood(sections, blocks, n_neighbors, request, needed=labelled)
+    return with_neighborhood(slices, blocks, n_neighbors, request, needed=labelled)
 
 
 def with_neighborhood(
-    sections: Sections,
+    slices: SliceTables,
     blocks: Blocks,
     n_neighbors: int,
     request: Request,
@@ -229,12 +228,12 @@ def with_neighborhood(
     """
     if not n_neighbors:
         return blocks
-    coordinates = np.full((sections.n_obs, 2), np.nan)
-    is_needed = np.zeros(sections.n_obs, dtype=bool)
-    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+    coordinates = np.full((slices.n_obs, 2), np.nan)
+    is_needed = np.zeros(slices.n_obs, dtype=bool)
+    for k, (table, place) in enumerate(zip(slices.tables, slices.places, strict=True)):
         is_needed[place] = k in needed
         try:
-            with sections.naming(k):
+            with slices.naming(k):
                 coordinates[place] = read_coordinates(
                     table, places_entry(table, request.spatial_key)
                 )
@@ -242,15 +241,15 @@ def with_neighborhood(
             if k in needed:
                 raise
             warn(f"{table.n_obs} cells are judged without their neighbours: {error.args[0]}")
-    slices = [
+    usable = [
         rows
-        for rows in sections.slices.rows
+        for rows in slices.rows
         if np.isfinite(coordinates[rows]).all()
         and (is_needed[rows].all() or len(rows) > n_neighbors // 2)
     ]
     values, components = blocks.averaged[0], blocks.first_components
     both = values if components is None else np.concatenate([values, components], axis=1)
-    means = neighbor_means(both, coordinates, slices, n_neighbors)
+    means = neighbor_means(both, coordinates, usable, n_neighbors)
     width = values.shape[1]
     return replace(
         blocks,

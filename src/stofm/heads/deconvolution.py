@@ -22,8 +22,8 @@ from stofm._logging import logger
 from stofm.heads.fitting import Task, fit
 from stofm.heads.head import Head, refuse_reserved, require_head
 from stofm.heads.labels import read_labels
-from stofm.heads.sections import resolve_slices
 from stofm.heads.simulated_spots import fit_simulated
+from stofm.heads.slices import resolve_slices
 from stofm.heads.spot_tables import SLICE, grid_into_spots, read_proportions
 from stofm.heads.targets import Targets
 from stofm.metrics import mae, pearson, rmse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from stofm.heads.blocks import Blocks
     from stofm.heads.members import Members
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.heads.spot_tables import SpotTable
     from stofm.spatial import Split
 
@@ -142,33 +142,33 @@ def score_types(
 
 
 def learn_proportions(
-    sections: Sections, key: str | Sequence[str], request: Request, *, copy: bool
+    slices: SliceTables, key: str | Sequence[str], request: Request, *, copy: bool
 ) -> DeconvolutionHead:
     """Fit a head to spots whose proportions are known."""
-    request.check(sections)
-    known = read_proportions(sections, key)
+    request.check(slices)
+    known = read_proportions(slices, key)
     source = {"proportions_key": key if isinstance(key, str) else list(key)}
     task = ProportionsTask.of(known, request, source)
-    head: DeconvolutionHead = fit(task, sections.copied() if copy else sections)
+    head: DeconvolutionHead = fit(task, slices.copied() if copy else slices)
     return head
 
 
 def learn_squares(
-    sections: Sections, spot_size: float, label_key: str, request: Request
+    slices: SliceTables, spot_size: float, label_key: str, request: Request
 ) -> DeconvolutionHead:
     """Fit a head to squares that single cells are summed into."""
-    request.check(sections)
+    request.check(slices)
     options = request.options
-    labels = read_labels(sections, label_key, missing=options.missing, min_share=options.min_share)
-    squares = grid_into_spots(sections, labels, request, spot_size=spot_size)
+    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
+    squares = grid_into_spots(slices, labels, request, spot_size=spot_size)
     own = replace(request, library_key=SLICE, layer=None, spatial_key=Obsm.SPATIAL)
     source = {"label_key": label_key, "spot_size": spot_size}
-    head: DeconvolutionHead = fit(ProportionsTask.of(squares, own, source), squares.sections)
+    head: DeconvolutionHead = fit(ProportionsTask.of(squares, own, source), squares.slices)
     return head
 
 
 def learn_reference(
-    sections: Sections, reference: Any, label_key: str, request: Request, key: str
+    slices: SliceTables, reference: Any, label_key: str, request: Request, key: str
 ) -> DeconvolutionHead:
     """Fit a head to spots simulated from single cells, and write the proportions that it finds."""
     if request.options.strategy != "frozen":
@@ -177,7 +177,7 @@ def learn_reference(
             "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
             "with a slice of single cells."
         )
-    _refuse_keys(sections, key, request)
+    _refuse_keys(slices, key, request)
     plain = list(reference.values()) if isinstance(reference, dict) else reference
     for one in plain if isinstance(plain, list | tuple) else [plain]:
         if len(names := sorted(getattr(one, "tables", ()))) > 1:
@@ -188,37 +188,37 @@ def learn_reference(
             )
     # A reference's slices do not matter, nor whether they overlap.
     cells = resolve_slices(reference, spatial_key="", role="reference")
-    fitted = fit_simulated(sections, cells, label_key, request)
+    fitted = fit_simulated(slices, cells, label_key, request)
     head = DeconvolutionHead(
         **fitted.fields,
         validation_scores=score_types(fitted.fields["outputs"], fitted.true, fitted.found),
     )
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, request, key)
+    with all_or_nothing(*slices.tables):
+        _write(slices, head, request, key)
     return head
 
 
 def deconvolve_with(
-    sections: Sections, head: DeconvolutionHead, request: Request, key: str
+    slices: SliceTables, head: DeconvolutionHead, request: Request, key: str
 ) -> None:
     """Find the proportions of some spots, and write them."""
     require_head(head, DeconvolutionHead)
-    _refuse_keys(sections, key, request, head.use_rep)
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, request, key)
+    _refuse_keys(slices, key, request, head.use_rep)
+    with all_or_nothing(*slices.tables):
+        _write(slices, head, request, key)
 
 
 def _refuse_keys(
-    sections: Sections, key: str, request: Request, use_rep: Sequence[str] = ()
+    slices: SliceTables, key: str, request: Request, use_rep: Sequence[str] = ()
 ) -> None:
     """Refuse a key that is read, or where or beside which something else is stored."""
     refuse_reserved(key, Obsm.DECONVOLUTION, request.spatial_key, request.library_key, *use_rep)
-    sections.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
+    slices.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
 
 
-def _write(sections: Sections, head: DeconvolutionHead, request: Request, key: str) -> None:
+def _write(slices: SliceTables, head: DeconvolutionHead, request: Request, key: str) -> None:
     """Write proportions and their deviation to each table, with a record."""
-    found = head.predict(head.read(sections, request))
+    found = head.predict(head.read(slices, request))
     refuse_not_finite(head.task, *found)
     params = {
         "use_rep": list(head.use_rep),
@@ -228,9 +228,9 @@ def _write(sections: Sections, head: DeconvolutionHead, request: Request, key: s
     # All is made before anything is written.
     frames = [
         [make_frame(table, values[part], head.types) for values in found if values is not None]
-        for table, part in zip(sections.tables, sections.places, strict=True)
+        for table, part in zip(slices.tables, slices.places, strict=True)
     ]
-    for table, (mean, *spread) in zip(sections.tables, frames, strict=True):
+    for table, (mean, *spread) in zip(slices.tables, frames, strict=True):
         write_record(table, key, params, **head.model_names())
         write_frame(table, key, mean, head.types)
         # That of an earlier run would be taken for this one's.

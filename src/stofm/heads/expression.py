@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from stofm.heads.blocks import Blocks
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 #: Components beside embeddings of a model: a panel of some hundred genes has hardly more that matter.
 _N_COMPONENTS: Final = 150
@@ -177,7 +177,7 @@ class ExpressionComponents:
         return np.ascontiguousarray(np.linalg.solve(inner, axes.T).T, dtype=np.float32)
 
     def centered(
-        self, scores: NDArray[np.float32], slices: Sequence[NDArray[np.int64]]
+        self, scores: NDArray[np.float32], parts: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.float32]:
         """Take off the mean of each slice, but of one of a few cells, if that is how they are read.
 
@@ -186,7 +186,7 @@ class ExpressionComponents:
         if not self.by_slice:
             return scores
         found = scores.copy()
-        for own in slices:
+        for own in parts:
             rows = own[np.isfinite(scores[own, 0])]
             if len(rows) >= _FEW_CELLS:
                 found[rows] -= _mean(scores, rows)
@@ -220,26 +220,26 @@ class ExpressionComponents:
 
 
 def read_expression(
-    components: ExpressionComponents, sections: Sections, blocks: Blocks, layer: str | None
+    components: ExpressionComponents, slices: SliceTables, blocks: Blocks, layer: str | None
 ) -> Blocks:
     """Add components of expression; NaN, and a warning, in tables that lack genes or counts."""
     scores = np.full((len(blocks.features), components.axes.shape[1]), np.nan, dtype=np.float32)
     vocabulary = embedded_vocabulary()
-    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+    for k, (table, place) in enumerate(zip(slices.tables, slices.places, strict=True)):
         columns = GeneColumns.read(table, vocabulary, must_map=False)
         try:
-            with sections.naming(k):
+            with slices.naming(k):
                 known = components.read(table, columns, layer=counts_layer(table, layer))
         except (KeyError, ValueError) as error:
             _warn_of(error, table.n_obs)
             continue
         if known is not None:
             scores[place] = known
-    return replace(blocks, expression=components.centered(scores, sections.slices.rows))
+    return replace(blocks, expression=components.centered(scores, slices.rows))
 
 
 def add_expression(
-    sections: Sections,
+    slices: SliceTables,
     blocks: Blocks,
     rows: NDArray[np.int64],
     request: Request,
@@ -259,46 +259,46 @@ def add_expression(
         return blocks, None
     kept = rows[:: -(-len(rows) // _MOST_CELLS)]
     vocabulary = embedded_vocabulary()
-    labelled = sections.tables_of(rows)
+    labelled = slices.tables_of(rows)
     scores: NDArray[Any] = np.empty(0)
     try:
         names, counts, layers = [], [], []
         for k in labelled:
-            with sections.naming(k):
-                names.append(GeneColumns.read(sections.tables[k], vocabulary, must_map=False))
+            with slices.naming(k):
+                names.append(GeneColumns.read(slices.tables[k], vocabulary, must_map=False))
         genes = choose_panel(names, ()).inputs
         for k, own in zip(labelled, names, strict=True):
-            table, place = sections.tables[k], sections.places[k]
+            table, place = slices.tables[k], slices.places[k]
             layers.append(counts_layer(table, request.layer))
             chosen = np.isin(np.arange(place.start, place.stop), kept)
-            with sections.naming(k):
+            with slices.naming(k):
                 counts.append(_counts_of(table, own, genes, layers[-1], chosen))
         # From the order of the tables to that of the rows.
         stacked = sparse.vstack(counts, format="csr")[np.argsort(np.argsort(kept))]
         components = ExpressionComponents.fit(stacked, genes, n_components)
-        scores = np.full((sections.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
+        scores = np.full((slices.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
         for k, own, layer in zip(labelled, names, layers, strict=True):
-            scores[sections.places[k]] = components.read(sections.tables[k], own, layer=layer)
+            scores[slices.places[k]] = components.read(slices.tables[k], own, layer=layer)
     except (KeyError, ValueError) as error:
         if asked is not None:
             raise
-        _warn_of(error, sections.n_obs)
+        _warn_of(error, slices.n_obs)
         return blocks, None
-    codes = np.zeros(sections.n_obs, dtype=np.int64) if classes is None else classes
-    if _differ(scores, rows, sections.slices.rows, codes, components.variances):
+    codes = np.zeros(slices.n_obs, dtype=np.int64) if classes is None else classes
+    if _differ(scores, rows, slices.rows, codes, components.variances):
         logger.info(
             "Labelled slices differ in more than their composition: components of expression are "
             "centred by slice."
         )
         components = replace(components, by_slice=True)
-    scores = components.centered(scores, sections.slices.rows)
+    scores = components.centered(scores, slices.rows)
     return replace(blocks, expression=scores), components
 
 
 def _differ(
     scores: NDArray[np.float32],
     rows: NDArray[np.int64],
-    slices: Sequence[NDArray[np.int64]],
+    parts: Sequence[NDArray[np.int64]],
     codes: NDArray[np.int64],
     variances: NDArray[np.float32],
 ) -> bool:
@@ -307,7 +307,7 @@ def _differ(
     for code in np.unique(codes[rows]):
         own = rows[codes[rows] == code]
         shifts[own] = scores[own] - _mean(scores, own)
-    labelled = [np.intersect1d(own, rows) for own in slices]
+    labelled = [np.intersect1d(own, rows) for own in parts]
     means = [_mean(shifts, own) for own in labelled if len(own) >= _FEW_CELLS]
     return len(means) > 1 and any(mean @ mean > _FAR * variances.sum() for mean in means)
 

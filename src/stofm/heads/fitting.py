@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from stofm.heads.head import Head
     from stofm.heads.members import Members
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.heads.targets import Targets
     from stofm.heads.tuning import TuningStrategy
     from stofm.nn import Stofm
@@ -72,35 +72,35 @@ class Task(ABC):
         """Make the head of fitted members; `common` are fields that all heads have."""
 
 
-def fit(task: Task, sections: Sections) -> Any:
+def fit(task: Task, slices: SliceTables) -> Any:
     """Fit a head: members on what is read of cells, in rounds with other cells held out."""
     request, is_known = task.request, task.targets.is_known
     options, known = request.options, np.flatnonzero(is_known)
-    with all_or_nothing(*sections.tables):
-        blocks = read_embeddings(sections, request)
+    with all_or_nothing(*slices.tables):
+        blocks = read_embeddings(slices, request)
         rows = row_order(blocks.features, task.targets.values, known)
-        blocks, expression = add_expression(sections, blocks, rows, request, task.classes)
-        blocks = choose_neighborhood(sections, blocks, request, known)
+        blocks, expression = add_expression(slices, blocks, rows, request, task.classes)
+        blocks = choose_neighborhood(slices, blocks, request, known)
     # A model is tuned on a split, which is the only one then.
     seeds = [
         request.seed + _SEED_STEP * k
         for k in range(_N_ROUNDS if options.strategy == "frozen" else 1)
     ]
-    splits = _plan_splits(sections, task, blocks, seeds)
+    splits = _plan_splits(slices, task, blocks, seeds)
     model = None
     if options.strategy != "frozen":
-        model, losses = _tune(task, sections, blocks, splits[0], options.strategy)
-        blocks = _read_again(sections, blocks, replace(request, model=model))
+        model, losses = _tune(task, slices, blocks, splits[0], options.strategy)
+        blocks = _read_again(slices, blocks, replace(request, model=model))
     members = fit_members(blocks, task.targets, splits, seeds)
     history = members.history
     if model is not None:
         history = pd.concat([losses.assign(reads="slices"), history], ignore_index=True)
-    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
+    named = zip(slices.names, slices.rows, strict=True)
     common = {
         "use_rep": blocks.use_rep,
         "origin": blocks.origin,
         "strategy": options.strategy,
-        "split": splits[0].record([name for name, own in slices if is_known[own].any()]),
+        "split": splits[0].record([name for name, own in named if is_known[own].any()]),
         "model": model,
         "expression": expression,
         "networks": members.networks,
@@ -113,7 +113,7 @@ def fit(task: Task, sections: Sections) -> Any:
 
 
 def _tune(
-    task: Task, sections: Sections, blocks: Blocks, split: Split, strategy: TuningStrategy
+    task: Task, slices: SliceTables, blocks: Blocks, split: Split, strategy: TuningStrategy
 ) -> tuple[Stofm, pd.DataFrame]:
     """Tune a copy of the model with a network on its embeddings; also the losses."""
     request = task.request
@@ -127,7 +127,7 @@ def _tune(
         seed=request.seed,
     )
     return fine_tune(
-        sections,
+        slices,
         model,
         network.head,
         task.targets,
@@ -139,14 +139,14 @@ def _tune(
     )
 
 
-def _read_again(sections: Sections, before: Blocks, request: Request) -> Blocks:
+def _read_again(slices: SliceTables, before: Blocks, request: Request) -> Blocks:
     """The same blocks with embeddings by another model."""
-    found = replace(read_embeddings(sections, request), expression=before.expression)
+    found = replace(read_embeddings(slices, request), expression=before.expression)
     if before.neighborhood is None:
         return found
     means = before.neighborhood
-    had = [k for k, place in enumerate(sections.places) if np.isfinite(means[place]).all()]
-    return with_neighborhood(sections, found, before.n_neighbors, request, needed=had)
+    had = [k for k, place in enumerate(slices.places) if np.isfinite(means[place]).all()]
+    return with_neighborhood(slices, found, before.n_neighbors, request, needed=had)
 
 
 def model_to_tune(request: Request, origin: Origin) -> Stofm:
@@ -168,40 +168,40 @@ def model_to_tune(request: Request, origin: Origin) -> Stofm:
 
 
 def _plan_splits(
-    sections: Sections, task: Task, blocks: Blocks, seeds: Sequence[int]
+    slices: SliceTables, task: Task, blocks: Blocks, seeds: Sequence[int]
 ) -> list[Split]:
     """A split for each seed, with other whole slices held out as long as there are others."""
     splits: list[Split] = []
     for seed in seeds:
         for draw in range(_MOST_DRAWS):
-            split = plan_split(sections, task, blocks, seed + draw)
+            split = plan_split(slices, task, blocks, seed + draw)
             if not split.slices or all(split.slices != one.slices for one in splits):
                 break
         splits.append(split)
     return splits
 
 
-def plan_split(sections: Sections, task: Task, blocks: Blocks, seed: int) -> Split:
+def plan_split(slices: SliceTables, task: Task, blocks: Blocks, seed: int) -> Split:
     """Split the cells of which something is known.
 
     Without coordinates ``"auto"`` is by slice, or random if there is only one.
     """
     how, spatial_key = task.request.options.split, task.request.spatial_key
     is_known = task.targets.is_known
-    own = [rows[is_known[rows]] for rows in sections.slices.rows]
-    slices = [rows for rows in own if len(rows)]
-    if how == "slices" and len(slices) < 2:
+    own = [rows[is_known[rows]] for rows in slices.rows]
+    usable = [rows for rows in own if len(rows)]
+    if how == "slices" and len(usable) < 2:
         raise ValueError(
-            f"split='slices' holds out whole slices, and {len(slices)} of the {len(own)} slices has "
+            f"split='slices' holds out whole slices, and {len(usable)} of the {len(own)} slices has "
             "cells to learn from; use split='blocks'."
         )
-    has_places = sections.has_coordinates(spatial_key)
+    has_places = slices.has_coordinates(spatial_key)
     if has_places or how == "blocks":
-        places = sections.coordinates(spatial_key)
+        places = slices.coordinates(spatial_key)
     else:
         # They tell cells apart, whatever their order.
         places = blocks.features[:, [0, -1]].astype(np.float64)
     if how == "auto" and not has_places:
-        how = "slices" if len(slices) > 1 else "random"
+        how = "slices" if len(usable) > 1 else "random"
         logger.info("There is no obsm[%r]: the split is %r.", spatial_key, how)
-    return split_cells(places, slices, how=how, share=_HELD_OUT, classes=task.classes, seed=seed)
+    return split_cells(places, usable, how=how, share=_HELD_OUT, classes=task.classes, seed=seed)

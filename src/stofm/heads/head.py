@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stofm.heads.blocks import Blocks, Source
     from stofm.heads.embeddings import Origin
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.heads.targets import TargetKind
 
 _WEIGHTS: Final = "head.safetensors"
@@ -129,15 +129,15 @@ class Head:
         """Name and fingerprints of the model, for records; none if it is not recorded."""
         return {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
 
-    def read(self, sections: Sections, request: Request) -> Blocks:
+    def read(self, slices: SliceTables, request: Request) -> Blocks:
         """What the head reads of cells; NaN where they lack places, genes or counts."""
         model = self.model if request.model is None else request.model
         request = replace(request, use_rep=self.use_rep, model=model)
-        blocks = read_embeddings(sections, request, expected=self.origin)
+        blocks = read_embeddings(slices, request, expected=self.origin)
         if self.expression is not None:
-            blocks = read_expression(self.expression, sections, blocks, request.layer)
-        needed = range(len(sections.tables)) if self.needs_places else ()
-        blocks = with_neighborhood(sections, blocks, self.n_neighbors, request, needed=needed)
+            blocks = read_expression(self.expression, slices, blocks, request.layer)
+        needed = range(len(slices.tables)) if self.needs_places else ()
+        blocks = with_neighborhood(slices, blocks, self.n_neighbors, request, needed=needed)
         for source, network in zip(self.reads, self.networks, strict=True):
             expected, widths = network.config.d_input, blocks.widths_of(source)
             if widths and sum(widths) != expected:

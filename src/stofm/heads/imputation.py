@@ -31,7 +31,7 @@ from stofm.heads.head import Head, refuse_reserved, require_head
 from stofm.heads.network import apply_head
 from stofm.heads.options import checked_reps
 from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
-from stofm.heads.sections import resolve_reference
+from stofm.heads.slices import resolve_reference
 from stofm.heads.targets import ExpressionTargets, expression_targets
 from stofm.nn.model import load_model
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from stofm.heads.blocks import Blocks
     from stofm.heads.members import Members
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
@@ -224,7 +224,7 @@ def _score_genes(
 
 
 def learn_genes(
-    sections: Sections,
+    slices: SliceTables,
     reference: Any,
     request: Request,
     genes: Sequence[str] | None,
@@ -233,9 +233,9 @@ def learn_genes(
 ) -> ImputationHead:
     """Fit a head to slices, or to a reference and impute with it what these lack."""
     refuse_reserved(key, Obsm.IMPUTED, request.spatial_key, *checked_reps(request.use_rep))
-    training, own = sections, request
+    training, own = slices, request
     if reference is not None:
-        training, request, own = resolve_reference(sections, reference, request, table_key)
+        training, request, own = resolve_reference(slices, reference, request, table_key)
     own.check(training)
     model, vocabulary = _model_and_vocabulary(request.model, request.use_rep)
     must_map = model is not None
@@ -243,7 +243,7 @@ def learn_genes(
     columns = read_columns(training, vocabulary, must_map=must_map, name=name)
     query = None
     if reference is not None:
-        query = read_columns(sections, vocabulary, must_map=must_map, name="the query")
+        query = read_columns(slices, vocabulary, must_map=must_map, name="the query")
     if genes is not None:
         learnt = find_genes(genes, columns, vocabulary)
     else:
@@ -265,7 +265,7 @@ def learn_genes(
         int((head.gene_scores < 0.1).sum()),
     )
     if reference is not None:
-        impute_with(sections, head, replace(request, model=head.model or model), key)
+        impute_with(slices, head, replace(request, model=head.model or model), key)
     return head
 
 
@@ -308,7 +308,7 @@ def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.
 
 
 def impute_with(
-    sections: Sections,
+    slices: SliceTables,
     head: ImputationHead,
     request: Request,
     key: str,
@@ -320,22 +320,22 @@ def impute_with(
     chosen = head.columns_of(genes)
     model = head.model if request.model is None else request.model
     loaded, vocabulary = _model_and_vocabulary(model, head.use_rep)
-    known = read_columns(sections, vocabulary, must_map=loaded is not None, name="the query")
+    known = read_columns(slices, vocabulary, must_map=loaded is not None, name="the query")
     for one in known:
         if loaded is not None:
             check_overlap(one, head.inputs, least=_LEAST_SHARE, low=_LOW_SHARE)
     request = replace(request, model=loaded, use_rep=head.use_rep)
-    reduced, own, _ = reduce_tables(sections, known, head.inputs, request)
+    reduced, own, _ = reduce_tables(slices, known, head.inputs, request)
     names = [head.outputs[k] for k in chosen]
     found = head.predict(head.read(reduced, own), chosen)
     refuse_not_finite(head.task, found)
     # All is computed before anything is written.
     frames = [
         make_frame(table, found[part], names)
-        for table, part in zip(sections.tables, sections.places, strict=True)
+        for table, part in zip(slices.tables, slices.places, strict=True)
     ]
-    with all_or_nothing(*sections.tables):
-        for table, frame, columns in zip(sections.tables, frames, known, strict=True):
+    with all_or_nothing(*slices.tables):
+        for table, frame, columns in zip(slices.tables, frames, known, strict=True):
             read = table.var_names[columns.columns_of(head.inputs)].astype(str)
             params = {
                 "n_genes": len(names),

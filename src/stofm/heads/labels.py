@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 
 #: What labels that stand for none mean, and smallest share of a class of cells, unless others are
@@ -64,7 +64,7 @@ class Labels:
 
 
 def read_labels(
-    sections: Sections, key: str, *, missing: Collection[object] = (), min_share: float = 0.0
+    slices: SliceTables, key: str, *, missing: Collection[object] = (), min_share: float = 0.0
 ) -> Labels:
     """Read a column of labels, leave out missing ones and rare classes.
 
@@ -72,7 +72,7 @@ def read_labels(
 
     Parameters
     ----------
-    sections
+    slices
         The cells.
     key
         Column of ``obs``.
@@ -84,7 +84,7 @@ def read_labels(
     """
     if not 0 <= min_share < 1:
         raise ValueError(f"min_share must be from 0 to below 1, found {min_share!r}.")
-    labels = read_label_names(sections, key, missing=missing)
+    labels = read_label_names(slices, key, missing=missing)
     names, counts = np.unique(labels[labels != ""], return_counts=True)
     is_kept = counts >= min_share * counts.sum()
     left_out = tuple(names[~is_kept].tolist())
@@ -110,20 +110,20 @@ def read_labels(
 
 
 def read_label_names(
-    sections: Sections, key: str, *, missing: Collection[object] = ()
+    slices: SliceTables, key: str, *, missing: Collection[object] = ()
 ) -> NDArray[np.str_]:
     """Read a column of labels as text, (n_obs,), empty for none.
 
     Parameters
     ----------
-    sections, key, missing
+    slices, key, missing
         As in :func:`read_labels`.
     """
     if isinstance(missing, str) or not isinstance(missing, Collection):
         raise TypeError(
             f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
         )
-    labels = np.concatenate(sections.each(lambda table: _read_column(table, key)))
+    labels = np.concatenate(slices.each(lambda table: _read_column(table, key)))
     is_known = _are_known(labels, missing)
     _tell_of_missing(key, labels, is_known, is_default=missing is MISSING)
     if not is_known.any():

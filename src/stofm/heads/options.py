@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.nn import Stofm
 
 DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
@@ -140,7 +140,7 @@ class Request:
         names = ("library_key", "layer", "spatial_key", "device", "show_progress_bar")
         return {name: getattr(self, name) for name in names}
 
-    def check(self, sections: Sections) -> None:
+    def check(self, slices: SliceTables) -> None:
         """Refuse what does not go together, or with the slices, before cells are embedded."""
         options, reps = self.options, checked_reps(self.use_rep)
         if options.strategy != "frozen":
@@ -152,13 +152,13 @@ class Request:
                 )
             if options.strategy == "lora":
                 require_peft()
-        if options.split == "slices" and len(sections.slices.rows) < 2:
+        if options.split == "slices" and len(slices.rows) < 2:
             raise ValueError(
                 "split='slices' holds out whole slices, and there is a single one; use "
                 "split='blocks', or pass library_key= if there are several."
             )
         if options.split == "blocks" or options.strategy != "frozen":
-            sections.coordinates(self.spatial_key)
+            slices.coordinates(self.spatial_key)
 
 
 def moved_to_options(

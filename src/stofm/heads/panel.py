@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.heads.gene_columns import GeneColumns
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 #: Column of ``obs`` that tells slices apart in the reduced tables.
 _SLICE: Final = "slice"
@@ -72,13 +72,13 @@ def new_genes(training: Sequence[GeneColumns], query: Sequence[GeneColumns]) -> 
 
 
 def reduce_tables(
-    sections: Sections,
+    slices: SliceTables,
     columns: Sequence[GeneColumns],
     panel: Sequence[Gene],
     request: Request,
     *,
     learnt: Sequence[Gene] = (),
-) -> tuple[Sections, Request, list[sparse.csr_matrix]]:
+) -> tuple[SliceTables, Request, list[sparse.csr_matrix]]:
     """Tables of the panel's genes alone, how to read them, and counts of the `learnt` genes.
 
     Nothing else of the given tables is in them but places, slices, and representations that no
@@ -87,19 +87,19 @@ def reduce_tables(
     import anndata
     import pandas as pd
 
-    slices = np.empty(sections.n_obs, dtype=object)
-    for name, rows in zip(sections.slices.names, sections.slices.rows, strict=True):
-        slices[rows] = name
+    named = np.empty(slices.n_obs, dtype=object)
+    for name, rows in zip(slices.names, slices.rows, strict=True):
+        named[rows] = name
     reps = checked_reps(request.use_rep)
     tables, counts = [], []
     for k, (table, own, place) in enumerate(
-        zip(sections.tables, columns, sections.places, strict=True)
+        zip(slices.tables, columns, slices.places, strict=True)
     ):
         there = [gene for gene in panel if own.same_gene(gene)]
         read = selector([own.same_gene(gene) for gene in there], table.n_vars)
         wanted = selector([own.measured(gene) for gene in learnt], table.n_vars)
         obsm: dict[str, Any] = {}
-        with sections.naming(k):
+        with slices.naming(k):
             blocks = read_counts(table, layer=counts_layer(table, request.layer))
             both = [(block @ read, block @ wanted) for block in blocks]
             where = places_entry(table, request.spatial_key)
@@ -112,21 +112,21 @@ def reduce_tables(
             sparse.vstack(parts, format="csr", dtype=np.float32)
             for parts in zip(*both, strict=True)
         )
-        obs = pd.DataFrame({_SLICE: pd.Categorical(slices[place])}, index=table.obs_names)
+        obs = pd.DataFrame({_SLICE: pd.Categorical(named[place])}, index=table.obs_names)
         var = pd.DataFrame(index=[gene.key for gene in there])
         tables.append(anndata.AnnData(x, obs=obs, var=var, obsm=obsm))
         counts.append(y)
-    reduced = replace(sections, tables=tuple(tables))
+    reduced = replace(slices, tables=tuple(tables))
     return reduced, replace(request, library_key=_SLICE, layer=None), counts
 
 
 def read_columns(
-    sections: Sections, vocabulary: GeneVocabulary, *, must_map: bool, name: str
+    slices: SliceTables, vocabulary: GeneVocabulary, *, must_map: bool, name: str
 ) -> list[GeneColumns]:
     """Genes of each table; `name` is what they are called in messages."""
     from stofm.heads.gene_columns import GeneColumns
 
-    return sections.each(
+    return slices.each(
         lambda table: GeneColumns.read(table, vocabulary, must_map=must_map, name=name)
     )
 

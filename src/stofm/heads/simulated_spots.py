@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stofm.heads.gene_columns import Gene
     from stofm.heads.network import FittedHead
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.spatial.spots import SimulatedSpots
 
 #: Fewer shared genes than this say too little about types.
@@ -57,7 +57,7 @@ class FittedToSpots(NamedTuple):
 
 
 def fit_simulated(
-    query: Sections, reference: Sections, label_key: str, request: Request
+    query: SliceTables, reference: SliceTables, label_key: str, request: Request
 ) -> FittedToSpots:
     """Fit networks to spots simulated from a reference, which read components of expression.
 
@@ -173,22 +173,22 @@ def _fit(
 
 
 def _shared_counts(
-    query: Sections, reference: Sections, request: Request
+    query: SliceTables, reference: SliceTables, request: Request
 ) -> tuple[list[Gene], sparse.csr_matrix, sparse.csr_matrix]:
     """Genes with counts in all tables of both, and the counts of both over these."""
     vocabulary = embedded_vocabulary()
     names = [
-        sections.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
-        for sections in (query, reference)
+        slices.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
+        for slices in (query, reference)
     ]
     genes = choose_panel(names[1], (), names[0]).inputs
     layers = (request.layer, request.options.reference_layer)
     counts, cells = (
         sparse.vstack(
-            [_counts_of(sections, k, own, genes, layer) for k, own in enumerate(columns)],
+            [_counts_of(slices, k, own, genes, layer) for k, own in enumerate(columns)],
             format="csr",
         )
-        for sections, columns, layer in zip((query, reference), names, layers, strict=True)
+        for slices, columns, layer in zip((query, reference), names, layers, strict=True)
     )
     seen = [np.asarray(matrix.sum(axis=0)).ravel() > 0 for matrix in (counts, cells)]
     both = np.flatnonzero(seen[0] & seen[1])
@@ -204,14 +204,14 @@ def _shared_counts(
 
 
 def _counts_of(
-    sections: Sections,
+    slices: SliceTables,
     number: int,
     columns: GeneColumns,
     genes: Sequence[Gene],
     layer: str | None,
 ) -> sparse.csr_matrix:
-    table = sections.tables[number]
+    table = slices.tables[number]
     choice = selector([columns.same_gene(gene) for gene in genes], table.n_vars)
-    with sections.naming(number):
+    with slices.naming(number):
         blocks = read_counts(table, layer=counts_layer(table, layer))
         return sparse.vstack([block @ choice for block in blocks], format="csr")

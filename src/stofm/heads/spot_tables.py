@@ -10,13 +10,12 @@ from scipy import sparse
 
 from stofm._edge.counts import read_counts
 from stofm._edge.records import frame_names
-from stofm._edge.slices import Slices
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.compressed import require_sound
 from stofm.heads.embeddings import gene_records
-from stofm.heads.sections import Sections
+from stofm.heads.slices import SliceTables
 from stofm.spatial.spots import grid_spots
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class SpotTable:
 
     Attributes
     ----------
-    sections
+    slices
         The spots.
     types
         Names of the types.
@@ -52,22 +51,22 @@ class SpotTable:
         float32 (n_obs, n_types), NaN where they are not known.
     """
 
-    sections: Sections
+    slices: SliceTables
     types: list[str]
     proportions: NDArray[np.float32]
 
 
-def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
+def read_proportions(slices: SliceTables, key: str | Sequence[str]) -> SpotTable:
     """Read known proportions, checked.
 
     Parameters
     ----------
-    sections
+    slices
         The spots.
     key
         Entry of ``obsm``, or columns of ``obs``.
     """
-    frames = sections.each(lambda table: _read_frame(table, key))
+    frames = slices.each(lambda table: _read_frame(table, key))
     for frame in frames:
         _require_unique([str(name) for name in frame.columns], key)
     types = [str(name) for name in frames[0].columns]
@@ -86,7 +85,7 @@ def read_proportions(sections: Sections, key: str | Sequence[str]) -> SpotTable:
     values[known] /= values[known].sum(axis=1, keepdims=True)
     if n_unknown := int((~known).sum()):
         logger.info("%d of %d spots have no known proportions (NaN).", n_unknown, len(values))
-    return SpotTable(sections, types, values.astype(np.float32))
+    return SpotTable(slices, types, values.astype(np.float32))
 
 
 def _require_unique(types: Sequence[str], key: str | Sequence[str]) -> None:
@@ -164,7 +163,7 @@ def _check_proportions(values: NDArray[np.float64], key: str | Sequence[str]) ->
 
 
 def grid_into_spots(
-    sections: Sections,
+    slices: SliceTables,
     labels: Labels,
     request: Request,
     *,
@@ -175,30 +174,29 @@ def grid_into_spots(
     The spots have their slice in ``obs["slice"]`` and their centre in ``obsm["spatial"]``.
     """
     grid = grid_spots(
-        sections.coordinates(request.spatial_key),
+        slices.coordinates(request.spatial_key),
         labels.codes,
-        sections.slices.rows,
+        slices.rows,
         n_types=len(labels.classes),
         spot_size=spot_size,
     )
     tables, order = [], []
-    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+    for k, (table, place) in enumerate(zip(slices.tables, slices.places, strict=True)):
         spots = np.unique(grid.spot[place])
         spots = spots[spots >= 0]
         if len(spots):
-            names = [sections.slices.names[number] for number in grid.slices[spots]]
-            with sections.naming(k):
+            names = [slices.names[number] for number in grid.slices[spots]]
+            with slices.naming(k):
                 tables.append(_spot_table(table, place.start, grid, spots, names, request.layer))
             order.append(spots)
     _tell_of_sizes(grid, spot_size)
     rows = np.concatenate(order)
     numbers = np.unique(grid.slices[rows])
-    slices = Slices(
-        names=[sections.slices.names[k] for k in numbers],
-        rows=[np.flatnonzero(grid.slices[rows] == k) for k in numbers],
-    )
-    spotted = Sections(
-        tuple(tables), None, sections.is_single, slices, (("the spots", "adata"),) * len(tables)
+    spotted = SliceTables(
+        tuple(tables),
+        [slices.names[k] for k in numbers],
+        [np.flatnonzero(grid.slices[rows] == k) for k in numbers],
+        (("the spots", "adata"),) * len(tables),
     )
     return SpotTable(spotted, list(labels.classes), grid.proportions[rows].astype(np.float32))
 

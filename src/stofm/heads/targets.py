@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
@@ -174,19 +174,19 @@ class ExpressionTargets(Targets):
 
 
 def expression_targets(
-    sections: Sections, counts: Sequence[sparse.csr_matrix]
+    slices: SliceTables, counts: Sequence[sparse.csr_matrix]
 ) -> ExpressionTargets:
     """Log-normalised expression: ``log1p(10,000 x count / total)`` with the total of the inputs.
 
     Parameters
     ----------
-    sections
+    slices
         AnnData of the input genes, from :func:`~stofm.heads.panel.reduce_tables`.
     counts
         Of the target genes, for each of them.
     """
     parts, known = [], []
-    for table, wanted in zip(sections.tables, counts, strict=True):
+    for table, wanted in zip(slices.tables, counts, strict=True):
         matrix: Any = table.X
         totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
         parts.append(log_normalised(wanted, totals))

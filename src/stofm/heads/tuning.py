@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.heads.targets import Targets
     from stofm.heads.tuning_setup import TuningSlice
     from stofm.nn import Stofm
@@ -45,7 +45,7 @@ TuningStrategy = Literal["lora", "full"]
 
 
 def fine_tune(
-    sections: Sections,
+    slices: SliceTables,
     model: Stofm,
     head: PredictionHead,
     targets: Targets,
@@ -65,7 +65,7 @@ def fine_tune(
 
     Parameters
     ----------
-    sections
+    slices
         Raw counts and places; they stay as they are.
     model, head
         To begin with; they stay as they are. The head reads ``request.use_rep``.
@@ -95,10 +95,10 @@ def fine_tune(
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
     how = how or FineTuning()
-    slices = read_tuning_slices(sections, model, request, np.union1d(fitted, held_out))
+    read = read_tuning_slices(slices, model, request, np.union1d(fitted, held_out))
     device = choose_device(request.device)
     with seeded(request.seed, device):
-        run = _Tuning(model, head, targets, slices, strategy, how, request, device)
+        run = _Tuning(model, head, targets, read, strategy, how, request, device)
         history = run.train(fitted, held_out)
         tuned = run.result()
     for weight, given in zip(tuned.parameters(), model.parameters(), strict=True):

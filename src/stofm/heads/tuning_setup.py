@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from stofm.genes import RankedTokens
     from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.nn import Stofm
 
 
@@ -70,25 +70,25 @@ class TuningSlice:
 
 
 def read_tuning_slices(
-    sections: Sections, model: Stofm, request: Request, used: NDArray[np.int64]
+    slices: SliceTables, model: Stofm, request: Request, used: NDArray[np.int64]
 ) -> list[TuningSlice]:
     """Tokens and places of the slices that have a used cell."""
-    tokens, coordinates = {}, np.full((sections.n_obs, 2), np.nan)
-    for k in sections.tables_of(used):
-        table = sections.tables[k]
-        with sections.naming(k):
+    tokens, coordinates = {}, np.full((slices.n_obs, 2), np.nan)
+    for k in slices.tables_of(used):
+        table = slices.tables[k]
+        with slices.naming(k):
             options = request.reading | recorded_options(table, request)
             places = read_places(table, places_entry(table, request.spatial_key))
-            coordinates[sections.places[k]] = places
+            coordinates[slices.places[k]] = places
             bare = bare_table(table, options)
             tokenize(bare, model, layer=options["layer"], show_progress_bar=False)
             tokens[k] = read_tokens(bare, model)
-    slices = []
-    for rows in sections.slices.rows:
+    found = []
+    for rows in slices.rows:
         if len(np.intersect1d(rows, used)):
-            number = sections.tables_of(rows)[0]
+            number = slices.tables_of(rows)[0]
             order = canonical_order(coordinates[rows], np.empty((len(rows), 0)))
             own = rows[order]
-            cells = own - sections.places[number].start
-            slices.append(TuningSlice(tokens[number], cells, own, coordinates[own]))
-    return slices
+            cells = own - slices.places[number].start
+            found.append(TuningSlice(tokens[number], cells, own, coordinates[own]))
+    return found

@@ -8,7 +8,7 @@ from stofm._keys import Obs, Obsm
 from stofm.heads.annotation import AnnotationHead, AnnotationTask, annotate_with, refuse_keys
 from stofm.heads.fitting import fit
 from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, checked_reps, moved_to_options
-from stofm.heads.sections import resolve_reference, resolve_slices
+from stofm.heads.slices import resolve_reference, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,7 +169,7 @@ def annotate(
         show_progress_bar=show_progress_bar,
         options=options or HeadOptions(),
     )
-    sections = resolve_slices(
+    slices = resolve_slices(
         data,
         library_key,
         spatial_key=spatial_key,
@@ -178,17 +178,17 @@ def annotate(
         role="" if reference is None else "query",
     )
     if head is not None:
-        target = sections.copied() if copy else sections
+        target = slices.copied() if copy else slices
         annotate_with(target, head, request, key_added)
         return target.as_given() if copy else None
     assert label_key is not None
-    labelled, own = sections, request
+    labelled, own = slices, request
     if reference is not None:
-        refuse_keys(sections, request, key_added, checked_reps(use_rep))
-        labelled, request, own = resolve_reference(sections, reference, request, table_key)
+        refuse_keys(slices, request, key_added, checked_reps(use_rep))
+        labelled, request, own = resolve_reference(slices, reference, request, table_key)
     own.check(labelled)
     task = AnnotationTask.of(labelled, own, label_key)
     head = fit(task, labelled.copied() if copy else labelled)
     if reference is not None:
-        annotate_with(sections, head, request, key_added)
+        annotate_with(slices, head, request, key_added)
     return head

@@ -13,7 +13,7 @@ from stofm.heads.deconvolution import (
     learn_squares,
 )
 from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -210,7 +210,7 @@ def deconvolve(
         show_progress_bar=show_progress_bar,
         options=options or HeadOptions(),
     )
-    sections = resolve_slices(
+    slices = resolve_slices(
         data,
         library_key,
         spatial_key=spatial_key,
@@ -219,12 +219,12 @@ def deconvolve(
         role="" if reference is None else "query",
     )
     if head is not None:
-        target = sections.copied() if copy else sections
+        target = slices.copied() if copy else slices
         deconvolve_with(target, head, request, key_added)
         return target.as_given() if copy else None
     if proportions_key is not None:
-        return learn_proportions(sections, proportions_key, request, copy=copy)
+        return learn_proportions(slices, proportions_key, request, copy=copy)
     assert label_key is not None
     if spot_size is not None:
-        return learn_squares(sections, spot_size, label_key, request)
-    return learn_reference(sections, reference, label_key, request, key_added)
+        return learn_squares(slices, spot_size, label_key, request)
+    return learn_reference(slices, reference, label_key, request, key_added)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stofm._keys import Obsm
 from stofm.heads.imputation import ImputationHead, impute_with, learn_genes
 from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,7 +158,7 @@ def impute(
         show_progress_bar=show_progress_bar,
         options=options or HeadOptions(),
     )
-    sections = resolve_slices(
+    slices = resolve_slices(
         data,
         library_key,
         spatial_key=spatial_key,
@@ -167,7 +167,7 @@ def impute(
         role="" if reference is None else "query",
     )
     if head is not None:
-        target = sections.copied() if copy else sections
+        target = slices.copied() if copy else slices
         impute_with(target, head, request, key_added, genes)
         return target.as_given() if copy else None
-    return learn_genes(sections, reference, request, genes, key_added, table_key)
+    return learn_genes(slices, reference, request, genes, key_added, table_key)

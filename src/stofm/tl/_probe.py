@@ -14,7 +14,7 @@ from stofm.heads.blocks import common_width, read_each
 from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
 from stofm.heads.labels import MISSING, read_label_names
 from stofm.heads.options import DEFAULT_REP, check_whole_number
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 from stofm.tl._probe_folds import AND, Protocol, plan_folds, plan_protocol
 from stofm.tl._probe_scores import (
     LOG_COUNTS,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
     from stofm.tl._probe_folds import Fold
 
 _N_SEEDS: Final = 3
@@ -168,23 +168,23 @@ def probe(
         raise ValueError(
             f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
         )
-    sections = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
-    labels = read_label_names(sections, label_key, missing=missing)
-    features = read_representations(sections, use_rep)
+    slices = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
+    labels = read_label_names(slices, label_key, missing=missing)
+    features = read_representations(slices, use_rep)
     if protocol is None:
-        folds = plan_folds(sections, labels, left_out=left_out, spatial_key=spatial_key)
+        folds = plan_folds(slices, labels, left_out=left_out, spatial_key=spatial_key)
         tests = [(fold, range(seeds)) for fold in folds]
     else:
-        folds = plan_protocol(sections, labels, protocol=protocol, spatial_key=spatial_key)
+        folds = plan_protocol(slices, labels, protocol=protocol, spatial_key=spatial_key)
         tests = [(fold, range(seed, seed + 1)) for seed, fold in enumerate(folds)]
-    counts = most_variable(log_counts(sections, layer=layer))
+    counts = most_variable(log_counts(slices, layer=layer))
     features[PCS] = principal_components(counts)
-    features[PCS_AND_NEIGHBORS] = with_neighbors(features[PCS], sections, spatial_key=spatial_key)
+    features[PCS_AND_NEIGHBORS] = with_neighbors(features[PCS], slices, spatial_key=spatial_key)
     return _score(tests, features, counts, labels, show_progress_bar=show_progress_bar)
 
 
 def read_representations(
-    sections: Sections, use_rep: str | Sequence[str | tuple[str, ...]]
+    slices: SliceTables, use_rep: str | Sequence[str | tuple[str, ...]]
 ) -> dict[str, NDArray[np.float32]]:
     """Read entries of ``obsm``, those of a tuple side by side; (n_obs, d) by name."""
     asked = [
@@ -200,9 +200,9 @@ def read_representations(
         )
     values = {}
     for rep in dict.fromkeys(itertools.chain(*asked)):
-        parts = read_each(sections, rep)
+        parts = read_each(slices, rep)
         common_width(parts, rep)
-        first, *others = (origin_of(table, rep) for table in sections.tables)
+        first, *others = (origin_of(table, rep) for table in slices.tables)
         unlike = [one for one in others if rep in MADE_BY_EMBED and not same_origin(first, one)]
         if unlike:
             raise ValueError(

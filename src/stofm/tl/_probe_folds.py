@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 #: Stands for a cell without a class.
 NO_CLASS: Final = ""
@@ -100,7 +100,7 @@ class Fold:
 
 
 def plan_folds(
-    sections: Sections,
+    slices: SliceTables,
     labels: NDArray[np.str_],
     *,
     left_out: str | Sequence[str | tuple[str, ...]] | None,
@@ -112,25 +112,25 @@ def plan_folds(
     together; None for each slice with labels.
     """
     known = np.flatnonzero(labels != NO_CLASS)
-    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
-    groups = {name: rows for name, rows in slices if (labels[rows] != NO_CLASS).any()}
+    named = zip(slices.names, slices.rows, strict=True)
+    groups = {name: rows for name, rows in named if (labels[rows] != NO_CLASS).any()}
     if left_out is None and len(groups) == 1:
-        parts = leave_out_blocks(sections.coordinates(spatial_key)[known], _N_BLOCKS)
+        parts = leave_out_blocks(slices.coordinates(spatial_key)[known], _N_BLOCKS)
         blocks = enumerate(parts, 1)
         return _checked([Fold.of(f"block {k}", labels, known[a], known[b]) for k, (a, b) in blocks])
     if left_out is not None:
-        groups = _find(sections, left_out)
+        groups = _find(slices, left_out)
     rest = {name: np.setdiff1d(known, rows) for name, rows in groups.items()}
     return _checked([Fold.of(name, labels, rest[name], rows) for name, rows in groups.items()])
 
 
 def plan_protocol(
-    sections: Sections, labels: NDArray[np.str_], *, protocol: Protocol, spatial_key: str
+    slices: SliceTables, labels: NDArray[np.str_], *, protocol: Protocol, spatial_key: str
 ) -> list[Fold]:
     """Leave out random cells, as a protocol says, and warn of the leak."""
     codes = np.unique(labels, return_inverse=True)[1] - int(NO_CLASS in labels)
-    places = sections.coordinates(spatial_key)
-    slices = [own for rows in sections.slices.rows if len(own := rows[labels[rows] != NO_CLASS])]
+    places = slices.coordinates(spatial_key)
+    usable = [own for rows in slices.rows if len(own := rows[labels[rows] != NO_CLASS])]
     warn(
         f"protocol={protocol!r} tests random cells: their neighbours were fitted, and embeddings of "
         "a cell's surroundings saw both. Scores are higher than those on new slices will be; leave "
@@ -138,8 +138,8 @@ def plan_protocol(
     )
     folds = []
     for seed in range(_N_RUNS):
-        outer = split_cells(places, slices, how="random", share=_TESTED, classes=codes, seed=seed)
-        rest = [np.intersect1d(rows, outer.fitted) for rows in slices]
+        outer = split_cells(places, usable, how="random", share=_TESTED, classes=codes, seed=seed)
+        rest = [np.intersect1d(rows, outer.fitted) for rows in usable]
         inner = split_cells(places, rest, how="random", share=_VALIDATED, classes=codes, seed=seed)
         parts = outer.fitted, outer.held_out
         folds.append(Fold.of("random cells", labels, *parts, held_out=inner.held_out))
@@ -147,11 +147,11 @@ def plan_protocol(
 
 
 def _find(
-    sections: Sections, left_out: str | Sequence[str | tuple[str, ...]]
+    slices: SliceTables, left_out: str | Sequence[str | tuple[str, ...]]
 ) -> dict[str, NDArray[np.int64]]:
     """Rows of what is to be left out, by name."""
-    known = dict(zip(sections.slices.names, sections.slices.rows, strict=True))
-    for key, place in zip(sections.keys or (), sections.places, strict=False):
+    known = dict(zip(slices.names, slices.rows, strict=True))
+    for key, place in zip(slices.keys or (), slices.places, strict=False):
         known.setdefault(key, np.arange(place.start, place.stop))
     asked = [left_out] if isinstance(left_out, str) else left_out
     groups = [(one,) if isinstance(one, str) else tuple(one) for one in asked]

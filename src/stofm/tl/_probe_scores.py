@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.slices import SliceTables
 
 _KMEANS_STARTS: Final = 10
 #: Bins of equally many cells that confidence and accuracy are compared in.
@@ -138,13 +138,13 @@ def side_by_side(parts: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     return np.hstack(scaled).astype(np.float32, copy=False)
 
 
-def log_counts(sections: Sections, *, layer: str | None = None) -> sparse.csr_matrix:
+def log_counts(slices: SliceTables, *, layer: str | None = None) -> sparse.csr_matrix:
     """Log-normalised counts of the genes that all tables have, (n_obs, n_genes).
 
     A cell's counts, of all its genes, are scaled to 10,000.
     """
     vocabulary = embedded_vocabulary()
-    columns = sections.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
+    columns = slices.each(lambda table: GeneColumns.read(table, vocabulary, must_map=False))
     genes = choose_panel(columns, ()).inputs
     if len(genes) < 2:
         raise ValueError(
@@ -161,7 +161,7 @@ def log_counts(sections: Sections, *, layer: str | None = None) -> sparse.csr_ma
             parts.append(log_normalised(sparse.csr_matrix(block @ choice), totals))
         return sparse.vstack(parts, format="csr")
 
-    return sparse.vstack(sections.each(read), format="csr")
+    return sparse.vstack(slices.each(read), format="csr")
 
 
 def most_variable(values: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -186,10 +186,8 @@ def principal_components(values: sparse.csr_matrix) -> NDArray[np.float32]:
 
 
 def with_neighbors(
-    components: NDArray[np.float32], sections: Sections, *, spatial_key: str
+    components: NDArray[np.float32], slices: SliceTables, *, spatial_key: str
 ) -> NDArray[np.float32]:
     """Components beside their means over the ten nearest cells of the same slice."""
-    means = neighbor_means(
-        components, sections.coordinates(spatial_key), sections.slices.rows, N_NEIGHBORS
-    )
+    means = neighbor_means(components, slices.coordinates(spatial_key), slices.rows, N_NEIGHBORS)
     return side_by_side([components, means])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stofm.heads.sections import resolve_slices
+from stofm.heads.slices import resolve_slices
 
 
 @pytest.fixture
@@ -19,15 +19,15 @@ def pair(adata):
 def test_one_several_and_named(adata, pair):
     one = resolve_slices(adata, "library")
     assert one.as_given() is adata
-    assert one.slices.names == ["left", "right"]
+    assert one.names == ["left", "right"]
     several = resolve_slices(pair, None)
     assert several.as_given() == pair
-    assert several.slices.names == ["0", "1"]
+    assert several.names == ["0", "1"]
     assert several.n_obs == 184
-    assert [rows[0] for rows in several.slices.rows] == [0, 101]
+    assert [rows[0] for rows in several.rows] == [0, 101]
     assert several.places == [slice(0, 101), slice(101, 184)]
     named = resolve_slices({"a": pair[0], "b": pair[1]}, "library")
-    assert named.slices.names == ["a:left", "b:right"]
+    assert named.names == ["a:left", "b:right"]
     assert named.as_given()["b"] is pair[1]
     assert named.copied().as_given()["b"] is not pair[1]
 

@@ -1,4 +1,4 @@
-"""Tables of cells that heads read: one, a list or a dict, and the slices in them."""
+"""Slices that heads read: of one AnnData, or of a list or dict of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from stofm._edge.coordinates import read_coordinates
-from stofm._edge.slices import Slices, read_slices
+from stofm._edge.slices import read_slices
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._messages import naming
@@ -21,36 +21,38 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm._edge.slices import Slices
     from stofm.heads.options import Request
 
 _Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, eq=False)
-class Sections:
+class SliceTables:
     """Tables whose cells are taken one after another, and the slices in them.
 
     Attributes
     ----------
     tables
         The AnnData objects.
+    names, rows
+        Of the slices; rows count through all tables.
+    called
+        Of each table, what messages start with and how the user writes it.
     keys
         Of the tables in the dict that was given; None for a list, or for a single one.
     is_single
         Whether a single one was given.
-    slices
-        Names and rows of the slices; rows count through all tables.
-    called
-        Of each table, what messages start with and how the user writes it.
     layer_argument
         The user's argument for the layer with counts.
     """
 
     tables: tuple[AnnData, ...]
-    keys: tuple[str, ...] | None
-    is_single: bool
-    slices: Slices
+    names: list[str]
+    rows: list[NDArray[np.int64]]
     called: tuple[tuple[str, str], ...]
+    keys: tuple[str, ...] | None = None
+    is_single: bool = False
     layer_argument: str = "layer"
 
     @property
@@ -77,7 +79,7 @@ class Sections:
                 found.append(read(table))
         return found
 
-    def copied(self) -> Sections:
+    def copied(self) -> SliceTables:
         """The same with copies of the tables."""
         return replace(self, tables=tuple(table.copy() for table in self.tables))
 
@@ -85,9 +87,8 @@ class Sections:
         """The tables in the form in which they were given: one, a list or a dict."""
         if self.is_single:
             return self.tables[0]
-        if self.keys is None:
-            return list(self.tables)
-        return dict(zip(self.keys, self.tables, strict=True))
+        tables = list(self.tables)
+        return tables if self.keys is None else dict(zip(self.keys, tables, strict=True))
 
     def tables_of(self, rows: NDArray[np.int64]) -> list[int]:
         """Numbers of the tables that have some of the cells."""
@@ -101,9 +102,10 @@ class Sections:
             self.each(lambda table: read_coordinates(table, places_entry(table, spatial_key)))
         )
 
-    def has_coordinates(self, spatial_key: str) -> bool:
-        """Whether all tables have places."""
-        return all(places_entry(table, spatial_key) in table.obsm for table in self.tables)
+    def has_coordinates(self, spatial_key: str, numbers: list[int] | None = None) -> bool:
+        """Whether all tables, or some, have places."""
+        tables = self.tables if numbers is None else [self.tables[k] for k in numbers]
+        return all(places_entry(table, spatial_key) in table.obsm for table in tables)
 
 
 def resolve_slices(
@@ -114,7 +116,7 @@ def resolve_slices(
     table_key: str | None = None,
     copy: bool = False,
     role: Literal["", "query", "reference"] = "",
-) -> Sections:
+) -> SliceTables:
     """Take an AnnData, a SpatialData, or a list or dict of them, and tell slices apart.
 
     Parameters
@@ -133,32 +135,36 @@ def resolve_slices(
     role
         What `data` is where there are two of its kind; for messages.
     """
-    is_dict, is_list = isinstance(data, dict), isinstance(data, list | tuple)
-    given = list(data.values()) if is_dict else list(data) if is_list else [data]
-    tables = tuple(resolve_table(one, table_key, copy=copy) for one in given)
+    is_single = not isinstance(data, dict | list | tuple)
+    given = data if isinstance(data, dict) else dict(enumerate([data] if is_single else data))
+    tables = tuple(resolve_table(one, table_key, copy=copy) for one in given.values())
     if not tables or len({id(table) for table in tables}) < len(tables):
         msg = f"Expected different AnnData, found {len(tables)} of which some are the same."
         raise ValueError(msg if tables else "The list of AnnData is empty.")
-    names = [str(k) for k in (data if is_dict else range(len(tables)))]
-    found = Sections(
+    is_reference = role == "reference"
+    called = [(f"{'reference' if is_reference else 'data'}[{key!r}]",) * 2 for key in given]
+    if is_single:
+        called = [(f"the {role}" if role else "", role if is_reference else "adata")]
+    found = SliceTables(
         tables,
-        tuple(names) if is_dict else None,
-        not (is_dict or is_list),
-        Slices(names=[], rows=[]),
-        called=_called(data, role),
-        layer_argument="reference_layer" if role == "reference" else "layer",
+        [],
+        [],
+        tuple(called),
+        keys=tuple(map(str, given)) if isinstance(data, dict) else None,
+        is_single=is_single,
+        layer_argument="reference_layer" if is_reference else "layer",
     )
     parts = found.each(lambda table: _read_slices(table, library_key, spatial_key))
-    for name, place, own in zip(names, found.places, parts, strict=True):
-        prefix = "" if found.is_single else name
-        found.slices.names.extend(":".join(filter(None, (prefix, part))) for part in own.names)
-        found.slices.rows.extend(rows + place.start for rows in own.rows)
+    for key, place, own in zip(given, found.places, parts, strict=True):
+        prefix = "" if is_single else str(key)
+        found.names.extend(":".join(filter(None, (prefix, name))) for name in own.names)
+        found.rows.extend(rows + place.start for rows in own.rows)
     return found
 
 
 def resolve_reference(
-    query: Sections, reference: Any, request: Request, table_key: str | None
-) -> tuple[Sections, Request, Request]:
+    query: SliceTables, reference: Any, request: Request, table_key: str | None
+) -> tuple[SliceTables, Request, Request]:
     """Slices to learn from, and how to read the query and these.
 
     A reference may do without the query's column of slices. A layer that one side alone has is read
@@ -180,22 +186,13 @@ def resolve_reference(
         )
     theirs = request.options.reference_layer
     if theirs is None and layer is not None:
-        has_query, has_reference = (
-            any(layer in table.layers for table in one.tables) for one in (query, found)
+        in_query, in_reference = (
+            any(layer in t.layers for t in one.tables) for one in (query, found)
         )
-        theirs = layer if has_reference else None
-        layer = layer if has_query or not has_reference else None
+        theirs = layer if in_reference else None
+        layer = layer if in_query or not in_reference else None
     own = replace(request, layer=theirs, library_key=library_key)
     return found, replace(request, layer=layer), own
-
-
-def _called(data: Any, role: str) -> tuple[tuple[str, str], ...]:
-    """Of each table, what messages start with and how the user writes it."""
-    argument = "reference" if role == "reference" else "data"
-    if not isinstance(data, dict | list | tuple):
-        return ((f"the {role}" if role else "", argument if role == "reference" else "adata"),)
-    written = [f"{argument}[{k!r}]" for k in (data if isinstance(data, dict) else range(len(data)))]
-    return tuple((one, one) for one in written)
 
 
 def _read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
