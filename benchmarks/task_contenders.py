@@ -25,7 +25,7 @@ from stofm._edge.records import frame_names
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.slices import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._probe_folds import NO_CLASS
+from stofm.tl._probe_scores import NO_CLASS
 from stofm.tl._probe_scores import (
     PCS,
     PCS_AND_NEIGHBORS,

@@ -21,7 +21,7 @@ from stofm.heads.expression import (
     principal_axes,
     read_expression,
 )
-from stofm.heads.gene_columns import Gene, GeneColumns
+from stofm.heads.genes import Gene, GeneColumns
 from stofm.heads.options import HeadOptions, Request
 from stofm.heads.slices import resolve_slices
 

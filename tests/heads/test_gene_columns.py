@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
-from stofm.heads.gene_columns import (
+from stofm.heads.genes import (
     Gene,
     GeneColumns,
     choose_panel,

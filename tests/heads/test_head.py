@@ -18,7 +18,7 @@ from scipy.special import softmax
 
 from stofm.heads.blocks import Blocks
 from stofm.heads.expression import add_expression
-from stofm.heads.gene_columns import Gene
+from stofm.heads.genes import Gene
 from stofm.heads.head import Head, refuse_reserved, require_head
 from stofm.heads.options import HeadOptions, Request
 from stofm.heads.slices import resolve_slices

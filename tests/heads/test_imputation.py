@@ -13,7 +13,7 @@ from scipy import sparse
 import stofm as st
 from stofm.heads import imputation as module
 from stofm.heads.blocks import Blocks
-from stofm.heads.gene_columns import Gene
+from stofm.heads.genes import Gene
 from stofm.heads.imputation import ImputationHead
 from stofm.heads.members import Members
 from stofm.heads.network import apply_head

@@ -9,9 +9,9 @@ from anndata import AnnData
 from scipy import sparse
 
 from stofm._keys import Obsm
-from stofm.heads.gene_columns import Gene, GeneColumns
+from stofm.heads.genes import Gene, GeneColumns
 from stofm.heads.options import Request
-from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
+from stofm.heads.genes import check_overlap, find_genes, new_genes, read_columns, reduce_tables
 from stofm.heads.slices import resolve_slices
 
 

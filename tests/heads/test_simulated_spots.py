@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stofm.heads import simulated_spots as module
+from stofm.heads import spots as module
 from stofm.heads.expression import ExpressionComponents
 from stofm.heads.network import apply_head
 from stofm.heads.options import HeadOptions, Request
-from stofm.heads.simulated_spots import fit_simulated
+from stofm.heads.spots import fit_simulated
 from stofm.heads.slices import resolve_slices
 from stofm.spatial.spots import SpotRules
 

@@ -12,7 +12,7 @@ from stofm.heads.options import Request
 from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets, head_loss
 from stofm.heads.tuning import fine_tune
-from stofm.heads.tuning_setup import FineTuning
+from stofm.heads.tuning import FineTuning
 from stofm.nn import HeadConfig, PredictionHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")

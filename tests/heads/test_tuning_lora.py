@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.heads.tuning_lora import LowRankModel
+from stofm.heads.tuning import LowRankModel
 from stofm.nn import SubSliceBatch, TokenBatch
 from stofm.nn.batch import PairIndex
 

@@ -5,9 +5,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import stofm as st
-from stofm.heads.labels import MISSING, read_label_names
+from stofm.heads.targets import MISSING, read_label_names
 from stofm.heads.slices import resolve_slices
-from stofm.tl._probe_folds import plan_folds, plan_protocol
+from stofm.tl._probe_scores import plan_folds, plan_protocol
 
 
 @pytest.fixture

@@ -1,29 +1,21 @@
-"""Classes of cells: what is learnt of them, the head of ``stofm.tl.annotate``, and what it writes."""
+"""Classes of cells: the head of ``stofm.tl.annotate``, how it is fitted and what it writes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._edge.records import (
-    all_or_nothing,
-    make_frame,
-    refuse_foreign,
-    refuse_not_finite,
-    write_frame,
-    write_record,
-)
-from stofm._keys import Label, Obs, Obsm, Suffix
+from stofm._edge.records import all_or_nothing
+from stofm._keys import Label, Obs, Obsm
 from stofm._logging import logger
-from stofm.heads.fitting import Task
-from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.labels import read_labels
+from stofm.heads.fitting import fit
+from stofm.heads.head import Head
 from stofm.heads.network import row_order
-from stofm.heads.targets import Targets
+from stofm.heads.targets import Targets, read_labels
 from stofm.heads.trust import (
     Rejection,
     Surroundings,
@@ -33,15 +25,14 @@ from stofm.heads.trust import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.labels import Labels
-    from stofm.heads.members import Members
     from stofm.heads.options import Request
     from stofm.heads.slices import SliceTables
+    from stofm.heads.targets import Labels
     from stofm.spatial import Split
 
 #: With fewer held-out cells a line of the log says so.
@@ -50,17 +41,8 @@ _CONFIDENCE = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
 
 
-@dataclass(frozen=True, eq=False)
-class Annotation:
-    """Classes of cells as a head sees them.
-
-    Attributes
-    ----------
-    probabilities
-        float32 (n_obs, n_classes), calibrated.
-    is_unknown
-        (n_obs,) whether neither probability nor place among the labelled cells supports a class.
-    """
+class Annotation(NamedTuple):
+    """Classes of cells: calibrated probabilities, (n_obs, n_classes), and whether none is supported."""
 
     probabilities: NDArray[np.float32]
     is_unknown: NDArray[np.bool_]
@@ -89,6 +71,9 @@ class AnnotationHead(Head):
 
     task: ClassVar[str] = "annotation"
     called: ClassVar[str] = "classes"
+    key: ClassVar[str] = Obs.ANNOTATION
+    obs_beside: ClassVar[tuple[str, ...]] = (_CONFIDENCE,)
+    obsm_beside: ClassVar[tuple[str, ...]] = (_PROBA,)
 
     temperature: float
     rejection: Rejection | None = None
@@ -111,13 +96,34 @@ class AnnotationHead(Head):
             is_unknown = self.rejection.rejects(probabilities.max(axis=1), distances)
         return Annotation(probabilities, is_unknown)
 
+    def apply(self, slices: SliceTables, request: Request, key: str) -> None:
+        """Name the cells of some tables, and write that."""
+        self.refuse_key(slices, key, request, self.use_rep)
+        with all_or_nothing(*slices.tables):
+            found = self.predict(self.read(slices, request))
+            categories = [*self.classes, Label.UNKNOWN]
+            likeliest = found.probabilities.argmax(axis=1)
+            codes = np.where(found.is_unknown, len(self.classes), likeliest)
+            names = pd.Categorical.from_codes(codes, categories=categories)
+            params = {"label_key": self.params["label_key"], "temperature": self.temperature}
+            self.write(
+                slices,
+                key,
+                {_PROBA: found.probabilities},
+                obs={"": names, _CONFIDENCE: found.probabilities.max(axis=1)},
+                params=[{**params, "reject_rate": self.params["reject_rate"]}] * len(slices.tables),
+            )
+        logger.info(
+            "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
+            *(len(codes), len(self.classes), key, found.is_unknown.sum()),
+        )
+
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries, arrays = super()._own()
         entries["temperature"] = self.temperature
         if self.rejection is None or self.surroundings is None:
             return entries, arrays
-        entries["rejection"] = asdict(self.rejection)
-        return entries, arrays | asdict(self.surroundings)
+        return entries | {"rejection": asdict(self.rejection)}, arrays | asdict(self.surroundings)
 
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,77 +135,58 @@ class AnnotationHead(Head):
         return fields
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AnnotationTask(Task):
-    """Learning classes."""
-
-    name: ClassVar[str] = AnnotationHead.task
-
-    labels: Labels
-    label_key: str
-
-    @classmethod
-    def of(cls, slices: SliceTables, request: Request, label_key: str) -> AnnotationTask:
-        """The task of learning a column of ``obs``; refuses labels that can't be learnt."""
-        options = request.options
-        labels = read_labels(
-            slices, label_key, missing=options.missing, min_share=options.min_share
+def learn_classes(slices: SliceTables, request: Request, label_key: str) -> AnnotationHead:
+    """Fit a head to a column of ``obs``; temperature and thresholds to the held-out cells."""
+    options = request.options
+    request.check(slices)
+    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
+    if Label.UNKNOWN in labels.classes:
+        raise ValueError(
+            f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, the name of cells that no class "
+            "is supported for. Rename it, or add it to `missing` to leave it out."
         )
-        if Label.UNKNOWN in labels.classes:
-            raise ValueError(
-                f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, the name of cells that no class "
-                "is supported for. Rename it, or add it to `missing` to leave it out."
-            )
-        weights = None
-        if options.class_weights == "balanced":
-            sizes = np.bincount(labels.codes[labels.is_known], minlength=len(labels.classes))
-            weights = (sizes.sum() / (len(sizes) * sizes)).astype(np.float32)
-        targets = Targets("classes", labels.codes, len(labels.classes), weights)
-        return cls(targets=targets, request=request, labels=labels, label_key=label_key)
-
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> AnnotationHead:
-        """Fit temperature and thresholds to the held-out cells."""
-        _tell_about(splits[0], self.labels)
-        options, codes, rows = self.request.options, self.labels.codes, members.rows
-        scores = log_scores(members.votes)
-        temperature = fit_temperature(scores, codes[rows])
-        probabilities = calibrated_probabilities(scores, temperature)
-        trust: dict[str, Any] = {"temperature": temperature}
-        is_unknown = np.zeros(len(rows), dtype=bool)
-        if options.reject_rate and len(rows):
-            read = blocks.features
-            around = [
-                Surroundings.fit(read[fitted], codes[fitted])
-                for fitted in (row_order(read, codes, split.fitted) for split in splits)
-            ]
-            distances = np.concatenate(
-                [a.distances(read[own]) for a, own in zip(around, members.held_out, strict=True)]
-            )
-            confidence = probabilities.max(axis=1)
-            rejection = Rejection.fit(confidence, distances, options.reject_rate)
-            is_unknown = rejection.rejects(confidence, distances)
-            trust |= {"rejection": rejection, "surroundings": around[0]}
-        found = [score_classes(Annotation(probabilities, is_unknown), codes[rows])]
-        return AnnotationHead(
-            **common,
-            **trust,
-            outputs=self.labels.classes,
-            params={
-                **self.request.record,
-                "label_key": self.label_key,
-                "missing": [str(one) for one in options.missing],
-                "min_share": float(options.min_share),
-                "left_out_classes": list(self.labels.left_out),
-                "class_weights": options.class_weights,
-                "n_neighbors": blocks.n_neighbors,
-                "reject_rate": float(options.reject_rate),
-            },
-            validation_scores=pd.DataFrame(
-                found[: len(rows)], index=pd.RangeIndex(1, 1 + bool(len(rows)), name="run")
-            ),
+    codes, weights = labels.codes, None
+    if options.class_weights == "balanced":
+        sizes = np.bincount(codes[labels.is_known], minlength=len(labels.classes))
+        weights = (sizes.sum() / (len(sizes) * sizes)).astype(np.float32)
+    targets = Targets("classes", codes, len(labels.classes), weights)
+    blocks, splits, members, fields = fit(slices, targets, request, AnnotationHead.task)
+    _tell_about(splits[0], labels)
+    rows, read, scores = members.rows, blocks.features, log_scores(members.votes)
+    temperature = fit_temperature(scores, codes[rows])
+    probabilities = calibrated_probabilities(scores, temperature)
+    is_unknown = np.zeros(len(rows), dtype=bool)
+    if options.reject_rate and len(rows):
+        around = [
+            Surroundings.fit(read[fitted], codes[fitted])
+            for fitted in (row_order(read, codes, split.fitted) for split in splits)
+        ]
+        distances = np.concatenate(
+            [one.distances(read[own]) for one, own in zip(around, members.held_out, strict=True)]
         )
+        confidence = probabilities.max(axis=1)
+        rejection = Rejection.fit(confidence, distances, options.reject_rate)
+        is_unknown = rejection.rejects(confidence, distances)
+        fields |= {"rejection": rejection, "surroundings": around[0]}
+    found = []
+    if len(rows):
+        found.append(score_classes(Annotation(probabilities, is_unknown), codes[rows]))
+    return AnnotationHead(
+        **fields,
+        temperature=temperature,
+        outputs=labels.classes,
+        params={
+            **request.record,
+            "label_key": label_key,
+            "missing": [str(one) for one in options.missing],
+            "min_share": float(options.min_share),
+            "left_out_classes": list(labels.left_out),
+            "class_weights": options.class_weights,
+            "n_neighbors": blocks.n_neighbors,
+            "reject_rate": float(options.reject_rate),
+        },
+        validation_scores=pd.DataFrame(found, index=pd.RangeIndex(1, 1 + len(found), name="run")),
+    )
 
 
 def _tell_about(split: Split, labels: Labels) -> None:
@@ -215,16 +202,12 @@ def _tell_about(split: Split, labels: Labels) -> None:
         logger.info(
             "%d cells of %d of %d classes are held out. Few cells or classes tell little about when "
             "to stop and how far to trust the head.",
-            len(split.held_out),
-            n_classes,
-            len(labels.classes),
+            *(len(split.held_out), n_classes, len(labels.classes)),
         )
 
 
 def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float]:
     """Score the likeliest classes of cells, unknown ones too."""
-    if not len(true):
-        return {}
     predicted = found.probabilities.argmax(axis=1)
     likelihood = found.probabilities[np.arange(len(true)), true]
     return {
@@ -235,55 +218,3 @@ def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float
         "unknown": float(found.is_unknown.mean()),
         "n_cells": len(true),
     }
-
-
-def refuse_keys(slices: SliceTables, request: Request, key: str, use_rep: Sequence[str]) -> None:
-    """Refuse a key that is read, or where something else is stored."""
-    refuse_reserved(key, Obs.ANNOTATION, request.spatial_key, request.library_key, *use_rep)
-    slices.each(
-        lambda table: refuse_foreign(table, key, obs=[key + _CONFIDENCE], obsm=[key + _PROBA])
-    )
-
-
-def annotate_with(slices: SliceTables, head: AnnotationHead, request: Request, key: str) -> None:
-    """Name the cells of some tables, and write that."""
-    require_head(head, AnnotationHead)
-    refuse_keys(slices, request, key, head.use_rep)
-    with all_or_nothing(*slices.tables):
-        _write(slices, head, head.predict(head.read(slices, request)), key)
-
-
-def _write(slices: SliceTables, head: AnnotationHead, found: Annotation, key: str) -> None:
-    """Write classes, confidence and probabilities to each table, with a record."""
-    refuse_not_finite(head.task, found.probabilities)
-    params = {
-        "label_key": head.params["label_key"],
-        "use_rep": list(head.use_rep),
-        "strategy": head.strategy,
-        "seed": head.params["seed"],
-        "temperature": head.temperature,
-        "reject_rate": head.params["reject_rate"],
-    }
-    # All is made before anything is written.
-    frames = [
-        make_frame(table, found.probabilities[part], head.classes)
-        for table, part in zip(slices.tables, slices.places, strict=True)
-    ]
-    categories = [*head.classes, Label.UNKNOWN]
-    likeliest = found.probabilities.argmax(axis=1)
-    codes = np.where(found.is_unknown, categories.index(Label.UNKNOWN), likeliest)
-    confidence = found.probabilities.max(axis=1)
-    for table, part, frame in zip(slices.tables, slices.places, frames, strict=True):
-        table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
-        table.obs[key + _CONFIDENCE] = confidence[part]
-        write_frame(table, key + _PROBA, frame, head.classes)
-        # Colours of an earlier run would be taken for these classes'.
-        table.uns.pop(key + Suffix.COLORS, None)
-        write_record(table, key, params, **head.model_names())
-    logger.info(
-        "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
-        len(codes),
-        len(head.classes),
-        key,
-        found.is_unknown.sum(),
-    )

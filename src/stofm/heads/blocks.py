@@ -16,20 +16,18 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import (
     MADE_BY_EMBED,
-    EmbeddingSource,
     Origin,
     describe_origin,
     origin_of,
     places_entry,
     same_origin,
+    with_embeddings,
 )
-from stofm.heads.options import checked_reps
 from stofm.spatial.neighbor_graph import neighbor_means
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.heads.options import Request
@@ -80,10 +78,10 @@ class Blocks:
         """What there is to read, the embedding first."""
         return tuple(source for source in get_args(Source) if self._parts(source))
 
-    def of(self, source: Source) -> NDArray[np.float32] | None:
-        """What a member reads, (n, d); None if there is none of it."""
+    def of(self, source: Source) -> NDArray[np.float32]:
+        """What a member reads, (n, d)."""
         parts = self._parts(source)
-        return np.concatenate(parts, axis=1) if len(parts) > 1 else next(iter(parts), None)
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def knows(self, source: Source) -> NDArray[np.bool_]:
         """(n,) whether a cell has all that a member reads."""
@@ -134,6 +132,7 @@ class Blocks:
 def read_embeddings(
     slices: SliceTables,
     request: Request,
+    reps: Sequence[str] | None = None,
     *,
     expected: Origin | None = None,
 ) -> Blocks:
@@ -142,35 +141,31 @@ def read_embeddings(
     New embeddings are written to all tables or, after an error, to none. Stored ones that do not
     fit (another model, layer, slices, counts or coordinates) stay; if the request names a model, the
     cells are embedded aside. Embeddings by other models than the `expected` ones, which a head was
-    fitted to, are refused.
+    fitted to, are refused. `reps` are read in place of those of the request.
     """
-    if not request.use_rep:
+    reps = tuple(request.reps if reps is None else reps)
+    if not reps:
         return Blocks(np.empty((slices.n_obs, 0), dtype=np.float32), (), (), {})
-    reps = checked_reps(request.use_rep)
-    parts = {rep: read_each(slices, rep) for rep in reps if rep not in MADE_BY_EMBED}
+    found = {rep: read_rep(slices, rep) for rep in reps if rep not in MADE_BY_EMBED}
     if request.layer is not None:
         slices.each(lambda table: read_counts(table, layer=request.layer))
-    source = EmbeddingSource(request, expected)
     with all_or_nothing(*slices.tables):
-        tables = slices.each(lambda table: source.with_embeddings(table, reps))
-    embedded = replace(slices, tables=tuple(tables))
-    origin = {}
-    for rep in reps:
-        own = embedded if rep in MADE_BY_EMBED else slices
-        parts.setdefault(rep, read_each(own, rep))
-        origin[rep] = _common_origin(own.tables, rep)
-    widths = tuple(common_width(parts[rep], rep) for rep in reps)
-    features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
-    return Blocks(features, reps, widths, origin)
+        embedded = with_embeddings(slices, reps, request, expected or {})
+    found |= {rep: read_rep(embedded, rep) for rep in reps if rep in MADE_BY_EMBED}
+    values = [found[rep][0] for rep in reps]
+    widths = tuple(one.shape[1] for one in values)
+    return Blocks(np.hstack(values), reps, widths, {rep: found[rep][1] for rep in reps})
 
 
-def read_each(slices: SliceTables, rep: str) -> list[NDArray[np.float32]]:
-    """Read an entry of ``obsm`` of each table, checked."""
-    return slices.each(lambda table: read_representation(table, rep))
-
-
-def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
-    first, *others = [origin_of(table, rep) for table in tables]
+def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[str, str]]:
+    """Read an entry of ``obsm`` of all tables, (n_obs, d), and the origin that they share."""
+    parts = slices.each(lambda table: read_representation(table, rep))
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"obsm[{rep!r}] has {sorted(widths)} columns in different AnnData; make it anew."
+        )
+    first, *others = [origin_of(table, rep) for table in slices.tables]
     for k, other in enumerate(others, 2):
         if not same_origin(other, first):
             raise ValueError(
@@ -178,17 +173,7 @@ def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
                 f"{describe_origin(other)} in number {k}. Embed all with one model, or pass it as "
                 "`model`."
             )
-    return first
-
-
-def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
-    """Columns of a representation, the same in all tables."""
-    found = {int(part.shape[1]) for part in parts}
-    if len(found) > 1:
-        raise ValueError(
-            f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
-        )
-    return found.pop()
+    return np.concatenate(parts), first
 
 
 def choose_neighborhood(
@@ -202,9 +187,7 @@ def choose_neighborhood(
     n_neighbors, spatial_key = request.options.n_neighbors, request.spatial_key
     labelled = slices.tables_of(rows)
     if n_neighbors is None:
-        has_places = all(
-            places_entry(slices.tables[k], spatial_key) in slices.tables[k].obsm for k in labelled
-        )
+        has_places = slices.has_coordinates(spatial_key, labelled)
         is_fair = set(blocks.use_rep) <= set(MADE_BY_EMBED) and request.options.split != "random"
         n_neighbors = N_NEIGHBORS if is_fair and has_places else 0
         if is_fair and not has_places:

@@ -8,24 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm._edge.records import (
-    all_or_nothing,
-    make_frame,
-    refuse_foreign,
-    refuse_not_finite,
-    remove_entry,
-    write_frame,
-    write_record,
-)
+from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.heads.fitting import Task, fit
-from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.labels import read_labels
-from stofm.heads.simulated_spots import fit_simulated
+from stofm.heads.fitting import fit
+from stofm.heads.head import Head
 from stofm.heads.slices import resolve_slices
-from stofm.heads.spot_tables import SLICE, grid_into_spots, read_proportions
-from stofm.heads.targets import Targets
+from stofm.heads.spots import SLICE, fit_simulated, grid_into_spots, read_proportions
+from stofm.heads.targets import Targets, read_labels
 from stofm.metrics import mae, pearson, rmse
 
 if TYPE_CHECKING:
@@ -34,11 +24,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.members import Members
     from stofm.heads.options import Request
     from stofm.heads.slices import SliceTables
-    from stofm.heads.spot_tables import SpotTable
-    from stofm.spatial import Split
+    from stofm.heads.spots import SpotTable
 
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: With fewer spots than this there is nothing to hold out.
@@ -55,6 +43,8 @@ class DeconvolutionHead(Head):
 
     task: ClassVar[str] = "deconvolution"
     called: ClassVar[str] = "types"
+    key: ClassVar[str] = Obsm.DECONVOLUTION
+    obsm_beside: ClassVar[tuple[str, ...]] = (_STD,)
 
     def __post_init__(self) -> None:
         """Name the scores by type: in a file, types "0" and "NA" look like something else."""
@@ -82,48 +72,83 @@ class DeconvolutionHead(Head):
             return mean, None
         return mean, np.sqrt(np.maximum(squares - mean**2, 0.0))
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ProportionsTask(Task):
-    """Learning proportions that are known.
-
-    Attributes
-    ----------
-    types
-        Names of the types.
-    source
-        What is learnt from, for the head's record.
-    """
-
-    name: ClassVar[str] = DeconvolutionHead.task
-
-    types: tuple[str, ...]
-    source: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, spots: SpotTable, request: Request, source: Mapping[str, Any]) -> ProportionsTask:
-        """The task of learning what is known of spots; refuses too few."""
-        targets = Targets("proportions", spots.proportions, len(spots.types))
-        n_known = int(targets.is_known.sum())
-        if n_known < _MIN_SPOTS:
-            raise ValueError(
-                f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
-                "are needed to fit a head and to hold some out. Pass more slices, or a smaller "
-                "spot_size if cells are summed into spots."
-            )
-        return cls(targets=targets, request=request, types=tuple(spots.types), source=source)
-
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> DeconvolutionHead:
-        """Score the types on the held-out spots."""
-        true = self.targets.values[members.rows]
-        return DeconvolutionHead(
-            **common,
-            outputs=self.types,
-            params={**self.request.record, **self.source, "n_neighbors": blocks.n_neighbors},
-            validation_scores=score_types(self.types, true, members.votes),
+    def apply(self, slices: SliceTables, request: Request, key: str) -> None:
+        """Find the proportions of some spots, and write them."""
+        self.refuse_key(slices, key, request, self.use_rep)
+        with all_or_nothing(*slices.tables):
+            mean, spread = self.predict(self.read(slices, request))
+            frames = {"": mean} if spread is None else {"": mean, _STD: spread}
+            self.write(slices, key, frames, params=[{}] * len(slices.tables))
+        logger.info(
+            "Proportions of %d types in %d spots: obsm[%r].", len(self.types), len(mean), key
         )
+
+
+def learn_proportions(
+    spots: SpotTable, request: Request, source: Mapping[str, Any]
+) -> DeconvolutionHead:
+    """Fit a head to spots whose proportions are known; `source` says of what, for its record."""
+    targets = Targets("proportions", spots.proportions, len(spots.types))
+    n_known = int(targets.is_known.sum())
+    if n_known < _MIN_SPOTS:
+        raise ValueError(
+            f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} are "
+            "needed to fit a head and to hold some out. Pass more slices, or a smaller spot_size if "
+            "cells are summed into spots."
+        )
+    blocks, _, members, fields = fit(spots.slices, targets, request, DeconvolutionHead.task)
+    return DeconvolutionHead(
+        **fields,
+        outputs=tuple(spots.types),
+        params={**request.record, **source, "n_neighbors": blocks.n_neighbors},
+        validation_scores=score_types(spots.types, targets.values[members.rows], members.votes),
+    )
+
+
+def learn_known(
+    slices: SliceTables, key: str | Sequence[str], request: Request
+) -> DeconvolutionHead:
+    """Fit a head to an entry of ``obsm``, or columns of ``obs``, with proportions."""
+    request.check(slices)
+    source = {"proportions_key": key if isinstance(key, str) else list(key)}
+    return learn_proportions(read_proportions(slices, key), request, source)
+
+
+def learn_squares(
+    slices: SliceTables, spot_size: float, label_key: str, request: Request
+) -> DeconvolutionHead:
+    """Fit a head to squares that single cells are summed into."""
+    request.check(slices)
+    options = request.options
+    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
+    squares = grid_into_spots(slices, labels, request, spot_size=spot_size)
+    own = replace(request, library_key=SLICE, layer=None, spatial_key=Obsm.SPATIAL)
+    return learn_proportions(squares, own, {"label_key": label_key, "spot_size": spot_size})
+
+
+def learn_reference(
+    slices: SliceTables, reference: Any, label_key: str, request: Request
+) -> DeconvolutionHead:
+    """Fit a head to spots simulated from single cells."""
+    if request.options.strategy != "frozen":
+        raise ValueError(
+            f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
+            "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
+            "with a slice of single cells."
+        )
+    plain = list(reference.values()) if isinstance(reference, dict) else reference
+    for one in plain if isinstance(plain, list | tuple) else [plain]:
+        if len(names := sorted(getattr(one, "tables", ()))) > 1:
+            # `table_key` names one of the query.
+            raise KeyError(
+                f"The reference is a SpatialData with the tables {names}; pass the one with the "
+                f"single cells: reference=sdata.tables[{names[0]!r}]."
+            )
+    # A reference's slices do not matter, nor whether they overlap.
+    cells = resolve_slices(reference, spatial_key="", role="reference")
+    fields, found, true = fit_simulated(slices, cells, label_key, request)
+    scores = score_types(fields["outputs"], true, found)
+    return DeconvolutionHead(**fields, validation_scores=scores)
 
 
 def score_types(
@@ -139,104 +164,3 @@ def score_types(
     true = np.asarray(true, dtype=np.float64)
     scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
     return pd.DataFrame(scores, index=index)
-
-
-def learn_proportions(
-    slices: SliceTables, key: str | Sequence[str], request: Request, *, copy: bool
-) -> DeconvolutionHead:
-    """Fit a head to spots whose proportions are known."""
-    request.check(slices)
-    known = read_proportions(slices, key)
-    source = {"proportions_key": key if isinstance(key, str) else list(key)}
-    task = ProportionsTask.of(known, request, source)
-    head: DeconvolutionHead = fit(task, slices.copied() if copy else slices)
-    return head
-
-
-def learn_squares(
-    slices: SliceTables, spot_size: float, label_key: str, request: Request
-) -> DeconvolutionHead:
-    """Fit a head to squares that single cells are summed into."""
-    request.check(slices)
-    options = request.options
-    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
-    squares = grid_into_spots(slices, labels, request, spot_size=spot_size)
-    own = replace(request, library_key=SLICE, layer=None, spatial_key=Obsm.SPATIAL)
-    source = {"label_key": label_key, "spot_size": spot_size}
-    head: DeconvolutionHead = fit(ProportionsTask.of(squares, own, source), squares.slices)
-    return head
-
-
-def learn_reference(
-    slices: SliceTables, reference: Any, label_key: str, request: Request, key: str
-) -> DeconvolutionHead:
-    """Fit a head to spots simulated from single cells, and write the proportions that it finds."""
-    if request.options.strategy != "frozen":
-        raise ValueError(
-            f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
-            "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
-            "with a slice of single cells."
-        )
-    _refuse_keys(slices, key, request)
-    plain = list(reference.values()) if isinstance(reference, dict) else reference
-    for one in plain if isinstance(plain, list | tuple) else [plain]:
-        if len(names := sorted(getattr(one, "tables", ()))) > 1:
-            # `table_key` names one of the query.
-            raise KeyError(
-                f"The reference is a SpatialData with the tables {names}; pass the one with the "
-                f"single cells: reference=sdata.tables[{names[0]!r}]."
-            )
-    # A reference's slices do not matter, nor whether they overlap.
-    cells = resolve_slices(reference, spatial_key="", role="reference")
-    fitted = fit_simulated(slices, cells, label_key, request)
-    head = DeconvolutionHead(
-        **fitted.fields,
-        validation_scores=score_types(fitted.fields["outputs"], fitted.true, fitted.found),
-    )
-    with all_or_nothing(*slices.tables):
-        _write(slices, head, request, key)
-    return head
-
-
-def deconvolve_with(
-    slices: SliceTables, head: DeconvolutionHead, request: Request, key: str
-) -> None:
-    """Find the proportions of some spots, and write them."""
-    require_head(head, DeconvolutionHead)
-    _refuse_keys(slices, key, request, head.use_rep)
-    with all_or_nothing(*slices.tables):
-        _write(slices, head, request, key)
-
-
-def _refuse_keys(
-    slices: SliceTables, key: str, request: Request, use_rep: Sequence[str] = ()
-) -> None:
-    """Refuse a key that is read, or where or beside which something else is stored."""
-    refuse_reserved(key, Obsm.DECONVOLUTION, request.spatial_key, request.library_key, *use_rep)
-    slices.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
-
-
-def _write(slices: SliceTables, head: DeconvolutionHead, request: Request, key: str) -> None:
-    """Write proportions and their deviation to each table, with a record."""
-    found = head.predict(head.read(slices, request))
-    refuse_not_finite(head.task, *found)
-    params = {
-        "use_rep": list(head.use_rep),
-        "strategy": head.strategy,
-        "seed": head.params["seed"],
-    }
-    # All is made before anything is written.
-    frames = [
-        [make_frame(table, values[part], head.types) for values in found if values is not None]
-        for table, part in zip(slices.tables, slices.places, strict=True)
-    ]
-    for table, (mean, *spread) in zip(slices.tables, frames, strict=True):
-        write_record(table, key, params, **head.model_names())
-        write_frame(table, key, mean, head.types)
-        # That of an earlier run would be taken for this one's.
-        remove_entry(table, key + _STD)
-        for frame in spread:
-            write_frame(table, key + _STD, frame, head.types)
-    logger.info(
-        "Proportions of %d types in %d spots: obsm[%r].", len(head.types), len(found[0]), key
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import operator
 import warnings
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_args
 from stofm._config import check_seed
 from stofm._keys import Obsm
 from stofm.heads.embeddings import MADE_BY_EMBED
-from stofm.heads.labels import MIN_SHARE, MISSING
-from stofm.heads.tuning_lora import require_peft
+from stofm.heads.targets import MIN_SHARE, MISSING
 from stofm.spatial.splits import SplitRule
 from stofm.spatial.spots import SpotRules
 
@@ -98,7 +98,7 @@ class HeadOptions:
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """What a call asks for; fields as in :func:`stofm.tl.annotate`."""
 
@@ -115,23 +115,29 @@ class Request:
     def __post_init__(self) -> None:
         """Refuse values that no data could go with."""
         check_seed(self.seed)
-        options: Any = self.options
-        if not isinstance(options, HeadOptions):
+        if not isinstance(self.options, HeadOptions):
             raise TypeError(
-                f"options must be st.tl.HeadOptions(...), found {type(options).__name__}."
+                f"options must be st.tl.HeadOptions(...), found {type(self.options).__name__}."
             )
+        if not self.reps or len(set(self.reps)) < len(self.reps):
+            raise ValueError(
+                f"use_rep must name one or several entries of obsm, each once; found {self.use_rep!r}."
+            )
+
+    @property
+    def reps(self) -> tuple[str, ...]:
+        """Names of the representations."""
+        return (self.use_rep,) if isinstance(self.use_rep, str) else tuple(self.use_rep)
 
     @property
     def record(self) -> dict[str, Any]:
         """What is written down of it with a head."""
-        options = self.options
+        names = ("layer", "library_key", "spatial_key")
         return {
-            "n_neighbors": options.n_neighbors,
-            "n_components": options.n_components,
+            "n_neighbors": self.options.n_neighbors,
+            "n_components": self.options.n_components,
             "seed": int(self.seed),
-            "layer": self.layer,
-            "library_key": self.library_key,
-            "spatial_key": self.spatial_key,
+            **{name: getattr(self, name) for name in names},
         }
 
     @property
@@ -142,16 +148,18 @@ class Request:
 
     def check(self, slices: SliceTables) -> None:
         """Refuse what does not go together, or with the slices, before cells are embedded."""
-        options, reps = self.options, checked_reps(self.use_rep)
+        options = self.options
         if options.strategy != "frozen":
-            if strange := [rep for rep in reps if rep not in MADE_BY_EMBED]:
+            if strange := [rep for rep in self.reps if rep not in MADE_BY_EMBED]:
                 raise ValueError(
                     f"strategy={options.strategy!r} tunes a model, and obsm{strange} are not "
                     "embeddings of one; use strategy='frozen', or use_rep from "
                     f"{list(MADE_BY_EMBED)}."
                 )
-            if options.strategy == "lora":
-                require_peft()
+            if options.strategy == "lora" and importlib.util.find_spec("peft") is None:
+                raise ImportError(
+                    "strategy='lora' needs peft: pip install 'stofm[lora]'. Or use strategy='full'."
+                )
         if options.split == "slices" and len(slices.rows) < 2:
             raise ValueError(
                 "split='slices' holds out whole slices, and there is a single one; use "
@@ -162,37 +170,26 @@ class Request:
 
 
 def moved_to_options(
-    *names: str,
-) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    function: Callable[_Parameters, _Result],
+) -> Callable[_Parameters, _Result]:
     """Take arguments that are now fields of :class:`HeadOptions`, with a FutureWarning."""
 
-    def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-        @functools.wraps(function)
-        def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-            if moved := {name: kwargs.pop(name) for name in names if name in kwargs}:
-                warnings.warn(
-                    f"{', '.join(moved)}: pass options=st.tl.HeadOptions("
-                    f"{', '.join(f'{name}=...' for name in moved)}) instead.",
-                    FutureWarning,
-                    stacklevel=2,
-                )
-                given: Any = kwargs.get("options") or HeadOptions()
-                kwargs["options"] = replace(given, **moved)
-            return function(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        given: dict[str, Any] = kwargs
+        names = [name for name in HeadOptions.__dataclass_fields__ if name in given]
+        if names:
+            warnings.warn(
+                f"{', '.join(names)}: pass options=st.tl.HeadOptions("
+                f"{', '.join(f'{name}=...' for name in names)}) instead.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            moved = {name: given.pop(name) for name in names}
+            given["options"] = replace(given.get("options") or HeadOptions(), **moved)
+        return function(*args, **kwargs)
 
-        return call
-
-    return decorate
-
-
-def checked_reps(use_rep: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of representations as a tuple; refuse none, or one twice."""
-    reps = (use_rep,) if isinstance(use_rep, str) else tuple(use_rep)
-    if not reps or len(set(reps)) < len(reps):
-        raise ValueError(
-            f"use_rep must name one or several entries of obsm, each once; found {use_rep!r}."
-        )
-    return reps
+    return call
 
 
 def check_whole_number(name: str, value: Any, *, least: int) -> None:

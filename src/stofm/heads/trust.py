@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -17,32 +17,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Bounds of the temperature, and its value without cells to fit it to.
-TEMPERATURES = (0.2, 5.0)
+TEMPERATURES: Final = (0.2, 5.0)
 #: How firmly the temperature is held to 1: few cells, all of them right or all of them wrong, would
 #: draw it without end. A hundred cells or more do as they like.
-_PRIOR = 20.0
+_PRIOR: Final = 20.0
 #: Principal components that distances are measured in: with 20, cells of a class that was left out
 #: are found better than with 50, and as well as by their nearest labelled cells.
-_N_COMPONENTS = 20
+_N_COMPONENTS: Final = 20
 #: What is added to the variances within classes, as a share of their mean.
-_SHRINKAGE = 1e-2
-_CHUNK = 16_384
+_SHRINKAGE: Final = 1e-2
+_CHUNK: Final = 16_384
 
 
 def fit_temperature(scores: NDArray[np.floating], classes: NDArray[np.int64]) -> float:
     """Find what to divide scores by so that probabilities are as good as can be.
 
-    Parameters
-    ----------
-    scores
-        (n, n_classes) raw outputs of a head for held-out cells.
-    classes
-        (n,) their classes.
-
-    Returns
-    -------
-    The temperature with the lowest negative log-likelihood, to which that of the temperature is
-    added: its logarithm is normal around 0. The fewer cells, the nearer to 1; 1 without cells.
+    `scores`, (n, n_classes), are raw outputs of a head for held-out cells. The temperature has the
+    lowest negative log-likelihood, to which that of the temperature is added: its logarithm is
+    normal around 0. The fewer cells, the nearer to 1; 1 without cells.
 
     References
     ----------
@@ -65,16 +57,13 @@ def calibrated_probabilities(
     scores: NDArray[np.floating], temperature: float
 ) -> NDArray[np.float32]:
     """Softmax of scores divided by the temperature, (n, n_classes)."""
-    probabilities: NDArray[np.float32] = softmax(
-        np.asarray(scores, dtype=np.float32) / np.float32(temperature), axis=1
-    )
-    return probabilities
+    values = np.asarray(scores, dtype=np.float32) / np.float32(temperature)
+    return np.asarray(softmax(values, axis=1))
 
 
 def log_scores(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
     """Scores whose softmax is the probabilities, for a temperature to act on."""
-    scores: NDArray[np.floating] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
-    return scores
+    return np.asarray(np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +93,9 @@ class Surroundings:
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
-        """Take class means and the covariance within classes.
+        """Take class means and the covariance within classes, numbers from 0 that all occur.
 
-        Parameters
-        ----------
-        features
-            (n, d) embeddings of the fitted cells, in an order that does not depend on the file.
-        classes
-            (n,) numbers from 0, each of which occurs.
+        `features`, (n, d), are in an order that does not depend on the file.
         """
         center = features.mean(axis=0, dtype=np.float64)
         values = features - center
@@ -127,12 +111,9 @@ class Surroundings:
         within = residuals.T @ residuals / len(residuals)
         ridge = _SHRINKAGE * np.trace(within) / len(within) or 1.0
         root = np.linalg.cholesky(within + ridge * np.eye(len(within)))
-        whitened = solve_triangular(root, kept.T / scale, lower=True).T
-        return cls(
-            center=center.astype(np.float32),
-            projection=whitened.astype(np.float32),
-            means=solve_triangular(root, means.T, lower=True).T.astype(np.float32),
-        )
+        projection = solve_triangular(root, kept.T / scale, lower=True).T
+        means = solve_triangular(root, means.T, lower=True).T
+        return cls(*(one.astype(np.float32) for one in (center, projection, means)))
 
     def distances(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """(n,) distance of each embedding from the nearest class mean."""
@@ -154,10 +135,8 @@ class Rejection:
     ----------
     rate
         Share of known cells that may be.
-    measured
-        Share of the held-out known cells that are.
-    n_cells
-        Number of these.
+    measured, n_cells
+        Share of the held-out known cells that are, and the number of these.
     least_probability
         Below it the likeliest class is not supported by its probability.
     greatest_distance
@@ -174,19 +153,10 @@ class Rejection:
     def fit(
         cls, confidence: NDArray[np.floating], distances: NDArray[np.float64], rate: float
     ) -> Rejection:
-        """Choose thresholds on held-out known cells.
+        """Choose thresholds on held-out known cells, (n,) each.
 
         The same share of them lies beyond either threshold, as large as can be so that no more
         than `rate` of them lies beyond both.
-
-        Parameters
-        ----------
-        confidence
-            (n,) probability of the likeliest class.
-        distances
-            (n,) from :meth:`Surroundings.distances`.
-        rate
-            Above 0 and below 1.
         """
         n_cells = len(confidence)
         by_confidence, by_distance = np.sort(confidence), np.sort(-distances)
@@ -197,20 +167,14 @@ class Rejection:
         )
         n_rejected = int(rate * n_cells)
         beyond = np.sort(ranks)[n_rejected] - 1 if n_rejected < n_cells else n_cells - 1
-        found = cls(
-            rate=rate,
-            measured=0.0,
-            n_cells=n_cells,
-            least_probability=float(by_confidence[beyond]),
-            greatest_distance=float(-by_distance[beyond]),
-        )
-        measured = float(found.rejects(confidence, distances).mean())
-        return cls(rate, measured, n_cells, found.least_probability, found.greatest_distance)
+        least, greatest = float(by_confidence[beyond]), float(-by_distance[beyond])
+        measured = float(((confidence < least) & (distances > greatest)).mean())
+        return cls(rate, measured, n_cells, least, greatest)
 
     def rejects(
         self, confidence: NDArray[np.floating], distances: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
         """(n,) whether cells are unknown."""
-        unlikely = confidence < self.least_probability
-        rejected: NDArray[np.bool_] = unlikely & (distances > self.greatest_distance)
-        return rejected
+        return np.asarray(
+            (confidence < self.least_probability) & (distances > self.greatest_distance)
+        )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from stofm._keys import Obsm
 from stofm.heads.deconvolution import (
     DeconvolutionHead,
-    deconvolve_with,
-    learn_proportions,
+    learn_known,
     learn_reference,
     learn_squares,
 )
+from stofm.heads.head import require_head
 from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
 from stofm.heads.slices import resolve_slices
 
@@ -24,16 +24,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options(
-    "strategy",
-    "n_neighbors",
-    "n_components",
-    "reference_layer",
-    "missing",
-    "min_share",
-    "spots",
-    "split",
-)
+@moved_to_options
 def deconvolve(
     data: Any,
     *,
@@ -177,6 +168,7 @@ def deconvolve(
     >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
     True
     """
+    require_head(head, DeconvolutionHead)
     ways = {
         "proportions_key": proportions_key,
         "reference": reference,
@@ -199,16 +191,9 @@ def deconvolve(
             "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
             "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
         )
+    options = options or HeadOptions()
     request = Request(
-        model=model,
-        use_rep=use_rep,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        show_progress_bar=show_progress_bar,
-        options=options or HeadOptions(),
+        model, use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar, options
     )
     slices = resolve_slices(
         data,
@@ -220,11 +205,14 @@ def deconvolve(
     )
     if head is not None:
         target = slices.copied() if copy else slices
-        deconvolve_with(target, head, request, key_added)
+        head.apply(target, request, key_added)
         return target.as_given() if copy else None
     if proportions_key is not None:
-        return learn_proportions(slices, proportions_key, request, copy=copy)
+        return learn_known(slices.copied() if copy else slices, proportions_key, request)
     assert label_key is not None
     if spot_size is not None:
         return learn_squares(slices, spot_size, label_key, request)
-    return learn_reference(slices, reference, label_key, request, key_added)
+    DeconvolutionHead.refuse_key(slices, key_added, request, ())
+    head = learn_reference(slices, reference, label_key, request)
+    head.apply(slices, request, key_added)
+    return head

@@ -10,18 +10,20 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import counter
-from stofm.heads.blocks import common_width, read_each
-from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
-from stofm.heads.labels import MISSING, read_label_names
+from stofm.heads.blocks import read_rep
 from stofm.heads.options import DEFAULT_REP, check_whole_number
 from stofm.heads.slices import resolve_slices
-from stofm.tl._probe_folds import AND, Protocol, plan_folds, plan_protocol
+from stofm.heads.targets import MISSING, read_label_names
 from stofm.tl._probe_scores import (
+    AND,
     LOG_COUNTS,
     PCS,
     PCS_AND_NEIGHBORS,
+    Protocol,
     log_counts,
     most_variable,
+    plan_folds,
+    plan_protocol,
     principal_components,
     score_clusters,
     score_head,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.slices import SliceTables
-    from stofm.tl._probe_folds import Fold
+    from stofm.tl._probe_scores import Fold
 
 _N_SEEDS: Final = 3
 MEASURES: Final = ("macro_f1", "accuracy", "ari", "nmi", "calibration_error")
@@ -198,18 +200,7 @@ def read_representations(
             "use_rep must name entries of obsm or tuples of them, each once and none called "
             f"{PCS!r}, {PCS_AND_NEIGHBORS!r} or {LOG_COUNTS!r}; found {use_rep!r}."
         )
-    values = {}
-    for rep in dict.fromkeys(itertools.chain(*asked)):
-        parts = read_each(slices, rep)
-        common_width(parts, rep)
-        first, *others = (origin_of(table, rep) for table in slices.tables)
-        unlike = [one for one in others if rep in MADE_BY_EMBED and not same_origin(first, one)]
-        if unlike:
-            raise ValueError(
-                f"obsm[{rep!r}] is by {describe_origin(first)} in one AnnData and by "
-                f"{describe_origin(unlike[0])} in another. Embed all with one model."
-            )
-        values[rep] = np.concatenate(parts)
+    values = {rep: read_rep(slices, rep)[0] for rep in dict.fromkeys(itertools.chain(*asked))}
     asked_by_name = zip(names, asked, strict=True)
     return {name: side_by_side([values[rep] for rep in reps]) for name, reps in asked_by_name}
 
