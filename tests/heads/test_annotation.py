@@ -58,7 +58,7 @@ def test_all_or_nothing_is_written(cells, monkeypatch):
     def fail(*_args, **_options):
         raise OSError
 
-    monkeypatch.setattr("stofm.heads.annotation.write_record", fail)
+    monkeypatch.setattr("stofm.heads.head.write_frame", fail)
     with pytest.raises(OSError):
         st.tl.annotate(cells, head=head, **QUIET)
     assert Obs.ANNOTATION not in cells.obs

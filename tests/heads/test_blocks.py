@@ -277,7 +277,7 @@ def test_bad_representations(adata, pair, rng):
 
 
 def test_nothing_is_read(adata):
-    blocks = read(adata, use_rep=())
+    blocks = read_embeddings(resolve_slices(adata, "library"), Request(), ())
     assert (blocks.features.shape, blocks.sources) == ((184, 0), ())
 
 

@@ -13,7 +13,6 @@ from stofm.heads.options import (
     HeadOptions,
     Request,
     check_whole_number,
-    checked_reps,
     moved_to_options,
 )
 from stofm.heads.slices import resolve_slices
@@ -109,21 +108,21 @@ def test_whole_numbers(value):
 
 
 def test_representations():
-    assert checked_reps("X") == ("X",)
-    assert checked_reps(["X", "Y"]) == ("X", "Y")
+    assert Request(use_rep="X").reps == ("X",)
+    assert Request(use_rep=["X", "Y"]).reps == ("X", "Y")
     for reps in ((), ("X", "X")):
         with pytest.raises(ValueError, match="each once"):
-            checked_reps(reps)
+            Request(use_rep=reps)
 
 
 def test_arguments_that_moved():
-    @moved_to_options("split", "n_neighbors")
+    @moved_to_options
     def call(data, *, seed=0, options=None):
         return data, seed, options
 
     assert call(1, seed=2) == (1, 2, None)
     told = (
-        r"^split, n_neighbors: pass options=st\.tl\.HeadOptions\(split=\.\.\., n_neighbors=\.\.\.\)"
+        r"^n_neighbors, split: pass options=st\.tl\.HeadOptions\(n_neighbors=\.\.\., split=\.\.\.\)"
     )
     with pytest.warns(FutureWarning, match=told) as warned:
         found = call(1, split="random", n_neighbors=3)

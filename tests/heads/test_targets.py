@@ -7,7 +7,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from stofm.heads.slices import resolve_slices
-from stofm.heads.targets import Targets, expression_targets, head_loss, log_normalised
+from stofm.heads.targets import ExpressionTargets, Targets, head_loss, log_normalised
 
 
 def test_classes():
@@ -17,28 +17,13 @@ def test_classes():
     assert len(targets) == 3
 
 
-@pytest.mark.parametrize("is_sparse", [False, True])
-def test_rows_with_nan_are_not_known(is_sparse):
+def test_rows_with_nan_are_not_known():
     values = np.array([[0, 1, 2], [np.nan, 0, 0], [0, 0, 0], [1, 0, np.nan]], dtype=np.float32)
-    targets = Targets("values", sparse.csr_matrix(values) if is_sparse else values, 3)
+    targets = Targets("values", values, 3)
     assert targets.is_known.tolist() == [True, False, True, False]
     taken = targets.take(np.array([2, 0]))
     assert taken.dtype == torch.float32
     assert taken.tolist() == [[0, 0, 0], [0, 1, 2]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("ranks", np.zeros(3), 2), "kind must be one of"),
-        (("classes", np.zeros((3, 2)), 2), r"shape \(3, 2\); expected \(3,\)"),
-        (("values", np.zeros((3, 2)), 5), r"shape \(3, 2\); expected \(3, 5\)"),
-        (("classes", np.zeros(3), 2, np.ones(3)), "3 class weights for 2 classes"),
-    ],
-)
-def test_bad_targets(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Targets(*arguments)
 
 
 def test_cross_entropy_with_class_weights(rng):
@@ -73,10 +58,13 @@ def counts(rng):
     return read, rng.poisson(4.0, (61, 3)).astype(np.float32)
 
 
+GENES = ["A", "B", "C"]
+
+
 def targets_of(counts):
     read, learnt = counts
     slices = resolve_slices(AnnData(sparse.csr_matrix(read)), spatial_key="")
-    return expression_targets(slices, [sparse.csr_matrix(learnt)])
+    return ExpressionTargets.of(slices, [sparse.csr_matrix(learnt)], GENES)
 
 
 def test_expression_is_normalised_by_the_total_of_what_is_read(counts):
@@ -90,17 +78,15 @@ def test_expression_is_normalised_by_the_total_of_what_is_read(counts):
     assert not targets.values[7].toarray().any()
 
 
-def test_expression_is_standardised_by_gene(counts, rng):
+def test_expression_is_standardised_by_gene(counts):
     counts[1][:, 1] = 0
-    targets = targets_of(counts)
-    rows = np.setdiff1d(rng.permutation(61)[:40], [7])
-    assert targets.is_constant(rows).tolist() == [False, True, False]
-    found = targets.standardised(rows)
-    taken = found.take(rows).numpy()
+    with pytest.warns(UserWarning, match=r"1 of 3 genes are constant .* for example \['B'\]"):
+        targets = targets_of(counts)
+    taken = targets.take(np.flatnonzero(targets.is_known)).numpy()
     assert taken.dtype == np.float32
     np.testing.assert_allclose(taken.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(taken.std(axis=0), [1, 0, 1], atol=1e-4)
-    assert found.scale[1] == 1.0
+    assert targets.scale[1] == 1.0
 
 
 def test_log_normalised_values():

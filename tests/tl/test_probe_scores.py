@@ -11,8 +11,9 @@ from stofm.heads.network import apply_head, fit_head
 from stofm.heads.slices import resolve_slices
 from stofm.heads.targets import Targets
 from stofm.tl import _probe_scores
-from stofm.tl._probe_scores import Fold, common_classes
 from stofm.tl._probe_scores import (
+    Fold,
+    common_classes,
     log_counts,
     most_variable,
     principal_components,

@@ -170,8 +170,8 @@ def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[s
         if not same_origin(other, first):
             raise ValueError(
                 f"obsm[{rep!r}] is by {describe_origin(first)} in the first AnnData and by "
-                f"{describe_origin(other)} in number {k}. Embed all with one model, or pass it as "
-                "`model`."
+                f"{describe_origin(other)} in number {k}. Embed all with one model: st.tl.embed(adata, "
+                "model)."
             )
     return np.concatenate(parts), first
 
