@@ -107,7 +107,7 @@ def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
         given.update(options, model=own, kind=targets.kind, d_input=head.config.d_input)
         return tuned, pd.DataFrame({"epoch": [1], "loss": [0.5]})
 
-    monkeypatch.setattr(fitting, "fine_tune", tune)
+    monkeypatch.setattr("stofm.heads.tuning.fine_tune", tune)
     sections = resolve_slices(adata, "library")
     request = asked(model=model, strategy="full", n_neighbors=6)
     found = fit(adata, request)

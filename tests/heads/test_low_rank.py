@@ -21,7 +21,7 @@ def base(model):
 @pytest.fixture
 def low_rank(model, base):
     """Changes that are not 0 any more."""
-    found = add_low_rank(model, RANK, 5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.parameters():
@@ -54,14 +54,14 @@ def subslices(rng):
 def test_changes_are_nothing_at_first(model, subslices):
     before = model.se2_transformer(subslices).last_hidden_state
     fingerprint = model.fingerprint
-    found = add_low_rank(model, RANK, 5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     after = found.model.se2_transformer(subslices).last_hidden_state
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert merged(found, model).fingerprint == fingerprint
 
 
 def test_only_changes_are_trained(model):
-    found = add_low_rank(model, RANK, 5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     trained = {n for n, w in found.model.named_parameters() if w.requires_grad}
     assert trained
     assert all(".lora_A." in n or ".lora_B." in n for n in trained)
@@ -111,7 +111,7 @@ def test_gradients_reach_the_cell_encoders_changes(low_rank, model, tokens):
 def test_same_seed_same_changes_and_no_global_random_numbers(model):
     state = torch.random.get_rng_state()
     made = [
-        add_low_rank(copy.deepcopy(model), RANK, 5.0, seed=seed).model.state_dict()
+        add_low_rank(copy.deepcopy(model), RANK, 5, seed=seed).model.state_dict()
         for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -190,7 +190,7 @@ def test_genes_are_learnt(fit, training, monkeypatch):
     assert (st.metrics.pearson(true, found) > 0.8).all()
     assert (st.metrics.rmse(true, found) < true.std(axis=0)).all()
     assert (head.gene_scores > 0.5).all()
-    assert head.model_names() == {}
+    assert head.origin == {"exact": {}}
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):

@@ -91,6 +91,12 @@ class Blocks:
             known &= np.isfinite(part[:, 0])
         return known
 
+    def take(self, rows: NDArray[np.int64]) -> Blocks:
+        """The blocks of some cells."""
+        arrays = ("features", "expression", "neighborhood", "expression_neighborhood")
+        found = {name: getattr(self, name) for name in arrays}
+        return replace(self, **{n: None if one is None else one[rows] for n, one in found.items()})
+
     def widths_of(self, source: Source) -> tuple[int, ...]:
         """Columns of each part of :meth:`of`; those of a part share a scale."""
         if source == "embedding":

@@ -15,7 +15,6 @@ from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.expression import add_expression
 from stofm.heads.members import fit_members
 from stofm.heads.network import fit_head, row_order
-from stofm.heads.tuning import fine_tune
 from stofm.nn.model import load_model
 from stofm.spatial import split_cells
 
@@ -71,13 +70,14 @@ def fit(slices: SliceTables, targets: Targets, request: Request, task: str) -> F
         splits.append(split)
     model, losses = None, []
     if options.strategy != "frozen":
-        parts = {"fitted": splits[0].fitted, "held_out": splits[0].held_out}
-        model = model_to_tune(request, blocks.origin)
-        network = fit_head(
-            blocks.features, targets, **parts, input_widths=blocks.widths, seed=request.seed
-        )
+        from stofm.heads.tuning import fine_tune
+
+        parts: dict[str, Any] = {"fitted": splits[0].fitted, "held_out": splits[0].held_out}
+        given = model_to_tune(request, blocks.origin)
+        widths, seed = blocks.widths, request.seed
+        network = fit_head(blocks.features, targets, **parts, input_widths=widths, seed=seed).head
         model, history = fine_tune(
-            slices, model, network.head, targets, request=request, task=task, **parts
+            slices, given, network, targets, request=request, task=task, **parts
         )
         losses.append(history.assign(reads="slices"))
         blocks = _read_again(slices, blocks, replace(request, model=model))

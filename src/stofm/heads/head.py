@@ -180,7 +180,7 @@ class Head:
             for table, part in zip(slices.tables, slices.places, strict=True)
         ]
         for table, part, own, more in zip(slices.tables, slices.places, made, params, strict=True):
-            write_record(table, key, same | more, **model)
+            write_record(table, key, {**same, **more}, **model)
             for beside, column in (obs or {}).items():
                 table.obs[key + beside] = column[part]
             # What is left of an earlier run would be taken for this one's.
@@ -327,7 +327,7 @@ class Head:
 
     def _write(self, folder: Path) -> None:
         own, arrays = self._own()
-        config = {"task": self.task, "stofm_version": __version__}
+        config: dict[str, Any] = {"task": self.task, "stofm_version": __version__}
         config |= {name: getattr(self, name) for name in _PLAIN}
         config |= {"networks": [asdict(one.config) for one in self.networks], "own": own}
         text = json.dumps(config, indent=2, default=_plain)
@@ -373,9 +373,9 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
     """Refuse a key whose entry or record is read, or means something else."""
-    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
-    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
-    refuse_taken(key_added, suggestion, *own, *entries, *read)
+    own = {Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Obs.ANNOTATION, Uns.SUBSLICE}
+    own |= {Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES}
+    refuse_taken(key_added, suggestion, *own - {suggestion}, *read)
 
 
 def require_head(head: Any, kind: type[Head]) -> None:

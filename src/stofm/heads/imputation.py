@@ -28,7 +28,6 @@ from stofm.heads.genes import (
     reduce_tables,
 )
 from stofm.heads.head import Head
-from stofm.heads.network import apply_head
 from stofm.heads.slices import resolve_reference
 from stofm.heads.targets import ExpressionTargets
 from stofm.nn.model import load_model
@@ -37,11 +36,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+    from scipy import sparse
 
     from stofm.genes import GeneVocabulary
     from stofm.heads.blocks import Blocks
     from stofm.heads.genes import Gene, GeneColumns
-    from stofm.heads.members import Members
     from stofm.heads.options import Request
     from stofm.heads.slices import SliceTables
 
@@ -201,22 +200,28 @@ def learn_genes(
     reduced, own, counts = reduce_tables(training, columns, panel, own, learnt=learnt)
     targets = ExpressionTargets.of(reduced, counts, [gene.name for gene in learnt])
     blocks, splits, members, fields = fit(reduced, targets, own, ImputationHead.task)
-    n_rounds = len(splits)
-    scores = [
-        _score_genes(members, blocks, targets, rows, slice(k, None, n_rounds))
-        for k, rows in enumerate(members.held_out)
-    ]
-    index = pd.RangeIndex(1, n_rounds + 1, name="network")
     head = ImputationHead(
         **fields,
         outputs=tuple(gene.name for gene in learnt),
         params={**own.record, "n_inputs": len(panel)},
-        validation_scores=pd.DataFrame([one.mean() for one in scores]).set_index(index),
-        gene_scores=pd.concat([one["pearson"] for one in scores], axis=1).mean(axis=1),
+        validation_scores=pd.DataFrame(),
+        gene_scores=pd.Series(np.nan, range(len(learnt))),
         panel=panel,
         output_ids=tuple(gene.id for gene in learnt),
         mean=targets.mean,
         scale=targets.scale,
+    )
+    scores = []
+    for k, rows in enumerate(members.held_out):
+        # Members that were not fitted to these cells.
+        fitted = slice(k, None, len(splits))
+        parts = {name: fields[name][fitted] for name in ("networks", "reads", "weights")}
+        scores.append(score_genes(replace(head, **parts), blocks.take(rows), targets.values[rows]))
+    index = pd.RangeIndex(1, len(splits) + 1, name="network")
+    head = replace(
+        head,
+        validation_scores=pd.DataFrame([one.mean() for one in scores]).set_index(index),
+        gene_scores=pd.concat([one["pearson"] for one in scores], axis=1).mean(axis=1),
     )
     logger.info(
         "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
@@ -242,31 +247,17 @@ def _find_columns(
     return found, replace(request, model=model), vocabulary
 
 
-def _score_genes(
-    members: Members,
-    blocks: Blocks,
-    targets: ExpressionTargets,
-    rows: NDArray[np.int64],
-    own: slice,
-) -> pd.DataFrame:
-    """Pearson correlation, RMSE and MAE of each gene over held-out cells, some genes at a time.
+def score_genes(head: ImputationHead, blocks: Blocks, true: sparse.csr_matrix) -> pd.DataFrame:
+    """Pearson correlation, RMSE and MAE of each gene over some cells, some genes at a time.
 
-    `own` are the members that were not fitted to these. NaN for fewer than two cells.
+    NaN for fewer than two cells.
     """
-    if len(rows) < 2:
-        return pd.DataFrame(np.nan, range(targets.n_outputs), ["pearson", "rmse", "mae"])
-    chosen = list(zip(members.networks, members.reads, members.weights, strict=True))[own]
-    read = {source: blocks.of(source) for _, source, _ in chosen}
-    total = sum(weight for *_, weight in chosen)
+    scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
+    if true.shape[0] < 2:
+        return pd.DataFrame(np.nan, range(true.shape[1]), list(scores))
     parts = []
-    for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
-        columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
-        true = targets.values[rows][:, columns].toarray()
-        found = np.zeros_like(true)
-        for network, source, weight in chosen:
-            vote = apply_head(network, np.asarray(read[source])[rows], "values", columns=columns)
-            found += np.float32(weight / total) * vote
-        found = np.maximum(found * targets.scale[columns] + targets.mean[columns], 0.0)
-        scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
-        parts.append(pd.DataFrame({name: score(true, found) for name, score in scores.items()}))
+    for start in range(0, true.shape[1], _GENES_AT_ONCE):
+        columns = np.arange(start, min(start + _GENES_AT_ONCE, true.shape[1]))
+        own, found = true[:, columns].toarray(), head.predict(blocks, columns)
+        parts.append(pd.DataFrame({name: score(own, found) for name, score in scores.items()}))
     return pd.concat(parts, ignore_index=True)

@@ -23,7 +23,7 @@ _CHANGED: Final = re.compile(
 _ADAPTER: Final = "default"
 
 
-def add_low_rank(model: Stofm, rank: int, alpha: float, *, seed: int) -> Any:
+def add_low_rank(model: Stofm, rank: int, alpha: int, *, seed: int) -> Any:
     """Put changes, 0 at first and scaled by ``alpha / rank``, into a model's maps: peft's wrapper of it.
 
     The model's own weights stay; `seed` is that of the changes' first weights.

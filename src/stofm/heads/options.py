@@ -7,9 +7,9 @@ import importlib.util
 import operator
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from stofm._config import check_seed
+from stofm._config import check_choice, check_seed, require
 from stofm._keys import Obsm
 from stofm.heads.embeddings import MADE_BY_EMBED
 from stofm.heads.targets import MIN_SHARE, MISSING
@@ -30,6 +30,7 @@ DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 #: ``"frozen"``: the head alone is fitted. Otherwise the model is tuned with it: by changes of low
 #: rank (``"lora"``), or all its weights (``"full"``).
 Strategy = Literal["frozen", "lora", "full"]
+ClassWeights = Literal[None, "balanced"]
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
@@ -77,7 +78,7 @@ class HeadOptions:
     split: SplitRule = "auto"
     missing: Collection[object] = MISSING
     min_share: float = MIN_SHARE
-    class_weights: Literal["balanced"] | None = None
+    class_weights: ClassWeights = None
     reject_rate: float = 0.02
     reference_layer: str | None = None
     spots: SpotRules = field(default_factory=SpotRules)
@@ -85,17 +86,15 @@ class HeadOptions:
     def __post_init__(self) -> None:
         """Refuse values that no data could go with."""
         for name in ("n_neighbors", "n_components"):
-            check_if_given(name, getattr(self, name), least=0)
-        check_choice("strategy", self.strategy, get_args(Strategy))
-        check_choice("split", self.split, get_args(SplitRule))
-        check_choice("class_weights", self.class_weights, (None, "balanced"))
+            given = getattr(self, name)
+            check_whole_number(name, 0 if given is None else given, least=0)
+        check_choice(self, "strategy", Strategy)
+        check_choice(self, "split", SplitRule)
+        check_choice(self, "class_weights", ClassWeights)
         if not isinstance(self.spots, SpotRules):
             raise TypeError(f"spots must be st.spatial.SpotRules(...), found {self.spots!r}.")
-        for name in ("min_share", "reject_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be from 0 to below 1, found {getattr(self, name)!r}."
-                )
+        shares = ("min_share", "reject_rate")
+        require(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, *shares)
 
 
 @dataclass(frozen=True)
@@ -200,15 +199,3 @@ def check_whole_number(name: str, value: Any, *, least: int) -> None:
         is_usable = False
     if not is_usable:
         raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}.")
-
-
-def check_if_given(name: str, value: Any, *, least: int) -> None:
-    """Refuse what is neither None nor a whole number of at least that."""
-    if value is not None:
-        check_whole_number(name, value, least=least)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse what is none of some values."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {list(choices)}, found {value!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -111,11 +111,11 @@ class SliceTables:
 def resolve_slices(
     data: Any,
     library_key: str | None = None,
-    *,
     spatial_key: str = Obsm.SPATIAL,
     table_key: str | None = None,
+    *,
     copy: bool = False,
-    role: Literal["", "query", "reference"] = "",
+    role: str = "",
 ) -> SliceTables:
     """Take an AnnData, a SpatialData, or a list or dict of them, and tell slices apart.
 
@@ -133,7 +133,7 @@ def resolve_slices(
     copy
         Whether copies of the tables will be made later on.
     role
-        What `data` is where there are two of its kind; for messages.
+        ``"query"`` or ``"reference"`` where there are two of its kind; for messages.
     """
     is_single = not isinstance(data, dict | list | tuple)
     given = data if isinstance(data, dict) else dict(enumerate([data] if is_single else data))
@@ -177,13 +177,8 @@ def resolve_reference(
         if not any(library_key in getattr(table, "obs", {}) for table in tables):
             library_key = None
     with naming("the reference", adata="reference"):
-        found = resolve_slices(
-            reference,
-            library_key,
-            spatial_key=request.spatial_key,
-            table_key=table_key,
-            role="reference",
-        )
+        key = request.spatial_key
+        found = resolve_slices(reference, library_key, key, table_key, role="reference")
     theirs = request.options.reference_layer
     if theirs is None and layer is not None:
         in_query, in_reference = (

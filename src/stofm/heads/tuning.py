@@ -78,7 +78,7 @@ class FineTuning:
     sampled_cells: int = 32
     max_norm: float = 1.0
     lora_rank: int = 8
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
 
 
 class TuningSlice(NamedTuple):
@@ -217,7 +217,7 @@ class _Tuning:
     def train(self, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> pd.DataFrame:
         """Train, leave the best weights in place, and return the losses."""
         how, started = self._how, time.perf_counter()
-        history: list[tuple[str, int, int, float, float, float]] = []
+        history: list[tuple[Any, ...]] = []
         is_fitted = np.zeros(len(self._targets), dtype=bool)
         is_fitted[fitted] = True
         self._refresh()

@@ -195,14 +195,8 @@ def deconvolve(
     request = Request(
         model, use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar, options
     )
-    slices = resolve_slices(
-        data,
-        library_key,
-        spatial_key=spatial_key,
-        table_key=table_key,
-        copy=copy,
-        role="" if reference is None else "query",
-    )
+    role = "" if reference is None else "query"
+    slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy, role=role)
     if head is not None:
         target = slices.copied() if copy else slices
         head.apply(target, request, key_added)

@@ -170,7 +170,7 @@ def probe(
         raise ValueError(
             f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
         )
-    slices = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
+    slices = resolve_slices(data, library_key, spatial_key, table_key)
     labels = read_label_names(slices, label_key, missing=missing)
     features = read_representations(slices, use_rep)
     if protocol is None:
