@@ -10,13 +10,12 @@ import anndata
 import numpy as np
 
 import stofm as st
+from stofm.heads.request import resolve_slices
 from stofm.heads.targets import read_label_names
-from stofm.heads.slices import resolve_slices
 from stofm.nn import UntrainedModelWarning, choose_device, choose_dtype, embed_slice
 from stofm.spatial import VirtualCells, lay_out_slice
 from stofm.tl._probe import read_representations
-from stofm.tl._probe_scores import AND, plan_folds
-from stofm.tl._probe_scores import score_head
+from stofm.tl._probe_scores import AND, plan_folds, score_head
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -23,10 +23,10 @@ from task_sets import LABEL_KEY
 import stofm as st
 from stofm._edge.records import frame_names
 from stofm.heads.blocks import N_NEIGHBORS
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.spatial.neighbor_graph import neighbor_means
-from stofm.tl._probe_scores import NO_CLASS
 from stofm.tl._probe_scores import (
+    NO_CLASS,
     PCS,
     PCS_AND_NEIGHBORS,
     log_counts,

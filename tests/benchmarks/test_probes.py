@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import stofm as st
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.tl._probe_scores import plan_folds
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

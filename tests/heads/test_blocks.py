@@ -20,8 +20,7 @@ from stofm.heads.blocks import (
     with_neighborhood,
 )
 from stofm.heads.embeddings import origin_by
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, resolve_slices
 from stofm.nn import Stofm
 from stofm.spatial.neighbor_graph import neighbor_means
 

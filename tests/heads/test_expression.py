@@ -22,8 +22,7 @@ from stofm.heads.expression import (
     read_expression,
 )
 from stofm.heads.genes import Gene, GeneColumns
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 
 N_GENES = 40
 GENES = tuple(Gene(f"g{k}", "") for k in range(N_GENES))

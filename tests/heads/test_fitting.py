@@ -11,8 +11,7 @@ import pytest
 import stofm as st
 from stofm.heads import fitting
 from stofm.heads.blocks import Blocks, read_embeddings, with_neighborhood
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.heads.targets import Targets
 from stofm.spatial.neighbor_graph import neighbor_means
 

@@ -22,8 +22,7 @@ from stofm.heads.genes import (
     selector,
     warn_of_few_shared,
 )
-from stofm.heads.options import Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import Request, resolve_slices
 
 
 def columns(vocabulary, names, **others):

@@ -20,8 +20,7 @@ from stofm.heads.blocks import Blocks
 from stofm.heads.expression import add_expression
 from stofm.heads.genes import Gene
 from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.nn import HeadConfig, PredictionHead
 
 

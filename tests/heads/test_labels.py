@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.heads.targets import MIN_SHARE, MISSING, read_labels
 
 

@@ -9,13 +9,13 @@ import pytest
 
 import stofm as st
 from stofm._keys import Obsm
-from stofm.heads.options import (
+from stofm.heads.request import (
     HeadOptions,
     Request,
     check_whole_number,
     moved_to_options,
+    resolve_slices,
 )
-from stofm.heads.slices import resolve_slices
 
 
 def check(adata, library_key="library", use_rep="X_pca", **options):

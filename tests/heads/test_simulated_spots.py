@@ -8,8 +8,7 @@ import pytest
 from stofm.heads import spots as module
 from stofm.heads.expression import ExpressionComponents
 from stofm.heads.network import apply_head
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.heads.spots import fit_simulated
 from stofm.spatial.spots import SpotRules
 

@@ -7,8 +7,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._edge.records import make_frame, write_frame
-from stofm.heads.options import Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import Request, resolve_slices
 from stofm.heads.spots import grid_into_spots, read_proportions
 from stofm.heads.targets import read_labels
 

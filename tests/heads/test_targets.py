@@ -6,7 +6,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.heads.targets import ExpressionTargets, Targets, head_loss, log_normalised
 
 

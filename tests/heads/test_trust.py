@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.special import softmax
 
-from stofm.heads.trust import (
+from stofm.heads.annotation import (
     Rejection,
     Surroundings,
     calibrated_probabilities,

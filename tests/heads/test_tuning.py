@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import stofm as st
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.heads.targets import Targets, head_loss
 from stofm.heads.tuning import FineTuning, fine_tune
 from stofm.nn import HeadConfig, PredictionHead

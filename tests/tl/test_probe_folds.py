@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import stofm as st
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.heads.targets import MISSING, read_label_names
 from stofm.tl._probe_scores import plan_folds, plan_protocol
 

@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.metrics import f1_score
 
 from stofm.heads.network import apply_head, fit_head
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.heads.targets import Targets
 from stofm.tl import _probe_scores
 from stofm.tl._probe_scores import (

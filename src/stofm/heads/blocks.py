@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
 
 #: What a member of a head reads.
 Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
@@ -93,9 +92,10 @@ class Blocks:
 
     def take(self, rows: NDArray[np.int64]) -> Blocks:
         """The blocks of some cells."""
-        arrays = ("features", "expression", "neighborhood", "expression_neighborhood")
-        found = {name: getattr(self, name) for name in arrays}
-        return replace(self, **{n: None if one is None else one[rows] for n, one in found.items()})
+        names = ("expression", "neighborhood", "expression_neighborhood")
+        given = {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = {n: None if one is None else one[rows] for n, one in given.items()}
+        return replace(self, features=self.features[rows], **found)
 
     def widths_of(self, source: Source) -> tuple[int, ...]:
         """Columns of each part of :meth:`of`; those of a part share a scale."""

@@ -13,7 +13,7 @@ from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.heads.fitting import fit
 from stofm.heads.head import Head
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.heads.spots import SLICE, fit_simulated, grid_into_spots, read_proportions
 from stofm.heads.targets import Targets, read_labels
 from stofm.metrics import mae, pearson, rmse
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.spots import SpotTable
 
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)

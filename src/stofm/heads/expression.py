@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from stofm.heads.blocks import Blocks
     from stofm.heads.genes import GeneColumns
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
 
 #: Components beside embeddings of a model: a panel of some hundred genes has hardly more that matter.
 _N_COMPONENTS: Final = 150

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from stofm.heads.blocks import Blocks
     from stofm.heads.embeddings import Origin
     from stofm.heads.members import Members
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.spatial import Split

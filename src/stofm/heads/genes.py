@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.genes import GeneVocabulary
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
 
 #: With a smaller share of the smallest table's genes, names may not match.
 _FEW_SHARED: Final = 0.5

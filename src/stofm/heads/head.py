@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 
     from stofm.heads.blocks import Blocks, Source
     from stofm.heads.embeddings import Origin
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import TargetKind
 
 _WEIGHTS: Final = "head.safetensors"

@@ -28,7 +28,7 @@ from stofm.heads.genes import (
     reduce_tables,
 )
 from stofm.heads.head import Head
-from stofm.heads.slices import resolve_reference
+from stofm.heads.request import resolve_reference
 from stofm.heads.targets import ExpressionTargets
 from stofm.nn.model import load_model
 
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.heads.blocks import Blocks
     from stofm.heads.genes import Gene, GeneColumns
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
 
 #: Genes that are computed at a time.
 _GENES_AT_ONCE: Final = 512

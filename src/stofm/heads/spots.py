@@ -19,8 +19,7 @@ from stofm.heads.embeddings import gene_records
 from stofm.heads.expression import ExpressionComponents
 from stofm.heads.genes import choose_panel, read_columns, read_genes
 from stofm.heads.network import HeadTraining, apply_head, fit_head
-from stofm.heads.options import check_whole_number
-from stofm.heads.slices import SliceTables
+from stofm.heads.request import SliceTables, check_whole_number
 from stofm.heads.targets import Targets, read_labels
 from stofm.nn import choose_device
 from stofm.spatial.spots import TypedCells, gene_scales, grid_spots, simulate_spots
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from stofm.heads.genes import Gene
     from stofm.heads.network import FittedHead
-    from stofm.heads.options import Request
+    from stofm.heads.request import Request
     from stofm.heads.targets import Labels
     from stofm.spatial.spots import SimulatedSpots
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import SliceTables
 
 #: What labels that stand for none mean, and smallest share of a class of cells, unless others are
 #: asked for. By default such labels are known by their words, not by this list.

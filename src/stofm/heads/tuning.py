@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.genes import RankedTokens
-    from stofm.heads.options import Request
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 from stofm._keys import Obs, Obsm
 from stofm.heads.annotation import AnnotationHead, learn_classes
 from stofm.heads.head import require_head
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.slices import resolve_reference, resolve_slices
+from stofm.heads.request import (
+    DEFAULT_REP,
+    HeadOptions,
+    Request,
+    moved_to_options,
+    resolve_reference,
+    resolve_slices,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

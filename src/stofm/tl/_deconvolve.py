@@ -12,8 +12,7 @@ from stofm.heads.deconvolution import (
     learn_squares,
 )
 from stofm.heads.head import require_head
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, moved_to_options, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

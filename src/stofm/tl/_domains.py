@@ -25,7 +25,7 @@ from stofm.heads.embeddings import (
     slices_column,
 )
 from stofm.heads.head import refuse_reserved
-from stofm.heads.options import check_whole_number
+from stofm.heads.request import check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels
 from stofm.spatial.neighbor_graph import neighbor_means

@@ -11,8 +11,7 @@ import numpy as np
 from stofm._keys import Obsm
 from stofm._logging import counter
 from stofm.heads.blocks import read_rep
-from stofm.heads.options import DEFAULT_REP, check_whole_number
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import DEFAULT_REP, check_whole_number, resolve_slices
 from stofm.heads.targets import MISSING, read_label_names
 from stofm.tl._probe_scores import (
     AND,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.heads.slices import SliceTables
+    from stofm.heads.request import SliceTables
     from stofm.tl._probe_scores import Fold
 
 _N_SEEDS: Final = 3

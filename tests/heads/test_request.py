@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stofm.heads.slices import resolve_slices
+from stofm.heads.request import resolve_slices
 
 
 @pytest.fixture
