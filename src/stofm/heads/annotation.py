@@ -351,11 +351,9 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
 def _tell_about(split: Split, labels: Labels) -> None:
     """Log what the held-out cells lack, since weights and calibration come from them."""
     if len(split.moved):
-        logger.info(
-            "Held-out parts would have all cells of %s; these %d cells are fitted.",
-            ", ".join(labels.classes[k] for k in np.unique(labels.codes[split.moved])),
-            len(split.moved),
-        )
+        moved = ", ".join(labels.classes[k] for k in np.unique(labels.codes[split.moved]))
+        msg = "Held-out parts would have all cells of %s; these %d cells are fitted."
+        logger.info(msg, moved, len(split.moved))
     n_classes = len(np.unique(labels.codes[split.held_out]))
     if len(split.held_out) < _FEW_HELD_OUT or n_classes < len(labels.classes):
         logger.info(

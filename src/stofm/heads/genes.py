@@ -130,20 +130,21 @@ class GeneColumns:
 
     @cached_property
     def _by_name(self) -> Mapping[str, list[int]]:
-        found: defaultdict[str, list[int]] = defaultdict(list)
-        for column, (gene, others) in enumerate(zip(self.genes, self.other_names, strict=True)):
-            for name in dict.fromkeys((gene.name, *others)):
-                if name:
-                    found[name].append(column)
-        return dict(found)
+        names = zip(self.genes, self.other_names, strict=True)
+        return _columns_by([(gene.name, *others) for gene, others in names])
 
     @cached_property
     def _by_id(self) -> Mapping[str, list[int]]:
-        found: defaultdict[str, list[int]] = defaultdict(list)
-        for column, gene in enumerate(self.genes):
-            if gene.id:
-                found[gene.id].append(column)
-        return dict(found)
+        return _columns_by([(gene.id,) for gene in self.genes])
+
+
+def _columns_by(names: Iterable[Iterable[str]]) -> dict[str, list[int]]:
+    """Numbers of the columns with each name, but for empty ones."""
+    found: defaultdict[str, list[int]] = defaultdict(list)
+    for column, own in enumerate(names):
+        for name in dict.fromkeys(filter(None, own)):
+            found[name].append(column)
+    return dict(found)
 
 
 def read_columns(

@@ -220,6 +220,7 @@ def _fit_linear(
     """Logistic regression of classes or, each type of a spot taken as a part of a cell, proportions."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     rows = row_order(values, targets.values, rows)
     read, known = values[rows], targets.values[rows]
@@ -235,7 +236,8 @@ def _fit_linear(
     weight, bias = np.zeros((1, values.shape[1])), np.zeros(1)
     if len(seen) > 1:
         model = LogisticRegression(C=_STRENGTH, max_iter=_MOST_ROUNDS)
-        with warnings.catch_warnings():
+        # The steps are so small that threads would wait for each other.
+        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
             # Scores on held-out cells no longer change in the last rounds.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(((read - mean) / scale).astype(np.float32)[of], codes, sample_weight=mass)

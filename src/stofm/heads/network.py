@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.spatial import canonical_order
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _CHUNK = 8192
 _MOST_OUTPUTS = 2**22
 _LEAST_CHUNK = 256
+#: With more outputs, such as all genes, the steps of a fit are large enough for several threads.
+_FEW_OUTPUTS = 1000
 #: With more cells to fit a pass has so many steps that a third of the patience is enough.
 _MANY_CELLS = 15_000
 
@@ -130,7 +133,7 @@ def fit_head(
     fitted = row_order(features, targets.values, fitted)
     held_out = row_order(features, targets.values, held_out)
     place = torch.device(device)
-    with seeded(seed, place):
+    with seeded(seed, place), _few_threads(targets.n_outputs):
         head = PredictionHead(
             HeadConfig(
                 d_input=features.shape[1],
@@ -157,6 +160,22 @@ def row_order(
     if np.ndim(values) == 1:
         keys = np.column_stack([keys, values[rows].astype(np.float32)])
     return rows[canonical_order(keys[:, [0, keys.shape[1] // 2]], keys)]
+
+
+@contextmanager
+def _few_threads(n_outputs: int) -> Iterator[None]:
+    """Within it torch uses one thread of the CPU where the steps of a fit are small.
+
+    Several would wait for each other most of the time, and without end if other programs are at
+    work. It makes the result the same for any number of threads too.
+    """
+    before = torch.get_num_threads()
+    if n_outputs <= _FEW_OUTPUTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Fitting:
