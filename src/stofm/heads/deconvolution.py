@@ -11,12 +11,11 @@ import pandas as pd
 from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.heads.fitting import fit
+from stofm.heads.fitting import fit, score_outputs
 from stofm.heads.head import Head
 from stofm.heads.request import resolve_slices
 from stofm.heads.spots import SLICE, fit_simulated, grid_into_spots, read_proportions
 from stofm.heads.targets import Targets, read_labels
-from stofm.metrics import mae, pearson, rmse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: With fewer spots than this there is nothing to hold out.
 _MIN_SPOTS: Final = 20
-_SCORES: Final = {"pearson": pearson, "rmse": rmse, "mae": mae}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -100,7 +98,9 @@ def learn_proportions(
         **fields,
         outputs=tuple(spots.types),
         params={**request.record, **source, "n_neighbors": blocks.n_neighbors},
-        validation_scores=score_types(spots.types, targets.values[members.rows], members.votes),
+        validation_scores=score_outputs(
+            spots.types, targets.values[members.rows], members.votes, "type"
+        ),
     )
 
 
@@ -146,20 +146,5 @@ def learn_reference(
     # A reference's slices do not matter, nor whether they overlap.
     cells = resolve_slices(reference, spatial_key="", role="reference")
     fields, found, true = fit_simulated(slices, cells, label_key, request)
-    scores = score_types(fields["outputs"], true, found)
+    scores = score_outputs(fields["outputs"], true, found, "type")
     return DeconvolutionHead(**fields, validation_scores=scores)
-
-
-def score_types(
-    types: Sequence[str], true: NDArray[np.floating], found: NDArray[np.floating]
-) -> pd.DataFrame:
-    """Score each type over some spots: a row per type, columns pearson, rmse and mae.
-
-    Fewer than two spots have no scores, NaN; a constant type has no Pearson correlation.
-    """
-    index = pd.Index(types, name="type")
-    if len(true) < 2:
-        return pd.DataFrame(np.nan, index=index, columns=list(_SCORES))
-    true = np.asarray(true, dtype=np.float64)
-    scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
-    return pd.DataFrame(scores, index=index)

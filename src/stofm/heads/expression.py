@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
 
 from stofm._logging import logger
 from stofm._messages import warn
@@ -64,7 +65,9 @@ def principal_axes(
         part = (part.toarray() if sparse.issparse(part) else part) - mean
         covariance += part.T @ part
     first = max(0, d - n_components)
-    variances, axes = eigh(covariance / n, subset_by_index=(first, d - 1))
+    # Of many small steps, in which threads would wait for each other.
+    with threadpool_limits(1, user_api="blas"):
+        variances, axes = eigh(covariance / n, subset_by_index=(first, d - 1))
     axes = axes[:, ::-1]
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
     return mean, axes * np.where(largest < 0, -1.0, 1.0), variances[::-1]

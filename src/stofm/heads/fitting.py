@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 
+from stofm import metrics
 from stofm._edge.records import all_or_nothing
 from stofm._logging import logger
 from stofm.heads.blocks import choose_neighborhood, read_embeddings, with_neighborhood
@@ -19,6 +20,10 @@ from stofm.nn.model import load_model
 from stofm.spatial import split_cells
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
     from stofm.heads.blocks import Blocks
     from stofm.heads.embeddings import Origin
     from stofm.heads.members import Members
@@ -146,3 +151,18 @@ def plan_split(
         logger.info("There is no obsm[%r]: the split is %r.", request.spatial_key, how)
     classes = targets.values if targets.kind == "classes" else None
     return split_cells(places, usable, how=how, share=_HELD_OUT, classes=classes, seed=seed)
+
+
+def score_outputs(
+    names: Iterable[Any], true: NDArray[np.floating], found: NDArray[np.floating], called: str
+) -> pd.DataFrame:
+    """Pearson correlation, RMSE and MAE of each output over some cells, (n, n_outputs) each.
+
+    Fewer than two cells have no scores, NaN; a constant output has no Pearson correlation.
+    """
+    scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
+    index = pd.Index(names, name=called)
+    if len(true) < 2:
+        return pd.DataFrame(np.nan, index=index, columns=list(scores))
+    values = {name: np.asarray(score(true, found)) for name, score in scores.items()}
+    return pd.DataFrame(values, index=index)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm import metrics
 from stofm._edge.records import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm.genes import embedded_vocabulary
 from stofm.heads.embeddings import MADE_BY_EMBED
-from stofm.heads.fitting import fit
+from stofm.heads.fitting import fit, score_outputs
 from stofm.heads.genes import (
     check_overlap,
     choose_panel,
@@ -247,16 +246,10 @@ def _find_columns(
 
 
 def score_genes(head: ImputationHead, blocks: Blocks, true: sparse.csr_matrix) -> pd.DataFrame:
-    """Pearson correlation, RMSE and MAE of each gene over some cells, some genes at a time.
-
-    NaN for fewer than two cells.
-    """
-    scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
-    if true.shape[0] < 2:
-        return pd.DataFrame(np.nan, range(true.shape[1]), list(scores))
+    """Scores of each gene over some cells, some genes at a time."""
     parts = []
     for start in range(0, true.shape[1], _GENES_AT_ONCE):
         columns = np.arange(start, min(start + _GENES_AT_ONCE, true.shape[1]))
         own, found = true[:, columns].toarray(), head.predict(blocks, columns)
-        parts.append(pd.DataFrame({name: score(own, found) for name, score in scores.items()}))
+        parts.append(score_outputs(columns, own, found, "gene"))
     return pd.concat(parts, ignore_index=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import nnls
+from threadpoolctl import threadpool_limits
 
 from stofm.heads.expression import principal_axes
 from stofm.heads.network import HeadTraining, apply_head, fit_head, row_order
@@ -220,7 +221,6 @@ def _fit_linear(
     """Logistic regression of classes or, each type of a spot taken as a part of a cell, proportions."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     rows = row_order(values, targets.values, rows)
     read, known = values[rows], targets.values[rows]

@@ -192,25 +192,22 @@ class _Tuning:
         request: Request,
         how: FineTuning,
     ) -> None:
-        self._device = choose_device(request.device)
+        self._device = device = choose_device(request.device)
         # All but the vocabulary, which nothing changes.
-        self._model = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary}).to(
-            self._device
-        )
-        self._head = copy.deepcopy(head).to(self._device)
+        shared = {id(model.vocabulary): model.vocabulary}
+        self._model = copy.deepcopy(model, shared).to(device).requires_grad_(requires_grad=True)
+        self._head = copy.deepcopy(head).to(device)
         self._targets, self._slices, self._request, self._how = targets, slices, request, how
         weights = targets.class_weights
-        self._class_weights = None if weights is None else torch.as_tensor(weights).to(self._device)
-        self._model.requires_grad_(requires_grad=True)
+        self._class_weights = None if weights is None else torch.as_tensor(weights).to(device)
         self._changes: Any = None
         if request.options.strategy == "lora":
-            self._changes = add_low_rank(
-                self._model, how.lora_rank, how.lora_alpha, seed=request.seed
-            )
+            rank, alpha = how.lora_rank, how.lora_alpha
+            self._changes = add_low_rank(self._model, rank, alpha, seed=request.seed)
         else:
             self._model.cell_encoder.gene_embeddings.weight.requires_grad = False
-        parts = (self._model, self._head)
-        self._trained = [w for part in parts for w in part.parameters() if w.requires_grad]
+        weighted = (*self._model.parameters(), *self._head.parameters())
+        self._trained = [weight for weight in weighted if weight.requires_grad]
         self._encoded: list[tuple[NDArray[np.float32], SliceLayout]] = []
 
     def train(self, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> pd.DataFrame:
