@@ -265,7 +265,9 @@ def add_expression(
             with own.naming(k):
                 counts.append(read_genes(table, columns, request.layer, is_kept[places[k]]))
         # From the order of the tables to that of the rows.
-        stacked = sparse.vstack(counts, format="csr")[np.argsort(np.argsort(kept))]
+        stacked = sparse.vstack(counts, format="csr", dtype=np.float32)[
+            np.argsort(np.argsort(kept))
+        ]
         components = ExpressionComponents.fit(stacked, genes, n_components)
         scores = np.full((slices.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
         for table, place, name in zip(own.tables, places, names, strict=True):

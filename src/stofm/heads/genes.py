@@ -227,9 +227,7 @@ def read_genes(
 
     `layer` None is what was embedded. `chosen`, (n_obs,), are the rows to read, None for all.
     """
-    return sparse.vstack(
-        list(gene_blocks(adata, columns, layer, chosen)), format="csr", dtype=np.float32
-    )
+    return sparse.vstack(list(gene_blocks(adata, columns, layer, chosen)), format="csr")
 
 
 def gene_blocks(
@@ -315,7 +313,7 @@ def reduce_tables(
         wanted = [own.same_gene(gene) for gene in there] + [own.measured(gene) for gene in learnt]
         obsm: dict[str, Any] = {}
         with slices.naming(k):
-            both = read_genes(table, wanted, request.layer)
+            both = read_genes(table, wanted, request.layer).astype(np.float32)
             where = places_entry(table, request.spatial_key)
             if where in table.obsm:
                 obsm[request.spatial_key] = table.obsm[where]
