@@ -39,7 +39,6 @@ DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 #: ``"frozen"``: the head alone is fitted. Otherwise the model is tuned with it: by changes of low
 #: rank (``"lora"``), or all its weights (``"full"``).
 Strategy = Literal["frozen", "lora", "full"]
-ClassWeights = Literal[None, "balanced"]
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 _Read = TypeVar("_Read")
@@ -88,7 +87,7 @@ class HeadOptions:
     split: SplitRule = "auto"
     missing: Collection[object] = MISSING
     min_share: float = MIN_SHARE
-    class_weights: ClassWeights = None
+    class_weights: Literal["balanced"] | None = None
     reject_rate: float = 0.02
     reference_layer: str | None = None
     spots: SpotRules = field(default_factory=SpotRules)
@@ -100,7 +99,7 @@ class HeadOptions:
             check_whole_number(name, 0 if given is None else given, least=0)
         check_choice(self, "strategy", Strategy)
         check_choice(self, "split", SplitRule)
-        check_choice(self, "class_weights", ClassWeights)
+        check_choice(self, "class_weights", Literal[None, "balanced"])
         if not isinstance(self.spots, SpotRules):
             raise TypeError(f"spots must be st.spatial.SpotRules(...), found {self.spots!r}.")
         shares = ("min_share", "reject_rate")
