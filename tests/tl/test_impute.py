@@ -14,7 +14,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.heads import fitting, members
+from stofm.heads import fitting, members, tuning
 from stofm.heads.annotation import AnnotationHead
 from stofm.heads.imputation import ImputationHead
 from stofm.heads.network import HeadTraining
@@ -366,13 +366,13 @@ def test_another_model_is_refused(fit, query, model):
 @pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     before, given = model.fingerprint, []
-    tune = fitting.fine_tune
+    tune = tuning.fine_tune
 
     def watched(sections, *args, **options):
         given.extend(sections.tables)
         return tune(sections, *args, **options)
 
-    monkeypatch.setattr(fitting, "fine_tune", watched)
+    monkeypatch.setattr(tuning, "fine_tune", watched)
     head = fit(strategy="full")
     # There is a single split.
     assert head.reads == (EMBEDDINGS, EXPRESSION)
