@@ -10,13 +10,12 @@ import anndata
 import numpy as np
 
 import stofm as st
-from stofm.heads.labels import read_label_names
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import resolve_slices
+from stofm.heads.targets import read_label_names
 from stofm.nn import UntrainedModelWarning, choose_device, choose_dtype, embed_slice
 from stofm.spatial import VirtualCells, lay_out_slice
 from stofm.tl._probe import read_representations
-from stofm.tl._probe_folds import AND, plan_folds
-from stofm.tl._probe_scores import score_head
+from stofm.tl._probe_scores import AND, plan_folds, score_head
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -308,7 +307,7 @@ def _embed_without_virtual_cells(
     rules, transformer = model.config.subslice, model.se2_transformer
     cells = np.asarray(adata.obsm["X_stofm_cell"])
     spatial = np.empty((adata.n_obs, transformer.config.d_embedding), dtype=np.float32)
-    for rows in resolve_slices(adata, library_key).slices.rows:
+    for rows in resolve_slices(adata, library_key).rows:
         coordinates = np.asarray(adata.obsm["spatial"])[rows, :2]
         layout = lay_out_slice(coordinates, cells[rows], rules)
         nothing = VirtualCells(layout.virtual.coordinates[:0], layout.virtual.features[:0])

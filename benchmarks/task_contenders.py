@@ -23,10 +23,10 @@ from task_sets import LABEL_KEY
 import stofm as st
 from stofm._edge.tables import frame_names
 from stofm.heads.blocks import N_NEIGHBORS
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import resolve_slices
 from stofm.spatial.plane import neighbor_means
-from stofm.tl._probe_folds import NO_CLASS
 from stofm.tl._probe_scores import (
+    NO_CLASS,
     PCS,
     PCS_AND_NEIGHBORS,
     log_counts,
@@ -110,9 +110,7 @@ def add_components(slices: Sequence[AnnData]) -> None:
     """Write 50 PCs of shared genes to each slice, and their mean over the neighbours beside them."""
     sections = resolve_slices(list(slices), _library_key(slices))
     components = principal_components(most_variable(log_counts(sections)))
-    means = neighbor_means(
-        components, sections.coordinates("spatial"), sections.slices.rows, N_NEIGHBORS
-    )
+    means = neighbor_means(components, sections.coordinates("spatial"), sections.rows, N_NEIGHBORS)
     for adata, place in zip(slices, sections.places, strict=True):
         adata.obsm["X_pca"], adata.obsm["X_pca_around"] = components[place], means[place]
 

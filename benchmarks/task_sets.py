@@ -13,7 +13,7 @@ from probe_tasks import TASKS, LoadedTask, Task, rows_by_slice
 from scipy.spatial import cKDTree
 
 from stofm.spatial import split_cells
-from stofm.tl._probe_folds import NO_CLASS, common_classes
+from stofm.tl._probe_scores import NO_CLASS, common_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

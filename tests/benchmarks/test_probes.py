@@ -12,8 +12,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import stofm as st
-from stofm.heads.sections import resolve_slices
-from stofm.tl._probe_folds import plan_folds
+from stofm.heads.request import resolve_slices
+from stofm.tl._probe_scores import plan_folds
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 probes = importlib.import_module("probes")

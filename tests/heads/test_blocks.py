@@ -20,8 +20,7 @@ from stofm.heads.blocks import (
     with_neighborhood,
 )
 from stofm.heads.embeddings import origin_by
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, resolve_slices
 from stofm.nn import Stofm
 from stofm.spatial.plane import neighbor_means
 
@@ -40,10 +39,10 @@ def other(model):
 
 
 def read(data, library_key="library", **options):
-    sections = resolve_slices(data, library_key)
+    slices = resolve_slices(data, library_key)
     expected = options.pop("expected", None)
     request = Request(**(QUIET | {"library_key": library_key} | options))
-    return read_embeddings(sections, request, expected=expected)
+    return read_embeddings(slices, request, expected=expected)
 
 
 def test_any_entry_can_be_read(adata, rng):
@@ -185,9 +184,9 @@ def test_messages_name_the_table(pair, model):
             read(data, model=model)
     pair[1].layers["raw"] = pair[1].X.rint()
     for data, where in ((pair[1], "reference"), (named, r"reference\['b'\]")):
-        sections = resolve_slices(data, "library", role="reference")
+        slices = resolve_slices(data, "library", role="reference")
         with pytest.raises(ValueError, match=rf"^{where}\..*pass reference_layer='raw'"):
-            read_embeddings(sections, Request(model=model, **QUIET))
+            read_embeddings(slices, Request(model=model, **QUIET))
     with pytest.raises(KeyError, match=r"The query: There is no obs\['nope'\]"):
         resolve_slices(pair[0], "nope", role="query")
 
@@ -277,7 +276,7 @@ def test_bad_representations(adata, pair, rng):
 
 
 def test_nothing_is_read(adata):
-    blocks = read(adata, use_rep=())
+    blocks = read_embeddings(resolve_slices(adata, "library"), Request(), ())
     assert (blocks.features.shape, blocks.sources) == ((184, 0), ())
 
 
@@ -292,16 +291,16 @@ def blocks_of(features, use_rep=DEFAULT_REP, widths=(4, 3)):
 
 
 def around(data, blocks, n_neighbors, library_key="library", **options):
-    sections = resolve_slices(data, library_key)
-    return with_neighborhood(sections, blocks, n_neighbors, Request(), **options)
+    slices = resolve_slices(data, library_key)
+    return with_neighborhood(slices, blocks, n_neighbors, Request(), **options)
 
 
 def choose(data, blocks, n_neighbors=None, *, rows=None, **options):
     """Means over as many neighbours as asked for, or as is usual."""
-    sections = resolve_slices(data, "library")
+    slices = resolve_slices(data, "library")
     request = Request(options=HeadOptions(n_neighbors=n_neighbors, **options))
-    rows = np.arange(sections.n_obs) if rows is None else rows
-    return choose_neighborhood(sections, blocks, request, rows)
+    rows = np.arange(slices.n_obs) if rows is None else rows
+    return choose_neighborhood(slices, blocks, request, rows)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +314,7 @@ def choose(data, blocks, n_neighbors=None, *, rows=None, **options):
 def test_what_is_averaged(adata, blocks, use_rep, widths, averaged, of_means):
     read = blocks_of(blocks.features, use_rep, widths)
     found = around(adata, read, 5)
-    rows = resolve_slices(adata, "library").slices.rows
+    rows = resolve_slices(adata, "library").rows
     means = neighbor_means(blocks.features[:, averaged], adata.obsm["spatial"], rows, 5)
     np.testing.assert_array_equal(found.neighborhood, means)
     assert found.n_neighbors == 5
@@ -324,7 +323,7 @@ def test_what_is_averaged(adata, blocks, use_rep, widths, averaged, of_means):
 
 
 def test_the_first_components_are_averaged_too(adata, blocks, rng):
-    rows = resolve_slices(adata, "library").slices.rows
+    rows = resolve_slices(adata, "library").rows
     expression = rng.normal(size=(184, 63)).astype(np.float32)
     # The cells of one slice have none.
     expression[rows[1]] = np.nan

@@ -11,7 +11,8 @@ import torch
 
 import stofm as st
 from stofm.heads.blocks import Blocks
-from stofm.heads.deconvolution import DeconvolutionHead, score_types
+from stofm.heads.deconvolution import DeconvolutionHead
+from stofm.heads.fitting import score_outputs
 from stofm.heads.network import apply_head
 from stofm.nn import HeadConfig, PredictionHead
 
@@ -60,13 +61,13 @@ def test_mean_and_spread_are_by_weight(head, blocks):
 def test_scores_of_types(rng):
     true, found = rng.dirichlet(np.ones(3), 9), rng.dirichlet(np.ones(3), 9)
     true[:, 1] = 0.25
-    scores = score_types(TYPES, true.astype(np.float32), found)
+    scores = score_outputs(TYPES, true.astype(np.float32), found, "type")
     assert list(scores.index) == list(TYPES)
     for name in ("pearson", "rmse", "mae"):
         wanted = getattr(st.metrics, name)(true.astype(np.float32).astype(float), found)
         np.testing.assert_allclose(scores[name], wanted)
     assert np.isnan(scores.loc["micro", "pearson"])
-    assert score_types(TYPES, true[:1], found[:1]).isna().all(axis=None)
+    assert score_outputs(TYPES, true[:1], found[:1], "type").isna().all(axis=None)
 
 
 def test_names_of_types_stay_when_they_look_like_something_else(head, tmp_path):

@@ -21,9 +21,8 @@ from stofm.heads.expression import (
     principal_axes,
     read_expression,
 )
-from stofm.heads.gene_columns import Gene, GeneColumns
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.genes import Gene, GeneColumns
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 
 N_GENES = 40
 GENES = tuple(Gene(f"g{k}", "") for k in range(N_GENES))

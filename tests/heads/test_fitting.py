@@ -11,34 +11,32 @@ import pytest
 import stofm as st
 from stofm.heads import fitting
 from stofm.heads.blocks import Blocks, read_embeddings, with_neighborhood
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.heads.targets import Targets
 from stofm.spatial.plane import neighbor_means
 
 QUIET = {"library_key": "library", "device": "cpu", "show_progress_bar": False}
 
 
-class Toys(fitting.Task):
-    name = "toys"
-
-    def make_head(self, blocks, splits, members, common):
-        return {"blocks": blocks, "splits": splits, "members": members, **common}
+def asked(**options):
+    return Request(model=options.pop("model", None), options=HeadOptions(**options), **QUIET)
 
 
-def task_of(adata, known=None, **options):
+def targets_of(adata, known=None):
     classes = adata.obs["kind"].cat.codes.to_numpy().astype(np.int64)
-    classes = classes if known is None else np.where(known, classes, -1)
-    model = options.pop("model", None)
-    request = Request(model=model, options=HeadOptions(**options), **QUIET)
-    return Toys(targets=Targets("classes", classes, 3), request=request)
+    return Targets("classes", classes if known is None else np.where(known, classes, -1), 3)
+
+
+def fit(adata, request, library_key="library"):
+    found = fitting.fit(resolve_slices(adata, library_key), targets_of(adata), request, "toys")
+    return {**found._asdict(), **found.fields}
 
 
 def plan(adata, known=None, library_key="library", **options):
     sections = resolve_slices(adata, library_key)
     features = np.random.default_rng(1).random((adata.n_obs, 3)).astype(np.float32)
     blocks = Blocks(features, ("X_pca",), (3,), {"X_pca": {}})
-    return fitting.plan_split(sections, task_of(adata, known, **options), blocks, seed=0)
+    return fitting.plan_split(sections, targets_of(adata, known), asked(**options), blocks, seed=0)
 
 
 def test_only_cells_with_a_target_are_split(adata, rng):
@@ -77,7 +75,7 @@ def test_whole_slices_of_which_one_has_known_cells(adata):
 
 @pytest.mark.usefixtures("few_epochs")
 def test_rounds_hold_out_different_cells(adata, model):
-    found = fitting.fit(task_of(adata, model=model), resolve_slices(adata, "library"))
+    found = fit(adata, asked(model=model))
     assert len(found["splits"]) == 3
     held_out = {tuple(split.held_out) for split in found["splits"]}
     assert len(held_out) == 3
@@ -92,9 +90,8 @@ def test_rounds_hold_out_other_slices(adata, rng):
     adata.obsm["X_pca"] = rng.normal(size=(184, 4)).astype(np.float32)
     adata.obs["quarter"] = np.arange(184) % 4
     for library_key, expected in (("quarter", 3), ("library", 2)):
-        task = task_of(adata, split="slices")
-        task = replace(task, request=replace(task.request, use_rep="X_pca"))
-        found = fitting.fit(task, resolve_slices(adata, library_key))
+        request = replace(asked(split="slices"), use_rep="X_pca")
+        found = fit(adata, request, library_key)
         # As long as there are others.
         assert len(found["splits"]) == 3
         assert len({split.slices for split in found["splits"]}) == expected
@@ -109,10 +106,10 @@ def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
         given.update(options, model=own, kind=targets.kind, d_input=head.config.d_input)
         return tuned, pd.DataFrame({"epoch": [1], "loss": [0.5]})
 
-    monkeypatch.setattr(fitting, "fine_tune", tune)
+    monkeypatch.setattr("stofm.heads.tuning.fine_tune", tune)
     sections = resolve_slices(adata, "library")
-    task = task_of(adata, model=model, strategy="full", n_neighbors=6)
-    found = fitting.fit(task, sections)
+    request = asked(model=model, strategy="full", n_neighbors=6)
+    found = fit(adata, request)
     assert given["model"].fingerprint == model.fingerprint
     assert (given["kind"], given["d_input"], given["task"]) == ("classes", 12 + 14, "toys")
     # Tuned and fitted on one split.
@@ -121,15 +118,13 @@ def test_all_that_is_read_is_by_the_tuned_model(adata, model, monkeypatch):
     assert len(found["members"].held_out) == 1
     assert found["model"] is tuned
     assert "slices" in set(found["history"]["reads"])
-    request = replace(task.request, model=tuned)
+    request = replace(request, model=tuned)
     expected = read_embeddings(sections, request)
     expected = with_neighborhood(sections, expected, 6, request)
     np.testing.assert_array_equal(found["blocks"].features, expected.features)
     np.testing.assert_array_equal(found["blocks"].neighborhood, expected.neighborhood)
     assert found["origin"] == expected.origin
-    stored = neighbor_means(
-        adata.obsm["X_stofm_cell"], adata.obsm["spatial"], sections.slices.rows, 6
-    )
+    stored = neighbor_means(adata.obsm["X_stofm_cell"], adata.obsm["spatial"], sections.rows, 6)
     assert np.abs(found["blocks"].neighborhood - stored).max() > 0.01
 
 
@@ -141,5 +136,3 @@ def test_a_model_that_can_not_be_tuned(adata, model, monkeypatch):
     for given in (None, other):
         with pytest.raises(ValueError, match="pass that model as `model` to tune it"):
             fitting.model_to_tune(Request(model=given), origin)
-    with pytest.raises(ValueError, match=r"obsm\['X_pca'\] are not embeddings of a model"):
-        fitting.model_to_tune(Request(), {"X_pca": {}})

@@ -18,10 +18,9 @@ from scipy.special import softmax
 
 from stofm.heads.blocks import Blocks
 from stofm.heads.expression import add_expression
-from stofm.heads.gene_columns import Gene
+from stofm.heads.genes import Gene
 from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.options import HeadOptions, Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.nn import HeadConfig, PredictionHead
 
 
@@ -126,13 +125,13 @@ def test_a_config_that_is_not_what_was_written(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda config: config.pop("strategy"), r"Missing from config.json: \['strategy'\]"),
-        (lambda config: config.update(use_rep=None), "use_rep must be a list of strings"),
-        (lambda config: config.update(networks=3), "networks"),
+        (lambda config: config.pop("strategy"), "KeyError: 'strategy'"),
+        (lambda config: config.update(use_rep=None), "TypeError"),
+        (lambda config: config.update(networks=3), "TypeError"),
         (lambda config: config.update(networks=config["networks"] * 2), "network 2 in head"),
         (lambda config: config["own"].pop("reads"), "KeyError: 'reads'"),
         (lambda config: config["own"].update(reads=3), "TypeError"),
-        (lambda config: config.update(own=[]), "own"),
+        (lambda config: config.update(own=[]), "TypeError"),
         (lambda config: config.clear(), "holds no head|is damaged"),
     ],
 )
@@ -274,7 +273,6 @@ def test_wrong_folders(tmp_path):
 def test_representation_and_names():
     head = make()
     assert repr(head) == "ToyHead(3 toys, use_rep=['X_a', 'X_b'], strategy='frozen')"
-    assert head.model_names() == {"model": "m", "model_fingerprint": "1"}
 
 
 @pytest.mark.parametrize(
@@ -300,8 +298,8 @@ def mixed(adata, rng):
     features = np.hstack([adata.obsm["X_a"], adata.obsm["X_b"]])
     blocks = Blocks(features, ("X_a", "X_b"), (2, 3), {"X_a": {}, "X_b": {}})
     request = Request(options=HeadOptions(n_components=4))
-    sections = resolve_slices(adata, "library")
-    blocks, expression = add_expression(sections, blocks, np.arange(184), request, None)
+    slices = resolve_slices(adata, "library")
+    blocks, expression = add_expression(slices, blocks, np.arange(184), request, None)
     networks = []
     for seed, d_input in enumerate((5, 5, 4)):
         torch.manual_seed(seed)

@@ -13,11 +13,9 @@ from scipy import sparse
 import stofm as st
 from stofm.heads import imputation as module
 from stofm.heads.blocks import Blocks
-from stofm.heads.gene_columns import Gene
+from stofm.heads.genes import Gene
 from stofm.heads.imputation import ImputationHead
-from stofm.heads.members import Members
 from stofm.heads.network import apply_head
-from stofm.heads.targets import ExpressionTargets
 from stofm.nn import HeadConfig, PredictionHead
 
 GENES = ("GFAP", "MBP", "SST", "VIP", "RELN")
@@ -100,24 +98,19 @@ def test_scores_are_the_metrics(head, blocks, rng, monkeypatch):
     monkeypatch.setattr(module, "_GENES_AT_ONCE", 2)
     true = rng.random((13, 5)).astype(np.float32)
     true[:, 3] = 0
-    targets = ExpressionTargets(
-        kind="values",
-        values=sparse.csr_matrix(true),
-        n_outputs=5,
-        mean=head.mean,
-        scale=head.scale,
-        has_counts=np.ones(13, dtype=bool),
-    )
-    members = Members(head.networks, head.reads, (0.3, 0.1), head.history, ())
     rows = np.array([1, 4, 5, 9, 11, 12])
     for own, weights in ((slice(None), (0.75, 0.25)), (slice(1, None, 2), (0.0, 1.0))):
-        scores = module._score_genes(members, blocks, targets, rows, own)
+        part = replace(
+            head, networks=head.networks[own], reads=head.reads[own], weights=(0.3, 0.1)[own]
+        )
+        scores = module.score_genes(part, blocks.take(rows), sparse.csr_matrix(true[rows]))
         found = expected(head, blocks.features[rows], weights)
         for name in ("pearson", "rmse", "mae"):
             wanted = getattr(st.metrics, name)(true[rows], found)
             np.testing.assert_allclose(scores[name], wanted, rtol=1e-4)
     assert np.isnan(scores["pearson"][3])
-    assert module._score_genes(members, blocks, targets, rows[:1], own).isna().all(axis=None)
+    one = module.score_genes(part, blocks.take(rows[:1]), sparse.csr_matrix(true[rows[:1]]))
+    assert one.isna().all(axis=None)
 
 
 def test_files(head, tmp_path):

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import stofm as st
-from stofm.heads.options import Request
-from stofm.heads.sections import resolve_slices
+from stofm.heads.request import HeadOptions, Request, resolve_slices
 from stofm.heads.targets import Targets, head_loss
-from stofm.heads.tuning import fine_tune
-from stofm.heads.tuning_setup import FineTuning
+from stofm.heads.tuning import FineTuning, fine_tune
 from stofm.nn import HeadConfig, PredictionHead
 
 pytestmark = pytest.mark.filterwarnings("ignore:Tuning .* no lower")
@@ -52,8 +50,10 @@ def tune(adata, model, targets, parts):
     def run(slices=None, *, trained=None, head=None, known=None, **options):
         names = ("use_rep", "library_key", "seed")
         asked = {name: options.pop(name) for name in names if name in options}
-        request = Request(**({"library_key": "library", "use_rep": BOTH} | asked), **QUIET)
-        given = {"strategy": "full", "task": "annotation", "how": SHORT, **parts, **options}
+        how_to = HeadOptions(strategy=options.pop("strategy", "full"))
+        asked = {"library_key": "library", "use_rep": BOTH, "options": how_to} | asked
+        request = Request(**asked, **QUIET)
+        given = {"task": "annotation", "how": SHORT, **parts, **options}
         return fine_tune(
             resolve_slices(adata if slices is None else slices, request.library_key),
             trained or model,

@@ -115,7 +115,7 @@ def test_from_a_reference(spots, cells):
     assert head.validation_scores["pearson"].min() > 0.7
     assert head.params["n_spots"] == 400
     # No model is read, and nothing is embedded.
-    assert (head.use_rep, head.model_names()) == ((), {})
+    assert (head.use_rep, head.origin) == ((), {})
     assert set(spots.obsm) == {"spatial", "truth", "X_known", KEY, STD}
 
 

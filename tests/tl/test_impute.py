@@ -14,7 +14,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.heads import fitting, members
+from stofm.heads import fitting, members, tuning
 from stofm.heads.annotation import AnnotationHead
 from stofm.heads.imputation import ImputationHead
 from stofm.heads.network import HeadTraining
@@ -190,7 +190,7 @@ def test_genes_are_learnt(fit, training, monkeypatch):
     assert (st.metrics.pearson(true, found) > 0.8).all()
     assert (st.metrics.rmse(true, found) < true.std(axis=0)).all()
     assert (head.gene_scores > 0.5).all()
-    assert head.model_names() == {}
+    assert head.origin == {"exact": {}}
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
@@ -366,13 +366,13 @@ def test_another_model_is_refused(fit, query, model):
 @pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(fit, query, model, tmp_path, monkeypatch):
     before, given = model.fingerprint, []
-    tune = fitting.fine_tune
+    tune = tuning.fine_tune
 
     def watched(sections, *args, **options):
         given.extend(sections.tables)
         return tune(sections, *args, **options)
 
-    monkeypatch.setattr(fitting, "fine_tune", watched)
+    monkeypatch.setattr(tuning, "fine_tune", watched)
     head = fit(strategy="full")
     # There is a single split.
     assert head.reads == (EMBEDDINGS, EXPRESSION)

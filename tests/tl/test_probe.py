@@ -218,5 +218,5 @@ def test_embeddings_of_several_models_are_refused(slices):
     for number, one in enumerate(slices.values()):
         one.obsm["X_stofm"] = one.obsm["noise"]
         one.uns["stofm"] = {"X_stofm": {"model": f"m{number}", "model_fingerprint": str(number)}}
-    with pytest.raises(ValueError, match=r"by m0 \(0\) in one AnnData and by m1 \(1\) in another"):
+    with pytest.raises(ValueError, match=r"by m0 \(0\) in the first AnnData and by m1 \(1\) in"):
         probe(slices, "X_stofm")

@@ -1,66 +1,207 @@
-"""Classes of cells: what is learnt of them, the head of ``stofm.tl.annotate``, and what it writes."""
+"""Classes of cells: the head of ``stofm.tl.annotate``, how far it can be trusted, what it writes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import solve_triangular
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 
 from stofm import metrics
-from stofm._edge.tables import (
-    all_or_nothing,
-    make_frame,
-    refuse_foreign,
-    refuse_not_finite,
-    write_frame,
-    write_record,
-)
-from stofm._keys import Label, Obs, Obsm, Suffix
+from stofm._edge.tables import all_or_nothing
+from stofm._keys import Label, Obs, Obsm
 from stofm._logging import logger
-from stofm.heads.fitting import Task
-from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.labels import read_labels
+from stofm.heads.expression import principal_axes
+from stofm.heads.fitting import fit
+from stofm.heads.head import Head
 from stofm.heads.network import row_order
-from stofm.heads.targets import Targets
-from stofm.heads.trust import (
-    Rejection,
-    Surroundings,
-    calibrated_probabilities,
-    fit_temperature,
-    log_scores,
-)
+from stofm.heads.targets import Targets, read_labels
+from stofm.nn.prediction_head import ROUNDING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.labels import Labels
-    from stofm.heads.members import Members
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.request import Request, SliceTables
+    from stofm.heads.targets import Labels
     from stofm.spatial import Split
 
 #: With fewer held-out cells a line of the log says so.
 _FEW_HELD_OUT: Final = 100
 _CONFIDENCE = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
+#: Bounds of the temperature, and its value without cells to fit it to.
+TEMPERATURES: Final = (0.2, 5.0)
+#: How firmly the temperature is held to 1: few cells, all of them right or all of them wrong, would
+#: draw it without end. A hundred cells or more do as they like.
+_PRIOR: Final = 20.0
+#: Principal components that distances are measured in: with 20, cells of a class that was left out
+#: are found better than with 50, and as well as by their nearest labelled cells.
+_N_COMPONENTS: Final = 20
+#: What is added to the variances within classes, as a share of their mean.
+_SHRINKAGE: Final = 1e-2
+_CHUNK: Final = 16_384
+
+
+def fit_temperature(scores: NDArray[np.floating], classes: NDArray[np.int64]) -> float:
+    """Find what to divide scores by so that probabilities are as good as can be.
+
+    `scores`, (n, n_classes), are raw outputs of a head for held-out cells. The temperature has the
+    lowest negative log-likelihood, to which that of the temperature is added: its logarithm is
+    normal around 0. The fewer cells, the nearer to 1; 1 without cells.
+
+    References
+    ----------
+    Guo et al. 2017, On calibration of modern neural networks (ICML).
+    """
+    if not len(scores):
+        return 1.0
+    values = np.asarray(scores, dtype=np.float64)
+    rows = np.arange(len(values))
+
+    def loss(log_temperature: float) -> float:
+        likelihood = log_softmax(values / np.exp(log_temperature), axis=1)[rows, classes].sum()
+        return _PRIOR * log_temperature**2 / 2 - float(likelihood)
+
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def calibrated_probabilities(
+    scores: NDArray[np.floating], temperature: float
+) -> NDArray[np.float32]:
+    """Softmax of scores divided by the temperature, (n, n_classes)."""
+    values = np.asarray(scores, dtype=np.float32) / np.float32(temperature)
+    return np.asarray(softmax(values, axis=1))
+
+
+def log_scores(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Scores whose softmax is the probabilities, for a temperature to act on."""
+    return np.asarray(np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)))
 
 
 @dataclass(frozen=True, eq=False)
-class Annotation:
-    """Classes of cells as a head sees them.
+class Surroundings:
+    """Where the embeddings of labelled cells lie.
+
+    Embeddings are standardised and projected to principal components; there all classes are taken
+    to have one covariance, and the distance is that from the nearest class mean in its units.
 
     Attributes
     ----------
-    probabilities
-        float32 (n_obs, n_classes), calibrated.
-    is_unknown
-        (n_obs,) whether neither probability nor place among the labelled cells supports a class.
+    center
+        (d,) what is taken off.
+    projection
+        (d, k) onto components in units of the covariance within classes.
+    means
+        (n_classes, k) means of the classes there.
+
+    References
+    ----------
+    Lee et al. 2018, A simple unified framework for detecting out-of-distribution samples (NeurIPS).
     """
+
+    center: NDArray[np.float32]
+    projection: NDArray[np.float32]
+    means: NDArray[np.float32]
+
+    @classmethod
+    def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
+        """Take class means and the covariance within classes, numbers from 0 that all occur.
+
+        `features`, (n, d), are in an order that does not depend on the file.
+        """
+        center = features.mean(axis=0, dtype=np.float64)
+        values = features - center
+        scale = values.std(axis=0)
+        scale[scale <= ROUNDING * np.abs(features).max(axis=0)] = np.inf
+        values /= scale
+        kept = principal_axes(values, _N_COMPONENTS)[1]
+        scores = values @ kept
+        sizes = np.bincount(classes).astype(np.float64)
+        sums = np.stack([np.bincount(classes, column) for column in scores.T], axis=1)
+        means = sums / sizes[:, None]
+        residuals = scores - means[classes]
+        within = residuals.T @ residuals / len(residuals)
+        ridge = _SHRINKAGE * np.trace(within) / len(within) or 1.0
+        root = np.linalg.cholesky(within + ridge * np.eye(len(within)))
+        projection = solve_triangular(root, kept.T / scale, lower=True).T
+        means = solve_triangular(root, means.T, lower=True).T
+        return cls(*(one.astype(np.float32) for one in (center, projection, means)))
+
+    def distances(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """(n,) distance of each embedding from the nearest class mean."""
+        found = np.empty(len(features))
+        for start in range(0, len(features), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            scores = (features[part] - self.center) @ self.projection
+            squares = (scores**2).sum(axis=1)[:, None] + (self.means**2).sum(axis=1)
+            squares -= 2 * scores @ self.means.T
+            found[part] = np.sqrt(np.maximum(squares.min(axis=1), 0.0))
+        return found
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """When a cell is called unknown: if both thresholds are passed.
+
+    Attributes
+    ----------
+    rate
+        Share of known cells that may be.
+    measured, n_cells
+        Share of the held-out known cells that are, and the number of these.
+    least_probability
+        Below it the likeliest class is not supported by its probability.
+    greatest_distance
+        Above it no class is supported by the embedding.
+    """
+
+    rate: float
+    measured: float
+    n_cells: int
+    least_probability: float
+    greatest_distance: float
+
+    @classmethod
+    def fit(
+        cls, confidence: NDArray[np.floating], distances: NDArray[np.float64], rate: float
+    ) -> Rejection:
+        """Choose thresholds on held-out known cells, (n,) each.
+
+        The same share of them lies beyond either threshold, as large as can be so that no more
+        than `rate` of them lies beyond both.
+        """
+        n_cells = len(confidence)
+        by_confidence, by_distance = np.sort(confidence), np.sort(-distances)
+        # A cell is rejected once the threshold reaches the larger of its two ranks.
+        ranks = np.maximum(
+            np.searchsorted(by_confidence, confidence, side="right"),
+            np.searchsorted(by_distance, -distances, side="right"),
+        )
+        n_rejected = int(rate * n_cells)
+        beyond = np.sort(ranks)[n_rejected] - 1 if n_rejected < n_cells else n_cells - 1
+        least, greatest = float(by_confidence[beyond]), float(-by_distance[beyond])
+        measured = float(((confidence < least) & (distances > greatest)).mean())
+        return cls(rate, measured, n_cells, least, greatest)
+
+    def rejects(
+        self, confidence: NDArray[np.floating], distances: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """(n,) whether cells are unknown."""
+        return np.asarray(
+            (confidence < self.least_probability) & (distances > self.greatest_distance)
+        )
+
+
+class Annotation(NamedTuple):
+    """Classes of cells: calibrated probabilities, (n_obs, n_classes), and whether none is supported."""
 
     probabilities: NDArray[np.float32]
     is_unknown: NDArray[np.bool_]
@@ -89,6 +230,9 @@ class AnnotationHead(Head):
 
     task: ClassVar[str] = "annotation"
     called: ClassVar[str] = "classes"
+    key: ClassVar[str] = Obs.ANNOTATION
+    obs_beside: ClassVar[tuple[str, ...]] = (_CONFIDENCE,)
+    obsm_beside: ClassVar[tuple[str, ...]] = (_PROBA,)
 
     temperature: float
     rejection: Rejection | None = None
@@ -111,13 +255,34 @@ class AnnotationHead(Head):
             is_unknown = self.rejection.rejects(probabilities.max(axis=1), distances)
         return Annotation(probabilities, is_unknown)
 
+    def apply(self, slices: SliceTables, request: Request, key: str) -> None:
+        """Name the cells of some tables, and write that."""
+        self.refuse_key(slices, key, request, self.use_rep)
+        with all_or_nothing(*slices.tables):
+            found = self.predict(self.read(slices, request))
+            categories = [*self.classes, Label.UNKNOWN]
+            likeliest = found.probabilities.argmax(axis=1)
+            codes = np.where(found.is_unknown, len(self.classes), likeliest)
+            names = pd.Categorical.from_codes(codes, categories=categories)
+            params = {"label_key": self.params["label_key"], "temperature": self.temperature}
+            self.write(
+                slices,
+                key,
+                {_PROBA: found.probabilities},
+                obs={"": names, _CONFIDENCE: found.probabilities.max(axis=1)},
+                params=[{**params, "reject_rate": self.params["reject_rate"]}] * len(slices.tables),
+            )
+        logger.info(
+            "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
+            *(len(codes), len(self.classes), key, found.is_unknown.sum()),
+        )
+
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries, arrays = super()._own()
         entries["temperature"] = self.temperature
         if self.rejection is None or self.surroundings is None:
             return entries, arrays
-        entries["rejection"] = asdict(self.rejection)
-        return entries, arrays | asdict(self.surroundings)
+        return entries | {"rejection": asdict(self.rejection)}, arrays | asdict(self.surroundings)
 
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,102 +294,77 @@ class AnnotationHead(Head):
         return fields
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AnnotationTask(Task):
-    """Learning classes."""
-
-    name: ClassVar[str] = AnnotationHead.task
-
-    labels: Labels
-    label_key: str
-
-    @classmethod
-    def of(cls, sections: Sections, request: Request, label_key: str) -> AnnotationTask:
-        """The task of learning a column of ``obs``; refuses labels that can't be learnt."""
-        options = request.options
-        labels = read_labels(
-            sections, label_key, missing=options.missing, min_share=options.min_share
+def learn_classes(slices: SliceTables, request: Request, label_key: str) -> AnnotationHead:
+    """Fit a head to a column of ``obs``; temperature and thresholds to the held-out cells."""
+    options = request.options
+    request.check(slices)
+    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
+    if Label.UNKNOWN in labels.classes:
+        raise ValueError(
+            f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, the name of cells that no class "
+            "is supported for. Rename it, or add it to `missing` to leave it out."
         )
-        if Label.UNKNOWN in labels.classes:
-            raise ValueError(
-                f"obs[{label_key!r}] has a class {Label.UNKNOWN!r}, the name of cells that no class "
-                "is supported for. Rename it, or add it to `missing` to leave it out."
-            )
-        weights = None
-        if options.class_weights == "balanced":
-            sizes = np.bincount(labels.codes[labels.is_known], minlength=len(labels.classes))
-            weights = (sizes.sum() / (len(sizes) * sizes)).astype(np.float32)
-        targets = Targets("classes", labels.codes, len(labels.classes), weights)
-        return cls(targets=targets, request=request, labels=labels, label_key=label_key)
-
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> AnnotationHead:
-        """Fit temperature and thresholds to the held-out cells."""
-        _tell_about(splits[0], self.labels)
-        options, codes, rows = self.request.options, self.labels.codes, members.rows
-        scores = log_scores(members.votes)
-        temperature = fit_temperature(scores, codes[rows])
-        probabilities = calibrated_probabilities(scores, temperature)
-        trust: dict[str, Any] = {"temperature": temperature}
-        is_unknown = np.zeros(len(rows), dtype=bool)
-        if options.reject_rate and len(rows):
-            read = blocks.features
-            around = [
-                Surroundings.fit(read[fitted], codes[fitted])
-                for fitted in (row_order(read, codes, split.fitted) for split in splits)
-            ]
-            distances = np.concatenate(
-                [a.distances(read[own]) for a, own in zip(around, members.held_out, strict=True)]
-            )
-            confidence = probabilities.max(axis=1)
-            rejection = Rejection.fit(confidence, distances, options.reject_rate)
-            is_unknown = rejection.rejects(confidence, distances)
-            trust |= {"rejection": rejection, "surroundings": around[0]}
-        found = [score_classes(Annotation(probabilities, is_unknown), codes[rows])]
-        return AnnotationHead(
-            **common,
-            **trust,
-            outputs=self.labels.classes,
-            params={
-                **self.request.record,
-                "label_key": self.label_key,
-                "missing": [str(one) for one in options.missing],
-                "min_share": float(options.min_share),
-                "left_out_classes": list(self.labels.left_out),
-                "class_weights": options.class_weights,
-                "n_neighbors": blocks.n_neighbors,
-                "reject_rate": float(options.reject_rate),
-            },
-            validation_scores=pd.DataFrame(
-                found[: len(rows)], index=pd.RangeIndex(1, 1 + bool(len(rows)), name="run")
-            ),
+    codes, weights = labels.codes, None
+    if options.class_weights == "balanced":
+        sizes = np.bincount(codes[labels.is_known], minlength=len(labels.classes))
+        weights = (sizes.sum() / (len(sizes) * sizes)).astype(np.float32)
+    targets = Targets("classes", codes, len(labels.classes), weights)
+    blocks, splits, members, fields = fit(slices, targets, request, AnnotationHead.task)
+    _tell_about(splits[0], labels)
+    rows, read, scores = members.rows, blocks.features, log_scores(members.votes)
+    temperature = fit_temperature(scores, codes[rows])
+    probabilities = calibrated_probabilities(scores, temperature)
+    is_unknown = np.zeros(len(rows), dtype=bool)
+    if options.reject_rate and len(rows):
+        around = [
+            Surroundings.fit(read[fitted], codes[fitted])
+            for fitted in (row_order(read, codes, split.fitted) for split in splits)
+        ]
+        distances = np.concatenate(
+            [one.distances(read[own]) for one, own in zip(around, members.held_out, strict=True)]
         )
+        confidence = probabilities.max(axis=1)
+        rejection = Rejection.fit(confidence, distances, options.reject_rate)
+        is_unknown = rejection.rejects(confidence, distances)
+        fields |= {"rejection": rejection, "surroundings": around[0]}
+    found = []
+    if len(rows):
+        found.append(score_classes(Annotation(probabilities, is_unknown), codes[rows]))
+    return AnnotationHead(
+        **fields,
+        temperature=temperature,
+        outputs=labels.classes,
+        params={
+            **request.record,
+            "label_key": label_key,
+            "missing": [str(one) for one in options.missing],
+            "min_share": float(options.min_share),
+            "left_out_classes": list(labels.left_out),
+            "class_weights": options.class_weights,
+            "n_neighbors": blocks.n_neighbors,
+            "reject_rate": float(options.reject_rate),
+        },
+        validation_scores=pd.DataFrame(found, index=pd.RangeIndex(1, 1 + len(found), name="run")),
+    )
 
 
 def _tell_about(split: Split, labels: Labels) -> None:
     """Log what the held-out cells lack, since weights and calibration come from them."""
     if len(split.moved):
-        logger.info(
-            "Held-out parts would have all cells of %s; these %d cells are fitted.",
-            ", ".join(labels.classes[k] for k in np.unique(labels.codes[split.moved])),
-            len(split.moved),
-        )
+        moved = ", ".join(labels.classes[k] for k in np.unique(labels.codes[split.moved]))
+        msg = "Held-out parts would have all cells of %s; these %d cells are fitted."
+        logger.info(msg, moved, len(split.moved))
     n_classes = len(np.unique(labels.codes[split.held_out]))
     if len(split.held_out) < _FEW_HELD_OUT or n_classes < len(labels.classes):
         logger.info(
             "%d cells of %d of %d classes are held out. Few cells or classes tell little about when "
             "to stop and how far to trust the head.",
-            len(split.held_out),
-            n_classes,
-            len(labels.classes),
+            *(len(split.held_out), n_classes, len(labels.classes)),
         )
 
 
 def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float]:
     """Score the likeliest classes of cells, unknown ones too."""
-    if not len(true):
-        return {}
     predicted = found.probabilities.argmax(axis=1)
     likelihood = found.probabilities[np.arange(len(true)), true]
     return {
@@ -235,55 +375,3 @@ def score_classes(found: Annotation, true: NDArray[np.int64]) -> dict[str, float
         "unknown": float(found.is_unknown.mean()),
         "n_cells": len(true),
     }
-
-
-def refuse_keys(sections: Sections, request: Request, key: str, use_rep: Sequence[str]) -> None:
-    """Refuse a key that is read, or where something else is stored."""
-    refuse_reserved(key, Obs.ANNOTATION, request.spatial_key, request.library_key, *use_rep)
-    sections.each(
-        lambda table: refuse_foreign(table, key, obs=[key + _CONFIDENCE], obsm=[key + _PROBA])
-    )
-
-
-def annotate_with(sections: Sections, head: AnnotationHead, request: Request, key: str) -> None:
-    """Name the cells of some tables, and write that."""
-    require_head(head, AnnotationHead)
-    refuse_keys(sections, request, key, head.use_rep)
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, head.predict(head.read(sections, request)), key)
-
-
-def _write(sections: Sections, head: AnnotationHead, found: Annotation, key: str) -> None:
-    """Write classes, confidence and probabilities to each table, with a record."""
-    refuse_not_finite(head.task, found.probabilities)
-    params = {
-        "label_key": head.params["label_key"],
-        "use_rep": list(head.use_rep),
-        "strategy": head.strategy,
-        "seed": head.params["seed"],
-        "temperature": head.temperature,
-        "reject_rate": head.params["reject_rate"],
-    }
-    # All is made before anything is written.
-    frames = [
-        make_frame(table, found.probabilities[part], head.classes)
-        for table, part in zip(sections.tables, sections.places, strict=True)
-    ]
-    categories = [*head.classes, Label.UNKNOWN]
-    likeliest = found.probabilities.argmax(axis=1)
-    codes = np.where(found.is_unknown, categories.index(Label.UNKNOWN), likeliest)
-    confidence = found.probabilities.max(axis=1)
-    for table, part, frame in zip(sections.tables, sections.places, frames, strict=True):
-        table.obs[key] = pd.Categorical.from_codes(codes[part], categories=categories)
-        table.obs[key + _CONFIDENCE] = confidence[part]
-        write_frame(table, key + _PROBA, frame, head.classes)
-        # Colours of an earlier run would be taken for these classes'.
-        table.uns.pop(key + Suffix.COLORS, None)
-        write_record(table, key, params, **head.model_names())
-    logger.info(
-        "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
-        len(codes),
-        len(head.classes),
-        key,
-        found.is_unknown.sum(),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -15,24 +15,21 @@ from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import (
     MADE_BY_EMBED,
-    EmbeddingSource,
     Origin,
     describe_origin,
     origin_of,
     places_entry,
     same_origin,
+    with_embeddings,
 )
-from stofm.heads.options import checked_reps
 from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.request import Request, SliceTables
 
 #: What a member of a head reads.
 Source = Literal["embedding", "neighborhood", "expression", "expression neighborhood"]
@@ -79,10 +76,10 @@ class Blocks:
         """What there is to read, the embedding first."""
         return tuple(source for source in get_args(Source) if self._parts(source))
 
-    def of(self, source: Source) -> NDArray[np.float32] | None:
-        """What a member reads, (n, d); None if there is none of it."""
+    def of(self, source: Source) -> NDArray[np.float32]:
+        """What a member reads, (n, d)."""
         parts = self._parts(source)
-        return np.concatenate(parts, axis=1) if len(parts) > 1 else next(iter(parts), None)
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def knows(self, source: Source) -> NDArray[np.bool_]:
         """(n,) whether a cell has all that a member reads."""
@@ -91,6 +88,13 @@ class Blocks:
         for part in parts:
             known &= np.isfinite(part[:, 0])
         return known
+
+    def take(self, rows: NDArray[np.int64]) -> Blocks:
+        """The blocks of some cells."""
+        names = ("expression", "neighborhood", "expression_neighborhood")
+        given = {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = {n: None if one is None else one[rows] for n, one in given.items()}
+        return replace(self, features=self.features[rows], **found)
 
     def widths_of(self, source: Source) -> tuple[int, ...]:
         """Columns of each part of :meth:`of`; those of a part share a scale."""
@@ -131,8 +135,9 @@ class Blocks:
 
 
 def read_embeddings(
-    sections: Sections,
+    slices: SliceTables,
     request: Request,
+    reps: Sequence[str] | None = None,
     *,
     expected: Origin | None = None,
 ) -> Blocks:
@@ -141,57 +146,43 @@ def read_embeddings(
     New embeddings are written to all tables or, after an error, to none. Stored ones that do not
     fit (another model, layer, slices, counts or coordinates) stay; if the request names a model, the
     cells are embedded aside. Embeddings by other models than the `expected` ones, which a head was
-    fitted to, are refused.
+    fitted to, are refused. `reps` are read in place of those of the request.
     """
-    if not request.use_rep:
-        return Blocks(np.empty((sections.n_obs, 0), dtype=np.float32), (), (), {})
-    reps = checked_reps(request.use_rep)
-    parts = {rep: read_each(sections, rep) for rep in reps if rep not in MADE_BY_EMBED}
+    reps = tuple(request.reps if reps is None else reps)
+    if not reps:
+        return Blocks(np.empty((slices.n_obs, 0), dtype=np.float32), (), (), {})
+    found = {rep: read_rep(slices, rep) for rep in reps if rep not in MADE_BY_EMBED}
     if request.layer is not None:
-        sections.each(lambda table: read_counts(table, layer=request.layer))
-    source = EmbeddingSource(request, expected)
-    with all_or_nothing(*sections.tables):
-        tables = sections.each(lambda table: source.with_embeddings(table, reps))
-    embedded = replace(sections, tables=tuple(tables))
-    origin = {}
-    for rep in reps:
-        own = embedded if rep in MADE_BY_EMBED else sections
-        parts.setdefault(rep, read_each(own, rep))
-        origin[rep] = _common_origin(own.tables, rep)
-    widths = tuple(common_width(parts[rep], rep) for rep in reps)
-    features = np.concatenate([np.concatenate(parts[rep]) for rep in reps], axis=1)
-    return Blocks(features, reps, widths, origin)
+        slices.each(lambda table: read_counts(table, layer=request.layer))
+    with all_or_nothing(*slices.tables):
+        embedded = with_embeddings(slices, reps, request, expected or {})
+    found |= {rep: read_rep(embedded, rep) for rep in reps if rep in MADE_BY_EMBED}
+    values = [found[rep][0] for rep in reps]
+    widths = tuple(one.shape[1] for one in values)
+    return Blocks(np.hstack(values), reps, widths, {rep: found[rep][1] for rep in reps})
 
 
-def read_each(sections: Sections, rep: str) -> list[NDArray[np.float32]]:
-    """Read an entry of ``obsm`` of each table, checked."""
-    return sections.each(lambda table: read_representation(table, rep))
-
-
-def _common_origin(tables: Sequence[AnnData], rep: str) -> dict[str, str]:
-    first, *others = [origin_of(table, rep) for table in tables]
+def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[str, str]]:
+    """Read an entry of ``obsm`` of all tables, (n_obs, d), and the origin that they share."""
+    parts = slices.each(lambda table: read_representation(table, rep))
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"obsm[{rep!r}] has {sorted(widths)} columns in different AnnData; make it anew."
+        )
+    first, *others = [origin_of(table, rep) for table in slices.tables]
     for k, other in enumerate(others, 2):
         if not same_origin(other, first):
             raise ValueError(
                 f"obsm[{rep!r}] is by {describe_origin(first)} in the first AnnData and by "
-                f"{describe_origin(other)} in number {k}. Embed all with one model, or pass it as "
-                "`model`."
+                f"{describe_origin(other)} in number {k}. Embed all with one model: st.tl.embed(adata, "
+                "model)."
             )
-    return first
-
-
-def common_width(parts: Sequence[NDArray[np.float32]], rep: str) -> int:
-    """Columns of a representation, the same in all tables."""
-    found = {int(part.shape[1]) for part in parts}
-    if len(found) > 1:
-        raise ValueError(
-            f"obsm[{rep!r}] has {sorted(found)} columns in different AnnData; make it anew."
-        )
-    return found.pop()
+    return np.concatenate(parts), first
 
 
 def choose_neighborhood(
-    sections: Sections, blocks: Blocks, request: Request, rows: NDArray[np.int64]
+    slices: SliceTables, blocks: Blocks, request: Request, rows: NDArray[np.int64]
 ) -> Blocks:
     """Add means over neighbours, as many as asked for, for the tables with labelled `rows`.
 
@@ -199,21 +190,18 @@ def choose_neighborhood(
     with a random split: held-out cells would share neighbours with fitted ones.
     """
     n_neighbors, spatial_key = request.options.n_neighbors, request.spatial_key
-    labelled = sections.tables_of(rows)
+    labelled = slices.tables_of(rows)
     if n_neighbors is None:
-        has_places = all(
-            places_entry(sections.tables[k], spatial_key) in sections.tables[k].obsm
-            for k in labelled
-        )
+        has_places = slices.has_coordinates(spatial_key, labelled)
         is_fair = set(blocks.use_rep) <= set(MADE_BY_EMBED) and request.options.split != "random"
         n_neighbors = N_NEIGHBORS if is_fair and has_places else 0
         if is_fair and not has_places:
             logger.info("No coordinates in obsm[%r]: no neighbours are read.", spatial_key)
-    return with_neighborhood(sections, blocks, n_neighbors, request, needed=labelled)
+    return with_neighborhood(slices, blocks, n_neighbors, request, needed=labelled)
 
 
 def with_neighborhood(
-    sections: Sections,
+    slices: SliceTables,
     blocks: Blocks,
     n_neighbors: int,
     request: Request,
@@ -228,12 +216,12 @@ def with_neighborhood(
     """
     if not n_neighbors:
         return blocks
-    coordinates = np.full((sections.n_obs, 2), np.nan)
-    is_needed = np.zeros(sections.n_obs, dtype=bool)
-    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
+    coordinates = np.full((slices.n_obs, 2), np.nan)
+    is_needed = np.zeros(slices.n_obs, dtype=bool)
+    for k, (table, place) in enumerate(zip(slices.tables, slices.places, strict=True)):
         is_needed[place] = k in needed
         try:
-            with sections.naming(k):
+            with slices.naming(k):
                 coordinates[place] = read_coordinates(
                     table, places_entry(table, request.spatial_key)
                 )
@@ -241,15 +229,15 @@ def with_neighborhood(
             if k in needed:
                 raise
             warn(f"{table.n_obs} cells are judged without their neighbours: {error.args[0]}")
-    slices = [
+    usable = [
         rows
-        for rows in sections.slices.rows
+        for rows in slices.rows
         if np.isfinite(coordinates[rows]).all()
         and (is_needed[rows].all() or len(rows) > n_neighbors // 2)
     ]
     values, components = blocks.averaged[0], blocks.first_components
     both = values if components is None else np.concatenate([values, components], axis=1)
-    means = neighbor_means(both, coordinates, slices, n_neighbors)
+    means = neighbor_means(both, coordinates, usable, n_neighbors)
     width = values.shape[1]
     return replace(
         blocks,

@@ -8,25 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm._edge.tables import (
-    all_or_nothing,
-    make_frame,
-    refuse_foreign,
-    refuse_not_finite,
-    remove_entry,
-    write_frame,
-    write_record,
-)
+from stofm._edge.tables import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.heads.fitting import Task, fit
-from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.labels import read_labels
-from stofm.heads.sections import resolve_slices
-from stofm.heads.simulated_spots import fit_simulated
-from stofm.heads.spot_tables import SLICE, grid_into_spots, read_proportions
-from stofm.heads.targets import Targets
-from stofm.metrics import mae, pearson, rmse
+from stofm.heads.fitting import fit, score_outputs
+from stofm.heads.head import Head
+from stofm.heads.request import resolve_slices
+from stofm.heads.spots import SLICE, fit_simulated, grid_into_spots, read_proportions
+from stofm.heads.targets import Targets, read_labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,16 +23,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.members import Members
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
-    from stofm.heads.spot_tables import SpotTable
-    from stofm.spatial import Split
+    from stofm.heads.request import Request, SliceTables
+    from stofm.heads.spots import SpotTable
 
 _STD = Obsm.DECONVOLUTION_STD.removeprefix(Obsm.DECONVOLUTION)
 #: With fewer spots than this there is nothing to hold out.
 _MIN_SPOTS: Final = 20
-_SCORES: Final = {"pearson": pearson, "rmse": rmse, "mae": mae}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -55,6 +40,8 @@ class DeconvolutionHead(Head):
 
     task: ClassVar[str] = "deconvolution"
     called: ClassVar[str] = "types"
+    key: ClassVar[str] = Obsm.DECONVOLUTION
+    obsm_beside: ClassVar[tuple[str, ...]] = (_STD,)
 
     def __post_init__(self) -> None:
         """Name the scores by type: in a file, types "0" and "NA" look like something else."""
@@ -82,102 +69,72 @@ class DeconvolutionHead(Head):
             return mean, None
         return mean, np.sqrt(np.maximum(squares - mean**2, 0.0))
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ProportionsTask(Task):
-    """Learning proportions that are known.
-
-    Attributes
-    ----------
-    types
-        Names of the types.
-    source
-        What is learnt from, for the head's record.
-    """
-
-    name: ClassVar[str] = DeconvolutionHead.task
-
-    types: tuple[str, ...]
-    source: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, spots: SpotTable, request: Request, source: Mapping[str, Any]) -> ProportionsTask:
-        """The task of learning what is known of spots; refuses too few."""
-        targets = Targets("proportions", spots.proportions, len(spots.types))
-        n_known = int(targets.is_known.sum())
-        if n_known < _MIN_SPOTS:
-            raise ValueError(
-                f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} "
-                "are needed to fit a head and to hold some out. Pass more slices, or a smaller "
-                "spot_size if cells are summed into spots."
-            )
-        return cls(targets=targets, request=request, types=tuple(spots.types), source=source)
-
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> DeconvolutionHead:
-        """Score the types on the held-out spots."""
-        true = self.targets.values[members.rows]
-        return DeconvolutionHead(
-            **common,
-            outputs=self.types,
-            params={**self.request.record, **self.source, "n_neighbors": blocks.n_neighbors},
-            validation_scores=score_types(self.types, true, members.votes),
+    def apply(self, slices: SliceTables, request: Request, key: str) -> None:
+        """Find the proportions of some spots, and write them."""
+        self.refuse_key(slices, key, request, self.use_rep)
+        with all_or_nothing(*slices.tables):
+            mean, spread = self.predict(self.read(slices, request))
+            frames = {"": mean} if spread is None else {"": mean, _STD: spread}
+            self.write(slices, key, frames, params=[{}] * len(slices.tables))
+        logger.info(
+            "Proportions of %d types in %d spots: obsm[%r].", len(self.types), len(mean), key
         )
 
 
-def score_types(
-    types: Sequence[str], true: NDArray[np.floating], found: NDArray[np.floating]
-) -> pd.DataFrame:
-    """Score each type over some spots: a row per type, columns pearson, rmse and mae.
-
-    Fewer than two spots have no scores, NaN; a constant type has no Pearson correlation.
-    """
-    index = pd.Index(types, name="type")
-    if len(true) < 2:
-        return pd.DataFrame(np.nan, index=index, columns=list(_SCORES))
-    true = np.asarray(true, dtype=np.float64)
-    scores = {name: np.asarray(score(true, found)) for name, score in _SCORES.items()}
-    return pd.DataFrame(scores, index=index)
-
-
 def learn_proportions(
-    sections: Sections, key: str | Sequence[str], request: Request, *, copy: bool
+    spots: SpotTable, request: Request, source: Mapping[str, Any]
 ) -> DeconvolutionHead:
-    """Fit a head to spots whose proportions are known."""
-    request.check(sections)
-    known = read_proportions(sections, key)
+    """Fit a head to spots whose proportions are known; `source` says of what, for its record."""
+    targets = Targets("proportions", spots.proportions, len(spots.types))
+    n_known = int(targets.is_known.sum())
+    if n_known < _MIN_SPOTS:
+        raise ValueError(
+            f"{n_known} of {len(targets)} spots have known proportions; at least {_MIN_SPOTS} are "
+            "needed to fit a head and to hold some out. Pass more slices, or a smaller spot_size if "
+            "cells are summed into spots."
+        )
+    blocks, _, members, fields = fit(spots.slices, targets, request, DeconvolutionHead.task)
+    return DeconvolutionHead(
+        **fields,
+        outputs=tuple(spots.types),
+        params={**request.record, **source, "n_neighbors": blocks.n_neighbors},
+        validation_scores=score_outputs(
+            spots.types, targets.values[members.rows], members.votes, "type"
+        ),
+    )
+
+
+def learn_known(
+    slices: SliceTables, key: str | Sequence[str], request: Request
+) -> DeconvolutionHead:
+    """Fit a head to an entry of ``obsm``, or columns of ``obs``, with proportions."""
+    request.check(slices)
     source = {"proportions_key": key if isinstance(key, str) else list(key)}
-    task = ProportionsTask.of(known, request, source)
-    head: DeconvolutionHead = fit(task, sections.copied() if copy else sections)
-    return head
+    return learn_proportions(read_proportions(slices, key), request, source)
 
 
 def learn_squares(
-    sections: Sections, spot_size: float, label_key: str, request: Request
+    slices: SliceTables, spot_size: float, label_key: str, request: Request
 ) -> DeconvolutionHead:
     """Fit a head to squares that single cells are summed into."""
-    request.check(sections)
+    request.check(slices)
     options = request.options
-    labels = read_labels(sections, label_key, missing=options.missing, min_share=options.min_share)
-    squares = grid_into_spots(sections, labels, request, spot_size=spot_size)
+    labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
+    squares = grid_into_spots(slices, labels, request, spot_size=spot_size)
     own = replace(request, library_key=SLICE, layer=None, spatial_key=Obsm.SPATIAL)
-    source = {"label_key": label_key, "spot_size": spot_size}
-    head: DeconvolutionHead = fit(ProportionsTask.of(squares, own, source), squares.sections)
-    return head
+    return learn_proportions(squares, own, {"label_key": label_key, "spot_size": spot_size})
 
 
 def learn_reference(
-    sections: Sections, reference: Any, label_key: str, request: Request, key: str
+    slices: SliceTables, reference: Any, label_key: str, request: Request
 ) -> DeconvolutionHead:
-    """Fit a head to spots simulated from single cells, and write the proportions that it finds."""
+    """Fit a head to spots simulated from single cells."""
     if request.options.strategy != "frozen":
         raise ValueError(
             f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
             "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
             "with a slice of single cells."
         )
-    _refuse_keys(sections, key, request)
     plain = list(reference.values()) if isinstance(reference, dict) else reference
     for one in plain if isinstance(plain, list | tuple) else [plain]:
         if len(names := sorted(getattr(one, "tables", ()))) > 1:
@@ -188,55 +145,6 @@ def learn_reference(
             )
     # A reference's slices do not matter, nor whether they overlap.
     cells = resolve_slices(reference, spatial_key="", role="reference")
-    fitted = fit_simulated(sections, cells, label_key, request)
-    head = DeconvolutionHead(
-        **fitted.fields,
-        validation_scores=score_types(fitted.fields["outputs"], fitted.true, fitted.found),
-    )
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, request, key)
-    return head
-
-
-def deconvolve_with(
-    sections: Sections, head: DeconvolutionHead, request: Request, key: str
-) -> None:
-    """Find the proportions of some spots, and write them."""
-    require_head(head, DeconvolutionHead)
-    _refuse_keys(sections, key, request, head.use_rep)
-    with all_or_nothing(*sections.tables):
-        _write(sections, head, request, key)
-
-
-def _refuse_keys(
-    sections: Sections, key: str, request: Request, use_rep: Sequence[str] = ()
-) -> None:
-    """Refuse a key that is read, or where or beside which something else is stored."""
-    refuse_reserved(key, Obsm.DECONVOLUTION, request.spatial_key, request.library_key, *use_rep)
-    sections.each(lambda table: refuse_foreign(table, key, obsm=[key + _STD]))
-
-
-def _write(sections: Sections, head: DeconvolutionHead, request: Request, key: str) -> None:
-    """Write proportions and their deviation to each table, with a record."""
-    found = head.predict(head.read(sections, request))
-    refuse_not_finite(head.task, *found)
-    params = {
-        "use_rep": list(head.use_rep),
-        "strategy": head.strategy,
-        "seed": head.params["seed"],
-    }
-    # All is made before anything is written.
-    frames = [
-        [make_frame(table, values[part], head.types) for values in found if values is not None]
-        for table, part in zip(sections.tables, sections.places, strict=True)
-    ]
-    for table, (mean, *spread) in zip(sections.tables, frames, strict=True):
-        write_record(table, key, params, **head.model_names())
-        write_frame(table, key, mean, head.types)
-        # That of an earlier run would be taken for this one's.
-        remove_entry(table, key + _STD)
-        for frame in spread:
-            write_frame(table, key + _STD, frame, head.types)
-    logger.info(
-        "Proportions of %d types in %d spots: obsm[%r].", len(head.types), len(found[0]), key
-    )
+    fields, found, true = fit_simulated(slices, cells, label_key, request)
+    scores = score_outputs(fields["outputs"], true, found, "type")
+    return DeconvolutionHead(**fields, validation_scores=scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Request
+    from stofm.heads.request import Request, SliceTables
     from stofm.nn import Stofm
     from stofm.train.recipe import FileConfig
 
@@ -90,99 +91,83 @@ def recorded_options(adata: AnnData, request: Request | FileConfig) -> dict[str,
     }
 
 
-class EmbeddingSource:
-    """The model whose embeddings a request wants, loaded when it is needed.
+def with_embeddings(
+    slices: SliceTables, reps: Sequence[str], request: Request, expected: Origin
+) -> SliceTables:
+    """The tables, with what was missing, or others aside that have the wanted embeddings.
 
     Keys and layer that a table was embedded with take the place of the defaults. `expected` is the
-    origin of what a head was fitted to.
+    origin of what a head was fitted to, if there is one.
     """
+    is_missing = any(set(reps) & set(MADE_BY_EMBED) - set(table.obsm) for table in slices.tables)
+    is_named = request.model is not None
+    model = load_model(request.model) if is_named or is_missing else None
+    made = {} if model is None else origin_by(model)
+    for rep, origin in expected.items():
+        if rep in made and not same_origin(made[rep], origin):
+            raise ValueError(
+                f"The head was fitted to embeddings by {describe_origin(origin)}, and the model to "
+                f"embed with is {describe_origin(made[rep])}. Pass the head's model as `model`, or "
+                "fit a new head."
+            )
 
-    def __init__(self, request: Request, expected: Origin | None) -> None:
-        self._given = None if request.model is None else load_model(request.model)
-        self._model = self._given
-        self._expected = expected
-        self._request = request
-        self._made: Origin | None = None
-
-    def with_embeddings(self, adata: AnnData, reps: Sequence[str]) -> AnnData:
-        """Return the table, with what was missing, or one aside that has the wanted ones."""
-        missing = [rep for rep in reps if rep in MADE_BY_EMBED and rep not in adata.obsm]
-        wanted = self._wanted(is_needed=bool(missing))
-        found = {rep: self._objection(adata, rep, wanted) for rep in reps if rep in adata.obsm}
+    def embedded(table: AnnData) -> AnnData:
+        there = [rep for rep in reps if rep in table.obsm]
+        found = {rep: _objection(table, rep, request, model, expected, made) for rep in there}
         objections = {rep: objection for rep, objection in found.items() if objection}
-        if not missing and not objections:
-            return adata
-        if objections and (self._given is None or not set(objections) <= set(MADE_BY_EMBED)):
+        if objections and not (is_named and set(objections) <= set(MADE_BY_EMBED)):
             raise ValueError(next(iter(objections.values())))
-        options = self._request.reading | recorded_options(adata, self._request)
+        if model is None or not (objections or set(reps) & set(MADE_BY_EMBED) - set(there)):
+            return table
+        options = request.reading | recorded_options(table, request)
         if objections:
             logger.info(
                 "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
                 "embedding aside.",
                 next(iter(objections)),
             )
-            adata = bare_table(adata, options)
-        model = load_model(self._model)
+            table = bare_table(table, options)
         if Obsm.X in reps:
-            read_places(adata, options["spatial_key"])
-            embed(adata, model, **options)
+            read_places(table, options["spatial_key"])
+            embed(table, model, **options)
         else:
             show = options["show_progress_bar"]
-            tokenize(adata, model, layer=options["layer"], show_progress_bar=show)
-            encode_cells(adata, model, device=options["device"], show_progress_bar=show)
-        return adata
+            tokenize(table, model, layer=options["layer"], show_progress_bar=show)
+            encode_cells(table, model, device=options["device"], show_progress_bar=show)
+        return table
 
-    def _wanted(self, *, is_needed: bool) -> Origin:
-        """Origins that embeddings must have, by name."""
-        if self._model is None and is_needed:
-            self._model = load_model(None)
-        if self._model is not None and self._made is None:
-            self._made = origin_by(self._model)
-            self._check_against_head()
-        return {**(self._made or {}), **(self._expected or {})}
+    return replace(slices, tables=tuple(slices.each(embedded)))
 
-    def _check_against_head(self) -> None:
-        for rep, origin in (self._expected or {}).items():
-            if rep in MADE_BY_EMBED and not same_origin((self._made or {})[rep], origin):
-                raise ValueError(
-                    f"The head was fitted to embeddings by {describe_origin(origin)}, and the model "
-                    f"to embed with is {describe_origin((self._made or {})[rep])}. Pass the head's "
-                    "model as `model`, or fit a new head."
-                )
 
-    def _objection(self, adata: AnnData, rep: str, wanted: Origin) -> str:
-        """Why an entry can't be read; empty if it can."""
-        found = origin_of(adata, rep)
-        if rep in wanted and not same_origin(found, wanted[rep]):
-            return self._name_models(rep, found, wanted[rep]) + ("" if found else _NO_RECORD)
-        if rep in MADE_BY_EMBED and not found:
+def _objection(
+    adata: AnnData, rep: str, request: Request, model: Stofm | None, expected: Origin, made: Origin
+) -> str:
+    """Why an entry can't be read; empty if it can."""
+    found, wanted = origin_of(adata, rep), {**made, **expected}
+    lacking = "" if found else _NO_RECORD
+    if rep in wanted and not same_origin(found, wanted[rep]):
+        this, other = describe_origin(found), describe_origin(wanted[rep])
+        if expected:
             return (
-                f"obsm[{rep!r}] has no record of the model that made it, so that a head fitted to "
-                "it could not tell which cells it can be used on. Embed the cells again with "
-                f"st.tl.embed, or pass `model` to embed them aside.{_NO_RECORD}"
-            )
-        return _changed_option(adata, rep, self._request.reading) or self._staleness(adata, rep)
-
-    def _staleness(self, adata: AnnData, rep: str) -> str:
-        reason = stale_reason(adata, rep, None if self._model is None else self._model.vocabulary)
-        if not reason:
-            return ""
-        return (
-            f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them "
-            "aside."
-        )
-
-    def _name_models(self, rep: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
-        if self._expected is not None:
-            return (
-                f"obsm[{rep!r}] is by {describe_origin(found)}, and the head was fitted to "
-                f"embeddings by {describe_origin(wanted)}. Embed with that model: "
-                "st.tl.embed(adata, model), or pass it as `model`."
+                f"obsm[{rep!r}] is by {this}, and the head was fitted to embeddings by {other}. "
+                f"Embed with that model: st.tl.embed(adata, model), or pass it as `model`.{lacking}"
             )
         return (
-            f"obsm[{rep!r}] is by {describe_origin(found)}, and what is missing beside it would be "
-            f"made with {describe_origin(wanted)}. Pass the model that made it as `model`."
+            f"obsm[{rep!r}] is by {this}, and what is missing beside it would be made with {other}. "
+            f"Pass the model that made it as `model`.{lacking}"
         )
+    if rep in MADE_BY_EMBED and not found:
+        return (
+            f"obsm[{rep!r}] has no record of the model that made it, so that a head fitted to it "
+            "could not tell which cells it can be used on. Embed the cells again with st.tl.embed, "
+            f"or pass `model` to embed them aside.{_NO_RECORD}"
+        )
+    if changed := _changed_option(adata, rep, request.reading):
+        return changed
+    reason = stale_reason(adata, rep, None if model is None else model.vocabulary)
+    return reason and (
+        f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them aside."
+    )
 
 
 def read_places(adata: AnnData, spatial_key: str) -> NDArray[np.float64]:
@@ -244,20 +229,17 @@ def _recorded(adata: AnnData, option: str) -> str:
     return _options_of(adata, Obsm.X).get(option, "") if Obsm.X in adata.obsm else ""
 
 
-def _same_slices(adata: AnnData, first: str, second: str) -> bool:
+def _same_slices(adata: AnnData, *columns: str) -> bool:
     """Whether two columns of ``obs`` (no name: one slice) put the same cells together."""
-    if not {first, second} - {""} <= set(adata.obs):
-        return False
-    return bool(np.array_equal(_slice_codes(adata, first), _slice_codes(adata, second)))
-
-
-def _slice_codes(adata: AnnData, key: str) -> NDArray[np.int64]:
     import pandas as pd
 
-    if not key:
-        return np.zeros(adata.n_obs, dtype=np.int64)
-    codes: NDArray[np.int64] = pd.factorize(adata.obs[key].astype(str).to_numpy())[0]
-    return codes
+    if not set(columns) - {""} <= set(adata.obs):
+        return False
+    first, second = (
+        pd.factorize(adata.obs[name].astype(str))[0] if name else np.zeros(adata.n_obs)
+        for name in columns
+    )
+    return bool(np.array_equal(first, second))
 
 
 def bare_table(adata: AnnData, options: Mapping[str, Any]) -> AnnData:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
 
-from stofm._edge.counts import read_counts
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.genes.vocabulary import embedded_vocabulary
-from stofm.heads.embeddings import MADE_BY_EMBED, counts_layer
-from stofm.heads.gene_columns import Gene, GeneColumns, choose_panel, selector
+from stofm.heads.embeddings import MADE_BY_EMBED
+from stofm.heads.genes import Gene, choose_panel, gene_blocks, read_columns, read_genes
 from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.genes import GeneColumns
+    from stofm.heads.request import Request, SliceTables
 
 #: Components beside embeddings of a model: a panel of some hundred genes has hardly more that matter.
 _N_COMPONENTS: Final = 150
@@ -38,6 +37,8 @@ _LEAST_MEASURED: Final = 0.1
 #: Variance of noise where genes are missing, as a share of the last component's.
 _NOISE: Final = 0.1
 _ROWS_AT_ONCE: Final = 4096
+#: Fields that a head keeps with its weights.
+_ARRAYS: Final = ("shares", "chosen", "mean", "axes", "variances")
 #: Labelled slices whose mean lies so far from that of all, in shares of the variance, when cells of
 #: a class are compared: replicates in the benchmark have at most 0.06, patients whose expression
 #: can't be compared up to 0.43.
@@ -64,7 +65,9 @@ def principal_axes(
         part = (part.toarray() if sparse.issparse(part) else part) - mean
         covariance += part.T @ part
     first = max(0, d - n_components)
-    variances, axes = eigh(covariance / n, subset_by_index=(first, d - 1))
+    # Of many small steps, in which threads would wait for each other.
+    with threadpool_limits(1, user_api="blas"):
+        variances, axes = eigh(covariance / n, subset_by_index=(first, d - 1))
     axes = axes[:, ::-1]
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
     return mean, axes * np.where(largest < 0, -1.0, 1.0), variances[::-1]
@@ -143,18 +146,16 @@ class ExpressionComponents:
         """
         found = [columns.same_gene(gene) for gene in self.genes]
         is_there = np.array([bool(own) for own in found])
-        known = is_there[self.chosen]
         weights = (self.axes**2) @ self.variances
-        if weights[known].sum() < _LEAST_MEASURED * weights.sum():
+        if weights[is_there[self.chosen]].sum() < _LEAST_MEASURED * weights.sum():
             warn(
                 f"{is_there.sum()} of the {len(self.genes)} genes whose expression the head reads "
                 "are there, too few: cells are judged without their expression. A head that is "
                 "fitted to the shared genes is more accurate."
             )
             return None
-        choice = selector(found, adata.n_vars)
-        blocks = read_counts(adata, layer=layer)
-        return np.concatenate([self.of_counts(block @ choice, is_there) for block in blocks])
+        blocks = gene_blocks(adata, found, layer)
+        return np.concatenate([self.of_counts(block, is_there) for block in blocks])
 
     def of_counts(
         self, counts: sparse.csr_matrix, is_there: NDArray[np.bool_] | None = None
@@ -163,21 +164,19 @@ class ExpressionComponents:
         if is_there is None:
             is_there = np.ones(len(self.genes), dtype=bool)
         known = is_there[self.chosen]
-        axes = self.axes if known.all() else self._expectation(known)
+        axes = self.axes
+        if not known.all():
+            # What to multiply known genes with to expect the components of a cell.
+            own, variances = axes[known].astype(np.float64), self.variances.astype(np.float64)
+            inner = own.T @ own + np.diag(_NOISE * variances[-1] / variances)
+            axes = np.ascontiguousarray(np.linalg.solve(inner, own.T).T, dtype=np.float32)
         target = self.target_sum * float(self.shares[is_there].sum(dtype=np.float64))
         values = log_normalised(sparse.csr_matrix(counts), target_sum=target)
         scores = values[:, self.chosen[known]] @ axes - self.mean[known] @ axes
         return np.asarray(scores, dtype=np.float32)
 
-    def _expectation(self, known: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """What to multiply known genes with, (n_known, k), to expect components of a cell."""
-        axes = self.axes[known].astype(np.float64)
-        variances = self.variances.astype(np.float64)
-        inner = axes.T @ axes + np.diag(_NOISE * variances[-1] / variances)
-        return np.ascontiguousarray(np.linalg.solve(inner, axes.T).T, dtype=np.float32)
-
     def centered(
-        self, scores: NDArray[np.float32], slices: Sequence[NDArray[np.int64]]
+        self, scores: NDArray[np.float32], parts: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.float32]:
         """Take off the mean of each slice, but of one of a few cells, if that is how they are read.
 
@@ -186,7 +185,7 @@ class ExpressionComponents:
         if not self.by_slice:
             return scores
         found = scores.copy()
-        for own in slices:
+        for own in parts:
             rows = own[np.isfinite(scores[own, 0])]
             if len(rows) >= _FEW_CELLS:
                 found[rows] -= _mean(scores, rows)
@@ -195,51 +194,42 @@ class ExpressionComponents:
     @property
     def entries(self) -> dict[str, Any]:
         """What config.json of a head holds of it."""
-        genes = [[gene.name, gene.id] for gene in self.genes]
-        return {"genes": genes, "target_sum": self.target_sum, "by_slice": self.by_slice}
+        return {name: getattr(self, name) for name in ("genes", "target_sum", "by_slice")}
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a head's file of weights holds of it."""
-        names = ("shares", "chosen", "mean", "axes", "variances")
-        return {f"expression.{name}": getattr(self, name) for name in names}
+        return {f"expression.{name}": getattr(self, name) for name in _ARRAYS}
 
     @classmethod
     def of(
         cls, entries: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     ) -> ExpressionComponents:
         """Read what :attr:`entries` and :attr:`arrays` were."""
-        prefix = "expression."
-        fields: dict[str, Any] = {
-            name.removeprefix(prefix): value
-            for name, value in arrays.items()
-            if name.startswith(prefix)
-        }
-        fields["genes"] = tuple(Gene(*gene) for gene in entries["genes"])
-        return cls(**fields, target_sum=entries["target_sum"], by_slice=entries["by_slice"])
+        fields: dict[str, Any] = {name: arrays[f"expression.{name}"] for name in _ARRAYS}
+        fields |= {**entries, "genes": tuple(Gene(*gene) for gene in entries["genes"])}
+        return cls(**fields)
 
 
 def read_expression(
-    components: ExpressionComponents, sections: Sections, blocks: Blocks, layer: str | None
+    components: ExpressionComponents, slices: SliceTables, blocks: Blocks, layer: str | None
 ) -> Blocks:
     """Add components of expression; NaN, and a warning, in tables that lack genes or counts."""
-    scores = np.full((len(blocks.features), components.axes.shape[1]), np.nan, dtype=np.float32)
-    vocabulary = embedded_vocabulary()
-    for k, (table, place) in enumerate(zip(sections.tables, sections.places, strict=True)):
-        columns = GeneColumns.read(table, vocabulary, must_map=False)
+    scores = np.full((slices.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
+    for k, own in enumerate(read_columns(slices)):
         try:
-            with sections.naming(k):
-                known = components.read(table, columns, layer=counts_layer(table, layer))
+            with slices.naming(k):
+                known = components.read(slices.tables[k], own, layer=layer)
         except (KeyError, ValueError) as error:
-            _warn_of(error, table.n_obs)
+            _warn_of(error, slices.tables[k].n_obs)
             continue
         if known is not None:
-            scores[place] = known
-    return replace(blocks, expression=components.centered(scores, sections.slices.rows))
+            scores[slices.places[k]] = known
+    return replace(blocks, expression=components.centered(scores, slices.rows))
 
 
 def add_expression(
-    sections: Sections,
+    slices: SliceTables,
     blocks: Blocks,
     rows: NDArray[np.int64],
     request: Request,
@@ -252,53 +242,55 @@ def add_expression(
     there are `classes`, (n_obs,).
     """
     asked = request.options.n_components
-    n_components = asked
-    if n_components is None:
-        n_components = _N_COMPONENTS if set(blocks.use_rep) <= set(MADE_BY_EMBED) else 0
+    default = _N_COMPONENTS if set(blocks.use_rep) <= set(MADE_BY_EMBED) else 0
+    n_components = default if asked is None else asked
     if not n_components:
         return blocks, None
     kept = rows[:: -(-len(rows) // _MOST_CELLS)]
-    vocabulary = embedded_vocabulary()
-    labelled = sections.tables_of(rows)
-    scores: NDArray[Any] = np.empty(0)
+    labelled = slices.tables_of(rows)
+    own = replace(
+        slices,
+        tables=tuple(slices.tables[k] for k in labelled),
+        called=tuple(slices.called[k] for k in labelled),
+    )
+    places = [slices.places[k] for k in labelled]
+    is_kept = np.zeros(slices.n_obs, dtype=bool)
+    is_kept[kept] = True
     try:
-        names, counts, layers = [], [], []
-        for k in labelled:
-            with sections.naming(k):
-                names.append(GeneColumns.read(sections.tables[k], vocabulary, must_map=False))
-        genes = choose_panel(names, ()).inputs
-        for k, own in zip(labelled, names, strict=True):
-            table, place = sections.tables[k], sections.places[k]
-            layers.append(counts_layer(table, request.layer))
-            chosen = np.isin(np.arange(place.start, place.stop), kept)
-            with sections.naming(k):
-                counts.append(_counts_of(table, own, genes, layers[-1], chosen))
+        names = read_columns(own)
+        genes = choose_panel(names)
+        counts = []
+        for k, table in enumerate(own.tables):
+            columns = [names[k].same_gene(gene) for gene in genes]
+            with own.naming(k):
+                counts.append(read_genes(table, columns, request.layer, is_kept[places[k]]))
         # From the order of the tables to that of the rows.
-        stacked = sparse.vstack(counts, format="csr")[np.argsort(np.argsort(kept))]
+        stacked = sparse.vstack(counts, format="csr", dtype=np.float32)[
+            np.argsort(np.argsort(kept))
+        ]
         components = ExpressionComponents.fit(stacked, genes, n_components)
-        scores = np.full((sections.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
-        for k, own, layer in zip(labelled, names, layers, strict=True):
-            scores[sections.places[k]] = components.read(sections.tables[k], own, layer=layer)
+        scores = np.full((slices.n_obs, components.axes.shape[1]), np.nan, dtype=np.float32)
+        for table, place, name in zip(own.tables, places, names, strict=True):
+            scores[place] = components.read(table, name, layer=request.layer)
     except (KeyError, ValueError) as error:
         if asked is not None:
             raise
-        _warn_of(error, sections.n_obs)
+        _warn_of(error, slices.n_obs)
         return blocks, None
-    codes = np.zeros(sections.n_obs, dtype=np.int64) if classes is None else classes
-    if _differ(scores, rows, sections.slices.rows, codes, components.variances):
+    codes = np.zeros(slices.n_obs, dtype=np.int64) if classes is None else classes
+    if _differ(scores, rows, slices.rows, codes, components.variances):
         logger.info(
             "Labelled slices differ in more than their composition: components of expression are "
             "centred by slice."
         )
         components = replace(components, by_slice=True)
-    scores = components.centered(scores, sections.slices.rows)
-    return replace(blocks, expression=scores), components
+    return replace(blocks, expression=components.centered(scores, slices.rows)), components
 
 
 def _differ(
     scores: NDArray[np.float32],
     rows: NDArray[np.int64],
-    slices: Sequence[NDArray[np.int64]],
+    parts: Sequence[NDArray[np.int64]],
     codes: NDArray[np.int64],
     variances: NDArray[np.float32],
 ) -> bool:
@@ -307,7 +299,7 @@ def _differ(
     for code in np.unique(codes[rows]):
         own = rows[codes[rows] == code]
         shifts[own] = scores[own] - _mean(scores, own)
-    labelled = [np.intersect1d(own, rows) for own in slices]
+    labelled = [np.intersect1d(own, rows) for own in parts]
     means = [_mean(shifts, own) for own in labelled if len(own) >= _FEW_CELLS]
     return len(means) > 1 and any(mean @ mean > _FAR * variances.sum() for mean in means)
 
@@ -316,22 +308,6 @@ def _mean(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.fl
     """Mean of some rows; sorted, so that their order does not change a bit."""
     mean = np.sort(scores[rows], axis=0).mean(axis=0, dtype=np.float64)
     return np.asarray(mean, dtype=np.float32)
-
-
-def _counts_of(
-    adata: AnnData,
-    columns: GeneColumns,
-    genes: Sequence[Gene],
-    layer: str | None,
-    chosen: NDArray[np.bool_],
-) -> sparse.csr_matrix:
-    """Counts of some genes in the `chosen` rows."""
-    choice = selector([columns.same_gene(gene) for gene in genes], adata.n_vars)
-    parts, start = [], 0
-    for block in read_counts(adata, layer=layer):
-        parts.append(block[chosen[start : start + block.shape[0]]] @ choice)
-        start += block.shape[0]
-    return sparse.vstack(parts, format="csr", dtype=np.float32)
 
 
 def _warn_of(error: Exception, n_obs: int) -> None:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from stofm import metrics
 from stofm._edge.tables import all_or_nothing
 from stofm._logging import logger
 from stofm.heads.blocks import choose_neighborhood, read_embeddings, with_neighborhood
-from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_by, same_origin
+from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.expression import add_expression
 from stofm.heads.members import fit_members
 from stofm.heads.network import fit_head, row_order
-from stofm.heads.tuning import fine_tune
 from stofm.nn.model import load_model
 from stofm.spatial import split_cells
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
     from stofm.heads.embeddings import Origin
-    from stofm.heads.head import Head
     from stofm.heads.members import Members
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Targets
-    from stofm.heads.tuning import TuningStrategy
     from stofm.nn import Stofm
     from stofm.spatial import Split
 
@@ -43,165 +39,130 @@ _SEED_STEP: Final = 1000
 _MOST_DRAWS: Final = 8
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Task(ABC):
-    """What a head learns of cells.
+class Fitted(NamedTuple):
+    """What is known of cells, the members that were fitted to it, and fields that all heads have."""
 
-    Attributes
-    ----------
-    targets
-        A row for each cell.
-    request
-        How to read and to fit.
+    blocks: Blocks
+    splits: list[Split]
+    members: Members
+    fields: dict[str, Any]
+
+
+def fit(slices: SliceTables, targets: Targets, request: Request, task: str) -> Fitted:
+    """Fit members to targets of all cells, in rounds with other cells held out.
+
+    What is read are embeddings, expression and neighbours, as far as there are any. `task` is part
+    of the name of a tuned model.
     """
-
-    name: ClassVar[str]
-
-    targets: Targets
-    request: Request
-
-    @property
-    def classes(self) -> NDArray[np.int64] | None:
-        """(n_obs,) classes that held-out parts should have all of; None if there are none."""
-        return self.targets.values if self.targets.kind == "classes" else None
-
-    @abstractmethod
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> Head:
-        """Make the head of fitted members; `common` are fields that all heads have."""
-
-
-def fit(task: Task, sections: Sections) -> Any:
-    """Fit a head: members on what is read of cells, in rounds with other cells held out."""
-    request, is_known = task.request, task.targets.is_known
-    options, known = request.options, np.flatnonzero(is_known)
-    with all_or_nothing(*sections.tables):
-        blocks = read_embeddings(sections, request)
-        rows = row_order(blocks.features, task.targets.values, known)
-        blocks, expression = add_expression(sections, blocks, rows, request, task.classes)
-        blocks = choose_neighborhood(sections, blocks, request, known)
+    options, known = request.options, np.flatnonzero(targets.is_known)
+    classes = targets.values if targets.kind == "classes" else None
+    with all_or_nothing(*slices.tables):
+        blocks = read_embeddings(slices, request)
+        rows = row_order(blocks.features, targets.values, known)
+        blocks, expression = add_expression(slices, blocks, rows, request, classes)
+        blocks = choose_neighborhood(slices, blocks, request, known)
     # A model is tuned on a split, which is the only one then.
-    seeds = [
-        request.seed + _SEED_STEP * k
-        for k in range(_N_ROUNDS if options.strategy == "frozen" else 1)
-    ]
-    splits = _plan_splits(sections, task, blocks, seeds)
-    model = None
+    n_rounds = _N_ROUNDS if options.strategy == "frozen" else 1
+    seeds = [request.seed + _SEED_STEP * k for k in range(n_rounds)]
+    splits: list[Split] = []
+    for seed in seeds:
+        # Other whole slices are held out as long as there are others.
+        for draw in range(_MOST_DRAWS):
+            split = plan_split(slices, targets, request, blocks, seed + draw)
+            if not split.slices or all(split.slices != one.slices for one in splits):
+                break
+        splits.append(split)
+    model, losses = None, []
     if options.strategy != "frozen":
-        model, losses = _tune(task, sections, blocks, splits[0], options.strategy)
-        blocks = _read_again(sections, blocks, replace(request, model=model))
-    members = fit_members(blocks, task.targets, splits, seeds)
-    history = members.history
-    if model is not None:
-        history = pd.concat([losses.assign(reads="slices"), history], ignore_index=True)
-    slices = zip(sections.slices.names, sections.slices.rows, strict=True)
-    common = {
+        from stofm.heads.tuning import fine_tune
+
+        parts: dict[str, Any] = {"fitted": splits[0].fitted, "held_out": splits[0].held_out}
+        given = model_to_tune(request, blocks.origin)
+        widths, seed = blocks.widths, request.seed
+        network = fit_head(blocks.features, targets, **parts, input_widths=widths, seed=seed).head
+        model, history = fine_tune(
+            slices, given, network, targets, request=request, task=task, **parts
+        )
+        losses.append(history.assign(reads="slices"))
+        blocks = _read_again(slices, blocks, replace(request, model=model))
+    members = fit_members(blocks, targets, splits, seeds)
+    named = zip(slices.names, slices.rows, strict=True)
+    fields = {
         "use_rep": blocks.use_rep,
         "origin": blocks.origin,
         "strategy": options.strategy,
-        "split": splits[0].record([name for name, own in slices if is_known[own].any()]),
+        "split": splits[0].record([name for name, own in named if targets.is_known[own].any()]),
         "model": model,
         "expression": expression,
         "networks": members.networks,
         "reads": members.reads,
         "weights": members.weights,
         "n_neighbors": blocks.neighbors_of(members.reads),
-        "history": history,
+        "history": pd.concat([*losses, members.history], ignore_index=True),
     }
-    return task.make_head(blocks, splits, members, common)
+    return Fitted(blocks, splits, members, fields)
 
 
-def _tune(
-    task: Task, sections: Sections, blocks: Blocks, split: Split, strategy: TuningStrategy
-) -> tuple[Stofm, pd.DataFrame]:
-    """Tune a copy of the model with a network on its embeddings; also the losses."""
-    request = task.request
-    model = model_to_tune(request, blocks.origin)
-    network = fit_head(
-        blocks.features,
-        task.targets,
-        fitted=split.fitted,
-        held_out=split.held_out,
-        input_widths=blocks.widths,
-        seed=request.seed,
-    )
-    return fine_tune(
-        sections,
-        model,
-        network.head,
-        task.targets,
-        strategy=strategy,
-        fitted=split.fitted,
-        held_out=split.held_out,
-        request=request,
-        task=task.name,
-    )
-
-
-def _read_again(sections: Sections, before: Blocks, request: Request) -> Blocks:
+def _read_again(slices: SliceTables, before: Blocks, request: Request) -> Blocks:
     """The same blocks with embeddings by another model."""
-    found = replace(read_embeddings(sections, request), expression=before.expression)
+    found = replace(read_embeddings(slices, request), expression=before.expression)
     if before.neighborhood is None:
         return found
     means = before.neighborhood
-    had = [k for k, place in enumerate(sections.places) if np.isfinite(means[place]).all()]
-    return with_neighborhood(sections, found, before.n_neighbors, request, needed=had)
+    had = [k for k, place in enumerate(slices.places) if np.isfinite(means[place]).all()]
+    return with_neighborhood(slices, found, before.n_neighbors, request, needed=had)
 
 
 def model_to_tune(request: Request, origin: Origin) -> Stofm:
-    """The model that embeddings are by; refuse those that are not all by one, or by another."""
-    if strange := [rep for rep in origin if rep not in MADE_BY_EMBED]:
-        raise ValueError(
-            f"obsm{strange} are not embeddings of a model that could be tuned; use "
-            f"strategy='frozen', or use_rep from {list(MADE_BY_EMBED)}."
-        )
+    """The model that embeddings are by; refuse those by another."""
     loaded = load_model(request.model)
     made = origin_by(loaded)
     for rep, found in origin.items():
         if not same_origin(found, made[rep]):
             raise ValueError(
-                f"obsm[{rep!r}] is by {describe_origin(found)}; pass that model as `model` to tune "
-                "it."
+                f"obsm[{rep!r}] is by {describe_origin(found)}; pass that model as `model` to tune it."
             )
     return loaded
 
 
-def _plan_splits(
-    sections: Sections, task: Task, blocks: Blocks, seeds: Sequence[int]
-) -> list[Split]:
-    """A split for each seed, with other whole slices held out as long as there are others."""
-    splits: list[Split] = []
-    for seed in seeds:
-        for draw in range(_MOST_DRAWS):
-            split = plan_split(sections, task, blocks, seed + draw)
-            if not split.slices or all(split.slices != one.slices for one in splits):
-                break
-        splits.append(split)
-    return splits
-
-
-def plan_split(sections: Sections, task: Task, blocks: Blocks, seed: int) -> Split:
+def plan_split(
+    slices: SliceTables, targets: Targets, request: Request, blocks: Blocks, seed: int
+) -> Split:
     """Split the cells of which something is known.
 
     Without coordinates ``"auto"`` is by slice, or random if there is only one.
     """
-    how, spatial_key = task.request.options.split, task.request.spatial_key
-    is_known = task.targets.is_known
-    own = [rows[is_known[rows]] for rows in sections.slices.rows]
-    slices = [rows for rows in own if len(rows)]
-    if how == "slices" and len(slices) < 2:
+    how, is_known = request.options.split, targets.is_known
+    own = [rows[is_known[rows]] for rows in slices.rows]
+    usable = [rows for rows in own if len(rows)]
+    if how == "slices" and len(usable) < 2:
         raise ValueError(
-            f"split='slices' holds out whole slices, and {len(slices)} of the {len(own)} slices has "
+            f"split='slices' holds out whole slices, and {len(usable)} of the {len(own)} slices has "
             "cells to learn from; use split='blocks'."
         )
-    has_places = sections.has_coordinates(spatial_key)
+    has_places = slices.has_coordinates(request.spatial_key)
     if has_places or how == "blocks":
-        places = sections.coordinates(spatial_key)
+        places = slices.coordinates(request.spatial_key)
     else:
         # They tell cells apart, whatever their order.
         places = blocks.features[:, [0, -1]].astype(np.float64)
     if how == "auto" and not has_places:
-        how = "slices" if len(slices) > 1 else "random"
-        logger.info("There is no obsm[%r]: the split is %r.", spatial_key, how)
-    return split_cells(places, slices, how=how, share=_HELD_OUT, classes=task.classes, seed=seed)
+        how = "slices" if len(usable) > 1 else "random"
+        logger.info("There is no obsm[%r]: the split is %r.", request.spatial_key, how)
+    classes = targets.values if targets.kind == "classes" else None
+    return split_cells(places, usable, how=how, share=_HELD_OUT, classes=classes, seed=seed)
+
+
+def score_outputs(
+    names: Iterable[Any], true: NDArray[np.floating], found: NDArray[np.floating], called: str
+) -> pd.DataFrame:
+    """Pearson correlation, RMSE and MAE of each output over some cells, (n, n_outputs) each.
+
+    Fewer than two cells have no scores, NaN; a constant output has no Pearson correlation.
+    """
+    scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
+    index = pd.Index(names, name=called)
+    if len(true) < 2:
+        return pd.DataFrame(np.nan, index=index, columns=list(scores))
+    values = {name: np.asarray(score(true, found)) for name, score in scores.items()}
+    return pd.DataFrame(values, index=index)

@@ -9,17 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 import numpy as np
+import torch
 
-from stofm._config import build_dataclass, read_json
-from stofm._edge.tables import refuse_taken
+from stofm._config import read_json
+from stofm._edge.tables import (
+    make_frame,
+    refuse_foreign,
+    refuse_not_finite,
+    refuse_taken,
+    remove_entry,
+    write_frame,
+    write_record,
+)
 from stofm._files import Kind, local, read_table, reading, take_back
-from stofm._keys import Obs, Obsm, Uns
+from stofm._keys import Obs, Obsm, Suffix, Uns
 from stofm._version import __version__
 from stofm.heads.blocks import read_embeddings, with_neighborhood
 from stofm.heads.expression import ExpressionComponents, read_expression
-from stofm.heads.gene_columns import Gene
+from stofm.heads.genes import Gene
 from stofm.heads.network import apply_head
-from stofm.heads.options import Strategy  # noqa: TC001 - read when a head is loaded
 from stofm.nn.checkpoint import CONFIG, load_exactly, read_tensors, require_beside, write_atomically
 from stofm.nn.checkpoint import FILES as CHECKPOINT_FILES
 from stofm.nn.checkpoint import write_tensors as write_weights
@@ -28,16 +36,14 @@ from stofm.nn.model import Stofm
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import pandas as pd
-    import torch
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks, Source
     from stofm.heads.embeddings import Origin
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import TargetKind
 
 _WEIGHTS: Final = "head.safetensors"
@@ -45,22 +51,8 @@ _HISTORY: Final = "history.tsv"
 _SCORES: Final = "validation_scores.tsv"
 _MODEL: Final = "model"
 _FILES: Final = (CONFIG, _WEIGHTS, _SCORES, _HISTORY)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Config:
-    """config.json of a head."""
-
-    task: str
-    stofm_version: str
-    outputs: tuple[str, ...]
-    use_rep: tuple[str, ...]
-    origin: dict[str, dict[str, str]]
-    strategy: Strategy
-    params: dict[str, Any]
-    split: dict[str, Any]
-    networks: tuple[HeadConfig, ...]
-    own: dict[str, Any]
+#: Fields that config.json holds as they are.
+_PLAIN: Final = ("outputs", "use_rep", "origin", "strategy", "params", "split")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -97,6 +89,10 @@ class Head:
     #: Name of the task in files and messages, and what the outputs are called together.
     task: ClassVar[str]
     called: ClassVar[str]
+    #: Where predictions are written by default, and what else is, by what is put behind that name.
+    key: ClassVar[str]
+    obs_beside: ClassVar[tuple[str, ...]] = ()
+    obsm_beside: ClassVar[tuple[str, ...]] = ()
     #: Whether all slices must have places if neighbours are read.
     needs_places: ClassVar[bool] = False
     #: Arrays in which NaN has a meaning.
@@ -125,19 +121,26 @@ class Head:
             f"use_rep={list(self.use_rep)}, strategy={self.strategy!r})"
         )
 
-    def model_names(self) -> dict[str, str]:
-        """Name and fingerprints of the model, for records; none if it is not recorded."""
-        return {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
+    @classmethod
+    def refuse_key(
+        cls, slices: SliceTables, key: str, request: Request, use_rep: Sequence[str]
+    ) -> None:
+        """Refuse a key that is read, or where or beside which something else is stored."""
+        refuse_reserved(key, cls.key, request.spatial_key, request.library_key, *use_rep)
+        beside = {
+            "obs": [key + name for name in cls.obs_beside],
+            "obsm": [key + name for name in cls.obsm_beside],
+        }
+        slices.each(lambda table: refuse_foreign(table, key, **beside))
 
-    def read(self, sections: Sections, request: Request) -> Blocks:
+    def read(self, slices: SliceTables, request: Request) -> Blocks:
         """What the head reads of cells; NaN where they lack places, genes or counts."""
-        model = self.model if request.model is None else request.model
-        request = replace(request, use_rep=self.use_rep, model=model)
-        blocks = read_embeddings(sections, request, expected=self.origin)
+        request = replace(request, model=self.model if request.model is None else request.model)
+        blocks = read_embeddings(slices, request, self.use_rep, expected=self.origin)
         if self.expression is not None:
-            blocks = read_expression(self.expression, sections, blocks, request.layer)
-        needed = range(len(sections.tables)) if self.needs_places else ()
-        blocks = with_neighborhood(sections, blocks, self.n_neighbors, request, needed=needed)
+            blocks = read_expression(self.expression, slices, blocks, request.layer)
+        needed = range(len(slices.tables)) if self.needs_places else ()
+        blocks = with_neighborhood(slices, blocks, self.n_neighbors, request, needed=needed)
         for source, network in zip(self.reads, self.networks, strict=True):
             expected, widths = network.config.d_input, blocks.widths_of(source)
             if widths and sum(widths) != expected:
@@ -146,6 +149,45 @@ class Head:
                     f"found {list(widths)}. Make them as for fitting."
                 )
         return blocks
+
+    def write(
+        self,
+        slices: SliceTables,
+        key: str,
+        frames: Mapping[str, NDArray[np.floating]],
+        *,
+        obs: Mapping[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+        params: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write predictions of all cells to each table, with a record.
+
+        `frames`, (n_obs, n_names), go to ``obsm`` and `obs`, (n_obs,), to ``obs``, by what is put
+        behind the key. `names` are those of the outputs by default; `params` are of each table.
+        """
+        refuse_not_finite(self.task, *frames.values())
+        names = self.outputs if names is None else names
+        same = {
+            "use_rep": list(self.use_rep),
+            "strategy": self.strategy,
+            "seed": self.params["seed"],
+        }
+        model = {name: value for rep in self.use_rep for name, value in self.origin[rep].items()}
+        # All is made before anything is written.
+        made = [
+            {beside: make_frame(table, values[part], names) for beside, values in frames.items()}
+            for table, part in zip(slices.tables, slices.places, strict=True)
+        ]
+        for table, part, own, more in zip(slices.tables, slices.places, made, params, strict=True):
+            write_record(table, key, {**same, **more}, **model)
+            for beside, column in (obs or {}).items():
+                table.obs[key + beside] = column[part]
+            # What is left of an earlier run would be taken for this one's.
+            table.uns.pop(key + Suffix.COLORS, None)
+            for beside in set(self.obsm_beside) - set(own):
+                remove_entry(table, key + beside)
+            for beside, frame in own.items():
+                write_frame(table, key + beside, frame, names)
 
     def votes(
         self, blocks: Blocks, kind: TargetKind, *, columns: NDArray[np.int64] | None = None
@@ -169,7 +211,6 @@ class Head:
             # Members that read the same follow one another, and what they read may be large.
             if reads != last:
                 last, found = reads, blocks.of(reads)
-                assert found is not None
                 values = found if share.all() else np.nan_to_num(found)
             yield apply_head(network, values, kind, columns=columns), share / total
 
@@ -247,34 +288,29 @@ class Head:
     def _read(cls, where: Path, config: Mapping[str, Any]) -> Self:
         # The digest of all files vouches for what is not checked here.
         require_beside(where / _WEIGHTS, _digested(where, config))
-        entries = build_dataclass(_Config, config, CONFIG)
         tensors = read_tensors(where / _WEIGHTS, may_be_nan=cls.may_be_nan)
-        arrays = {name: value.numpy() for name, value in tensors.items()}
-        if entries.strategy != "frozen" and not (where / _MODEL).is_dir():
+        has_model = (where / _MODEL).is_dir()
+        if config["strategy"] != "frozen" and not has_model:
             raise ValueError(f"there is no {_MODEL}/ with the tuned model")
-        same = ("outputs", "use_rep", "origin", "strategy", "params", "split")
+        fields = {name: config[name] for name in _PLAIN}
+        fields |= {name: tuple(config[name]) for name in ("outputs", "use_rep")}
         return cls(
-            **{name: getattr(entries, name) for name in same},
-            networks=tuple(
-                _read_network(sizes, tensors, k) for k, sizes in enumerate(entries.networks)
-            ),
+            **fields,
+            networks=tuple(_read_network(c, tensors, k) for k, c in enumerate(config["networks"])),
             validation_scores=_read_table(where / _SCORES),
             history=_read_table(where / _HISTORY).reset_index(),
-            model=Stofm.from_pretrained(where / _MODEL) if (where / _MODEL).is_dir() else None,
-            **cls._read_own(entries.own, arrays),
+            model=Stofm.from_pretrained(where / _MODEL) if has_model else None,
+            **cls._read_own(config["own"], {name: one.numpy() for name, one in tensors.items()}),
         )
 
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """What members read, and what a task adds: entries of config.json, and arrays."""
-        expression, panel = self.expression, self.panel
         entries = {
-            "reads": self.reads,
-            "weights": self.weights,
-            "n_neighbors": self.n_neighbors,
-            "expression": expression and expression.entries,
-            "panel": panel and [[gene.name, gene.id] for gene in panel],
+            name: getattr(self, name) for name in ("reads", "weights", "n_neighbors", "panel")
         }
-        return entries, {} if expression is None else expression.arrays
+        if self.expression is None:
+            return entries | {"expression": None}, {}
+        return entries | {"expression": self.expression.entries}, self.expression.arrays
 
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,34 +326,19 @@ class Head:
 
     def _write(self, folder: Path) -> None:
         own, arrays = self._own()
-        config = {
-            "task": self.task,
-            "stofm_version": __version__,
-            "outputs": self.outputs,
-            "use_rep": self.use_rep,
-            "origin": self.origin,
-            "strategy": self.strategy,
-            "params": self.params,
-            "split": self.split,
-            "networks": [asdict(network.config) for network in self.networks],
-            "own": own,
-        }
+        config: dict[str, Any] = {"task": self.task, "stofm_version": __version__}
+        config |= {name: getattr(self, name) for name in _PLAIN}
+        config |= {"networks": [asdict(one.config) for one in self.networks], "own": own}
         text = json.dumps(config, indent=2, default=_plain)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         self.validation_scores.to_csv(folder / _SCORES, sep="\t")
         self.history.to_csv(folder / _HISTORY, sep="\t", index=False)
-        beside = _digested(folder, json.loads(text))
-        write_weights(folder / _WEIGHTS, self._tensors(arrays), beside)
+        tensors = {name: torch.tensor(value) for name, value in arrays.items()}
+        for k, network in enumerate(self.networks):
+            tensors |= {f"{k}.{name}": value for name, value in network.state_dict().items()}
+        write_weights(folder / _WEIGHTS, tensors, _digested(folder, json.loads(text)))
         if self.model is not None:
             self.model.save_pretrained(folder / _MODEL)
-
-    def _tensors(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        import torch
-
-        found = {name: torch.tensor(value) for name, value in arrays.items()}
-        for k, network in enumerate(self.networks):
-            found |= {f"{k}.{name}": value for name, value in network.state_dict().items()}
-        return found
 
 
 def _plain(value: Any) -> Any:
@@ -334,16 +355,12 @@ def _digested(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_network(
-    config: HeadConfig, tensors: Mapping[str, torch.Tensor], number: int
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], number: int
 ) -> PredictionHead:
     prefix = f"{number}."
-    state = {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+    state = {n.removeprefix(prefix): one for n, one in tensors.items() if n.startswith(prefix)}
     with seeded(0):
-        network = PredictionHead(config)
+        network = PredictionHead(HeadConfig(**config))
     load_exactly(network, state, f"network {number} in {_WEIGHTS}")
     return network.eval()
 
@@ -355,14 +372,14 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
     """Refuse a key whose entry or record is read, or means something else."""
-    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Uns.SUBSLICE)
-    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
-    refuse_taken(key_added, suggestion, *own, *entries, *read)
+    own = {Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Obs.ANNOTATION, Uns.SUBSLICE}
+    own |= {Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES}
+    refuse_taken(key_added, suggestion, *own - {suggestion}, *read)
 
 
 def require_head(head: Any, kind: type[Head]) -> None:
     """Refuse something else than a head of a task."""
-    if isinstance(head, kind):
+    if head is None or isinstance(head, kind):
         return
     if isinstance(head, str | Path):
         found = f"the path {str(head)!r}; read it with {kind.__name__}.load(path)"

@@ -12,46 +12,36 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
-from stofm import metrics
-from stofm._edge.tables import (
-    all_or_nothing,
-    make_frame,
-    refuse_not_finite,
-    write_frame,
-    write_record,
-)
+from stofm._edge.tables import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.heads.embeddings import MADE_BY_EMBED
-from stofm.heads.fitting import Task, fit
-from stofm.heads.gene_columns import Gene, choose_panel
-from stofm.heads.head import Head, refuse_reserved, require_head
-from stofm.heads.network import apply_head
-from stofm.heads.options import checked_reps
-from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
-from stofm.heads.sections import resolve_reference
-from stofm.heads.targets import ExpressionTargets, expression_targets
+from stofm.heads.fitting import fit, score_outputs
+from stofm.heads.genes import (
+    check_overlap,
+    choose_panel,
+    find_genes,
+    new_genes,
+    read_columns,
+    reduce_tables,
+)
+from stofm.heads.head import Head
+from stofm.heads.request import resolve_reference
+from stofm.heads.targets import ExpressionTargets
 from stofm.nn.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
+    from scipy import sparse
 
     from stofm.genes import GeneVocabulary
     from stofm.heads.blocks import Blocks
-    from stofm.heads.members import Members
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
-    from stofm.nn import Stofm
-    from stofm.spatial import Split
+    from stofm.heads.genes import Gene, GeneColumns
+    from stofm.heads.request import Request, SliceTables
 
-#: A query with a smaller share of a head's panel is refused, or warned of.
-_LEAST_SHARE: Final = 0.1
-_LOW_SHARE: Final = 0.5
 #: Genes that are computed at a time.
 _GENES_AT_ONCE: Final = 512
 
@@ -82,6 +72,7 @@ class ImputationHead(Head):
 
     task: ClassVar[str] = "imputation"
     called: ClassVar[str] = "genes"
+    key: ClassVar[str] = Obsm.IMPUTED
     needs_places: ClassVar[bool] = True
     may_be_nan: ClassVar[frozenset[str]] = frozenset({"gene_scores"})
 
@@ -139,6 +130,36 @@ class ImputationHead(Head):
             np.maximum(part * self.scale[own] + self.mean[own], 0.0, out=part)
         return found
 
+    def apply(
+        self,
+        slices: SliceTables,
+        request: Request,
+        key: str,
+        genes: Sequence[str] | None = None,
+    ) -> None:
+        """Read the cells' panel, and write what the head makes of it."""
+        self.refuse_key(slices, key, request, self.use_rep)
+        chosen = self.columns_of(genes)
+        model = self.model if request.model is None else request.model
+        request = replace(request, model=model, use_rep=self.use_rep)
+        (known,), request, _ = _find_columns(request, {"the query": slices})
+        for one in known:
+            if request.model is not None:
+                check_overlap(one, self.inputs)
+        reduced, own, _ = reduce_tables(slices, known, self.inputs, request)
+        names = [self.outputs[k] for k in chosen]
+        found = self.predict(self.read(reduced, own), chosen)
+        # Of the inputs is the total that measured expression compares with.
+        read = [
+            table.var_names[columns.columns_of(self.inputs)].astype(str).tolist()
+            for table, columns in zip(slices.tables, known, strict=True)
+        ]
+        sizes = {"n_genes": len(names), "n_inputs": len(self.inputs)}
+        params = [{**sizes, "inputs": np.array(inputs, dtype=object)} for inputs in read]
+        with all_or_nothing(*slices.tables):
+            self.write(slices, key, {"": found}, names=names, params=params)
+        logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)
+
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries, arrays = super()._own()
         entries["output_ids"] = list(self.output_ids)
@@ -151,80 +172,8 @@ class ImputationHead(Head):
         return fields | {name: arrays[name] for name in ("mean", "scale", "gene_scores")}
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ExpressionTask(Task):
-    """Learning the expression of genes from the other genes of reduced tables.
-
-    Attributes
-    ----------
-    panel
-        Genes that are read.
-    learnt
-        Genes of the targets.
-    """
-
-    name: ClassVar[str] = ImputationHead.task
-
-    panel: tuple[Gene, ...]
-    learnt: tuple[Gene, ...]
-
-    def make_head(
-        self, blocks: Blocks, splits: Sequence[Split], members: Members, common: dict[str, Any]
-    ) -> ImputationHead:
-        """Score the genes on the held-out cells of each round."""
-        targets = self.targets
-        assert isinstance(targets, ExpressionTargets)
-        n_rounds = len(splits)
-        scores = [
-            _score_genes(members, blocks, targets, rows, slice(k, None, n_rounds))
-            for k, rows in enumerate(members.held_out)
-        ]
-        index = pd.RangeIndex(1, n_rounds + 1, name="network")
-        return ImputationHead(
-            **common,
-            outputs=tuple(gene.name for gene in self.learnt),
-            params={**self.request.record, "n_inputs": len(self.panel)},
-            validation_scores=pd.DataFrame([one.mean() for one in scores]).set_index(index),
-            gene_scores=pd.concat([one["pearson"] for one in scores], axis=1).mean(axis=1),
-            panel=self.panel,
-            output_ids=tuple(gene.id for gene in self.learnt),
-            mean=targets.mean,
-            scale=targets.scale,
-        )
-
-
-def _score_genes(
-    members: Members,
-    blocks: Blocks,
-    targets: ExpressionTargets,
-    rows: NDArray[np.int64],
-    own: slice,
-) -> pd.DataFrame:
-    """Pearson correlation, RMSE and MAE of each gene over held-out cells, some genes at a time.
-
-    `own` are the members that were not fitted to these. NaN for fewer than two cells.
-    """
-    if len(rows) < 2:
-        return pd.DataFrame(np.nan, range(targets.n_outputs), ["pearson", "rmse", "mae"])
-    chosen = list(zip(members.networks, members.reads, members.weights, strict=True))[own]
-    read = {source: blocks.of(source) for _, source, _ in chosen}
-    total = sum(weight for *_, weight in chosen)
-    parts = []
-    for start in range(0, targets.n_outputs, _GENES_AT_ONCE):
-        columns = np.arange(start, min(start + _GENES_AT_ONCE, targets.n_outputs))
-        true = targets.values[rows][:, columns].toarray()
-        found = np.zeros_like(true)
-        for network, source, weight in chosen:
-            vote = apply_head(network, np.asarray(read[source])[rows], "values", columns=columns)
-            found += np.float32(weight / total) * vote
-        found = np.maximum(found * targets.scale[columns] + targets.mean[columns], 0.0)
-        scores = {"pearson": metrics.pearson, "rmse": metrics.rmse, "mae": metrics.mae}
-        parts.append(pd.DataFrame({name: score(true, found) for name, score in scores.items()}))
-    return pd.concat(parts, ignore_index=True)
-
-
 def learn_genes(
-    sections: Sections,
+    slices: SliceTables,
     reference: Any,
     request: Request,
     genes: Sequence[str] | None,
@@ -232,120 +181,75 @@ def learn_genes(
     table_key: str | None,
 ) -> ImputationHead:
     """Fit a head to slices, or to a reference and impute with it what these lack."""
-    refuse_reserved(key, Obsm.IMPUTED, request.spatial_key, *checked_reps(request.use_rep))
-    training, own = sections, request
+    ImputationHead.refuse_key(slices, key, request, request.reps)
+    training, own, tables = slices, request, {"the data": slices}
     if reference is not None:
-        training, request, own = resolve_reference(sections, reference, request, table_key)
+        training, request, own = resolve_reference(slices, reference, request, table_key)
+        tables = {"the reference": training, "the query": slices}
     own.check(training)
-    model, vocabulary = _model_and_vocabulary(request.model, request.use_rep)
-    must_map = model is not None
-    name = "the data" if reference is None else "the reference"
-    columns = read_columns(training, vocabulary, must_map=must_map, name=name)
-    query = None
-    if reference is not None:
-        query = read_columns(sections, vocabulary, must_map=must_map, name="the query")
-    if genes is not None:
-        learnt = find_genes(genes, columns, vocabulary)
-    else:
-        learnt = new_genes(columns, query or ())
-    panel = choose_panel(columns, learnt, query).inputs
-    reduced, own, counts = reduce_tables(
-        training, columns, panel, replace(own, model=model), learnt=learnt
-    )
-    targets = expression_targets(reduced, counts)
-    targets = targets.standardised(_learnable(targets, learnt))
-    task = ExpressionTask(targets=targets, request=own, panel=panel, learnt=learnt)
-    head: ImputationHead = fit(task, reduced)
-    logger.info(
-        "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
-        "below 0.1.",
-        len(head.outputs),
-        len(head.inputs),
-        head.gene_scores.mean(),
-        int((head.gene_scores < 0.1).sum()),
-    )
-    if reference is not None:
-        impute_with(sections, head, replace(request, model=head.model or model), key)
-    return head
-
-
-def _model_and_vocabulary(
-    model: Stofm | str | Path | None, use_rep: str | Sequence[str]
-) -> tuple[Stofm | None, GeneVocabulary]:
-    """Load the model if something of it is read."""
-    reps = checked_reps(use_rep)
-    if others := [rep for rep in reps if rep not in MADE_BY_EMBED]:
+    if others := [rep for rep in own.reps if rep not in MADE_BY_EMBED]:
         logger.info(
             "obsm%s are read as they are; genes to impute must have no part in them.", others
         )
-    if len(others) == len(reps):
-        return None, embedded_vocabulary()
-    loaded = load_model(model)
-    return loaded, loaded.vocabulary
+    (columns, *rest), own, vocabulary = _find_columns(own, tables)
+    query = rest[0] if rest else []
+    learnt = new_genes(columns, query) if genes is None else find_genes(genes, columns, vocabulary)
+    panel = choose_panel(columns, learnt, query)
+    reduced, own, counts = reduce_tables(training, columns, panel, own, learnt=learnt)
+    targets = ExpressionTargets.of(reduced, counts, [gene.name for gene in learnt])
+    blocks, splits, members, fields = fit(reduced, targets, own, ImputationHead.task)
+    head = ImputationHead(
+        **fields,
+        outputs=tuple(gene.name for gene in learnt),
+        params={**own.record, "n_inputs": len(panel)},
+        validation_scores=pd.DataFrame(),
+        gene_scores=pd.Series(np.nan, range(len(learnt))),
+        panel=panel,
+        output_ids=tuple(gene.id for gene in learnt),
+        mean=targets.mean,
+        scale=targets.scale,
+    )
+    scores = []
+    for k, rows in enumerate(members.held_out):
+        # Members that were not fitted to these cells.
+        fitted = slice(k, None, len(splits))
+        parts = {name: fields[name][fitted] for name in ("networks", "reads", "weights")}
+        scores.append(score_genes(replace(head, **parts), blocks.take(rows), targets.values[rows]))
+    index = pd.RangeIndex(1, len(splits) + 1, name="network")
+    head = replace(
+        head,
+        validation_scores=pd.DataFrame([one.mean() for one in scores]).set_index(index),
+        gene_scores=pd.concat([one["pearson"] for one in scores], axis=1).mean(axis=1),
+    )
+    logger.info(
+        "Head for %d genes from %d others: mean correlation %.3f with held-out cells; %d genes are "
+        "below 0.1.",
+        *(len(learnt), len(panel), head.gene_scores.mean(), int((head.gene_scores < 0.1).sum())),
+    )
+    if reference is not None:
+        head.apply(slices, replace(request, model=head.model or own.model), key)
+    return head
 
 
-def _learnable(targets: ExpressionTargets, genes: Sequence[Gene]) -> NDArray[np.int64]:
-    """Cells to learn from; refuse genes of which they tell nothing."""
-    known = np.flatnonzero(targets.is_known)
-    if not len(known):
-        raise ValueError(
-            "No cell has any count in the genes that are read, so there is nothing to learn from."
-        )
-    flat = targets.is_constant(known)
-    examples = [gene.name for gene, is_flat in zip(genes, flat, strict=True) if is_flat][:3]
-    if flat.all():
-        raise ValueError(
-            f"All {len(genes)} genes to impute are constant over the training cells, for example "
-            f"{examples}: there is nothing to learn. Choose other genes."
-        )
-    if flat.any():
-        warn(
-            f"{int(flat.sum())} of {len(genes)} genes are constant over the training cells and will "
-            f"be imputed as such, which says nothing, for example {examples}. Leave them out of "
-            "`genes`."
-        )
-    return known
-
-
-def impute_with(
-    sections: Sections,
-    head: ImputationHead,
-    request: Request,
-    key: str,
-    genes: Sequence[str] | None = None,
-) -> None:
-    """Read the cells' panel as a head does, and write what it makes of them."""
-    require_head(head, ImputationHead)
-    refuse_reserved(key, Obsm.IMPUTED, request.spatial_key, *head.use_rep)
-    chosen = head.columns_of(genes)
-    model = head.model if request.model is None else request.model
-    loaded, vocabulary = _model_and_vocabulary(model, head.use_rep)
-    known = read_columns(sections, vocabulary, must_map=loaded is not None, name="the query")
-    for one in known:
-        if loaded is not None:
-            check_overlap(one, head.inputs, least=_LEAST_SHARE, low=_LOW_SHARE)
-    request = replace(request, model=loaded, use_rep=head.use_rep)
-    reduced, own, _ = reduce_tables(sections, known, head.inputs, request)
-    names = [head.outputs[k] for k in chosen]
-    found = head.predict(head.read(reduced, own), chosen)
-    refuse_not_finite(head.task, found)
-    # All is computed before anything is written.
-    frames = [
-        make_frame(table, found[part], names)
-        for table, part in zip(sections.tables, sections.places, strict=True)
+def _find_columns(
+    request: Request, tables: Mapping[str, SliceTables]
+) -> tuple[list[list[GeneColumns]], Request, GeneVocabulary]:
+    """Genes of all tables, the request with its model loaded if it is read, and the vocabulary."""
+    is_read = bool(set(request.reps) & set(MADE_BY_EMBED))
+    model = load_model(request.model) if is_read else None
+    vocabulary = embedded_vocabulary() if model is None else model.vocabulary
+    found = [
+        read_columns(slices, vocabulary, must_map=is_read, name=name)
+        for name, slices in tables.items()
     ]
-    with all_or_nothing(*sections.tables):
-        for table, frame, columns in zip(sections.tables, frames, known, strict=True):
-            read = table.var_names[columns.columns_of(head.inputs)].astype(str)
-            params = {
-                "n_genes": len(names),
-                "n_inputs": len(head.inputs),
-                # Of these is the total that measured expression compares with.
-                "inputs": np.array(read.tolist(), dtype=object),
-                "use_rep": list(head.use_rep),
-                "strategy": head.strategy,
-                "seed": head.params["seed"],
-            }
-            write_record(table, key, params, **head.model_names())
-            write_frame(table, key, frame, names)
-    logger.info("%d genes imputed in %d cells into obsm[%r].", len(names), len(found), key)
+    return found, replace(request, model=model), vocabulary
+
+
+def score_genes(head: ImputationHead, blocks: Blocks, true: sparse.csr_matrix) -> pd.DataFrame:
+    """Scores of each gene over some cells, some genes at a time."""
+    parts = []
+    for start in range(0, true.shape[1], _GENES_AT_ONCE):
+        columns = np.arange(start, min(start + _GENES_AT_ONCE, true.shape[1]))
+        own, found = true[:, columns].toarray(), head.predict(blocks, columns)
+        parts.append(score_outputs(columns, own, found, "gene"))
+    return pd.concat(parts, ignore_index=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import nnls
+from threadpoolctl import threadpool_limits
 
 from stofm.heads.expression import principal_axes
 from stofm.heads.network import HeadTraining, apply_head, fit_head, row_order
@@ -53,8 +53,7 @@ _ABSENT: Final = -20.0
 _ROWS_AT_ONCE: Final = 256
 
 
-@dataclass(frozen=True, eq=False)
-class Members:
+class Members(NamedTuple):
     """Fitted members of a head.
 
     Attributes
@@ -84,60 +83,52 @@ class Members:
 
 
 class Rotation:
-    """A block in its first principal components, if it is wide.
+    """A block, (n, d), in its first principal components if it is wide.
 
-    Parameters
-    ----------
-    values
-        (n, d) of all cells, NaN in rows that are not fitted.
-    widths
-        Columns of its parts, each of which has one scale.
-    rows
-        Rows to fit, in an order that does not depend on the file.
+    `widths` are the columns of its parts, each of which has one scale, and `rows` those to fit, in an
+    order that does not depend on the file. Other rows may be NaN.
     """
 
     def __init__(
         self, values: NDArray[np.float32], widths: Sequence[int], rows: NDArray[np.int64]
     ) -> None:
-        self._values = values
+        self.values, self.widths = values, tuple(widths)
         self._axes: NDArray[np.float32] | None = None
         if values.shape[1] <= _MOST_COLUMNS:
-            self.values, self.widths = values, tuple(widths)
             return
+        self._plain = _network(values.shape[1], 1)
         fitted = values[rows[:: -(-len(rows) // _MOST_CELLS)]]
-        self._plain = PredictionHead(HeadConfig(d_input=values.shape[1], d_output=1, widths=()))
         self._plain.fit_inputs(torch.from_numpy(fitted), widths)
-        self._axes = principal_axes(self._scaled(fitted), _MOST_COLUMNS)[1].astype(np.float32)
-        self.values = self._scaled(values) @ self._axes
-        self.widths = (self.values.shape[1],)
-
-    def _scaled(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         mean, scale = self._plain.input_mean.numpy(), self._plain.input_scale.numpy()
-        return np.asarray((values - mean) / scale, dtype=np.float32)
+        axes = principal_axes((fitted - mean) / scale, _MOST_COLUMNS)[1]
+        self._axes = axes.astype(np.float32)
+        self.values = ((values - mean) / scale) @ self._axes
+        self.widths = (self.values.shape[1],)
 
     def undone(self, network: PredictionHead) -> PredictionHead:
         """The same network, reading the block itself."""
         if self._axes is None:
             return network
         config = network.config
-        with seeded(0):
-            found = PredictionHead(
-                HeadConfig(
-                    d_input=self._values.shape[1],
-                    d_output=config.d_output,
-                    widths=config.widths,
-                    dropout=config.dropout,
-                )
-            )
+        found = _network(len(self._axes), config.d_output, config.widths, config.dropout)
         state = network.state_dict()
         first = "hidden.0" if config.widths else "last"
         weight = state[f"{first}.weight"] / state["input_scale"]
         state[f"{first}.bias"] = state[f"{first}.bias"] - weight @ state["input_mean"]
         state[f"{first}.weight"] = weight @ torch.from_numpy(self._axes).T
-        state["input_mean"] = self._plain.input_mean
-        state["input_scale"] = self._plain.input_scale
-        found.load_state_dict(state)
-        return found.eval()
+        found.load_state_dict(state | dict(self._plain.named_buffers()))
+        return found
+
+
+def _network(
+    d_input: int, d_output: int, widths: tuple[int, ...] = (), dropout: float = 0.0
+) -> PredictionHead:
+    """A network, linear by default, whose weights are still to be set."""
+    with seeded(0):
+        found = PredictionHead(
+            HeadConfig(d_input=d_input, d_output=d_output, widths=widths, dropout=dropout)
+        )
+    return found.eval()
 
 
 def fit_members(
@@ -159,19 +150,21 @@ def fit_members(
     splits, seeds
         Cells to fit and to hold out, and the seed of the network, of each round.
     """
-    known = row_order(blocks.features, targets.values, np.flatnonzero(targets.is_known))
-    held_out = [row_order(blocks.features, targets.values, one.held_out) for one in splits]
+
+    def in_order(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return row_order(blocks.features, targets.values, rows)
+
+    known = in_order(np.flatnonzero(targets.is_known))
+    held_out = tuple(in_order(split.held_out) for split in splits)
     kinds, histories = [], []
     rotations: dict[Source, Rotation] = {}
     for reads, is_linear in _kinds(blocks, targets):
         if reads not in rotations:
-            block = blocks.of(reads)
-            assert block is not None
-            rotations[reads] = Rotation(block, blocks.widths_of(reads), known)
+            rotations[reads] = Rotation(blocks.of(reads), blocks.widths_of(reads), known)
         rotation = rotations[reads]
         if is_linear:
             trials = [_fit_linear(rotation.values, targets, split.fitted) for split in splits]
-            final = [rotation.undone(_fit_linear(rotation.values, targets, known))]
+            kept = [_fit_linear(rotation.values, targets, known)]
         else:
             fits = [
                 fit_head(
@@ -186,19 +179,17 @@ def fit_members(
                 for split, seed in zip(splits, seeds, strict=True)
             ]
             histories += [one.history.assign(reads=reads) for one in fits]
-            trials = [one.head for one in fits]
-            final = [rotation.undone(network) for network in trials]
-        kinds.append(_Kind(reads, rotation.values, trials, final))
+            trials = kept = [one.head for one in fits]
+        kinds.append(_Kind(reads, rotation.values, trials, list(map(rotation.undone, kept))))
     weights, votes = _weigh(kinds, targets, held_out)
-    shares = [float(w) / len(kind.final) for w, kind in zip(weights, kinds, strict=True)]
+    shares = zip(weights.tolist(), kinds, strict=True)
+    histories = [one.assign(network=k) for k, one in enumerate(histories)]
     return Members(
         networks=tuple(network for kind in kinds for network in kind.final),
         reads=tuple(kind.reads for kind in kinds for _ in kind.final),
-        weights=tuple(share for share, kind in zip(shares, kinds, strict=True) for _ in kind.final),
-        history=pd.concat(
-            [one.assign(network=k) for k, one in enumerate(histories)], ignore_index=True
-        ),
-        held_out=tuple(held_out),
+        weights=tuple(w / len(kind.final) for w, kind in shares for _ in kind.final),
+        history=pd.concat(histories, ignore_index=True),
+        held_out=held_out,
         votes=votes,
     )
 
@@ -245,16 +236,15 @@ def _fit_linear(
     weight, bias = np.zeros((1, values.shape[1])), np.zeros(1)
     if len(seen) > 1:
         model = LogisticRegression(C=_STRENGTH, max_iter=_MOST_ROUNDS)
-        with warnings.catch_warnings():
+        # The steps are so small that threads would wait for each other.
+        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
             # Scores on held-out cells no longer change in the last rounds.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(((read - mean) / scale).astype(np.float32)[of], codes, sample_weight=mass)
         weight, bias = model.coef_, model.intercept_
     if len(seen) == 2:
         weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
-    with seeded(0):
-        config = HeadConfig(d_input=values.shape[1], d_output=targets.n_outputs, widths=())
-        found = PredictionHead(config)
+    found = _network(values.shape[1], targets.n_outputs)
     torch.nn.init.zeros_(found.last.weight)
     # Classes of which no cell is fitted are all but impossible.
     torch.nn.init.constant_(found.last.bias, float(bias.min()) + _ABSENT)
@@ -263,7 +253,7 @@ def _fit_linear(
         found.last.bias[seen] = torch.from_numpy(bias).float()
     found.input_mean.copy_(torch.from_numpy(mean))
     found.input_scale.fill_(scale)
-    return found.eval()
+    return found
 
 
 def _weigh(
@@ -297,14 +287,8 @@ def blend_weights(
     The weighted mean is a mixture, and its likelihood on the held-out cells is raised by
     expectation maximisation, which from equal weights comes to the only maximum.
 
-    Parameters
-    ----------
-    votes
-        For each voter (n, n_outputs) probabilities or proportions of cells that it was not fitted to.
-    targets
-        Classes or proportions.
-    rows
-        (n,) rows of the targets that the votes are of, in an order that does not depend on the file.
+    `votes` are probabilities or proportions, (n, n_outputs), of the `rows`, by voters that were not
+    fitted to these; rows are in an order that does not depend on the file.
 
     References
     ----------

@@ -1,11 +1,12 @@
-"""Fitting a head alone, to representations of cells that are stored."""
+"""Fitting a network to representations of cells that are stored, and predicting with it."""
 
 from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _CHUNK = 8192
 _MOST_OUTPUTS = 2**22
 _LEAST_CHUNK = 256
+#: With more outputs, such as all genes, the steps of a fit are large enough for several threads.
+_FEW_OUTPUTS = 1000
 #: With more cells to fit a pass has so many steps that a third of the patience is enough.
 _MANY_CELLS = 15_000
 
@@ -61,17 +64,8 @@ class HeadTraining:
     patience: int = 8
     dropout: float = 0.3
 
-    def __post_init__(self) -> None:
-        """Check each value."""
-        for name in ("batch_size", "max_epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, found {self.learning_rate}.")
 
-
-@dataclass(frozen=True, eq=False)
-class FittedHead:
+class FittedHead(NamedTuple):
     """A head and how it was fitted.
 
     Attributes
@@ -98,13 +92,10 @@ def fit_head(
     input_widths: Sequence[int] | None = None,
     widths: tuple[int, int] = (256, 128),
     training: HeadTraining | None = None,
-    n_epochs: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> FittedHead:
-    """Fit a head to representations.
-
-    The order of the rows does not matter.
+    """Fit a head to representations, whatever the order of their rows.
 
     Parameters
     ----------
@@ -123,8 +114,6 @@ def fit_head(
         Units of the two hidden layers.
     training
         Length, steps and their size.
-    n_epochs
-        Passes after which to stop, with the schedule of `max_epochs`; None for all of them.
     seed
         Of the first weights, the order of the steps and dropout.
     device
@@ -132,8 +121,6 @@ def fit_head(
 
     Raises
     ------
-    ValueError
-        There is nothing to fit, or a row has no target.
     FloatingPointError
         The loss is NaN or infinite.
 
@@ -143,55 +130,52 @@ def fit_head(
     regularization (ICLR).
     """
     training = training or HeadTraining()
-    _check_rows(targets, fitted, held_out)
-    order = row_order(features, targets.values, fitted)
+    fitted = row_order(features, targets.values, fitted)
     held_out = row_order(features, targets.values, held_out)
-    config = HeadConfig(
-        d_input=features.shape[1],
-        d_output=targets.n_outputs,
-        widths=widths,
-        dropout=training.dropout,
-    )
     place = torch.device(device)
-    with seeded(seed, place):
-        head = PredictionHead(config)
-        head.fit_inputs(torch.from_numpy(features[order]), input_widths)
-        fitting = _Fitting(head.to(place), features, targets, training, place)
-        best_epoch = fitting.run(
-            order, held_out, n_epochs or training.max_epochs, np.random.default_rng(seed)
+    with seeded(seed, place), _few_threads(targets.n_outputs):
+        head = PredictionHead(
+            HeadConfig(
+                d_input=features.shape[1],
+                d_output=targets.n_outputs,
+                widths=widths,
+                dropout=training.dropout,
+            )
         )
-    history = pd.DataFrame(fitting.rows)
-    return FittedHead(head.cpu().eval(), history, best_epoch)
-
-
-def _check_rows(targets: Targets, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> None:
-    if not len(fitted):
-        raise ValueError("There are no cells to fit a head to.")
-    known = targets.is_known
-    if n_unknown := int((~known[fitted]).sum() + (~known[held_out]).sum()):
-        raise ValueError(
-            f"{n_unknown} of the cells to fit or validate a head have no target; leave them out."
-        )
+        head.fit_inputs(torch.from_numpy(features[fitted]), input_widths)
+        run = _Fitting(head.to(place), features, targets, training, len(fitted))
+        best_epoch = run.fit(fitted, held_out, np.random.default_rng(seed))
+    return FittedHead(head.cpu().eval(), pd.DataFrame(run.history), best_epoch)
 
 
 def row_order(
     features: NDArray[np.float32], values: Any, rows: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Order rows by what they hold, so that their order in the file does not matter.
+    """Order `rows` by what they hold, so that their order in the file does not matter.
 
-    Parameters
-    ----------
-    features
-        (n, d) representations.
-    values
-        Targets; classes order cells with the same representation.
-    rows
-        Rows to order.
+    `features`, (n, d), are representations; of `values`, targets, classes order cells with the same
+    representation.
     """
     keys = features[rows]
     if np.ndim(values) == 1:
         keys = np.column_stack([keys, values[rows].astype(np.float32)])
     return rows[canonical_order(keys[:, [0, keys.shape[1] // 2]], keys)]
+
+
+@contextmanager
+def _few_threads(n_outputs: int) -> Iterator[None]:
+    """Within it torch uses one thread of the CPU where the steps of a fit are small.
+
+    Several would wait for each other most of the time, and without end if other programs are at
+    work. It makes the result the same for any number of threads too.
+    """
+    before = torch.get_num_threads()
+    if n_outputs <= _FEW_OUTPUTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Fitting:
@@ -203,66 +187,55 @@ class _Fitting:
         features: NDArray[np.float32],
         targets: Targets,
         training: HeadTraining,
-        device: torch.device,
+        n_fitted: int,
     ) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._head = head
-        self._features = features
-        self._targets = targets
-        self._training = training
-        self._device = device
+        self.history: list[dict[str, Any]] = []
+        self._head, self._features, self._targets = head, features, targets
+        self._training, self._device = training, head.input_mean.device
         weights = targets.class_weights
-        self._class_weights = (
-            None if weights is None else torch.as_tensor(weights, dtype=torch.float32).to(device)
-        )
+        self._class_weights = None if weights is None else torch.as_tensor(weights).to(self._device)
         self._optimizer = torch.optim.AdamW(
             head.parameters(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
+            fused=self._device.type in ("cpu", "cuda"),
         )
-        self._step = 0
+        batch = min(training.batch_size, max(16, n_fitted // 16))
+        self._n_batches = -(-n_fitted // batch)
+        self._step, self._started = 0, time.perf_counter()
 
-    def run(
+    def fit(
         self,
         fitted: NDArray[np.int64],
         held_out: NDArray[np.int64],
-        n_epochs: int,
         rng: np.random.Generator,
     ) -> int:
         """Fit, leave the head with its best weights, and return the epoch that they are of."""
-        started = time.perf_counter()
-        training = self._training
-        batch = min(training.batch_size, max(16, len(fitted) // 16))
-        n_batches = -(-len(fitted) // batch)
-        patience = training.patience
+        patience = self._training.patience
         if len(fitted) > _MANY_CELLS:
             patience = -(-patience // 3)
-        best, best_epoch, kept = math.inf, 0, None
-        for epoch in range(1, n_epochs + 1):
+        best, best_epoch, kept = math.inf, 0, self._head.state_dict()
+        for epoch in range(1, self._training.max_epochs + 1):
             order = fitted[rng.permutation(len(fitted))]
-            parts = np.array_split(order, n_batches)
-            loss = self._train(parts, n_steps=training.max_epochs * n_batches)
-            self._record(epoch, "train", loss, started)
+            self._record(epoch, "train", self._train(np.array_split(order, self._n_batches)))
             if not len(held_out):
                 best_epoch = epoch
                 continue
             loss = self._evaluate(held_out)
-            self._record(epoch, "validation", loss, started)
+            self._record(epoch, "validation", loss)
             if loss < best:
                 best, best_epoch = loss, epoch
                 kept = {name: value.clone() for name, value in self._head.state_dict().items()}
             elif epoch - best_epoch >= patience:
                 break
-        if kept is not None:
-            self._head.load_state_dict(kept)
+        self._head.load_state_dict(kept)
         return best_epoch
 
-    def _train(self, parts: list[NDArray[np.int64]], n_steps: int) -> float:
+    def _train(self, parts: list[NDArray[np.int64]]) -> float:
         self._head.train()
         total, count = 0.0, 0.0
         for rows in parts:
-            share = self._step / n_steps
+            share = self._step / (self._training.max_epochs * self._n_batches)
             rate = self._training.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
             self._optimizer.param_groups[0]["lr"] = rate
             loss, n = self._loss(rows)
@@ -277,7 +250,8 @@ class _Fitting:
     def _evaluate(self, rows: NDArray[np.int64]) -> float:
         self._head.eval()
         at_once = max(_LEAST_CHUNK, min(_CHUNK, _MOST_OUTPUTS // self._targets.n_outputs))
-        sums = [self._loss(rows[part]) for part in _chunks(len(rows), at_once)]
+        parts = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
+        sums = [self._loss(part) for part in parts]
         return sum(float(total) for total, _ in sums) / sum(n for _, n in sums)
 
     def _loss(self, rows: NDArray[np.int64]) -> tuple[Tensor, float]:
@@ -285,27 +259,16 @@ class _Fitting:
         targets = self._targets.take(rows).to(self._device)
         return head_loss(self._head(features), targets, self._targets.kind, self._class_weights)
 
-    def _record(self, epoch: int, split: str, loss: float, started: float) -> None:
+    def _record(self, epoch: int, split: str, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The {split} loss of the head is {loss} in epoch {epoch}; look for extreme values "
                 "in the representations, or lower learning_rate."
             )
-        self.rows.append(
-            {
-                "epoch": epoch,
-                "step": self._step,
-                "split": split,
-                "loss": loss,
-                "learning_rate": self._optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - started,
-            }
-        )
-
-
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, start + size)
+        rate, seconds = self._optimizer.param_groups[0]["lr"], time.perf_counter() - self._started
+        columns = ("epoch", "step", "split", "loss", "learning_rate", "seconds")
+        row = (epoch, self._step, split, loss, rate, seconds)
+        self.history.append(dict(zip(columns, row, strict=True)))
 
 
 @torch.no_grad()
@@ -315,37 +278,21 @@ def apply_head(
     kind: TargetKind,
     *,
     columns: NDArray[np.int64] | None = None,
-    batch_size: int = _CHUNK,
 ) -> NDArray[np.float32]:
-    """Predict with a head, where its weights are.
+    """Predict from representations, (n, d_input), with a head in evaluation mode, where it is.
 
-    Parameters
-    ----------
-    head
-        In evaluation mode.
-    features
-        (n, d_input) representations.
-    kind
-        Classes and proportions give a softmax, values what comes out.
-    columns
-        Outputs to return, None for all; of values, only these are computed.
-    batch_size
-        Rows computed at a time.
-
-    Returns
-    -------
-    float32 (n, d_output), or as many columns as asked for.
+    Classes and proportions give a softmax, values what comes out: float32 (n, d_output), or the
+    `columns` that are asked for; of values, only these are computed.
     """
-    device = head.input_mean.device
-    picked = None if columns is None else torch.as_tensor(columns).to(device)
-    n_columns = head.config.d_output if columns is None else len(columns)
-    found = np.empty((len(features), n_columns), dtype=np.float32)
-    for part in _chunks(len(features), batch_size):
-        rows = torch.from_numpy(np.ascontiguousarray(features[part], dtype=np.float32)).to(device)
+    picked = None if columns is None else torch.as_tensor(columns).to(head.input_mean.device)
+    found = []
+    for start in range(0, max(len(features), 1), _CHUNK):
+        part = np.ascontiguousarray(features[start : start + _CHUNK], dtype=np.float32)
+        rows = torch.from_numpy(part).to(head.input_mean.device)
         if kind == "values":
             outputs = head(rows, picked)
         else:
             outputs = head(rows).softmax(dim=1)
             outputs = outputs if picked is None else outputs[:, picked]
-        found[part] = outputs.cpu().numpy()
-    return found
+        found.append(outputs.cpu().numpy())
+    return np.concatenate(found) if len(found) > 1 else found[0]

@@ -1,29 +1,186 @@
-"""What heads are fitted to: classes, proportions or values, and the loss of each."""
+"""What heads are fitted to: labels of cells as classes, proportions, expression; the loss of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+import difflib
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch.nn import functional as F
 
+from stofm._edge.tables import label_text
+from stofm._logging import logger
+from stofm._messages import warn
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
+    from anndata import AnnData
     from jaxtyping import Float
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from stofm.heads.sections import Sections
+    from stofm.heads.request import SliceTables
+
+#: What labels that stand for none mean, and smallest share of a class of cells, unless others are
+#: asked for. By default such labels are known by their words, not by this list.
+MISSING: Final = ("unknown", "unassigned", "other", "nan", "doublet", "low quality")
+MIN_SHARE: Final = 0.01
+#: Such labels, in lower case and without words for cells; one of marks alone, such as ?, is one too.
+_NO_CLASS: Final = re.compile(
+    r"(un|not |non ?)(known|assign\w*|annotated|label?led|classifi\w+|determined|defined|identified"
+    r"|specified|resolved|mapped|named|typed|available|applicable|clear|certain|sure|decided)( ?\d+)?"
+    r"|unk|n ?a|nan|none|null|missing|no (label|call|match|annotation|type)|tbd|indeterminate"
+    r"|ambiguous|others?|low ?q(uality|c)?|poor ?quality|(doublet|multiplet)s?( .*)?"
+)
+_CELLS: Final = re.compile(r"\b(cells?|(cell ?)?types?|clusters?|spots?)\b")
+_MARKS: Final = re.compile(r"[^\w+]+|_+")
+
 
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
-_KINDS = ("classes", "proportions", "values")
 #: Counts are scaled to this total before the logarithm.
 TARGET_SUM: Final = 10_000.0
+
+
+class Labels(NamedTuple):
+    """Classes of cells.
+
+    Attributes
+    ----------
+    classes
+        Names in alphabetical order.
+    codes
+        (n_obs,) number of each cell's class; -1 for none, or one that is left out.
+    left_out
+        Rare classes that are left out.
+    """
+
+    classes: tuple[str, ...]
+    codes: NDArray[np.int64]
+    left_out: tuple[str, ...]
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        """(n_obs,) whether a cell has a class."""
+        return self.codes >= 0
+
+
+def read_labels(
+    slices: SliceTables, key: str, *, missing: Collection[object] = (), min_share: float = 0.0
+) -> Labels:
+    """Read a column of labels, leave out missing ones and rare classes.
+
+    What is left out by default is warned of; what is asked for, or has no label, is told.
+
+    Parameters
+    ----------
+    slices
+        The cells.
+    key
+        Column of ``obs``.
+    missing
+        Labels treated as missing (case-insensitive), besides NaN and empty strings; with
+        :data:`MISSING` itself all that reads like one.
+    min_share
+        Smallest share of the labelled cells that a class must have.
+    """
+    labels = read_label_names(slices, key, missing=missing)
+    names, counts = np.unique(labels[labels != ""], return_counts=True)
+    is_kept = counts >= min_share * counts.sum()
+    left_out, classes, sizes = tuple(names[~is_kept].tolist()), names[is_kept], counts[is_kept]
+    some = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" * (len(left_out) > 10))
+    if left_out:
+        tell = warn if min_share == MIN_SHARE else logger.info
+        tell(
+            f"Classes of obs[{key!r}] with less than {min_share:.3g} of the labelled cells are left "
+            f"out ({counts[~is_kept].sum()} cells): {some}. To learn them too, pass min_share=0."
+        )
+    if len(classes) < 2 and left_out:
+        raise ValueError(
+            f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have {min_share:.1%} of "
+            f"the labelled cells or more; a head needs two. The others are left out: {some}. Lower "
+            "`min_share`, or pass a column with larger classes."
+        )
+    if len(classes) == 1:
+        raise ValueError(
+            f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {len(labels)} "
+            "cells); a head needs at least two to tell apart. Pass slices or a column with more."
+        )
+    if (sizes < 2).any():
+        raise ValueError(
+            f"These classes of obs[{key!r}] have one cell each: {classes[sizes < 2].tolist()}. A "
+            "class needs two or more. Raise `min_share`, or add them to `missing`, to leave them out."
+        )
+    codes = np.where(np.isin(labels, classes), np.searchsorted(classes, labels), -1)
+    return Labels(tuple(classes.tolist()), codes, left_out)
+
+
+def read_label_names(
+    slices: SliceTables, key: str, *, missing: Collection[object] = ()
+) -> NDArray[np.str_]:
+    """Read a column of labels as text, (n_obs,), empty for none; as :func:`read_labels`."""
+    if isinstance(missing, str) or not isinstance(missing, Collection):
+        raise TypeError(
+            f"missing must be a list of labels, such as ['Other'] or []; found {missing!r}."
+        )
+    labels = np.concatenate(slices.each(lambda table: _read_column(table, key))).astype(str)
+    none = {str(one).strip().casefold() for one in missing}
+    names, counts = np.unique(labels, return_counts=True)
+    absent = {
+        name: n
+        for name, n in zip(names.tolist(), counts.tolist(), strict=True)
+        if name.strip().casefold() in {"", *none} or (missing is MISSING and _is_no_class(name))
+    }
+    known: NDArray[np.str_] = np.where(np.isin(labels, list(absent)), "", labels)
+    if n_blank := absent.pop("", 0):
+        logger.info("%d of %d cells have no label in obs[%r].", n_blank, len(labels), key)
+    if absent:
+        parts = ", ".join(
+            f"{name!r} ({n} cells, {n / len(labels):.1%})" for name, n in [*absent.items()][:10]
+        )
+        tell = warn if missing is MISSING else logger.info
+        tell(
+            f"Cells with these labels in obs[{key!r}] are left out, since they stand for none: "
+            f"{parts}. To learn them as classes, pass missing=[]."
+        )
+    if not (known != "").any():
+        raise ValueError(
+            f"None of {len(labels)} cells has a label in obs[{key!r}] (NaN, blanks and "
+            f"{list(missing)} count as none). Pass labelled cells."
+        )
+    return known
+
+
+def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
+    """Labels as text, empty for none."""
+    if key not in adata.obs:
+        columns = [str(name) for name in adata.obs.columns]
+        near = difflib.get_close_matches(key, columns, n=3)
+        hint = f"did you mean {near}?" if near else f"its columns are {columns[:20]}."
+        raise KeyError(f"There is no obs[{key!r}] with labels; {hint}")
+    column: pd.Series = adata.obs[key]
+    if column.dtype.kind == "f":
+        known = column[column.notna()]
+        bad = known[~np.isfinite(known) | (known != known.round())]
+        if len(bad):
+            raise ValueError(
+                f"obs[{key!r}] holds {float(bad.iloc[0])}: numbers with fractions or infinite ones are no "
+                "classes. Pass a column of labels."
+            )
+    return label_text(column)
+
+
+def _is_no_class(label: str) -> bool:
+    words = _MARKS.sub(" ", label.casefold()).strip()
+    kind = " ".join(_CELLS.sub(" ", words).split())
+    return not words or bool(_NO_CLASS.fullmatch(kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +193,7 @@ class Targets:
         What the values are.
     values
         Classes: int64 (n,) numbers from 0, with -1 for none. Else float32 (n, n_outputs), with
-        NaN in rows of which nothing is known; values may be a scipy CSR matrix.
+        NaN in rows of which nothing is known.
     n_outputs
         Classes, cell types or genes.
     class_weights
@@ -48,19 +205,6 @@ class Targets:
     n_outputs: int
     class_weights: NDArray[np.float32] | None = None
 
-    def __post_init__(self) -> None:
-        """Check shapes and kinds."""
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind must be one of {_KINDS}, found {self.kind!r}.")
-        shape = np.shape(self.values)
-        expected = (shape[0],) if self.kind == "classes" else (shape[0], self.n_outputs)
-        if shape != expected:
-            raise ValueError(f"Targets of {self.kind} have the shape {shape}; expected {expected}.")
-        if self.class_weights is not None and len(self.class_weights) != self.n_outputs:
-            raise ValueError(
-                f"There are {len(self.class_weights)} class weights for {self.n_outputs} classes."
-            )
-
     def __len__(self) -> int:
         """Number of rows."""
         return int(self.values.shape[0])
@@ -70,64 +214,17 @@ class Targets:
         """(n,) whether anything is known of a row."""
         if self.kind == "classes":
             return np.asarray(self.values >= 0)
-        if hasattr(self.values, "tocsr"):
-            known = np.ones(len(self), dtype=bool)
-            bad = ~np.isfinite(self.values.data)
-            known[np.searchsorted(self.values.indptr, np.flatnonzero(bad), side="right") - 1] = (
-                False
-            )
-            return known
         return np.asarray(np.isfinite(self.values).all(axis=1))
 
     def take(self, rows: NDArray[np.int64]) -> Tensor:
         """Targets of some rows: int64 (n_rows,), or float32 (n_rows, n_outputs)."""
-        values = self.values[rows]
-        if self.kind == "classes":
-            return torch.from_numpy(np.asarray(values, dtype=np.int64))
-        dense = values.toarray() if hasattr(values, "toarray") else values
-        return torch.from_numpy(np.ascontiguousarray(dense, dtype=np.float32))
-
-
-def head_loss(
-    outputs: Float[Tensor, "n d_output"],
-    targets: Tensor,
-    kind: TargetKind,
-    class_weights: Float[Tensor, " d_output"] | None = None,
-) -> tuple[Tensor, float]:
-    """Compare a head's raw outputs with what is known.
-
-    Classes: cross-entropy, weighted by class. Proportions: cross-entropy of the softmax against
-    them, least where both are equal. Values: squared error, mean over the columns.
-
-    Parameters
-    ----------
-    outputs
-        From :class:`stofm.nn.PredictionHead`.
-    targets
-        From :meth:`Targets.take`.
-    kind
-        What the targets are.
-    class_weights
-        For classes.
-
-    Returns
-    -------
-    Sum over the rows, with gradient, and the number of rows or the sum of their weights.
-    """
-    if kind == "classes":
-        total = F.cross_entropy(outputs, targets, class_weights, reduction="sum")
-        if class_weights is not None:
-            return total, float(class_weights[targets].sum())
-    elif kind == "proportions":
-        total = -(targets * F.log_softmax(outputs, dim=1)).sum()
-    else:
-        total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
-    return total, float(len(outputs))
+        dtype = np.int64 if self.kind == "classes" else np.float32
+        return torch.from_numpy(np.ascontiguousarray(self.values[rows], dtype=dtype))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpressionTargets(Targets):
-    """Log-normalised expression, sparse; taken standardised by gene.
+    """Log-normalised expression, (n, n_genes), sparse; taken standardised by gene.
 
     Attributes
     ----------
@@ -141,65 +238,83 @@ class ExpressionTargets(Targets):
     scale: NDArray[np.float32]
     has_counts: NDArray[np.bool_]
 
+    @classmethod
+    def of(
+        cls, slices: SliceTables, counts: Sequence[sparse.csr_matrix], genes: Sequence[str]
+    ) -> ExpressionTargets:
+        """``log1p(10,000 x count / total)``, with mean and deviation of each gene.
+
+        The totals are those of the tables, which have the input genes alone; `counts` are of the
+        `genes` to learn, for each table. Genes of which the cells tell nothing are refused.
+        """
+        totals = [np.asarray(t.X.sum(axis=1, dtype=np.float64)).ravel() for t in slices.tables]
+        values = sparse.vstack(list(map(log_normalised, counts, totals)), format="csr")
+        has_counts = np.concatenate(totals) > 0
+        known = values[has_counts]
+        if not known.shape[0]:
+            raise ValueError(
+                "No cell has any count in the genes that are read, so there is nothing to learn from."
+            )
+        low, high = (np.asarray(one.todense()).ravel() for one in (known.min(0), known.max(0)))
+        examples = [gene for gene, flat in zip(genes, low == high, strict=True) if flat]
+        if len(examples) == len(genes):
+            raise ValueError(
+                f"All {len(genes)} genes to impute are constant over the training cells, for example "
+                f"{examples[:3]}: there is nothing to learn. Choose other genes."
+            )
+        if examples:
+            warn(
+                f"{len(examples)} of {len(genes)} genes are constant over the training cells and "
+                f"will be imputed as such, which says nothing, for example {examples[:3]}. Leave "
+                "them out of `genes`."
+            )
+        mean = np.asarray(known.mean(axis=0, dtype=np.float64)).ravel()
+        squares = np.asarray(known.multiply(known).mean(axis=0, dtype=np.float64)).ravel()
+        variance = squares - mean**2
+        scale = np.sqrt(np.where(variance <= 1e-10 * np.maximum(squares, 1.0), 1.0, variance))
+        return cls(
+            "values",
+            values,
+            len(genes),
+            mean=mean.astype(np.float32),
+            scale=scale.astype(np.float32),
+            has_counts=has_counts,
+        )
+
     @property
     def is_known(self) -> NDArray[np.bool_]:
         """(n,) whether the expression of a cell is known."""
         return self.has_counts
 
-    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:
+    def take(self, rows: NDArray[np.int64]) -> Tensor:
         """Standardised expression of some rows, float32 (n_rows, n_outputs)."""
         values = np.asarray(self.values[rows].toarray(), dtype=np.float32)
         values -= self.mean
         values /= self.scale
         return torch.from_numpy(values)
 
-    def standardised(self, rows: NDArray[np.int64]) -> ExpressionTargets:
-        """The same with each gene's mean and standard deviation over some rows.
 
-        A gene that is constant there has the scale 1.
-        """
-        values = self.values[rows]
-        mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
-        squares = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
-        variance = squares - mean**2
-        is_flat = variance <= 1e-10 * np.maximum(squares, 1.0)
-        scale = np.sqrt(np.where(is_flat, 1.0, variance))
-        return replace(self, mean=mean.astype(np.float32), scale=scale.astype(np.float32))
+def head_loss(
+    outputs: Float[Tensor, "n d_output"],
+    targets: Tensor,
+    kind: TargetKind,
+    class_weights: Float[Tensor, " d_output"] | None = None,
+) -> tuple[Tensor, float]:
+    """Compare a head's raw outputs with what :meth:`Targets.take` gives.
 
-    def is_constant(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n_outputs,) which genes have the same value in all of some rows."""
-        values = self.values[rows].tocsc()
-        low = np.asarray(values.min(axis=0).todense()).ravel()
-        return np.asarray(low == np.asarray(values.max(axis=0).todense()).ravel())
-
-
-def expression_targets(
-    sections: Sections, counts: Sequence[sparse.csr_matrix]
-) -> ExpressionTargets:
-    """Log-normalised expression: ``log1p(10,000 x count / total)`` with the total of the inputs.
-
-    Parameters
-    ----------
-    sections
-        AnnData of the input genes, from :func:`~stofm.heads.panel.reduce_tables`.
-    counts
-        Of the target genes, for each of them.
+    Classes: cross-entropy, weighted by class. Proportions: cross-entropy of the softmax against
+    them, least where both are equal. Values: squared error, mean over the columns. Returns the sum
+    over the rows, with gradient, and the number of rows or the sum of their weights.
     """
-    parts, known = [], []
-    for table, wanted in zip(sections.tables, counts, strict=True):
-        matrix: Any = table.X
-        totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
-        parts.append(log_normalised(wanted, totals))
-        known.append(totals > 0)
-    n_outputs = parts[0].shape[1]
-    return ExpressionTargets(
-        kind="values",
-        values=sparse.vstack(parts, format="csr"),
-        n_outputs=n_outputs,
-        mean=np.zeros(n_outputs, dtype=np.float32),
-        scale=np.ones(n_outputs, dtype=np.float32),
-        has_counts=np.concatenate(known),
-    )
+    if kind == "classes":
+        total = F.cross_entropy(outputs, targets, class_weights, reduction="sum")
+        if class_weights is not None:
+            return total, float(class_weights[targets].sum())
+    elif kind == "proportions":
+        total = -(targets * F.log_softmax(outputs, dim=1)).sum()
+    else:
+        total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
+    return total, float(len(outputs))
 
 
 def log_normalised(
@@ -208,16 +323,9 @@ def log_normalised(
     *,
     target_sum: float = TARGET_SUM,
 ) -> sparse.csr_matrix:
-    """``log1p(target_sum x count / total)`` of each cell; 0 for a cell without counts.
+    """``log1p(target_sum x count / total)`` of each cell, (n, n_genes); 0 for a cell without counts.
 
-    Parameters
-    ----------
-    counts
-        (n, n_genes).
-    totals
-        (n,) what counts are divided by; None for their own sums.
-    target_sum
-        Total to which counts are scaled.
+    `totals` (n,) are the counts' own sums by default.
     """
     if totals is None:
         totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()

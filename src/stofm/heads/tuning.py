@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,17 +14,19 @@ import torch
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
 
+from stofm._edge.tokens import read_tokens
 from stofm._keys import Obsm
 from stofm._logging import logger, progress
 from stofm._messages import warn
+from stofm.heads.embeddings import bare_table, read_places, recorded_options
+from stofm.heads.low_rank import add_low_rank, encoder_weights, merged
 from stofm.heads.targets import head_loss
-from stofm.heads.tuning_lora import LowRankModel
-from stofm.heads.tuning_setup import FineTuning, read_tuning_slices
 from stofm.nn import choose_device, embed_slice, encode_cells
 from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.device import seeded
 from stofm.nn.inference import padded_length
-from stofm.spatial import build_subslice, lay_out_slice
+from stofm.pp import tokenize
+from stofm.spatial import build_subslice, canonical_order, lay_out_slice
 from stofm.spatial.plane import partition_balanced
 
 if TYPE_CHECKING:
@@ -32,25 +34,90 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.heads.options import Request
-    from stofm.heads.sections import Sections
+    from stofm.genes import RankedTokens
+    from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Targets
-    from stofm.heads.tuning_setup import TuningSlice
     from stofm.nn import Stofm
     from stofm.nn.prediction_head import PredictionHead
     from stofm.spatial import SliceLayout
 
-#: What is changed: low-rank changes that are added to the weights at the end, or the weights.
-TuningStrategy = Literal["lora", "full"]
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning:
+    """How a model is tuned together with a head. A step sees one sub-slice.
+
+    Attributes
+    ----------
+    learning_rate, weight_decay
+        Of AdamW; decay for matrices only.
+    warmup_steps
+        Steps over which the learning rate rises; then it falls linearly to 0.
+    epochs, min_steps
+        Passes over the sub-slices, and the fewest steps.
+    validate_every
+        Steps between validations, or those of an epoch if these are more. All cells are embedded
+        anew before each.
+    patience
+        Validations without a lower loss after which tuning stops.
+    sampled_cells
+        Cells of a sub-slice that go through the cell encoder in a step, with gradients.
+    max_norm
+        Norm to which larger gradients are scaled down.
+    lora_rank, lora_alpha
+        ``"lora"``: rank of the changes, and their scale times the rank.
+    """
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 10
+    epochs: int = 10
+    min_steps: int = 100
+    validate_every: int = 10
+    patience: int = 5
+    sampled_cells: int = 32
+    max_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 16
+
+
+class TuningSlice(NamedTuple):
+    """Rows of a slice's cells in the tokens of their table and in the targets, in order of place."""
+
+    tokens: RankedTokens
+    cells: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    coordinates: NDArray[np.float64]
+
+
+def read_tuning_slices(
+    slices: SliceTables, model: Stofm, request: Request, used: NDArray[np.int64]
+) -> list[TuningSlice]:
+    """Tokens and places of the slices that have a used cell."""
+    tokens, coordinates = {}, np.full((slices.n_obs, 2), np.nan)
+    for k in slices.tables_of(used):
+        with slices.naming(k):
+            options = recorded_options(slices.tables[k], request)
+            places = read_places(slices.tables[k], options["spatial_key"])
+            coordinates[slices.places[k]] = places
+            bare = bare_table(slices.tables[k], options)
+            tokenize(bare, model, layer=options["layer"], show_progress_bar=False)
+            tokens[k] = read_tokens(bare, model)
+    found = []
+    for rows in slices.rows:
+        if len(np.intersect1d(rows, used)):
+            number = slices.tables_of(rows)[0]
+            own = rows[canonical_order(coordinates[rows], np.empty((len(rows), 0)))]
+            cells = own - slices.places[number].start
+            found.append(TuningSlice(tokens[number], cells, own, coordinates[own]))
+    return found
 
 
 def fine_tune(
-    sections: Sections,
+    slices: SliceTables,
     model: Stofm,
     head: PredictionHead,
     targets: Targets,
     *,
-    strategy: TuningStrategy,
     fitted: NDArray[np.int64],
     held_out: NDArray[np.int64],
     request: Request,
@@ -63,27 +130,13 @@ def fine_tune(
     keep embeddings that are computed anew before each validation. The loss is that of the head, on
     the fitted cells of the sub-slice. Slices are cut anew in every epoch, at another angle.
 
-    Parameters
-    ----------
-    sections
-        Raw counts and places; they stay as they are.
-    model, head
-        To begin with; they stay as they are. The head reads ``request.use_rep``.
-    targets
-        A row for each cell.
-    strategy
-        ``"full"``: all weights are trained but the table of gene embeddings, so that genes that
-        these slices don't measure still lie where they did among those that they do. ``"lora"``:
-        changes of low rank, which are added to the weights at the end; needs peft.
-    fitted, held_out
-        Rows of `targets` to train on, and to choose the best step by; without the latter the last
-        step is taken.
-    request
-        How tables are read, the seed and the device.
-    task
-        Becomes part of the new model's name.
-    how
-        Length, rates and sizes.
+    `slices` have raw counts and places; the head reads ``request.use_rep``; `targets` have a row for
+    each cell. All stay as they are. Rows of `fitted` are trained on; by those of `held_out` the best
+    step is chosen, without them the last one. `task` becomes part of the new model's name.
+
+    The strategy ``"full"`` trains all weights but the table of gene embeddings, so that genes that
+    these slices don't measure still lie where they did among those that they do; ``"lora"`` trains
+    changes of low rank, which are added to the weights at the end.
 
     Returns
     -------
@@ -94,11 +147,9 @@ def fine_tune(
     ----------
     SToFM (arXiv 2507.11588), section C.2; LoRA (Hu et al. 2021, arXiv 2106.09685).
     """
-    how = how or FineTuning()
-    slices = read_tuning_slices(sections, model, request, np.union1d(fitted, held_out))
-    device = choose_device(request.device)
-    with seeded(request.seed, device):
-        run = _Tuning(model, head, targets, slices, strategy, how, request, device)
+    read = read_tuning_slices(slices, model, request, np.union1d(fitted, held_out))
+    with seeded(request.seed, choose_device(request.device)):
+        run = _Tuning(model, head, targets, read, request, how or FineTuning())
         history = run.train(fitted, held_out)
         tuned = run.result()
     for weight, given in zip(tuned.parameters(), model.parameters(), strict=True):
@@ -108,12 +159,24 @@ def fine_tune(
         model.config,
         name=f"{model.name}-{task}",
         provenance=(
-            f"Tuned ({strategy}, {task}, {len(fitted)} cells) from {model.name!r}, fingerprint "
-            f"{model.fingerprint}. Of that: {model.config.provenance}"
+            f"Tuned ({request.options.strategy}, {task}, {len(fitted)} cells) from {model.name!r}, "
+            f"fingerprint {model.fingerprint}. Of that: {model.config.provenance}"
         ),
         trained=True,
     )
-    _report(model, tuned, history)
+    losses = history.loc[history["split"] == "validation", "loss"].to_numpy()
+    by = ""
+    if len(losses):
+        by = f"loss on held-out cells {losses[0]:.4g} -> {losses[1:].min():.4g}, "
+        if losses[1:].min() > losses[0]:
+            warn(
+                f"Tuning {model.name!r} made the loss on the held-out cells no lower "
+                f"({losses[0]:.4g} at the beginning, at best {losses[1:].min():.4g} afterwards): "
+                "strategy='frozen' may serve as well."
+            )
+    n_steps, seconds = history["step"].max(), history["seconds"].max()
+    done = (tuned.name, model.name, by, n_steps, seconds)
+    logger.info("%r was tuned from %r: %s%d steps, %.1f s.", *done)
     return tuned, history
 
 
@@ -126,36 +189,31 @@ class _Tuning:
         head: PredictionHead,
         targets: Targets,
         slices: Sequence[TuningSlice],
-        strategy: TuningStrategy,
-        how: FineTuning,
         request: Request,
-        device: torch.device,
+        how: FineTuning,
     ) -> None:
+        self._device = device = choose_device(request.device)
         # All but the vocabulary, which nothing changes.
-        self._model = copy.deepcopy(model, {id(model.vocabulary): model.vocabulary}).to(device)
+        shared = {id(model.vocabulary): model.vocabulary}
+        self._model = copy.deepcopy(model, shared).to(device).requires_grad_(requires_grad=True)
         self._head = copy.deepcopy(head).to(device)
-        self._targets, self._slices, self._how = targets, slices, how
-        self._request, self._device = request, device
-        self._reps = (
-            (request.use_rep,) if isinstance(request.use_rep, str) else tuple(request.use_rep)
-        )
+        self._targets, self._slices, self._request, self._how = targets, slices, request, how
         weights = targets.class_weights
         self._class_weights = None if weights is None else torch.as_tensor(weights).to(device)
-        self._model.requires_grad_(requires_grad=True)
-        self._changes: LowRankModel | None = None
-        if strategy == "lora":
-            self._changes = LowRankModel(
-                self._model, rank=how.lora_rank, alpha=how.lora_alpha, seed=request.seed
-            )
+        self._changes: Any = None
+        if request.options.strategy == "lora":
+            rank, alpha = how.lora_rank, how.lora_alpha
+            self._changes = add_low_rank(self._model, rank, alpha, seed=request.seed)
         else:
             self._model.cell_encoder.gene_embeddings.weight.requires_grad = False
-        parts = (self._model, self._head)
-        self._trained = [w for part in parts for w in part.parameters() if w.requires_grad]
+        weighted = (*self._model.parameters(), *self._head.parameters())
+        self._trained = [weight for weight in weighted if weight.requires_grad]
         self._encoded: list[tuple[NDArray[np.float32], SliceLayout]] = []
 
     def train(self, fitted: NDArray[np.int64], held_out: NDArray[np.int64]) -> pd.DataFrame:
         """Train, leave the best weights in place, and return the losses."""
-        how, started, history = self._how, time.perf_counter(), []
+        how, started = self._how, time.perf_counter()
+        history: list[tuple[Any, ...]] = []
         is_fitted = np.zeros(len(self._targets), dtype=bool)
         is_fitted[fitted] = True
         self._refresh()
@@ -163,26 +221,18 @@ class _Tuning:
         every = max(how.validate_every, len(pending))
         n_steps = -(-max(how.epochs * len(pending), how.min_steps) // every) * every
         optimizer, schedule = self._optimizer(n_steps)
-        best, best_step = math.inf, 0
+        best, best_step, epoch, losses = math.inf, 0, 0, []
         kept: list[torch.Tensor] = []
-        epoch, losses = 0, []
 
         def record(split: str, step: int, loss: float) -> None:
-            rate = schedule.get_last_lr()[0]
-            seconds = time.perf_counter() - started
+            rate, seconds = schedule.get_last_lr()[0], time.perf_counter() - started
             history.append((split, epoch, step, loss, rate, seconds))
 
         if len(held_out):
             # A head that was stopped early on these cells has its lowest loss here: not a candidate.
             record("validation", 0, self._loss_on(held_out))
-        steps = progress(
-            range(1, n_steps + 1),
-            total=n_steps,
-            description="fine-tune",
-            unit="step",
-            show=self._request.show_progress_bar,
-        )
-        for step in steps:
+        show, steps = self._request.show_progress_bar, range(1, n_steps + 1)
+        for step in progress(steps, total=n_steps, description="fine-tune", unit="step", show=show):
             if not pending:
                 epoch += 1
                 pending = self._cut(epoch, is_fitted)
@@ -202,7 +252,9 @@ class _Tuning:
                 kept = [weight.detach().clone() for weight in self._trained]
             elif step - best_step >= how.patience * every:
                 break
-        self._put_back(kept)
+        with torch.no_grad():
+            for weight, value in zip(self._trained, kept, strict=False):
+                weight.copy_(value)
         columns = ["split", "epoch", "step", "loss", "learning_rate", "seconds"]
         return pd.DataFrame(history, columns=columns)
 
@@ -220,15 +272,9 @@ class _Tuning:
 
         return optimizer, LambdaLR(optimizer, rate)
 
-    @torch.no_grad()
-    def _put_back(self, kept: Sequence[torch.Tensor]) -> None:
-        """Put weights back, if any were kept."""
-        for weight, value in zip(self._trained, kept, strict=False):
-            weight.copy_(value)
-
     def result(self) -> Stofm:
         """The model as it is, with low-rank changes added to its weights."""
-        return self._model if self._changes is None else self._changes.merged()
+        return self._model if self._changes is None else merged(self._changes, self._model)
 
     def _refresh(self) -> None:
         """Embed all cells with the model as it is, and find the virtual cells."""
@@ -283,11 +329,13 @@ class _Tuning:
             (torch.zeros(len(sampled), dtype=torch.int64), torch.from_numpy(sampled)), fresh
         )
         found = {Obsm.X_CELL: values}
-        if Obsm.X in self._reps:
-            transformer = self._model.se2_transformer
-            found[Obsm.X] = transformer.embed(replace(batch, features=values))
+        if Obsm.X in self._request.reps:
+            batch = replace(batch, features=values)
+            found[Obsm.X] = self._model.se2_transformer.embed(batch)
         known = nodes[is_fitted[one.rows[subslice.cell_index[nodes]]]]
-        read = torch.cat([found[rep][0, torch.from_numpy(known)] for rep in self._reps], dim=1)
+        read = torch.cat(
+            [found[rep][0, torch.from_numpy(known)] for rep in self._request.reps], dim=1
+        )
         rows = one.rows[subslice.cell_index[known]]
         loss = self._loss(read, rows)
         optimizer.zero_grad(set_to_none=True)
@@ -315,12 +363,8 @@ class _Tuning:
             pad_token=vocabulary.pad,
             length=min(longest, encoder.config.max_positions),
         ).to(self._device)
-        embedded: torch.Tensor
-        if self._changes is None:
-            embedded = encoder(batch)
-            return embedded
-        changed = self._changes.encoder_weights()
-        embedded = functional_call(encoder, changed, (batch,))
+        weights = {} if self._changes is None else encoder_weights(self._model)
+        embedded: torch.Tensor = functional_call(encoder, weights, (batch,))
         return embedded
 
     def _loss(self, read: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -338,36 +382,11 @@ class _Tuning:
         read = np.empty((len(rows), self._head.config.d_input), dtype=np.float32)
         for one, (features, layout) in zip(self._slices, self._encoded, strict=True):
             found = {Obsm.X_CELL: features}
-            if Obsm.X in self._reps:
-                found[Obsm.X] = embed_slice(
-                    model.se2_transformer,
-                    layout,
-                    features,
-                    model.config.subslice,
-                    device=self._device,
-                )
+            if Obsm.X in self._request.reps:
+                rules = model.config.subslice
+                transformer, device = model.se2_transformer, self._device
+                found[Obsm.X] = embed_slice(transformer, layout, features, rules, device=device)
             is_own = where[one.rows] >= 0
-            parts = [found[rep][is_own] for rep in self._reps]
+            parts = [found[rep][is_own] for rep in self._request.reps]
             read[where[one.rows[is_own]]] = np.concatenate(parts, axis=1)
         return float(self._loss(torch.from_numpy(read).to(self._device), rows))
-
-
-def _report(model: Stofm, tuned: Stofm, history: pd.DataFrame) -> None:
-    losses = history.loc[history["split"] == "validation", "loss"].to_numpy()
-    by = ""
-    if len(losses):
-        by = f"loss on held-out cells {losses[0]:.4g} -> {losses[1:].min():.4g}, "
-        if losses[1:].min() > losses[0]:
-            warn(
-                f"Tuning {model.name!r} made the loss on the held-out cells no lower "
-                f"({losses[0]:.4g} at the beginning, at best {losses[1:].min():.4g} afterwards): "
-                "strategy='frozen' may serve as well."
-            )
-    logger.info(
-        "%r was tuned from %r: %s%d steps, %.1f s.",
-        tuned.name,
-        model.name,
-        by,
-        int(history["step"].max()),
-        float(history["seconds"].max()),
-    )

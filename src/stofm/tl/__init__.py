@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from stofm.heads.annotation import AnnotationHead
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
-    from stofm.heads.options import HeadOptions
+    from stofm.heads.request import HeadOptions
     from stofm.tl._annotate import annotate
     from stofm.tl._deconvolve import deconvolve
     from stofm.tl._domains import domains
@@ -48,7 +48,7 @@ __getattr__ = lazy(
         "domains": "stofm.tl._domains",
         "embed": "stofm.tl._embed",
         "encode_cells": "stofm.tl._encode_cells",
-        "HeadOptions": "stofm.heads.options",
+        "HeadOptions": "stofm.heads.request",
         "ImputationHead": "stofm.heads.imputation",
         "impute": "stofm.tl._impute",
         "pool_genes": "stofm.tl._pool_genes",

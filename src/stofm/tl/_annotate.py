@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obs, Obsm
-from stofm.heads.annotation import AnnotationHead, AnnotationTask, annotate_with, refuse_keys
-from stofm.heads.fitting import fit
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, checked_reps, moved_to_options
-from stofm.heads.sections import resolve_reference, resolve_slices
+from stofm.heads.annotation import AnnotationHead, learn_classes
+from stofm.heads.head import require_head
+from stofm.heads.request import (
+    DEFAULT_REP,
+    HeadOptions,
+    Request,
+    moved_to_options,
+    resolve_reference,
+    resolve_slices,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,16 +25,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options(
-    "strategy",
-    "n_neighbors",
-    "n_components",
-    "missing",
-    "min_share",
-    "class_weights",
-    "split",
-    "reject_rate",
-)
+@moved_to_options
 def annotate(
     data: Any,
     *,
@@ -152,43 +149,28 @@ def annotate(
     >>> set(query.obs["stofm_annotation"]) <= {*head.classes, "unknown"}
     True
     """
+    require_head(head, AnnotationHead)
     if (label_key is None) == (head is None):
         given = "both" if head is not None else "neither"
         raise ValueError(f"Pass label_key= to fit a head, or head= to use one; found {given}.")
     if reference is not None and (head is not None or copy):
         what = "head=" if head is not None else "copy=True; pass data.copy() if need be"
         raise ValueError(f"reference= fits a head, which is returned; it does not go with {what}.")
+    options = options or HeadOptions()
     request = Request(
-        model=model,
-        use_rep=use_rep,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        show_progress_bar=show_progress_bar,
-        options=options or HeadOptions(),
+        model, use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar, options
     )
-    sections = resolve_slices(
-        data,
-        library_key,
-        spatial_key=spatial_key,
-        table_key=table_key,
-        copy=copy,
-        role="" if reference is None else "query",
-    )
+    role = "" if reference is None else "query"
+    slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy, role=role)
     if head is not None:
-        target = sections.copied() if copy else sections
-        annotate_with(target, head, request, key_added)
+        target = slices.copied() if copy else slices
+        head.apply(target, request, key_added)
         return target.as_given() if copy else None
     assert label_key is not None
-    labelled, own = sections, request
-    if reference is not None:
-        refuse_keys(sections, request, key_added, checked_reps(use_rep))
-        labelled, request, own = resolve_reference(sections, reference, request, table_key)
-    own.check(labelled)
-    task = AnnotationTask.of(labelled, own, label_key)
-    head = fit(task, labelled.copied() if copy else labelled)
-    if reference is not None:
-        annotate_with(sections, head, request, key_added)
+    if reference is None:
+        return learn_classes(slices.copied() if copy else slices, request, label_key)
+    AnnotationHead.refuse_key(slices, key_added, request, request.reps)
+    labelled, request, own = resolve_reference(slices, reference, request, table_key)
+    head = learn_classes(labelled, own, label_key)
+    head.apply(slices, request, key_added)
     return head

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 from stofm._keys import Obsm
 from stofm.heads.deconvolution import (
     DeconvolutionHead,
-    deconvolve_with,
-    learn_proportions,
+    learn_known,
     learn_reference,
     learn_squares,
 )
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.sections import resolve_slices
+from stofm.heads.head import require_head
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, moved_to_options, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,16 +23,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options(
-    "strategy",
-    "n_neighbors",
-    "n_components",
-    "reference_layer",
-    "missing",
-    "min_share",
-    "spots",
-    "split",
-)
+@moved_to_options
 def deconvolve(
     data: Any,
     *,
@@ -177,6 +167,7 @@ def deconvolve(
     >>> bool((query.obsm["stofm_deconvolution"].sum(axis=1).round(6) == 1).all())
     True
     """
+    require_head(head, DeconvolutionHead)
     ways = {
         "proportions_key": proportions_key,
         "reference": reference,
@@ -199,32 +190,22 @@ def deconvolve(
             "copy=True does not go with reference=, which returns the head. Pass data.copy(), or "
             "use the returned head: st.tl.deconvolve(data, head=head, copy=True)."
         )
+    options = options or HeadOptions()
     request = Request(
-        model=model,
-        use_rep=use_rep,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        show_progress_bar=show_progress_bar,
-        options=options or HeadOptions(),
+        model, use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar, options
     )
-    sections = resolve_slices(
-        data,
-        library_key,
-        spatial_key=spatial_key,
-        table_key=table_key,
-        copy=copy,
-        role="" if reference is None else "query",
-    )
+    role = "" if reference is None else "query"
+    slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy, role=role)
     if head is not None:
-        target = sections.copied() if copy else sections
-        deconvolve_with(target, head, request, key_added)
+        target = slices.copied() if copy else slices
+        head.apply(target, request, key_added)
         return target.as_given() if copy else None
     if proportions_key is not None:
-        return learn_proportions(sections, proportions_key, request, copy=copy)
+        return learn_known(slices.copied() if copy else slices, proportions_key, request)
     assert label_key is not None
     if spot_size is not None:
-        return learn_squares(sections, spot_size, label_key, request)
-    return learn_reference(sections, reference, label_key, request, key_added)
+        return learn_squares(slices, spot_size, label_key, request)
+    DeconvolutionHead.refuse_key(slices, key_added, request, ())
+    head = learn_reference(slices, reference, label_key, request)
+    head.apply(slices, request, key_added)
+    return head

@@ -15,12 +15,11 @@ from stofm._edge.tables import (
     read_record,
     read_representation,
     refuse_foreign,
-    refuse_taken,
     resolve_table,
     write_record,
 )
 from stofm._edge.tokens import stale_reason
-from stofm._keys import Obs, Obsm, Suffix, Uns
+from stofm._keys import Obs, Obsm, Suffix
 from stofm._logging import logger
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import (
@@ -31,7 +30,8 @@ from stofm.heads.embeddings import (
     same_origin,
     slices_column,
 )
-from stofm.heads.options import check_choice, check_if_given, check_whole_number
+from stofm.heads.head import refuse_reserved
+from stofm.heads.request import check_whole_number
 from stofm.nn.model import load_model
 from stofm.spatial.domains import Centering, directions, find_levels
 from stofm.spatial.plane import neighbor_means
@@ -172,17 +172,13 @@ def domains(
     (4, 2)
     """
     table = resolve_table(adata, table_key, copy=copy)
-    _check_options(n_domains, resolution, coarser, smooth, centering)
-    check_if_given("n_neighbors", n_neighbors, least=0)
+    _check_options(n_domains, resolution, coarser, smooth, centering, n_neighbors)
     check_seed(seed)
     library_key = slices_column(table, library_key)
     spatial_key = places_entry(table, spatial_key)
     columns = _level_columns(key_added, 1 + len(coarser))
-    own = (Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.ANNOTATION, Uns.SUBSLICE)
-    entries = (Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES)
     for column in columns:
-        # What is read, or means something else.
-        refuse_taken(column, Obs.DOMAIN, *own, *entries, use_rep, spatial_key, library_key)
+        refuse_reserved(column, Obs.DOMAIN, use_rep, spatial_key, library_key)
     refuse_foreign(table, key_added, obs=columns[1:])
     slices = read_slices(table, library_key, spatial_key)
     if not shared and slices.column is None:
@@ -200,8 +196,8 @@ def domains(
     if n_neighbors is None:
         is_read = use_rep in MADE_BY_EMBED and spatial_key in table.obsm
         n_neighbors = N_NEIGHBORS if is_read else 0
-    coordinates = read_coordinates(table, spatial_key) if smooth or n_neighbors else None
     features = directions(features, slices.rows, centering=centering)
+    coordinates = read_coordinates(table, spatial_key) if smooth or n_neighbors else None
     beside = []
     if coordinates is not None and n_neighbors:
         sizes = (n_neighbors, _FARTHER * n_neighbors)
@@ -238,9 +234,8 @@ def domains(
         counts = _write_levels(table, key_added, found)
         write_record(table, key_added, params, **origin_of(table, use_rep))
     coarse = "".join(f", {n} at level {k}" for k, n in enumerate(counts[1:], start=1))
-    n_slices = len(slices.names)
-    plural = "" if n_slices == 1 else "s"
-    logger.info("%d domains in %d slice%s%s.", counts[0], n_slices, plural, coarse)
+    plural = "" if len(slices.names) == 1 else "s"
+    logger.info("%d domains in %d slice%s%s.", counts[0], len(slices.names), plural, coarse)
     return table if copy else None
 
 
@@ -250,18 +245,23 @@ def _check_options(
     coarser: Sequence[int],
     smooth: int,
     centering: str,
+    n_neighbors: int | None,
 ) -> None:
     if n_domains is not None and resolution is not None:
         raise ValueError(f"Pass n_domains={n_domains} or resolution={resolution}, not both.")
-    check_if_given("n_domains", n_domains, least=1)
-    check_whole_number("smooth", smooth, least=0)
-    check_choice("centering", centering, get_args(Centering))
     if np.ndim(coarser) != 1:
         raise TypeError(
             f"coarser must be a list of numbers of domains, such as [4, 2]; found {coarser!r}."
         )
+    check_whole_number("n_domains", 1 if n_domains is None else n_domains, least=1)
+    check_whole_number("n_neighbors", 0 if n_neighbors is None else n_neighbors, least=0)
+    check_whole_number("smooth", smooth, least=0)
     for number in coarser:
         check_whole_number("Each number in coarser", number, least=1)
+    if centering not in get_args(Centering):
+        raise ValueError(
+            f"centering must be one of {list(get_args(Centering))}, found {centering!r}."
+        )
     if resolution is not None and not 0.0 < resolution < np.inf:
         raise ValueError(f"resolution must be positive, found {resolution!r}.")
     numbers = [*([] if n_domains is None else [n_domains]), *coarser]
@@ -294,7 +294,6 @@ def _write_levels(
             del adata.obs[column]
         adata.uns.pop(column + Suffix.COLORS, None)
     counts: list[int] = []
-    finest = np.empty(0)
     for level, column in enumerate(_level_columns(key, n_levels)):
         names: list[str] = []
         codes = np.empty(adata.n_obs, dtype=np.int64)
@@ -302,13 +301,13 @@ def _write_levels(
             codes[rows] = labels[level] + len(names)
             names += [f"{prefix}{k}" for k in range(int(labels[level].max()) + 1)]
         adata.obs[column] = pd.Categorical.from_codes(codes, categories=names)
-        finest = codes if level == 0 else finest
-        # A domain has the colour of its largest part at the finest level.
-        colors = _colors(int(finest.max()) + 1)
-        largest = pd.crosstab(codes, finest).to_numpy().argmax(axis=1)
+        if level == 0:
+            finest, colors = codes, _colors(len(names))
         # Those of an earlier run would be taken for these domains'.
         adata.uns.pop(column + Suffix.COLORS, None)
         if colors:
+            # A domain has the colour of its largest part at the finest level.
+            largest = pd.crosstab(codes, finest).to_numpy().argmax(axis=1)
             adata.uns[column + Suffix.COLORS] = [str(colors[k]) for k in largest]
         counts.append(len(names))
     return counts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stofm._keys import Obsm
-from stofm.heads.imputation import ImputationHead, impute_with, learn_genes
-from stofm.heads.options import DEFAULT_REP, HeadOptions, Request, moved_to_options
-from stofm.heads.sections import resolve_slices
+from stofm.heads.head import require_head
+from stofm.heads.imputation import ImputationHead, learn_genes
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, moved_to_options, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options("strategy", "n_neighbors", "n_components", "reference_layer", "split")
+@moved_to_options
 def impute(
     data: Any,
     *,
@@ -137,6 +137,7 @@ def impute(
     >>> query.obsm["stofm_imputed"].shape, len(head.gene_scores)
     ((400, 10), 10)
     """
+    require_head(head, ImputationHead)
     if head is not None and reference is not None:
         raise ValueError("head= is fitted already: leave out reference=, or leave out head=.")
     if head is None and reference is None and genes is None:
@@ -147,27 +148,14 @@ def impute(
     if copy and head is None:
         what = "nothing is written to data" if reference is None else "the head is returned"
         raise ValueError(f"copy=True is for head=; without it {what}. Pass data.copy() if need be.")
+    options = options or HeadOptions()
     request = Request(
-        model=model,
-        use_rep=use_rep,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        show_progress_bar=show_progress_bar,
-        options=options or HeadOptions(),
+        model, use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar, options
     )
-    sections = resolve_slices(
-        data,
-        library_key,
-        spatial_key=spatial_key,
-        table_key=table_key,
-        copy=copy,
-        role="" if reference is None else "query",
-    )
+    role = "" if reference is None else "query"
+    slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy, role=role)
     if head is not None:
-        target = sections.copied() if copy else sections
-        impute_with(target, head, request, key_added, genes)
+        target = slices.copied() if copy else slices
+        head.apply(target, request, key_added, genes)
         return target.as_given() if copy else None
-    return learn_genes(sections, reference, request, genes, key_added, table_key)
+    return learn_genes(slices, reference, request, genes, key_added, table_key)

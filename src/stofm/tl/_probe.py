@@ -10,18 +10,19 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import counter
-from stofm.heads.blocks import common_width, read_each
-from stofm.heads.embeddings import MADE_BY_EMBED, describe_origin, origin_of, same_origin
-from stofm.heads.labels import MISSING, read_label_names
-from stofm.heads.options import DEFAULT_REP, check_whole_number
-from stofm.heads.sections import resolve_slices
-from stofm.tl._probe_folds import AND, Protocol, plan_folds, plan_protocol
+from stofm.heads.blocks import read_rep
+from stofm.heads.request import DEFAULT_REP, check_whole_number, resolve_slices
+from stofm.heads.targets import MISSING, read_label_names
 from stofm.tl._probe_scores import (
+    AND,
     LOG_COUNTS,
     PCS,
     PCS_AND_NEIGHBORS,
+    Protocol,
     log_counts,
     most_variable,
+    plan_folds,
+    plan_protocol,
     principal_components,
     score_clusters,
     score_head,
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.heads.sections import Sections
-    from stofm.tl._probe_folds import Fold
+    from stofm.heads.request import SliceTables
+    from stofm.tl._probe_scores import Fold
 
 _N_SEEDS: Final = 3
 MEASURES: Final = ("macro_f1", "accuracy", "ari", "nmi", "calibration_error")
@@ -168,23 +169,23 @@ def probe(
         raise ValueError(
             f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
         )
-    sections = resolve_slices(data, library_key, spatial_key=spatial_key, table_key=table_key)
-    labels = read_label_names(sections, label_key, missing=missing)
-    features = read_representations(sections, use_rep)
+    slices = resolve_slices(data, library_key, spatial_key, table_key)
+    labels = read_label_names(slices, label_key, missing=missing)
+    features = read_representations(slices, use_rep)
     if protocol is None:
-        folds = plan_folds(sections, labels, left_out=left_out, spatial_key=spatial_key)
+        folds = plan_folds(slices, labels, left_out=left_out, spatial_key=spatial_key)
         tests = [(fold, range(seeds)) for fold in folds]
     else:
-        folds = plan_protocol(sections, labels, protocol=protocol, spatial_key=spatial_key)
+        folds = plan_protocol(slices, labels, protocol=protocol, spatial_key=spatial_key)
         tests = [(fold, range(seed, seed + 1)) for seed, fold in enumerate(folds)]
-    counts = most_variable(log_counts(sections, layer=layer))
+    counts = most_variable(log_counts(slices, layer=layer))
     features[PCS] = principal_components(counts)
-    features[PCS_AND_NEIGHBORS] = with_neighbors(features[PCS], sections, spatial_key=spatial_key)
+    features[PCS_AND_NEIGHBORS] = with_neighbors(features[PCS], slices, spatial_key=spatial_key)
     return _score(tests, features, counts, labels, show_progress_bar=show_progress_bar)
 
 
 def read_representations(
-    sections: Sections, use_rep: str | Sequence[str | tuple[str, ...]]
+    slices: SliceTables, use_rep: str | Sequence[str | tuple[str, ...]]
 ) -> dict[str, NDArray[np.float32]]:
     """Read entries of ``obsm``, those of a tuple side by side; (n_obs, d) by name."""
     asked = [
@@ -198,18 +199,7 @@ def read_representations(
             "use_rep must name entries of obsm or tuples of them, each once and none called "
             f"{PCS!r}, {PCS_AND_NEIGHBORS!r} or {LOG_COUNTS!r}; found {use_rep!r}."
         )
-    values = {}
-    for rep in dict.fromkeys(itertools.chain(*asked)):
-        parts = read_each(sections, rep)
-        common_width(parts, rep)
-        first, *others = (origin_of(table, rep) for table in sections.tables)
-        unlike = [one for one in others if rep in MADE_BY_EMBED and not same_origin(first, one)]
-        if unlike:
-            raise ValueError(
-                f"obsm[{rep!r}] is by {describe_origin(first)} in one AnnData and by "
-                f"{describe_origin(unlike[0])} in another. Embed all with one model."
-            )
-        values[rep] = np.concatenate(parts)
+    values = {rep: read_rep(slices, rep)[0] for rep in dict.fromkeys(itertools.chain(*asked))}
     asked_by_name = zip(names, asked, strict=True)
     return {name: side_by_side([values[rep] for rep in reps]) for name, reps in asked_by_name}
 

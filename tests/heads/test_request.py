@@ -1,22 +1,68 @@
-"""What a call asks of a head."""
+"""What a call asks of a head: slices and options."""
 
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import stofm as st
 from stofm._keys import Obsm
-from stofm.heads.options import (
+from stofm.heads.request import (
     HeadOptions,
     Request,
     check_whole_number,
-    checked_reps,
     moved_to_options,
+    resolve_slices,
 )
-from stofm.heads.sections import resolve_slices
+
+
+@pytest.fixture
+def pair(adata):
+    """The left and the right slice as an AnnData each."""
+    return [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
+
+
+def test_one_several_and_named(adata, pair):
+    one = resolve_slices(adata, "library")
+    assert one.as_given() is adata
+    assert one.names == ["left", "right"]
+    several = resolve_slices(pair, None)
+    assert several.as_given() == pair
+    assert several.names == ["0", "1"]
+    assert several.n_obs == 184
+    assert [rows[0] for rows in several.rows] == [0, 101]
+    assert several.places == [slice(0, 101), slice(101, 184)]
+    named = resolve_slices({"a": pair[0], "b": pair[1]}, "library")
+    assert named.names == ["a:left", "b:right"]
+    assert named.as_given()["b"] is pair[1]
+    assert named.copied().as_given()["b"] is not pair[1]
+
+
+def test_spatialdata(adata):
+    data = SimpleNamespace(tables={"cells": adata})
+    assert resolve_slices(data, "library").tables == (adata,)
+
+
+def test_coordinates_tell_several_slices_apart(adata, pair):
+    with pytest.raises(ValueError, match=r"Pass library_key='library'"):
+        resolve_slices(adata[np.argsort(adata.obs["library"])].copy())
+    with pytest.raises(ValueError, match="some are the same"):
+        resolve_slices([adata, adata], "library")
+    with pytest.raises(ValueError, match="list of AnnData is empty"):
+        resolve_slices([])
+    with pytest.raises(ValueError, match="has no cells"):
+        resolve_slices([pair[0], pair[1][:0]])
+    with pytest.raises(TypeError, match="Expected an AnnData"):
+        resolve_slices([3])
+
+
+def test_rows_and_their_tables(pair):
+    sections = resolve_slices(pair)
+    assert sections.tables_of(np.array([0, 100])) == [0]
+    assert sections.tables_of(np.array([101, 100])) == [0, 1]
 
 
 def check(adata, library_key="library", use_rep="X_pca", **options):
@@ -109,21 +155,21 @@ def test_whole_numbers(value):
 
 
 def test_representations():
-    assert checked_reps("X") == ("X",)
-    assert checked_reps(["X", "Y"]) == ("X", "Y")
+    assert Request(use_rep="X").reps == ("X",)
+    assert Request(use_rep=["X", "Y"]).reps == ("X", "Y")
     for reps in ((), ("X", "X")):
         with pytest.raises(ValueError, match="each once"):
-            checked_reps(reps)
+            Request(use_rep=reps)
 
 
 def test_arguments_that_moved():
-    @moved_to_options("split", "n_neighbors")
+    @moved_to_options
     def call(data, *, seed=0, options=None):
         return data, seed, options
 
     assert call(1, seed=2) == (1, 2, None)
     told = (
-        r"^split, n_neighbors: pass options=st\.tl\.HeadOptions\(split=\.\.\., n_neighbors=\.\.\.\)"
+        r"^n_neighbors, split: pass options=st\.tl\.HeadOptions\(n_neighbors=\.\.\., split=\.\.\.\)"
     )
     with pytest.warns(FutureWarning, match=told) as warned:
         found = call(1, split="random", n_neighbors=3)

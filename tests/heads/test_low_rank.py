@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from stofm.heads.tuning_lora import LowRankModel
+from stofm.heads.low_rank import add_low_rank, encoder_weights, merged
 from stofm.nn import TokenBatch
 from stofm.nn.batch import PairIndex
 
@@ -22,7 +21,7 @@ def base(model):
 @pytest.fixture
 def low_rank(model, base):
     """Changes that are not 0 any more."""
-    found = LowRankModel(model, rank=RANK, alpha=5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.parameters():
@@ -55,14 +54,14 @@ def subslices(rng, dense_batch):
 def test_changes_are_nothing_at_first(model, subslices):
     before = model.se2_transformer(subslices).last_hidden_state
     fingerprint = model.fingerprint
-    found = LowRankModel(model, rank=RANK, alpha=5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     after = found.model.se2_transformer(subslices).last_hidden_state
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert found.merged().fingerprint == fingerprint
+    assert merged(found, model).fingerprint == fingerprint
 
 
 def test_only_changes_are_trained(model):
-    found = LowRankModel(model, rank=RANK, alpha=5.0, seed=1)
+    found = add_low_rank(model, RANK, 5, seed=1)
     trained = {n for n, w in found.model.named_parameters() if w.requires_grad}
     assert trained
     assert all(".lora_A." in n or ".lora_B." in n for n in trained)
@@ -78,32 +77,32 @@ def test_only_changes_are_trained(model):
     assert not any("embeddings" in n or "distance_bias" in n for n in changed)
 
 
-def test_merged_gives_the_numbers_of_unmerged(low_rank, tokens, subslices):
-    merged = low_rank.merged()
-    weights = low_rank.encoder_weights()
+def test_merged_gives_the_numbers_of_unmerged(low_rank, model, tokens, subslices):
+    plain = merged(low_rank, model)
+    weights = encoder_weights(model)
     encoder = low_rank.model.cell_encoder
     found = torch.func.functional_call(encoder, weights, (tokens,))
-    torch.testing.assert_close(merged.cell_encoder(tokens), found, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plain.cell_encoder(tokens), found, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(encoder(tokens), found, atol=1e-3)
     out = low_rank.model.se2_transformer(subslices).last_hidden_state
-    expected = merged.se2_transformer(subslices).last_hidden_state
+    expected = plain.se2_transformer(subslices).last_hidden_state
     torch.testing.assert_close(expected, out, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_leaves_the_base_as_it_is_and_gives_a_plain_model(base, low_rank):
-    first = low_rank.merged()
+def test_merging_leaves_the_base_as_it_is_and_gives_a_plain_model(base, low_rank, model):
+    first = merged(low_rank, model)
     own = low_rank.model.state_dict()
     for name, value in base.state_dict().items():
         stem, _, last = name.rpartition(".")
         stored = own.get(name, own.get(f"{stem}.base_layer.{last}"))
         torch.testing.assert_close(stored, value, rtol=0, atol=0)
     assert first.state_dict().keys() == base.state_dict().keys()
-    assert first.fingerprint == low_rank.merged().fingerprint != base.fingerprint
+    assert first.fingerprint == merged(low_rank, model).fingerprint != base.fingerprint
     assert first.vocabulary is low_rank.model.vocabulary
 
 
-def test_gradients_reach_the_cell_encoders_changes(low_rank, tokens):
-    encoder, weights = low_rank.model.cell_encoder, low_rank.encoder_weights()
+def test_gradients_reach_the_cell_encoders_changes(low_rank, model, tokens):
+    encoder, weights = low_rank.model.cell_encoder, encoder_weights(model)
     torch.func.functional_call(encoder, weights, (tokens,))[:, 0].sum().backward()
     trained = [w for w in encoder.parameters() if w.requires_grad]
     assert all(w.grad is not None and bool((w.grad != 0).any()) for w in trained)
@@ -112,16 +111,10 @@ def test_gradients_reach_the_cell_encoders_changes(low_rank, tokens):
 def test_same_seed_same_changes_and_no_global_random_numbers(model):
     state = torch.random.get_rng_state()
     made = [
-        LowRankModel(copy.deepcopy(model), rank=RANK, alpha=5.0, seed=seed).model.state_dict()
+        add_low_rank(copy.deepcopy(model), RANK, 5, seed=seed).model.state_dict()
         for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.random.get_rng_state(), state)
     name = "se2_transformer.layers.0.qkv.lora_A.default.weight"
     assert torch.equal(made[0][name], made[1][name])
     assert not torch.equal(made[0][name], made[2][name])
-
-
-def test_says_how_to_get_peft(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"pip install 'stofm\[lora\]'.*strategy='full'"):
-        LowRankModel(model, rank=RANK, alpha=5.0, seed=1)

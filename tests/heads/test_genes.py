@@ -1,4 +1,4 @@
-"""Genes that are read and learnt, and tables reduced to them."""
+"""Genes that heads read and learn, and tables reduced to them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from anndata import AnnData
 from scipy import sparse
 
 from stofm._keys import Obsm
-from stofm.heads.gene_columns import Gene, GeneColumns
-from stofm.heads.options import Request
-from stofm.heads.panel import check_overlap, find_genes, new_genes, read_columns, reduce_tables
-from stofm.heads.sections import resolve_slices
+from stofm.heads import genes
+from stofm.heads.genes import (
+    Gene,
+    GeneColumns,
+    check_overlap,
+    choose_panel,
+    find_genes,
+    new_genes,
+    read_columns,
+    reduce_tables,
+    selector,
+    warn_of_few_shared,
+)
+from stofm.heads.request import Request, resolve_slices
 
 
 def columns(vocabulary, names, **others):
@@ -31,6 +41,64 @@ def ensembl(vocabulary):
 def symbols(vocabulary):
     """The genes 5 to 24 by symbol, and the probe."""
     return columns(vocabulary, ["probe", *vocabulary.symbols[5:25]])
+
+
+def test_few_shared_genes_are_told() -> None:
+    warn_of_few_shared(5, [10, 3000])
+    with pytest.warns(
+        UserWarning, match="4 genes are shared by all 2 AnnData, which have 10, 3000"
+    ):
+        warn_of_few_shared(4, [10, 3000])
+
+
+def test_genes_meet_by_id_or_name(ensembl, symbols, vocabulary):
+    ids = vocabulary.gene_ids
+    assert ensembl.genes[5] == Gene(ids[5], ids[5])
+    assert symbols.genes[1] == Gene("GENE6", ids[5])
+    assert symbols.same_gene(ensembl.genes[5]) == [1]
+    assert symbols.same_gene(ensembl.genes[20]) == [0]
+    assert symbols.same_gene(ensembl.genes[4]) == []
+
+
+def test_a_gene_without_id_meets_one_with_id_by_name(vocabulary):
+    named = columns(vocabulary, vocabulary.symbols[:20])
+    unknown = GeneColumns(tuple(Gene(gene.name, "") for gene in named.genes), ((),) * 20)
+    assert unknown.same_gene(named.genes[3]) == [3]
+    assert named.same_gene(unknown.genes[3]) == [3]
+
+
+def test_all_columns_of_a_gene_are_found(vocabulary):
+    twice = columns(vocabulary, [*vocabulary.gene_ids[:12], vocabulary.symbols[3]])
+    assert twice.same_gene(twice.genes[3]) == [3, 12]
+    assert twice.measured(twice.genes[3]) == [3]
+    assert twice.measured(twice.genes[12]) == [12]
+    assert twice.measured(Gene("another name", vocabulary.gene_ids[3])) == [3, 12]
+
+
+def test_panel_has_what_all_share_but_for_the_targets(ensembl, symbols):
+    target = symbols.find("GENE8")
+    panel = choose_panel([ensembl], [target], [symbols])
+    assert [gene.id for gene in panel[:-1]] == [ensembl.genes[k].id for k in range(5, 20) if k != 7]
+    assert panel[-1].name == "probe"
+
+
+def test_panel_has_no_second_column_of_a_target(vocabulary):
+    twice = columns(vocabulary, [*vocabulary.gene_ids[:12], vocabulary.symbols[3]])
+    panel = choose_panel([twice], [twice.genes[3]])
+    assert vocabulary.gene_ids[3] not in {gene.key for gene in panel}
+    assert len(panel) == 11
+
+
+def test_no_shared_genes(vocabulary):
+    first = columns(vocabulary, vocabulary.gene_ids[:20])
+    second = columns(vocabulary, vocabulary.gene_ids[20:40])
+    with pytest.raises(ValueError, match=r"No gene is left to read.*ENSG00000000021"):
+        choose_panel([first], [first.genes[0]], [second])
+
+
+def test_selector_adds_up_columns():
+    counts = np.arange(8).reshape(2, 4)
+    assert (counts @ selector([[0, 3], [], [2]], 4)).tolist() == [[3, 0, 2], [11, 0, 6]]
 
 
 def test_genes_are_found_by_any_name(vocabulary, ensembl, symbols):
@@ -68,11 +136,11 @@ def test_new_genes_are_those_that_a_query_lacks(ensembl, symbols):
 
 def reduced(adata, vocabulary, learnt, **options):
     """The table reduced to its first 30 genes, and counts of some to learn."""
-    sections = resolve_slices(adata, "library")
-    known = read_columns(sections, vocabulary, must_map=True, name="the data")
+    slices = resolve_slices(adata, "library")
+    known = read_columns(slices, vocabulary, must_map=True, name="the data")
     request = Request(library_key="library", **options)
     panel = known[0].genes[:30]
-    found, own, counts = reduce_tables(sections, known, panel, request, learnt=learnt(known[0]))
+    found, own, counts = reduce_tables(slices, known, panel, request, learnt=learnt(known[0]))
     return found.tables[0], own, counts[0]
 
 
@@ -120,10 +188,12 @@ def test_columns_of_one_gene_are_added_up(adata, vocabulary):
     np.testing.assert_array_equal(counts.toarray(), dense[:, 30:33])
 
 
-def test_a_query_must_have_some_of_the_panel(ensembl, vocabulary, symbols):
+def test_a_query_must_have_some_of_the_panel(ensembl, symbols, monkeypatch):
     panel = ensembl.genes
-    check_overlap(ensembl, panel, least=0.1, low=0.5)
+    check_overlap(ensembl, panel)
+    monkeypatch.setattr(genes, "_LOW_SHARE", 0.9)
     with pytest.warns(UserWarning, match=r"has 16 of the 21 genes that the head reads \(76%\)"):
-        check_overlap(symbols, panel, least=0.5, low=0.9)
+        check_overlap(symbols, panel)
+    monkeypatch.setattr(genes, "_LEAST_SHARE", 0.8)
     with pytest.raises(ValueError, match="At least 80% are needed"):
-        check_overlap(symbols, panel, least=0.8, low=0.9)
+        check_overlap(symbols, panel)
