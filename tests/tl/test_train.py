@@ -23,13 +23,13 @@ from lightning_fabric.plugins import Precision
 
 import stofm as st
 from stofm._files import read_table
+from stofm.corpus import preparation
 from stofm.nn import Stofm
 from stofm.train import (
     LossWeights,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
-    preparation,
 )
 from stofm.train.checkpoint import read_progress
 from stofm.train.loop import TrainingLoop

@@ -24,7 +24,7 @@ from stofm.train.checkpoint import (
 )
 from stofm.train.folder import LOCK, RunFolder, locked
 from stofm.train.optimizer import make_optimizer
-from stofm.train.storage import write_json
+from stofm.corpus.storage import write_json
 
 
 class Objective(nn.Module):

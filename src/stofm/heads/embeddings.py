@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from stofm.heads.options import Request
     from stofm.nn import Stofm
-    from stofm.train.recipe import FileConfig
+    from stofm.corpus.sources import FileConfig
 
 #: Representations that :func:`stofm.tl.embed` makes, which are computed where they are missing.
 MADE_BY_EMBED = (Obsm.X_CELL, Obsm.X)

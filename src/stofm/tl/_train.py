@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm.train.config import RunConfig
 from stofm.train.launch import choose_stages, find_model, launch
-from stofm.train.preparation import find_sources
-from stofm.train.recipe import FileConfig
+from stofm.corpus.sources import FileConfig, find_sources
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm, StofmConfig
     from stofm.train.config import Keep, OptimizerConfig, Precision, StageConfig, StageName
-    from stofm.train.preparation import SliceSource
+    from stofm.corpus.sources import SliceSource
     from stofm.train.run import TrainResult
 
 

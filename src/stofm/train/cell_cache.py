@@ -11,7 +11,7 @@ import numpy as np
 from stofm._logging import progress
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.storage import digest_json, is_there, open_array, write_folder
+from stofm.corpus.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
-    from stofm.train.corpus import Corpus, TokenizedSlice
+    from stofm.corpus.reader import Corpus, CorpusSlice
     from stofm.train.stages import StageSetup
 
 _FORMAT_VERSION = 2
@@ -102,7 +102,7 @@ class CellCache:
             str(self.setup.dtype),
         )
 
-    def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
+    def _folders(self, one: CorpusSlice, key: str) -> tuple[Path, Path]:
         """Folders of a slice's cell embeddings and of its virtual cells."""
         rules = {name: getattr(self.setup.model.config.subslice, name) for name in _VIRTUAL_RULES}
         return (
@@ -111,7 +111,7 @@ class CellCache:
         )
 
     def _encode_slice(
-        self, model: Stofm, one: TokenizedSlice, key: str, *, can_be_made: bool
+        self, model: Stofm, one: CorpusSlice, key: str, *, can_be_made: bool
     ) -> None:
         cells, virtual = self._folders(one, key)
         if not is_there(cells):
@@ -131,7 +131,7 @@ class CellCache:
             found = lay_out_slice(one.coordinates, features, rules).virtual
             _write(virtual, coordinates=found.coordinates, features=found.features)
 
-    def _open_slice(self, one: TokenizedSlice, key: str) -> EncodedSlice:
+    def _open_slice(self, one: CorpusSlice, key: str) -> EncodedSlice:
         cells, virtual = self._folders(one, key)
         features = open_array(cells / "features.npy")
         places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)

@@ -13,7 +13,7 @@ import torch
 from stofm._config import build_dataclass
 from stofm.nn import checkpoint
 from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
-from stofm.train.storage import digest_files, find_change
+from stofm.corpus.storage import digest_files, find_change
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

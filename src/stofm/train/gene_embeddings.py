@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stofm.genes import RankedTokens
     from stofm.nn import Stofm
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
 
     #: Sets first weights from the training slices.
     Initializer = Callable[[Corpus, Stofm], object]

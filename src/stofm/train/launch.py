@@ -15,7 +15,8 @@ from stofm.train.gene_embeddings import (
     make_initializer,
     read_gene_embeddings,
 )
-from stofm.train.preparation import SliceSource, fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.sources import SliceSource
 from stofm.train.processes import Processes
 from stofm.train.recipe import Recipe, paper_schedule
 from stofm.train.run import Pretraining, TrainResult
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
 
     #: Fits a vocabulary on the slices to train on.
     Fit = Callable[[], GeneVocabulary]
@@ -90,7 +91,7 @@ def launch(
         def prepare(those: Sequence[SliceSource]) -> Corpus:
             place, shows = folder.work / "slices", show_progress_bar
             keys = in_first(lambda: prepare_slices(those, model, place, show_progress_bar=shows))
-            return open_corpus(place, keys)
+            return open_corpus(keys, model)
 
         model = make_model(fit)
         initialize = make_initializer(genes, model, seed=run.seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from stofm._config import build_dataclass, check_choice
 from stofm._files import local
 from stofm._messages import warn
+from stofm.corpus.sources import FileConfig
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
 
-Species = Literal["auto", "human", "mouse"]
 Preset = Literal["mini", "base"]
 #: Parts of a model's config that a recipe may change.
 _PARTS = ("cell_encoder", "se2_transformer", "subslice")
@@ -50,46 +50,6 @@ def paper_schedule(
         StageConfig(name=name, epochs=n, optimizer=chosen)
         for name, n in zip(names, epochs, strict=True)
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileConfig:
-    """How files of slices are read.
-
-    Attributes
-    ----------
-    files
-        Pattern of names, relative to the data folder; later tables count over earlier ones.
-    layer
-        Layer with raw counts; None for ``X``.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
-    library_key
-        Column of ``obs`` that names the slices of a file; None for one slice.
-    exclude
-        Names of slices in that column that are not trained on.
-    species, gene_key, orthologs
-        As in :func:`stofm.pp.map_genes`.
-    technology
-        Name of the technology.
-    table_key
-        Table of a SpatialData; None for the only one.
-    """
-
-    files: str = "*"
-    layer: str | None = None
-    spatial_key: str = "spatial"
-    library_key: str | None = None
-    exclude: tuple[str, ...] = ()
-    species: Species = "auto"
-    gene_key: str | None = None
-    orthologs: str | None = None
-    technology: str = ""
-    table_key: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check_choice(self, "species", Species)
 
 
 @dataclass(frozen=True, kw_only=True)

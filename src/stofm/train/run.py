@@ -25,7 +25,7 @@ from stofm.train.loop import TrainingLoop
 from stofm.train.recorder import RunRecorder, begin_history
 from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup, make_objectives, make_stage
-from stofm.train.storage import write_json
+from stofm.corpus.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
     from stofm.train.config import RunConfig, StageConfig
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
     from stofm.train.folder import RunFolder
     from stofm.train.gene_embeddings import Initializer
     from stofm.train.processes import Processes

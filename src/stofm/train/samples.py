@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stofm.spatial import SubSlice, SubSliceConfig
     from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import SpatialMasking, TokenMasking
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
     from stofm.train.masked_cells import MaskedSubSlice
 
 #: A sub-slice's number in its slice takes the lower bits of a sample's number.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
     from stofm.train.config import StageConfig
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
     from stofm.train.processes import Processes
     from stofm.train.samples import Draws
 

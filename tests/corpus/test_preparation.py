@@ -8,7 +8,7 @@ import pytest
 from stofm._edge import counts
 from stofm.genes import GeneVocabulary
 from stofm.train import FileConfig, preparation
-from stofm.train.preparation import find_sources, fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.preparation import find_sources, fit_vocabulary, open_corpus, prepare_slices
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""The folder of a corpus: settings, vocabulary, shards, and the manifest of its slices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pandas as pd
+
+from stofm._config import read_json
+from stofm._files import local, put_in_place, reading
+from stofm.corpus.reader import CorpusSlice, Reading
+from stofm.corpus.shards import Shard, find_shards
+from stofm.corpus.storage import alone
+from stofm.genes import GeneVocabulary
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+SETTINGS: Final = "corpus.json"
+VOCABULARY: Final = "vocabulary.tsv"
+MANIFEST: Final = "manifest.parquet"
+#: Folders of shards, of slices that wait to be put into one, and of what could not be read.
+SHARDS, PARTS, FAILED = "shards", "parts", "failed"
+#: Columns of the manifest and what they hold where nothing is known.
+COLUMNS: Final[dict[str, Any]] = {
+    **{"source": "", "slice": "", "status": "ok", "reason": ""},
+    **{"licence": "", "technology": "", "species": "", "tissue": "", "donor": "", "unit": "unknown"},
+    **{"cells": 0, "cells_left_out": 0, "min_genes": 0, "genes": 0, "genes_matched": 0},
+    **{"counts_kept": float("nan"), "gene_report": "", "checksum": "", "content": ""},
+    **{"shard": "", "number": -1, "key": "", "order": 0},
+}
+
+
+def is_corpus(path: str | PathLike[str]) -> bool:
+    """Whether a path is the folder of a corpus."""
+    return (local(path) / SETTINGS).is_file()
+
+
+def require_corpus(path: str | PathLike[str]) -> Path:
+    """The folder of a corpus; refuses what is none."""
+    folder = local(path)
+    if not is_corpus(folder):
+        raise FileNotFoundError(
+            f"{folder} is no corpus (it has no {SETTINGS}): make one with stofm.corpus.build."
+        )
+    return folder
+
+
+def read_manifest(folder: Path) -> pd.DataFrame:
+    """Read the manifest of a corpus: a row for each slice, and for each file that has none."""
+    path = require_corpus(folder) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: its build was interrupted. Run it again; it goes on from "
+            "where it was."
+        )
+    with reading(path, "manifest of a corpus"):
+        return pd.read_parquet(path)
+
+
+def write_manifest(folder: Path) -> pd.DataFrame:
+    """Write the manifest from what is in the folder; of slices with the same cells the first counts."""
+    rows = [
+        {**entry, "shard": shard.folder.name, "number": number}
+        for shard in find_shards(folder / SHARDS)
+        for number, entry in enumerate(shard.slices)
+    ]
+    rows += [read_json(path, "run the build again") for path in (folder / FAILED).glob("*.json")]
+    table = pd.DataFrame([{**COLUMNS, **row} for row in rows], columns=list(COLUMNS))
+    table = table.sort_values(["order", "source", "number"], ignore_index=True)
+    is_ok = table["status"] == "ok"
+    first = table[is_ok].groupby("content")[["source", "slice"]].transform("first")
+    is_again = is_ok & table["content"].where(is_ok).duplicated()
+    table.loc[is_again, "status"] = "duplicate"
+    table.loc[is_again, "reason"] = "the same cells as " + first.agg("/".join, axis=1).str.rstrip("/")
+    put_in_place(folder / MANIFEST, lambda part: table.to_parquet(part, index=False))
+    return table
+
+
+def read_slices(
+    folder: str | PathLike[str], *, max_tokens: int | None = None, values: bool = True
+) -> list[CorpusSlice]:
+    """Open the slices of a corpus that are to be read, in the order of the manifest."""
+    place = require_corpus(folder)
+    table = read_manifest(place)
+    vocabulary = GeneVocabulary.from_tsv(place / VOCABULARY)
+    how = Reading(vocabulary, max_tokens or vocabulary.n_tokens, values)
+    table = table[(table["status"] == "ok") & (table["cells"] > 0)]
+    shards = {name: Shard(place / SHARDS / name) for name in table["shard"].unique()}
+    pairs = zip(table["shard"], table["number"].tolist(), strict=True)
+    return [CorpusSlice(shards[name], number, how) for name, number in pairs]
