@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +12,6 @@ from stofm._config import read_json
 from stofm._files import local, put_in_place, reading
 from stofm.corpus.reader import CorpusSlice, Reading
 from stofm.corpus.shards import Shard, find_shards
-from stofm.corpus.storage import alone
 from stofm.genes import GeneVocabulary
 
 if TYPE_CHECKING:
@@ -22,11 +20,12 @@ if TYPE_CHECKING:
 SETTINGS: Final = "corpus.json"
 VOCABULARY: Final = "vocabulary.tsv"
 MANIFEST: Final = "manifest.parquet"
-#: Folders of shards, of slices that wait to be put into one, and of what could not be read.
-SHARDS, PARTS, FAILED = "shards", "parts", "failed"
+#: Folders of shards, of slices that wait to be joined to one, of what failed, and of slices that
+#: are held out.
+SHARDS, PARTS, FAILED, HELD_OUT = "shards", "parts", "failed", "held_out"
 #: Columns of the manifest and what they hold where nothing is known.
 COLUMNS: Final[dict[str, Any]] = {
-    **{"source": "", "slice": "", "status": "ok", "reason": ""},
+    **{"name": "", "source": "", "slice": "", "status": "ok", "reason": ""},
     **{"licence": "", "technology": "", "species": "", "tissue": "", "donor": "", "unit": "unknown"},
     **{"cells": 0, "cells_left_out": 0, "min_genes": 0, "genes": 0, "genes_matched": 0},
     **{"counts_kept": float("nan"), "gene_report": "", "checksum": "", "content": ""},
@@ -68,27 +67,40 @@ def write_manifest(folder: Path) -> pd.DataFrame:
         for shard in find_shards(folder / SHARDS)
         for number, entry in enumerate(shard.slices)
     ]
-    rows += [read_json(path, "run the build again") for path in (folder / FAILED).glob("*.json")]
+    failed = sorted((folder / FAILED).glob("*.json"))
+    rows += [read_json(path, "delete it") for path in failed]
     table = pd.DataFrame([{**COLUMNS, **row} for row in rows], columns=list(COLUMNS))
+    # A file that has changed is there again.
+    is_old = table.duplicated(["source", "slice"], keep="last")
+    table.loc[is_old, ["status", "reason"]] = ["replaced", "the file has changed since"]
     table = table.sort_values(["order", "source", "number"], ignore_index=True)
     is_ok = table["status"] == "ok"
     first = table[is_ok].groupby("content")[["source", "slice"]].transform("first")
     is_again = is_ok & table["content"].where(is_ok).duplicated()
     table.loc[is_again, "status"] = "duplicate"
-    table.loc[is_again, "reason"] = "the same cells as " + first.agg("/".join, axis=1).str.rstrip("/")
+    table.loc[is_again, "reason"] = "has the cells of " + first["source"] + first["slice"]
     put_in_place(folder / MANIFEST, lambda part: table.to_parquet(part, index=False))
     return table
 
 
-def read_slices(
-    folder: str | PathLike[str], *, max_tokens: int | None = None, values: bool = True
-) -> list[CorpusSlice]:
+def read_slices(folder: str | PathLike[str]) -> list[CorpusSlice]:
     """Open the slices of a corpus that are to be read, in the order of the manifest."""
     place = require_corpus(folder)
     table = read_manifest(place)
     vocabulary = GeneVocabulary.from_tsv(place / VOCABULARY)
-    how = Reading(vocabulary, max_tokens or vocabulary.n_tokens, values)
+    how = Reading(vocabulary, vocabulary.n_tokens, values=True)
     table = table[(table["status"] == "ok") & (table["cells"] > 0)]
     shards = {name: Shard(place / SHARDS / name) for name in table["shard"].unique()}
     pairs = zip(table["shard"], table["number"].tolist(), strict=True)
     return [CorpusSlice(shards[name], number, how) for name, number in pairs]
+
+
+def open_slice(shard: Path, number: int) -> CorpusSlice:
+    """Open a slice of a corpus by the folder of its shard."""
+    vocabulary = _read_vocabulary(shard.parents[1])
+    return CorpusSlice(Shard(shard), number, Reading(vocabulary, vocabulary.n_tokens, values=True))
+
+
+@lru_cache(maxsize=2)
+def _read_vocabulary(folder: Path) -> GeneVocabulary:
+    return GeneVocabulary.from_tsv(folder / VOCABULARY)

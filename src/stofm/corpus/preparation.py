@@ -184,7 +184,7 @@ def write_source(
     *,
     min_genes: int = 0,
     known: Mapping[str, NDArray[np.uint64]] | None = None,
-    **entries: Any,
+    entries: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the slices of a source to a shard, block of cells by block.
 
@@ -221,7 +221,7 @@ def write_source(
         whole = Shard(folder)
         if not min_genes:
             _warn_of_empty_cells(whole)
-        about = {**cells.about, **source.about, **entries}
+        about = {**cells.about, **source.about, **(entries or {})}
         found = []
         for name, rows in slices.items():
             if name in options.exclude:
@@ -236,6 +236,9 @@ def write_source(
             if twin := _find_twin(whole["hashes"][own], known or {}):
                 own = own[:0]
                 entry |= {"status": "left out", "reason": f"has cells of {twin}, which is held out"}
+            elif min_genes and not len(own):
+                reason = f"no cell expresses {cells.min_genes} genes"
+                entry |= {"status": "left out", "reason": reason}
             xy = places.coordinates[whole["rows"][own]]
             coordinates = normalize_coordinates(xy)
             writer.copy(whole, own, ("totals", "hashes", "rows"))
@@ -337,7 +340,8 @@ def _warn_of_empty_cells(shard: Shard) -> None:
 def _find_twin(hashes: NDArray[np.uint64], known: Mapping[str, NDArray[np.uint64]]) -> str:
     """Name of a slice that has half the cells of the smaller of the two; empty if none has."""
     for name, others in known.items():
-        if 2 * int(np.isin(hashes, others).sum()) > min(len(hashes), len(others)):
+        # A cell without counts is like any other.
+        if 2 * np.isin(hashes, others[others > 0]).sum() > min(len(hashes), len(others)):
             return name
     return ""
 

@@ -52,6 +52,12 @@ class CorpusSlice:
     number: int
     reading: Reading
 
+    def __reduce__(self) -> Any:
+        # Another process opens the files itself.
+        from stofm.corpus.manifest import open_slice
+
+        return open_slice, (self.shard.folder, self.number)
+
     @property
     def about(self) -> dict[str, Any]:
         """What is known of the slice."""

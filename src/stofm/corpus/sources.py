@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
@@ -19,7 +20,7 @@ from stofm.corpus.reader import CorpusSlice
 from stofm.genes.mapping import Species
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ENDINGS: Final = (".h5ad", ".zarr")
 #: What a table of files may say of a slice beside how it is read.
@@ -87,6 +88,13 @@ class SliceSource:
     def has_name(self) -> bool:
         """Whether path or checksum tell which data it is; those in memory have no name."""
         return isinstance(self.data, Path | CorpusSlice)
+
+    @property
+    def origin(self) -> str:
+        """Path of the file, and name of the slice in it where it is one of a corpus."""
+        if isinstance(self.data, CorpusSlice):
+            return f"{self.data.about['source']}:{self.data.about['slice']}"
+        return str(self.file or "")
 
     @contextmanager
     def naming(self) -> Iterator[None]:
@@ -185,3 +193,13 @@ def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
         about = {name: given[name] for name in ABOUT if name in given}
         sources.append(SliceSource(file, file.stem, chosen, about))
     return sources
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names for files, in which those that occur again are numbered."""
+    found: dict[str, None] = {}
+    for name in names:
+        plain = name.replace("/", "-")
+        numbered = itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))
+        found[next(one for one in numbered if one not in found)] = None
+    return [*found]
