@@ -5,29 +5,32 @@ import os
 import numpy as np
 import pytest
 
+from stofm.corpus.preparation import preparation_key, write_source
+from stofm.corpus.reader import Corpus, CorpusSlice, Reading, take_cells
+from stofm.corpus.shards import Shard, ShardWriter, join_shards
+from stofm.corpus.sources import FileConfig, SliceSource
 from stofm.genes import RankedTokens
-from stofm.train.corpus import Corpus, open_slice, preparation_key, write_slice
 
-FILES = ["tokens.int32", "values.float32", "offsets.npy", "coordinates.npy"]
-
-
-@pytest.fixture
-def ranked():
-    lengths = np.array([3, 0, 5, 1, 2])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.arange(2, 13, dtype=np.int32)
-    return RankedTokens(tokens, offsets, np.linspace(0.5, 6, 11, dtype=np.float32))
+ARRAYS = ["tokens", "counts", "offsets", "totals", "hashes", "rows", "places", "coordinates"]
 
 
 @pytest.fixture
-def places(rng):
-    return rng.random((5, 2))
+def write(tmp_path, vocabulary):
+    """Write an AnnData to a shard, and open its slices."""
+
+    def run(adata, name="s", **options):
+        source = SliceSource(adata, name, FileConfig(**options))
+        write_source(source, vocabulary, tmp_path / name)
+        shard = Shard(tmp_path / name)
+        how = Reading(vocabulary, 40, values=True)
+        return [CorpusSlice(shard, k, how) for k in range(len(shard.slices))]
+
+    return run
 
 
-def rows(ranked, start, stop):
-    first, last = ranked.offsets[start], ranked.offsets[stop]
-    values = None if ranked.values is None else ranked.values[first:last]
-    return RankedTokens(ranked.tokens[first:last], ranked.offsets[start : stop + 1] - first, values)
+@pytest.fixture
+def left(adata):
+    return adata[adata.obs["library"] == "left"].copy()
 
 
 def base(array):
@@ -36,104 +39,101 @@ def base(array):
     return array
 
 
-def test_slice_comes_back_with_its_tokens_memory_mapped(tmp_path, ranked, places):
-    written = write_slice(tmp_path, "k", name="left", blocks=[ranked], coordinates=places)
-    found = open_slice(tmp_path, "k")
-    assert found.ranked.equals(ranked)
-    np.testing.assert_array_equal(found.coordinates, places)
-    assert (found.name, found.n_cells) == ("left", 5)
-    assert found.digest == written.digest
-    # Each map keeps a file open.
-    mapped, in_memory = (
-        (found.ranked.tokens, found.ranked.values),
-        (found.ranked.offsets, found.coordinates),
-    )
-    assert all(isinstance(base(array), np.memmap) for array in mapped)
-    assert not any(isinstance(base(array), np.memmap) for array in in_memory)
-    assert not any(array.flags.writeable for array in mapped + in_memory)
+def test_arrays_are_read_only_maps(write, left):
+    (one,) = write(left)
+    arrays = [one.shard[name] for name in ARRAYS]
+    assert all(isinstance(base(array), np.memmap) for array in arrays)
+    assert not any(array.flags.writeable for array in arrays)
+    np.testing.assert_array_equal(one.part("places"), left.obsm["spatial"])
+    assert one.part("rows").tolist() == list(range(101))
 
 
-def test_blocks_give_the_same_slice(tmp_path, ranked, places):
-    whole = write_slice(tmp_path, "a", name="s", blocks=[ranked], coordinates=places)
-    blocks = (rows(ranked, i, j) for i, j in ((0, 2), (2, 2), (2, 5)))
-    streamed = write_slice(tmp_path, "b", name="s", blocks=blocks, coordinates=places)
-    assert streamed.ranked.equals(ranked)
-    assert streamed.digest == whole.digest
+@pytest.mark.parametrize("changed", ["counts", "coordinates", "genes"])
+def test_checksum_changes_with_the_content(write, left, changed):
+    (before,) = write(left)
+    if changed == "counts":
+        left.X.data[1] += 1
+    elif changed == "coordinates":
+        left.obsm["spatial"][1] += 1
+    else:
+        left.var_names = np.roll(left.var_names, 1)
+    assert write(left, "again")[0].digest != before.digest
 
 
-@pytest.mark.parametrize("changed", ["tokens", "values", "coordinates"])
-def test_digest_changes_with_the_content(tmp_path, ranked, places, changed):
-    def write(key):
-        return write_slice(tmp_path, key, name="s", blocks=[ranked], coordinates=places).digest
-
-    before = write("a")
-    target = places[0] if changed == "coordinates" else getattr(ranked, changed)
-    target[1] += 1
-    assert write("b") != before
+def test_the_same_cells_are_known_in_another_order(write, left, rng):
+    (before,) = write(left)
+    other = left[rng.permutation(101), rng.permutation(71)].copy()
+    other.obsm["spatial"] *= 3
+    (after,) = write(other, "other")
+    assert after.about["content"] == before.about["content"]
+    assert after.digest != before.digest
 
 
-def test_written_slice_is_not_prepared_again(tmp_path, ranked, places):
-    write_slice(tmp_path, "k", name="s", blocks=[ranked], coordinates=places)
+def test_joined_shards_hold_the_same_slices(write, adata, left, tmp_path):
+    left.X.data[0] = 70_000
+    slices = [*write(left), *write(adata, "both", library_key="library")]
+    assert [one.name for one in slices] == ["s", "both/left", "both/right"]
+    join_shards(tmp_path / "joined", [tmp_path / "s", tmp_path / "both"])
+    joined = Shard(tmp_path / "joined")
+    assert (joined["counts"].dtype, joined.n_cells) == (np.uint32, 101 + 184)
+    for number, one in enumerate(slices):
+        found = CorpusSlice(joined, number, one.reading)
+        assert found.ranked.equals(one.ranked)
+        assert (found.name, found.digest) == (one.name, one.digest)
+        np.testing.assert_array_equal(found.coordinates, one.coordinates)
 
-    def blocks():
-        pytest.fail("read again")
-        yield ranked
 
-    again = write_slice(tmp_path, "k", name="s", blocks=blocks(), coordinates=places)
-    assert again.ranked.equals(ranked)
+def test_a_slice_becomes_an_anndata_again(write, adata, vocabulary):
+    for one in write(adata, library_key="library"):
+        name = one.about["slice"]
+        own = adata[adata.obs["library"] == name]
+        back = one.to_anndata()
+        known = back[:, back.var_names != "(other genes)"]
+        np.testing.assert_array_equal(known.X.toarray(), own[:, known.var_names].X.toarray())
+        np.testing.assert_array_equal(back.X.sum(axis=1), own.X.sum(axis=1))
+        np.testing.assert_array_equal(back.obsm["spatial"], own.obsm["spatial"])
+        assert adata.obs_names[back.obs_names.astype(int)].tolist() == own.obs_names.tolist()
+        assert known.var["symbol"].tolist() == [
+            vocabulary.symbols[vocabulary.rows_by_id[gene]] for gene in known.var_names
+        ]
 
 
-def test_interrupted_writing_leaves_nothing(tmp_path, ranked, places):
-    def blocks():
-        yield rows(ranked, 0, 2)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_truncated_array_is_named(write, left, name):
+    (one,) = write(left)
+    path = one.shard.folder / f"{name}.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"{name}\.npy can't be read .* damaged"):
+        Shard(one.shard.folder)[name]
+
+
+def test_an_array_of_another_length_is_named(write, left):
+    (one,) = write(left)
+    np.save(one.shard.folder / "totals.npy", np.zeros(100))
+    with pytest.raises(
+        ValueError, match=r"totals\.npy is damaged: it has 100 entries, expected 101"
+    ):
+        Shard(one.shard.folder)["totals"]
+
+
+def test_another_format_is_refused(write, left):
+    (one,) = write(left)
+    path = one.shard.folder / "shard.json"
+    path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(ValueError, match="has the format 2, and this version of stofm reads 3"):
+        Shard(one.shard.folder)
+
+
+def test_interrupted_writing_leaves_nothing(write, left, tmp_path, monkeypatch):
+    def append(self, lengths, **arrays):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        write_slice(tmp_path, "k", name="s", blocks=blocks(), coordinates=places)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            write(left)
     assert list(tmp_path.iterdir()) == []
-    write_slice(tmp_path, "k", name="s", blocks=[ranked], coordinates=places)
-    assert open_slice(tmp_path, "k").ranked.equals(ranked)
-
-
-def test_slices_without_values_and_without_cells(tmp_path, ranked, places):
-    bare = write_slice(
-        tmp_path, "a", name="s", blocks=[ranked.without_values()], coordinates=places
-    )
-    assert bare.ranked.values is None
-    empty = write_slice(tmp_path, "b", name="s", blocks=[], coordinates=np.empty((0, 2)))
-    assert empty.n_cells == 0
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_slice_with_a_changed_bit_is_written_again(tmp_path, ranked, places, name):
-    options = {"name": "s", "blocks": [ranked], "coordinates": places}
-    expected = write_slice(tmp_path, "k", **options)
-    path = tmp_path / "k" / name
-    whole = path.read_bytes()
-    content = bytearray(whole)
-    # Of the middle of the numbers, their lowest bit.
-    content[-8] ^= 1
-    path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"k.* is (damaged|missing).* It is made again"):
-        found = write_slice(tmp_path, "k", **options)
-    assert path.read_bytes() == whole
-    assert found.digest == expected.digest
-    assert write_slice(tmp_path, "k", **options).digest == expected.digest
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}"])
-@pytest.mark.parametrize("name", [*FILES, "slice.json"])
-def test_a_slice_with_an_empty_or_missing_file_is_written_again(
-    tmp_path, ranked, places, name, content
-):
-    options = {"name": "s", "blocks": [ranked], "coordinates": places}
-    expected = write_slice(tmp_path, "k", **options)
-    path = tmp_path / "k" / name
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"k.* is (damaged|missing).* It is made again"):
-        assert write_slice(tmp_path, "k", **options).digest == expected.digest
+    assert write(left)[0].n_cells == 101
 
 
 def test_key_follows_the_file_and_the_settings(tmp_path):
@@ -157,25 +157,27 @@ def test_key_follows_a_store_of_many_files(tmp_path):
     assert preparation_key(tmp_path / "a.zarr", {}) != key
 
 
-@pytest.mark.parametrize("values", [True, False])
-def test_take_gathers_cells_of_all_slices_in_the_order_asked(write_corpus, rng, values):
-    corpus = write_corpus([13, 1, 7], values=values)
-    assert (corpus.n_cells, corpus.has_values) == (21, values)
-    whole = RankedTokens.concatenate([s.ranked for s in corpus.slices])
+@pytest.fixture
+def corpus(write, adata):
+    return Corpus(tuple(write(adata, library_key="library")))
+
+
+def test_take_gathers_cells_of_all_slices_in_the_order_asked(corpus, rng):
+    assert (corpus.n_cells, corpus.has_values) == (184, True)
+    whole = RankedTokens.concatenate([one.ranked for one in corpus.slices])
     np.testing.assert_array_equal(corpus.cell_lengths, whole.n_tokens)
-    cells = rng.permutation(21)[:17]
-    expected = RankedTokens.concatenate([rows(whole, c, c + 1) for c in cells])
-    assert corpus.take(cells).equals(expected)
+    cells = rng.permutation(184)[:17]
+    assert corpus.take(cells).equals(take_cells(whole, cells))
     assert corpus.take(cells[:0]).n_cells == 0
 
 
 def test_cells_are_numbered_through(corpus):
-    number, row = corpus.locate(np.array([0, 112, 113, 143, 144, 202]))
-    assert number.tolist() == [0, 0, 1, 1, 2, 2]
-    assert row.tolist() == [0, 112, 0, 30, 0, 58]
-    assert corpus.describe([2, 0, 2]) == "'slice-0', 'slice-2'"
-    many = Corpus(corpus.slices * 4)
-    assert many.describe(np.arange(12)).endswith("'slice-1' and 4 more")
+    number, row = corpus.locate(np.array([0, 100, 101, 183]))
+    assert number.tolist() == [0, 0, 1, 1]
+    assert row.tolist() == [0, 100, 0, 82]
+    assert corpus.describe([1, 0, 1]) == "'s/left', 's/right'"
+    many = Corpus(corpus.slices * 5)
+    assert many.describe(np.arange(10)).endswith("'s/right' and 2 more")
 
 
 def test_a_corpus_needs_a_slice():

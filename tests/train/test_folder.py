@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from stofm.corpus.storage import write_json
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
@@ -24,7 +25,6 @@ from stofm.train.checkpoint import (
 )
 from stofm.train.folder import LOCK, RunFolder, locked
 from stofm.train.optimizer import make_optimizer
-from stofm.corpus.storage import write_json
 
 
 class Objective(nn.Module):

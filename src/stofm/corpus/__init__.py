@@ -16,7 +16,7 @@ __all__ = ["build", "check", "embed", "export", "info"]
 __getattr__ = lazy(
     "stofm.corpus",
     {name: f"stofm.corpus._{name}" for name in ("build", "embed")}
-    | {name: "stofm.corpus._upkeep" for name in ("check", "export", "info")},
+    | dict.fromkeys(("check", "export", "info"), "stofm.corpus._upkeep"),
 )
 
 

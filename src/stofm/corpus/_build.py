@@ -142,7 +142,9 @@ def build(
         make = partial(_make, folder=folder, min_genes=min_genes, names=names)
         results = progress(
             run_each(make, jobs, client),
-            **{"total": len(jobs), "description": "build corpus", "unit": "file"},
+            total=len(jobs),
+            description="build corpus",
+            unit="file",
             show=show_progress_bar,
         )
         _join(folder, _sound(folder, results), part, shard_bytes)
@@ -213,7 +215,7 @@ def run_each(
                     make(job)
                 else:
                     futures[number].result()
-            except Exception as error:  # noqa: BLE001 - whatever a file holds, the others go on
+            except Exception as error:
                 if isinstance(error, OSError) and error.errno in _FATAL:
                     raise
                 failed = error
@@ -227,7 +229,7 @@ def _make(
     job: tuple[str, int, SliceSource], folder: Path, min_genes: int, names: Sequence[str]
 ) -> None:
     """Write the slices of a file to a folder of their own."""
-    key, order, source = job
+    key, _, source = job
     place = folder / PARTS / key
     if is_there(place):
         return
@@ -245,7 +247,13 @@ def _make(
 
 def _entries(job: tuple[str, int, SliceSource]) -> dict[str, Any]:
     key, order, source = job
-    return {**source.about, "name": source.name, "source": str(source.file), "key": key, "order": order}
+    return {
+        **source.about,
+        "name": source.name,
+        "source": str(source.file),
+        "key": key,
+        "order": order,
+    }
 
 
 def _sound(folder: Path, results: Iterable[tuple[Any, Exception | None]]) -> Iterator[Path]:

@@ -99,7 +99,9 @@ def embed(
     with alone(folder / f".embed-{part}.lock"):
         results = progress(
             run_each(make, jobs, client),
-            **{"total": len(jobs), "description": "embed slices", "unit": "slice"},
+            total=len(jobs),
+            description="embed slices",
+            unit="slice",
             show=show_progress_bar,
         )
         for (_, store, _), error in results:
@@ -107,7 +109,9 @@ def embed(
                 failed.append(f"{store.stem}: {error.args[0] if error.args else error}")
     logger.info("%d slices are embedded into %s.", len(jobs) - len(failed), folder)
     if failed:
-        warn(f"{len(failed)} slices failed: {'; '.join(failed[:5])}. Call embed again to try again.")
+        warn(
+            f"{len(failed)} slices failed: {'; '.join(failed[:5])}. Call embed again to try again."
+        )
     return failed
 
 
@@ -119,7 +123,9 @@ def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
         numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         paths = (folder / f"{one}.zarr" for one in numbered)
         own = (None, source.origin)
-        stores[next(p for p in paths if p not in stores and _read_note(p).get("source") in own)] = None
+        stores[next(p for p in paths if p not in stores and _read_note(p).get("source") in own)] = (
+            None
+        )
     return [*stores]
 
 

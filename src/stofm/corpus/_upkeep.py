@@ -79,7 +79,9 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     shown = progress(
         zip(slices, names, strict=True),
-        **{"total": len(slices), "description": "export", "unit": "slice"},
+        total=len(slices),
+        description="export",
+        unit="slice",
         show=show_progress_bar,
     )
     with alone(folder / ".export.lock"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
@@ -16,6 +15,7 @@ from stofm.genes import GeneVocabulary
 
 if TYPE_CHECKING:
     from os import PathLike
+    from pathlib import Path
 
 SETTINGS: Final = "corpus.json"
 VOCABULARY: Final = "vocabulary.tsv"
@@ -26,7 +26,14 @@ SHARDS, PARTS, FAILED, HELD_OUT = "shards", "parts", "failed", "held_out"
 #: Columns of the manifest and what they hold where nothing is known.
 COLUMNS: Final[dict[str, Any]] = {
     **{"name": "", "source": "", "slice": "", "status": "ok", "reason": ""},
-    **{"licence": "", "technology": "", "species": "", "tissue": "", "donor": "", "unit": "unknown"},
+    **{
+        "licence": "",
+        "technology": "",
+        "species": "",
+        "tissue": "",
+        "donor": "",
+        "unit": "unknown",
+    },
     **{"cells": 0, "cells_left_out": 0, "min_genes": 0, "genes": 0, "genes_matched": 0},
     **{"counts_kept": float("nan"), "gene_report": "", "checksum": "", "content": ""},
     **{"shard": "", "number": -1, "key": "", "order": 0},
@@ -73,7 +80,7 @@ def write_manifest(folder: Path) -> pd.DataFrame:
     # A file that has changed is there again.
     is_old = table.duplicated(["source", "slice"], keep="last")
     table.loc[is_old, ["status", "reason"]] = ["replaced", "the file has changed since"]
-    table = table.sort_values(["order", "source", "number"], ignore_index=True)
+    table = table.sort_values(["order", "source", "shard", "number"], ignore_index=True)
     is_ok = table["status"] == "ok"
     first = table[is_ok].groupby("content")[["source", "slice"]].transform("first")
     is_again = is_ok & table["content"].where(is_ok).duplicated()

@@ -132,7 +132,10 @@ def open_corpus(places: Sequence[tuple[Path, int]], model: Stofm) -> Corpus:
 def _prepare(
     source: SliceSource, vocabulary: GeneVocabulary, folder: Path, orthologs: Orthologs
 ) -> list[tuple[Path, int]]:
-    if isinstance(source.data, CorpusSlice) and source.data.shard.vocabulary == vocabulary.fingerprint:
+    if (
+        isinstance(source.data, CorpusSlice)
+        and source.data.shard.vocabulary == vocabulary.fingerprint
+    ):
         return [(source.data.shard.folder, source.data.number)]
     described = [describe(source, orthologs), describe_vocabulary(vocabulary)]
     if source.has_name:
@@ -313,9 +316,7 @@ class RankedCells:
         genes = sparse.csr_matrix(block @ self._sums)
         genes.eliminate_zeros()
         genes.sort_indices()
-        ranked = rank_genes(
-            genes, self._genes, self._medians, max_tokens=max(1, len(self._genes))
-        )
+        ranked = rank_genes(genes, self._genes, self._medians, max_tokens=max(1, len(self._genes)))
         # Of each cell, ranked tokens in ascending order are its columns.
         rows = np.repeat(np.arange(ranked.n_cells), ranked.n_tokens)
         counts = np.empty(len(rows), np.uint64)

@@ -133,8 +133,13 @@ class CorpusSlice:
         counts = sparse.csr_matrix((data, columns, offsets), (self.n_cells, len(used)))
         counts.sort_indices()
         vocabulary = self.reading.vocabulary
-        places = np.searchsorted(vocabulary.tokens, used, sorter=(order := np.argsort(vocabulary.tokens)))
-        genes = {"ids": vocabulary.gene_ids[order[places]], "symbols": vocabulary.symbols[order[places]]}
+        places = np.searchsorted(
+            vocabulary.tokens, used, sorter=(order := np.argsort(vocabulary.tokens))
+        )
+        genes = {
+            "ids": vocabulary.gene_ids[order[places]],
+            "symbols": vocabulary.symbols[order[places]],
+        }
         others = self.part("totals") - np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
         var = pd.DataFrame({"symbol": genes["symbols"]}, index=genes["ids"].astype(object))
         if others.any():

@@ -6,7 +6,7 @@ import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
@@ -150,6 +150,23 @@ def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
     return [SliceSource(data, "data", options)]
 
 
+def divide_corpus(
+    folder: Path, train: Sequence[str], validation: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[SliceSource], list[SliceSource]]:
+    """Slices of a corpus to train on, and held-out ones, by patterns of the paths of their files."""
+    sources = find_sources(folder, FileConfig())
+
+    def named(patterns: Sequence[str]) -> set[int]:
+        files = enumerate(PurePath(one.data.about["source"]) for one in sources)
+        return {k for k, file in files if any(map(file.match, patterns))}
+
+    if missing := [pattern for pattern in validation if not named([pattern])]:
+        raise FileNotFoundError(f"{missing[0]!r} names no file of the corpus {folder}.")
+    held_out = named(validation) - named(exclude)
+    chosen = named(train) - held_out - named(exclude)
+    return [sources[k] for k in sorted(chosen)], [sources[k] for k in sorted(held_out)]
+
+
 def slice_files(path: Path) -> list[Path]:
     """A file or store, or those in a folder."""
     if not path.exists():
@@ -180,7 +197,7 @@ def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
         else:
             table = read_table(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str)
     how = {one.name for one in fields(FileConfig)} - {"files", "exclude"}
-    if "source" not in table or (unknown := set(table) - {"source", *how, *ABOUT}):
+    if "source" not in table or set(table) - {"source", *how, *ABOUT}:
         raise ValueError(
             f"{path} must have the column 'source' with paths, and may have "
             f"{sorted({*how, *ABOUT})}; found {list(table)}."
@@ -189,7 +206,8 @@ def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
     for row in table.to_dict("records"):
         given = {name: str(value) for name, value in row.items() if pd.notna(value) and value != ""}
         file = path.parent / local(given.pop("source"))
-        chosen = replace(options, **{name: given[name] for name in how & set(given)})
+        given_how: dict[str, Any] = {name: given[name] for name in how & set(given)}
+        chosen = replace(options, **given_how)
         about = {name: given[name] for name in ABOUT if name in given}
         sources.append(SliceSource(file, file.stem, chosen, about))
     return sources

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stofm._logging import progress
+from stofm.corpus.storage import digest_json, is_there, open_array, write_folder
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.corpus.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from stofm.nn import Stofm
     from stofm.corpus.reader import Corpus, CorpusSlice
+    from stofm.nn import Stofm
     from stofm.train.stages import StageSetup
 
 _FORMAT_VERSION = 2
@@ -110,9 +110,7 @@ class CellCache:
             self.folder / f"virtual-{digest_json(key, one.digest, rules)}",
         )
 
-    def _encode_slice(
-        self, model: Stofm, one: CorpusSlice, key: str, *, can_be_made: bool
-    ) -> None:
+    def _encode_slice(self, model: Stofm, one: CorpusSlice, key: str, *, can_be_made: bool) -> None:
         cells, virtual = self._folders(one, key)
         if not is_there(cells):
             if not can_be_made:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm._config import build_dataclass
+from stofm.corpus.storage import digest_files, find_change
 from stofm.nn import checkpoint
 from stofm.nn.checkpoint import load_exactly, read_tensors, write_tensors
-from stofm.corpus.storage import digest_files, find_change
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

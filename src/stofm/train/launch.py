@@ -7,6 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from stofm._files import local
+from stofm.corpus.manifest import is_corpus
+from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.sources import SliceSource, divide_corpus
 from stofm.genes import GeneVocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
@@ -15,8 +19,6 @@ from stofm.train.gene_embeddings import (
     make_initializer,
     read_gene_embeddings,
 )
-from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
-from stofm.corpus.sources import SliceSource
 from stofm.train.processes import Processes
 from stofm.train.recipe import Recipe, paper_schedule
 from stofm.train.run import Pretraining, TrainResult
@@ -34,12 +36,15 @@ if TYPE_CHECKING:
 
 
 def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
-    """Train as a recipe says, on files of the folder `data`.
+    """Train as a recipe says, on files of the folder `data`, or on the corpus that it is.
 
     `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
     """
 
     def find() -> tuple[list[SliceSource], ...]:
+        if is_corpus(data):
+            which = recipe.data
+            return divide_corpus(local(data), which.train, which.validation, which.exclude)
         return tuple(
             [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
             for files in recipe.data.find(data)

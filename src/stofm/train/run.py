@@ -14,6 +14,7 @@ from stofm._files import read_table, tidy
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm._version import __version__
+from stofm.corpus.storage import write_json
 from stofm.train.checkpoint import (
     HISTORY,
     Progress,
@@ -25,7 +26,6 @@ from stofm.train.loop import TrainingLoop
 from stofm.train.recorder import RunRecorder, begin_history
 from stofm.train.samples import Draws
 from stofm.train.stages import StageSetup, make_objectives, make_stage
-from stofm.corpus.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from stofm.corpus.reader import Corpus
     from stofm.nn import Stofm
     from stofm.train.config import RunConfig, StageConfig
-    from stofm.corpus.reader import Corpus
     from stofm.train.folder import RunFolder
     from stofm.train.gene_embeddings import Initializer
     from stofm.train.processes import Processes

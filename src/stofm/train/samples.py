@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from numpy.random import Generator
     from numpy.typing import NDArray
 
+    from stofm.corpus.reader import Corpus
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
     from stofm.train.cell_cache import EncodedSlice
     from stofm.train.config import SpatialMasking, TokenMasking
-    from stofm.corpus.reader import Corpus
     from stofm.train.masked_cells import MaskedSubSlice
 
 #: A sub-slice's number in its slice takes the lower bits of a sample's number.

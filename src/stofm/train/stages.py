@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from stofm.corpus.reader import Corpus
     from stofm.nn import Stofm
     from stofm.train.config import StageConfig
-    from stofm.corpus.reader import Corpus
     from stofm.train.processes import Processes
     from stofm.train.samples import Draws
 
