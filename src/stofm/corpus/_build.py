@@ -25,6 +25,7 @@ from stofm.corpus.manifest import (
     SETTINGS,
     SHARDS,
     VOCABULARY,
+    read_vocabulary,
     write_manifest,
 )
 from stofm.corpus.preparation import (
@@ -233,7 +234,7 @@ def _make(
     place = folder / PARTS / key
     if is_there(place):
         return
-    vocabulary = GeneVocabulary.from_tsv(folder / VOCABULARY)
+    vocabulary = read_vocabulary(folder)
     entries = _entries(job)
     called = (source.name, str(source.file), str(source.file and source.file.name))
     if pattern := next((p for p in names if any(fnmatch(one, p) for one in called)), ""):

@@ -94,7 +94,7 @@ def read_slices(folder: str | PathLike[str]) -> list[CorpusSlice]:
     """Open the slices of a corpus that are to be read, in the order of the manifest."""
     place = require_corpus(folder)
     table = read_manifest(place)
-    vocabulary = GeneVocabulary.from_tsv(place / VOCABULARY)
+    vocabulary = read_vocabulary(place)
     how = Reading(vocabulary, vocabulary.n_tokens, values=True)
     table = table[(table["status"] == "ok") & (table["cells"] > 0)]
     shards = {name: Shard(place / SHARDS / name) for name in table["shard"].unique()}
@@ -104,10 +104,11 @@ def read_slices(folder: str | PathLike[str]) -> list[CorpusSlice]:
 
 def open_slice(shard: Path, number: int) -> CorpusSlice:
     """Open a slice of a corpus by the folder of its shard."""
-    vocabulary = _read_vocabulary(shard.parents[1])
+    vocabulary = read_vocabulary(shard.parents[1])
     return CorpusSlice(Shard(shard), number, Reading(vocabulary, vocabulary.n_tokens, values=True))
 
 
 @lru_cache(maxsize=2)
-def _read_vocabulary(folder: Path) -> GeneVocabulary:
+def read_vocabulary(folder: Path) -> GeneVocabulary:
+    """Read the vocabulary of a corpus, once."""
     return GeneVocabulary.from_tsv(folder / VOCABULARY)

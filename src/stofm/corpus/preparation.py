@@ -319,8 +319,9 @@ class RankedCells:
         ranked = rank_genes(genes, self._genes, self._medians, max_tokens=max(1, len(self._genes)))
         # Of each cell, ranked tokens in ascending order are its columns.
         rows = np.repeat(np.arange(ranked.n_cells), ranked.n_tokens)
+        order = np.argsort(rows * (int(self._genes[-1]) + 1) + ranked.tokens)
         counts = np.empty(len(rows), np.uint64)
-        counts[np.lexsort((ranked.tokens, rows))] = genes.data
+        counts[order] = genes.data
         ends = np.cumsum(genes.data.astype(np.uint64) * self._weights[genes.indices])
         ends = np.concatenate([np.zeros(1, np.uint64), ends])
         return {
