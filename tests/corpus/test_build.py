@@ -134,12 +134,15 @@ def test_a_table_says_how_files_are_read_and_what_they_are(build, files, adata, 
     adata.layers["raw"] = adata.X.copy()
     adata.X = adata.X * 0.1
     adata.write_h5ad(files / "both.h5ad")
-    rows = "source,layer,library_key,licence,tissue\nboth.h5ad,raw,library,CC BY 4.0,brain\na.h5ad,,,,\n"
+    rows = (
+        "source,layer,library_key,licence,technology\n"
+        "both.h5ad,raw,library,CC BY 4.0,Xenium\na.h5ad,,,,\n"
+    )
     (files / "table.csv").write_text(rows, encoding="utf-8")
     manifest = build(files / "table.csv")
     assert manifest["name"].tolist() == ["both/left", "both/right", "a"]
     assert manifest["licence"].tolist() == ["CC BY 4.0", "CC BY 4.0", ""]
-    assert manifest["tissue"].tolist() == ["brain", "brain", ""]
+    assert manifest["technology"].tolist() == ["Xenium", "Xenium", ""]
     assert manifest["cells"].tolist() == [101, 83, 41]
     (files / "table.csv").write_text("source,license\na.h5ad,x\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"table\.csv must have the column 'source'.*'license'"):

@@ -8,7 +8,7 @@ import pytest
 
 from stofm._edge import counts
 from stofm._edge.gene_mapping import find_columns
-from stofm.corpus import preparation
+from stofm.corpus import preparation, writing
 from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
 from stofm.corpus.reader import take_cells
 from stofm.corpus.sources import FileConfig, find_sources
@@ -62,9 +62,9 @@ def mouse(left, tmp_path):
 def reads(monkeypatch):
     """Count how often a source is read."""
     found = []
-    original = preparation.find_columns
+    original = writing.find_columns
     monkeypatch.setattr(
-        preparation, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
+        writing, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
     )
     return found
 
@@ -73,13 +73,13 @@ def test_a_file_is_read_block_by_block(prepare, open_prepared, file, left, monke
     whole = open_prepared(prepare(left))[0]
     monkeypatch.setattr(counts, "_BLOCK_ENTRIES", 20 * left.n_vars)
     sizes = []
-    original = preparation.ShardWriter.append
+    original = writing.ShardWriter.append
 
     def append(self, lengths, **arrays):
         sizes.append(len(lengths))
         return original(self, lengths, **arrays)
 
-    monkeypatch.setattr(preparation.ShardWriter, "append", append)
+    monkeypatch.setattr(writing.ShardWriter, "append", append)
     streamed = open_prepared(prepare(file))[0]
     assert sizes == [20, 20, 20, 20, 20, 1, 101]
     assert streamed.ranked.equals(whole.ranked)

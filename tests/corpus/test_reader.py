@@ -5,10 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from stofm.corpus.preparation import preparation_key, write_source
+from stofm.corpus.preparation import preparation_key
 from stofm.corpus.reader import Corpus, CorpusSlice, Reading, take_cells
 from stofm.corpus.shards import Shard, ShardWriter, join_shards
 from stofm.corpus.sources import FileConfig, SliceSource
+from stofm.corpus.writing import write_source
 from stofm.genes import RankedTokens
 
 ARRAYS = ["tokens", "counts", "offsets", "totals", "hashes", "rows", "places", "coordinates"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from stofm.corpus.preparation import write_source
 from stofm.corpus.reader import Corpus, CorpusSlice, Reading
 from stofm.corpus.shards import Shard
 from stofm.corpus.sources import FileConfig, find_sources
+from stofm.corpus.writing import write_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

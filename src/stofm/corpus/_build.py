@@ -32,11 +32,11 @@ from stofm.corpus.preparation import (
     describe,
     describe_vocabulary,
     read_all_orthologs,
-    write_source,
 )
 from stofm.corpus.shards import find_shards, join_shards, write_shard
 from stofm.corpus.sources import FileConfig, SliceSource, find_files
 from stofm.corpus.storage import alone, digest_json, is_there, write_json
+from stofm.corpus.writing import write_source
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ENDINGS: Final = (".h5ad", ".zarr")
 #: What a table of files may say of a slice beside how it is read.
-ABOUT: Final = ("licence", "technology", "tissue", "donor", "unit")
+ABOUT: Final = ("licence", "tissue", "donor", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class SliceSource:
         elif self.file is None:
             yield resolve_table(self.data, self.options.table_key)
         elif self.file.suffix not in ENDINGS:
-            technology = self.about.get("technology") or "auto"
+            technology = self.options.technology or "auto"
             yield import_module("stofm").read(self.file, technology=technology)
         else:
             adata = open_table(self.file, self.options.table_key)
