@@ -7,9 +7,8 @@ import errno
 import itertools
 import re
 import shutil
-from fnmatch import fnmatch
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from filelock import FileLock
@@ -84,8 +83,9 @@ def build(
         A ``distributed.Client``, whose workers see the same paths, to read files on; by default they
         are read in this process, one by one.
     exclude
-        Slices that a model will be judged on: files, or patterns of names. Left out is what has the
-        name of one, or shares half of the cells of the smaller of the two with a file of them.
+        Slices that a model will be judged on: files, or patterns of names and paths
+        (``"test/*.h5ad"``). Left out is what has the name of one, or shares half of the cells of the
+        smaller of the two with a file of them.
     min_genes
         Cells that express fewer genes are left out; a tenth of the panel is enough where that is
         fewer.
@@ -124,10 +124,14 @@ def build(
     """
     folder, vocabulary = local(out), vocabulary or embedded_vocabulary()
     part, n_parts = parse_share(shard)
-    sources = list(enumerate(find_files(files, options or FileConfig())))[part - 1 :: n_parts]
-    orthologs = read_all_orthologs([source for _, source in sources])
-    evaluation, patterns = _split_excluded(exclude)
-    held_out = {_key_of(one, {}): one for one in evaluation}
+    options = options or FileConfig()
+    found = find_files(files, options)
+    sources = list(enumerate(found))[part - 1 :: n_parts]
+    evaluation, patterns = _split_excluded(exclude, options)
+    orthologs = read_all_orthologs([*found, *evaluation])
+    if unused := [one for one in patterns if not any(_is_named(source, one) for source in found)]:
+        warn(f"exclude = {unused} names neither a file that is there nor one of `files`: check it.")
+    held_out = {describe(one, orthologs): one for one in evaluation}
     settings = {**describe_vocabulary(vocabulary), "min_genes": min_genes}
     _begin(folder, vocabulary, settings | {"exclude": [*patterns, *held_out]})
     with alone(folder / f".build-{part}.lock"):
@@ -164,11 +168,15 @@ def parse_share(shard: str) -> tuple[int, int]:
     return part, n_parts
 
 
-def _split_excluded(exclude: Any) -> tuple[list[SliceSource], list[str]]:
+def _split_excluded(exclude: Any, options: FileConfig) -> tuple[list[SliceSource], list[str]]:
     """Files of evaluation slices, and patterns of names."""
     given = [exclude] if isinstance(exclude, str | Path) else list(exclude)
     paths = [one for one in given if local(one).exists()]
-    return find_files(paths, FileConfig()), [str(one) for one in given if one not in paths]
+    return find_files(paths, options), [str(one) for one in given if one not in paths]
+
+
+def _is_named(source: SliceSource, pattern: str) -> bool:
+    return any(PurePath(one).match(pattern) for one in (source.name, source.origin))
 
 
 def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -> None:
@@ -177,7 +185,8 @@ def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -
     path = folder / SETTINGS
     with FileLock(folder / _MANIFEST_LOCK):
         if not path.is_file():
-            if others := sorted(one.name for one in folder.iterdir() if one.name[0] != "."):
+            names = {one.name for one in folder.iterdir() if one.name[0] != "."}
+            if others := sorted(names - {VOCABULARY}):
                 raise FileExistsError(
                     f"{folder} holds something else than a corpus ({', '.join(others[:3])}); take "
                     "another folder."
@@ -236,13 +245,16 @@ def _make(
         return
     vocabulary = read_vocabulary(folder)
     entries = _entries(job)
-    called = (source.name, str(source.file), str(source.file and source.file.name))
-    if pattern := next((p for p in names if any(fnmatch(one, p) for one in called)), ""):
+    if pattern := next((one for one in names if _is_named(source, one)), ""):
         reason = f"is named as {pattern!r}, which is held out"
         entry = entries | {"status": "left out", "reason": reason, "cells": 0}
         write_shard(place, vocabulary.fingerprint, lambda _: [entry])
         return
-    known = {shard.slices[0]["name"]: shard["hashes"] for shard in find_shards(folder / HELD_OUT)}
+    known = {
+        str(one["name"]): shard["hashes"][shard.first_cell[k] : shard.first_cell[k + 1]]
+        for shard in find_shards(folder / HELD_OUT)
+        for k, one in enumerate(shard.slices)
+    }
     write_source(source, vocabulary, place, min_genes=min_genes, known=known, entries=entries)
 
 
