@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stofm._files import local
+from stofm._keys import Obsm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +100,10 @@ def embed_many(options: argparse.Namespace) -> None:
     from stofm.corpus import embed
     from stofm.corpus.sources import FileConfig
 
+    idle = {"revision": None, "batch_size": None, "key_added": Obsm.X, "overwrite": False}
+    if given := [name for name, value in idle.items() if getattr(options, name) != value]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{flags}: for a single file; leave it out for a folder of slices.")
     names = ("layer", "spatial_key", "library_key", "species", "gene_key", "orthologs", "table_key")
     failed = embed(
         options.input,
