@@ -201,6 +201,17 @@ def test_other_settings_and_other_folders_are_refused(build, tmp_path, files):
         build(out="files")
 
 
+def test_half_a_shard_that_a_kill_left_does_not_count(build, tmp_path, content):
+    build()
+    corpus = tmp_path / "corpus"
+    whole = content(corpus)
+    # As if it had been killed before the shard got its name. No process has this number.
+    left = corpus / "shards" / f".001-00000.stofm-new-{2**22 + 1}-ab"
+    (corpus / "shards" / "001-00000").rename(left)
+    assert statuses(build()) == dict.fromkeys("abcde", "ok")
+    assert content(corpus) == whole
+
+
 def test_a_full_disk_ends_the_build_and_loses_nothing(build, content, tmp_path, monkeypatch):
     build(out="whole")
     original, n_written = _build.write_source, []

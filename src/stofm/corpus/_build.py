@@ -16,7 +16,7 @@ from filelock import FileLock
 from stofm._config import read_json
 from stofm._files import local, put_in_place
 from stofm._logging import logger, progress
-from stofm._messages import warn
+from stofm._messages import naming, warn
 from stofm.corpus.manifest import (
     FAILED,
     HELD_OUT,
@@ -122,7 +122,7 @@ def build(
     >>> manifest = st.corpus.build("slices", "corpus", exclude=["test/*.h5ad"])  # doctest: +SKIP
     >>> st.tl.train("corpus", out_dir="run")  # doctest: +SKIP
     """
-    folder, vocabulary = local(out), vocabulary or embedded_vocabulary()
+    folder, vocabulary = local(out).absolute(), vocabulary or embedded_vocabulary()
     part, n_parts = parse_share(shard)
     options = options or FileConfig()
     found = find_files(files, options)
@@ -141,7 +141,7 @@ def build(
         done = {one["key"] for shard in find_shards(folder / SHARDS) for one in shard.slices}
         for key in done:
             shutil.rmtree(folder / PARTS / key, ignore_errors=True)
-        keyed = [(_key_of(source, orthologs), order, source) for order, source in sources]
+        keyed = [(key_of(source, orthologs), order, source) for order, source in sources]
         jobs = [job for job in keyed if job[0] not in done]
         names = [*patterns, *(one.name for one in evaluation)]
         make = partial(_make, folder=folder, min_genes=min_genes, names=names)
@@ -202,7 +202,8 @@ def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -
         )
 
 
-def _key_of(source: SliceSource, orthologs: Any) -> str:
+def key_of(source: SliceSource, orthologs: Any) -> str:
+    """Key of a source and its options, also of one that is missing."""
     # What is missing fails in its turn.
     with contextlib.suppress(FileNotFoundError):
         return describe(source, orthologs)
@@ -255,7 +256,8 @@ def _make(
         for shard in find_shards(folder / HELD_OUT)
         for k, one in enumerate(shard.slices)
     }
-    write_source(source, vocabulary, place, min_genes=min_genes, known=known, entries=entries)
+    with naming(source.name):
+        write_source(source, vocabulary, place, min_genes=min_genes, known=known, entries=entries)
 
 
 def _entries(job: tuple[str, int, SliceSource]) -> dict[str, Any]:

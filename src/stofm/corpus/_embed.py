@@ -12,10 +12,10 @@ from stofm._edge.slice_files import write_data
 from stofm._files import local
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger, progress
-from stofm._messages import warn
-from stofm.corpus._build import parse_share, run_each
+from stofm._messages import naming, warn
+from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus
-from stofm.corpus.preparation import describe, read_all_orthologs
+from stofm.corpus.preparation import read_all_orthologs
 from stofm.corpus.sources import FileConfig, find_files, find_sources
 from stofm.corpus.storage import alone, digest_json, write_json
 
@@ -79,7 +79,7 @@ def embed(
     OSError
         The disk is full; what was written stays.
     """
-    folder = local(out)
+    folder = local(out).absolute()
     if isinstance(corpus_or_files, str | Path) and is_corpus(corpus_or_files):
         sources = find_sources(corpus_or_files, FileConfig())
     else:
@@ -90,7 +90,7 @@ def embed(
     stores = _place(folder, sources)
     jobs = []
     for source, store in [*zip(sources, stores, strict=True)][part - 1 :: n_parts]:
-        key = digest_json(describe(source, orthologs), fingerprint, dtype, seed)
+        key = digest_json(key_of(source, orthologs), fingerprint, dtype, seed)
         if not (_read_note(store).get("key") == key and store.is_dir()):
             jobs.append((source, store, key))
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _embed(
 
     source, store, key = job
     options = source.options
-    with source.naming(), source.open() as adata:
+    with naming(source.name), source.naming(), source.open() as adata:
         tl.embed(
             adata,
             _load(model),

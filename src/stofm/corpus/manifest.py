@@ -92,7 +92,7 @@ def write_manifest(folder: Path) -> pd.DataFrame:
 
 def read_slices(folder: str | PathLike[str]) -> list[CorpusSlice]:
     """Open the slices of a corpus that are to be read, in the order of the manifest."""
-    place = require_corpus(folder)
+    place = require_corpus(folder).absolute()
     table = read_manifest(place)
     vocabulary = read_vocabulary(place)
     how = Reading(vocabulary, vocabulary.n_tokens, values=True)

@@ -203,5 +203,6 @@ class Shard:
 
 def find_shards(folder: Path) -> Iterator[Shard]:
     """Shards in a folder, in alphabetical order."""
-    for path in sorted(folder.glob(f"*/{_INFO}")):
+    # A hidden one is being written, or a kill has left it.
+    for path in sorted(folder.glob(f"[!.]*/{_INFO}")):
         yield Shard(path.parent)

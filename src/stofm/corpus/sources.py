@@ -183,7 +183,8 @@ def find_files(files: Any, options: FileConfig) -> list[SliceSource]:
     """
     if not isinstance(files, str | Path):
         return [source for one in files for source in find_files(one, options)]
-    path = local(files)
+    # Workers may be in another folder.
+    path = local(files).absolute()
     if path.suffix in (".csv", ".tsv", ".parquet"):
         return _read_manifest(path, options)
     return [SliceSource(file, file.stem, options) for file in slice_files(path) or [path]]
