@@ -104,9 +104,10 @@ def alone(path: Path) -> Iterator[None]:
             f"{path.parent} is in use: another process writes to it. Wait until it has ended, or give "
             "each process a share of its own (shard='1/4')."
         ) from None
-    with lock:
-        lock.release()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def open_array(path: Path) -> NDArray[Any]:
