@@ -34,7 +34,7 @@ def start():
 
 
 def finish(process):
-    process.join(60)
+    process.join(200)
     assert process.exitcode == 0
 
 
