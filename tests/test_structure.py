@@ -26,12 +26,23 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
-LAYERS = ["_keys", "genes", "spatial", "nn", "train", "heads", "tl"]
+LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "train", "heads", "tl"]
 #: Modules below all of these.
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {"_edge", "heads", "io", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {
+        "_edge",
+        "corpus",
+        "heads",
+        "io",
+        "pp",
+        "tl",
+        "pl",
+        "datasets",
+        "__main__",
+        "_demo",
+    },
     "torch": {"nn", "train", "heads", "tl", "_edge"},
     "transformers": {"nn", "train"},
     "lightning_fabric": {"train"},
@@ -57,12 +68,17 @@ EXCEPTIONS = {
     "genes/fitting.py": {"_edge"},
     # The only module at the edge that runs a model; pp does without it.
     "_edge/embedding.py": {"nn"},
-    # Makes arrays of what a user passes, for all other modules of train.
-    "train/preparation.py": {"_edge"},
+    # They make arrays of what a user passes, for corpora and for training.
+    "corpus/sources.py": {"_edge"},
+    "corpus/preparation.py": {"_edge"},
+    "corpus/writing.py": {"_edge"},
+    # Slices are embedded by what users call too.
+    "corpus/_embed.py": {"_edge", "tl"},
+    "corpus/_upkeep.py": {"_edge"},
     # Cells without embeddings are embedded by what users call too.
     "heads/embeddings.py": {"tl"},
 }
-AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "train"]
+AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "corpus", "train"]
 HEAVY = [
     "anndata",
     "dask",

@@ -1,4 +1,4 @@
-"""The command line: ``stofm check``, ``embed``, ``train``, ``convert`` and ``demo``."""
+"""The command line: ``stofm check``, ``embed``, ``train``, ``corpus``, ``convert``, ``demo``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stofm._files import local
 from stofm._logging import logger
 from stofm._messages import naming
 from stofm._version import __version__
+from stofm.corpus.commands import add_corpus, embed_many, is_many
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -102,8 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parents = [shared, slices, device]
     embed = commands.add_parser("embed", parents=parents, help="embed the cells of a file")
     add = embed.add_argument
-    add("input", type=local, help=".h5ad, or .zarr of an AnnData or SpatialData")
-    add("output", type=local, help=".h5ad or .zarr; of a SpatialData, .h5ad gets the table")
+    add("input", type=local, help=".h5ad, .zarr of an AnnData or SpatialData, folder, or corpus")
+    add(
+        "output", type=local, help=".h5ad or .zarr (of a SpatialData, .h5ad gets the table); folder"
+    )
     add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
     add("--revision", help="branch, tag or commit of a model on the hub")
     add("--layer", help="layer with raw counts [X]")
@@ -114,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     add("--batch-size", type=int, help="sub-slices at a time")
     add("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
+    add("--shard", default="1/1", help="share of a folder's slices: 2/8 [%(default)s]")
+    add("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, for a folder")
     embed.set_defaults(run=_embed)
 
     text = "tell what embedding a file will do, without doing it"
@@ -160,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--data", type=local, help=".h5ad or .zarr [a section of the package]")
     instead.add_argument("--simulate", action="store_true", help="a simulated slice")
     demo.set_defaults(run=_demo)
-    for command in (check, embed, train, convert, demo):
+    corpus = add_corpus(commands, shared)
+    for command in (check, embed, train, convert, demo, *corpus):
         # Messages speak of arguments; here these are flags.
         flags = {one.dest: one.option_strings[0] for one in command._actions if one.option_strings}
         command.set_defaults(flags=flags)
@@ -173,6 +179,9 @@ def _embed(options: argparse.Namespace) -> None:
     from stofm._edge.tables import resolve_table
     from stofm.nn import Stofm
 
+    if is_many(options.input):
+        embed_many(options)
+        return
     has_tables = is_spatialdata(options.input)
     _refuse_table_key(options.input, options.table_key, has_tables=has_tables)
     refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)

@@ -18,7 +18,7 @@ from stofm._edge.slice_files import open_table, read_data
 from stofm._edge.slices import read_places
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.train.preparation import find_sources
+from stofm.corpus.sources import find_sources
 from stofm.train.recipe import FileConfig
 
 if TYPE_CHECKING:

@@ -23,13 +23,13 @@ from lightning_fabric.plugins import Precision
 
 import stofm as st
 from stofm._files import read_table
+from stofm.corpus import writing
 from stofm.nn import Stofm
 from stofm.train import (
     LossWeights,
     OptimizerConfig,
     SpatialMasking,
     StageConfig,
-    preparation,
 )
 from stofm.train.checkpoint import read_progress
 from stofm.train.loop import TrainingLoop
@@ -221,9 +221,9 @@ def test_files_are_read_again_only_if_they_changed(train, slices, tmp_path, monk
     file = tmp_path / "one.h5ad"
     slices[0].write_h5ad(file)
     read = []
-    original = preparation.find_columns
+    original = writing.find_columns
     monkeypatch.setattr(
-        preparation, "find_columns", lambda *a, **k: read.append(1) or original(*a, **k)
+        writing, "find_columns", lambda *a, **k: read.append(1) or original(*a, **k)
     )
     options = {"validation": None, "work_dir": tmp_path / "work", "overwrite": True}
     first = train(file, **options)

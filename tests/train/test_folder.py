@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from stofm.corpus.storage import write_json
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig
 from stofm.train import folder as folder_module
@@ -23,7 +24,6 @@ from stofm.train.checkpoint import (
 )
 from stofm.train.folder import LOCK, RunFolder, locked
 from stofm.train.loop import make_optimizer
-from stofm.train.storage import write_json
 
 
 class Objective(nn.Module):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,7 @@ from scipy import sparse
 from stofm.genes import RankedTokens
 from stofm.genes.gene_table import GeneTable
 from stofm.nn import Stofm, TokenBatch, encode_cells
-from stofm.spatial import normalize_coordinates
 from stofm.spatial.virtual_cells import principal_components
-from stofm.train.corpus import Corpus, write_slice
 from stofm.train.gene_embeddings import (
     coexpression_factors,
     initialize_from_coexpression,
@@ -287,20 +286,9 @@ def test_values_are_needed(planted):
 
 
 @pytest.fixture
-def corpus(planted, tmp_path, rng):
-    """The planted slices on disk."""
-    return Corpus(
-        tuple(
-            write_slice(
-                tmp_path,
-                f"slice{k}",
-                name=f"slice-{k}",
-                blocks=[ranked],
-                coordinates=normalize_coordinates(rng.random((ranked.n_cells, 2))),
-            )
-            for k, ranked in enumerate(planted[0])
-        )
-    )
+def corpus(planted):
+    """The planted slices, of which only the tokens are read."""
+    return SimpleNamespace(slices=[SimpleNamespace(ranked=ranked) for ranked in planted[0]])
 
 
 @pytest.fixture

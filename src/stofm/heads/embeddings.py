@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
+    from stofm.corpus.sources import FileConfig
     from stofm.heads.request import Request, SliceTables
     from stofm.nn import Stofm
-    from stofm.train.recipe import FileConfig
 
 #: Representations that :func:`stofm.tl.embed` makes, which are computed where they are missing.
 MADE_BY_EMBED = (Obsm.X_CELL, Obsm.X)

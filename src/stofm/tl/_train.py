@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from stofm.corpus.sources import FileConfig, find_sources
 from stofm.train.config import RunConfig
 from stofm.train.launch import choose_stages, find_model, launch
-from stofm.train.preparation import find_sources
-from stofm.train.recipe import FileConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,10 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.corpus.sources import SliceSource
     from stofm.genes import GeneVocabulary
     from stofm.nn import Stofm, StofmConfig
     from stofm.train.config import Keep, OptimizerConfig, Precision, StageConfig, StageName
-    from stofm.train.preparation import SliceSource
     from stofm.train.run import TrainResult
 
 
@@ -70,7 +69,8 @@ def train(
     ----------
     data
         Slices to train on: an AnnData or SpatialData, the path of an ``.h5ad`` file or a
-        ``.zarr`` store, a folder of these, or a list of all that.
+        ``.zarr`` store, a folder of these or of a corpus (:func:`stofm.corpus.build`), or a list of all
+        that.
     model
         A model, a checkpoint folder or a hub id to go on from; or a
         :class:`~stofm.nn.StofmConfig` for a new model. It is not changed: a copy is trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stofm.corpus.sources import FileConfig
 from stofm.train.config import (
     ContrastiveConfig,
     LossWeights,
@@ -14,7 +15,7 @@ from stofm.train.config import (
     StageConfig,
     TokenMasking,
 )
-from stofm.train.recipe import DataConfig, FileConfig, ModelSource, Recipe, paper_schedule
+from stofm.train.recipe import DataConfig, ModelSource, Recipe, paper_schedule
 from stofm.train.run import TrainResult
 
 __all__ = [

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stofm._config import build_dataclass
+from stofm.corpus.storage import digest_files, find_change
 from stofm.nn import checkpoint
-from stofm.train.storage import digest_files, find_change
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

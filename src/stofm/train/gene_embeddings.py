@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from stofm.corpus.reader import Corpus
     from stofm.genes import RankedTokens
     from stofm.nn import Stofm
-    from stofm.train.corpus import Corpus
 
     #: Sets first weights from the training slices.
     Initializer = Callable[[Corpus, Stofm], object]

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from stofm._files import local
+from stofm.corpus.manifest import is_corpus
+from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.sources import SliceSource, divide_corpus
 from stofm.genes import GeneVocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
 from stofm.train.folder import RunFolder, locked
 from stofm.train.gene_embeddings import make_initializer, read_gene_embeddings
-from stofm.train.preparation import SliceSource, fit_vocabulary, open_corpus, prepare_slices
 from stofm.train.processes import Processes
 from stofm.train.recipe import Recipe, paper_schedule
 from stofm.train.run import Pretraining, TrainResult
@@ -24,19 +27,22 @@ if TYPE_CHECKING:
 
     import torch
 
-    from stofm.train.corpus import Corpus
+    from stofm.corpus.reader import Corpus
 
     #: Fits a vocabulary on the slices to train on.
     Fit = Callable[[], GeneVocabulary]
 
 
 def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
-    """Train by a recipe, on files of the folder `data`.
+    """Train by a recipe, on files of the folder `data`, or on the corpus that it is.
 
     `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
     """
 
     def find() -> tuple[list[SliceSource], ...]:
+        if is_corpus(data):
+            which = recipe.data
+            return divide_corpus(local(data), which.train, which.validation, which.exclude)
         return tuple(
             [SliceSource(f, f.stem, recipe.data.options_of(f, data)) for f in files]
             for files in recipe.data.find(data)
@@ -89,7 +95,7 @@ def launch(
         def prepare(those: Sequence[SliceSource]) -> Corpus:
             place, shows = folder.work / "slices", show_progress_bar
             keys = in_first(lambda: prepare_slices(those, model, place, show_progress_bar=shows))
-            return open_corpus(place, keys)
+            return open_corpus(keys, model)
 
         model = make_model(fit)
         initialize = make_initializer(genes, model, seed=run.seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from stofm._config import Checked, build_dataclass
 from stofm._files import local
 from stofm._messages import warn
+from stofm.corpus.sources import FileConfig
 from stofm.genes import GeneVocabulary, embedded_vocabulary
 from stofm.nn import Stofm, StofmConfig
 from stofm.train.config import OptimizerConfig, RunConfig, StageConfig, StageName
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
 
-Species = Literal["auto", "human", "mouse"]
 Preset = Literal["mini", "base"]
 #: Parts of a model's config that a recipe may change.
 _PARTS = ("cell_encoder", "se2_transformer", "subslice")
@@ -44,42 +44,6 @@ def paper_schedule(
     named = zip(get_args(StageName), epochs, strict=True)
     chosen = optimizer or OptimizerConfig()
     return tuple(StageConfig(name=name, epochs=n, optimizer=chosen) for name, n in named)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileConfig(Checked):
-    """How files of slices are read.
-
-    Attributes
-    ----------
-    files
-        Pattern of file names, relative to the data folder; later tables take precedence.
-    layer
-        Layer with raw counts; None: ``X``.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
-    library_key
-        Column of ``obs`` that names the slices of a file; None: one slice.
-    exclude
-        Slices in that column to leave out.
-    species, gene_key, orthologs
-        As in :func:`stofm.pp.map_genes`.
-    technology
-        Name of the technology.
-    table_key
-        Table of a SpatialData; None: the only one.
-    """
-
-    files: str = "*"
-    layer: str | None = None
-    spatial_key: str = "spatial"
-    library_key: str | None = None
-    exclude: tuple[str, ...] = ()
-    species: Species = "auto"
-    gene_key: str | None = None
-    orthologs: str | None = None
-    technology: str = ""
-    table_key: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

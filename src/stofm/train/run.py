@@ -12,6 +12,7 @@ from stofm._files import read_table, tidy
 from stofm._logging import logger, step_bar
 from stofm._messages import warn
 from stofm._version import __version__
+from stofm.corpus.storage import write_json
 from stofm.train.checkpoint import (
     Progress,
     Trained,
@@ -22,7 +23,6 @@ from stofm.train.checkpoint import (
 from stofm.train.loop import TrainingLoop
 from stofm.train.objectives import make_objectives
 from stofm.train.stages import Setup, make_stage
-from stofm.train.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from numpy.random import Generator
     from numpy.typing import NDArray
 
+    from stofm.corpus.reader import Corpus
     from stofm.genes import GeneVocabulary
     from stofm.nn import CellEncoderConfig
     from stofm.spatial import SubSlice, SubSliceConfig
     from stofm.train.config import StageConfig, TokenMasking
-    from stofm.train.corpus import Corpus
     from stofm.train.masking import MaskedSubSlice
     from stofm.train.stages import EncodedSlice
 

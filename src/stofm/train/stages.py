@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from stofm._logging import progress
+from stofm.corpus.storage import digest_json, is_there, open_array, write_folder
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
 from stofm.train.samples import CellSamples, Draws, SubSliceSamples, TokenReader
-from stofm.train.storage import digest_json, is_there, open_array, write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from stofm.corpus.reader import Corpus, CorpusSlice
     from stofm.nn import Stofm
     from stofm.train.config import RunConfig, StageConfig
-    from stofm.train.corpus import Corpus, TokenizedSlice
     from stofm.train.folder import RunFolder
     from stofm.train.processes import Processes
 
@@ -269,7 +269,7 @@ class CellCache:
         for folder in {*self.folder.glob("cells-*"), *self.folder.glob("virtual-*")} - kept:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _folders(self, one: TokenizedSlice, key: str) -> tuple[Path, Path]:
+    def _folders(self, one: CorpusSlice, key: str) -> tuple[Path, Path]:
         """Folders of a slice's cell embeddings and of its virtual cells."""
         rules = {name: getattr(self.setup.model.config.subslice, name) for name in _VIRTUAL_RULES}
         return (
@@ -278,7 +278,7 @@ class CellCache:
         )
 
     def _encode_slice(
-        self, one: TokenizedSlice, cells: Path, virtual: Path, *, can_be_made: bool
+        self, one: CorpusSlice, cells: Path, virtual: Path, *, can_be_made: bool
     ) -> None:
         setup, model = self.setup, self.setup.model
         if not is_there(cells):
@@ -297,7 +297,7 @@ class CellCache:
             found = lay_out_slice(one.coordinates, features, model.config.subslice).virtual
             _write(virtual, coordinates=found.coordinates, features=found.features)
 
-    def _open_slice(self, one: TokenizedSlice, cells: Path, virtual: Path) -> EncodedSlice:
+    def _open_slice(self, one: CorpusSlice, cells: Path, virtual: Path) -> EncodedSlice:
         features = open_array(cells / "features.npy")
         places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
         if self.virtual_cells:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from stofm._edge import counts
-from stofm.genes import GeneVocabulary
-from stofm.train import FileConfig, preparation
-from stofm.train.preparation import find_sources, fit_vocabulary, open_corpus, prepare_slices
+from stofm._edge.gene_mapping import find_columns
+from stofm.corpus import preparation, writing
+from stofm.corpus.preparation import fit_vocabulary, open_corpus, prepare_slices
+from stofm.corpus.reader import take_cells
+from stofm.corpus.sources import FileConfig, find_sources
+from stofm.genes import GeneVocabulary, rank_genes
 
 
 @pytest.fixture
@@ -29,6 +33,11 @@ def prepare(model, tmp_path):
         return prepare_slices(sources, model, tmp_path / "work", show_progress_bar=False)
 
     return run
+
+
+@pytest.fixture
+def open_prepared(model):
+    return lambda places, reader=model: open_corpus(places, reader).slices
 
 
 @pytest.fixture
@@ -53,40 +62,62 @@ def mouse(left, tmp_path):
 def reads(monkeypatch):
     """Count how often a source is read."""
     found = []
-    original = preparation.find_columns
+    original = writing.find_columns
     monkeypatch.setattr(
-        preparation, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
+        writing, "find_columns", lambda *a, **k: found.append(1) or original(*a, **k)
     )
     return found
 
 
-def test_a_file_of_one_slice_is_written_block_by_block(prepare, file, left, tmp_path, monkeypatch):
-    whole = open_corpus(tmp_path / "work", prepare(left)).slices[0]
+def test_a_file_is_read_block_by_block(prepare, open_prepared, file, left, monkeypatch):
+    whole = open_prepared(prepare(left))[0]
     monkeypatch.setattr(counts, "_BLOCK_ENTRIES", 20 * left.n_vars)
     sizes = []
-    original = preparation.write_slice
+    original = writing.ShardWriter.append
 
-    def write_slice(*args, blocks, **options):
-        def counted():
-            for block in blocks:
-                sizes.append(block.n_cells)
-                yield block
+    def append(self, lengths, **arrays):
+        sizes.append(len(lengths))
+        return original(self, lengths, **arrays)
 
-        return original(*args, blocks=counted(), **options)
-
-    monkeypatch.setattr(preparation, "write_slice", write_slice)
-    streamed = open_corpus(tmp_path / "work", prepare(file)).slices[0]
-    assert sizes == [20, 20, 20, 20, 20, 1]
+    monkeypatch.setattr(writing.ShardWriter, "append", append)
+    streamed = open_prepared(prepare(file))[0]
+    assert sizes == [20, 20, 20, 20, 20, 1, 101]
     assert streamed.ranked.equals(whole.ranked)
     assert streamed.digest == whole.digest
 
 
-def test_a_file_of_several_slices_gives_each_its_cells(prepare, adata, tmp_path):
+def test_tokens_are_those_of_the_counts(prepare, open_prepared, adata, model, vocabulary):
+    # Two columns of one gene, one without.
+    left = adata[adata.obs["library"] == "left"].copy()
+    left.var_names = [*left.var_names[:5], left.var_names[4], *left.var_names[6:]]
+    model.config = replace(
+        model.config, cell_encoder=replace(model.config.cell_encoder, values="log"), max_tokens=9
+    )
+    found = open_prepared(prepare(left), model)[0]
+    columns = find_columns(left, vocabulary)
+    expected = rank_genes(left.X, columns.token_ids, columns.medians, max_tokens=9, values=True)
+    assert found.ranked.equals(expected)
+    rows = np.array([7, 0, 100, 7])
+    assert found.take(rows).equals(take_cells(expected, rows))
+
+
+def test_large_counts_are_kept(prepare, open_prepared, left):
+    left.X.data[3] = 1_000_000
+    left.X.data[-1] = 70_000
+    found = open_prepared(prepare(left))[0]
+    assert found.part("totals").tolist() == left.X.sum(axis=1).A1.tolist()
+    counts = found.to_anndata().to_df()
+    known = left.to_df()[counts.columns.drop("(other genes)")]
+    np.testing.assert_array_equal(counts.drop(columns="(other genes)"), known)
+    assert found.shard["counts"].dtype == np.uint32
+    assert found.shard["tokens"].dtype == np.uint16
+
+
+def test_a_file_of_several_slices_gives_each_its_cells(prepare, open_prepared, adata, tmp_path):
     adata.write_h5ad(tmp_path / "both.h5ad")
-    work = tmp_path / "work"
-    both = open_corpus(work, prepare(tmp_path / "both.h5ad", library_key="library")).slices
+    both = open_prepared(prepare(tmp_path / "both.h5ad", library_key="library"))
     parts = [adata[adata.obs["library"] == name].copy() for name in ("left", "right")]
-    alone = [open_corpus(work, prepare(part)).slices[0] for part in parts]
+    alone = [open_prepared(prepare(part))[0] for part in parts]
     assert [one.name for one in both] == ["both/left", "both/right"]
     for one, other in zip(both, alone, strict=True):
         assert one.ranked.equals(other.ranked)
@@ -99,16 +130,19 @@ def test_cells_without_known_genes_are_told_of_for_a_file_too(prepare, left, tmp
         prepare(tmp_path / "left.h5ad")
 
 
-def test_a_slice_that_another_process_can_not_see_is_not_dropped(prepare, file, tmp_path):
-    work = tmp_path / "work"
+def test_a_slice_that_another_process_can_not_see_is_not_dropped(
+    prepare, open_prepared, file, tmp_path
+):
     keys = prepare(file)
-    assert open_corpus(work, keys).n_cells == 101
-    shutil.rmtree(work / keys[0])
-    with pytest.raises(FileNotFoundError, match=rf"{keys[0]} is not there.* visible to every proc"):
-        open_corpus(work, keys)
+    assert open_prepared(keys)[0].n_cells == 101
+    shutil.rmtree(keys[0][0])
+    with pytest.raises(
+        FileNotFoundError, match=rf"{keys[0][0].name} is not there.* visible to every proc"
+    ):
+        open_prepared(keys)
 
 
-def test_the_same_slice_twice_is_refused(prepare, file, left, adata, tmp_path):
+def test_the_same_slice_twice_is_refused(prepare, open_prepared, file, left, adata, tmp_path):
     right = adata[adata.obs["library"] == "right"].copy()
     shutil.copy(file, tmp_path / "copy.h5ad")
     for data, names in (
@@ -117,14 +151,13 @@ def test_the_same_slice_twice_is_refused(prepare, file, left, adata, tmp_path):
         ([right, left, file], ("'left'", r"'data\[1\]'")),
     ):
         keys = prepare(data)
-        message = "Slice {} is the same as slice {}, in all tokens"
+        message = "Slice {} is the same as slice {}, in all counts"
         with pytest.raises(ValueError, match=message.format(*names)):
-            open_corpus(tmp_path / "work", keys)
+            open_prepared(keys)
 
 
-def test_changed_orthologs_make_new_tokens(prepare, mouse, tmp_path, reads):
+def test_changed_orthologs_make_new_tokens(prepare, open_prepared, mouse, reads):
     file, write = mouse
-    work = tmp_path / "work"
     options = {"gene_key": "mine", "orthologs": write("pairs.tsv")}
     first = prepare(file, **options)
     # What counts is what the table says, not its name or its date.
@@ -133,7 +166,7 @@ def test_changed_orthologs_make_new_tokens(prepare, mouse, tmp_path, reads):
     write("pairs.tsv", shift=1)
     second = prepare(file, **options)
     assert len(reads) == 2
-    one, other = (open_corpus(work, keys).slices[0] for keys in (first, second))
+    one, other = (open_prepared(keys)[0] for keys in (first, second))
     assert not one.ranked.equals(other.ranked)
 
 

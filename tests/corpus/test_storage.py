@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from stofm.train.storage import open_array
+from stofm.corpus.storage import open_array
 
 resource = pytest.importorskip("resource", reason="this system has no limit of open files")
 

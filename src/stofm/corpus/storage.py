@@ -9,19 +9,19 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from stofm._files import put_in_place
 from stofm._messages import warn
-from stofm.nn.checkpoint import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
 
 _DIGESTS = "digests.json"
-#: Open files that are asked for: three for each of 20,000 slices, and some for all else.
+#: Open files that are asked for: six for each of 10,000 shards, and some for all else.
 _N_FILES = 65_536
 
 
@@ -66,40 +66,58 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """
 
     def fill_and_note(place: Path) -> None:
+        place.mkdir()
         fill(place)
         text = json.dumps(digest_files(place), indent=2) + "\n"
         (place / _DIGESTS).write_text(text, encoding="utf-8")
 
-    with contextlib.suppress(FileExistsError):
-        write_atomically(folder, fill_and_note, overwrite=False)
+    if not folder.exists():
+        put_in_place(folder, fill_and_note)
+
+
+def find_damage(folder: Path) -> str:
+    """Compare a folder with what was written; empty if it is the same."""
+    try:
+        return find_change(folder, json.loads((folder / _DIGESTS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        return f"{folder} is damaged ({error})."
 
 
 def is_there(folder: Path) -> bool:
     """Whether a folder is there as it was written; a damaged one goes, with a warning."""
     if not folder.is_dir():
         return False
-    try:
-        damage = find_change(folder, json.loads((folder / _DIGESTS).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, AttributeError) as error:
-        damage = f"{folder} is damaged ({error})."
-    if damage:
+    if damage := find_damage(folder):
         warn(f"{damage} It is made again.")
         shutil.rmtree(folder)
     return not damage
 
 
-def open_array(path: Path, dtype: DTypeLike | None = None) -> NDArray[Any]:
-    """Memory-map an array, read-only: an .npy file, or the bare numbers of a type.
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep what a lock file stands for to this process, also among machines; a kill frees it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(
+            f"{path.parent} is in use: another process writes to it. Wait until it has ended, or give "
+            "each process a share of its own (shard='1/4')."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_array(path: Path) -> NDArray[Any]:
+    """Memory-map an array of an .npy file, read-only.
 
     A map keeps its file open, and a corpus can have more files than a process may have open at
     first (often 1,024). That limit is therefore raised, as far as the system allows it.
     """
     _allow_many_files()
-    if dtype is None:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    if not path.stat().st_size:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _allow_many_files() -> None:

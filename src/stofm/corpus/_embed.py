@@ -1,0 +1,175 @@
+"""``stofm.corpus.embed``: embeddings of many slices, a store for each."""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stofm._config import read_json
+from stofm._edge.slice_files import write_data
+from stofm._files import local
+from stofm._keys import Obsm, Uns
+from stofm._logging import logger, progress
+from stofm._messages import naming, warn
+from stofm.corpus._build import key_of, parse_share, run_each
+from stofm.corpus.manifest import is_corpus
+from stofm.corpus.preparation import read_all_orthologs
+from stofm.corpus.sources import FileConfig, find_files, find_sources
+from stofm.corpus.storage import alone, digest_json, write_json
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from stofm.corpus.sources import SliceSource
+    from stofm.nn import Stofm
+
+#: Folder of notes of what is done.
+_DONE = "done"
+
+
+def embed(
+    corpus_or_files: Any,
+    out: str | PathLike[str],
+    model: Stofm | str | Path = "stofm-mini",
+    *,
+    client: Any = None,
+    options: FileConfig | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    shard: str = "1/1",
+    show_progress_bar: bool = True,
+) -> list[str]:
+    """Embed slice after slice with :func:`stofm.tl.embed`, and write a Zarr store for each.
+
+    A call that was stopped at any moment goes on where it was when it is made again. Slices that
+    fail are reported at the end, and the others go on.
+
+    Parameters
+    ----------
+    corpus_or_files
+        A corpus, or files as :func:`stofm.corpus.build` takes them.
+    out
+        Folder of the stores. A store ``NAME.zarr`` is an AnnData without counts: names of cells (of a corpus,
+        rows in the source) and ``obsm["X_stofm"]``, with its record.
+    model
+        A :class:`stofm.Stofm`, a checkpoint folder, a hub id or ``"stofm-mini"``.
+    client
+        A ``distributed.Client`` to compute on, whose workers see the same paths; by default slices are
+        embedded in this process. For a GPU per worker, start the workers with ``dask-cuda``.
+    options
+        How files are read, if no table says otherwise.
+    device, dtype, seed
+        As in :func:`stofm.tl.embed`.
+    shard
+        Share of the slices of this call, ``"2/8"`` the second of eight, for job arrays.
+    show_progress_bar
+        Show a bar.
+
+    Returns
+    -------
+    Messages of the slices that failed.
+
+    Raises
+    ------
+    FileExistsError
+        Another process embeds this share into the folder.
+    OSError
+        The disk is full; what was written stays.
+    """
+    folder = local(out).absolute()
+    if isinstance(corpus_or_files, str | Path) and is_corpus(corpus_or_files):
+        sources = find_sources(corpus_or_files, FileConfig())
+    else:
+        sources = find_files(corpus_or_files, options or FileConfig())
+    part, n_parts = parse_share(shard)
+    fingerprint = _load(model).fingerprint
+    orthologs = read_all_orthologs(sources)
+    stores = _place(folder, sources)
+    jobs = []
+    for source, store in [*zip(sources, stores, strict=True)][part - 1 :: n_parts]:
+        key = digest_json(key_of(source, orthologs), fingerprint, dtype, seed)
+        if not (_read_note(store).get("key") == key and store.is_dir()):
+            jobs.append((source, store, key))
+    folder.mkdir(parents=True, exist_ok=True)
+    make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed)
+    failed = []
+    with alone(folder / f".embed-{part}.lock"):
+        results = progress(
+            run_each(make, jobs, client),
+            total=len(jobs),
+            description="embed slices",
+            unit="slice",
+            show=show_progress_bar,
+        )
+        for (_, store, _), error in results:
+            if error is not None:
+                failed.append(f"{store.stem}: {error.args[0] if error.args else error}")
+    logger.info("%d slices are embedded into %s.", len(jobs) - len(failed), folder)
+    if failed:
+        warn(
+            f"{len(failed)} slices failed: {'; '.join(failed[:5])}. Call embed again to try again."
+        )
+    return failed
+
+
+def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
+    """Stores of sources: of those with one name, and of other calls, all but one are numbered."""
+    stores: dict[Path, None] = {}
+    for source in sources:
+        name = source.name.replace("/", "-")
+        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        paths = (folder / f"{one}.zarr" for one in numbered)
+        own = (None, source.origin)
+        stores[next(p for p in paths if p not in stores and _read_note(p).get("source") in own)] = (
+            None
+        )
+    return [*stores]
+
+
+def _note_of(store: Path) -> Path:
+    return store.parent / _DONE / f"{store.stem}.json"
+
+
+def _read_note(store: Path) -> dict[str, Any]:
+    note = _note_of(store)
+    return read_json(note, "delete it") if note.is_file() else {}
+
+
+@lru_cache(maxsize=1)
+def _load(model: Any) -> Stofm:
+    from stofm.nn.model import load_model
+
+    return load_model(model)
+
+
+def _embed(
+    job: tuple[SliceSource, Path, str], *, model: Any, device: str, dtype: str, seed: int
+) -> None:
+    from anndata import AnnData
+
+    from stofm import tl
+
+    source, store, key = job
+    options = source.options
+    with naming(source.name), source.naming(), source.open() as adata:
+        tl.embed(
+            adata,
+            _load(model),
+            layer=options.layer,
+            spatial_key=options.spatial_key,
+            library_key=options.library_key,
+            species=options.species,
+            gene_key=options.gene_key,
+            orthologs=options.orthologs,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            show_progress_bar=False,
+        )
+        record = {Uns.STOFM: {Obsm.X: adata.uns[Uns.STOFM][Obsm.X]}}
+        result = AnnData(obs=adata.obs[[]], obsm={Obsm.X: adata.obsm[Obsm.X]}, uns=record)
+        write_data(result, store)
+    write_json(_note_of(store), {"source": source.origin, "key": key})

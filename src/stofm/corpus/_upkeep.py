@@ -1,0 +1,90 @@
+"""``stofm.corpus.info``, ``check`` and ``export``: what a corpus holds, whether it is whole, as Zarr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stofm._edge.slice_files import write_data
+from stofm._files import local
+from stofm._logging import progress
+from stofm.corpus.manifest import SHARDS, read_manifest, read_slices, require_corpus
+from stofm.corpus.sources import unique_names
+from stofm.corpus.storage import alone, find_damage
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import pandas as pd
+
+
+def info(corpus: str | PathLike[str]) -> pd.DataFrame:
+    """Count slices and cells of a corpus by status, technology and species.
+
+    Parameters
+    ----------
+    corpus
+        Folder of a corpus.
+
+    Returns
+    -------
+    Columns ``status``, ``technology``, ``species``, ``slices`` and ``cells``.
+    """
+    groups = read_manifest(local(corpus)).groupby(["status", "technology", "species"])
+    return groups["cells"].agg(slices="size", cells="sum").reset_index()
+
+
+def check(corpus: str | PathLike[str]) -> list[str]:
+    """Compare a corpus with what was written; reads all of it.
+
+    Parameters
+    ----------
+    corpus
+        Folder of a corpus.
+
+    Returns
+    -------
+    What is missing or damaged, with the slices that are lost by it; nothing if the corpus is whole.
+    """
+    folder = require_corpus(corpus)
+    found = []
+    for name, slices in read_manifest(folder).groupby("shard"):
+        if name and (damage := find_damage(folder / SHARDS / str(name))):
+            lost = ", ".join(slices["name"][:5]) + (", ..." if len(slices) > 5 else "")
+            found.append(
+                f"{damage} Delete {folder / SHARDS / str(name)} and build again: its {len(slices)} slices "
+                f"({lost}) are then read again from their sources."
+            )
+    return found
+
+
+def export(
+    corpus: str | PathLike[str], out: str | PathLike[str], *, show_progress_bar: bool = True
+) -> None:
+    """Write each slice of a corpus to a Zarr store that :func:`anndata.read_zarr` opens.
+
+    Stores that are there already are left as they are.
+
+    Parameters
+    ----------
+    corpus
+        Folder of a corpus.
+    out
+        Folder of the stores: counts, places in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
+        the source as names of cells, and in ``uns["source"]`` what the manifest says.
+    show_progress_bar
+        Show a bar.
+    """
+    slices, folder = read_slices(corpus), local(out)
+    names = unique_names([one.name for one in slices])
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = progress(
+        zip(slices, names, strict=True),
+        total=len(slices),
+        description="export",
+        unit="slice",
+        show=show_progress_bar,
+    )
+    with alone(folder / ".export.lock"):
+        for one, name in shown:
+            if not (folder / f"{name}.zarr").exists():
+                write_data(one.to_anndata(), folder / f"{name}.zarr")

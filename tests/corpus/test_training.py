@@ -1,0 +1,99 @@
+"""Training on a corpus."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import stofm as st
+from stofm.genes import GeneVocabulary
+from stofm.nn import Stofm
+from stofm.train import OptimizerConfig, Recipe, StageConfig
+from stofm.train.launch import train_recipe
+
+FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
+STAGES = [
+    StageConfig(name="cell_encoder", max_steps=3, optimizer=FAST),
+    StageConfig(
+        name="joint", epochs=1, subslice_cells=17, sampled_cells=3, max_steps=3, optimizer=FAST
+    ),
+]
+
+
+@pytest.fixture
+def corpus(files, tmp_path, vocabulary):
+    st.corpus.build(
+        files,
+        tmp_path / "corpus",
+        vocabulary=vocabulary,
+        min_genes=0,
+        shard_bytes=30_000,
+        show_progress_bar=False,
+    )
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def train(tmp_path, model):
+    def run(data, out, trained=model, **options):
+        quiet = {"n_threads": 1, "device": "cpu", "show_progress_bar": False}
+        given = {"stage": STAGES, "out_dir": tmp_path / out, **quiet, **options}
+        result = st.tl.train(data, trained, **given)
+        return {name: value.numpy() for name, value in result.model.state_dict().items()}
+
+    return run
+
+
+def same(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_corpus_gives_the_weights_that_its_files_give(train, corpus, files, tmp_path):
+    assert same(train(corpus, "two"), train(files, "one"))
+    # Nothing is copied.
+    assert not (tmp_path / "two" / "work" / "slices").exists()
+
+
+def test_a_recipe_divides_a_corpus_by_its_files(corpus, tmp_path, model):
+    model.save_pretrained(tmp_path / "model")
+    entries = {
+        "stage": [{"name": "cell_encoder", "max_steps": 1, "optimizer": {"warmup_steps": 0}}],
+        "data": {"validation": ["files/e.h5ad"], "exclude": ["b.*", "none.h5ad"]},
+        "model": {"checkpoint": str(tmp_path / "model")},
+    }
+    quiet = {"device": "cpu", "show_progress_bar": False}
+    result = train_recipe(corpus, Recipe.from_dict(entries), out_dir=tmp_path / "run", **quiet)
+    names = [
+        [o.split()[0] for o in result.run["settings"][k]] for k in ("slices", "held_out_slices")
+    ]
+    assert names == [["a", "c", "d"], ["e"]]
+    entries["data"] = {"validation": ["f.h5ad"]}
+    with pytest.raises(FileNotFoundError, match=r"'f\.h5ad' names no file of the corpus"):
+        train_recipe(corpus, Recipe.from_dict(entries), out_dir=tmp_path / "no", **quiet)
+
+
+def test_a_vocabulary_is_fitted_on_a_corpus(train, corpus, tmp_path, model, vocabulary):
+    result = st.tl.train(
+        corpus,
+        model.config,
+        stage=STAGES[:1],
+        out_dir=tmp_path / "run",
+        device="cpu",
+        show_progress_bar=False,
+    )
+    genes = result.model.vocabulary.gene_ids
+    assert len(genes) > 50
+    assert set(genes) <= set(vocabulary.gene_ids)
+
+
+def test_another_vocabulary_ranks_the_counts_again(train, corpus, files, vocabulary, model):
+    other = GeneVocabulary(
+        gene_ids=vocabulary.gene_ids,
+        symbols=vocabulary.symbols,
+        tokens=vocabulary.tokens[::-1],
+        medians=vocabulary.medians[::-1],
+        special=dict(vocabulary.special),
+    )
+    renamed = Stofm(model.config, other, seed=1)
+    assert same(train(corpus, "two", renamed), train(files, "one", renamed))
+    assert not same(train(corpus, "three"), train(corpus, "four", renamed))
