@@ -76,7 +76,8 @@ def probe(
         )
         st.pl.probe(result)
 
-    Beside `use_rep` there always are 50 principal components of log-normalised counts (``"PCs"``),
+    Beside `use_rep` there always are 50 principal components of log-normalised counts (``"PCs"``;
+    scaled to the median total, as scanpy does by default),
     these with their means over the ten nearest cells (``"PCs + neighbours"``), and logistic
     regression on the counts themselves (``"log counts"``), all of the genes that the slices share,
     or of the 3,000 that vary most. The components are found on all slices, the left-out one too,

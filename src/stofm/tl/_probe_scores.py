@@ -311,7 +311,7 @@ def side_by_side(parts: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
 def log_counts(slices: SliceTables, *, layer: str | None = None) -> sparse.csr_matrix:
     """Log-normalised counts of the genes that all tables have, (n_obs, n_genes).
 
-    A cell's counts, of all its genes, are scaled to 10,000.
+    A cell's counts, of all its genes, are scaled to the median total of the cells, as scanpy does.
     """
     columns = read_columns(slices)
     genes = choose_panel(columns)
@@ -319,14 +319,16 @@ def log_counts(slices: SliceTables, *, layer: str | None = None) -> sparse.csr_m
         raise ValueError(
             f"The AnnData have a single gene in common, {genes[0].name!r}; two are needed."
         )
-    parts = []
+    parts, totals = [], []
     for k, (table, names) in enumerate(zip(slices.tables, columns, strict=True)):
         choice = selector([names.same_gene(gene) for gene in genes], table.n_vars)
         with slices.naming(k):
             for block in read_counts(table, layer=counts_layer(table, layer)):
-                totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-                parts.append(log_normalised(sparse.csr_matrix(block @ choice), totals))
-    return sparse.vstack(parts, format="csr")
+                totals.append(np.asarray(block.sum(axis=1, dtype=np.float64)).ravel())
+                parts.append(sparse.csr_matrix(block @ choice))
+    depths = np.concatenate(totals)
+    usual = float(np.median(depths[depths > 0])) if depths.any() else 1.0
+    return log_normalised(sparse.vstack(parts, format="csr"), depths, target_sum=usual)
 
 
 def most_variable(values: sparse.csr_matrix) -> sparse.csr_matrix:
