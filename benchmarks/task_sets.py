@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 #: Column that tasks with a reference read its types from.
 LABEL_KEY = "cell_type"
 
-#: Share of a slice's cells to test on, in blocks, and the margin around them in micrometres.
+#: Share of a slice's cells to test on, in blocks.
 _TESTED_SHARE = 0.25
-_MARGIN = 50.0
 #: A spot's composition counts if it has so many cells with a type, and such a share of its cells.
 _LEAST_CELLS = 5
 _LEAST_LABELLED = 0.8
@@ -203,7 +202,7 @@ def load_annotation(folder: Folder, task: Task) -> Annotation:
     if task.fit:
         fitted = {name: labels[name] for name in task.fit}
     else:
-        rows, tested = split_blocks(loaded.slices[task.test], truth != NO_CLASS, margin=_MARGIN)
+        rows, tested = split_blocks(loaded.slices[task.test], truth != NO_CLASS)
         fitted = {task.test: _only(truth, rows)}
         truth = _only(truth, tested)
     classes = common_classes(np.concatenate(list(fitted.values())))
@@ -216,12 +215,9 @@ def load_annotation(folder: Folder, task: Task) -> Annotation:
 
 
 def split_blocks(
-    adata: AnnData, use: NDArray[np.bool_], *, margin: float | None
+    adata: AnnData, use: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to fit and rows to test among those that are used: blocks of the plane, with a margin.
-
-    Without a width of the margin it is twice the distance between neighbours.
-    """
+    """Rows to fit and rows to test among those that are used: blocks of the plane, with a margin."""
     rows = np.flatnonzero(use)
     slices = [np.searchsorted(rows, np.intersect1d(rows, own)) for own in rows_by_slice(adata)]
     split = split_cells(
@@ -229,7 +225,6 @@ def split_blocks(
         [own for own in slices if len(own)],
         how="blocks",
         share=_TESTED_SHARE,
-        margin=margin,
         seed=0,
     )
     return rows[split.fitted], rows[split.held_out]
@@ -267,7 +262,7 @@ def load_known_spots(folder: Folder) -> Proportions:
     """The same sums of cells, a part of them with known proportions."""
     spots = load_pseudospots(folder)
     adata = spots.query.copy()
-    rows, tested = split_blocks(adata, np.ones(adata.n_obs, dtype=bool), margin=None)
+    rows, tested = split_blocks(adata, np.ones(adata.n_obs, dtype=bool))
     known = spots.truth.copy()
     known.loc[~np.isin(np.arange(adata.n_obs), rows)] = np.nan
     adata.obsm["known"] = known
@@ -327,7 +322,7 @@ def load_imputation(folder: Folder, task: Task) -> Imputation:
     test = folder.read(task.test)
     if task.fit:
         return hold_out([folder.read(name) for name in task.fit], test)
-    rows, tested = split_blocks(test, np.ones(test.n_obs, dtype=bool), margin=_MARGIN)
+    rows, tested = split_blocks(test, np.ones(test.n_obs, dtype=bool))
     return hold_out([test[rows].copy()], test[tested].copy())
 
 

@@ -82,8 +82,7 @@ def test_classes_to_learn_and_to_test_come_from_different_slices(folder):
     assert task.slices["a"] is folder.read("a")
 
 
-def test_blocks_of_a_slice_are_tested_with_a_margin(folder, monkeypatch):
-    monkeypatch.setattr(task_sets, "_MARGIN", 20.0)
+def test_blocks_of_a_slice_are_tested_with_a_margin(folder):
     task = task_sets.load_annotation(folder, WITHIN)
     learnt, tested = task.fitted["c"] != "", task.truth != ""
     assert not (learnt & tested).any()
@@ -94,7 +93,8 @@ def test_blocks_of_a_slice_are_tested_with_a_margin(folder, monkeypatch):
     for name in ("left", "right"):
         own = (adata.obs["slice_id"] == name).to_numpy()
         places = [adata.obsm["spatial"][own & part] for part in (tested, learnt)]
-        assert cKDTree(places[0]).query(places[1])[0].min() > 20.0
+        own_spacing = np.median(cKDTree(places[1]).query(places[1], 2)[0][:, 1])
+        assert cKDTree(places[0]).query(places[1])[0].min() > own_spacing
 
 
 def test_regions_without_rare_ones(folder):

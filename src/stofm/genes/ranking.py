@@ -218,10 +218,9 @@ def rank_genes(
     """Order the genes of each cell by their count relative to the gene's median.
 
     The value of gene g in cell c is count / total count of c x 10,000 / median of g (SToFM,
-    arXiv 2507.11588, section 3.2, after Geneformer). Total and factor are the same for all
-    genes of a cell and positive, so the order is that of count / median. Equal values (to
-    about 1e-10 relative) are ordered by token, so the result does not depend on the order of
-    columns.
+    arXiv 2507.11588, section 3.2, after Geneformer). Total and factor are the same for all genes
+    of a cell, so the order is that of count / median. Equal values (to about 1e-10 relative) are
+    ordered by token: the order of columns does not matter.
 
     Parameters
     ----------
@@ -236,12 +235,8 @@ def rank_genes(
     duplicates
         Columns with the same token: ``"sum"`` adds their counts first. ``"keep"`` ranks each
         on its own, so a token can occur twice, as in the reference implementation.
-    values
-        Return the values too, not their order only.
-    depth_power
-        Values are count x (10,000 / total)^`depth_power` / median. 1 is the paper's rule, 0 leaves
-        counts as they are. With 1, a single count in a cell of 100 counts weighs as much as 100
-        counts in a cell of 10,000, and is mostly noise.
+    values, depth_power
+        Return the values too: count x (10,000 / total)^`depth_power` / median.
 
     Returns
     -------
