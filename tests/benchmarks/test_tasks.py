@@ -154,8 +154,7 @@ def test_expression_is_in_units_of_the_genes_that_may_be_read(imputation, folder
     assert imputation.truth.columns.tolist() == imputation.genes
 
 
-def test_imputation_in_blocks_of_one_slice(folder, monkeypatch):
-    monkeypatch.setattr(task_sets, "_MARGIN", 20.0)
+def test_imputation_in_blocks_of_one_slice(folder):
     task = task_sets.load_imputation(folder, WITHIN)
     (fit,) = task.fit
     assert not set(fit.obs_names) & set(task.query.obs_names)
