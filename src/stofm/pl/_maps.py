@@ -121,9 +121,10 @@ def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> li
 def _members(adata: AnnData, library_key: str | None) -> dict[str, NDArray[np.int64]]:
     """Rows of each slice, by name."""
     if library_key is None:
-        record = read_record(adata, Uns.SUBSLICE) or {}
-        library_key = record.get("params", {}).get("library_key") or described_column(adata)
-    if library_key is None:
+        # As they were embedded, if they were.
+        params = (read_record(adata, Uns.SUBSLICE) or {}).get("params")
+        library_key = described_column(adata) if params is None else params.get("library_key")
+    if not library_key:
         return {"": np.arange(adata.n_obs)}
     require_name(library_key, adata.obs, f"library_key={library_key!r} is not a column of obs.")
     column = category_names(adata.obs[library_key])
