@@ -313,7 +313,7 @@ class StofmConfig(Checked):
                 d_gene=512,
                 max_positions=129,
                 values="log",
-                depth_power=0.75,
+                depth_power=0.25,
                 pooled=True,
             ),
             se2_transformer=SE2TransformerConfig(
