@@ -8,7 +8,7 @@ from stofm._lazy import lazy
 from stofm._version import __version__
 
 if TYPE_CHECKING:
-    from stofm import datasets, genes, metrics, nn, pl, pp, spatial, tl, train
+    from stofm import datasets, genes, im, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.io import read
     from stofm.nn import Stofm
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "datasets",
     "genes",
+    "im",
     "metrics",
     "nn",
     "pl",
@@ -33,7 +34,7 @@ __all__ = [
     "train",
 ]
 
-_AREAS = ("datasets", "genes", "metrics", "nn", "pl", "pp", "spatial", "tl", "train")
+_AREAS = ("datasets", "genes", "im", "metrics", "nn", "pl", "pp", "spatial", "tl", "train")
 
 __getattr__ = lazy(
     "stofm",

@@ -1,0 +1,272 @@
+"""Images of tissue as pyramids whose levels are read window by window."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._files import local, reading, take_back
+from stofm._logging import logger
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+_TIFF: Final = {".btf", ".ndpi", ".scn", ".svs", ".tf8", ".tif", ".tiff"}
+#: Micrometres of the units that files state sizes in.
+_MICRONS: Final = {
+    "nm": 1e-3,
+    "µm": 1.0,
+    "μm": 1.0,
+    "um": 1.0,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "in": 25_400.0,
+}
+#: Units of the resolution tag of TIFF, by number.
+_TAG_UNITS: Final = {2: "in", 3: "cm"}
+#: A tag that says more micrometres a pixel than this is of a screen or a printer.
+_COARSEST: Final = 20.0
+#: Where the brightness of an image is looked at: windows a side, and pixels of a window's side.
+_WINDOWS, _WINDOW = 8, 64
+_BRIGHT: Final = 0.999
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One resolution of an image: something that can be sliced, and the order of its axes.
+
+    `axes` has the letters Y and X and at most one C; other axes have a length of 1.
+    """
+
+    array: Any
+    axes: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        size = dict(zip(self.axes, self.array.shape, strict=True))
+        return size["Y"], size["X"]
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Height and width of what is read at least, in pixels; 1 if the file does not say."""
+        sizes = getattr(self.array, "chunks", None) or (1,) * len(self.axes)
+        # dask has the sizes of all chunks.
+        largest = [max(one) if isinstance(one, tuple) else one for one in sizes]
+        size = dict(zip(self.axes, largest, strict=True))
+        return size["Y"], size["X"]
+
+    def read(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
+        """Read a window inside the image, (height, width, channels), as it is stored."""
+        places = {"Y": slice(top, bottom), "X": slice(left, right), "C": slice(None)}
+        part = np.asarray(self.array[tuple(places.get(axis, 0) for axis in self.axes)])
+        kept = [axis for axis in self.axes if axis in places]
+        if "C" not in kept:
+            part, kept = part[..., None], [*kept, "C"]
+        return part.transpose([kept.index(axis) for axis in "YXC"])
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """An image with its levels, the largest first, as red, green and blue from 0 to 1.
+
+    `white` is the stored value that becomes 1. `microns_per_pixel` is of the first level, None if
+    the file does not say.
+    """
+
+    levels: tuple[Level, ...]
+    name: str
+    white: float
+    microns_per_pixel: float | None = None
+    file: Any = None
+
+    @classmethod
+    def make(cls, levels: Sequence[Level], name: str, **more: Any) -> Slide:
+        """Check what the levels hold, and find which value is white."""
+        first = levels[0]
+        others = [n for a, n in zip(first.axes, first.array.shape, strict=True) if a not in "YXC"]
+        n_channels = dict(zip(first.axes, first.array.shape, strict=True)).get("C", 1)
+        if set(others) - {1} or n_channels not in (1, 3, 4) or 0 in first.shape:
+            raise ValueError(
+                f"{name} has the axes {first.axes} and the shape {tuple(first.array.shape)}; expected "
+                "height, width and 1, 3 or 4 channels. Choose a plane and the channels, and pass an "
+                "array: image=array[:, :, [0, 1, 2]]"
+            )
+        return cls(tuple(levels), name, _white_of(levels[-1], name), **more)
+
+    def read(self, level: int, window: tuple[int, int, int, int], step: int) -> NDArray[np.float32]:
+        """Read a window of a level, each pixel a mean of `step` x `step`: (height, width, 3).
+
+        The window (top, bottom, left, right) is in pixels of the result. It may reach beyond the
+        image, which is reflected there.
+        """
+        height, width = (side // step for side in self.levels[level].shape)
+        rows, columns = reflect(*window[:2], height), reflect(*window[2:], width)
+        top, left = int(rows.min()), int(columns.min())
+        part = self.levels[level].read(
+            *(step * top, step * (int(rows.max()) + 1)),
+            *(step * left, step * (int(columns.max()) + 1)),
+        )
+        means = np.zeros((part.shape[0] // step, part.shape[1] // step, part.shape[2]), np.float32)
+        for place in np.ndindex(step, step):
+            means += part[place[0] :: step, place[1] :: step]
+        means *= 1.0 / (self.white * step**2)
+        np.clip(means, 0.0, 1.0, out=means)
+        return _as_colours(means)[rows - top][:, columns - left]
+
+    def overview(
+        self, low: NDArray[np.float64], high: NDArray[np.float64], n_pixels: int
+    ) -> tuple[NDArray[np.float32], tuple[float, float, float, float]]:
+        """What lies between two corners (x, y), at about `n_pixels` of its longer side or fewer.
+
+        Also gives its left, right, lower and upper edge in pixels of the first level.
+        """
+        size = np.array(self.levels[0].shape[::-1])
+        low, high = np.clip(low, 0, size - 1), np.clip(high, 1, size)
+        wanted = max(1.0, float((high - low).max()) / n_pixels)
+        factors = [size[1] / level.shape[0] for level in self.levels]
+        level = max(k for k, factor in enumerate(factors) if factor <= max(wanted, factors[0]))
+        step = min(max(1, int(wanted / factors[level])), min(self.levels[level].shape))
+        unit = factors[level] * step
+        start = np.floor(low / unit).astype(int)
+        stop = np.maximum(np.ceil(high / unit).astype(int), start + 1)
+        (left, top), (right, bottom) = start, stop
+        part = self.read(level, (top, bottom, left, right), step)
+        return part, (left * unit, right * unit, bottom * unit, top * unit)
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self.file is not None:
+            self.file.close()
+
+
+def reflect(start: int, stop: int, n: int) -> NDArray[np.int64]:
+    """Places start..stop in a row of n that is reflected at both ends, however far beyond them."""
+    places = np.arange(start, stop) % (2 * n)
+    return np.minimum(places, 2 * n - 1 - places)
+
+
+def _as_colours(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Three channels: grey is repeated, and what is transparent becomes white."""
+    if values.shape[2] == 4:
+        return values[..., :3] * values[..., 3:] + (1.0 - values[..., 3:])
+    return np.broadcast_to(values, (*values.shape[:2], 3))
+
+
+def _white_of(level: Level, name: str) -> float:
+    """Value that stands for white: 255 of bytes, else what only one pixel in 1,000 exceeds."""
+    kind = np.dtype(level.array.dtype)
+    if kind == np.uint8 or kind == np.bool_:
+        return 255.0 if kind == np.uint8 else 1.0
+    height, width = level.shape
+    found = [
+        level.read(top, min(top + _WINDOW, height), left, min(left + _WINDOW, width)).ravel()
+        for top in _spread(height)
+        for left in _spread(width)
+    ]
+    values = np.concatenate(found).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or infinite values: replace them by those of background.")
+    largest = float(values.max())
+    if kind.kind == "f" and largest <= 255.0:
+        return 1.0 if largest <= 1.0 else 255.0
+    white = float(np.quantile(values, _BRIGHT)) or 1.0
+    logger.info("%s (%s): values from 0 to %g become 0 to 1.", name, kind, white)
+    return white
+
+
+def _spread(n: int) -> list[int]:
+    """Starts of windows over a side of n pixels."""
+    return np.unique(np.linspace(0, max(0, n - _WINDOW), _WINDOWS).astype(int)).tolist()
+
+
+# Where images come from
+
+
+def of_array(array: Any, name: str = "The image") -> Slide:
+    """Take an array (height, width), with channels last, or a few of them first."""
+    shape = getattr(array, "shape", ())
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"{name} has the shape {tuple(shape)}; expected (height, width, channels)."
+        )
+    is_first = len(shape) == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4)
+    axes = "YX" if len(shape) == 2 else "CYX" if is_first else "YXC"
+    return Slide.make([Level(array, axes)], name)
+
+
+def of_file(path: str | os.PathLike[str]) -> Slide:
+    """Open an image file: TIFF lazily with its pyramid, others whole."""
+    place = take_back(local(path))
+    if not place.is_file():
+        raise FileNotFoundError(f"There is no image file {str(path)!r}.")
+    needed = "tifffile" if place.suffix.lower() in _TIFF else "Pillow"
+    try:
+        with reading(Path(path), "image"):
+            return (_of_tiff if needed == "tifffile" else _of_picture)(place, str(path))
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {place.name} needs {needed}: pip install 'stofm[image]' ({error})"
+        ) from error
+
+
+def _of_picture(path: Path, name: str) -> Slide:
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        # Palettes hold colours by number.
+        wanted = {"P": "RGBA", "PA": "RGBA", "LA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"}
+        return of_array(np.asarray(opened.convert(wanted.get(opened.mode, opened.mode))), name)
+
+
+def _of_tiff(path: Path, name: str) -> Slide:
+    import tifffile
+    import zarr
+
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tifffile.TiffFile(path))
+        # The largest: slides have labels and overviews beside it.
+        series = max(file.series, key=lambda one: one.size)
+        levels = [
+            Level(zarr.open(series.aszarr(level=k), mode="r"), one.axes.replace("S", "C"))
+            for k, one in enumerate(series.levels)
+        ]
+        slide = Slide.make(
+            levels, name, microns_per_pixel=_microns_of_tiff(file, series), file=file
+        )
+        stack.pop_all()
+        return slide
+
+
+def _microns_of_tiff(file: Any, series: Any) -> float | None:
+    """Micrometres a pixel by OME, by a slide scanner's description, or by the resolution tag."""
+    page = series.keyframe
+    if file.ome_metadata:
+        pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", file.ome_metadata)
+        found = dict(re.findall(r'(PhysicalSizeX(?:Unit)?)="([^"]*)"', pixels[0] if pixels else ""))
+        unit = _MICRONS.get(found.get("PhysicalSizeXUnit", "µm"))
+        if unit and "PhysicalSizeX" in found:
+            return _positive(float(found["PhysicalSizeX"]) * unit)
+    if stated := re.search(r"\bMPP\s*=\s*([\d.]+)", page.description):
+        return _positive(float(stated[1]))
+    tags = page.tags
+    if "XResolution" in tags and "ResolutionUnit" in tags:
+        numerator, denominator = tags["XResolution"].value
+        unit = _MICRONS.get(_TAG_UNITS.get(int(tags["ResolutionUnit"].value), ""))
+        found_size = unit * denominator / numerator if unit and numerator else math.inf
+        return _positive(found_size) if found_size <= _COARSEST else None
+    return None
+
+
+def _positive(value: float) -> float | None:
+    return value if 0 < value < math.inf else None
