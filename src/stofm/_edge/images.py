@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -38,7 +38,6 @@ class SliceImage:
 
     slide: Slide
     matrix: NDArray[np.float64]
-    factors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
@@ -78,10 +77,7 @@ def open_images(
             one = _open(data, table, name, _of_slice(image, name, "`image`"))
             stack.callback(one.slide.close)
             own = _of_slice(scale, name, "`scale`")
-            if own is not None:
-                factors = one.factors
-                one = SliceImage(one.slide, _scaling(_positive(own, "scale")), factors)
-            opened.append(one)
+            opened.append(one if own is None else SliceImage(one.slide, _scaling(own, "scale")))
         yield opened
 
 
@@ -106,40 +102,40 @@ def _positive(value: Any, name: str) -> float:
     return float(value)
 
 
-def _scaling(factor: float) -> NDArray[np.float64]:
-    return factor * np.eye(2, 3)
+def _scaling(factor: Any, name: str) -> NDArray[np.float64]:
+    return _positive(factor, name) * np.eye(2, 3)
 
 
 def _open(data: Any, table: AnnData, name: str, image: Any) -> SliceImage:
     images = getattr(data, "images", {})
     if images and (image is None or (isinstance(image, str) and image in images)):
         return _of_spatialdata(data, table, name, image)
-    library = _library_of(table, name)
-    stored = library.get("images", {})
-    if image is None or (isinstance(image, str) and image in stored):
-        return _of_library(library, name, image)
-    if isinstance(image, str | os.PathLike):
-        return SliceImage(of_file(image), _scaling(1.0))
-    return SliceImage(of_array(image), _scaling(1.0))
+    if image is None or (isinstance(image, str) and image in _library_of(table, name, "images")):
+        return _of_library(table, name, image)
+    slide = of_file(image) if isinstance(image, str | os.PathLike) else of_array(image)
+    return SliceImage(slide, np.eye(2, 3))
 
 
-def _library_of(table: AnnData, name: str) -> Mapping[str, Any]:
-    libraries = table.uns.get("spatial")
-    if not isinstance(libraries, Mapping) or not libraries:
-        return {}
-    found = _of_slice(libraries, name, "uns['spatial']")
-    return found if isinstance(found, Mapping) else {}
+def _library_of(table: AnnData, name: str, part: str) -> Mapping[str, Any]:
+    """Images or scale factors that scanpy keeps of a slice, if there are any."""
+    libraries = table.uns.get("spatial") or {}
+    is_only = not name and len(libraries) == 1
+    library = libraries.get(next(iter(libraries)) if is_only else name, {})
+    found: Mapping[str, Any] = library.get(part, {})
+    return found
 
 
-def _of_library(library: Mapping[str, Any], name: str, image: str | None) -> SliceImage:
+def _of_library(table: AnnData, name: str, image: str | None) -> SliceImage:
     """Image that scanpy keeps, the larger if there are two and none is named."""
-    images, factors = library.get("images", {}), library.get("scalefactors", {})
+    images, factors = (_library_of(table, name, part) for part in ("images", "scalefactors"))
     size = image or next((one for one in ("hires", "lowres") if one in images), None)
     where = f"uns['spatial'][{name!r}]" if name else "uns['spatial']"
     if size is None:
+        there = list(table.uns.get("spatial") or {})
         raise KeyError(
-            f"{where} has no image 'hires' or 'lowres' (it has {sorted(images) or 'none'}). Pass `image`: "
-            "a file, an array, or a dict of them by slice."
+            f"There is no image 'hires' or 'lowres' in {where}; uns['spatial'] holds {there}. Pass "
+            "`library_key`, a column whose values have these names, or `image`: a file, an array, or a "
+            "dict of them by slice."
         )
     key = f"tissue_{size}_scalef"
     if key not in factors:
@@ -149,7 +145,7 @@ def _of_library(library: Mapping[str, Any], name: str, image: str | None) -> Sli
             "an array with that number: image=..., scale=..."
         )
     slide = of_array(images[size], f"{where}['images'][{size!r}]")
-    return SliceImage(slide, _scaling(_positive(factors[key], key)), factors)
+    return SliceImage(slide, _scaling(factors[key], key))
 
 
 def _of_spatialdata(data: Any, table: AnnData, name: str, image: str | None) -> SliceImage:
@@ -171,8 +167,7 @@ def _of_spatialdata(data: Any, table: AnnData, name: str, image: str | None) -> 
             f"The image {key!r} has the coordinate systems {sorted(systems)}, and the cells are in "
             f"{system!r}: set a transformation of the image to that system."
         )
-    axes = ("x", "y")
-    whole = systems[system].to_affine_matrix(input_axes=axes, output_axes=axes)
+    whole = systems[system].to_affine_matrix(("x", "y"), ("x", "y"))
     # Several resolutions are a tree, which lists them from the largest.
     arrays = (
         [element]
@@ -190,32 +185,29 @@ def _of_spatialdata(data: Any, table: AnnData, name: str, image: str | None) -> 
 def read_microns(
     table: AnnData,
     places: dict[str, NDArray[np.float64]],
-    images: Sequence[SliceImage] | None,
-    *,
+    images: Sequence[SliceImage],
     spatial_key: str,
     microns_per_unit: Any,
     pitch: float | None,
 ) -> tuple[list[float], float]:
     """Find micrometres of a unit of the coordinates, for each slice; nothing is guessed.
 
-    Also tells how many micrometres cells are apart. `places` are coordinates by slice; `images` are
-    None where features were computed elsewhere.
+    Also tells how many micrometres cells are apart. `places` are coordinates by slice; there are no
+    `images` where features were made elsewhere.
     """
     found, apart = [], []
     for k, (name, xy) in enumerate(places.items()):
         spacing = _spacing(xy)
-        given = _of_slice(microns_per_unit, name, "`microns_per_unit`")
-        if given is not None:
-            unit = _positive(given, "microns_per_unit")
-        else:
-            one = None if images is None else images[k]
-            library = _library_of(table, name).get("scalefactors", {})
-            factors = library if one is None else one.factors
-            stated = _stated(table, one, factors, spatial_key)
-            stated = stated or _of_visium(name, xy, spacing, factors)
-            unit = _compared(name, stated, pitch, spacing, spatial_key)
-        found.append(unit)
-        apart.append(unit * spacing)
+        unit = _of_slice(microns_per_unit, name, "`microns_per_unit`")
+        if unit is None:
+            one = images[k] if images else None
+            unit = _stated(table, one, name, spatial_key)
+            other = pitch
+            if unit is None and (unit := _of_visium(table, name, xy, spacing)):
+                other = pitch or _PITCH
+            unit = _compared(name, unit, other, spacing, spatial_key)
+        found.append(_positive(unit, "microns_per_unit"))
+        apart.append(found[-1] * spacing)
     return found, float(np.median(apart))
 
 
@@ -229,69 +221,46 @@ def _spacing(xy: NDArray[np.float64]) -> float:
     return float(np.median(near)) if near.size else 0.0
 
 
-def _compared(
-    name: str, stated: float | None, pitch: float | None, spacing: float, spatial_key: str
-) -> float:
-    """What is stated, or what the pitch says; warn if they differ, refuse if there is neither."""
-    by_pitch = _positive(pitch, "pitch") / spacing if pitch is not None and spacing else None
-    if stated and by_pitch and abs(by_pitch / stated - 1) > _DISAGREE:
-        warn(
-            f"{_called(name)}: {stated:.4g} µm a unit of the coordinates by the metadata is taken; "
-            f"pitch={pitch} says {by_pitch:.4g}. Pass microns_per_unit={by_pitch:.4g} if that is right."
-        )
-    if not (stated or by_pitch):
-        raise ValueError(
-            f"{_called(name)}: nothing says how many micrometres a unit of obsm[{spatial_key!r}] is: no "
-            "metadata of the image, no spots that lie as Visium's do. Pass `microns_per_unit` (of "
-            "coordinates in pixels: the micrometres of a pixel), or `pitch`, the micrometres between "
-            "the middles of neighbouring spots, such as pitch=200 for the 1,000 spots of Spatial "
-            "Transcriptomics."
-        )
-    return stated or by_pitch or 0.0
-
-
-def _called(name: str) -> str:
-    return f"Slice {name!r}" if name else "The slice"
-
-
-def _stated(
-    table: AnnData, image: SliceImage | None, factors: Mapping[str, Any], spatial_key: str
-) -> float | None:
+def _stated(table: AnnData, image: SliceImage | None, name: str, spatial_key: str) -> float | None:
     """What :func:`stofm.read`, the image's file or Visium HD's scale factors say."""
     source = read_record(table, Uns.SOURCE) or {}
     if spatial_key == Obsm.SPATIAL and source.get("unit") == "micrometre":
         return 1.0
     if image is not None and image.slide.microns_per_pixel is not None:
         return image.slide.microns_per_pixel * image.scale
-    if "microns_per_pixel" in factors:
-        return _positive(factors["microns_per_pixel"], "microns_per_pixel of the scale factors")
-    return None
+    stated: float | None = _library_of(table, name, "scalefactors").get("microns_per_pixel")
+    return stated
 
 
-def _of_visium(
-    name: str, xy: NDArray[np.float64], spacing: float, factors: Mapping[str, Any]
-) -> float | None:
+def _of_visium(table: AnnData, name: str, xy: NDArray[np.float64], spacing: float) -> float | None:
     """65 µm per ``spot_diameter_fullres``, if the spots lie as those of Visium do."""
-    diameter = float(factors.get("spot_diameter_fullres", 0.0))
-    if (
-        not diameter
-        or not _RATIO[0] <= spacing / diameter <= _RATIO[1]
-        or not _is_hexagonal(xy, spacing)
-    ):
+    diameter = float(_library_of(table, name, "scalefactors").get("spot_diameter_fullres", 0.0))
+    if not diameter or not _RATIO[0] <= spacing / diameter <= _RATIO[1]:
         return None
-    by_diameter, by_pitch = _SPOT / diameter, _PITCH / spacing
-    if abs(by_pitch / by_diameter - 1) > _DISAGREE:
-        warn(
-            f"{_called(name)}: spot_diameter_fullres says {by_diameter:.4g} µm a unit of the coordinates "
-            f"and is taken; the distance of neighbouring spots (100 µm) says {by_pitch:.4g}. Pass "
-            f"microns_per_unit={by_pitch:.4g} if that is right."
-        )
-    return by_diameter
-
-
-def _is_hexagonal(xy: NDArray[np.float64], spacing: float) -> bool:
-    """Whether neighbours lie in six directions, which of a square lattice cancel out."""
     first, second = cKDTree(xy).query_pairs(1.2 * spacing, output_type="ndarray").T
     way = (xy[second] - xy[first]) @ np.array([1.0, 1.0j])
-    way = way[way != 0]
-    return bool(len(way) and abs(np.mean((way / np.abs(way)) ** 6)) > _HEXAGONAL)
+    # Neighbours lie in six directions; those of a square lattice cancel out.
+    is_hexagonal = abs(np.mean((way / np.abs(way)) ** 6)) > _HEXAGONAL
+    return _SPOT / diameter if is_hexagonal else None
+
+
+def _compared(
+    name: str, stated: float | None, pitch: float | None, spacing: float, spatial_key: str
+) -> float:
+    """What is stated, or what the pitch says; warn if they differ, refuse if there is neither."""
+    called = f"Slice {name!r}" if name else "The slice"
+    by_pitch = _positive(pitch, "pitch") / spacing if pitch is not None and spacing else None
+    if stated and by_pitch and abs(by_pitch / stated - 1) > _DISAGREE:
+        warn(
+            f"{called}: {stated:.4g} µm a unit of the coordinates by the metadata is taken; neighbouring "
+            f"spots at {pitch:g} µm say {by_pitch:.4g}. Pass microns_per_unit={by_pitch:.4g} if that is "
+            "right."
+        )
+    if not (stated or by_pitch):
+        raise ValueError(
+            f"{called}: nothing says how many micrometres a unit of obsm[{spatial_key!r}] is: no metadata "
+            "of the image, no spots that lie as Visium's do. Pass `microns_per_unit` (of coordinates in "
+            "pixels: the micrometres of a pixel), or `pitch`, the micrometres between the middles of "
+            "neighbouring spots, such as pitch=200 for the 1,000 spots of Spatial Transcriptomics."
+        )
+    return stated or by_pitch or 0.0

@@ -20,7 +20,7 @@ from stofm._edge.tables import (
 )
 from stofm._keys import Obsm, Suffix
 from stofm.image.encoders import choose_encoder
-from stofm.image.features import Scene, choose_sides, embed_scenes, niche_means
+from stofm.image.patches import Scene, choose_sides, embed_scenes, niche_means
 from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def embed(
 
     References
     ----------
-    ST-Align (arXiv 2411.16793): spot and niche in the image.
+    ST-Align: Multi-Scale Image-Gene Foundation Modeling for Spatial Transcriptomics via Spot-Niche
+    Alignment (openreview.net/forum?id=EWzPy228cM), for spot and niche.
 
     Examples
     --------
@@ -146,34 +147,33 @@ def embed(
     places = read_places(seen, spatial_key=spatial_key, library_key=library_key)
     names, members = places.slices.names, places.slices.rows
     xy = {name: places.coordinates[rows] for name, rows in zip(names, members, strict=True)}
-    units = {"spatial_key": spatial_key, "microns_per_unit": microns_per_unit, "pitch": pitch}
-    if isinstance(encoder, str) and encoder in table.obsm:
-        spot = read_representation(table, encoder)
-        microns, apart = read_microns(seen, xy, None, **units)
-        sides, niche = choose_sides(crops, apart), np.empty_like(spot)
-        for rows, unit in zip(members, microns, strict=True):
-            niche[rows] = niche_means(spot[rows], places.coordinates[rows], sides[1] / 2 / unit)
-        facts: dict[str, Any] = {"fingerprint": fingerprint(spot)}
-    else:
-        chosen = choose_encoder(encoder, choose_device(device))
-        with open_images(adata, seen, names, image=image, scale=scale) as images:
-            microns, apart = read_microns(seen, xy, images, **units)
-            sides = choose_sides(crops, apart)
+    is_ready = isinstance(encoder, str) and encoder in table.obsm
+    chosen = None if is_ready else choose_encoder(encoder, choose_device(device))
+    opening = open_images(adata, seen, [] if is_ready else names, image=image, scale=scale)
+    with opening as images:
+        microns, apart = read_microns(seen, xy, images, spatial_key, microns_per_unit, pitch)
+        sides = choose_sides(crops, apart)
+        facts: dict[str, Any] = {
+            "slice": np.array(names, dtype=object),
+            "microns_per_unit": np.array(microns),
+        }
+        if chosen is None:
+            spot = read_representation(table, encoder)
+            niche, facts["fingerprint"] = np.empty_like(spot), fingerprint(spot)
+            for rows, unit in zip(members, microns, strict=True):
+                niche[rows] = niche_means(spot[rows], places.coordinates[rows], sides[1] / 2 / unit)
+        else:
             scenes = [
                 Scene(name, rows, one.slide, one.pixels_of(xy[name]), unit / one.scale)
                 for name, rows, one, unit in zip(names, members, images, microns, strict=True)
             ]
             spot, niche = embed_scenes(scenes, sides, chosen, show_progress_bar=show_progress_bar)
-        facts = {
-            "fingerprint": chosen.fingerprint,
-            "n_pixels": chosen.n_pixels,
-            "image": np.array([Path(one.slide.name).name for one in scenes], dtype=object),
-            "microns_per_pixel": np.array([one.microns_per_pixel for one in scenes]),
-        }
-        encoder = chosen.name
+            facts |= {"fingerprint": chosen.fingerprint, "n_pixels": chosen.n_pixels}
+            facts["image"] = np.array([Path(one.slide.name).name for one in scenes], dtype=object)
+            facts["microns_per_pixel"] = np.array([one.microns_per_pixel for one in scenes])
     target = table.copy() if copy else table
-    params = {"encoder": encoder, "spatial_key": spatial_key, "library_key": places.slices.column}
-    facts |= {"slice": np.array(names, dtype=object), "microns_per_unit": np.array(microns)}
+    name = encoder if chosen is None else chosen.name
+    params = {"encoder": name, "spatial_key": spatial_key, "library_key": places.slices.column}
     with all_or_nothing(target):
         for key, values, side in zip(keys, (spot, niche), sides, strict=True):
             target.obsm[key] = values

@@ -18,7 +18,8 @@ from stofm._files import local, reading, take_back
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.image.networks import CompactCNN, build, statistics
-from stofm.nn.checkpoint import read_tensors, require_finite
+from stofm.nn.checkpoint import find_checkpoint, read_tensors, require_finite
+from stofm.nn.device import seeded
 from stofm.nn.model import UntrainedModelWarning
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ _SMALL, _LARGE = 64, 224
 #: Pixels of a batch.
 _BATCH_PIXELS: Final = 2**20
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
+_FILES: Final = ("config.json", "preprocessor_config.json", "README.md", *_WEIGHTS)
+BUILT_IN: Final = ("cnn", "statistics")
+#: Parts of a transformers model that features do not need.
+_NEEDLESS: Final = re.compile(r"(^|\.)(pooler|head|text\w*|logit_scale)(\.|$)")
 #: Terms of a licence that forbid commercial use or derivatives.
 _RESTRICTED: Final = re.compile(
     r"(?<![a-z])(nc|nd)(?![a-z])|non-?_?\s?commercial|no-?_?derivative|research|academic",
@@ -75,8 +80,6 @@ class Encoder:
 
 def choose_encoder(encoder: Any, device: torch.device) -> Encoder:
     """Make an encoder of what a user names: see :func:`stofm.im.embed`."""
-    if isinstance(encoder, Encoder):
-        return encoder
     if isinstance(encoder, str) and encoder == "cnn":
         warn(
             "The weights of the encoder 'cnn' are random, not trained: its features tell colour and "
@@ -112,59 +115,31 @@ def _of_network(
 
 def _digest(network: nn.Module) -> str:
     state = sorted(network.state_dict().items())
-    parts = (
-        (name, value.detach().cpu().reshape(-1).view(torch.uint8).numpy()) for name, value in state
-    )
-    return fingerprint(*(part for one in parts for part in one))
+    weights = (value.detach().cpu().reshape(-1).view(torch.uint8).numpy() for _, value in state)
+    return fingerprint(*(name for name, _ in state), *weights)
 
 
 # Weights of others
 
 
 def _of_files(source: str | Path, device: torch.device) -> Encoder:
-    path = _find(source)
-    folder = path if path.is_dir() else path.parent
+    file = take_back(local(source))
+    folder = (
+        file.parent if file.is_file() else find_checkpoint(source, embedded=BUILT_IN, files=_FILES)
+    )
     config = _read_json(folder / "config.json")
     _tell_licence(str(source), folder, config)
     if "model_type" in config:
         return _of_transformers(str(source), folder, device)
-    file = path if path.is_file() else _weights_in(folder)
+    if not file.is_file():
+        file = next((folder / one for one in _WEIGHTS if (folder / one).is_file()), folder)
+    if file == folder:
+        raise FileNotFoundError(f"{folder} has none of {list(_WEIGHTS)}; pass the file of weights.")
     network = build(_read_weights(file), config, str(file))
     stated = config.get("pretrained_cfg") or {}
     side = getattr(network, "n_pixels", (stated.get("input_size") or [_LARGE])[-1])
     mean, std = stated.get("mean") or _MEAN, stated.get("std") or _STD
     return _of_network(str(source), network, device, int(side), mean, std)
-
-
-def _find(source: str | Path) -> Path:
-    """Local file or folder, or the files of a model on the hub."""
-    path = take_back(local(source))
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[^./~][^/]*/[^/]+", str(source)):
-        raise FileNotFoundError(
-            f"There is no encoder {str(source)!r}: it is no entry of obsm, no file or folder, and no "
-            "hub id of the form 'owner/name'. Built in are 'cnn' and 'statistics'."
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["config.json", "preprocessor_config.json", "README.md", *_WEIGHTS]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"The encoder {str(source)!r} is no local folder and could not be had from the hub "
-            f"({type(error).__name__}: {error}). Pass a folder with its files."
-        ) from error
-
-
-def _weights_in(folder: Path) -> Path:
-    found = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} has none of {list(_WEIGHTS)}; pass the file of weights itself as `encoder`."
-        )
-    return found[0]
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -188,44 +163,41 @@ def _are_tensors(state: Mapping[str, Any]) -> bool:
     return bool(state) and all(isinstance(value, torch.Tensor) for value in state.values())
 
 
+class _Vision(nn.Module):
+    """A transformers model whose features are its class token, or else the mean of what it gives."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        names = (name for name, _ in model.named_parameters())
+        self.has_class = any(name.endswith(("cls_token", "class_embedding")) for name in names)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.model(pixel_values=images).last_hidden_state
+        if hidden.ndim == 4:
+            return hidden.mean(dim=(2, 3))
+        return hidden[:, 0] if self.has_class else hidden.mean(dim=1)
+
+
 def _of_transformers(name: str, folder: Path, device: torch.device) -> Encoder:
-    """Take the vision part of a model; its class token, or else the mean of what it gives."""
+    """Take the vision part of a model."""
     from transformers import AutoModel
 
-    with reading(folder, "folder of a transformers model"):
+    with reading(folder, "folder of a transformers model"), seeded(0):
         model, report = AutoModel.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True, output_loading_info=True
         )
-    model = getattr(model, "vision_model", model)
-    # Heads above the features may be lacking.
-    if missing := sorted(
-        one for one in report["missing_keys"] if "pooler" not in one and "text" not in one
-    ):
-        raise ValueError(
-            f"{folder} lacks weights of its model, such as {missing[:3]}: get it again."
-        )
-    has_class = any(
-        one.endswith(("cls_token", "class_embedding")) for one, _ in model.named_parameters()
-    )
-
-    class Features(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, images: Tensor) -> Tensor:
-            hidden = self.model(pixel_values=images).last_hidden_state
-            if hidden.ndim == 4:
-                return hidden.mean(dim=(2, 3))
-            return hidden[:, 0] if has_class else hidden.mean(dim=1)
-
+    # Heads above the features, and the part for texts, may be lacking.
+    missing = [one for one in report["missing_keys"] if not _NEEDLESS.search(one)]
+    if missing:
+        raise ValueError(f"{folder} lacks weights, such as {missing[:3]}: get it again.")
+    network = _Vision(getattr(model, "vision_model", model)).eval()
     stated = _read_json(folder / "preprocessor_config.json")
-    size = (
-        stated.get("crop_size") or stated.get("size") or getattr(model.config, "image_size", _LARGE)
-    )
+    own: Any = getattr(network.model.config, "image_size", _LARGE)
+    size = stated.get("crop_size") or stated.get("size") or own
     side = next(iter(size.values())) if isinstance(size, dict) else size
     mean, std = stated.get("image_mean") or _MEAN, stated.get("image_std") or _STD
-    return _of_network(name, Features().eval(), device, int(side), mean, std)
+    return _of_network(name, network, device, int(side), mean, std)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -239,15 +211,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _tell_licence(name: str, folder: Path, config: Mapping[str, Any]) -> None:
     """Log the licence of weights if it forbids commercial use or derivatives, or is not stated."""
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    stated = re.findall(r"^license(?:_name)?:\s*(\S+)", head[1] if head else "", re.MULTILINE)
-    stated += [
-        str(one["license"])
-        for one in (config, config.get("pretrained_cfg") or {})
-        if one.get("license")
-    ]
-    terms = ", ".join(dict.fromkeys(stated))
+    head = card.read_text(encoding="utf-8").split("---")[1:2] if card.is_file() else []
+    stated = re.findall(r"^license(?:_name)?:\s*(\S+)", "".join(head), re.MULTILINE)
+    stated += [str((config.get("pretrained_cfg") or config).get("license") or "")]
+    terms = " ".join(stated).strip()
     if _RESTRICTED.search(terms):
         logger.warning(
             "The licence of the weights %s is %s: commercial use, or passing on what was made from "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from stofm.nn.checkpoint import load_exactly
+from stofm.nn.device import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,22 +34,15 @@ class CompactCNN(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128), *, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        sizes = zip((3, *widths), widths, strict=False)
-        self.reduce = nn.ModuleList(
-            nn.Conv2d(
-                before,
-                after,
-                4 if before == 3 else 3,
-                stride=4 if before == 3 else 2,
-                padding=0 if before == 3 else 1,
-            )
-            for before, after in sizes
-        )
-        self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
-        for layer in (*self.reduce, *self.refine):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
+        steps = itertools.pairwise(widths)
+        with seeded(seed):
+            first = nn.Conv2d(3, widths[0], 4, stride=4)
+            others = (nn.Conv2d(*step, 3, stride=2, padding=1) for step in steps)
+            self.reduce = nn.ModuleList([first, *others])
+            self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
+            for layer in (*self.reduce, *self.refine):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, n, n) -> (B, d)
         """Encode images whose colours are about 0 on average."""
@@ -80,105 +78,106 @@ def statistics(images: Tensor) -> Tensor:  # (B, 3, n, n) -> (B, 30)
 
 
 class _ResNetBlock(nn.Module):
-    """Two convolutions of 3 x 3, or one between two of 1 x 1 that change the width."""
+    """Two or three convolutions beside a residual, of the sizes that weights have."""
 
-    def __init__(self, d_in: int, d_hidden: int, d_out: int, stride: int, *, is_deep: bool) -> None:
+    def __init__(self, state: Mapping[str, Tensor], prefix: str, stride: int) -> None:
         super().__init__()
-        self.is_deep = is_deep
-        first, second = (1, stride) if is_deep else (stride, 1)
-        side = 1 if is_deep else 3
-        self.conv1 = nn.Conv2d(d_in, d_hidden, side, first, side // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(d_hidden)
-        self.conv2 = nn.Conv2d(d_hidden, d_hidden, 3, second, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(d_hidden)
-        if is_deep:
-            self.conv3 = nn.Conv2d(d_hidden, d_out, 1, bias=False)
-            self.bn3 = nn.BatchNorm2d(d_out)
-        self.downsample = None
-        if stride > 1 or d_in != d_out:
-            conv = nn.Conv2d(d_in, d_out, 1, stride, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(d_out))
+        names = [f"{prefix}conv{k}.weight" for k in (1, 2, 3)]
+        shapes = [state[name].shape for name in names if name in state]
+        sides = [shape[2] for shape in shapes]
+        for k, (d_out, d_in, side, _) in enumerate(shapes):
+            # The first that sees neighbours takes every second pixel.
+            own = stride if k == sides.index(3) else 1
+            self.add_module(
+                f"conv{k + 1}", nn.Conv2d(d_in, d_out, side, own, side // 2, bias=False)
+            )
+            self.add_module(f"bn{k + 1}", nn.BatchNorm2d(d_out))
+        self.n_convs, self.downsample = len(shapes), nn.Sequential()
+        if f"{prefix}downsample.0.weight" in state:
+            conv = nn.Conv2d(shapes[0][1], shapes[-1][0], 1, stride, bias=False)
+            self.downsample.extend([conv, nn.BatchNorm2d(shapes[-1][0])])
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.is_deep:
-            out = self.bn3(self.conv3(F.relu(out)))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        out = x
+        for k in range(1, self.n_convs + 1):
+            out = getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(F.relu(out) if k > 1 else out))
+        return F.relu(out + self.downsample(x))
 
 
 class ResNet(nn.Module):
-    """ResNet (18 to 152 layers) whose features are the means of its last maps.
+    """ResNet of the size that weights under timm's names have; features are means of the last maps."""
 
-    `depths` counts the blocks of the four layers, `is_deep` tells blocks of three convolutions.
-    """
-
-    def __init__(self, depths: tuple[int, ...], *, is_deep: bool, width: int = 64) -> None:
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__()
+        width = state["layer1.0.conv1.weight"].shape[1]
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        d_in, self.n_layers = width, len(depths)
-        for k, depth in enumerate(depths):
-            hidden = width * 2**k
-            d_out = hidden * (4 if is_deep else 1)
-            blocks = [
-                _ResNetBlock(
-                    d_in if j == 0 else d_out,
-                    hidden,
-                    d_out,
-                    2 if k > 0 and j == 0 else 1,
-                    is_deep=is_deep,
-                )
-                for j in range(depth)
-            ]
-            setattr(self, f"layer{k + 1}", nn.Sequential(*blocks))
-            d_in = d_out
+        found = (re.match(r"(layer\d)\.\d+\.conv1\.", name) for name in state)
+        self.depths = Counter(sorted(one[1] for one in found if one))
+        for name, depth in self.depths.items():
+            strides = [1 if name == "layer1" else 2] + [1] * (depth - 1)
+            blocks = (
+                _ResNetBlock(state, f"{name}.{k}.", stride) for k, stride in enumerate(strides)
+            )
+            self.add_module(name, nn.Sequential(*blocks))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, n, n) -> (B, d)
         """Encode normalised images."""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
-        for k in range(self.n_layers):
-            x = getattr(self, f"layer{k + 1}")(x)
+        for name in self.depths:
+            x = getattr(self, name)(x)
         return x.mean(dim=(2, 3))
 
 
-class _ViTBlock(nn.Module):
-    """Attention and MLP, each after a norm and beside a residual."""
-
-    def __init__(
-        self, width: int, n_heads: int, d_fc1: int, d_fc2: int, *, has_bias: bool, is_scaled: bool
-    ) -> None:
+class _Scale(nn.Module):
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _ViTBlock(nn.Module):
+    """Attention and MLP, each after a norm and beside a residual; sizes are those of weights."""
+
+    def __init__(self, state: Mapping[str, Tensor], n_heads: int) -> None:
+        super().__init__()
+        d_fc1, width = state["blocks.0.mlp.fc1.weight"].shape
+        d_fc2 = state["blocks.0.mlp.fc2.weight"].shape[1]
         self.n_heads, self.is_gated = n_heads, d_fc1 == 2 * d_fc2
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        qkv = nn.Linear(width, 3 * width, bias=has_bias)
+        qkv = nn.Linear(width, 3 * width, bias="blocks.0.attn.qkv.bias" in state)
         self.attn = nn.ModuleDict({"qkv": qkv, "proj": nn.Linear(width, width)})
         fc1, fc2 = nn.Linear(width, d_fc1), nn.Linear(d_fc2, width)
         self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
-        if is_scaled:
-            self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(width)}) for _ in range(2))
-        self.is_scaled = is_scaled
+        is_scaled = "blocks.0.ls1.gamma" in state
+        self.ls1, self.ls2 = (_Scale(width) if is_scaled else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D)
         B, T, D = x.shape
         qkv = self.attn["qkv"](self.norm1(x)).view(B, T, 3, self.n_heads, D // self.n_heads)
         attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        attended = self.attn["proj"](attended.transpose(1, 2).reshape(B, T, D))
-        x = x + (attended * self.ls1["gamma"] if self.is_scaled else attended)
+        x = x + self.ls1(self.attn["proj"](attended.transpose(1, 2).reshape(B, T, D)))
         hidden = self.mlp["fc1"](self.norm2(x))
         if self.is_gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
             hidden = F.gelu(hidden)
-        out = self.mlp["fc2"](hidden)
-        return x + (out * self.ls2["gamma"] if self.is_scaled else out)
+        out: Tensor = x + self.ls2(self.mlp["fc2"](hidden))
+        return out
 
 
 class VisionTransformer(nn.Module):
-    """ViT of a size that weights under timm's names have: learnt positions, with or without registers.
+    """ViT of the size that weights under timm's names have, with or without registers.
 
     Features are the class token, or with ``pool="avg"`` the mean of the patches.
     """
+
+    cls_token: Tensor | None
+    reg_token: Tensor | None
+    pos_embed: Tensor
 
     def __init__(self, state: Mapping[str, Tensor], n_heads: int, pool: str) -> None:
         super().__init__()
@@ -194,18 +193,12 @@ class VisionTransformer(nn.Module):
         for name in ("cls_token", "reg_token", "pos_embed"):
             value = nn.Parameter(torch.zeros(state[name].shape)) if name in state else None
             self.register_parameter(name, value)
-        first, second = (state[f"blocks.0.mlp.fc{k}.weight"].shape[2 - k] for k in (1, 2))
-        is_block = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-        options = {
-            "has_bias": "blocks.0.attn.qkv.bias" in state,
-            "is_scaled": "blocks.0.ls1.gamma" in state,
-        }
-        self.blocks = nn.Sequential(
-            *(_ViTBlock(width, n_heads, first, second, **options) for _ in is_block)
+        n_blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        self.blocks = nn.Sequential(*(_ViTBlock(state, n_heads) for _ in range(n_blocks)))
+        self.norm, self.fc_norm = (
+            nn.LayerNorm(width, eps=1e-6) if f"{name}.weight" in state else nn.Identity()
+            for name in ("norm", "fc_norm")
         )
-        self.norms = [name for name in ("norm", "fc_norm") if f"{name}.weight" in state]
-        for name in self.norms:
-            setattr(self, name, nn.LayerNorm(width, eps=1e-6))
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, n, n) -> (B, D)
         """Encode normalised images."""
@@ -213,10 +206,10 @@ class VisionTransformer(nn.Module):
         x = x + self.pos_embed if self.adds_before else x
         prefix = [one for one in (self.cls_token, self.reg_token) if one is not None]
         x = torch.cat([*(one.expand(len(x), -1, -1) for one in prefix), x], dim=1)
-        x = self.blocks(x if self.adds_before else x + self.pos_embed)
-        x = self.norm(x) if "norm" in self.norms else x
+        x = self.norm(self.blocks(x if self.adds_before else x + self.pos_embed))
         x = x[:, self.n_prefix :].mean(dim=1) if self.pool == "avg" else x[:, 0]
-        return self.fc_norm(x) if "fc_norm" in self.norms else x
+        out: Tensor = self.fc_norm(x)
+        return out
 
 
 def build(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> nn.Module:
@@ -224,34 +217,21 @@ def build(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> 
 
     `config` is timm's, as far as there is one: the number of heads can't be told from weights.
     """
-    from stofm.nn.checkpoint import load_exactly
-
     own = {name: value for name, value in state.items() if not name.startswith(_UNUSED)}
-    if {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "pos_embed"} <= set(own):
-        network: nn.Module = _vit_for(own, config, what)
-    elif "layer1.0.conv1.weight" in own:
-        blocks = {
-            tuple(map(int, found.groups()))
-            for name in own
-            if (found := re.match(r"layer(\d)\.(\d+)\.", name))
-        }
-        depths = tuple(
-            sum(layer == k for layer, _ in blocks) for k in sorted({k for k, _ in blocks})
-        )
-        width = own["conv1.weight"].shape[0] if "conv1.weight" in own else 64
-        network = ResNet(depths, is_deep="layer1.0.conv3.weight" in own, width=width)
-    else:
-        raise ValueError(
-            f"{what} has weights such as {sorted(own)[:3]}; expected the names of a ViT or ResNet in "
-            "timm ('blocks.0.attn.qkv.weight', 'layer1.0.conv1.weight'). Rename them, or pass a "
-            "function that runs your network as `encoder`."
-        )
-    counters = {
-        name: value
-        for name, value in network.state_dict().items()
-        if name.endswith("num_batches_tracked")
-    }
-    load_exactly(network, {**counters, **own}, what)
+    with seeded(0):  # of weights that are replaced
+        if {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "pos_embed"} <= set(own):
+            network: nn.Module = _vit_for(own, config, what)
+        elif "layer1.0.conv1.weight" in own:
+            network = ResNet(own)
+        else:
+            raise ValueError(
+                f"{what} has weights such as {sorted(own)[:3]}; expected the names of a ViT or ResNet "
+                "in timm ('blocks.0.attn.qkv.weight', 'layer1.0.conv1.weight'). Rename them, or pass a "
+                "function that runs your network as `encoder`."
+            )
+    # How many batches a norm has seen is not always written, nor needed.
+    counts = {name: value for name, value in network.state_dict().items() if "num_batches" in name}
+    load_exactly(network, {**counts, **own}, what)
     return network.eval()
 
 

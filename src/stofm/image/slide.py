@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +31,12 @@ _MICRONS: Final = {
     "m": 1e6,
     "in": 25_400.0,
 }
-#: Units of the resolution tag of TIFF, by number.
-_TAG_UNITS: Final = {2: "in", 3: "cm"}
+#: Micrometres of the units of the resolution tag of TIFF, by number: inch and centimetre.
+_TAG_UNITS: Final = {2: 25_400.0, 3: 1e4}
 #: A tag that says more micrometres a pixel than this is of a screen or a printer.
 _COARSEST: Final = 20.0
-#: Where the brightness of an image is looked at: windows a side, and pixels of a window's side.
-_WINDOWS, _WINDOW = 8, 64
-_BRIGHT: Final = 0.999
+#: Pixels of a side that the brightness of an image is looked at, and the share that is not white.
+_LOOKED_AT, _BRIGHT = 500, 0.999
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +64,13 @@ class Level:
         size = dict(zip(self.axes, largest, strict=True))
         return size["Y"], size["X"]
 
-    def read(self, top: int, bottom: int, left: int, right: int) -> NDArray[Any]:
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Read a window inside the image, (height, width, channels), as it is stored."""
-        places = {"Y": slice(top, bottom), "X": slice(left, right), "C": slice(None)}
+        places = {"Y": rows, "X": columns, "C": slice(None)}
         part = np.asarray(self.array[tuple(places.get(axis, 0) for axis in self.axes)])
-        kept = [axis for axis in self.axes if axis in places]
+        kept = "".join(axis for axis in self.axes if axis in places)
         if "C" not in kept:
-            part, kept = part[..., None], [*kept, "C"]
+            part, kept = part[..., None], f"{kept}C"
         return part.transpose([kept.index(axis) for axis in "YXC"])
 
 
@@ -114,8 +112,8 @@ class Slide:
         rows, columns = reflect(*window[:2], height), reflect(*window[2:], width)
         top, left = int(rows.min()), int(columns.min())
         part = self.levels[level].read(
-            *(step * top, step * (int(rows.max()) + 1)),
-            *(step * left, step * (int(columns.max()) + 1)),
+            slice(step * top, step * (int(rows.max()) + 1)),
+            slice(step * left, step * (int(columns.max()) + 1)),
         )
         means = np.zeros((part.shape[0] // step, part.shape[1] // step, part.shape[2]), np.float32)
         for place in np.ndindex(step, step):
@@ -135,12 +133,11 @@ class Slide:
         low, high = np.clip(low, 0, size - 1), np.clip(high, 1, size)
         wanted = max(1.0, float((high - low).max()) / n_pixels)
         factors = [size[1] / level.shape[0] for level in self.levels]
-        level = max(k for k, factor in enumerate(factors) if factor <= max(wanted, factors[0]))
-        step = min(max(1, int(wanted / factors[level])), min(self.levels[level].shape))
+        level = max(k for k, factor in enumerate(factors) if factor <= wanted)
+        step = min(int(wanted / factors[level]), *self.levels[level].shape)
         unit = factors[level] * step
-        start = np.floor(low / unit).astype(int)
-        stop = np.maximum(np.ceil(high / unit).astype(int), start + 1)
-        (left, top), (right, bottom) = start, stop
+        left, top = (low // unit).astype(int)
+        right, bottom = np.maximum(-(-high // unit), low // unit + 1).astype(int)
         part = self.read(level, (top, bottom, left, right), step)
         return part, (left * unit, right * unit, bottom * unit, top * unit)
 
@@ -168,13 +165,8 @@ def _white_of(level: Level, name: str) -> float:
     kind = np.dtype(level.array.dtype)
     if kind == np.uint8 or kind == np.bool_:
         return 255.0 if kind == np.uint8 else 1.0
-    height, width = level.shape
-    found = [
-        level.read(top, min(top + _WINDOW, height), left, min(left + _WINDOW, width)).ravel()
-        for top in _spread(height)
-        for left in _spread(width)
-    ]
-    values = np.concatenate(found).astype(np.float64)
+    every = slice(None, None, max(1, max(level.shape) // _LOOKED_AT))
+    values = level.read(every, every).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has NaN or infinite values: replace them by those of background.")
     largest = float(values.max())
@@ -185,17 +177,12 @@ def _white_of(level: Level, name: str) -> float:
     return white
 
 
-def _spread(n: int) -> list[int]:
-    """Starts of windows over a side of n pixels."""
-    return np.unique(np.linspace(0, max(0, n - _WINDOW), _WINDOWS).astype(int)).tolist()
-
-
 # Where images come from
 
 
 def of_array(array: Any, name: str = "The image") -> Slide:
     """Take an array (height, width), with channels last, or a few of them first."""
-    shape = getattr(array, "shape", ())
+    shape: tuple[int, ...] = getattr(array, "shape", ())
     if len(shape) not in (2, 3):
         raise ValueError(
             f"{name} has the shape {tuple(shape)}; expected (height, width, channels)."
@@ -250,23 +237,16 @@ def _of_tiff(path: Path, name: str) -> Slide:
 
 def _microns_of_tiff(file: Any, series: Any) -> float | None:
     """Micrometres a pixel by OME, by a slide scanner's description, or by the resolution tag."""
-    page = series.keyframe
-    if file.ome_metadata:
-        pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", file.ome_metadata)
-        found = dict(re.findall(r'(PhysicalSizeX(?:Unit)?)="([^"]*)"', pixels[0] if pixels else ""))
-        unit = _MICRONS.get(found.get("PhysicalSizeXUnit", "µm"))
-        if unit and "PhysicalSizeX" in found:
-            return _positive(float(found["PhysicalSizeX"]) * unit)
-    if stated := re.search(r"\bMPP\s*=\s*([\d.]+)", page.description):
-        return _positive(float(stated[1]))
-    tags = page.tags
-    if "XResolution" in tags and "ResolutionUnit" in tags:
-        numerator, denominator = tags["XResolution"].value
-        unit = _MICRONS.get(_TAG_UNITS.get(int(tags["ResolutionUnit"].value), ""))
-        found_size = unit * denominator / numerator if unit and numerator else math.inf
-        return _positive(found_size) if found_size <= _COARSEST else None
-    return None
-
-
-def _positive(value: float) -> float | None:
-    return value if 0 < value < math.inf else None
+    tags, found = series.keyframe.tags, None
+    ome = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", file.ome_metadata or "")
+    stated = dict(re.findall(r'(PhysicalSizeX(?:Unit)?)="([^"]*)"', ome[0] if ome else ""))
+    if "PhysicalSizeX" in stated:
+        unit = _MICRONS.get(stated.get("PhysicalSizeXUnit", "µm"), 0.0)
+        found = float(stated["PhysicalSizeX"]) * unit
+    elif scanner := re.search(r"\bMPP\s*=\s*([\d.]+)", series.keyframe.description):
+        found = float(scanner[1])
+    elif "XResolution" in tags and "ResolutionUnit" in tags:
+        number, divisor = tags["XResolution"].value
+        size = _TAG_UNITS.get(int(tags["ResolutionUnit"].value), 0.0) * divisor / (number or 1)
+        found = size if size <= _COARSEST else None
+    return found or None
