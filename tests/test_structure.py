@@ -31,7 +31,7 @@ LAYERS = ["_keys", "genes", "spatial", "nn", "image", "train", "heads", "tl"]
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
-    "anndata": {"_edge", "heads", "io", "pp", "tl", "pl", "datasets", "__main__", "_demo"},
+    "anndata": {"_edge", "heads", "io", "pp", "im", "tl", "pl", "datasets", "__main__", "_demo"},
     "torch": {"nn", "image", "train", "heads", "im", "tl", "_edge"},
     "transformers": {"nn", "image", "train"},
     "lightning_fabric": {"train"},
