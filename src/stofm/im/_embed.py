@@ -148,7 +148,6 @@ def embed(
     names, members = places.slices.names, places.slices.rows
     xy = {name: places.coordinates[rows] for name, rows in zip(names, members, strict=True)}
     is_ready = isinstance(encoder, str) and encoder in table.obsm
-    chosen = None if is_ready else choose_encoder(encoder, choose_device(device))
     opening = open_images(adata, seen, [] if is_ready else names, image=image, scale=scale)
     with opening as images:
         microns, apart = read_microns(seen, xy, images, spatial_key, microns_per_unit, pitch)
@@ -157,12 +156,13 @@ def embed(
             "slice": np.array(names, dtype=object),
             "microns_per_unit": np.array(microns),
         }
-        if chosen is None:
+        if is_ready:
             spot = read_representation(table, encoder)
             niche, facts["fingerprint"] = np.empty_like(spot), fingerprint(spot)
             for rows, unit in zip(members, microns, strict=True):
                 niche[rows] = niche_means(spot[rows], places.coordinates[rows], sides[1] / 2 / unit)
         else:
+            chosen = choose_encoder(encoder, choose_device(device))
             scenes = [
                 Scene(name, rows, one.slide, one.pixels_of(xy[name]), unit / one.scale)
                 for name, rows, one, unit in zip(names, members, images, microns, strict=True)
@@ -171,9 +171,9 @@ def embed(
             facts |= {"fingerprint": chosen.fingerprint, "n_pixels": chosen.n_pixels}
             facts["image"] = np.array([Path(one.slide.name).name for one in scenes], dtype=object)
             facts["microns_per_pixel"] = np.array([one.microns_per_pixel for one in scenes])
+            encoder = chosen.name
     target = table.copy() if copy else table
-    name = encoder if chosen is None else chosen.name
-    params = {"encoder": name, "spatial_key": spatial_key, "library_key": places.slices.column}
+    params = {"encoder": encoder, "spatial_key": spatial_key, "library_key": places.slices.column}
     with all_or_nothing(target):
         for key, values, side in zip(keys, (spot, niche), sides, strict=True):
             target.obsm[key] = values

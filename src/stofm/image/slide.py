@@ -21,16 +21,7 @@ if TYPE_CHECKING:
 
 _TIFF: Final = {".btf", ".ndpi", ".scn", ".svs", ".tf8", ".tif", ".tiff"}
 #: Micrometres of the units that files state sizes in.
-_MICRONS: Final = {
-    "nm": 1e-3,
-    "µm": 1.0,
-    "μm": 1.0,
-    "um": 1.0,
-    "mm": 1e3,
-    "cm": 1e4,
-    "m": 1e6,
-    "in": 25_400.0,
-}
+_MICRONS: Final = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
 #: Micrometres of the units of the resolution tag of TIFF, by number: inch and centimetre.
 _TAG_UNITS: Final = {2: 25_400.0, 3: 1e4}
 #: A tag that says more micrometres a pixel than this is of a screen or a printer.
@@ -52,17 +43,17 @@ class Level:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        size = dict(zip(self.axes, self.array.shape, strict=True))
-        return size["Y"], size["X"]
+        return self._of_plane(self.array.shape)
 
     @property
     def chunks(self) -> tuple[int, int]:
         """Height and width of what is read at least, in pixels; 1 if the file does not say."""
         sizes = getattr(self.array, "chunks", None) or (1,) * len(self.axes)
         # dask has the sizes of all chunks.
-        largest = [max(one) if isinstance(one, tuple) else one for one in sizes]
-        size = dict(zip(self.axes, largest, strict=True))
-        return size["Y"], size["X"]
+        return self._of_plane([max(one) if isinstance(one, tuple) else one for one in sizes])
+
+    def _of_plane(self, sizes: Sequence[int]) -> tuple[int, int]:
+        return sizes[self.axes.index("Y")], sizes[self.axes.index("X")]
 
     def read(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Read a window inside the image, (height, width, channels), as it is stored."""
@@ -92,9 +83,9 @@ class Slide:
     def make(cls, levels: Sequence[Level], name: str, **more: Any) -> Slide:
         """Check what the levels hold, and find which value is white."""
         first = levels[0]
-        others = [n for a, n in zip(first.axes, first.array.shape, strict=True) if a not in "YXC"]
-        n_channels = dict(zip(first.axes, first.array.shape, strict=True)).get("C", 1)
-        if set(others) - {1} or n_channels not in (1, 3, 4) or 0 in first.shape:
+        sizes = dict(zip(first.axes, first.array.shape, strict=True))
+        others = {n for axis, n in sizes.items() if axis not in "YXC"}
+        if others - {1} or sizes.get("C", 1) not in (1, 3, 4) or 0 in first.shape:
             raise ValueError(
                 f"{name} has the axes {first.axes} and the shape {tuple(first.array.shape)}; expected "
                 "height, width and 1, 3 or 4 channels. Choose a plane and the channels, and pass an "
