@@ -103,6 +103,25 @@ def test_colours_are_normalised_as_the_config_says(tmp_path: Path, patches: torc
     np.testing.assert_allclose(of_imagenet(patches), plain(scaled), atol=1e-4)
 
 
+def test_a_model_of_the_hub_is_downloaded_without_its_code(
+    tmp_path: Path, patches: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    save_file(resnet_weights(), tmp_path / "model.safetensors")
+    asked = {}
+
+    def download(name: str, **options: object) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    encoder = choose_encoder("owner/encoder", CPU)
+    assert encoder.name == asked["name"] == "owner/encoder"
+    assert not [name for name in asked["allow_patterns"] if name.endswith((".py", "*"))]
+    np.testing.assert_array_equal(encoder(patches), choose_encoder(tmp_path, CPU)(patches))
+
+
 def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,6 +164,16 @@ def test_files_that_are_not_there_or_no_images(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((5, 30, 20), np.uint8), photometric="minisblack")
     with pytest.raises(ValueError, match="Choose a plane and the channels"):
         of_file(tmp_path / "b.tif")
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.tif", "tifffile"), ("a.png", "PIL")])
+def test_libraries_that_are_not_there_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"pip install 'stofm\[image\]'"):
+        of_file(tmp_path / name)
 
 
 def test_an_overview_is_small_and_tells_its_edges(rng: np.random.Generator) -> None:

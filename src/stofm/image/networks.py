@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 #: Heads of the usual widths; others have to be told.
 _HEADS: Final = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+#: Weights that sizes of a ViT are read from.
+_OF_VITS: Final = {
+    *(f"blocks.0.{name}.weight" for name in ("attn.qkv", "mlp.fc1", "mlp.fc2")),
+    *("patch_embed.proj.weight", "pos_embed"),
+}
 #: Of classification, which no features need.
 _UNUSED: Final = ("fc.", "head.", "head_dist.")
 
@@ -219,7 +224,7 @@ def build(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> 
     """
     own = {name: value for name, value in state.items() if not name.startswith(_UNUSED)}
     with seeded(0):  # of weights that are replaced
-        if {"blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight", "pos_embed"} <= set(own):
+        if set(own) >= _OF_VITS:
             network: nn.Module = _vit_for(own, config, what)
         elif "layer1.0.conv1.weight" in own:
             network = ResNet(own)
