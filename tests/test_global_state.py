@@ -131,9 +131,11 @@ def _pl(adata: AnnData, _model: Any, folder: Path) -> dict[str, Callable[[], obj
     gene = adata.var_names[0]
     scores = pd.DataFrame({"representation": ["PCs", "PCs + neighbours"], "macro_f1": [0.5, 0.6]})
     result = st.tl.ProbeResult(scores.assign(slice="left", seed=0))
+    picture = np.full((40, 30, 3), 200, dtype=np.uint8)
     return {
         "pl.umap": lambda: st.pl.umap(adata, color="kind", show=False, save=folder / "umap.png"),
         "pl.spatial": lambda: st.pl.spatial(adata, color="kind", **slices),
+        "pl.image": lambda: st.pl.image(adata, image=picture, **slices),
         "pl.subslices": lambda: st.pl.subslices(adata, show=False),
         "pl.virtual_cells": lambda: st.pl.virtual_cells(adata, show=False),
         "pl.annotation": lambda: st.pl.annotation(adata, truth_key="kind", **slices),
@@ -157,11 +159,17 @@ def _metrics(adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[
     }
 
 
+def _im(adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    width = int(adata.obsm["spatial"].max()) + 1
+    options: dict[str, Any] = {"image": np.zeros((width, width), np.uint8), "microns_per_unit": 1.0}
+    return {"im.embed": lambda: st.im.embed(adata, **options, **SLICES)}
+
+
 def _datasets(_adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
     return {"datasets.simulate_slice": lambda: st.datasets.simulate_slice(60, 30, seed=3)}
 
 
-AREAS = [_pp, _tl, _train, _pl, _metrics, _datasets]
+AREAS = [_pp, _im, _tl, _train, _pl, _metrics, _datasets]
 
 
 @pytest.mark.parametrize("calls", AREAS)
@@ -188,7 +196,7 @@ def test_every_public_function_is_called(made: AnnData, model: Any, tmp_path: Pa
     called = {name for calls in AREAS for name in calls(made, model, tmp_path)}
     public = {
         f"{area}.{name}"
-        for area in ("pp", "tl", "pl", "datasets", "metrics")
+        for area in ("pp", "im", "tl", "pl", "datasets", "metrics")
         for name in getattr(st, area).__all__
         if inspect.isfunction(getattr(getattr(st, area), name))
     }

@@ -26,7 +26,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
-LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "train", "heads", "tl"]
+LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads", "tl"]
 #: Modules below all of these.
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
@@ -35,6 +35,7 @@ HOMES = {
         "_edge",
         "corpus",
         "heads",
+        "im",
         "io",
         "pp",
         "tl",
@@ -43,8 +44,8 @@ HOMES = {
         "__main__",
         "_demo",
     },
-    "torch": {"nn", "train", "heads", "tl", "_edge"},
-    "transformers": {"nn", "train"},
+    "torch": {"nn", "image", "train", "heads", "im", "tl", "_edge"},
+    "transformers": {"nn", "image", "train"},
     "lightning_fabric": {"train"},
     "tensorboard": {"train"},
     "matplotlib": {"io", "pl", "_demo"},
@@ -57,8 +58,9 @@ FORBIDDEN = {
     "io": {"nn", "train", "heads", "pp", "tl", "pl", "datasets"},
     "metrics": {*LAYERS, "_edge", "_logging", "pp", "pl", "datasets"},
     "pp": {"train", "tl", "pl"},
+    "im": {"train", "heads", "tl", "pl", "pp", "datasets"},
     "tl": {"pl"},
-    "pl": {"nn", "train", "tl", "pp"},
+    "pl": {"nn", "train", "im", "tl", "pp"},
     **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-2]},
     "heads": {"pl", "datasets"},
 }
@@ -78,7 +80,7 @@ EXCEPTIONS = {
     # Cells without embeddings are embedded by what users call too.
     "heads/embeddings.py": {"tl"},
 }
-AREAS = ["pp", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "corpus", "train"]
+AREAS = ["pp", "im", "tl", "pl", "datasets", "metrics", "genes", "spatial", "nn", "corpus", "train"]
 HEAVY = [
     "anndata",
     "dask",
@@ -91,15 +93,16 @@ HEAVY = [
     "scanpy",
     "sklearn",
     "squidpy",
+    "tifffile",
     "torch",
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"lora", "train"}
+EXTRAS = {"image", "lora", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.
-PROVIDERS = {"mpl_toolkits": "matplotlib", "sklearn": "scikit_learn"}
+PROVIDERS = {"PIL": "pillow", "mpl_toolkits": "matplotlib", "sklearn": "scikit_learn"}
 
 
 def _part(path: Path) -> str:
@@ -130,7 +133,7 @@ def _public(area: str) -> list[str]:
 
 def _public_functions() -> list[tuple[str, Callable[..., object]]]:
     found = []
-    for area in ("pp", "tl", "pl", "datasets"):
+    for area in ("pp", "im", "tl", "pl", "datasets"):
         module = importlib.import_module(f"stofm.{area}")
         named = ((f"{area}.{name}", getattr(module, name)) for name in module.__all__)
         found += [(name, value) for name, value in named if inspect.isfunction(value)]

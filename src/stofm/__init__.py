@@ -8,7 +8,7 @@ from stofm._lazy import lazy
 from stofm._version import __version__
 
 if TYPE_CHECKING:
-    from stofm import corpus, datasets, genes, metrics, nn, pl, pp, spatial, tl, train
+    from stofm import corpus, datasets, genes, im, metrics, nn, pl, pp, spatial, tl, train
     from stofm.genes import GeneVocabulary
     from stofm.io import read
     from stofm.nn import Stofm
@@ -24,6 +24,7 @@ __all__ = [
     "corpus",
     "datasets",
     "genes",
+    "im",
     "metrics",
     "nn",
     "pl",
@@ -34,7 +35,19 @@ __all__ = [
     "train",
 ]
 
-_AREAS = ("corpus", "datasets", "genes", "metrics", "nn", "pl", "pp", "spatial", "tl", "train")
+_AREAS = (
+    "corpus",
+    "datasets",
+    "genes",
+    "im",
+    "metrics",
+    "nn",
+    "pl",
+    "pp",
+    "spatial",
+    "tl",
+    "train",
+)
 
 __getattr__ = lazy(
     "stofm",

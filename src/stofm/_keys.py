@@ -46,6 +46,8 @@ class Obsm:
     X_CELL: Final = "X_stofm_cell"
     X: Final = "X_stofm"
     X_GENES: Final = "X_genes"
+    #: Start of the names of features of images.
+    X_IMAGE: Final = "X_image"
     COORDINATES: Final = "stofm_spatial"
     ANNOTATION_PROBA: Final = "stofm_annotation_proba"
     DECONVOLUTION: Final = "stofm_deconvolution"
@@ -60,6 +62,9 @@ class Suffix:
     COLORS: Final = "_colors"
     #: Column of a coarser level, to be formatted with its number.
     LEVEL: Final = "_level{}"
+    #: Features of the image of a cell or spot, and of its niche.
+    SPOT: Final = "_spot"
+    NICHE: Final = "_niche"
 
 
 class Label:

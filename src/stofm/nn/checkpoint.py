@@ -35,13 +35,20 @@ FILES = frozenset({CONFIG, WEIGHTS, VOCABULARY, CARD})
 EMBEDDED = ("stofm-mini",)
 
 
-def find_checkpoint(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
+def find_checkpoint(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    embedded: tuple[str, ...] = EMBEDDED,
+    files: Collection[str] = FILES,
+    **options: Any,
+) -> Path:
     """Find a checkpoint folder: an embedded model (by name), a local one, or one on the hub.
 
-    Options are those of :func:`huggingface_hub.snapshot_download`, for hub ids (``owner/name``) only.
+    `files` are downloaded. Options are those of :func:`huggingface_hub.snapshot_download`, for hub ids (``owner/name``) only.
     """
     folder = None
-    if isinstance(name, str) and name in EMBEDDED:
+    if isinstance(name, str) and name in embedded:
         # A folder of that name is meant by "./stofm-mini" or by a Path.
         folder = Path(str(resources.files("stofm") / "weights" / name))
     elif take_back(Path(name)).is_dir():
@@ -53,18 +60,19 @@ def find_checkpoint(name: str | Path, *, revision: str | None = None, **options:
     if not re.fullmatch(r"[^./~][^/]*/[^/]+", str(name)):
         raise FileNotFoundError(
             f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
-            f"{list(EMBEDDED)}, and no hub id of the form 'owner/name'."
+            f"{list(embedded)}, and no hub id of the form 'owner/name'."
         )
     from huggingface_hub import snapshot_download
 
-    files = sorted(FILES)
     try:
-        found = snapshot_download(str(name), revision=revision, allow_patterns=files, **options)
+        found = snapshot_download(
+            str(name), revision=revision, allow_patterns=sorted(files), **options
+        )
     except Exception as error:
         raise FileNotFoundError(
             f"The checkpoint {str(name)!r} is no local folder and could not be had from the hub "
             f"({type(error).__name__}: {error}). Offline, pass a folder or the embedded "
-            f"{EMBEDDED[0]!r}."
+            f"{embedded[0]!r}."
         ) from error
     return Path(found)
 

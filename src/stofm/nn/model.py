@@ -127,7 +127,11 @@ class Stofm(nn.Module):
             The checkpoint is damaged, comes from a newer version of stofm, or mixes parts of
             different models.
         """
-        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
         folder = checkpoint.find_checkpoint(name, revision=revision, **hub)
         config, made_with = checkpoint.read_config(folder)
         vocabulary = GeneVocabulary.from_tsv(folder / checkpoint.VOCABULARY)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import stofm as st
+
+if TYPE_CHECKING:
+    import anndata as ad
+    from matplotlib.axes import Axes
+
+
+@pytest.fixture
+def pictured(adata: ad.AnnData) -> ad.AnnData:
+    """Images in which a pixel is two units, red growing with x and green with y."""
+    adata.obsm["spatial"] = np.random.default_rng(0).uniform(20, 180, (adata.n_obs, 2))
+    y, x = np.mgrid[:100, :100] / 100 * 255
+    image = np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)
+    stored = {"images": {"hires": image}, "scalefactors": {"tissue_hires_scalef": 0.5}}
+    adata.uns["spatial"] = {"a": stored, "b": stored}
+    return adata
+
+
+def color_at(ax: Axes, x: float, y: float) -> np.ndarray:
+    """Colour that the panel's image has at a place in coordinates."""
+    (image,) = ax.images
+    column, row = (image.get_transform() - ax.transData).inverted().transform((x, y))
+    left, right, bottom, top = image.get_extent()
+    values = np.asarray(image.get_array())
+    place = (row - top) / (bottom - top), (column - left) / (right - left)
+    return values[tuple((np.array(place) * values.shape[:2]).astype(int))]
+
+
+def test_cells_lie_on_the_tissue_where_they_are(pictured: ad.AnnData) -> None:
+    axes = st.pl.image(pictured, "kind", library_key="slide", alpha=0.4, show=False)
+    assert [ax.get_title() for ax in axes] == ["a", "b"]
+    for ax, name in zip(axes, "ab", strict=True):
+        xy = pictured.obsm["spatial"][(pictured.obs["slide"] == name).to_numpy()]
+        offsets = ax.collections[0].get_offsets()
+        np.testing.assert_allclose(np.sort(offsets, axis=0), np.sort(xy, axis=0))
+        assert ax.collections[0].get_alpha() == 0.4
+        for x, y in xy[:5]:
+            np.testing.assert_allclose(color_at(ax, x, y)[:2], [x / 200, y / 200], atol=0.02)
+        low, high = xy.min(axis=0), xy.max(axis=0)
+        assert ax.get_xlim()[0] <= low[0] <= high[0] <= ax.get_xlim()[1] <= 200
+        assert ax.yaxis_inverted()
+
+
+def test_another_image_with_its_scale(pictured: ad.AnnData) -> None:
+    image = pictured.uns.pop("spatial")["a"]["images"]["hires"][::2, ::2]
+    ax = st.pl.image(pictured, image=image, scale=0.25, show=False)
+    np.testing.assert_allclose(color_at(ax, 60, 140)[:2], [0.3, 0.7], atol=0.03)
+
+
+def test_without_an_image(adata: ad.AnnData) -> None:
+    with pytest.raises(KeyError, match="There is no image 'hires' or 'lowres'"):
+        st.pl.image(adata, show=False)
