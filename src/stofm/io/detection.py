@@ -95,12 +95,9 @@ def choose(
 
 def _rank(one: Candidate) -> tuple[bool, bool, bool, int, str]:
     file = one.file
+    is_raw = re.search(r"(^|[/_.-])raw[_.]", file.name) is not None
     is_binary = extension(file.path) in (".parquet", ".gef")
-    return _is_raw(file), not is_binary, not file.columns, len(file.name), file.name
-
-
-def _is_raw(file: File) -> bool:
-    return re.search(r"(^|[/_.-])raw[_.]", file.name) is not None
+    return is_raw, not is_binary, not file.columns, len(file.name), file.name
 
 
 def _names(found: Sequence[Candidate]) -> str:
@@ -194,7 +191,7 @@ def matrix_for(one: Candidate, files: list[File], where: str) -> File:
         other, shared = distance(one.file, file)
         is_unnamed = file.kind == "table" and not _DENSE.search(file.path.name)
         kind = _MATRICES.index(file.kind)
-        return other, is_unnamed, shared, _is_raw(file), kind, -len(file.columns), file.name
+        return other, is_unnamed, shared, not file.is_filtered, kind, -len(file.columns), file.name
 
     return min(matrices, key=rank)
 
