@@ -12,7 +12,7 @@ from stofm._edge.slice_files import write_data
 from stofm._files import local
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger, progress
-from stofm._messages import naming, warn
+from stofm._messages import text_of, warn
 from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus
 from stofm.corpus.preparation import read_all_orthologs
@@ -95,7 +95,6 @@ def embed(
             jobs.append((source, store, key))
     folder.mkdir(parents=True, exist_ok=True)
     make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed)
-    failed = []
     with alone(folder / f".embed-{part}.lock"):
         results = progress(
             run_each(make, jobs, client),
@@ -104,14 +103,10 @@ def embed(
             unit="slice",
             show=show_progress_bar,
         )
-        for (_, store, _), error in results:
-            if error is not None:
-                failed.append(f"{store.stem}: {error.args[0] if error.args else error}")
+        failed = [text_of(error) for _, error in results if error is not None]
     logger.info("%d slices are embedded into %s.", len(jobs) - len(failed), folder)
     if failed:
-        warn(
-            f"{len(failed)} slices failed: {'; '.join(failed[:5])}. Call embed again to try again."
-        )
+        warn(f"{len(failed)} slices failed; call embed again to try again. {' '.join(failed[:5])}")
     return failed
 
 
@@ -154,7 +149,7 @@ def _embed(
 
     source, store, key = job
     options = source.options
-    with naming(source.name), source.naming(), source.open() as adata:
+    with source.naming(), source.open() as adata:
         tl.embed(
             adata,
             _load(model),
