@@ -87,7 +87,7 @@ REFUSED = {
     "cellxgene_h5ad": "holds 3 samples",
     "seqfishplus_csv": "holds 2 samples: cortex_svz, ob",
     "starmap_giotto_3d": "starmap_cell_loc.txt has places without ids",
-    "generic_mtx_v2_genes_tsv": "a table of ids, x and y\. Found: barcodes.tsv, genes.tsv",
+    "generic_mtx_v2_genes_tsv": r"a table of ids, x and y\. Found: barcodes.tsv, genes.tsv",
     "spatialdata_zarr_points_only": r"points_only.*: This SpatialData has no table of counts",
     "spatialdata_zarr_v2_blobs": "does not hold raw counts: 100 % are not integers",
 }

@@ -727,7 +727,7 @@ def test_a_slice_that_is_trained_on_is_not_held_out(train, slices):
 
 def test_an_empty_folder_is_refused(train, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="File 'empty': .* is empty"):
+    with pytest.raises(FileNotFoundError, match=r"File 'empty': .* is empty"):
         train(tmp_path / "empty")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from stofm._messages import text_of, warn
 from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus
 from stofm.corpus.preparation import read_all_orthologs
-from stofm.corpus.sources import FileConfig, find_files, find_sources
+from stofm.corpus.sources import FileConfig, find_files, find_sources, numbered
 from stofm.corpus.storage import alone, digest_json, write_json
 
 if TYPE_CHECKING:
@@ -114,9 +113,7 @@ def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
     """Stores of sources: of those with one name, and of other calls, all but one are numbered."""
     stores: dict[Path, None] = {}
     for source in sources:
-        name = source.name.replace("/", "-")
-        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        paths = (folder / f"{one}.zarr" for one in numbered)
+        paths = (folder / f"{one}.zarr" for one in numbered(source.name))
         own = (None, source.origin)
         stores[next(p for p in paths if p not in stores and _read_note(p).get("source") in own)] = (
             None

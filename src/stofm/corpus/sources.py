@@ -222,7 +222,11 @@ def unique_names(names: Sequence[str]) -> list[str]:
     """Names for files, in which those that occur again are numbered."""
     found: dict[str, None] = {}
     for name in names:
-        plain = name.replace("/", "-")
-        numbered = itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))
-        found[next(one for one in numbered if one not in found)] = None
+        found[next(one for one in numbered(name) if one not in found)] = None
     return [*found]
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name for a file, and others with numbers in case it is taken."""
+    plain = name.replace("/", "-")
+    return itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))

@@ -135,7 +135,7 @@ def _named_file(files: list[File], name: str | Path, where: str) -> File:
     for file in files:
         if file.name == Path(name).as_posix() or file.path.resolve() == local(name).resolve():
             return file
-        if file.kind in ("mtx",) and file.path.parent.resolve() == local(name).resolve():
+        if file.kind == "mtx" and file.path.parent.resolve() == local(name).resolve():
             return file
     inside = [file for file in files if file.name.startswith(f"{Path(name).as_posix()}/")]
     if found := [file for file in inside if file.kind in ("10x", "mtx")]:
