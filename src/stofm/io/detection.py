@@ -224,12 +224,12 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
         if file.kind == "table" and not file.columns and 2 <= len(file.first) <= 3
         and all(map(is_number, file.first))
     ]  # fmt: skip
-    looks = f" It looks like {' or '.join(one.name for one in known)}." if known else ""
-    looks = looks if wanted is None else f" As {wanted.name} it is not complete."
+    looks = f". It looks like {' or '.join(one.name for one in known)}." if known else "."
+    looks = looks if wanted is None else f" as {wanted.name}."
     expected = "; ".join(one.expected for one in known if one.expected) or GENERIC.expected
     more = "".join(f" {text}." for text in places[:1]) + _faults(files)
     return (
-        f"{where} has no table of cells that can be read.{looks} Expected: {expected}. Found: "
+        f"{where} has no table of cells that can be read{looks} Expected: {expected}. Found: "
         f"{_some(files)}.{more} Tables under other names: pass `matrix`, `coordinates` and `columns`."
     )
 

@@ -161,7 +161,7 @@ def _named(
         names = (columns[0], columns[1], columns[2]) if is_fit else None
     if names is None:
         raise ValueError(
-            f"{file.name}: expected columns with id, x and y, found {list(there) or 'no header'}. Name "
-            "them: columns=['id', 'x', 'y']."
+            f"{file.name}: expected columns with id, x and y{'' if columns is None else f' {columns}'}, "
+            f"found {list(there) or 'no header'}. Name these three: columns=['id', 'x', 'y']."
         )
     return Candidate(GENERIC, file, names, there)

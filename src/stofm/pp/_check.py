@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +25,6 @@ from stofm._keys import Obs, Obsm, Uns
 from stofm._messages import changed, collecting, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from anndata import AnnData
@@ -231,40 +230,48 @@ def check(
     )
     genes = {"species": species, "gene_key": gene_key, "orthologs": orthologs}
     run = columns = places = None
+    told = _Told(found)
     n_known = float("nan")
     with collecting() as found.warnings:
-        with _telling(found):
+        with told:
             require_cells_and_genes(table)
         if not found.ok:
             return found
-        with _telling(found):
+        with told:
             from stofm._edge.embedding import Run
 
             run = Run.choose(model, device, "auto", token_budget="auto", show_progress_bar=False)
             found.model, found.device = run.model.name, str(run.device)
-        with _telling(found):
+        with told:
             found.n_controls = int((kinds_of_others(table) != "").sum())
             vocabulary = vocabulary_of(None if run is None else run.model)
             columns = find_columns(table, vocabulary, may_reuse=False, **genes)
-        with _telling(found):
+        with told:
             n_known = _read_counts(table, found, layer, columns)
-        with _telling(found):
+        with told:
             places = read_places(table, spatial_key=spatial_key, library_key=library_key)
             _describe_places(found, places)
         if run is not None and columns is not None and places is not None and found.ok:
-            with _telling(found):
+            with told:
                 _plan(table, found, run, places, n_known, layer, genes)
         found.warnings = list(dict.fromkeys(found.warnings))
     return found
 
 
-@contextmanager
-def _telling(found: Findings) -> Iterator[None]:
-    """Put what would stop embedding into the findings."""
-    try:
-        yield
-    except (ValueError, KeyError, MemoryError, TypeError, OSError) as error:
-        found.problems.append(changed(text_of(error)))
+class _Told:
+    """Puts what would stop embedding into the findings."""
+
+    def __init__(self, found: Findings) -> None:
+        self.found = found
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        if not isinstance(error, ValueError | KeyError | MemoryError | TypeError | OSError):
+            return False
+        self.found.problems.append(changed(text_of(error)))
+        return True
 
 
 def _read_counts(
