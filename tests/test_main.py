@@ -362,7 +362,7 @@ def test_check_prints_a_page_and_changes_nothing(files, capsys):
     assert (files / "in.h5ad").read_bytes() == before
 
 
-def test_check_reads_what_an_instrument_wrote(tmp_path, capsys):
+def test_check_and_embed_read_what_an_instrument_wrote(tmp_path, capsys):
     genes = ["Slc17a7", "Gad1", "Gad2", "Mbp", "Plp1"]
     cells = pd.DataFrame({"cell": range(9), "x": np.arange(9.0), "y": np.arange(9.0) ** 2})
     cells.to_csv(tmp_path / "places.csv", index=False)
@@ -371,6 +371,11 @@ def test_check_reads_what_an_instrument_wrote(tmp_path, capsys):
     assert main(["check", str(tmp_path), "--device", "cpu", "--quiet"]) == 0
     assert "9 x 5" in (shown := capsys.readouterr().out)
     assert "species        mouse" in shown
+    # An .h5ad beside the tables does not make the run a folder of slices.
+    (tmp_path / "a.h5ad").write_bytes(b"")
+    out = tmp_path / "out.h5ad"
+    assert main(["embed", str(tmp_path), str(out), "--device", "cpu", "--quiet"]) == 0
+    assert ad.read_h5ad(out).obsm["X_stofm"].shape[0] == 9
 
 
 @pytest.mark.slow

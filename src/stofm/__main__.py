@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stofm._files import local
 from stofm._logging import logger
-from stofm._messages import naming
+from stofm._messages import naming, text_of
 from stofm._version import __version__
 from stofm.corpus.commands import add_corpus, embed_many, is_many
 
@@ -61,14 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    elif isinstance(error, KeyError) and error.args:
-        text = str(error.args[0])  # str(KeyError) is the repr of its message
+    text = text_of(error)
     if not isinstance(error, _MEANT):
         text = f"unexpected {type(error).__name__}: {text} (--traceback shows where it comes from)"
-    return ": ".join([*getattr(error, "__notes__", ()), text or type(error).__name__])
+    return ": ".join([*(n for n in getattr(error, "__notes__", ()) if n not in text), text])
 
 
 @contextmanager
@@ -101,9 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     parents = [shared, slices, device]
-    embed = commands.add_parser("embed", parents=parents, help="embed the cells of a file")
+    embed = commands.add_parser(
+        "embed", parents=parents, help="embed the cells of a slice, or of many"
+    )
     add = embed.add_argument
-    add("input", type=local, help=".h5ad, .zarr of an AnnData or SpatialData, folder, or corpus")
+    add(
+        "input",
+        type=local,
+        help=".h5ad, .zarr, what an instrument wrote, folder of slices, or corpus",
+    )
     add(
         "output", type=local, help=".h5ad or .zarr (of a SpatialData, .h5ad gets the table); folder"
     )
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster, for a folder")
     embed.set_defaults(run=_embed)
 
-    text = "tell what embedding a file will do, without doing it"
+    text = "tell what embedding a slice will do, without doing it"
     check = commands.add_parser("check", parents=[shared, slices, device], help=text)
     add = check.add_argument
     add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
@@ -174,20 +176,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from stofm import tl
-    from stofm._edge.slice_files import is_spatialdata, read_data, refuse_output, write_data
+    from stofm import io, tl
+    from stofm._edge.slice_files import (
+        is_data,
+        is_spatialdata,
+        read_data,
+        refuse_output,
+        write_data,
+    )
     from stofm._edge.tables import resolve_table
     from stofm.nn import Stofm
 
-    if is_many(options.input):
+    if is_many(options.input, options.output):
         embed_many(options)
         return
-    has_tables = is_spatialdata(options.input)
+    is_file = is_data(options.input)
+    has_tables = is_file and is_spatialdata(options.input)
     _refuse_table_key(options.input, options.table_key, has_tables=has_tables)
     refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)
     model = Stofm.from_pretrained(options.model, revision=options.revision)
-    data = read_data(options.input)
     with _about(options.input):
+        data = read_data(options.input) if is_file else io.read(options.input)
         tl.embed(
             data,
             model,
@@ -204,12 +213,11 @@ def _embed(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     from stofm import io, pp
-    from stofm._edge.slice_files import read_data
+    from stofm._edge.slice_files import is_data, read_data
 
     file = options.input
     with _about(file):
-        is_data = file.suffix in (".h5ad", ".zarr")
-        data = read_data(file) if is_data else io.read(file)
+        data = read_data(file) if is_data(file) else io.read(file)
         names = ("model", "device", *_PASSED_ON)
         given = {name: getattr(options, name) for name in names if hasattr(options, name)}
         found = pp.check(data, **{name: given[name] for name in given if name != "seed"})

@@ -78,7 +78,7 @@ def _put_in(text: str, where: str, names: dict[str, str]) -> str:
             text = text.replace(f"`{name}`", f"`{own}`")
             text = re.sub(rf"(?<![\w.]){name}=", f"{own}=", text)
     named = where.removeprefix("the ")
-    if where and not re.search(rf"(?<!\w){re.escape(named)}(?!\w)", text):
+    if where and not re.search(rf"(?<!\w){re.escape(named)}(?!\w)", text, re.IGNORECASE):
         # What the user writes stays as it is.
         start = where if "[" in where else f"{where[0].upper()}{where[1:]}"
         text = f"{start}: {text}"
@@ -119,6 +119,14 @@ def _level_of_caller() -> int:
     frames = traceback.walk_stack(sys._getframe(1))
     is_ours = [frame.f_code.co_filename.startswith(_PACKAGE) for frame, _ in frames]
     return len(is_ours) - is_ours[::-1].index(True) + 1
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says; that of a KeyError is otherwise quoted."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text or type(error).__name__
 
 
 def changed(text: str) -> str:

@@ -73,7 +73,7 @@ def test_cells_with_few_genes_are_left_out(build, files, adata):
     assert 3 not in read_slices(files.parent / "few")[0].part("rows")
     few.X = 0 * dense
     few.write_h5ad(files / "none.h5ad")
-    with pytest.warns(UserWarning, match=r"none\.h5ad.*No cell expresses 7 of the 67 known genes"):
+    with pytest.warns(UserWarning, match=r"'none': No cell expresses 7 of the 67 known genes"):
         assert statuses(build(files / "none.h5ad", out="none")) == {"none": "failed"}
 
 
@@ -150,22 +150,38 @@ def test_a_table_says_how_files_are_read_and_what_they_are(build, files, adata, 
         build(files / "table.csv")
 
 
-def test_what_an_instrument_wrote_is_read_by_read(build, files, tmp_path, monkeypatch):
-    folder = tmp_path / "xenium"
-    folder.mkdir()
-    (folder / "cells.csv").write_text("x")
-    asked = []
+def write_xenium(folder, adata):
+    """A run's tables of counts and of places."""
+    folder.mkdir(parents=True)
+    table = pd.DataFrame(adata.X.toarray().astype(int), adata.obs_names, adata.var_names)
+    table.to_csv(folder / "counts.csv", index_label="cell_id")
+    places = pd.DataFrame(adata.obsm["spatial"], table.index, ["x_centroid", "y_centroid"])
+    places.to_csv(folder / "cells.csv", index_label="cell_id")
 
-    def read(path, technology):
-        asked.append((path, technology))
-        adata = ad.read_h5ad(files / "a.h5ad")
-        adata.uns["stofm"] = {"source": {"technology": "xenium", "unit": "micrometre"}}
-        return adata
 
-    monkeypatch.setattr(st, "read", read, raising=False)
-    (row,) = build([folder]).to_dict("records")
-    assert asked == [(folder, "auto")]
-    assert (row["technology"], row["unit"], row["cells"]) == ("xenium", "micrometre", 41)
+def test_what_an_instrument_wrote_is_read_as_its_h5ad_is(build, files, tmp_path):
+    adata = ad.read_h5ad(files / "a.h5ad")
+    write_xenium(tmp_path / "S1.2" / "outs", adata)
+    table = tmp_path / "table.tsv"
+    table.write_text("source\ttechnology\nS1.2/outs\tXenium v1\nfiles/a.h5ad\t\n")
+    found, again = build(table).to_dict("records")
+    assert (found["name"], found["unit"], found["cells"]) == ("S1.2", "micrometre", adata.n_obs)
+    assert found["technology"] == "Xenium v1"
+    assert (again["status"], again["content"]) == ("duplicate", found["content"])
+    assert again["reason"] == f"has the cells of {tmp_path / 'S1.2' / 'outs'}"
+
+
+@pytest.mark.parametrize("where", ["raw", "layer"])
+def test_counts_may_be_elsewhere_than_in_x(build, files, where):
+    adata = ad.read_h5ad(files / "a.h5ad")
+    if where == "raw":
+        adata.raw = adata.copy()
+    else:
+        adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0.37
+    adata.write_h5ad(files / "z.h5ad")
+    first, again = build([files / "a.h5ad", files / "z.h5ad"]).to_dict("records")
+    assert (again["status"], again["content"]) == ("duplicate", first["content"])
 
 
 def test_shares_make_one_corpus(build, files):

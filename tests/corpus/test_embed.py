@@ -63,9 +63,9 @@ def test_files_of_one_name_have_stores_of_their_own(embed, files, tmp_path):
 
 def test_failed_slices_are_reported(embed, files):
     (files / "c.h5ad").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match=r"1 slices failed: c: .*can't be read.*again"):
+    with pytest.warns(UserWarning, match=r"1 slices failed; .*again\. File 'c': .*can't be read"):
         (failed,) = embed(files)
-    assert failed.startswith("c: ")
+    assert failed.startswith("File 'c': ")
 
 
 def test_shares_are_embedded_apart(embed, files, tmp_path):

@@ -195,7 +195,7 @@ def test_a_vocabulary_is_fitted_on_the_genes_that_options_name(mouse, left, tmp_
     medians = dict(zip(fitted.gene_ids, fitted.medians, strict=True))
     other = GeneVocabulary.from_tsv(shifted)
     assert medians != dict(zip(other.gene_ids, other.medians, strict=True))
-    with pytest.raises(KeyError, match=r"mouse: adata\.var has no column 'yours'; it has"):
+    with pytest.raises(KeyError, match=r"File 'mouse': adata\.var has no column 'yours'; it has"):
         fit_vocabulary(find_sources(file, FileConfig(gene_key="yours")), tmp_path)
 
 
@@ -226,5 +226,5 @@ def test_another_reference_makes_another_vocabulary(file, vocabulary, tmp_path, 
 
 def test_counts_that_are_not_raw_name_the_source_when_a_vocabulary_is_fitted(left, tmp_path):
     left.X = left.X * 0.37
-    with pytest.raises(ValueError, match=r"^data: adata\.X does not hold raw counts"):
+    with pytest.raises(ValueError, match=r"^Slice 'data': adata\.X does not hold raw counts"):
         fit_vocabulary(find_sources(left, FileConfig()), tmp_path)

@@ -82,13 +82,13 @@ READ: list[tuple[str, dict[str, Any], int, int, str, float | None]] = [
 REFUSED = {
     "visium_v2_probe_matrix": r"raw_probe_bc_matrix\.h5 counts probes, not genes",
     "visium_hd_002um_headers": "no bins of 8 .*pass bin_size=2",
-    "cosmx_real_tx_giotto": r"looks like CosMx: expected .*exprMat.*found Lung12_fov_positions",
+    "cosmx_real_tx_giotto": r"looks like CosMx\. Expected: .*exprMat.*Found: Lung12_fov_positions",
     "stereoseq_gem_gef": "holds 2 samples: SS200000000TR_A1, old_MIDCounts_label",
     "cellxgene_h5ad": "holds 3 samples",
     "seqfishplus_csv": "holds 2 samples: cortex_svz, ob",
     "starmap_giotto_3d": "starmap_cell_loc.txt has places without ids",
-    "generic_mtx_v2_genes_tsv": "a table of ids, x and y; found barcodes.tsv, genes.tsv",
-    "spatialdata_zarr_points_only": r"without a table of counts; it has \['transcripts'\]",
+    "generic_mtx_v2_genes_tsv": r"a table of ids, x and y\. Found: barcodes.tsv, genes.tsv",
+    "spatialdata_zarr_points_only": r"points_only.*: This SpatialData has no table of counts",
     "spatialdata_zarr_v2_blobs": "does not hold raw counts: 100 % are not integers",
 }
 

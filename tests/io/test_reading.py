@@ -190,6 +190,28 @@ def test_visium_hd(section: Any, visium_hd: Path) -> None:
         st.read(visium_hd, bin_size=4)
 
 
+@pytest.mark.parametrize("between", ["_", "-", "."])
+def test_flat_visium_hd(section: Any, visium_hd: Path, tmp_path: Path, between: str) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (visium_hd / "binned_outputs").rglob("*.*"):
+        parts = file.relative_to(visium_hd).parts
+        file.rename(flat / between.join(["GSM1", *parts]))
+    for size in (2, 8, 16):
+        adata = st.read(flat, bin_size=size)
+        assert adata.obs_names[0].startswith(f"s_{size:03}um")
+        assert source(adata)["microns_per_unit"] == 0.27
+
+
+def test_of_matrices_that_may_be_raw_hdf5_is_read(section: Any, tmp_path: Path) -> None:
+    write_visium(section, tmp_path)
+    for file in tmp_path.glob("*.h5"):
+        file.unlink()
+    section.write_h5(tmp_path / "raw_feature_bc_matrix.h5")
+    section.write_mtx(tmp_path)
+    assert source(st.read(tmp_path))["files"][1] == "raw_feature_bc_matrix.h5"
+
+
 def test_cells_of_visium_hd(section: Any, visium_hd: Path) -> None:
     folder = visium_hd / "segmented_outputs"
     section.ids = [f"cellid_{k:09}-1" for k in range(1, 18)]
@@ -449,7 +471,9 @@ def test_flat_folder_with_prefixes(section: Any, tmp_path: Path) -> None:
         for file in (tmp_path / "spatial").iterdir():
             (flat / f"{prefix}{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
         section.counts = section.counts + 1
-    with pytest.raises(ValueError, match=r"holds 2 samples: GSM1_brain, GSM2_liver\. Pass one"):
+    with pytest.raises(
+        ValueError, match=r"holds 2 samples: GSM1_brain, GSM2_liver\. Read them one"
+    ):
         st.read(flat)
     section.counts = section.counts - 1
     assert_same(st.read(flat, sample="GSM2_liver"), section, factor=65 / SPOT)
@@ -543,7 +567,9 @@ def test_files_that_are_not_there(section: Any, tmp_path: Path) -> None:
     ):
         st.read(tmp_path)
     (tmp_path / "cells.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"looks like Xenium: expected .*found cell_bound"):
+    with pytest.raises(
+        FileNotFoundError, match=r"looks like Xenium\. Expected: .*Found: cell_bound"
+    ):
         st.read(tmp_path)
 
 

@@ -71,6 +71,12 @@ def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
     return adata
 
 
+def is_data(path: Path) -> bool:
+    """Whether a path is that of an AnnData or a SpatialData, by its ending or its content."""
+    is_named = path.suffix in (".h5ad", ".zarr") or not path.exists()
+    return is_named or _holds(path, elements=False) or _holds(path, elements=True)
+
+
 def is_spatialdata(path: str | Path) -> bool:
     """Whether a file holds a SpatialData, and not an AnnData."""
     path = _found(path)

@@ -61,6 +61,8 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
 def table_name(tables: Iterable[str], table_key: str | None) -> str:
     """Name of the table that is meant: the only one, if none is named."""
     names = sorted(tables)
+    if not names:
+        raise ValueError("This SpatialData has no table of counts. Pass one with a table.")
     if table_key is None and len(names) == 1:
         return names[0]
     if table_key not in names:

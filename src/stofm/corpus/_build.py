@@ -16,7 +16,7 @@ from filelock import FileLock
 from stofm._config import read_json
 from stofm._files import local, put_in_place
 from stofm._logging import logger, progress
-from stofm._messages import naming, warn
+from stofm._messages import text_of, warn
 from stofm.corpus.manifest import (
     FAILED,
     HELD_OUT,
@@ -256,8 +256,7 @@ def _make(
         for shard in find_shards(folder / HELD_OUT)
         for k, one in enumerate(shard.slices)
     }
-    with naming(source.name):
-        write_source(source, vocabulary, place, min_genes=min_genes, known=known, entries=entries)
+    write_source(source, vocabulary, place, min_genes=min_genes, known=known, entries=entries)
 
 
 def _entries(job: tuple[str, int, SliceSource]) -> dict[str, Any]:
@@ -280,7 +279,7 @@ def _sound(folder: Path, results: Iterable[tuple[Any, Exception | None]]) -> Ite
             note.unlink(missing_ok=True)
             yield folder / PARTS / job[0]
         else:
-            reason = f"{type(error).__name__}: {error.args[0] if error.args else error}"
+            reason = f"{type(error).__name__}: {text_of(error)}"
             write_json(note, entry | {"status": "failed", "reason": reason})
 
 
@@ -318,9 +317,7 @@ def _report(manifest: pd.DataFrame, folder: Path) -> None:
     logger.info("The corpus in %s has %d cells. Slices: %s.", folder, n_cells, counted)
     failed = manifest[manifest["status"] == "failed"]
     if len(failed):
-        named = zip(failed["source"][:_N_NAMED], failed["reason"], strict=False)
-        reasons = "; ".join(f"{source}: {reason}" for source, reason in named)
         warn(
-            f"{len(failed)} files failed and are not in the corpus: {reasons}. The manifest names all "
-            "of them; call build again to try them again."
+            f"{len(failed)} files failed and are not in the corpus. The manifest names all of them; call "
+            f"build again to try them again. {' '.join(failed['reason'][:_N_NAMED])}"
         )

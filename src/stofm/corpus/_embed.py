@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,11 @@ from stofm._edge.slice_files import write_data
 from stofm._files import local
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger, progress
-from stofm._messages import naming, warn
+from stofm._messages import text_of, warn
 from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus
 from stofm.corpus.preparation import read_all_orthologs
-from stofm.corpus.sources import FileConfig, find_files, find_sources
+from stofm.corpus.sources import FileConfig, find_files, find_sources, numbered
 from stofm.corpus.storage import alone, digest_json, write_json
 
 if TYPE_CHECKING:
@@ -95,7 +94,6 @@ def embed(
             jobs.append((source, store, key))
     folder.mkdir(parents=True, exist_ok=True)
     make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed)
-    failed = []
     with alone(folder / f".embed-{part}.lock"):
         results = progress(
             run_each(make, jobs, client),
@@ -104,14 +102,10 @@ def embed(
             unit="slice",
             show=show_progress_bar,
         )
-        for (_, store, _), error in results:
-            if error is not None:
-                failed.append(f"{store.stem}: {error.args[0] if error.args else error}")
+        failed = [text_of(error) for _, error in results if error is not None]
     logger.info("%d slices are embedded into %s.", len(jobs) - len(failed), folder)
     if failed:
-        warn(
-            f"{len(failed)} slices failed: {'; '.join(failed[:5])}. Call embed again to try again."
-        )
+        warn(f"{len(failed)} slices failed; call embed again to try again. {' '.join(failed[:5])}")
     return failed
 
 
@@ -119,9 +113,7 @@ def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
     """Stores of sources: of those with one name, and of other calls, all but one are numbered."""
     stores: dict[Path, None] = {}
     for source in sources:
-        name = source.name.replace("/", "-")
-        numbered = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-        paths = (folder / f"{one}.zarr" for one in numbered)
+        paths = (folder / f"{one}.zarr" for one in numbered(source.name))
         own = (None, source.origin)
         stores[next(p for p in paths if p not in stores and _read_note(p).get("source") in own)] = (
             None
@@ -154,7 +146,7 @@ def _embed(
 
     source, store, key = job
     options = source.options
-    with naming(source.name), source.naming(), source.open() as adata:
+    with source.naming(), source.open() as adata:
         tl.embed(
             adata,
             _load(model),

@@ -86,13 +86,13 @@ def _export(options: argparse.Namespace) -> None:
     export(options.corpus, options.out, show_progress_bar=not options.quiet)
 
 
-def is_many(path: Path) -> bool:
-    """Whether a path is a corpus, or a folder of files of slices."""
+def is_many(path: Path, out: Path) -> bool:
+    """Whether a path is a corpus, or a folder of files of slices that go to a folder."""
     from stofm.corpus.manifest import is_corpus
     from stofm.corpus.sources import ENDINGS, slice_files
 
-    is_folder = path.is_dir() and path.suffix not in ENDINGS
-    return is_folder and (is_corpus(path) or bool(slice_files(path)))
+    is_folder = path.is_dir() and not {path.suffix, out.suffix} & {*ENDINGS}
+    return is_corpus(path) or (is_folder and bool(slice_files(path)))
 
 
 def embed_many(options: argparse.Namespace) -> None:

@@ -85,7 +85,9 @@ def write_manifest(folder: Path) -> pd.DataFrame:
     first = table[is_ok].groupby("content")[["source", "slice"]].transform("first")
     is_again = is_ok & table["content"].where(is_ok).duplicated()
     table.loc[is_again, "status"] = "duplicate"
-    table.loc[is_again, "reason"] = "has the cells of " + first["source"] + first["slice"]
+    table.loc[is_again, "reason"] = (
+        "has the cells of " + first["source"] + (" " + first["slice"]).str.rstrip()
+    )
     put_in_place(folder / MANIFEST, lambda part: table.to_parquet(part, index=False))
     return table
 

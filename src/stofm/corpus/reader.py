@@ -137,15 +137,11 @@ class CorpusSlice:
         counts = sparse.csr_matrix((data, columns, offsets), (self.n_cells, len(used)))
         counts.sort_indices()
         vocabulary = self.reading.vocabulary
-        places = np.searchsorted(
-            vocabulary.tokens, used, sorter=(order := np.argsort(vocabulary.tokens))
-        )
-        genes = {
-            "ids": vocabulary.gene_ids[order[places]],
-            "symbols": vocabulary.symbols[order[places]],
-        }
+        order = np.argsort(vocabulary.tokens)
+        genes = order[np.searchsorted(vocabulary.tokens, used, sorter=order)]
         others = self.part("totals") - np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-        var = pd.DataFrame({"symbol": genes["symbols"]}, index=genes["ids"].astype(object))
+        ids = vocabulary.gene_ids[genes].astype(object)
+        var = pd.DataFrame({"symbol": vocabulary.symbols[genes]}, index=ids)
         if others.any():
             column = sparse.csr_matrix(others[:, None].astype(np.float32))
             counts = sparse.hstack([counts, column], format="csr")

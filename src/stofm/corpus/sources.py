@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from importlib import import_module
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,12 +14,16 @@ from stofm._config import check_choice
 from stofm._edge.slice_files import open_table
 from stofm._edge.tables import resolve_table
 from stofm._files import local, read_table, reading
+from stofm._messages import naming
 from stofm.corpus.manifest import is_corpus, read_slices
 from stofm.corpus.reader import CorpusSlice
 from stofm.genes.mapping import Species
+from stofm.io import read
+from stofm.io.matrices import place_of_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 ENDINGS: Final = (".h5ad", ".zarr")
 #: What a table of files may say of a slice beside how it is read.
@@ -96,15 +99,9 @@ class SliceSource:
             return f"{self.data.about['source']}:{self.data.about['slice']}"
         return str(self.file or "")
 
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Say in messages of errors which source they are about."""
-        try:
-            yield
-        except (KeyError, OSError, ValueError) as error:
-            if len(error.args) == 1:
-                error.args = (f"{self.name}: {error.args[0]}",)
-            raise
+    def naming(self) -> AbstractContextManager[None]:
+        """Within it, messages say which source they are about."""
+        return naming(f"{'file' if self.file else 'slice'} {self.name!r}")
 
     @contextmanager
     def open(self) -> Iterator[Any]:
@@ -114,12 +111,15 @@ class SliceSource:
         elif self.file is None:
             yield resolve_table(self.data, self.options.table_key)
         elif self.file.suffix not in ENDINGS:
-            technology = self.options.technology or "auto"
-            yield import_module("stofm").read(self.file, technology=technology)
+            yield read(self.file)
         else:
             adata = open_table(self.file, self.options.table_key)
             try:
-                yield adata
+                is_elsewhere = self.options.layer is None and place_of_counts(adata) not in (
+                    "X",
+                    "",
+                )
+                yield read(self.file) if is_elsewhere else adata
             finally:
                 if adata.isbacked:
                     adata.file.close()
@@ -138,10 +138,7 @@ def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
         path = local(data)
         if is_corpus(path):
             return [SliceSource(one, one.name, FileConfig()) for one in read_slices(path)]
-        files = slice_files(path)
-        if not files:
-            raise FileNotFoundError(f"The folder {path} has no .h5ad file and no .zarr store.")
-        return [SliceSource(file, file.stem, options) for file in files]
+        return find_files(path, options)
     if not hasattr(data, "obsm") and not hasattr(data, "tables"):
         raise TypeError(
             "data must be an AnnData, a path, a folder of .h5ad and .zarr, a corpus, or a list of "
@@ -187,7 +184,14 @@ def find_files(files: Any, options: FileConfig) -> list[SliceSource]:
     path = local(files).absolute()
     if path.suffix in (".csv", ".tsv", ".parquet"):
         return _read_manifest(path, options)
-    return [SliceSource(file, file.stem, options) for file in slice_files(path) or [path]]
+    return [SliceSource(file, _name_of(file), options) for file in slice_files(path) or [path]]
+
+
+def _name_of(file: Path) -> str:
+    """Name of a file without its ending, or of a folder; many are called ``SAMPLE/outs``."""
+    if file.suffix in ENDINGS:
+        return file.stem
+    return file.parent.name if file.name == "outs" else file.name
 
 
 def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
@@ -210,7 +214,7 @@ def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
         given_how: dict[str, Any] = {name: given[name] for name in how & set(given)}
         chosen = replace(options, **given_how)
         about = {name: given[name] for name in ABOUT if name in given}
-        sources.append(SliceSource(file, file.stem, chosen, about))
+        sources.append(SliceSource(file, _name_of(file), chosen, about))
     return sources
 
 
@@ -218,7 +222,11 @@ def unique_names(names: Sequence[str]) -> list[str]:
     """Names for files, in which those that occur again are numbered."""
     found: dict[str, None] = {}
     for name in names:
-        plain = name.replace("/", "-")
-        numbered = itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))
-        found[next(one for one in numbered if one not in found)] = None
+        found[next(one for one in numbered(name) if one not in found)] = None
     return [*found]
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name for a file, and others with numbers in case it is taken."""
+    plain = name.replace("/", "-")
+    return itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))

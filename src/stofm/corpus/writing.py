@@ -76,9 +76,9 @@ def write_source(
             cells = RankedCells(adata, columns, vocabulary, min_genes)
             with ShardWriter(folder) as in_order:
                 cells.write(in_order, options.layer)
-        whole = Shard(folder)
-        if not min_genes:
-            _warn_of_empty_cells(whole)
+            whole = Shard(folder)
+            if not min_genes:
+                _warn_of_empty_cells(whole)
         about = {**cells.about, **source.about, **(entries or {})}
         about["technology"] = options.technology or about["technology"]
         found = []

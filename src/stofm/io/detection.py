@@ -85,7 +85,7 @@ def choose(
     if len(samples := sorted({one.file.sample for one in found})) > 1:
         raise ValueError(
             f"{where} holds {len(samples)} samples: {listed([one or '(no name)' for one in samples])}. "
-            f"Pass one of them, sample={samples[-1]!r}, and read them one by one."
+            f"Read them one by one: pass sample={samples[-1]!r}, or the path of one of its files."
         )
     order = sorted(found, key=_rank)
     if len(order) > 1:
@@ -95,12 +95,9 @@ def choose(
 
 def _rank(one: Candidate) -> tuple[bool, bool, bool, int, str]:
     file = one.file
+    is_raw = re.search(r"(^|[/_.-])raw[_.]", file.name) is not None
     is_binary = extension(file.path) in (".parquet", ".gef")
-    return _is_raw(file), not is_binary, not file.columns, len(file.name), file.name
-
-
-def _is_raw(file: File) -> bool:
-    return re.search(r"(^|[/_.-])raw[_.]", file.name) is not None
+    return is_raw, not is_binary, not file.columns, len(file.name), file.name
 
 
 def _names(found: Sequence[Candidate]) -> str:
@@ -194,7 +191,7 @@ def matrix_for(one: Candidate, files: list[File], where: str) -> File:
         other, shared = distance(one.file, file)
         is_unnamed = file.kind == "table" and not _DENSE.search(file.path.name)
         kind = _MATRICES.index(file.kind)
-        return other, is_unnamed, shared, _is_raw(file), kind, -len(file.columns), file.name
+        return other, is_unnamed, shared, not file.is_filtered, kind, -len(file.columns), file.name
 
     return min(matrices, key=rank)
 
@@ -227,12 +224,12 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
         if file.kind == "table" and not file.columns and 2 <= len(file.first) <= 3
         and all(map(is_number, file.first))
     ]  # fmt: skip
-    looks = f" It looks like {' or '.join(one.name for one in known)}:" if known else ""
-    looks = looks if wanted is None else f" Of {wanted.name}:"
-    expected = "; ".join(one.expected for one in known) or GENERIC.expected
+    looks = f". It looks like {' or '.join(one.name for one in known)}." if known else "."
+    looks = looks if wanted is None else f" as {wanted.name}."
+    expected = "; ".join(one.expected for one in known if one.expected) or GENERIC.expected
     more = "".join(f" {text}." for text in places[:1]) + _faults(files)
     return (
-        f"{where} has no table of cells that can be read.{looks} expected {expected}; found "
+        f"{where} has no table of cells that can be read{looks} Expected: {expected}. Found: "
         f"{_some(files)}.{more} Tables under other names: pass `matrix`, `coordinates` and `columns`."
     )
 

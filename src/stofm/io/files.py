@@ -64,6 +64,11 @@ class File:
         parts = [*(_ROLES.sub("", one) for one in folders), "" if own == name else own]
         return "/".join(filter(None, parts))
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a matrix is said to have observations on tissue only."""
+        return any("filtered" in part for part in Path(self.name).parts[-2:])
+
 
 def find_files(root: Path) -> list[File]:
     """All files of a folder, and of folders in it, that may be read; a file is looked at alone."""
@@ -84,9 +89,9 @@ def find_files(root: Path) -> list[File]:
 
 
 def distance(file: File, other: File) -> tuple[bool, int]:
-    """How far files lie from each other: of another sample or not, folders that they don't share."""
-    here, there = (Path(one.name).parts[:-1] for one in (file, other))
-    pairs = zip(here, there, strict=False)
+    """How far files lie from each other: of another sample or not, words that their paths share."""
+    # In a flat copy of a run, folders are the first words of names.
+    pairs = zip(*(re.split(r"[/._-]+", one.name) for one in (file, other)), strict=False)
     n_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return other.sample != file.sample, -n_shared
 

@@ -132,8 +132,7 @@ def _cells(one: Candidate) -> tuple[pd.DataFrame, str, str]:
 
 def _on_tissue(cells: pd.DataFrame, chosen: File) -> NDArray[np.bool_]:
     """Whether spots are on tissue; a matrix that was filtered has no others."""
-    is_filtered = any("filtered" in part for part in chosen.name.split("/")[-2:])
-    if _TISSUE not in cells or is_filtered:
+    if _TISSUE not in cells or chosen.is_filtered:
         return np.ones(len(cells), dtype=bool)
     is_on: NDArray[np.bool_] = cells[_TISSUE].to_numpy() != 0
     return is_on

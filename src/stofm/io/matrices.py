@@ -119,7 +119,7 @@ def read_h5ad(path: Path) -> tuple[AnnData, str]:
 
     opened = anndata.read_h5ad(path, backed="r")
     try:
-        found = _place_of_counts(opened)
+        found = place_of_counts(opened)
         if found == "X":
             return opened.to_memory(), found
         if found == "raw.X":
@@ -139,7 +139,7 @@ def read_h5ad(path: Path) -> tuple[AnnData, str]:
         opened.file.close()
 
 
-def _place_of_counts(opened: AnnData) -> str:
+def place_of_counts(opened: AnnData) -> str:
     """``"X"``, ``"raw.X"``, a layer, or nothing."""
     from anndata import AnnData
 

@@ -135,7 +135,7 @@ def _named_file(files: list[File], name: str | Path, where: str) -> File:
     for file in files:
         if file.name == Path(name).as_posix() or file.path.resolve() == local(name).resolve():
             return file
-        if file.kind in ("mtx",) and file.path.parent.resolve() == local(name).resolve():
+        if file.kind == "mtx" and file.path.parent.resolve() == local(name).resolve():
             return file
     inside = [file for file in files if file.name.startswith(f"{Path(name).as_posix()}/")]
     if found := [file for file in inside if file.kind in ("10x", "mtx")]:
@@ -161,7 +161,7 @@ def _named(
         names = (columns[0], columns[1], columns[2]) if is_fit else None
     if names is None:
         raise ValueError(
-            f"{file.name}: expected columns with id, x and y, found {list(there) or 'no header'}. Name "
-            "them: columns=['id', 'x', 'y']."
+            f"{file.name}: expected columns with id, x and y{'' if columns is None else f' {columns}'}, "
+            f"found {list(there) or 'no header'}. Name these three: columns=['id', 'x', 'y']."
         )
     return Candidate(GENERIC, file, names, there)

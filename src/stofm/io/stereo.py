@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm.io.files import open_text
-from stofm.io.matrices import make
+from stofm.io.matrices import make, text_of
 from stofm.io.tables import opened
 
 if TYPE_CHECKING:
@@ -154,6 +154,4 @@ _NAMES: Final = ("geneName", "geneID", "gene")
 
 
 def _attributes(attributes: Any) -> dict[str, str]:
-    from stofm.io.matrices import text_of
-
     return {name: text_of(value) for name, value in attributes.items()}

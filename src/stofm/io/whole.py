@@ -10,6 +10,7 @@ from scipy import sparse
 from stofm._edge.slice_files import read_data
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
+from stofm._messages import naming
 from stofm.io.formats import GENERIC, MICROMETRE, STEREO, UNKNOWN
 from stofm.io.joining import Read
 from stofm.io.matrices import read_h5ad
@@ -56,13 +57,8 @@ def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, imag
 def _read_anndata(file: File, table_key: str | None, *, images: bool) -> Read:
     """An AnnData or a table of a SpatialData, with its counts and places put where they belong."""
     if file.kind == "zarr":
-        data = read_data(file.path)
-        if not getattr(data, "tables", True):
-            raise ValueError(
-                f"{file.name} is a SpatialData without a table of counts; it has "
-                f"{sorted(name for _, name, _ in data.gen_elements())}. Pass a store with a table."
-            )
-        adata, where = resolve_table(data, table_key), "the store"
+        with naming(f"file {file.name!r}"):
+            adata, where = resolve_table(read_data(file.path), table_key), "the store"
     else:
         adata, where = read_h5ad(file.path)
     adata.X = sparse.csr_matrix(adata.X)

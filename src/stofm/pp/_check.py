@@ -22,7 +22,7 @@ from stofm._edge.gene_mapping import (
 from stofm._edge.slices import Nearest, Places, read_places
 from stofm._edge.tables import layer_names, read_record, require_cells_and_genes, resolve_table
 from stofm._keys import Obs, Obsm, Uns
-from stofm._messages import changed, collecting
+from stofm._messages import changed, collecting, text_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +113,7 @@ class Findings:
             ("technology", self._technology()),
             ("species", self.species),
             ("raw counts", self._counts()),
-            ("genes", f"{self.n_matched:,} are known, with {self.counts_share:.1%} of the counts"),
+            ("genes", f"{self.n_matched:,} are known{self._share()}"),
             ("not genes", f"{self.n_controls:,} columns{self._controls()}"),
             ("empty cells", f"{self.n_empty:,}"),
             ("places", self._places()),
@@ -134,6 +134,10 @@ class Findings:
     def _counts(self) -> str:
         where = {None: "nowhere", "X": "in X"}.get(self.layer, f"in layers[{self.layer!r}]")
         return where if self.layer is None else f"{where}, {self.counts_per_cell:.0f} a cell"
+
+    def _share(self) -> str:
+        is_told = not np.isnan(self.counts_share)
+        return f", with {self.counts_share:.1%} of the counts" if is_told else ""
 
     def _controls(self) -> str:
         is_told = not np.isnan(self.control_share)
@@ -234,7 +238,9 @@ def check(
         if not found.ok:
             return found
         with told:
-            run = _choose(model, device)
+            from stofm._edge.embedding import Run
+
+            run = Run.choose(model, device, "auto", token_budget="auto", show_progress_bar=False)
             found.model, found.device = run.model.name, str(run.device)
         with told:
             found.n_controls = int((kinds_of_others(table) != "").sum())
@@ -264,14 +270,8 @@ class _Told:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
         if not isinstance(error, ValueError | KeyError | MemoryError | TypeError | OSError):
             return False
-        self.found.problems.append(changed(str(error.args[0]) if error.args else str(error)))
+        self.found.problems.append(changed(text_of(error)))
         return True
-
-
-def _choose(model: Any, device: Any) -> Run:
-    from stofm._edge.embedding import Run
-
-    return Run.choose(model, device, "auto", token_budget="auto", show_progress_bar=False)
 
 
 def _read_counts(
