@@ -115,10 +115,8 @@ def test_it_is_the_same_each_time_and_for_slices_in_one_table_or_several(adata, 
     as_list = probe(list(slices.values())).scores
     pd.testing.assert_frame_equal(as_list.drop(columns="slice"), several.drop(columns="slice"))
     # In another order, other cells tell when to stop, and nothing else changes.
-    assert (
-        np.abs(several["macro_f1"] - first.loc[first["seed"] == 0, "macro_f1"].to_numpy()).max()
-        < 0.2
-    )
+    before = first.loc[first["seed"] == 0, "macro_f1"].to_numpy()
+    assert np.abs(several["macro_f1"] - before).mean() < 0.1
 
 
 def test_the_protocol_of_the_paper_names_its_leak(adata, caplog):

@@ -52,7 +52,7 @@ def write_corpus(
             (source,) = find_sources(counted_slice(rng, n, genes), FileConfig())
             folder = tmp_path / "slices" / f"{names}{k}"
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "1 of .* cells have no count")
+                warnings.filterwarnings("ignore", ".*1 of .* cells have no count")
                 write_source(replace(source, name=f"{names}-{k}"), vocabulary, folder)
             slices.append(
                 CorpusSlice(Shard(folder), 0, Reading(vocabulary, 99, 1.0 if values else None))
