@@ -86,16 +86,17 @@ def test_a_file_is_read_block_by_block(prepare, open_prepared, file, left, monke
     assert streamed.digest == whole.digest
 
 
-def test_tokens_are_those_of_the_counts(prepare, open_prepared, adata, model, vocabulary):
+@pytest.mark.parametrize("power", [1.0, 0.25])
+def test_tokens_are_those_of_the_counts(prepare, open_prepared, adata, model, vocabulary, power):
     # Two columns of one gene, one without.
     left = adata[adata.obs["library"] == "left"].copy()
     left.var_names = [*left.var_names[:5], left.var_names[4], *left.var_names[6:]]
-    model.config = replace(
-        model.config, cell_encoder=replace(model.config.cell_encoder, values="log"), max_tokens=9
-    )
+    reads = replace(model.config.cell_encoder, values="log", depth_power=power)
+    model.config = replace(model.config, cell_encoder=reads, max_tokens=9)
     found = open_prepared(prepare(left), model)[0]
     columns = find_columns(left, vocabulary)
-    expected = rank_genes(left.X, columns.token_ids, columns.medians, max_tokens=9, values=True)
+    options = {"max_tokens": 9, "values": True, "depth_power": power}
+    expected = rank_genes(left.X, columns.token_ids, columns.medians, **options)
     assert found.ranked.equals(expected)
     rows = np.array([7, 0, 100, 7])
     assert found.take(rows).equals(take_cells(expected, rows))
