@@ -58,24 +58,22 @@ def with_values():
 
 
 def test_values_stand_at_their_tokens_and_the_bag_holds_all_genes(with_values):
-    batch = TokenBatch.from_ranked(
-        with_values, np.array([2, 0, 1]), cls_token=9, pad_token=0, length=3
-    )
+    cells = np.array([2, 0, 1])
+    batch = TokenBatch.from_ranked(with_values, cells, cls_token=9, pad_token=0, length=3)
+    bag = GeneBag.from_ranked(with_values, cells)
     assert batch.tokens.tolist() == [[9, 8, 0], [9, 5, 6], [9, 0, 0]]
     assert batch.values.tolist() == [[0, 2.5, 0], [0, 6, 3], [0, 0, 0]]
-    assert batch.bag.tokens.tolist() == [8, 5, 6, 7]
-    assert batch.bag.offsets.tolist() == [0, 1, 4]
-    assert batch.bag.values.tolist() == [2.5, 6, 3, 1]
-    assert batch.values.dtype == batch.bag.values.dtype == torch.float32
-    assert batch.bag.tokens.dtype == batch.bag.offsets.dtype == torch.int64
-    assert batch.is_hidden is None
+    assert bag.tokens.tolist() == [8, 5, 6, 7]
+    assert bag.offsets.tolist() == [0, 1, 4]
+    assert bag.values.tolist() == [2.5, 6, 3, 1]
+    assert batch.values.dtype == bag.values.dtype == torch.float32
+    assert bag.tokens.dtype == bag.offsets.dtype == torch.int64
 
 
 def test_tokens_without_values_give_neither(with_values):
     tokens = with_values.without_values()
     batch = TokenBatch.from_ranked(tokens, np.array([0]), cls_token=9, pad_token=0, length=3)
     assert batch.values is None
-    assert batch.bag is None
     with pytest.raises(ValueError, match=r"no values; rank them with rank_genes\(\.\.\., values"):
         GeneBag.from_ranked(tokens, np.array([0]))
 
@@ -84,20 +82,7 @@ def test_all_goes_to_the_device(with_values):
     batch = TokenBatch.from_ranked(
         with_values, np.array([3, 2]), cls_token=9, pad_token=0, length=3
     )
-    hidden = TokenBatch(
-        batch.tokens, batch.is_real, batch.values, batch.bag, is_hidden=batch.tokens == 4
-    )
-    moved = hidden.to("meta")
-    found = (
-        moved.tokens,
-        moved.is_real,
-        moved.values,
-        moved.is_hidden,
-        moved.bag.tokens,
-        moved.bag.offsets,
-        moved.bag.values,
-    )
+    moved = batch.to("meta")
+    found = (moved.tokens, moved.is_real, moved.values)
     assert {tensor.device.type for tensor in found} == {"meta"}
-    same = hidden.to("cpu")
-    assert torch.equal(same.is_hidden, hidden.is_hidden)
-    assert torch.equal(same.bag.values, hidden.bag.values)
+    assert torch.equal(batch.to("cpu").values, batch.values)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 
 from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, TokenBatch, cell_encoder
 from stofm.nn.batch import GeneBag
+from stofm.nn.cell_encoder import orthonormal
 from stofm.nn.reference import cell_encoder_from_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -151,56 +153,80 @@ def test_value_embeddings_like_transformers(golden, batch_with_values):
     torch.testing.assert_close(embedded, first / first.norm(dim=1, keepdim=True))
 
 
-def plain_pooled(encoder, tokens, hidden=()):
-    """One gene after another; `hidden` holds pairs of row and rank to leave out."""
+def plain_pooled(encoder, tokens):
+    """One gene after another, with weights that are orthonormal on the genes that occur."""
     table = encoder.gene_embeddings.weight.detach().double().numpy()
     medians = encoder.medians.double().numpy()
-    half = table.shape[1] // 2
+    panel, half = np.unique(tokens.tokens), table.shape[1] // 2
+    for columns in (slice(half), slice(half, None)):
+        rows = table[panel, columns]
+        gram = rows.T @ rows
+        ridge = 1e-3 * np.linalg.norm(gram, ord=2) * np.eye(half)
+        table[panel, columns] = rows @ np.linalg.inv(sqrtm(gram + ridge).real)
     sums = np.zeros((tokens.n_cells, table.shape[1]))
     for cell in range(tokens.n_cells):
-        for place in range(tokens.offsets[cell], tokens.offsets[cell + 1]):
-            if (cell, place - tokens.offsets[cell]) not in hidden:
-                gene, value = tokens.tokens[place], float(tokens.values[place])
-                sums[cell, :half] += np.log(1 + value * medians[gene]) * table[gene, :half]
-                sums[cell, half:] += np.log(1 + value) * table[gene, half:]
+        own = slice(tokens.offsets[cell], tokens.offsets[cell + 1])
+        genes, values = tokens.tokens[own], tokens.values[own].astype(float)
+        counts = np.log(1 + values * medians[genes])
+        for gene, value, count in zip(genes, values, counts, strict=True):
+            sums[cell, :half] += count * table[gene, :half]
+            sums[cell, half:] += np.log(1 + value) * table[gene, half:]
+        sums[cell] *= 4 / max(np.linalg.norm(counts), 1) ** 0.5
     return torch.from_numpy(sums - encoder.gene_offset.double().numpy()).float()
 
 
-@pytest.mark.parametrize("hidden", [[], [(2, 0), (2, 2), (5, 1)]])
-def test_sums_over_all_genes_that_are_not_hidden_stand_in_front(golden, batch_with_values, hidden):
+def embed(encoder, tokens, batch, dtype=torch.float32):
+    """Embeddings, on the panel of the tokens, cut into what is pooled and what is learned."""
+    panel = torch.from_numpy(np.unique(tokens.tokens)).long()
+    bag = GeneBag.from_ranked(tokens, np.arange(tokens.n_cells))
+    found = encoder.embed(batch, encoder.lay_out(dtype, panel), bag)
+    return found.split([encoder.config.gene_width, encoder.config.d_learned], dim=1)
+
+
+def test_sums_over_all_genes_stand_in_front(golden, batch_with_values):
     plain, _, _ = golden
     encoder = reading(golden, pooled=True)
     tokens, batch = batch_with_values
-    if hidden:
-        is_hidden = torch.zeros_like(batch.is_real)
-        for row, rank in hidden:
-            is_hidden[row, 1 + rank] = True
-        batch = replace(batch, is_hidden=is_hidden)
     with torch.no_grad():
-        pooled, learned = encoder(batch).split([encoder.config.gene_width, plain.config.d_cell], 1)
+        pooled, learned = embed(encoder, tokens, batch)
         expected = plain(batch) * 2
-    torch.testing.assert_close(pooled, plain_pooled(encoder, tokens, hidden), atol=1e-5, rtol=1e-5)
+        assert torch.equal(encoder(batch), learned)
+    torch.testing.assert_close(pooled, plain_pooled(encoder, tokens), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(learned, expected)
-    assert encoder.config.d_learned == plain.config.d_cell
     torch.testing.assert_close(learned.norm(dim=1), torch.full((len(learned),), 2.0))
+
+
+@pytest.mark.parametrize("n_genes", [5, 40])
+def test_weights_of_a_panel_keep_lengths_and_angles(rng, n_genes):
+    weights = torch.from_numpy(rng.normal(size=(50, 12)).astype(np.float32))
+    weights[:, :2] *= 5
+    panel = torch.from_numpy(rng.permutation(50)[:n_genes])
+    found = orthonormal(weights, panel)
+    assert torch.equal(found.any(dim=1).nonzero()[:, 0], panel.sort().values)
+    # Up to the ridge all directions are as long.
+    sizes = torch.linalg.svdvals(found[panel])
+    assert (sizes <= 1.0).all()
+    assert (sizes > 0.9).all()
+    # No other matrix with such columns, or rows, is nearer.
+    u, _, v = torch.linalg.svd(weights[panel], full_matrices=False)
+    torch.testing.assert_close(found[panel], u @ v, atol=0.05, rtol=0)
+    assert not orthonormal(torch.zeros(9, 4), torch.arange(3)).any()
 
 
 def test_sums_are_computed_in_float32(golden, batch_with_values):
     encoder = reading(golden, pooled=True)
     tokens, batch = batch_with_values
-    width = encoder.config.gene_width
     with torch.no_grad():
-        single = encoder(batch)
-        near = encoder.embed(batch, encoder.lay_out(torch.bfloat16))
+        single = embed(encoder, tokens, batch)
+        near = embed(encoder, tokens, batch, torch.bfloat16)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = encoder(batch)
-        low = encoder.to(torch.bfloat16)(batch)
-    for found in (near, mixed):
-        assert torch.equal(found[:, :width], single[:, :width])
-        assert 0 < (found - single)[:, width:].abs().max() < 0.2
+            mixed = embed(encoder, tokens, batch)
+        low, _ = embed(encoder.to(torch.bfloat16), tokens, batch, torch.bfloat16)
+    for pooled, learned in (near, mixed):
+        assert torch.equal(pooled, single[0])
+        assert 0 < (learned - single[1]).abs().max() < 0.2
     assert low.dtype == torch.float32
-    expected = plain_pooled(encoder, tokens)
-    torch.testing.assert_close(low[:, :width], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(low, plain_pooled(encoder, tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_every_weight_but_what_is_pooled_by(golden, batch_with_values):
@@ -222,7 +248,7 @@ def test_without_values_it_says_what_to_run(golden, options):
     with pytest.raises(
         ValueError, match=r"reads expression values.*st\.pp\.tokenize\(adata, model"
     ):
-        encoder(golden[1])
+        encoder.embed(golden[1], encoder.lay_out(torch.float32))
 
 
 # Gene embeddings of a width of their own: an option that the paper does not have.
@@ -251,7 +277,7 @@ def test_bert_reads_a_linear_map_of_wider_or_narrower_gene_embeddings(
             inputs_embeds=words[batch.tokens], attention_mask=batch.is_real.long()
         ).last_hidden_state
         hidden = encoder.hidden_states(batch)
-        pooled, learned = encoder(batch).split([d_gene, 8], dim=1)
+        pooled, learned = embed(encoder, tokens, batch)
         first = torch.nn.functional.normalize(encoder.projection(expected[:, 0]))
     torch.testing.assert_close(hidden[batch.is_real], expected[batch.is_real], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(pooled, plain_pooled(encoder, tokens), atol=1e-5, rtol=1e-4)

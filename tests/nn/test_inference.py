@@ -102,7 +102,8 @@ def test_embeddings_are_those_that_training_computes(model, tokens, options):
     )
     with torch.no_grad():
         expected = model.cell_encoder(batch)
-    np.testing.assert_allclose(encode(model, tokens)[:40], expected, atol=1e-4)
+    found = encode(model, tokens)[:40, -expected.shape[1] :]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_model_that_pools_reads_the_medians_of_its_vocabulary(model):

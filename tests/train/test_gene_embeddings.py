@@ -314,24 +314,19 @@ def test_the_cell_embedding_then_begins_with_factors_of_counts_and_of_values(
     encoder, width = model.cell_encoder, d_gene or 16
     medians = encoder.medians.numpy()
     assert np.ptp(medians) > 0
-    parts = []
-    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        factors = coexpression_factors(
-            [one.ranked for one in corpus.slices],
-            N_TOKENS,
-            width // 2,
-            scaling=scaling,
-            scale=scale,
-        )
-        pooled = [np.log1p(np.expm1(dense(one.ranked)) * scale) @ factors for one in corpus.slices]
-        deviation = np.sqrt(np.mean([one.var(axis=0) for one in pooled], axis=0))
-        pooled = [one / np.sqrt(deviation) for one in pooled]
-        mean = np.mean([one.mean(axis=0) for one in pooled], axis=0)
-        total = np.mean([one.var(axis=0).mean() for one in pooled])
-        parts.append([(one - mean) / np.sqrt(total) * size for one in pooled])
-    for one, *wanted in zip(corpus.slices, *parts, strict=True):
-        found = encode_cells(encoder, one.ranked, model.vocabulary, device=torch.device("cpu"))
-        np.testing.assert_allclose(found[:, :width], np.hstack(wanted), atol=1e-4)
+    ranked = [one.ranked for one in corpus.slices]
+    for scale, scaling, columns in (
+        (medians, 0.0, slice(width // 2)),
+        (np.ones_like(medians), 0.5, slice(width // 2, width)),
+    ):
+        factors = coexpression_factors(ranked, N_TOKENS, width // 2, scaling=scaling, scale=scale)
+        np.testing.assert_allclose(encoder.gene_embeddings.weight[:, columns].detach(), factors)
+    found = [
+        encode_cells(encoder, one, model.vocabulary, device=torch.device("cpu"))[:, :width]
+        for one in ranked
+    ]
+    means = np.array([one.mean(axis=0) for one in found])
+    np.testing.assert_allclose(means.mean(axis=0), 0, atol=1e-4)
 
 
 @pytest.mark.parametrize("d_gene", [20, 10])
@@ -360,7 +355,7 @@ def test_only_bert_learns_from_there(corpus, make_model):
         pad_token=model.vocabulary.pad,
         length=24,
     )
-    (encoder(tokens) @ torch.linspace(-1, 1, 24)).sum().backward()
+    (encoder(tokens) @ torch.linspace(-1, 1, encoder.config.d_learned)).sum().backward()
     for weight in (encoder.projection.weight, encoder.gene_projection.weight):
         assert weight.grad.abs().max() > 0
     assert encoder.gene_embeddings.weight.grad is None

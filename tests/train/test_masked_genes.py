@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stofm.genes import RankedTokens
-from stofm.nn import CellEncoder, CellEncoderConfig, TokenBatch
+from stofm.nn import TokenBatch
 from stofm.train.config import TokenMasking
 from stofm.train.masking import MaskedGenes, drop_genes
 
@@ -57,7 +57,6 @@ def test_share_of_each_cells_genes_is_masked(lists):
     assert is_target.sum(dim=1).tolist() == [6, 0, 1, 5, 1]
     assert (masked.tokens[is_target] == MASK).all()
     assert torch.equal(masked.tokens[~is_target], batch.tokens[~is_target])
-    assert torch.equal(masked.is_hidden, is_target)
     assert not is_target[:, 0].any()  # <cls>
     assert not (is_target & ~batch.is_real).any()
     assert not (batch.tokens == MASK).any()  # the input is not changed
@@ -83,9 +82,6 @@ def test_bert_shows_some_and_swaps_some(rng):
     assert (is_changed & ~is_mask).sum() / n_targets == pytest.approx(0.1, abs=0.02)
     assert (is_changed <= is_target).all()
     assert np.isin(masked.tokens[is_changed & ~is_mask], GENES).all()
-    # What stays visible may enter sums over the genes, what does not stays out.
-    assert (is_changed <= masked.is_hidden).all()
-    assert masked.is_hidden.sum() / n_targets == pytest.approx(0.9, abs=0.02)
 
 
 def test_every_gene_is_masked_as_often_as_the_others():
@@ -120,41 +116,10 @@ def test_gene_that_stands_twice_is_hidden_twice():
         assert (seen[is_one].view(60, 2).sum(dim=1) != 1).all()
 
 
-def test_values_stay_and_the_pooled_sum_loses_what_is_masked(lists):
+def test_values_stay(lists):
     batch = batch_of(lists, values=True)
-    masked, is_target = mask(batch)
+    masked, _ = mask(batch)
     assert torch.equal(masked.values, batch.values)
-    assert torch.equal(masked.bag.values, batch.bag.values)
-    assert torch.equal(masked.is_hidden, is_target)
-
-
-def test_model_with_all_its_inputs_does_not_see_which_gene_is_masked(lists):
-    torch.manual_seed(0)
-    encoder = CellEncoder(
-        CellEncoderConfig(
-            n_tokens=70,
-            d_cell=14,
-            n_layers=1,
-            d_hidden=8,
-            n_heads=2,
-            d_inner=9,
-            max_positions=50,
-            values="log",
-            pooled=True,
-        )
-    ).eval()
-    masked, is_target = mask(batch_of(lists, values=True))
-    others = masked.bag.tokens.clone()
-    bag = 0
-    for row, genes in enumerate(lists):  # other genes in the bag where the list has <mask>
-        own = is_target[row, 1 : 1 + len(genes)]
-        others[bag : bag + len(genes)][own] = 68
-        bag += len(genes)
-    assert not torch.equal(others, masked.bag.tokens)
-    swapped = replace(masked, bag=replace(masked.bag, tokens=others))
-    with torch.no_grad():
-        assert torch.equal(encoder(masked), encoder(swapped))
-        assert not torch.equal(encoder(replace(masked, is_hidden=None)), encoder(masked))
 
 
 def test_dropped_genes_leave_the_list_and_the_rest_moves_up(lists):
@@ -170,32 +135,19 @@ def test_dropped_genes_leave_the_list_and_the_rest_moves_up(lists):
     assert batch.is_real.sum() == 5 + sum(map(len, lists))  # the input is not changed
 
 
-def test_dropped_genes_leave_the_bag_too(lists):
-    batch = batch_of(lists, values=True, length=20)  # lists are cut, the bag is not
+def test_values_stay_with_the_genes_that_are_left(lists):
+    batch = batch_of(lists, values=True, length=20)
     fewer = drop_genes(batch, 0.5, pad_token=PAD, rngs=rngs(5))
-    ends = [*fewer.bag.offsets[1:].tolist(), len(fewer.bag.tokens)]
-    for cell, (start, end) in enumerate(zip(fewer.bag.offsets.tolist(), ends, strict=True)):
-        assert end - start == len(lists[cell]) - len(lists[cell]) // 2
-        bag, listed = fewer.bag.tokens[start:end], fewer.tokens[cell][fewer.is_real[cell]][1:]
-        assert np.isin(bag, lists[cell]).all()
-        assert torch.equal(bag[: len(listed)], listed)
-        assert torch.equal(fewer.values[cell, 1 : 1 + len(listed)], 1.0 + listed)
-        assert not fewer.values[cell, 1 + len(listed) :].any()
-    assert torch.equal(fewer.bag.values, 1.0 + fewer.bag.tokens)
-
-
-def test_hidden_genes_stay_hidden_when_others_are_dropped(lists):
-    masked, _ = mask(batch_of(lists, values=True))
-    fewer = drop_genes(masked, 0.3, pad_token=PAD, rngs=rngs(5))
-    assert torch.equal(fewer.is_hidden, fewer.tokens == MASK)
+    for tokens, values, is_real in zip(fewer.tokens, fewer.values, fewer.is_real, strict=True):
+        assert torch.equal(values[is_real][1:], 1.0 + tokens[is_real][1:])
+        assert not values[~is_real].any()
 
 
 def test_dropping_nothing_changes_nothing(lists):
     batch = batch_of(lists, values=True)
     same = drop_genes(batch, 0.0, pad_token=PAD, rngs=rngs(5))
-    for own, other in ((same, batch), (same.bag, batch.bag)):
-        assert torch.equal(own.tokens, other.tokens)
-        assert torch.equal(own.values, other.values)
+    assert torch.equal(same.tokens, batch.tokens)
+    assert torch.equal(same.values, batch.values)
 
 
 def test_drops_do_not_depend_on_the_batch(lists):

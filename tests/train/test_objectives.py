@@ -212,7 +212,7 @@ def test_views_are_compared_by_what_is_learned(model, rng, vocabulary):
     cells = token_batch(rng, vocabulary, [23, 11, 17, 20, 9], values=True)
     batch = cell_batch(cells, vocabulary, gene_dropout=0.3)
     with torch.no_grad():
-        first, second = (encoder(view)[:, 8:] for view in batch.views)
+        first, second = (encoder(view) for view in batch.views)
         loss = objective(batch)["contrastive"].total
         expected = contrastive_loss(first, second, temperature=0.05).total
         torch.testing.assert_close(loss, expected)

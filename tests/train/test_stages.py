@@ -334,7 +334,7 @@ def test_fresh_embeddings_of_an_unchanged_encoder_are_the_kept_ones(pooling):
     with torch.no_grad():
         fresh = torch.cat([pooling.model.cell_encoder(group) for group in inputs.sampled])
     kept = inputs.subslices.features.flatten(0, 1)[inputs.sampled_places]
-    torch.testing.assert_close(fresh, kept, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fresh, kept[:, -fresh.shape[1] :], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("device", "multiple"), [("cpu", 1), ("cuda", 8)])

@@ -23,6 +23,7 @@ from stofm.heads.low_rank import add_low_rank, encoder_weights, merged
 from stofm.heads.targets import head_loss
 from stofm.nn import choose_device, embed_slice, encode_cells
 from stofm.nn.batch import SubSliceBatch, TokenBatch
+from stofm.nn.cell_encoder import put_learned
 from stofm.nn.device import seeded
 from stofm.nn.inference import padded_length
 from stofm.pp import tokenize
@@ -325,9 +326,7 @@ class _Tuning:
         self._model.train()
         self._head.train()
         fresh = self._encode(one, subslice.cell_index[sampled])
-        values = batch.features.index_put(
-            (torch.zeros(len(sampled), dtype=torch.int64), torch.from_numpy(sampled)), fresh
-        )
+        values = put_learned(batch.features, torch.from_numpy(sampled).to(self._device), fresh)
         found = {Obsm.X_CELL: values}
         if Obsm.X in self._request.reps:
             batch = replace(batch, features=values)
@@ -351,7 +350,7 @@ class _Tuning:
         return value
 
     def _encode(self, one: TuningSlice, cells: NDArray[np.integer]) -> torch.Tensor:
-        """Embed some cells of a slice, with gradients."""
+        """Compute what is learned of some cells of a slice, with gradients."""
         encoder, vocabulary = self._model.cell_encoder, self._model.vocabulary
         tokens = one.tokens if encoder.config.reads_values else one.tokens.without_values()
         own = one.cells[cells]

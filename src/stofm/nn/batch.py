@@ -184,19 +184,11 @@ class TokenBatch(Tensors):
         Which positions are no padding.
     values
         Value of the gene at each position, 0 at ``<cls>`` and padding; None if not known.
-    bag
-        All genes of the same cells with their values; the genes of a row of `tokens` are the
-        first of the cell in the bag. None if values are not known.
-    is_hidden
-        Which positions hold another token than the cell's gene (masked in training): sums over
-        the bag leave these genes out. None for none.
     """
 
     tokens: Int[Tensor, "cells length"]
     is_real: Bool[Tensor, "cells length"]
     values: Float[Tensor, "cells length"] | None = None
-    bag: GeneBag | None = None
-    is_hidden: Bool[Tensor, "cells length"] | None = None
 
     @classmethod
     def from_ranked(
@@ -219,8 +211,7 @@ class TokenBatch(Tensors):
         cls_token, pad_token
             Special tokens.
         length
-            Padded length; longer lists are cut to it after ``<cls>`` was put in front. The bag
-            is not cut.
+            Padded length; longer lists are cut to it after ``<cls>`` was put in front.
         """
         starts = ranked.offsets[cells]
         n_genes = np.minimum(ranked.offsets[cells + 1] - starts, length - 1)
@@ -236,5 +227,4 @@ class TokenBatch(Tensors):
             return batch
         values = np.zeros(tokens.shape, dtype=np.float32)
         values[is_gene] = ranked.values[places]
-        bag = GeneBag.from_ranked(ranked, cells)
-        return replace(batch, values=torch.from_numpy(values), bag=bag)
+        return replace(batch, values=torch.from_numpy(values))

@@ -30,9 +30,12 @@ BERT_NAMES = {
 # From these many rows and queries on, the kernels' results for one don't depend on the others.
 _MIN_ROWS = 16
 _MIN_QUERIES = 4
-# Of what BERT tells beside pooled sums, whose variances are about 1 a number over many slices and far
-# less in a panel of few genes: it shall not drown them there.
+# Pooled sums then have variances of about 1 a number over many slices.
+_POOLED_SCALE = 4.0
+# Of what BERT tells beside pooled sums: it shall not drown them in a panel of few genes.
 _LEARNED_LENGTH = 2.0
+# What is added to the eigenvalues of a panel's weights, as a share of the largest.
+_RIDGE = 1e-3
 # Width of the hidden layer that bends log(1 + value) before it becomes an embedding.
 _D_VALUE = 32
 
@@ -79,7 +82,8 @@ class CellEncoder(nn.Module):
     With ``values="log"`` in the config, an embedding of log(1 + value) is added to each token;
     it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, sums over
     all genes of a cell stand in front of BERT's part; they are computed in float32 in any
-    precision, and their weights are not trained.
+    precision, and their weights are not trained. The weights of a slice's genes are made
+    orthonormal first (:meth:`lay_out`).
 
     Parameters
     ----------
@@ -121,8 +125,8 @@ class CellEncoder(nn.Module):
             # The vocabulary's, which Stofm sets.
             self.register_buffer("medians", torch.ones(config.n_tokens), persistent=False)
 
-    def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_cell"]:
-        """Embed cells.
+    def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_learned"]:
+        """Compute BERT's part of the embeddings, which is trained.
 
         Parameters
         ----------
@@ -131,25 +135,35 @@ class CellEncoder(nn.Module):
 
         Returns
         -------
-        Cell embeddings, of unit length unless the model pools.
+        Of unit length, or of length 2 if the model pools; all of the embedding unless it does.
 
         Raises
         ------
         ValueError
             The model reads values and the batch has none.
         """
-        return self.embed(batch, self.lay_out(self.projection.weight.dtype))
+        return self._learned(batch, self.lay_out(self.projection.weight.dtype))
 
-    def embed(self, batch: TokenBatch, weights: EncoderWeights) -> Float[Tensor, "cells d_cell"]:
-        """Embed cells with weights laid out before (:meth:`lay_out`)."""
+    def embed(
+        self, batch: TokenBatch, weights: EncoderWeights, bag: GeneBag | None = None
+    ) -> Float[Tensor, "cells d_cell"]:
+        """Embed cells with weights laid out before (:meth:`lay_out`).
+
+        A model that pools needs all genes of the cells, too.
+        """
+        learned = self._learned(batch, weights)
+        if not self.config.pooled:
+            return learned
+        if bag is None:
+            raise ValueError(NO_VALUES)
+        return torch.cat([self.pool(bag, weights), learned], dim=-1)
+
+    def _learned(self, batch: TokenBatch, weights: EncoderWeights) -> Tensor:
         hidden, mask = self._run(batch, weights, weights.layers[:-1])
         first = self._layer(hidden[:, :1], hidden, mask, weights.layers[-1])[:, 0]
         projection = (self.projection.weight, self.projection.bias)
         learned = F.normalize(_linear(first.to(projection[0].dtype), projection), dim=-1)
-        if not self.config.pooled:
-            return learned
-        pooled = self._pooled(batch, weights.pooled)
-        return torch.cat([pooled, learned * _LEARNED_LENGTH], dim=-1)
+        return learned * _LEARNED_LENGTH if self.config.pooled else learned
 
     def hidden_states(self, batch: TokenBatch) -> Float[Tensor, "cells length d_hidden"]:
         """Output of the last layer at every position; arbitrary at padding."""
@@ -190,8 +204,14 @@ class CellEncoder(nn.Module):
         weight: Tensor = self.gene_projection.weight
         return weight
 
-    def lay_out(self, dtype: torch.dtype) -> EncoderWeights:
-        """Lay the weights out for running, in `dtype`."""
+    def lay_out(
+        self, dtype: torch.dtype, panel: Int[Tensor, " genes"] | None = None
+    ) -> EncoderWeights:
+        """Lay the weights out for running, in `dtype`.
+
+        `panel` are tokens of the genes that the cells express, each once; with them the weights of
+        pooled sums are laid out, too.
+        """
         embeddings = self.bert.embeddings
         words, projection = self.gene_embeddings.weight, self._gene_projection
         if projection is not None and not torch.is_grad_enabled():
@@ -201,14 +221,15 @@ class CellEncoder(nn.Module):
         positions = (
             embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         )
-        # Each half of the gene embeddings' numbers in one piece, which is faster to sum.
-        both = self.gene_embeddings.weight.float().chunk(2, dim=-1) if self.config.pooled else ()
+        halves: tuple[Tensor, ...] = ()
+        if self.config.pooled and panel is not None:
+            halves = self.gene_embeddings.weight.detach().float().chunk(2, dim=-1)
         return EncoderWeights(
             words=words.to(dtype),
             gene_projection=None if projection is None else projection.to(dtype),
             positions=positions.to(dtype),
             values=_pair(self.value_embedding, dtype) if self.config.values == "log" else None,
-            pooled=tuple(half.contiguous() for half in both),
+            pooled=tuple(orthonormal(half, panel) for half in halves),
             embedding_norm=_pair(embeddings.LayerNorm, dtype),
             layers=tuple(_layer_weights(layer, dtype) for layer in self.bert.encoder.layer),
         )
@@ -231,20 +252,20 @@ class CellEncoder(nn.Module):
         bent = F.relu(torch.log1p(batch.values)[..., None] * bend + shift)
         return _linear(bent.to(output[0].dtype), output)
 
-    def _pooled(self, batch: TokenBatch, halves: tuple[Tensor, ...]) -> Tensor:
-        """Sums over a cell's genes, without hidden ones."""
-        if batch.bag is None:
-            raise ValueError(NO_VALUES)
-        bag = batch.bag
+    def pool(self, bag: GeneBag, weights: EncoderWeights) -> Float[Tensor, "cells d_gene"]:
+        """Sum gene embeddings over all genes of each cell.
+
+        The sums are divided by the root of the length of the cell's logarithms of counts: half-way
+        between sums, which depend much on how deeply a cell was sequenced, and their direction.
+        """
         with torch.autocast(bag.values.device.type, enabled=False):
             medians = self.medians.index_select(0, bag.tokens)
-            weights = [torch.log1p(bag.values * medians), torch.log1p(bag.values)]
-            if batch.is_hidden is not None:
-                rows, places = batch.is_hidden[:, 1:].nonzero(as_tuple=True)
-                hidden = bag.offsets[rows] + places
-                weights = [one.index_fill(0, hidden, 0.0) for one in weights]
-            sums = [_weighted_sums(*one, bag) for one in zip(halves, weights, strict=True)]
-            return torch.cat(sums, dim=-1) - self.gene_offset
+            counts, values = torch.log1p(bag.values * medians), torch.log1p(bag.values)
+            pairs = zip(weights.pooled, (counts, values), strict=True)
+            sums = torch.cat([_weighted_sums(*one, bag) for one in pairs], dim=-1)
+            ones = counts.new_ones(len(self.medians), 1)
+            lengths = _weighted_sums(ones, counts.square(), bag).sqrt().clamp_min(1.0)
+            return sums * _POOLED_SCALE / lengths.sqrt() - self.gene_offset
 
     def _layer(
         self, queried: Tensor, hidden: Tensor, mask: Tensor | None, weights: _LayerWeights
@@ -278,6 +299,37 @@ class CellEncoder(nn.Module):
         return F.layer_norm(
             hidden, (self.config.d_hidden,), *weights, eps=self.config.layer_norm_eps
         )
+
+
+def put_learned(
+    features: Float[Tensor, "batch nodes d_cell"],
+    places: Int[Tensor, " cells"],
+    learned: Float[Tensor, "cells d_learned"],
+) -> Float[Tensor, "batch nodes d_cell"]:
+    """Return embeddings with BERT's part put in anew at `places`, counted through the batch."""
+    flat = features.flatten(0, 1)
+    fixed = flat[places, : flat.shape[1] - learned.shape[1]]
+    rows = torch.cat([fixed, learned.to(flat.dtype)], dim=1)
+    return flat.index_put((places,), rows).view_as(features)
+
+
+def orthonormal(
+    weights: Float[Tensor, "tokens factors"], panel: Int[Tensor, " genes"]
+) -> Float[Tensor, "tokens factors"]:
+    """Make the factors of a panel's genes orthonormal, and turn them as little as possible.
+
+    With W the rows of the panel, these are W (W'W + r)^(-1/2), so that a cell's sums are coordinates
+    of its values along the factors, whatever genes are measured: a small panel keeps what it
+    measures, and factors that it can't tell apart don't drown the others. r is a thousandth of the
+    largest eigenvalue of W'W. Rows of other genes are 0.
+    """
+    rows = weights[panel].cpu().double()
+    variances, axes = torch.linalg.eigh(rows.T @ rows)
+    largest = variances[-1].clamp_min(torch.finfo(torch.float32).tiny)
+    scales = (variances.clamp_min(0.0) + _RIDGE * largest).rsqrt()
+    result = torch.zeros_like(weights)
+    result[panel] = (rows @ (axes * scales) @ axes.T).to(result)
+    return result
 
 
 def _weighted_sums(

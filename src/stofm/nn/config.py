@@ -70,8 +70,8 @@ class CellEncoderConfig(Checked):
         weight.
     pooled
         Put sums over **all** genes of a cell in front of BERT's output: gene embeddings weighted by
-        log(1 + value x median) in their first half and by log(1 + value) in the second. Gene
-        embeddings are then not trained, and only BERT's part is scaled to unit length. This keeps a
+        log(1 + value x median) in their first half and by log(1 + value) in the second, made
+        orthonormal on the genes that occur. Gene embeddings are then not trained. This keeps a
         linear view of the counts, whatever is trained. Off in the paper.
     """
 

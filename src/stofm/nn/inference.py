@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stofm._logging import logger, progress
-from stofm.nn.batch import SubSliceBatch, TokenBatch
+from stofm.nn.batch import GeneBag, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
 from stofm.spatial import build_subslice, rows_by_subslice
 
@@ -52,6 +52,7 @@ def encode_cells(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     token_budget: int | None = None,
+    panel: NDArray[np.integer] | None = None,
     show_progress_bar: bool = False,
 ) -> NDArray[np.float32]:
     """Embed cells with the cell encoder.
@@ -71,6 +72,9 @@ def encode_cells(
         Where and in which precision to compute.
     token_budget
         Tokens at a time, padding counted; fitted to the device by default.
+    panel
+        Tokens of the genes that are measured, on which pooled sums depend; by default those that
+        occur in the cells.
     show_progress_bar
         Show a bar.
 
@@ -92,6 +96,7 @@ def encode_cells(
         ranked = ranked.without_values()
     elif ranked.values is None:
         raise ValueError(NO_VALUES)
+    panel = np.unique(ranked.tokens if panel is None else panel).astype(np.int64)
     n_cells = len(ranked.n_tokens)
     lengths = padded_length(ranked.n_tokens + 1, encoder.config.max_positions)
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
@@ -106,10 +111,11 @@ def encode_cells(
             pad_token=vocabulary.pad,
             length=int(lengths[cells[0]]),
         )
-        result[cells] = encoder.embed(batch.to(device), weights).float().cpu().numpy()
+        bag = GeneBag.from_ranked(ranked, cells).to(device) if encoder.config.pooled else None
+        result[cells] = encoder.embed(batch.to(device), weights, bag).float().cpu().numpy()
 
     with torch.inference_mode(), _evaluating(encoder):
-        weights = encoder.lay_out(dtype)
+        weights = encoder.lay_out(dtype, torch.from_numpy(panel).to(device))
         batches = list(_token_batches(lengths, budget))
         words = {"description": "encode cells", "unit": "batch"}
         for cells in progress(batches, total=len(batches), **words, show=show_progress_bar):

@@ -12,6 +12,7 @@ from scipy import sparse
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.genes.gene_table import GeneTable, require_suffix
+from stofm.nn.batch import GeneBag
 from stofm.spatial.virtual_cells import principal_components
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from stofm.corpus.reader import Corpus
     from stofm.genes import RankedTokens
-    from stofm.nn import Stofm
+    from stofm.nn import CellEncoder, Stofm
 
     #: Sets first weights from the training slices.
     Initializer = Callable[[Corpus, Stofm], object]
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 WORDS: Final = ("random", "coexpression")
 #: Share of the vocabulary that a table may lack without a warning.
 _MOST_LACKING: Final = 0.5
+#: Cells whose genes are gathered at a time.
+_CELLS_AT_ONCE: Final = 10_000
 #: A gene's scale is at least this share of the median gene's: rare genes are mostly noise.
 _SMALLEST_SCALE = 0.1
 
@@ -106,11 +109,8 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
 
     The first half of their numbers are factors of log(1 + value x median), in which genes count by
     their variance, as in principal components. The second half are factors of log(1 + value), in which
-    rare genes count more, and which are half as large, because these are noisier. Each factor is
-    divided by the root of its deviation over the slices: what varies most in all of them, such as the
-    depth of sequencing, shall not drown the rest. Pooled sums then have mean 0 over the slices, and
-    the first half's have a mean variance of 1. BERT, if it is narrower than gene embeddings, reads the
-    first factors.
+    rare genes count more. Pooled sums then have mean 0 over the slices. BERT, if it is narrower than
+    gene embeddings, reads the first factors.
     """
     encoder = model.cell_encoder
     if not encoder.config.pooled:
@@ -121,32 +121,32 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     slices = [one.ranked for one in corpus.slices]
     n_tokens, width = encoder.gene_embeddings.weight.shape
     medians = encoder.medians.numpy()
-    halves, offsets = [], []
-    for scale, scaling, size in ((medians, 0.0, 1.0), (np.ones_like(medians), 0.5, 0.5)):
-        factors = coexpression_factors(
-            slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed
-        )
-        of_slices = (_values(one, scale) @ factors for one in slices)
-        moments = [
-            [sums.mean(axis=0, dtype=np.float64), sums.var(axis=0, dtype=np.float64)]
-            for sums in of_slices
-        ]
-        mean, variance = np.mean(moments, axis=0)
-        deviation = np.sqrt(variance)
-        # Variances become deviations, whose mean is then `size` squared.
-        ratio = (size / np.sqrt(deviation.mean() * deviation)).astype(np.float32)
-        halves.append(factors * ratio)
-        offsets.append(mean * ratio)
+    halves = [
+        coexpression_factors(slices, n_tokens, width // 2, scaling=scaling, scale=scale, seed=seed)
+        for scale, scaling in ((medians, 0.0), (np.ones_like(medians), 0.5))
+    ]
     table = np.hstack(halves)
     with torch.no_grad():
         encoder.gene_embeddings.weight.copy_(torch.from_numpy(table))
-        encoder.gene_offset.copy_(torch.from_numpy(np.concatenate(offsets)))
+        encoder.gene_offset.zero_()
+        means = torch.stack([_mean_sums(encoder, one) for one in slices])
+        encoder.gene_offset.copy_(means.mean(dim=0))
         if encoder.config.projects_genes:
             # As spread as BERT's own would be, so that positions and values weigh as usual.
             spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
             ratio = float(encoder.bert.config.initializer_range) / spread
             projection = encoder.gene_projection.weight
             projection.copy_(torch.eye(*projection.shape) * ratio)
+
+
+def _mean_sums(encoder: CellEncoder, ranked: RankedTokens) -> torch.Tensor:
+    """Mean of a slice's pooled sums, (d_gene,)."""
+    weights = encoder.lay_out(torch.float32, torch.from_numpy(np.unique(ranked.tokens)).long())
+    total = torch.zeros(encoder.config.gene_width, dtype=torch.float64)
+    for start in range(0, ranked.n_cells, _CELLS_AT_ONCE):
+        rows = np.arange(start, min(start + _CELLS_AT_ONCE, ranked.n_cells))
+        total += encoder.pool(GeneBag.from_ranked(ranked, rows), weights).double().sum(dim=0)
+    return total / ranked.n_cells
 
 
 def coexpression_factors(

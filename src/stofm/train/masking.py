@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from stofm.nn import GeneBag, SubSliceBatch, TokenBatch
+from stofm.nn import SubSliceBatch, TokenBatch
 from stofm.nn.batch import Tensors
 from stofm.spatial import NodeType, PairDistances
 from stofm.spatial.plane import neighbor_means
@@ -43,23 +43,13 @@ def drop_genes(
     as they were: the total count that values are relative to is taken to be known. The number left
     out is rounded down, so that a cell with genes keeps at least one.
     """
-    at, in_lists = _genes_of_lists(batch)
-    genes, bag, n_cells = in_lists, batch.bag, len(batch.tokens)
-    if bag is not None:
-        lengths = np.diff(bag.offsets.numpy(), append=len(bag.tokens))
-        genes = _Genes.of(np.repeat(np.arange(n_cells), lengths), bag.tokens.numpy(), n_cells)
+    at, genes = _genes_of_lists(batch)
     is_dropped = np.zeros(len(genes.keys), dtype=bool)
     for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
         n_genes = end - start
         is_dropped[start + rng.permutation(n_genes)[: int(share * n_genes)]] = True
-    if bag is not None:
-        stays = ~is_dropped[genes.of_entry]
-        before = np.concatenate([[0], np.cumsum(stays)])
-        offsets = torch.from_numpy(before[bag.offsets.numpy()])
-        bag = GeneBag(tokens=bag.tokens[stays], offsets=offsets, values=bag.values[stays])
-    is_gone = np.isin(in_lists.keys, genes.keys[is_dropped])[in_lists.of_entry]
     kept = batch.is_real.clone()
-    kept[at] = torch.from_numpy(~is_gone)
+    kept[at] = torch.from_numpy(~is_dropped[genes.of_entry])
     order = torch.argsort(~kept, dim=1, stable=True)
     is_real = kept.gather(1, order)
 
@@ -70,8 +60,6 @@ def drop_genes(
         tokens=moved_up(batch.tokens, pad_token),
         is_real=is_real,
         values=moved_up(batch.values),
-        bag=bag,
-        is_hidden=moved_up(batch.is_hidden),
     )
 
 
@@ -130,11 +118,11 @@ class MaskedGenes(Tensors):
         """Hide genes of cells, given as token lists on the CPU, with one generator per cell.
 
         A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A
-        hidden gene's position and value stay; ``is_hidden`` takes it out of the sum over all genes.
+        hidden gene's position and value stay.
         """
         at, genes = _genes_of_lists(cells)
         replacement = genes.keys & ((1 << _TOKEN_BITS) - 1)
-        is_chosen, is_hidden = np.zeros((2, len(replacement)), dtype=bool)
+        is_chosen = np.zeros(len(replacement), dtype=bool)
         for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
             n_genes = end - start
             n_chosen = min(n_genes, max(1, round(masking.share * n_genes))) if masking.share else 0
@@ -147,14 +135,12 @@ class MaskedGenes(Tensors):
                 random = rng.choice(vocabulary.tokens, int(is_random.sum()))
                 replacement[chosen[is_random]] = random
             is_chosen[chosen] = True
-            is_hidden[chosen] = is_mask | is_random
         tokens = cells.tokens.clone()
         tokens[at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
-        hidden, is_target = torch.zeros((2, *tokens.shape), dtype=torch.bool)
-        hidden[at] = torch.from_numpy(is_hidden[genes.of_entry])
+        is_target = torch.zeros(tokens.shape, dtype=torch.bool)
         is_target[at] = torch.from_numpy(is_chosen[genes.of_entry])
         return cls(
-            tokens=replace(cells, tokens=tokens, is_hidden=hidden),
+            tokens=replace(cells, tokens=tokens),
             places=is_target.flatten().nonzero()[:, 0],
             labels=cells.tokens[is_target],
             measured=torch.unique(cells.tokens[:, 1:][cells.is_real[:, 1:]]),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stofm.nn.cell_encoder import put_learned
 from stofm.nn.device import seeded
 
 if TYPE_CHECKING:
@@ -205,8 +206,7 @@ class CellEncoderObjective(nn.Module):
                 self.encoder, self.gene_head, genes, how=how, gather=gather
             )
         if "contrastive" in self.weights:
-            d_learned = self.encoder.config.d_learned
-            first, second = (self.encoder(view)[:, -d_learned:] for view in inputs.views)
+            first, second = (self.encoder(view) for view in inputs.views)
             parts["contrastive"] = contrastive_loss(
                 first, second, temperature=self.config.contrastive.temperature, gather=gather
             )
@@ -356,12 +356,12 @@ def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
 def with_fresh(
     encoder: Callable[[TokenBatch], Tensor], inputs: MaskedSubSliceBatch
 ) -> Float[Tensor, "batch nodes d_cell"]:
-    """Features of a batch with the sampled cells encoded again."""
+    """Features of a batch with BERT's part of the sampled cells computed again."""
     features: Tensor = inputs.subslices.features
     if inputs.sampled_places is None:
         return features
     fresh = torch.cat([encoder(group) for group in inputs.sampled])
-    return _replace_rows(features, inputs.sampled_places, fresh)
+    return put_learned(features, inputs.sampled_places, fresh)
 
 
 def _replace_rows(
