@@ -56,7 +56,8 @@ def encode_cells(
     None, or with ``copy=True`` the new AnnData. Sets:
 
     ``adata.obsm['X_stofm_cell']`` : float32 (n_obs, d_cell)
-        Cell embeddings, of unit length unless the model pools.
+        Cell embeddings, of unit length unless the model pools, as stofm-mini does. They depend on
+        the cell, and, if the model pools, on which genes occur in the table.
     ``adata.uns['stofm']['X_stofm_cell']`` : dict
         Parameters and fingerprints of model and vocabulary.
 
