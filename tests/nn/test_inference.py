@@ -79,6 +79,16 @@ def test_order_and_company_of_cells_change_no_bit(model, tokens, rng, options):
     np.testing.assert_array_equal(encode(model, take(tokens, order)), expected[order])
 
 
+def test_cells_alone_with_the_panel_of_all_change_no_bit(model, tokens):
+    model = with_options(model, POOLED)
+    expected, few = encode(model, tokens), take(tokens, np.arange(5))
+    panel = np.unique(tokens.tokens)
+    assert len(np.unique(few.tokens)) < len(panel)
+    np.testing.assert_array_equal(encode(model, few, panel=panel), expected[:5])
+    # Without it they are of a smaller panel.
+    assert np.abs(encode(model, few) - expected[:5]).max() > 1e-4
+
+
 def test_values_change_the_embedding(model, tokens):
     plain = with_options(model, {})
     other = with_options(model, {"values": "log"})
