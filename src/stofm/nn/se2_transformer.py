@@ -40,6 +40,14 @@ class PairState:
         products = (self.queries[batch, :, rows] * self.keys[batch, :, columns]).sum(-1)
         return products + self.bias[batch, :, rows, columns]
 
+    def attention(self) -> Float[Tensor, "batch nodes nodes"]:
+        """Attention weights of the last layer, mean over heads, of sub-slices without padding."""
+        weights = torch.zeros_like(self.bias[:, 0])
+        for head in range(self.bias.shape[1]):
+            logits = self.queries[:, head] @ self.keys[:, head].mT + self.bias[:, head]
+            weights += torch.softmax(logits, dim=-1)
+        return weights / self.bias.shape[1]
+
 
 @dataclass(frozen=True)
 class SE2Output:
