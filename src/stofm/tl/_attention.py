@@ -1,0 +1,140 @@
+"""``stofm.tl.attention``: which cells attend to which."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from stofm._config import check_seed
+from stofm._edge.tables import refuse_foreign, refuse_taken, resolve_table, write_record
+from stofm._keys import Obsm, Obsp, Suffix
+from stofm.heads.request import check_whole_number
+from stofm.nn.model import load_model
+from stofm.perturb.attention import attend
+from stofm.perturb.tables import unedited_slices
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from stofm.nn import Stofm
+
+
+def attention(
+    adata: Any,
+    model: Stofm | str | Path = "stofm-mini",
+    *,
+    top: int = 30,
+    n_shifted: int = 0,
+    layer: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    library_key: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    key_added: str = Obsp.ATTENTION,
+    table_key: str | None = None,
+    show_progress_bar: bool = True,
+    copy: bool = False,
+) -> Any:
+    """Store how much each cell attends to others in the last layer of the SE(2) Transformer.
+
+    Weights are averaged over heads, and are shares without the slice token: those on a cell's
+    senders, on itself and on the virtual cells sum to 1 if `top` is not below the size of a
+    sub-slice. Attention says what a model looks at, not what it uses; see
+    :func:`stofm.tl.influence` for that.
+
+    Parameters
+    ----------
+    adata
+        Annotated data of one or several slices with raw counts and coordinates, or a SpatialData
+        with such a table.
+    model
+        A :class:`stofm.Stofm`, a checkpoint folder, a hub id, or the embedded ``"stofm-mini"``.
+    top
+        Most senders of a receiver, those with most attention. No cell is its own sender.
+    n_shifted
+        Cells of different sub-slices can't attend to each other: such pairs have no entry, as have
+        those beyond `top`. With further partitions, cut after the plane is turned, a weight is the
+        mean over the partitions in which both cells share a sub-slice, and fewer neighbours are
+        never together.
+    layer
+        Layer with raw counts; ``adata.X`` by default.
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice.
+    seed
+        Seed of the clustering that gives the virtual cells.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Entry of ``adata.obsp`` to write.
+    table_key
+        Table of a SpatialData.
+    show_progress_bar
+        Show bars.
+    copy
+        Return a changed copy and leave `adata` as it is.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new AnnData. Sets:
+
+    ``adata.obsp['stofm_attention' | key_added]`` : float32 CSR (n_obs, n_obs)
+        From receiver (row) to sender (column), at most `top` entries a row. An entry that is not
+        there is no measured zero.
+    ``adata.obs['stofm_attention_virtual']`` : float32
+        Share of each receiver's attention on virtual cells.
+    ``adata.uns['stofm']['stofm_attention']`` : dict
+        Parameters and the model's fingerprint.
+
+    Raises
+    ------
+    KeyError
+        A layer, an entry or a column is not there.
+    ValueError
+        Counts, genes, coordinates, slices or an option are not usable.
+
+    References
+    ----------
+    SToFM (arXiv 2507.11588), section 3.3.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(300, 100, seed=0)
+    >>> st.tl.attention(adata, top=10)
+    >>> adata.obsp["stofm_attention"].shape
+    (300, 300)
+    """
+    table = resolve_table(adata, table_key, copy=copy)
+    check_seed(seed)
+    check_whole_number("top", top, least=1)
+    check_whole_number("n_shifted", n_shifted, least=0)
+    refuse_taken(key_added, Obsp.ATTENTION)
+    virtual_key = key_added + Suffix.VIRTUAL
+    refuse_foreign(table, key_added, obs=[virtual_key])
+    loaded = load_model(model)
+    reading = {"layer": layer, "spatial_key": spatial_key, "library_key": library_key}
+    to_virtual = np.empty(table.n_obs, dtype=np.float32)
+    parts, order = [], []
+    slices = unedited_slices(
+        table, loaded, **reading, seed=seed, device=device, show_progress_bar=show_progress_bar
+    )
+    for rows, whole in slices:
+        found = attend(whole, top=top, n_shifted=n_shifted)
+        parts.append(found.weights)
+        order.append(rows)
+        to_virtual[rows] = found.to_virtual
+    place = np.argsort(np.concatenate(order))
+    weights = sparse.csr_matrix(sparse.block_diag(parts, format="csr")[place][:, place])
+    weights.sort_indices()
+    target = table.copy() if copy else table
+    target.obs[virtual_key] = to_virtual
+    target.obsp[key_added] = weights
+    params = {**reading, "top": top, "n_shifted": n_shifted, "seed": seed}
+    write_record(target, key_added, params, model=loaded.name, model_fingerprint=loaded.fingerprint)
+    return target if copy else None
