@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
     from stofm.heads.request import HeadOptions
+    from stofm.perturb.effect import PerturbationEffect
     from stofm.tl._annotate import annotate
     from stofm.tl._deconvolve import deconvolve
     from stofm.tl._domains import domains
     from stofm.tl._embed import embed
     from stofm.tl._encode_cells import encode_cells
     from stofm.tl._impute import impute
+    from stofm.tl._perturb import perturb
     from stofm.tl._pool_genes import pool_genes
     from stofm.tl._probe import ProbeResult, probe
+    from stofm.tl._screen import screen
     from stofm.tl._train import train
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "DeconvolutionHead",
     "HeadOptions",
     "ImputationHead",
+    "PerturbationEffect",
     "ProbeResult",
     "annotate",
     "deconvolve",
@@ -33,8 +37,10 @@ __all__ = [
     "embed",
     "encode_cells",
     "impute",
+    "perturb",
     "pool_genes",
     "probe",
+    "screen",
     "train",
 ]
 
@@ -51,9 +57,12 @@ __getattr__ = lazy(
         "HeadOptions": "stofm.heads.request",
         "ImputationHead": "stofm.heads.imputation",
         "impute": "stofm.tl._impute",
+        "perturb": "stofm.tl._perturb",
+        "PerturbationEffect": "stofm.perturb.effect",
         "pool_genes": "stofm.tl._pool_genes",
         "probe": "stofm.tl._probe",
         "ProbeResult": "stofm.tl._probe",
+        "screen": "stofm.tl._screen",
         "train": "stofm.tl._train",
     },
 )
