@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
     from stofm.heads.request import HeadOptions
+    from stofm.perturb.effect import PerturbationEffect
     from stofm.tl._annotate import annotate
     from stofm.tl._attention import attention
     from stofm.tl._deconvolve import deconvolve
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from stofm.tl._embed import embed
     from stofm.tl._encode_cells import encode_cells
     from stofm.tl._impute import impute
-    from stofm.tl._pool_genes import pool_genes
     from stofm.tl._influence import Influence, influence
     from stofm.tl._ligand_receptor import ligand_receptor
+    from stofm.tl._perturb import perturb
+    from stofm.tl._pool_genes import pool_genes
     from stofm.tl._probe import ProbeResult, probe
+    from stofm.tl._screen import screen
     from stofm.tl._train import train
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "HeadOptions",
     "ImputationHead",
     "Influence",
+    "PerturbationEffect",
     "ProbeResult",
     "annotate",
     "attention",
@@ -40,8 +44,10 @@ __all__ = [
     "impute",
     "influence",
     "ligand_receptor",
+    "perturb",
     "pool_genes",
     "probe",
+    "screen",
     "train",
 ]
 
@@ -62,9 +68,12 @@ __getattr__ = lazy(
         "Influence": "stofm.tl._influence",
         "influence": "stofm.tl._influence",
         "ligand_receptor": "stofm.tl._ligand_receptor",
+        "perturb": "stofm.tl._perturb",
+        "PerturbationEffect": "stofm.perturb.effect",
         "pool_genes": "stofm.tl._pool_genes",
         "probe": "stofm.tl._probe",
         "ProbeResult": "stofm.tl._probe",
+        "screen": "stofm.tl._screen",
         "train": "stofm.tl._train",
     },
 )

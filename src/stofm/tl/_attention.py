@@ -10,10 +10,10 @@ from scipy import sparse
 from stofm._config import check_seed
 from stofm._edge.tables import refuse_foreign, refuse_taken, resolve_table, write_record
 from stofm._keys import Obsm, Obsp, Suffix
+from stofm._logging import progress
 from stofm.heads.request import check_whole_number
-from stofm.nn.model import load_model
 from stofm.perturb.attention import attend
-from stofm.perturb.tables import unedited_slices
+from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 def attention(
     adata: Any,
-    model: Stofm | str | Path = "stofm-mini",
+    model: Stofm | str | Path | None = None,
     *,
     top: int = 30,
     n_shifted: int = 0,
+    library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    library_key: str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     key_added: str = Obsp.ATTENTION,
@@ -52,7 +52,8 @@ def attention(
         Annotated data of one or several slices with raw counts and coordinates, or a SpatialData
         with such a table.
     model
-        A :class:`stofm.Stofm`, a checkpoint folder, a hub id, or the embedded ``"stofm-mini"``.
+        A :class:`stofm.Stofm`, a checkpoint folder or a hub id; the embedded ``"stofm-mini"`` by
+        default.
     top
         Most senders of a receiver, those with most attention. No cell is its own sender.
     n_shifted
@@ -60,12 +61,13 @@ def attention(
         those beyond `top`. With further partitions, cut after the plane is turned, a weight is the
         mean over the partitions in which both cells share a sub-slice, and fewer neighbours are
         never together.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with.
     layer
-        Layer with raw counts; ``adata.X`` by default.
+        Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice.
     seed
         Seed of the clustering that gives the virtual cells.
     device
@@ -117,24 +119,36 @@ def attention(
     refuse_taken(key_added, Obsp.ATTENTION)
     virtual_key = key_added + Suffix.VIRTUAL
     refuse_foreign(table, key_added, obs=[virtual_key])
-    loaded = load_model(model)
-    reading = {"layer": layer, "spatial_key": spatial_key, "library_key": library_key}
-    to_virtual = np.empty(table.n_obs, dtype=np.float32)
-    parts, order = [], []
-    slices = unedited_slices(
-        table, loaded, **reading, seed=seed, device=device, show_progress_bar=show_progress_bar
+    subject = Subject.read(
+        table,
+        model=model,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
+        seed=seed,
+        device=device,
+        table_key=None,
+        show_progress_bar=show_progress_bar,
     )
-    for rows, whole in slices:
-        found = attend(whole, top=top, n_shifted=n_shifted)
+    tissue = subject.tissue
+    to_virtual = np.empty(table.n_obs, dtype=np.float32)
+    parts = []
+    words = {"description": "attention", "unit": "slice"}
+    numbered = enumerate(tissue.slices)
+    for number, rows in progress(
+        numbered, total=len(tissue.slices), show=show_progress_bar, **words
+    ):
+        found = attend(tissue.whole(number), top=top, n_shifted=n_shifted)
         parts.append(found.weights)
-        order.append(rows)
         to_virtual[rows] = found.to_virtual
-    place = np.argsort(np.concatenate(order))
+    place = np.argsort(np.concatenate(tissue.slices))
     weights = sparse.csr_matrix(sparse.block_diag(parts, format="csr")[place][:, place])
     weights.sort_indices()
     target = table.copy() if copy else table
     target.obs[virtual_key] = to_virtual
     target.obsp[key_added] = weights
-    params = {**reading, "top": top, "n_shifted": n_shifted, "seed": seed}
-    write_record(target, key_added, params, model=loaded.name, model_fingerprint=loaded.fingerprint)
+    names = {"library_key": library_key, "layer": subject.layer, "spatial_key": spatial_key}
+    params = {**names, "top": top, "n_shifted": n_shifted, "seed": seed}
+    made_by = {"model": tissue.model.name, "model_fingerprint": tissue.model.fingerprint}
+    write_record(target, key_added, params, **made_by)
     return target if copy else None

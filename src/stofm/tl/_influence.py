@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._config import check_seed
-from stofm._edge.tables import label_text, resolve_table
+from stofm._edge.tables import label_text
 from stofm._keys import Obsm
+from stofm.heads.annotation import AnnotationHead
+from stofm.heads.head import require_head
 from stofm.heads.request import check_whole_number
 from stofm.perturb.influence import by_distance, by_type
-from stofm.perturb.tables import effects_in_table
+from stofm.perturb.masking import effects_between
+from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
 
 _MIN_PAIRS: Final = 30
@@ -36,9 +38,9 @@ def influence(
     reach: float | None = None,
     n_max: int = 100,
     min_pairs: int = _MIN_PAIRS,
+    library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    library_key: str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     table_key: str | None = None,
@@ -78,12 +80,13 @@ def influence(
         with their number, and not with that of cells.
     min_pairs
         Fewest pairs of cells of a pair of types; others are left out.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with.
     layer
-        Layer with raw counts; ``adata.X`` by default.
+        Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice.
     seed
         Seed of the senders drawn and of the clustering that gives the virtual cells.
     device
@@ -115,32 +118,37 @@ def influence(
     >>> found.pairs.columns[:4].tolist()
     ['source', 'target', 'strength', 'expected']
     """
-    table = resolve_table(adata, table_key)
     check_seed(seed)
     check_whole_number("n_max", n_max, least=1)
     check_whole_number("min_pairs", min_pairs, least=1)
-    kinds, names = read_types(table, groupby)
+    require_head(head, AnnotationHead)
+    subject = Subject.read(
+        adata,
+        model=head.model if model is None and head is not None else model,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
+        seed=seed,
+        device=device,
+        table_key=table_key,
+        show_progress_bar=show_progress_bar,
+    )
+    kinds, names = read_types(subject.adata, groupby)
     if len(names) < 2:
         raise ValueError(
             f"obs[{groupby!r}] has {len(names)} type(s), {names}; influence compares at least two."
         )
-    pairs, used, reach = effects_in_table(
-        table,
+    pairs, reach = effects_between(
+        subject.tissue,
         kinds,
-        model,
         head,
         reach=reach,
         n_max=n_max,
-        layer=layer,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        seed=seed,
-        device=device,
         show_progress_bar=show_progress_bar,
     )
     if not len(pairs.effects):
         raise ValueError(f"No two cells with a type lie within reach={reach:g}; raise it.")
-    params = {"groupby": groupby, "reach": reach, "model": used.name, "effect": effect_name(head)}
+    params = {"groupby": groupby, "reach": reach, "model": subject.tissue.model.name, "effect": effect_name(head)}
     return Influence(
         by_type(pairs, kinds, names, min_pairs=min_pairs),
         by_distance(pairs, kinds, names, min_pairs=min_pairs),

@@ -9,11 +9,13 @@ from scipy import sparse
 
 from stofm._config import check_seed
 from stofm._edge.counts import read_counts
-from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
+from stofm.heads.annotation import AnnotationHead
+from stofm.heads.head import require_head
 from stofm.heads.request import check_whole_number
 from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
-from stofm.perturb.tables import effects_in_table
+from stofm.perturb.masking import effects_between
+from stofm.perturb.reading import Subject
 from stofm.tl._influence import read_types
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
 
 
@@ -37,9 +38,9 @@ def ligand_receptor(
     reach: float | None = None,
     n_max: int = 500,
     min_pairs: int = 30,
+    library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
-    library_key: str | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     table_key: str | None = None,
@@ -74,12 +75,13 @@ def ligand_receptor(
         Most senders that are masked (of each type, with `groupby`), drawn at random.
     min_pairs
         Fewest pairs of cells that express both; other rows are left out.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with.
     layer
-        Layer with raw counts; ``adata.X`` by default.
+        Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice.
     seed
         Seed of the senders drawn and of the clustering that gives the virtual cells.
     device
@@ -119,10 +121,22 @@ def ligand_receptor(
     >>> len(table)
     1
     """
-    table = resolve_table(adata, table_key)
     check_seed(seed)
     check_whole_number("n_max", n_max, least=1)
     check_whole_number("min_pairs", min_pairs, least=1)
+    require_head(head, AnnotationHead)
+    subject = Subject.read(
+        adata,
+        model=head.model if model is None and head is not None else model,
+        library_key=library_key,
+        layer=layer,
+        spatial_key=spatial_key,
+        seed=seed,
+        device=device,
+        table_key=table_key,
+        show_progress_bar=show_progress_bar,
+    )
+    table = subject.adata
     if gene_symbols is not None and gene_symbols not in table.var:
         raise KeyError(f"There is no var[{gene_symbols!r}]; there are {list(table.var.columns)}.")
     symbols = table.var_names if gene_symbols is None else table.var[gene_symbols]
@@ -130,20 +144,14 @@ def ligand_receptor(
     kinds, names = np.zeros(table.n_obs, dtype=np.int64), ["all"]
     if groupby is not None:
         kinds, names = read_types(table, groupby)
-    blocks = (expressed(block, genes.subunits) for block in read_counts(table, layer=layer))
+    blocks = (expressed(block, genes.subunits) for block in read_counts(table, layer=subject.layer))
     cells = sparse.csr_array(sparse.vstack(list(blocks), format="csr"))
-    pairs, _, reach = effects_in_table(
-        table,
+    pairs, reach = effects_between(
+        subject.tissue,
         kinds,
-        model,
         head,
         reach=reach,
         n_max=n_max,
-        layer=layer,
-        spatial_key=spatial_key,
-        library_key=library_key,
-        seed=seed,
-        device=device,
         show_progress_bar=show_progress_bar,
     )
     found = by_genes(pairs, kinds, names, cells, genes, min_pairs=min_pairs)

@@ -1,123 +1,83 @@
-"""The slices of a table as a model sees them, and what single cells do to others there."""
+"""What single cells of a table do to others: to their embeddings, or to their classes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from stofm._edge.gene_mapping import find_columns
-from stofm._edge.slices import read_places
-from stofm._edge.tokens import compute_tokens, token_params
 from stofm._keys import Obsm
 from stofm._logging import progress
 from stofm.heads.annotation import AnnotationHead, calibrated_probabilities, log_scores
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
-from stofm.heads.head import require_head
 from stofm.heads.network import apply_head
-from stofm.nn import choose_device
-from stofm.nn.model import load_model
-from stofm.perturb.engine import UneditedSlice
 from stofm.perturb.influence import PairEffects, pair_effects
-from stofm.perturb.token_lists import take
 from stofm.spatial.plane import spacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
-    import torch
-    from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.nn import Stofm
+    from stofm.perturb.tissue import Tissue
 
     Change = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating]]
 
 #: Reach by default, in median distances to the sixth nearest cell.
-_REACH = 3.0
+_REACH: Final = 3.0
 
 
-def unedited_slices(
-    adata: AnnData,
-    model: Stofm,
-    *,
-    layer: str | None,
-    spatial_key: str,
-    library_key: str | None,
-    seed: int,
-    device: str | torch.device,
-    show_progress_bar: bool,
-) -> Iterator[tuple[NDArray[np.int64], UneditedSlice]]:
-    """Give the rows of each slice, and the slice; options are those of :func:`stofm.tl.embed`."""
-    model.warn_if_untrained()
-    places = read_places(adata, spatial_key=spatial_key, library_key=library_key)
-    columns = find_columns(adata, model.vocabulary)
-    params = token_params(model, layer=layer)
-    ranked = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
-    options: dict[str, Any] = {"seed": seed, "device": choose_device(device)}
-    slices = places.slices.rows
-    words = {"description": "slices", "unit": "slice"}
-    for rows in progress(slices, total=len(slices), **words, show=show_progress_bar):
-        xy = places.coordinates[rows]
-        yield rows, UneditedSlice.of(model, take(ranked, rows), xy, **options)
-
-
-def effects_in_table(
-    adata: AnnData,
+def effects_between(
+    tissue: Tissue,
     kinds: NDArray[np.int64],
-    model: Stofm | str | Path | None,
     head: AnnotationHead | None,
     *,
     reach: float | None,
     n_max: int,
-    seed: int,
-    **options: Any,
-) -> tuple[PairEffects, Stofm, float]:
-    """Mask some senders of each kind, and see what the cells around them do.
+    show_progress_bar: bool,
+) -> tuple[PairEffects, float]:
+    """Mask some senders of each kind, and see how the cells around them change.
 
     Parameters
     ----------
-    adata
-        The table.
+    tissue
+        The slices.
     kinds
-        (n_obs,) codes; cells with -1 are neither senders nor receivers.
-    model, head
-        Whose embeddings change, or whose class probabilities.
+        (n_cells,) codes; cells with -1 are neither senders nor receivers.
+    head
+        Whose class probabilities change; None for embeddings.
     reach
         In the unit of the coordinates; None: three times the median distance to the sixth nearest
-        cell.
+        cell, of the slice with the largest.
     n_max
         Most senders of a kind over all slices, drawn at random.
-    seed, **options
-        Of :func:`unedited_slices`.
 
     Returns
     -------
-    The pairs, by rows of the table; the model, and the reach.
+    The pairs, by rows of the tissue, and the reach.
     """
     if reach is not None and not 0 < reach < np.inf:
         raise ValueError(f"reach must be above 0 and finite, found {reach!r}.")
-    require_head(head, AnnotationHead)
-    loaded = load_model(head.model if model is None and head is not None else model)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(np.flatnonzero(kinds >= 0))
+    change = _shift_of(tissue.model) if head is None else _change_of_classes(head, tissue.model)
+    slices = tissue.slices
+    if reach is None:
+        reach = _REACH * max(spacing(tissue.coordinates[rows]) for rows in slices)
+    order = np.random.default_rng(tissue.seed).permutation(np.flatnonzero(kinds >= 0))
     order = order[np.argsort(kinds[order], kind="stable")]
     rank = np.arange(len(order)) - np.searchsorted(kinds[order], kinds[order])
-    is_sender = np.zeros(adata.n_obs, dtype=bool)
+    is_sender = np.zeros(tissue.n_cells, dtype=bool)
     is_sender[order[rank < n_max]] = True
     parts = []
-    for rows, whole in unedited_slices(adata, loaded, seed=seed, **options):
-        if reach is None:
-            reach = _REACH * spacing(whole.coordinates)
-        change = _shift_of(loaded) if head is None else _change_of_classes(head, loaded)
+    words = {"description": "mask senders", "unit": "slice"}
+    numbered = progress(enumerate(slices), total=len(slices), show=show_progress_bar, **words)
+    for number, rows in numbered:
         own = np.flatnonzero(is_sender[rows])
-        found = pair_effects(whole, own, reach=reach, change=change)
+        found = pair_effects(tissue.whole(number), own, reach=reach, change=change)
         is_known = kinds[rows[found.receivers]] >= 0
         found = PairEffects(*(one[is_known] for one in found))
         parts.append(found._replace(senders=rows[found.senders], receivers=rows[found.receivers]))
-    assert reach is not None
-    return PairEffects.joined(parts), loaded, reach
+    return PairEffects.joined(parts), reach
 
 
 def _shift_of(model: Stofm) -> Change:
