@@ -11,21 +11,21 @@ all pairs, for the trained model, for the untrained one, and for what needs no m
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+from scipy.spatial import cKDTree
 from sklearn.metrics import roc_auc_score
+from stofm.perturb.tables import unedited_slices
 
 import stofm as st
 from stofm.genes import GeneVocabulary
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceBatch
-from stofm.perturb.tables import unedited_slices
 from stofm.spatial import SubSliceConfig, build_subslice
 from stofm.train.samples import cut_slice
 
@@ -42,8 +42,9 @@ PLANTED = (
     ("Dendritic", "B cell", "CXCL13", 30.0),
 )
 N_CELLS, N_GENES = 2000, 350
-READING = {"layer": None, "spatial_key": "spatial", "library_key": None, "seed": 0}
-RUN = {"device": "cpu", "show_progress_bar": False}
+REACH = 30.0
+RUN = {"device": "cpu", "show_progress_bar": False, "seed": 0}
+READING = {"layer": None, "spatial_key": "spatial", "library_key": None, "table_key": None}
 
 
 def simulate(seed: int) -> AnnData:
@@ -93,15 +94,19 @@ def new_model(slices: list[AnnData]) -> Stofm:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         model.cell_encoder.gene_embeddings.weight.normal_(std=0.1)
-    for _, whole in unedited_slices(slices[0], model, **READING, **RUN):
-        mean = torch.from_numpy(whole.features.mean(axis=0))
-        model.cell_encoder.gene_offset += mean[: model.config.cell_encoder.gene_width]
+    mean = torch.from_numpy(unedited(slices[0], model).features.mean(axis=0))
+    model.cell_encoder.gene_offset += mean[: model.config.cell_encoder.gene_width]
     return model.eval()
+
+
+def unedited(adata: AnnData, model: Stofm) -> UneditedSlice:
+    """A slice as the model sees it."""
+    return Subject.read(adata, model=model, **READING, **RUN).tissue.whole(0)
 
 
 def train(model: Stofm, slices: list[AnnData], told: list[AnnData], n_steps: int) -> list[float]:
     """Train the transformer, in place, to tell expression from the other genes; returns losses."""
-    seen = [next(unedited_slices(one, model, **READING, **RUN))[1] for one in slices]
+    seen = [unedited(one, model) for one in slices]
     values = np.concatenate([log_expression(one) for one in told])
     mean, scale = values.mean(axis=0), values.std(axis=0)
     targets = [torch.from_numpy((log_expression(one) - mean) / scale) for one in told]
@@ -149,14 +154,117 @@ def log_expression(adata: AnnData) -> np.ndarray:
     return np.log1p(adata.X.toarray()).astype(np.float32)
 
 
+def influence_of(model: Stofm, adata: AnnData, n_max: int) -> pd.DataFrame:
+    """Pairs of types by influence; slices are told apart."""
+    found = st.tl.influence(
+        adata,
+        groupby="cell_type",
+        model=model,
+        reach=REACH,
+        n_max=n_max,
+        library_key="slice_id",
+        **RUN,
+    )
+    return found.pairs
+
+
+def neighbors(adata: AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Senders, receivers and distances of all pairs of a slice within reach."""
+    parts = []
+    for rows in adata.obs.reset_index().groupby("slice_id", observed=True).indices.values():
+        xy = adata.obsm["spatial"][rows]
+        pairs = cKDTree(xy).query_pairs(REACH, output_type="ndarray")
+        both = np.concatenate([pairs, pairs[:, ::-1]])
+        distance = np.linalg.norm(xy[both[:, 0]] - xy[both[:, 1]], axis=1)
+        parts.append((rows[both[:, 0]], rows[both[:, 1]], distance))
+    senders, receivers, distances = map(np.concatenate, zip(*parts, strict=True))
+    return senders, receivers, distances
+
+
+def without_masking(model: Stofm, adata: AnnData, whole: AnnData) -> dict[str, pd.DataFrame]:
+    """Scores of the pairs of types by nearness, by expression, and by attention.
+
+    `adata` has the genes that are read, `whole` all. Expression is told the true ligands and
+    programmes: the largest product, over these, of mean ligand in senders and mean programme in
+    receivers, each against its mean over types.
+    """
+    kinds = adata.obs["cell_type"].cat.codes.to_numpy().astype(np.int64)
+    names = adata.obs["cell_type"].cat.categories.tolist()
+    senders, receivers, distances = neighbors(adata)
+    sizes = np.bincount(kinds)
+    table = pd.DataFrame({"source": kinds[senders], "target": kinds[receivers]})
+    near = table.value_counts().rename("n_pairs").reset_index()
+    near["score"] = near["n_pairs"] / sizes[near["source"]] / sizes[near["target"]]
+    truth = whole.uns["simulation"]["interactions"]
+    log = pd.DataFrame(log_expression(whole), columns=whole.var_names).groupby(kinds).mean()
+    products = [
+        np.outer(log[ligand] / log[ligand].mean(), own.mean(axis=1) / own.to_numpy().mean())
+        for ligand, own in (
+            (ligand, log[programme.split(",")])
+            for ligand, programme in zip(truth["ligand"], truth["programme"], strict=True)
+        )
+    ]
+    expression = near.copy()
+    expression["score"] = np.max(products, axis=0)[near["source"], near["target"]]
+    for one in (near, expression):
+        for column in ("source", "target"):
+            one[column] = np.array(names, dtype=object)[one[column]]
+    attended = st.tl.attention(
+        adata, model, top=N_CELLS, library_key="slice_id", copy=True, **RUN
+    ).obsp["stofm_attention"]
+    weights = np.asarray(attended[receivers, senders]).ravel().astype(np.float32)
+    attention = by_type(
+        PairEffects(senders, receivers, distances, weights), kinds, names, min_pairs=30
+    )
+    return {"nearness": near, "expression product": expression, "attention": attention}
+
+
+def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
+    """Rank of each planted ligand among all genes, deleted in its senders."""
+    found = []
+    for sender, receiver, ligand, _ in PLANTED:
+        table = st.tl.screen(
+            adata,
+            adata.var_names.tolist(),
+            cells=f"cell_type == '{sender}'",
+            receivers=f"cell_type == '{receiver}'",
+            null=20,
+            model=model,
+            **RUN,
+        )
+        rank = {by: int((table[by] > table.loc[ligand, by]).sum()) + 1 for by in ("z", "effect")}
+        found.append({"ligand": ligand, **rank, "n_genes": len(table)})
+    return found
+
+
 def score(name: str, pairs: pd.DataFrame, column: str) -> dict[str, Any]:
     """AUROC over the pairs of types, and ranks of the planted ones."""
-    planted = {(one[0], one[1]) for one in PLANTED}
+    pairs = pairs[pairs["n_pairs"] >= 30]
+    planted = {one[:2] for one in PLANTED}
     is_planted = [pair in planted for pair in zip(pairs["source"], pairs["target"], strict=True)]
     values = pairs[column].fillna(pairs[column].min()).to_numpy()
     ranks = [int((values > value).sum()) + 1 for value in values[is_planted]]
     auroc = float(roc_auc_score(is_planted, values))
-    return {"by": name, "auroc": auroc, "ranks": sorted(ranks), "n_pairs": len(pairs)}
+    return {"by": f"{name}, {column}", "auroc": auroc, "ranks": sorted(ranks), "n": len(pairs)}
+
+
+def evaluate(models: dict[str, Stofm], n_max: int) -> dict[str, Any]:
+    """Score models on held-out slices, in which nothing was trained."""
+    whole = ad.concat([simulate(seed) for seed in (100, 101)], merge="same", uns_merge="first")
+    whole.obs["slice_id"] = np.repeat(["a", "b"], N_CELLS)
+    whole.obs_names_make_unique()
+    adata = whole[:, split_genes(whole)[0]].copy()
+    pairs: list[dict[str, Any]] = []
+    for name, model in models.items():
+        found = influence_of(model, adata, n_max)
+        found["ratio"] = found["strength"] / found["expected"]
+        pairs += [score(f"influence, {name}", found, by) for by in ("z", "ratio", "strength")]
+        print(json.dumps(pairs[-3:]), found.head(8).to_string(), flush=True)
+    for name, found in without_masking(models["trained"], adata, whole).items():
+        pairs.append(score(name, found, "z" if name == "attention" else "score"))
+        print(json.dumps(pairs[-1:]), flush=True)
+    own = adata[adata.obs["slice_id"] == "a"].copy()
+    return {"pairs": pairs, "screen": {name: screened(one, own) for name, one in models.items()}}
 
 
 def main() -> None:
@@ -164,18 +272,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--slices", type=int, default=8)
+    parser.add_argument("--n-max", type=int, default=100)
     options = parser.parse_args()
     started = time.process_time()
     slices = [simulate(seed) for seed in range(options.slices)]
     inputs, outputs = split_genes(slices[0])
     read, told = ([one[:, genes].copy() for one in slices] for genes in (inputs, outputs))
     model = new_model(read)
-    model.save_pretrained(options.out.with_suffix(".untrained"), overwrite=True)
+    untrained = copy.deepcopy(model)
     losses = train(model, read, told, options.steps)
     model.save_pretrained(options.out.with_suffix(".model"), overwrite=True)
-    for start in range(0, len(losses), 100):
-        print(start, round(float(np.mean(losses[start : start + 100])), 4), flush=True)
-    print("seconds of the processor:", round(time.process_time() - started))
+    seconds = round(time.process_time() - started)
+    print("loss", [round(float(one.mean()), 4) for one in np.array_split(losses, 15)], flush=True)
+    found = evaluate({"trained": model, "untrained": untrained}, options.n_max)
+    found |= {"seconds_of_training": seconds, "last_loss": float(np.mean(losses[-100:]))}
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from stofm.datasets._tissues import Panel, Tissue
@@ -67,9 +68,7 @@ class Planted(NamedTuple):
         return found
 
 
-def plan_interactions(
-    interactions: Sequence[Interaction], tissue: Tissue, panel: Panel
-) -> Planted:
+def plan_interactions(interactions: Sequence[Interaction], tissue: Tissue, panel: Panel) -> Planted:
     """Check interactions and choose the genes of each programme, the same for every seed.
 
     Raises
@@ -133,9 +132,7 @@ def _check(one: Any, types: list[str], symbols: list[str]) -> None:
         raise ValueError(f"The last entry of {expected} must be above 0, found {reach!r}.")
 
 
-def join_states(
-    states: NDArray[np.bool_], names: tuple[str, ...]
-) -> NDArray[np.object_]:
+def join_states(states: NDArray[np.bool_], names: tuple[str, ...]) -> NDArray[np.object_]:
     """Names of the states that each row has, joined by commas, (n_rows,)."""
     combinations, row = np.unique(states, axis=0, return_inverse=True)
     joined = [",".join(np.array(names)[one].tolist()) for one in combinations]

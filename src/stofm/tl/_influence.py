@@ -148,7 +148,12 @@ def influence(
     )
     if not len(pairs.effects):
         raise ValueError(f"No two cells with a type lie within reach={reach:g}; raise it.")
-    params = {"groupby": groupby, "reach": reach, "model": subject.tissue.model.name, "effect": effect_name(head)}
+    params = {
+        "groupby": groupby,
+        "reach": reach,
+        "model": subject.tissue.model.name,
+        "effect": effect_name(head),
+    }
     return Influence(
         by_type(pairs, kinds, names, min_pairs=min_pairs),
         by_distance(pairs, kinds, names, min_pairs=min_pairs),
