@@ -11,6 +11,8 @@ all pairs, for the trained model, for the untrained one, and for what needs no m
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,12 @@ import pandas as pd
 import torch
 from scipy.spatial import cKDTree
 from sklearn.metrics import roc_auc_score
-from stofm.perturb.tables import unedited_slices
 
 import stofm as st
 from stofm.genes import GeneVocabulary
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceBatch
+from stofm.perturb.influence import PairEffects, by_type
+from stofm.perturb.reading import Subject
 from stofm.spatial import SubSliceConfig, build_subslice
 from stofm.train.samples import cut_slice
 

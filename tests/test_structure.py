@@ -87,6 +87,7 @@ HEAVY = [
     "anndata",
     "dask",
     "igraph",
+    "liana",
     "lightning_fabric",
     "matplotlib",
     "numba",
@@ -100,7 +101,7 @@ HEAVY = [
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"image", "lora", "train"}
+EXTRAS = {"communication", "image", "lora", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.

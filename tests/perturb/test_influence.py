@@ -79,7 +79,9 @@ def test_contrast_is_that_of_all_permutations(rng) -> None:
 
 
 def test_a_group_without_pairs_has_no_strength() -> None:
-    found = contrast(*np.zeros((2, 3, 1)), np.zeros((3, 1), int), np.ones((3, 1), bool), np.zeros(3))
+    found = contrast(
+        *np.zeros((2, 3, 1)), np.zeros((3, 1), int), np.ones((3, 1), bool), np.zeros(3)
+    )
     assert np.isnan([found.strength[0], found.expected[0], found.z[0]]).all()
 
 
@@ -110,9 +112,7 @@ def test_a_planted_pair_stands_out_and_nothing_else(rng) -> None:
 
 
 def test_z_is_standard_normal_without_an_effect(rng) -> None:
-    values = [
-        by_type(*simulated(rng, 1.0), NAMES, min_pairs=30)["z"].to_numpy() for _ in range(12)
-    ]
+    values = [by_type(*simulated(rng, 1.0), NAMES, min_pairs=30)["z"].to_numpy() for _ in range(12)]
     assert np.abs(np.mean(values)) < 0.2
     assert 0.7 < np.std(values) < 1.2
 

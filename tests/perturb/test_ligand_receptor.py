@@ -20,7 +20,9 @@ def resource(*pairs: tuple[str, str]) -> pd.DataFrame:
 def test_pairs_that_are_not_measured_are_left_out() -> None:
     given = resource(("L1", "R1"), ("L1", "R9"), ("L1_L2", "R1_R2"), ("HLA_X", "R2"), ("L1", "R1"))
     found = read_resource(given, GENES)
-    names = [tuple(found.names[[a, b]]) for a, b in zip(found.ligands, found.receptors, strict=True)]
+    names = [
+        tuple(found.names[[a, b]]) for a, b in zip(found.ligands, found.receptors, strict=True)
+    ]
     assert names == [("L1", "R1"), ("L1_L2", "R1_R2"), ("HLA_X", "R2")]
 
 
@@ -81,7 +83,9 @@ def test_without_liana_the_message_names_the_extra(monkeypatch) -> None:
 def test_a_resource_of_liana(monkeypatch) -> None:
     pytest.importorskip("liana", reason="needs stofm[communication]")
     found = read_resource("consensus", ["CCL19", "CCR7", "ITGA4", "ITGB1", "VCAM1"])
-    pairs = {tuple(found.names[[a, b]]) for a, b in zip(found.ligands, found.receptors, strict=True)}
+    pairs = {
+        tuple(found.names[[a, b]]) for a, b in zip(found.ligands, found.receptors, strict=True)
+    }
     assert {("CCL19", "CCR7"), ("VCAM1", "ITGA4_ITGB1")} <= pairs
     with pytest.raises(ValueError, match="LIANA has no resource 'consensu'"):
         read_resource("consensu", ["CCL19"])
