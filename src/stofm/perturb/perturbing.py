@@ -157,7 +157,8 @@ def gene_table(
     """Tests of genes as a table, with false discovery rates."""
     import pandas as pd
 
-    table = pd.DataFrame(tests, index=pd.Index(names, name="gene"))
+    columns = ["effect", "null_mean", "null_std", "z", "p", "n_null"]
+    table = pd.DataFrame(tests, index=pd.Index(names, name="gene", dtype=str), columns=columns)
     is_tested = np.isfinite(table["effect"].to_numpy(dtype=np.float64))
     table.insert(0, "status", np.where(is_tested, "tested", "not_in_input"))
     table["fdr"] = adjusted(table["p"].to_numpy(dtype=np.float64))
