@@ -3,6 +3,7 @@
 from stofm.pl._annotation import annotation
 from stofm.pl._charts import probe, training
 from stofm.pl._image import image
+from stofm.pl._perturbation import perturbation
 from stofm.pl._predicted import deconvolution, imputation
 from stofm.pl._spatial import spatial, umap
 from stofm.pl._subslices import subslices, virtual_cells
@@ -12,6 +13,7 @@ __all__ = [
     "deconvolution",
     "image",
     "imputation",
+    "perturbation",
     "probe",
     "spatial",
     "subslices",
