@@ -237,6 +237,7 @@ def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
         )
         rank = {by: int((table[by] > table.loc[ligand, by]).sum()) + 1 for by in ("z", "effect")}
         found.append({"ligand": ligand, **rank, "n_genes": len(table)})
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 
@@ -266,7 +267,9 @@ def evaluate(models: dict[str, Stofm], n_max: int) -> dict[str, Any]:
     for name, found in without_masking(models["trained"], adata, whole).items():
         pairs.append(score(name, found, "z" if name == "attention" else "score"))
         print(json.dumps(pairs[-1:]), flush=True)
-    own = adata[adata.obs["slice_id"] == "a"].copy()
+    xy = adata.obsm["spatial"]
+    is_half = (adata.obs["slice_id"] == "a") & (xy[:, 0] < np.median(xy[:, 0]))
+    own = adata[is_half].copy()
     return {"pairs": pairs, "screen": {name: screened(one, own) for name, one in models.items()}}
 
 

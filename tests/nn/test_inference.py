@@ -8,7 +8,7 @@ import torch
 
 from stofm.genes import RankedTokens
 from stofm.nn import Stofm, TokenBatch, embed_slice, encode_cells
-from stofm.nn.inference import _halving, refuse_not_finite, padded_length
+from stofm.nn.inference import _halving, padded_length, refuse_not_finite
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")

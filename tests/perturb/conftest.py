@@ -13,17 +13,9 @@ N_CELLS = 131
 
 
 @pytest.fixture
-def model(model):
-    """The tiny model with larger weights, so that its cells see their genes and each other."""
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        torch.nn.init.normal_(model.cell_encoder.gene_embeddings.weight)
-        for layer in model.se2_transformer.layers:
-            torch.nn.init.normal_(layer.qkv.weight, std=0.5)
-        for layer in model.cell_encoder.bert.encoder.layer:
-            torch.nn.init.normal_(layer.attention.self.value.weight)
-            torch.nn.init.normal_(layer.attention.output.dense.weight)
-    return model
+def model(responsive_model):
+    """The tiny model with larger weights."""
+    return responsive_model
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_without_a_pair_that_stands_out(found) -> None:
 
 
 def test_messages_of_influence(found) -> None:
-    with pytest.raises(TypeError, match="Expected what st.tl.influence returns, found DataFrame"):
+    with pytest.raises(TypeError, match=r"Expected what st\.tl.influence returns, found DataFrame"):
         st.pl.influence(found.pairs)
     found.pairs = found.pairs.iloc[:0]
     with pytest.raises(ValueError, match="raise `n_max`"):
@@ -75,8 +75,8 @@ def test_messages_of_attention(attended) -> None:
         st.pl.attention(adata, "cellx", library_key="slide")
     other = np.flatnonzero(adata.obs["slide"] == "a")[0]
     names = adata.obs_names[[own[0], other]].tolist()
-    with pytest.raises(ValueError, match="of 2 slices.*one slice at a time"):
+    with pytest.raises(ValueError, match=r"of 2 slices.*one slice at a time"):
         st.pl.attention(adata, names, library_key="slide")
     del adata.obsp["stofm_attention"]
-    with pytest.raises(KeyError, match="call st.tl.attention"):
+    with pytest.raises(KeyError, match=r"call st\.tl\.attention"):
         st.pl.attention(adata, names[0])

@@ -47,17 +47,23 @@ def test_seed_and_number_of_senders(adata, model, found) -> None:
     assert not few.pairs.equals(other.pairs)
 
 
-def test_the_order_of_rows_does_not_matter(adata, model, rng, found) -> None:
+def test_the_order_of_rows_does_not_matter(adata, model, rng) -> None:
     shuffled = adata[rng.permutation(adata.n_obs)].copy()
-    other = st.tl.influence(shuffled, groupby="kind", model=model, **READING)
-    pd.testing.assert_frame_equal(found.pairs, other.pairs, rtol=1e-4)
+    few = [
+        st.tl.influence(one, groupby="kind", model=model, n_max=20, **READING).pairs
+        for one in (adata, shuffled)
+    ]
+    columns = ["source", "target"]
+    first, second = (one.sort_values(columns, ignore_index=True) for one in few)
+    pd.testing.assert_frame_equal(first, second, rtol=1e-2, atol=1e-2)
+    assert first["n_pairs"].equals(second["n_pairs"])
 
 
 def test_a_wider_reach_has_more_pairs(adata, model, found) -> None:
     wide = st.tl.influence(
         adata, groupby="kind", model=model, reach=2 * found.params["reach"], **READING
     )
-    assert wide.pairs["n_pairs"].sum() > 2 * found.pairs["n_pairs"].sum()
+    assert wide.pairs["n_pairs"].sum() > 1.3 * found.pairs["n_pairs"].sum()
 
 
 def test_cells_without_a_type_are_left_out(adata, model) -> None:
@@ -85,12 +91,12 @@ def test_class_probabilities_of_a_head(adata, model, few_epochs) -> None:
 def test_a_head_that_reads_more_or_of_another_model_is_refused(adata, model, few_epochs) -> None:
     how = {"label_key": "kind", "model": model, **READING}
     head = st.tl.annotate(adata, **how)
-    with pytest.raises(ValueError, match="use_rep='X_stofm' and options=st.tl.HeadOptions"):
+    with pytest.raises(ValueError, match=r"use_rep='X_stofm' and options=st\.tl\."):
         st.tl.influence(adata, groupby="kind", model=model, head=head, **READING)
     options = st.tl.HeadOptions(n_neighbors=0, n_components=0)
     head = st.tl.annotate(adata, use_rep="X_stofm", options=options, **how)
     other = st.Stofm(model.config, model.vocabulary, seed=9).eval()
-    with pytest.raises(ValueError, match="was fitted to embeddings by 'tiny'|fitted to embeddings"):
+    with pytest.raises(ValueError, match="was fitted to embeddings by tiny"):
         st.tl.influence(adata, groupby="kind", model=other, head=head, **READING)
     with pytest.raises(TypeError, match="Expected a head for annotation"):
         st.tl.influence(adata, groupby="kind", model=model, head=model, **READING)

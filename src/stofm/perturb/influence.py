@@ -49,7 +49,7 @@ def pair_effects(
     """Mask senders one at a time for the cells around them, and see how much these change.
 
     Senders that lie more than twice the reach apart are masked in one run, as no cell is within
-    reach of two of them.
+    reach of two of them; what others do to a cell through cells in between is small beside that.
 
     Parameters
     ----------
@@ -89,8 +89,7 @@ def _apart(xy: NDArray[np.float64], distance: float) -> NDArray[np.int64]:
     A group has one point of each second tile, along both axes.
     """
     tile = np.floor(xy / distance).astype(np.int64)
-    tile -= tile.min(axis=0, initial=0)
-    which = np.ravel_multi_index(tile.T, tile.max(axis=0, initial=0) + 1)
+    which = np.unique(tile, axis=0, return_inverse=True)[1].ravel()
     order = np.argsort(which, kind="stable")
     starts = np.searchsorted(which[order], which[order])
     rank = np.empty(len(xy), dtype=np.int64)

@@ -12,7 +12,7 @@ from stofm.heads.annotation import AnnotationHead, calibrated_probabilities, log
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.network import apply_head
 from stofm.perturb.influence import PairEffects, pair_effects
-from stofm.spatial.plane import spacing
+from stofm.spatial.plane import canonical_order, spacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,11 @@ def effects_between(
     slices = tissue.slices
     if reach is None:
         reach = _REACH * max(spacing(tissue.coordinates[rows]) for rows in slices)
-    order = np.random.default_rng(tissue.seed).permutation(np.flatnonzero(kinds >= 0))
+    # By place, so that the order of the rows does not matter.
+    xy = tissue.coordinates
+    placed = [rows[canonical_order(xy[rows], np.empty((len(rows), 0)))] for rows in slices]
+    order = np.random.default_rng(tissue.seed).permutation(np.concatenate(placed))
+    order = order[kinds[order] >= 0]
     order = order[np.argsort(kinds[order], kind="stable")]
     rank = np.arange(len(order)) - np.searchsorted(kinds[order], kinds[order])
     is_sender = np.zeros(tissue.n_cells, dtype=bool)

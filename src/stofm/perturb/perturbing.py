@@ -15,6 +15,7 @@ from stofm.heads.request import check_whole_number
 from stofm.perturb.edit import Edit
 from stofm.perturb.effect import PerturbationEffect, Shifts, mean_effects
 from stofm.perturb.null import adjusted, compare, draw_like, like
+from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.perturb.reading import Subject
     from stofm.perturb.runs import Embedded
     from stofm.perturb.tissue import GeneChange, Recompute, Tissue
 
@@ -52,6 +52,31 @@ class Question:
         if self.recompute not in ("micro", "macro"):
             raise ValueError(f"recompute must be 'micro' or 'macro', found {self.recompute!r}.")
         check_whole_number("null", self.n_null, least=0)
+
+    @classmethod
+    def read(
+        cls,
+        data: Any,
+        *,
+        cells: Any,
+        receivers: Any,
+        goal: Mapping[str, object] | None,
+        recompute: Recompute,
+        n_null: int,
+        seed: int,
+        **reading: Any,
+    ) -> Question:
+        """Read a table, and what is asked of it; `reading` are further options of `Subject.read`."""
+        subject = Subject.read(data, seed=seed, **reading)
+        return cls(
+            subject=subject,
+            cells=subject.select(cells, "cells"),
+            receivers=None if receivers is None else subject.select(receivers, "receivers"),
+            goal=subject.goal(goal),
+            recompute=recompute,
+            n_null=n_null,
+            seed=seed,
+        )
 
     @property
     def tissue(self) -> Tissue:
@@ -157,7 +182,8 @@ def gene_table(
     """Tests of genes as a table, with false discovery rates."""
     import pandas as pd
 
-    table = pd.DataFrame(tests, index=pd.Index(names, name="gene"))
+    columns = ["effect", "null_mean", "null_std", "z", "p", "n_null"]
+    table = pd.DataFrame(tests, index=pd.Index(names, name="gene", dtype=str), columns=columns)
     is_tested = np.isfinite(table["effect"].to_numpy(dtype=np.float64))
     table.insert(0, "status", np.where(is_tested, "tested", "not_in_input"))
     table["fdr"] = adjusted(table["p"].to_numpy(dtype=np.float64))

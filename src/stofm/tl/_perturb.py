@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
 from stofm.perturb.perturbing import Question, perturb_table
-from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,8 +142,13 @@ def perturb(
     >>> effect.genes.loc[gene, "status"]
     'tested'
     """
-    subject = Subject.read(
+    question = Question.read(
         adata,
+        cells=cells,
+        receivers=receivers,
+        goal=goal,
+        recompute=recompute,
+        n_null=null,
         model=model,
         library_key=library_key,
         layer=layer,
@@ -153,15 +157,6 @@ def perturb(
         device=device,
         table_key=table_key,
         show_progress_bar=show_progress_bar,
-    )
-    question = Question(
-        subject=subject,
-        cells=subject.select(cells, "cells"),
-        receivers=None if receivers is None else subject.select(receivers, "receivers"),
-        goal=subject.goal(goal),
-        recompute=recompute,
-        n_null=null,
-        seed=seed,
     )
     return perturb_table(
         question,

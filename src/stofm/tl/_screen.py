@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
 from stofm.perturb.perturbing import Question
-from stofm.perturb.reading import Subject
 from stofm.perturb.screening import screen_genes
 
 if TYPE_CHECKING:
@@ -81,8 +80,13 @@ def screen(
     >>> table.index.name
     'gene'
     """
-    subject = Subject.read(
+    question = Question.read(
         adata,
+        cells=cells,
+        receivers=receivers,
+        goal=goal,
+        recompute=recompute,
+        n_null=null,
         model=model,
         library_key=library_key,
         layer=layer,
@@ -91,14 +95,5 @@ def screen(
         device=device,
         table_key=table_key,
         show_progress_bar=show_progress_bar,
-    )
-    question = Question(
-        subject=subject,
-        cells=subject.select(cells, "cells"),
-        receivers=None if receivers is None else subject.select(receivers, "receivers"),
-        goal=subject.goal(goal),
-        recompute=recompute,
-        n_null=null,
-        seed=seed,
     )
     return screen_genes(question, genes, edit)
