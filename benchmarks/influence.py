@@ -1,6 +1,6 @@
 """Whether ``stofm.tl.influence`` finds interactions that were planted.
 
-    python benchmarks/influence.py out.json
+    python benchmarks/influence.py OUT
 
 A small model learns, on simulated slices, to tell the genes that mark no type from all other genes of
 a cell and of those around it. Some of the former are programmes that a ligand in neighbours switches on.
@@ -11,7 +11,6 @@ all pairs, for the trained model, for the untrained one, and for what needs no m
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -254,7 +253,7 @@ def score(name: str, pairs: pd.DataFrame, column: str) -> dict[str, Any]:
 
 def evaluate(models: dict[str, Stofm], n_max: int) -> dict[str, Any]:
     """Score models on held-out slices, in which nothing was trained."""
-    whole = ad.concat([simulate(seed) for seed in (100, 101)], merge="same", uns_merge="first")
+    whole = ad.concat([simulate(seed) for seed in (200, 201)], merge="same", uns_merge="first")
     whole.obs["slice_id"] = np.repeat(["a", "b"], N_CELLS)
     whole.obs_names_make_unique()
     adata = whole[:, split_genes(whole)[0]].copy()
@@ -273,26 +272,34 @@ def evaluate(models: dict[str, Stofm], n_max: int) -> dict[str, Any]:
     return {"pairs": pairs, "screen": {name: screened(one, own) for name, one in models.items()}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--slices", type=int, default=8)
-    parser.add_argument("--n-max", type=int, default=100)
-    options = parser.parse_args()
-    started = time.process_time()
-    slices = [simulate(seed) for seed in range(options.slices)]
+def make_models(out: Path, n_slices: int, n_steps: int) -> float:
+    """Train a model, and write it and the untrained one; returns its last loss."""
+    slices = [simulate(seed) for seed in range(n_slices)]
     inputs, outputs = split_genes(slices[0])
     read, told = ([one[:, genes].copy() for one in slices] for genes in (inputs, outputs))
     model = new_model(read)
-    untrained = copy.deepcopy(model)
-    losses = train(model, read, told, options.steps)
-    model.save_pretrained(options.out.with_suffix(".model"), overwrite=True)
-    seconds = round(time.process_time() - started)
-    print("loss", [round(float(one.mean()), 4) for one in np.array_split(losses, 15)], flush=True)
-    found = evaluate({"trained": model, "untrained": untrained}, options.n_max)
-    found |= {"seconds_of_training": seconds, "last_loss": float(np.mean(losses[-100:]))}
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    model.save_pretrained(out / "untrained", overwrite=True)
+    losses = train(model, read, told, n_steps)
+    model.save_pretrained(out / "trained", overwrite=True)
+    return float(np.mean(losses[-100:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder; models that are there are not trained anew")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--slices", type=int, default=8)
+    parser.add_argument("--n-max", type=int, default=60)
+    options = parser.parse_args()
+    options.out.mkdir(exist_ok=True)
+    started = time.process_time()
+    if not (options.out / "trained").is_dir():
+        loss = make_models(options.out, options.slices, options.steps)
+        seconds = time.process_time() - started
+        print(f"trained in {seconds:.0f} s of the processor; last loss {loss:.4f}", flush=True)
+    models = {name: Stofm.from_pretrained(options.out / name) for name in ("trained", "untrained")}
+    found = evaluate(models, options.n_max)
+    (options.out / "found.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
 
 

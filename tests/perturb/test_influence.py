@@ -17,7 +17,7 @@ from stofm.perturb.influence import (
     pair_effects,
 )
 
-NAMES = ["a", "b", "c"]
+NAMES = list("abcdefgh")
 
 
 def length(before, after):
@@ -86,11 +86,14 @@ def test_a_group_without_pairs_has_no_strength() -> None:
 
 
 def simulated(rng, planted: float) -> tuple[PairEffects, np.ndarray]:
-    """Effects that fall with distance and differ between receivers; of a on b they are larger."""
-    kinds = rng.integers(0, 3, 600)
-    senders, receivers = rng.integers(0, 600, (2, 9000))
-    distances = rng.uniform(1.0, 10.0, 9000)
-    effects = np.exp(-distances / 4.0) * (1.0 + kinds[receivers]) * rng.gamma(4.0, 0.25, 9000)
+    """Effects that fall with distance and differ between senders and receivers; of a on b they are larger."""
+    n, n_pairs = 800, 24_000
+    kinds = rng.integers(0, 8, n)
+    senders, receivers = rng.integers(0, n, (2, n_pairs))
+    distances = rng.uniform(1.0, 10.0, n_pairs)
+    effects = np.exp(-distances / 4.0) * (1.0 + kinds[receivers]) * rng.gamma(4.0, 0.25, n_pairs)
+    # Some senders change whatever is around them.
+    effects *= 1.0 + kinds[senders] / 8 + rng.random(n)[senders]
     effects[(kinds[senders] == 0) & (kinds[receivers] == 1)] *= planted
     return PairEffects(senders, receivers, distances, effects.astype(np.float32)), kinds
 
@@ -101,10 +104,10 @@ def test_a_planted_pair_stands_out_and_nothing_else(rng) -> None:
     first = table.iloc[0]
     assert (first["source"], first["target"]) == ("a", "b")
     assert first["FDR"] < 1e-6
-    assert first["strength"] > 1.2 * first["expected"]
+    assert first["strength"] > 1.3 * first["expected"]
     assert table["FDR"].iloc[1:].min() > 0.01
-    assert table["length"].to_numpy() == pytest.approx(4.0, rel=0.1)
-    assert len(table) == 9
+    assert table["length"].to_numpy() == pytest.approx(4.0, rel=0.2)
+    assert len(table) == 64
     own = pairs.effects[(kinds[pairs.senders] == 2) & (kinds[pairs.receivers] == 0)]
     row = table[(table["source"] == "c") & (table["target"] == "a")].iloc[0]
     assert row["strength"] == pytest.approx(own.mean())
@@ -112,17 +115,17 @@ def test_a_planted_pair_stands_out_and_nothing_else(rng) -> None:
 
 
 def test_z_is_standard_normal_without_an_effect(rng) -> None:
-    values = [by_type(*simulated(rng, 1.0), NAMES, min_pairs=30)["z"].to_numpy() for _ in range(12)]
+    values = [by_type(*simulated(rng, 1.0), NAMES, min_pairs=30)["z"].to_numpy() for _ in range(3)]
     assert np.abs(np.mean(values)) < 0.2
     assert 0.7 < np.std(values) < 1.2
 
 
 def test_few_pairs_are_left_out(rng) -> None:
     pairs, kinds = simulated(rng, 1.0)
-    kinds[np.flatnonzero(kinds == 2)[:2]] = 3
-    table = by_type(pairs, kinds, [*NAMES, "d"], min_pairs=100)
+    kinds[np.flatnonzero(kinds == 2)[:2]] = 8
+    table = by_type(pairs, kinds, [*NAMES, "i"], min_pairs=100)
     assert {*table["source"], *table["target"]} == set(NAMES)
-    assert set(by_distance(pairs, kinds, [*NAMES, "d"], min_pairs=100)["source"]) == set(NAMES)
+    assert set(by_distance(pairs, kinds, [*NAMES, "i"], min_pairs=100)["source"]) == set(NAMES)
 
 
 def test_strength_by_distance(rng) -> None:

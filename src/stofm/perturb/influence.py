@@ -119,10 +119,17 @@ def in_bins(pairs: PairEffects) -> NDArray[np.int64]:
 
 
 def baselines(pairs: PairEffects, kinds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mean effect on receivers of the same kind at the same distance, (n_pairs,)."""
+    """What each effect would be if its sender treated all receivers alike, (n_pairs,).
+
+    That is the mean effect on receivers of the same kind at the same distance, times what the sender
+    does to all its receivers, as a share of these means.
+    """
     cell = kinds[pairs.receivers] * _N_BINS + in_bins(pairs)
-    means = np.bincount(cell, pairs.effects) / np.maximum(np.bincount(cell), 1)
-    return np.asarray(means[cell])
+    means = (np.bincount(cell, pairs.effects) / np.maximum(np.bincount(cell), 1))[cell]
+    sender = np.unique(pairs.senders, return_inverse=True)[1].ravel()
+    sums = [np.bincount(sender, values) for values in (pairs.effects, means)]
+    shares = np.divide(*sums, out=np.zeros(len(sums[0])), where=sums[1] > 0)
+    return np.asarray(means * shares[sender])
 
 
 def contrast(

@@ -41,7 +41,7 @@ _THIN, _THICK = 0.6, 3.0
 
 
 def influence(
-    found: Any,
+    data: Any,
     *,
     ax: Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -55,7 +55,7 @@ def influence(
 
     Parameters
     ----------
-    found
+    data
         What :func:`stofm.tl.influence` returns.
     ax
         Two axes to draw into. None: a new figure.
@@ -71,7 +71,7 @@ def influence(
     Raises
     ------
     TypeError
-        `found` is something else.
+        `data` is something else.
     ValueError
         No pair of types has enough cells, or `ax` does not hold two axes.
 
@@ -81,9 +81,9 @@ def influence(
     >>> found = st.tl.influence(adata, groupby="cell_type")  # doctest: +SKIP
     >>> axes = st.pl.influence(found)  # doctest: +SKIP
     """
-    pairs = getattr(found, "pairs", None)
+    pairs = getattr(data, "pairs", None)
     if pairs is None or not {"source", "target", "z", "FDR"} <= set(pairs.columns):
-        raise TypeError(f"Expected what st.tl.influence returns, found {type(found).__name__}.")
+        raise TypeError(f"Expected what st.tl.influence returns, found {type(data).__name__}.")
     if pairs.empty:
         raise ValueError("No pair of types has enough cells; raise `n_max` of st.tl.influence.")
     names = sorted({*pairs["source"], *pairs["target"]})

@@ -54,10 +54,11 @@ def influence(
     neighbours, is left out.
 
     The strength of a pair of types is the mean effect over its pairs of cells. Expected is what
-    it would be if senders of that type had been senders of any type at the same distance:
-    effects are compared with those on receivers of the same type in the same of five distance bins,
-    and types are permuted among senders. These are sensitivities of a model, not effect sizes in a
-    tissue; docs/concepts/influence.md says how far they can be trusted.
+    it would be if senders treated all types of receivers alike: effects are compared with those on
+    receivers of the same type in the same of five distance bins, times what the sender does to all
+    its receivers, and types are permuted among senders. These are sensitivities of a model, not
+    effect sizes in a tissue; the page on influence in the documentation says how far they can be
+    trusted.
 
     Parameters
     ----------

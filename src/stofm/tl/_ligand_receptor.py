@@ -50,9 +50,9 @@ def ligand_receptor(
 
     Effects are those of :func:`stofm.tl.influence`: senders are masked one at a time for the cells
     within reach. Of a ligand and a receptor, the pairs of cells count whose sender has counts of
-    all the ligand's genes and whose receiver has counts of all the receptor's. Expected is what these
-    receivers would show if other senders, of the same type with `groupby`, were beside them:
-    which senders express the ligand is permuted.
+    all the ligand's genes and whose receiver has counts of all the receptor's. Expected is
+    what these receivers would show if other senders, of the same type with `groupby`, were beside
+    them, see :func:`stofm.tl.influence`; which senders express the ligand is permuted.
 
     Parameters
     ----------
