@@ -44,7 +44,7 @@ PLANTED = (
     ("Dendritic", "B cell", "CXCL13", 30.0),
 )
 N_CELLS, N_GENES = 2000, 350
-REACH = 30.0
+REACH, MIN_PAIRS = 30.0, 30
 RUN = {"device": "cpu", "show_progress_bar": False, "seed": 0}
 READING = {"layer": None, "spatial_key": "spatial", "library_key": None, "table_key": None}
 
@@ -216,7 +216,7 @@ def without_masking(model: Stofm, adata: AnnData, whole: AnnData) -> dict[str, p
     ).obsp["stofm_attention"]
     weights = np.asarray(attended[receivers, senders]).ravel().astype(np.float32)
     attention = by_type(
-        PairEffects(senders, receivers, distances, weights), kinds, names, min_pairs=30
+        PairEffects(senders, receivers, distances, weights), kinds, names, min_pairs=MIN_PAIRS
     )
     return {"nearness": near, "expression product": expression, "attention": attention}
 
@@ -242,7 +242,7 @@ def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
 
 def score(name: str, pairs: pd.DataFrame, column: str) -> dict[str, Any]:
     """AUROC over the pairs of types, and ranks of the planted ones."""
-    pairs = pairs[pairs["n_pairs"] >= 30]
+    pairs = pairs[pairs["n_pairs"] >= MIN_PAIRS]
     planted = {one[:2] for one in PLANTED}
     is_planted = [pair in planted for pair in zip(pairs["source"], pairs["target"], strict=True)]
     values = pairs[column].fillna(pairs[column].min()).to_numpy()
@@ -263,8 +263,10 @@ def evaluate(models: dict[str, Stofm], n_max: int) -> dict[str, Any]:
         found["ratio"] = found["strength"] / found["expected"]
         pairs += [score(f"influence, {name}", found, by) for by in ("z", "ratio", "strength")]
         print(json.dumps(pairs[-3:]), found.head(8).to_string(), flush=True)
-    for name, found in without_masking(models["trained"], adata, whole).items():
-        pairs.append(score(name, found, "z" if name == "attention" else "score"))
+    measured = found.loc[found["n_pairs"] >= MIN_PAIRS, ["source", "target"]]
+    for name, other in without_masking(models["trained"], adata, whole).items():
+        own = measured.merge(other, on=["source", "target"])
+        pairs.append(score(name, own, "z" if name == "attention" else "score"))
         print(json.dumps(pairs[-1:]), flush=True)
     xy = adata.obsm["spatial"]
     is_half = (adata.obs["slice_id"] == "a") & (xy[:, 0] < np.median(xy[:, 0]))
