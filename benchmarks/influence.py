@@ -110,7 +110,7 @@ def train(model: Stofm, slices: list[AnnData], told: list[AnnData], n_steps: int
     """Train the transformer, in place, to tell expression from the other genes; returns losses."""
     seen = [unedited(one, model) for one in slices]
     values = np.concatenate([log_expression(one) for one in told])
-    mean, scale = values.mean(axis=0), values.std(axis=0)
+    mean, scale = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-3)
     targets = [torch.from_numpy((log_expression(one) - mean) / scale) for one in told]
     rng, transformer = np.random.default_rng(0), model.se2_transformer
     losses, pending = [], []
