@@ -103,6 +103,7 @@ class Subject:
             slices=places.slices.rows,
             seed=seed,
             device=choose_device(device),
+            show_progress_bar=show_progress_bar,
         )
         return cls(adata, tissue, columns, layer)
 
