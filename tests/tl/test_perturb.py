@@ -202,6 +202,16 @@ def test_a_macro_effect_lets_virtual_cells_move(perturb):
     assert (nothing.cells["l2"] == 0).all()
 
 
+def test_shifted_and_scaled_coordinates_change_nothing(adata, perturb):
+    options = {"genes": {GENE: "delete"}, "cells": "kind == '1'"}
+    expected = perturb(**options).cells
+    adata.obsm["spatial"] = adata.obsm["spatial"] * 0.3 - [900.0, 70.0]
+    found = perturb(**options).cells
+    np.testing.assert_allclose(found["l2"], expected["l2"], atol=1e-5)
+    np.testing.assert_allclose(found["distance"], expected["distance"] * 0.3)
+    assert found["role"].equals(expected["role"])
+
+
 def test_masks_names_and_queries_select_the_same(adata, perturb):
     mask = (adata.obs["kind"] == "1").to_numpy()
     found = [

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stofm.perturb.runs import Embedded
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
-
-    from stofm.perturb.runs import Embedded
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +92,8 @@ def mean_effects(
     sums = np.zeros(len(receivers))
     for one in embedded:
         is_meant = np.isin(one.rows, receivers[one.edit], assume_unique=True)
-        sums[one.edit] += Shifts.of(one, goal).measured[is_meant].sum()
+        meant = Embedded(one.edit, one.rows[is_meant], one.before[is_meant], one.after[is_meant])
+        sums[one.edit] += Shifts.of(meant, goal).measured.sum()
     sizes = np.array([len(rows) for rows in receivers])
     found: NDArray[np.float64] = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)
     return found

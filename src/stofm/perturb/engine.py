@@ -18,7 +18,7 @@ from stofm.spatial import lay_out_slice, rows_by_subslice
 from stofm.spatial.plane import MODEL_DIAGONAL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -136,13 +136,17 @@ class UneditedSlice:
         """Embed cells from their tokens alone, (n_cells, d_cell)."""
         return _encode(self.model, ranked, self.device)
 
-    def embed(self, edits: Sequence[Edit]) -> Iterator[Embedded]:
+    def embed(
+        self, edits: Sequence[Edit], on_done: Callable[[int], object] | None = None
+    ) -> Iterator[Embedded]:
         """Embed the cells of the sub-slices that edits change, each edit by itself.
 
         Parameters
         ----------
         edits
             The edits.
+        on_done
+            Called with the number of sub-slices after each.
 
         Yields
         ------
@@ -160,6 +164,8 @@ class UneditedSlice:
             touching = [(e, one) for e, one in enumerate(placed_edits) if one.touches(k)]
             for group in _groups(touching, k):
                 yield from run.embed(group)
+            if on_done is not None:
+                on_done(1)
 
     def after(self, edit: Edit) -> UneditedSlice:
         """The slice after an edit as an unedited one: sub-slices, clusters and virtual cells move.

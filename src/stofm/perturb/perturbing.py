@@ -286,9 +286,9 @@ def _random_cells(
         others = np.setdiff1d(rows, drawn if edited is None else np.union1d(drawn, edited))
         if len(others) < len(own):
             logger.info(
-                "No null: of a slice's %d cells %d are edited, so that there are not as many others "
-                "to compare with.",
-                *(len(rows), len(own)),
+                "No null: %d of a slice's %d cells are chosen, so that there are not as many others to "
+                "draw from.",
+                *(len(own), len(rows)),
             )
             return []
         for part in parts if len(own) else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -103,22 +104,30 @@ class Subject:
             slices=places.slices.rows,
             seed=seed,
             device=choose_device(device),
+            show_progress_bar=show_progress_bar,
         )
         return cls(adata, tissue, columns, layer)
+
+    @cached_property
+    def places_of_genes(self) -> dict[str, int]:
+        """Column of each gene by every name that the table has for it; ``var_names`` come first."""
+        found: dict[str, int] = {}
+        for own in reversed(list(names_by_source(self.adata).values())):
+            for place, name in enumerate(own):
+                found.setdefault(name, place)
+        return found
 
     def gene(self, name: str) -> int:
         """Token of a gene, by a name that the table or the vocabulary has for it."""
         adata, vocabulary = self.adata, self.tissue.model.vocabulary
-        sources = names_by_source(adata)
-        place = next((own.index(name) for own in sources.values() if name in own), None)
+        place = self.places_of_genes.get(name) if name else None
         if place is None:
             known = (vocabulary.symbols == name) | (vocabulary.gene_ids == name)
             tokens = vocabulary.tokens[known]
             places = np.flatnonzero(np.isin(self.columns.token_ids, tokens)).tolist()
             place = next(iter(places), None)
         if place is None:
-            every = {one for own in sources.values() for one in own if one}
-            near = difflib.get_close_matches(name, every, n=3)
+            near = difflib.get_close_matches(name, filter(None, self.places_of_genes), n=3)
             hint = f"Did you mean {near}?" if near else f"It has {adata.n_vars} genes."
             raise KeyError(f"There is no gene {name!r} in adata. {hint}")
         token = int(self.columns.token_ids[place])

@@ -100,6 +100,8 @@ class SubSliceRun:
                 yield Embedded(one.edit, one.rows, self._before(one.rows), after)
 
     def _before(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if rows is self.rows:
+            return self.before
         if np.isin(rows, self.rows).all():
             return self.before[np.searchsorted(self.rows, rows)]
         # Cells that come from another sub-slice were embedded there.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from stofm._logging import counter
 from stofm.perturb.edit import Detached, Edit
 from stofm.perturb.engine import UneditedSlice
 from stofm.perturb.runs import Embedded
@@ -52,6 +53,8 @@ class Tissue:
         Seed of the clustering.
     device
         Where to compute.
+    show_progress_bar
+        Show a bar for each slice.
     """
 
     model: Stofm
@@ -61,6 +64,7 @@ class Tissue:
     slices: Sequence[NDArray[np.int64]]
     seed: int
     device: torch.device
+    show_progress_bar: bool = False
 
     @property
     def n_cells(self) -> int:
@@ -105,9 +109,16 @@ class Tissue:
                 continue
             local = [edit for edit in own if edit is not None]
             whole = self.whole(number)
-            found = whole.embed(local) if recompute == "micro" else _anew(whole, local)
-            for one in found:
-                yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
+            is_micro = recompute == "micro"
+            with counter(
+                total=whole.layout.n_subslices if is_micro else len(local),
+                description="embed edits",
+                unit="sub-slice" if is_micro else "edit",
+                show=self.show_progress_bar,
+            ) as advance:
+                found = (whole.embed if is_micro else partial(_anew, whole))(local, advance)
+                for one in found:
+                    yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
 
     def _within(self, edit: Edit, rows: NDArray[np.int64]) -> Edit | None:
         """An edit of all slices in one of them, by its own rows; None if it leaves it as it is."""
@@ -262,7 +273,9 @@ def _places(cells: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int
     return kept
 
 
-def _anew(whole: UneditedSlice, edits: Sequence[Edit]) -> Iterator[Embedded]:
+def _anew(
+    whole: UneditedSlice, edits: Sequence[Edit], on_done: Callable[[int], object]
+) -> Iterator[Embedded]:
     """Embed a slice after each edit, cut and clustered anew."""
     for number, edit in enumerate(edits):
         edited = whole.after(edit)
@@ -273,3 +286,4 @@ def _anew(whole: UneditedSlice, edits: Sequence[Edit]) -> Iterator[Embedded]:
             for one in edited.embed([Edit(detached=edit.detached)]):
                 values[one.rows] = one.after
         yield Embedded(number, kept, whole.embeddings[kept], values)
+        on_done(1)
