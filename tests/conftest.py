@@ -80,6 +80,22 @@ def model(_model: Stofm) -> Stofm:
 
 
 @pytest.fixture
+def responsive_model(model: Stofm) -> Stofm:
+    """The tiny model with larger weights, so that its cells see their genes and each other."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        torch.nn.init.normal_(model.cell_encoder.gene_embeddings.weight)
+        for layer in model.se2_transformer.layers:
+            torch.nn.init.normal_(layer.qkv.weight, std=0.5)
+        for layer in model.cell_encoder.bert.encoder.layer:
+            torch.nn.init.normal_(layer.attention.self.value.weight)
+            torch.nn.init.normal_(layer.attention.output.dense.weight)
+    return model
+
+
+@pytest.fixture
 def dense_batch() -> Callable[..., SubSliceBatch]:
     """Builds a batch from the padded arrays of SToFM's published code.
 

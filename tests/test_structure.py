@@ -26,7 +26,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
-LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads", "tl"]
+LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads", "perturb", "tl"]
 #: Modules below all of these.
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
@@ -35,6 +35,7 @@ HOMES = {
         "_edge",
         "corpus",
         "heads",
+        "perturb",
         "im",
         "io",
         "pp",
@@ -44,7 +45,7 @@ HOMES = {
         "__main__",
         "_demo",
     },
-    "torch": {"nn", "image", "train", "heads", "im", "tl", "_edge"},
+    "torch": {"nn", "image", "train", "heads", "perturb", "im", "tl", "_edge"},
     "transformers": {"nn", "image", "train"},
     "lightning_fabric": {"train"},
     "tensorboard": {"train"},
@@ -61,8 +62,9 @@ FORBIDDEN = {
     "im": {"train", "heads", "tl", "pl", "pp", "datasets"},
     "tl": {"pl"},
     "pl": {"nn", "train", "im", "tl", "pp"},
-    **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-2]},
+    **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-3]},
     "heads": {"pl", "datasets"},
+    "perturb": {"pp", "pl", "datasets"},
 }
 #: Files that may use a part above them.
 EXCEPTIONS = {
@@ -85,6 +87,7 @@ HEAVY = [
     "anndata",
     "dask",
     "igraph",
+    "liana",
     "lightning_fabric",
     "matplotlib",
     "numba",
@@ -98,7 +101,7 @@ HEAVY = [
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"image", "lora", "train"}
+EXTRAS = {"communication", "image", "lora", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.

@@ -55,6 +55,12 @@ class Obsm:
     IMPUTED: Final = "stofm_imputed"
 
 
+class Obsp:
+    """Entries of ``adata.obsp``."""
+
+    ATTENTION: Final = "stofm_attention"
+
+
 class Suffix:
     """What is appended to a key."""
 
@@ -65,6 +71,8 @@ class Suffix:
     #: Features of the image of a cell or spot, and of its niche.
     SPOT: Final = "_spot"
     NICHE: Final = "_niche"
+    #: Share of attention on virtual cells.
+    VIRTUAL: Final = "_virtual"
 
 
 class Label:

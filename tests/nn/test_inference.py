@@ -8,7 +8,7 @@ import torch
 
 from stofm.genes import RankedTokens
 from stofm.nn import Stofm, TokenBatch, embed_slice, encode_cells
-from stofm.nn.inference import _halving, _refuse_not_finite, padded_length
+from stofm.nn.inference import _halving, padded_length, refuse_not_finite
 from stofm.spatial import SubSliceConfig, lay_out_slice
 
 CPU = torch.device("cpu")
@@ -235,4 +235,4 @@ def test_another_error_is_no_memory_shortage():
 def test_what_is_not_finite_is_refused_with_a_remedy():
     values = np.array([[0.0], [np.inf]], dtype=np.float32)
     with pytest.raises(FloatingPointError, match=r"1 of 2 cells is not finite .*dtype='float32'"):
-        _refuse_not_finite(values, torch.device("cpu"), torch.bfloat16)
+        refuse_not_finite(values, torch.device("cpu"), torch.bfloat16)

@@ -142,6 +142,26 @@ def test_embeddings_pass_features_on_with_their_mean_around(model, slice_):
         np.testing.assert_allclose(cosine, 1, atol=1e-5)
 
 
+def test_a_bias_of_minus_infinity_hides_a_node(model, slice_):
+    passing = SE2Transformer(replace(model.config, n_passed=4, reach=2.5)).eval()
+    one = subslices(*slice_)[0]
+    hidden = one.n_nodes - 2
+    features = one.features.copy()
+    features[hidden] += 9.0
+    batches = [SubSliceBatch.from_subslices([x]) for x in (one, replace(one, features=features))]
+    with torch.no_grad():
+        bias = passing.attention_bias(batches[0])
+        assert torch.equal(passing.embed(batches[0], bias=bias), passing.embed(batches[0]))
+        bias[..., hidden] = -torch.inf
+        bias[..., hidden, hidden] = 0.0
+        first, second = (passing.embed(batch, bias=bias)[0].numpy() for batch in batches)
+        seen = passing.embed(batches[1])[0].numpy()
+    others = np.arange(one.n_nodes) != hidden
+    np.testing.assert_allclose(first[others], second[others], atol=1e-6)
+    assert np.abs(first[hidden] - second[hidden]).max() > 1e-2
+    assert np.abs(seen[others] - first[others]).max() > 1e-2
+
+
 def test_feature_scale_multiplies_the_features(model, slice_):
     one = subslices(*slice_)[0]
     (expected,) = embed(model, replace(one, features=3 * one.features))

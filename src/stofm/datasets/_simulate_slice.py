@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from stofm._config import check_seed
 from stofm._keys import Obsm
+from stofm.datasets._interactions import Interaction, Planted, join_states, plan_interactions
 from stofm.datasets._tissues import (
     Panel,
     Regions,
@@ -26,6 +27,8 @@ from stofm.datasets._tissues import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anndata import AnnData
     from numpy.typing import NDArray
 
@@ -80,6 +83,7 @@ def simulate_slice(
     n_slices: int = 1,
     cells_per_spot: float | None = None,
     depth: float | None = None,
+    interactions: Sequence[Interaction] = (),
     seed: int = 0,
 ) -> AnnData:
     """Simulate sections of tissue with known regions, cell types and proportions.
@@ -115,6 +119,11 @@ def simulate_slice(
         Mean number of cells in a row; above 1, rows are spots. None: the technology's.
     depth
         Mean counts of a row. None: the technology's for this number of genes.
+    interactions
+        Effects of neighbours, each ``(sender type, receiver type, ligand gene, micrometres)``, such
+        as ``("Myofibroblast", "Tumor", "VEGFA", 50)``. A random half of the sender's cells
+        express the ligand. It switches on a programme, 4 % of the panel's genes at three times
+        their level, in each cell of the receiver's type that has such a cell within the distance.
     seed
         Seed of everything that is drawn.
 
@@ -130,12 +139,16 @@ def simulate_slice(
     - ``obsm["proportions"]``: for spots, DataFrame of the types' shares of a spot's cells, each
       row sums to 1;
     - ``var["symbol"]``, ``var["marker_of"]`` (types that the gene marks, joined by commas);
-    - ``uns["simulation"]``: the parameters.
+    - ``obs["sends"]``, ``obs["responds_to"]``: with `interactions`, the ligands that a cell
+      expresses and those that it responds to, joined by commas; of a spot those of its cells;
+    - ``uns["simulation"]``: the parameters. Its entry ``"interactions"`` has, for each,
+      ``sender``, ``receiver``, ``ligand``, ``distance`` and the genes of the ``programme``.
 
     Raises
     ------
     ValueError
-        An argument is out of range, or more genes are asked for than there are real symbols.
+        An argument is out of range, more genes are asked for than there are real symbols, or an
+        interaction names a type or a gene that is not there.
 
     Examples
     --------
@@ -161,10 +174,17 @@ def simulate_slice(
     number = list(_PLATFORMS).index(technology)
     panel = make_panel(n_genes, species=species, regions=regions, platform=number)
     tissue = make_tissue(regions)
-    what = (platform, regions, tissue, panel, n_cells, float(cells_per_spot), float(depth))
+    planted = plan_interactions(interactions, tissue, panel)
+    panel = panel._replace(gradients=np.vstack([panel.gradients, planted.folds]))
+    what = (platform, regions, tissue, panel, planted, n_cells, float(cells_per_spot), float(depth))
     slices = [_draw_slice(*what, np.random.default_rng([seed, k])) for k in range(n_slices)]
     adata = _to_anndata(slices, tissue, panel, is_spot=cells_per_spot > 1.0)
-    adata.uns["simulation"] = {
+    if planted.ligands:
+        states = np.concatenate([part.states for part in slices])
+        for name, own in zip(("sends", "responds_to"), np.hsplit(states, 2), strict=True):
+            adata.obs[name] = pd.Categorical(join_states(own, planted.ligands))
+        adata.uns["simulation"] = {"interactions": planted.truth}
+    adata.uns["simulation"] = adata.uns.get("simulation", {}) | {
         **{name: int(count) for name, count in counts.items()},
         **given,
         "cells_per_spot": float(cells_per_spot),
@@ -176,12 +196,13 @@ def simulate_slice(
 
 
 class _Slice(NamedTuple):
-    """One drawn slice, by row: counts, micrometres, region code, number of cells of each type."""
+    """One drawn slice, by row: counts, micrometres, region code, cells of each type, states."""
 
     counts: sp.csr_matrix
     places: NDArray[np.float64]
     region: NDArray[np.int64]
     cells_of_type: NDArray[np.int64]
+    states: NDArray[np.bool_]
 
 
 def _draw_slice(
@@ -189,6 +210,7 @@ def _draw_slice(
     regions: Regions,
     tissue: Tissue,
     panel: Panel,
+    planted: Planted,
     n_rows: int,
     cells_per_spot: float,
     depth: float,
@@ -222,6 +244,8 @@ def _draw_slice(
     cumulative = np.cumsum(weights, axis=1)
     threshold = rng.random((n_cells, 1)) * cumulative[:, -1:]
     cell_type = (cumulative <= threshold).sum(axis=1)
+    states = planted.states(cell_places, cell_type, rng)
+    fields = np.hstack([fields, states])
 
     # Share of each type's transcripts in a cell: its own and some of its neighbour's. After a Beta
     # distribution most cells are clean, some are half their neighbour's.
@@ -238,9 +262,11 @@ def _draw_slice(
     counts = _draw_counts(mixture, fields.astype(np.float32), depths, panel, platform.dropout, rng)
     if n_cells > n_rows:
         ones = np.ones(n_cells, dtype=np.int32)
-        counts = sp.csr_matrix((ones, (row_of_cell, np.arange(n_cells)))) @ counts
+        into_rows = sp.csr_matrix((ones, (row_of_cell, np.arange(n_cells))))
+        counts, states = into_rows @ counts, into_rows @ states > 0
     of_type = np.bincount(row_of_cell * n_types + cell_type, minlength=n_rows * n_types)
-    return _Slice(counts, places, locate(places)[0], of_type.reshape(n_rows, n_types))
+    of_type = of_type.reshape(n_rows, n_types)
+    return _Slice(counts, places, locate(places)[0], of_type, states)
 
 
 def _draw_counts(

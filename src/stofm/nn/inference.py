@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 TOKEN_BUDGET = {"cpu": 8_192, "cuda": 262_144, "mps": 32_768}
 #: Sub-slices that go through the SE(2) Transformer at a time, by kind of device.
 SUBSLICES_AT_ONCE = {"cpu": 1, "cuda": 16, "mps": 4}
-_CUDA_NODE_MULTIPLE = 8
+#: CUDA's attention kernels want a multiple of nodes.
+CUDA_NODE_MULTIPLE = 8
 
 
 def padded_length(n_tokens: NDArray[np.integer], most: int | None = None) -> NDArray[np.int64]:
@@ -114,13 +115,13 @@ def encode_cells(
         bag = GeneBag.from_ranked(ranked, cells).to(device) if encoder.config.pooled else None
         result[cells] = encoder.embed(batch.to(device), weights, bag).float().cpu().numpy()
 
-    with torch.inference_mode(), _evaluating(encoder):
+    with torch.inference_mode(), evaluating(encoder):
         weights = encoder.lay_out(dtype, torch.from_numpy(panel).to(device))
         batches = list(_token_batches(lengths, budget))
         words = {"description": "encode cells", "unit": "batch"}
         for cells in progress(batches, total=len(batches), **words, show=show_progress_bar):
             _halving(run, cells, "token_budget")
-    _refuse_not_finite(result, device, dtype)
+    refuse_not_finite(result, device, dtype)
     return result
 
 
@@ -186,7 +187,7 @@ def embed_slice(
 
     def run(numbers: NDArray[np.int64]) -> None:
         subslices = [build_subslice(layout, features, parts[k], config) for k in numbers]
-        multiple = _CUDA_NODE_MULTIPLE if device.type == "cuda" else 1
+        multiple = CUDA_NODE_MULTIPLE if device.type == "cuda" else 1
         batch = SubSliceBatch.from_subslices(subslices, node_multiple=multiple)
         hidden = transformer.embed(batch.to(device)).float().cpu().numpy()
         is_cell = batch.cell_index.numpy() >= 0
@@ -194,14 +195,14 @@ def embed_slice(
         if on_done is not None:
             on_done(len(numbers))
 
-    with torch.inference_mode(), _evaluating(transformer):
+    with torch.inference_mode(), evaluating(transformer):
         for start in range(0, len(order), at_once):
             _halving(run, order[start : start + at_once], "n_cells of the sub-slice rules")
-    _refuse_not_finite(result, device, dtype)
+    refuse_not_finite(result, device, dtype)
     return result
 
 
-def _refuse_not_finite(
+def refuse_not_finite(
     result: NDArray[np.float32], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse NaN, which some devices compute where the CPU does not."""
@@ -214,7 +215,7 @@ def _refuse_not_finite(
 
 
 @contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, and back afterwards."""
     was_training = module.training
     module.eval()

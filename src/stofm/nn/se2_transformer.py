@@ -40,6 +40,14 @@ class PairState:
         products = (self.queries[batch, :, rows] * self.keys[batch, :, columns]).sum(-1)
         return products + self.bias[batch, :, rows, columns]
 
+    def attention(self) -> Float[Tensor, "batch nodes nodes"]:
+        """Attention weights of the last layer, mean over heads, of sub-slices without padding."""
+        weights = torch.zeros_like(self.bias[:, 0])
+        for head in range(self.bias.shape[1]):
+            logits = self.queries[:, head] @ self.keys[:, head].mT + self.bias[:, head]
+            weights += torch.softmax(logits, dim=-1)
+        return weights / self.bias.shape[1]
+
 
 @dataclass(frozen=True)
 class SE2Output:
@@ -145,13 +153,17 @@ class SE2Transformer(nn.Module):
         sizes = {name: getattr(config, name) for name in names}
         self.layers = nn.ModuleList(SE2Layer(**sizes) for _ in range(config.n_layers))
 
-    def forward(self, batch: SubSliceBatch) -> SE2Output:
+    def forward(
+        self, batch: SubSliceBatch, bias: Float[Tensor, "batch heads nodes nodes"] | None = None
+    ) -> SE2Output:
         """Embed the nodes of sub-slices.
 
         Parameters
         ----------
         batch
             Padded sub-slices.
+        bias
+            What takes the place of :meth:`attention_bias`.
 
         Returns
         -------
@@ -161,7 +173,7 @@ class SE2Transformer(nn.Module):
         hidden = self.input_projection(features * self.config.feature_scale)
         hidden = hidden + self.node_type_embedding(batch.node_type)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
-        bias = self.attention_bias(batch).to(hidden.dtype)
+        bias = (self.attention_bias(batch) if bias is None else bias).to(hidden.dtype)
         masked = bias
         if bias.device.type != "cpu" and not bool(batch.is_real.all()):
             # Attention on the CPU leaves padding out by itself.
@@ -184,13 +196,18 @@ class SE2Transformer(nn.Module):
             all_hidden.append(hidden)
         return SE2Output(hidden, tuple(all_hidden), PairState(bias, *joined))
 
-    def embed(self, batch: SubSliceBatch) -> Float[Tensor, "batch nodes d_embedding"]:
+    def embed(
+        self, batch: SubSliceBatch, *, bias: Float[Tensor, "batch heads nodes nodes"] | None = None
+    ) -> Float[Tensor, "batch nodes d_embedding"]:
         """Embed the nodes: what is passed on, in front of the last hidden states.
 
         Parameters
         ----------
         batch
             Padded sub-slices.
+        bias
+            What takes the place of :meth:`attention_bias`; where it is -inf, the node of the row reads
+            nothing of that of the column.
 
         Returns
         -------
@@ -198,19 +215,21 @@ class SE2Transformer(nn.Module):
         around it, and the last hidden states, then scaled to a fixed length; these alone, as
         they are, in a model that passes nothing on.
         """
-        hidden: Tensor = self(batch).last_hidden_state
+        hidden: Tensor = self(batch, bias).last_hidden_state
         if not self.config.n_passed:
             return hidden
         own = batch.features[..., : self.config.n_passed].to(hidden.dtype)
         told = F.normalize(hidden, dim=-1) * _TOLD_LENGTH
-        return torch.cat([own, self._around(batch, own), told], dim=-1)
+        return torch.cat([own, self._around(batch, own, bias), told], dim=-1)
 
-    def _around(self, batch: SubSliceBatch, features: Tensor) -> Tensor:
+    def _around(self, batch: SubSliceBatch, features: Tensor, bias: Tensor | None) -> Tensor:
         """Mean of features over each node and the cells near it."""
         pairs = batch.pairs
         near = torch.exp(pairs.distances.square() / (-2 * self.config.reach**2))
         weights = scatter_pairs(near[:, None], near.new_zeros(1), pairs)[:, 0]
         weights = weights * (batch.node_type == NodeType.CELL)[:, None, :]
+        if bias is not None:
+            weights = weights.masked_fill(bias[:, 0].isneginf(), 0.0)
         weights.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights.to(features.dtype) @ features

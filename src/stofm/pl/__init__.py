@@ -3,15 +3,20 @@
 from stofm.pl._annotation import annotation
 from stofm.pl._charts import probe, training
 from stofm.pl._image import image
+from stofm.pl._influence import attention, influence
+from stofm.pl._perturbation import perturbation
 from stofm.pl._predicted import deconvolution, imputation
 from stofm.pl._spatial import spatial, umap
 from stofm.pl._subslices import subslices, virtual_cells
 
 __all__ = [
     "annotation",
+    "attention",
     "deconvolution",
     "image",
     "imputation",
+    "influence",
+    "perturbation",
     "probe",
     "spatial",
     "subslices",

@@ -11,14 +11,20 @@ if TYPE_CHECKING:
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
     from stofm.heads.request import HeadOptions
+    from stofm.perturb.effect import PerturbationEffect
     from stofm.tl._annotate import annotate
+    from stofm.tl._attention import attention
     from stofm.tl._deconvolve import deconvolve
     from stofm.tl._domains import domains
     from stofm.tl._embed import embed
     from stofm.tl._encode_cells import encode_cells
     from stofm.tl._impute import impute
+    from stofm.tl._influence import Influence, influence
+    from stofm.tl._ligand_receptor import ligand_receptor
+    from stofm.tl._perturb import perturb
     from stofm.tl._pool_genes import pool_genes
     from stofm.tl._probe import ProbeResult, probe
+    from stofm.tl._screen import screen
     from stofm.tl._train import train
 
 __all__ = [
@@ -26,15 +32,22 @@ __all__ = [
     "DeconvolutionHead",
     "HeadOptions",
     "ImputationHead",
+    "Influence",
+    "PerturbationEffect",
     "ProbeResult",
     "annotate",
+    "attention",
     "deconvolve",
     "domains",
     "embed",
     "encode_cells",
     "impute",
+    "influence",
+    "ligand_receptor",
+    "perturb",
     "pool_genes",
     "probe",
+    "screen",
     "train",
 ]
 
@@ -43,6 +56,7 @@ __getattr__ = lazy(
     {
         "annotate": "stofm.tl._annotate",
         "AnnotationHead": "stofm.heads.annotation",
+        "attention": "stofm.tl._attention",
         "DeconvolutionHead": "stofm.heads.deconvolution",
         "deconvolve": "stofm.tl._deconvolve",
         "domains": "stofm.tl._domains",
@@ -51,9 +65,15 @@ __getattr__ = lazy(
         "HeadOptions": "stofm.heads.request",
         "ImputationHead": "stofm.heads.imputation",
         "impute": "stofm.tl._impute",
+        "Influence": "stofm.tl._influence",
+        "influence": "stofm.tl._influence",
+        "ligand_receptor": "stofm.tl._ligand_receptor",
+        "perturb": "stofm.tl._perturb",
+        "PerturbationEffect": "stofm.perturb.effect",
         "pool_genes": "stofm.tl._pool_genes",
         "probe": "stofm.tl._probe",
         "ProbeResult": "stofm.tl._probe",
+        "screen": "stofm.tl._screen",
         "train": "stofm.tl._train",
     },
 )

@@ -1,0 +1,99 @@
+"""How far edits move cells, and the tables of it that users get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stofm.perturb.runs import Embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PerturbationEffect:
+    """What a model makes of an edit: sensitivities of the model, not sizes of a biological effect.
+
+    Attributes
+    ----------
+    cells
+        A row for each cell, in the order of the AnnData. ``role``: ``"edited"``; ``"neighbor"``, not
+        edited, with an edited cell among its nearest, as many as the model has neighbours; ``"far"``;
+        ``"out_of_reach"``, in sub-slices without edited cells, which are not computed: the shift is
+        0; ``"not_in_input"``, selected, but its input lacks the genes, so that its shift is NaN; or
+        ``"removed"``. ``distance``, to the nearest edited cell, in the unit of the coordinates.
+        ``cosine`` and ``l2``, cosine and Euclidean distance of the embedding after the edit from that
+        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding.
+    genes
+        A row for each edited gene, edited by itself. ``edit``; ``status``, ``"tested"`` or
+        ``"not_in_input"``; ``effect``, mean of ``towards`` with a goal, else of ``l2``, over the
+        receivers; ``null_mean`` and ``null_std``, of the effects of ``n_null`` other genes; ``z``;
+        ``p``; ``fdr``; and ``n_cells``, selected cells in whose input it is.
+    overall
+        The same of the edit as a whole, without ``fdr``; ``n_edited`` cells, ``n_receivers``.
+    params
+        What was asked for, and the model.
+    """
+
+    cells: pd.DataFrame
+    genes: pd.DataFrame
+    overall: dict[str, float]
+    params: dict[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """The test of the whole edit."""
+        said = ", ".join(f"{name}={value:.4g}" for name, value in self.overall.items())
+        return f"PerturbationEffect({said}; see .cells and .genes)"
+
+
+@dataclass(frozen=True, eq=False)
+class Shifts:
+    """How far cells moved, (m,) each; `towards` is None without a goal."""
+
+    cosine: NDArray[np.float64]
+    l2: NDArray[np.float64]
+    towards: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, one: Embedded, goal: NDArray[np.floating] | None) -> Shifts:
+        """Compare embeddings before and after an edit, and with the mean of a goal, (d,)."""
+        before, after = one.before.astype(np.float64), one.after.astype(np.float64)
+        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+        products = (before * after).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+        is_moved = (one.before != one.after).any(axis=1)
+        cosine = np.where(is_moved, np.maximum(1.0 - products, 0.0), 0.0)
+        towards = None
+        if goal is not None:
+            gaps = [np.linalg.norm(x - goal, axis=1) for x in (before, after)]
+            towards = gaps[0] - gaps[1]
+        return cls(cosine, np.linalg.norm(after - before, axis=1), towards)
+
+    @property
+    def measured(self) -> NDArray[np.float64]:
+        """What effects are means of."""
+        return self.l2 if self.towards is None else self.towards
+
+
+def mean_effects(
+    embedded: Iterable[Embedded],
+    receivers: Sequence[NDArray[np.int64]],
+    goal: NDArray[np.floating] | None,
+) -> NDArray[np.float64]:
+    """Mean shift of the receivers of each edit; NaN without any.
+
+    `receivers` are rows, ascending. Those that an edit does not reach do not move.
+    """
+    sums = np.zeros(len(receivers))
+    for one in embedded:
+        is_meant = np.isin(one.rows, receivers[one.edit], assume_unique=True)
+        meant = Embedded(one.edit, one.rows[is_meant], one.before[is_meant], one.after[is_meant])
+        sums[one.edit] += Shifts.of(meant, goal).measured.sum()
+    sizes = np.array([len(rows) for rows in receivers])
+    found: NDArray[np.float64] = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)
+    return found

@@ -1,0 +1,352 @@
+"""Edits of a table as users ask for them: their effect, and that of random ones like them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stofm._config import check_seed
+from stofm._logging import logger
+from stofm._messages import warn
+from stofm.heads.request import check_whole_number
+from stofm.perturb.edit import Edit
+from stofm.perturb.effect import PerturbationEffect, Shifts, mean_effects
+from stofm.perturb.null import adjusted, compare, draw_like, like
+from stofm.perturb.reading import Subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from stofm.perturb.runs import Embedded
+    from stofm.perturb.tissue import GeneChange, Recompute, Tissue
+
+ROLES: Final = ("edited", "neighbor", "far", "out_of_reach", "not_in_input", "removed")
+_NO_CELLS: Final = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Question:
+    """What all edits of a call have in common.
+
+    `cells` are rows of those that may be edited, `receivers` of those whose shift counts (None: the
+    edited ones, or the neighbours of removed ones), `goal` is an embedding (d,) or None, `n_null` the
+    number of random edits.
+    """
+
+    subject: Subject
+    cells: NDArray[np.int64]
+    receivers: NDArray[np.int64] | None
+    goal: NDArray[np.floating] | None
+    recompute: Recompute
+    n_null: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.recompute not in ("micro", "macro"):
+            raise ValueError(f"recompute must be 'micro' or 'macro', found {self.recompute!r}.")
+        check_whole_number("null", self.n_null, least=0)
+
+    @classmethod
+    def read(
+        cls,
+        data: Any,
+        *,
+        cells: Any,
+        receivers: Any,
+        goal: Mapping[str, object] | None,
+        recompute: Recompute,
+        n_null: int,
+        seed: int,
+        **reading: Any,
+    ) -> Question:
+        """Read a table, and what is asked of it; `reading` are further options of `Subject.read`."""
+        subject = Subject.read(data, seed=seed, **reading)
+        return cls(
+            subject=subject,
+            cells=subject.select(cells, "cells"),
+            receivers=None if receivers is None else subject.select(receivers, "receivers"),
+            goal=subject.goal(goal),
+            recompute=recompute,
+            n_null=n_null,
+            seed=seed,
+        )
+
+    @property
+    def tissue(self) -> Tissue:
+        """The cells."""
+        return self.subject.tissue
+
+    def receivers_of(self, edit: Edit, edited: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows whose shift counts."""
+        if self.receivers is not None:
+            return np.setdiff1d(self.receivers, edit.removed)
+        return self.tissue.neighbors(edit.removed) if len(edit.removed) else np.sort(edited)
+
+    def embed(self, edits: Sequence[Edit]) -> Iterator[Embedded]:
+        """Embed what edits reach."""
+        return self.tissue.embed(edits, self.recompute)
+
+    def effects(self, edits: Sequence[Edit], edited: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+        """Mean shift of the receivers of each edit."""
+        receivers = [self.receivers_of(*pair) for pair in zip(edits, edited, strict=True)]
+        return mean_effects(self.embed(edits), receivers, self.goal)
+
+
+# Genes
+
+
+class GeneQuestion:
+    """Edits of genes in the same cells, each embedded once, and nulls of genes like them."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.inputs = question.tissue.inputs(question.cells)
+        self.n_cells = np.diff(self.inputs.indptr)
+
+    def edit(self, changes: Mapping[int, GeneChange]) -> Edit:
+        """The edit of some genes."""
+        return self.question.tissue.edit_genes(changes, self.question.cells, self.inputs)
+
+    def effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
+        """Effect of each of some changes; NaN where no cell is edited."""
+        edits = [self.edit(one) for one in changes]
+        found = self.question.effects(edits, [edit.cells for edit in edits])
+        found[[len(edit.cells) == 0 for edit in edits]] = np.nan
+        return found
+
+    def alike(
+        self, changes: Mapping[int, GeneChange], among: NDArray[np.int64] | None = None
+    ) -> dict[int, NDArray[np.int64]]:
+        """Of each changed gene, other genes of like detection and mean count in the cells.
+
+        Deleted ones are drawn from genes in the input of a cell. `among` are those to choose from.
+        """
+        if among is None:
+            tokens = self.question.subject.columns.token_ids
+            among = np.unique(tokens[tokens >= 0]).astype(np.int64)
+        among = np.setdiff1d(among, list(changes))
+        found = {}
+        for gene, change in changes.items():
+            is_usable = self.n_cells[among] > 0 if change in ("delete", 0) else among >= 0
+            others = among[is_usable]
+            nearest = like(self.statistics[gene], self.statistics[others], self.question.n_null)
+            found[gene] = others[nearest]
+        return found
+
+    @cached_property
+    def statistics(self) -> NDArray[np.float64]:
+        """Detection and mean count of genes, by token."""
+        return self.question.subject.gene_statistics(self.question.cells)
+
+
+def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> PerturbationEffect:
+    """Edit genes together, and each by itself, and compare with genes like them."""
+    changes = {question.subject.gene(name): _checked(name, x) for name, x in genes.items()}
+    if len(changes) < len(genes):
+        raise ValueError(f"Some of the genes {list(genes)} are the same; name each once.")
+    of_genes = GeneQuestion(question)
+    alike = of_genes.alike(changes) if question.n_null else dict.fromkeys(changes, _NO_CELLS)
+    singly = [{gene: x} for gene, x in changes.items()]
+    null = [[{int(one): changes[gene]} for one in alike[gene]] for gene in changes]
+    if len(changes) > 1:
+        n = min(map(len, alike.values()))
+        joint = [{int(alike[g][k]): x for g, x in changes.items()} for k in range(n)]
+        singly, null = [*singly, changes], [*null, joint]
+    effects = of_genes.effects([*singly, *(one for part in null for one in part)])
+    own = effects[: len(singly)]
+    nulls = np.split(effects[len(singly) :], np.cumsum([len(part) for part in null])[:-1])
+    tests = [compare(float(x), part) for x, part in zip(own, nulls, strict=True)]
+    tokens = list(changes)
+    table = gene_table(list(genes), tests[: len(tokens)], of_genes.n_cells[tokens])
+    table.insert(0, "edit", [str(x) for x in genes.values()])
+    for name, n in table["n_cells"].items():
+        if n == 0 and genes[name] in ("delete", 0):
+            warn(
+                f"The gene {name!r} is in the input of none of the {len(question.cells)} selected "
+                "cells: it is not_in_input, and its effect is not known."
+            )
+    edit = of_genes.edit(changes)
+    return _effect(question, edit, edit.cells, tests[-1], table)
+
+
+def gene_table(
+    names: Sequence[str], tests: Sequence[Mapping[str, float]], n_cells: NDArray[np.integer]
+) -> pd.DataFrame:
+    """Tests of genes as a table, with false discovery rates."""
+    import pandas as pd
+
+    columns = ["effect", "null_mean", "null_std", "z", "p", "n_null"]
+    table = pd.DataFrame(tests, index=pd.Index(names, name="gene", dtype=str), columns=columns)
+    is_tested = np.isfinite(table["effect"].to_numpy(dtype=np.float64))
+    table.insert(0, "status", np.where(is_tested, "tested", "not_in_input"))
+    table["fdr"] = adjusted(table["p"].to_numpy(dtype=np.float64))
+    table["n_cells"] = n_cells
+    return table
+
+
+def _checked(name: str, change: Any) -> GeneChange:
+    if change == "delete" or change == "first":
+        return "delete" if change == "delete" else "first"
+    is_number = isinstance(change, int | float | np.number) and not isinstance(change, bool)
+    if not is_number or not np.isfinite(change) or change < 0 or change != int(change):
+        raise ValueError(f"genes[{name!r}] must be 'delete', 'first' or a count, found {change!r}.")
+    return float(change)
+
+
+# Cells and edges
+
+
+def perturb_table(
+    question: Question,
+    *,
+    genes: Mapping[str, GeneChange] | None,
+    remove: bool,
+    replace: Any,
+    move: Sequence[float] | None,
+    detach: Any,
+    shuffle: bool | str,
+) -> PerturbationEffect:
+    """Do the one edit that is asked for."""
+    subject, tissue, cells = question.subject, question.tissue, question.cells
+    asked = {
+        "genes": bool(genes),
+        "remove": remove,
+        "replace": replace is not None,
+        "move": move is not None,
+        "detach": detach is not None,
+        "shuffle": shuffle is not False,
+    }
+    if sum(asked.values()) != 1:
+        found = [name for name, is_asked in asked.items() if is_asked] or "none"
+        raise ValueError(f"Pass one edit: {', '.join(asked)}; found {found}.")
+    if genes:
+        return perturb_genes(question, genes)
+    if remove:
+        return perturb_cells(question, lambda rows, _: Edit(removed=rows), cells)
+    if replace is not None:
+        donors = subject.select(replace, "replace")
+        return perturb_cells(
+            question, lambda rows, rng: tissue.replace_cells(rows, donors, rng), cells
+        )
+    if move is not None:
+        if np.shape(move) != (2,) or not np.isfinite(move).all():
+            raise ValueError(f"move must be (x, y), finite, found {move!r}.")
+        return perturb_cells(question, lambda rows, _: tissue.move_cells(rows, move), cells)
+    if detach is not None:
+        senders = subject.select(detach, "detach")
+        return perturb_cells(
+            question, lambda rows, _: tissue.detach_cells(cells, rows), senders, edited=cells
+        )
+    one = np.zeros(tissue.n_cells, dtype=np.int64)
+    groups = subject.groups(shuffle) if isinstance(shuffle, str) else one
+    return perturb_cells(question, lambda rows, rng: tissue.shuffle_cells(rows, groups, rng), cells)
+
+
+def perturb_cells(
+    question: Question,
+    make: Callable[[NDArray[np.int64], np.random.Generator], Edit],
+    drawn: NDArray[np.int64],
+    *,
+    edited: NDArray[np.int64] | None = None,
+) -> PerturbationEffect:
+    """Edit cells or edges, and compare with as many random cells like them.
+
+    `make` gives the edit of some cells: of `drawn` first, then of random ones in their place. `edited`
+    are those whose input changes, where they are not the same.
+    """
+    rng = np.random.default_rng(question.seed)
+    rows = [drawn, *_random_cells(question, drawn, edited, rng)]
+    edits = [make(own, rng) for own in rows]
+    affected = rows if edited is None else [edited] * len(rows)
+    effects = question.effects(edits, affected)
+    test = compare(float(effects[0]), effects[1:])
+    return _effect(question, edits[0], affected[0], test, gene_table([], [], _NO_CELLS))
+
+
+def _random_cells(
+    question: Question,
+    drawn: NDArray[np.int64],
+    edited: NDArray[np.int64] | None,
+    rng: np.random.Generator,
+) -> list[NDArray[np.int64]]:
+    """Random cells like those that are drawn, slice by slice; none where too few are left."""
+    if not question.n_null:
+        return []
+    statistics = question.subject.cell_statistics()
+    parts: list[list[NDArray[np.int64]]] = [[] for _ in range(question.n_null)]
+    for rows in question.tissue.slices:
+        own = np.intersect1d(rows, drawn)
+        others = np.setdiff1d(rows, drawn if edited is None else np.union1d(drawn, edited))
+        if len(others) < len(own):
+            logger.info(
+                "No null: %d of a slice's %d cells are chosen, so that there are not as many others to "
+                "draw from.",
+                *(len(own), len(rows)),
+            )
+            return []
+        for part in parts if len(own) else ():
+            part.append(others[draw_like(statistics[own], statistics[others], rng)])
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+# What comes out
+
+
+def _effect(
+    question: Question,
+    edit: Edit,
+    edited: NDArray[np.int64],
+    test: Mapping[str, float],
+    genes: pd.DataFrame,
+) -> PerturbationEffect:
+    receivers = question.receivers_of(edit, edited)
+    counts = {"n_edited": len(edited), "n_receivers": len(receivers)}
+    model = question.tissue.model
+    return PerturbationEffect(
+        cells=_cell_table(question, edit, edited),
+        genes=genes,
+        overall={**test, **counts},
+        params={
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "recompute": question.recompute,
+            "null": question.n_null,
+            "seed": question.seed,
+        },
+    )
+
+
+def _cell_table(question: Question, edit: Edit, edited: NDArray[np.int64]) -> pd.DataFrame:
+    """Role, distance and shift of each cell."""
+    import pandas as pd
+
+    tissue, n = question.tissue, question.tissue.n_cells
+    shifts = {name: np.zeros(n) for name in ("cosine", "l2")}
+    if question.goal is not None:
+        shifts["towards"] = np.zeros(n)
+    role = np.full(n, ROLES.index("out_of_reach"))
+    for one in question.embed([edit]):
+        moved = Shifts.of(one, question.goal)
+        for name, values in shifts.items():
+            values[one.rows] = getattr(moved, name)
+        role[one.rows] = ROLES.index("far")
+    near = tissue.neighbors(edited)
+    role[near[role[near] == ROLES.index("far")]] = ROLES.index("neighbor")
+    role[question.cells] = ROLES.index("not_in_input")
+    role[edited] = ROLES.index("removed" if len(edit.removed) else "edited")
+    has_none = np.isin(role, [ROLES.index("not_in_input"), ROLES.index("removed")])
+    for values in shifts.values():
+        values[has_none] = np.nan
+    columns = {
+        "role": pd.Categorical.from_codes(role, list(ROLES)),
+        "distance": tissue.distances(edited),
+        **shifts,
+    }
+    return pd.DataFrame(columns, index=question.subject.adata.obs_names)

@@ -1,0 +1,277 @@
+"""What an edit is of: cells, genes and goals as a user names them, and the tissue of a table."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from scipy import sparse
+
+from stofm._edge.counts import peek_counts, read_counts
+from stofm._edge.gene_mapping import find_columns, names_by_source
+from stofm._edge.slices import read_places
+from stofm._edge.tables import label_text, resolve_table
+from stofm._edge.tokens import compute_tokens, token_params
+from stofm._keys import Obsm
+from stofm.genes import rank_genes
+from stofm.heads.embeddings import (
+    counts_layer,
+    describe_origin,
+    origin_by,
+    origin_of,
+    places_entry,
+    same_origin,
+    slices_column,
+)
+from stofm.nn import Stofm, choose_device
+from stofm.nn.model import load_model
+from stofm.perturb.tissue import Tissue
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from stofm._edge.gene_mapping import Columns
+    from stofm.genes import RankedTokens
+
+#: Rows of counts that are read at once.
+_ROWS_AT_ONCE: Final = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A table and its tissue; `columns` are its genes, and `layer` holds its counts."""
+
+    adata: AnnData
+    tissue: Tissue
+    columns: Columns
+    layer: str | None
+
+    @classmethod
+    def read(
+        cls,
+        data: Any,
+        *,
+        model: Stofm | str | Path | None,
+        library_key: str | None,
+        layer: str | None,
+        spatial_key: str,
+        seed: int,
+        device: str | torch.device,
+        table_key: str | None,
+        show_progress_bar: bool,
+    ) -> Subject:
+        """Read counts, places and slices with the options that the table was embedded with."""
+        # The user's table stays as it is: of a SpatialData a copy gets the coordinates.
+        adata = resolve_table(data, table_key, copy=not hasattr(data, "obsm"))
+        loaded = load_model(model)
+        loaded.warn_if_untrained()
+        if model is None:
+            _require_model(adata, Obsm.X, f"obsm[{Obsm.X!r}]", loaded)
+        layer = counts_layer(adata, layer)
+        places = read_places(
+            adata,
+            spatial_key=places_entry(adata, spatial_key),
+            library_key=slices_column(adata, library_key),
+        )
+        columns = find_columns(adata, loaded.vocabulary)
+        params = token_params(loaded, layer=layer) | {"max_tokens": max(adata.n_vars, 1)}
+        ranked = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+
+        def recount(rows: NDArray[np.int64], counts: Mapping[int, float]) -> RankedTokens:
+            block = _with_counts(peek_counts(adata, layer, rows)[0], columns.token_ids, counts)
+            return rank_genes(
+                block,
+                columns.token_ids,
+                columns.medians,
+                max_tokens=params["max_tokens"],
+                values="depth_power" in params,
+                depth_power=params.get("depth_power", 1.0),
+            )
+
+        tissue = Tissue(
+            model=loaded,
+            ranked=ranked,
+            recount=recount,
+            coordinates=places.coordinates,
+            slices=places.slices.rows,
+            seed=seed,
+            device=choose_device(device),
+            show_progress_bar=show_progress_bar,
+        )
+        return cls(adata, tissue, columns, layer)
+
+    @cached_property
+    def places_of_genes(self) -> dict[str, int]:
+        """Column of each gene by every name that the table has for it; ``var_names`` come first."""
+        found: dict[str, int] = {}
+        for own in reversed(list(names_by_source(self.adata).values())):
+            for place, name in enumerate(own):
+                found.setdefault(name, place)
+        return found
+
+    def gene(self, name: str) -> int:
+        """Token of a gene, by a name that the table or the vocabulary has for it."""
+        adata, vocabulary = self.adata, self.tissue.model.vocabulary
+        place = self.places_of_genes.get(name) if name else None
+        if place is None:
+            known = (vocabulary.symbols == name) | (vocabulary.gene_ids == name)
+            tokens = vocabulary.tokens[known]
+            places = np.flatnonzero(np.isin(self.columns.token_ids, tokens)).tolist()
+            place = next(iter(places), None)
+        if place is None:
+            near = difflib.get_close_matches(name, filter(None, self.places_of_genes), n=3)
+            hint = f"Did you mean {near}?" if near else f"It has {adata.n_vars} genes."
+            raise KeyError(f"There is no gene {name!r} in adata. {hint}")
+        token = int(self.columns.token_ids[place])
+        if token < 0:
+            raise ValueError(
+                f"The gene {name!r} is not in the vocabulary of model {self.tissue.model.name!r}, "
+                "which does not read it, so no edit of it changes anything. "
+                "st.pp.map_genes(adata) reports which genes are read."
+            )
+        return token
+
+    def names(self, tokens: NDArray[np.integer]) -> list[str]:
+        """Name of each gene in ``var_names``, of several columns the first."""
+        place = {int(t): k for k, t in reversed(list(enumerate(self.columns.token_ids)))}
+        return [str(self.adata.var_names[place[int(token)]]) for token in tokens]
+
+    def select(self, chosen: Any, argument: str) -> NDArray[np.int64]:
+        """Rows of cells: by a mask, names, or a query of ``obs``; all for None."""
+        adata = self.adata
+        if chosen is None:
+            return np.arange(adata.n_obs)
+        is_chosen = _mask(adata, chosen, argument)
+        if not is_chosen.any():
+            raise ValueError(f"`{argument}` selects no cells.{_values_in(adata, chosen)}")
+        return np.flatnonzero(is_chosen)
+
+    def goal(self, wanted: Mapping[str, object] | None) -> NDArray[np.float64] | None:
+        """Mean unedited embedding of the cells that have the wanted values in ``obs``, (d,)."""
+        if wanted is None:
+            return None
+        is_there = np.ones(self.adata.n_obs, dtype=bool)
+        for column, value in wanted.items():
+            if column not in self.adata.obs:
+                there = [str(name) for name in self.adata.obs.columns]
+                raise KeyError(f"There is no obs[{column!r}] for `goal`; there are {there}.")
+            _require_model(self.adata, column, f"obs[{column!r}]", self.tissue.model)
+            is_there &= label_text(self.adata.obs[column]) == str(value)
+        if not is_there.any():
+            said = ", ".join(f"obs[{name!r}] == {str(value)!r}" for name, value in wanted.items())
+            there_are = _values_in(self.adata, " ".join(map(str, wanted)))
+            raise ValueError(f"No cell has {said}, the `goal`.{there_are}")
+        values = self.tissue.embeddings(np.flatnonzero(is_there))
+        return np.asarray(values.mean(axis=0, dtype=np.float64))
+
+    def groups(self, column: str) -> NDArray[np.int64]:
+        """Number of each cell's group by a column of ``obs``, (n_obs,)."""
+        if column not in self.adata.obs:
+            there = [str(name) for name in self.adata.obs.columns]
+            raise KeyError(f"There is no obs[{column!r}] to shuffle within; there are {there}.")
+        names = label_text(self.adata.obs[column]).astype(str)
+        return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+    def gene_statistics(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Log of detection and of mean count of each token's gene among some cells, (n_tokens, 2)."""
+        n_tokens = self.tissue.model.vocabulary.n_tokens
+        is_known = self.columns.token_ids >= 0
+        sums, n_detected = np.zeros((2, n_tokens))
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            block = peek_counts(self.adata, self.layer, rows[start : start + _ROWS_AT_ONCE])[0]
+            for found, values in ((sums, block), (n_detected, block.astype(bool))):
+                own = np.asarray(values.sum(axis=0, dtype=np.float64)).ravel()
+                np.add.at(found, self.columns.token_ids[is_known], own[is_known])
+        means = (sums + 1.0) / len(rows)
+        return np.log(np.column_stack([n_detected + 1.0, means]))
+
+    def cell_statistics(self) -> NDArray[np.float64]:
+        """Log of number of genes and of total count of each cell, (n_obs, 2)."""
+        totals = [
+            np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+            for block in read_counts(self.adata, layer=self.layer)
+        ]
+        both = np.column_stack([self.tissue.ranked.n_tokens, np.concatenate(totals)])
+        return np.asarray(np.log1p(both))
+
+
+def _with_counts(
+    block: sparse.csr_matrix, token_ids: NDArray[np.integer], counts: Mapping[int, float]
+) -> sparse.csr_matrix:
+    """Counts with those of some genes set; of a gene with several columns, that of the first."""
+    columns = [np.flatnonzero(token_ids == gene) for gene in counts]
+    is_kept = ~np.isin(np.arange(block.shape[1]), np.concatenate(columns))
+    found = sparse.lil_matrix(block.multiply(is_kept), dtype=np.float64)
+    for own, count in zip(columns, counts.values(), strict=True):
+        found[:, own[0]] = count
+    return sparse.csr_matrix(found)
+
+
+def _mask(adata: AnnData, chosen: Any, argument: str) -> NDArray[np.bool_]:
+    import pandas as pd
+
+    expected = (
+        "expected a mask of the cells, names from adata.obs_names, or a query of adata.obs such as "
+        "\"cell_type == 'CAF'\""
+    )
+    found = chosen
+    if isinstance(chosen, str):
+        try:
+            found = adata.obs.eval(chosen, engine="python")
+        except Exception as error:
+            there = [str(name) for name in adata.obs.columns]
+            raise ValueError(
+                f"{argument}={chosen!r} is no query of obs ({error}); obs has the columns {there}. "
+                "Quote values: \"cell_type == 'CAF'\"; names with spaces stand in backticks."
+            ) from error
+        if np.shape(found) != (adata.n_obs,):
+            raise ValueError(f"{argument}={chosen!r} gives no truth value for each cell.")
+    elif isinstance(chosen, pd.Series) and set(chosen.index) == set(adata.obs_names):
+        found = chosen.reindex(adata.obs_names)
+    values = np.asarray(found)
+    if values.dtype == bool:
+        if values.shape != (adata.n_obs,):
+            raise ValueError(
+                f"`{argument}` is a mask of the shape {values.shape}, and there are {adata.n_obs} "
+                f"cells; {expected}."
+            )
+        return values
+    if values.ndim != 1 or values.dtype.kind not in "OUS" or isinstance(chosen, str):
+        raise TypeError(f"`{argument}` holds values of the type {values.dtype}; {expected}.")
+    names = pd.Index(values.astype(str))
+    missing = names.difference(adata.obs_names)
+    if len(missing):
+        raise KeyError(
+            f"{len(missing)} of {len(names)} names in `{argument}` are not in adata.obs_names, for "
+            f"example {missing[:3].tolist()}."
+        )
+    return np.asarray(adata.obs_names.isin(names))
+
+
+def _values_in(adata: AnnData, text: Any) -> str:
+    """What the columns hold that a query speaks of."""
+    named = [name for name in adata.obs.columns if isinstance(text, str) and str(name) in text]
+    said = []
+    for name in named:
+        values = sorted(set(label_text(adata.obs[name])) - {""})
+        said.append(f" obs[{name!r}] holds {values[:10]}{' ...' if len(values) > 10 else ''}.")
+    return "".join(said)
+
+
+def _require_model(adata: AnnData, key: str, called: str, model: Stofm) -> None:
+    """Refuse a model that did not make an entry which is known to be some model's."""
+    found, own = origin_of(adata, key), origin_by(model)[Obsm.X]
+    if "model_fingerprint" in found and not same_origin(found, own):
+        raise ValueError(
+            f"{called} is by {describe_origin(found)}, and the edits would be embedded with "
+            f"{describe_origin(own)}. Pass the model that made it as `model`, or embed anew: "
+            "st.tl.embed(adata, model)."
+        )

@@ -1,0 +1,289 @@
+"""Slices of a table together: edits of their genes, cells and edges, and what comes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+from stofm._logging import counter
+from stofm.perturb.edit import Detached, Edit
+from stofm.perturb.engine import UneditedSlice
+from stofm.perturb.runs import Embedded
+from stofm.perturb.token_lists import cells_of, delete, put_first, take
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from stofm.genes import RankedTokens
+    from stofm.nn import Stofm
+
+#: What becomes of a gene: it is deleted, put first, or set to a count.
+GeneChange = Literal["delete", "first"] | float
+#: Whether virtual cells, clusters and sub-slices stay, or follow an edit.
+Recompute = Literal["micro", "macro"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tissue:
+    """The cells of a table, before any edit.
+
+    Rows count through all slices, in the fields of edits too.
+
+    Attributes
+    ----------
+    model
+        The model.
+    ranked
+        Tokens of the n cells, not cut to what the model keeps.
+    recount
+        Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
+    coordinates
+        (n, 2), any unit.
+    slices
+        Rows of each slice.
+    seed
+        Seed of the clustering.
+    device
+        Where to compute.
+    show_progress_bar
+        Show a bar for each slice.
+    """
+
+    model: Stofm
+    ranked: RankedTokens
+    recount: Callable[[NDArray[np.int64], Mapping[int, float]], RankedTokens]
+    coordinates: NDArray[np.float64]
+    slices: Sequence[NDArray[np.int64]]
+    seed: int
+    device: torch.device
+    show_progress_bar: bool = False
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return self.ranked.n_cells
+
+    @cached_property
+    def wholes(self) -> dict[int, UneditedSlice]:
+        """Slices that were laid out already, by number."""
+        return {}
+
+    def whole(self, number: int) -> UneditedSlice:
+        """A slice, encoded and laid out when it is first asked for."""
+        if number not in self.wholes:
+            rows = self.slices[number]
+            self.wholes[number] = UneditedSlice.of(
+                self.model,
+                self._kept(take(self.ranked, rows)),
+                self.coordinates[rows],
+                seed=self.seed,
+                device=self.device,
+            )
+        return self.wholes[number]
+
+    def embeddings(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unedited embeddings of some cells, (m, d_embedding)."""
+        width = self.model.config.se2_transformer.d_embedding
+        found = np.empty((len(rows), width), dtype=np.float32)
+        for number, own in enumerate(self.slices):
+            is_here = np.isin(rows, own)
+            if is_here.any():
+                places = np.searchsorted(own, rows[is_here])
+                found[is_here] = self.whole(number).embeddings[places]
+        return found
+
+    def embed(self, edits: Sequence[Edit], recompute: Recompute) -> Iterator[Embedded]:
+        """Embed the cells that edits reach, slice by slice: see :meth:`UneditedSlice.embed`."""
+        for number, rows in enumerate(self.slices):
+            own = [self._within(edit, rows) for edit in edits]
+            touching = [e for e, edit in enumerate(own) if edit is not None]
+            if not touching:
+                continue
+            local = [edit for edit in own if edit is not None]
+            whole = self.whole(number)
+            is_micro = recompute == "micro"
+            with counter(
+                total=whole.layout.n_subslices if is_micro else len(local),
+                description="embed edits",
+                unit="sub-slice" if is_micro else "edit",
+                show=self.show_progress_bar,
+            ) as advance:
+                found = (whole.embed if is_micro else partial(_anew, whole))(local, advance)
+                for one in found:
+                    yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
+
+    def _within(self, edit: Edit, rows: NDArray[np.int64]) -> Edit | None:
+        """An edit of all slices in one of them, by its own rows; None if it leaves it as it is."""
+        cells, removed = _places(edit.cells, rows), _places(edit.removed, rows)
+        if len(removed) == len(rows):
+            raise ValueError(
+                f"The edit removes all {len(rows)} cells of a slice, so that nothing is left to "
+                "embed. Pass `cells` that leave some."
+            )
+        tokens, coordinates, detached = edit.tokens, edit.coordinates, edit.detached
+        if coordinates is not None:
+            coordinates = coordinates[rows]
+            is_same = np.array_equal(coordinates, self.coordinates[rows])
+            coordinates = None if is_same else coordinates
+        if detached is not None:
+            receivers = None if detached.receivers is None else detached.receivers[rows]
+            detached = replace(detached, senders=detached.senders[rows], receivers=receivers)
+            is_same = not detached.senders.any() or (receivers is not None and not receivers.any())
+            detached = None if is_same else detached
+        if not (len(cells) or len(removed)) and coordinates is None and detached is None:
+            return None
+        return Edit(
+            cells=cells,
+            tokens=None if tokens is None else lambda some: tokens(rows[some]),
+            removed=removed,
+            coordinates=coordinates,
+            detached=detached,
+        )
+
+    # Genes
+
+    @cached_property
+    def n_read(self) -> int:
+        """Most tokens of a cell that reach the embedding."""
+        encoder, kept = self.model.config.cell_encoder, self.model.config.max_tokens
+        return kept if encoder.pooled else min(kept, encoder.max_positions - 1)
+
+    def inputs(self, rows: NDArray[np.int64]) -> sparse.csc_array:
+        """Which genes are in the input of which cells, (len(rows), n_tokens)."""
+        read = take(self.ranked, rows).head(self.n_read)
+        entries = (np.ones(len(read.tokens), dtype=bool), (cells_of(read), read.tokens))
+        shape = (len(rows), self.model.vocabulary.n_tokens)
+        return sparse.csc_array(sparse.coo_array(entries, shape=shape))
+
+    def edit_genes(
+        self,
+        changes: Mapping[int, GeneChange],
+        cells: NDArray[np.int64],
+        inputs: sparse.csc_array,
+    ) -> Edit:
+        """Change genes, by token, in those of some cells that have one of them in their input.
+
+        Genes that are put first or get a count are changed in all cells. Deleting leaves the values of
+        other genes as they are; a count changes the total, and so all values. `inputs` are those of
+        `cells`.
+        """
+        counts = {gene: float(x) for gene, x in changes.items() if not isinstance(x, str)}
+        deleted = np.array([gene for gene, x in changes.items() if x == "delete"], dtype=np.int64)
+        first = [gene for gene, x in changes.items() if x == "first"]
+        is_edited = np.full(len(cells), bool(first) or any(counts.values()))
+        for gene in changes:
+            is_edited[_entries(inputs, gene)] = True
+
+        def tokens(rows: NDArray[np.int64]) -> RankedTokens:
+            found = self.recount(rows, counts) if counts else take(self.ranked, rows)
+            found = delete(found, deleted) if len(deleted) else found
+            for gene in reversed(first):
+                found = put_first(found, gene)
+            return self._kept(found)
+
+        return Edit(cells=cells[is_edited], tokens=tokens)
+
+    def _kept(self, ranked: RankedTokens) -> RankedTokens:
+        return ranked.head(self.model.config.max_tokens)
+
+    # Cells and edges
+
+    def replace_cells(
+        self, cells: NDArray[np.int64], donors: NDArray[np.int64], rng: np.random.Generator
+    ) -> Edit:
+        """Give each cell the genes of a donor drawn at random."""
+        donor = np.arange(self.n_cells)
+        donor[cells] = rng.choice(donors, len(cells))
+        return Edit(cells=cells, tokens=lambda rows: self._kept(take(self.ranked, donor[rows])))
+
+    def move_cells(self, cells: NDArray[np.int64], by: Sequence[float]) -> Edit:
+        """Move cells by (x, y)."""
+        coordinates = self.coordinates.copy()
+        coordinates[cells] += by
+        return Edit(coordinates=coordinates)
+
+    def shuffle_cells(
+        self, cells: NDArray[np.int64], groups: NDArray[np.integer], rng: np.random.Generator
+    ) -> Edit:
+        """Deal the positions of cells out anew, within each slice and each of the groups (n,)."""
+        coordinates = self.coordinates.copy()
+        number = np.empty(self.n_cells, dtype=np.int64)
+        for k, rows in enumerate(self.slices):
+            number[rows] = k
+        # Cells of a group stand together in both orders, which differ within it.
+        mixed = rng.permutation(cells)
+        before = cells[np.lexsort((groups[cells], number[cells]))]
+        after = mixed[np.lexsort((groups[mixed], number[mixed]))]
+        coordinates[after] = self.coordinates[before]
+        return Edit(coordinates=coordinates)
+
+    def detach_cells(self, receivers: NDArray[np.int64], senders: NDArray[np.int64]) -> Edit:
+        """Let some cells not read others."""
+        masks = np.zeros((2, self.n_cells), dtype=bool)
+        masks[0, senders] = masks[1, receivers] = True
+        return Edit(detached=Detached(senders=masks[0], receivers=masks[1]))
+
+    @cached_property
+    def nearest(self) -> list[NDArray[np.int64]]:
+        """Of each slice, the rows of the cells that are near to each, (n_cells, k)."""
+        found = []
+        for rows in self.slices:
+            k = min(self.model.config.subslice.n_neighbors, len(rows))
+            tree = cKDTree(self.coordinates[rows])
+            found.append(rows[tree.query(self.coordinates[rows], k=np.arange(1, k + 1))[1]])
+        return found
+
+    def neighbors(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Other cells that have one of `cells` among their nearest, as many as the model has."""
+        is_one = np.zeros(self.n_cells, dtype=bool)
+        is_one[cells] = True
+        has_one = np.zeros(self.n_cells, dtype=bool)
+        for rows, near in zip(self.slices, self.nearest, strict=True):
+            has_one[rows] = is_one[near].any(axis=1)
+        return np.flatnonzero(has_one & ~is_one)
+
+    def distances(self, cells: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Distance of each cell to the nearest of `cells` in its slice, (n,); NaN where none is."""
+        found = np.full(self.n_cells, np.nan)
+        for rows in self.slices:
+            own = np.intersect1d(rows, cells)
+            if len(own):
+                found[rows] = cKDTree(self.coordinates[own]).query(self.coordinates[rows])[0]
+        return found
+
+
+def _entries(inputs: sparse.csc_array, gene: int) -> NDArray[np.int64]:
+    """Rows that have a gene."""
+    found: NDArray[np.int64] = inputs.indices[inputs.indptr[gene] : inputs.indptr[gene + 1]]
+    return found
+
+
+def _places(cells: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places in `rows`, ascending, of those cells that are there."""
+    found = np.minimum(np.searchsorted(rows, cells), len(rows) - 1)
+    kept: NDArray[np.int64] = found[rows[found] == cells]
+    return kept
+
+
+def _anew(
+    whole: UneditedSlice, edits: Sequence[Edit], on_done: Callable[[int], object]
+) -> Iterator[Embedded]:
+    """Embed a slice after each edit, cut and clustered anew."""
+    for number, edit in enumerate(edits):
+        edited = whole.after(edit)
+        kept = np.setdiff1d(np.arange(whole.n_cells), edit.removed)
+        values = edited.embeddings
+        if edit.detached is not None:
+            values = values.copy()
+            for one in edited.embed([Edit(detached=edit.detached)]):
+                values[one.rows] = one.after
+        yield Embedded(number, kept, whole.embeddings[kept], values)
+        on_done(1)

@@ -1,0 +1,56 @@
+"""Token lists of cells: some of them, and with genes deleted or put first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stofm.genes import RankedTokens
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def take(ranked: RankedTokens, rows: NDArray[np.integer]) -> RankedTokens:
+    """Tokens of some cells, in the order of `rows`, which may repeat one."""
+    starts = ranked.offsets[rows]
+    lengths = ranked.offsets[np.asarray(rows) + 1] - starts
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return _picked(ranked, places, offsets)
+
+
+def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
+    """Row of each token's cell, (n_tokens_in_all,)."""
+    return np.repeat(np.arange(ranked.n_cells), np.diff(ranked.offsets))
+
+
+def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
+    """Take tokens out of all lists; values of the others stay."""
+    kept = np.flatnonzero(~np.isin(ranked.tokens, genes))
+    lengths = np.bincount(cells_of(ranked)[kept], minlength=ranked.n_cells)
+    return _picked(ranked, kept, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
+    """Put a token in front of all lists, with the value of the one that led there.
+
+    In an empty list its value is 1: a count that is typical of the gene.
+    """
+    rest = delete(ranked, np.array([gene]))
+    starts = rest.offsets[:-1]
+    leads: dict[str, Any] = {"values": None}
+    if ranked.values is not None and rest.values is not None:
+        padded = np.append(ranked.values, np.float32(1.0))
+        places = np.where(ranked.n_tokens > 0, ranked.offsets[:-1], len(padded) - 1)
+        leads = {"values": np.insert(rest.values, starts, padded[places])}
+    tokens = np.insert(rest.tokens, starts, np.int32(gene))
+    return RankedTokens(tokens, rest.offsets + np.arange(len(rest.offsets)), **leads)
+
+
+def _picked(
+    ranked: RankedTokens, places: NDArray[np.integer], offsets: NDArray[np.int64]
+) -> RankedTokens:
+    values = None if ranked.values is None else ranked.values[places]
+    return RankedTokens(ranked.tokens[places], offsets, values)
