@@ -59,6 +59,8 @@ class UneditedSlice:
         Seed of the clustering.
     device
         Where to compute.
+    panel
+        Tokens of the genes that are measured; those that occur in `ranked` by default.
     batch_size
         Edits of a sub-slice computed at a time; fitted to the device by default.
     """
@@ -71,6 +73,7 @@ class UneditedSlice:
     rules: SubSliceConfig
     seed: int
     device: torch.device
+    panel: NDArray[np.integer] | None = None
     batch_size: int | None = None
 
     @classmethod
@@ -83,12 +86,16 @@ class UneditedSlice:
         rules: SubSliceConfig | None = None,
         seed: int = 0,
         device: torch.device,
+        panel: NDArray[np.integer] | None = None,
         batch_size: int | None = None,
     ) -> UneditedSlice:
         """Encode the cells of a slice and lay it out; arguments are the attributes of that name."""
         rules = rules or model.config.subslice
         xy = np.asarray(coordinates, dtype=np.float64)
-        features = _encode(model, ranked, device)
+        panel = np.unique(ranked.tokens) if panel is None else panel
+        features = encode_cells(
+            model.cell_encoder, ranked, model.vocabulary, device=device, panel=panel
+        )
         layout = lay_out_slice(xy, features, rules, seed=seed)
         return cls(
             model=model,
@@ -99,6 +106,7 @@ class UneditedSlice:
             rules=rules,
             seed=seed,
             device=device,
+            panel=panel,
             batch_size=batch_size,
         )
 
@@ -134,7 +142,10 @@ class UneditedSlice:
 
     def encode(self, ranked: RankedTokens) -> NDArray[np.float32]:
         """Embed cells from their tokens alone, (n_cells, d_cell)."""
-        return _encode(self.model, ranked, self.device)
+        model, device = self.model, self.device
+        return encode_cells(
+            model.cell_encoder, ranked, model.vocabulary, device=device, panel=self.panel
+        )
 
     def embed(
         self, edits: Sequence[Edit], on_done: Callable[[int], object] | None = None
@@ -186,10 +197,6 @@ class UneditedSlice:
             features=features[kept],
             layout=lay_out_slice(xy, features[kept], self.rules, seed=self.seed),
         )
-
-
-def _encode(model: Stofm, ranked: RankedTokens, device: torch.device) -> NDArray[np.float32]:
-    return encode_cells(model.cell_encoder, ranked, model.vocabulary, device=device)
 
 
 def _groups(

@@ -76,6 +76,11 @@ class Tissue:
         """Slices that were laid out already, by number."""
         return {}
 
+    @cached_property
+    def panel(self) -> NDArray[np.int32]:
+        """Tokens of the genes that occur in the table."""
+        return np.unique(self._kept(self.ranked).tokens)
+
     def whole(self, number: int) -> UneditedSlice:
         """A slice, encoded and laid out when it is first asked for."""
         if number not in self.wholes:
@@ -86,6 +91,7 @@ class Tissue:
                 self.coordinates[rows],
                 seed=self.seed,
                 device=self.device,
+                panel=self.panel,
             )
         return self.wholes[number]
 
