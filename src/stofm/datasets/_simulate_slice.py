@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from stofm._config import check_seed
 from stofm._keys import Obsm
+from stofm.datasets._morphology import add_images
 from stofm.datasets._tissues import (
     Panel,
     Regions,
@@ -80,6 +81,7 @@ def simulate_slice(
     n_slices: int = 1,
     cells_per_spot: float | None = None,
     depth: float | None = None,
+    image: bool = False,
     seed: int = 0,
 ) -> AnnData:
     """Simulate sections of tissue with known regions, cell types and proportions.
@@ -115,6 +117,9 @@ def simulate_slice(
         Mean number of cells in a row; above 1, rows are spots. None: the technology's.
     depth
         Mean counts of a row. None: the technology's for this number of genes.
+    image
+        Draw an H&E-like image of each slice: nuclei whose density and size follow regions and cell
+        types, in tissue whose stain follows regions.
     seed
         Seed of everything that is drawn.
 
@@ -130,6 +135,8 @@ def simulate_slice(
     - ``obsm["proportions"]``: for spots, DataFrame of the types' shares of a spot's cells, each
       row sums to 1;
     - ``var["symbol"]``, ``var["marker_of"]`` (types that the gene marks, joined by commas);
+    - ``uns["spatial"]``: with `image`, an image and scale factors by slice, 2 um a pixel for spots
+      and 0.5 for cells;
     - ``uns["simulation"]``: the parameters.
 
     Raises
@@ -172,6 +179,8 @@ def simulate_slice(
         "seed": int(seed),
         "unit": "micrometre",
     }
+    if image:
+        add_images(adata, seed)
     return adata
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from stofm._lazy import lazy
 
 if TYPE_CHECKING:
+    from stofm.align.aligner import Aligner
+    from stofm.align.config import AlignOptions
     from stofm.heads.annotation import AnnotationHead
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
     from stofm.tl._train import train
 
 __all__ = [
+    "AlignOptions",
+    "Aligner",
     "AnnotationHead",
     "DeconvolutionHead",
     "HeadOptions",
     "ImputationHead",
     "ProbeResult",
+    "align",
     "annotate",
     "deconvolve",
     "domains",
@@ -34,6 +39,7 @@ __all__ = [
     "encode_cells",
     "impute",
     "pool_genes",
+    "predict_genes",
     "probe",
     "train",
 ]
@@ -41,6 +47,9 @@ __all__ = [
 __getattr__ = lazy(
     "stofm.tl",
     {
+        "align": "stofm.tl._align",
+        "Aligner": "stofm.align.aligner",
+        "AlignOptions": "stofm.align.config",
         "annotate": "stofm.tl._annotate",
         "AnnotationHead": "stofm.heads.annotation",
         "DeconvolutionHead": "stofm.heads.deconvolution",
@@ -52,6 +61,7 @@ __getattr__ = lazy(
         "ImputationHead": "stofm.heads.imputation",
         "impute": "stofm.tl._impute",
         "pool_genes": "stofm.tl._pool_genes",
+        "predict_genes": "stofm.tl._predict_genes",
         "probe": "stofm.tl._probe",
         "ProbeResult": "stofm.tl._probe",
         "train": "stofm.tl._train",
