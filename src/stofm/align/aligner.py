@@ -47,6 +47,8 @@ Modality = Literal["both", "image", "genes"]
 _CONFIG, _WEIGHTS = "config.json", "aligner.safetensors"
 _TABLES: Final = {"history": "history.tsv", "retrieval": "retrieval.tsv"}
 _FILES: Final = {_CONFIG, _WEIGHTS, *_TABLES.values()}
+#: Fields of the branch of genes that are no arrays.
+_OF_GENES: Final = ("kind", "panel", "factors", "reps", "origins")
 #: Arrays of the reference that are not sparse.
 _DENSE: Final = ("image", "aligned_image", "aligned_genes", "group")
 
@@ -284,9 +286,7 @@ class Aligner:
             "options": asdict(self.options),
             "widths": self.network.widths,
             "image": asdict(self.image),
-            "genes": {
-                **{name: getattr(self.genes, name) for name in ("kind", "panel", "reps", "origins")}
-            },
+            "genes": {name: getattr(self.genes, name) for name in _OF_GENES},
             "params": self.params,
         }
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -332,6 +332,7 @@ class Aligner:
             panel=tuple(Gene(*gene) for gene in genes["panel"]),
             chosen=arrays.get("chosen"),
             axes=axes or None,
+            factors=(genes["factors"][0], genes["factors"][1]),
             reps=tuple(genes["reps"]),
             origins=tuple(genes["origins"]),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -49,6 +49,8 @@ class GeneBranch:
         (m,) numbers of those that enter.
     axes
         For each level (m, k) principal axes of scaled expression; none but for ``"pca"``.
+    factors
+        What features of spots and of niches are multiplied with, so that they have a size of 1.
     reps, origins
         Entries of obsm, and the models that made them.
     """
@@ -57,6 +59,7 @@ class GeneBranch:
     panel: tuple[Gene, ...] = ()
     chosen: NDArray[np.int64] | None = None
     axes: dict[str, Matrix] | None = None
+    factors: tuple[float, float] = (1.0, 1.0)
     reps: tuple[str, ...] = ()
     origins: tuple[dict[str, str], ...] = ()
 
@@ -98,6 +101,9 @@ class GeneBranch:
                 for level, own in zip(LEVELS, _levels(values[:, chosen], spots), strict=True)
             }
         branch = cls(str(genes), panel, chosen, axes)
+        found = branch._of_expression(values, spots)
+        sizes = [max(float(np.sqrt((one**2).mean())), 1e-6) for one in found.values()]
+        branch = replace(branch, factors=(1 / sizes[0], 1 / sizes[1]))
         return branch, branch._of_expression(values, spots), values
 
     def read(self, slices: SliceTables, spots: Spots, layer: str | None) -> dict[str, Matrix]:
@@ -123,7 +129,8 @@ class GeneBranch:
 
     def _of_expression(self, values: sparse.csr_matrix, spots: Spots) -> dict[str, Matrix]:
         found = {}
-        for level, own in zip(LEVELS, _levels(values[:, self.chosen], spots), strict=True):
+        levels = zip(LEVELS, _levels(values[:, self.chosen], spots), self.factors, strict=True)
+        for level, own, factor in levels:
             axes = None if self.axes is None else self.axes[level]
             parts = []
             for part in spots.parts:
@@ -132,8 +139,7 @@ class GeneBranch:
                     parts.append(scaled.toarray() - mean)
                 else:
                     parts.append(scaled @ axes - mean @ axes)
-            whole = np.concatenate(parts).astype(np.float32)
-            found[f"{level}_genes"] = whole / max(float(np.sqrt((whole**2).mean())), 1e-6)
+            found[f"{level}_genes"] = np.concatenate(parts).astype(np.float32) * factor
         return found
 
 

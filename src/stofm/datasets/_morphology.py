@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Absorption of red, green and blue by haematoxylin and eosin (Ruifrok and Johnston 2001).
-_HAEMATOXYLIN: Final = np.array([0.65, 0.70, 0.29])
-_EOSIN: Final = np.array([0.07, 0.99, 0.11])
+_HAEMATOXYLIN: Final = (0.65, 0.70, 0.29)
+_EOSIN: Final = (0.07, 0.99, 0.11)
 #: Micrometres of a pixel for spots, and for cells, which lie nearer than `_APART`.
 _OF_SPOTS, _OF_CELLS, _APART = 2.0, 0.5, 40.0
 #: Nuclei of a square millimetre of the densest region of spots; the sparsest has a third.
@@ -73,8 +73,10 @@ def _draw_library(
     eosin = _spread(_STAIN, regions // 2, -(-n_regions // 2))
     pink = _draw_stain(places / unit, eosin, size, rng)
     stain = np.exp(rng.normal(0.0, _BATCH, 2))
-    absorbed = stain[0] * blue[..., None] * _HAEMATOXYLIN + stain[1] * pink[..., None] * _EOSIN
-    image = np.round(255.0 * np.exp(-absorbed)).astype(np.uint8)
+    image = np.empty((*blue.shape, 3), dtype=np.uint8)
+    for k, (of_blue, of_pink) in enumerate(zip(_HAEMATOXYLIN, _EOSIN, strict=True)):
+        absorbed = float(stain[0] * of_blue) * blue + float(stain[1] * of_pink) * pink
+        image[..., k] = np.round(255.0 * np.exp(-absorbed))
     factors = {
         "tissue_hires_scalef": 1.0 / unit,
         "spot_diameter_fullres": 0.55 * apart if is_spot else apart,
@@ -98,16 +100,16 @@ def _draw_discs(
     radii: NDArray[np.float64],
     dark: NDArray[np.float64],
     size: NDArray[np.int64],
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Darkness (height, width) of discs, the darkest where they overlap; pixels at edges in part."""
-    found, reach = np.zeros(size[::-1]), int(np.ceil(radii.max())) + 1
+    found, reach = np.zeros(size[::-1], dtype=np.float32), int(np.ceil(radii.max())) + 1
     corner = np.floor(centers).astype(np.int64)
     for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
         pixel = corner + np.array([dx - reach, dy - reach])
         inside = (pixel >= 0).all(axis=1) & (pixel < size).all(axis=1)
         distance = np.linalg.norm(pixel[inside] + 0.5 - centers[inside], axis=1)
         shade = dark[inside] * np.clip(radii[inside] + 0.5 - distance, 0.0, 1.0)
-        np.maximum.at(found, (pixel[inside, 1], pixel[inside, 0]), shade)
+        np.maximum.at(found, (pixel[inside, 1], pixel[inside, 0]), shade.astype(np.float32))
     return found
 
 
@@ -116,7 +118,7 @@ def _draw_stain(
     eosin: NDArray[np.float64],
     size: NDArray[np.int64],
     rng: np.random.Generator,
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Eosin (height, width) of the nearest row's region, with texture."""
     step = 4
     height, width = -(-size[::-1] // step) + 1
@@ -124,5 +126,6 @@ def _draw_stain(
     nearest = cKDTree(places).query(np.column_stack([x.ravel(), y.ravel()]))[1]
     coarse = gaussian_filter(eosin[nearest].reshape(height, width), 2.0)
     coarse += _TEXTURE * gaussian_filter(rng.normal(size=coarse.shape), 1.0) * 3.0
-    stain: NDArray[np.float64] = zoom(coarse, step, order=1)[: size[1], : size[0]]
+    fine = zoom(coarse.astype(np.float32), step, order=1)
+    stain: NDArray[np.float32] = fine[: size[1], : size[0]]
     return stain.clip(0.02)
