@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _MOST_GENES: Final = 2000
 #: Smallest spread that a gene's log-normalised expression is divided by.
 _LEAST_SPREAD: Final = 0.05
+_ROWS_AT_ONCE: Final = 4096
 #: With a smaller share of the genes that the aligner reads, a slide is refused, or warned of.
 _LEAST_SHARE, _LOW_SHARE = 0.1, 0.5
 
@@ -181,12 +182,13 @@ def _most_variable(values: sparse.csr_matrix, spots: Spots) -> NDArray[np.int64]
 
 def _axes(values: sparse.csr_matrix, spots: Spots, n_components: int) -> Matrix:
     """Principal axes (m, k) of expression that is scaled slide by slide."""
-    covariance: Any = 0.0
+    m = values.shape[1]
+    covariance = np.zeros((m, m))
     for part in spots.parts:
         scaled, mean = _scaled(values[part])
-        products = np.asarray((scaled.T @ scaled).todense(), dtype=np.float64)
-        covariance = covariance + products - (part.stop - part.start) * np.outer(mean, mean)
-    m = values.shape[1]
+        for start in range(0, scaled.shape[0], _ROWS_AT_ONCE):
+            block = scaled[start : start + _ROWS_AT_ONCE].toarray() - mean
+            covariance += block.T @ block
     first = max(0, m - min(n_components, m, len(spots) - 1))
     axes = eigh(covariance, subset_by_index=(min(first, m - 1), m - 1))[1][:, ::-1]
     largest = axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])]
