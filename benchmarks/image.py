@@ -25,20 +25,23 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 import stofm as st
-from stofm.align.expression import GeneBranch
-from stofm.align.inputs import Spots, read_images
+from stofm.align.expression import read_expression
+from stofm.align.inputs import Spots
 from stofm.align.losses import retrieval_ranks
-from stofm.align.prediction import Views, predict
+from stofm.align.prediction import Views, fit_predictor, predict_all
+from stofm.heads.genes import read_columns
 from stofm.heads.request import resolve_slices
 from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
     Matrix = NDArray[np.float32]
+    #: What was done, and its results.
+    Rows = Iterator[tuple[str, list[dict[str, Any]]]]
 
 DLPFC: Final = ("dlpfc_151510", "dlpfc_151674", "dlpfc_151675", "dlpfc_151676")
 B4: Final = ("her2st_B4",)
@@ -94,7 +97,10 @@ def load(folder: Path, names: Sequence[str]) -> Slides:
         else:
             scale = float(table.uns["he_image"]["scale_from_fullres"])
             options |= {"image": str(folder / f"{name}_he.jpg"), "scale": scale, "pitch": 200}
-        for encoder, key in (("cnn", "X_image"), ("statistics", "X_colour")):
+        encoders = {"X_image": "cnn", "X_colour": "statistics"}
+        for key, encoder in encoders.items():
+            if name in DLPFC and encoder == "statistics":
+                continue
             st.im.embed(table, encoder, key_added=key, show_progress_bar=False, **options)
         tables[name] = table
     return Slides(tables)
@@ -127,10 +133,7 @@ def components(values: Matrix, n: int = 50) -> Matrix:
 
 def representations(table: AnnData) -> dict[str, Matrix]:
     """What the aligned representation is compared with, each of the slide alone."""
-    slices = resolve_slices(table)
-    images, origin = read_images(slices, "X_image")
-    spots = Spots.read(slices, origin.sides[1], "spatial", key="X_image")
-    del images
+    spots = Spots.read(resolve_slices(table), CROPS["dlpfc"][1], "spatial", key="X_image")
     values = log_normalised(table.X)
     variance = np.asarray(values.multiply(values).mean(axis=0)).ravel()
     variance -= np.asarray(values.mean(axis=0)).ravel() ** 2
@@ -174,33 +177,37 @@ def score_retrieval(table: AnnData) -> dict[str, float]:
     return found | {"chance among 10": 10 / table.n_obs}
 
 
-def run_domains(slides: Slides, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def run_domains(slides: Slides, seeds: Sequence[int]) -> Rows:
     """Domains and retrieval on each slide, with the others aligned."""
-    rows = []
     for left_out in DLPFC:
-        table = slides.tables[left_out]
+        table, others = slides.tables[left_out], _others(slides, left_out)
         for seed in seeds:
             start = time.process_time()
-            aligner = fit(slides, [name for name in DLPFC if name != left_out], seed)
+            aligner = st.tl.align(others, seed=seed, show_progress_bar=False)
             seconds = time.process_time() - start
             aligner.transform(table)
             own = {"slide": left_out, "seed": seed}
-            rows.append(
-                {**own, "what": "retrieval", "seconds": seconds} | score_retrieval(table)
-            )
+            rows = [{**own, "what": "retrieval", "seconds": seconds} | score_retrieval(table)]
             for name, values in representations(table).items():
                 scores = score_domains(table, values, seed)
                 rows.append({**own, "what": "domains", "representation": name} | scores)
-            logging.getLogger(__name__).info("%s, seed %d", left_out, seed)
-    return rows
+            yield f"{left_out}, seed {seed}", rows
+
+
+def _others(slides: Slides, left_out: str) -> dict[str, AnnData]:
+    """Slides to align; of 151510, with 500 genes, all that share them, else those with thousands."""
+    if left_out != DLPFC[0]:
+        return slides.some([name for name in DLPFC[1:] if name != left_out])
+    genes = slides.tables[left_out].var_names
+    found = slides.some(DLPFC[1:])
+    return {name: one[:, one.var_names.isin(genes)].copy() for name, one in found.items()}
 
 
 # Genes
 
 
-def run_genes(slides: Slides, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def run_genes(slides: Slides, seeds: Sequence[int]) -> Rows:
     """Genes of left-out slides by their images, with each method."""
-    rows = []
     for fold, (training, testing) in FOLDS.items():
         for seed in seeds:
             aligner = fit(slides, training, seed)
@@ -218,10 +225,10 @@ def run_genes(slides: Slides, seeds: Sequence[int]) -> list[dict[str, Any]]:
                 "retrieval, aligned": (plain, "retrieval"),
                 "MLP, random CNN": (plain, "mlp"),
             }
+            rows = []
             for name in testing:
                 rows += _score_genes(aligner, slides.tables[name], name, fold, seed, ways, columns)
-            logging.getLogger(__name__).info("%s, seed %d", fold, seed)
-    return rows
+            yield f"{fold}, seed {seed}", rows
 
 
 def _in_order(table: AnnData, key: str) -> Matrix:
@@ -241,9 +248,9 @@ def _score_genes(
     columns: NDArray[np.int64],
 ) -> list[dict[str, Any]]:
     slices = resolve_slices(table)
-    spots, features = aligner.read(slices, "both", "X_image", "spatial")
-    del features
-    values = _expression(aligner.genes, slices, spots)
+    spots, _ = aligner.read(slices, "image", "X_image", "spatial")
+    columns_of = read_columns(slices)
+    values = read_expression(aligner.genes.panel, slices, columns_of, spots, None).toarray()
     aligner.transform(table)
     image = side_by_side(table, "X_image")[spots.rows].astype(np.float32)
     colours = side_by_side(table, "X_colour")[spots.rows].astype(np.float32)
@@ -260,32 +267,34 @@ def _score_genes(
     found = {"the gene's mean": np.broadcast_to(mean, values.shape)}
     for way, (reference, method) in ways.items():
         query = Views(of_way.get(way, image), aligned)
-        with warnings.catch_warnings():
-            # A single slide gives no scores, which are not asked for here.
-            warnings.simplefilter("ignore")
-            found[way] = predict(reference, query, columns, method=method, seed=seed)[0]
+        # A network for all genes takes hours.
+        own = top if method == "mlp" else columns
+        rows_of = np.arange(len(reference.group))
+        predictor = fit_predictor(reference, rows_of, method, seed)
+        found[way] = np.full(values.shape, np.nan, dtype=np.float32)
+        found[way][:, own] = predict_all(predictor, query, own)
     rows = []
     for way, predicted in found.items():
-        pearson = np.nan_to_num(st.metrics.pearson(values, predicted)) if way in ways else None
+        is_there = np.isfinite(predicted).all(axis=0)
         mse = ((values - predicted) ** 2).mean(axis=0)
         ssim = st.metrics.ssim(values[:, top], predicted[:, top], spots.places)
         row = {"fold": fold, "slide": name, "seed": seed, "method": way}
-        if pearson is not None:
-            row |= {"r, top 50": float(pearson[top].mean()), "r, all": float(pearson.mean())}
-        row |= {"MSE, top 50": float(mse[top].mean()), "MSE, all": float(mse.mean())}
+        for word, genes in ((f"top {TOP}", top), ("all", columns)):
+            if is_there[genes].all():
+                row[f"MSE, {word}"] = float(mse[genes].mean())
+                if way in ways:
+                    # 0 where a gene, or what is predicted of it, does not vary.
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        r = st.metrics.pearson(values[:, genes], predicted[:, genes])
+                    row[f"r, {word}"] = float(np.nan_to_num(r).mean())
         rows.append(row | {"SSIM, top 50": float(np.nanmean(ssim))})
     return rows
 
 
-def _expression(genes: GeneBranch, slices: Any, spots: Spots) -> Matrix:
-    from stofm.align.expression import read_expression
-
-    return read_expression(genes.panel, slices, spots, None).toarray()
-
-
-def run_ablations(slides: Slides, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def run_ablations(slides: Slides, seeds: Sequence[int]) -> Rows:
     """Domains and retrieval of one slide, and genes of the bulb, with one thing changed."""
-    left_out, rows = DLPFC[-1], []
+    left_out = DLPFC[-1]
     table, bulb = slides.tables[left_out], slides.tables[BULB[1]]
     for name, changes in ABLATIONS.items():
         for seed in seeds:
@@ -299,9 +308,7 @@ def run_ablations(slides: Slides, seeds: Sequence[int]) -> list[dict[str, Any]]:
                 ways = {"ridge, aligned image": (own, "ridge")}
                 scored = _score_genes(aligner, bulb, BULB[1], "", seed, ways, columns)
                 row["bulb r, top 50"] = scored[-1]["r, top 50"]
-            rows.append(row)
-            logging.getLogger(__name__).info("%s, seed %d", name, seed)
-    return rows
+            yield f"{name}, seed {seed}", [row]
 
 
 # Tables
@@ -366,7 +373,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/measured/image"))
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("stofm").setLevel("WARNING")
     warnings.filterwarnings("ignore", "The weights of the encoder 'cnn'")
     warnings.filterwarnings("ignore", ".*are enlarged")
     seeds = range(given.seeds)
@@ -385,9 +392,12 @@ def main() -> None:
         results = json.loads(stored.read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for part in given.parts:
-        results[part] = runs[part](slides, seeds)
-        stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        given.out.with_suffix(".md").write_text(report(results, seeds), encoding="utf-8")
+        results[part] = []
+        for what, rows in runs[part](slides, seeds):
+            results[part] += rows
+            stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            given.out.with_suffix(".md").write_text(report(results, seeds), encoding="utf-8")
+            print(what, flush=True)
 
 
 if __name__ == "__main__":

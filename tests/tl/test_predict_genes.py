@@ -54,7 +54,9 @@ def test_planted_genes_are_predicted(
     found = new.obsm["stofm_predicted"]
     assert list(found.columns) == list(truth.columns)
     top = truth.var().nlargest(15).index
-    assert np.mean(st.metrics.pearson(truth[top], found[top])) > 0.25
+    assert np.mean(st.metrics.pearson(truth[top], found[top])) > (
+        0.1 if method == "retrieval" else 0.2
+    )
     scores = new.uns["stofm"]["stofm_predicted"]["scores"]
     assert list(scores.index) == list(truth.columns)
     # Scores of left-out slides tell which genes of a new one can be predicted.

@@ -33,8 +33,9 @@ class AlignOptions(Checked):
     dropout
         Share of hidden units that training drops.
     modality_dropout
-        Share of the spots of which training hides the image, and the same of the genes, from the
-        fusion, so that it works with one of them.
+        Share of the spots, and of the niches, of which training hides the image, and the same of the
+        genes, from the fusion. So it works with one of them; and it has to look at both: the patch of
+        a spot is a part of its niche's, which alone would tell which niche is the spot's.
     spot, niche, scales
         Weights of the three losses: image and genes of spots, image and genes of niches, spots and
         their niches. 0 leaves one out.
@@ -72,8 +73,8 @@ class AlignOptions(Checked):
     n_tokens: int = field(default=1, metadata=AT_LEAST_ONE)
     n_heads: int = field(default=4, metadata=AT_LEAST_ONE)
     d_hidden: int = field(default=256, metadata=AT_LEAST_ONE)
-    dropout: float = field(default=0.1, metadata=BELOW_ONE)
-    modality_dropout: float = field(default=0.2, metadata=BELOW_ONE)
+    dropout: float = field(default=0.5, metadata=BELOW_ONE)
+    modality_dropout: float = field(default=0.4, metadata=BELOW_ONE)
     spot: float = field(default=1 / 3, metadata=NOT_NEGATIVE)
     niche: float = field(default=1 / 3, metadata=NOT_NEGATIVE)
     scales: float = field(default=1 / 3, metadata=NOT_NEGATIVE)
@@ -87,9 +88,9 @@ class AlignOptions(Checked):
     slides_per_batch: int = field(default=1, metadata=AT_LEAST_ONE)
     batch_size: int = field(default=256, metadata=AT_LEAST_ONE)
     epochs: int = field(default=40, metadata=AT_LEAST_ONE)
-    max_steps: int | None = field(default=None, metadata=AT_LEAST_ONE)
+    max_steps: int | None = field(default=200, metadata=AT_LEAST_ONE)
     learning_rate: float = field(default=1e-3, metadata=POSITIVE)
-    weight_decay: float = field(default=0.05, metadata=NOT_NEGATIVE)
+    weight_decay: float = field(default=0.5, metadata=NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
         """Check each value, and what they are together."""
@@ -126,6 +127,8 @@ class AlignOptions(Checked):
             n_tokens=8,
             n_heads=8,
             d_hidden=512,
+            dropout=0.1,
+            weight_decay=0.01,
             modality_dropout=0.0,
             spot=0.3,
             niche=0.3,

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.align.inputs import Spots
-    from stofm.heads.genes import Gene
+    from stofm.heads.genes import Gene, GeneColumns
     from stofm.heads.request import SliceTables
 
     Matrix = NDArray[np.float32]
 
 #: Genes that enter: those that vary most within slides.
-_MOST_GENES: Final = 2000
+_MOST_GENES: Final = 1000
 #: Smallest spread that a gene's log-normalised expression is divided by.
 _LEAST_SPREAD: Final = 0.05
 _ROWS_AT_ONCE: Final = 4096
@@ -89,11 +89,13 @@ class GeneBranch:
             panel: tuple[Gene, ...] = ()
             values = None
             if all(table.n_vars for table in slices.tables):
-                panel = choose_panel(read_columns(slices))
-                values = read_expression(panel, slices, spots, layer)
+                columns = read_columns(slices)
+                panel = choose_panel(columns)
+                values = read_expression(panel, slices, columns, spots, layer)
             return cls("obsm", panel, reps=reps, origins=tuple(origins)), features, values
-        panel = choose_panel(read_columns(slices))
-        values = read_expression(panel, slices, spots, layer)
+        columns = read_columns(slices)
+        panel = choose_panel(columns)
+        values = read_expression(panel, slices, columns, spots, layer)
         chosen = _most_variable(values, spots)
         axes = None
         if genes == "pca":
@@ -126,7 +128,8 @@ class GeneBranch:
                 )
             if share < _LOW_SHARE:
                 warn(f"{found} These count as average, and its representation differs.")
-        return self._of_expression(read_expression(self.panel, slices, spots, layer), spots)
+        values = read_expression(self.panel, slices, columns, spots, layer)
+        return self._of_expression(values, spots)
 
     def _of_expression(self, values: sparse.csr_matrix, spots: Spots) -> dict[str, Matrix]:
         found = {}
@@ -145,11 +148,15 @@ class GeneBranch:
 
 
 def read_expression(
-    panel: Sequence[Gene], slices: SliceTables, spots: Spots, layer: str | None
+    panel: Sequence[Gene],
+    slices: SliceTables,
+    columns: Sequence[GeneColumns],
+    spots: Spots,
+    layer: str | None,
 ) -> sparse.csr_matrix:
     """``log1p(10,000 x count / total)`` of genes, (n, n_panel); totals are those of the genes."""
     counts = []
-    for k, (table, own) in enumerate(zip(slices.tables, read_columns(slices), strict=True)):
+    for k, (table, own) in enumerate(zip(slices.tables, columns, strict=True)):
         with slices.naming(k):
             counts.append(read_genes(table, [own.same_gene(gene) for gene in panel], layer))
     stacked = sparse.vstack(counts, format="csr", dtype=np.float32)

@@ -123,11 +123,12 @@ class AlignNetwork(nn.Module):
         first = next(iter(features.values()))
         share, there = self.options.modality_dropout, [f"spot_{m}" in features for m in MODALITIES]
         is_there = torch.tensor(there, device=first.device).repeat(len(first), 1)
-        if self.training and share and all(there):
-            draw = torch.rand(len(first), 1, device=first.device)
-            is_there = torch.cat([draw >= share, draw < 1 - share], dim=1)
         found = {}
         for level in LEVELS:
+            if self.training and share and all(there):
+                # A spot and its niche lose what they lose each for itself.
+                draw = torch.rand(len(first), 1, device=first.device)
+                is_there = torch.cat([draw >= share, draw < 1 - share], dim=1)
             tokens = [self._tokens(f"{level}_{name}", features) for name in MODALITIES]
             known = next(one for one in tokens if one is not None)
             filled = [torch.zeros_like(known) if one is None else one for one in tokens]

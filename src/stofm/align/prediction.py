@@ -87,13 +87,12 @@ def predict(
     Scores are means over the groups (donors, or slides), each predicted from the others: columns
     ``pearson`` and ``mse``.
     """
-    fit = {"ridge": _ridge, "retrieval": _retrieval, "mlp": _network}[method]
     groups = np.unique(reference.group)
     own = Views(reference.image, reference.aligned_image)
     scores = []
     for group in groups if len(groups) > 1 else ():
         is_out = reference.group == group
-        predictor = fit(reference, np.flatnonzero(~is_out), seed)
+        predictor = fit_predictor(reference, np.flatnonzero(~is_out), method, seed)
         scores.append(_score(reference, predictor, own, np.flatnonzero(is_out), columns))
     if not scores:
         warn(
@@ -101,14 +100,27 @@ def predict(
             "other."
         )
         scores = [np.full((2, len(columns)), np.nan)]
-    predictor = fit(reference, np.arange(len(reference.group)), seed)
-    found = np.concatenate([predictor(query, part) for part in _blocks(columns)], axis=1)
+    predictor = fit_predictor(reference, np.arange(len(reference.group)), method, seed)
+    found = predict_all(predictor, query, columns)
     # Pearson's is not defined where a group lacks a gene.
     known = np.isfinite(scores).sum(axis=0)
     means = np.divide(
         np.nansum(scores, axis=0), known, where=known > 0, out=np.full(known.shape, np.nan)
     )
     return found, pd.DataFrame(means.T, columns=["pearson", "mse"])
+
+
+def fit_predictor(
+    reference: Reference, rows: NDArray[np.int64], method: Method, seed: int
+) -> Predictor:
+    """Fit a model to some of the reference's spots."""
+    fit = {"ridge": _ridge, "retrieval": _retrieval, "mlp": _network}[method]
+    return fit(reference, rows, seed)
+
+
+def predict_all(predictor: Predictor, query: Views, columns: NDArray[np.int64]) -> Matrix:
+    """Expression of any number of genes, (m, n_genes)."""
+    return np.concatenate([predictor(query, part) for part in _blocks(columns)], axis=1)
 
 
 def _blocks(columns: NDArray[np.int64]) -> list[NDArray[np.int64]]:

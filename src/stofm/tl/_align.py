@@ -52,7 +52,7 @@ def align(
         SpatialData with such a table; or a list or dict of them, which are different slices.
     genes
         - ``"pca"``: principal components of log-normalised expression.
-        - ``"mlp"``: the expression itself, of the 2,000 genes that vary most.
+        - ``"mlp"``: the expression itself, of the 1,000 genes that vary most.
         - ``"stofm"``: ``X_stofm_cell`` for the spot and ``X_stofm`` for the niche.
         - An entry of ``obsm``, averaged for the niche; or two, for the spot and the niche.
     donor_key
