@@ -208,8 +208,8 @@ def _others(slides: Slides, left_out: str) -> dict[str, AnnData]:
 
 def run_genes(slides: Slides, seeds: Sequence[int]) -> Rows:
     """Genes of left-out slides by their images, with each method."""
-    for fold, (training, testing) in FOLDS.items():
-        for seed in seeds:
+    for seed in seeds:
+        for fold, (training, testing) in FOLDS.items():
             aligner = fit(slides, training, seed)
             plain = replace(aligner.reference)
             columns = np.arange(len(aligner.genes.panel))

@@ -25,10 +25,10 @@ _TARGET_SUM: Final = 10_000.0
 
 
 def read_frame(
-    adata: AnnData, key: str, names: str | Sequence[str] | None, tool: str, what: str
+    adata: AnnData, key: str, names: str | Sequence[str] | None, call: str, what: str
 ) -> pd.DataFrame:
     """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
-    text = f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it."
+    text = f"There is no obsm[{key!r}]: st.tl.{call} writes it."
     require_name(key, adata.obsm, text)
     stored = adata.obsm[key]
     if not isinstance(stored, pd.DataFrame):

@@ -92,7 +92,7 @@ def gene_prediction(
     >>> measured, predicted = st.pl.gene_prediction(adata, "Penk", show=False)
     """
     table, placed = resolve_table(adata, table_key), in_image_space(adata, table_key)
-    predicted = read_frame(table, key, gene, "predict_genes", "gene")
+    predicted = read_frame(table, key, gene, "predict_genes(adata, aligner)", "gene")
     panels = read_panels(placed, spatial_key, library_key)
     limits: dict[str, Any] = {"shared": shared, "cmap": cmap, "vmin": vmin, "vmax": vmax}
     colors, titles = compare_maps(

@@ -126,12 +126,12 @@ def deconvolution(
     adata = resolve_table(adata, table_key)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
-    chosen = read_frame(adata, key, types, "deconvolve", "type")
+    chosen = read_frame(adata, key, types, "deconvolve(adata, head=head)", "type")
     names, values = list(chosen), chosen.to_numpy()
     panels = read_panels(adata, spatial_key, library_key)
     look = Look(ax, ncols, size, invert_y, show, save)
     if kind == "pies":
-        every = read_frame(adata, key, None, "deconvolve", "type")
+        every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
         _require_proportions(every.to_numpy(), key)
 
         def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
@@ -230,7 +230,7 @@ def imputation(
     'GFAP, measured'
     """
     adata = resolve_table(adata, table_key)
-    imputed = read_frame(adata, key, gene, "impute", "gene")
+    imputed = read_frame(adata, key, gene, "impute(adata, head=head)", "gene")
     panels = read_panels(adata, spatial_key, library_key)
     limits: dict[str, Any] = {"shared": shared, "cmap": cmap, "vmin": vmin, "vmax": vmax}
     colors, titles = compare_maps(
