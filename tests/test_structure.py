@@ -26,13 +26,17 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: Imports go from right to left only.
-LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads", "perturb", "tl"]
+LAYERS = [
+    *("_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads"),
+    *("align", "perturb", "tl"),
+]
 #: Modules below all of these.
 BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
     "anndata": {
         "_edge",
+        "align",
         "corpus",
         "heads",
         "perturb",
@@ -45,7 +49,7 @@ HOMES = {
         "__main__",
         "_demo",
     },
-    "torch": {"nn", "image", "train", "heads", "perturb", "im", "tl", "_edge"},
+    "torch": {"nn", "image", "train", "heads", "align", "perturb", "im", "tl", "_edge"},
     "transformers": {"nn", "image", "train"},
     "lightning_fabric": {"train"},
     "tensorboard": {"train"},
@@ -62,9 +66,10 @@ FORBIDDEN = {
     "im": {"train", "heads", "tl", "pl", "pp", "datasets"},
     "tl": {"pl"},
     "pl": {"nn", "train", "im", "tl", "pp"},
-    **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-3]},
+    **{layer: {"_edge", "pp", "pl", "datasets"} for layer in LAYERS[:-4]},
     "heads": {"pl", "datasets"},
     "perturb": {"pp", "pl", "datasets"},
+    "align": {"pl", "datasets"},
 }
 #: Files that may use a part above them.
 EXCEPTIONS = {

@@ -48,11 +48,13 @@ class Obsm:
     X_GENES: Final = "X_genes"
     #: Start of the names of features of images.
     X_IMAGE: Final = "X_image"
+    X_ALIGNED: Final = "X_aligned"
     COORDINATES: Final = "stofm_spatial"
     ANNOTATION_PROBA: Final = "stofm_annotation_proba"
     DECONVOLUTION: Final = "stofm_deconvolution"
     DECONVOLUTION_STD: Final = "stofm_deconvolution_std"
     IMPUTED: Final = "stofm_imputed"
+    PREDICTED: Final = "stofm_predicted"
 
 
 class Obsp:
@@ -73,6 +75,9 @@ class Suffix:
     NICHE: Final = "_niche"
     #: Share of attention on virtual cells.
     VIRTUAL: Final = "_virtual"
+    #: What an aligner tells of one modality alone.
+    IMAGE: Final = "_image"
+    GENES: Final = "_genes"
 
 
 class Label:

@@ -244,3 +244,38 @@ def test_round_trip_through_h5ad(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         st.datasets.simulate_slice(**{"n_cells": 11, "n_genes": 7, **arguments})
+
+
+@pytest.mark.parametrize("technology", ["visium", "xenium"])
+def test_an_image_shows_what_is_planted(technology):
+    options = {"technology": technology, "n_slices": 2, "seed": 3}
+    plain = st.datasets.simulate_slice(231, 40, **options)
+    adata = st.datasets.simulate_slice(231, 40, image=True, **options)
+    again = st.datasets.simulate_slice(231, 40, image=True, **options)
+    # Nothing else is drawn otherwise; coordinates are moved so that all rows are in the image.
+    np.testing.assert_array_equal(adata.X.toarray(), plain.X.toarray())
+    assert adata.obs.equals(plain.obs)
+    for name, library in adata.uns["spatial"].items():
+        rows = (adata.obs["slice_id"] == name).to_numpy()
+        image, factors = library["images"]["hires"], library["scalefactors"]
+        np.testing.assert_array_equal(again.uns["spatial"][name]["images"]["hires"], image)
+        moved = adata.obsm["spatial"][rows] - plain.obsm["spatial"][rows]
+        np.testing.assert_allclose(moved, np.broadcast_to(moved[0], moved.shape), atol=1e-9)
+        pixels = adata.obsm["spatial"][rows] * factors["tissue_hires_scalef"]
+        assert image.dtype == np.uint8
+        assert (pixels > 5).all()
+        assert (pixels < np.array(image.shape[1::-1]) - 5).all()
+    # Stain between the nuclei tells regions apart: pale is where little is absorbed.
+    st.im.embed(adata, _bright, device="cpu", show_progress_bar=False)
+    bright = pd.Series(adata.obsm["X_image_niche"][:, 0])
+    groups = bright.groupby([adata.obs["slice_id"].to_numpy(), adata.obs["region"].to_numpy()])
+    own = bright.groupby(adata.obs["slice_id"].to_numpy()).var().mean()
+    assert groups.var().mean() < 0.5 * own
+
+
+def _bright(images):
+    """Ninetieth percentile of green, which eosin absorbs."""
+    return images[:, 1].flatten(1).quantile(0.9, dim=1)[:, None]
+
+
+_bright.n_pixels = 16

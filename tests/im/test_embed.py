@@ -418,3 +418,13 @@ def test_the_log_says_which_patches(adata: ad.AnnData, picture: np.ndarray, capl
     with caplog.at_level(logging.INFO, "stofm"):
         st.im.embed(adata, colours, image=picture, microns_per_unit=4.0)
     assert "Patches of 100 and 200 µm, as cells or spots are 100 µm apart." in caplog.text
+
+
+def test_a_wrong_name_of_features_names_those_that_are_near(adata: ad.AnnData) -> None:
+    adata.obsm["X_uni"] = np.ones((adata.n_obs, 3), np.float32)
+    with pytest.raises(KeyError, match=r"encoder='X_un1' is none of .* mean \['X_uni'\]"):
+        st.im.embed(adata, "X_un1", pitch=100)
+    with pytest.raises(KeyError, match=r"mean \['statistics'\]"):
+        st.im.embed(adata, "statistic", pitch=100)
+    with pytest.raises(KeyError, match=r"hub id 'owner/name'"):
+        st.im.embed(adata, "zzz", pitch=100)

@@ -14,6 +14,7 @@ from scipy.spatial import cKDTree
 from stofm._config import check_seed
 from stofm._keys import Obsm
 from stofm.datasets._interactions import Interaction, Planted, join_states, plan_interactions
+from stofm.datasets._morphology import add_images
 from stofm.datasets._tissues import (
     Panel,
     Regions,
@@ -84,6 +85,7 @@ def simulate_slice(
     cells_per_spot: float | None = None,
     depth: float | None = None,
     interactions: Sequence[Interaction] = (),
+    image: bool = False,
     seed: int = 0,
 ) -> AnnData:
     """Simulate sections of tissue with known regions, cell types and proportions.
@@ -124,6 +126,9 @@ def simulate_slice(
         as ``("Myofibroblast", "Tumor", "VEGFA", 50)``. A random half of the sender's cells
         express the ligand. It switches on a programme, 4 % of the panel's genes at three times
         their level, in each cell of the receiver's type that has such a cell within the distance.
+    image
+        Draw an H&E-like image of each slice: nuclei whose density and size follow regions and cell
+        types, in tissue whose stain follows regions.
     seed
         Seed of everything that is drawn.
 
@@ -143,6 +148,9 @@ def simulate_slice(
       expresses and those that it responds to, joined by commas; of a spot those of its cells;
     - ``uns["simulation"]``: the parameters. Its entry ``"interactions"`` has, for each,
       ``sender``, ``receiver``, ``ligand``, ``distance`` and the genes of the ``programme``.
+    - ``uns["spatial"]``: with `image`, an image and scale factors by slice, 2 um a pixel for spots
+      and 0.5 for cells;
+    - ``uns["simulation"]``: the parameters.
 
     Raises
     ------
@@ -192,6 +200,8 @@ def simulate_slice(
         "seed": int(seed),
         "unit": "micrometre",
     }
+    if image:
+        add_images(adata, seed)
     return adata
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from stofm._edge.tables import (
     resolve_table,
     write_record,
 )
+from stofm._files import local
 from stofm._keys import Obsm, Suffix
-from stofm.image.encoders import choose_encoder
+from stofm.image.encoders import BUILT_IN, choose_encoder
 from stofm.image.patches import Scene, choose_sides, embed_scenes, niche_means
 from stofm.nn.device import choose_device
 
@@ -114,7 +116,7 @@ def embed(
     Raises
     ------
     KeyError
-        There is no image or no scale factor, or a name is not there.
+        There is no image or no scale factor, or a name is not there; `encoder` is one that nothing has.
     FileNotFoundError
         There is no such file of an image or of weights.
     ImportError
@@ -147,6 +149,7 @@ def embed(
     places = read_places(seen, spatial_key=spatial_key, library_key=library_key)
     names, members = places.slices.names, places.slices.rows
     xy = {name: places.coordinates[rows] for name, rows in zip(names, members, strict=True)}
+    _refuse_unknown(table, encoder)
     is_ready = isinstance(encoder, str) and encoder in table.obsm
     opening = open_images(adata, seen, [] if is_ready else names, image=image, scale=scale)
     with opening as images:
@@ -179,3 +182,17 @@ def embed(
             target.obsm[key] = values
             write_record(target, key, {**params, "microns": side}, **facts)
     return target if copy else None
+
+
+def _refuse_unknown(table: AnnData, encoder: Any) -> None:
+    """Refuse a name that is no encoder, no entry of obsm, no file and no hub id."""
+    known = [*BUILT_IN, *map(str, table.obsm)]
+    if not isinstance(encoder, str) or encoder in known or "/" in encoder:
+        return
+    if not local(encoder).exists():
+        near = difflib.get_close_matches(encoder, known, n=3)
+        raise KeyError(
+            f"encoder={encoder!r} is none of {list(BUILT_IN)}, no entry of obsm, which has "
+            f"{sorted(map(str, table.obsm))}, and no file or folder. "
+            + (f"Did you mean {near}?" if near else "Pass one of these, or a hub id 'owner/name'.")
+        )

@@ -2,6 +2,7 @@
 
 from stofm.pl._annotation import annotation
 from stofm.pl._charts import probe, training
+from stofm.pl._gene_prediction import gene_prediction
 from stofm.pl._image import image
 from stofm.pl._influence import attention, influence
 from stofm.pl._perturbation import perturbation
@@ -13,6 +14,7 @@ __all__ = [
     "annotation",
     "attention",
     "deconvolution",
+    "gene_prediction",
     "image",
     "imputation",
     "influence",

@@ -14,7 +14,7 @@ from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
 from stofm.pl._style import resolve_colors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -91,15 +91,20 @@ def image(
     )
     names = [panel.name for panel in panels]
     with open_images(adata, placed, names, image=image, scale=scale) as images:
-        found = dict(zip(names, images, strict=True))
-
-        def fill(ax: Axes, panel: Panel, color: Any, size: float | None) -> None:
-            _draw_tissue(ax, panel, found[panel.name])
-            draw_cells(ax, panel, color, size)
-            ax.collections[-1].set_alpha(alpha)
-
+        fill = draw_over_tissue(dict(zip(names, images, strict=True)), alpha)
         look = Look(ax, ncols, size, invert_y=True, show=show, save=save)
         return draw_maps(panels, colors, look, fill=fill, what="colours")
+
+
+def draw_over_tissue(images: Mapping[str, SliceImage], alpha: float) -> Callable[..., None]:
+    """Return a function that fills a panel with its slice's image and cells over it."""
+
+    def fill(ax: Axes, panel: Panel, color: Any, size: float | None) -> None:
+        _draw_tissue(ax, panel, images[panel.name])
+        draw_cells(ax, panel, color, size)
+        ax.collections[-1].set_alpha(alpha)
+
+    return fill
 
 
 def _draw_tissue(ax: Axes, panel: Panel, image: SliceImage) -> None:

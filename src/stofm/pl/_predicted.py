@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
-import pandas as pd
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba_array
 
-from stofm import metrics
-from stofm._edge.counts import read_counts
-from stofm._edge.gene_mapping import kinds_of_others
-from stofm._edge.tables import frame_names, read_record, resolve_table
+from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm.pl._compared import compare_maps, read_frame
 from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
 from stofm.pl._style import (
     NO_VALUE_COLOR,
     Categories,
     Values,
     choose_colors,
-    require_name,
     value_limits,
 )
 
@@ -50,7 +46,6 @@ _MAX_PIES: Final = 4000
 #: Smaller parts of a pie could not be seen.
 _MIN_SHARE: Final = 0.002
 _ARC_POINTS: Final = 33
-_TARGET_SUM: Final = 10_000.0
 
 
 def deconvolution(
@@ -131,12 +126,12 @@ def deconvolution(
     adata = resolve_table(adata, table_key)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
-    chosen = _read_frame(adata, key, types, "deconvolve", "type")
+    chosen = read_frame(adata, key, types, "deconvolve(adata, head=head)", "type")
     names, values = list(chosen), chosen.to_numpy()
     panels = read_panels(adata, spatial_key, library_key)
     look = Look(ax, ncols, size, invert_y, show, save)
     if kind == "pies":
-        every = _read_frame(adata, key, None, "deconvolve", "type")
+        every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
         _require_proportions(every.to_numpy(), key)
 
         def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
@@ -235,48 +230,15 @@ def imputation(
     'GFAP, measured'
     """
     adata = resolve_table(adata, table_key)
-    imputed = _read_frame(adata, key, gene, "impute", "gene")
-    # Genes that the head read, as it recorded; without a record all that were not imputed.
-    params = (read_record(adata, key) or {}).get("params", {})
-    counted = params.get("inputs", adata.var_names.difference(frame_names(adata, key)))
-    known = _read_measured(adata, list(imputed), measured, layer, counted)
+    imputed = read_frame(adata, key, gene, "impute(adata, head=head)", "gene")
     panels = read_panels(adata, spatial_key, library_key)
-    colors: list[Values] = []
-    titles: list[list[str]] = []
-    for name in imputed:
-        maps = {"measured": known[name].to_numpy()} if name in known else {}
-        maps["imputed"] = imputed[name].to_numpy()
-        together = np.concatenate(list(maps.values()))
-        for which, values in maps.items():
-            limits = value_limits(together if shared else values, vmin, vmax)
-            colors.append(Values(name, values, *limits, cmap))
-            true = maps.get("measured") if which == "imputed" else None
-            titles.append([_title(panel, f"{name}, {which}", values, true) for panel in panels])
+    limits: dict[str, Any] = {"shared": shared, "cmap": cmap, "vmin": vmin, "vmax": vmax}
+    colors, titles = compare_maps(
+        adata, imputed, panels, "imputed", key=key, measured=measured, layer=layer, **limits
+    )
     # An even number of columns keeps the two maps of a gene beside each other.
     look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save)
     return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
-
-
-def _read_frame(
-    adata: AnnData, key: str, names: str | Sequence[str] | None, tool: str, what: str
-) -> pd.DataFrame:
-    """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
-    text = f"There is no obsm[{key!r}]: st.tl.{tool}(adata, head=head) writes it."
-    require_name(key, adata.obsm, text)
-    stored = adata.obsm[key]
-    if not isinstance(stored, pd.DataFrame):
-        raise TypeError(
-            f"obsm[{key!r}] must be a DataFrame with a column for each {what}, found "
-            f"{type(stored).__name__}."
-        )
-    known = {name: place for place, name in enumerate(frame_names(adata, key))}
-    chosen = list(known) if names is None else [names] if isinstance(names, str) else list(names)
-    for name in chosen:
-        require_name(name, known, f"obsm[{key!r}] has no {what} {name!r}.")
-    if not chosen:
-        raise ValueError(f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}.")
-    columns = stored.iloc[:, [known[name] for name in chosen]]
-    return columns.astype(np.float64).set_axis(chosen, axis=1)
 
 
 def _require_proportions(values: NDArray[np.float64], key: str) -> None:
@@ -344,50 +306,3 @@ def _add_wedges(
         edgecolors="face", linewidths=0.1, rasterized=True,
     )  # fmt: skip
     ax.add_collection(polygons, autolim=False)
-
-
-def _read_measured(
-    adata: AnnData,
-    genes: list[str],
-    measured: AnnData | None,
-    layer: str | None,
-    counted: Sequence[str],
-) -> pd.DataFrame:
-    """Log-normalised expression (n_obs, genes that were measured), NaN for cells without it."""
-    source = adata if measured is None else measured
-    there = [gene for gene in genes if gene in source.var_names]
-    if measured is not None:
-        for gene in genes:
-            require_name(gene, measured.var_names, f"`measured` has no gene {gene!r}.")
-        names = measured.obs_names
-        if not names.is_unique or not names.isin(adata.obs_names).any():
-            found, expected = list(names[:3]), list(adata.obs_names[:3])
-            raise ValueError(
-                f"`measured` must hold cells of `adata` once: found {found}, expected {expected}."
-            )
-    if not there:
-        return pd.DataFrame(index=adata.obs_names)
-    # An antibody may have the name of its gene.
-    own = np.flatnonzero(kinds_of_others(source) == "")
-    columns = own[source.var_names[own].get_indexer(there)]
-    is_counted = source.var_names.isin(counted)
-    weights = (is_counted | (not is_counted.any())).astype(np.float64)
-    parts = []
-    for block in read_counts(source, layer=layer):
-        totals = block @ weights
-        factors = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-        parts.append(np.log1p(block[:, columns].toarray() * factors[:, None]))
-    values = pd.DataFrame(np.concatenate(parts), index=source.obs_names, columns=there)
-    return values if measured is None else values.reindex(adata.obs_names)
-
-
-def _title(
-    panel: Panel, text: str, values: NDArray[np.float64], true: NDArray[np.float64] | None
-) -> str:
-    """Name of a map, with the correlation where there is a `true` one."""
-    title = panel.titled(text)
-    if true is not None:
-        rows = panel.rows[np.isfinite(true[panel.rows]) & np.isfinite(values[panel.rows])]
-        r = metrics.pearson(true[rows], values[rows]) if len(rows) > 1 else np.nan
-        title += "" if np.isnan(r) else f" (r = {r:.2f})"
-    return title

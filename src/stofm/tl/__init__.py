@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from stofm._lazy import lazy
 
 if TYPE_CHECKING:
+    from stofm.align.aligner import Aligner
+    from stofm.align.config import AlignOptions
     from stofm.heads.annotation import AnnotationHead
     from stofm.heads.deconvolution import DeconvolutionHead
     from stofm.heads.imputation import ImputationHead
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from stofm.tl._train import train
 
 __all__ = [
+    "AlignOptions",
+    "Aligner",
     "AnnotationHead",
     "DeconvolutionHead",
     "HeadOptions",
@@ -35,6 +39,7 @@ __all__ = [
     "Influence",
     "PerturbationEffect",
     "ProbeResult",
+    "align",
     "annotate",
     "attention",
     "deconvolve",
@@ -46,6 +51,7 @@ __all__ = [
     "ligand_receptor",
     "perturb",
     "pool_genes",
+    "predict_genes",
     "probe",
     "screen",
     "train",
@@ -54,6 +60,9 @@ __all__ = [
 __getattr__ = lazy(
     "stofm.tl",
     {
+        "align": "stofm.tl._align",
+        "Aligner": "stofm.align.aligner",
+        "AlignOptions": "stofm.align.config",
         "annotate": "stofm.tl._annotate",
         "AnnotationHead": "stofm.heads.annotation",
         "attention": "stofm.tl._attention",
@@ -71,6 +80,7 @@ __getattr__ = lazy(
         "perturb": "stofm.tl._perturb",
         "PerturbationEffect": "stofm.perturb.effect",
         "pool_genes": "stofm.tl._pool_genes",
+        "predict_genes": "stofm.tl._predict_genes",
         "probe": "stofm.tl._probe",
         "ProbeResult": "stofm.tl._probe",
         "screen": "stofm.tl._screen",

@@ -1,0 +1,404 @@
+"""Images and expression aligned, on slides that were left out: domains, genes, retrieval, ablations.
+
+    python benchmarks/image.py FOLDER                          all parts, three seeds
+    python benchmarks/image.py FOLDER --parts genes --seeds 1 --out /tmp/image
+
+FOLDER holds the sections of the development data with H&E images. Domains: DLPFC (its images are of
+low resolution), each slide left out of the alignment in turn. Genes: HER2-positive breast, from one
+patient to the other; olfactory bulb, from one section to the other; and, for comparison, from two
+sections of a patient to two others. The tables go to OUT.md, all numbers to OUT.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import anndata as ad
+import numpy as np
+from sklearn.cluster import KMeans
+
+import stofm as st
+from stofm.align.expression import read_expression
+from stofm.align.inputs import Spots
+from stofm.align.losses import retrieval_ranks
+from stofm.align.prediction import Views, fit_predictor, predict_all
+from stofm.heads.genes import read_columns
+from stofm.heads.request import resolve_slices
+from stofm.heads.targets import log_normalised
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float32]
+    #: What was done, and its results.
+    Rows = Iterator[tuple[str, list[dict[str, Any]]]]
+
+DLPFC: Final = ("dlpfc_151510", "dlpfc_151674", "dlpfc_151675", "dlpfc_151676")
+B4: Final = ("her2st_B4",)
+C: Final = ("her2st_C2", "her2st_C3", "her2st_C4", "her2st_C5")
+BULB: Final = ("st_mob_he_MOB1", "st_mob_he_MOB2")
+#: From which slides to which, and whether these are of another patient.
+FOLDS: Final = {
+    "HER2+ B to C": (B4, C),
+    "HER2+ C to B": (C, B4),
+    "bulb 1 to 2": (BULB[:1], BULB[1:]),
+    "HER2+ within C (same patient)": (C[:2], C[2:]),
+}
+#: Sides of the patches in micrometres: wide enough that a niche has spots beside its own.
+CROPS: Final = {"dlpfc": (100, 400), "her2st": (150, 600), "st_mob": (150, 600)}
+#: Most variable training genes that means are over, beside all.
+TOP: Final = 50
+PARTS: Final = ("domains", "genes", "ablations")
+ABLATIONS: Final[dict[str, dict[str, Any]]] = {
+    "as it is": {},
+    "without the spots' loss": {"spot": 0.0},
+    "without the niches' loss": {"niche": 0.0},
+    "without the loss across scales": {"scales": 0.0},
+    "niche without the spot itself": {"self_in_niche": False},
+    "mask off": {"negatives": "all"},
+    "genes: MLP": {"genes": "mlp"},
+    "genes: X_stofm": {"genes": "stofm"},
+    "preset st-align": {"preset": "st-align"},
+}
+
+
+@dataclass(frozen=True)
+class Slides:
+    """Sections with features of their images, by name."""
+
+    tables: Mapping[str, AnnData]
+
+    def some(self, names: Sequence[str]) -> dict[str, AnnData]:
+        """Those of some names."""
+        return {name: self.tables[name] for name in names}
+
+
+def load(folder: Path, names: Sequence[str]) -> Slides:
+    """Read sections and embed their images with both encoders."""
+    tables = {}
+    for name in names:
+        table = ad.read_h5ad(folder / f"{name}.h5ad")
+        options: dict[str, Any] = {"crops": CROPS[name[:6].rstrip("_")]}
+        if name in DLPFC:
+            # Low resolution, which is all that there is.
+            st.tl.embed(table, show_progress_bar=False)
+        elif name in BULB:
+            options |= {"image": str(folder / f"{name}.jpg"), "pitch": 200}
+        else:
+            scale = float(table.uns["he_image"]["scale_from_fullres"])
+            options |= {"image": str(folder / f"{name}_he.jpg"), "scale": scale, "pitch": 200}
+        encoders = {"X_image": "cnn", "X_colour": "statistics"}
+        for key, encoder in encoders.items():
+            if name in DLPFC and encoder == "statistics":
+                continue
+            st.im.embed(table, encoder, key_added=key, show_progress_bar=False, **options)
+        tables[name] = table
+    return Slides(tables)
+
+
+def fit(slides: Slides, names: Sequence[str], seed: int, **changes: Any) -> st.tl.Aligner:
+    """Align slides."""
+    genes, preset = changes.pop("genes", "pca"), changes.pop("preset", "stofm")
+    options = replace(st.tl.AlignOptions.of(preset), **changes)
+    return st.tl.align(
+        slides.some(names), genes=genes, options=options, seed=seed, show_progress_bar=False
+    )
+
+
+def side_by_side(table: AnnData, key: str) -> Matrix:
+    """Standardised features of the image of spot and niche."""
+    values = np.concatenate([table.obsm[f"{key}_{level}"] for level in ("spot", "niche")], axis=1)
+    return (values - values.mean(axis=0)) / np.maximum(values.std(axis=0), 1e-6)
+
+
+def components(values: Matrix, n: int = 50) -> Matrix:
+    """Principal components of a slide by itself."""
+    centred = (values - values.mean(axis=0)).astype(np.float64)
+    _, _, axes = np.linalg.svd(np.cov(centred, rowvar=False))
+    return (centred @ axes[:n].T).astype(np.float32)
+
+
+# Domains and retrieval
+
+
+def representations(table: AnnData) -> dict[str, Matrix]:
+    """What the aligned representation is compared with, each of the slide alone."""
+    spots = Spots.read(resolve_slices(table), CROPS["dlpfc"][1], "spatial", key="X_image")
+    values = log_normalised(table.X)
+    variance = np.asarray(values.multiply(values).mean(axis=0)).ravel()
+    variance -= np.asarray(values.mean(axis=0)).ravel() ** 2
+    pcs = components(values[:, np.argsort(-variance)[:2000]].toarray(), 30)
+    return {
+        "image only": components(side_by_side(table, "X_image"), 30),
+        "PCs": pcs,
+        "PCs with neighbours": spots.to_tables(spots.niche_means(pcs[spots.rows])),
+        "X_stofm": table.obsm["X_stofm"],
+        "aligned": table.obsm["X_aligned"],
+        "aligned, image alone": table.obsm["X_aligned_image"],
+        "aligned, genes alone": table.obsm["X_aligned_genes"],
+    }
+
+
+def score_domains(table: AnnData, values: Matrix, seed: int) -> dict[str, float]:
+    """ARI and NMI of k-means and of tl.domains with the number of layers."""
+    is_known = table.obs["layer"].notna().to_numpy()
+    truth, n = table.obs["layer"][is_known], table.obs["layer"].nunique()
+    plain = KMeans(n, n_init=5, random_state=seed).fit_predict(values)
+    other = ad.AnnData(obs=table.obs[[]], obsm={"X": values, "spatial": table.obsm["spatial"]})
+    st.tl.domains(other, use_rep="X", n_domains=n, seed=seed)
+    found = {"k-means": plain, "domains": other.obs["stofm_domain"].astype(str).to_numpy()}
+    scores = {"ARI": st.metrics.ari, "NMI": st.metrics.nmi}
+    return {
+        f"{how} {name}": float(score(truth, labels[is_known]))
+        for how, labels in found.items()
+        for name, score in scores.items()
+    }
+
+
+def score_retrieval(table: AnnData) -> dict[str, float]:
+    """How well genes are found by the image within the slide, at both levels."""
+    d, found = table.obsm["X_aligned"].shape[1] // 2, {}
+    for k, level in enumerate(("spot", "niche")):
+        own = slice(k * d, (k + 1) * d)
+        image, genes = (table.obsm[f"X_aligned_{one}"][:, own] for one in ("image", "genes"))
+        ranks = retrieval_ranks(image, genes)
+        found[f"{level} among 10"] = float((ranks <= 10).mean())
+        found[f"{level} rank"] = float(np.median(ranks)) / len(ranks)
+    return found | {"chance among 10": 10 / table.n_obs}
+
+
+def run_domains(slides: Slides, seeds: Sequence[int]) -> Rows:
+    """Domains and retrieval on each slide, with the others aligned."""
+    for left_out in DLPFC:
+        table, others = slides.tables[left_out], _others(slides, left_out)
+        for seed in seeds:
+            start = time.process_time()
+            aligner = st.tl.align(others, seed=seed, show_progress_bar=False)
+            seconds = time.process_time() - start
+            aligner.transform(table)
+            own = {"slide": left_out, "seed": seed}
+            rows = [{**own, "what": "retrieval", "seconds": seconds} | score_retrieval(table)]
+            for name, values in representations(table).items():
+                scores = score_domains(table, values, seed)
+                rows.append({**own, "what": "domains", "representation": name} | scores)
+            yield f"{left_out}, seed {seed}", rows
+
+
+def _others(slides: Slides, left_out: str) -> dict[str, AnnData]:
+    """Slides to align; of 151510, with 500 genes, all that share them, else those with thousands."""
+    if left_out != DLPFC[0]:
+        return slides.some([name for name in DLPFC[1:] if name != left_out])
+    genes = slides.tables[left_out].var_names
+    found = slides.some(DLPFC[1:])
+    return {name: one[:, one.var_names.isin(genes)].copy() for name, one in found.items()}
+
+
+# Genes
+
+
+def run_genes(slides: Slides, seeds: Sequence[int]) -> Rows:
+    """Genes of left-out slides by their images, with each method."""
+    for seed in seeds:
+        for fold, (training, testing) in FOLDS.items():
+            aligner = fit(slides, training, seed)
+            plain = replace(aligner.reference)
+            columns = np.arange(len(aligner.genes.panel))
+            colours = np.concatenate(
+                [_in_order(slides.tables[name], "X_colour") for name in training]
+            )
+            both = np.concatenate([plain.image, plain.aligned_image], axis=1)
+            ways: dict[str, Any] = {
+                "ridge, colour and texture": (replace(plain, image=colours), "ridge"),
+                "ridge, random CNN (image only)": (plain, "ridge"),
+                "ridge, aligned image": (replace(plain, image=plain.aligned_image), "ridge"),
+                "ridge, random CNN and aligned image": (replace(plain, image=both), "ridge"),
+                "retrieval, aligned": (plain, "retrieval"),
+                "MLP, random CNN": (plain, "mlp"),
+            }
+            rows = []
+            for name in testing:
+                rows += _score_genes(aligner, slides.tables[name], name, fold, seed, ways, columns)
+            yield f"{fold}, seed {seed}", rows
+
+
+def _in_order(table: AnnData, key: str) -> Matrix:
+    """Features of a slide in the order in which an aligner keeps its spots."""
+    slices = resolve_slices(table)
+    spots = Spots.read(slices, 600, "spatial", key="X_image")
+    return side_by_side(table, key)[spots.rows].astype(np.float32)
+
+
+def _score_genes(
+    aligner: st.tl.Aligner,
+    table: AnnData,
+    name: str,
+    fold: str,
+    seed: int,
+    ways: Mapping[str, Any],
+    columns: NDArray[np.int64],
+) -> list[dict[str, Any]]:
+    slices = resolve_slices(table)
+    spots, _ = aligner.read(slices, "image", "X_image", "spatial")
+    columns_of = read_columns(slices)
+    values = read_expression(aligner.genes.panel, slices, columns_of, spots, None).toarray()
+    aligner.transform(table)
+    image = side_by_side(table, "X_image")[spots.rows].astype(np.float32)
+    colours = side_by_side(table, "X_colour")[spots.rows].astype(np.float32)
+    aligned = table.obsm["X_aligned_image"][spots.rows]
+    of_way = {
+        "ridge, colour and texture": colours,
+        "ridge, aligned image": aligned,
+        "ridge, random CNN and aligned image": np.concatenate([image, aligned], axis=1),
+    }
+    expression = aligner.reference.expression
+    mean = np.asarray(expression.mean(axis=0)).ravel()
+    squares = np.asarray(expression.multiply(expression).mean(axis=0)).ravel()
+    top = np.argsort(-(squares - mean**2))[:TOP]
+    found = {"the gene's mean": np.broadcast_to(mean, values.shape)}
+    for way, (reference, method) in ways.items():
+        query = Views(of_way.get(way, image), aligned)
+        # A network for all genes takes hours.
+        own = top if method == "mlp" else columns
+        rows_of = np.arange(len(reference.group))
+        predictor = fit_predictor(reference, rows_of, method, seed)
+        found[way] = np.full(values.shape, np.nan, dtype=np.float32)
+        found[way][:, own] = predict_all(predictor, query, own)
+    rows = []
+    for way, predicted in found.items():
+        is_there = np.isfinite(predicted).all(axis=0)
+        mse = ((values - predicted) ** 2).mean(axis=0)
+        ssim = st.metrics.ssim(values[:, top], predicted[:, top], spots.places)
+        row = {"fold": fold, "slide": name, "seed": seed, "method": way}
+        for word, genes in ((f"top {TOP}", top), ("all", columns)):
+            if is_there[genes].all():
+                row[f"MSE, {word}"] = float(mse[genes].mean())
+                if way in ways:
+                    # 0 where a gene, or what is predicted of it, does not vary.
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        r = st.metrics.pearson(values[:, genes], predicted[:, genes])
+                    row[f"r, {word}"] = float(np.nan_to_num(r).mean())
+        rows.append(row | {"SSIM, top 50": float(np.nanmean(ssim))})
+    return rows
+
+
+def run_ablations(slides: Slides, seeds: Sequence[int]) -> Rows:
+    """Domains and retrieval of one slide, and genes of the bulb, with one thing changed."""
+    left_out = DLPFC[-1]
+    table, bulb = slides.tables[left_out], slides.tables[BULB[1]]
+    for name, changes in ABLATIONS.items():
+        for seed in seeds:
+            fit(slides, DLPFC[1:3], seed, **changes).transform(table)
+            row = {"ablation": name, "seed": seed} | score_retrieval(table)
+            row |= score_domains(table, table.obsm["X_aligned"], seed)
+            if changes.get("genes") != "stofm":
+                aligner = fit(slides, BULB[:1], seed, **changes)
+                columns = np.arange(len(aligner.genes.panel))
+                own = replace(aligner.reference, image=aligner.reference.aligned_image)
+                ways = {"ridge, aligned image": (own, "ridge")}
+                scored = _score_genes(aligner, bulb, BULB[1], "", seed, ways, columns)
+                row["bulb r, top 50"] = scored[-1]["r, top 50"]
+            yield f"{name}, seed {seed}", [row]
+
+
+# Tables
+
+
+def to_table(rows: Sequence[Mapping[str, Any]], by: str, columns: Sequence[str]) -> list[str]:
+    """Markdown: a line for each value of `by`, means over slides with the spread over seeds."""
+    lines = [f"| {by} | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for name in dict.fromkeys(row[by] for row in rows):
+        cells = [_describe([row for row in rows if row[by] == name], column) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _describe(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+    seeds = sorted({row["seed"] for row in rows if column in row})
+    means = [
+        np.mean([row[column] for row in rows if row["seed"] == seed and column in row])
+        for seed in seeds
+    ]
+    if not means:
+        return ""
+    spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+    return f"{np.mean(means):.3f}{spread}"
+
+
+def report(results: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
+    """All parts as Markdown."""
+    lines = [f"Means over slides, and their spread over {len(seeds)} seeds."]
+    if rows := results.get("domains"):
+        domains = [row for row in rows if row["what"] == "domains"]
+        measures = [f"{how} {name}" for how in ("k-means", "domains") for name in ("ARI", "NMI")]
+        lines += ["", "## Domains of DLPFC slides that were left out", ""]
+        lines += to_table(domains, "representation", measures)
+        for name in DLPFC:
+            own = [row for row in domains if row["slide"] == name]
+            lines += ["", f"{name}:", "", *to_table(own, "representation", measures)]
+        found = [row for row in rows if row["what"] == "retrieval"]
+        columns = [f"{level} {one}" for level in ("spot", "niche") for one in ("among 10", "rank")]
+        lines += ["", "## Retrieval of genes by the image, within slides that were left out", ""]
+        lines += to_table(found, "slide", [*columns, "chance among 10", "seconds"])
+    if rows := results.get("genes"):
+        columns = ["r, top 50", "r, all", "MSE, top 50", "MSE, all", "SSIM, top 50"]
+        lines += ["", "## Genes predicted from the image"]
+        for fold in FOLDS:
+            own = [row for row in rows if row["fold"] == fold]
+            lines += ["", f"{fold}:", "", *to_table(own, "method", columns)]
+        patients = [row for row in rows if "same patient" not in row["fold"]]
+        lines += ["", "The first three together:", "", *to_table(patients, "method", columns)]
+    if rows := results.get("ablations"):
+        columns = ["k-means ARI", "domains ARI", "spot rank", "niche rank", "bulb r, top 50"]
+        lines += ["", f"## Ablations: {DLPFC[-1]}, with two slides aligned, and the bulb", ""]
+        lines += to_table(rows, "ablation", columns)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read arguments, run, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("docs/measured/image"))
+    given = parser.parse_args()
+    logging.getLogger("stofm").setLevel("WARNING")
+    warnings.filterwarnings("ignore", "The weights of the encoder 'cnn'")
+    warnings.filterwarnings("ignore", ".*are enlarged")
+    seeds = range(given.seeds)
+    needed = {
+        "domains": DLPFC,
+        "genes": (*B4, *C, *BULB),
+        "ablations": (*DLPFC[1:], *BULB),
+    }
+    names = dict.fromkeys(name for part in given.parts for name in needed[part])
+    slides = load(given.folder, list(names))
+    runs = {"domains": run_domains, "genes": run_genes, "ablations": run_ablations}
+    results: dict[str, list[dict[str, Any]]] = {}
+    stored = given.out.with_suffix(".json")
+    if stored.is_file():
+        # Parts that are not asked for stay.
+        results = json.loads(stored.read_text(encoding="utf-8"))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for part in given.parts:
+        results[part] = []
+        for what, rows in runs[part](slides, seeds):
+            results[part] += rows
+            stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            given.out.with_suffix(".md").write_text(report(results, seeds), encoding="utf-8")
+            print(what, flush=True)
+
+
+if __name__ == "__main__":
+    main()

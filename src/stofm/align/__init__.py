@@ -1,0 +1,1 @@
+"""Alignment of tissue images and expression, of spots and their niches."""

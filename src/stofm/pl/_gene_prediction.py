@@ -1,0 +1,108 @@
+"""``stofm.pl.gene_prediction``: genes predicted from the image, over the tissue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stofm._edge.images import in_image_space, open_images
+from stofm._edge.tables import resolve_table
+from stofm._keys import Obsm
+from stofm.pl._compared import compare_maps, read_frame
+from stofm.pl._image import draw_over_tissue
+from stofm.pl._maps import Look, draw_maps, read_panels
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+
+
+def gene_prediction(
+    adata: Any,
+    gene: str | Sequence[str],
+    *,
+    measured: AnnData | None = None,
+    layer: str | None = None,
+    key: str = Obsm.PREDICTED,
+    image: Any = None,
+    scale: float | Mapping[str, float] | None = None,
+    alpha: float = 0.7,
+    shared: bool = False,
+    cmap: str | Colormap = "viridis",
+    vmin: float | str | None = "p1",
+    vmax: float | str | None = "p99",
+    library_key: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
+    size: float | None = None,
+    ncols: int = 4,
+    table_key: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Axes | list[Axes]:
+    """Draw a gene as it was measured beside what the image predicts, over the tissue.
+
+    As :func:`stofm.pl.imputation` draws imputed genes, which says how measured counts are normalised
+    and what the correlation is; a gene that was not measured has its predicted map only.
+
+    Parameters
+    ----------
+    adata
+        AnnData with predicted genes by :func:`stofm.tl.predict_genes` and an image, or SpatialData.
+    gene
+        Gene among the columns of ``obsm[key]``, or several.
+    measured, layer
+        AnnData of the same cells with the gene's raw counts, and their layer. None: `adata`, ``X``.
+    key
+        Entry of ``obsm`` with a DataFrame of predicted genes.
+    image, scale
+        Another image, and its pixels per unit of the coordinates: see :func:`stofm.im.embed`.
+    alpha
+        How opaque points are.
+    shared
+        One colour scale for both maps of a gene; False: each map has its own.
+    ax
+        Axes to draw into, gene by gene, measured first, one for each slice. None: a new figure.
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several panels.
+
+    Raises
+    ------
+    KeyError
+        The predicted values, a gene, the layer or the image is missing.
+    TypeError
+        ``obsm[key]`` is no DataFrame.
+    ValueError
+        The measured values are no raw counts, or `ax` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import numpy as np, pandas as pd
+    >>> import stofm as st
+    >>> adata = st.datasets.load("mouse_olfactory_bulb_st")
+    >>> values = np.log1p(adata[:, "Penk"].X.toarray())
+    >>> adata.obsm["stofm_predicted"] = pd.DataFrame(values, adata.obs_names, ["Penk"])
+    >>> measured, predicted = st.pl.gene_prediction(adata, "Penk", show=False)
+    """
+    table, placed = resolve_table(adata, table_key), in_image_space(adata, table_key)
+    predicted = read_frame(table, key, gene, "predict_genes(adata, aligner)", "gene")
+    panels = read_panels(placed, spatial_key, library_key)
+    limits: dict[str, Any] = {"shared": shared, "cmap": cmap, "vmin": vmin, "vmax": vmax}
+    colors, titles = compare_maps(
+        table, predicted, panels, "predicted", key=key, measured=measured, layer=layer, **limits
+    )
+    names = [panel.name for panel in panels]
+    with open_images(adata, placed, names, image=image, scale=scale) as images:
+        fill = draw_over_tissue(dict(zip(names, images, strict=True)), alpha)
+        # An even number of columns keeps the two maps of a gene beside each other.
+        look = Look(ax, max(2, ncols - ncols % 2), size, invert_y=True, show=show, save=save)
+        return draw_maps(
+            panels, colors, look, titles=titles, fill=fill, what=f"maps of {list(predicted)}"
+        )
