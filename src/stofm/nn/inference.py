@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from stofm._arrays import count_not_finite, spacious
 from stofm._logging import logger, progress
 from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
@@ -95,7 +96,7 @@ def encode_cells(
     n_cells = len(ranked.n_tokens)
     lengths = padded_length(ranked.n_tokens + 1, encoder.config.max_positions)
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
-    result = np.empty((n_cells, encoder.config.d_cell), dtype=np.float32)
+    result = spacious((n_cells, encoder.config.d_cell))
     encoder.to(device)
 
     def run(cells: NDArray[np.int64]) -> None:
@@ -199,7 +200,7 @@ def _refuse_not_finite(
     result: NDArray[np.float32], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse NaN, which some devices compute where the CPU does not."""
-    if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
+    if n_bad := count_not_finite(result):
         raise FloatingPointError(
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
             f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "

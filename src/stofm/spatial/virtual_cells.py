@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from stofm.spatial.plane import nearest_neighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -76,20 +76,31 @@ def principal_components(
     n, d = features.shape
     spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
     chunks: Any = spans if order is None else [order[span] for span in spans]
-    total = np.zeros((1, d))
-    for rows in chunks:
-        total = np.add.reduce(np.vstack([total, features[rows]]), axis=0, keepdims=True)
-    mean, covariance = total / n, np.zeros((d, d))
+    mean, covariance = mean_of_rows(features, chunks), np.zeros((d, d))
     for rows in chunks:
         centered = features[rows] - mean
         covariance += centered.T @ centered
-    loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
-    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
-    loadings = loadings * np.where(largest < 0, -1.0, 1.0)
+    loadings = leading_axes(covariance, n_components)
     scores = np.zeros((n, n_components))
     for span, rows in zip(spans, chunks, strict=True):
         scores[span, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
+
+
+def mean_of_rows(features: Any, chunks: Iterable[Any]) -> NDArray[np.float64]:
+    """Mean of the rows of all chunks, (d,), summed one after another in double precision."""
+    total, n = np.zeros((1, features.shape[1])), 0
+    for rows in chunks:
+        summands = np.vstack([total, features[rows]])
+        total, n = np.add.reduce(summands, axis=0, keepdims=True), n + len(summands) - 1
+    return total[0] / n
+
+
+def leading_axes(covariance: NDArray[np.float64], n_components: int) -> NDArray[np.float64]:
+    """First principal axes, (d, k), each with its loading of largest magnitude positive."""
+    loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
+    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
+    return loadings * np.where(largest < 0, -1.0, 1.0)
 
 
 def mix_expression_and_place(
