@@ -86,12 +86,10 @@ class CorpusSlice:
         """(n_cells, 2) in model units (the slice's diagonal is 100), mapped into memory."""
         return self.part("coordinates")
 
-    @property
-    def n_tokens(self) -> NDArray[np.int32]:
-        """(n_cells,) number of gene tokens of each cell."""
-        first, last = self.shard.first_cell[self.number : self.number + 2]
-        lengths = np.diff(self.shard["offsets"][first : last + 1])
-        return np.minimum(lengths, self.reading.max_tokens).astype(np.int32)
+    def lengths_of(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Number of gene tokens of some cells, (m,)."""
+        cells, offsets = rows + self.shard.first_cell[self.number], self.shard["offsets"]
+        return np.minimum(offsets[cells + 1] - offsets[cells], self.reading.max_tokens)
 
     @property
     def ranked(self) -> RankedTokens:
@@ -188,10 +186,14 @@ class Corpus:
         """Whether tokens come with values."""
         return self.slices[0].reading.depth_power is not None
 
-    @cached_property
-    def cell_lengths(self) -> NDArray[np.int32]:
-        """(n_cells,) number of gene tokens of each cell."""
-        return np.concatenate([s.n_tokens for s in self.slices])
+    def lengths_of(self, cells: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Number of gene tokens of some cells, (m,)."""
+        number, rows = self.locate(cells)
+        found = np.empty(len(rows), dtype=np.int64)
+        for k in np.unique(number):
+            own = number == k
+            found[own] = self.slices[k].lengths_of(rows[own])
+        return found
 
     def locate(self, cells: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each cell's slice, and its row there."""
