@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._logging import logger
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Bytes of an array from which on it goes to a temporary file.
-_MOST_IN_MEMORY: Final = 1 << 30
+MOST_IN_MEMORY: Final = 1 << 30
 #: Bytes that are written, and of rows that are looked at, at once.
 _AT_ONCE: Final = 1 << 24
 
@@ -26,31 +24,30 @@ class _InFile(np.memmap):
 
 
 def spacious(shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Return a float32 array to fill: in memory or, if it takes more than 1 GB, in a temporary file.
+    """Return a float32 array of NaN to fill: in memory or, beyond 1 GB, in a temporary file.
 
     The file is in the folder for temporary files (``TMPDIR``), has no name, and goes with the array.
     Where there is no room for it, the array is in memory.
     """
     n_bytes = 4 * shape[0] * shape[1]
-    if n_bytes > _MOST_IN_MEMORY:
+    if n_bytes > MOST_IN_MEMORY:
         with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
             # A full disk would end the process when the array is filled, and is an error now.
+            nothing = np.full(_AT_ONCE // 4, np.nan, dtype=np.float32).tobytes()
             for start in range(0, n_bytes, _AT_ONCE):
-                file.write(bytes(min(_AT_ONCE, n_bytes - start)))
+                file.write(nothing[: n_bytes - start])
             file.flush()
-            array = _InFile(file, dtype=np.float32, mode="r+", shape=shape)
-            folder = tempfile.gettempdir()
-            logger.info("%.1f GB of cell embeddings are kept in %s.", n_bytes / 1e9, folder)
-            return array.view(np.ndarray)
-    return np.empty(shape, dtype=np.float32)
+            return _InFile(file, dtype=np.float32, mode="r+", shape=shape).view(np.ndarray)
+    return np.full(shape, np.nan, dtype=np.float32)
 
 
 def let_go(array: Any) -> None:
     """Let what is in memory of an array of :func:`spacious` go; it is read again when needed."""
-    while isinstance(array, np.ndarray) and not isinstance(array, _InFile):
-        array = array.base
-    if isinstance(array, _InFile) and hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)
+    is_ours = False
+    while isinstance(array, np.ndarray):
+        is_ours, array = isinstance(array, _InFile), array.base
+    if is_ours and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def spans(n_rows: int, n_columns: int) -> list[slice]:
@@ -61,8 +58,11 @@ def spans(n_rows: int, n_columns: int) -> list[slice]:
 
 def count_not_finite(values: NDArray[Any]) -> int:
     """Count rows of (n, d) with NaN or infinite values, some at a time."""
-    parts = (values[span] for span in spans(*values.shape))
-    return sum(int((~np.isfinite(part)).any(axis=1).sum()) for part in parts)
+    n = 0
+    for span in spans(*values.shape):
+        n += int((~np.isfinite(values[span])).any(axis=1).sum())
+        let_go(values)
+    return n
 
 
 @dataclass(frozen=True, eq=False)

@@ -155,7 +155,7 @@ def test_each_part_of_the_work_counts(narrow):
     one = host_memory(narrow, RULES, work)
     for change in (
         {"n_cells": 60_000},
-        {"largest_slice": 50_000},
+        {"largest_slice": 49_000},
         {"genes_per_cell": 900},
         {"n_copied": 10**9},
     ):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import stofm as st
 from stofm.train import RunConfig, TokenMasking, order
 from stofm.train.order import Batches, Draws, permuted, shares_of
 from stofm.train.samples import CellSamples, TokenReader
@@ -104,14 +103,3 @@ def test_mixture_weights():
         shares_of(slices[:1], {"technology": {"Visium": 0}})
     with pytest.raises(ValueError, match="mixture must give weights of at least 0"):
         RunConfig(mixture={"species": {"mouse": -1}})
-
-
-def test_training_takes_the_mixture(tmp_path, model):
-    slices = [st.datasets.simulate_slice(60, 40, species=s, seed=1) for s in ("human", "mouse")]
-    options = {"stage": "cell_encoder", "device": "cpu", "show_progress_bar": False}
-    mixture = {"species": {"mouse": 0.5}}
-    run = st.tl.train(slices, model, out_dir=tmp_path / "mixed", mixture=mixture, **options).run
-    assert run["stages"][0]["cells"] == 90
-    assert run["settings"]["run"]["mixture"] == mixture
-    with pytest.raises(ValueError, match="mixture"):
-        st.tl.train(slices, model, out_dir=tmp_path / "mixed", resume=True, **options)

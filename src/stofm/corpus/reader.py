@@ -12,6 +12,7 @@ from scipy import sparse
 from stofm._keys import Obsm
 from stofm.corpus.shards import CELLS_AT_ONCE
 from stofm.genes import RankedTokens
+from stofm.genes.ranking import scale_of_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from stofm.corpus.shards import Shard
     from stofm.genes import GeneVocabulary
 
-#: Values are those of a cell scaled to so many counts.
-_TARGET_SUM: Final = 10_000
 #: Name of the column with the counts of all other genes, which belong to a cell's total.
 OTHERS: Final = "(other genes)"
 
@@ -89,7 +88,8 @@ class CorpusSlice:
     def lengths_of(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         """Number of gene tokens of some cells, (m,)."""
         cells, offsets = rows + self.shard.first_cell[self.number], self.shard["offsets"]
-        return np.minimum(offsets[cells + 1] - offsets[cells], self.reading.max_tokens)
+        lengths = offsets[cells + 1] - offsets[cells]
+        return np.minimum(lengths, self.reading.max_tokens, dtype=np.int64)
 
     @property
     def ranked(self) -> RankedTokens:
@@ -115,8 +115,8 @@ class CorpusSlice:
         # To the digits that decide the order: see stofm.genes.rank_genes.
         ratios = self.shard["counts"][entries] / self.reading.medians[tokens]
         ratios.view(np.uint64)[:] &= ~np.uint64((1 << self.about["token_bits"]) - 1)
-        scale = _TARGET_SUM / np.maximum(self.shard["totals"][cells], 1)
-        ratios *= np.repeat(scale**self.reading.depth_power, lengths)
+        scale = scale_of_cells(self.shard["totals"][cells], self.reading.depth_power)
+        ratios *= np.repeat(scale, lengths)
         return RankedTokens(tokens, offsets, ratios.astype(np.float32))
 
     def to_anndata(self) -> AnnData:

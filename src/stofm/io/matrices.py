@@ -26,6 +26,8 @@ _BARCODES: Final = re.compile(r"barcodes(\.[a-z]+)*$", re.IGNORECASE)
 _ENSEMBL: Final = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 _COLUMNS: Final = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome"}
 _SAMPLE: Final = 512
+#: Column of Open-ST with the number of a cell; 0 is the background.
+MASK: Final = "cell_ID_mask"
 
 
 def make(matrix: Any, ids: Any, genes: Any, obs: Any = None, **columns: Any) -> AnnData:
@@ -137,6 +139,15 @@ def read_h5ad(path: Path) -> tuple[AnnData, str]:
         return anndata.AnnData(matrix, var=var, **parts), found
     finally:
         opened.file.close()
+
+
+def is_plain(opened: AnnData) -> bool:
+    """Whether an AnnData can be taken as it is; else :func:`stofm.read` puts something right in it.
+
+    That are counts in ``raw`` or a layer, and the background that Open-ST has as cell 0.
+    """
+    has_background = MASK in opened.obs and bool((opened.obs[MASK] == 0).any())
+    return not has_background and place_of_counts(opened) in ("X", "")
 
 
 def place_of_counts(opened: AnnData) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from stofm._arrays import count_not_finite, spacious
+from stofm._arrays import count_not_finite, let_go, spacious
 from stofm._logging import logger, progress
 from stofm.nn.batch import SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
@@ -176,7 +176,7 @@ def embed_slice(
     parts = rows_by_subslice(layout)
     # Sub-slices of like size together: less padding.
     order = np.argsort([len(rows) for rows in parts], kind="stable")
-    result = np.full((len(features), transformer.config.d_embedding), np.nan, dtype=np.float32)
+    result = spacious((len(features), transformer.config.d_embedding))
     transformer = placed(transformer, device, dtype)
 
     def run(numbers: NDArray[np.int64]) -> None:
@@ -186,6 +186,8 @@ def embed_slice(
         hidden = transformer.embed(batch.to(device)).float().cpu().numpy()
         is_cell = batch.cell_index.numpy() >= 0
         result[batch.cell_index.numpy()[is_cell]] = hidden[is_cell]
+        let_go(features)
+        let_go(result)
         if on_done is not None:
             on_done(len(numbers))
 

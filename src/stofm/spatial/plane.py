@@ -217,9 +217,8 @@ def neighbor_means(
     neighbours may be at the same distance than count; which of them do is then arbitrary.
     """
     values = SideBySide((values.astype(np.float32, copy=False),)).together()
-    means, is_left = spacious(values.shape), np.ones(len(values), dtype=bool)
+    means = spacious(values.shape)
     for rows in slices:
-        is_left[rows] = False
         ordered = rows[canonical_order(coordinates[rows], values, rows)]
         nearest = nearest_neighbors(coordinates[ordered], n_neighbors + 1)[0]
         nearest = ordered[nearest[:, 1:] if len(ordered) > 1 else nearest]
@@ -232,5 +231,4 @@ def neighbor_means(
             means[ordered[part]] = averaging[part] @ values
             let_go(values)
             let_go(means)
-    means[is_left] = np.nan
     return means

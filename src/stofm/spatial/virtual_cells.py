@@ -93,7 +93,7 @@ def mean_of_rows(features: Any, chunks: Iterable[Any]) -> NDArray[np.float64]:
     for rows in chunks:
         summands = np.vstack([total, features[rows]])
         total, n = np.add.reduce(summands, axis=0, keepdims=True), n + len(summands) - 1
-    return total[0] / n
+    return np.asarray(total[0] / n)
 
 
 def leading_axes(covariance: NDArray[np.float64], n_components: int) -> NDArray[np.float64]:

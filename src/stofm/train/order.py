@@ -203,4 +203,4 @@ def shares_of(
         weights *= [own.get(value, 1.0) for value in values]
     if not weights.any():
         raise ValueError("All slices have the weight 0 by `mixture`: nothing would be trained on.")
-    return weights / weights.max()
+    return np.asarray(weights / weights.max())
