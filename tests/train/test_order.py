@@ -40,7 +40,7 @@ def test_batches_are_made_window_by_window(monkeypatch):
         asked.append(window)
         return np.split(positions, range(5, len(positions), 5))
 
-    batches = Batches(23, 5, make)
+    batches = Batches(23, replace(DRAWS, batch_size=5), make)
     assert len(batches) == 5
     np.testing.assert_array_equal(batches[2], np.arange(10, 15))
     assert asked == [1]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
-from stofm._arrays import SideBySide, let_go
+from stofm._arrays import SideBySide, let_go, spans
 from stofm._edge.counts import read_counts
 from stofm._edge.places import read_coordinates
 from stofm._edge.tables import all_or_nothing, read_representation
@@ -91,8 +91,9 @@ class Blocks:
         parts = self._parts(source)
         known = np.full(len(self.features), bool(parts))
         for part in parts:
-            known &= np.isfinite(part[:, 0])
-            let_go(part)
+            for span in spans(*part.shape):
+                known[span] &= np.isfinite(part[span, 0])
+                let_go(part)
         return known
 
     def take(self, rows: NDArray[np.int64]) -> Blocks:

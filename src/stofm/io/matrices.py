@@ -154,7 +154,9 @@ def place_of_counts(opened: AnnData) -> str:
     """``"X"``, ``"raw.X"``, a layer, or nothing."""
     from anndata import AnnData
 
-    rows = np.unique(np.linspace(0, max(opened.n_obs - 1, 0), _SAMPLE).astype(np.int64))
+    if 0 in opened.shape:
+        return ""
+    rows = np.unique(np.linspace(0, opened.n_obs - 1, _SAMPLE).astype(np.int64))
     if _are_counts(opened, None, rows):
         return "X"
     if opened.raw is not None:

@@ -106,8 +106,7 @@ def domain_space(
     sets slices apart.
     """
     values = SideBySide((features, *beside))
-    ends = np.column_stack([features[:, 0], values.parts[-1][:, -1]])
-    ordered = [rows[canonical_order(ends[rows], values, rows)] for rows in slices]
+    ordered = _ordered(values, slices)
     order, (n, width) = np.concatenate(ordered), values.shape
     is_new = np.ones(n, dtype=bool)
     # Moments of all cells, and of the points.
@@ -151,6 +150,12 @@ def domain_space(
     return DomainSpace(order, np.cumsum(is_new) - 1, scores / spread if spread > 0 else scores)
 
 
+def _ordered(values: SideBySide, slices: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Rows of each slice in canonical order, by the first and the last column before the others."""
+    ends = np.concatenate([values[part][:, [0, -1]] for part in spans(*values.shape)])
+    return [rows[canonical_order(ends[rows], values, rows)] for rows in slices]
+
+
 def directions(
     features: NDArray[np.floating],
     slices: Sequence[NDArray[np.int64]],
@@ -161,14 +166,13 @@ def directions(
 
     The means don't depend on the order of the cells.
     """
-    features = features.astype(np.float32, copy=False)
-    found, ends = spacious(features.shape), features[:, [0, -1]]
-    ordered = [rows[canonical_order(ends[rows], features, rows)] for rows in slices]
+    values = SideBySide((features.astype(np.float32, copy=False),))
+    found, ordered = spacious(values.shape), _ordered(values, slices)
     for rows in ordered if centering == "slice" else [np.concatenate(ordered)]:
         parts = [rows[part] for part in spans(len(rows), features.shape[1])]
-        mean = mean_of_rows(features, parts)
+        mean = mean_of_rows(values, parts)
         for part in parts:
-            own = (features[part] - mean).astype(np.float32)
+            own = (values[part] - mean).astype(np.float32)
             lengths = np.linalg.norm(own, axis=1, keepdims=True)
             found[part] = own / np.where(lengths > 0, lengths, np.float32(1.0))
             let_go(found)

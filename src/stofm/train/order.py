@@ -52,6 +52,11 @@ class Draws:
     stage: int
     batch_size: int
 
+    @property
+    def window(self) -> int:
+        """Samples whose batches are made at once: whole batches, about 65,536."""
+        return self.batch_size * max(1, WINDOW // self.batch_size)
+
     def generator(self, epoch: int, purpose: Purpose, *sample: int) -> Generator:
         """Return a sample's generator, the same in every batch, process and thread."""
         # The purpose comes before the sample: trailing zeros would not change the numbers.
@@ -105,7 +110,7 @@ class Draws:
 
         def find(positions: NDArray[np.int64]) -> NDArray[np.int64]:
             # One window shuffles its cells itself.
-            places = permuted(positions, n, key) if n > WINDOW else positions
+            places = permuted(positions, n, key) if n > self.window else positions
             number = np.searchsorted(ends, places, side="right")
             rows = places - (ends - taken)[number]
             if shares is not None:
@@ -124,12 +129,12 @@ class Batches(Sequence["NDArray[np.int64]"]):
     def __init__(
         self,
         n_samples: int,
-        batch_size: int,
+        draws: Draws,
         make: Callable[[int, NDArray[np.int64]], list[NDArray[np.int64]]],
     ) -> None:
-        self._n_samples, self._batch_size = n_samples, batch_size
-        self._per_window = max(1, WINDOW // batch_size)
-        size = self._per_window * batch_size
+        self._n_samples, self._batch_size = n_samples, draws.batch_size
+        size = draws.window
+        self._per_window = size // draws.batch_size
 
         def batches(window: int) -> list[NDArray[np.int64]]:
             return make(window, np.arange(window * size, min((window + 1) * size, n_samples)))

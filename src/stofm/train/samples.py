@@ -114,7 +114,7 @@ class CellSamples:
             sizes = self.reader.padded(corpus.lengths_of(cells))
             return [cells[batch] for batch in draws.batches(sizes, number, window)]
 
-        return Batches(n_cells, draws.batch_size, make)
+        return Batches(n_cells, draws, make)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
         """Hide genes of some cells and make their two views."""
@@ -172,7 +172,7 @@ class SubSliceSamples:
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of the sub-slices of an epoch, slice after slice."""
-        parts = np.array([self._n_parts(k, epoch) for k in range(len(self.corpus.slices))])
+        parts = self._parts(epoch)
         taken = self.draws.numbers(parts, self.shares, epoch)
         own = [np.arange(n) for n in parts]
         for k in np.flatnonzero(taken < parts):
@@ -184,9 +184,8 @@ class SubSliceSamples:
         """Return batches that hold each sub-slice once, similar sizes together."""
         samples = self.samples(number)
         slices = self.slices_of(samples)
-        sizes = np.array([one.n_cells for one in self.corpus.slices])[slices]
         # Parts of a slice are of nearly equal size.
-        mean = sizes / np.bincount(slices)[slices]
+        mean = (np.diff(self.corpus.first_cell) / self._parts(number))[slices]
         return [samples[batch] for batch in self.draws.batches(size_class(mean), number)]
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
@@ -248,6 +247,10 @@ class SubSliceSamples:
         visible = np.setdiff1d(cells, part.hidden_nodes)
         chosen = rng.permutation(visible if len(visible) else cells)
         return np.sort(chosen[: self.config.sampled_cells])
+
+    def _parts(self, epoch: int) -> NDArray[np.int64]:
+        """Number of sub-slices of each slice."""
+        return np.array([self._n_parts(k, epoch) for k in range(len(self.corpus.slices))])
 
     def _n_parts(self, number: int, epoch: int) -> int:
         if self.rules.partition == "balanced":
