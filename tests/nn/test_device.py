@@ -146,7 +146,8 @@ def test_estimates_are_near_measured_peaks(narrow, n_cells, genes_per_cell, meas
 
 
 def test_a_million_cells_of_a_small_panel_take_a_few_gigabytes(mini):
-    assert 2e9 < on_cpu(mini, 1_000_000, 65) < 8e9
+    # Embeddings are in files.
+    assert 1e9 < on_cpu(mini, 1_000_000, 65) < 3e9
     assert on_cpu(mini, 300_000, 65) < 3e9
 
 

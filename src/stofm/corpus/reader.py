@@ -89,7 +89,7 @@ class CorpusSlice:
         """Number of gene tokens of some cells, (m,)."""
         cells, offsets = rows + self.shard.first_cell[self.number], self.shard["offsets"]
         lengths = offsets[cells + 1] - offsets[cells]
-        return np.minimum(lengths, self.reading.max_tokens, dtype=np.int64)
+        return np.asarray(np.minimum(lengths, self.reading.max_tokens), dtype=np.int64)
 
     @property
     def ranked(self) -> RankedTokens:

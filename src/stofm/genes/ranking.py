@@ -324,7 +324,7 @@ def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix((defined, block.indices, block.indptr), block.shape)
 
 
-def scale_of_cells(totals: NDArray[np.floating], depth_power: float) -> NDArray[np.float64]:
+def scale_of_cells(totals: NDArray[np.number], depth_power: float) -> NDArray[np.float64]:
     """What count / median is multiplied by to give values, by the total count of each cell.
 
     That is (10,000 / total)^`depth_power`; 0 for a cell without counts.

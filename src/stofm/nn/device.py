@@ -14,6 +14,7 @@ import torch
 
 from stofm._arrays import MOST_IN_MEMORY
 from stofm._logging import logger
+from stofm.spatial.virtual_cells import MOST_CLUSTERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,7 +244,8 @@ def host_memory(
         max(slice_ - _COMPONENT_ROWS, 0), _COMPONENT_ROWS
     )
     components = rows * encoder.d_cell
-    graph = slice_ * (_GRAPH_BYTES[rules.clustering] + 8 * rules.n_components)
+    clustered = slice_ if rules.clustering == "scanpy" else min(slice_, MOST_CLUSTERED)
+    graph = clustered * _GRAPH_BYTES[rules.clustering] + slice_ * 8 * rules.n_components
     block = min(_ENTRY_BYTES * work.genes_per_cell * min(n, _BLOCK_ROWS), _BLOCK_BYTES)
     kept = _KEPT * encoding
     copied = 0 if slice_ == n else slice_
