@@ -11,6 +11,7 @@ takes them back when it needs them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import subprocess
@@ -141,7 +142,9 @@ def read_large(folder: Path) -> dict[str, Any]:
     """Open a corpus, draw an epoch and read batches of single cells and of sub-slices."""
     import stofm as st
     from stofm.corpus.preparation import open_corpus
-    from stofm.train.samples import Draws, TokenReader
+    from stofm.train import TokenMasking
+    from stofm.train.order import Draws
+    from stofm.train.samples import CellSamples, TokenReader
 
     model = st.Stofm.from_pretrained()
     before = _memory()["RssAnon"]
@@ -159,13 +162,17 @@ def read_large(folder: Path) -> dict[str, Any]:
     blocks = 1000 * n / (time.perf_counter() - start)
     reading = _memory()
     draws = Draws(seed=0, stage=0, batch_size=64)
-    batches = draws.batches(reader.padded(corpus.cell_lengths), 0)
+    batches = CellSamples(reader, draws, TokenMasking(), 0.0).epoch(0)
+    start = time.perf_counter()
+    ordered = sum(len(batch) for batch in itertools.islice(batches, 4_096))
+    seconds = time.perf_counter() - start
     return {
         "million_cells": corpus.n_cells / 1e6,
         "reader_mb": reading["RssAnon"] - before,
         "mapped_mb": reading["RssFile"],
         "order_mb": _memory()["RssAnon"] - reading["RssAnon"],
         "batches": len(batches),
+        "cells_per_second_ordered": ordered / seconds,
         "cells_per_second_single": single,
         "cells_per_second_blocks": blocks,
     }

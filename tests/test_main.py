@@ -391,3 +391,46 @@ def test_demo(tmp_path, word, caplog):
     assert {"stofm_domain", "region"} <= set(result.obs)
     assert "Domains against obs['region']: adjusted Rand index 0." in caplog.text
     assert "learnt on the left" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["layer", "raw"])
+def test_counts_that_are_not_in_x_are_found(files, adata, model, place, caplog):
+    import stofm as st
+
+    changed = adata.copy()
+    if place == "layer":
+        changed.layers["counts"] = changed.X.copy()
+    else:
+        changed.raw = changed.copy()
+    changed.X = changed.X * 0.5
+    changed.write_h5ad(files / "in.h5ad")
+    assert embed(files, "--library-key", "library", "--quiet") == 0
+    st.tl.embed(adata, model, library_key="library", show_progress_bar=False)
+    result = ad.read_h5ad(files / "out.h5ad")
+    np.testing.assert_array_equal(result.obsm["X_stofm"], adata.obsm["X_stofm"])
+    if place == "layer":
+        np.testing.assert_array_equal(result.X.toarray(), changed.X.toarray())
+
+
+def test_the_background_of_open_st_is_no_cell(files, adata):
+    adata.obs["cell_ID_mask"] = np.arange(adata.n_obs)
+    adata.write_h5ad(files / "in.h5ad")
+    assert embed(files, "--library-key", "library", "--quiet") == 0
+    assert ad.read_h5ad(files / "out.h5ad").obs_names.tolist() == adata.obs_names[1:].tolist()
+
+
+def test_several_files_go_to_a_folder(files, adata, capsys):
+    adata.write_zarr(files / "other.zarr")
+    more = [files / "other.zarr", files / "folder", "--model", files / "model"]
+    words = ["embed", files / "in.h5ad", *more, "--library-key", "library", "--quiet"]
+    assert main([str(word) for word in words]) == 0
+    stores = sorted(path.name for path in (files / "folder").glob("*.zarr"))
+    assert stores == ["in.zarr", "other.zarr"]
+    assert main([str(word) for word in [*words, "--overwrite"]]) == 1
+    assert "for a single file; leave it out for several slices" in capsys.readouterr().err
+
+
+def test_check_has_no_options_that_do_nothing(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    assert not {"--overwrite", "--seed"} & {*capsys.readouterr().out.split()}

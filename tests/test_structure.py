@@ -31,7 +31,7 @@ LAYERS = [
     *("align", "perturb", "tl"),
 ]
 #: Modules below all of these.
-BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
+BASE = ("_arrays", "_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
     "anndata": {

@@ -82,13 +82,15 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared, slices, device = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    shared, writing, slices, seed, device = (
+        argparse.ArgumentParser(add_help=False) for _ in range(5)
+    )
     shared.add_argument("--quiet", action="store_true", help="only warnings and errors")
     shared.add_argument("--traceback", action="store_true", help="show where an error came from")
-    shared.add_argument("--overwrite", action="store_true", help="replace what is there")
+    writing.add_argument("--overwrite", action="store_true", help="replace what is there")
     slices.add_argument("--library-key", help="obs column that names the slices")
     slices.add_argument("--table-key", help="table of a SpatialData [the only one]")
-    slices.add_argument("--seed", type=int, default=0)
+    seed.add_argument("--seed", type=int, default=0)
     device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
     parser = argparse.ArgumentParser(
         prog="stofm", description="Foundation-model embeddings of spatial transcriptomics slices."
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stofm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
-    parents = [shared, slices, device]
+    parents = [shared, writing, slices, seed, device]
     embed = commands.add_parser(
         "embed", parents=parents, help="embed the cells of a slice, or of many"
     )
@@ -104,10 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "input",
         type=local,
+        nargs="+",
         help=".h5ad, .zarr, what an instrument wrote, folder of slices, or corpus",
     )
     add(
-        "output", type=local, help=".h5ad or .zarr (of a SpatialData, .h5ad gets the table); folder"
+        "output",
+        type=local,
+        help=".h5ad or .zarr (of a SpatialData, .h5ad gets the table); of many, a folder",
     )
     add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
     add("--revision", help="branch, tag or commit of a model on the hub")
@@ -137,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        parents=[shared, device],
+        parents=[shared, writing, device],
         help="pretrain a model on a folder of slices",
         description="Pretrain a model on a folder of slices, as a recipe says. To use several "
         "devices: torchrun --nproc-per-node 4 -m stofm train ..., or srun in a SLURM job.",
@@ -152,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     text = "turn SToFM's published weights into a checkpoint"
-    convert = commands.add_parser("convert", parents=[shared], help=text)
+    convert = commands.add_parser("convert", parents=[shared, writing], help=text)
     add = convert.add_argument
     add("reference", type=local, help="folder in the published layout")
     add("output", type=local, help="checkpoint folder to write")
@@ -161,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     text = "embed a section, find and learn its regions, and draw figures"
-    demo = commands.add_parser("demo", parents=[shared, slices], help=text)
+    demo = commands.add_parser("demo", parents=[shared, writing, slices, seed], help=text)
     demo.add_argument("--out", type=local, default=Path("demo"), help="folder [%(default)s]")
     instead = demo.add_mutually_exclusive_group()
     instead.add_argument("--data", type=local, help=".h5ad or .zarr [a section of the package]")
@@ -185,18 +190,27 @@ def _embed(options: argparse.Namespace) -> None:
         write_data,
     )
     from stofm._edge.tables import resolve_table
+    from stofm.io.matrices import is_plain, place_of_counts
     from stofm.nn import Stofm
 
     if is_many(options.input, options.output):
         embed_many(options)
         return
-    is_file = is_data(options.input)
-    has_tables = is_file and is_spatialdata(options.input)
-    _refuse_table_key(options.input, options.table_key, has_tables=has_tables)
+    (file,) = options.input
+    is_file = is_data(file)
+    has_tables = is_file and is_spatialdata(file)
+    _refuse_table_key(file, options.table_key, has_tables=has_tables)
     refuse_output(options.output, has_spatialdata=has_tables, overwrite=options.overwrite)
     model = Stofm.from_pretrained(options.model, revision=options.revision)
-    with _about(options.input):
-        data = read_data(options.input) if is_file else io.read(options.input)
+    with _about(file):
+        data = read_data(file, backed=True) if is_file else io.read(file)
+        if is_file and not has_tables and options.layer is None:
+            place = place_of_counts(data)
+            if place in data.layers:
+                options.layer = place
+                logger.info("X holds no raw counts; those in layers[%r] are embedded.", place)
+            elif not is_plain(data):
+                data = io.read(file)
         tl.embed(
             data,
             model,
@@ -220,7 +234,7 @@ def _check(options: argparse.Namespace) -> int:
         data = read_data(file) if is_data(file) else io.read(file)
         names = ("model", "device", *_PASSED_ON)
         given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-        found = pp.check(data, **{name: given[name] for name in given if name != "seed"})
+        found = pp.check(data, **given)
     print(found)
     return 0 if found.ok else _FAILED
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 import stofm as st
 from stofm.corpus import _embed
@@ -71,3 +73,29 @@ def test_failed_slices_are_reported(embed, files):
 def test_shares_are_embedded_apart(embed, files, tmp_path):
     embed(files, shard="2/2")
     assert sorted(p.stem for p in (tmp_path / "out").glob("*.zarr")) == ["b", "d"]
+
+
+def test_each_worker_of_a_machine_has_a_gpu(monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    machines = {f"tcp://{k}": "one" if k < 6 else "two" for k in range(8)}
+    turns = _embed._turns(machines)
+
+    def chosen(k, device="auto", visible=""):
+        monkeypatch.setattr(
+            distributed, "get_worker", lambda: SimpleNamespace(address=f"tcp://{k}")
+        )
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return _embed._own_device(device, turns)
+
+    assert [chosen(k) for k in range(8)] == [f"cuda:{k}" for k in (0, 1, 2, 3, 0, 1, 0, 1)]
+    # As dask-cuda starts them, its own first: each takes another.
+    lists = ["4,5,6,7", "5,6,7,4", "6,7,4,5", "7,4,5,6"]
+    taken = [int(chosen(k, visible=lists[k])[-1]) for k in range(4)]
+    assert [lists[k].split(",")[taken[k]] for k in range(4)] == ["4", "5", "6", "7"]
+    assert chosen(2, "cuda:3") == "cuda:3"
+    assert chosen(2, "cpu") == "cpu"
+    assert _embed._own_device("auto", {}) == "auto"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert chosen(2) == "auto"

@@ -229,3 +229,19 @@ def test_counts_that_are_not_raw_name_the_source_when_a_vocabulary_is_fitted(lef
     left.X = left.X * 0.37
     with pytest.raises(ValueError, match=r"^Slice 'data': adata\.X does not hold raw counts"):
         fit_vocabulary(find_sources(left, FileConfig()), tmp_path)
+
+
+def test_files_that_are_read_with_another_count_as_well(tmp_path):
+    from stofm.corpus.preparation import preparation_key
+
+    names = ("A_matrix.mtx", "A_barcodes.tsv", "A_features.tsv", "B_matrix.mtx", "B_barcodes.tsv")
+    for name in names:
+        (tmp_path / name).write_text("1")
+    keys = {name: preparation_key(tmp_path / name, {}) for name in ("A_matrix.mtx", "B_matrix.mtx")}
+    (tmp_path / "A_barcodes.tsv").write_text("12")
+    assert preparation_key(tmp_path / "A_matrix.mtx", {}) != keys["A_matrix.mtx"]
+    assert preparation_key(tmp_path / "B_matrix.mtx", {}) == keys["B_matrix.mtx"]
+    (tmp_path / "one.h5ad").write_text("1")
+    alone = preparation_key(tmp_path / "one.h5ad", {})
+    (tmp_path / "B_barcodes.tsv").write_text("12")
+    assert preparation_key(tmp_path / "one.h5ad", {}) == alone

@@ -97,3 +97,28 @@ def test_another_vocabulary_ranks_the_counts_again(train, corpus, files, vocabul
     renamed = Stofm(model.config, other, seed=1)
     assert same(train(corpus, "two", renamed), train(files, "one", renamed))
     assert not same(train(corpus, "three"), train(corpus, "four", renamed))
+
+
+def test_training_takes_a_mixture_of_the_slices_of_a_corpus(files, tmp_path, vocabulary, model):
+    rows = "".join(f"files/{name}.h5ad\t{name}\n" for name in "abcde")
+    (tmp_path / "files.tsv").write_text("source\ttechnology\n" + rows)
+    quiet = {"show_progress_bar": False}
+    corpus = tmp_path / "corpus"
+    st.corpus.build(tmp_path / "files.tsv", corpus, vocabulary=vocabulary, min_genes=0, **quiet)
+    options = {"stage": StageConfig(name="cell_encoder"), "device": "cpu", **quiet}
+    mixture = {"technology": {"a": 0, "b": 0, "c": 0.5}}
+    out = tmp_path / "run"
+    run = st.tl.train(corpus, model, out_dir=out, mixture=mixture, **options).run
+    assert run["stages"][0]["cells"] in (15 + 43 + 32, 16 + 43 + 32)
+    assert run["settings"]["run"]["mixture"] == mixture
+    with pytest.raises(ValueError, match="mixture"):
+        st.tl.train(corpus, model, out_dir=out, resume=True, **options)
+    options["stage"] = StageConfig(name="spatial", subslice_cells=10, optimizer=FAST, epochs=2)
+    mixture = {"technology": {"e": 0.25}}
+    run = st.tl.train(corpus, model, out_dir=tmp_path / "two", mixture=mixture, **options).run
+    # Of 5 + 4 + 4 + 5 + 4 sub-slices; of the last four, one in each epoch.
+    assert run["stages"][0]["steps"] == 2 * 5
+    with pytest.raises(ValueError, match=r"names \['z'\], and the slices to train on have"):
+        st.tl.train(
+            corpus, model, out_dir=tmp_path / "no", mixture={"technology": {"z": 1}}, **options
+        )

@@ -146,7 +146,8 @@ def test_estimates_are_near_measured_peaks(narrow, n_cells, genes_per_cell, meas
 
 
 def test_a_million_cells_of_a_small_panel_take_a_few_gigabytes(mini):
-    assert 2e9 < on_cpu(mini, 1_000_000, 65) < 8e9
+    # Embeddings are in files.
+    assert 1e9 < on_cpu(mini, 1_000_000, 65) < 3e9
     assert on_cpu(mini, 300_000, 65) < 3e9
 
 
@@ -155,7 +156,7 @@ def test_each_part_of_the_work_counts(narrow):
     one = host_memory(narrow, RULES, work)
     for change in (
         {"n_cells": 60_000},
-        {"largest_slice": 50_000},
+        {"largest_slice": 49_000},
         {"genes_per_cell": 900},
         {"n_copied": 10**9},
     ):

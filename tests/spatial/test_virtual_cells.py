@@ -221,3 +221,25 @@ def test_merge_does_nothing_below_the_limit():
     weights = sp.csr_array((4, 4))
     out = merge_clusters(weights, labels, np.zeros((4, 2)), resolution=1.0, max_clusters=3)
     np.testing.assert_array_equal(out, labels)
+
+
+def test_of_a_large_slice_a_sample_is_clustered_and_the_others_join_it(rng, monkeypatch):
+    group = np.repeat(np.arange(4), 101)
+    points = rng.normal(size=(404, 3)) + 9.0 * np.eye(4, 3)[group]
+    options = {"resolution": 0.2, "seed": 3}
+    module = sys.modules[cluster_cells.__module__]
+    monkeypatch.setattr(module, "MOST_CLUSTERED", 150)
+    labels = cluster_cells(points, **options)
+    assert adjusted_rand_score(group, labels) == 1.0
+    assert (np.diff(np.bincount(labels)) <= 0).all()
+    np.testing.assert_array_equal(labels, cluster_cells(points, **options))
+    searched = []
+
+    def counted(found, n_neighbors):
+        searched.append(len(found))
+        return nearest_neighbors(found, n_neighbors)
+
+    monkeypatch.setattr(module, "nearest_neighbors", counted)
+    cluster_cells(points, **options)
+    cluster_cells(points, **options, clustering="scanpy")
+    assert searched == [150, 404]

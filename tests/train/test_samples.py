@@ -20,10 +20,9 @@ from stofm.spatial import (
 )
 from stofm.train import samples as samples_module
 from stofm.train.config import SpatialMasking, StageConfig, TokenMasking
+from stofm.train.order import Draws, Purpose
 from stofm.train.samples import (
     CellSamples,
-    Draws,
-    Purpose,
     SubSliceSamples,
     TokenReader,
     cut_slice,
@@ -396,7 +395,7 @@ def test_numbers_and_names_for_messages_for_cells(make_cells, corpus):
     samples = make_cells(corpus)
     inputs = samples.load(np.array([0, 2, 120]), 0)
     assert inputs.n_cells == 3
-    lengths = np.minimum(corpus.cell_lengths[[0, 2, 120]] + 1, 41)
+    lengths = np.minimum(corpus.lengths_of(np.array([0, 2, 120])) + 1, 41)
     assert inputs.n_tokens == lengths.sum()
     assert samples.describe(np.array([0, 2, 120])) == "'slice-0', 'slice-1'"
 
@@ -407,7 +406,7 @@ def test_cells_of_like_length_are_grouped(model, corpus):
     groups = reader.groups(cells)
     assert sorted(np.concatenate(groups)) == list(range(100))
     for group in groups:
-        lengths = corpus.cell_lengths[cells[group]] + 1
+        lengths = corpus.lengths_of(cells[group]) + 1
         assert lengths.max() <= 1.2 * lengths.min()
     assert reader.groups(cells[:0]) == []
 
@@ -446,7 +445,7 @@ def test_generator_depends_on_each_number():
 
 
 def epoch_of_cells(corpus, seed=3):
-    return draws(seed=seed).batches(padded(corpus.cell_lengths, 41), 0)
+    return draws(seed=seed).batches(padded(corpus.lengths_of(np.arange(corpus.n_cells)), 41), 0)
 
 
 def test_epoch_takes_each_cell_once(corpus):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 import torch
 
+from stofm._arrays import spacious
 from stofm._edge.counts import peek_counts
 from stofm._edge.gene_mapping import find_columns
 from stofm._edge.places import Layouts, lay_out, write_layouts
@@ -239,7 +240,7 @@ def _embed_slices(
         if len(layouts.layouts) == 1:
             # All rows, in order: nothing is copied.
             return embed_one(layouts.layouts[0], features, on_done=advance)
-        values = np.empty((len(features), transformer.config.d_embedding), dtype=np.float32)
+        values = spacious((len(features), transformer.config.d_embedding))
         for rows, layout in zip(layouts.places.slices.rows, layouts.layouts, strict=True):
             values[rows] = embed_one(layout, features[rows], on_done=advance)
     return values

@@ -313,7 +313,8 @@ def report_columns(adata: AnnData, columns: Columns, counts: NDArray[np.float64]
         logger.info("%s; names in %s", mapping.summary(), sources)
         _log_others(adata)
     if counts is not None:
-        drop = f": adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
+        found = "" if Var.GENE in adata.var else "st.pp.map_genes(adata); "
+        drop = f": {found}adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
         warn_of_counts(columns.token_ids, counts, adata.var_names, drop)
 
 

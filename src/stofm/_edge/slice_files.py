@@ -28,15 +28,15 @@ _ELEMENTS: Final = _METADATA | {"images", "labels", "points", "shapes", "table",
 _EXPECTED: Final = "AnnData in an .h5ad file or a Zarr store"
 
 
-def read_data(path: str | Path) -> Any:
-    """Read an AnnData, or a SpatialData from its store."""
+def read_data(path: str | Path, *, backed: bool = False) -> Any:
+    """Read an AnnData, or a SpatialData from its store; `backed` leaves ``X`` of an .h5ad on disk."""
     import anndata
 
     path = _found(path)
     with reading(path, _EXPECTED):
         has_elements = _has_elements(path)
         if not path.is_dir():
-            return anndata.read_h5ad(path)
+            return anndata.read_h5ad(path, backed="r" if backed else None)
         with _root(path) as root:
             _require_whole(root, path)
         if not has_elements:

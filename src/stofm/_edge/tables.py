@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from scipy import sparse
 
+from stofm._arrays import count_not_finite
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger
 from stofm._version import __version__
@@ -163,7 +164,7 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
             "numbers, (n_obs, d), of at least one cell."
         )
     values = values.astype(np.float32, copy=False)
-    if n_bad := int((~np.isfinite(values)).any(axis=1).sum()):
+    if n_bad := count_not_finite(values):
         raise ValueError(
             f"{n_bad} of {adata.n_obs} cells have NaN or infinite values in obsm[{rep!r}]; make it "
             "again or drop these cells."
@@ -342,7 +343,7 @@ def refuse_foreign(
 def refuse_not_finite(task: str, *predicted: NDArray[Any] | None) -> None:
     """Refuse to write predictions that are NaN or infinite."""
     for values in predicted:
-        if values is not None and (n_bad := int((~np.isfinite(values)).any(axis=1).sum())):
+        if values is not None and (n_bad := count_not_finite(values)):
             raise FloatingPointError(
                 f"The {task} of {n_bad} of {len(values)} cells is not finite, and nothing is "
                 "written: the head's weights are damaged. Fit it again, or load it from where it "

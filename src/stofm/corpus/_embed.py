@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from stofm.corpus.sources import FileConfig, find_files, find_sources, numbered
 from stofm.corpus.storage import alone, digest_json, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from os import PathLike
 
     from stofm.corpus.sources import SliceSource
@@ -57,7 +60,7 @@ def embed(
         A :class:`stofm.Stofm`, a checkpoint folder, a hub id or ``"stofm-mini"``.
     client
         A ``distributed.Client`` to compute on, whose workers see the same paths; by default slices are
-        embedded in this process. For a GPU per worker, start the workers with ``dask-cuda``.
+        embedded in this process. Workers on a machine with several GPUs take one each, in turn.
     options
         How files are read, if no table says otherwise.
     device, dtype, seed
@@ -93,7 +96,8 @@ def embed(
         if not (_read_note(store).get("key") == key and store.is_dir()):
             jobs.append((source, store, key))
     folder.mkdir(parents=True, exist_ok=True)
-    make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed)
+    turns = {} if client is None else _turns(client.run(socket.gethostname))
+    make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed, turns=turns)
     with alone(folder / f".embed-{part}.lock"):
         results = progress(
             run_each(make, jobs, client),
@@ -107,6 +111,31 @@ def embed(
     if failed:
         warn(f"{len(failed)} slices failed; call embed again to try again. {' '.join(failed[:5])}")
     return failed
+
+
+def _turns(machines: Mapping[str, str]) -> dict[str, int]:
+    """Number of each worker among those of its machine, by address."""
+    found: dict[str, int] = {}
+    for machine in set(machines.values()):
+        own = sorted(address for address, one in machines.items() if one == machine)
+        found |= {address: number for number, address in enumerate(own)}
+    return found
+
+
+def _own_device(device: str, turns: Mapping[str, int]) -> str:
+    """The GPU of this worker, where a machine has several and none is asked for by number."""
+    import torch
+
+    n_devices = torch.cuda.device_count()
+    if not turns or device not in ("auto", "cuda") or n_devices < 2:
+        return device
+    from distributed import get_worker
+
+    # dask-cuda gives each worker the same GPUs, its own first; SLURM all of them in order.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = given if len(given) == n_devices else [str(k) for k in range(n_devices)]
+    own = sorted(names)[turns.get(get_worker().address, 0) % n_devices]
+    return f"cuda:{names.index(own)}"
 
 
 def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
@@ -138,7 +167,13 @@ def _load(model: Any) -> Stofm:
 
 
 def _embed(
-    job: tuple[SliceSource, Path, str], *, model: Any, device: str, dtype: str, seed: int
+    job: tuple[SliceSource, Path, str],
+    *,
+    model: Any,
+    device: str,
+    dtype: str,
+    seed: int,
+    turns: Mapping[str, int],
 ) -> None:
     from anndata import AnnData
 
@@ -156,7 +191,7 @@ def _embed(
             species=options.species,
             gene_key=options.gene_key,
             orthologs=options.orthologs,
-            device=device,
+            device=_own_device(device, turns),
             dtype=dtype,
             seed=seed,
             show_progress_bar=False,

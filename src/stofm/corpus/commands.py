@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
 from stofm._files import local
 from stofm._keys import Obsm
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -18,12 +19,7 @@ def add_corpus(commands: Any, shared: argparse.ArgumentParser) -> list[argparse.
     corpus = commands.add_parser("corpus", help=text).add_subparsers(
         title="commands", required=True
     )
-    flags = argparse.ArgumentParser(add_help=False)
-    for action in shared._actions:
-        if action.dest != "overwrite":
-            flags._add_action(action)
-
-    build = corpus.add_parser("build", parents=[flags], help="files of slices to shards")
+    build = corpus.add_parser("build", parents=[shared], help="files of slices to shards")
     add = build.add_argument
     add("out", type=local, help="folder of the corpus")
     add("files", nargs="+", help=".h5ad, .zarr, folders, or a .tsv, .csv or .parquet with `source`")
@@ -34,9 +30,9 @@ def add_corpus(commands: Any, shared: argparse.ArgumentParser) -> list[argparse.
     add("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster to read files on")
     build.set_defaults(run=_build)
 
-    info = corpus.add_parser("info", parents=[flags], help="count slices and cells")
-    check = corpus.add_parser("check", parents=[flags], help="compare with what was written")
-    export = corpus.add_parser("export", parents=[flags], help="a Zarr store for each slice")
+    info = corpus.add_parser("info", parents=[shared], help="count slices and cells")
+    check = corpus.add_parser("check", parents=[shared], help="compare with what was written")
+    export = corpus.add_parser("export", parents=[shared], help="a Zarr store for each slice")
     for command, run in ((info, _info), (check, _check), (export, _export)):
         command.add_argument("corpus", type=local, help="folder of the corpus")
         command.set_defaults(run=run)
@@ -86,11 +82,14 @@ def _export(options: argparse.Namespace) -> None:
     export(options.corpus, options.out, show_progress_bar=not options.quiet)
 
 
-def is_many(path: Path, out: Path) -> bool:
-    """Whether a path is a corpus, or a folder of files of slices that go to a folder."""
+def is_many(inputs: Sequence[Path], out: Path) -> bool:
+    """Whether inputs are several, a corpus, or a folder of files of slices that go to a folder."""
     from stofm.corpus.manifest import is_corpus
     from stofm.corpus.sources import ENDINGS, slice_files
 
+    path, *others = inputs
+    if others:
+        return True
     is_folder = path.is_dir() and not {path.suffix, out.suffix} & {*ENDINGS}
     return is_corpus(path) or (is_folder and bool(slice_files(path)))
 
@@ -103,10 +102,11 @@ def embed_many(options: argparse.Namespace) -> None:
     idle = {"revision": None, "batch_size": None, "key_added": Obsm.X, "overwrite": False}
     if given := [name for name, value in idle.items() if getattr(options, name) != value]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{flags}: for a single file; leave it out for a folder of slices.")
+        raise ValueError(f"{flags}: for a single file; leave it out for several slices.")
     names = ("layer", "spatial_key", "library_key", "species", "gene_key", "orthologs", "table_key")
+    first, *others = options.input
     failed = embed(
-        options.input,
+        options.input if others else first,
         options.output,
         options.model,
         options=FileConfig(**{name: getattr(options, name) for name in names}),

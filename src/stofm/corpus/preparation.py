@@ -15,6 +15,7 @@ from stofm._logging import progress
 from stofm._messages import warn
 from stofm.corpus.reader import Corpus, CorpusSlice, Reading
 from stofm.corpus.shards import FORMAT, Shard
+from stofm.corpus.sources import ENDINGS
 from stofm.corpus.storage import digest_json, is_there, write_folder
 from stofm.corpus.writing import write_source
 from stofm.genes import (
@@ -23,6 +24,7 @@ from stofm.genes import (
     read_orthologs,
 )
 from stofm.genes.fitting import CountSlice
+from stofm.io.files import files_beside
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +46,8 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
     ----------
     source
         A file, or the folder of a store or an instrument; None for data that has no file. A file
-        counts as changed if its size or its time of change differs.
+        counts as changed if its size or its time of change differs, or that of one which is read
+        with it.
     settings
         All else that the result depends on (vocabulary, layer, ...), as JSON can hold it.
 
@@ -62,8 +65,12 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
         path = local(source)
         if not path.exists():
             raise FileNotFoundError(f"There is no file or folder {str(path)!r}; check the path.")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stats = [(p.relative_to(path).as_posix(), p.stat()) for p in files]
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+        else:
+            files = [path] if path.suffix in ENDINGS else files_beside(path)
+        root = path if path.is_dir() else path.parent
+        stats = [(p.relative_to(root).as_posix(), p.stat()) for p in files]
         state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         state.append(str(path.resolve()))
     return digest_json(FORMAT, _PREPARATION, state, dict(settings))

@@ -12,6 +12,7 @@ from scipy import sparse
 from stofm._keys import Obsm
 from stofm.corpus.shards import CELLS_AT_ONCE
 from stofm.genes import RankedTokens
+from stofm.genes.ranking import scale_of_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from stofm.corpus.shards import Shard
     from stofm.genes import GeneVocabulary
 
-#: Values are those of a cell scaled to so many counts.
-_TARGET_SUM: Final = 10_000
 #: Name of the column with the counts of all other genes, which belong to a cell's total.
 OTHERS: Final = "(other genes)"
 
@@ -86,12 +85,11 @@ class CorpusSlice:
         """(n_cells, 2) in model units (the slice's diagonal is 100), mapped into memory."""
         return self.part("coordinates")
 
-    @property
-    def n_tokens(self) -> NDArray[np.int32]:
-        """(n_cells,) number of gene tokens of each cell."""
-        first, last = self.shard.first_cell[self.number : self.number + 2]
-        lengths = np.diff(self.shard["offsets"][first : last + 1])
-        return np.minimum(lengths, self.reading.max_tokens).astype(np.int32)
+    def lengths_of(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Number of gene tokens of some cells, (m,)."""
+        cells, offsets = rows + self.shard.first_cell[self.number], self.shard["offsets"]
+        lengths = offsets[cells + 1] - offsets[cells]
+        return np.asarray(np.minimum(lengths, self.reading.max_tokens), dtype=np.int64)
 
     @property
     def ranked(self) -> RankedTokens:
@@ -117,8 +115,8 @@ class CorpusSlice:
         # To the digits that decide the order: see stofm.genes.rank_genes.
         ratios = self.shard["counts"][entries] / self.reading.medians[tokens]
         ratios.view(np.uint64)[:] &= ~np.uint64((1 << self.about["token_bits"]) - 1)
-        scale = _TARGET_SUM / np.maximum(self.shard["totals"][cells], 1)
-        ratios *= np.repeat(scale**self.reading.depth_power, lengths)
+        scale = scale_of_cells(self.shard["totals"][cells], self.reading.depth_power)
+        ratios *= np.repeat(scale, lengths)
         return RankedTokens(tokens, offsets, ratios.astype(np.float32))
 
     def to_anndata(self) -> AnnData:
@@ -188,10 +186,14 @@ class Corpus:
         """Whether tokens come with values."""
         return self.slices[0].reading.depth_power is not None
 
-    @cached_property
-    def cell_lengths(self) -> NDArray[np.int32]:
-        """(n_cells,) number of gene tokens of each cell."""
-        return np.concatenate([s.n_tokens for s in self.slices])
+    def lengths_of(self, cells: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Number of gene tokens of some cells, (m,)."""
+        number, rows = self.locate(cells)
+        found = np.empty(len(rows), dtype=np.int64)
+        for k in np.unique(number):
+            own = number == k
+            found[own] = self.slices[k].lengths_of(rows[own])
+        return found
 
     def locate(self, cells: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each cell's slice, and its row there."""

@@ -19,7 +19,7 @@ from stofm.corpus.manifest import is_corpus, read_slices
 from stofm.corpus.reader import CorpusSlice
 from stofm.genes.mapping import Species
 from stofm.io import read
-from stofm.io.matrices import place_of_counts
+from stofm.io.matrices import is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,11 +115,8 @@ class SliceSource:
         else:
             adata = open_table(self.file, self.options.table_key)
             try:
-                is_elsewhere = self.options.layer is None and place_of_counts(adata) not in (
-                    "X",
-                    "",
-                )
-                yield read(self.file) if is_elsewhere else adata
+                is_fit = self.options.layer is not None or is_plain(adata)
+                yield adata if is_fit else read(self.file)
             finally:
                 if adata.isbacked:
                     adata.file.close()

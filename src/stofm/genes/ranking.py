@@ -279,7 +279,11 @@ def rank_genes(
 
     def rank(block: sparse.csr_matrix) -> RankedTokens:
         block = _defined(block)
-        scale = _scale_of_cells(block) ** depth_power if values else None
+        scale = None
+        if values:
+            # Integers add up exactly in float64, whatever the order of columns.
+            rows, n = _rows_of_entries(block), block.shape[0]
+            scale = scale_of_cells(np.bincount(rows, block.data, n), depth_power)
         if sums is not None:
             block = sparse.csr_matrix(block @ sums)
         return _rank_block(block, tokens, divisors, max_tokens, scale)
@@ -320,14 +324,13 @@ def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix((defined, block.indices, block.indptr), block.shape)
 
 
-def _scale_of_cells(block: sparse.csr_matrix) -> NDArray[np.float64]:
-    """Return 10,000 / total count of each cell of a block; 0 for a cell without counts."""
-    # Integers add up exactly in float64, whatever the order of columns.
-    sums = np.bincount(_rows_of_entries(block), weights=block.data, minlength=block.shape[0])
-    scale: NDArray[np.float64] = np.divide(
-        _TARGET_SUM, sums, out=np.zeros(len(sums)), where=sums > 0
-    )
-    return scale
+def scale_of_cells(totals: NDArray[np.number], depth_power: float) -> NDArray[np.float64]:
+    """What count / median is multiplied by to give values, by the total count of each cell.
+
+    That is (10,000 / total)^`depth_power`; 0 for a cell without counts.
+    """
+    scale = np.divide(_TARGET_SUM, totals, out=np.zeros(len(totals)), where=totals > 0)
+    return np.asarray(scale**depth_power)
 
 
 def _rows_of_entries(block: sparse.csr_matrix) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from stofm import metrics
+from stofm._arrays import let_go
 from stofm._edge.tables import all_or_nothing
 from stofm._keys import Label, Obs, Obsm
 from stofm._logging import logger
@@ -144,6 +145,7 @@ class Surroundings:
             squares = (scores**2).sum(axis=1)[:, None] + (self.means**2).sum(axis=1)
             squares -= 2 * scores @ self.means.T
             found[part] = np.sqrt(np.maximum(squares.min(axis=1), 0.0))
+            let_go(features)
         return found
 
 

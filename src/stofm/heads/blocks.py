@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 
+from stofm._arrays import SideBySide, let_go, spans
 from stofm._edge.counts import read_counts
 from stofm._edge.places import read_coordinates
 from stofm._edge.tables import all_or_nothing, read_representation
@@ -81,12 +82,18 @@ class Blocks:
         parts = self._parts(source)
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
+    def rows_of(self, source: Source) -> SideBySide:
+        """As :meth:`of`, some rows at a time."""
+        return SideBySide(tuple(self._parts(source)))
+
     def knows(self, source: Source) -> NDArray[np.bool_]:
         """(n,) whether a cell has all that a member reads."""
         parts = self._parts(source)
         known = np.full(len(self.features), bool(parts))
         for part in parts:
-            known &= np.isfinite(part[:, 0])
+            for span in spans(*part.shape):
+                known[span] &= np.isfinite(part[span, 0])
+                let_go(part)
         return known
 
     def take(self, rows: NDArray[np.int64]) -> Blocks:
@@ -159,7 +166,9 @@ def read_embeddings(
     found |= {rep: read_rep(embedded, rep) for rep in reps if rep in MADE_BY_EMBED}
     values = [found[rep][0] for rep in reps]
     widths = tuple(one.shape[1] for one in values)
-    return Blocks(np.hstack(values), reps, widths, {rep: found[rep][1] for rep in reps})
+    return Blocks(
+        SideBySide(tuple(values)).together(), reps, widths, {rep: found[rep][1] for rep in reps}
+    )
 
 
 def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[str, str]]:
@@ -178,7 +187,7 @@ def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[s
                 f"{describe_origin(other)} in number {k}. Embed all with one model: st.tl.embed(adata, "
                 "model)."
             )
-    return np.concatenate(parts), first
+    return parts[0] if len(parts) == 1 else np.concatenate(parts), first
 
 
 def choose_neighborhood(
@@ -236,7 +245,7 @@ def with_neighborhood(
         and (is_needed[rows].all() or len(rows) > n_neighbors // 2)
     ]
     values, components = blocks.averaged[0], blocks.first_components
-    both = values if components is None else np.concatenate([values, components], axis=1)
+    both = SideBySide((values,) if components is None else (values, components)).together()
     means = neighbor_means(both, coordinates, usable, n_neighbors)
     width = values.shape[1]
     return replace(

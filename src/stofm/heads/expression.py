@@ -154,8 +154,11 @@ class ExpressionComponents:
                 "fitted to the shared genes is more accurate."
             )
             return None
-        blocks = gene_blocks(adata, found, layer)
-        return np.concatenate([self.of_counts(block, is_there) for block in blocks])
+        scores, start = np.empty((adata.n_obs, self.axes.shape[1]), dtype=np.float32), 0
+        for block in gene_blocks(adata, found, layer):
+            scores[start : start + block.shape[0]] = self.of_counts(block, is_there)
+            start += block.shape[0]
+        return scores
 
     def of_counts(
         self, counts: sparse.csr_matrix, is_there: NDArray[np.bool_] | None = None

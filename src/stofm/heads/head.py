@@ -204,15 +204,11 @@ class Head:
                 f"{n_bad} of {len(total)} cells have nothing of what the head reads "
                 f"({', '.join(sorted(known))}); see the warnings before, or fit a head to what there is."
             )
-        last, values = None, blocks.features
         for network, reads, share in zip(self.networks, self.reads, shares, strict=True):
-            if not share.any():
-                continue
-            # Members that read the same follow one another, and what they read may be large.
-            if reads != last:
-                last, found = reads, blocks.of(reads)
-                values = found if share.all() else np.nan_to_num(found)
-            yield apply_head(network, values, kind, columns=columns), share / total
+            if share.any():
+                vote = apply_head(network, blocks.rows_of(reads), kind, columns=columns)
+                vote[share == 0] = 0
+                yield vote, share / total
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the head to a folder; a crash leaves nothing half-written.

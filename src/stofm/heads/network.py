@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from stofm._arrays import SideBySide
     from stofm.heads.targets import TargetKind, Targets
 
 #: Rows that are computed at a time where no gradient is needed: so many, and fewer where they have
@@ -274,7 +275,7 @@ class _Fitting:
 @torch.no_grad()
 def apply_head(
     head: PredictionHead,
-    features: NDArray[np.float32],
+    features: NDArray[np.float32] | SideBySide,
     kind: TargetKind,
     *,
     columns: NDArray[np.int64] | None = None,

@@ -88,6 +88,14 @@ def find_files(root: Path) -> list[File]:
     return found
 
 
+def files_beside(path: Path) -> list[Path]:
+    """A file and those of its sample in its folder, which are read with it."""
+    found = (one for one in path.parent.rglob("*") if one.is_file())
+    named = [File(one, one.relative_to(path.parent).as_posix(), "") for one in found]
+    sample = File(path, path.name, "").sample
+    return sorted(one.path for one in named if one.sample == sample)
+
+
 def distance(file: File, other: File) -> tuple[bool, int]:
     """How far files lie from each other: of another sample or not, words that their paths share."""
     # In a flat copy of a run, folders are the first words of names.

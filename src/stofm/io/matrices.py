@@ -26,6 +26,8 @@ _BARCODES: Final = re.compile(r"barcodes(\.[a-z]+)*$", re.IGNORECASE)
 _ENSEMBL: Final = re.compile(r"ENS[A-Z]*G\d{11}(\.\d+)?")
 _COLUMNS: Final = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome"}
 _SAMPLE: Final = 512
+#: Column of Open-ST with the number of a cell; 0 is the background.
+MASK: Final = "cell_ID_mask"
 
 
 def make(matrix: Any, ids: Any, genes: Any, obs: Any = None, **columns: Any) -> AnnData:
@@ -139,11 +141,22 @@ def read_h5ad(path: Path) -> tuple[AnnData, str]:
         opened.file.close()
 
 
+def is_plain(opened: AnnData) -> bool:
+    """Whether an AnnData can be taken as it is; else :func:`stofm.read` puts something right in it.
+
+    That are counts in ``raw`` or a layer, and the background that Open-ST has as cell 0.
+    """
+    has_background = MASK in opened.obs and bool((opened.obs[MASK] == 0).any())
+    return not has_background and place_of_counts(opened) in ("X", "")
+
+
 def place_of_counts(opened: AnnData) -> str:
     """``"X"``, ``"raw.X"``, a layer, or nothing."""
     from anndata import AnnData
 
-    rows = np.unique(np.linspace(0, max(opened.n_obs - 1, 0), _SAMPLE).astype(np.int64))
+    if 0 in opened.shape:
+        return ""
+    rows = np.unique(np.linspace(0, opened.n_obs - 1, _SAMPLE).astype(np.int64))
     if _are_counts(opened, None, rows):
         return "X"
     if opened.raw is not None:

@@ -13,7 +13,7 @@ from stofm._keys import Obsm
 from stofm._messages import naming
 from stofm.io.formats import GENERIC, MICROMETRE, STEREO, UNKNOWN
 from stofm.io.joining import Read
-from stofm.io.matrices import read_h5ad
+from stofm.io.matrices import MASK, read_h5ad
 from stofm.io.stereo import read_gef, read_gem
 from stofm.io.units import Scale, scale_of_anndata
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 #: Kinds of files that hold all there is.
 WHOLE: Final = ("h5ad", "zarr", "gem", "geneExp", "cellBin")
-_MASK: Final = "cell_ID_mask"
 
 
 def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, images: bool) -> Read:
@@ -66,9 +65,9 @@ def _read_anndata(file: File, table_key: str | None, *, images: bool) -> Read:
     assay = adata.obs["assay"].unique().tolist() if "assay" in adata.obs else []
     technology = str(assay[0]) if len(assay) == 1 else UNKNOWN
     dropped = {}
-    if _MASK in adata.obs:
+    if MASK in adata.obs:
         technology = "Open-ST"
-        is_cell = adata.obs[_MASK].to_numpy() != 0
+        is_cell = adata.obs[MASK].to_numpy() != 0
         dropped = {"background": int((~is_cell).sum())} if not is_cell.all() else {}
         adata = adata[is_cell].copy()
     elif {"bin_type", "resolution"} <= set(adata.uns):

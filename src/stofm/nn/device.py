@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Final
 import psutil
 import torch
 
+from stofm._arrays import MOST_IN_MEMORY
 from stofm._logging import logger
+from stofm.spatial.virtual_cells import MOST_CLUSTERED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,6 +226,8 @@ def host_memory(
 ) -> int:
     """Estimate the bytes that embedding takes in main memory beyond its input, at its peak.
 
+    Embeddings that are kept in temporary files (:mod:`stofm._arrays`) are not counted.
+
     `encoding` and `transforming` are the bytes that a batch takes in the two parts of the model,
     where they compute in main memory.
     """
@@ -232,19 +236,25 @@ def host_memory(
     token = 8 if encoder.reads_values else 4
     tokens = token * work.genes_per_cell + 8
     cell, spatial = 4 * encoder.d_cell, 4 * config.se2_transformer.d_embedding
+    cells, embeddings = (0 if n * one > MOST_IN_MEMORY else n * one for one in (cell, spatial))
     # While all results are put together and the largest slice is worked on.
-    laid_out = n * (tokens + cell + _LAYOUT_BYTES)
-    components = slice_ * cell + min(slice_, _COMPONENT_ROWS) * 8 * encoder.d_cell
-    graph = slice_ * (_GRAPH_BYTES[rules.clustering] + 8 * rules.n_components)
+    laid_out = n * (tokens + _LAYOUT_BYTES) + cells
+    # Rows of a chunk, the same in double precision, and such of the chunk before.
+    rows = 12 * min(slice_, _COMPONENT_ROWS) + 8 * min(
+        max(slice_ - _COMPONENT_ROWS, 0), _COMPONENT_ROWS
+    )
+    components = rows * encoder.d_cell
+    clustered = slice_ if rules.clustering == "scanpy" else min(slice_, MOST_CLUSTERED)
+    graph = clustered * _GRAPH_BYTES[rules.clustering] + slice_ * 8 * rules.n_components
     block = min(_ENTRY_BYTES * work.genes_per_cell * min(n, _BLOCK_ROWS), _BLOCK_BYTES)
     kept = _KEPT * encoding
     copied = 0 if slice_ == n else slice_
     peaks = (
-        n * (tokens + 24 + cell) + encoding,
-        laid_out + slice_ * cell + max(components, graph) + kept,
-        laid_out + n * spatial + copied * (cell + spatial) + max(kept, transforming),
+        n * (tokens + 24) + cells + encoding,
+        laid_out + copied * cell + max(components, graph) + kept,
+        laid_out + embeddings + copied * (cell + spatial) + max(kept, transforming),
         # Columns of the sparse matrices, and what they are made from.
-        laid_out + n * (spatial + (token + 4) * work.genes_per_cell) + kept + work.n_copied,
+        laid_out + embeddings + n * (token + 4) * work.genes_per_cell + kept + work.n_copied,
     )
     return round(block + max(peaks))
 

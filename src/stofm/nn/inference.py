@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from stofm._arrays import count_not_finite, let_go, spacious
 from stofm._logging import logger, progress
 from stofm.nn.batch import GeneBag, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
@@ -101,7 +102,7 @@ def encode_cells(
     n_cells = len(ranked.n_tokens)
     lengths = padded_length(ranked.n_tokens + 1, encoder.config.max_positions)
     budget = token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cpu"])
-    result = np.empty((n_cells, encoder.config.d_cell), dtype=np.float32)
+    result = spacious((n_cells, encoder.config.d_cell))
     encoder.to(device)
 
     def run(cells: NDArray[np.int64]) -> None:
@@ -182,7 +183,7 @@ def embed_slice(
     parts = rows_by_subslice(layout)
     # Sub-slices of like size together: less padding.
     order = np.argsort([len(rows) for rows in parts], kind="stable")
-    result = np.full((len(features), transformer.config.d_embedding), np.nan, dtype=np.float32)
+    result = spacious((len(features), transformer.config.d_embedding))
     transformer = placed(transformer, device, dtype)
 
     def run(numbers: NDArray[np.int64]) -> None:
@@ -192,6 +193,8 @@ def embed_slice(
         hidden = transformer.embed(batch.to(device)).float().cpu().numpy()
         is_cell = batch.cell_index.numpy() >= 0
         result[batch.cell_index.numpy()[is_cell]] = hidden[is_cell]
+        let_go(features)
+        let_go(result)
         if on_done is not None:
             on_done(len(numbers))
 
@@ -206,7 +209,7 @@ def refuse_not_finite(
     result: NDArray[np.float32], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse NaN, which some devices compute where the CPU does not."""
-    if n_bad := int((~np.isfinite(result)).any(axis=1).sum()):
+    if n_bad := count_not_finite(result):
         raise FloatingPointError(
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
             f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "

@@ -5,14 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from stofm._arrays import SideBySide, let_go, spacious, spans
 from stofm.spatial.plane import canonical_order, nearest_neighbors
-from stofm.spatial.virtual_cells import leiden, number_by_size, principal_components, umap_weights
+from stofm.spatial.virtual_cells import (
+    leading_axes,
+    leiden,
+    mean_of_rows,
+    number_by_size,
+    umap_weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,33 +105,55 @@ def domain_space(
     same total variance. ``centering="slice"`` takes each slice's mean off first, and with it what
     sets slices apart.
     """
-    edges = np.cumsum([features.shape[1], *(one.shape[1] for one in beside)])
+    values = SideBySide((features, *beside))
+    ordered = _ordered(values, slices)
+    order, (n, width) = np.concatenate(ordered), values.shape
+    is_new = np.ones(n, dtype=bool)
+    # Moments of all cells, and of the points.
+    sums, squares, of_points = (np.zeros(width) for _ in range(3))
+    products = np.zeros((width, width))
+    centers, starts = [], np.cumsum([0, *map(len, ordered)])
+    for rows, found in zip(ordered, np.split(is_new, starts[1:-1]), strict=True):
+        parts = spans(len(rows), width)
+        own_rows = [rows[part] for part in parts]
+        is_centered = centering == "slice"
+        centers.append(mean_of_rows(values, own_rows) if is_centered else np.zeros(width))
+        for part in parts:
+            own = values[rows[part]]
+            last = values[rows[[max(part.start - 1, 0)]]]
+            found[part] = (own != np.vstack([last, own[:-1]])).any(axis=1)
+            found[0] = True
+            centered = own - centers[-1]
+            sums += centered.sum(axis=0)
+            squares += (centered**2).sum(axis=0)
+            centered = centered[found[part]]
+            of_points += centered.sum(axis=0)
+            products += centered.T @ centered
+    n_points = int(is_new.sum())
+    variances, mean = squares / n - (sums / n) ** 2, of_points / n_points
+    scale = np.ones(width)
     if beside:
-        features = np.concatenate([features, *beside], axis=1)
-    parts = []
-    for rows in slices:
-        own = features[rows]
-        parts.append(rows[canonical_order(own[:, [0, -1]], own)])
-    order = np.concatenate(parts)
-    values = features[order]
-    del features, own
-    is_new = np.ones(len(order), dtype=bool)
-    is_new[1:] = (values[1:] != values[:-1]).any(axis=1)
-    starts = np.cumsum([0, *map(len, parts)])
-    is_new[starts[:-1]] = True
-    if centering == "slice":
-        for start, end in pairwise(starts):
-            values[start:end] -= values[start:end].mean(axis=0, dtype=np.float64)
-    if beside:
-        for block in np.split(values, edges[:-1], axis=1):
-            total = float(np.sqrt(block.var(axis=0, dtype=np.float64).sum()))
-            block /= total or 1.0
-    n_components = _N_COMPONENTS_BESIDE if beside else _N_COMPONENTS
-    # Where all are new, without a copy.
-    points = values if is_new.all() else values[is_new]
-    scores = principal_components(points, min(n_components, edges[-1]))
-    scale = np.sqrt(scores.var(axis=0).sum())
-    return DomainSpace(order, np.cumsum(is_new) - 1, scores / scale if scale > 0 else scores)
+        edges = np.cumsum([one.shape[1] for one in values.parts])[:-1]
+        for share, block in zip(np.split(scale, edges), np.split(variances, edges), strict=True):
+            share /= np.sqrt(max(block.sum(), 0.0)) or 1.0
+    n_components = min(_N_COMPONENTS_BESIDE if beside else _N_COMPONENTS, width)
+    products = (products - n_points * np.outer(mean, mean)) * np.outer(scale, scale)
+    axes = scale[:, None] * leading_axes(products, n_components)
+    scores = np.concatenate(
+        [
+            (values[rows[part]] - (center + mean)) @ axes
+            for rows, center in zip(ordered, centers, strict=True)
+            for part in spans(len(rows), width)
+        ]
+    )[is_new]
+    spread = np.sqrt(scores.var(axis=0).sum())
+    return DomainSpace(order, np.cumsum(is_new) - 1, scores / spread if spread > 0 else scores)
+
+
+def _ordered(values: SideBySide, slices: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Rows of each slice in canonical order, by the first and the last column before the others."""
+    ends = np.concatenate([values[part][:, [0, -1]] for part in spans(*values.shape)])
+    return [rows[canonical_order(ends[rows], values, rows)] for rows in slices]
 
 
 def directions(
@@ -138,12 +166,16 @@ def directions(
 
     The means don't depend on the order of the cells.
     """
-    found = np.array(features, dtype=np.float32)
-    ordered = [rows[canonical_order(found[rows][:, [0, -1]], found[rows])] for rows in slices]
+    values = SideBySide((features.astype(np.float32, copy=False),))
+    found, ordered = spacious(values.shape), _ordered(values, slices)
     for rows in ordered if centering == "slice" else [np.concatenate(ordered)]:
-        found[rows] -= found[rows].mean(axis=0, dtype=np.float64)
-    lengths = np.linalg.norm(found, axis=1, keepdims=True)
-    found /= np.where(lengths > 0, lengths, 1.0)
+        parts = [rows[part] for part in spans(len(rows), features.shape[1])]
+        mean = mean_of_rows(values, parts)
+        for part in parts:
+            own = (values[part] - mean).astype(np.float32)
+            lengths = np.linalg.norm(own, axis=1, keepdims=True)
+            found[part] = own / np.where(lengths > 0, lengths, np.float32(1.0))
+            let_go(found)
     return found
 
 
@@ -265,7 +297,7 @@ def smooth_domains(
     smoothed = labels.copy()
     for rows in slices:
         # Of neighbours at the same distance the search takes the first.
-        ordered = rows[canonical_order(coordinates[rows], features[rows])]
+        ordered = rows[canonical_order(coordinates[rows], features, rows)]
         nearest, _ = nearest_neighbors(coordinates[ordered], n_neighbors + 1)
         own = labels[ordered]
         for part in _chunks(len(ordered)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
+
+from stofm._arrays import SideBySide, let_go, spacious
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +22,7 @@ MODEL_DIAGONAL = 100.0
 _N_AROUND = 6
 #: A slice this much narrower than long is a line, whose tiles would be without number.
 _LINE = 1e-9
-_ROWS_AT_ONCE = 65_536
+_ROWS_AT_ONCE = 8_192
 
 
 def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -62,7 +64,7 @@ def spacing(coordinates: NDArray[np.floating]) -> float:
 
 
 def canonical_order(
-    coordinates: NDArray[np.floating], features: NDArray[np.floating]
+    coordinates: NDArray[np.floating], features: Any, rows: NDArray[np.integer] | None = None
 ) -> NDArray[np.int64]:
     """Order cells by place, and cells at one place by their features.
 
@@ -74,20 +76,23 @@ def canonical_order(
     coordinates
         (n_cells, 2).
     features
-        (n_cells, d).
+        (n_cells, d), or more rows, of which these cells have `rows`; anything that gives some rows
+        when it is indexed.
+    rows
+        (n_cells,) rows of `features`; all by default.
 
     Returns
     -------
-    (n_cells,) row numbers.
+    (n_cells,) numbers of the cells.
     """
     x, y = coordinates[:, 0], coordinates[:, 1]
     order = np.lexsort((y, x))
     same = (np.diff(x[order]) == 0) & (np.diff(y[order]) == 0)
     shares_place = np.append(same, False) | np.insert(same, 0, False)
     if shares_place.any():
-        rows = np.sort(order[shares_place])
-        keys = (*features[rows].T[::-1], y[rows], x[rows])
-        order[shares_place] = rows[np.lexsort(keys)]
+        tied = np.sort(order[shares_place])
+        own = features[tied if rows is None else rows[tied]]
+        order[shares_place] = tied[np.lexsort((*own.T[::-1], y[tied], x[tied]))]
     return order
 
 
@@ -211,16 +216,19 @@ def neighbor_means(
     its own values; rows of no slice are NaN. The order of the rows does not matter. On a lattice more
     neighbours may be at the same distance than count; which of them do is then arbitrary.
     """
-    means = np.full(values.shape, np.nan, dtype=np.float32)
+    values = SideBySide((values.astype(np.float32, copy=False),)).together()
+    means = spacious(values.shape)
     for rows in slices:
-        ordered = rows[canonical_order(coordinates[rows], values[rows])]
+        ordered = rows[canonical_order(coordinates[rows], values, rows)]
         nearest = nearest_neighbors(coordinates[ordered], n_neighbors + 1)[0]
-        nearest = nearest[:, 1:] if len(ordered) > 1 else nearest
+        nearest = ordered[nearest[:, 1:] if len(ordered) > 1 else nearest]
         starts = np.arange(0, nearest.size + 1, nearest.shape[1])
         weights = np.full(nearest.size, 1.0 / nearest.shape[1], dtype=np.float32)
-        averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=(len(ordered),) * 2)
-        own = values[ordered].astype(np.float32, copy=False)
+        shape = (len(ordered), len(values))
+        averaging = sp.csr_array((weights, nearest.ravel(), starts), shape=shape)
         for start in range(0, len(ordered), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
-            means[ordered[part]] = averaging[part] @ own
+            means[ordered[part]] = averaging[part] @ values
+            let_go(values)
+            let_go(means)
     return means

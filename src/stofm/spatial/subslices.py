@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.spatial import cKDTree
 
+from stofm._arrays import let_go
 from stofm._config import check_choice, check_shares, require
 from stofm.spatial.plane import (
     canonical_order,
@@ -224,6 +225,7 @@ def lay_out_slice(
         position_weight=config.position_weight,
         mixing=config.mixing,
     )
+    let_go(features)
     labels = np.empty(len(normalized), dtype=np.int64)
     labels[order] = cluster_cells(
         points,

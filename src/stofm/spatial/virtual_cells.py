@@ -7,20 +7,24 @@ import threading
 from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.spatial import cKDTree
 
 from stofm.spatial.plane import nearest_neighbors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
 
 Mixing = Literal["sum", "concatenate"]
+
+#: Of more cells a sample is clustered, so that time grows with the cells.
+MOST_CLUSTERED: Final = 50_000
 
 _CHUNK = 65_536
 _MAX_BISECTIONS = 64
@@ -76,20 +80,31 @@ def principal_components(
     n, d = features.shape
     spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
     chunks: Any = spans if order is None else [order[span] for span in spans]
-    total = np.zeros((1, d))
-    for rows in chunks:
-        total = np.add.reduce(np.vstack([total, features[rows]]), axis=0, keepdims=True)
-    mean, covariance = total / n, np.zeros((d, d))
+    mean, covariance = mean_of_rows(features, chunks), np.zeros((d, d))
     for rows in chunks:
         centered = features[rows] - mean
         covariance += centered.T @ centered
-    loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
-    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
-    loadings = loadings * np.where(largest < 0, -1.0, 1.0)
+    loadings = leading_axes(covariance, n_components)
     scores = np.zeros((n, n_components))
     for span, rows in zip(spans, chunks, strict=True):
         scores[span, : loadings.shape[1]] = (features[rows] - mean) @ loadings
     return scores
+
+
+def mean_of_rows(features: Any, chunks: Iterable[Any]) -> NDArray[np.float64]:
+    """Mean of the rows of all chunks, (d,), summed one after another in double precision."""
+    total, n = np.zeros((1, features.shape[1])), 0
+    for rows in chunks:
+        summands = np.vstack([total, features[rows]])
+        total, n = np.add.reduce(summands, axis=0, keepdims=True), n + len(summands) - 1
+    return np.asarray(total[0] / n)
+
+
+def leading_axes(covariance: NDArray[np.float64], n_components: int) -> NDArray[np.float64]:
+    """First principal axes, (d, k), each with its loading of largest magnitude positive."""
+    loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :n_components]
+    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
+    return loadings * np.where(largest < 0, -1.0, 1.0)
 
 
 def mix_expression_and_place(
@@ -197,17 +212,25 @@ def cluster_cells(
     """Cluster points (n, k) by Leiden on their exact neighbour graph with UMAP's weights.
 
     Rows are in canonical order; the cell itself is counted among its neighbours. Returns (n,) labels
-    from 0, without gaps; by falling size of the cluster with ``"canonical"``.
+    from 0, without gaps; by falling size of the cluster with ``"canonical"``. There, of more than
+    50,000 points a random sample of so many is clustered, and the others join the nearest of it:
+    exact neighbours among all in ten and more dimensions take time with nearly the square of n.
     """
     n = len(points)
     if n <= 2:
         return np.zeros(n, dtype=np.int64)
-    weights = umap_weights(*nearest_neighbors(points, n_neighbors))
+    sample = points
+    if clustering == "canonical" and n > MOST_CLUSTERED:
+        chosen = np.random.default_rng(seed).choice(n, MOST_CLUSTERED, replace=False)
+        sample = points[np.sort(chosen)]
+    weights = umap_weights(*nearest_neighbors(sample, n_neighbors))
     labels = leiden(weights, resolution=resolution, seed=seed, clustering=clustering)
     if max_clusters is not None:
         labels = merge_clusters(
-            weights, labels, points, resolution=resolution, max_clusters=max_clusters, seed=seed
+            weights, labels, sample, resolution=resolution, max_clusters=max_clusters, seed=seed
         )
+    if len(sample) < n:
+        labels = labels[cKDTree(sample, balanced_tree=False).query(points, workers=-1)[1]]
     return labels if clustering == "scanpy" else number_by_size(labels)
 
 

@@ -9,7 +9,7 @@ from stofm.train.config import RunConfig
 from stofm.train.launch import choose_stages, find_model, launch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
@@ -48,6 +48,7 @@ def train(
     log_every: int = 10,
     n_threads: int = 2,
     tensorboard: bool = False,
+    mixture: Mapping[str, Mapping[str, float]] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
     work_dir: str | PathLike[str] | None = None,
@@ -112,6 +113,10 @@ def train(
         Threads that load ahead; does not change the result.
     tensorboard
         Write TensorBoard's files to ``out_dir/tensorboard``.
+    mixture
+        Weights of slices by a column of the corpus' manifest (``technology``, ``species``, ...) and a
+        value there, such as ``{"technology": {"Visium": 0.2}}``: see
+        :class:`stofm.train.RunConfig`.
     seed
         Decides order, masks, noise, dropout and first weights.
     device
@@ -174,6 +179,7 @@ def train(
         log_every=log_every,
         n_threads=n_threads,
         tensorboard=tensorboard,
+        mixture={column: dict(own) for column, own in (mixture or {}).items()},
     )
 
     def find() -> tuple[list[SliceSource], list[SliceSource]]:

@@ -29,6 +29,10 @@ _FILLING = must(
     "be 'learned' or a finite number",
     lambda value: value == "learned" or (isinstance(value, float | int) and math.isfinite(value)),
 )
+_MIXTURE = must(
+    "give weights of at least 0 by column and value, such as {'species': {'mouse': 0.5}}",
+    lambda value: all(0 <= one < math.inf for own in value.values() for one in own.values()),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +263,11 @@ class RunConfig(Checked):
         Threads that load batches ahead; 0 loads between steps. Does not change the result.
     tensorboard
         Also write TensorBoard files.
+    mixture
+        Weights of slices by a column of the corpus' manifest and a value there, such as
+        ``{"technology": {"Visium": 0.2}, "species": {"mouse": 0.5}}``; 1 where nothing is said. A
+        slice has the product of its weights. An epoch takes all samples of the slices with the
+        largest weight, and of others a share in proportion, other ones in each epoch.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -270,11 +279,13 @@ class RunConfig(Checked):
     log_every: int = field(default=10, metadata=AT_LEAST_ONE)
     n_threads: int = field(default=2, metadata=NOT_NEGATIVE)
     tensorboard: bool = False
+    mixture: dict[str, dict[str, float]] = field(default_factory=dict, metadata=_MIXTURE)
 
     def settings(self) -> dict[str, Any]:
         """Return the entries that the trained weights depend on."""
         names = ("seed", "precision", "keep", "validate_every", "patience")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found | ({"mixture": self.mixture} if self.mixture else {})
 
 
 @dataclass(frozen=True, kw_only=True)

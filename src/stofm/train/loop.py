@@ -151,23 +151,24 @@ class TrainingLoop:
         """Train to the end of an epoch, in runs between which the stage is refreshed."""
         progress, every = self.progress, self.stage.refresh_every
         batches, at_once = self.stage.samples.epoch(progress.epoch), self._config.accumulation
-        left = batches[progress.position :][: at_once * (self.n_steps - progress.step)]
-        steps = [left[start : start + at_once] for start in range(0, len(left), at_once)]
+        last = min(len(batches), progress.position + at_once * (self.n_steps - progress.step))
+        steps = range(progress.position, last, at_once)
         while steps and not self._is_done():
             if every is not None and progress.step and progress.step % every == 0:
                 self.stage.refresh()
             n_run = len(steps) if every is None else every - progress.step % every
-            batches_of_run = [batch for step in steps[:n_run] for batch in step]
-            with self._loading(self.stage.samples, batches_of_run, progress.epoch) as loaded:
-                for step in steps[:n_run]:
+            run, steps = steps[:n_run], steps[n_run:]
+            ahead = (batches[k] for k in range(run[0], steps[0] if steps else last))
+            with self._loading(self.stage.samples, ahead, progress.epoch) as loaded:
+                for start in run:
+                    step = batches[start : min(start + at_once, last)]
                     norm = self._take_step(step, loaded)
                     self._come_forward(len(step), len(batches), norm)
                     if self._is_done():
                         break
-            steps = steps[n_run:]
 
     def _loading(
-        self, samples: Samples, batches: Sequence[NDArray[np.int64]], epoch: int
+        self, samples: Samples, batches: Iterable[NDArray[np.int64]], epoch: int
     ) -> closing[Generator[Share, None, None]]:
         rank, count = self._processes.rank, self._processes.count
 

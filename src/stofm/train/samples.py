@@ -7,7 +7,6 @@ number, so that it does not matter which batch, process or thread loads it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from stofm.spatial import (
     partition_reference,
 )
 from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch, apply, draw, drop_genes
+from stofm.train.order import Batches, Draws, Purpose
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,62 +46,6 @@ _SIZE_CLASSES_PER_OCTAVE = 4
 _EPOCHS_KEPT = 2
 #: Built sub-slices that stay the same from epoch to epoch are kept for so many cells.
 _CELLS_KEPT = 100_000
-
-
-class Purpose(IntEnum):
-    """Purposes of random numbers; those of different purposes are independent."""
-
-    ORDER = 1
-    ROTATION = 2
-    MASKING = 3
-    CELLS = 4
-    GENES = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """How samples are drawn.
-
-    Attributes
-    ----------
-    seed
-        Seed of the run, at least 0.
-    stage
-        Number of the stage in the run.
-    batch_size
-        Samples of a batch over all processes, at most.
-    """
-
-    seed: int
-    stage: int
-    batch_size: int
-
-    def generator(self, epoch: int, purpose: Purpose, *sample: int) -> Generator:
-        """Return a sample's generator, the same in every batch, process and thread."""
-        # The purpose comes before the sample: trailing zeros would not change the numbers.
-        return np.random.default_rng([self.seed, self.stage, epoch, int(purpose), *sample])
-
-    def batches(self, sizes: NDArray[np.integer], epoch: int) -> list[NDArray[np.int64]]:
-        """Shuffle samples and group those of one size, so that batches hold little padding.
-
-        What does not fill a batch of its own size is put together with the next sizes. Each sample
-        occurs once.
-        """
-        rng = self.generator(epoch, Purpose.ORDER)
-        shuffled = rng.permutation(len(sizes))
-        by_size = shuffled[np.argsort(sizes[shuffled], kind="stable")]
-        ends = np.flatnonzero(np.diff(sizes[by_size])) + 1
-        batches: list[NDArray[np.int64]] = []
-        left = [np.empty(0, dtype=np.int64)]
-        for group in np.split(by_size, ends):
-            n_in_full = len(group) - len(group) % self.batch_size
-            batches.extend(group[:n_in_full].reshape(-1, self.batch_size))
-            left.append(group[n_in_full:])
-        rest = np.concatenate(left)
-        if len(rest):
-            # Nearly equal parts: a batch of one cell has nothing to contrast it with.
-            batches += np.array_split(rest, -(-len(rest) // self.batch_size))
-        return [batches[k].astype(np.int64) for k in rng.permutation(len(batches))]
 
 
 def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
@@ -143,22 +87,34 @@ class TokenReader:
 
     def groups(self, cells: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Group cells of similar length; returns positions in `cells`."""
-        classes = size_class(self.corpus.cell_lengths[cells] + 1)
+        classes = size_class(self.corpus.lengths_of(cells) + 1)
         return [np.flatnonzero(classes == k) for k in np.unique(classes)]
 
 
 @dataclass(frozen=True)
 class CellSamples:
-    """Cells of a corpus, for the cell encoder's objective. A sample is a cell."""
+    """Cells of a corpus, for the cell encoder's objective. A sample is a cell.
+
+    `shares` are those of each slice's cells that an epoch takes; None for all.
+    """
 
     reader: TokenReader
     draws: Draws
     masking: TokenMasking
     gene_dropout: float
+    shares: NDArray[np.float64] | None = None
 
-    def epoch(self, number: int) -> list[NDArray[np.int64]]:
+    def epoch(self, number: int) -> Sequence[NDArray[np.int64]]:
         """Return batches that hold each cell once; most have one padded length."""
-        return self.draws.batches(self.reader.padded(self.reader.corpus.cell_lengths), number)
+        corpus, draws = self.reader.corpus, self.draws
+        n_cells, find = draws.cells(np.diff(corpus.first_cell), self.shares, number)
+
+        def make(window: int, positions: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+            cells = find(positions)
+            sizes = self.reader.padded(corpus.lengths_of(cells))
+            return [cells[batch] for batch in draws.batches(sizes, number, window)]
+
+        return Batches(n_cells, draws, make)
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> CellBatch:
         """Hide genes of some cells and make their two views."""
@@ -186,7 +142,8 @@ class SubSliceSamples:
     the plane by a random angle before a slice is cut. A sample's number holds the slice and the
     sub-slice in it, so that it stands for the same slice in every epoch.
 
-    With a `reader`, some visible cells of each come with their tokens.
+    With a `reader`, some visible cells of each come with their tokens. `shares` are those of each
+    slice's sub-slices that an epoch takes; None for all.
     """
 
     corpus: Corpus
@@ -196,6 +153,7 @@ class SubSliceSamples:
     vary: bool
     node_multiple: int = 1
     reader: TokenReader | None = None
+    shares: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         """Remember the last cuts."""
@@ -213,19 +171,21 @@ class SubSliceSamples:
         self._build = lru_cache(n_kept)(self._build_anew)
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
-        """Numbers of all sub-slices of an epoch, slice after slice."""
-        parts = [self._n_parts(k, epoch) for k in range(len(self.corpus.slices))]
-        return np.concatenate(
-            [(k << _PART_BITS) + np.arange(n, dtype=np.int64) for k, n in enumerate(parts)]
-        )
+        """Numbers of the sub-slices of an epoch, slice after slice."""
+        parts = self._parts(epoch)
+        taken = self.draws.numbers(parts, self.shares, epoch)
+        own = [np.arange(n) for n in parts]
+        for k in np.flatnonzero(taken < parts):
+            rng = self.draws.generator(epoch, Purpose.MIXTURE, 1, int(k))
+            own[k] = np.sort(rng.permutation(parts[k])[: taken[k]])
+        return np.concatenate([(k << _PART_BITS) + numbers for k, numbers in enumerate(own)])
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Return batches that hold each sub-slice once, similar sizes together."""
         samples = self.samples(number)
         slices = self.slices_of(samples)
-        sizes = np.array([one.n_cells for one in self.corpus.slices])[slices]
         # Parts of a slice are of nearly equal size.
-        mean = sizes / np.bincount(slices)[slices]
+        mean = (np.diff(self.corpus.first_cell) / self._parts(number))[slices]
         return [samples[batch] for batch in self.draws.batches(size_class(mean), number)]
 
     def load(self, samples: NDArray[np.int64], epoch: int) -> MaskedSubSliceBatch:
@@ -287,6 +247,10 @@ class SubSliceSamples:
         visible = np.setdiff1d(cells, part.hidden_nodes)
         chosen = rng.permutation(visible if len(visible) else cells)
         return np.sort(chosen[: self.config.sampled_cells])
+
+    def _parts(self, epoch: int) -> NDArray[np.int64]:
+        """Number of sub-slices of each slice."""
+        return np.array([self._n_parts(k, epoch) for k in range(len(self.corpus.slices))])
 
     def _n_parts(self, number: int, epoch: int) -> int:
         if self.rules.partition == "balanced":

@@ -19,7 +19,8 @@ from stofm._logging import progress
 from stofm.corpus.storage import digest_json, is_there, open_array, write_folder
 from stofm.nn.inference import encode_cells
 from stofm.spatial import SliceLayout, VirtualCells, lay_out_slice
-from stofm.train.samples import CellSamples, Draws, SubSliceSamples, TokenReader
+from stofm.train.order import Draws, shares_of
+from stofm.train.samples import CellSamples, SubSliceSamples, TokenReader
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -126,9 +127,12 @@ def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: 
         if corpus is None:
             return None
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        if config.name == "cell_encoder":
-            return CellSamples(reader, draws, config.masking, config.contrastive.gene_dropout)
         is_held_out = corpus is setup.validation
+        mixture = {} if is_held_out else setup.run.mixture
+        shares = shares_of([one.about for one in corpus.slices], mixture)
+        if config.name == "cell_encoder":
+            dropout = config.contrastive.gene_dropout
+            return CellSamples(reader, draws, config.masking, dropout, shares)
         n_cells = rules.n_cells if is_held_out else config.subslice_cells or rules.n_cells
         return SubSliceSamples(
             corpus,
@@ -138,6 +142,7 @@ def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: 
             vary=config.vary_subslices and not is_held_out,
             node_multiple=_CUDA_NODE_MULTIPLE if is_cuda else 1,
             reader=reader if is_joint else None,
+            shares=shares,
         )
 
     training, held_out = samples(setup.corpus), samples(setup.validation)
