@@ -98,7 +98,7 @@ HEAVY = [
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"image", "lora", "train"}
+EXTRAS = {"image", "lora", "report", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.

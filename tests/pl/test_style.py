@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 import stofm as st
-from stofm.pl._style import category_names, default_colors, nearest_names
+from stofm._edge.colors import distinct_colors
+from stofm.pl._colors import category_names, nearest_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("n_colors", [0, 1, 20, 21, 57, 120, 230])
 def test_colors_are_distinct_as_far_as_scanpy_has_some(n_colors: int) -> None:
-    colors = default_colors(n_colors)
+    colors = distinct_colors(n_colors)
     assert len(colors) == n_colors
-    assert len(set(colors)) == min(n_colors, 122)
+    assert len(set(colors)) == min(n_colors, 132)
 
 
 def test_natural_order_of_text_and_own_order_of_categories() -> None:
