@@ -28,7 +28,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 #: Imports go from right to left only.
 LAYERS = ["_keys", "genes", "spatial", "nn", "corpus", "image", "train", "heads", "tl"]
 #: Modules below all of these.
-BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
+BASE = ("_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_settings", "_version")
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
     "anndata": {

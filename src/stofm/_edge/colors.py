@@ -10,7 +10,7 @@ from stofm._edge.tables import label_text
 from stofm._keys import Suffix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anndata import AnnData
 
@@ -49,6 +49,14 @@ def read_colors(adata: AnnData, key: str) -> dict[str, str]:
     names = label_text(pd.Series(column.cat.categories)).tolist()
     fits = len(stored) >= len(names) and all(map(_HEX.match, stored))
     return dict(zip(names, stored, strict=False)) if fits else {}
+
+
+def colors_of(tables: Iterable[AnnData], key: str) -> dict[str, str]:
+    """Colours that some tables keep for the categories of a column; the first one's hold."""
+    found: dict[str, str] = {}
+    for table in tables:
+        found = {**read_colors(table, key), **found}
+    return found
 
 
 def fill_colors(names: Sequence[str], known: Mapping[str, str]) -> list[str]:

@@ -30,7 +30,7 @@ def observed(adata: AnnData) -> str:
     return "spots" if has_spots or _SPOTS.search(str(source.get("technology", ""))) else "cells"
 
 
-def cell_digests(adata: AnnData, spatial_key: str) -> NDArray[np.uint64]:
+def cell_digests(adata: AnnData, spatial_key: str) -> NDArray[np.int64]:
     """A number for each cell, (n_obs,), from its name and its position, if it has one.
 
     It tells whether a cell is one that a head was fitted to, also in another table.
@@ -41,4 +41,4 @@ def cell_digests(adata: AnnData, spatial_key: str) -> NDArray[np.uint64]:
     if spatial_key in adata.obsm:
         xy = np.asarray(adata.obsm[spatial_key], dtype=np.float64)[:, :2]
         table[["x", "y"]] = xy.astype(np.float32)
-    return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
+    return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64).view(np.int64)

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from stofm._logging import logger
+from stofm._settings import settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             chosen, reason = torch.device("mps"), "no CUDA device, Apple GPU found"
         else:
             chosen = _CPU
-            reason = f"no GPU that torch can use; {torch.get_num_threads()} threads"
+            n_threads = settings.n_threads or torch.get_num_threads()
+            reason = f"no GPU that torch can use; {n_threads} threads"
         logger.info("Computing on %s (%s).", chosen, reason)
         return chosen
     try:
@@ -100,6 +102,19 @@ def _allowed_memory() -> int:
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(0, limit - int(psutil.Process().memory_info().vms))
+
+
+@contextmanager
+def using_threads(number: int | None = None) -> Iterator[None]:
+    """Within it torch uses `number` threads of the processor, or as many as ``stofm.settings`` says."""
+    before, wanted = torch.get_num_threads(), number or settings.n_threads
+    if wanted:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(before)
 
 
 @contextmanager

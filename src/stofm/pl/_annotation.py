@@ -166,7 +166,8 @@ def annotation(
 
 def _fitted_to(adata: AnnData, key: str, spatial_key: str) -> str:
     """How many of the cells the head was fitted to, in words; empty if none."""
-    trained = np.asarray((read_record(adata, key) or {}).get(Label.FITTED, ()), dtype=np.uint64)
+    params = (read_record(adata, key) or {}).get("params", {})
+    trained = np.asarray(params.get(Label.FITTED, ()), dtype=np.int64)
     n_fitted = int(np.isin(cell_digests(adata, spatial_key), trained).sum())
     if not n_fitted:
         return ""
