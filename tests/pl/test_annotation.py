@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from scanpy.plotting.palettes import default_20
 
 import stofm as st
+from stofm._edge.colors import PALETTE
 from stofm.metrics.labels import Reliability
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def test_classes_have_the_colors_of_the_truth(annotated: ad.AnnData) -> None:
     ax, *_ = st.pl.annotation(annotated, truth_key="kind", show=False)
     z, y, w, unknown = annotated.uns["stofm_annotation_colors"]
     assert [z, y, unknown] == ["#111111", "#222222", GREY]
-    assert w == to_hex(default_20[0])
+    assert w == PALETTE[0]
     drawn = {to_hex(color) for color in ax.collections[0].get_facecolors()}
     assert drawn == {z, y, w, unknown}
     legend = [text.get_text() for text in ax.get_legend().get_texts()]

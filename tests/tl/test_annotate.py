@@ -426,7 +426,7 @@ def test_missing_and_rare_labels_are_left_out(cells):
     labels[:20], labels[20:30], labels[30] = "Other", None, "rare"
     cells.obs["label"] = labels
     told = r"in obs\['label'\] are left out.*'Other' \(20 cells, 10.9%\).* pass missing=\[\]"
-    rare = r"0.01 of .* \(1 cells\): rare.* pass min_share=0"
+    rare = r"Rare classes of obs\['label'\] .*: rare \(1\)\. .* min_share=0"
     with pytest.warns(UserWarning, match=rare), pytest.warns(UserWarning, match=told):
         head = fit(cells, label_key="label", split="random")
     assert head.classes == ("0", "1", "2")
@@ -563,7 +563,6 @@ def test_options_are_checked_before_anything_is_embedded(adata, model):
         ({"use_rep": ()}, "use_rep must name"),
         ({"use_rep": ("X_pca", "X_pca")}, "each once"),
         ({"label_key": "one"}, "has a single class"),
-        ({"label_key": "single", "min_share": 0}, r"one cell each: \['c'\]"),
         ({"strategy": "full"}, "not embeddings"),
         ({"reference": "cells", "label_key": None}, "found neither"),
         ({"reference": "cells", "copy": True}, "does not go with copy=True"),

@@ -25,7 +25,8 @@ PALETTE: Final = (
 )  # fmt: skip
 #: Cells that no class is supported for.
 UNKNOWN_COLOR: Final = "#bdbdbd"
-_HEX: Final = re.compile(r"#[0-9a-fA-F]{6}")
+#: What scanpy stores: hexadecimal numbers or names.
+_COLOR: Final = re.compile(r"#[0-9a-fA-F]{6}([0-9a-fA-F]{2})?|[A-Za-z: ]+")
 
 
 def distinct_colors(n_colors: int) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ def read_colors(adata: AnnData, key: str) -> dict[str, str]:
     if column is None or not isinstance(column.dtype, pd.CategoricalDtype):
         return {}
     names = label_text(pd.Series(column.cat.categories)).tolist()
-    fits = len(stored) >= len(names) and all(map(_HEX.match, stored))
+    fits = len(stored) >= len(names) and all(map(_COLOR.fullmatch, stored))
     return dict(zip(names, stored, strict=False)) if fits else {}
 
 

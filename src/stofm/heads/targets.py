@@ -98,19 +98,22 @@ def read_labels(
     left_out, classes, sizes = tuple(names[~is_kept].tolist()), names[is_kept], counts[is_kept]
     parts = [f"{name} ({n})" for name, n in zip(left_out, counts[~is_kept], strict=True)]
     some = ", ".join(parts[:10]) + (f" and {len(parts) - 10} more" * (len(parts) > 10))
-    if left_out:
-        tell = warn if min_share == MIN_SHARE or (counts == 1).any() else logger.info
-        limit = f"less than {min_share:.3g} of the labelled cells, or one cell"
-        limit = limit if min_share else "one cell"
-        tell(
-            f"Classes of obs[{key!r}] with {limit} are left out (their cells): {some}."
-            + (" To learn those of two cells and more, pass min_share=0." if min_share else "")
-        )
     if len(classes) < 2 and left_out:
         raise ValueError(
             f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have two cells, and "
             f"{min_share:.1%} of the labelled cells, or more; a head needs two. The others are left out: {some}. Lower "
             "`min_share`, or pass a column with larger classes."
+        )
+    if left_out:
+        tell = warn if min_share == MIN_SHARE or (counts == 1).any() else logger.info
+        more = (
+            f" and a share of {min_share:.3g}; with min_share=0, two cells only"
+            if min_share
+            else ""
+        )
+        tell(
+            f"Rare classes of obs[{key!r}] are left out (cells): {some}. A class needs two "
+            f"cells{more}."
         )
     if len(classes) == 1:
         raise ValueError(
