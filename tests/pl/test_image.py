@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import anndata as ad
 import numpy as np
 import pytest
 
 import stofm as st
 
 if TYPE_CHECKING:
-    import anndata as ad
     from matplotlib.axes import Axes
 
 
@@ -65,9 +65,6 @@ def test_spatial_draws_the_tissue_where_there_is_one(pictured: ad.AnnData) -> No
         np.testing.assert_allclose(color_at(ax, x, y)[:2], [x / 200, y / 200], atol=0.02)
     plain = st.pl.spatial(pictured, library_key="slide", library_id="a", img_key=None, show=False)
     assert not plain.images
-    # Points leave room for the tissue.
-    sizes = [one.collections[0].get_sizes()[0] for one in (ax, plain)]
-    assert sizes[0] < 0.7 * sizes[1]
     pale = st.pl.spatial(
         pictured, library_key="slide", library_id="a", img_key="hires", alpha_img=0.3, show=False
     )
@@ -78,6 +75,16 @@ def test_spatial_draws_the_tissue_where_there_is_one(pictured: ad.AnnData) -> No
     pictured.obsm["X_other"] = pictured.obsm["spatial"] / 7
     ax = st.pl.spatial(pictured, library_key="slide", spatial_key="X_other", show=False)[0]
     assert not ax.images
+
+
+def test_points_leave_room_for_the_tissue() -> None:
+    xy = np.stack(np.meshgrid(np.arange(37.0), np.arange(31.0)), axis=-1).reshape(-1, 2) * 5
+    stored = {"images": {"hires": np.zeros((90, 90, 3), np.uint8)}}
+    stored["scalefactors"] = {"tissue_hires_scalef": 0.5}
+    grid = ad.AnnData(np.ones((37 * 31, 1)), obsm={"spatial": xy}, uns={"spatial": {"a": stored}})
+    over, plain = (st.pl.spatial(grid, img_key=key, show=False) for key in ("auto", None))
+    sizes = [ax.collections[0].get_sizes()[0] for ax in (over, plain)]
+    assert sizes[0] == pytest.approx((0.7 / 0.9) ** 2 * sizes[1])
 
 
 def test_an_image_without_its_scale_is_told_and_left_out(

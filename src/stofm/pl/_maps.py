@@ -348,7 +348,7 @@ def draw_maps(
     for k, color in enumerate(colors):
         own, names = axes[k * n : (k + 1) * n], [panel.name for panel in panels]
         if titles is not None or not several:
-            names = [color.key] if titles is None else list(titles[k])
+            names = [color.key or panels[0].name] if titles is None else list(titles[k])
         names = given[k * n : (k + 1) * n] if given else names
         for ax, panel, title in zip(own, panels, names, strict=True):
             _draw_map(ax, panel, color, title, look, fill)
