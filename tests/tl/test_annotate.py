@@ -618,3 +618,37 @@ def test_a_tuned_model_goes_with_the_head(embedded, model, tmp_path, strategy):
     pd.testing.assert_frame_equal(made[0].obsm[PROBA], made[1].obsm[PROBA], check_exact=True)
     # The embeddings by the model before tuning stay.
     np.testing.assert_array_equal(made[0].obsm[Obsm.X], stored)
+
+
+def test_classes_have_the_colors_of_the_reference(cells, tmp_path):
+    labelled = cells[cells.obs["library"] == "left"].copy()
+    labelled.uns["kind_colors"] = ["#aa0000", "#00aa00", "#0000aa"]
+    head = fit(labelled)
+    head.save(tmp_path / "head")
+    head = st.AnnotationHead.load(tmp_path / "head")
+    st.tl.annotate(cells, head=head, **QUIET)
+    names = list(cells.obs[KEY].cat.categories)
+    colors = dict(zip(names, cells.uns[f"{KEY}_colors"], strict=True))
+    assert [colors[kind] for kind in "012"] == labelled.uns["kind_colors"]
+    assert colors["unknown"] == "#bdbdbd"
+
+
+def test_the_record_tells_which_cells_the_head_was_fitted_to(cells, tmp_path):
+    labelled = cells[cells.obs["library"] == "left"].copy()
+    labelled.obs.loc[labelled.obs_names[:7], "kind"] = None
+    head = fit(labelled)
+    head.save(tmp_path / "head")
+    head = st.AnnotationHead.load(tmp_path / "head")
+    st.tl.annotate(cells, head=head, **QUIET)
+    assert len(cells.uns[Uns.STOFM][KEY]["params"]["fitted_to"]) == len(labelled) - 7
+    # Cells of another place are others, whatever they are called.
+    other = cells.copy()
+    other.obsm["spatial"] = other.obsm["spatial"] + 1000.0
+    st.tl.annotate(other, head=head, **QUIET)
+    assert "fitted_to" not in other.uns[Uns.STOFM][KEY]["params"]
+
+
+def test_the_key_may_be_given_by_position(cells):
+    options = st.tl.HeadOptions(split="random")
+    head = st.tl.annotate(cells, "kind", use_rep="X_pca", options=options, **QUIET)
+    assert head.params["label_key"] == "kind"
