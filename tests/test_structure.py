@@ -31,7 +31,10 @@ LAYERS = [
     *("align", "perturb", "tl"),
 ]
 #: Modules below all of these.
-BASE = ("_arrays", "_config", "_digests", "_files", "_lazy", "_logging", "_messages", "_version")
+BASE = (
+    *("_arrays", "_config", "_digests", "_files", "_lazy", "_logging", "_messages"),
+    *("_settings", "_version"),
+)
 #: Where a library may be imported, as first part of the path below stofm/.
 HOMES = {
     "anndata": {
@@ -106,7 +109,7 @@ HEAVY = [
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"communication", "image", "lora", "train"}
+EXTRAS = {"communication", "image", "lora", "report", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.

@@ -9,6 +9,7 @@ from stofm._version import __version__
 
 if TYPE_CHECKING:
     from stofm import corpus, datasets, genes, im, metrics, nn, pl, pp, spatial, tl, train
+    from stofm._settings import settings
     from stofm.genes import GeneVocabulary
     from stofm.io import read
     from stofm.nn import Stofm
@@ -30,6 +31,7 @@ __all__ = [
     "pl",
     "pp",
     "read",
+    "settings",
     "spatial",
     "tl",
     "train",
@@ -55,6 +57,7 @@ __getattr__ = lazy(
     | {
         "GeneVocabulary": "stofm.genes",
         "read": "stofm.io",
+        "settings": "stofm._settings",
         "Stofm": "stofm.nn",
         "AnnotationHead": "stofm.tl",
         "DeconvolutionHead": "stofm.tl",

@@ -1,4 +1,4 @@
-"""The command line: ``stofm check``, ``embed``, ``train``, ``corpus``, ``convert``, ``demo``."""
+"""The command line: ``stofm check``, ``embed``, ``report``, ``train``, ``corpus``, ``convert``, ``demo``."""
 
 from __future__ import annotations
 
@@ -140,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--orthologs", help="table of mouse and human Ensembl ids")
     check.set_defaults(run=_check)
 
+    text = "write a page of HTML about a slice: map, UMAP, domains, markers, how it was made"
+    report = commands.add_parser("report", parents=[shared, slices], help=text)
+    add = report.add_argument
+    add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
+    add("output", type=local, help=".html; of several slices each gets its own")
+    report.set_defaults(run=_report)
+
     train = commands.add_parser(
         "train",
         parents=[shared, writing, device],
@@ -173,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--simulate", action="store_true", help="a simulated slice")
     demo.set_defaults(run=_demo)
     corpus = add_corpus(commands, shared)
-    for command in (check, embed, train, convert, demo, *corpus):
+    for command in (check, embed, report, train, convert, demo, *corpus):
         # Messages speak of arguments; here these are flags.
         flags = {one.dest: one.option_strings[0] for one in command._actions if one.option_strings}
         command.set_defaults(flags=flags)
@@ -237,6 +244,24 @@ def _check(options: argparse.Namespace) -> int:
         found = pp.check(data, **given)
     print(found)
     return 0 if found.ok else _FAILED
+
+
+def _report(options: argparse.Namespace) -> None:
+    from stofm import io, pl, tl
+    from stofm._edge.slice_files import is_data, read_data
+    from stofm._edge.tables import resolve_table
+    from stofm._keys import Obs
+
+    file, output = options.input, options.output
+    if output.exists() and not options.overwrite:
+        raise FileExistsError(f"{output} is there already: pass --overwrite to replace it.")
+    own = {"library_key": options.library_key, "table_key": options.table_key}
+    with _about(file):
+        data = read_data(file) if is_data(file) else io.read(file)
+        if Obs.DOMAIN not in resolve_table(data, options.table_key).obs:
+            logger.info("%s has no domains yet: they are found for the page.", file.name)
+            tl.domains(data, seed=options.seed, **own)
+        pl.report(data, output, **own)
 
 
 def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) -> None:

@@ -81,7 +81,9 @@ class Suffix:
 
 
 class Label:
-    """Categories that stofm writes."""
+    """Categories that stofm writes, and entries of records."""
 
     #: Of a cell that no class is supported for.
     UNKNOWN: Final = "unknown"
+    #: Entry of the record of an annotation: which of the cells the head was fitted to.
+    FITTED: Final = "fitted_to"

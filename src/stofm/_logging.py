@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger("stofm")
+
+#: Seconds that are worth a line, and from which on they are told in minutes.
+_LONG, _MINUTES = 20.0, 120.0
 
 
 class _FallbackHandler(logging.StreamHandler):  # type: ignore[type-arg]
@@ -65,9 +69,23 @@ def progress(
 def counter(
     *, total: int, description: str, unit: str, show: bool
 ) -> Iterator[Callable[[int], object]]:
-    """Give a function that moves a bar on."""
+    """Give a function that moves a bar on.
+
+    Where no bar can be seen, and it takes long, a line tells after the first step how long it will take.
+    """
+    started, done = time.perf_counter(), 0
     with _bar(None, total=total, desc=description, unit=unit, show=show) as bar:
-        yield bar.update
+
+        def advance(n: int) -> None:
+            nonlocal done
+            bar.update(n)
+            left = (time.perf_counter() - started) / n * (total - n)
+            if not done and show and bar.disable and left > _LONG:
+                took = f"{left:.0f} seconds" if left < _MINUTES else f"{left / 60:.0f} minutes"
+                logger.info("%s: about %s to go.", description.capitalize(), took)
+            done += n
+
+        yield advance
 
 
 def step_bar(name: str, *, total: int, done: int, show: bool) -> Any:

@@ -130,8 +130,13 @@ def test_rare_classes_are_left_out_and_named(adata, caplog):
     assert labels.classes == ("a", "b")
     assert labels.left_out == ("rare",)
     assert (labels.codes[:3] == -1).all()
-    assert "with less than 0.02 of the labelled cells are left out (3 cells): rare" in caplog.text
+    told = "Rare classes of obs['label'] are left out (cells): rare (3). A class needs two cells and a share"
+    assert told in caplog.text
     assert read(adata, text, min_share=0).classes == ("a", "b", "rare")
+    # Of a single cell none could be held out.
+    text[1:3] = "b"
+    with pytest.warns(UserWarning, match=r"\(cells\): rare \(1\)\. A class needs two cells\.$"):
+        assert read(adata, text, min_share=0).classes == ("a", "b")
 
 
 def test_numbers_and_truth_values(adata):
@@ -162,13 +167,12 @@ def test_blanks_and_other_spellings_of_none(adata):
     [
         ("a", {}, "single class, 'a' .184 of 184 cells."),
         ("Other", {"missing": ["Other"]}, "None of 184 cells has a label"),
-        (["a"] + ["b"] * 90 + ["c"] * 93, {}, r"one cell each: \['a'\]. A class needs two"),
         (np.linspace(0, 1, 184), {}, "numbers with fractions"),
         ([0.0, np.inf] * 92, {}, "holds inf: numbers with fractions or infinite"),
         (
             ["a"] * 182 + ["b"] * 2,
             {"min_share": 0.02},
-            r"2 classes of .*, 1 have 2\.0% .* out: b\.",
+            r"2 classes of .*, 1 have two cells, and 2\.0% .* out: b \(2\)\.",
         ),
         (np.arange(184), {"min_share": 0.02}, "184 classes .*, 0 have .* and 174 more. Lower `min"),
     ],
@@ -187,7 +191,7 @@ def test_labels_that_stand_for_none(adata, caplog):
     assert "1 of 184 cells have no label" in caplog.text
     # As it was asked for.
     assert read(adata, text, missing=["other", "unknown"]).classes == ("a", "b")
-    with pytest.warns(UserWarning, match=r"with less than 0.01 .*\(1 cells\): Unknown"):
+    with pytest.warns(UserWarning, match=r"\(cells\): Unknown \(1\).* share of 0.01"):
         read(adata, text, missing=["other"], min_share=MIN_SHARE)
 
 

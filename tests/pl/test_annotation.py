@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from scanpy.plotting.palettes import default_20
 
 import stofm as st
+from stofm._edge.colors import PALETTE
+from stofm._edge.observations import cell_digests
 from stofm.metrics.labels import Reliability
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def test_classes_have_the_colors_of_the_truth(annotated: ad.AnnData) -> None:
     ax, *_ = st.pl.annotation(annotated, truth_key="kind", show=False)
     z, y, w, unknown = annotated.uns["stofm_annotation_colors"]
     assert [z, y, unknown] == ["#111111", "#222222", GREY]
-    assert w == to_hex(default_20[0])
+    assert w == PALETTE[0]
     drawn = {to_hex(color) for color in ax.collections[0].get_facecolors()}
     assert drawn == {z, y, w, unknown}
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -224,3 +225,22 @@ def test_numbers_are_classes_however_they_are_stored(annotated: ad.AnnData) -> N
         titles.append([ax.get_title() for ax in axes])
     assert titles[0] == titles[1] == titles[2]
     assert not titles[0][0].startswith("accuracy 0.000")
+
+
+def test_titles_tell_how_many_cells_the_head_was_fitted_to(annotated: ad.AnnData) -> None:
+    seen = cell_digests(annotated, "spatial")[:40]
+    annotated.uns["stofm"] = {"stofm_annotation": {"params": {"fitted_to": seen}}}
+    labels, confusion, _ = st.pl.annotation(annotated, truth_key="kind", show=False)
+    assert labels.get_title() == "stofm_annotation\nhead fitted to 40 of 94 cells"
+    assert confusion.get_title().endswith("\nhead fitted to 40 of 94 cells")
+    labels, _ = st.pl.annotation(annotated[:40].copy(), show=False)
+    assert labels.get_title() == "stofm_annotation\nhead fitted to all cells"
+    labels, _ = st.pl.annotation(annotated[40:].copy(), show=False)
+    assert labels.get_title() == "stofm_annotation"
+
+
+def test_spots_are_called_spots(annotated: ad.AnnData) -> None:
+    annotated.uns["stofm"] = {"source": {"observations": "spots"}}
+    axes = st.pl.annotation(annotated, truth_key="kind", show=False)
+    assert axes[1].get_ylabel() == "truth (spots)"
+    assert axes[2].get_ylabel() == "share of spots that are right"

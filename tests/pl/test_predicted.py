@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from scanpy.plotting.palettes import default_20
 from scipy.stats import pearsonr
 
 import stofm as st
+from stofm._edge.colors import PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.collections import PolyCollection
@@ -46,7 +46,7 @@ def wedges(ax: Axes) -> list[tuple[str, NDArray[np.float64]]]:
 
 
 def test_one_map_per_type_with_one_scale(spots: ad.AnnData) -> None:
-    axes = st.pl.deconvolution(spots, show=False)
+    axes = st.pl.deconvolution(spots, shared=True, show=False)
     assert [ax.get_title() for ax in axes] == TYPES
     top = np.percentile(spots.obsm[KEY], 99)
     assert {ax.collections[0].get_clim() for ax in axes} == {(0.0, top)}
@@ -58,7 +58,7 @@ def test_one_map_per_type_with_one_scale(spots: ad.AnnData) -> None:
 
 
 def test_scales_of_their_own(spots: ad.AnnData) -> None:
-    axes = st.pl.deconvolution(spots, shared=False, vmax=None, show=False)
+    axes = st.pl.deconvolution(spots, vmax=None, show=False)
     tops = [ax.collections[0].get_clim()[1] for ax in axes]
     np.testing.assert_allclose(tops, spots.obsm[KEY].max())
     assert [len(ax.child_axes) for ax in axes] == [1, 1, 1]
@@ -68,7 +68,7 @@ def test_types_and_slices(spots: ad.AnnData) -> None:
     axes = st.pl.deconvolution(spots, types=["oligo", "astro"], library_key="slide", show=False)
     assert [ax.get_title() for ax in axes] == ["a: oligo", "b: oligo", "a: astro", "b: astro"]
     assert [len(ax.collections[0].get_offsets()) for ax in axes] == [41, 53, 41, 53]
-    assert [len(ax.child_axes) for ax in axes] == [0, 1, 0, 0]
+    assert [len(ax.child_axes) for ax in axes] == [0, 1, 0, 1]
     assert isinstance(st.pl.deconvolution(spots, types="oligo", show=False), Axes)
 
 
@@ -79,8 +79,8 @@ def test_pies_have_the_area_of_the_shares(spots: ad.AnnData) -> None:
         drawn[color] = drawn.get(color, 0.0) + area(shape)
     total = sum(drawn.values())
     expected = spots.obsm[KEY].mean()
-    for name, color in zip(TYPES, default_20, strict=False):
-        assert drawn[to_hex(color)] / total == pytest.approx(expected[name], abs=0.01)
+    for name, color in zip(TYPES, PALETTE, strict=False):
+        assert drawn[color] / total == pytest.approx(expected[name], abs=0.01)
     assert len(ax.collections[0].get_paths()) == spots.n_obs
     assert all(collection.get_rasterized() for collection in ax.collections)
 
@@ -111,7 +111,7 @@ def test_types_that_are_not_chosen_are_grey(spots: ad.AnnData) -> None:
     ax = st.pl.deconvolution(spots, types=["oligo"], kind="pies", show=False)
     legend = ax.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["oligo", "others"]
-    assert {color for color, _ in wedges(ax)} == {to_hex(default_20[2])}
+    assert {color for color, _ in wedges(ax)} == {PALETTE[2]}
     assert to_hex(ax.collections[0].get_facecolors()[0]) == "#d9d9d9"
 
 

@@ -12,9 +12,9 @@ import pytest
 import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgba
-from scanpy.plotting.palettes import default_20
 
 import stofm as st
+from stofm._edge.colors import PALETTE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ def test_one_panel_per_slice(adata: ad.AnnData) -> None:
 
 def test_cells_have_the_colors_of_their_category(adata: ad.AnnData) -> None:
     ax = st.pl.spatial(adata, "kind", show=False)
-    assert list(adata.uns["kind_colors"]) == [to_hex(color) for color in default_20[:3]]
+    assert list(adata.uns["kind_colors"]) == list(PALETTE[:3])
     drawn = {
         tuple(place): to_hex(color)
         for place, color in zip(
@@ -190,13 +190,73 @@ def test_hundreds_of_categories_have_no_legend(
     assert "188 categories" in caplog.text
 
 
-def test_gene_is_read_from_sparse_counts_and_layers(adata: ad.AnnData) -> None:
+def test_counts_are_log_normalised_for_the_picture_and_layers_are_not(adata: ad.AnnData) -> None:
     ax = st.pl.spatial(adata, "GENE3", vmin=None, vmax=None, show=False)
-    counts = adata.X.toarray()[:, 3]
-    np.testing.assert_array_equal(np.sort(ax.collections[0].get_array()), np.sort(counts))
-    assert ax.collections[0].get_clim() == (0.0, counts.max())
+    counts = adata.X.toarray().astype(float)
+    totals = np.maximum(counts.sum(axis=1), 1)
+    expected = np.log1p(1e4 * counts[:, 3] / totals)
+    np.testing.assert_allclose(np.sort(ax.collections[0].get_array()), np.sort(expected))
+    assert ax.child_axes[0].get_title(loc="left") == "log-normalised"
     doubled = st.pl.spatial(adata, "GENE3", layer="double", vmin=0, vmax=None, show=False)
-    assert doubled.collections[0].get_clim() == (0.0, 2 * counts.max())
+    assert doubled.collections[0].get_clim() == (0.0, 2 * counts[:, 3].max())
+    assert doubled.child_axes[0].get_title(loc="left") == "double"
+    # What was normalised before is drawn as it is.
+    adata.X = adata.X * 0.3
+    ax = st.pl.spatial(adata, ["GENE3", "GENE0"], vmin=None, vmax=None, show=False)[0]
+    np.testing.assert_allclose(np.sort(ax.collections[0].get_array()), np.sort(0.3 * counts[:, 3]))
+    assert ax.child_axes[0].get_title(loc="left") == ""
+
+
+def test_a_column_of_a_frame_by_name(adata: ad.AnnData) -> None:
+    shares = np.linspace(0, 1, adata.n_obs)
+    frame = pd.DataFrame({"Stromal": shares, "B": 1 - shares}, index=adata.obs_names)
+    adata.obsm["stofm_deconvolution"] = frame
+    adata.obsm["stofm_deconvolution_std"] = frame * 0
+    ax = st.pl.spatial(adata, "Stromal", vmin=None, vmax=None, show=False)
+    np.testing.assert_allclose(np.sort(ax.collections[0].get_array()), shares)
+    adata.obsm["other"] = frame / 2
+    with pytest.raises(ValueError, match=r"color='stofm_deconvolution:B' or color='other:B'"):
+        st.pl.spatial(adata, "B", show=False)
+    ax = st.pl.spatial(adata, "other:B", vmin=None, vmax=None, show=False)
+    assert ax.collections[0].get_clim() == (0.0, 0.5)
+    with pytest.raises(KeyError, match=r"DataFrame in obsm\. Nearest: \['Stromal'\]"):
+        st.pl.spatial(adata, "stromall", show=False)
+
+
+def test_groups_na_color_title_and_names_on_the_cells(adata: ad.AnnData) -> None:
+    look = {"groups": ["y"], "na_color": "#010203", "title": "T", "show": False}
+    ax = st.pl.spatial(adata, "kind", **look)
+    assert face_colors(ax) == {"#010203", adata.uns["kind_colors"][1]}
+    assert (ax.get_title(), legend_names(ax)) == ("T", ["y", "others"])
+    ax = st.pl.spatial(adata, "kind", legend_loc="on data", show=False)
+    assert ax.get_legend() is None
+    written = {text.get_text(): text.get_position() for text in ax.texts}
+    middle = np.median(adata.obsm["spatial"][adata.obs["kind"] == "y"], axis=0)
+    np.testing.assert_allclose(written["y"], middle)
+    ax = st.pl.spatial(adata, "kind", legend_loc=None, show=False)
+    assert (ax.get_legend(), len(ax.texts)) == (None, 0)
+    with pytest.raises(ValueError, match=r"groups='Z' is no category of 'kind'. Nearest: \['z'\]"):
+        st.pl.spatial(adata, "kind", groups="Z", show=False)
+    with pytest.raises(ValueError, match=r"1 titles are needed .* but title holds 2"):
+        st.pl.spatial(adata, "kind", title=["a", "b"], show=False)
+    with pytest.raises(ValueError, match=r"legend_loc must be one of .* found 'left'"):
+        st.pl.spatial(adata, "kind", legend_loc="left", show=False)
+
+
+def test_parts_and_chosen_slices(adata: ad.AnnData) -> None:
+    ax = st.pl.spatial(adata, crop_coord=(40, 90, 20, 60), show=False)
+    xy = adata.obsm["spatial"]
+    is_in = ((xy >= [40, 20]) & (xy <= [90, 60])).all(axis=1)
+    assert len(ax.collections[0].get_offsets()) == is_in.sum()
+    assert (ax.get_xlim(), ax.get_ylim()) == ((40.0, 90.0), (60.0, 20.0))
+    ax = st.pl.spatial(adata, library_key="slide", library_id="b", show=False)
+    assert (ax.get_title(), len(ax.collections[0].get_offsets())) == ("b", 53)
+    with pytest.raises(ValueError, match=r"No cell lies in crop_coord=\(0, 1, 900, 901\)"):
+        st.pl.spatial(adata, crop_coord=(0, 1, 900, 901), show=False)
+    with pytest.raises(ValueError, match=r"must be \(left, right, top, bottom\)"):
+        st.pl.spatial(adata, crop_coord=(0, 1), show=False)
+    with pytest.raises(KeyError, match="library_id='c' is no slice"):
+        st.pl.spatial(adata, library_key="slide", library_id="c", show=False)
 
 
 def test_high_values_lie_on_top(adata: ad.AnnData) -> None:
@@ -351,6 +411,25 @@ def test_axes_of_a_subfigure_can_be_saved(adata: ad.AnnData, tmp_path: Path) -> 
     assert (tmp_path / "part.png").stat().st_size > 1000
 
 
+def test_scanpys_settings_say_where_figures_go(
+    adata: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scanpy as sc
+
+    monkeypatch.setattr(sc.settings, "figdir", tmp_path / "figures")
+    monkeypatch.setattr(sc.settings, "file_format_figs", "png")
+    st.pl.spatial(adata, "kind", show=False)
+    assert not (tmp_path / "figures").exists()
+    st.pl.spatial(adata, "kind", save=True, show=False)
+    monkeypatch.setattr(sc.settings, "autosave", True)
+    adata.obsm["X_umap"] = adata.obsm["spatial"]
+    st.pl.umap(adata, "kind", show=False)
+    assert sorted(one.name for one in (tmp_path / "figures").iterdir()) == [
+        "spatial.png",
+        "umap.png",
+    ]
+
+
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_save(adata: ad.AnnData, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"figure.{suffix}"
@@ -444,8 +523,10 @@ def test_umap_of_several_colors(embedded: ad.AnnData) -> None:
     assert [len(ax.child_axes) for ax in axes] == [0, 1, 1]
     legend = axes[0].get_legend().get_tightbbox()
     assert legend.x1 <= axes[1].get_window_extent().x0
+    counts = embedded.X.toarray()
+    expected = np.log1p(1e4 * counts[:, 2] / np.maximum(counts.sum(axis=1), 1))
     highest = max(points.get_clim()[1] for points in axes[1].collections)
-    assert highest == embedded.X.toarray()[:, 2].max()
+    assert highest == pytest.approx(expected.max())
 
 
 def test_plain_umap(embedded: ad.AnnData) -> None:

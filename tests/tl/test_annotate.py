@@ -426,7 +426,7 @@ def test_missing_and_rare_labels_are_left_out(cells):
     labels[:20], labels[20:30], labels[30] = "Other", None, "rare"
     cells.obs["label"] = labels
     told = r"in obs\['label'\] are left out.*'Other' \(20 cells, 10.9%\).* pass missing=\[\]"
-    rare = r"0.01 of .* \(1 cells\): rare.* pass min_share=0"
+    rare = r"Rare classes of obs\['label'\] .*: rare \(1\)\. .* min_share=0"
     with pytest.warns(UserWarning, match=rare), pytest.warns(UserWarning, match=told):
         head = fit(cells, label_key="label", split="random")
     assert head.classes == ("0", "1", "2")
@@ -563,7 +563,6 @@ def test_options_are_checked_before_anything_is_embedded(adata, model):
         ({"use_rep": ()}, "use_rep must name"),
         ({"use_rep": ("X_pca", "X_pca")}, "each once"),
         ({"label_key": "one"}, "has a single class"),
-        ({"label_key": "single", "min_share": 0}, r"one cell each: \['c'\]"),
         ({"strategy": "full"}, "not embeddings"),
         ({"reference": "cells", "label_key": None}, "found neither"),
         ({"reference": "cells", "copy": True}, "does not go with copy=True"),
@@ -619,3 +618,37 @@ def test_a_tuned_model_goes_with_the_head(embedded, model, tmp_path, strategy):
     pd.testing.assert_frame_equal(made[0].obsm[PROBA], made[1].obsm[PROBA], check_exact=True)
     # The embeddings by the model before tuning stay.
     np.testing.assert_array_equal(made[0].obsm[Obsm.X], stored)
+
+
+def test_classes_have_the_colors_of_the_reference(cells, tmp_path):
+    labelled = cells[cells.obs["library"] == "left"].copy()
+    labelled.uns["kind_colors"] = ["#aa0000", "#00aa00", "#0000aa"]
+    head = fit(labelled)
+    head.save(tmp_path / "head")
+    head = st.AnnotationHead.load(tmp_path / "head")
+    st.tl.annotate(cells, head=head, **QUIET)
+    names = list(cells.obs[KEY].cat.categories)
+    colors = dict(zip(names, cells.uns[f"{KEY}_colors"], strict=True))
+    assert [colors[kind] for kind in "012"] == labelled.uns["kind_colors"]
+    assert colors["unknown"] == "#bdbdbd"
+
+
+def test_the_record_tells_which_cells_the_head_was_fitted_to(cells, tmp_path):
+    labelled = cells[cells.obs["library"] == "left"].copy()
+    labelled.obs.loc[labelled.obs_names[:7], "kind"] = None
+    head = fit(labelled)
+    head.save(tmp_path / "head")
+    head = st.AnnotationHead.load(tmp_path / "head")
+    st.tl.annotate(cells, head=head, **QUIET)
+    assert len(cells.uns[Uns.STOFM][KEY]["params"]["fitted_to"]) == len(labelled) - 7
+    # Cells of another place are others, whatever they are called.
+    other = cells.copy()
+    other.obsm["spatial"] = other.obsm["spatial"] + 1000.0
+    st.tl.annotate(other, head=head, **QUIET)
+    assert "fitted_to" not in other.uns[Uns.STOFM][KEY]["params"]
+
+
+def test_the_key_may_be_given_by_position(cells):
+    options = st.tl.HeadOptions(split="random")
+    head = st.tl.annotate(cells, "kind", use_rep="X_pca", options=options, **QUIET)
+    assert head.params["label_key"] == "kind"

@@ -330,8 +330,9 @@ def test_types_of_a_reference_that_can_not_be(spots, cells):
     with pytest.raises(KeyError, match=r"There is no obs\['type'\]"):
         from_reference(spots, cells, label_key="type")
     cells.obs["kind"] = ["rare", *cells.obs["kind"][1:]]
-    with pytest.raises(ValueError, match=r"one cell each: \['rare'\]"):
-        from_reference(spots, cells)
+    with pytest.warns(UserWarning, match=r"Rare classes of obs\['kind'\] .*: rare \(1\)\."):
+        head = from_reference(spots, cells, min_share=0)
+    assert head.types == ("astro", "micro", "oligo")
     head = from_reference(spots, cells, missing=["rare"])
     assert head.types == ("astro", "micro", "oligo")
 

@@ -66,6 +66,11 @@ def in_image_space(data: Any, table_key: str | None) -> AnnData:
     return found if Obsm.SPATIAL in found.obsm else table
 
 
+def image_names(data: Any, table: AnnData, name: str) -> list[str]:
+    """Names of the images that there are of a slice."""
+    return list(getattr(data, "images", ()) or _library_of(table, name, "images"))
+
+
 @contextmanager
 def open_images(
     data: Any, table: AnnData, names: Sequence[str], *, image: Any, scale: Any
@@ -219,6 +224,14 @@ def _spacing(xy: NDArray[np.float64]) -> float:
     distances = Nearest.find(xy).distances
     near = distances[:, 1:3] if distances.shape[1] > 2 else distances
     return float(np.median(near)) if near.size else 0.0
+
+
+def known_microns(
+    table: AnnData, name: str, xy: NDArray[np.float64], image: SliceImage | None
+) -> float | None:
+    """Micrometres of a unit of ``obsm["spatial"]``, as metadata or Visium's spots say, if they do."""
+    stated = _stated(table, image, name, Obsm.SPATIAL)
+    return stated or _of_visium(table, name, xy, _spacing(xy))
 
 
 def _stated(table: AnnData, image: SliceImage | None, name: str, spatial_key: str) -> float | None:

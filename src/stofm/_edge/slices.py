@@ -237,12 +237,17 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
         )
     _refuse_joined_names(adata, xy)
     for name, codes, values in _groupings(adata.obs):
-        may_be_slices = name == region_column(adata) or _SLICE_WORDS.search(name)
-        if may_be_slices and nearest.mixing(codes) == 0.0:
+        # Fields of view and regions of one slide adjoin; other samples that do were put side by side.
+        are_parts = name == region_column(adata) or "fov" in name.lower()
+        if not (are_parts or _SLICE_WORDS.search(name)):
+            continue
+        is_apart = nearest.mixing(codes) == 0.0
+        if is_apart or not are_parts:
             warn(
-                f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie apart from each "
-                "other and are taken as parts of one slice, whose size is set to a fixed one. If "
-                f"they are slices, pass library_key={name!r}."
+                f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie "
+                f"{'apart from' if is_apart else 'beside'} each other and are taken as parts of one "
+                "slice, whose size is set to a fixed one. If they are slices, pass "
+                f"library_key={name!r}."
             )
             return
 

@@ -286,11 +286,13 @@ def all_or_nothing(*tables: AnnData) -> Iterator[None]:
     """Put back what the tables held if what is done within it does not come to its end.
 
     That is their ``obs``, ``var``, ``obsm`` and ``uns``, also of a backed AnnData: stofm writes
-    nothing else. Arrays are not copied: stofm puts new ones in their place and changes none.
+    nothing else. Arrays are not copied: stofm puts new ones in their place and changes none. A view
+    becomes an AnnData of its own with the first thing that is written, as is meant, without a warning.
     """
     before = [_held(one) for one in tables]
     try:
-        yield
+        with _quiet_views(tables):
+            yield
     except BaseException:
         for one, (obs, var, former_obsm, former_uns) in zip(tables, before, strict=True):
             if one.is_view:  # nothing was written to it
@@ -303,6 +305,18 @@ def all_or_nothing(*tables: AnnData) -> Iterator[None]:
                         held[key] = value
             one.obs, one.var = obs, var
         raise
+
+
+@contextmanager
+def _quiet_views(tables: Sequence[AnnData]) -> Iterator[None]:
+    if not any(one.is_view for one in tables):
+        yield
+        return
+    from anndata import ImplicitModificationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield
 
 
 def _held(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any], dict[str, Any]]:

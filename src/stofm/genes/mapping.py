@@ -238,13 +238,16 @@ class GeneMapping:
         return tuple(self.names[row] for row in rows[:_N_EXAMPLES])
 
     def summary(self) -> str:
-        """Return the report as one line."""
+        """Return the report as one line, short where all was found."""
+        found = f"{self.n_matched} of {self.n_vars} genes matched"
+        if self.n_genes < self.n_matched:
+            found += f" ({self.n_genes} different)"
+        if not (examples := ", ".join(self.unmatched)):
+            return f"{found}; species: {self.species}"
         share = "" if np.isnan(self.counts_share) else f", {self.counts_share:.1%} of the counts"
-        examples = ", ".join(self.unmatched)
         return (
-            f"{self.n_matched} of {self.n_vars} genes matched ({self.n_genes} different){share}; "
-            f"species: {self.species}; found {self._types()}"
-            + (f"; not matched, for example: {examples}" if examples else "")
+            f"{found}{share}; species: {self.species}; found {self._types()}; "
+            f"not matched, for example: {examples}"
         )
 
     def require_enough(self, advise: Callable[[], str] | None = None) -> None:

@@ -13,6 +13,8 @@ from scipy.special import log_softmax, softmax
 
 from stofm import metrics
 from stofm._arrays import let_go
+from stofm._edge.colors import colors_of
+from stofm._edge.observations import cell_digests
 from stofm._edge.tables import all_or_nothing
 from stofm._keys import Label, Obs, Obsm
 from stofm._logging import logger
@@ -26,6 +28,7 @@ from stofm.nn.prediction_head import ROUNDING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
@@ -224,6 +227,8 @@ class AnnotationHead(Head):
         cells that they reject; None if none is to be.
     surroundings
         Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
+    fitted_to
+        A number for each labelled cell, from its name and position: scores on these are no test.
     outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
         Classes; what is read and by which model; how the head was fitted and how good it is.
     networks, reads, weights, expression, n_neighbors, panel
@@ -239,6 +244,7 @@ class AnnotationHead(Head):
     temperature: float
     rejection: Rejection | None = None
     surroundings: Surroundings | None = None
+    fitted_to: NDArray[np.int64] | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -266,22 +272,32 @@ class AnnotationHead(Head):
             likeliest = found.probabilities.argmax(axis=1)
             codes = np.where(found.is_unknown, len(self.classes), likeliest)
             names = pd.Categorical.from_codes(codes, categories=categories)
-            params = {"label_key": self.params["label_key"], "temperature": self.temperature}
+            params = {name: self.params[name] for name in ("label_key", "reject_rate")}
+            params["temperature"] = self.temperature
             self.write(
                 slices,
                 key,
                 {_PROBA: found.probabilities},
                 obs={"": names, _CONFIDENCE: found.probabilities.max(axis=1)},
-                params=[{**params, "reject_rate": self.params["reject_rate"]}] * len(slices.tables),
+                params=slices.each(
+                    lambda table: params | self._seen_of(table, request.spatial_key)
+                ),
             )
         logger.info(
             "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
             *(len(codes), len(self.classes), key, found.is_unknown.sum()),
         )
 
+    def _seen_of(self, table: AnnData, spatial_key: str) -> dict[str, Any]:
+        """Which cells of a table the head was fitted to, for the record."""
+        cells = cell_digests(table, spatial_key)
+        seen = cells[np.isin(cells, [] if self.fitted_to is None else self.fitted_to)]
+        return {Label.FITTED: seen} if len(seen) else {}
+
     def _own(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         entries, arrays = super()._own()
         entries["temperature"] = self.temperature
+        arrays |= {} if self.fitted_to is None else {Label.FITTED: self.fitted_to}
         if self.rejection is None or self.surroundings is None:
             return entries, arrays
         return entries | {"rejection": asdict(self.rejection)}, arrays | asdict(self.surroundings)
@@ -289,6 +305,7 @@ class AnnotationHead(Head):
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
         fields = super()._read_own(own, arrays) | {"temperature": own["temperature"]}
+        fields[Label.FITTED] = arrays.get(Label.FITTED)
         if own.get("rejection") is not None:
             fields["rejection"] = Rejection(**own["rejection"])
             parts = {name: arrays[name] for name in Surroundings.__dataclass_fields__}
@@ -332,9 +349,11 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
     found = []
     if len(rows):
         found.append(score_classes(Annotation(probabilities, is_unknown), codes[rows]))
+    cells = np.concatenate(slices.each(lambda one: cell_digests(one, request.spatial_key)))
     return AnnotationHead(
         **fields,
         temperature=temperature,
+        fitted_to=np.sort(cells[labels.is_known]),
         outputs=labels.classes,
         params={
             **request.record,
@@ -345,6 +364,7 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
             "class_weights": options.class_weights,
             "n_neighbors": blocks.n_neighbors,
             "reject_rate": float(options.reject_rate),
+            "colors": colors_of(slices.tables, label_key),
         },
         validation_scores=pd.DataFrame(found, index=pd.RangeIndex(1, 1 + len(found), name="run")),
     )

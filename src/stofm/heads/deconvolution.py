@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import pandas as pd
 
+from stofm._edge.colors import colors_of
 from stofm._edge.tables import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
@@ -122,7 +123,9 @@ def learn_squares(
     labels = read_labels(slices, label_key, missing=options.missing, min_share=options.min_share)
     squares = grid_into_spots(slices, labels, request, spot_size=spot_size)
     own = replace(request, library_key=SLICE, layer=None, spatial_key=Obsm.SPATIAL)
-    return learn_proportions(squares, own, {"label_key": label_key, "spot_size": spot_size})
+    source: dict[str, Any] = {"label_key": label_key, "spot_size": spot_size}
+    source["colors"] = colors_of(slices.tables, label_key)
+    return learn_proportions(squares, own, source)
 
 
 def learn_reference(

@@ -85,7 +85,8 @@ def fit(slices: SliceTables, targets: Targets, request: Request, task: str) -> F
         )
         losses.append(history.assign(reads="slices"))
         blocks = _read_again(slices, blocks, replace(request, model=model))
-    members = fit_members(blocks, targets, splits, seeds)
+    show = request.show_progress_bar
+    members = fit_members(blocks, targets, splits, seeds, show_progress_bar=show)
     named = zip(slices.names, slices.rows, strict=True)
     fields = {
         "use_rep": blocks.use_rep,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stofm._config import read_json
+from stofm._edge.colors import UNKNOWN_COLOR, fill_colors
 from stofm._edge.tables import (
     make_frame,
     refuse_foreign,
@@ -22,7 +23,7 @@ from stofm._edge.tables import (
     write_record,
 )
 from stofm._files import Kind, local, read_table, reading, take_back
-from stofm._keys import Obs, Obsm, Suffix, Uns
+from stofm._keys import Label, Obs, Obsm, Suffix, Uns
 from stofm._version import __version__
 from stofm.heads.blocks import read_embeddings, with_neighborhood
 from stofm.heads.expression import ExpressionComponents, read_expression
@@ -184,6 +185,10 @@ class Head:
                 table.obs[key + beside] = column[part]
             # What is left of an earlier run would be taken for this one's.
             table.uns.pop(key + Suffix.COLORS, None)
+            if (colors := self.params.get("colors")) is not None:
+                called = [*names, Label.UNKNOWN] if obs else names
+                known = {**colors, Label.UNKNOWN: UNKNOWN_COLOR}
+                table.uns[key + Suffix.COLORS] = fill_colors(called, known)
             for beside in set(self.obsm_beside) - set(own):
                 remove_entry(table, key + beside)
             for beside, frame in own.items():

@@ -142,6 +142,7 @@ class ImputationHead(Head):
         chosen = self.columns_of(genes)
         model = self.model if request.model is None else request.model
         request = replace(request, model=model, use_rep=self.use_rep)
+        _tell_size(slices, len(chosen), is_asked=genes is not None)
         (known,), request, _ = _find_columns(request, {"the query": slices})
         for one in known:
             if request.model is not None:
@@ -195,6 +196,8 @@ def learn_genes(
     query = rest[0] if rest else []
     learnt = new_genes(columns, query) if genes is None else find_genes(genes, columns, vocabulary)
     panel = choose_panel(columns, learnt, query)
+    if reference is not None:
+        _tell_size(slices, len(learnt), is_asked=genes is not None)
     reduced, own, counts = reduce_tables(training, columns, panel, own, learnt=learnt)
     targets = ExpressionTargets.of(reduced, counts, [gene.name for gene in learnt])
     blocks, splits, members, fields = fit(reduced, targets, own, ImputationHead.task)
@@ -227,8 +230,18 @@ def learn_genes(
         *(len(learnt), len(panel), head.gene_scores.mean(), int((head.gene_scores < 0.1).sum())),
     )
     if reference is not None:
-        head.apply(slices, replace(request, model=head.model or own.model), key)
+        head.apply(slices, replace(request, model=head.model or own.model), key, head.genes)
     return head
+
+
+def _tell_size(slices: SliceTables, n_genes: int, *, is_asked: bool) -> None:
+    """Say how large the result will be, unless the genes were asked for."""
+    n_cells = sum(table.n_obs for table in slices.tables)
+    if not is_asked:
+        logger.info(
+            "%d genes will be imputed in %d cells, %.3g GB; pass genes= for fewer.",
+            *(n_genes, n_cells, 4e-9 * n_genes * n_cells),
+        )
 
 
 def _find_columns(

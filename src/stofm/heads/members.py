@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import nnls
 from threadpoolctl import threadpool_limits
 
+from stofm._logging import counter
 from stofm.heads.expression import principal_axes
 from stofm.heads.network import HeadTraining, apply_head, fit_head, row_order
 from stofm.nn.device import seeded
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks, Source
+    from stofm.heads.network import FittedHead
     from stofm.heads.targets import Targets
     from stofm.spatial import Split
 
@@ -132,7 +134,12 @@ def _network(
 
 
 def fit_members(
-    blocks: Blocks, targets: Targets, splits: Sequence[Split], seeds: Sequence[int]
+    blocks: Blocks,
+    targets: Targets,
+    splits: Sequence[Split],
+    seeds: Sequence[int],
+    *,
+    show_progress_bar: bool = False,
 ) -> Members:
     """Fit members to what is read of cells, and weigh them by the held-out cells.
 
@@ -149,6 +156,8 @@ def fit_members(
         Classes, proportions or values.
     splits, seeds
         Cells to fit and to hold out, and the seed of the network, of each round.
+    show_progress_bar
+        Show a bar of the members.
     """
 
     def in_order(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -158,29 +167,42 @@ def fit_members(
     held_out = tuple(in_order(split.held_out) for split in splits)
     kinds, histories = [], []
     rotations: dict[Source, Rotation] = {}
-    for reads, is_linear in _kinds(blocks, targets):
-        if reads not in rotations:
-            rotations[reads] = Rotation(blocks.of(reads), blocks.widths_of(reads), known)
-        rotation = rotations[reads]
-        if is_linear:
-            trials = [_fit_linear(rotation.values, targets, split.fitted) for split in splits]
-            kept = [_fit_linear(rotation.values, targets, known)]
-        else:
-            fits = [
-                fit_head(
-                    rotation.values,
-                    targets,
-                    fitted=split.fitted,
-                    held_out=split.held_out,
-                    input_widths=rotation.widths,
-                    training=IMPUTING if targets.kind == "values" else VOTING,
-                    seed=seed,
-                )
-                for split, seed in zip(splits, seeds, strict=True)
-            ]
-            histories += [one.history.assign(reads=reads) for one in fits]
-            trials = kept = [one.head for one in fits]
-        kinds.append(_Kind(reads, rotation.values, trials, list(map(rotation.undone, kept))))
+    planned = _kinds(blocks, targets)
+    total = sum(len(splits) + is_linear for _, is_linear in planned)
+    bar = counter(total=total, description="fit head", unit="member", show=show_progress_bar)
+    with bar as advance:
+
+        def linear(rotation: Rotation, rows: NDArray[np.int64]) -> PredictionHead:
+            found = _fit_linear(rotation.values, targets, rows)
+            advance(1)
+            return found
+
+        def network(rotation: Rotation, split: Split, seed: int) -> FittedHead:
+            found = fit_head(
+                rotation.values,
+                targets,
+                fitted=split.fitted,
+                held_out=split.held_out,
+                input_widths=rotation.widths,
+                training=IMPUTING if targets.kind == "values" else VOTING,
+                seed=seed,
+            )
+            advance(1)
+            return found
+
+        for reads, is_linear in planned:
+            if reads not in rotations:
+                rotations[reads] = Rotation(blocks.of(reads), blocks.widths_of(reads), known)
+            rotation = rotations[reads]
+            if is_linear:
+                trials = [linear(rotation, split.fitted) for split in splits]
+                kept = [linear(rotation, known)]
+            else:
+                parts = zip(splits, seeds, strict=True)
+                fits = [network(rotation, split, seed) for split, seed in parts]
+                histories += [one.history.assign(reads=reads) for one in fits]
+                trials = kept = [one.head for one in fits]
+            kinds.append(_Kind(reads, rotation.values, trials, list(map(rotation.undone, kept))))
     weights, votes = _weigh(kinds, targets, held_out)
     shares = zip(weights.tolist(), kinds, strict=True)
     histories = [one.assign(network=k) for k, one in enumerate(histories)]

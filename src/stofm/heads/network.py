@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +12,13 @@ import pandas as pd
 import torch
 
 from stofm.heads.targets import head_loss
-from stofm.nn.device import seeded
+from stofm.nn.device import seeded, using_threads
 from stofm.nn.prediction_head import HeadConfig, PredictionHead
 from stofm.spatial import canonical_order
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -163,20 +163,13 @@ def row_order(
     return rows[canonical_order(keys[:, [0, keys.shape[1] // 2]], keys)]
 
 
-@contextmanager
-def _few_threads(n_outputs: int) -> Iterator[None]:
+def _few_threads(n_outputs: int) -> AbstractContextManager[None]:
     """Within it torch uses one thread of the CPU where the steps of a fit are small.
 
     Several would wait for each other most of the time, and without end if other programs are at
     work. It makes the result the same for any number of threads too.
     """
-    before = torch.get_num_threads()
-    if n_outputs <= _FEW_OUTPUTS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return using_threads(1 if n_outputs <= _FEW_OUTPUTS else None)
 
 
 class _Fitting:

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from stofm._edge.colors import colors_of
 from stofm._edge.counts import read_counts
 from stofm._edge.tables import frame_names
 from stofm._keys import Obsm
-from stofm._logging import logger
+from stofm._logging import counter, logger
 from stofm._messages import naming, warn
 from stofm.genes.ranking import require_sound
 from stofm.heads.embeddings import gene_records
@@ -261,21 +262,26 @@ def fit_simulated(
             seed=seed + _SEED_STEP * part,
             device=device,
         )
+        advance(1)
         return found, rows[-n_held_out:]
 
     device = choose_device(request.device)
     n_held_out = round(_HELD_OUT * options.spots.n_spots)
     equal = np.full(typed.n_types, 1 / typed.n_types)
-    spots, components, values = simulate(np.ones(len(genes)), equal, 2 * seed)
-    first = apply_head(fitted()[0].head, components.of_counts(counts), "proportions")
-    composition = first.mean(axis=0, dtype=np.float64)
-    composition /= composition.sum()
-    mean = np.asarray(counts.mean(axis=0), dtype=np.float64).ravel()
-    scale = gene_scales(mean, len(totals), typed.mean_counts(), composition)
-    spots, components, values = simulate(scale, (composition + equal) / 2, 2 * seed + 1)
-    fits, held_out = zip(*map(fitted, range(_N_NETWORKS)), strict=True)
+    show, total = request.show_progress_bar, 1 + _N_NETWORKS
+    bar = counter(total=total, description="fit head", unit="network", show=show)
+    with bar as advance:
+        spots, components, values = simulate(np.ones(len(genes)), equal, 2 * seed)
+        first = apply_head(fitted()[0].head, components.of_counts(counts), "proportions")
+        composition = first.mean(axis=0, dtype=np.float64)
+        composition /= composition.sum()
+        mean = np.asarray(counts.mean(axis=0), dtype=np.float64).ravel()
+        scale = gene_scales(mean, len(totals), typed.mean_counts(), composition)
+        spots, components, values = simulate(scale, (composition + equal) / 2, 2 * seed + 1)
+        fits, held_out = zip(*map(fitted, range(_N_NETWORKS)), strict=True)
     rules = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options.spots).items()}
-    own = {"label_key": label_key, "n_neighbors": 0, "n_components": n_components}
+    own: dict[str, Any] = {"label_key": label_key, "n_neighbors": 0, "n_components": n_components}
+    own["colors"] = colors_of(reference.tables, label_key)
     histories = [one.history.assign(network=k) for k, one in enumerate(fits)]
     fields = {
         "networks": tuple(one.head for one in fits),

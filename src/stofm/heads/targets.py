@@ -89,34 +89,36 @@ def read_labels(
         Labels treated as missing (case-insensitive), besides NaN and empty strings; with
         :data:`MISSING` itself all that reads like one.
     min_share
-        Smallest share of the labelled cells that a class must have.
+        Smallest share of the labelled cells that a class must have, and two cells at least.
     """
     labels = read_label_names(slices, key, missing=missing)
     names, counts = np.unique(labels[labels != ""], return_counts=True)
-    is_kept = counts >= min_share * counts.sum()
+    # Of a single cell none could be held out.
+    is_kept = (counts >= min_share * counts.sum()) & (counts > 1)
     left_out, classes, sizes = tuple(names[~is_kept].tolist()), names[is_kept], counts[is_kept]
-    some = ", ".join(left_out[:10]) + (f" and {len(left_out) - 10} more" * (len(left_out) > 10))
-    if left_out:
-        tell = warn if min_share == MIN_SHARE else logger.info
-        tell(
-            f"Classes of obs[{key!r}] with less than {min_share:.3g} of the labelled cells are left "
-            f"out ({counts[~is_kept].sum()} cells): {some}. To learn them too, pass min_share=0."
-        )
+    parts = [f"{name} ({n})" for name, n in zip(left_out, counts[~is_kept], strict=True)]
+    some = ", ".join(parts[:10]) + (f" and {len(parts) - 10} more" * (len(parts) > 10))
     if len(classes) < 2 and left_out:
         raise ValueError(
-            f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have {min_share:.1%} of "
-            f"the labelled cells or more; a head needs two. The others are left out: {some}. Lower "
+            f"Of the {len(names)} classes of obs[{key!r}], {len(classes)} have two cells, and "
+            f"{min_share:.1%} of the labelled cells, or more; a head needs two. The others are left out: {some}. Lower "
             "`min_share`, or pass a column with larger classes."
+        )
+    if left_out:
+        tell = warn if min_share == MIN_SHARE or (counts == 1).any() else logger.info
+        more = (
+            f" and a share of {min_share:.3g}; with min_share=0, two cells only"
+            if min_share
+            else ""
+        )
+        tell(
+            f"Rare classes of obs[{key!r}] are left out (cells): {some}. A class needs two "
+            f"cells{more}."
         )
     if len(classes) == 1:
         raise ValueError(
             f"obs[{key!r}] has a single class, {str(classes[0])!r} ({sizes[0]} of {len(labels)} "
             "cells); a head needs at least two to tell apart. Pass slices or a column with more."
-        )
-    if (sizes < 2).any():
-        raise ValueError(
-            f"These classes of obs[{key!r}] have one cell each: {classes[sizes < 2].tolist()}. A "
-            "class needs two or more. Raise `min_share`, or add them to `missing`, to leave them out."
         )
     codes = np.where(np.isin(labels, classes), np.searchsorted(classes, labels), -1)
     return Labels(tuple(classes.tolist()), codes, left_out)

@@ -14,6 +14,7 @@ import torch
 
 from stofm._arrays import MOST_IN_MEMORY
 from stofm._logging import logger
+from stofm._settings import settings
 from stofm.spatial.virtual_cells import MOST_CLUSTERED
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             chosen, reason = torch.device("mps"), "no CUDA device, Apple GPU found"
         else:
             chosen = _CPU
-            reason = f"no GPU that torch can use; {torch.get_num_threads()} threads"
+            n_threads = settings.n_threads or torch.get_num_threads()
+            reason = f"no GPU that torch can use; {n_threads} threads"
         logger.info("Computing on %s (%s).", chosen, reason)
         return chosen
     try:
@@ -102,6 +104,19 @@ def _allowed_memory() -> int:
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
     return max(0, limit - int(psutil.Process().memory_info().vms))
+
+
+@contextmanager
+def using_threads(number: int | None = None) -> Iterator[None]:
+    """Within it torch uses `number` threads of the processor, or as many as ``stofm.settings`` says."""
+    before, wanted = torch.get_num_threads(), number or settings.n_threads
+    if wanted:
+        torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(before)
 
 
 @contextmanager

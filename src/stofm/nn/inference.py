@@ -13,6 +13,7 @@ from stofm._arrays import count_not_finite, let_go, spacious
 from stofm._logging import logger, progress
 from stofm.nn.batch import GeneBag, SubSliceBatch, TokenBatch
 from stofm.nn.cell_encoder import NO_VALUES
+from stofm.nn.device import using_threads
 from stofm.spatial import build_subslice, rows_by_subslice
 
 if TYPE_CHECKING:
@@ -219,11 +220,12 @@ def refuse_not_finite(
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and back afterwards."""
+    """Switch to evaluation mode and the settings' threads, and back afterwards."""
     was_training = module.training
     module.eval()
     try:
-        yield
+        with using_threads():
+            yield
     finally:
         module.train(was_training)
 

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._edge.tables import frame_names, resolve_table
+from stofm._edge.colors import UNKNOWN_COLOR, fill_colors, read_colors
+from stofm._edge.observations import cell_digests, observed
+from stofm._edge.tables import frame_names, read_record, resolve_table
 from stofm._keys import Label, Obs, Obsm
 from stofm.metrics.labels import Reliability
-from stofm.pl._maps import Look, draw_maps, read_panels
-from stofm.pl._style import (
-    FONT_SIZE,
+from stofm.pl._colors import (
+    NO_VALUE_COLOR,
     NO_VALUE_LABEL,
-    TITLE_SIZE,
     Categories,
     Values,
     category_names,
-    color_categories,
-    default_colors,
     require_name,
     resolve_colors,
-    stored_colors,
-    style_axes,
 )
+from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm.pl._style import FONT_SIZE, TITLE_SIZE, style_axes
+from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
+    from stofm.pl._maps import LegendLoc
+    from stofm.pl._style import Save
+
 PanelKind = Literal["map", "truth", "confidence", "confusion", "reliability"]
 _MAPS: Final = ("map", "truth", "confidence")
 
-_UNKNOWN_COLOR: Final = "#bdbdbd"
 #: What is appended to the annotation's key.
 _CONFIDENCE: Final = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA: Final = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
@@ -58,19 +59,30 @@ def annotation(
     key: str = Obs.ANNOTATION,
     panels: Sequence[PanelKind] | None = None,
     library_key: str | None = None,
+    library_id: str | Sequence[str] | None = None,
     spatial_key: str = Obsm.SPATIAL,
+    img_key: str | None = AUTO,
+    alpha_img: float = 1.0,
+    crop_coord: Sequence[float] | None = None,
+    groups: str | Sequence[str] | None = None,
+    na_color: str = NO_VALUE_COLOR,
+    alpha: float | None = None,
     size: float | None = None,
+    title: str | Sequence[str] | None = None,
+    legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
     invert_y: bool = True,
+    microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw an annotation as a map, with its confusion matrix and reliability where truth is known.
 
     Classes have the colours of `truth_key`'s categories, or those in ``uns[f"{key}_colors"]``,
-    where they are kept; "unknown" is grey.
+    where they are kept; "unknown" is grey. Titles say how many of the cells the head was fitted to:
+    scores on those are no test.
 
     Scores and the reliability curve are over cells whose true class is one of the annotation's.
     In the scores, "unknown" is wrong for them. The curve asks of the likeliest class of each,
@@ -92,7 +104,11 @@ def annotation(
         and reliability if there is truth, else with the confidence.
     ax
         Axes to draw into, panel by panel, one for each slice in maps, maps first. None: a new figure.
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    title
+        Titles of the maps. None: names of the slices, or of what is drawn.
+    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
+        As in :func:`stofm.pl.spatial`; scores are over all cells.
+    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -116,24 +132,47 @@ def annotation(
     >>> axes[1].get_title()
     'accuracy 1.000, macro-F1 1.000'
     """
-    adata = resolve_table(adata, table_key)
+    data, adata = adata, resolve_table(adata, table_key)
     text = f"There is no obs[{key!r}]: st.tl.annotate(adata, head=head) writes it."
     require_name(key, adata.obs, text)
     if truth_key is not None:
         text = f"There is no obs[{truth_key!r}]: pass the column with the true classes."
         require_name(truth_key, adata.obs, text)
     kinds = _choose_panels(adata, key, truth_key, panels)
-    slices = read_panels(adata, spatial_key, library_key)
-    colors = _resolve_colors(adata, key, truth_key)
+    colors = _resolve_colors(adata, key, truth_key, groups, na_color)
     cells, known = (pd.DataFrame(), []) if truth_key is None else _read_cells(adata, key, truth_key)
+    what, fitted = observed(adata), _fitted_to(adata, key, spatial_key)
     drawn: dict[str, Callable[[Axes], tuple[float, float]]] = {
-        "confusion": lambda ax: _draw_confusion(ax, cells, known),
-        "reliability": lambda ax: _draw_reliability(ax, _curve(adata, key, cells)),
+        "confusion": lambda ax: _draw_confusion(ax, cells, known, what, fitted),
+        "reliability": lambda ax: _draw_reliability(ax, _curve(adata, key, cells), what),
     }
     maps = [colors[kind] for kind in kinds if kind in _MAPS]
     others = [drawn[kind] for kind in kinds if kind not in _MAPS]
-    look = Look(ax, ncols, size, invert_y, show, save)
-    return draw_maps(slices, maps, look, others=others, what=f"panels of {kinds}")
+    around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit)
+    with open_tissue(data, table_key, spatial_key, library_key, around) as (slices, tissue):
+        look = Look(
+            ax, ncols, size, invert_y, show, save, "annotation", tissue, title, legend_loc, alpha
+        )
+        titles = [[one.name for one in slices]] * len(maps)
+        if len(slices) == 1:
+            titles = [[f"{one.key}\n{fitted}" if one.key == key else one.key] for one in maps]
+            titles = [[text.rstrip() for text in row] for row in titles]
+        fill = partial(draw_cells, alpha=alpha)
+        panels_of = f"panels of {kinds}"
+        return draw_maps(
+            slices, maps, look, titles=titles, fill=fill, others=others, what=panels_of
+        )
+
+
+def _fitted_to(adata: AnnData, key: str, spatial_key: str) -> str:
+    """How many of the cells the head was fitted to, in words; empty if none."""
+    params = (read_record(adata, key) or {}).get("params", {})
+    trained = np.asarray(params.get(Label.FITTED, ()), dtype=np.int64)
+    n_fitted = int(np.isin(cell_digests(adata, spatial_key), trained).sum())
+    if not n_fitted:
+        return ""
+    how_many = "all" if n_fitted == adata.n_obs else f"{n_fitted:,} of {adata.n_obs:,}"
+    return f"head fitted to {how_many} {observed(adata)}"
 
 
 def _choose_panels(
@@ -160,22 +199,27 @@ def _choose_panels(
 
 
 def _resolve_colors(
-    adata: AnnData, key: str, truth_key: str | None
+    adata: AnnData,
+    key: str,
+    truth_key: str | None,
+    groups: str | Sequence[str] | None,
+    na_color: str,
 ) -> dict[str, Categories | Values]:
     """Colours of the maps; classes have those of the truth, then stored ones, then free ones."""
     names = tuple(category_names(adata.obs[key]).cat.categories)
-    shades = dict(zip(names, stored_colors(adata, key, len(names)), strict=False))
+    shades = read_colors(adata, key)
+    look: dict[str, Any] = {"groups": groups, "na_color": na_color}
     colors: dict[str, Categories | Values] = {}
     if truth_key is not None:
-        (truth,) = resolve_colors(adata, truth_key)
+        (truth,) = resolve_colors(adata, truth_key, na_color=na_color)
         colors["truth"] = truth
         if isinstance(truth, Categories):
             shades |= dict(zip(truth.names, truth.colors, strict=True))
-    missing = [name for name in names if name not in shades]
-    free = [c for c in default_colors(len(names) + len(shades)) if c not in shades.values()]
-    shades |= dict(zip(missing, free, strict=False))
-    shades[Label.UNKNOWN] = _UNKNOWN_COLOR
-    colors["map"] = color_categories(adata, key, shades)
+            in_both = [one for one in np.atleast_1d(groups or []) if one in truth.names]
+            colors["truth"] = truth.only(in_both or None)
+    shades[Label.UNKNOWN] = UNKNOWN_COLOR
+    palette = dict(zip(names, fill_colors(names, shades), strict=True))
+    (colors["map"],) = resolve_colors(adata, key, palette=palette, **look)
     if key + _CONFIDENCE in adata.obs:
         (colors["confidence"],) = resolve_colors(adata, key + _CONFIDENCE, vmin=0.0, vmax=1.0)
     return colors
@@ -210,7 +254,9 @@ def _curve(adata: AnnData, key: str, cells: pd.DataFrame) -> Reliability:
     return Reliability.of(confidence, found == cells["true"].to_numpy(), _BINS)
 
 
-def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str]) -> tuple[float, float]:
+def _draw_confusion(
+    ax: Axes, cells: pd.DataFrame, known: list[str], what: str, fitted: str
+) -> tuple[float, float]:
     """Draw the matrix, each row shaded by its shares; return its size in inches."""
     scored = cells[cells["is_known"]]
     # Known classes first, in one order on both sides, so that what is right is the diagonal.
@@ -231,10 +277,10 @@ def _draw_confusion(ax: Axes, cells: pd.DataFrame, known: list[str]) -> tuple[fl
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("annotation", fontsize=FONT_SIZE)
-    ax.set_ylabel("truth (cells)", fontsize=FONT_SIZE)
+    ax.set_ylabel(f"truth ({what})", fontsize=FONT_SIZE)
     pair = scored["true"], scored["found"]
     scores = f"accuracy {metrics.accuracy(*pair):.3f}, macro-F1 {metrics.macro_f1(*pair):.3f}"
-    ax.set_title(scores, fontsize=TITLE_SIZE, pad=4.0)
+    ax.set_title(f"{scores}\n{fitted}".rstrip(), fontsize=TITLE_SIZE, pad=4.0)
     if max(counts.shape) <= _MAX_NUMBERED:
         for row, column in np.argwhere(shares >= _MIN_SHARE):
             share = shares[row, column]
@@ -251,7 +297,7 @@ def _in_order(known: list[str], used: pd.Series) -> list[str]:
     return [name for name in known if name in present] + sorted(present.difference(known))
 
 
-def _draw_reliability(ax: Axes, curve: Reliability) -> tuple[float, float]:
+def _draw_reliability(ax: Axes, curve: Reliability, what: str) -> tuple[float, float]:
     ax.plot([0, 1], [0, 1], "--", lw=0.8, color=_DIAGONAL_COLOR, zorder=1)
     ax.errorbar(
         curve.confidence, curve.accuracy, yerr=curve.spread, fmt="o-", ms=3.5, lw=1.2,
@@ -260,5 +306,5 @@ def _draw_reliability(ax: Axes, curve: Reliability) -> tuple[float, float]:
     ticks = np.linspace(0.0, 1.0, 6)
     ax.set(xlim=(0.0, 1.0), ylim=(0.0, 1.02), xticks=ticks, yticks=ticks)
     title = f"expected calibration error {curve.error:.3f}"
-    style_axes(ax, title=title, x="confidence", y="share of cells that are right")
+    style_axes(ax, title=title, x="confidence", y=f"share of {what} that are right")
     return _CURVE_INCHES, _CURVE_INCHES

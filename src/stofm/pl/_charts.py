@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
+    from stofm.pl._style import Save
+
 #: Columns of a history that are no losses.
 _NO_LOSSES: Final = {
     *("stage", "split", "epoch", "step"),
@@ -45,7 +47,7 @@ def training(
     x: str = "step",
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw how the losses fell, one panel for each stage and loss part.
 
@@ -105,7 +107,7 @@ def training(
     axes[0].legend(fontsize=FONT_SIZE - 1.0, frameon=False)
     if is_new:
         arrange(list(rows.values()))
-    return finish(axes, show=show, save=save)
+    return finish(axes, show=show, save=save, name="training")
 
 
 def _read(data: Any) -> pd.DataFrame:
@@ -165,7 +167,7 @@ def probe(
     measure: str = "macro_f1",
     ax: Axes | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes:
     """Draw the scores of representations, and how far they are from the better of the PCs.
 
@@ -234,5 +236,5 @@ def probe(
     chart.legend(fontsize=FONT_SIZE - 1.0, frameon=False, **above)
     if is_new:
         arrange([axes])
-    finish(axes, show=show, save=save)
+    finish(axes, show=show, save=save, name="probe")
     return chart

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from stofm import metrics
-from stofm._edge.counts import read_counts
-from stofm._edge.gene_mapping import kinds_of_others
+from stofm._edge.expression import log_normalised_genes
 from stofm._edge.tables import frame_names, read_record
-from stofm.pl._style import Values, require_name, value_limits
+from stofm.pl._colors import Values, require_name, value_limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,30 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.pl._maps import Panel
-
-_TARGET_SUM: Final = 10_000.0
-
-
-def read_frame(
-    adata: AnnData, key: str, names: str | Sequence[str] | None, call: str, what: str
-) -> pd.DataFrame:
-    """Read columns of a DataFrame in ``obsm``, by their true names; None for all."""
-    text = f"There is no obsm[{key!r}]: st.tl.{call} writes it."
-    require_name(key, adata.obsm, text)
-    stored = adata.obsm[key]
-    if not isinstance(stored, pd.DataFrame):
-        raise TypeError(
-            f"obsm[{key!r}] must be a DataFrame with a column for each {what}, found "
-            f"{type(stored).__name__}."
-        )
-    known = {name: place for place, name in enumerate(frame_names(adata, key))}
-    chosen = list(known) if names is None else [names] if isinstance(names, str) else list(names)
-    for name in chosen:
-        require_name(name, known, f"obsm[{key!r}] has no {what} {name!r}.")
-    if not chosen:
-        raise ValueError(f"There are no {what}s to draw; obsm[{key!r}] has {list(known)[:10]}.")
-    columns = stored.iloc[:, [known[name] for name in chosen]]
-    return columns.astype(np.float64).set_axis(chosen, axis=1)
 
 
 def compare_maps(
@@ -103,17 +78,7 @@ def _read_measured(
             )
     if not there:
         return pd.DataFrame(index=adata.obs_names)
-    # An antibody may have the name of its gene.
-    own = np.flatnonzero(kinds_of_others(source) == "")
-    columns = own[source.var_names[own].get_indexer(there)]
-    is_counted = source.var_names.isin(counted)
-    weights = (is_counted | (not is_counted.any())).astype(np.float64)
-    parts = []
-    for block in read_counts(source, layer=layer):
-        totals = block @ weights
-        factors = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-        parts.append(np.log1p(block[:, columns].toarray() * factors[:, None]))
-    values = pd.DataFrame(np.concatenate(parts), index=source.obs_names, columns=there)
+    values = log_normalised_genes(source, there, layer=layer, counted=counted)
     return values if measured is None else values.reindex(adata.obs_names)
 
 

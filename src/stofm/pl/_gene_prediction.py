@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stofm._edge.images import in_image_space, open_images
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._compared import compare_maps, read_frame
-from stofm.pl._image import draw_over_tissue
-from stofm.pl._maps import Look, draw_maps, read_panels
+from stofm.pl._colors import read_frame
+from stofm.pl._compared import compare_maps
+from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm.pl._tissue import Around, open_tissue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
+
+    from stofm.pl._style import Save
 
 
 def gene_prediction(
@@ -41,7 +43,7 @@ def gene_prediction(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw a gene as it was measured beside what the image predicts, over the tissue.
 
@@ -91,18 +93,16 @@ def gene_prediction(
     >>> adata.obsm["stofm_predicted"] = pd.DataFrame(values, adata.obs_names, ["Penk"])
     >>> measured, predicted = st.pl.gene_prediction(adata, "Penk", show=False)
     """
-    table, placed = resolve_table(adata, table_key), in_image_space(adata, table_key)
+    table = resolve_table(adata, table_key)
     predicted = read_frame(table, key, gene, "predict_genes(adata, aligner)", "gene")
-    panels = read_panels(placed, spatial_key, library_key)
     limits: dict[str, Any] = {"shared": shared, "cmap": cmap, "vmin": vmin, "vmax": vmax}
-    colors, titles = compare_maps(
-        table, predicted, panels, "predicted", key=key, measured=measured, layer=layer, **limits
-    )
-    names = [panel.name for panel in panels]
-    with open_images(adata, placed, names, image=image, scale=scale) as images:
-        fill = draw_over_tissue(dict(zip(names, images, strict=True)), alpha)
-        # An even number of columns keeps the two maps of a gene beside each other.
-        look = Look(ax, max(2, ncols - ncols % 2), size, invert_y=True, show=show, save=save)
-        return draw_maps(
-            panels, colors, look, titles=titles, fill=fill, what=f"maps of {list(predicted)}"
+    around = Around(image=image, scale=scale, needs_image=True)
+    with open_tissue(adata, table_key, spatial_key, library_key, around) as (panels, tissue):
+        colors, titles = compare_maps(
+            table, predicted, panels, "predicted", key=key, measured=measured, layer=layer, **limits
         )
+        # An even number of columns keeps the two maps of a gene beside each other.
+        n_columns = max(2, ncols - ncols % 2)
+        look = Look(ax, n_columns, size, True, show, save, "gene_prediction", tissue)  # noqa: FBT003
+        fill, what = partial(draw_cells, alpha=alpha), f"maps of {list(predicted)}"
+        return draw_maps(panels, colors, look, titles=titles, fill=fill, what=what)

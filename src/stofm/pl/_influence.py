@@ -11,16 +11,8 @@ from matplotlib.transforms import Bbox
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm, Obsp
 from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
-from stofm.pl._style import (
-    FONT_SIZE,
-    Values,
-    arrange,
-    finish,
-    make_axes,
-    require_name,
-    root_figure,
-    style_axes,
-)
+from stofm.pl._colors import Values, require_name
+from stofm.pl._style import FONT_SIZE, arrange, finish, make_axes, root_figure, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import matplotlib as mpl
+import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgba_array
@@ -17,30 +18,33 @@ from stofm._edge.slices import described_column
 from stofm._edge.tables import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
-from stofm.pl._style import (
-    FONT_SIZE,
-    NO_VALUE_COLOR,
+from stofm.pl._colors import (
     NO_VALUE_LABEL,
-    TITLE_SIZE,
     Categories,
     Values,
-    arrange,
     category_names,
+    require_name,
+)
+from stofm.pl._style import (
+    FONT_SIZE,
+    TITLE_SIZE,
+    arrange,
     finish,
     in_rows,
     make_axes,
-    require_name,
     root_figure,
     set_inches,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
+
+    from stofm.pl._style import Save
+    from stofm.pl._tissue import Tissue
 
 #: Slices share a scale if their cells lie about equally far apart (else their units differ), and
 #: if none would become tiny.
@@ -51,7 +55,11 @@ _PANEL_INCHES: Final = {1: 4.2, 2: 3.6, 3: 3.2, 4: 3.0}
 _SMALL_INCHES: Final = 2.7
 #: Diameter of a point against the distance between cells, and its bounds in points.
 _FILL: Final = 0.9
+#: The same over an image, which shows between the points.
+_FILL_PICTURED: Final = 0.7
 _MIN_DIAMETER, _MAX_DIAMETER, _ALONE_DIAMETER = 0.5, 14.0, 9.0
+#: Where names of categories stand, as scanpy calls it; None: nowhere.
+LegendLoc = Literal["right margin", "on data", "none"]
 #: Beside the panel, level with its top, without a frame.
 _LEGEND_STYLE: Final[dict[str, Any]] = {
     "loc": "upper left",
@@ -89,13 +97,15 @@ class Panel:
         return f"{self.name}: {text}" if self.name else text
 
 
-def read_panels(adata: AnnData, spatial_key: str, library_key: str | None) -> list[Panel]:
+def read_panels(
+    adata: AnnData, spatial_key: str, library_key: str | None, placed: AnnData | None = None
+) -> list[Panel]:
     """Split the cells into slices.
 
     Without a `library_key` they are separated by the column that the sub-slices were made with,
-    or that the metadata names, if any.
+    or that the metadata names, if any. `placed` has the coordinates where `adata` has not.
     """
-    coordinates = read_coordinates(adata, spatial_key)
+    coordinates = read_coordinates(adata if placed is None else placed, spatial_key)
     members = _members(adata, library_key)
     parts = [coordinates[rows] for rows in members.values()]
     extents = np.array([np.ptp(places, axis=0) for places in parts])
@@ -156,7 +166,12 @@ def map_inches(panels: list[Panel], n_panels: int) -> tuple[float, float]:
 
 
 def draw_cells(
-    ax: Axes, panel: Panel, color: Categories | Values, size: float | None, marker: str = "o"
+    ax: Axes,
+    panel: Panel,
+    color: Categories | Values,
+    size: float | None,
+    marker: str = "o",
+    alpha: float | None = None,
 ) -> None:
     """Scatter a slice's cells, fitted to their distance unless a size is given.
 
@@ -166,22 +181,24 @@ def draw_cells(
     if isinstance(color, Categories):
         codes = color.codes[panel.rows]
         order = np.argsort(codes >= 0, kind="stable")
-        look: dict[str, Any] = {"c": to_rgba_array([*color.colors, NO_VALUE_COLOR])[codes[order]]}
+        look: dict[str, Any] = {"c": to_rgba_array([*color.colors, color.na_color])[codes[order]]}
     else:
         values = color.values[panel.rows]
         order = np.argsort(np.nan_to_num(values, nan=-np.inf), kind="stable")
         look = {
             "c": values[order],
-            "cmap": mpl.colormaps.get_cmap(color.cmap).with_extremes(bad=NO_VALUE_COLOR),
+            "cmap": mpl.colormaps.get_cmap(color.cmap).with_extremes(bad=color.na_color),
             "norm": Normalize(color.vmin, color.vmax),
             "plotnonfinite": True,
         }
     if size is None:
-        diameter = _FILL * panel.spacing * points_per_unit(ax, panel)
+        diameter = (
+            (_FILL_PICTURED if ax.images else _FILL) * panel.spacing * points_per_unit(ax, panel)
+        )
         diameter = np.clip(diameter, _MIN_DIAMETER, _MAX_DIAMETER)
         size = float(diameter if panel.spacing else _ALONE_DIAMETER) ** 2
     x, y = panel.places[order].T
-    ax.scatter(x, y, s=size, marker=marker, linewidths=0, rasterized=True, **look)
+    ax.scatter(x, y, s=size, marker=marker, linewidths=0, alpha=alpha, rasterized=True, **look)
 
 
 def points_per_unit(ax: Axes, panel: Panel) -> float:
@@ -214,7 +231,7 @@ def add_key(ax: Axes, color: Categories | Values, title: str) -> None:
     if not color.key or len(entries) > _MAX_LEGEND_ENTRIES:
         return
     if -1 in codes:
-        entries[NO_VALUE_LABEL] = NO_VALUE_COLOR
+        entries[color.na_name] = color.na_color
     inches = ax.get_window_extent().height / root_figure(ax).dpi + _BELOW_INCHES
     n_rows = max(_MIN_LEGEND_ROWS, int(inches / _LEGEND_ROW_INCHES) - bool(title))
     handles = [dot(6.0, markeredgewidth=0, color=shade) for shade in entries.values()]
@@ -233,7 +250,18 @@ def _add_colorbar(ax: Axes, color: Values, title: str) -> None:
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=FONT_SIZE, length=2, width=0.6)
-    bar.ax.set_title(title, fontsize=FONT_SIZE, loc="left", pad=6.0)
+    text = "\n".join(part for part in (title, color.unit) if part)
+    bar.ax.set_title(text, fontsize=FONT_SIZE, loc="left", pad=6.0)
+
+
+def _write_names(ax: Axes, panel: Panel, color: Categories) -> None:
+    """Write the name of each category on the middle of its cells."""
+    codes = color.codes[panel.rows]
+    halo = [effects.withStroke(linewidth=2.0, foreground="white")]
+    for code in np.unique(codes[codes >= 0]):
+        x, y = np.median(panel.places[codes == code], axis=0)
+        font: dict[str, Any] = {"size": FONT_SIZE, "ha": "center", "va": "center", "zorder": 4}
+        ax.text(x, y, color.names[code], path_effects=halo, **font)
 
 
 class Look(NamedTuple):
@@ -244,7 +272,50 @@ class Look(NamedTuple):
     size: float | None
     invert_y: bool
     show: bool | None
-    save: str | Path | None
+    save: Save
+    #: Function that draws, which names the file.
+    name: str
+    tissue: Tissue | None = None
+    #: Of the maps, colour by colour.
+    title: str | Sequence[str] | None = None
+    legend_loc: LegendLoc | None = "right margin"
+    alpha: float | None = None
+
+
+def _given_titles(look: Look, n_maps: int, what: str) -> list[str]:
+    """The caller's titles of maps, none if there are none; what can't be drawn is refused."""
+    if look.legend_loc not in (*get_args(LegendLoc), None):
+        raise ValueError(
+            f"legend_loc must be one of {[*get_args(LegendLoc)]}, found {look.legend_loc!r}."
+        )
+    given = [look.title] if isinstance(look.title, str) else list(look.title or ())
+    if look.title is not None and len(given) != n_maps:
+        raise ValueError(f"{n_maps} titles are needed ({what}), but title holds {len(given)}.")
+    return given
+
+
+def _draw_map(
+    ax: Axes,
+    panel: Panel,
+    color: Any,
+    title: str,
+    look: Look,
+    fill: Callable[[Axes, Panel, Any, float | None], None],
+) -> None:
+    """Draw one colour on one slice, between what lies below and above its cells."""
+    (left, bottom), (right, top) = panel.low, panel.high
+    ax.set_xlim(left, right)
+    ax.set_ylim((top, bottom) if look.invert_y else (bottom, top))
+    ax.set_aspect("equal")
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
+    if look.tissue is not None:
+        look.tissue.draw_below(ax, panel)
+    fill(ax, panel, color, look.size)
+    if look.tissue is not None:
+        look.tissue.draw_above(ax, panel)
+    if look.legend_loc == "on data" and isinstance(color, Categories):
+        _write_names(ax, panel, color)
 
 
 def draw_maps(
@@ -272,20 +343,17 @@ def draw_maps(
     what = " x ".join([f"{n} slices"] * several + [f"{len(colors)} {what}"] * bool(what))
     # Where other panels stand beside the maps, these keep their size.
     inches = map_inches(panels, n if others else n_maps)
+    given = _given_titles(look, n_maps, what)
     axes, is_new = make_axes(look.ax, n_maps + len(others), inches, what=what, ncols=look.ncols)
     for k, color in enumerate(colors):
         own, names = axes[k * n : (k + 1) * n], [panel.name for panel in panels]
         if titles is not None or not several:
-            names = [color.key] if titles is None else list(titles[k])
+            names = [color.key or panels[0].name] if titles is None else list(titles[k])
+        names = given[k * n : (k + 1) * n] if given else names
         for ax, panel, title in zip(own, panels, names, strict=True):
-            (left, bottom), (right, top) = panel.low, panel.high
-            ax.set_xlim(left, right)
-            ax.set_ylim((top, bottom) if look.invert_y else (bottom, top))
-            ax.set_aspect("equal")
-            ax.set_axis_off()
-            ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
-            fill(ax, panel, color, look.size)
-        if shared is None:
+            _draw_map(ax, panel, color, title, look, fill)
+        is_beside = look.legend_loc == "right margin" or isinstance(color, Values)
+        if shared is None and is_beside:
             key(own[min(look.ncols, n) - 1], color, color.key if several else "")
     maps, beside = axes[:n_maps], axes[n_maps:]
     for ax, draw in zip(beside, others, strict=True):
@@ -299,7 +367,7 @@ def draw_maps(
     if is_new:
         below = [[*rows], in_rows(beside, len(others) or 1)]
         arrange(*(grid for grid in (below if several or not others else [[axes]]) if grid))
-    return finish(axes, show=look.show, save=look.save)
+    return finish(axes, show=look.show, save=look.save, name=look.name)
 
 
 def round_below(value: float) -> float:

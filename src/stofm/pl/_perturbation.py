@@ -9,7 +9,8 @@ import numpy as np
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._maps import Look, draw_maps, read_panels
-from stofm.pl._style import Categories, Values, style_axes, value_limits
+from stofm.pl._colors import Categories, Values, value_limits
+from stofm.pl._style import style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

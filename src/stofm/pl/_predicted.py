@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_rgba_array
+from matplotlib.colors import to_hex, to_rgba_array
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm.pl._compared import compare_maps, read_frame
-from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
-from stofm.pl._style import (
+from stofm.pl._colors import (
     NO_VALUE_COLOR,
     Categories,
     Values,
     choose_colors,
+    read_frame,
     value_limits,
 )
+from stofm.pl._compared import compare_maps
+from stofm.pl._maps import Look, add_key, draw_cells, draw_maps, points_per_unit, read_panels
+from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
 
-    from stofm.pl._maps import Panel
-    from stofm.pl._style import Palette
+    from stofm.pl._colors import Palette
+    from stofm.pl._maps import LegendLoc, Panel
+    from stofm.pl._style import Save
 
 Kind = Literal["maps", "pies"]
 
@@ -54,20 +57,30 @@ def deconvolution(
     types: str | Sequence[str] | None = None,
     key: str = Obsm.DECONVOLUTION,
     kind: Kind = "maps",
-    shared: bool = True,
+    shared: bool = False,
     palette: Palette | None = None,
     cmap: str | Colormap = "viridis",
     vmin: float | str | None = 0.0,
     vmax: float | str | None = "p99",
     library_key: str | None = None,
+    library_id: str | Sequence[str] | None = None,
     spatial_key: str = Obsm.SPATIAL,
+    img_key: str | None = AUTO,
+    alpha_img: float = 1.0,
+    crop_coord: Sequence[float] | None = None,
+    outlines: str | None = None,
+    na_color: str = NO_VALUE_COLOR,
+    alpha: float | None = None,
     size: float | None = None,
+    title: str | Sequence[str] | None = None,
+    legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
     invert_y: bool = True,
+    microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw the proportions of cell types, each type as a map, or a pie at each spot.
 
@@ -86,7 +99,7 @@ def deconvolution(
     kind
         ``"maps"``: one panel per type and slice. ``"pies"``: one panel per slice.
     shared
-        One colour scale for all maps, so that frequent and rare types can be told apart. False:
+        One colour scale for all maps, so that frequent and rare types can be compared. False:
         each type has its own, so that rare ones can be seen.
     palette
         Colours of the types in pies: the name of a colour map ("tab20"), a list or cycler in the
@@ -100,7 +113,13 @@ def deconvolution(
         spots.
     ax
         Axes to draw into, as many as there are panels, type by type. None: a new figure.
-    library_key, spatial_key, ncols, invert_y, table_key, show, save
+    na_color
+        Colour of spots without proportions in maps.
+    title
+        Titles of the panels, type by type. None: types and slices.
+    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, outlines, alpha, legend_loc
+        As in :func:`stofm.pl.spatial`; `alpha` is that of maps.
+    ncols, invert_y, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -123,34 +142,38 @@ def deconvolution(
     >>> adata = st.datasets.simulate_slice(200, 40, technology="visium")
     >>> ax = st.pl.deconvolution(adata, key="proportions", kind="pies", show=False)
     """
-    adata = resolve_table(adata, table_key)
+    data, adata = adata, resolve_table(adata, table_key)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
     chosen = read_frame(adata, key, types, "deconvolve(adata, head=head)", "type")
     names, values = list(chosen), chosen.to_numpy()
-    panels = read_panels(adata, spatial_key, library_key)
-    look = Look(ax, ncols, size, invert_y, show, save)
-    if kind == "pies":
-        every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
-        _require_proportions(every.to_numpy(), key)
+    around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
+    with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
+        look = Look(
+            ax, ncols, size, invert_y, show, save, "deconvolution", tissue, title, legend_loc
+        )
+        if kind == "pies":
+            every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
+            _require_proportions(every.to_numpy(), key)
 
-        def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
-            _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], size)
+            def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
+                _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], size)
 
-        def legend(ax: Axes, color: Categories, _: str) -> None:
-            add_key(ax, color, "")
+            def legend(ax: Axes, color: Categories, _: str) -> None:
+                add_key(ax, color, "")
 
-        color = _color_types(adata, key, list(every), names, palette)
-        titles = [[panel.name for panel in panels]]
-        return draw_maps(panels, [color], look, titles=titles, fill=fill, key=legend)
-    limits = value_limits(values, vmin, vmax) if shared else None
-    colors = [
-        Values(name, column, *(limits or value_limits(column, vmin, vmax)), cmap)
-        for name, column in zip(names, values.T, strict=True)
-    ]
-    whole = Values("", values, *limits, cmap) if limits else None
-    titles = [[panel.titled(name) for panel in panels] for name in names]
-    return draw_maps(panels, colors, look, titles=titles, shared=whole, what="types")
+            color = _color_types(adata, key, list(every), names, palette)
+            titles = [[panel.name for panel in panels]]
+            return draw_maps(panels, [color], look, titles=titles, fill=fill, key=legend)
+        limits = value_limits(values, vmin, vmax) if shared else None
+        colors = [
+            Values(name, one, *(limits or value_limits(one, vmin, vmax)), cmap, to_hex(na_color))
+            for name, one in zip(names, values.T, strict=True)
+        ]
+        whole = Values("", values, *limits, cmap) if limits else None
+        titles = [[panel.titled(name) for panel in panels] for name in names]
+        more: dict[str, Any] = {"titles": titles, "shared": whole, "what": "types"}
+        return draw_maps(panels, colors, look, fill=partial(draw_cells, alpha=alpha), **more)
 
 
 def imputation(
@@ -172,7 +195,7 @@ def imputation(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw a gene as it was measured beside what was imputed, with their correlation.
 
@@ -237,7 +260,7 @@ def imputation(
         adata, imputed, panels, "imputed", key=key, measured=measured, layer=layer, **limits
     )
     # An even number of columns keeps the two maps of a gene beside each other.
-    look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save)
+    look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save, "imputation")
     return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
 
 

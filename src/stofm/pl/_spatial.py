@@ -1,4 +1,4 @@
-"""``stofm.pl.spatial`` and ``stofm.pl.umap``: cells in the plane, and in that of the embedding."""
+"""``stofm.pl.spatial``, ``image`` and ``umap``: cells in the plane, over the tissue, and in a UMAP."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-untyped]
-    AnchoredSizeBar,
-)
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels, round_below
-from stofm.pl._style import FONT_SIZE, resolve_colors
+from stofm.pl._colors import NO_VALUE_COLOR, resolve_colors
+from stofm.pl._maps import Look, Panel, draw_cells, draw_maps
+from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-    from stofm.pl._style import Palette
+    from stofm.pl._colors import Palette
+    from stofm.pl._maps import LegendLoc
+    from stofm.pl._style import Save
 
 _UMAP: Final = "X_umap"
 #: Square points that all cells of a UMAP share, as in scanpy.
@@ -36,56 +35,94 @@ def spatial(
     *,
     layer: str | None = None,
     library_key: str | None = None,
+    library_id: str | Sequence[str] | None = None,
     spatial_key: str = Obsm.SPATIAL,
+    img_key: str | None = AUTO,
+    alpha_img: float = 1.0,
+    crop_coord: Sequence[float] | None = None,
+    groups: str | Sequence[str] | None = None,
+    outlines: str | None = None,
     palette: Palette | None = None,
     cmap: str | Colormap = "viridis",
     vmin: float | str | None = "p1",
     vmax: float | str | None = "p99",
+    na_color: str = NO_VALUE_COLOR,
+    alpha: float | None = None,
     size: float | None = None,
+    title: str | Sequence[str] | None = None,
+    legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
     invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
-    """Draw cells or spots where they lie, one panel per slice and colour.
+    """Draw cells or spots where they lie, over the tissue's image if there is one.
 
-    Panels of one colour share colours and limits, and one legend or colour bar. Slices whose
-    cells lie about equally far apart are drawn at one scale, others each at its own. Colours of
-    categories are kept in ``uns[f"{color}_colors"]``, as scanpy keeps them, and used again.
+    There is one panel per slice and colour. Panels of one colour share colours and limits, and one
+    legend or colour bar. Slices whose cells lie about equally far apart are drawn at one scale, others
+    each at its own. Colours of categories are kept in ``uns[f"{color}_colors"]``, as scanpy keeps
+    them, and used again; new ones are thirty that colour-blind readers can tell apart. A scale bar is
+    drawn where the unit of the coordinates is known: of Visium from ``uns["spatial"]``, of Xenium and
+    others from what :func:`stofm.read` found.
 
     Parameters
     ----------
     adata
         AnnData with coordinates, or SpatialData.
     color
-        Column of ``obs``, gene of ``var_names``, or several. None: one plain colour. Cells
-        without a value are light grey, "NA" in the legend.
+        Column of ``obs``, gene of ``var_names``, column of a DataFrame in ``obsm`` such as a cell type
+        (``"Stromal"``, or ``"stofm_deconvolution:Stromal"`` if several have it), or several. None: one
+        plain colour. Cells without a value are light grey, "NA" in the legend.
     layer
-        Layer to read genes from; None: ``X``.
+        Layer to draw genes from, as it is. None: ``X``, of which raw counts are drawn as
+        ``log1p(10,000 x count / total)``; the colour bar says so.
     library_key
         Column of ``obs`` that separates slices. None: the one that the sub-slices were made
         with (:func:`stofm.pp.subslice`), if any.
+    library_id
+        Slices to draw, in this order. None: all. Where slices are not separated, the entry of
+        ``uns["spatial"]`` whose image is drawn.
     spatial_key
-        Entry of ``obsm`` with the coordinates; of three columns the first two are used.
+        Entry of ``obsm`` with the coordinates; of three columns the first two are used. Images are
+        those of ``"spatial"``.
+    img_key
+        Image of ``uns["spatial"]`` or of the SpatialData: ``"hires"``, ``"lowres"`` or another name.
+        ``"auto"``: the larger one, if there is any. None: no image.
+    alpha_img
+        How opaque the image is.
+    crop_coord
+        The part to draw: left, right, top and bottom, in coordinates.
+    groups
+        Categories to colour; cells of others look like those without one.
+    outlines
+        Column of ``obs`` with regions, such as ``"stofm_domain"``, to draw lines between.
     palette
         Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
         order, or a colour for each by name. Replaces those in ``uns``.
     cmap, vmin, vmax
         Colour map of values and its ends: a number, a percentile such as ``"p99"`` over all
         panels, or None for the extreme.
+    na_color
+        Colour of cells without a category or value.
+    alpha
+        How opaque points are; 0 shows the tissue alone. None: 1.
     size
         Area of a point in square points. None: fitted to the distance between cells in each
-        panel.
+        panel; smaller over an image, which shows between them.
+    title
+        Titles of the panels, colour by colour. None: names of the slices or colours.
+    legend_loc
+        ``"right margin"``, ``"on data"`` for names on the cells, or None for no legend.
     ncols
         Panels side by side.
     invert_y
         Let y grow downwards, as in images and in scanpy and squidpy; False for coordinates with
         y upwards.
     microns_per_unit
-        Micrometres of one unit of the coordinates; draws a scale bar below each panel.
+        Micrometres of one unit of the coordinates, for the scale bar. None: what is known.
     table_key
         Table of a SpatialData.
     ax
@@ -93,7 +130,9 @@ def spatial(
     show
         Show the figure. None: where scanpy would, except with a backend that only writes files.
     save
-        File to write (150 dpi, points as pixels in vector formats).
+        File to write (150 dpi unless matplotlib is set otherwise, points as pixels in vector formats).
+        True: a file in scanpy's folder of figures (``sc.settings.figdir``), in its format. None: as
+        ``sc.settings.autosave`` says.
 
     Returns
     -------
@@ -102,59 +141,57 @@ def spatial(
     Raises
     ------
     KeyError
-        A key or gene is missing; the message names the nearest ones.
+        A key, a gene, a slice or the named image is missing; the message names the nearest ones.
     ValueError
-        Coordinates are not finite, or `ax` does not fit the number of panels.
+        Coordinates are not finite, no cell lies in `crop_coord`, several DataFrames have the column,
+        or `ax` or `title` does not fit the number of panels.
+
+    See Also
+    --------
+    stofm.pl.image : with an image from a file or an array.
+    stofm.pl.domains : regions with their outlines.
 
     Examples
     --------
     >>> import stofm as st
-    >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> ax = st.pl.spatial(adata, color="cell_type", show=False)
+    >>> adata = st.datasets.load("mouse_olfactory_bulb_st")
+    >>> ax = st.pl.spatial(adata, color="Penk", show=False)
     """
-    adata = resolve_table(adata, table_key)
-    panels = read_panels(adata, spatial_key, library_key)
-    colors = resolve_colors(
-        adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
-    )
-
-    def fill(ax: Axes, panel: Panel, color: Any, size: float | None) -> None:
-        draw_cells(ax, panel, color, size)
-        if microns_per_unit is not None:
-            _add_scale_bar(ax, microns_per_unit)
-
-    look = Look(ax, ncols, size, invert_y, show, save)
-    return draw_maps(panels, colors, look, fill=fill, what="colours")
+    around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
+    look = Look(ax, ncols, size, invert_y, show, save, "spatial", None, title, legend_loc, alpha)
+    coloring = {
+        "layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax,
+        "groups": groups, "na_color": na_color,
+    }  # fmt: skip
+    return _draw(adata, color, coloring, spatial_key, library_key, table_key, around, look)
 
 
-def _add_scale_bar(ax: Axes, microns_per_unit: float) -> None:
-    """Draw a bar of a round length, about a fifth of the panel's width."""
-    if not microns_per_unit > 0:
-        raise ValueError(f"microns_per_unit must be above 0, found {microns_per_unit!r}.")
-    x_range = abs(np.diff(ax.get_xlim()).item())
-    microns = round_below(0.25 * x_range * microns_per_unit)
-    bar = AnchoredSizeBar(
-        ax.transData,
-        microns / microns_per_unit,
-        f"{microns / 1000:g} mm" if microns >= 1000 else f"{microns:g} µm",
-        loc="upper left",
-        bbox_to_anchor=(0.0, 0.0),
-        bbox_transform=ax.transAxes,
-        pad=0.0,
-        borderpad=0.2,
-        sep=2,
-        frameon=False,
-        size_vertical=0.006 * x_range,
-        fontproperties={"size": FONT_SIZE},
-    )
-    ax.add_artist(bar)
+def _draw(
+    data: Any,
+    color: str | Sequence[str] | None,
+    coloring: Mapping[str, Any],
+    spatial_key: str,
+    library_key: str | None,
+    table_key: str | None,
+    around: Around,
+    look: Look,
+) -> Axes | list[Axes]:
+    with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
+        colors = resolve_colors(resolve_table(data, table_key), color, **coloring)
+        fill = partial(draw_cells, alpha=look.alpha)
+        return draw_maps(panels, colors, look._replace(tissue=tissue), fill=fill, what="colours")
 
 
-def umap(
-    adata: AnnData,
+def image(
+    adata: Any,
     color: str | Sequence[str] | None = None,
     *,
+    image: Any = None,
+    scale: float | Mapping[str, float] | None = None,
+    alpha: float | None = None,
     layer: str | None = None,
+    library_key: str | None = None,
+    spatial_key: str = Obsm.SPATIAL,
     palette: Palette | None = None,
     cmap: str | Colormap = "viridis",
     vmin: float | str | None = "p1",
@@ -164,7 +201,70 @@ def umap(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
+) -> Axes | list[Axes]:
+    """Draw cells or spots over an image of the tissue, which may be a file or an array.
+
+    As :func:`stofm.pl.spatial`, where an image must be there: use it to check an image, and its
+    scale, before :func:`stofm.im.embed`.
+
+    Parameters
+    ----------
+    adata
+        AnnData with coordinates, or SpatialData.
+    color
+        As in :func:`stofm.pl.spatial`.
+    image, scale
+        An image, and its pixels per unit of the coordinates: see :func:`stofm.im.embed`. None: the
+        one in ``uns["spatial"]`` or in the SpatialData.
+    layer, library_key, spatial_key, palette, cmap, vmin, vmax, alpha, size, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
+    ax
+        Axes to draw into, as many as there are panels, colour by colour. None: a new figure.
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several panels.
+
+    Raises
+    ------
+    KeyError
+        There is no image or no scale factor, or a key or gene is missing.
+    ValueError
+        Coordinates are not finite, or `ax` does not fit the number of panels.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.load("mouse_olfactory_bulb_st")
+    >>> ax = st.pl.image(adata, color="Penk", show=False)
+    """
+    around = Around(image=image, scale=scale, needs_image=True)
+    look = Look(ax, ncols, size, invert_y=True, show=show, save=save, name="image", alpha=alpha)
+    coloring = {"layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax}
+    return _draw(adata, color, coloring, spatial_key, library_key, table_key, around, look)
+
+
+def umap(
+    adata: AnnData,
+    color: str | Sequence[str] | None = None,
+    *,
+    layer: str | None = None,
+    groups: str | Sequence[str] | None = None,
+    palette: Palette | None = None,
+    cmap: str | Colormap = "viridis",
+    vmin: float | str | None = "p1",
+    vmax: float | str | None = "p99",
+    na_color: str = NO_VALUE_COLOR,
+    alpha: float | None = None,
+    size: float | None = None,
+    title: str | Sequence[str] | None = None,
+    legend_loc: LegendLoc | None = "right margin",
+    ncols: int = 4,
+    table_key: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    show: bool | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw the UMAP of the embedding, one panel per colour.
 
@@ -175,15 +275,13 @@ def umap(
     ----------
     adata
         AnnData with ``obsm["X_umap"]``, or SpatialData.
-    color
-        Column of ``obs``, gene of ``var_names``, or several. None: one plain colour.
-    layer
-        Layer to read genes from; None: ``X``.
     size
         Area of a point in square points. None: scanpy's, from the number of cells.
     ax
         Axes to draw into, as many as there are colours. None: a new figure.
-    palette, cmap, vmin, vmax, ncols, table_key, show, save
+    color, layer, groups, palette, cmap, vmin, vmax, na_color, alpha, title, legend_loc, ncols, table_key
+        As in :func:`stofm.pl.spatial`.
+    show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -212,12 +310,14 @@ def umap(
             steps = f"st.tl.embed(adata); {steps}"
         raise KeyError(f"obsm['{_UMAP}'] is missing: call {steps} first.")
     colors = resolve_colors(
-        adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax
-    )
+        adata, color, layer=layer, palette=palette, cmap=cmap, vmin=vmin, vmax=vmax,
+        groups=groups, na_color=na_color,
+    )  # fmt: skip
     places = np.asarray(adata.obsm[_UMAP])[:, :2]
     low, high = places.min(axis=0), places.max(axis=0)
     margin = 0.05 * (high - low)
     cells = Panel("", np.arange(len(places)), places, 0.0, low - margin, high + margin)
     size = size or _UMAP_AREA / len(places)
-    look = Look(ax, ncols, size, invert_y=False, show=show, save=save)
-    return draw_maps([cells], colors, look, fill=partial(draw_cells, marker="."), what="colours")
+    look = Look(ax, ncols, size, False, show, save, "umap", None, title, legend_loc)  # noqa: FBT003
+    fill = partial(draw_cells, marker=".", alpha=alpha)
+    return draw_maps([cells], colors, look, fill=fill, what="colours")

@@ -11,14 +11,15 @@ import pandas as pd
 from matplotlib.colors import to_hex, to_rgba_array
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
+from stofm._edge.colors import distinct_colors
 from stofm._edge.tables import read_record, resolve_table
 from stofm._keys import Obs, Obsm, Uns
+from stofm.pl._colors import Categories, color_categories, stored_colors
 from stofm.pl._maps import Look, add_legend, dot, draw_cells, draw_maps, read_panels, round_below
-from stofm.pl._style import FONT_SIZE, Categories, color_categories, default_colors, stored_colors
+from stofm.pl._style import FONT_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pandas.core.groupby import DataFrameGroupBy
 
     from stofm.pl._maps import Panel
+    from stofm.pl._style import Save
 
 #: Muted colours (ColorBrewer Set2); a map in the plane rarely needs more than five.
 _MUTED: Final = ("#66c2a5", "#fc8d62", "#8da0cb", "#e78ac3", "#a6d854", "#ffd92f", "#e5c494")
@@ -47,7 +49,7 @@ def subslices(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw the cells in colours that tell neighbouring sub-slices apart, one panel per slice.
 
@@ -98,7 +100,7 @@ def subslices(
                 _write(ax, x, y, f"{len(places):,}", FONT_SIZE, bbox=box)
 
     colors = [_color_subslices(codes, panels)]
-    look = Look(ax, ncols, size, invert_y, show, save)
+    look = Look(ax, ncols, size, invert_y, show, save, "subslices")
     return draw_maps(panels, colors, look, titles=[titles], fill=fill)
 
 
@@ -154,7 +156,7 @@ def _color_subslices(codes: NDArray[np.int64], panels: list[Panel]) -> Categorie
         graph = igraph.Graph(len(names), pairs.tolist()).simplify()
         color[panel.rows] = np.array(graph.vertex_coloring_greedy("dsatur"))[own]
     n_colors = int(color.max()) + 1
-    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else default_colors(n_colors)
+    colors = _MUTED[:n_colors] if n_colors <= len(_MUTED) else distinct_colors(n_colors)
     return Categories("", ("",) * n_colors, colors, color)
 
 
@@ -178,7 +180,7 @@ def virtual_cells(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw each slice's cells in pale colours and its virtual cells on top, one panel per slice.
 
@@ -247,7 +249,7 @@ def virtual_cells(
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
 
-    look = Look(ax, ncols, size, invert_y, show, save)
+    look = Look(ax, ncols, size, invert_y, show, save, "virtual_cells")
     return draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
 
 
@@ -262,7 +264,7 @@ def _color_virtual_cells(
     for panel in panels:
         own = np.unique(codes[panel.rows])
         own = own[own >= 0]
-        palette[own] = default_colors(len(own))
+        palette[own] = distinct_colors(len(own))
     return color_categories(adata, Obs.VIRTUAL_CELL, palette)
 
 

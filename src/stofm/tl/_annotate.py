@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @moved_to_options
 def annotate(
     data: Any,
-    *,
     label_key: str | None = None,
+    *,
     reference: Any = None,
     head: AnnotationHead | None = None,
     model: Stofm | str | Path | None = None,

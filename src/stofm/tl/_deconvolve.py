@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @moved_to_options
 def deconvolve(
     data: Any,
-    *,
     label_key: str | None = None,
+    *,
     reference: Any = None,
     head: DeconvolutionHead | None = None,
     proportions_key: str | Sequence[str] | None = None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from stofm._config import check_seed
+from stofm._edge.colors import distinct_colors
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import read_slices
 from stofm._edge.tables import (
@@ -47,14 +48,16 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 _RESOLUTION = 1.0
+#: More domains get no colours.
+_MOST_COLORS = 102
 #: How many times as many neighbours the second mean is over.
 _FARTHER = 3
 
 
 def domains(
     adata: Any,
-    *,
     n_domains: int | None = None,
+    *,
     resolution: float | None = None,
     library_key: str | None = None,
     shared: bool = True,
@@ -167,7 +170,7 @@ def domains(
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
     >>> st.tl.embed(adata)
-    >>> st.tl.domains(adata, n_domains=4, coarser=[2])
+    >>> st.tl.domains(adata, 4, coarser=[2])
     >>> adata.obs["stofm_domain"].nunique(), adata.obs["stofm_domain_level1"].nunique()
     (4, 2)
     """
@@ -313,9 +316,6 @@ def _write_levels(
     return counts
 
 
-def _colors(n_domains: int) -> list[str]:
-    """Scanpy's colours for so many; none for more than it has."""
-    from scanpy.plotting.palettes import default_20, default_28, default_102
-
-    palettes = (default_20, default_28, default_102)
-    return next((palette for palette in palettes if n_domains <= len(palette)), [])
+def _colors(n_domains: int) -> Sequence[str]:
+    """Colours for so many; none for more than can be told apart at all."""
+    return distinct_colors(n_domains) if n_domains <= _MOST_COLORS else ()

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @moved_to_options
 def impute(
     data: Any,
-    *,
     genes: Sequence[str] | None = None,
+    *,
     reference: Any = None,
     head: ImputationHead | None = None,
     model: Stofm | str | Path | None = None,
