@@ -10,17 +10,18 @@ from matplotlib.transforms import Bbox
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm, Obsp
-from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
 from stofm.pl._colors import Values, require_name
+from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
 from stofm.pl._style import FONT_SIZE, arrange, finish, make_axes, root_figure, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
+
+    from stofm.pl._style import Save
 
 _CELL_INCHES: Final = 0.2
 _NETWORK_INCHES: Final = 3.2
@@ -37,7 +38,7 @@ def influence(
     *,
     ax: Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> list[Axes]:
     """Draw which types change which: z of all pairs, and a network of those that stand out.
 
@@ -89,7 +90,7 @@ def influence(
     _draw_network(network, pairs, names)
     if is_new:
         arrange([axes])
-    finish(axes, show=show, save=save)
+    finish(axes, show=show, save=save, name="influence")
     return axes
 
 
@@ -155,7 +156,7 @@ def attention(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw where the attention of some cells goes, one panel for each.
 
@@ -221,6 +222,6 @@ def attention(
         x, y = place[color.key][:2]
         ax.plot(x, y, "x", ms=7, mew=1.6, color="#b2182b", zorder=3)
 
-    look = Look(ax, ncols, size, invert_y, show, save)
+    look = Look(ax, ncols, size, invert_y, show, save, "attention")
     titles = [[f"attention of {name}"] for name in receivers]
     return draw_maps(own, colors, look, titles=titles, fill=fill, what="cells")

@@ -8,18 +8,19 @@ import numpy as np
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._maps import Look, draw_maps, read_panels
 from stofm.pl._colors import Categories, Values, value_limits
+from stofm.pl._maps import Look, draw_maps, read_panels
 from stofm.pl._style import style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from numpy.typing import NDArray
+
+    from stofm.pl._style import Save
 
 _ROLES: Final = {
     "edited": "#d1495b",
@@ -57,7 +58,7 @@ def perturbation(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw who was edited, how far each cell moved, and how that falls with distance.
 
@@ -138,7 +139,7 @@ def perturbation(
         ),
         Values(_LABELS[shift], values, low, high, cmap or "viridis"),
     ]
-    look = Look(ax, ncols, size, invert_y, show, save)
+    look = Look(ax, ncols, size, invert_y, show, save, "perturbation")
     return draw_maps(
         read_panels(adata, spatial_key, library_key),
         colors,
