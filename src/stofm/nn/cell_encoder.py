@@ -221,15 +221,16 @@ class CellEncoder(nn.Module):
         positions = (
             embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0]
         )
-        halves: tuple[Tensor, ...] = ()
+        pooled: tuple[Tensor, ...] = ()
         if self.config.pooled and panel is not None:
             halves = self.gene_embeddings.weight.detach().float().chunk(2, dim=-1)
+            pooled = tuple(orthonormal(half, panel) for half in halves)
         return EncoderWeights(
             words=words.to(dtype),
             gene_projection=None if projection is None else projection.to(dtype),
             positions=positions.to(dtype),
             values=_pair(self.value_embedding, dtype) if self.config.values == "log" else None,
-            pooled=tuple(orthonormal(half, panel) for half in halves),
+            pooled=pooled,
             embedding_norm=_pair(embeddings.LayerNorm, dtype),
             layers=tuple(_layer_weights(layer, dtype) for layer in self.bert.encoder.layer),
         )
