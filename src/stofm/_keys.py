@@ -35,6 +35,8 @@ class Obs:
     DOMAIN: Final = "stofm_domain"
     ANNOTATION: Final = "stofm_annotation"
     ANNOTATION_CONFIDENCE: Final = "stofm_annotation_confidence"
+    NOVELTY: Final = "stofm_novelty"
+    NOVEL: Final = "stofm_novel"
 
 
 class Obsm:
@@ -50,6 +52,7 @@ class Obsm:
     X_IMAGE: Final = "X_image"
     COORDINATES: Final = "stofm_spatial"
     ANNOTATION_PROBA: Final = "stofm_annotation_proba"
+    ANNOTATION_SET: Final = "stofm_annotation_set"
     DECONVOLUTION: Final = "stofm_deconvolution"
     DECONVOLUTION_STD: Final = "stofm_deconvolution_std"
     IMPUTED: Final = "stofm_imputed"
