@@ -2,6 +2,7 @@
 
 from stofm.pl._annotation import annotation
 from stofm.pl._charts import probe, training
+from stofm.pl._describe import describe
 from stofm.pl._image import image
 from stofm.pl._predicted import deconvolution, imputation
 from stofm.pl._spatial import spatial, umap
@@ -10,6 +11,7 @@ from stofm.pl._subslices import subslices, virtual_cells
 __all__ = [
     "annotation",
     "deconvolution",
+    "describe",
     "image",
     "imputation",
     "probe",
