@@ -35,6 +35,8 @@ class Obs:
     DOMAIN: Final = "stofm_domain"
     ANNOTATION: Final = "stofm_annotation"
     ANNOTATION_CONFIDENCE: Final = "stofm_annotation_confidence"
+    NOVELTY: Final = "stofm_novelty"
+    NOVEL: Final = "stofm_novel"
 
 
 class Obsm:
@@ -51,6 +53,7 @@ class Obsm:
     X_ALIGNED: Final = "X_aligned"
     COORDINATES: Final = "stofm_spatial"
     ANNOTATION_PROBA: Final = "stofm_annotation_proba"
+    ANNOTATION_SET: Final = "stofm_annotation_set"
     DECONVOLUTION: Final = "stofm_deconvolution"
     DECONVOLUTION_STD: Final = "stofm_deconvolution_std"
     IMPUTED: Final = "stofm_imputed"

@@ -7,31 +7,36 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import solve_triangular
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
 
 from stofm import metrics
-from stofm._arrays import let_go
 from stofm._edge.colors import colors_of
 from stofm._edge.observations import cell_digests
 from stofm._edge.tables import all_or_nothing
 from stofm._keys import Label, Obs, Obsm
 from stofm._logging import logger
-from stofm.heads.expression import principal_axes
 from stofm.heads.fitting import fit
 from stofm.heads.head import Head
-from stofm.heads.network import row_order
+from stofm.heads.network import apply_head, row_order
 from stofm.heads.targets import Targets, read_labels
-from stofm.nn.prediction_head import ROUNDING
+from stofm.heads.trust import (
+    Novelty,
+    PredictionSets,
+    Rejection,
+    Surroundings,
+    calibrated_probabilities,
+    energy,
+    fit_temperature,
+    log_scores,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
+    from stofm.heads.members import Members
     from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Labels
     from stofm.spatial import Split
@@ -40,176 +45,34 @@ if TYPE_CHECKING:
 _FEW_HELD_OUT: Final = 100
 _CONFIDENCE = Obs.ANNOTATION_CONFIDENCE.removeprefix(Obs.ANNOTATION)
 _PROBA = Obsm.ANNOTATION_PROBA.removeprefix(Obs.ANNOTATION)
-#: Bounds of the temperature, and its value without cells to fit it to.
-TEMPERATURES: Final = (0.2, 5.0)
-#: How firmly the temperature is held to 1: few cells, all of them right or all of them wrong, would
-#: draw it without end. A hundred cells or more do as they like.
-_PRIOR: Final = 20.0
-#: Principal components that distances are measured in: with 20, cells of a class that was left out
-#: are found better than with 50, and as well as by their nearest labelled cells.
-_N_COMPONENTS: Final = 20
-#: What is added to the variances within classes, as a share of their mean.
-_SHRINKAGE: Final = 1e-2
-_CHUNK: Final = 16_384
-
-
-def fit_temperature(scores: NDArray[np.floating], classes: NDArray[np.int64]) -> float:
-    """Find what to divide scores by so that probabilities are as good as can be.
-
-    `scores`, (n, n_classes), are raw outputs of a head for held-out cells. The temperature has the
-    lowest negative log-likelihood, to which that of the temperature is added: its logarithm is
-    normal around 0. The fewer cells, the nearer to 1; 1 without cells.
-
-    References
-    ----------
-    Guo et al. 2017, On calibration of modern neural networks (ICML).
-    """
-    if not len(scores):
-        return 1.0
-    values = np.asarray(scores, dtype=np.float64)
-    rows = np.arange(len(values))
-
-    def loss(log_temperature: float) -> float:
-        likelihood = log_softmax(values / np.exp(log_temperature), axis=1)[rows, classes].sum()
-        return _PRIOR * log_temperature**2 / 2 - float(likelihood)
-
-    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
-    return float(np.exp(found.x))
-
-
-def calibrated_probabilities(
-    scores: NDArray[np.floating], temperature: float
-) -> NDArray[np.float32]:
-    """Softmax of scores divided by the temperature, (n, n_classes)."""
-    values = np.asarray(scores, dtype=np.float32) / np.float32(temperature)
-    return np.asarray(softmax(values, axis=1))
-
-
-def log_scores(probabilities: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Scores whose softmax is the probabilities, for a temperature to act on."""
-    return np.asarray(np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)))
-
-
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """Where the embeddings of labelled cells lie.
-
-    Embeddings are standardised and projected to principal components; there all classes are taken
-    to have one covariance, and the distance is that from the nearest class mean in its units.
-
-    Attributes
-    ----------
-    center
-        (d,) what is taken off.
-    projection
-        (d, k) onto components in units of the covariance within classes.
-    means
-        (n_classes, k) means of the classes there.
-
-    References
-    ----------
-    Lee et al. 2018, A simple unified framework for detecting out-of-distribution samples (NeurIPS).
-    """
-
-    center: NDArray[np.float32]
-    projection: NDArray[np.float32]
-    means: NDArray[np.float32]
-
-    @classmethod
-    def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
-        """Take class means and the covariance within classes, numbers from 0 that all occur.
-
-        `features`, (n, d), are in an order that does not depend on the file.
-        """
-        center = features.mean(axis=0, dtype=np.float64)
-        values = features - center
-        scale = values.std(axis=0)
-        scale[scale <= ROUNDING * np.abs(features).max(axis=0)] = np.inf
-        values /= scale
-        kept = principal_axes(values, _N_COMPONENTS)[1]
-        scores = values @ kept
-        sizes = np.bincount(classes).astype(np.float64)
-        sums = np.stack([np.bincount(classes, column) for column in scores.T], axis=1)
-        means = sums / sizes[:, None]
-        residuals = scores - means[classes]
-        within = residuals.T @ residuals / len(residuals)
-        ridge = _SHRINKAGE * np.trace(within) / len(within) or 1.0
-        root = np.linalg.cholesky(within + ridge * np.eye(len(within)))
-        projection = solve_triangular(root, kept.T / scale, lower=True).T
-        means = solve_triangular(root, means.T, lower=True).T
-        return cls(*(one.astype(np.float32) for one in (center, projection, means)))
-
-    def distances(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
-        """(n,) distance of each embedding from the nearest class mean."""
-        found = np.empty(len(features))
-        for start in range(0, len(features), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            scores = (features[part] - self.center) @ self.projection
-            squares = (scores**2).sum(axis=1)[:, None] + (self.means**2).sum(axis=1)
-            squares -= 2 * scores @ self.means.T
-            found[part] = np.sqrt(np.maximum(squares.min(axis=1), 0.0))
-            let_go(features)
-        return found
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """When a cell is called unknown: if both thresholds are passed.
-
-    Attributes
-    ----------
-    rate
-        Share of known cells that may be.
-    measured, n_cells
-        Share of the held-out known cells that are, and the number of these.
-    least_probability
-        Below it the likeliest class is not supported by its probability.
-    greatest_distance
-        Above it no class is supported by the embedding.
-    """
-
-    rate: float
-    measured: float
-    n_cells: int
-    least_probability: float
-    greatest_distance: float
-
-    @classmethod
-    def fit(
-        cls, confidence: NDArray[np.floating], distances: NDArray[np.float64], rate: float
-    ) -> Rejection:
-        """Choose thresholds on held-out known cells, (n,) each.
-
-        The same share of them lies beyond either threshold, as large as can be so that no more
-        than `rate` of them lies beyond both.
-        """
-        n_cells = len(confidence)
-        by_confidence, by_distance = np.sort(confidence), np.sort(-distances)
-        # A cell is rejected once the threshold reaches the larger of its two ranks.
-        ranks = np.maximum(
-            np.searchsorted(by_confidence, confidence, side="right"),
-            np.searchsorted(by_distance, -distances, side="right"),
-        )
-        n_rejected = int(rate * n_cells)
-        beyond = np.sort(ranks)[n_rejected] - 1 if n_rejected < n_cells else n_cells - 1
-        least, greatest = float(by_confidence[beyond]), float(-by_distance[beyond])
-        measured = float(((confidence < least) & (distances > greatest)).mean())
-        return cls(rate, measured, n_cells, least, greatest)
-
-    def rejects(
-        self, confidence: NDArray[np.floating], distances: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
-        """(n,) whether cells are unknown."""
-        return np.asarray(
-            (confidence < self.least_probability) & (distances > self.greatest_distance)
-        )
+_SET = Obsm.ANNOTATION_SET.removeprefix(Obs.ANNOTATION)
+_NOVELTY: Final = "_novelty"
+#: Fields that config.json holds as dicts of numbers.
+_TRUST: Final[dict[str, Any]] = {"rejection": Rejection, "sets": PredictionSets, "novelty": Novelty}
+_NO_NOVELTY: Final = (
+    "The head has no novelty and no prediction sets: it was saved by an older stofm, or no labelled "
+    "cell was held out. Fit it again to have them."
+)
 
 
 class Annotation(NamedTuple):
-    """Classes of cells: calibrated probabilities, (n_obs, n_classes), and whether none is supported."""
+    """Classes of cells.
+
+    Attributes
+    ----------
+    probabilities
+        (n_obs, n_classes) calibrated.
+    is_unknown
+        (n_obs,) whether no class is supported.
+    novelty, sets
+        (n_obs,) how new a cell is, and (n_obs, n_classes) whether a class is in its prediction set;
+        None for a head without them.
+    """
 
     probabilities: NDArray[np.float32]
     is_unknown: NDArray[np.bool_]
+    novelty: NDArray[np.float32] | None = None
+    sets: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -226,7 +89,10 @@ class AnnotationHead(Head):
         When a cell is unknown: the stated rate, the thresholds, and the share of held-out known
         cells that they reject; None if none is to be.
     surroundings
-        Where the embeddings of the labelled cells lie; None if no cell is to be unknown.
+        Where the embeddings of the labelled cells lie; None if no labelled cell was held out.
+    sets, novelty
+        Which classes are in a cell's prediction set, with the coverage stated and measured, and what
+        a cell's novelty is relative to; None if no labelled cell was held out.
     fitted_to
         A number for each labelled cell, from its name and position: scores on these are no test.
     outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
@@ -238,12 +104,14 @@ class AnnotationHead(Head):
     task: ClassVar[str] = "annotation"
     called: ClassVar[str] = "classes"
     key: ClassVar[str] = Obs.ANNOTATION
-    obs_beside: ClassVar[tuple[str, ...]] = (_CONFIDENCE,)
-    obsm_beside: ClassVar[tuple[str, ...]] = (_PROBA,)
+    obs_beside: ClassVar[tuple[str, ...]] = (_CONFIDENCE, _NOVELTY)
+    obsm_beside: ClassVar[tuple[str, ...]] = (_PROBA, _SET)
 
     temperature: float
     rejection: Rejection | None = None
     surroundings: Surroundings | None = None
+    sets: PredictionSets | None = None
+    novelty: Novelty | None = None
     fitted_to: NDArray[np.int64] | None = None
 
     @property
@@ -257,32 +125,68 @@ class AnnotationHead(Head):
         for vote, weight in self.votes(blocks, "classes"):
             mean += weight[:, None] * vote
         probabilities = calibrated_probabilities(log_scores(mean), self.temperature)
-        is_unknown = np.zeros(len(mean), dtype=bool)
-        if self.rejection is not None and self.surroundings is not None:
-            distances = self.surroundings.distances(blocks.features)
-            is_unknown = self.rejection.rejects(probabilities.max(axis=1), distances)
-        return Annotation(probabilities, is_unknown)
+        found = Annotation(probabilities, np.zeros(len(mean), dtype=bool))
+        if self.sets is not None:
+            found = found._replace(sets=self.sets.of(probabilities))
+        if self.surroundings is None:
+            return found
+        # Heads of former versions read all embeddings, and know distances alone.
+        near = blocks.averaged[0]
+        is_read = near.shape[1] == len(self.surroundings.center)
+        far = self.surroundings.distances(near if is_read else blocks.features)
+        if self.novelty is not None:
+            novelty = self.novelty.of(far, self.energies(blocks))
+            found = found._replace(novelty=novelty.astype(np.float32))
+        if self.rejection is None:
+            return found
+        return found._replace(is_unknown=self.rejection.rejects(probabilities.max(axis=1), far))
+
+    def energies(self, blocks: Blocks) -> NDArray[np.float64]:
+        """Mean energy of the networks for each cell, (n_obs,), NaN where they lack what they read."""
+        hidden = [(n, r) for n, r in zip(self.networks, self.reads, strict=True) if n.config.widths]
+        total = np.zeros(len(blocks.features))
+        for network, reads in hidden:
+            known = blocks.knows(reads)
+            if known.any():
+                total += energy(apply_head(network, np.nan_to_num(blocks.of(reads)), "values"))
+            total[~known] = np.nan
+        return total / len(hidden)
 
     def apply(self, slices: SliceTables, request: Request, key: str) -> None:
         """Name the cells of some tables, and write that."""
         self.refuse_key(slices, key, request, self.use_rep)
+        novelty_key = Obs.NOVELTY if key == Obs.ANNOTATION else key + _NOVELTY
         with all_or_nothing(*slices.tables):
             found = self.predict(self.read(slices, request))
             categories = [*self.classes, Label.UNKNOWN]
             likeliest = found.probabilities.argmax(axis=1)
             codes = np.where(found.is_unknown, len(self.classes), likeliest)
             names = pd.Categorical.from_codes(codes, categories=categories)
-            params = {name: self.params[name] for name in ("label_key", "reject_rate")}
-            params["temperature"] = self.temperature
+            names_of = ("label_key", "reject_rate", "coverage")
+            params = {name: self.params.get(name) for name in names_of}
+            frames: dict[str, Any] = {_PROBA: found.probabilities}
+            if found.sets is not None:
+                frames[_SET] = found.sets
             self.write(
                 slices,
                 key,
-                {_PROBA: found.probabilities},
+                frames,
                 obs={"": names, _CONFIDENCE: found.probabilities.max(axis=1)},
                 params=slices.each(
-                    lambda table: params | self._seen_of(table, request.spatial_key)
+                    lambda table: (
+                        params
+                        | {"temperature": self.temperature}
+                        | self._seen_of(table, request.spatial_key)
+                    )
                 ),
             )
+            for table, place in zip(slices.tables, slices.places, strict=True):
+                if found.novelty is not None:
+                    table.obs[novelty_key] = found.novelty[place]
+                elif novelty_key in table.obs:
+                    del table.obs[novelty_key]
+        if found.novelty is None:
+            logger.info(_NO_NOVELTY)
         logger.info(
             "%d cells annotated with %d classes into obs[%r]; %d are unknown.",
             *(len(codes), len(self.classes), key, found.is_unknown.sum()),
@@ -298,18 +202,27 @@ class AnnotationHead(Head):
         entries, arrays = super()._own()
         entries["temperature"] = self.temperature
         arrays |= {} if self.fitted_to is None else {Label.FITTED: self.fitted_to}
-        if self.rejection is None or self.surroundings is None:
+        for name in _TRUST:
+            one = getattr(self, name)
+            entries[name] = None if one is None else asdict(one)
+        if self.surroundings is None:
             return entries, arrays
-        return entries | {"rejection": asdict(self.rejection)}, arrays | asdict(self.surroundings)
+        parts = dict(vars(self.surroundings))
+        entries["n_nearest"] = parts.pop("n_nearest")
+        return entries, arrays | parts
 
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
         fields = super()._read_own(own, arrays) | {"temperature": own["temperature"]}
         fields[Label.FITTED] = arrays.get(Label.FITTED)
-        if own.get("rejection") is not None:
-            fields["rejection"] = Rejection(**own["rejection"])
-            parts = {name: arrays[name] for name in Surroundings.__dataclass_fields__}
-            fields["surroundings"] = Surroundings(**parts)
+        for name, kind in _TRUST.items():
+            if own.get(name) is not None:
+                fields[name] = kind(**own[name])
+        # Former versions measured distances from the classes' means.
+        points = arrays.get("points", arrays.get("means"))
+        if points is not None:
+            parts = (arrays["center"], arrays["projection"], points)
+            fields["surroundings"] = Surroundings(*parts, own.get("n_nearest", 1))
         return fields
 
 
@@ -330,22 +243,27 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
     targets = Targets("classes", codes, len(labels.classes), weights)
     blocks, splits, members, fields = fit(slices, targets, request, AnnotationHead.task)
     _tell_about(splits[0], labels)
-    rows, read, scores = members.rows, blocks.features, log_scores(members.votes)
+    rows, read, scores = members.rows, blocks.averaged[0], log_scores(members.votes)
     temperature = fit_temperature(scores, codes[rows])
     probabilities = calibrated_probabilities(scores, temperature)
     is_unknown = np.zeros(len(rows), dtype=bool)
-    if options.reject_rate and len(rows):
-        around = [
-            Surroundings.fit(read[fitted], codes[fitted])
-            for fitted in (row_order(read, codes, split.fitted) for split in splits)
-        ]
-        distances = np.concatenate(
-            [one.distances(read[own]) for one, own in zip(around, members.held_out, strict=True)]
+    if len(rows):
+        of_slice = np.zeros(len(codes), dtype=np.int64)
+        for number, own in enumerate(slices.rows if splits[0].slices else ()):
+            of_slice[own] = number
+        right = probabilities.argmax(axis=1) == codes[rows]
+        fields["sets"] = PredictionSets.fit(
+            probabilities, codes[rows], of_slice[rows], options.coverage
         )
-        confidence = probabilities.max(axis=1)
-        rejection = Rejection.fit(confidence, distances, options.reject_rate)
-        is_unknown = rejection.rejects(confidence, distances)
-        fields |= {"rejection": rejection, "surroundings": around[0]}
+        known = row_order(read, codes, np.flatnonzero(labels.is_known))
+        fields["surroundings"] = Surroundings.fit(read[known], codes[known])
+        distances = _held_out_distances(read, codes, splits, members)
+        fields["novelty"] = Novelty.fit(distances, _held_out_energies(blocks, members))
+        if options.reject_rate:
+            confidence = probabilities.max(axis=1)
+            rejection = Rejection.fit(confidence, distances, options.reject_rate, right)
+            is_unknown = rejection.rejects(confidence, distances)
+            fields["rejection"] = rejection
     found = []
     if len(rows):
         found.append(score_classes(Annotation(probabilities, is_unknown), codes[rows]))
@@ -364,9 +282,34 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
             "class_weights": options.class_weights,
             "n_neighbors": blocks.n_neighbors,
             "reject_rate": float(options.reject_rate),
+            "coverage": float(options.coverage),
             "colors": colors_of(slices.tables, label_key),
         },
         validation_scores=pd.DataFrame(found, index=pd.RangeIndex(1, 1 + len(found), name="run")),
+    )
+
+
+def _held_out_distances(
+    features: NDArray[np.float32],
+    codes: NDArray[np.int64],
+    splits: Sequence[Split],
+    members: Members,
+) -> NDArray[np.float64]:
+    """Distance of the held-out cells of all splits in turn from the fitted cells of theirs."""
+    found = []
+    for split, own in zip(splits, members.held_out, strict=True):
+        fitted = row_order(features, codes, split.fitted)
+        # A class that is held out whole has no number here.
+        classes = np.unique(codes[fitted], return_inverse=True)[1]
+        found.append(Surroundings.fit(features[fitted], classes).distances(features[own]))
+    return np.concatenate(found)
+
+
+def _held_out_energies(blocks: Blocks, members: Members) -> NDArray[np.float64]:
+    """Energy of the held-out cells of all splits in turn, by the network of each."""
+    given = zip(members.networks, members.reads, members.held_out, strict=False)
+    return np.concatenate(
+        [energy(apply_head(one, blocks.of(reads)[own], "values")) for one, reads, own in given]
     )
 
 

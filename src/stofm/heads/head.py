@@ -374,6 +374,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
     """Refuse a key whose entry or record is read, or means something else."""
     own = {Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL, Obs.DOMAIN, Obs.ANNOTATION, Uns.SUBSLICE}
+    own |= {Obs.NOVELTY, Obs.NOVEL}
     own |= {Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.X, Obsm.COORDINATES}
     refuse_taken(key_added, suggestion, *own - {suggestion}, *read)
 

@@ -74,7 +74,10 @@ class HeadOptions:
     class_weights
         ``"balanced"``: classes weigh the same in the loss, however few cells they have.
     reject_rate
-        Largest share of held-out labelled cells that may be called unknown, from 0 (none) to below 1.
+        Largest share of the rightly named held-out cells that may be called unknown, from 0 (none) to
+        below 1.
+    coverage
+        Share of cells whose class is to be in their prediction set, above 0 and below 1.
     reference_layer
         Layer of `reference` with raw counts; None: `layer` if the reference has it, else ``X``.
     spots
@@ -89,6 +92,7 @@ class HeadOptions:
     min_share: float = MIN_SHARE
     class_weights: Literal["balanced"] | None = None
     reject_rate: float = 0.02
+    coverage: float = 0.9
     reference_layer: str | None = None
     spots: SpotRules = field(default_factory=SpotRules)
 
@@ -104,6 +108,7 @@ class HeadOptions:
             raise TypeError(f"spots must be st.spatial.SpotRules(...), found {self.spots!r}.")
         shares = ("min_share", "reject_rate")
         require(self, "must be from 0 to below 1", lambda share: 0 <= share < 1, *shares)
+        require(self, "must be above 0 and below 1", lambda share: 0 < share < 1, "coverage")
 
 
 @dataclass(frozen=True)

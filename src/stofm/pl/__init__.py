@@ -2,6 +2,7 @@
 
 from stofm.pl._annotation import annotation
 from stofm.pl._charts import probe, training
+from stofm.pl._describe import describe
 from stofm.pl._domains import domains
 from stofm.pl._gene_prediction import gene_prediction
 from stofm.pl._influence import attention, influence
@@ -15,6 +16,7 @@ __all__ = [
     "annotation",
     "attention",
     "deconvolution",
+    "describe",
     "domains",
     "gene_prediction",
     "image",

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from stofm.tl._annotate import annotate
     from stofm.tl._attention import attention
     from stofm.tl._deconvolve import deconvolve
+    from stofm.tl._describe import describe
+    from stofm.tl._description import Description
     from stofm.tl._domains import domains
     from stofm.tl._embed import embed
     from stofm.tl._encode_cells import encode_cells
     from stofm.tl._impute import impute
     from stofm.tl._influence import Influence, influence
     from stofm.tl._ligand_receptor import ligand_receptor
+    from stofm.tl._novel import novel
     from stofm.tl._perturb import perturb
     from stofm.tl._pool_genes import pool_genes
     from stofm.tl._probe import ProbeResult, probe
@@ -34,6 +37,7 @@ __all__ = [
     "Aligner",
     "AnnotationHead",
     "DeconvolutionHead",
+    "Description",
     "HeadOptions",
     "ImputationHead",
     "Influence",
@@ -43,12 +47,14 @@ __all__ = [
     "annotate",
     "attention",
     "deconvolve",
+    "describe",
     "domains",
     "embed",
     "encode_cells",
     "impute",
     "influence",
     "ligand_receptor",
+    "novel",
     "perturb",
     "pool_genes",
     "predict_genes",
@@ -68,6 +74,8 @@ __getattr__ = lazy(
         "attention": "stofm.tl._attention",
         "DeconvolutionHead": "stofm.heads.deconvolution",
         "deconvolve": "stofm.tl._deconvolve",
+        "describe": "stofm.tl._describe",
+        "Description": "stofm.tl._description",
         "domains": "stofm.tl._domains",
         "embed": "stofm.tl._embed",
         "encode_cells": "stofm.tl._encode_cells",
@@ -79,6 +87,7 @@ __getattr__ = lazy(
         "ligand_receptor": "stofm.tl._ligand_receptor",
         "perturb": "stofm.tl._perturb",
         "PerturbationEffect": "stofm.perturb.effect",
+        "novel": "stofm.tl._novel",
         "pool_genes": "stofm.tl._pool_genes",
         "predict_genes": "stofm.tl._predict_genes",
         "probe": "stofm.tl._probe",

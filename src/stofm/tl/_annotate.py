@@ -62,8 +62,10 @@ def annotate(
 
     A cell is ``"unknown"`` if the probability of its likeliest class is low and its embedding lies far
     from those of the labelled cells. The thresholds reject at most a share ``reject_rate`` of the
-    held-out labelled cells. Cells of a class that the labelled cells lack are found only in part
-    this way; ``head.rejection`` has the numbers.
+    held-out labelled cells that are rightly named. Beside it stand a prediction set, which has a
+    cell's class with a stated probability if the cell is like the held-out ones, and a novelty: how
+    far a cell lies from labelled cells, and how little it supports any class. Cells of a class that
+    the labelled cells lack are found only in part; :func:`stofm.tl.novel` groups them.
 
     Parameters
     ----------
@@ -116,6 +118,13 @@ def annotate(
     ``adata.obsm['stofm_annotation_proba']`` : DataFrame
         Probabilities of all classes, (n_obs, n_classes), calibrated by temperature. A ``/`` in a
         class is ``_`` in its column, which files need; ``head.classes`` has the names.
+    ``adata.obsm['stofm_annotation_set']`` : DataFrame
+        Boolean, (n_obs, n_classes), with the same columns: the classes of a cell's prediction set, of
+        which the likeliest is always one. ``head.sets`` has the threshold, and the size and coverage
+        on held-out cells.
+    ``adata.obs['stofm_novelty']`` : float32
+        How new a cell is: 0 for a typical held-out labelled cell, above 1 for one in twenty of them.
+        With another `key_added` it is called after that, ``'key_novelty'``.
     ``adata.uns['stofm']['stofm_annotation']`` : dict
         Parameters, and fingerprints of the embedding's model.
     ``adata.obsm['X_stofm']`` and others
@@ -136,8 +145,10 @@ def annotate(
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2, for the head. Guo et al. 2017, On
-    calibration of modern neural networks (ICML): temperature. Lee et al. 2018, A simple unified
-    framework for detecting out-of-distribution samples (NeurIPS): the distance.
+    calibration of modern neural networks (ICML): temperature. Sun et al. 2022, Out-of-distribution
+    detection with deep nearest neighbors (ICML): the distance. Liu et al. 2020, Energy-based
+    out-of-distribution detection (NeurIPS). Sadinle, Lei and Wasserman 2019, Least ambiguous
+    set-valued classifiers with bounded error levels (J Am Stat Assoc 114:223): the sets.
 
     Examples
     --------

@@ -1,0 +1,189 @@
+"""Groups of cells in the plane: who touches whom, pieces, patterns, and what chance gives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+#: Cells as near as a cell's sixth nearest touch it; on a lattice several may be equally near.
+_N_AROUND: Final = 6
+_MOST_TIES: Final = 14
+_TIE: Final = 1 + 1e-9
+#: Cells farther apart than so many times the slice's typical distance do not touch.
+_MOST_SPACINGS: Final = 3.0
+#: Pieces that hold this share of a group's cells are counted.
+_COUNTED: Final = 0.9
+
+
+def touching_cells(
+    coordinates: NDArray[np.floating], slices: Sequence[NDArray[np.int64]]
+) -> sp.csr_array:
+    """Which cells touch each other: one of them is among the six nearest of the other.
+
+    Cells of different slices do not touch, nor do cells farther apart than three times the median
+    distance to the sixth nearest. The order of the cells does not matter.
+
+    Parameters
+    ----------
+    coordinates
+        (n, 2), any unit.
+    slices
+        Rows of each slice.
+
+    Returns
+    -------
+    (n, n) ones where two cells touch, symmetric, without a diagonal.
+    """
+    n_cells = len(coordinates)
+    pairs = [np.empty((2, 0), dtype=np.int64)]
+    for rows in slices:
+        own = np.asarray(coordinates[rows], dtype=np.float64)
+        n_asked = min(_MOST_TIES, len(rows))
+        if n_asked < 2:
+            continue
+        distances, nearest = cKDTree(own).query(own, k=n_asked)
+        sixth = distances[:, min(_N_AROUND, n_asked - 1)]
+        reach = np.minimum(sixth * _TIE, _MOST_SPACINGS * np.median(sixth))
+        is_near = (distances <= reach[:, None]) & (nearest != np.arange(len(rows))[:, None])
+        first, column = np.nonzero(is_near)
+        pairs.append(np.stack([rows[first], rows[nearest[first, column]]]))
+    first, second = np.concatenate(pairs, axis=1)
+    one_way = sp.csr_array((np.ones(len(first)), (first, second)), shape=(n_cells, n_cells))
+    return (one_way + one_way.T).sign().tocsr()
+
+
+def contacts(
+    touching: sp.csr_array,
+    codes: NDArray[np.int64],
+    slices: Sequence[NDArray[np.int64]],
+    n_groups: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Count the contacts of groups, and how many there would be if cells of each slice were shuffled.
+
+    Parameters
+    ----------
+    touching
+        As of :func:`touching_cells`.
+    codes
+        (n,) group of each cell, -1 for none.
+    slices
+        Rows of each slice.
+    n_groups
+        Number of groups.
+
+    Returns
+    -------
+    Found and expected, (n_groups, n_groups) each; a contact within a group counts twice.
+    """
+    first, second = touching.nonzero()
+    expected = np.zeros((n_groups, n_groups))
+    found = np.zeros_like(expected)
+    is_known = (codes[first] >= 0) & (codes[second] >= 0)
+    np.add.at(found, (codes[first[is_known]], codes[second[is_known]]), 1.0)
+    degrees = np.diff(touching.indptr)
+    for rows in slices:
+        own = codes[rows]
+        sizes = np.bincount(own[own >= 0], minlength=n_groups).astype(np.float64)
+        if len(rows) > 1:
+            pairs = np.outer(sizes, sizes) - np.diag(sizes)
+            expected += degrees[rows].sum() * pairs / (len(rows) * (len(rows) - 1.0))
+    return found, expected
+
+
+def clustering(
+    touching: sp.csr_array,
+    is_member: NDArray[np.bool_],
+    slices: Sequence[NDArray[np.int64]],
+    *,
+    n_permutations: int,
+    seed: int,
+) -> tuple[float, float]:
+    """How much more the cells of a group touch each other than cells drawn at random.
+
+    Parameters
+    ----------
+    touching
+        As of :func:`touching_cells`.
+    is_member
+        (n,) the group.
+    slices
+        Rows of each slice, within which cells are drawn.
+    n_permutations, seed
+        Number of draws, and their seed.
+
+    Returns
+    -------
+    Contacts within the group over their mean in the draws, NaN where these have none, and the
+    empirical p, (1 + draws with as many) / (1 + draws).
+    """
+    first, second = touching.nonzero()
+    rng = np.random.default_rng(seed)
+
+    def count(member: NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero(member[first] & member[second]))
+
+    found, drawn = count(is_member), np.empty(n_permutations)
+    shuffled = is_member.copy()
+    for k in range(n_permutations):
+        for rows in slices:
+            shuffled[rows] = rng.permutation(is_member[rows])
+        drawn[k] = count(shuffled)
+    ratio = found / drawn.mean() if drawn.any() else np.nan
+    return float(ratio), float((1 + np.count_nonzero(drawn >= found)) / (1 + n_permutations))
+
+
+def pieces(touching: sp.csr_array, is_member: NDArray[np.bool_]) -> tuple[int, float]:
+    """In how many pieces nine tenths of a group's cells lie, and the share of the largest.
+
+    Cells are of one piece if they touch, or are joined by members that do.
+    """
+    rows = np.flatnonzero(is_member)
+    if not len(rows):
+        return 0, 0.0
+    labels = connected_components(touching[rows][:, rows], directed=False)[1]
+    shares = np.sort(np.bincount(labels))[::-1] / len(rows)
+    n_pieces = int(np.searchsorted(np.cumsum(shares), _COUNTED - 1e-9)) + 1
+    return n_pieces, float(shares[0])
+
+
+def morans_i(touching: sp.csr_array, values: sp.csr_matrix) -> NDArray[np.float64]:
+    """Moran's I of each column: how alike values of cells are that touch, from about -1 to 1.
+
+    Sparse throughout, so that nothing dense of cells by genes is made.
+
+    Parameters
+    ----------
+    touching
+        (n, n) as of :func:`touching_cells`, of the cells that are looked at.
+    values
+        (n, d).
+
+    Returns
+    -------
+    (d,) with 0 for constant columns, and where no cells touch.
+
+    References
+    ----------
+    Moran 1950, Notes on continuous stochastic phenomena (Biometrika 37:17).
+    """
+    n_cells, total = values.shape[0], float(touching.sum())
+    own = values.astype(np.float64)
+    mean = np.asarray(own.mean(axis=0)).ravel()
+    products = np.asarray(own.multiply(touching @ own).sum(axis=0)).ravel()
+    degrees = np.diff(touching.indptr)
+    products += mean**2 * total - 2 * mean * (own.T @ degrees)
+    squares = np.asarray(own.multiply(own).sum(axis=0)).ravel()
+    spread = squares - n_cells * mean**2
+    found = np.zeros(own.shape[1])
+    varies = (spread > 1e-10 * squares) & (total > 0)
+    found[varies] = n_cells * products[varies] / (total * spread[varies])
+    return found
