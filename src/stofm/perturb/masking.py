@@ -8,9 +8,10 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import progress
-from stofm.heads.annotation import AnnotationHead, calibrated_probabilities, log_scores
+from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.network import apply_head
+from stofm.heads.trust import calibrated_probabilities, log_scores
 from stofm.perturb.influence import PairEffects, pair_effects
 from stofm.spatial.plane import canonical_order, spacing
 

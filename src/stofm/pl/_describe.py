@@ -8,30 +8,27 @@ import numpy as np
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
+from stofm.pl._colors import NO_VALUE_COLOR, Categories, color_categories, require_name
 from stofm.pl._maps import draw_cells, map_inches, read_panels
 from stofm.pl._style import (
     FONT_SIZE,
-    NO_VALUE_COLOR,
     TITLE_SIZE,
-    Categories,
     arrange,
-    color_categories,
     finish,
     in_rows,
     make_axes,
-    require_name,
     set_inches,
     style_axes,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from anndata import AnnData
     from matplotlib.axes import Axes
 
     from stofm.pl._maps import Panel
+    from stofm.pl._style import Save
 
 #: Charts of a page: title, list of facts, what is named, its length, and what the axis says.
 _CHARTS: Final = (
@@ -58,7 +55,7 @@ def describe(
     table_key: str | None = None,
     ax: Sequence[Axes] | None = None,
     show: bool | None = None,
-    save: str | Path | None = None,
+    save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw the page of one region: where it lies, its types, neighbours, markers and patterns.
 
@@ -126,7 +123,7 @@ def describe(
     if is_new:
         grids = [in_rows(maps, ncols), in_rows(below, _PER_ROW)]
         arrange(*(grid for grid in grids if grid))
-    return finish(axes, show=show, save=save)
+    return finish(axes, show=show, save=save, name="describe")
 
 
 def _highlight(adata: AnnData, groupby: str, region: str) -> Categories:
