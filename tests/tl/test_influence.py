@@ -109,7 +109,7 @@ def test_a_head_that_reads_more_or_of_another_model_is_refused(adata, model, few
         ({"groupby": "library_one"}, ValueError, "has 1 type.*at least two"),
         ({"groupby": "kind", "reach": -1.0}, ValueError, "reach must be above 0.*found -1.0"),
         ({"groupby": "kind", "n_max": 0}, ValueError, "n_max must be a whole number"),
-        ({"groupby": "kind", "reach": 1e-9}, ValueError, "within reach=1e-09; raise it"),
+        ({"groupby": "kind", "reach": 1e-9}, ValueError, "within reach=1e-09; raise `reach`"),
     ],
 )
 def test_messages(adata, model, options, error, message) -> None:

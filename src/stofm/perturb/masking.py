@@ -57,6 +57,12 @@ def effects_between(
     Returns
     -------
     The pairs, by rows of the tissue, and the reach.
+
+    Raises
+    ------
+    ValueError
+        The reach is not usable or too short, or the head reads something else than the embedding
+        or belongs to another model.
     """
     if reach is not None and not 0 < reach < np.inf:
         raise ValueError(f"reach must be above 0 and finite, found {reach!r}.")
@@ -82,7 +88,10 @@ def effects_between(
         is_known = kinds[rows[found.receivers]] >= 0
         found = PairEffects(*(one[is_known] for one in found))
         parts.append(found._replace(senders=rows[found.senders], receivers=rows[found.receivers]))
-    return PairEffects.joined(parts), reach
+    pairs = PairEffects.joined(parts)
+    if not len(pairs.effects):
+        raise ValueError(f"No two cells with a type lie within reach={reach:g}; raise `reach`.")
+    return pairs, reach
 
 
 def _shift_of(model: Stofm) -> Change:

@@ -147,8 +147,6 @@ def influence(
         n_max=n_max,
         show_progress_bar=show_progress_bar,
     )
-    if not len(pairs.effects):
-        raise ValueError(f"No two cells with a type lie within reach={reach:g}; raise it.")
     params = {
         "groupby": groupby,
         "reach": reach,
