@@ -35,7 +35,8 @@ class Settings:
     @verbosity.setter
     def verbosity(self, level: str | int) -> None:
         names = list(_LEVELS)
-        known = {**_LEVELS, **{k: _LEVELS[name] for k, name in enumerate(names)}}
+        known: dict[str | int, int] = dict(_LEVELS.items())
+        known.update(enumerate(_LEVELS.values()))
         if isinstance(level, bool) or level not in known:
             raise ValueError(f"verbosity must be one of {names} or 0 to 4, found {level!r}.")
         logger.setLevel(known[level])

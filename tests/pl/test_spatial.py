@@ -17,6 +17,7 @@ import stofm as st
 from stofm._edge.colors import PALETTE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -411,23 +412,27 @@ def test_axes_of_a_subfigure_can_be_saved(adata: ad.AnnData, tmp_path: Path) -> 
     assert (tmp_path / "part.png").stat().st_size > 1000
 
 
-def test_scanpys_settings_say_where_figures_go(
-    adata: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import scanpy as sc
+@pytest.fixture
+def settings() -> Iterator[Any]:
+    names = ("figdir", "file_format_figs", "autosave")
+    before = {name: getattr(sc.settings, name) for name in names}
+    yield sc.settings
+    for name, value in before.items():
+        setattr(sc.settings, name, value)
 
-    monkeypatch.setattr(sc.settings, "figdir", tmp_path / "figures")
-    monkeypatch.setattr(sc.settings, "file_format_figs", "png")
+
+def test_scanpys_settings_say_where_figures_go(
+    adata: ad.AnnData, tmp_path: Path, settings: Any
+) -> None:
+    settings.figdir, settings.file_format_figs = tmp_path / "figures", "png"
     st.pl.spatial(adata, "kind", show=False)
     assert not (tmp_path / "figures").exists()
     st.pl.spatial(adata, "kind", save=True, show=False)
-    monkeypatch.setattr(sc.settings, "autosave", True)
+    settings.autosave = True
     adata.obsm["X_umap"] = adata.obsm["spatial"]
     st.pl.umap(adata, "kind", show=False)
-    assert sorted(one.name for one in (tmp_path / "figures").iterdir()) == [
-        "spatial.png",
-        "umap.png",
-    ]
+    names = sorted(one.name for one in (tmp_path / "figures").iterdir())
+    assert names == ["spatial.png", "umap.png"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
