@@ -198,7 +198,9 @@ class Aligner:
             raise ValueError(
                 f"modality must be one of {list(get_args(Modality))}, found {modality!r}."
             )
-        refuse_reserved(key_added, Obsm.X_ALIGNED, spatial_key, library_key, *self.genes.reps)
+        images = [image_key + suffix for suffix in (Suffix.SPOT, Suffix.NICHE)]
+        read = (spatial_key, library_key, *images, *self.genes.reps)
+        refuse_reserved(key_added, Obsm.X_ALIGNED, *read)
         slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy)
         suffixes = {"image": Suffix.IMAGE, "genes": Suffix.GENES}
         names = [key_added, *(key_added + suffix for suffix in suffixes.values())]
