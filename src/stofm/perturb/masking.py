@@ -8,7 +8,6 @@ import numpy as np
 
 from stofm._keys import Obsm
 from stofm._logging import progress
-from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
 from stofm.heads.network import apply_head
 from stofm.heads.trust import calibrated_probabilities, log_scores
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
     from stofm.perturb.tissue import Tissue
 
