@@ -70,7 +70,8 @@ def pair_effects(
     is_sender = np.zeros((groups.max(initial=-1) + 1, whole.n_cells), dtype=bool)
     is_sender[groups, senders] = True
     edits = [Edit(detached=Detached(senders=one, reach=reach)) for one in is_sender]
-    parts = [PairEffects(*(np.empty(0, dtype) for dtype in (int, int, float, np.float32)))]
+    nobody = np.empty(0, dtype=np.int64)
+    parts = [PairEffects(nobody, nobody, np.empty(0), np.empty(0, dtype=np.float32))]
     for found in whole.embed(edits):
         xy = whole.coordinates[found.rows]
         masked = np.flatnonzero(is_sender[found.edit, found.rows])
@@ -115,7 +116,7 @@ class Contrast(NamedTuple):
 def in_bins(pairs: PairEffects) -> NDArray[np.int64]:
     """Number of each pair's bin by distance, (n_pairs,)."""
     edges = np.quantile(pairs.distances, np.arange(1, _N_BINS) / _N_BINS)
-    return np.searchsorted(edges, pairs.distances, side="left")
+    return np.searchsorted(edges, pairs.distances, side="left").astype(np.int64)
 
 
 def baselines(pairs: PairEffects, kinds: NDArray[np.int64]) -> NDArray[np.float64]:

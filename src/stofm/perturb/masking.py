@@ -100,7 +100,7 @@ def _shift_of(model: Stofm) -> Change:
 
     def change(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.floating]:
         # What is passed on is a mean over neighbours, which all senders change alike.
-        return np.linalg.norm(after[:, -width:] - before[:, -width:], axis=1)
+        return np.asarray(np.linalg.norm(after[:, -width:] - before[:, -width:], axis=1))
 
     return change
 
@@ -122,10 +122,10 @@ def _change_of_classes(head: AnnotationHead, model: Stofm) -> Change:
 
     def probabilities(features: NDArray[np.float32]) -> NDArray[np.floating]:
         weighted = zip(head.networks, head.weights, strict=True)
-        mean = sum(weight * apply_head(one, features, "classes") for one, weight in weighted)
-        return calibrated_probabilities(log_scores(mean), head.temperature)
+        votes = [weight * apply_head(one, features, "classes") for one, weight in weighted]
+        return calibrated_probabilities(log_scores(np.sum(votes, axis=0)), head.temperature)
 
     def change(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.floating]:
-        return np.abs(probabilities(after) - probabilities(before)).sum(axis=1) / 2
+        return np.asarray(np.abs(probabilities(after) - probabilities(before)).sum(axis=1) / 2)
 
     return change
