@@ -109,7 +109,7 @@ HEAVY = [
     "transformers",
 ]
 #: Extras of the package; those of its developers are none that users install.
-EXTRAS = {"communication", "image", "lora", "report", "train"}
+EXTRAS = {"cluster", "communication", "image", "lora", "report", "train"}
 #: Read by type checkers and by the tests.
 TYPING_ONLY = {"jaxtyping"}
 #: Where a library comes from, if not from a package of its name.

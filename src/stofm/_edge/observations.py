@@ -41,4 +41,5 @@ def cell_digests(adata: AnnData, spatial_key: str) -> NDArray[np.int64]:
     if spatial_key in adata.obsm:
         xy = np.asarray(adata.obsm[spatial_key], dtype=np.float64)[:, :2]
         table[["x", "y"]] = xy.astype(np.float32)
-    return pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64).view(np.int64)
+    hashes = pd.util.hash_pandas_object(table, index=False).to_numpy(np.uint64)
+    return np.asarray(hashes.view(np.int64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from functools import lru_cache, partial
 from pathlib import Path
@@ -124,18 +123,13 @@ def _turns(machines: Mapping[str, str]) -> dict[str, int]:
 
 def _own_device(device: str, turns: Mapping[str, int]) -> str:
     """The GPU of this worker, where a machine has several and none is asked for by number."""
-    import torch
+    from stofm.nn.device import take_turn
 
-    n_devices = torch.cuda.device_count()
-    if not turns or device not in ("auto", "cuda") or n_devices < 2:
+    if not turns:
         return device
     from distributed import get_worker
 
-    # dask-cuda gives each worker the same GPUs, its own first; SLURM all of them in order.
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = given if len(given) == n_devices else [str(k) for k in range(n_devices)]
-    own = sorted(names)[turns.get(get_worker().address, 0) % n_devices]
-    return f"cuda:{names.index(own)}"
+    return take_turn(device, turns.get(get_worker().address, 0))
 
 
 def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:

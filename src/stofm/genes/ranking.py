@@ -325,10 +325,7 @@ def _defined(block: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def scale_of_cells(totals: NDArray[np.number], depth_power: float) -> NDArray[np.float64]:
-    """What count / median is multiplied by to give values, by the total count of each cell.
-
-    That is (10,000 / total)^`depth_power`; 0 for a cell without counts.
-    """
+    """Factors that make values of count / median: (10,000 / total)^`depth_power`, 0 without counts."""
     scale = np.divide(_TARGET_SUM, totals, out=np.zeros(len(totals)), where=totals > 0)
     return np.asarray(scale**depth_power)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -66,6 +67,17 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
         )
     return chosen
+
+
+def take_turn(device: str, turn: int) -> str:
+    """The GPU of process number `turn` of a machine that has several, unless one is asked for."""
+    n_devices = torch.cuda.device_count()
+    if device not in ("auto", "cuda") or n_devices < 2:
+        return device
+    # dask-cuda gives each worker the same GPUs, its own first; SLURM all of them in order.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = given if len(given) == n_devices else [str(k) for k in range(n_devices)]
+    return f"cuda:{names.index(sorted(names)[turn % n_devices])}"
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -128,8 +128,8 @@ def baselines(pairs: PairEffects, kinds: NDArray[np.int64]) -> NDArray[np.float6
     cell = kinds[pairs.receivers] * _N_BINS + in_bins(pairs)
     means = (np.bincount(cell, pairs.effects) / np.maximum(np.bincount(cell), 1))[cell]
     sender = np.unique(pairs.senders, return_inverse=True)[1].ravel()
-    sums = [np.bincount(sender, values) for values in (pairs.effects, means)]
-    shares = np.divide(*sums, out=np.zeros(len(sums[0])), where=sums[1] > 0)
+    found, usual = (np.bincount(sender, values) for values in (pairs.effects, means))
+    shares = np.divide(found, usual, out=np.zeros(len(found)), where=usual > 0)
     return np.asarray(means * shares[sender])
 
 

@@ -130,9 +130,9 @@ def by_genes(
                     for one in (resource.ligands, resource.receptors)
                 )
                 flags = sends[own][:, ligands].toarray() > 0
-                sums = [(one[own] @ receives[:, receptors]).toarray() for one in near]
-                sums[2] = np.rint(sums[2]).astype(np.int64)
-                found = contrast(*sums, flags, np.zeros(len(own), dtype=np.int64))
+                totals, bases, n = ((one[own] @ receives[:, receptors]).toarray() for one in near)
+                whole = np.zeros(len(own), dtype=np.int64)
+                found = contrast(totals, bases, np.rint(n).astype(np.int64), flags, whole)
                 part = pd.DataFrame(
                     {
                         "source": source_name,

@@ -86,8 +86,14 @@ def effects_between(
         own = np.flatnonzero(is_sender[rows])
         found = pair_effects(tissue.whole(number), own, reach=reach, change=change)
         is_known = kinds[rows[found.receivers]] >= 0
-        found = PairEffects(*(one[is_known] for one in found))
-        parts.append(found._replace(senders=rows[found.senders], receivers=rows[found.receivers]))
+        parts.append(
+            PairEffects(
+                senders=rows[found.senders[is_known]],
+                receivers=rows[found.receivers[is_known]],
+                distances=found.distances[is_known],
+                effects=found.effects[is_known],
+            )
+        )
     pairs = PairEffects.joined(parts)
     if not len(pairs.effects):
         raise ValueError(f"No two cells with a type lie within reach={reach:g}; raise `reach`.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+    from stofm.pl._colors import Categories, Values
     from stofm.pl._maps import LegendLoc, Panel
     from stofm.pl._style import Save
 
@@ -126,10 +127,11 @@ def domains(
         look = Look(
             ax, ncols, size, invert_y, show, save, "domains", tissue, title, legend_loc, alpha
         )
-        colors, palette = [], None
+        colors: list[Categories | Values] = []
+        palette: dict[str, str] | None = None
         for one in shown:
             in_it = set(category_names(adata.obs[one]).cat.categories)
-            own = [group for group in np.atleast_1d(groups or []) if group in in_it] or None
+            own: Any = [group for group in np.atleast_1d(groups or []) if group in in_it] or None
             if own is None and one == key:
                 own = groups  # Refused there, with the nearest names.
             if one == key and truth_key is not None:
@@ -144,7 +146,7 @@ def _titles(panels: list[Panel], text: str) -> list[str]:
     return [panel.titled(text) for panel in panels]
 
 
-def _matching_colors(adata: AnnData, key: str, regions: Categories) -> dict[str, str]:
+def _matching_colors(adata: AnnData, key: str, regions: Any) -> dict[str, str]:
     """Colours of domains: those of the regions that they match, others for the rest."""
     column = category_names(adata.obs[key])
     truth = category_names(adata.obs[regions.key])

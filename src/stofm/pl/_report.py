@@ -217,8 +217,8 @@ def _column(color: Any, panel: Panel) -> Column:
         codes = color.codes[panel.rows]
         return Column(color.key, label, codes, color.names, [c[:7] for c in color.colors])
     said = not color.key.startswith(Obsm.DECONVOLUTION)
-    ends = {"low": float(color.vmin), "high": float(color.vmax), "is_said": said}
-    return Column(color.key, label, color.values[panel.rows], **ends)
+    low, high = float(color.vmin), float(color.vmax)
+    return Column(color.key, label, color.values[panel.rows], low=low, high=high, is_said=said)
 
 
 def _expression(adata: AnnData) -> tuple[AnnData, str]:
@@ -238,7 +238,7 @@ def _markers(column: Column, expression: AnnData) -> dict[str, list[str]]:
     if len(rows) > _MOST_CELLS:
         rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_CELLS, replace=False))
     sizes = np.bincount(column.values[rows], minlength=len(column.names))
-    used = np.flatnonzero(sizes >= 3)
+    used = np.flatnonzero(sizes >= 3).tolist()
     rows = rows[np.isin(column.values[rows], used)]
     if len(used) < 2:
         return {}
@@ -290,7 +290,7 @@ def _composition(columns: Sequence[Column], what: str) -> list[Table]:
         return []
     first = groups[0]
     rows = np.bincount(first.values[first.values >= 0], minlength=len(first.names))
-    used = np.flatnonzero(rows)
+    used = np.flatnonzero(rows).tolist()
     if len(groups) == 1:
         table = [(first.names[k], float(rows[k]), f"{rows[k] / rows.sum():.1%}") for k in used]
         return [Table(f"Composition by {first.label}", (first.label, what, "share"), table)]
@@ -347,14 +347,15 @@ def _picture(image: SliceImage, panel: Panel) -> tuple[str, float, float, float,
         logger.info("The image is turned against the coordinates, and the page leaves it out.")
         return None
     corners = image.pixels_of(np.stack([panel.low, panel.high]))
-    part, (left, right, bottom, top) = image.slide.overview(*corners, _PIXELS)
+    part, (left, right, bottom, top) = image.slide.overview(corners[0], corners[1], _PIXELS)
     low, high = (
         np.array([[left, min(bottom, top)], [right, max(bottom, top)]]) - image.matrix[:, 2]
     ) / np.diag(scale)
     buffer = io.BytesIO()
     plt.imsave(buffer, part, format="jpeg", pil_kwargs={"quality": 85})
     address = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return (address, *map(float, (*low, *(high - low))))
+    (left, bottom), (width, height) = low.tolist(), (high - low).tolist()
+    return address, left, bottom, width, height
 
 
 def _bar(panel: Panel, microns_per_unit: float | None) -> tuple[float, str] | None:

@@ -91,12 +91,12 @@ def open_tissue(
     panels = _chosen(read_panels(table, spatial_key, library_key, placed), around.library_id)
     named = {panel.name: panel.name or _only(around.library_id) for panel in panels}
     with ExitStack() as stack:
-        images = {}
+        images: dict[str, SliceImage] = {}
         if is_pictured:
             for panel in panels:
                 found = _find_image(stack, data, placed, named[panel.name], around)
                 images |= {} if found is None else {panel.name: found}
-        microns = {}
+        microns: dict[str, float] = {}
         for panel in panels:
             unit = around.microns_per_unit
             if unit is None and spatial_key == Obsm.SPATIAL:
