@@ -128,8 +128,10 @@ def baselines(pairs: PairEffects, kinds: NDArray[np.int64]) -> NDArray[np.float6
     cell = kinds[pairs.receivers] * _N_BINS + in_bins(pairs)
     means = (np.bincount(cell, pairs.effects) / np.maximum(np.bincount(cell), 1))[cell]
     sender = np.unique(pairs.senders, return_inverse=True)[1].ravel()
-    sums = [np.bincount(sender, values) for values in (pairs.effects, means)]
-    shares = np.divide(*sums, out=np.zeros(len(sums[0])), where=sums[1] > 0)
+    effects, expected = (
+        np.bincount(sender, values).astype(np.float64) for values in (pairs.effects, means)
+    )
+    shares = effects / np.where(expected > 0, expected, np.inf)
     return np.asarray(means * shares[sender])
 
 

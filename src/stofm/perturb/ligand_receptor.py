@@ -130,9 +130,12 @@ def by_genes(
                     for one in (resource.ligands, resource.receptors)
                 )
                 flags = sends[own][:, ligands].toarray() > 0
-                sums = [(one[own] @ receives[:, receptors]).toarray() for one in near]
-                sums[2] = np.rint(sums[2]).astype(np.int64)
-                found = contrast(*sums, flags, np.zeros(len(own), dtype=np.int64))
+                effects, expected, numbers = (
+                    (one[own] @ receives[:, receptors]).toarray() for one in near
+                )
+                counted = np.rint(numbers).astype(np.int64)
+                strata = np.zeros(len(own), dtype=np.int64)
+                found = contrast(effects, expected, counted, flags, strata)
                 part = pd.DataFrame(
                     {
                         "source": source_name,
