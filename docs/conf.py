@@ -11,6 +11,9 @@ from importlib.metadata import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -55,7 +58,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -110,6 +112,8 @@ nb_merge_streams = True
 html_theme = "sphinx_book_theme"
 html_title = f"stofm {release}"
 html_static_path = ["_static"]
+# Browsers draw MathML themselves: formulae need no script from elsewhere.
+html_math_renderer = "mathml"
 html_extra_path = ["_extra"]
 html_css_files = ["stofm.css"]
 html_theme_options = {
@@ -137,6 +141,18 @@ def adapt_to_napoleon(
             lines[number : number + 2] = ["Parameters", "----------"]
 
 
+def visit_math(translator: Any, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def visit_math_block(translator: Any, node: nodes.math_block) -> None:
+    formula = convert(node.astext(), display="block")
+    translator.body.append(f'<div class="math-block">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     # Before napoleon, which listens with the default priority of 500.
     app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)

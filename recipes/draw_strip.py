@@ -23,7 +23,10 @@ _LABELLED = 0.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    """Embed the sections, find and learn their regions and types, and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("picture", type=Path)
     picture = parser.parse_args().picture
     mpl.use("Agg")
