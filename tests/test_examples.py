@@ -18,9 +18,10 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("module", MODULES)
 def test_examples(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that an example writes go to a folder of its own."""
+    """Files that an example writes go to a folder of its own; it may warn, as it does its reader."""
     monkeypatch.chdir(tmp_path)
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     failed, n_run = doctest.testmod(import_module(module), optionflags=options)
