@@ -9,15 +9,28 @@ its domains, and the cell types of a breast tumour that a head named from those 
 from __future__ import annotations
 
 import argparse
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
+from PIL import Image
 
 import stofm as st
 
-_LABEL_SIZE = 9
-_WIDTHS = (1, 1, 1.25, 1.25, 1.3)
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+_TITLES = {
+    "Olfactory bulb,\nH&E": 1.25,
+    "Domains,\nwithout labels": 1.25,
+    "Cortex,\npublished regions": 0.6,
+    "Domains,\nwithout labels ": 0.6,
+    "Breast tumour: types learnt\nleft of the line": 0.6,
+}
+#: Of a palette, so that the file stays small.
+_N_COLORS = 128
 #: Share of the breast section whose types the head is fitted to.
 _LABELLED = 0.5
 
@@ -29,9 +42,6 @@ def main() -> None:
     )
     parser.add_argument("picture", type=Path)
     picture = parser.parse_args().picture
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     bulb = st.datasets.load("mouse_olfactory_bulb_st")
     cortex = st.datasets.load("mouse_cortex_osmfish")
     breast = st.datasets.load("human_breast_xenium")
@@ -40,13 +50,24 @@ def main() -> None:
     st.tl.domains(bulb, n_domains=5)
     st.tl.domains(cortex, n_domains=cortex.obs["region"].nunique())
     x = breast.obsm["spatial"][:, 0]
-    border = np.quantile(x, _LABELLED)
+    border = float(np.quantile(x, _LABELLED))
     breast.obs["known"] = breast.obs["cell_type"].where(x < border)
     head = st.tl.annotate(breast, label_key="known")
     st.tl.annotate(breast, head=head)
+    draw(bulb, cortex, breast, border, picture)
+
+
+def draw(bulb: AnnData, cortex: AnnData, breast: AnnData, border: float, picture: Path) -> None:
+    """Draw the panels side by side, without legends."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(_WIDTHS), figsize=(13, 2.9), width_ratios=_WIDTHS, layout="constrained"
+        1,
+        len(_TITLES),
+        figsize=(12, 3.4),
+        width_ratios=list(_TITLES.values()),
+        layout="constrained",
     )
     st.pl.image(bulb, alpha=0, ax=axes[0], show=False)
     st.pl.image(bulb, color="stofm_domain", alpha=1, ax=axes[1], show=False)
@@ -54,19 +75,14 @@ def main() -> None:
     st.pl.spatial(cortex, color="stofm_domain", ax=axes[3], show=False)
     st.pl.spatial(breast, color="stofm_annotation", ax=axes[4], show=False)
     axes[4].axvline(border, color="black", linewidth=1, linestyle="--")
-    titles = (
-        "Olfactory bulb, H&E",
-        "domains, without labels",
-        "Cortex, published regions",
-        "domains, without labels",
-        "Breast tumour: types learnt left,\nnamed right of the line",
-    )
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title, fontsize=_LABEL_SIZE)
+    for ax, title in zip(axes, _TITLES, strict=True):
+        ax.set_title(title, fontsize=9)
         ax.set_axis_off()
         if (legend := ax.get_legend()) is not None:
             legend.remove()
-    figure.savefig(picture, dpi=110, pil_kwargs={"optimize": True})
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(_N_COLORS).save(picture, optimize=True)
 
 
 if __name__ == "__main__":
