@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _TITLES = {
-    "Olfactory bulb,\nH&E": 1.25,
-    "Domains,\nwithout labels": 1.25,
-    "Cortex,\npublished regions": 0.6,
-    "Domains,\nwithout labels ": 0.6,
-    "Breast tumour: types learnt\nleft of the line": 0.6,
+    "Olfactory bulb,\nH&E": 1.0,
+    "Domains,\nwithout labels": 1.0,
+    "Cortex,\npublished regions": 0.7,
+    "Domains,\nwithout labels ": 0.7,
+    "Breast tumour:\ntypes learnt left of the line": 0.75,
 }
 #: Of a palette, so that the file stays small.
-_N_COLORS = 128
+_N_COLORS = 256
 #: Share of the breast section whose types the head is fitted to.
 _LABELLED = 0.5
 
