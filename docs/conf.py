@@ -142,12 +142,12 @@ def adapt_to_napoleon(
 
 
 def visit_math(translator: Any, node: nodes.math) -> None:
-    translator.body.append(convert(node.astext()))
+    translator.body.append(convert(node.astext().replace("<", r"\lt ")))
     raise nodes.SkipNode
 
 
 def visit_math_block(translator: Any, node: nodes.math_block) -> None:
-    formula = convert(node.astext(), display="block")
+    formula = convert(node.astext().replace("<", r"\lt "), display="block")
     translator.body.append(f'<div class="math-block">{formula}</div>')
     raise nodes.SkipNode
 
