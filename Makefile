@@ -5,8 +5,11 @@
 #   make demo SIMULATE=1   the same with a simulated one
 #   make test              the tests          (ARGS="-k genes" goes to pytest)
 #   make test-newest       a part of the tests on the newest Python there is, in ~/.cache/stofm
+#   make test-oldest       the same part with the oldest versions that pyproject.toml allows, in ~/.cache/stofm
+#   make test-latest       all tests with the newest releases of everything, in ~/.cache/stofm
 #   make check             lint and types
 #   make docs              the documentation, in docs/_build/html
+#   make wheel             the wheel, in dist/; embeds a section with it in an environment of its own
 #   make bench             speed and memory against a plain implementation
 #   make install           the environment of all of these at once
 #   make clean             remove the environment and everything that was built
@@ -15,7 +18,14 @@
 
 VENV ?= .venv
 DEMO ?= demo
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+EXE := .exe
+else
 BIN := $(VENV)/bin
+endif
+# How packages are installed: with the versions that were tested together.
+PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # The newest comes last, also of those that pyenv keeps.
 NEWER := $(or $(PYTHON),python3.12 python3.13 python3.14 $(wildcard $(HOME)/.pyenv/versions/3.*/bin/python3))
 NEWEST = $(or $(shell for python in $(NEWER); do \
@@ -30,7 +40,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest check docs bench clean install
+.PHONY: help demo test test-newest test-oldest test-latest check docs wheel bench clean install
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,6 +60,20 @@ test-newest:
 	@rm -f "$(NEWEST_VENV)/.installed-test"
 	@$(MAKE) test PYTHON="$(lastword $(NEWEST))" VENV="$(NEWEST_VENV)" ARGS="$(QUICK) $(ARGS)"
 
+# Direct dependencies at their lower bounds, the others as they were at that time; what those
+# releases warn of is no error. Needs uv.
+test-oldest: OLDEST_VENV = $(HOME)/.cache/stofm/oldest
+test-oldest:
+	@rm -f "$(OLDEST_VENV)/.installed-test"
+	@$(MAKE) test VENV="$(OLDEST_VENV)" ARGS="-W default $(QUICK) $(ARGS)" PIP_INSTALL="uv pip install --quiet \
+	  --python $(OLDEST_VENV) --resolution lowest-direct --exclude-newer 2025-05-01"
+
+test-latest: LATEST_VENV = $(HOME)/.cache/stofm/latest
+test-latest:
+	@rm -f "$(LATEST_VENV)/.installed-test"
+	@$(MAKE) test VENV="$(LATEST_VENV)" \
+	  PIP_INSTALL="$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager"
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -57,6 +81,14 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-doc
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+# The embedded model and the section are in the wheel, so the quick start needs nothing else.
+wheel: $(VENV)/.installed
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv build/wheel
+	build/wheel/$(notdir $(BIN))/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && wheel/$(notdir $(BIN))/python -m stofm demo --overwrite --out wheel/demo
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed.py $(ARGS)
@@ -66,7 +98,7 @@ clean:
 	  benchmarks/results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # venv writes pip last, so a half-made environment is made again.
-$(BIN)/pip:
+$(BIN)/pip$(EXE):
 	@for python in $(CANDIDATES); do \
 	  if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "Making $(VENV) with $$($$python --version)"; \
@@ -79,14 +111,13 @@ $(BIN)/pip:
 
 # .installed, .installed-test, .installed-dev, .installed-doc: the package with that extra.
 $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-doc: \
-  $(VENV)/.installed%: $(BIN)/pip pyproject.toml constraints.txt
+  $(VENV)/.installed%: $(BIN)/pip$(EXE) pyproject.toml constraints.txt
 	@echo "Installing stofm$(if $*,[$(*:-%=%)]) into $(VENV); the first time takes some minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e ".$(if $*,[$(*:-%=%)])"
+	@$(PIP_INSTALL) -e ".$(if $*,[$(*:-%=%)])"
 	@touch $@
 
 # pip finds versions for all extras at once sooner than for one after the other.
-install: $(BIN)/pip
+install: $(BIN)/pip$(EXE)
 	@echo "Installing stofm[dev,doc] into $(VENV); the first time takes some minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,doc]"
+	@$(PIP_INSTALL) -e ".[dev,doc]"
 	@touch $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-doc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -9,6 +10,9 @@ from dataclasses import is_dataclass
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -22,10 +26,26 @@ for source in (HERE.parent / "tutorials").glob("*.md"):
     copy = HERE / "tutorials" / source.name
     if not copy.exists() or copy.read_bytes() != source.read_bytes():
         shutil.copyfile(source, copy)
+for copy in (HERE / "tutorials").glob("*.md"):
+    if not (HERE.parent / "tutorials" / copy.name).exists():
+        copy.unlink()
 
 # Notebook kernels inherit these: figures go into the page, progress bars don't.
 os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
 os.environ.setdefault("TQDM_DISABLE", "1")
+# With one thread each, kernels don't wait for each other on a busy machine.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+# Outputs of notebooks are kept while neither the notebook nor the package changes.
+digest = hashlib.sha256()
+for file in sorted((HERE.parent / "src").rglob("*")):
+    if file.is_file() and file.suffix != ".pyc":
+        digest.update(file.read_bytes())
+CACHE = HERE / "_build" / f"notebooks-{digest.hexdigest()[:12]}"
+for folder in CACHE.parent.glob("notebooks-*"):
+    if folder != CACHE:
+        shutil.rmtree(folder)
 
 info = metadata("stofm")
 project = info["Name"]
@@ -37,7 +57,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -45,7 +65,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "measured", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_extra", "measured", "**.ipynb_checkpoints"]
 
 autosummary_generate = True
 autodoc_member_order = "bysource"
@@ -58,19 +78,43 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 
+# Where the documentation is published, types of other packages become links. A build without a
+# network leaves them out.
+is_published = os.environ.get("READTHEDOCS") or os.environ.get("GITHUB_ACTIONS")
+intersphinx_mapping = {
+    name: (f"https://{address}/", None)
+    for name, address in {
+        "anndata": "anndata.readthedocs.io/en/stable",
+        "matplotlib": "matplotlib.org/stable",
+        "numpy": "numpy.org/doc/stable",
+        "pandas": "pandas.pydata.org/docs",
+        "python": "docs.python.org/3",
+        "scanpy": "scanpy.readthedocs.io/en/stable",
+        "scipy": "docs.scipy.org/doc/scipy",
+        "spatialdata": "spatialdata.scverse.org/en/stable",
+        "squidpy": "squidpy.readthedocs.io/en/stable",
+        "torch": "docs.pytorch.org/docs/stable",
+    }.items()
+    if is_published
+}
+
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "force"
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(CACHE)
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600
+nb_execution_timeout = 1800
 nb_merge_streams = True
 
 html_theme = "sphinx_book_theme"
 html_title = f"stofm {release}"
 html_static_path = ["_static"]
+# Browsers draw MathML themselves: formulae need no script from elsewhere.
+html_math_renderer = "mathml"
+html_extra_path = ["_extra"]
 html_css_files = ["stofm.css"]
 html_theme_options = {
     "home_page_in_toc": False,
@@ -97,6 +141,18 @@ def adapt_to_napoleon(
             lines[number : number + 2] = ["Parameters", "----------"]
 
 
+def visit_math(translator: Any, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext().replace("<", r"\lt ")))
+    raise nodes.SkipNode
+
+
+def visit_math_block(translator: Any, node: nodes.math_block) -> None:
+    formula = convert(node.astext().replace("<", r"\lt "), display="block")
+    translator.body.append(f'<div class="math-block">{formula}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     # Before napoleon, which listens with the default priority of 500.
     app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)

@@ -54,7 +54,9 @@ def _bar(items: Iterable[T] | None, *, show: bool, leave: bool = False, **option
     """Give a bar, which is mute if it is not to be shown or can't be seen."""
     from tqdm.auto import tqdm
 
-    return tqdm(items, leave=leave, disable=not (show and bars_can_be_seen()), **options)
+    if not (show and bars_can_be_seen()):
+        options["disable"] = True  # what is not passed is read from TQDM_DISABLE
+    return tqdm(items, leave=leave, **options)
 
 
 def progress(

@@ -125,7 +125,7 @@ def embed(
     >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
     >>> st.tl.embed(adata)
     >>> adata.obsm["X_stofm"].shape
-    (500, 128)
+    (500, 576)
     """
     table = resolve_table(adata, table_key, copy=copy)
     check_seed(seed)

@@ -83,7 +83,7 @@ def encode_cells(
     >>> st.pp.tokenize(adata)
     >>> st.tl.encode_cells(adata)
     >>> adata.obsm["X_stofm_cell"].shape
-    (500, 128)
+    (500, 576)
     """
     table = resolve_table(adata, table_key, copy=copy)
     run = Run.choose(
