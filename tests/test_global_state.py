@@ -13,6 +13,7 @@ import lightning_fabric  # noqa: F401  (some libraries add filters when they are
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import plotly.offline  # noqa: F401  (as above)
 import pytest
 import torch
 
@@ -169,7 +170,71 @@ def _datasets(_adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable
     return {"datasets.simulate_slice": lambda: st.datasets.simulate_slice(60, 30, seed=3)}
 
 
-AREAS = [_pp, _im, _tl, _train, _pl, _metrics, _datasets]
+def _interpret(adata: AnnData, model: Any, folder: Path) -> dict[str, Callable[[], object]]:
+    adata.obs[Obs.DOMAIN] = adata.obs["kind"]
+    slices: dict[str, Any] = {"library_key": "library"}
+    gene = str(adata.var_names[0])
+    kinds: dict[str, Any] = {"groupby": "kind", "model": model, "min_pairs": 1, **SLICES}
+    pairs = pd.DataFrame({"ligand": [gene], "receptor": [str(adata.var_names[1])]})
+
+    def perturb() -> None:
+        effect = st.tl.perturb(
+            adata, genes={gene: "delete"}, cells=adata.obs_names[:9], null=2, model=model, **SLICES
+        )
+        st.pl.perturbation(adata, effect, library_key="library", show=False)
+
+    def influence() -> None:
+        st.pl.influence(st.tl.influence(adata, **kinds), show=False)
+
+    def attention() -> None:
+        st.tl.attention(adata, model, top=5, **SLICES)
+        st.pl.attention(adata, adata.obs_names[0], library_key="library", show=False)
+
+    def novel() -> None:
+        options = st.tl.HeadOptions(n_components=3)
+        head = st.tl.annotate(adata, label_key="kind", options=options, **SLICES)
+        st.tl.novel(adata, head, model=model, **SLICES)
+
+    def describe() -> None:
+        found = st.tl.describe(adata, "kind", **slices)
+        st.pl.describe(adata, found, str(adata.obs["kind"].iloc[0]), show=False, **slices)
+
+    return {
+        "tl.perturb": perturb,
+        "pl.perturbation": perturb,
+        "tl.screen": lambda: st.tl.screen(
+            adata, genes=[gene], cells=adata.obs_names[:9], null=2, model=model, **SLICES
+        ),
+        "tl.influence": influence,
+        "pl.influence": influence,
+        "tl.ligand_receptor": lambda: st.tl.ligand_receptor(adata, resource=pairs, **kinds),
+        "tl.attention": attention,
+        "pl.attention": attention,
+        "tl.novel": novel,
+        "tl.describe": describe,
+        "pl.describe": describe,
+        "pl.domains": lambda: st.pl.domains(adata, show=False, **slices),
+        "pl.report": lambda: st.pl.report(adata, folder / "report.html", **slices),
+    }
+
+
+def _align(_adata: AnnData, _model: Any, _folder: Path) -> dict[str, Callable[[], object]]:
+    slides = st.datasets.simulate_slice(
+        150, 40, technology="visium", n_slices=2, image=True, seed=3
+    )
+    st.im.embed(slides, "statistics", library_key="slice_id", **QUIET)
+    options = st.tl.AlignOptions(epochs=1)
+
+    def align() -> None:
+        aligner = st.tl.align(slides, options=options, library_key="slice_id", **QUIET)
+        st.tl.predict_genes(slides, aligner, library_key="slice_id", device="cpu")
+        gene = str(slides.obsm["stofm_predicted"].columns[0])
+        st.pl.gene_prediction(slides, gene, library_key="slice_id", show=False)
+
+    return dict.fromkeys(("tl.align", "tl.predict_genes", "pl.gene_prediction"), align)
+
+
+AREAS = [_pp, _im, _tl, _train, _pl, _interpret, _align, _metrics, _datasets]
 
 
 @pytest.mark.parametrize("calls", AREAS)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 from stofm._logging import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Levels by scanpy's names and numbers.
 _LEVELS: Final = {
@@ -65,3 +70,15 @@ class Settings:
 
 
 settings = Settings()
+
+
+@contextmanager
+def keeping_threads() -> Iterator[None]:
+    """Within it a library may change torch's number of threads, as scanpy does; it is set back."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else None
+    try:
+        yield
+    finally:
+        if torch is not None:
+            torch.set_num_threads(before)

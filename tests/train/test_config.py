@@ -56,6 +56,6 @@ def test_values_that_can_not_be(config, entries, message):
 
 
 def test_only_what_changes_the_weights_is_among_the_settings():
-    run = RunConfig()
+    run = RunConfig(mixture={"technology": {"Visium": 0.5}})
     left_out = {field.name for field in fields(run)} - set(run.settings())
     assert left_out == {"checkpoint_every", "log_every", "n_threads", "tensorboard"}

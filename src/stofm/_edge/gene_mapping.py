@@ -305,15 +305,24 @@ def write_columns(adata: AnnData, columns: Columns) -> None:
             write_record(adata, key, columns.params, **more)
 
 
-def report_columns(adata: AnnData, columns: Columns, counts: NDArray[np.float64] | None) -> None:
-    """Log a new mapping, and warn of counts, (n_vars,), without a gene or of genes with several columns."""
+def report_columns(
+    adata: AnnData,
+    columns: Columns,
+    counts: NDArray[np.float64] | None,
+    *,
+    is_written: bool = True,
+) -> None:
+    """Log a new mapping, and warn of counts, (n_vars,), without a gene or of genes with several columns.
+
+    `is_written` says whether the caller writes the mapping, which the warning advises to use.
+    """
     if columns.mapping is not None:
         sources = " and ".join(filter(None, (columns.params["source"], columns.params["fallback"])))
         mapping = replace(columns.mapping, counts_per_gene=counts)
         logger.info("%s; names in %s", mapping.summary(), sources)
         _log_others(adata)
     if counts is not None:
-        found = "" if Var.GENE in adata.var else "st.pp.map_genes(adata); "
+        found = "" if is_written or Var.GENE in adata.var else "st.pp.map_genes(adata); "
         drop = f": {found}adata = adata[:, adata.var[{Var.GENE!r}] != ''].copy()"
         warn_of_counts(columns.token_ids, counts, adata.var_names, drop)
 

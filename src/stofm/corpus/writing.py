@@ -157,7 +157,7 @@ class RankedCells:
             )
             counts += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             start += block.shape[0]
-        report_columns(self._adata, self._columns, counts)
+        report_columns(self._adata, self._columns, counts, is_written=False)
         kept = counts[self._columns.token_ids >= 0].sum()
         self.about["counts_kept"] = float(kept / max(counts.sum(), 1))
         n_cells = writer.n_cells

@@ -130,9 +130,11 @@ def by_genes(
                     for one in (resource.ligands, resource.receptors)
                 )
                 flags = sends[own][:, ligands].toarray() > 0
-                totals, bases, n = ((one[own] @ receives[:, receptors]).toarray() for one in near)
+                effects, expected, n = (
+                    (one[own] @ receives[:, receptors]).toarray() for one in near
+                )
                 whole = np.zeros(len(own), dtype=np.int64)
-                found = contrast(totals, bases, np.rint(n).astype(np.int64), flags, whole)
+                found = contrast(effects, expected, np.rint(n).astype(np.int64), flags, whole)
                 part = pd.DataFrame(
                     {
                         "source": source_name,

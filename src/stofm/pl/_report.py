@@ -20,6 +20,7 @@ from stofm._edge.tables import read_record, resolve_table
 from stofm._files import local
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm._settings import keeping_threads
 from stofm.pl._colors import (
     NO_VALUE_COLOR,
     NO_VALUE_LABEL,
@@ -252,7 +253,7 @@ def _markers(column: Column, expression: AnnData) -> dict[str, list[str]]:
         var=pd.DataFrame(index=expression.var_names),
     )
     n_genes = min(_N_MARKERS, part.n_vars)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
+    with np.errstate(all="ignore"), warnings.catch_warnings(), keeping_threads():
         # Of how scanpy makes its table.
         warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
         sc.tl.rank_genes_groups(part, "group", method="t-test", n_genes=n_genes)
@@ -335,8 +336,9 @@ def _umap(adata: AnnData) -> NDArray[np.floating] | None:
 
     logger.info("There is no obsm['X_umap']: a UMAP of obsm[%r] is computed.", Obsm.X)
     part = AnnData(np.asarray(adata.obsm[Obsm.X]))
-    sc.pp.neighbors(part, use_rep="X")
-    sc.tl.umap(part)
+    with keeping_threads():
+        sc.pp.neighbors(part, use_rep="X")
+        sc.tl.umap(part)
     return np.asarray(part.obsm["X_umap"])
 
 

@@ -298,7 +298,7 @@ def _read_counts(
             found.control_share = controls / (controls + total)
     if columns is not None and columns.mapping is not None:
         found.species, found.n_matched = columns.mapping.species, columns.mapping.n_matched
-        report_columns(table, columns, totals if known else None)
+        report_columns(table, columns, totals if known else None, is_written=False)
     if found.layer != (layer or "X"):
         for _ in read_counts(table, layer=layer):  # it says what is wrong, and where counts are
             pass

@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.stats import false_discovery_control, hypergeom
 
 from stofm._edge.counts import read_counts
+from stofm._settings import keeping_threads
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.targets import log_normalised
 
@@ -82,7 +83,7 @@ def rank_markers(
     )
     table = AnnData(values, obs=groups)
     chosen = names[tested].tolist()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), keeping_threads():
         # Genes without any count, and its own slow data frames.
         warnings.simplefilter("ignore")
         sc.tl.rank_genes_groups(table, "group", groups=chosen, method="t-test", use_raw=False)

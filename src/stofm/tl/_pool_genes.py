@@ -146,7 +146,7 @@ def _pool(
             counts += np.asarray(block.sum(axis=0, dtype=np.float64)).ravel()
             advance(len(sums))
             start = stop
-    report_columns(adata, columns, counts)
+    report_columns(adata, columns, counts, is_written=False)
     share = counts[is_there].sum() / max(counts.sum(), 1.0)
     tell = logger.info if share > _MOST_LACKING else warn
     tell(
