@@ -51,10 +51,10 @@ def test_other_partitions_bring_pairs_together_and_are_averaged(whole) -> None:
 
 
 def test_a_single_cell_attends_to_nobody(model, ranked, coordinates) -> None:
+    from stofm.corpus.reader import take_cells
     from stofm.perturb import UneditedSlice
-    from stofm.perturb.token_lists import take
 
     one = UneditedSlice.of(
-        model, take(ranked, np.array([3])), coordinates[:1], device=torch.device("cpu")
+        model, take_cells(ranked, np.array([3])), coordinates[:1], device=torch.device("cpu")
     )
     assert attend(one, top=5).weights.nnz == 0

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from stofm.corpus.reader import take_cells
 from stofm.nn import Stofm, embed_slice
 from stofm.perturb import Detached, Edit, UneditedSlice
-from stofm.perturb.token_lists import delete, take
+from stofm.perturb.token_lists import delete
 from stofm.spatial import build_subslice
 
 CPU = torch.device("cpu")
@@ -36,7 +37,9 @@ def passing_on(model):
 
 
 def deleting(whole, cells, gene=7):
-    return Edit(cells=cells, tokens=lambda rows: delete(take(whole.ranked, rows), np.array([gene])))
+    return Edit(
+        cells=cells, tokens=lambda rows: delete(take_cells(whole.ranked, rows), np.array([gene]))
+    )
 
 
 def all_after(whole, edit):
@@ -62,7 +65,7 @@ def test_edits_that_change_nothing_give_nothing(whole):
     cells = np.arange(N)
     same = [
         Edit(),
-        Edit(cells=cells, tokens=lambda rows: take(whole.ranked, rows)),
+        Edit(cells=cells, tokens=lambda rows: take_cells(whole.ranked, rows)),
         Edit(coordinates=whole.coordinates.copy()),
         Edit(detached=Detached(senders=np.zeros(N, dtype=bool))),
         Edit(detached=Detached(senders=np.ones(N, bool), receivers=np.zeros(N, bool))),
@@ -75,11 +78,11 @@ def test_edits_that_change_nothing_give_nothing(whole):
 def test_deleted_genes_change_their_sub_slices_as_computed_anew(model, ranked, coordinates, make):
     whole = UneditedSlice.of(make(model), ranked, coordinates, device=CPU)
     cells = whole.parts[1][[3, 11, 12]]
-    has_gene = [7 in take(ranked, np.array([c])).tokens for c in cells]
+    has_gene = [7 in take_cells(ranked, np.array([c])).tokens for c in cells]
     assert any(has_gene)
     assert len(whole.parts) == 3
     features = whole.features.copy()
-    features[cells] = whole.encode(delete(take(ranked, cells), np.array([7])))
+    features[cells] = whole.encode(delete(take_cells(ranked, cells), np.array([7])))
     expected = embed_slice(
         whole.model.se2_transformer, whole.layout, features, whole.rules, device=CPU
     )
@@ -122,7 +125,7 @@ def test_two_cells_that_swap_places_are_as_if_their_genes_were_swapped(whole):
     partner = np.arange(N)
     partner[pair] = pair[::-1]
     by_place = all_after(whole, Edit(coordinates=coordinates))
-    tokens = Edit(cells=pair, tokens=lambda rows: take(whole.ranked, partner[rows]))
+    tokens = Edit(cells=pair, tokens=lambda rows: take_cells(whole.ranked, partner[rows]))
     np.testing.assert_allclose(by_place[partner], all_after(whole, tokens), atol=1e-5)
 
 
@@ -135,7 +138,7 @@ def test_detached_senders_are_as_good_as_not_there(model, ranked, coordinates, m
     detached = Edit(detached=Detached(senders=senders))
     # Whatever the senders express then makes no difference to the others.
     both = Edit(
-        detached=detached.detached, cells=rows[:7], tokens=lambda r: take(whole.ranked, r * 0)
+        detached=detached.detached, cells=rows[:7], tokens=lambda r: take_cells(whole.ranked, r * 0)
     )
     first, second = all_after(whole, detached), all_after(whole, both)
     np.testing.assert_allclose(first[rows[7:]], second[rows[7:]], atol=1e-6)
@@ -208,7 +211,7 @@ def test_an_edited_slice_lays_itself_out_anew(whole):
     after = whole.after(Edit(removed=removed))
     kept = np.setdiff1d(np.arange(N), removed)
     anew = UneditedSlice.of(
-        whole.model, take(whole.ranked, kept), whole.coordinates[kept], device=CPU
+        whole.model, take_cells(whole.ranked, kept), whole.coordinates[kept], device=CPU
     )
     np.testing.assert_allclose(after.embeddings, anew.embeddings, atol=1e-6)
     genes = whole.after(deleting(whole, np.arange(N)))

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stofm.corpus.reader import take_cells
 from stofm.genes import RankedTokens
-from stofm.perturb.token_lists import cells_of, delete, put_first, take
+from stofm.perturb.token_lists import cells_of, delete, put_first
 
 
 def lists(ranked):
@@ -26,10 +27,10 @@ def three():
 
 
 def test_cells_are_taken_in_any_order_and_twice(three):
-    found = take(three, np.array([2, 1, 0, 2]))
+    found = take_cells(three, np.array([2, 1, 0, 2]))
     assert lists(found) == [[4, 5], [], [5, 3, 9], [4, 5]]
     assert values(found)[0] == [8.0, 3.0]
-    assert lists(take(three.without_values(), np.array([0]))) == [[5, 3, 9]]
+    assert lists(take_cells(three.without_values(), np.array([0]))) == [[5, 3, 9]]
     assert cells_of(three).tolist() == [0, 0, 0, 2, 2]
 
 

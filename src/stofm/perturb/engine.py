@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
+from stofm.corpus.reader import take_cells
 from stofm.nn import encode_cells
 from stofm.nn.inference import placed
 from stofm.perturb.edit import PlacedEdit
 from stofm.perturb.runs import SubSliceRun
-from stofm.perturb.token_lists import take
 from stofm.spatial import lay_out_slice, rows_by_subslice
 from stofm.spatial.plane import MODEL_DIAGONAL
 
@@ -192,7 +192,7 @@ class UneditedSlice:
         xy = (self.coordinates if edit.coordinates is None else edit.coordinates)[kept]
         return replace(
             self,
-            ranked=take(self.ranked, kept),
+            ranked=take_cells(self.ranked, kept),
             coordinates=xy,
             features=features[kept],
             layout=lay_out_slice(xy, features[kept], self.rules, seed=self.seed),

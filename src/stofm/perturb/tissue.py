@@ -11,10 +11,11 @@ from scipy import sparse
 from scipy.spatial import cKDTree
 
 from stofm._logging import counter
+from stofm.corpus.reader import take_cells
 from stofm.perturb.edit import Detached, Edit
 from stofm.perturb.engine import UneditedSlice
 from stofm.perturb.runs import Embedded
-from stofm.perturb.token_lists import cells_of, delete, put_first, take
+from stofm.perturb.token_lists import cells_of, delete, put_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Tissue:
             rows = self.slices[number]
             self.wholes[number] = UneditedSlice.of(
                 self.model,
-                self._kept(take(self.ranked, rows)),
+                self._kept(take_cells(self.ranked, rows)),
                 self.coordinates[rows],
                 seed=self.seed,
                 device=self.device,
@@ -164,7 +165,7 @@ class Tissue:
 
     def inputs(self, rows: NDArray[np.int64]) -> sparse.csc_array:
         """Which genes are in the input of which cells, (len(rows), n_tokens)."""
-        read = take(self.ranked, rows).head(self.n_read)
+        read = take_cells(self.ranked, rows).head(self.n_read)
         entries = (np.ones(len(read.tokens), dtype=bool), (cells_of(read), read.tokens))
         shape = (len(rows), self.model.vocabulary.n_tokens)
         return sparse.csc_array(sparse.coo_array(entries, shape=shape))
@@ -189,7 +190,7 @@ class Tissue:
             is_edited[_entries(inputs, gene)] = True
 
         def tokens(rows: NDArray[np.int64]) -> RankedTokens:
-            found = self.recount(rows, counts) if counts else take(self.ranked, rows)
+            found = self.recount(rows, counts) if counts else take_cells(self.ranked, rows)
             found = delete(found, deleted) if len(deleted) else found
             for gene in reversed(first):
                 found = put_first(found, gene)
@@ -208,7 +209,9 @@ class Tissue:
         """Give each cell the genes of a donor drawn at random."""
         donor = np.arange(self.n_cells)
         donor[cells] = rng.choice(donors, len(cells))
-        return Edit(cells=cells, tokens=lambda rows: self._kept(take(self.ranked, donor[rows])))
+        return Edit(
+            cells=cells, tokens=lambda rows: self._kept(take_cells(self.ranked, donor[rows]))
+        )
 
     def move_cells(self, cells: NDArray[np.int64], by: Sequence[float]) -> Edit:
         """Move cells by (x, y)."""

@@ -1,4 +1,4 @@
-"""Token lists of cells: some of them, and with genes deleted or put first."""
+"""Token lists of cells with genes deleted or put first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ from stofm.genes import RankedTokens
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-def take(ranked: RankedTokens, rows: NDArray[np.integer]) -> RankedTokens:
-    """Tokens of some cells, in the order of `rows`, which may repeat one."""
-    starts = ranked.offsets[rows]
-    lengths = ranked.offsets[np.asarray(rows) + 1] - starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return _picked(ranked, places, offsets)
 
 
 def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
