@@ -148,7 +148,7 @@ class AnnotationHead(Head):
         for network, reads in hidden:
             known = blocks.knows(reads)
             if known.any():
-                total += energy(apply_head(network, np.nan_to_num(blocks.of(reads)), "values"))
+                total += energy(apply_head(network, blocks.rows_of(reads), "values"))
             total[~known] = np.nan
         return total / len(hidden)
 
