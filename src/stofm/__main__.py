@@ -238,7 +238,7 @@ def _check(options: argparse.Namespace) -> int:
 
     file = options.input
     with _about(file):
-        data = read_data(file) if is_data(file) else io.read(file)
+        data = read_data(file, backed=True) if is_data(file) else io.read(file)
         names = ("model", "device", *_PASSED_ON)
         given = {name: getattr(options, name) for name in names if hasattr(options, name)}
         found = pp.check(data, **given)

@@ -10,6 +10,8 @@ import anndata as ad
 import h5py
 import numpy as np
 import pytest
+from anndata.tests.helpers import assert_equal
+from scipy import sparse
 
 from stofm._edge.slice_files import (
     is_spatialdata,
@@ -44,6 +46,28 @@ def store(sdata, tmp_path: Path) -> Path:
     path = tmp_path / "sdata.zarr"
     write_data(sdata, path)
     return path
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_matrices_of_a_zarr_store_stay_on_disk_and_are_written_whole(
+    adata: AnnData, tmp_path: Path, ending: str
+) -> None:
+    adata.layers["dense"] = adata.X.toarray()
+    adata.obsp["graph"] = adata.X @ adata.X.T
+    adata.varm["weights"] = np.ones((adata.n_vars, 2))
+    adata.uns["told"] = {"matrix": adata.X.copy()}
+    adata.raw = adata.copy()
+    adata.write_zarr(tmp_path / "slice.zarr")
+    opened = read_data(tmp_path / "slice.zarr", backed=True)
+    for matrix in (opened.X, opened.raw.X, opened.layers["dense"], opened.obsp["graph"]):
+        assert not isinstance(matrix, np.ndarray | sparse.spmatrix)
+    opened.obsm["X_mine"] = np.ones((adata.n_obs, 2))
+    write_data(opened, tmp_path / f"out.{ending}")
+    found = read_data(tmp_path / f"out.{ending}")
+    del found.obsm["X_mine"]
+    assert_equal(found.raw.to_adata(), adata.raw.to_adata())
+    del found.raw, adata.raw
+    assert_equal(found, adata)
 
 
 @pytest.mark.filterwarnings("ignore:.*not present in the SpatialData")

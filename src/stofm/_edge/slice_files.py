@@ -20,16 +20,14 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 _METADATA: Final = {".zattrs", ".zgroup", ".zmetadata", "zarr.json"}
-_GROUPS: Final = _METADATA | {
-    *("X", "layers", "obs", "obsm", "obsp", "uns", "var", "varm", "varp"),
-    *("raw", "raw.X", "raw.var", "raw.varm"),
-}
+_PARTS: Final = {"X", "layers", "obs", "obsm", "obsp", "raw", "uns", "var", "varm", "varp"}
+_GROUPS: Final = _METADATA | _PARTS | {"raw.X", "raw.var", "raw.varm"}
 _ELEMENTS: Final = _METADATA | {"images", "labels", "points", "shapes", "table", "tables"}
 _EXPECTED: Final = "AnnData in an .h5ad file or a Zarr store"
 
 
 def read_data(path: str | Path, *, backed: bool = False) -> Any:
-    """Read an AnnData, or a SpatialData from its store; `backed` leaves ``X`` of an .h5ad on disk."""
+    """Read an AnnData, or a SpatialData from its store; `backed` leaves ``X`` of AnnData on disk."""
     import anndata
 
     path = _found(path)
@@ -37,6 +35,8 @@ def read_data(path: str | Path, *, backed: bool = False) -> Any:
         has_elements = _has_elements(path)
         if not path.is_dir():
             return anndata.read_h5ad(path, backed="r" if backed else None)
+        if backed and not has_elements:
+            return _open_zarr(path)
         with _root(path) as root:
             _require_whole(root, path)
         if not has_elements:
@@ -120,24 +120,23 @@ def _found(path: str | Path) -> Path:
 
 
 def _open_zarr(path: Path) -> AnnData:
-    import zarr
+    """Read an AnnData whose matrices stay on disk."""
     from anndata import AnnData
-    from anndata.io import read_elem, sparse_dataset
+    from anndata.experimental import read_dispatched
+    from anndata.io import sparse_dataset
 
-    def matrix(element: Any) -> Any:
-        return sparse_dataset(element) if isinstance(element, zarr.Group) else element
+    def read(function: Any, name: str, element: Any, iospec: Any) -> Any:
+        kind, part = iospec.encoding_type, name.strip("/").split("/")[0]
+        if kind == "anndata":
+            parts = {key: read_dispatched(element[key], read) for key in _PARTS & set(element)}
+            return AnnData(**parts)
+        if kind in ("csr_matrix", "csc_matrix") and part != "uns":
+            return sparse_dataset(element)
+        return element if kind == "array" and part in ("X", "layers") else function(element)
 
     with _root(path) as store:
         _require_whole(store, path)
-        return AnnData(
-            X=matrix(store["X"]) if "X" in store else None,
-            layers={name: matrix(store[f"layers/{name}"]) for name in store.get("layers", {})},
-            **{
-                name: read_elem(store[name])
-                for name in ("obs", "var", "obsm", "uns")
-                if name in store
-            },
-        )
+        return read_dispatched(store, read)
 
 
 def _require_whole(group: Any, path: Path) -> None:
