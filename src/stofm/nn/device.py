@@ -16,7 +16,7 @@ import torch
 from stofm._arrays import MOST_IN_MEMORY
 from stofm._logging import logger
 from stofm._settings import settings
-from stofm.spatial.virtual_cells import MOST_CLUSTERED
+from stofm.spatial.virtual_cells import MOST_CLUSTERED, ROWS_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,10 +172,9 @@ _GRAPH_BYTES: Final = {"canonical": 1500, "scanpy": 2200}
 _LAYOUT_BYTES: Final = 48
 #: Bytes an entry of a block of counts that is read and ranked, rows of a block, and bytes at most.
 _ENTRY_BYTES, _BLOCK_ROWS, _BLOCK_BYTES = 18, 32_768, 40_000_000
-#: Share of what a batch took in the cell encoder that the allocator keeps; as measured.
-_KEPT: Final = 0.7
-#: Rows that principal components are computed on at a time, in double precision.
-_COMPONENT_ROWS: Final = 65_536
+#: Share of what a batch took in the cell encoder that the allocator keeps. Since batches differ in
+#: size it keeps more: bytes a token that was encoded, and bytes at most. As measured.
+_KEPT, _SCATTERED, _MOST_SCATTERED = 0.7, 600, 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,17 +266,19 @@ def host_memory(
     # While all results are put together and the largest slice is worked on.
     laid_out = n * (tokens + _LAYOUT_BYTES) + cells
     # Rows of a chunk, the same in double precision, and such of the chunk before.
-    rows = 12 * min(slice_, _COMPONENT_ROWS) + 8 * min(
-        max(slice_ - _COMPONENT_ROWS, 0), _COMPONENT_ROWS
-    )
-    components = rows * encoder.d_cell
+    components = 20 * min(slice_, ROWS_AT_ONCE) * encoder.d_cell
     clustered = slice_ if rules.clustering == "scanpy" else min(slice_, MOST_CLUSTERED)
     graph = clustered * _GRAPH_BYTES[rules.clustering] + slice_ * 8 * rules.n_components
     block = min(_ENTRY_BYTES * work.genes_per_cell * min(n, _BLOCK_ROWS), _BLOCK_BYTES)
-    kept = _KEPT * encoding
+    weights = 4 * encoder.n_tokens * (encoder.d_hidden + encoder.gene_width * encoder.pooled)
+    encoded = n * (min(work.genes_per_cell, encoder.max_positions) + 1)
+    scattered = min(_SCATTERED * encoded, _MOST_SCATTERED)
+    # Of the encoder, where it computes in main memory.
+    batch = encoding + weights + scattered if encoding else 0
+    kept = _KEPT * encoding + scattered if encoding else 0
     copied = 0 if slice_ == n else slice_
     peaks = (
-        n * (tokens + 24) + cells + encoding,
+        n * (tokens + 24) + cells + batch,
         laid_out + copied * cell + max(components, graph) + kept,
         laid_out + embeddings + copied * (cell + spatial) + max(kept, transforming),
         # Columns of the sparse matrices, and what they are made from.

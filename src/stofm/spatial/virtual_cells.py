@@ -26,7 +26,8 @@ Mixing = Literal["sum", "concatenate"]
 #: Of more cells a sample is clustered, so that time grows with the cells.
 MOST_CLUSTERED: Final = 50_000
 
-_CHUNK = 65_536
+#: Rows that are held in double precision at a time.
+ROWS_AT_ONCE: Final = 8_192
 _MAX_BISECTIONS = 64
 _TOLERANCE = 1e-5
 _MIN_BANDWIDTH = 1e-3
@@ -78,7 +79,7 @@ def principal_components(
     (n, n_components) scores.
     """
     n, d = features.shape
-    spans = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
+    spans = [slice(start, start + ROWS_AT_ONCE) for start in range(0, n, ROWS_AT_ONCE)]
     chunks: Any = spans if order is None else [order[span] for span in spans]
     mean, covariance = mean_of_rows(features, chunks), np.zeros((d, d))
     for rows in chunks:
