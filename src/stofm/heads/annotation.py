@@ -56,21 +56,12 @@ _NO_NOVELTY: Final = (
 
 
 class Annotation(NamedTuple):
-    """Classes of cells.
+    """Classes of cells."""
 
-    Attributes
-    ----------
-    probabilities
-        (n_obs, n_classes) calibrated.
-    is_unknown
-        (n_obs,) whether no class is supported.
-    novelty, sets
-        (n_obs,) how new a cell is, and (n_obs, n_classes) whether a class is in its prediction set;
-        None for a head without them.
-    """
-
-    probabilities: NDArray[np.float32]
-    is_unknown: NDArray[np.bool_]
+    probabilities: NDArray[np.float32]  # (n_obs, n_classes) calibrated
+    is_unknown: NDArray[np.bool_]  # (n_obs,) whether no class is supported
+    #: (n_obs,) how new a cell is, and (n_obs, n_classes) whether a class is in its prediction set;
+    #: None for a head without them.
     novelty: NDArray[np.float32] | None = None
     sets: NDArray[np.bool_] | None = None
 

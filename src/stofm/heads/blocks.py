@@ -43,34 +43,21 @@ N_NEIGHBORS: Final = 10
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What is read of cells.
+    """What is read of cells."""
 
-    Attributes
-    ----------
-    features
-        float32 (n, d), the entries of ``obsm`` side by side.
-    use_rep, widths
-        Their names, and the columns of each.
-    origin
-        By name, which model they are by.
-    expression
-        float32 (n, k) components of expression, NaN where counts or genes are missing; None if
-        they are not read.
-    neighborhood, expression_neighborhood
-        float32 means over the neighbours of each cell, NaN where these are not known; None if they
-        are not read.
-    n_neighbors
-        Over how many neighbours.
-    """
-
-    features: NDArray[np.float32]
+    features: NDArray[np.float32]  # float32 (n, d), the entries of ``obsm`` side by side
+    #: Their names, and the columns of each.
     use_rep: tuple[str, ...]
     widths: tuple[int, ...]
-    origin: Origin
+    origin: Origin  # by name, which model they are by
+    #: float32 (n, k) components of expression, NaN where counts or genes are missing; None if they
+    #: are not read.
     expression: NDArray[np.float32] | None = None
+    #: float32 means over the neighbours of each cell, NaN where these are not known; None if they
+    #: are not read.
     neighborhood: NDArray[np.float32] | None = None
     expression_neighborhood: NDArray[np.float32] | None = None
-    n_neighbors: int = 0
+    n_neighbors: int = 0  # over how many neighbours
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -56,26 +56,16 @@ _ROWS_AT_ONCE: Final = 256
 
 
 class Members(NamedTuple):
-    """Fitted members of a head.
+    """Fitted members of a head."""
 
-    Attributes
-    ----------
-    networks, reads, weights
-        As a :class:`~stofm.heads.head.Head` has them.
-    history
-        Losses of the networks, numbered in the column ``network``.
-    held_out
-        Held-out cells of each split; splits may share cells.
-    votes
-        (n_rows, n_outputs) what members that were not fitted to them say of these, split after
-        split; None for values.
-    """
-
+    #: As a :class:`~stofm.heads.head.Head` has them.
     networks: tuple[PredictionHead, ...]
     reads: tuple[Source, ...]
     weights: tuple[float, ...]
-    history: pd.DataFrame
-    held_out: tuple[NDArray[np.int64], ...]
+    history: pd.DataFrame  # losses of the networks, numbered in the column ``network``
+    held_out: tuple[NDArray[np.int64], ...]  # held-out cells of each split; splits may share cells
+    #: (n_rows, n_outputs) what members that were not fitted to them say of these, split after
+    #: split; None for values.
     votes: Any = None
 
     @property
@@ -145,19 +135,8 @@ def fit_members(
 
     For classes and proportions these are networks that read the embeddings with their neighbourhood,
     and a linear member on each block; for values, networks on embeddings and on expression, each
-    with its neighbourhood. There is a network for each split. Linear members are fitted to all cells
-    once they are weighed.
-
-    Parameters
-    ----------
-    blocks
-        What is read of all cells.
-    targets
-        Classes, proportions or values.
-    splits, seeds
-        Cells to fit and to hold out, and the seed of the network, of each round.
-    show_progress_bar
-        Show a bar of the members.
+    with its neighbourhood. There is a network for each split, with a seed of its own. Linear members
+    are fitted to all cells once they are weighed.
     """
 
     def in_order(rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -304,13 +283,11 @@ def _weigh(
 def blend_weights(
     votes: Sequence[NDArray[np.floating]], targets: Targets, rows: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Weights with which probabilities of several voters are best averaged, (n_voters,), sum 1.
+    """Weights, (n_voters,) of sum 1, with which probabilities of several voters are best averaged.
 
-    The weighted mean is a mixture, and its likelihood on the held-out cells is raised by
-    expectation maximisation, which from equal weights comes to the only maximum.
-
-    `votes` are probabilities or proportions, (n, n_outputs), of the `rows`, by voters that were not
-    fitted to these; rows are in an order that does not depend on the file.
+    The weighted mean is a mixture, and its likelihood on the held-out `rows`, which the voters have
+    not seen, is raised by expectation maximisation; from equal weights it comes to the only maximum.
+    Rows are in an order that does not depend on the file.
 
     References
     ----------

@@ -39,48 +39,26 @@ _MANY_CELLS = 15_000
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTraining:
-    """How a head is fitted.
+    """How a head is fitted."""
 
-    Attributes
-    ----------
-    learning_rate
-        Of AdamW; falls along a half cosine to 0 over `max_epochs`.
-    weight_decay
-        Of AdamW.
-    batch_size
-        Most cells in a step; a sixteenth of the cells if these are fewer, but at least 16.
-    max_epochs
-        Most passes over the training part.
-    patience
-        Passes without a lower loss on the held-out part after which fitting stops; a third
-        of them with more than 15,000 cells to fit, which take many steps in each.
-    dropout
-        Share of hidden units that is dropped.
-    """
-
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of AdamW; falls along a half cosine to 0 over `max_epochs`
     weight_decay: float = 1e-2
+    #: Most cells in a step; a sixteenth of the cells if these are fewer, but at least 16.
     batch_size: int = 256
-    max_epochs: int = 60
+    max_epochs: int = 60  # most passes over the training part
+    #: Passes without a lower loss on the held-out part after which fitting stops; a third of them
+    #: with more than 15,000 cells to fit, which take many steps in each.
     patience: int = 8
-    dropout: float = 0.3
+    dropout: float = 0.3  # share of hidden units that is dropped
 
 
 class FittedHead(NamedTuple):
-    """A head and how it was fitted.
+    """A head and how it was fitted."""
 
-    Attributes
-    ----------
-    head
-        On the CPU, in evaluation mode, with the weights of the best epoch.
-    history
-        Columns epoch, step, split (``"train"`` or ``"validation"``), loss, learning_rate, seconds.
-    best_epoch
-        The epoch, from 1, with the lowest loss on the held-out part; the last one without it.
-    """
-
-    head: PredictionHead
+    head: PredictionHead  # on the CPU, in evaluation mode, with the weights of the best epoch
+    #: Columns epoch, step, split (``"train"`` or ``"validation"``), loss, learning_rate, seconds.
     history: pd.DataFrame
+    #: The epoch, from 1, with the lowest loss on the held-out part; the last one without it.
     best_epoch: int
 
 
@@ -96,39 +74,15 @@ def fit_head(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> FittedHead:
-    """Fit a head to representations, whatever the order of their rows.
+    """Fit a head to representations, (n, d), whatever the order of their rows.
 
-    Parameters
-    ----------
-    features
-        (n, d) representations.
-    targets
-        Of the same rows.
-    fitted
-        Rows to fit; all with a target.
-    held_out
-        Rows that tell when to stop; none: all epochs are run.
-    input_widths
-        Columns of each representation, if there are several side by side; those of one share a
-        scale.
-    widths
-        Units of the two hidden layers.
-    training
-        Length, steps and their size.
-    seed
-        Of the first weights, the order of the steps and dropout.
-    device
-        Where to compute.
-
-    Raises
-    ------
-    FloatingPointError
-        The loss is NaN or infinite.
+    Rows `fitted` all have a target; those `held_out` tell when to stop, without them all epochs are
+    run. Columns of one of the `input_widths` share a scale; `widths` are the units of the hidden
+    layers. A loss that is NaN or infinite raises FloatingPointError.
 
     References
     ----------
-    SToFM (arXiv 2507.11588), section C.2. Loshchilov and Hutter 2019, Decoupled weight decay
-    regularization (ICLR).
+    SToFM (arXiv 2507.11588), section C.2.
     """
     training = training or HeadTraining()
     fitted = row_order(features, targets.values, fitted)

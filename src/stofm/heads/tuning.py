@@ -45,38 +45,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """How a model is tuned together with a head. A step sees one sub-slice.
+    """How a model is tuned together with a head. A step sees one sub-slice."""
 
-    Attributes
-    ----------
-    learning_rate, weight_decay
-        Of AdamW; decay for matrices only.
-    warmup_steps
-        Steps over which the learning rate rises; then it falls linearly to 0.
-    epochs, min_steps
-        Passes over the sub-slices, and the fewest steps.
-    validate_every
-        Steps between validations, or those of an epoch if these are more. All cells are embedded
-        anew before each.
-    patience
-        Validations without a lower loss after which tuning stops.
-    sampled_cells
-        Cells of a sub-slice that go through the cell encoder in a step, with gradients.
-    max_norm
-        Norm to which larger gradients are scaled down.
-    lora_rank, lora_alpha
-        ``"lora"``: rank of the changes, and their scale times the rank.
-    """
-
+    #: Of AdamW; decay for matrices only.
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
-    warmup_steps: int = 10
+    warmup_steps: int = 10  # steps over which the learning rate rises; then it falls linearly to 0
+    #: Passes over the sub-slices, and the fewest steps.
     epochs: int = 10
     min_steps: int = 100
+    #: Steps between validations, or those of an epoch if these are more. All cells are embedded
+    #: anew before each.
     validate_every: int = 10
-    patience: int = 5
+    patience: int = 5  # validations without a lower loss after which tuning stops
+    #: Cells of a sub-slice that go through the cell encoder in a step, with gradients.
     sampled_cells: int = 32
-    max_norm: float = 1.0
+    max_norm: float = 1.0  # norm to which larger gradients are scaled down
+    #: ``"lora"``: rank of the changes, and their scale times the rank.
     lora_rank: int = 8
     lora_alpha: int = 16
 
@@ -128,21 +113,14 @@ def fine_tune(
     """Tune copies of a model and of a head on it, so that the head predicts targets better.
 
     In each step some of a sub-slice's cells go through the cell encoder, with gradients; the others
-    keep embeddings that are computed anew before each validation. The loss is that of the head, on
-    the fitted cells of the sub-slice. Slices are cut anew in every epoch, at another angle.
+    keep embeddings that are computed anew before each validation. Slices are cut anew in every epoch,
+    at another angle. By the loss on the `held_out` rows the best step is chosen, without them the last.
 
-    `slices` have raw counts and places; the head reads ``request.use_rep``; `targets` have a row for
-    each cell. All stay as they are. Rows of `fitted` are trained on; by those of `held_out` the best
-    step is chosen, without them the last one. `task` becomes part of the new model's name.
+    ``"full"`` trains all weights but the table of gene embeddings, so that genes that these slices
+    don't measure still lie where they did among those that they do; ``"lora"`` trains changes of low
+    rank, which are added to the weights at the end.
 
-    The strategy ``"full"`` trains all weights but the table of gene embeddings, so that genes that
-    these slices don't measure still lie where they did among those that they do; ``"lora"`` trains
-    changes of low rank, which are added to the weights at the end.
-
-    Returns
-    -------
-    The tuned model, on the CPU, with a name and fingerprint of its own, and losses: columns
-    ``split``, ``epoch``, ``step``, ``loss``, ``learning_rate`` and ``seconds``.
+    Returns the tuned model, on the CPU, with a name of its own that has the `task`, and the losses.
 
     References
     ----------

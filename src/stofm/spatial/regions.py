@@ -27,21 +27,10 @@ _COUNTED: Final = 0.9
 def touching_cells(
     coordinates: NDArray[np.floating], slices: Sequence[NDArray[np.int64]]
 ) -> sp.csr_array:
-    """Which cells touch each other: one of them is among the six nearest of the other.
+    """Which cells touch each other, (n, n) of ones: one is among the six nearest of the other.
 
     Cells of different slices do not touch, nor do cells farther apart than three times the median
     distance to the sixth nearest. The order of the cells does not matter.
-
-    Parameters
-    ----------
-    coordinates
-        (n, 2), any unit.
-    slices
-        Rows of each slice.
-
-    Returns
-    -------
-    (n, n) ones where two cells touch, symmetric, without a diagonal.
     """
     n_cells = len(coordinates)
     pairs = [np.empty((2, 0), dtype=np.int64)]
@@ -109,21 +98,8 @@ def clustering(
 ) -> tuple[float, float]:
     """How much more the cells of a group touch each other than cells drawn at random.
 
-    Parameters
-    ----------
-    touching
-        As of :func:`touching_cells`.
-    is_member
-        (n,) the group.
-    slices
-        Rows of each slice, within which cells are drawn.
-    n_permutations, seed
-        Number of draws, and their seed.
-
-    Returns
-    -------
-    Contacts within the group over their mean in the draws, NaN where these have none, and the
-    empirical p, (1 + draws with as many) / (1 + draws).
+    Returns contacts within the group over their mean in the draws, each within a slice, NaN where
+    these have none, and the empirical p, (1 + draws with as many) / (1 + draws).
     """
     first, second = touching.nonzero()
     rng = np.random.default_rng(seed)
@@ -156,20 +132,10 @@ def pieces(touching: sp.csr_array, is_member: NDArray[np.bool_]) -> tuple[int, f
 
 
 def morans_i(touching: sp.csr_array, values: sp.csr_matrix) -> NDArray[np.float64]:
-    """Moran's I of each column: how alike values of cells are that touch, from about -1 to 1.
+    """Moran's I of each column, (d,): how alike values of cells are that touch, from about -1 to 1.
 
-    Sparse throughout, so that nothing dense of cells by genes is made.
-
-    Parameters
-    ----------
-    touching
-        (n, n) as of :func:`touching_cells`, of the cells that are looked at.
-    values
-        (n, d).
-
-    Returns
-    -------
-    (d,) with 0 for constant columns, and where no cells touch.
+    It is 0 for constant columns, and where no cells touch. Sparse throughout, so that nothing dense
+    of cells by genes is made.
 
     References
     ----------

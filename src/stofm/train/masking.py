@@ -87,24 +87,13 @@ def _genes_of_lists(batch: TokenBatch) -> tuple[tuple[NDArray[np.intp], ...], _G
 
 @dataclass(frozen=True)
 class MaskedGenes(Tensors):
-    """Cells with hidden genes, and which genes these are.
+    """Cells with hidden genes, and which genes these are."""
 
-    Attributes
-    ----------
-    tokens
-        What the cell encoder sees.
-    places
-        Positions to recover, counted through the lists, padding included.
-    labels
-        Their genes' tokens.
-    measured
-        Tokens of all genes that occur in these cells, each once.
-    """
-
-    tokens: TokenBatch
+    tokens: TokenBatch  # what the cell encoder sees
+    #: Positions to recover, counted through the lists, padding included.
     places: Int[Tensor, " targets"]
-    labels: Int[Tensor, " targets"]
-    measured: Int[Tensor, " genes"]
+    labels: Int[Tensor, " targets"]  # their genes' tokens
+    measured: Int[Tensor, " genes"]  # tokens of all genes that occur in these cells, each once
 
     @classmethod
     def build(
@@ -310,38 +299,27 @@ class MaskedSubSliceBatch(Tensors):
     """Input of the objectives on sub-slices.
 
     A node's place is its number counted through the padded sub-slices.
-
-    Attributes
-    ----------
-    subslices
-        What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
-    hidden_places
-        Nodes whose features are hidden.
-    target_places, target_features
-        Nodes whose features are to be recovered, and these.
-    pair_batch, pair_rows, pair_columns, pair_distances
-        Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
-    visible_places, surroundings
-        Cells that are not hidden, and the mean original features around each; none if not asked for.
-    sampled, sampled_places
-        Token lists of the cells that are embedded anew, in groups of like length, and where these
-        cells' embeddings go, group after group; None if there are none.
-    genes
-        The groups with hidden genes; empty if masked genes are not trained along.
     """
 
+    #: What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
     subslices: SubSliceBatch
-    hidden_places: Int[Tensor, " hidden"]
+    hidden_places: Int[Tensor, " hidden"]  # nodes whose features are hidden
+    #: Nodes whose features are to be recovered, and these.
     target_places: Int[Tensor, " targets"]
     target_features: Float[Tensor, "targets d_cell"]
+    #: Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
     pair_batch: Int[Tensor, " pairs"]
     pair_rows: Int[Tensor, " pairs"]
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
+    #: Cells that are not hidden, and the mean original features around each; none if not asked for.
     visible_places: Int[Tensor, " visible"]
     surroundings: Float[Tensor, "visible d_cell"]
+    #: Token lists of the cells that are embedded anew, in groups of like length, and where these
+    #: cells' embeddings go, group after group; None if there are none.
     sampled: tuple[TokenBatch, ...] = ()
     sampled_places: Int[Tensor, " sampled"] | None = None
+    #: The groups with hidden genes; empty if masked genes are not trained along.
     genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod

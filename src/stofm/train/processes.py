@@ -68,17 +68,8 @@ class Processes:
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
         """Find the other processes, if there are any, and the device of this one.
 
-        Parameters
-        ----------
-        device
-            As in :func:`stofm.nn.choose_device`.
-        precision
-            Of the computation; weights and optimiser are float32 always.
-
-        Raises
-        ------
-        ValueError
-            The device is not there, or can't compute in this precision.
+        A device that is not there, or can't compute in this precision, raises ValueError. Weights and
+        optimiser are float32 in any precision.
         """
         # Takes more than a second to import, which who only embeds should not wait for, and adds
         # to the filters of warnings.
