@@ -26,7 +26,7 @@ from stofm.heads.embeddings import (
 from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -122,10 +122,6 @@ class Blocks:
             "expression neighborhood": (around, components),
         }[source]
         return [] if parts[0] is None else [part for part in parts if part is not None]
-
-    def neighbors_of(self, reads: Iterable[Source]) -> int:
-        """Over how many neighbours the means are that are read there; 0 if none are."""
-        return self.n_neighbors if any("neighborhood" in source for source in reads) else 0
 
 
 def read_embeddings(

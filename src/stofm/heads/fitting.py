@@ -98,7 +98,7 @@ def fit(slices: SliceTables, targets: Targets, request: Request, task: str) -> F
         "networks": members.networks,
         "reads": members.reads,
         "weights": members.weights,
-        "n_neighbors": blocks.neighbors_of(members.reads),
+        "n_neighbors": blocks.n_neighbors * any("neighborhood" in one for one in members.reads),
         "history": pd.concat([*losses, members.history], ignore_index=True),
     }
     return Fitted(blocks, splits, members, fields)

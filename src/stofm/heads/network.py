@@ -18,7 +18,6 @@ from stofm.spatial import canonical_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -58,8 +57,6 @@ class FittedHead(NamedTuple):
     head: PredictionHead  # on the CPU, in evaluation mode, with the weights of the best epoch
     #: Columns epoch, step, split (``"train"`` or ``"validation"``), loss, learning_rate, seconds.
     history: pd.DataFrame
-    #: The epoch, from 1, with the lowest loss on the held-out part; the last one without it.
-    best_epoch: int
 
 
 def fit_head(
@@ -69,7 +66,6 @@ def fit_head(
     fitted: NDArray[np.int64],
     held_out: NDArray[np.int64],
     input_widths: Sequence[int] | None = None,
-    widths: tuple[int, int] = (256, 128),
     training: HeadTraining | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -77,30 +73,25 @@ def fit_head(
     """Fit a head to representations, (n, d), whatever the order of their rows.
 
     Rows `fitted` all have a target; those `held_out` tell when to stop, without them all epochs are
-    run. Columns of one of the `input_widths` share a scale; `widths` are the units of the hidden
-    layers. A loss that is NaN or infinite raises FloatingPointError.
+    run. Columns of one of the `input_widths` share a scale. A loss that is NaN or infinite raises
+    FloatingPointError.
 
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2.
     """
-    training = training or HeadTraining()
-    fitted = row_order(features, targets.values, fitted)
-    held_out = row_order(features, targets.values, held_out)
-    place = torch.device(device)
-    with seeded(seed, place), _few_threads(targets.n_outputs):
-        head = PredictionHead(
-            HeadConfig(
-                d_input=features.shape[1],
-                d_output=targets.n_outputs,
-                widths=widths,
-                dropout=training.dropout,
-            )
-        )
+    fitted, held_out = (row_order(features, targets.values, rows) for rows in (fitted, held_out))
+    place, training = torch.device(device), training or HeadTraining()
+    sizes = {"d_input": features.shape[1], "d_output": targets.n_outputs}
+    # Where steps are small, several threads of the CPU would wait for each other most of the time, and
+    # without end if other programs are at work. One makes the result the same for any number, too.
+    n_threads = 1 if targets.n_outputs <= _FEW_OUTPUTS else None
+    with seeded(seed, place), using_threads(n_threads):
+        head = PredictionHead(HeadConfig(**sizes, dropout=training.dropout))
         head.fit_inputs(torch.from_numpy(features[fitted]), input_widths)
         run = _Fitting(head.to(place), features, targets, training, len(fitted))
-        best_epoch = run.fit(fitted, held_out, np.random.default_rng(seed))
-    return FittedHead(head.cpu().eval(), pd.DataFrame(run.history), best_epoch)
+        run.fit(fitted, held_out, np.random.default_rng(seed))
+    return FittedHead(head.cpu().eval(), pd.DataFrame(run.history))
 
 
 def row_order(
@@ -115,15 +106,6 @@ def row_order(
     if np.ndim(values) == 1:
         keys = np.column_stack([keys, values[rows].astype(np.float32)])
     return rows[canonical_order(keys[:, [0, keys.shape[1] // 2]], keys)]
-
-
-def _few_threads(n_outputs: int) -> AbstractContextManager[None]:
-    """Within it torch uses one thread of the CPU where the steps of a fit are small.
-
-    Several would wait for each other most of the time, and without end if other programs are at
-    work. It makes the result the same for any number of threads too.
-    """
-    return using_threads(1 if n_outputs <= _FEW_OUTPUTS else None)
 
 
 class _Fitting:
@@ -153,12 +135,9 @@ class _Fitting:
         self._step, self._started = 0, time.perf_counter()
 
     def fit(
-        self,
-        fitted: NDArray[np.int64],
-        held_out: NDArray[np.int64],
-        rng: np.random.Generator,
-    ) -> int:
-        """Fit, leave the head with its best weights, and return the epoch that they are of."""
+        self, fitted: NDArray[np.int64], held_out: NDArray[np.int64], rng: np.random.Generator
+    ) -> None:
+        """Fit, and leave the head with its best weights."""
         patience = self._training.patience
         if len(fitted) > _MANY_CELLS:
             patience = -(-patience // 3)
@@ -167,7 +146,6 @@ class _Fitting:
             order = fitted[rng.permutation(len(fitted))]
             self._record(epoch, "train", self._train(np.array_split(order, self._n_batches)))
             if not len(held_out):
-                best_epoch = epoch
                 continue
             loss = self._evaluate(held_out)
             self._record(epoch, "validation", loss)
@@ -177,7 +155,6 @@ class _Fitting:
             elif epoch - best_epoch >= patience:
                 break
         self._head.load_state_dict(kept)
-        return best_epoch
 
     def _train(self, parts: list[NDArray[np.int64]]) -> float:
         self._head.train()
