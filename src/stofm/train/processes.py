@@ -40,22 +40,13 @@ class Processes:
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. When one fails, ``torchrun`` ends the others, as ``srun --kill-on-bad-exit=1`` does;
     without these they fail at their next exchange.
-
-    Attributes
-    ----------
-    fabric
-        Launched.
-    rank, count
-        Number of this process, from 0, and of all processes.
-    is_first
-        Whether this process writes what only one may write.
-    device
-        Where this process computes.
     """
 
     def __init__(self, fabric: Fabric) -> None:
-        self.fabric = fabric
+        self.fabric = fabric  # launched
+        #: Number of this process, from 0, and of all processes.
         self.rank, self.count = fabric.global_rank, fabric.world_size
+        #: Whether this process writes what only one may write, and where it computes.
         self.is_first, self.device = fabric.is_global_zero, fabric.device
         #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
         self._waiting: Any = None
