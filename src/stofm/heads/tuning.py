@@ -388,7 +388,7 @@ def _copied(one: Any, model: Stofm) -> Any:
     return copy.deepcopy(one, {id(model.vocabulary): model.vocabulary})
 
 
-def encoder_weights(model: Stofm) -> dict[str, Tensor]:
+def encoder_weights(model: Stofm) -> dict[str, torch.Tensor]:
     """Weights of the cell encoder's changed maps with the change added, by name.
 
     The cell encoder reads its maps' weights rather than calling them; gradients flow to the change.
