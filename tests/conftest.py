@@ -137,13 +137,13 @@ def dense_batch() -> Callable[..., SubSliceBatch]:
 @pytest.fixture
 def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the networks of heads be fitted in a moment."""
-    from stofm.heads import members, network, spots
+    from stofm.heads import fitting, network, spots
     from stofm.heads.network import HeadTraining
 
     short = HeadTraining(learning_rate=5e-3, max_epochs=6, patience=3)
     for module, name in (
-        (members, "VOTING"),
-        (members, "IMPUTING"),
+        (fitting, "VOTING"),
+        (fitting, "IMPUTING"),
         (spots, "_TRAINING"),
     ):
         monkeypatch.setattr(module, name, short)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.members import Members
+    from stofm.heads.fitting import Members
     from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Labels
     from stofm.spatial import Split
