@@ -49,9 +49,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m stofm demo --overwrite --out "$(DEMO)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(LIBRARY_KEY),--library-key "$(LIBRARY_KEY)") $(if $(SIMULATE),--simulate)
 
-# As many processes as there are processors, each with one thread.
+# As many processes as there are processors, each with one thread. A file's tests are run by one of
+# them, which makes what they share once.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 \
+	  --dist loadfile $(ARGS)
 
 # Its environment lies outside the clone: it takes 6 GB where pip finds torch with CUDA only. Each
 # time it is told where this clone lies.

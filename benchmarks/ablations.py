@@ -29,7 +29,7 @@ from variants import VARIANTS, Variant, cell_stages, shortened, spatial_stage
 
 from stofm.nn import Stofm
 from stofm.train import ModelSource, Recipe
-from stofm.train.launch import train_recipe
+from stofm.train.recipe import train_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

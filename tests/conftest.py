@@ -13,11 +13,19 @@ import pytest
 from stofm.genes import GeneVocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
 
     from stofm.nn import Stofm, SubSliceBatch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """Nobody pulls the plug in a test: no write waits until the disk has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -129,13 +137,13 @@ def dense_batch() -> Callable[..., SubSliceBatch]:
 @pytest.fixture
 def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the networks of heads be fitted in a moment."""
-    from stofm.heads import members, network, spots
+    from stofm.heads import fitting, network, spots
     from stofm.heads.network import HeadTraining
 
     short = HeadTraining(learning_rate=5e-3, max_epochs=6, patience=3)
     for module, name in (
-        (members, "VOTING"),
-        (members, "IMPUTING"),
+        (fitting, "VOTING"),
+        (fitting, "IMPUTING"),
         (spots, "_TRAINING"),
     ):
         monkeypatch.setattr(module, name, short)

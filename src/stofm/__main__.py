@@ -276,7 +276,7 @@ def _train(options: argparse.Namespace) -> None:
         # Of several processes the first one speaks.
         logging.getLogger("stofm").setLevel(logging.WARNING)
     from stofm.train import Recipe
-    from stofm.train.launch import train_recipe
+    from stofm.train.recipe import train_recipe
 
     if not options.recipe.is_file():
         raise FileNotFoundError(f"There is no recipe {options.recipe}.")

@@ -17,7 +17,7 @@ from stofm.genes import RankedTokens
 from stofm.nn import CellEncoder, SE2Transformer, StofmConfig, SubSliceBatch, TokenBatch
 from stofm.spatial import build_subslice, lay_out_slice
 from stofm.train import Recipe, paper_schedule
-from stofm.train.launch import train_recipe
+from stofm.train.recipe import train_recipe
 
 FOLDER = Path(__file__).parents[2]
 sys.path.append(str(FOLDER / "benchmarks"))

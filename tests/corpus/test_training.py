@@ -9,7 +9,7 @@ import stofm as st
 from stofm.genes import GeneVocabulary
 from stofm.nn import Stofm
 from stofm.train import OptimizerConfig, Recipe, StageConfig
-from stofm.train.launch import train_recipe
+from stofm.train.recipe import train_recipe
 
 FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumulation=2)
 STAGES = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stofm.heads.low_rank import add_low_rank, encoder_weights, merged
+from stofm.heads.tuning import add_low_rank, encoder_weights, merged
 from stofm.nn import TokenBatch
 from stofm.nn.batch import PairIndex
 

@@ -10,16 +10,14 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from stofm.heads import members as module
+from stofm.heads import fitting
 from stofm.heads.blocks import Blocks
-from stofm.heads.members import (
-    Rotation,
+from stofm.heads.fitting import (
     blend_weights,
-    error_products,
     fit_members,
     stack_weights,
 )
-from stofm.heads.network import apply_head, fit_head
+from stofm.heads.network import Rotation, apply_head, error_products, fit_head, fit_linear
 from stofm.heads.targets import Targets
 from stofm.nn import HeadConfig, PredictionHead
 from stofm.spatial import Split
@@ -88,7 +86,7 @@ def test_embeddings_alone(classes, splits, rng, monkeypatch):
         fits.append((options, fit_head(features, targets, **options)))
         return fits[-1][1]
 
-    monkeypatch.setattr(module, "fit_head", spy)
+    monkeypatch.setattr(fitting, "fit_head", spy)
     members = fit_members(blocks, classes, splits, SEEDS)
     assert members.reads == ("embedding",) * 3
     assert is_linear(members) == [False, False, True]
@@ -105,7 +103,7 @@ def test_embeddings_alone(classes, splits, rng, monkeypatch):
     for own, split in zip(members.held_out, splits, strict=True):
         np.testing.assert_array_equal(np.sort(own), split.held_out)
     # Held-out cells are judged by members that have not seen them.
-    linear = [module._fit_linear(blocks.features, classes, split.fitted) for split in splits]
+    linear = [fit_linear(blocks.features, classes, split.fitted) for split in splits]
     share = np.array([2 * members.weights[0], members.weights[2]])
     expected = [
         np.tensordot(
@@ -115,7 +113,7 @@ def test_embeddings_alone(classes, splits, rng, monkeypatch):
     ]
     np.testing.assert_allclose(members.votes, np.concatenate(expected), atol=1e-6)
     # In the end the linear one is fitted to all known cells.
-    final = module._fit_linear(blocks.features, classes, np.arange(N - 10))
+    final = fit_linear(blocks.features, classes, np.arange(N - 10))
     assert same(members.networks[2], final)
 
 
@@ -195,7 +193,7 @@ def wide(rng):
 
 
 def test_wide_blocks_are_rotated(wide, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_COLUMNS", 20)
+    monkeypatch.setattr("stofm.heads.network._MOST_COLUMNS", 20)
     rotation = Rotation(wide, (200, 100), np.arange(N - 10))
     assert (rotation.values.shape, rotation.widths) == ((N, 20), (20,))
     assert np.isnan(rotation.values[-10:]).all()
@@ -227,7 +225,7 @@ def test_narrow_blocks_are_read_as_they_are(wide):
 
 
 def test_members_on_wide_blocks(classes, splits, rng, wide, monkeypatch):
-    monkeypatch.setattr(module, "_MOST_COLUMNS", 20)
+    monkeypatch.setattr("stofm.heads.network._MOST_COLUMNS", 20)
     features = np.nan_to_num(wide)
     features[:, 200:] = 2 * rng.normal(size=(3, 100))[classes.values]
     features[:, :200] += 2 * rng.normal(size=(3, 200))[classes.values]
@@ -250,7 +248,7 @@ def problem(rng):
 
 
 def linear(problem, rows=None):
-    return module._fit_linear(*problem, np.arange(300) if rows is None else rows)
+    return fit_linear(*problem, np.arange(300) if rows is None else rows)
 
 
 def probabilities(problem, rows=None):
@@ -323,7 +321,7 @@ def test_a_single_class_with_cells(problem, kind):
 
 
 def test_errors_of_values(rng, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("stofm.heads.network._ROWS_AT_ONCE", 7)
     torch.manual_seed(3)
     config = HeadConfig(d_input=7, d_output=5, widths=(11, 6))
     features = rng.normal(size=(13, 7)).astype(np.float32)

@@ -215,11 +215,11 @@ def test_only_shared_genes_with_counts_are_read(query_and_reference, simulated):
     query, reference = query_and_reference
     query, reference = query[:, 5:].copy(), reference[:, :60].copy()
     query.X = query.X.toarray() * (np.arange(66) != 3)
-    found = fit(query, reference)
+    fields, *_ = fit(query, reference)
     seen = np.asarray(reference.X.sum(axis=0)).ravel() > 0
     places = [k for k in (*range(5, 8), *range(9, 60)) if seen[k] and query.X[:, k - 5].any()]
     names = reference.var_names[places].tolist()
-    assert [gene.name for gene in found.fields["expression"].genes] == names
+    assert [gene.name for gene in fields["expression"].genes] == names
     typed, options, _ = simulated[0]
     kinds = reference.obs["kind"].to_numpy()
     means = [reference.X.toarray()[kinds == kind][:, places].mean(axis=0) for kind in "012"]
@@ -236,7 +236,7 @@ def test_two_rounds(query_and_reference, simulated, monkeypatch):
         return shares if len(values) == query.n_obs else apply_head(head, values, kind)
 
     monkeypatch.setattr(module, "apply_head", found_in)
-    fitted = fit(query, reference)
+    fields, found, true = fit(query, reference)
     rounds = [options["composition"] for _, options, _ in simulated]
     np.testing.assert_allclose(rounds[0], 1 / 3)
     np.testing.assert_array_equal(simulated[0][1]["gene_scale"], 1.0)
@@ -247,27 +247,25 @@ def test_two_rounds(query_and_reference, simulated, monkeypatch):
     assert np.abs(spots[0] - spots[1]).max() > 0.5
     # A tenth of them is held out.
     n_held_out = N_SPOTS // 10
-    assert fitted.fields["split"] == {
+    assert fields["split"] == {
         "how": "simulated",
         "n_fitted": N_SPOTS - n_held_out,
         "n_held_out": n_held_out,
     }
     # Each network holds out others.
     tenths = np.split(spots[1], [N_SPOTS - k * n_held_out for k in (3, 2, 1)])
-    np.testing.assert_allclose(fitted.true, np.concatenate(tenths[:0:-1]))
-    assert fitted.found.shape == fitted.true.shape
+    np.testing.assert_allclose(true, np.concatenate(tenths[:0:-1]))
+    assert found.shape == true.shape
     # One set of components, of the first network's spots, is read by all.
-    components = ExpressionComponents.fit(
-        simulated[1][-1].counts, fitted.fields["expression"].genes, 50
-    )
-    np.testing.assert_array_equal(fitted.fields["expression"].axes, components.axes)
-    assert fitted.fields["reads"] == ("expression",) * 3
-    assert sum(fitted.fields["weights"]) == pytest.approx(1.0)
+    components = ExpressionComponents.fit(simulated[1][-1].counts, fields["expression"].genes, 50)
+    np.testing.assert_array_equal(fields["expression"].axes, components.axes)
+    assert fields["reads"] == ("expression",) * 3
+    assert sum(fields["weights"]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("n_components", "expected"), [(None, 50), (6, 6)])
 def test_number_of_components(query_and_reference, n_components, expected):
-    fields = fit(*query_and_reference, n_components=n_components).fields
+    fields, *_ = fit(*query_and_reference, n_components=n_components)
     assert fields["expression"].axes.shape[1] == expected
     assert fields["params"]["n_components"] == expected
     assert {one.config.d_input for one in fields["networks"]} == {expected}

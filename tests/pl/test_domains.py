@@ -9,7 +9,7 @@ import pytest
 from matplotlib.collections import LineCollection
 
 import stofm as st
-from stofm.spatial.outlines import region_borders
+from stofm.spatial.regions import region_borders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

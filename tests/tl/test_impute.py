@@ -14,7 +14,7 @@ from scipy import sparse
 
 import stofm as st
 from stofm._keys import Obsm, Uns
-from stofm.heads import fitting, members, tuning
+from stofm.heads import fitting, tuning
 from stofm.heads.annotation import AnnotationHead
 from stofm.heads.imputation import ImputationHead
 from stofm.heads.network import HeadTraining
@@ -53,7 +53,7 @@ def split_by(options):
 def fit(training, model, monkeypatch):
     """Fit a head in two rounds of a few steps; arguments as for `impute`."""
     monkeypatch.setattr(fitting, "_N_ROUNDS", 2)
-    monkeypatch.setattr(members, "IMPUTING", HeadTraining(max_epochs=4))
+    monkeypatch.setattr(fitting, "IMPUTING", HeadTraining(max_epochs=4))
 
     def run(data=training, **options):
         usual = {"genes": HELD_OUT, "model": model, **LIBRARY}
@@ -178,7 +178,7 @@ def test_what_is_written(fit, query, model):
 
 
 def test_genes_are_learnt(fit, training, monkeypatch):
-    monkeypatch.setattr(members, "IMPUTING", HeadTraining())
+    monkeypatch.setattr(fitting, "IMPUTING", HeadTraining())
     # Of random weights, the cell encoder says little about counts: exact features stand in.
     training.obsm["exact"] = np.log1p(training.X[:, :10].toarray())
     head = fit(use_rep="exact")
@@ -194,14 +194,14 @@ def test_genes_are_learnt(fit, training, monkeypatch):
 
 
 def test_networks_weigh_as_much_as_is_best_for_held_out_cells(fit, query, model, monkeypatch):
-    monkeypatch.setattr(members, "stack_weights", lambda _: np.array([0.2, 0.8]))
+    monkeypatch.setattr(fitting, "stack_weights", lambda _: np.array([0.2, 0.8]))
     head = fit()
     assert head.reads == (EMBEDDINGS,) * 2 + (EXPRESSION,) * 2
     np.testing.assert_allclose(head.weights, [0.1, 0.1, 0.4, 0.4])
     assert head.n_neighbors == 10
     st.tl.impute(query, head=head, model=model, **LIBRARY)
     weighed = query.obsm[Obsm.IMPUTED].to_numpy()
-    monkeypatch.setattr(members, "stack_weights", lambda _: np.array([1.0, 0.0]))
+    monkeypatch.setattr(fitting, "stack_weights", lambda _: np.array([1.0, 0.0]))
     st.tl.impute(query, head=fit(), model=model, **LIBRARY)
     assert np.abs(query.obsm[Obsm.IMPUTED].to_numpy() - weighed).max() > 0.01
 

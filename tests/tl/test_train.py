@@ -74,6 +74,25 @@ def train(slices, model, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished"), {}
+
+
+@pytest.fixture
+def whole(train, finished):
+    """Train without a stop; once for all tests that ask for the same."""
+    folder, runs = finished
+
+    def run(**options):
+        asked = repr(options)
+        if asked not in runs:
+            runs[asked] = train(out_dir=folder / str(len(runs)), **options)
+        return runs[asked]
+
+    return run
+
+
 def weights(model):
     return {name: value.numpy() for name, value in model.state_dict().items()}
 
@@ -266,9 +285,9 @@ STAGES = [CELLS, SPATIAL, JOINT]
 
 
 @pytest.mark.parametrize("step", [1, 3, 6, 10, 12, 13])
-def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, kill_at, monkeypatch, step, tmp_path):
+def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, whole, kill_at, monkeypatch, step):
     options = {"stage": STAGES, "checkpoint_every": 2, "seed": 3}
-    whole = train(out_dir=tmp_path / "whole", **options)
+    whole = whole(**options)
     kill_at(step)
     with pytest.raises(KilledError):
         train(**options)
@@ -280,8 +299,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(train, kill_at, monkeypatch
         assert [one[k] for k in ("steps", "cells", "tokens", "best_loss")] == [
             other[k] for k in ("steps", "cells", "tokens", "best_loss")
         ]
-    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names == {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()}
+    names, expected = ({p.name for p in one.last.parent.iterdir()} for one in (rest, whole))
+    assert names == expected
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -420,10 +439,10 @@ def lose_config_of_newest(run):
     "harm", [cut_history, empty_report, lose_both, damage_newest, lose_config_of_newest]
 )
 def test_a_run_whose_files_were_harmed_goes_on_like_the_whole_one(
-    train, kill_at, monkeypatch, tmp_path, harm
+    train, whole, kill_at, monkeypatch, tmp_path, harm
 ):
     options = {"checkpoint_every": 2}
-    whole = train(out_dir=tmp_path / "whole", **options)
+    whole = whole(**options)
     kill_at(5)
     with pytest.raises(KilledError):
         train(**options)

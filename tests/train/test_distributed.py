@@ -1,9 +1,10 @@
-"""Several processes on one machine, over gloo."""
+"""Several processes on one machine, over gloo: they give what one gives, and a failure ends all."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,6 +22,7 @@ from stofm._files import read_table
 from stofm.nn import Stofm
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
+CASES = ("prepare", "step", "killed", "end")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its processes")
 
@@ -42,7 +44,7 @@ def write_slices(path, vocabulary, seed):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, _model, vocabulary):
-    """Folders of all runs: of the toy stage on 37 samples in batches of 3, and of all stages."""
+    """Folder of all runs: of the toy stage on 37 samples in batches of 3, of all stages, of failures."""
     out = tmp_path_factory.mktemp("runs")
 
     def toy(name, n_processes, *, stop=None, begin=None):
@@ -67,6 +69,7 @@ def out(tmp_path_factory, _model, vocabulary):
         toy("before", 2, stop=3),
         toy("after", 1, begin="before"),
         *({"out": str(out / f"stages{n}"), "n_processes": n, **files} for n in (1, 2)),
+        *({"out": str(out / case), "n_processes": 2, "case": case} for case in CASES),
     ]
     command = [sys.executable, str(SCRIPT), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -129,3 +132,36 @@ def test_all_stages_over_two_processes_give_the_model_of_one(out):
     rest = [table[first:] for table in (two, one)]
     assert rest[0]["step"].tolist() == rest[1]["step"].tolist() == [1, 2, 2, 3, 4, 4]
     np.testing.assert_allclose(*(table["masked_genes"] for table in rest), rtol=0.01)
+
+
+@pytest.fixture(scope="module")
+def ends(out):
+    """Exit codes, and what each process said last, of all cases."""
+    found = {}
+    for case in CASES:
+        end = json.loads((out / f"{case}.json").read_text())
+        assert end["seconds"] < 60
+        found[case] = end["codes"], [(out / f"{case}{k}.txt").read_text() for k in range(2)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "failing", "message"),
+    [
+        ("prepare", 0, "ValueError: the table is no table"),
+        ("step", 1, "FloatingPointError: the loss is not finite"),
+    ],
+)
+def test_a_failure_ends_the_other_process_at_its_next_exchange(ends, case, failing, message):
+    codes, said = ends[case]
+    assert codes == [1, 1]
+    assert said[failing] == message
+    assert said[1 - failing]
+
+
+def test_a_process_that_is_killed_ends_the_other(ends):
+    assert ends["killed"][0] == [1, -signal.SIGKILL]
+
+
+def test_processes_that_end_in_order_say_nothing(ends):
+    assert ends["end"] == ([0, 0], ["", ""])

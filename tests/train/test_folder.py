@@ -340,18 +340,18 @@ def test_a_file_is_no_folder_of_a_run(tmp_path):
         RunFolder(tmp_path / "notes")
 
 
+#: Has the lock of a run, and imports nothing of stofm, which would take most of the test's time.
 _HOLDER = """
 import sys, time
-from pathlib import Path
-from stofm.train.folder import locked
-with locked(Path(sys.argv[1])):
+from filelock import FileLock
+with FileLock(sys.argv[1]):
     print("has it", flush=True)
     time.sleep(300)
 """
 
 
 def test_a_folder_that_another_process_has_is_refused_until_that_is_gone(tmp_path):
-    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / LOCK)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "has it\n"
         expected = f"another process trains into it.*delete .*{LOCK}"

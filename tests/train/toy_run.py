@@ -1,4 +1,4 @@
-"""A stage without a model, for tests of the loop; as a script, runs in several processes."""
+"""A stage without a model, for tests of the loop; as a script, runs in several processes, some of which fail."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -232,8 +234,48 @@ def pretrain(out: Path, options: dict[str, Any]) -> None:
     assert result.run["n_processes"] == options["n_processes"]
 
 
-def in_processes(job: dict[str, Any]) -> None:
-    """Fork the processes of a job, as torchrun would start them, and wait for them."""
+def prepare(processes: Processes) -> None:
+    """The first process prepares, and the others wait for it."""
+    if processes.is_first:
+        time.sleep(0.5)
+        msg = "the table is no table"
+        raise ValueError(msg)
+    processes.agree(None)
+
+
+def step(processes: Processes) -> None:
+    """The second fails in a step, and the first waits for its share."""
+    processes.agree("a")
+    if not processes.is_first:
+        msg = "the loss is not finite"
+        raise FloatingPointError(msg)
+    processes.sum(torch.ones(3))
+
+
+def killed(processes: Processes) -> None:
+    """The second is killed while the first waits for it."""
+    if not processes.is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    processes.wait()
+
+
+def end(processes: Processes) -> None:
+    """Nothing fails."""
+    processes.wait()
+
+
+def fail(out: Path, options: dict[str, Any]) -> None:
+    """Run a case in which a process may fail; what it says last goes to a file."""
+    with Path(f"{out}{os.environ['RANK']}.txt").open("w") as file:
+        try:
+            globals()[options["case"]](Processes.start("cpu"))
+        except Exception as error:
+            file.write(f"{type(error).__name__}: {error}\n".splitlines()[-1])
+            raise
+
+
+def in_processes(job: dict[str, Any]) -> list[int]:
+    """Fork the processes of a job, as torchrun would start them, and return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -255,21 +297,27 @@ def in_processes(job: dict[str, Any]) -> None:
         }
         status = 1
         try:
-            run = pretrain if "model" in job else main
+            run = pretrain if "model" in job else fail if "case" in job else main
             run(Path(job["out"]), job)
             status = 0
         finally:
             if status:
                 traceback.print_exc()
             os._exit(status)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        sys.exit(f"{job}: exit codes {codes}")
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 if __name__ == "__main__":
     # Once, before the processes are forked.
     importlib.import_module("lightning_fabric")
     importlib.import_module("transformers.models.bert.modeling_bert")
+    # Nobody pulls the plug.
+    os.fsync = lambda _: None
     for one in json.loads(sys.argv[1]):
-        in_processes(one)
+        started = time.monotonic()
+        codes = in_processes(one)
+        if "case" in one:
+            found = {"codes": codes, "seconds": time.monotonic() - started}
+            Path(f"{one['out']}.json").write_text(json.dumps(found))
+        elif any(codes):
+            sys.exit(f"{one}: exit codes {codes}")

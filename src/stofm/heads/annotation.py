@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.blocks import Blocks
-    from stofm.heads.members import Members
+    from stofm.heads.fitting import Members
     from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Labels
     from stofm.spatial import Split
@@ -56,21 +56,12 @@ _NO_NOVELTY: Final = (
 
 
 class Annotation(NamedTuple):
-    """Classes of cells.
+    """Classes of cells."""
 
-    Attributes
-    ----------
-    probabilities
-        (n_obs, n_classes) calibrated.
-    is_unknown
-        (n_obs,) whether no class is supported.
-    novelty, sets
-        (n_obs,) how new a cell is, and (n_obs, n_classes) whether a class is in its prediction set;
-        None for a head without them.
-    """
-
-    probabilities: NDArray[np.float32]
-    is_unknown: NDArray[np.bool_]
+    probabilities: NDArray[np.float32]  # (n_obs, n_classes) calibrated
+    is_unknown: NDArray[np.bool_]  # (n_obs,) whether no class is supported
+    #: (n_obs,) how new a cell is, and (n_obs, n_classes) whether a class is in its prediction set;
+    #: None for a head without them.
     novelty: NDArray[np.float32] | None = None
     sets: NDArray[np.bool_] | None = None
 
@@ -257,8 +248,8 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
         )
         known = row_order(read, codes, np.flatnonzero(labels.is_known))
         fields["surroundings"] = Surroundings.fit(read[known], codes[known])
-        distances = _held_out_distances(read, codes, splits, members)
-        fields["novelty"] = Novelty.fit(distances, _held_out_energies(blocks, members))
+        distances, energies = _judge_held_out(blocks, codes, splits, members)
+        fields["novelty"] = Novelty.fit(distances, energies)
         if options.reject_rate:
             confidence = probabilities.max(axis=1)
             rejection = Rejection.fit(confidence, distances, options.reject_rate, right)
@@ -289,28 +280,19 @@ def learn_classes(slices: SliceTables, request: Request, label_key: str) -> Anno
     )
 
 
-def _held_out_distances(
-    features: NDArray[np.float32],
-    codes: NDArray[np.int64],
-    splits: Sequence[Split],
-    members: Members,
-) -> NDArray[np.float64]:
-    """Distance of the held-out cells of all splits in turn from the fitted cells of theirs."""
-    found = []
-    for split, own in zip(splits, members.held_out, strict=True):
+def _judge_held_out(
+    blocks: Blocks, codes: NDArray[np.int64], splits: Sequence[Split], members: Members
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Distance and energy of the held-out cells of all splits in turn, by what each was fitted to."""
+    features, distances, energies = blocks.averaged[0], [], []
+    rounds = zip(splits, members.held_out, members.networks, members.reads, strict=False)
+    for split, own, network, reads in rounds:
         fitted = row_order(features, codes, split.fitted)
         # A class that is held out whole has no number here.
         classes = np.unique(codes[fitted], return_inverse=True)[1]
-        found.append(Surroundings.fit(features[fitted], classes).distances(features[own]))
-    return np.concatenate(found)
-
-
-def _held_out_energies(blocks: Blocks, members: Members) -> NDArray[np.float64]:
-    """Energy of the held-out cells of all splits in turn, by the network of each."""
-    given = zip(members.networks, members.reads, members.held_out, strict=False)
-    return np.concatenate(
-        [energy(apply_head(one, blocks.of(reads)[own], "values")) for one, reads, own in given]
-    )
+        distances.append(Surroundings.fit(features[fitted], classes).distances(features[own]))
+        energies.append(energy(apply_head(network, blocks.of(reads)[own], "values")))
+    return np.concatenate(distances), np.concatenate(energies)
 
 
 def _tell_about(split: Split, labels: Labels) -> None:

@@ -26,7 +26,7 @@ from stofm.heads.embeddings import (
 from stofm.spatial.plane import neighbor_means
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -43,34 +43,21 @@ N_NEIGHBORS: Final = 10
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """What is read of cells.
+    """What is read of cells."""
 
-    Attributes
-    ----------
-    features
-        float32 (n, d), the entries of ``obsm`` side by side.
-    use_rep, widths
-        Their names, and the columns of each.
-    origin
-        By name, which model they are by.
-    expression
-        float32 (n, k) components of expression, NaN where counts or genes are missing; None if
-        they are not read.
-    neighborhood, expression_neighborhood
-        float32 means over the neighbours of each cell, NaN where these are not known; None if they
-        are not read.
-    n_neighbors
-        Over how many neighbours.
-    """
-
-    features: NDArray[np.float32]
+    features: NDArray[np.float32]  # float32 (n, d), the entries of ``obsm`` side by side
+    #: Their names, and the columns of each.
     use_rep: tuple[str, ...]
     widths: tuple[int, ...]
-    origin: Origin
+    origin: Origin  # by name, which model they are by
+    #: float32 (n, k) components of expression, NaN where counts or genes are missing; None if they
+    #: are not read.
     expression: NDArray[np.float32] | None = None
+    #: float32 means over the neighbours of each cell, NaN where these are not known; None if they
+    #: are not read.
     neighborhood: NDArray[np.float32] | None = None
     expression_neighborhood: NDArray[np.float32] | None = None
-    n_neighbors: int = 0
+    n_neighbors: int = 0  # over how many neighbours
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -135,10 +122,6 @@ class Blocks:
             "expression neighborhood": (around, components),
         }[source]
         return [] if parts[0] is None else [part for part in parts if part is not None]
-
-    def neighbors_of(self, reads: Iterable[Source]) -> int:
-        """Over how many neighbours the means are that are read there; 0 if none are."""
-        return self.n_neighbors if any("neighborhood" in source for source in reads) else 0
 
 
 def read_embeddings(

@@ -68,10 +68,7 @@ def describe_origin(origin: Mapping[str, str]) -> str:
 
 
 def gene_records(adata: AnnData) -> dict[str, Any]:
-    """What ``uns`` of an AnnData with the same ``var`` must hold for its genes to be the same.
-
-    A mapping by :func:`stofm.pp.map_genes` is only used with its record.
-    """
+    """What ``uns`` must hold for an AnnData with the same ``var`` to have the same genes."""
     found = {key: read_record(adata, key) for key in (Var.GENE, Var.TOKEN_ID)}
     return {Uns.STOFM: {key: record for key, record in found.items() if record is not None}}
 

@@ -75,34 +75,18 @@ def principal_axes(
 
 @dataclass(frozen=True, eq=False)
 class ExpressionComponents:
-    """Genes, and how their counts become components.
+    """Genes, and how their counts become components."""
 
-    Attributes
-    ----------
-    genes
-        All genes that the labelled cells were measured for.
-    shares
-        (n_genes,) of all their counts; sums to 1.
-    chosen
-        (m,) numbers of the genes that enter the components.
-    mean
-        (m,) their mean log-normalised expression.
-    axes, variances
-        (m, k) principal axes, and the (k,) variances along them.
-    target_sum
-        Total to which a cell's counts are scaled before the logarithm.
-    by_slice
-        Whether each slice's mean is taken off, since labelled slices differ in more than their
-        composition.
-    """
-
-    genes: tuple[Gene, ...]
-    shares: NDArray[np.float32]
-    chosen: NDArray[np.int64]
-    mean: NDArray[np.float32]
+    genes: tuple[Gene, ...]  # all genes that the labelled cells were measured for
+    shares: NDArray[np.float32]  # (n_genes,) of all their counts; sums to 1
+    chosen: NDArray[np.int64]  # (m,) numbers of the genes that enter the components
+    mean: NDArray[np.float32]  # (m,) their mean log-normalised expression
+    #: (m, k) principal axes, and the (k,) variances along them.
     axes: NDArray[np.float32]
     variances: NDArray[np.float32]
-    target_sum: float
+    target_sum: float  # total to which a cell's counts are scaled before the logarithm
+    #: Whether each slice's mean is taken off, since labelled slices differ in more than their
+    #: composition.
     by_slice: bool = False
 
     @classmethod

@@ -51,17 +51,10 @@ class Gene(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GeneColumns:
-    """The names of an AnnData's columns, to find genes by.
+    """The names of an AnnData's columns, to find genes by."""
 
-    Attributes
-    ----------
-    genes
-        Gene of each column, called by its ``var_names`` entry.
-    other_names
-        Further names of each column, from columns of ``var`` that hold names of genes.
-    """
-
-    genes: tuple[Gene, ...]
+    genes: tuple[Gene, ...]  # gene of each column, called by its ``var_names`` entry
+    #: Further names of each column, from columns of ``var`` that hold names of genes.
     other_names: tuple[tuple[str, ...], ...]
 
     @classmethod

@@ -58,34 +58,7 @@ _PLAIN: Final = ("outputs", "use_rep", "origin", "strategy", "params", "split")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Head:
-    """A fitted head with all that its predictions depend on.
-
-    Attributes
-    ----------
-    networks
-        Its members; the weighted mean of what they say is the prediction.
-    reads
-        What each member reads: ``"embedding"``, ``"expression"``, or ``"neighborhood"`` and
-        ``"expression neighborhood"``, which are these beside their means over the neighbours.
-    weights
-        Of each member; they sum to 1.
-    outputs
-        Names of what is predicted: classes, cell types or genes.
-    use_rep, origin
-        Entries of ``obsm`` that are read, and by name the model that made them.
-    strategy, params, split
-        How the head was fitted, how cells were held out, and how many.
-    validation_scores, history
-        Scores on the held-out cells, and losses of the networks.
-    expression
-        Genes and components that members read; None if none does.
-    n_neighbors
-        Over how many neighbours means are; 0 if none are read.
-    panel
-        Genes to which a query is reduced before anything is read; None for all.
-    model
-        The tuned model; None for a frozen one.
-    """
+    """A fitted head with all that its predictions depend on."""
 
     #: Name of the task in files and messages, and what the outputs are called together.
     task: ClassVar[str]
@@ -99,21 +72,29 @@ class Head:
     #: Arrays in which NaN has a meaning.
     may_be_nan: ClassVar[frozenset[str]] = frozenset()
 
+    #: Its members; the weighted mean of what they say is the prediction.
     networks: tuple[PredictionHead, ...]
+    #: What each member reads: ``"embedding"``, ``"expression"``, or ``"neighborhood"`` and
+    #: ``"expression neighborhood"``, which are these beside their means over the neighbours.
     reads: tuple[Source, ...]
-    weights: tuple[float, ...]
-    outputs: tuple[str, ...]
+    weights: tuple[float, ...]  #: Of each member; they sum to 1
+    outputs: tuple[str, ...]  #: Names of what is predicted: classes, cell types or genes
+    #: Entries of ``obsm`` that are read, and by name the model that made them.
     use_rep: tuple[str, ...]
     origin: Origin
+    #: How the head was fitted, how cells were held out, and how many.
     strategy: str
     params: dict[str, Any]
     split: dict[str, Any]
+    #: Scores on the held-out cells, and losses of the networks.
     validation_scores: pd.DataFrame
     history: pd.DataFrame
+    #: Genes and components that members read; None if none does.
     expression: ExpressionComponents | None = None
-    n_neighbors: int = 0
+    n_neighbors: int = 0  #: Over how many neighbours means are; 0 if none are read
+    #: Genes to which a query is reduced before anything is read; None for all.
     panel: tuple[Gene, ...] | None = None
-    model: Stofm | None = None
+    model: Stofm | None = None  #: The tuned model; None for a frozen one
 
     def __repr__(self) -> str:
         """A line with task, outputs, inputs and strategy."""

@@ -217,31 +217,18 @@ def check_whole_number(name: str, value: Any, *, least: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class SliceTables:
-    """Tables whose cells are taken one after another, and the slices in them.
+    """Tables whose cells are taken one after another, and the slices in them."""
 
-    Attributes
-    ----------
-    tables
-        The AnnData objects.
-    names, rows
-        Of the slices; rows count through all tables.
-    called
-        Of each table, what messages start with and how the user writes it.
-    keys
-        Of the tables in the dict that was given; None for a list, or for a single one.
-    is_single
-        Whether a single one was given.
-    layer_argument
-        The user's argument for the layer with counts.
-    """
-
-    tables: tuple[AnnData, ...]
+    tables: tuple[AnnData, ...]  # the AnnData objects
+    #: Of the slices; rows count through all tables.
     names: list[str]
     rows: list[NDArray[np.int64]]
+    #: Of each table, what messages start with and how the user writes it.
     called: tuple[tuple[str, str], ...]
+    #: Of the tables in the dict that was given; None for a list, or for a single one.
     keys: tuple[str, ...] | None = None
-    is_single: bool = False
-    layer_argument: str = "layer"
+    is_single: bool = False  # whether a single one was given
+    layer_argument: str = "layer"  # the user's argument for the layer with counts
 
     @property
     def n_obs(self) -> int:
@@ -305,23 +292,11 @@ def resolve_slices(
     copy: bool = False,
     role: str = "",
 ) -> SliceTables:
-    """Take an AnnData, a SpatialData, or a list or dict of them, and tell slices apart.
+    """Take an AnnData, a SpatialData, or a list or dict of them, which are different slices.
 
-    Parameters
-    ----------
-    data
-        The data. Those of a list or dict are different slices.
-    library_key
-        Column of ``obs`` that names each cell's slice; by default the one that a table was embedded
-        with.
-    spatial_key
-        Entry of ``obsm`` with coordinates; they tell overlapping slices without `library_key`.
-    table_key
-        Table of SpatialData.
-    copy
-        Whether copies of the tables will be made later on.
-    role
-        ``"query"`` or ``"reference"`` where there are two of its kind; for messages.
+    `library_key` is by default the column that a table was embedded with; overlapping slices without
+    one are told by the coordinates, in `spatial_key`. `copy` says that copies of the tables will be
+    made later on, and `role`, ``"query"`` or ``"reference"``, what messages call the data.
     """
     is_single = not isinstance(data, dict | list | tuple)
     given = data if isinstance(data, dict) else dict(enumerate([data] if is_single else data))

@@ -195,20 +195,12 @@ def grid_into_spots(
     return SpotTable(spotted, list(labels.classes), grid.proportions[rows].astype(np.float32))
 
 
-class FittedToSpots(NamedTuple):
-    """Fields of a head, and what it finds of held-out simulated spots, (n, n_types), and the truth."""
-
-    fields: dict[str, Any]
-    found: NDArray[np.float32]
-    true: NDArray[np.float64]
-
-
 def fit_simulated(
     query: SliceTables, reference: SliceTables, label_key: str, request: Request
-) -> FittedToSpots:
+) -> tuple[dict[str, Any], NDArray[np.float32], NDArray[np.float64]]:
     """Fit networks to spots simulated from a reference, which read components of expression.
 
-    Spots are simulated in two rounds. The first takes all types for equally frequent and all genes
+    Returns fields of a head, and what it finds of held-out spots, (n, n_types), and the truth. Spots are simulated in two rounds. The first takes all types for equally frequent and all genes
     for equally well seen by both technologies. What a network that is fitted to it finds in the query
     on average tells how frequent types are and, with that, how technologies differ. The second
     round simulates half of that composition and half of equal frequencies, so that rare types are
@@ -305,7 +297,7 @@ def fit_simulated(
         for one, rows in zip(fits, held_out, strict=True)
     ]
     true = spots.proportions[np.concatenate(held_out)]
-    return FittedToSpots(fields, np.concatenate(found), true)
+    return fields, np.concatenate(found), true
 
 
 def _shared_counts(

@@ -50,21 +50,12 @@ TARGET_SUM: Final = 10_000.0
 
 
 class Labels(NamedTuple):
-    """Classes of cells.
+    """Classes of cells."""
 
-    Attributes
-    ----------
-    classes
-        Names in alphabetical order.
-    codes
-        (n_obs,) number of each cell's class; -1 for none, or one that is left out.
-    left_out
-        Rare classes that are left out.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names in alphabetical order
+    #: (n_obs,) number of each cell's class; -1 for none, or one that is left out.
     codes: NDArray[np.int64]
-    left_out: tuple[str, ...]
+    left_out: tuple[str, ...]  # rare classes that are left out
 
     @property
     def is_known(self) -> NDArray[np.bool_]:
@@ -75,21 +66,10 @@ class Labels(NamedTuple):
 def read_labels(
     slices: SliceTables, key: str, *, missing: Collection[object] = (), min_share: float = 0.0
 ) -> Labels:
-    """Read a column of labels, leave out missing ones and rare classes.
+    """Read a column of labels; leave out missing ones, and classes of one cell or of too small a share.
 
-    What is left out by default is warned of; what is asked for, or has no label, is told.
-
-    Parameters
-    ----------
-    slices
-        The cells.
-    key
-        Column of ``obs``.
-    missing
-        Labels treated as missing (case-insensitive), besides NaN and empty strings; with
-        :data:`MISSING` itself all that reads like one.
-    min_share
-        Smallest share of the labelled cells that a class must have, and two cells at least.
+    Labels of `missing` stand for none, besides NaN and empty strings; with :data:`MISSING` itself all
+    that read like one. What is left out by default is warned of; what is asked for is told.
     """
     labels = read_label_names(slices, key, missing=missing)
     names, counts = np.unique(labels[labels != ""], return_counts=True)
@@ -187,24 +167,14 @@ def _is_no_class(label: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What is known of cells.
+    """What is known of cells."""
 
-    Attributes
-    ----------
-    kind
-        What the values are.
-    values
-        Classes: int64 (n,) numbers from 0, with -1 for none. Else float32 (n, n_outputs), with
-        NaN in rows of which nothing is known.
-    n_outputs
-        Classes, cell types or genes.
-    class_weights
-        (n_outputs,) weight of each class in the loss; None for 1.
-    """
-
-    kind: TargetKind
+    kind: TargetKind  # what the values are
+    #: Classes: int64 (n,) numbers from 0, with -1 for none. Else float32 (n, n_outputs), with NaN
+    #: in rows of which nothing is known.
     values: Any
-    n_outputs: int
+    n_outputs: int  # classes, cell types or genes
+    #: (n_outputs,) weight of each class in the loss; None for 1.
     class_weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
@@ -226,18 +196,12 @@ class Targets:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExpressionTargets(Targets):
-    """Log-normalised expression, (n, n_genes), sparse; taken standardised by gene.
+    """Log-normalised expression, (n, n_genes), sparse; taken standardised by gene."""
 
-    Attributes
-    ----------
-    mean, scale
-        (n_outputs,) what is taken off each gene, and what it is divided by.
-    has_counts
-        (n,) cells with counts among the inputs; of others nothing is known.
-    """
-
+    #: (n_outputs,) what is taken off each gene, and what it is divided by.
     mean: NDArray[np.float32]
     scale: NDArray[np.float32]
+    #: (n,) cells with counts among the inputs; of others nothing is known.
     has_counts: NDArray[np.bool_]
 
     @classmethod

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,6 @@ from stofm._keys import Obsm
 from stofm._logging import logger, progress
 from stofm._messages import warn
 from stofm.heads.embeddings import bare_table, read_places, recorded_options
-from stofm.heads.low_rank import add_low_rank, encoder_weights, merged
 from stofm.heads.targets import head_loss
 from stofm.nn import choose_device, embed_slice, encode_cells
 from stofm.nn.batch import SubSliceBatch, TokenBatch
@@ -42,41 +42,36 @@ if TYPE_CHECKING:
     from stofm.nn.prediction_head import PredictionHead
     from stofm.spatial import SliceLayout
 
+#: Maps that are changed: those of the SE(2) Transformer's layers, of BERT's
+#: attention, and what brings either to its output or input.
+_CHANGED: Final = re.compile(
+    r"se2_transformer\.(input_projection|layers\.\d+\.(qkv|out|fc1|fc2))"
+    r"|cell_encoder\.projection"
+    r"|cell_encoder\.bert\.encoder\.layer\.\d+\.attention\.(self\.(query|key|value)|output\.dense)"
+)
+_ADAPTER: Final = "default"
+_COLUMNS: Final = ["split", "epoch", "step", "loss", "learning_rate", "seconds"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """How a model is tuned together with a head. A step sees one sub-slice.
+    """How a model is tuned together with a head. A step sees one sub-slice."""
 
-    Attributes
-    ----------
-    learning_rate, weight_decay
-        Of AdamW; decay for matrices only.
-    warmup_steps
-        Steps over which the learning rate rises; then it falls linearly to 0.
-    epochs, min_steps
-        Passes over the sub-slices, and the fewest steps.
-    validate_every
-        Steps between validations, or those of an epoch if these are more. All cells are embedded
-        anew before each.
-    patience
-        Validations without a lower loss after which tuning stops.
-    sampled_cells
-        Cells of a sub-slice that go through the cell encoder in a step, with gradients.
-    max_norm
-        Norm to which larger gradients are scaled down.
-    lora_rank, lora_alpha
-        ``"lora"``: rank of the changes, and their scale times the rank.
-    """
-
+    #: Of AdamW; decay for matrices only.
     learning_rate: float = 3e-4
     weight_decay: float = 0.01
-    warmup_steps: int = 10
+    warmup_steps: int = 10  # steps over which the learning rate rises; then it falls linearly to 0
+    #: Passes over the sub-slices, and the fewest steps.
     epochs: int = 10
     min_steps: int = 100
+    #: Steps between validations, or those of an epoch if these are more. All cells are embedded
+    #: anew before each.
     validate_every: int = 10
-    patience: int = 5
+    patience: int = 5  # validations without a lower loss after which tuning stops
+    #: Cells of a sub-slice that go through the cell encoder in a step, with gradients.
     sampled_cells: int = 32
-    max_norm: float = 1.0
+    max_norm: float = 1.0  # norm to which larger gradients are scaled down
+    #: ``"lora"``: rank of the changes, and their scale times the rank.
     lora_rank: int = 8
     lora_alpha: int = 16
 
@@ -98,8 +93,7 @@ def read_tuning_slices(
     for k in slices.tables_of(used):
         with slices.naming(k):
             options = recorded_options(slices.tables[k], request)
-            places = read_places(slices.tables[k], options["spatial_key"])
-            coordinates[slices.places[k]] = places
+            coordinates[slices.places[k]] = read_places(slices.tables[k], options["spatial_key"])
             bare = bare_table(slices.tables[k], options)
             tokenize(bare, model, layer=options["layer"], show_progress_bar=False)
             tokens[k] = read_tokens(bare, model)
@@ -128,21 +122,14 @@ def fine_tune(
     """Tune copies of a model and of a head on it, so that the head predicts targets better.
 
     In each step some of a sub-slice's cells go through the cell encoder, with gradients; the others
-    keep embeddings that are computed anew before each validation. The loss is that of the head, on
-    the fitted cells of the sub-slice. Slices are cut anew in every epoch, at another angle.
+    keep embeddings that are computed anew before each validation. Slices are cut anew in every epoch,
+    at another angle. By the loss on the `held_out` rows the best step is chosen, without them the last.
 
-    `slices` have raw counts and places; the head reads ``request.use_rep``; `targets` have a row for
-    each cell. All stay as they are. Rows of `fitted` are trained on; by those of `held_out` the best
-    step is chosen, without them the last one. `task` becomes part of the new model's name.
+    ``"full"`` trains all weights but the table of gene embeddings, so that genes that these slices
+    don't measure still lie where they did among those that they do; ``"lora"`` trains changes of low
+    rank, which are added to the weights at the end.
 
-    The strategy ``"full"`` trains all weights but the table of gene embeddings, so that genes that
-    these slices don't measure still lie where they did among those that they do; ``"lora"`` trains
-    changes of low rank, which are added to the weights at the end.
-
-    Returns
-    -------
-    The tuned model, on the CPU, with a name and fingerprint of its own, and losses: columns
-    ``split``, ``epoch``, ``step``, ``loss``, ``learning_rate`` and ``seconds``.
+    Returns the tuned model, on the CPU, with a name of its own that has the `task`, and the losses.
 
     References
     ----------
@@ -165,18 +152,16 @@ def fine_tune(
         ),
         trained=True,
     )
-    losses = history.loc[history["split"] == "validation", "loss"].to_numpy()
-    by = ""
+    losses, by = history.loc[history["split"] == "validation", "loss"].to_numpy(), ""
     if len(losses):
-        by = f"loss on held-out cells {losses[0]:.4g} -> {losses[1:].min():.4g}, "
-        if losses[1:].min() > losses[0]:
+        first, best = losses[0], losses[1:].min()
+        by = f"loss on held-out cells {first:.4g} -> {best:.4g}, "
+        if best > first:
             warn(
-                f"Tuning {model.name!r} made the loss on the held-out cells no lower "
-                f"({losses[0]:.4g} at the beginning, at best {losses[1:].min():.4g} afterwards): "
-                "strategy='frozen' may serve as well."
+                f"Tuning {model.name!r} made the loss on the held-out cells no lower ({first:.4g} at the "
+                f"beginning, at best {best:.4g} afterwards): strategy='frozen' may serve as well."
             )
-    n_steps, seconds = history["step"].max(), history["seconds"].max()
-    done = (tuned.name, model.name, by, n_steps, seconds)
+    done = (tuned.name, model.name, by, history["step"].max(), history["seconds"].max())
     logger.info("%r was tuned from %r: %s%d steps, %.1f s.", *done)
     return tuned, history
 
@@ -194,9 +179,7 @@ class _Tuning:
         how: FineTuning,
     ) -> None:
         self._device = device = choose_device(request.device)
-        # All but the vocabulary, which nothing changes.
-        shared = {id(model.vocabulary): model.vocabulary}
-        self._model = copy.deepcopy(model, shared).to(device).requires_grad_(requires_grad=True)
+        self._model = _copied(model, model).to(device).requires_grad_(requires_grad=True)
         self._head = copy.deepcopy(head).to(device)
         self._targets, self._slices, self._request, self._how = targets, slices, request, how
         weights = targets.class_weights
@@ -256,8 +239,7 @@ class _Tuning:
         with torch.no_grad():
             for weight, value in zip(self._trained, kept, strict=False):
                 weight.copy_(value)
-        columns = ["split", "epoch", "step", "loss", "learning_rate", "seconds"]
-        return pd.DataFrame(history, columns=columns)
+        return pd.DataFrame(history, columns=_COLUMNS)
 
     def _optimizer(self, n_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         how = self._how
@@ -296,11 +278,10 @@ class _Tuning:
         angle = rng.uniform(0, 2 * np.pi) if epoch else 0.0
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         size = self._model.config.subslice.n_cells
+        named = enumerate(zip(self._slices, self._encoded, strict=True))
         parts = [
             (number, cells)
-            for number, (one, (_, layout)) in enumerate(
-                zip(self._slices, self._encoded, strict=True)
-            )
+            for number, (one, (_, layout)) in named
             for cells in partition_balanced(layout.coordinates @ turn, size)
             if is_fitted[one.rows[cells]].any()
         ]
@@ -329,14 +310,12 @@ class _Tuning:
         values = put_learned(batch.features, torch.from_numpy(sampled).to(self._device), fresh)
         found = {Obsm.X_CELL: values}
         if Obsm.X in self._request.reps:
-            batch = replace(batch, features=values)
-            found[Obsm.X] = self._model.se2_transformer.embed(batch)
+            found[Obsm.X] = self._model.se2_transformer.embed(replace(batch, features=values))
         known = nodes[is_fitted[one.rows[subslice.cell_index[nodes]]]]
         read = torch.cat(
             [found[rep][0, torch.from_numpy(known)] for rep in self._request.reps], dim=1
         )
-        rows = one.rows[subslice.cell_index[known]]
-        loss = self._loss(read, rows)
+        loss = self._loss(read, one.rows[subslice.cell_index[known]])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, self._how.max_norm)
@@ -349,11 +328,11 @@ class _Tuning:
             )
         return value
 
-    def _encode(self, one: TuningSlice, cells: NDArray[np.integer]) -> torch.Tensor:
+    def _encode(self, one: TuningSlice, cells: NDArray[np.integer]) -> Any:
         """Compute what is learned of some cells of a slice, with gradients."""
         encoder, vocabulary = self._model.cell_encoder, self._model.vocabulary
-        tokens = one.tokens if encoder.config.reads_values else one.tokens.without_values()
-        own = one.cells[cells]
+        own, tokens = one.cells[cells], one.tokens
+        tokens = tokens if encoder.config.reads_values else tokens.without_values()
         longest = int(padded_length(tokens.n_tokens[own].max(keepdims=True) + 1)[0])
         batch = TokenBatch.from_ranked(
             tokens,
@@ -363,8 +342,7 @@ class _Tuning:
             length=min(longest, encoder.config.max_positions),
         ).to(self._device)
         weights = {} if self._changes is None else encoder_weights(self._model)
-        embedded: torch.Tensor = functional_call(encoder, weights, (batch,))
-        return embedded
+        return functional_call(encoder, weights, (batch,))
 
     def _loss(self, read: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         outputs, wanted = self._head(read.float()), self._targets.take(rows).to(self._device)
@@ -382,10 +360,41 @@ class _Tuning:
         for one, (features, layout) in zip(self._slices, self._encoded, strict=True):
             found = {Obsm.X_CELL: features}
             if Obsm.X in self._request.reps:
-                rules = model.config.subslice
-                transformer, device = model.se2_transformer, self._device
-                found[Obsm.X] = embed_slice(transformer, layout, features, rules, device=device)
+                by = model.se2_transformer, layout, features, model.config.subslice
+                found[Obsm.X] = embed_slice(*by, device=self._device)
             is_own = where[one.rows] >= 0
             parts = [found[rep][is_own] for rep in self._request.reps]
             read[where[one.rows[is_own]]] = np.concatenate(parts, axis=1)
         return float(self._loss(torch.from_numpy(read).to(self._device), rows))
+
+
+def add_low_rank(model: Stofm, rank: int, alpha: int, *, seed: int) -> Any:
+    """Put changes of low rank, 0 at first, into a model's maps, whose own weights stay: peft's wrapper."""
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=_CHANGED.pattern)
+    with seeded(seed):
+        return peft.LoraModel(model, config, _ADAPTER)
+
+
+def merged(changes: Any, model: Stofm) -> Stofm:
+    """A plain model, a copy, with the changes added to its weights."""
+    found: Stofm = _copied(changes, model).merge_and_unload()
+    return found
+
+
+def _copied(one: Any, model: Stofm) -> Any:
+    # All but the vocabulary, which is large, and which nothing changes.
+    return copy.deepcopy(one, {id(model.vocabulary): model.vocabulary})
+
+
+def encoder_weights(model: Stofm) -> dict[str, torch.Tensor]:
+    """Weights of the cell encoder's changed maps with the change added, by name.
+
+    The cell encoder reads its maps' weights rather than calling them; gradients flow to the change.
+    """
+    return {
+        f"{name}.base_layer.weight": part.get_base_layer().weight + part.get_delta_weight(_ADAPTER)
+        for name, part in model.cell_encoder.named_modules()
+        if hasattr(part, "get_delta_weight")
+    }

@@ -21,7 +21,7 @@ from stofm._messages import text_of
 from stofm.pl._colors import category_names, require_name
 from stofm.pl._maps import read_panels, round_below
 from stofm.pl._style import FONT_SIZE
-from stofm.spatial.outlines import region_borders
+from stofm.spatial.regions import region_borders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Groups of cells in the plane: who touches whom, pieces, patterns, and what chance gives."""
+"""Groups of cells in the plane: who touches whom, pieces, patterns, what chance gives, borders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
+from scipy.spatial import Voronoi, cKDTree
+
+from stofm.spatial.domains import smooth_domains
+from stofm.spatial.plane import spacing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,26 +25,24 @@ _TIE: Final = 1 + 1e-9
 _MOST_SPACINGS: Final = 3.0
 #: Pieces that hold this share of a group's cells are counted.
 _COUNTED: Final = 0.9
+#: Neighbours whose most frequent region a cell is drawn with: single cells get no line.
+_SMOOTHED: Final = 12
+#: Cells that are farther apart have a gap between them, in spacings of the cells.
+_FAR: Final = 4.0
+#: Distance of the points around, in sizes of the tissue.
+_AROUND: Final = 10.0
+#: At the margin of the tissue edges go far out: ends that are farther from the middle between two
+#: cells than the one, in spacings, are put to the other.
+_OVER, _MARGIN = 1.2, 0.6
 
 
 def touching_cells(
     coordinates: NDArray[np.floating], slices: Sequence[NDArray[np.int64]]
 ) -> sp.csr_array:
-    """Which cells touch each other: one of them is among the six nearest of the other.
+    """Which cells touch each other, (n, n) of ones: one is among the six nearest of the other.
 
     Cells of different slices do not touch, nor do cells farther apart than three times the median
     distance to the sixth nearest. The order of the cells does not matter.
-
-    Parameters
-    ----------
-    coordinates
-        (n, 2), any unit.
-    slices
-        Rows of each slice.
-
-    Returns
-    -------
-    (n, n) ones where two cells touch, symmetric, without a diagonal.
     """
     n_cells = len(coordinates)
     pairs = [np.empty((2, 0), dtype=np.int64)]
@@ -67,22 +68,10 @@ def contacts(
     slices: Sequence[NDArray[np.int64]],
     n_groups: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Count the contacts of groups, and how many there would be if cells of each slice were shuffled.
+    """How often cells of each two groups touch, and how often they would if cells lay anywhere in a slice.
 
-    Parameters
-    ----------
-    touching
-        As of :func:`touching_cells`.
-    codes
-        (n,) group of each cell, -1 for none.
-    slices
-        Rows of each slice.
-    n_groups
-        Number of groups.
-
-    Returns
-    -------
-    Found and expected, (n_groups, n_groups) each; a contact within a group counts twice.
+    `codes` (n,) are the groups, -1 for none. Returns found and expected, (n_groups, n_groups) each; a
+    contact within a group counts twice.
     """
     first, second = touching.nonzero()
     expected = np.zeros((n_groups, n_groups))
@@ -109,21 +98,8 @@ def clustering(
 ) -> tuple[float, float]:
     """How much more the cells of a group touch each other than cells drawn at random.
 
-    Parameters
-    ----------
-    touching
-        As of :func:`touching_cells`.
-    is_member
-        (n,) the group.
-    slices
-        Rows of each slice, within which cells are drawn.
-    n_permutations, seed
-        Number of draws, and their seed.
-
-    Returns
-    -------
-    Contacts within the group over their mean in the draws, NaN where these have none, and the
-    empirical p, (1 + draws with as many) / (1 + draws).
+    Returns contacts within the group over their mean in the draws, each within a slice, NaN where
+    these have none, and the empirical p, (1 + draws with as many) / (1 + draws).
     """
     first, second = touching.nonzero()
     rng = np.random.default_rng(seed)
@@ -156,20 +132,10 @@ def pieces(touching: sp.csr_array, is_member: NDArray[np.bool_]) -> tuple[int, f
 
 
 def morans_i(touching: sp.csr_array, values: sp.csr_matrix) -> NDArray[np.float64]:
-    """Moran's I of each column: how alike values of cells are that touch, from about -1 to 1.
+    """Moran's I of each column, (d,): how alike values of cells are that touch, from about -1 to 1.
 
-    Sparse throughout, so that nothing dense of cells by genes is made.
-
-    Parameters
-    ----------
-    touching
-        (n, n) as of :func:`touching_cells`, of the cells that are looked at.
-    values
-        (n, d).
-
-    Returns
-    -------
-    (d,) with 0 for constant columns, and where no cells touch.
+    It is 0 for constant columns, and where no cells touch. Sparse throughout, so that nothing dense
+    of cells by genes is made.
 
     References
     ----------
@@ -187,3 +153,38 @@ def morans_i(touching: sp.csr_array, values: sp.csr_matrix) -> NDArray[np.float6
     varies = (spread > 1e-10 * squares) & (total > 0)
     found[varies] = n_cells * products[varies] / (total * spread[varies])
     return found
+
+
+def region_borders(
+    coordinates: NDArray[np.float64], regions: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Lines, (n_lines, 2, 2), between neighbouring cells of different regions.
+
+    They are the edges between such cells of the Voronoi diagram of `coordinates`, (n_cells, 2), in
+    its unit, and none is longer than the gap that separates pieces of tissue. `regions`, (n_cells,), are
+    numbers, -1 for none; first each cell takes the most frequent one around it.
+    """
+    none = np.empty((0, 2, 2))
+    if len(coordinates) < 4:
+        return none
+    whole = [np.arange(len(coordinates))]
+    places = coordinates - coordinates.mean(axis=0)
+    smooth = smooth_domains(regions + 1, places, places, whole, min(_SMOOTHED, len(places) - 1))
+    if np.linalg.matrix_rank(places) < 2:
+        return none  # All cells lie on a line.
+    # With points far around them, edges at the margin of the tissue have two ends.
+    around = _AROUND * np.ptp(places, axis=0).max() * np.array([[1, 0], [0, 1], [-1, 0], [0, -1]])
+    found = Voronoi(np.concatenate([places, around]))
+    pairs, ends = found.ridge_points, np.asarray(found.ridge_vertices)
+    is_inner = (pairs < len(places)).all(axis=1)
+    pairs, ends = pairs[is_inner], ends[is_inner]
+    reach = _FAR * spacing(places)
+    middles = places[pairs].mean(axis=1)
+    is_near = np.linalg.norm(places[pairs[:, 0]] - places[pairs[:, 1]], axis=1) <= reach
+    is_border = (smooth[pairs[:, 0]] != smooth[pairs[:, 1]]) & is_near & (ends >= 0).all(axis=1)
+    lines, middles = found.vertices[ends[is_border]], middles[is_border, None]
+    ways = lines - middles
+    lengths = np.linalg.norm(ways, axis=2, keepdims=True) / (reach / _FAR)
+    is_out = lengths > _OVER
+    lines = middles + ways * np.where(is_out, _MARGIN / np.where(is_out, lengths, 1.0), 1.0)
+    return np.asarray(lines + coordinates.mean(axis=0))

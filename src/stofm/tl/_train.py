@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm.corpus.sources import FileConfig, find_sources
 from stofm.train.config import RunConfig
-from stofm.train.launch import choose_stages, find_model, launch
+from stofm.train.recipe import choose_stages, find_model, launch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -36,44 +36,30 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class Progress:
-    """The progress of a run.
+    """The progress of a run."""
 
-    Attributes
-    ----------
-    stage
-        Number of the present stage in the run.
-    epoch, position
-        Present epoch, and its batches that are done.
-    step, is_finished
-        Optimiser steps of the stage that are done, and whether the stage is.
-    best_loss, best_checkpoint, n_without_improvement
-        Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
-    last_checkpoint
-        The checkpoint written last.
-    n_cells, n_tokens, seconds, waited
-        Cells and tokens (or nodes) seen in the stage, by all processes; time spent on its steps,
-        and the part of that spent waiting for data.
-    totals, counts
-        Sums of the loss parts since the last row of the history, and what they are sums over.
-    stage_state, scaler
-        What the stage itself needs, and, in precision ``"16-mixed"``, the gradients' scale.
-    """
-
-    stage: int = 0
+    stage: int = 0  # number of the present stage in the run
+    #: Present epoch, and its batches that are done.
     epoch: int = 0
     position: int = 0
+    #: Optimiser steps of the stage that are done, and whether the stage is.
     step: int = 0
     is_finished: bool = False
+    #: Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
     best_loss: float | None = None
     best_checkpoint: str = ""
-    last_checkpoint: str = ""
+    last_checkpoint: str = ""  # the checkpoint written last
     n_without_improvement: int = 0
+    #: Cells and tokens (or nodes) seen in the stage, by all processes; time spent on its steps, and
+    #: the part of that spent waiting for data.
     n_cells: int = 0
     n_tokens: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    #: Sums of the loss parts since the last row of the history, and what they are sums over.
     totals: list[float] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
+    #: What the stage itself needs, and, in precision ``"16-mixed"``, the gradients' scale.
     stage_state: dict[str, str] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
 

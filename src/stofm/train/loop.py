@@ -81,17 +81,7 @@ class _Losses(nn.Module):
 
 
 class TrainingLoop:
-    """Trains the objective of one stage, starting at `progress`, which it updates.
-
-    Attributes
-    ----------
-    names
-        Loss parts.
-    n_steps
-        Optimiser steps of the stage; the last one of an epoch may have fewer batches.
-    optimizer
-        The optimiser, of the weights of ``stage.objective``.
-    """
+    """Trains the objective of one stage, starting at `progress`, which it updates."""
 
     def __init__(
         self,
@@ -126,11 +116,6 @@ class TrainingLoop:
         The recorder is told of a row of the history (``record(row)``), that a step is done
         (``advance()``), that weights are the best so far (``keep()``) and that it is time for a
         checkpoint (``save()``), which processes may do at different steps, but all at the end.
-
-        Raises
-        ------
-        FloatingPointError
-            The loss is NaN or infinite.
         """
         self._recorder = recorder
         self._saved_at = time.monotonic()

@@ -43,13 +43,13 @@ def drop_genes(
     as they were: the total count that values are relative to is taken to be known. The number left
     out is rounded down, so that a cell with genes keeps at least one.
     """
-    at, genes = _genes_of_lists(batch)
+    genes = _Genes.of(batch)
     is_dropped = np.zeros(len(genes.keys), dtype=bool)
     for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
         n_genes = end - start
         is_dropped[start + rng.permutation(n_genes)[: int(share * n_genes)]] = True
     kept = batch.is_real.clone()
-    kept[at] = torch.from_numpy(~is_dropped[genes.of_entry])
+    kept[genes.at] = torch.from_numpy(~is_dropped[genes.of_entry])
     order = torch.argsort(~kept, dim=1, stable=True)
     is_real = kept.gather(1, order)
 
@@ -66,45 +66,31 @@ def drop_genes(
 class _Genes(NamedTuple):
     """The genes of cells, each once per cell, by cell and token."""
 
+    at: tuple[NDArray[np.intp], ...]  # where the lists have genes: (entries,) each
     keys: NDArray[np.int64]  # (genes,) of cell and token, ascending
     starts: NDArray[np.int64]  # (cells + 1,) first gene of each cell
     of_entry: NDArray[np.intp]  # (entries,) which gene each entry is
 
     @classmethod
-    def of(cls, cells: NDArray[np.intp], tokens: NDArray[np.int64], n_cells: int) -> _Genes:
-        keys, of_entry = np.unique((cells << _TOKEN_BITS) + tokens, return_inverse=True)
-        starts = np.searchsorted(keys, np.arange(n_cells + 1) << _TOKEN_BITS)
-        return cls(keys, starts, of_entry)
-
-
-def _genes_of_lists(batch: TokenBatch) -> tuple[tuple[NDArray[np.intp], ...], _Genes]:
-    """Where the lists have genes, and which."""
-    is_gene = batch.is_real.numpy().copy()
-    is_gene[:, 0] = False  # <cls>
-    at = np.nonzero(is_gene)
-    return at, _Genes.of(at[0], batch.tokens.numpy()[at].astype(np.int64), len(is_gene))
+    def of(cls, batch: TokenBatch) -> _Genes:
+        is_gene = batch.is_real.numpy().copy()
+        is_gene[:, 0] = False  # <cls>
+        at = np.nonzero(is_gene)
+        entries = (at[0] << _TOKEN_BITS) + batch.tokens.numpy()[at].astype(np.int64)
+        keys, of_entry = np.unique(entries, return_inverse=True)
+        starts = np.searchsorted(keys, np.arange(len(is_gene) + 1) << _TOKEN_BITS)
+        return cls(at, keys, starts, of_entry)
 
 
 @dataclass(frozen=True)
 class MaskedGenes(Tensors):
-    """Cells with hidden genes, and which genes these are.
+    """Cells with hidden genes, and which genes these are."""
 
-    Attributes
-    ----------
-    tokens
-        What the cell encoder sees.
-    places
-        Positions to recover, counted through the lists, padding included.
-    labels
-        Their genes' tokens.
-    measured
-        Tokens of all genes that occur in these cells, each once.
-    """
-
-    tokens: TokenBatch
+    tokens: TokenBatch  # what the cell encoder sees
+    #: Positions to recover, counted through the lists, padding included.
     places: Int[Tensor, " targets"]
-    labels: Int[Tensor, " targets"]
-    measured: Int[Tensor, " genes"]
+    labels: Int[Tensor, " targets"]  # their genes' tokens
+    measured: Int[Tensor, " genes"]  # tokens of all genes that occur in these cells, each once
 
     @classmethod
     def build(
@@ -120,7 +106,7 @@ class MaskedGenes(Tensors):
         A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A
         hidden gene's position and value stay.
         """
-        at, genes = _genes_of_lists(cells)
+        genes = _Genes.of(cells)
         replacement = genes.keys & ((1 << _TOKEN_BITS) - 1)
         is_chosen = np.zeros(len(replacement), dtype=bool)
         for start, end, rng in zip(genes.starts[:-1], genes.starts[1:], rngs, strict=True):
@@ -136,9 +122,9 @@ class MaskedGenes(Tensors):
                 replacement[chosen[is_random]] = random
             is_chosen[chosen] = True
         tokens = cells.tokens.clone()
-        tokens[at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
+        tokens[genes.at] = torch.from_numpy(replacement[genes.of_entry]).to(tokens.dtype)
         is_target = torch.zeros(tokens.shape, dtype=torch.bool)
-        is_target[at] = torch.from_numpy(is_chosen[genes.of_entry])
+        is_target[genes.at] = torch.from_numpy(is_chosen[genes.of_entry])
         return cls(
             tokens=replace(cells, tokens=tokens),
             places=is_target.flatten().nonzero()[:, 0],
@@ -310,38 +296,27 @@ class MaskedSubSliceBatch(Tensors):
     """Input of the objectives on sub-slices.
 
     A node's place is its number counted through the padded sub-slices.
-
-    Attributes
-    ----------
-    subslices
-        What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
-    hidden_places
-        Nodes whose features are hidden.
-    target_places, target_features
-        Nodes whose features are to be recovered, and these.
-    pair_batch, pair_rows, pair_columns, pair_distances
-        Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
-    visible_places, surroundings
-        Cells that are not hidden, and the mean original features around each; none if not asked for.
-    sampled, sampled_places
-        Token lists of the cells that are embedded anew, in groups of like length, and where these
-        cells' embeddings go, group after group; None if there are none.
-    genes
-        The groups with hidden genes; empty if masked genes are not trained along.
     """
 
+    #: What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
     subslices: SubSliceBatch
-    hidden_places: Int[Tensor, " hidden"]
+    hidden_places: Int[Tensor, " hidden"]  # nodes whose features are hidden
+    #: Nodes whose features are to be recovered, and these.
     target_places: Int[Tensor, " targets"]
     target_features: Float[Tensor, "targets d_cell"]
+    #: Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
     pair_batch: Int[Tensor, " pairs"]
     pair_rows: Int[Tensor, " pairs"]
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
+    #: Cells that are not hidden, and the mean original features around each; none if not asked for.
     visible_places: Int[Tensor, " visible"]
     surroundings: Float[Tensor, "visible d_cell"]
+    #: Token lists of the cells that are embedded anew, in groups of like length, and where these
+    #: cells' embeddings go, group after group; None if there are none.
     sampled: tuple[TokenBatch, ...] = ()
     sampled_places: Int[Tensor, " sampled"] | None = None
+    #: The groups with hidden genes; empty if masked genes are not trained along.
     genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod

@@ -257,7 +257,8 @@ class SpatialObjective(nn.Module):
             filling = original[inputs.hidden_places]
         else:
             filling = self.cell_head.mask.expand(len(inputs.hidden_places), -1)
-        hidden = _replace_rows(features, inputs.hidden_places, filling)
+        rows = features.flatten(0, 1)
+        hidden = rows.index_put((inputs.hidden_places,), filling.to(rows.dtype)).view_as(features)
         out: SE2Output = self.transformer(replace(inputs.subslices, features=hidden))
         told, parts = out.last_hidden_state.flatten(0, 1), {}
 
@@ -362,13 +363,3 @@ def with_fresh(
         return features
     fresh = torch.cat([encoder(group) for group in inputs.sampled])
     return put_learned(features, inputs.sampled_places, fresh)
-
-
-def _replace_rows(
-    features: Float[Tensor, "batch nodes d_cell"],
-    places: Int[Tensor, " rows"],
-    rows: Float[Tensor, "rows d_cell"],
-) -> Float[Tensor, "batch nodes d_cell"]:
-    """Return features with `rows` at `places`, counted through the batch."""
-    flat = features.flatten(0, 1)
-    return flat.index_put((places,), rows.to(flat.dtype)).view_as(features)

@@ -36,21 +36,11 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How samples are drawn.
+    """How samples are drawn."""
 
-    Attributes
-    ----------
-    seed
-        Seed of the run, at least 0.
-    stage
-        Number of the stage in the run.
-    batch_size
-        Samples of a batch over all processes, at most.
-    """
-
-    seed: int
-    stage: int
-    batch_size: int
+    seed: int  # seed of the run, at least 0
+    stage: int  # number of the stage in the run
+    batch_size: int  # samples of a batch over all processes, at most
 
     @property
     def window(self) -> int:

@@ -40,22 +40,13 @@ class Processes:
     Started by ``torchrun`` or SLURM there are several, each with a device of its own; else there
     is one. When one fails, ``torchrun`` ends the others, as ``srun --kill-on-bad-exit=1`` does;
     without these they fail at their next exchange.
-
-    Attributes
-    ----------
-    fabric
-        Launched.
-    rank, count
-        Number of this process, from 0, and of all processes.
-    is_first
-        Whether this process writes what only one may write.
-    device
-        Where this process computes.
     """
 
     def __init__(self, fabric: Fabric) -> None:
-        self.fabric = fabric
+        self.fabric = fabric  # launched
+        #: Number of this process, from 0, and of all processes.
         self.rank, self.count = fabric.global_rank, fabric.world_size
+        #: Whether this process writes what only one may write, and where it computes.
         self.is_first, self.device = fabric.is_global_zero, fabric.device
         #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
         self._waiting: Any = None
@@ -68,17 +59,8 @@ class Processes:
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
         """Find the other processes, if there are any, and the device of this one.
 
-        Parameters
-        ----------
-        device
-            As in :func:`stofm.nn.choose_device`.
-        precision
-            Of the computation; weights and optimiser are float32 always.
-
-        Raises
-        ------
-        ValueError
-            The device is not there, or can't compute in this precision.
+        A device that is not there, or can't compute in this precision, raises ValueError. Weights and
+        optimiser are float32 in any precision.
         """
         # Takes more than a second to import, which who only embeds should not wait for, and adds
         # to the filters of warnings.

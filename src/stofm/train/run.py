@@ -64,21 +64,13 @@ class TrainResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining(Setup):
-    """A run of training.
+    """A run of training."""
 
-    Attributes
-    ----------
-    stages
-        What is trained, one after the other.
-    initialize
-        Called before the first stage to set first weights from the slices; None leaves the
-        model's. Must give the same in every process.
-    gene_table
-        Name and fingerprint of the file that it takes gene embeddings from, if any; for the record.
-    """
-
-    stages: Sequence[StageConfig]
+    stages: Sequence[StageConfig]  # what is trained, one after the other
+    #: Called before the first stage to set first weights from the slices; None leaves the model's.
+    #: Must give the same in every process.
     initialize: Initializer | None
+    #: Name and fingerprint of the file that it takes gene embeddings from, if any; for the record.
     gene_table: str
 
     def train(self, *, resume: bool, overwrite: bool) -> TrainResult:

@@ -250,12 +250,10 @@ class SubSliceSamples:
 
     def _parts(self, epoch: int) -> NDArray[np.int64]:
         """Number of sub-slices of each slice."""
-        return np.array([self._n_parts(k, epoch) for k in range(len(self.corpus.slices))])
-
-    def _n_parts(self, number: int, epoch: int) -> int:
+        n_cells, number = np.diff(self.corpus.first_cell), epoch if self.vary else 0
         if self.rules.partition == "balanced":
-            return -(-self.corpus.slices[number].n_cells // self.rules.n_cells)
-        return len(self._cut(number, epoch if self.vary else 0))
+            return -(-n_cells // self.rules.n_cells)
+        return np.array([len(self._cut(k, number)) for k in range(len(n_cells))])
 
     def _cut_anew(self, number: int, epoch: int) -> list[NDArray[np.int64]]:
         angle = 0.0

@@ -52,63 +52,37 @@ _STORED = np.float16
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What every stage of a run needs.
+    """What every stage of a run needs."""
 
-    Attributes
-    ----------
-    model
-        The model that is trained; the objectives hold its networks.
-    run
-        How all stages are trained.
-    corpus, validation
-        Slices to train on, and held-out ones; None for no validation.
-    folder
-        Where the run's files go. A stage's first cell embeddings go into its work folder, which
-        several runs may share.
-    processes
-        Those that train together.
-    show_progress_bar
-        Show bars.
-    """
-
-    model: Stofm
-    run: RunConfig
+    model: Stofm  # the model that is trained; the objectives hold its networks
+    run: RunConfig  # how all stages are trained
+    #: Slices to train on, and held-out ones; None for no validation.
     corpus: Corpus
     validation: Corpus | None = None
+    #: Where the run's files go. A stage's first cell embeddings go into its work folder, which
+    #: several runs may share.
     folder: RunFolder
-    processes: Processes
-    show_progress_bar: bool = False
+    processes: Processes  # those that train together
+    show_progress_bar: bool = False  # show bars
 
 
 @dataclass
 class Stage:
-    """A stage of training.
+    """A stage of training."""
 
-    Attributes
-    ----------
-    name
-        Such as ``"spatial"``; in the history.
-    number
-        Of the stage in the run; part of every seed.
-    objective
-        Module whose ``forward(inputs, gather)`` returns a
-        :class:`~stofm.train.objectives.LossPart` for each name in its attribute ``weights``.
-    samples, validation
-        Samples to train on, and held-out ones, loaded with the draws of epoch 0; None if there
-        are none. A batch is a list of sample numbers, the same in every process; each loads its
-        share of one. What is loaded depends on samples and epoch only.
-    embeddings
-        What sub-slices are built from; None if there are none.
-    refresh_every
-        Optimiser steps after which :meth:`refresh` is called; None for never.
-    """
-
-    name: str
-    number: int
+    name: str  # such as ``"spatial"``; in the history
+    number: int  # of the stage in the run; part of every seed
+    #: Module whose ``forward(inputs, gather)`` returns a :class:`~stofm.train.objectives.LossPart`
+    #: for each name in its attribute ``weights``.
     objective: nn.Module
+    #: Samples to train on, and held-out ones, loaded with the draws of epoch 0; None if there are
+    #: none. A batch is a list of sample numbers, the same in every process; each loads its share of
+    #: one. What is loaded depends on samples and epoch only.
     samples: Samples
     validation: Samples | None = None
+    #: What sub-slices are built from; None if there are none.
     embeddings: KeptEmbeddings | None = None
+    #: Optimiser steps after which :meth:`refresh` is called; None for never.
     refresh_every: int | None = None
 
     def refresh(self) -> None:
@@ -194,13 +168,7 @@ class KeptEmbeddings:
         return {"key": self._key, "first": self._first}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """Use the embeddings that :meth:`state` named.
-
-        Raises
-        ------
-        FileNotFoundError
-            They are not on disk any more, and the cell encoder has changed since.
-        """
+        """Use the embeddings that :meth:`state` named; FileNotFoundError if they can't be had any more."""
         self._key, self._first = state["key"], state["first"]
         self._referred.append(self._key)
         self._use(self._key, with_held_out=True)
@@ -251,14 +219,9 @@ class CellCache:
         )
 
     def encode(self, key: str) -> list[EncodedSlice]:
-        """Open the results of a key; those missing are computed with the current cell encoder.
+        """Open the results of a key; those missing are computed, each process its share.
 
-        Each process encodes its share.
-
-        Raises
-        ------
-        FileNotFoundError
-            The result of an older cell encoder is not there, or damaged.
+        A missing result of an older cell encoder raises FileNotFoundError.
         """
         processes, can_be_made = self.setup.processes, key == self.key()
         own = self.corpus.slices[processes.rank :: processes.count]
