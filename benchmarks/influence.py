@@ -25,8 +25,10 @@ from sklearn.metrics import roc_auc_score
 
 import stofm as st
 from stofm.genes import GeneVocabulary
+from stofm.heads.request import Request
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceBatch
-from stofm.perturb.influence import PairEffects, by_type
+from stofm.perturb.influence import by_type
+from stofm.perturb.masking import PairEffects
 from stofm.perturb.reading import Subject
 from stofm.spatial import SubSliceConfig, build_subslice
 from stofm.train.samples import cut_slice
@@ -46,7 +48,6 @@ PLANTED = (
 N_CELLS, N_GENES = 2000, 350
 REACH, MIN_PAIRS = 30.0, 30
 RUN = {"device": "cpu", "show_progress_bar": False, "seed": 0}
-READING = {"layer": None, "spatial_key": "spatial", "library_key": None, "table_key": None}
 
 
 def simulate(seed: int) -> AnnData:
@@ -103,7 +104,7 @@ def new_model(slices: list[AnnData]) -> Stofm:
 
 def unedited(adata: AnnData, model: Stofm) -> UneditedSlice:
     """A slice as the model sees it."""
-    return Subject.read(adata, model=model, **READING, **RUN).tissue.whole(0)
+    return Subject.read(adata, Request(model, **RUN), None).tissue.whole(0)
 
 
 def train(model: Stofm, slices: list[AnnData], told: list[AnnData], n_steps: int) -> list[float]:
@@ -230,7 +231,6 @@ def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
             adata.var_names.tolist(),
             cells=f"cell_type == '{sender}'",
             receivers=f"cell_type == '{receiver}'",
-            null=20,
             model=model,
             **RUN,
         )

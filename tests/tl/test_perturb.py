@@ -8,6 +8,7 @@ import torch
 from scipy import sparse
 
 import stofm as st
+from stofm.heads.request import Request
 from stofm.perturb.reading import Subject
 
 GENE = "ENSG00000000007"
@@ -49,17 +50,7 @@ def same(first, second):
 def test_deleting_a_gene_is_embedding_without_it(adata, model, perturb):
     cells = adata.obs["kind"] == "1"
     effect = perturb(genes={GENE: "delete"}, cells="kind == '1'")
-    subject = Subject.read(
-        adata,
-        model=model,
-        library_key="library",
-        layer=None,
-        spatial_key="spatial",
-        seed=0,
-        device="cpu",
-        table_key=None,
-        show_progress_bar=False,
-    )
+    subject = Subject.read(adata, Request(model, show_progress_bar=False, **LIBRARY), None)
     st.tl.embed(adata, model, **LIBRARY)
     np.testing.assert_allclose(
         subject.tissue.embeddings(np.arange(adata.n_obs)), adata.obsm["X_stofm"], atol=1e-6
@@ -249,14 +240,19 @@ def test_masks_names_and_queries_select_the_same(adata, perturb):
         ({"remove": True, "cells": ["cell1", "x"]}, KeyError, "1 of 2 names in `cells`"),
         ({"remove": True, "cells": np.arange(4)}, TypeError, "expected a mask of the cells, names"),
         ({"remove": True}, ValueError, "removes all .* cells of a slice"),
-        ({"shuffle": "region"}, KeyError, "There is no obs.'region'. to shuffle within"),
+        ({"shuffle": "region"}, KeyError, "There is no obs.'region'.; its columns are"),
         ({"move": (1.0,)}, ValueError, "move must be .x, y., finite"),
-        ({"remove": True, "goal": {"region": 1}}, KeyError, "no obs.'region'. for `goal`"),
+        (
+            {"remove": True, "goal": {"region": 1}},
+            KeyError,
+            "There is no obs.'region'.; its columns are",
+        ),
         (
             {"remove": True, "goal": {"kind": "7"}},
             ValueError,
             "No cell has obs.'kind'. == '7'.*holds",
         ),
+        ({"remove": True, "goal": "2"}, TypeError, "goal must be columns of obs .*found '2'"),
         ({"remove": True, "recompute": "all"}, ValueError, "recompute must be 'micro' or 'macro'"),
         ({"remove": True, "null": -2}, ValueError, "null must be a whole number"),
         ({"remove": True, "seed": -2}, ValueError, "seed must"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
+from stofm.heads.request import Request
 from stofm.perturb.perturbing import Question, perturb_table
 
 if TYPE_CHECKING:
@@ -142,21 +143,11 @@ def perturb(
     >>> effect.genes.loc[gene, "status"]
     'tested'
     """
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
+    )
     question = Question.read(
-        adata,
-        cells=cells,
-        receivers=receivers,
-        goal=goal,
-        recompute=recompute,
-        n_null=null,
-        model=model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=table_key,
-        show_progress_bar=show_progress_bar,
+        adata, request, table_key, cells, receivers, goal, recompute=recompute, n_null=null
     )
     return perturb_table(
         question,
