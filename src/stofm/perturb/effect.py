@@ -30,7 +30,8 @@ class PerturbationEffect:
         0; ``"not_in_input"``, selected, but its input lacks the genes, so that its shift is NaN; or
         ``"removed"``. ``distance``, to the nearest edited cell, in the unit of the coordinates.
         ``cosine`` and ``l2``, cosine and Euclidean distance of the embedding after the edit from that
-        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding.
+        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding, or
+        by how much likelier its class.
     genes
         A row for each edited gene, edited by itself. ``edit``; ``status``, ``"tested"`` or
         ``"not_in_input"``; ``effect``, mean of ``towards`` with a goal, else of ``l2``, over the

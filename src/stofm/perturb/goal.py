@@ -1,4 +1,4 @@
-"""What an effect may lead towards: cells with some values in ``obs``; and classes of a head."""
+"""What an effect may lead towards: cells with some values in ``obs``, or a class of a head."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stofm._keys import Obsm
+from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import describe_origin, origin_by, same_origin
+from stofm.heads.head import require_head
 from stofm.heads.network import apply_head
 from stofm.heads.trust import calibrated_probabilities, log_scores
 from stofm.perturb.reading import require_model, values_in
 
 if TYPE_CHECKING:
-    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
     from stofm.perturb.reading import Subject
 
@@ -27,14 +28,16 @@ def read_goal(subject: Subject, wanted: Any) -> Goal | None:
     """How near embeddings are to a goal as users name one; None without any.
 
     The negative distance from the mean unedited embedding of the cells that have the wanted values in
-    ``obs``.
+    ``obs``, or the probability of a class.
     """
     if wanted is None:
         return None
+    if isinstance(wanted, tuple) and len(wanted) == 2:
+        return _to_class(*wanted, subject.tissue.model)
     if not isinstance(wanted, Mapping):
         raise TypeError(
-            "goal must be columns of obs with their values, such as {'cell_type': 'B'}; "
-            f"found {wanted!r}."
+            "goal must be columns of obs with their values, such as {'cell_type': 'B'}, or a head "
+            f"and one of its classes, (head, 'B'); found {wanted!r}."
         )
     adata, is_goal = subject.adata, np.ones(subject.adata.n_obs, dtype=bool)
     for column, value in wanted.items():
@@ -46,6 +49,14 @@ def read_goal(subject: Subject, wanted: Any) -> Goal | None:
         raise ValueError(f"No cell has {said}, the `goal`.{there_are}")
     center = subject.tissue.embeddings(np.flatnonzero(is_goal)).mean(axis=0, dtype=np.float64)
     return lambda embeddings: -np.linalg.norm(embeddings - center, axis=1)
+
+
+def _to_class(head: AnnotationHead, name: str, model: Stofm) -> Goal:
+    require_head(head, AnnotationHead)
+    if name not in head.classes:
+        raise ValueError(f"The head has no class {name!r} for `goal`; it has {list(head.classes)}.")
+    probabilities, k = class_probabilities(head, model), head.classes.index(name)
+    return lambda embeddings: probabilities(embeddings)[:, k].astype(np.float64)
 
 
 def class_probabilities(head: AnnotationHead, model: Stofm) -> Goal:

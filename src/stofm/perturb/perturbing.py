@@ -64,7 +64,8 @@ class Question:
         if recompute not in ("micro", "macro"):
             raise ValueError(f"recompute must be 'micro' or 'macro', found {recompute!r}.")
         check_whole_number("null", n_null, least=0)
-        subject = Subject.read(data, request, table_key)
+        head = goal[0] if isinstance(goal, tuple) and goal else None
+        subject = Subject.read(data, request, table_key, head)
         return cls(
             subject=subject,
             cells=subject.select(cells, "cells"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
 
 
@@ -26,7 +27,7 @@ def screen(
     edit: Literal["delete", "first"] = "delete",
     cells: Any = None,
     receivers: Any = None,
-    goal: Mapping[str, object] | None = None,
+    goal: Mapping[str, object] | tuple[AnnotationHead, str] | None = None,
     recompute: Literal["micro", "macro"] = "micro",
     null: int = 100,
     model: Stofm | str | Path | None = None,
