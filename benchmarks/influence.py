@@ -11,6 +11,7 @@ all pairs, for the trained model, for the untrained one, and for what needs no m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -223,19 +224,20 @@ def without_masking(model: Stofm, adata: AnnData, whole: AnnData) -> dict[str, p
 
 
 def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
-    """Rank of each planted ligand among all genes, deleted in its senders."""
+    """Rank of each planted ligand among all genes, deleted in its senders, by the size of the null."""
     found = []
-    for sender, receiver, ligand, _ in PLANTED:
+    for (sender, receiver, ligand, _), null in itertools.product(PLANTED, (20, 100)):
         table = st.tl.screen(
             adata,
             adata.var_names.tolist(),
             cells=f"cell_type == '{sender}'",
             receivers=f"cell_type == '{receiver}'",
+            null=null,
             model=model,
             **RUN,
         )
         rank = {by: int((table[by] > table.loc[ligand, by]).sum()) + 1 for by in ("z", "effect")}
-        found.append({"ligand": ligand, **rank, "n_genes": len(table)})
+        found.append({"ligand": ligand, "null": null, **rank, "n_genes": len(table)})
         print(json.dumps(found[-1]), flush=True)
     return found
 
