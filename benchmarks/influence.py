@@ -11,6 +11,7 @@ all pairs, for the trained model, for the untrained one, and for what needs no m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -25,8 +26,10 @@ from sklearn.metrics import roc_auc_score
 
 import stofm as st
 from stofm.genes import GeneVocabulary
+from stofm.heads.request import Request
 from stofm.nn import CellEncoderConfig, SE2TransformerConfig, Stofm, StofmConfig, SubSliceBatch
-from stofm.perturb.influence import PairEffects, by_type
+from stofm.perturb.influence import by_type
+from stofm.perturb.masking import PairEffects
 from stofm.perturb.reading import Subject
 from stofm.spatial import SubSliceConfig, build_subslice
 from stofm.train.samples import cut_slice
@@ -46,7 +49,6 @@ PLANTED = (
 N_CELLS, N_GENES = 2000, 350
 REACH, MIN_PAIRS = 30.0, 30
 RUN = {"device": "cpu", "show_progress_bar": False, "seed": 0}
-READING = {"layer": None, "spatial_key": "spatial", "library_key": None, "table_key": None}
 
 
 def simulate(seed: int) -> AnnData:
@@ -103,7 +105,7 @@ def new_model(slices: list[AnnData]) -> Stofm:
 
 def unedited(adata: AnnData, model: Stofm) -> UneditedSlice:
     """A slice as the model sees it."""
-    return Subject.read(adata, model=model, **READING, **RUN).tissue.whole(0)
+    return Subject.read(adata, Request(model, **RUN), None).tissue.whole(0)
 
 
 def train(model: Stofm, slices: list[AnnData], told: list[AnnData], n_steps: int) -> list[float]:
@@ -222,20 +224,20 @@ def without_masking(model: Stofm, adata: AnnData, whole: AnnData) -> dict[str, p
 
 
 def screened(model: Stofm, adata: AnnData) -> list[dict[str, Any]]:
-    """Rank of each planted ligand among all genes, deleted in its senders."""
+    """Rank of each planted ligand among all genes, deleted in its senders, by the size of the null."""
     found = []
-    for sender, receiver, ligand, _ in PLANTED:
+    for (sender, receiver, ligand, _), null in itertools.product(PLANTED, (20, 100)):
         table = st.tl.screen(
             adata,
             adata.var_names.tolist(),
             cells=f"cell_type == '{sender}'",
             receivers=f"cell_type == '{receiver}'",
-            null=20,
+            null=null,
             model=model,
             **RUN,
         )
         rank = {by: int((table[by] > table.loc[ligand, by]).sum()) + 1 for by in ("z", "effect")}
-        found.append({"ligand": ligand, **rank, "n_genes": len(table)})
+        found.append({"ligand": ligand, "null": null, **rank, "n_genes": len(table)})
         print(json.dumps(found[-1]), flush=True)
     return found
 

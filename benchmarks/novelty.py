@@ -27,7 +27,7 @@ import stofm as st
 from stofm.heads.request import Request, resolve_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
@@ -53,6 +53,16 @@ NAMES = {
     "distance": "distance",
     "novelty": "novelty",
 }
+#: Columns of the tables, and what they are called.
+FOUND = {
+    "found": "new cells with a novelty above 1",
+    "known_novel": "known cells",
+    "unknown": 'new cells that are "unknown"',
+    "known_unknown": "known cells",
+    "grouped": "new cells in groups of `novel`",
+    "grouped_known": "known cells",
+}
+SETS = {"n_known": "cells", "accuracy": "accuracy", "coverage": "coverage", "set_size": "mean size"}
 
 
 def parts_of(loaded: LoadedTask) -> tuple[dict[str, AnnData], AnnData]:
@@ -153,34 +163,34 @@ def _fpr(values: NDArray[Any], new: NDArray[np.bool_], known: NDArray[np.bool_])
 
 
 def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Tables of means over the types of a slice, and over slices."""
+    """Tables of means over the types of a slice and over slices, and of each type."""
     table = pd.DataFrame(rows)
     new = table[table["left_out"].notna()]
     parts = []
     if len(new):
         means = new.groupby("slice", sort=False).mean(numeric_only=True)
         means.loc["mean"] = means.mean()
-        scores = [f"{kind}_{name}" for kind in ("auroc", "fpr95") for name in NAMES]
-        called = [f"{kind} {NAMES[name]}" for kind in ("AUROC", "FPR at 95 %,") for name in NAMES]
-        parts.append(_table(means[scores].set_axis(called, axis=1)))
-        found = ["found", "known_novel", "unknown", "known_unknown", "grouped", "grouped_known"]
-        parts.append(_table(means[found]))
-    every = table[table["left_out"].isna()].set_index("slice")
+        scores = {f"auroc_{name}": f"AUROC, {called}" for name, called in NAMES.items()}
+        scores |= {f"fpr95_{name}": f"FPR at 95 %, {called}" for name, called in NAMES.items()}
+        parts += [_table(means, scores), _table(means, FOUND)]
+        each = new.set_index(new["slice"].str.removesuffix(" types") + ", " + new["left_out"])
+        parts.append(_table(each, {"n_new": "cells"} | {f"auroc_{n}": c for n, c in NAMES.items()}))
+    every = table[table["left_out"].isna()].set_index("slice").select_dtypes("number").astype(float)
     if len(every):
-        every = every[["accuracy", "coverage", "set_size"]].astype(float)
         every.loc["mean"] = every.mean()
-        parts.append(_table(every))
+        parts.append(_table(every, SETS))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(values: pd.DataFrame) -> str:
+def _table(values: pd.DataFrame, columns: Mapping[str, str]) -> str:
+    """Some columns, by what they are called."""
     lines = [
-        "| slice | " + " | ".join(values.columns) + " |",
-        "| --- " * (values.shape[1] + 1) + "|",
+        "| slice | " + " | ".join(columns.values()) + " |",
+        "| --- " * (len(columns) + 1) + "|",
     ]
     lines += [
-        f"| {name} | " + " | ".join(f"{v:.3f}" for v in row) + " |"
-        for name, *row in values.itertuples()
+        f"| {name} | " + " | ".join(f"{v:.0f}" if v > 10 else f"{v:.2f}" for v in row) + " |"
+        for name, *row in values[list(columns)].itertuples()
     ]
     return "\n".join(lines)
 

@@ -32,11 +32,13 @@ def test_types_from_the_frequent_to_the_rare():
 def test_tables():
     scores = {f"{kind}_{name}": 0.5 for kind in ("auroc", "fpr95") for name in novelty.NAMES}
     found = ["found", "known_novel", "unknown", "known_unknown", "grouped", "grouped_known"]
-    sets = {"accuracy": 0.7, "coverage": 0.9, "set_size": 1.5}
+    sets = {"n_known": 400, "accuracy": 0.7, "coverage": 0.9, "set_size": 1.5}
+    new = {"n_new": 30, **scores, **dict.fromkeys(found, 0.25)}
     rows = [
         {"slice": "s", "left_out": None, **sets},
-        {"slice": "s", "left_out": "a", **sets, **scores, **dict.fromkeys(found, 0.25)},
+        {"slice": "s", "left_out": "a", **sets, **new},
     ]
     text = novelty.to_markdown(rows)
     assert text.count("| mean |") == 3
-    assert "| s | 0.700 | 0.900 | 1.500 |" in text
+    assert "| s | 400 | 0.70 | 0.90 | 1.50 |" in text
+    assert "| s, a | 30 | 0.50 | 0.50 | 0.50 | 0.50 |" in text

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import torch
 
+from stofm.corpus.reader import take_cells
+from stofm.genes import RankedTokens
 from stofm.nn import SubSliceBatch
+from stofm.perturb import UneditedSlice
 from stofm.perturb.attention import attend
 from stofm.spatial import build_subslice
 
@@ -50,10 +55,22 @@ def test_other_partitions_bring_pairs_together_and_are_averaged(whole) -> None:
     assert np.diff(attend(whole, top=4, n_shifted=3).weights.indptr).max() == 4
 
 
-def test_a_single_cell_attends_to_nobody(model, ranked, coordinates) -> None:
-    from stofm.corpus.reader import take_cells
-    from stofm.perturb import UneditedSlice
+def test_nothing_is_as_large_as_all_pairs_of_cells(model, rng) -> None:
+    n = 2003
+    lists = RankedTokens(
+        rng.integers(2, 69, 3 * n).astype(np.int32), np.arange(0, 3 * n + 1, 3, dtype=np.int64)
+    )
+    coordinates = rng.random((n, 2)) * 900.0
+    whole = UneditedSlice.of(model, lists, coordinates, device=torch.device("cpu"))
+    tracemalloc.start()
+    found = attend(whole, top=5, n_shifted=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.diff(found.weights.indptr).max() == 5
+    assert peak < n**2 / 2
 
+
+def test_a_single_cell_attends_to_nobody(model, ranked, coordinates) -> None:
     one = UneditedSlice.of(
         model, take_cells(ranked, np.array([3])), coordinates[:1], device=torch.device("cpu")
     )

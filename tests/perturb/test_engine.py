@@ -8,7 +8,7 @@ import torch
 
 from stofm.corpus.reader import take_cells
 from stofm.nn import Stofm, embed_slice
-from stofm.perturb import Detached, Edit, UneditedSlice
+from stofm.perturb import Detached, Edit, UneditedSlice, runs
 from stofm.perturb.token_lists import delete
 from stofm.spatial import build_subslice
 
@@ -16,24 +16,19 @@ CPU = torch.device("cpu")
 N = 131
 
 
-def with_rules(whole, **rules):
-    return UneditedSlice.of(
-        whole.model,
-        whole.ranked,
-        whole.coordinates,
-        rules=replace(whole.rules, **rules),
-        device=CPU,
-    )
-
-
-def passing_on(model):
-    """A model that passes features and their mean over neighbours on."""
-    transformer = replace(model.config.se2_transformer, n_passed=5)
+def in_spacings(model, **sizes):
+    """The model with another unit of distances."""
+    transformer = replace(model.config.se2_transformer, **sizes)
     rules = replace(model.config.subslice, unit="spacing")
     config = replace(model.config, se2_transformer=transformer, subslice=rules)
     other = Stofm(config, model.vocabulary).eval()
     other.load_state_dict(model.state_dict())
     return other
+
+
+def passing_on(model):
+    """A model that passes features and their mean over neighbours on."""
+    return in_spacings(model, n_passed=5)
 
 
 def deleting(whole, cells, gene=7):
@@ -93,8 +88,8 @@ def test_deleted_genes_change_their_sub_slices_as_computed_anew(model, ranked, c
     assert np.abs(after - whole.embeddings).max() > 1e-3
 
 
-def test_removed_cells_are_no_nodes_and_the_unit_stays(whole):
-    whole = with_rules(whole, unit="spacing")
+def test_removed_cells_are_no_nodes_and_the_unit_stays(model, ranked, coordinates):
+    whole = UneditedSlice.of(in_spacings(model), ranked, coordinates, device=CPU)
     rows = whole.parts[0]
     removed, kept = rows[::3], np.setdiff1d(rows, rows[::3])
     after = all_after(whole, Edit(removed=removed))
@@ -192,11 +187,13 @@ def test_turned_and_shifted_slices_give_the_same_shifts(whole):
         np.testing.assert_allclose(*shifts, atol=1e-5)
 
 
-def test_batches_and_other_edits_make_no_difference(whole):
+def test_batches_and_other_edits_make_no_difference(whole, monkeypatch):
     cells = np.arange(N)
     edits = [deleting(whole, cells, gene) for gene in (7, 8, 9)]
     edits += [Edit(removed=cells[:5]), deleting(whole, cells[:40], 12)]
-    together = {(x.edit, x.rows[0]): x.after for x in replace(whole, batch_size=3).embed(edits)}
+    with monkeypatch.context() as several:
+        several.setitem(runs.SUBSLICES_AT_ONCE, "cpu", 3)
+        together = {(x.edit, x.rows[0]): x.after for x in whole.embed(edits)}
     assert len(together) == 3 * 3 + len(set(whole.layout.subslice[:5])) + len(
         set(whole.layout.subslice[:40])
     )

@@ -39,6 +39,7 @@ def test_without_a_pair_that_stands_out(found) -> None:
     found.pairs = found.pairs.assign(FDR=1.0)
     _, network = st.pl.influence(found)
     assert not network.patches
+    assert network.get_title() == "no two types with FDR < 0.05"
 
 
 def test_messages_of_influence(found) -> None:

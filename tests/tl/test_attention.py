@@ -65,3 +65,12 @@ def test_what_is_not_ours_stays(adata, model) -> None:
     adata.obs["mine_virtual"] = 1.0
     with pytest.raises(ValueError, match=r"would replace obs\['mine_virtual'\]"):
         st.tl.attention(adata, model, key_added="mine", **READING)
+
+
+def test_a_table_of_spatialdata(adata, model) -> None:
+    SpatialData = pytest.importorskip("spatialdata").SpatialData
+    sdata = SpatialData(tables={"table": adata.copy()})
+    st.tl.attention(sdata, model, **READING)
+    st.tl.attention(adata, model, **READING)
+    found = sdata.tables["table"].obsp["stofm_attention"]
+    assert (found != adata.obsp["stofm_attention"]).nnz == 0

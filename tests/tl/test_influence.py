@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 import stofm as st
-from stofm.perturb.masking import _change_of_classes, effects_between
+from stofm.heads.request import Request
+from stofm.perturb.masking import _change, effects_between
 from stofm.perturb.reading import Subject
 
 READING = {"library_key": "library", "show_progress_bar": False}
@@ -83,7 +84,7 @@ def test_class_probabilities_of_a_head(adata, model, few_epochs) -> None:
     st.tl.annotate(adata, head=head, model=model, **READING)
     features = np.asarray(adata.obsm["X_stofm"])
     proba = adata.obsm["stofm_annotation_proba"].to_numpy()
-    change = _change_of_classes(head, model)(features[:50], features[50:100])
+    change = _change(head, model)(features[:50], features[50:100])
     expected = np.abs(proba[:50] - proba[50:100]).sum(axis=1) / 2
     np.testing.assert_allclose(change, expected, atol=1e-5)
 
@@ -119,21 +120,18 @@ def test_messages(adata, model, options, error, message) -> None:
 
 
 def test_senders_are_drawn_by_type_over_all_slices(adata, model) -> None:
-    subject = Subject.read(
-        adata,
-        model=model,
-        layer=None,
-        spatial_key="spatial",
-        seed=0,
-        device="cpu",
-        table_key=None,
-        **READING,
-    )
+    subject = Subject.read(adata, Request(model, **READING), None)
     kinds = adata.obs["kind"].cat.codes.to_numpy().astype(np.int64)
-    pairs, _ = effects_between(
-        subject.tissue, kinds, None, reach=200.0, n_max=4, show_progress_bar=False
-    )
+    pairs, _ = effects_between(subject.tissue, kinds, None, reach=200.0, n_max=4)
     senders = np.unique(pairs.senders)
     assert np.bincount(kinds[senders]).tolist() == [4, 4, 4]
     library = adata.obs["library"].to_numpy()
     assert (library[pairs.senders] == library[pairs.receivers]).all()
+
+
+def test_a_table_of_spatialdata(adata, model) -> None:
+    SpatialData = pytest.importorskip("spatialdata").SpatialData
+    sdata = SpatialData(tables={"table": adata.copy()})
+    options = {"groupby": "kind", "model": model, "n_max": 3, "min_pairs": 1, **READING}
+    expected, found = (st.tl.influence(one, **options).pairs for one in (adata, sdata))
+    pd.testing.assert_frame_equal(found, expected)

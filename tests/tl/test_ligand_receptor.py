@@ -59,3 +59,11 @@ def test_by_type_and_by_another_name(adata, model, resource) -> None:
 def test_messages(adata, model, resource, options, error, message) -> None:
     with pytest.raises(error, match=message):
         st.tl.ligand_receptor(adata, resource=resource, model=model, **options, **READING)
+
+
+def test_a_table_of_spatialdata(adata, model, resource) -> None:
+    SpatialData = pytest.importorskip("spatialdata").SpatialData
+    sdata = SpatialData(tables={"table": adata.copy()})
+    options = {"resource": resource, "model": model, "n_max": 40, "min_pairs": 1, **READING}
+    expected, found = (st.tl.ligand_receptor(one, **options) for one in (adata, sdata))
+    pd.testing.assert_frame_equal(found, expected)

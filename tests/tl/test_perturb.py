@@ -8,6 +8,7 @@ import torch
 from scipy import sparse
 
 import stofm as st
+from stofm.heads.request import Request
 from stofm.perturb.reading import Subject
 
 GENE = "ENSG00000000007"
@@ -49,17 +50,7 @@ def same(first, second):
 def test_deleting_a_gene_is_embedding_without_it(adata, model, perturb):
     cells = adata.obs["kind"] == "1"
     effect = perturb(genes={GENE: "delete"}, cells="kind == '1'")
-    subject = Subject.read(
-        adata,
-        model=model,
-        library_key="library",
-        layer=None,
-        spatial_key="spatial",
-        seed=0,
-        device="cpu",
-        table_key=None,
-        show_progress_bar=False,
-    )
+    subject = Subject.read(adata, Request(model, show_progress_bar=False, **LIBRARY), None)
     st.tl.embed(adata, model, **LIBRARY)
     np.testing.assert_allclose(
         subject.tissue.embeddings(np.arange(adata.n_obs)), adata.obsm["X_stofm"], atol=1e-6
@@ -182,6 +173,32 @@ def test_receivers_and_a_goal_say_what_the_effect_is(adata, model, perturb):
     assert (np.abs(towards) <= np.minimum(effect.cells["l2"], gaps) + 1e-5)[is_shifted].all()
 
 
+@pytest.fixture
+def head(adata, model, few_epochs):
+    """A head that reads the embedding alone."""
+    options = st.tl.HeadOptions(n_neighbors=0, n_components=0)
+    how = {"label_key": "kind", "model": model, "use_rep": "X_stofm", "options": options}
+    return st.tl.annotate(adata, **how, **LIBRARY)
+
+
+def test_a_class_of_a_head_is_a_goal(adata, model, perturb, head):
+    options = {"genes": {GENE: "delete"}, "cells": "kind == '1'"}
+    st.tl.annotate(adata, head=head, model=model, **LIBRARY)
+    before = adata.obsm["stofm_annotation_proba"]
+    towards = {
+        name: perturb(goal=(head, name), **options).cells["towards"] for name in head.classes
+    }
+    for name, values in towards.items():
+        after = before[name] + values.fillna(0.0)
+        assert after.between(-1e-6, 1 + 1e-6).all()
+    assert np.abs(sum(towards.values())).max() < 1e-5
+    assert max(values.abs().max() for values in towards.values()) > 1e-3
+    tested = perturb(goal=(head, "2"), null=4, **options)
+    edited = tested.cells["role"] == "edited"
+    assert tested.genes.loc[GENE, "effect"] == pytest.approx(towards["2"][edited].mean())
+    assert tested.genes.loc[GENE, "n_null"] == 4
+
+
 def test_slices_are_edited_as_if_alone(adata, model, perturb):
     both = perturb(genes={GENE: "delete"})
     left = adata[adata.obs["library"] == "left"].copy()
@@ -249,14 +266,20 @@ def test_masks_names_and_queries_select_the_same(adata, perturb):
         ({"remove": True, "cells": ["cell1", "x"]}, KeyError, "1 of 2 names in `cells`"),
         ({"remove": True, "cells": np.arange(4)}, TypeError, "expected a mask of the cells, names"),
         ({"remove": True}, ValueError, "removes all .* cells of a slice"),
-        ({"shuffle": "region"}, KeyError, "There is no obs.'region'. to shuffle within"),
+        ({"shuffle": "region"}, KeyError, "There is no obs.'region'.; its columns are"),
         ({"move": (1.0,)}, ValueError, "move must be .x, y., finite"),
-        ({"remove": True, "goal": {"region": 1}}, KeyError, "no obs.'region'. for `goal`"),
+        (
+            {"remove": True, "goal": {"region": 1}},
+            KeyError,
+            "There is no obs.'region'.; its columns are",
+        ),
         (
             {"remove": True, "goal": {"kind": "7"}},
             ValueError,
             "No cell has obs.'kind'. == '7'.*holds",
         ),
+        ({"remove": True, "goal": "2"}, TypeError, "goal must be columns of obs .*found '2'"),
+        ({"remove": True, "goal": ("kind", "2")}, TypeError, "Expected a head for annotation"),
         ({"remove": True, "recompute": "all"}, ValueError, "recompute must be 'micro' or 'macro'"),
         ({"remove": True, "null": -2}, ValueError, "null must be a whole number"),
         ({"remove": True, "seed": -2}, ValueError, "seed must"),
@@ -267,7 +290,7 @@ def test_messages(perturb, options, error, message):
         perturb(**options)
 
 
-def test_embeddings_and_goals_of_another_model_are_refused(adata, model, perturb):
+def test_embeddings_and_goals_of_another_model_are_refused(adata, model, perturb, head):
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.se2_transformer.input_projection.weight)
     st.tl.embed(adata, other, **LIBRARY)
@@ -278,6 +301,10 @@ def test_embeddings_and_goals_of_another_model_are_refused(adata, model, perturb
         perturb(remove=True, cells="kind == '1'", model=None)
     with pytest.raises(ValueError, match=r"obs.'stofm_domain'. is by tiny"):
         perturb(remove=True, cells="kind == '1'", goal={"stofm_domain": "1"})
+    with pytest.raises(ValueError, match=r"The head was fitted to embeddings by tiny"):
+        perturb(model=other, remove=True, cells="kind == '1'", goal=(head, "1"))
+    with pytest.raises(ValueError, match=r"no class '9' for `goal`; it has \['0', '1', '2'\]"):
+        perturb(remove=True, cells="kind == '1'", goal=(head, "9"))
     found = perturb(model=other, remove=True, cells="kind == '1'", goal={"stofm_domain": "1"})
     assert np.isfinite(found.overall["effect"])
 

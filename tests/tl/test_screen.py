@@ -14,9 +14,9 @@ def model(responsive_model):
 
 @pytest.fixture
 def screen(adata, model):
-    def call(*args, **options):
+    def call(*args, data=adata, **options):
         given = {"model": model, "library_key": "library", "null": 5, **options}
-        return st.tl.screen(adata, *args, **given)
+        return st.tl.screen(data, *args, **given)
 
     return call
 
@@ -51,6 +51,13 @@ def test_expressed_genes_are_screened_by_default(adata, screen):
     assert len(table) > 40
     assert table["p"].isna().all()
     assert (np.diff(table["effect"]) <= 0).all()
+
+
+def test_a_table_of_spatialdata(adata, screen):
+    SpatialData = pytest.importorskip("spatialdata").SpatialData
+    sdata = SpatialData(tables={"table": adata.copy()})
+    names = adata.var_names[:3].tolist()
+    assert screen(names, data=sdata, null=2).equals(screen(names, null=2))
 
 
 def test_genes_outside_the_input_have_no_rank(adata, screen):

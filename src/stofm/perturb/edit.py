@@ -49,7 +49,7 @@ class Edit:
     Attributes
     ----------
     cells
-        Rows whose tokens change.
+        Rows that are edited and stay; with `tokens`, those whose tokens change.
     tokens
         Gives the new tokens of some of `cells`, in their order. It is called once for each
         sub-slice, so that the tokens of many edits are never in memory together.
@@ -67,6 +67,11 @@ class Edit:
     removed: NDArray[np.int64] = field(default_factory=_no_cells)
     coordinates: NDArray[np.float64] | None = None
     detached: Detached | None = None
+
+    @property
+    def edited(self) -> NDArray[np.int64]:
+        """Rows of all cells that it is of."""
+        return np.union1d(self.cells, self.removed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,8 @@ class PlacedEdit:
 
     def cells_in(self, k: int) -> NDArray[np.int64]:
         """Cells with other tokens that are in a sub-slice after the edit."""
+        if self.edit.tokens is None:
+            return _no_cells()
         found: NDArray[np.int64] = self.edit.cells[self.after[self.edit.cells] == k]
         return found
 

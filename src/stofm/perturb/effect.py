@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stofm.perturb.runs import Embedded
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
+
+    from stofm.perturb.goal import Goal
+    from stofm.perturb.runs import Embedded
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,7 +30,8 @@ class PerturbationEffect:
         0; ``"not_in_input"``, selected, but its input lacks the genes, so that its shift is NaN; or
         ``"removed"``. ``distance``, to the nearest edited cell, in the unit of the coordinates.
         ``cosine`` and ``l2``, cosine and Euclidean distance of the embedding after the edit from that
-        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding.
+        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding, or
+        by how much likelier its class.
     genes
         A row for each edited gene, edited by itself. ``edit``; ``status``, ``"tested"`` or
         ``"not_in_input"``; ``effect``, mean of ``towards`` with a goal, else of ``l2``, over the
@@ -52,38 +54,26 @@ class PerturbationEffect:
         return f"PerturbationEffect({said}; see .cells and .genes)"
 
 
-@dataclass(frozen=True, eq=False)
-class Shifts:
-    """How far cells moved, (m,) each; `towards` is None without a goal."""
+def shifts(
+    before: NDArray[np.float32], after: NDArray[np.float32], goal: Goal | None
+) -> dict[str, NDArray[np.float64]]:
+    """How far cells moved, (m,), by columns of :attr:`PerturbationEffect.cells`.
 
-    cosine: NDArray[np.float64]
-    l2: NDArray[np.float64]
-    towards: NDArray[np.float64] | None
-
-    @classmethod
-    def of(cls, one: Embedded, goal: NDArray[np.floating] | None) -> Shifts:
-        """Compare embeddings before and after an edit, and with the mean of a goal, (d,)."""
-        before, after = one.before.astype(np.float64), one.after.astype(np.float64)
-        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
-        products = (before * after).sum(axis=1) / np.where(norms > 0, norms, 1.0)
-        is_moved = (one.before != one.after).any(axis=1)
-        cosine = np.where(is_moved, np.maximum(1.0 - products, 0.0), 0.0)
-        towards = None
-        if goal is not None:
-            gaps = [np.linalg.norm(x - goal, axis=1) for x in (before, after)]
-            towards = gaps[0] - gaps[1]
-        return cls(cosine, np.linalg.norm(after - before, axis=1), towards)
-
-    @property
-    def measured(self) -> NDArray[np.float64]:
-        """What effects are means of."""
-        return self.l2 if self.towards is None else self.towards
+    `before` and `after` are (m, d_embedding). Effects are means of the last column.
+    """
+    is_moved = (before != after).any(axis=1)
+    old, new = before.astype(np.float64), after.astype(np.float64)
+    norms = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
+    products = (old * new).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+    found = {
+        "cosine": np.where(is_moved, np.maximum(1.0 - products, 0.0), 0.0),
+        "l2": np.linalg.norm(new - old, axis=1),
+    }
+    return found if goal is None else found | {"towards": goal(new) - goal(old)}
 
 
 def mean_effects(
-    embedded: Iterable[Embedded],
-    receivers: Sequence[NDArray[np.int64]],
-    goal: NDArray[np.floating] | None,
+    embedded: Iterable[Embedded], receivers: Sequence[NDArray[np.int64]], goal: Goal | None
 ) -> NDArray[np.float64]:
     """Mean shift of the receivers of each edit; NaN without any.
 
@@ -92,8 +82,9 @@ def mean_effects(
     sums = np.zeros(len(receivers))
     for one in embedded:
         is_meant = np.isin(one.rows, receivers[one.edit], assume_unique=True)
-        meant = Embedded(one.edit, one.rows[is_meant], one.before[is_meant], one.after[is_meant])
-        sums[one.edit] += Shifts.of(meant, goal).measured.sum()
+        if is_meant.any():
+            *_, measured = shifts(one.before[is_meant], one.after[is_meant], goal).values()
+            sums[one.edit] += measured.sum()
     sizes = np.array([len(rows) for rows in receivers])
     found: NDArray[np.float64] = np.where(sizes > 0, sums / np.maximum(sizes, 1), np.nan)
     return found

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stofm.perturb.runs import Embedded
     from stofm.spatial import SliceLayout, SubSliceConfig
 
-#: Edited cells whose tokens are in memory at a time.
+#: Edited cells whose tokens are in memory at a time, if no edit has more.
 _CELLS_AT_ONCE: Final = 2048
 
 
@@ -53,16 +53,12 @@ class UneditedSlice:
         (n, d_cell) cell embeddings, computed from `ranked` in the same way as those of edited cells.
     layout
         Sub-slices, clusters and virtual cells.
-    rules
-        Sub-slice rules.
     seed
         Seed of the clustering.
     device
         Where to compute.
     panel
         Tokens of the genes that are measured; those that occur in `ranked` by default.
-    batch_size
-        Edits of a sub-slice computed at a time; fitted to the device by default.
     """
 
     model: Stofm
@@ -70,11 +66,9 @@ class UneditedSlice:
     coordinates: NDArray[np.float64]
     features: NDArray[np.float32]
     layout: SliceLayout
-    rules: SubSliceConfig
     seed: int
     device: torch.device
-    panel: NDArray[np.integer] | None = None
-    batch_size: int | None = None
+    panel: NDArray[np.integer]
 
     @classmethod
     def of(
@@ -83,32 +77,31 @@ class UneditedSlice:
         ranked: RankedTokens,
         coordinates: NDArray[np.floating],
         *,
-        rules: SubSliceConfig | None = None,
         seed: int = 0,
         device: torch.device,
         panel: NDArray[np.integer] | None = None,
-        batch_size: int | None = None,
     ) -> UneditedSlice:
         """Encode the cells of a slice and lay it out; arguments are the attributes of that name."""
-        rules = rules or model.config.subslice
         xy = np.asarray(coordinates, dtype=np.float64)
         panel = np.unique(ranked.tokens) if panel is None else panel
         features = encode_cells(
             model.cell_encoder, ranked, model.vocabulary, device=device, panel=panel
         )
-        layout = lay_out_slice(xy, features, rules, seed=seed)
         return cls(
             model=model,
             ranked=ranked,
             coordinates=xy,
             features=features,
-            layout=layout,
-            rules=rules,
+            layout=lay_out_slice(xy, features, model.config.subslice, seed=seed),
             seed=seed,
             device=device,
             panel=panel,
-            batch_size=batch_size,
         )
+
+    @property
+    def rules(self) -> SubSliceConfig:
+        """Sub-slice rules."""
+        return self.model.config.subslice
 
     @property
     def n_cells(self) -> int:
@@ -173,8 +166,10 @@ class UneditedSlice:
         for k in range(self.layout.n_subslices):
             run = SubSliceRun(self, k)
             touching = [(e, one) for e, one in enumerate(placed_edits) if one.touches(k)]
-            for group in _groups(touching, k):
-                yield from run.embed(group)
+            most = max((len(one.cells_in(k)) for _, one in touching), default=0)
+            at_once = max(1, _CELLS_AT_ONCE // max(1, most))
+            for start in range(0, len(touching), at_once):
+                yield from run.embed(touching[start : start + at_once])
             if on_done is not None:
                 on_done(1)
 
@@ -197,14 +192,3 @@ class UneditedSlice:
             features=features[kept],
             layout=lay_out_slice(xy, features[kept], self.rules, seed=self.seed),
         )
-
-
-def _groups(
-    touching: Sequence[tuple[int, PlacedEdit]], k: int
-) -> Iterator[Sequence[tuple[int, PlacedEdit]]]:
-    """Edits whose tokens are in memory together."""
-    sizes = np.cumsum([len(one.cells_in(k)) for _, one in touching])
-    ends = np.flatnonzero(np.diff(sizes // _CELLS_AT_ONCE)) + 1
-    for start, stop in zip([0, *ends], [*ends, len(touching)], strict=True):
-        if stop > start:
-            yield touching[start:stop]

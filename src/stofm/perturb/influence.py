@@ -1,116 +1,25 @@
-"""How much the embedding of each cell depends on single cells near it."""
+"""What types of cells do to each other, against what is expected: from pairs of cells to tables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pandas as pd
-from scipy import sparse, stats
-from scipy.spatial import cKDTree
+from scipy import sparse
+from scipy.stats import norm
 
-from stofm.perturb.edit import Detached, Edit
+from stofm.perturb.null import adjusted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from stofm.perturb.engine import UneditedSlice
+    from stofm.perturb.masking import PairEffects
 
 #: Bins of equally many pairs by distance.
 _N_BINS: Final = 5
-
-
-class PairEffects(NamedTuple):
-    """What single senders do to the receivers near them; arrays (n_pairs,).
-
-    `distances` are in the unit of the coordinates.
-    """
-
-    senders: NDArray[np.int64]
-    receivers: NDArray[np.int64]
-    distances: NDArray[np.float64]
-    effects: NDArray[np.float32]
-
-    @classmethod
-    def joined(cls, parts: list[PairEffects]) -> PairEffects:
-        """Pairs of several slices, one after another."""
-        return cls(*(np.concatenate(one) for one in zip(*parts, strict=True)))
-
-
-def pair_effects(
-    whole: UneditedSlice,
-    senders: NDArray[np.int64],
-    *,
-    reach: float,
-    change: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating]],
-) -> PairEffects:
-    """Mask senders one at a time for the cells around them, and see how much these change.
-
-    Senders that lie more than twice the reach apart are masked in one run, as no cell is within
-    reach of two of them; what others do to a cell through cells in between is small beside that.
-
-    Parameters
-    ----------
-    whole
-        The slice.
-    senders
-        Rows of the cells to mask.
-    reach
-        Distance up to which cells no longer read a masked one, in the unit of the coordinates.
-    change
-        From embeddings before and after, (n, d_embedding), to the change of each cell, (n,).
-
-    Returns
-    -------
-    All pairs of a sender and another cell of its sub-slice within reach.
-    """
-    groups = _apart(whole.coordinates[senders], 2 * reach)
-    is_sender = np.zeros((groups.max(initial=-1) + 1, whole.n_cells), dtype=bool)
-    is_sender[groups, senders] = True
-    edits = [Edit(detached=Detached(senders=one, reach=reach)) for one in is_sender]
-    nobody = np.empty(0, dtype=np.int64)
-    parts = [PairEffects(nobody, nobody, np.empty(0), np.empty(0, dtype=np.float32))]
-    for found in whole.embed(edits):
-        xy = whole.coordinates[found.rows]
-        masked = np.flatnonzero(is_sender[found.edit, found.rows])
-        distances, nearest = cKDTree(xy[masked]).query(xy, distance_upper_bound=reach * (1 + 1e-9))
-        is_near = np.isfinite(distances)
-        is_near[masked] = False
-        values = change(found.before[is_near], found.after[is_near]).astype(np.float32)
-        rows = found.rows[masked][nearest[is_near]]
-        parts.append(PairEffects(rows, found.rows[is_near], distances[is_near], values))
-    return PairEffects.joined(parts)
-
-
-def _apart(xy: NDArray[np.float64], distance: float) -> NDArray[np.int64]:
-    """Number groups of points so that those of a group lie at least so far apart, (n,).
-
-    A group has one point of each second tile, along both axes.
-    """
-    tile = np.floor(xy / distance).astype(np.int64)
-    which = np.unique(tile, axis=0, return_inverse=True)[1].ravel()
-    order = np.argsort(which, kind="stable")
-    starts = np.searchsorted(which[order], which[order])
-    rank = np.empty(len(xy), dtype=np.int64)
-    rank[order] = np.arange(len(xy)) - starts
-    parity = tile[:, 0] % 2 * 2 + tile[:, 1] % 2
-    groups: NDArray[np.int64] = np.unique(rank * 4 + parity, return_inverse=True)[1].ravel()
-    return groups
-
-
-class Contrast(NamedTuple):
-    """Effects of some groups of pairs against what is expected; arrays (n_groups,).
-
-    `strength` is the mean effect, `expected` its mean over permutations, and `z` the difference in
-    standard deviations over permutations; NaN for groups without pairs or without variation.
-    """
-
-    strength: NDArray[np.float64]
-    expected: NDArray[np.float64]
-    z: NDArray[np.float64]
-    n_pairs: NDArray[np.int64]
 
 
 def in_bins(pairs: PairEffects) -> NDArray[np.int64]:
@@ -138,53 +47,44 @@ def contrast(
     bases: NDArray[np.float64],
     counts: NDArray[np.integer],
     flags: NDArray[np.bool_],
-    strata: NDArray[np.integer],
-) -> Contrast:
-    """Compare flagged senders with others of their stratum, for groups of receivers.
+) -> dict[str, NDArray[Any]]:
+    """Compare flagged senders with others, for groups of receivers.
 
-    The flags are permuted among those senders of a stratum that have a receiver of the group. Mean
-    and variance of the sum over flagged senders follow from all permutations at once. Senders are
-    permuted and not pairs, because pairs of one sender are not independent.
+    The flags are permuted among those senders that have a receiver of the group. Mean and variance of
+    the sum over flagged senders follow from all permutations at once. Senders are permuted and not
+    pairs, because pairs of one sender are not independent.
 
     Parameters
     ----------
     totals, bases, counts
-        (n_senders, n_groups) sum of the effects on a group's receivers, of what effects are at
-        their distance, and number of these receivers.
+        (n_senders, n_groups) sum of the effects on a group's receivers, of what is expected of them,
+        and number of these receivers.
     flags
-        (n_senders, n_groups) which senders are in the group.
-    strata
-        (n_senders,) codes.
+        (n_senders, n_groups) which senders are compared with the others.
+
+    Returns
+    -------
+    Columns (n_groups,): ``strength``, the mean effect; ``expected``, its mean over permutations; ``z``,
+    the difference in standard deviations over permutations; ``n_pairs``. NaN for groups without pairs
+    or without variation.
 
     References
     ----------
     Hoeffding 1951, A combinatorial central limit theorem (Ann. Math. Stat. 22:558), for the
     moments.
     """
-    n_groups = totals.shape[1]
-    excess, variance = np.zeros(n_groups), np.zeros(n_groups)
-    for stratum in np.unique(strata):
-        own = strata == stratum
-        n_own, is_flagged = counts[own], flags[own] & (counts[own] > 0)
-        n, k = (n_own > 0).sum(axis=0), is_flagged.sum(axis=0)
-        residuals = totals[own] - bases[own]
-        residuals = residuals - n_own * (residuals.sum(axis=0) / np.maximum(n_own.sum(axis=0), 1))
-        excess += (is_flagged * residuals).sum(axis=0)
-        spread = (residuals**2).sum(axis=0) / np.maximum(n * (n - 1), 1)
-        variance += k * (n - k) * spread
+    has_some = counts > 0
+    n, k = has_some.sum(axis=0), (flags & has_some).sum(axis=0)
+    residuals = totals - bases
+    residuals = residuals - counts * (residuals.sum(axis=0) / np.maximum(counts.sum(axis=0), 1))
+    excess = (flags * residuals).sum(axis=0)
+    variance = k * (n - k) * (residuals**2).sum(axis=0) / np.maximum(n * (n - 1), 1)
     n_pairs = (flags * counts).sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
         strength = (flags * totals).sum(axis=0) / n_pairs
         expected = strength - excess / n_pairs
         z = np.where(variance > 0, excess / np.sqrt(variance), np.nan)
-    return Contrast(strength, expected, z, n_pairs)
-
-
-def false_discovery_rates(z: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Benjamini-Hochberg of one-sided normal p-values; NaN where z is."""
-    found, is_known = np.full(len(z), np.nan), np.isfinite(z)
-    found[is_known] = stats.false_discovery_control(stats.norm.sf(z[is_known]))
-    return found
+    return {"strength": strength, "expected": expected, "z": z, "n_pairs": n_pairs}
 
 
 def by_type(
@@ -206,11 +106,11 @@ def by_type(
     parts = []
     for code, name in enumerate(names):
         flags = np.repeat((kinds[senders] == code)[:, None], len(names), axis=1)
-        found = contrast(totals, bases, counts.astype(int), flags, np.zeros(len(senders), int))
-        part = pd.DataFrame({"source": name, "target": list(names), **found._asdict()})
+        found = contrast(totals, bases, counts.astype(int), flags)
+        part = pd.DataFrame({"source": name, "target": list(names), **found})
         parts.append(part[part["n_pairs"] >= min_pairs])
     table = pd.concat(parts, ignore_index=True)
-    table.insert(5, "FDR", false_discovery_rates(table["z"].to_numpy()))
+    table.insert(5, "FDR", adjusted(norm.sf(table["z"])))
     table = table.merge(lengths, how="left", on=["source", "target"])
     return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)
 

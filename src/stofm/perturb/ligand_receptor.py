@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.stats import norm
 
-from stofm.perturb.influence import baselines, contrast, false_discovery_rates
+from stofm.perturb.influence import baselines, contrast
+from stofm.perturb.null import adjusted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from stofm.perturb.influence import PairEffects
+    from stofm.perturb.masking import PairEffects
 
 #: Names of subunits of a complex are joined by this, as in LIANA.
 _JOINED: Final = "_"
@@ -133,18 +135,17 @@ def by_genes(
                 effects, expected, n = (
                     (one[own] @ receives[:, receptors]).toarray() for one in near
                 )
-                whole = np.zeros(len(own), dtype=np.int64)
-                found = contrast(effects, expected, np.rint(n).astype(np.int64), flags, whole)
+                found = contrast(effects, expected, np.rint(n).astype(np.int64), flags)
                 part = pd.DataFrame(
                     {
                         "source": source_name,
                         "target": target_name,
                         "ligand_complex": resource.names[ligands],
                         "receptor_complex": resource.names[receptors],
-                        **found._asdict(),
+                        **found,
                     }
                 )
                 parts.append(part[part["n_pairs"] >= min_pairs])
     table = pd.concat(parts, ignore_index=True)
-    table.insert(7, "FDR", false_discovery_rates(table["z"].to_numpy()))
+    table.insert(7, "FDR", adjusted(norm.sf(table["z"])))
     return table.sort_values("z", ascending=False, kind="stable", ignore_index=True)

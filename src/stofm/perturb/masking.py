@@ -1,17 +1,15 @@
-"""What single cells of a table do to others: to their embeddings, or to their classes."""
+"""What single cells of a table do to others near them: to their embeddings, or to their classes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
+from scipy.spatial import cKDTree
 
-from stofm._keys import Obsm
 from stofm._logging import progress
-from stofm.heads.embeddings import describe_origin, origin_by, same_origin
-from stofm.heads.network import apply_head
-from stofm.heads.trust import calibrated_probabilities, log_scores
-from stofm.perturb.influence import PairEffects, pair_effects
+from stofm.perturb.edit import Detached, Edit
+from stofm.perturb.goal import class_probabilities
 from stofm.spatial.plane import canonical_order, spacing
 
 if TYPE_CHECKING:
@@ -21,12 +19,30 @@ if TYPE_CHECKING:
 
     from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
+    from stofm.perturb.engine import UneditedSlice
     from stofm.perturb.tissue import Tissue
 
     Change = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.floating]]
 
 #: Reach by default, in median distances to the sixth nearest cell.
 _REACH: Final = 3.0
+
+
+class PairEffects(NamedTuple):
+    """What single senders do to the receivers near them; arrays (n_pairs,).
+
+    `distances` are in the unit of the coordinates.
+    """
+
+    senders: NDArray[np.int64]
+    receivers: NDArray[np.int64]
+    distances: NDArray[np.float64]
+    effects: NDArray[np.float32]
+
+    @classmethod
+    def joined(cls, parts: list[PairEffects]) -> PairEffects:
+        """Pairs of several slices, one after another."""
+        return cls(*(np.concatenate(one) for one in zip(*parts, strict=True)))
 
 
 def effects_between(
@@ -36,38 +52,16 @@ def effects_between(
     *,
     reach: float | None,
     n_max: int,
-    show_progress_bar: bool,
 ) -> tuple[PairEffects, float]:
     """Mask some senders of each kind, and see how the cells around them change.
 
-    Parameters
-    ----------
-    tissue
-        The slices.
-    kinds
-        (n_cells,) codes; cells with -1 are neither senders nor receivers.
-    head
-        Whose class probabilities change; None for embeddings.
-    reach
-        In the unit of the coordinates; None: three times the median distance to the sixth nearest
-        cell, of the slice with the largest.
-    n_max
-        Most senders of a kind over all slices, drawn at random.
-
-    Returns
-    -------
-    The pairs, by rows of the tissue, and the reach.
-
-    Raises
-    ------
-    ValueError
-        The reach is not usable or too short, or the head reads something else than the embedding
-        or belongs to another model.
+    `kinds` (n_cells,) are codes; cells with -1 are neither senders nor receivers. The other arguments
+    and errors are those of :func:`stofm.tl.influence`; without a `reach` it is that of the slice with
+    the largest. Returns pairs, by rows of the tissue, and the reach.
     """
     if reach is not None and not 0 < reach < np.inf:
         raise ValueError(f"reach must be above 0 and finite, found {reach!r}.")
-    change = _shift_of(tissue.model) if head is None else _change_of_classes(head, tissue.model)
-    slices = tissue.slices
+    change, slices = _change(head, tissue.model), tissue.slices
     if reach is None:
         reach = _REACH * max(spacing(tissue.coordinates[rows]) for rows in slices)
     # By place, so that the order of the rows does not matter.
@@ -81,8 +75,10 @@ def effects_between(
     is_sender[order[rank < n_max]] = True
     parts = []
     words = {"description": "mask senders", "unit": "slice"}
-    numbered = progress(enumerate(slices), total=len(slices), show=show_progress_bar, **words)
-    for number, rows in numbered:
+    numbered = enumerate(slices)
+    for number, rows in progress(
+        numbered, total=len(slices), show=tissue.show_progress_bar, **words
+    ):
         own = np.flatnonzero(is_sender[rows])
         found = pair_effects(tissue.whole(number), own, reach=reach, change=change)
         is_known = kinds[rows[found.receivers]] >= 0
@@ -100,38 +96,64 @@ def effects_between(
     return pairs, reach
 
 
-def _shift_of(model: Stofm) -> Change:
-    """Length of the change of the last hidden states."""
+def _change(head: AnnotationHead | None, model: Stofm) -> Change:
+    """Change of each receiver, (n,), from embeddings (n, d_embedding) before and after."""
+    if head is not None:
+        probabilities = class_probabilities(head, model)
+        # Total variation.
+        return lambda before, after: (
+            np.abs(probabilities(after) - probabilities(before)).sum(axis=1) / 2
+        )
+    # What is passed on is a mean over neighbours, which all senders change alike.
     width = model.config.se2_transformer.d_model
-
-    def change(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.floating]:
-        # What is passed on is a mean over neighbours, which all senders change alike.
-        return np.asarray(np.linalg.norm(after[:, -width:] - before[:, -width:], axis=1))
-
-    return change
+    return lambda before, after: np.asarray(
+        np.linalg.norm(after[:, -width:] - before[:, -width:], axis=1)
+    )
 
 
-def _change_of_classes(head: AnnotationHead, model: Stofm) -> Change:
-    """Total variation between class probabilities."""
-    if head.use_rep != (Obsm.X,) or set(head.reads) != {"embedding"}:
-        raise ValueError(
-            f"The head reads obsm{list(head.use_rep)} and {sorted(set(head.reads))}; of masked "
-            f"neighbours the embedding alone tells. Fit one with use_rep={Obsm.X!r} and "
-            "options=st.tl.HeadOptions(n_neighbors=0, n_components=0)."
-        )
-    made, own = head.origin[Obsm.X], origin_by(model)[Obsm.X]
-    if not same_origin(made, own):
-        raise ValueError(
-            f"The head was fitted to embeddings by {describe_origin(made)}, and `model` is "
-            f"{describe_origin(own)}; pass that model."
-        )
+def pair_effects(
+    whole: UneditedSlice,
+    senders: NDArray[np.int64],
+    *,
+    reach: float,
+    change: Change,
+) -> PairEffects:
+    """Mask senders one at a time for the cells around them, and see how much these change.
 
-    def probabilities(features: NDArray[np.float32]) -> NDArray[np.floating]:
-        weighted = zip(head.networks, head.weights, strict=True)
-        votes = [weight * apply_head(one, features, "classes") for one, weight in weighted]
-        return calibrated_probabilities(log_scores(np.sum(votes, axis=0)), head.temperature)
+    Senders that lie more than twice the reach apart are masked in one run, as no cell is within
+    reach of two of them; what others do to a cell through cells in between is small beside that.
+    `senders` are rows of the slice. Returns all pairs of a sender and another cell of its sub-slice
+    within reach.
+    """
+    groups = _apart(whole.coordinates[senders], 2 * reach)
+    is_sender = np.zeros((groups.max(initial=-1) + 1, whole.n_cells), dtype=bool)
+    is_sender[groups, senders] = True
+    edits = [Edit(detached=Detached(senders=one, reach=reach)) for one in is_sender]
+    nobody = np.empty(0, dtype=np.int64)
+    parts = [PairEffects(nobody, nobody, np.empty(0), np.empty(0, dtype=np.float32))]
+    for found in whole.embed(edits):
+        xy = whole.coordinates[found.rows]
+        masked = np.flatnonzero(is_sender[found.edit, found.rows])
+        distances, nearest = cKDTree(xy[masked]).query(xy, distance_upper_bound=reach * (1 + 1e-9))
+        is_near = np.isfinite(distances)
+        is_near[masked] = False
+        values = change(found.before[is_near], found.after[is_near]).astype(np.float32)
+        rows = found.rows[masked][nearest[is_near]]
+        parts.append(PairEffects(rows, found.rows[is_near], distances[is_near], values))
+    return PairEffects.joined(parts)
 
-    def change(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.floating]:
-        return np.asarray(np.abs(probabilities(after) - probabilities(before)).sum(axis=1) / 2)
 
-    return change
+def _apart(xy: NDArray[np.float64], distance: float) -> NDArray[np.int64]:
+    """Number groups of points so that those of a group lie at least so far apart, (n,).
+
+    A group has one point of each second tile, along both axes.
+    """
+    tile = np.floor(xy / distance).astype(np.int64)
+    which = np.unique(tile, axis=0, return_inverse=True)[1].ravel()
+    order = np.argsort(which, kind="stable")
+    starts = np.searchsorted(which[order], which[order])
+    rank = np.empty(len(xy), dtype=np.int64)
+    rank[order] = np.arange(len(xy)) - starts
+    parity = tile[:, 0] % 2 * 2 + tile[:, 1] % 2
+    groups: NDArray[np.int64] = np.unique(rank * 4 + parity, return_inverse=True)[1].ravel()
+    return groups

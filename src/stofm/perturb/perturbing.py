@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from stofm._config import check_seed
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.request import check_whole_number
 from stofm.perturb.edit import Edit
-from stofm.perturb.effect import PerturbationEffect, Shifts, mean_effects
+from stofm.perturb.effect import PerturbationEffect, mean_effects, shifts
+from stofm.perturb.goal import read_goal
 from stofm.perturb.null import adjusted, compare, draw_like, like
 from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
 
-    from stofm.perturb.runs import Embedded
+    from stofm.heads.request import Request
+    from stofm.perturb.goal import Goal
     from stofm.perturb.tissue import GeneChange, Recompute, Tissue
 
 ROLES: Final = ("edited", "neighbor", "far", "out_of_reach", "not_in_input", "removed")
@@ -35,47 +36,43 @@ class Question:
     """What all edits of a call have in common.
 
     `cells` are rows of those that may be edited, `receivers` of those whose shift counts (None: the
-    edited ones, or the neighbours of removed ones), `goal` is an embedding (d,) or None, `n_null` the
-    number of random edits.
+    edited ones, or the neighbours of removed ones), `goal` says how near embeddings are to what is
+    wished, and `n_null` is the number of random edits.
     """
 
     subject: Subject
     cells: NDArray[np.int64]
     receivers: NDArray[np.int64] | None
-    goal: NDArray[np.floating] | None
+    goal: Goal | None
     recompute: Recompute
     n_null: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.recompute not in ("micro", "macro"):
-            raise ValueError(f"recompute must be 'micro' or 'macro', found {self.recompute!r}.")
-        check_whole_number("null", self.n_null, least=0)
 
     @classmethod
     def read(
         cls,
         data: Any,
-        *,
+        request: Request,
+        table_key: str | None,
         cells: Any,
         receivers: Any,
-        goal: Mapping[str, object] | None,
+        goal: Any,
+        *,
         recompute: Recompute,
         n_null: int,
-        seed: int,
-        **reading: Any,
     ) -> Question:
-        """Read a table, and what is asked of it; `reading` are further options of `Subject.read`."""
-        subject = Subject.read(data, seed=seed, **reading)
+        """Read a table, and what is asked of it, as users say it."""
+        if recompute not in ("micro", "macro"):
+            raise ValueError(f"recompute must be 'micro' or 'macro', found {recompute!r}.")
+        check_whole_number("null", n_null, least=0)
+        head = goal[0] if isinstance(goal, tuple) and goal else None
+        subject = Subject.read(data, request, table_key, head)
         return cls(
             subject=subject,
             cells=subject.select(cells, "cells"),
             receivers=None if receivers is None else subject.select(receivers, "receivers"),
-            goal=subject.goal(goal),
+            goal=read_goal(subject, goal),
             recompute=recompute,
             n_null=n_null,
-            seed=seed,
         )
 
     @property
@@ -83,20 +80,16 @@ class Question:
         """The cells."""
         return self.subject.tissue
 
-    def receivers_of(self, edit: Edit, edited: NDArray[np.int64]) -> NDArray[np.int64]:
+    def receivers_of(self, edit: Edit) -> NDArray[np.int64]:
         """Rows whose shift counts."""
         if self.receivers is not None:
             return np.setdiff1d(self.receivers, edit.removed)
-        return self.tissue.neighbors(edit.removed) if len(edit.removed) else np.sort(edited)
+        return self.tissue.neighbors(edit.removed) if len(edit.removed) else np.sort(edit.cells)
 
-    def embed(self, edits: Sequence[Edit]) -> Iterator[Embedded]:
-        """Embed what edits reach."""
-        return self.tissue.embed(edits, self.recompute)
-
-    def effects(self, edits: Sequence[Edit], edited: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+    def effects(self, edits: Sequence[Edit]) -> NDArray[Any]:
         """Mean shift of the receivers of each edit."""
-        receivers = [self.receivers_of(*pair) for pair in zip(edits, edited, strict=True)]
-        return mean_effects(self.embed(edits), receivers, self.goal)
+        receivers = [self.receivers_of(edit) for edit in edits]
+        return mean_effects(self.tissue.embed(edits, self.recompute), receivers, self.goal)
 
 
 # Genes
@@ -117,7 +110,7 @@ class GeneQuestion:
     def effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
         """Effect of each of some changes; NaN where no cell is edited."""
         edits = [self.edit(one) for one in changes]
-        found = self.question.effects(edits, [edit.cells for edit in edits])
+        found = self.question.effects(edits)
         found[[len(edit.cells) == 0 for edit in edits]] = np.nan
         return found
 
@@ -172,8 +165,7 @@ def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> Pertur
                 f"The gene {name!r} is in the input of none of the {len(question.cells)} selected "
                 "cells: it is not_in_input, and its effect is not known."
             )
-    edit = of_genes.edit(changes)
-    return _effect(question, edit, edit.cells, tests[-1], table)
+    return _effect(question, of_genes.edit(changes), tests[-1], table)
 
 
 def gene_table(
@@ -241,11 +233,9 @@ def perturb_table(
         return perturb_cells(question, lambda rows, _: tissue.move_cells(rows, move), cells)
     if detach is not None:
         senders = subject.select(detach, "detach")
-        return perturb_cells(
-            question, lambda rows, _: tissue.detach_cells(cells, rows), senders, edited=cells
-        )
+        return perturb_cells(question, lambda rows, _: tissue.detach_cells(cells, rows), senders)
     one = np.zeros(tissue.n_cells, dtype=np.int64)
-    groups = subject.groups(shuffle) if isinstance(shuffle, str) else one
+    groups = subject.types(shuffle)[0] if isinstance(shuffle, str) else one
     return perturb_cells(question, lambda rows, rng: tissue.shuffle_cells(rows, groups, rng), cells)
 
 
@@ -253,28 +243,21 @@ def perturb_cells(
     question: Question,
     make: Callable[[NDArray[np.int64], np.random.Generator], Edit],
     drawn: NDArray[np.int64],
-    *,
-    edited: NDArray[np.int64] | None = None,
 ) -> PerturbationEffect:
     """Edit cells or edges, and compare with as many random cells like them.
 
-    `make` gives the edit of some cells: of `drawn` first, then of random ones in their place. `edited`
-    are those whose input changes, where they are not the same.
+    `make` gives the edit of some cells: of `drawn` first, then of random ones in their place.
     """
-    rng = np.random.default_rng(question.seed)
-    rows = [drawn, *_random_cells(question, drawn, edited, rng)]
+    rng = np.random.default_rng(question.tissue.seed)
+    rows = [drawn, *_random_cells(question, drawn, rng)]
     edits = [make(own, rng) for own in rows]
-    affected = rows if edited is None else [edited] * len(rows)
-    effects = question.effects(edits, affected)
+    effects = question.effects(edits)
     test = compare(float(effects[0]), effects[1:])
-    return _effect(question, edits[0], affected[0], test, gene_table([], [], _NO_CELLS))
+    return _effect(question, edits[0], test, gene_table([], [], _NO_CELLS))
 
 
 def _random_cells(
-    question: Question,
-    drawn: NDArray[np.int64],
-    edited: NDArray[np.int64] | None,
-    rng: np.random.Generator,
+    question: Question, drawn: NDArray[np.int64], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
     """Random cells like those that are drawn, slice by slice; none where too few are left."""
     if not question.n_null:
@@ -283,7 +266,7 @@ def _random_cells(
     parts: list[list[NDArray[np.int64]]] = [[] for _ in range(question.n_null)]
     for rows in question.tissue.slices:
         own = np.intersect1d(rows, drawn)
-        others = np.setdiff1d(rows, drawn if edited is None else np.union1d(drawn, edited))
+        others = np.setdiff1d(rows, np.union1d(drawn, question.cells))
         if len(others) < len(own):
             logger.info(
                 "No null: %d of a slice's %d cells are chosen, so that there are not as many others to "
@@ -300,17 +283,12 @@ def _random_cells(
 
 
 def _effect(
-    question: Question,
-    edit: Edit,
-    edited: NDArray[np.int64],
-    test: Mapping[str, float],
-    genes: pd.DataFrame,
+    question: Question, edit: Edit, test: Mapping[str, float], genes: pd.DataFrame
 ) -> PerturbationEffect:
-    receivers = question.receivers_of(edit, edited)
-    counts = {"n_edited": len(edited), "n_receivers": len(receivers)}
+    counts = {"n_edited": len(edit.edited), "n_receivers": len(question.receivers_of(edit))}
     model = question.tissue.model
     return PerturbationEffect(
-        cells=_cell_table(question, edit, edited),
+        cells=_cell_table(question, edit),
         genes=genes,
         overall={**test, **counts},
         params={
@@ -318,35 +296,33 @@ def _effect(
             "model_fingerprint": model.fingerprint,
             "recompute": question.recompute,
             "null": question.n_null,
-            "seed": question.seed,
+            "seed": question.tissue.seed,
         },
     )
 
 
-def _cell_table(question: Question, edit: Edit, edited: NDArray[np.int64]) -> pd.DataFrame:
+def _cell_table(question: Question, edit: Edit) -> pd.DataFrame:
     """Role, distance and shift of each cell."""
     import pandas as pd
 
-    tissue, n = question.tissue, question.tissue.n_cells
-    shifts = {name: np.zeros(n) for name in ("cosine", "l2")}
-    if question.goal is not None:
-        shifts["towards"] = np.zeros(n)
+    tissue, n, edited = question.tissue, question.tissue.n_cells, edit.edited
+    names = ("cosine", "l2") if question.goal is None else ("cosine", "l2", "towards")
+    moved = {name: np.zeros(n) for name in names}
     role = np.full(n, ROLES.index("out_of_reach"))
-    for one in question.embed([edit]):
-        moved = Shifts.of(one, question.goal)
-        for name, values in shifts.items():
-            values[one.rows] = getattr(moved, name)
+    for one in tissue.embed([edit], question.recompute):
+        for name, values in shifts(one.before, one.after, question.goal).items():
+            moved[name][one.rows] = values
         role[one.rows] = ROLES.index("far")
     near = tissue.neighbors(edited)
     role[near[role[near] == ROLES.index("far")]] = ROLES.index("neighbor")
     role[question.cells] = ROLES.index("not_in_input")
     role[edited] = ROLES.index("removed" if len(edit.removed) else "edited")
     has_none = np.isin(role, [ROLES.index("not_in_input"), ROLES.index("removed")])
-    for values in shifts.values():
+    for values in moved.values():
         values[has_none] = np.nan
     columns = {
         "role": pd.Categorical.from_codes(role, list(ROLES)),
         "distance": tissue.distances(edited),
-        **shifts,
+        **moved,
     }
     return pd.DataFrame(columns, index=question.subject.adata.obs_names)

@@ -1,4 +1,4 @@
-"""What an edit is of: cells, genes and goals as a user names them, and the tissue of a table."""
+"""What an edit is of: cells and genes as a user names them, and the tissue of a table."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from stofm._edge.tables import label_text, resolve_table
 from stofm._edge.tokens import compute_tokens, token_params
 from stofm._keys import Obsm
 from stofm.genes import rank_genes
+from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import (
-    counts_layer,
     describe_origin,
     origin_by,
     origin_of,
-    places_entry,
+    recorded_options,
     same_origin,
-    slices_column,
 )
-from stofm.nn import Stofm, choose_device
+from stofm.heads.head import require_head
+from stofm.nn import choose_device
 from stofm.nn.model import load_model
 from stofm.perturb.tissue import Tissue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
-    import torch
     from anndata import AnnData
     from numpy.typing import NDArray
 
     from stofm._edge.gene_mapping import Columns
     from stofm.genes import RankedTokens
+    from stofm.heads.request import Request
+    from stofm.nn import Stofm
 
 #: Rows of counts that are read at once.
 _ROWS_AT_ONCE: Final = 8192
@@ -56,34 +56,28 @@ class Subject:
 
     @classmethod
     def read(
-        cls,
-        data: Any,
-        *,
-        model: Stofm | str | Path | None,
-        library_key: str | None,
-        layer: str | None,
-        spatial_key: str,
-        seed: int,
-        device: str | torch.device,
-        table_key: str | None,
-        show_progress_bar: bool,
+        cls, data: Any, request: Request, table_key: str | None, head: AnnotationHead | None = None
     ) -> Subject:
-        """Read counts, places and slices with the options that the table was embedded with."""
+        """Read counts, positions and slices with the options that the table was embedded with.
+
+        Without a model in the request it is that of `head`, or the embedded one.
+        """
+        require_head(head, AnnotationHead)
         # The user's table stays as it is: of a SpatialData a copy gets the coordinates.
         adata = resolve_table(data, table_key, copy=not hasattr(data, "obsm"))
-        loaded = load_model(model)
-        loaded.warn_if_untrained()
-        if model is None:
-            _require_model(adata, Obsm.X, f"obsm[{Obsm.X!r}]", loaded)
-        layer = counts_layer(adata, layer)
+        asked = request.model if request.model is not None or head is None else head.model
+        model = load_model(asked)
+        model.warn_if_untrained()
+        if asked is None:
+            require_model(adata, Obsm.X, f"obsm[{Obsm.X!r}]", model)
+        options = recorded_options(adata, request)
+        layer = options["layer"]
         places = read_places(
-            adata,
-            spatial_key=places_entry(adata, spatial_key),
-            library_key=slices_column(adata, library_key),
+            adata, spatial_key=options["spatial_key"], library_key=options["library_key"]
         )
-        columns = find_columns(adata, loaded.vocabulary)
-        params = token_params(loaded, layer=layer) | {"max_tokens": max(adata.n_vars, 1)}
-        ranked = compute_tokens(adata, columns, params, show_progress_bar=show_progress_bar)
+        columns = find_columns(adata, model.vocabulary)
+        params = token_params(model, layer=layer) | {"max_tokens": max(adata.n_vars, 1)}
+        ranked = compute_tokens(adata, columns, params, show_progress_bar=request.show_progress_bar)
 
         def recount(rows: NDArray[np.int64], counts: Mapping[int, float]) -> RankedTokens:
             block = _with_counts(peek_counts(adata, layer, rows)[0], columns.token_ids, counts)
@@ -97,14 +91,14 @@ class Subject:
             )
 
         tissue = Tissue(
-            model=loaded,
+            model=model,
             ranked=ranked,
             recount=recount,
             coordinates=places.coordinates,
             slices=places.slices.rows,
-            seed=seed,
-            device=choose_device(device),
-            show_progress_bar=show_progress_bar,
+            seed=request.seed,
+            device=choose_device(request.device),
+            show_progress_bar=request.show_progress_bar,
         )
         return cls(adata, tissue, columns, layer)
 
@@ -151,34 +145,23 @@ class Subject:
             return np.arange(adata.n_obs)
         is_chosen = _mask(adata, chosen, argument)
         if not is_chosen.any():
-            raise ValueError(f"`{argument}` selects no cells.{_values_in(adata, chosen)}")
+            raise ValueError(f"`{argument}` selects no cells.{values_in(adata, chosen)}")
         return np.flatnonzero(is_chosen)
 
-    def goal(self, wanted: Mapping[str, object] | None) -> NDArray[np.float64] | None:
-        """Mean unedited embedding of the cells that have the wanted values in ``obs``, (d,)."""
-        if wanted is None:
-            return None
-        is_there = np.ones(self.adata.n_obs, dtype=bool)
-        for column, value in wanted.items():
-            if column not in self.adata.obs:
-                there = [str(name) for name in self.adata.obs.columns]
-                raise KeyError(f"There is no obs[{column!r}] for `goal`; there are {there}.")
-            _require_model(self.adata, column, f"obs[{column!r}]", self.tissue.model)
-            is_there &= label_text(self.adata.obs[column]) == str(value)
-        if not is_there.any():
-            said = ", ".join(f"obs[{name!r}] == {str(value)!r}" for name, value in wanted.items())
-            there_are = _values_in(self.adata, " ".join(map(str, wanted)))
-            raise ValueError(f"No cell has {said}, the `goal`.{there_are}")
-        values = self.tissue.embeddings(np.flatnonzero(is_there))
-        return np.asarray(values.mean(axis=0, dtype=np.float64))
+    def types(self, column: str) -> tuple[NDArray[np.int64], list[str]]:
+        """Number of each cell's type by a column of ``obs``, -1 for none, and names of the types."""
+        import pandas as pd
 
-    def groups(self, column: str) -> NDArray[np.int64]:
-        """Number of each cell's group by a column of ``obs``, (n_obs,)."""
+        text = pd.Series(self.labels(column))
+        codes, names = pd.factorize(text.where(text != "", None), sort=True)
+        return codes.astype(np.int64), [str(name) for name in names]
+
+    def labels(self, column: str) -> NDArray[Any]:
+        """What a column of ``obs`` says of each cell, as text; empty for nothing."""
         if column not in self.adata.obs:
             there = [str(name) for name in self.adata.obs.columns]
-            raise KeyError(f"There is no obs[{column!r}] to shuffle within; there are {there}.")
-        names = label_text(self.adata.obs[column]).astype(str)
-        return np.unique(names, return_inverse=True)[1].astype(np.int64)
+            raise KeyError(f"There is no obs[{column!r}]; its columns are {there}.")
+        return label_text(self.adata.obs[column])
 
     def gene_statistics(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log of detection and of mean count of each token's gene among some cells, (n_tokens, 2)."""
@@ -256,7 +239,7 @@ def _mask(adata: AnnData, chosen: Any, argument: str) -> NDArray[np.bool_]:
     return np.asarray(adata.obs_names.isin(names))
 
 
-def _values_in(adata: AnnData, text: Any) -> str:
+def values_in(adata: AnnData, text: Any) -> str:
     """What the columns hold that a query speaks of."""
     named = [name for name in adata.obs.columns if isinstance(text, str) and str(name) in text]
     said = []
@@ -266,7 +249,7 @@ def _values_in(adata: AnnData, text: Any) -> str:
     return "".join(said)
 
 
-def _require_model(adata: AnnData, key: str, called: str, model: Stofm) -> None:
+def require_model(adata: AnnData, key: str, called: str, model: Stofm) -> None:
     """Refuse a model that did not make an entry which is known to be some model's."""
     found, own = origin_of(adata, key), origin_by(model)[Obsm.X]
     if "model_fingerprint" in found and not same_origin(found, own):

@@ -93,7 +93,7 @@ class SubSliceRun:
 
     def embed(self, group: Sequence[tuple[int, PlacedEdit]]) -> Iterator[Embedded]:
         """Embed the cells after each edit of a group that changes the input."""
-        at_once = self.whole.batch_size or SUBSLICES_AT_ONCE.get(self.whole.device.type, 1)
+        at_once = SUBSLICES_AT_ONCE.get(self.whole.device.type, 1)
         variants = self._variants(group)
         while waiting := list(islice(variants, at_once)):
             for one, after in zip(waiting, self._forward(waiting), strict=True):

@@ -145,7 +145,8 @@ class Tissue:
             detached = replace(detached, senders=detached.senders[rows], receivers=receivers)
             is_same = not detached.senders.any() or (receivers is not None and not receivers.any())
             detached = None if is_same else detached
-        if not (len(cells) or len(removed)) and coordinates is None and detached is None:
+        is_same = not len(removed) and (tokens is None or not len(cells))
+        if is_same and coordinates is None and detached is None:
             return None
         return Edit(
             cells=cells,
@@ -217,7 +218,7 @@ class Tissue:
         """Move cells by (x, y)."""
         coordinates = self.coordinates.copy()
         coordinates[cells] += by
-        return Edit(coordinates=coordinates)
+        return Edit(cells=cells, coordinates=coordinates)
 
     def shuffle_cells(
         self, cells: NDArray[np.int64], groups: NDArray[np.integer], rng: np.random.Generator
@@ -232,13 +233,13 @@ class Tissue:
         before = cells[np.lexsort((groups[cells], number[cells]))]
         after = mixed[np.lexsort((groups[mixed], number[mixed]))]
         coordinates[after] = self.coordinates[before]
-        return Edit(coordinates=coordinates)
+        return Edit(cells=cells, coordinates=coordinates)
 
     def detach_cells(self, receivers: NDArray[np.int64], senders: NDArray[np.int64]) -> Edit:
         """Let some cells not read others."""
         masks = np.zeros((2, self.n_cells), dtype=bool)
         masks[0, senders] = masks[1, receivers] = True
-        return Edit(detached=Detached(senders=masks[0], receivers=masks[1]))
+        return Edit(cells=receivers, detached=Detached(senders=masks[0], receivers=masks[1]))
 
     @cached_property
     def nearest(self) -> list[NDArray[np.int64]]:

@@ -19,9 +19,10 @@ def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
 
 def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
     """Take tokens out of all lists; values of the others stay."""
-    kept = np.flatnonzero(~np.isin(ranked.tokens, genes))
+    kept = ~np.isin(ranked.tokens, genes)
     lengths = np.bincount(cells_of(ranked)[kept], minlength=ranked.n_cells)
-    return _picked(ranked, kept, np.concatenate([[0], np.cumsum(lengths)]))
+    values = None if ranked.values is None else ranked.values[kept]
+    return RankedTokens(ranked.tokens[kept], np.concatenate([[0], np.cumsum(lengths)]), values)
 
 
 def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
@@ -38,10 +39,3 @@ def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
         leads = {"values": np.insert(rest.values, starts, padded[places])}
     tokens = np.insert(rest.tokens, starts, np.int32(gene))
     return RankedTokens(tokens, rest.offsets + np.arange(len(rest.offsets)), **leads)
-
-
-def _picked(
-    ranked: RankedTokens, places: NDArray[np.integer], offsets: NDArray[np.int64]
-) -> RankedTokens:
-    values = None if ranked.values is None else ranked.values[places]
-    return RankedTokens(ranked.tokens[places], offsets, values)

@@ -140,7 +140,8 @@ def _draw_network(ax: Axes, pairs: pd.DataFrame, names: list[str]) -> None:
     ax.set_ylim(-1.2, 1.2)
     ax.set_aspect("equal")
     ax.set_axis_off()
-    ax.set_title(f"FDR < {_RATE}", fontsize=FONT_SIZE + 1.0)
+    title = f"FDR < {_RATE}" if len(strongest) else f"no two types with FDR < {_RATE}"
+    ax.set_title(title, fontsize=FONT_SIZE + 1.0)
 
 
 def attention(

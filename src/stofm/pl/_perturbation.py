@@ -75,28 +75,13 @@ def perturbation(
     shift
         ``"l2"`` and ``"cosine"`` on a logarithmic scale, cells that do not move in grey; or
         ``"towards"``, the approach to the goal, if there was one.
-    library_key
-        Column of ``obs`` that separates slices. None: the one that the sub-slices were made with, if
-        any.
-    spatial_key
-        Entry of ``obsm`` with the coordinates.
     cmap, vmin, vmax
         Colour map of the shift and its ends: a number, a percentile such as ``"p99"``, or None for the
         extreme. None for the colour map: ``"viridis"``, or ``"RdBu_r"`` around 0 for ``"towards"``.
-    size
-        Area of a point in square points. None: fitted to the distance between cells.
-    ncols
-        Panels side by side.
-    invert_y
-        Let y grow downwards, as in images.
-    table_key
-        Table of a SpatialData.
     ax
         Axes to draw into: twice as many as slices, and one. None: a new figure.
-    show
-        Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write.
+    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------

@@ -74,7 +74,7 @@ def style_axes(ax: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
     ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
     ax.set_xlabel(x, fontsize=FONT_SIZE)
     ax.set_ylabel(y, fontsize=FONT_SIZE)
-    ax.tick_params(labelsize=FONT_SIZE - 1.0)
+    ax.tick_params(which="both", labelsize=FONT_SIZE - 1.0)
     ax.spines[["top", "right"]].set_visible(False)
 
 

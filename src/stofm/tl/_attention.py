@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from stofm._config import check_seed
 from stofm._edge.tables import refuse_foreign, refuse_taken, resolve_table, write_record
 from stofm._keys import Obsm, Obsp, Suffix
 from stofm._logging import progress
-from stofm.heads.request import check_whole_number
+from stofm.heads.request import Request, check_whole_number
 from stofm.perturb.attention import attend
 from stofm.perturb.reading import Subject
 
@@ -61,23 +60,10 @@ def attention(
         those beyond `top`. With further partitions, cut after the plane is turned, a weight is the
         mean over the partitions in which both cells share a sub-slice, and fewer neighbours are
         never together.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
-        with.
-    layer
-        Layer with raw counts; by default ``X``, or the layer that was embedded.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
-    seed
-        Seed of the clustering that gives the virtual cells.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     key_added
         Entry of ``adata.obsp`` to write.
-    table_key
-        Table of a SpatialData.
-    show_progress_bar
-        Show bars.
+    library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
+        See :func:`stofm.tl.perturb`.
     copy
         Return a changed copy and leave `adata` as it is.
 
@@ -113,23 +99,15 @@ def attention(
     (300, 300)
     """
     table = resolve_table(adata, table_key, copy=copy)
-    check_seed(seed)
     check_whole_number("top", top, least=1)
     check_whole_number("n_shifted", n_shifted, least=0)
     refuse_taken(key_added, Obsp.ATTENTION)
     virtual_key = key_added + Suffix.VIRTUAL
     refuse_foreign(table, key_added, obs=[virtual_key])
-    subject = Subject.read(
-        table,
-        model=model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=None,
-        show_progress_bar=show_progress_bar,
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
     )
+    subject = Subject.read(table, request, None)
     tissue = subject.tissue
     to_virtual = np.empty(table.n_obs, dtype=np.float32)
     parts = []

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from stofm._config import check_seed
-from stofm._edge.tables import label_text
 from stofm._keys import Obsm
-from stofm.heads.annotation import AnnotationHead
-from stofm.heads.head import require_head
-from stofm.heads.request import check_whole_number
+from stofm.heads.request import Request, check_whole_number
 from stofm.perturb.influence import by_distance, by_type
 from stofm.perturb.masking import effects_between
 from stofm.perturb.reading import Subject
@@ -22,11 +16,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
     import torch
-    from numpy.typing import NDArray
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
-
-_MIN_PAIRS: Final = 30
 
 
 def influence(
@@ -37,7 +29,7 @@ def influence(
     head: AnnotationHead | None = None,
     reach: float | None = None,
     n_max: int = 100,
-    min_pairs: int = _MIN_PAIRS,
+    min_pairs: int = 30,
     library_key: str | None = None,
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
@@ -81,21 +73,10 @@ def influence(
         with their number, and not with that of cells.
     min_pairs
         Fewest pairs of cells of a pair of types; others are left out.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
-        with.
-    layer
-        Layer with raw counts; by default ``X``, or the layer that was embedded.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
     seed
         Seed of the senders drawn and of the clustering that gives the virtual cells.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    table_key
-        Table of a SpatialData.
-    show_progress_bar
-        Show bars.
+    library_key, layer, spatial_key, device, table_key, show_progress_bar
+        See :func:`stofm.tl.perturb`.
 
     Returns
     -------
@@ -119,63 +100,29 @@ def influence(
     >>> found.pairs.columns[:4].tolist()
     ['source', 'target', 'strength', 'expected']
     """
-    check_seed(seed)
     check_whole_number("n_max", n_max, least=1)
     check_whole_number("min_pairs", min_pairs, least=1)
-    require_head(head, AnnotationHead)
-    subject = Subject.read(
-        adata,
-        model=head.model if model is None and head is not None else model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=table_key,
-        show_progress_bar=show_progress_bar,
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
     )
-    kinds, names = read_types(subject.adata, groupby)
+    subject = Subject.read(adata, request, table_key, head)
+    kinds, names = subject.types(groupby)
     if len(names) < 2:
         raise ValueError(
             f"obs[{groupby!r}] has {len(names)} type(s), {names}; influence compares at least two."
         )
-    pairs, reach = effects_between(
-        subject.tissue,
-        kinds,
-        head,
-        reach=reach,
-        n_max=n_max,
-        show_progress_bar=show_progress_bar,
-    )
+    pairs, reach = effects_between(subject.tissue, kinds, head, reach=reach, n_max=n_max)
     params = {
         "groupby": groupby,
         "reach": reach,
         "model": subject.tissue.model.name,
-        "effect": effect_name(head),
+        "effect": "change of class probabilities" if head else "shift of the embedding",
     }
     return Influence(
         by_type(pairs, kinds, names, min_pairs=min_pairs),
         by_distance(pairs, kinds, names, min_pairs=min_pairs),
         params,
     )
-
-
-def read_types(adata: Any, groupby: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Codes of the types in a column of ``obs``, -1 for none, and their names."""
-    import pandas as pd
-
-    if groupby not in adata.obs:
-        raise KeyError(
-            f"There is no obs[{groupby!r}]; its columns are {list(map(str, adata.obs.columns))}."
-        )
-    text = pd.Series(label_text(adata.obs[groupby]))
-    codes, names = pd.factorize(text.where(text != "", None), sort=True)
-    return codes.astype(np.int64), [str(name) for name in names]
-
-
-def effect_name(head: AnnotationHead | None) -> str:
-    """What the effects are, for labels."""
-    return "shift of the embedding" if head is None else "change of class probabilities"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from stofm._config import check_seed
 from stofm._edge.counts import read_counts
 from stofm._keys import Obsm
-from stofm.heads.annotation import AnnotationHead
-from stofm.heads.head import require_head
-from stofm.heads.request import check_whole_number
+from stofm.heads.request import Request, check_whole_number
 from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
 from stofm.perturb.masking import effects_between
 from stofm.perturb.reading import Subject
-from stofm.tl._influence import read_types
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
 
 
@@ -75,21 +72,8 @@ def ligand_receptor(
         Most senders that are masked (of each type, with `groupby`), drawn at random.
     min_pairs
         Fewest pairs of cells that express both; other rows are left out.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
-        with.
-    layer
-        Layer with raw counts; by default ``X``, or the layer that was embedded.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
-    seed
-        Seed of the senders drawn and of the clustering that gives the virtual cells.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    table_key
-        Table of a SpatialData.
-    show_progress_bar
-        Show bars.
+    library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
+        See :func:`stofm.tl.influence`.
 
     Returns
     -------
@@ -121,21 +105,12 @@ def ligand_receptor(
     >>> len(table)
     1
     """
-    check_seed(seed)
     check_whole_number("n_max", n_max, least=1)
     check_whole_number("min_pairs", min_pairs, least=1)
-    require_head(head, AnnotationHead)
-    subject = Subject.read(
-        adata,
-        model=head.model if model is None and head is not None else model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=table_key,
-        show_progress_bar=show_progress_bar,
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
     )
+    subject = Subject.read(adata, request, table_key, head)
     table = subject.adata
     if gene_symbols is not None and gene_symbols not in table.var:
         raise KeyError(f"There is no var[{gene_symbols!r}]; there are {list(table.var.columns)}.")
@@ -143,17 +118,10 @@ def ligand_receptor(
     genes = read_resource(resource, symbols.astype(str).tolist())
     kinds, names = np.zeros(table.n_obs, dtype=np.int64), ["all"]
     if groupby is not None:
-        kinds, names = read_types(table, groupby)
+        kinds, names = subject.types(groupby)
     blocks = (expressed(block, genes.subunits) for block in read_counts(table, layer=subject.layer))
     cells = sparse.csr_array(sparse.vstack(list(blocks), format="csr"))
-    pairs, reach = effects_between(
-        subject.tissue,
-        kinds,
-        head,
-        reach=reach,
-        n_max=n_max,
-        show_progress_bar=show_progress_bar,
-    )
+    pairs, reach = effects_between(subject.tissue, kinds, head, reach=reach, n_max=n_max)
     found = by_genes(pairs, kinds, names, cells, genes, min_pairs=min_pairs)
     if not len(found):
         raise ValueError(

@@ -78,23 +78,12 @@ def novel(
         Resolution of Leiden; higher values give more and smaller clusters.
     n_genes
         Most markers of each group.
-    library_key
-        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
-        with.
-    layer
-        Layer with raw counts; by default ``X``, or the layer that was embedded.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
     seed
         Seed of clustering and permutations.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     key_added
         Column of ``adata.obs`` to write.
-    table_key
-        Table of a SpatialData.
-    show_progress_bar
-        Show bars.
+    library_key, layer, spatial_key, device, table_key, show_progress_bar
+        See :func:`stofm.tl.annotate`.
 
     Returns
     -------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
+from stofm.heads.request import Request
 from stofm.perturb.perturbing import Question, perturb_table
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
     from stofm.perturb.effect import PerturbationEffect
 
@@ -28,7 +30,7 @@ def perturb(
     shuffle: bool | str = False,
     cells: Any = None,
     receivers: Any = None,
-    goal: Mapping[str, object] | None = None,
+    goal: Mapping[str, object] | tuple[AnnotationHead, str] | None = None,
     recompute: Literal["micro", "macro"] = "micro",
     null: int = 100,
     model: Stofm | str | Path | None = None,
@@ -81,7 +83,10 @@ def perturb(
         their neighbours.
     goal
         Columns of ``obs`` and their values, such as ``{"stofm_domain": "3"}``: the effect is then by
-        how much nearer receivers come to the mean embedding of the cells that have all of these.
+        how much nearer receivers come to the mean embedding of the cells that have all of these. Or a
+        head of :func:`stofm.tl.annotate` and one of its classes, ``(head, "Tumour")``: by how much its
+        probability rises. The head must be fitted to ``use_rep="X_stofm"`` with
+        ``HeadOptions(n_neighbors=0, n_components=0)``.
     recompute
         ``"micro"`` keeps sub-slices, clusters and virtual cells, and computes sub-slices with edited
         cells only. ``"macro"`` cuts and clusters the edited slice anew, and computes all of it.
@@ -89,8 +94,8 @@ def perturb(
         Random edits to compare with: of as many other genes, of like detection and mean count in the
         same cells; or of as many other cells, of like number of genes and counts. 0 for none.
     model
-        A :class:`stofm.Stofm`, a checkpoint folder or a hub id; by default ``"stofm-mini"``. Computes in
-        float32, as differences count.
+        A :class:`stofm.Stofm`, a checkpoint folder or a hub id; by default that of the goal's head, or
+        ``"stofm-mini"``. Computes in float32, as differences count.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer
@@ -142,21 +147,11 @@ def perturb(
     >>> effect.genes.loc[gene, "status"]
     'tested'
     """
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
+    )
     question = Question.read(
-        adata,
-        cells=cells,
-        receivers=receivers,
-        goal=goal,
-        recompute=recompute,
-        n_null=null,
-        model=model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=table_key,
-        show_progress_bar=show_progress_bar,
+        adata, request, table_key, cells, receivers, goal, recompute=recompute, n_null=null
     )
     return perturb_table(
         question,

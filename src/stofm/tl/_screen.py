@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
+from stofm.heads.request import Request
 from stofm.perturb.perturbing import Question
 from stofm.perturb.screening import screen_genes
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from stofm.heads.annotation import AnnotationHead
     from stofm.nn import Stofm
 
 
@@ -25,7 +27,7 @@ def screen(
     edit: Literal["delete", "first"] = "delete",
     cells: Any = None,
     receivers: Any = None,
-    goal: Mapping[str, object] | None = None,
+    goal: Mapping[str, object] | tuple[AnnotationHead, str] | None = None,
     recompute: Literal["micro", "macro"] = "micro",
     null: int = 100,
     model: Stofm | str | Path | None = None,
@@ -80,20 +82,10 @@ def screen(
     >>> table.index.name
     'gene'
     """
+    request = Request(
+        model, Obsm.X, library_key, layer, spatial_key, seed, device, show_progress_bar
+    )
     question = Question.read(
-        adata,
-        cells=cells,
-        receivers=receivers,
-        goal=goal,
-        recompute=recompute,
-        n_null=null,
-        model=model,
-        library_key=library_key,
-        layer=layer,
-        spatial_key=spatial_key,
-        seed=seed,
-        device=device,
-        table_key=table_key,
-        show_progress_bar=show_progress_bar,
+        adata, request, table_key, cells, receivers, goal, recompute=recompute, n_null=null
     )
     return screen_genes(question, genes, edit)
