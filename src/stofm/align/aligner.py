@@ -22,7 +22,7 @@ from stofm.align.config import AlignOptions
 from stofm.align.expression import GeneBranch
 from stofm.align.inputs import ImageOrigin, Spots, read_images
 from stofm.align.network import LEVELS, AlignNetwork
-from stofm.align.training import project
+from stofm.align.training import fuse, project
 from stofm.heads.genes import Gene
 from stofm.heads.head import refuse_reserved
 from stofm.heads.request import resolve_slices
@@ -181,7 +181,8 @@ class Aligner:
         None, or with ``copy=True`` the new AnnData, in the form of `data`. Sets:
 
         ``adata.obsm['X_aligned' | key_added]`` : float32 (n_obs, 2 x d_model)
-            The fused spot beside its fused niche, each of length 1.
+            The spot beside its niche, each of length 1: the genes' vector and, times their mean
+            cosine over the slide, the image's. So an image that says little of the genes counts little.
         ``adata.obsm['X_aligned_image']``, ``adata.obsm['X_aligned_genes']`` : float32 (n_obs, 2 x d_model)
             The same of each modality alone, as far as it is read.
         ``adata.uns['stofm']['X_aligned']`` : dict
@@ -202,25 +203,26 @@ class Aligner:
         read = (spatial_key, library_key, *images, *self.genes.reps)
         refuse_reserved(key_added, Obsm.X_ALIGNED, *read)
         slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy)
-        suffixes = {"image": Suffix.IMAGE, "genes": Suffix.GENES}
-        names = [key_added, *(key_added + suffix for suffix in suffixes.values())]
+        suffixes = {"both": "", "image": Suffix.IMAGE, "genes": Suffix.GENES}
+        names = [key_added + suffix for suffix in suffixes.values()]
         slices.each(lambda table: refuse_foreign(table, key_added, obsm=names))
         target = slices.copied() if copy else slices
         options = {"microns_per_unit": microns_per_unit, "pitch": pitch, "layer": layer}
         spots, features = self.read(target, modality, image_key, spatial_key, **options)
         found = project(self.network, features, choose_device(device))
-        beside = {
-            name: spots.to_tables(np.concatenate([found[level][name] for level in LEVELS], axis=1))
-            for name in found["spot"]
+        found["both"] = fuse(found, spots)
+        values = {
+            key_added + suffix: spots.to_tables(np.concatenate([*found[name].values()], axis=1))
+            for name, suffix in suffixes.items()
+            if name in found
         }
         params = {"modality": modality, "image_key": image_key, "spatial_key": spatial_key}
         with all_or_nothing(*target.tables):
             for table, place in zip(target.tables, target.places, strict=True):
-                for name, suffix in suffixes.items():
-                    table.obsm.pop(key_added + suffix, None)
-                    if name in beside:
-                        table.obsm[key_added + suffix] = beside[name][place]
-                table.obsm[key_added] = beside["fused"][place]
+                for key in names:
+                    table.obsm.pop(key, None)
+                for key, own in values.items():
+                    table.obsm[key] = own[place]
                 write_record(table, key_added, params, fingerprint=self.fingerprint)
         return target.as_given() if copy else None
 

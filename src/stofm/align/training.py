@@ -11,7 +11,7 @@ import torch
 
 from stofm._logging import step_bar
 from stofm.align.losses import AlignBatch, AlignObjective, retrieval_ranks
-from stofm.align.network import LEVELS, AlignNetwork
+from stofm.align.network import LEVELS, MODALITIES, AlignNetwork
 from stofm.nn.device import seeded
 from stofm.train.checkpoint import Progress
 from stofm.train.config import RunConfig
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stofm.align.config import AlignOptions
+    from stofm.align.inputs import Spots
 
     Matrix = NDArray[np.float32]
 
@@ -33,25 +34,25 @@ _ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class AlignSamples:
-    """Spots of slides, as the training loop takes samples.
+    """Spots of some slides, as the training loop takes samples.
 
-    `features` (n, d) are by branch, `where` (n, 4) as in :class:`AlignBatch`; each of `parts` is a
-    slide.
+    `features` (n, d) by branch and `where` (n, 4), as in :class:`AlignBatch`, are of all `spots`;
+    `slides` are the numbers of those that are drawn from.
     """
 
     features: Mapping[str, Matrix]
     where: Matrix
-    parts: Sequence[slice]
-    names: Sequence[str]
+    spots: Spots
+    slides: Sequence[int]
     options: AlignOptions
     seed: int
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches of rows, each from few slides; all rows once."""
         rng = np.random.default_rng([self.seed, number])
-        order, step, batches = rng.permutation(len(self.parts)), self.options.slides_per_batch, []
+        order, step, batches = rng.permutation(self.slides), self.options.slides_per_batch, []
         for start in range(0, len(order), step):
-            parts = [self.parts[k] for k in order[start : start + step]]
+            parts = [self.spots.parts[k] for k in order[start : start + step]]
             rows = rng.permutation(np.concatenate([np.arange(p.start, p.stop) for p in parts]))
             batches += np.array_split(rows, -(-len(rows) // self.options.batch_size))
         return [batches[k] for k in rng.permutation(len(batches))]
@@ -67,7 +68,7 @@ class AlignSamples:
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Slides that rows are of."""
         slides = np.unique(self.where[samples, 2].astype(int))
-        return f"slices {[self.names[k] for k in slides]}"
+        return f"slices {[self.spots.names[k] for k in slides]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +151,10 @@ def train(
 def project(
     network: AlignNetwork, features: Mapping[str, Matrix], device: torch.device
 ) -> dict[str, dict[str, Matrix]]:
-    """Unit vectors of spots by level and by ``"image"``, ``"genes"`` and ``"fused"``."""
+    """Unit vectors of spots by modality, as far as it is read, and level."""
     network = network.to(device).eval()
     n = len(next(iter(features.values())))
-    found: dict[str, dict[str, list[Matrix]]] = {level: {} for level in LEVELS}
+    found: dict[str, dict[str, list[Matrix]]] = {name: {} for name in MODALITIES}
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         batch = {
@@ -161,18 +162,38 @@ def project(
             for name, values in features.items()
         }
         for level, views in network(batch).items():
-            for name, values in views._asdict().items():
-                if values is not None:
-                    found[level].setdefault(name, []).append(values.cpu().numpy())
+            for name, parts in found.items():
+                if (values := getattr(views, name)) is not None:
+                    parts.setdefault(level, []).append(values.cpu().numpy())
     network.cpu()
     return {
-        level: {name: np.concatenate(parts) for name, parts in views.items()}
-        for level, views in found.items()
+        name: {level: np.concatenate(values) for level, values in parts.items()}
+        for name, parts in found.items()
+        if parts
     }
 
 
+def fuse(aligned: Mapping[str, Mapping[str, Matrix]], spots: Spots) -> dict[str, Matrix]:
+    """Unit vectors of both modalities by level: genes, and the image as far as it agrees with them.
+
+    The weight is the mean cosine of the two over the slide, at least 0. One modality stands for
+    itself.
+    """
+    if len(aligned) == 1:
+        return dict(*aligned.values())
+    found = {}
+    for level in LEVELS:
+        image, genes = (aligned[name][level] for name in MODALITIES)
+        both = np.empty_like(genes)
+        for part in spots.parts:
+            agreement = max(0.0, float((image[part] * genes[part]).sum(axis=1).mean()))
+            both[part] = genes[part] + agreement * image[part]
+        found[level] = both / np.linalg.norm(both, axis=1, keepdims=True)
+    return found
+
+
 def score_retrieval(
-    network: AlignNetwork, samples: AlignSamples, split: str, device: torch.device
+    aligned: Mapping[str, Mapping[str, Matrix]], spots: Spots, held_out: Sequence[int]
 ) -> pd.DataFrame:
     """How well genes are found by the image of their spot or niche, among all of its slide.
 
@@ -180,13 +201,13 @@ def score_retrieval(
     whose partner is among so many nearest), ``chance_10`` (that share by chance), ``rank`` (median,
     as a share of n; 0.5 by chance).
     """
-    found = project(network, samples.features, device)
     rows = []
-    for name, part in zip(samples.names, samples.parts, strict=True):
-        for level, views in found.items():
-            ranks = retrieval_ranks(views["image"][part], views["genes"][part])
+    for number, (name, part) in enumerate(zip(spots.names, spots.parts, strict=True)):
+        own = {"slide": name, "split": "validation" if number in held_out else "train"}
+        for level in LEVELS:
+            ranks = retrieval_ranks(*(aligned[one][level][part] for one in MODALITIES))
             n = len(ranks)
             shares = {f"top_{k}": float((ranks <= k).mean()) for k in (1, 10)}
             rest = {"chance_10": min(1.0, 10 / n), "rank": float(np.median(ranks)) / n}
-            rows.append({"slide": name, "split": split, "level": level, "n": n, **shares, **rest})
+            rows.append({**own, "level": level, "n": n, **shares, **rest})
     return pd.DataFrame(rows)

@@ -38,7 +38,7 @@ def align(
 
     Features of images are those of :func:`stofm.im.embed`; no image is read. Four branches (image and
     genes, of the spot and of its niche) are projected on the unit sphere, and at each level attention
-    fuses the image with the genes. Three losses bring together the image and the genes of a spot,
+    fuses the image with the genes for the loss across scales. Three losses bring together the image and the genes of a spot,
     those of a niche, and a spot and its niche, against other spots of the batch.
 
     Features of every branch are scaled slide by slide: else the stain, or depth, would tell slides
