@@ -280,8 +280,7 @@ class Aligner:
         FileExistsError
             `folder` is there and `overwrite` is false, or it holds something else.
         """
-        kind = Kind("an aligner", _is_one, _FILES.__contains__)
-        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=kind)
+        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=ALIGNER)
 
     def _write(self, folder: Path) -> None:
         config = {
@@ -360,6 +359,10 @@ def _is_one(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return bool(read_json(folder / _CONFIG, "").get("task") == "alignment")
     return False
+
+
+#: What :meth:`Aligner.save` writes.
+ALIGNER: Final = Kind("an aligner", _is_one, _FILES.__contains__)
 
 
 def _digested(folder: Path) -> dict[str, Any]:

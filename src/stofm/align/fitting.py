@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.tables import label_text
+from stofm._files import local
 from stofm._logging import logger
 from stofm.align.aligner import Aligner, Reference
 from stofm.align.expression import GeneBranch
@@ -18,6 +19,7 @@ from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from os import PathLike
 
     import torch
     from numpy.typing import NDArray
@@ -40,6 +42,7 @@ def fit_aligner(
     spatial_key: str,
     seed: int,
     device: str | torch.device,
+    checkpoint: str | PathLike[str] | None,
     show_progress_bar: bool,
     params: dict[str, Any],
 ) -> Aligner:
@@ -64,8 +67,8 @@ def fit_aligner(
     network, history = train(
         trained_on,
         validation if held_out else None,
-        options,
         device=device,
+        checkpoint=None if checkpoint is None else local(checkpoint),
         show_progress_bar=show_progress_bar,
     )
     aligned = project(network, features, choose_device(device))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
+from stofm._digests import fingerprint
+from stofm._files import put_in_place, reading, take_back
 from stofm._logging import step_bar
 from stofm.align.losses import AlignBatch, AlignObjective, retrieval_ranks
 from stofm.align.network import LEVELS, MODALITIES, AlignNetwork
@@ -20,6 +22,7 @@ from stofm.train.processes import Processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import nn
@@ -83,14 +86,57 @@ class _Stage:
     refresh_every: int | None = None
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The file that training is written to on the way; `inputs` tells of what it is."""
+
+    path: Path
+    inputs: str
+
+    @classmethod
+    def of(cls, path: Path, samples: AlignSamples, validation: AlignSamples | None) -> _Checkpoint:
+        """Checkpoint of training on these samples with their options."""
+        slides = [one and list(one.slides) for one in (samples, validation)]
+        features = samples.features
+        facts = f"{samples.options} {samples.seed} {slides} {len(samples.where)} {list(features)}"
+        return cls(path, fingerprint(facts, samples.where, *features.values()))
+
+    def read(self) -> dict[str, Any]:
+        """What was written, empty if nothing was; refuse that of another training."""
+        place = take_back(self.path)
+        if not place.exists():
+            return {}
+        with reading(self.path, "checkpoint of st.tl.align"):
+            state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True)
+            is_same = state["inputs"] == self.inputs
+        if not is_same:
+            raise ValueError(
+                f"{self.path} is of an alignment of other slides, or with other options or another "
+                "seed: go on with those, name another file, or delete it to begin anew."
+            )
+        return state
+
+    def write(self, **state: Any) -> None:
+        """Write the file, whole or not at all."""
+        put_in_place(self.path, lambda part: torch.save({"inputs": self.inputs, **state}, part))
+
+
 class _Recorder:
     """Keeps the history, and the weights with the lowest loss on held-out slides."""
 
-    def __init__(self, loop: TrainingLoop, network: nn.Module, *, show: bool) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.best: dict[str, torch.Tensor] | None = None
-        self._network = network
-        self._bar = step_bar("align", total=loop.n_steps, done=0, show=show)
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        network: nn.Module,
+        checkpoint: _Checkpoint | None,
+        stored: Mapping[str, Any],
+        *,
+        show: bool,
+    ) -> None:
+        self.rows: list[dict[str, Any]] = stored.get("rows", [])
+        self.best: dict[str, torch.Tensor] = stored.get("best", {})
+        self._loop, self._network, self._checkpoint = loop, network, checkpoint
+        self._bar = step_bar("align", total=loop.n_steps, done=loop.progress.step, show=show)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Add a row to the history."""
@@ -105,7 +151,15 @@ class _Recorder:
         self.best = {name: one.clone() for name, one in self._network.state_dict().items()}
 
     def save(self) -> None:
-        """Write nothing: alignment takes minutes, and begins anew."""
+        """Write the checkpoint, if there is to be one."""
+        if self._checkpoint is not None:
+            self._checkpoint.write(
+                progress=asdict(self._loop.progress),
+                network=self._network.state_dict(),
+                optimizer=self._loop.optimizer.state_dict(),
+                best=self.best,
+                rows=self.rows,
+            )
 
     def close(self) -> None:
         """Close the bar."""
@@ -115,34 +169,41 @@ class _Recorder:
 def train(
     samples: AlignSamples,
     validation: AlignSamples | None,
-    options: AlignOptions,
     *,
     device: str | torch.device,
+    checkpoint: Path | None,
     show_progress_bar: bool,
 ) -> tuple[AlignNetwork, pd.DataFrame]:
     """Train a network; gives it on the CPU, with the history of its losses.
 
-    With held-out slides, the weights with the lowest loss on them.
+    With held-out slides, the weights with the lowest loss on them. Training is written to the file
+    `checkpoint` on the way, and goes on from there.
     """
-    processes = Processes.start(device)
+    processes, options = Processes.start(device), samples.options
     with seeded(samples.seed):
         network = AlignNetwork({k: v.shape[1] for k, v in samples.features.items()}, options)
     objective = AlignObjective(network).to(processes.device)
-    run = RunConfig(seed=samples.seed, n_threads=0)
+    kept = None if checkpoint is None else _Checkpoint.of(checkpoint, samples, validation)
+    kept = kept if processes.is_first else None
+    stored = processes.agree({} if kept is None else kept.read())
     # The loop asks of a stage and its config only what these have.
     loop = TrainingLoop(
         cast("Any", _Stage(objective, samples, validation)),
         cast("Any", options),
-        run=run,
+        run=RunConfig(seed=samples.seed, n_threads=0),
         processes=processes,
-        progress=Progress(),
+        progress=Progress(**stored.get("progress", {})),
     )
-    recorder = _Recorder(loop, network, show=show_progress_bar)
+    if stored:
+        network.load_state_dict(stored["network"])
+        loop.optimizer.load_state_dict(stored["optimizer"])
+    show = show_progress_bar and processes.is_first
+    recorder = _Recorder(loop, network, kept, stored, show=show)
     try:
         loop.train(recorder)
     finally:
         recorder.close()
-    if recorder.best is not None:
+    if recorder.best:
         network.load_state_dict(recorder.best)
     return network.cpu().eval(), pd.DataFrame(recorder.rows)
 
