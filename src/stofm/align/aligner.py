@@ -181,8 +181,8 @@ class Aligner:
         None, or with ``copy=True`` the new AnnData, in the form of `data`. Sets:
 
         ``adata.obsm['X_aligned' | key_added]`` : float32 (n_obs, 2 x d_model)
-            The spot beside its niche, each of length 1: the genes' vector and, times their mean
-            cosine over the slide, the image's. So an image that says little of the genes counts little.
+            The spot beside its niche, each of length 1: image and genes, weighted on each slide by how
+            well they foretell the genes of the spots around.
         ``adata.obsm['X_aligned_image']``, ``adata.obsm['X_aligned_genes']`` : float32 (n_obs, 2 x d_model)
             The same of each modality alone, as far as it is read.
         ``adata.uns['stofm']['X_aligned']`` : dict

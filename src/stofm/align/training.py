@@ -235,21 +235,27 @@ def project(
 
 
 def fuse(aligned: Mapping[str, Mapping[str, Matrix]], spots: Spots) -> dict[str, Matrix]:
-    """Unit vectors of both modalities by level: genes, and the image as far as it agrees with them.
+    """Unit vectors of both modalities by level; one modality stands for itself.
 
-    The weight is the mean cosine of the two over the slide, at least 0. One modality stands for
-    itself.
+    On each slide they have the weights with which the two vectors of spots, together, come nearest
+    to the mean of the genes' vectors of the other spots in their niches.
     """
     if len(aligned) == 1:
         return dict(*aligned.values())
-    found = {}
-    for level in LEVELS:
-        image, genes = (aligned[name][level] for name in MODALITIES)
-        both = np.empty_like(genes)
-        for part in spots.parts:
-            agreement = max(0.0, float((image[part] * genes[part]).sum(axis=1).mean()))
-            both[part] = genes[part] + agreement * image[part]
-        found[level] = both / np.linalg.norm(both, axis=1, keepdims=True)
+    views = [aligned[name] for name in MODALITIES]
+    around = spots.niche_means(aligned["genes"]["spot"], with_self=False)
+    found = {level: np.empty_like(around) for level in LEVELS}
+    for part in spots.parts:
+        image, genes, target = (
+            (one[part] - one[part].mean(axis=0)).ravel()
+            for one in (*(view["spot"] for view in views), around)
+        )
+        pair = np.stack([image, genes])
+        weights = np.linalg.lstsq(pair @ pair.T, pair @ target, rcond=None)[0].clip(min=0)
+        weights = weights if weights.any() else np.ones(2)
+        for level, both in found.items():
+            sums = sum(w * view[level][part] for w, view in zip(weights, views, strict=True))
+            both[part] = sums / np.linalg.norm(sums, axis=1, keepdims=True)
     return found
 
 
