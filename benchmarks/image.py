@@ -416,18 +416,18 @@ def report(found: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
     if rows := results.get("domains"):
         domains = [row for row in rows if row["what"] == "domains"]
         measures = [f"{how} {name}" for how in ("k-means", "domains") for name in ("ARI", "NMI")]
-        lines += ["", "## Domains of DLPFC slides that were left out", ""]
+        lines += ["", "### Domains of DLPFC slides that were left out", ""]
         lines += to_table(domains, "representation", measures)
         for name in DLPFC:
             own = [row for row in domains if row["slide"] == name]
             lines += ["", f"{name}:", "", *to_table(own, "representation", measures)]
         found = [row for row in rows if row["what"] == "retrieval"]
         columns = [f"{level} {one}" for level in ("spot", "niche") for one in ("among 10", "rank")]
-        lines += ["", "## Retrieval of genes by the image, within slides that were left out", ""]
+        lines += ["", "### Retrieval of genes by the image, within slides that were left out", ""]
         lines += to_table(found, "slide", [*columns, "chance among 10", "seconds"])
     if rows := results.get("genes"):
         columns = ["r, top 50", "r, all", "MSE, top 50", "MSE, all", "SSIM, top 50"]
-        lines += ["", "## Genes predicted from the image"]
+        lines += ["", "### Genes predicted from the image"]
         for fold in FOLDS:
             own = [row for row in rows if row["fold"] == fold]
             lines += ["", f"{fold}:", "", *to_table(own, "method", columns)]
@@ -435,11 +435,11 @@ def report(found: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
         lines += ["", "The first three together:", "", *to_table(patients, "method", columns)]
     if rows := results.get("ablations"):
         columns = ["k-means ARI", "domains ARI", "spot rank", "niche rank", "bulb r, top 50"]
-        lines += ["", f"## Ablations: {DLPFC[-1]}, with two slides aligned, and the bulb", ""]
+        lines += ["", f"### Ablations: {DLPFC[-1]}, with two slides aligned, and the bulb", ""]
         lines += to_table(rows, "ablation", columns)
     if rows := results.get("speed"):
         columns = [name for name in rows[0] if name not in ("spots", "seed")]
-        lines += ["", "## Speed of st.im.embed with the default encoder, one thread", ""]
+        lines += ["", "### Speed of st.im.embed with the default encoder, one thread", ""]
         lines += to_table(rows, "spots", columns)
     return "\n".join(lines) + "\n"
 
