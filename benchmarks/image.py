@@ -6,7 +6,7 @@
 FOLDER holds the sections of the development data with H&E images. Domains: DLPFC (its images are of
 low resolution), each slide left out of the alignment in turn. Genes: HER2-positive breast, from one
 patient to the other; olfactory bulb, from one section to the other; and, for comparison, from two
-sections of a patient to two others. The tables go to OUT.md, all numbers to OUT.json.
+sections of a patient to two others. Speed: an image on disk, in one thread. The tables go to OUT.md, all numbers to OUT.json.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ import json
 import logging
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import anndata as ad
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 
 import stofm as st
@@ -32,16 +38,17 @@ from stofm.align.prediction import Views, fit_predictor, predict_all
 from stofm.heads.genes import read_columns
 from stofm.heads.request import resolve_slices
 from stofm.heads.targets import log_normalised
+from stofm.train.run import peak_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from anndata import AnnData
     from numpy.typing import NDArray
 
     Matrix = NDArray[np.float32]
-    #: What was done, and its results.
-    Rows = Iterator[tuple[str, list[dict[str, Any]]]]
+    #: Names of what is to be measured, and what measures it.
+    Jobs = Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]
 
 DLPFC: Final = ("dlpfc_151510", "dlpfc_151674", "dlpfc_151675", "dlpfc_151676")
 B4: Final = ("her2st_B4",)
@@ -58,7 +65,9 @@ FOLDS: Final = {
 CROPS: Final = {"dlpfc": (100, 400), "her2st": (150, 600), "st_mob": (150, 600)}
 #: Most variable training genes that means are over, beside all.
 TOP: Final = 50
-PARTS: Final = ("domains", "genes", "ablations")
+PARTS: Final = ("domains", "genes", "ablations", "speed")
+#: Spots whose image is embedded, and micrometres of a pixel: patches of a spot are not resampled.
+N_SPOTS, PIXEL = (1_000, 20_000), 100 / 64
 ABLATIONS: Final[dict[str, dict[str, Any]]] = {
     "as it is": {},
     "without the spots' loss": {"spot": 0.0},
@@ -74,36 +83,36 @@ ABLATIONS: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Slides:
-    """Sections with features of their images, by name."""
+    """Sections with features of their images, by name; each is read when it is first asked for."""
 
-    tables: Mapping[str, AnnData]
+    folder: Path
+
+    def __getitem__(self, name: str) -> AnnData:
+        return load(self.folder, name)
 
     def some(self, names: Sequence[str]) -> dict[str, AnnData]:
         """Those of some names."""
-        return {name: self.tables[name] for name in names}
+        return {name: self[name] for name in names}
 
 
-def load(folder: Path, names: Sequence[str]) -> Slides:
-    """Read sections and embed their images with both encoders."""
-    tables = {}
-    for name in names:
-        table = ad.read_h5ad(folder / f"{name}.h5ad")
-        options: dict[str, Any] = {"crops": CROPS[name[:6].rstrip("_")]}
-        if name in DLPFC:
-            # Low resolution, which is all that there is.
-            st.tl.embed(table, show_progress_bar=False)
-        elif name in BULB:
-            options |= {"image": str(folder / f"{name}.jpg"), "pitch": 200}
-        else:
-            scale = float(table.uns["he_image"]["scale_from_fullres"])
-            options |= {"image": str(folder / f"{name}_he.jpg"), "scale": scale, "pitch": 200}
-        encoders = {"X_image": "cnn", "X_colour": "statistics"}
-        for key, encoder in encoders.items():
-            if name in DLPFC and encoder == "statistics":
-                continue
-            st.im.embed(table, encoder, key_added=key, show_progress_bar=False, **options)
-        tables[name] = table
-    return Slides(tables)
+@cache
+def load(folder: Path, name: str) -> AnnData:
+    """Read a section and embed its image with both encoders."""
+    table = ad.read_h5ad(folder / f"{name}.h5ad")
+    options: dict[str, Any] = {"crops": CROPS[name[:6].rstrip("_")]}
+    encoders = {"X_image": "cnn", "X_colour": "statistics"}
+    if name in DLPFC:
+        # Low resolution, which is all that there is.
+        st.tl.embed(table, show_progress_bar=False)
+        del encoders["X_colour"]
+    elif name in BULB:
+        options |= {"image": str(folder / f"{name}.jpg"), "pitch": 200}
+    else:
+        scale = float(table.uns["he_image"]["scale_from_fullres"])
+        options |= {"image": str(folder / f"{name}_he.jpg"), "scale": scale, "pitch": 200}
+    for key, encoder in encoders.items():
+        st.im.embed(table, encoder, key_added=key, show_progress_bar=False, **options)
+    return table
 
 
 def fit(slides: Slides, names: Sequence[str], seed: int, **changes: Any) -> st.tl.Aligner:
@@ -131,7 +140,7 @@ def components(values: Matrix, n: int = 50) -> Matrix:
 # Domains and retrieval
 
 
-def representations(table: AnnData) -> dict[str, Matrix]:
+def others(table: AnnData) -> dict[str, Matrix]:
     """What the aligned representation is compared with, each of the slide alone."""
     spots = Spots.read(resolve_slices(table), CROPS["dlpfc"][1], "spatial", key="X_image")
     values = log_normalised(table.X)
@@ -143,10 +152,14 @@ def representations(table: AnnData) -> dict[str, Matrix]:
         "PCs": pcs,
         "PCs with neighbours": spots.to_tables(spots.niche_means(pcs[spots.rows])),
         "X_stofm": table.obsm["X_stofm"],
-        "aligned": table.obsm["X_aligned"],
-        "aligned, image alone": table.obsm["X_aligned_image"],
-        "aligned, genes alone": table.obsm["X_aligned_genes"],
     }
+
+
+ALIGNED: Final = {
+    "aligned": "X_aligned",
+    "aligned, image alone": "X_aligned_image",
+    "aligned, genes alone": "X_aligned_genes",
+}
 
 
 def score_domains(table: AnnData, values: Matrix, seed: int) -> dict[str, float]:
@@ -177,28 +190,34 @@ def score_retrieval(table: AnnData) -> dict[str, float]:
     return found | {"chance among 10": 10 / table.n_obs}
 
 
-def run_domains(slides: Slides, seeds: Sequence[int]) -> Rows:
+def run_domains(slides: Slides, seeds: Sequence[int]) -> Jobs:
     """Domains and retrieval on each slide, with the others aligned."""
-    for left_out in DLPFC:
-        table, others = slides.tables[left_out], _others(slides, left_out)
-        for seed in seeds:
-            start = time.process_time()
-            aligner = st.tl.align(others, seed=seed, show_progress_bar=False)
-            seconds = time.process_time() - start
-            aligner.transform(table)
-            own = {"slide": left_out, "seed": seed}
-            rows = [{**own, "what": "retrieval", "seconds": seconds} | score_retrieval(table)]
-            for name, values in representations(table).items():
-                scores = score_domains(table, values, seed)
-                rows.append({**own, "what": "domains", "representation": name} | scores)
-            yield f"{left_out}, seed {seed}", rows
+    for seed in seeds:
+        for left_out in DLPFC:
+            yield f"{left_out}, seed {seed}", partial(_measure_domains, slides, left_out, seed)
 
 
-def _others(slides: Slides, left_out: str) -> dict[str, AnnData]:
+def _measure_domains(slides: Slides, left_out: str, seed: int) -> list[dict[str, Any]]:
+    table, known = slides[left_out], _known(slides, left_out)
+    start = time.process_time()
+    aligner = st.tl.align(known, seed=seed, show_progress_bar=False)
+    seconds = time.process_time() - start
+    aligner.transform(table)
+    own = {"slide": left_out, "seed": seed}
+    rows = [{**own, "what": "retrieval", "seconds": seconds} | score_retrieval(table)]
+    # Nothing is trained of the others, so once is enough.
+    compared = others(table) if seed == 0 else {}
+    for name, values in (compared | {k: table.obsm[key] for k, key in ALIGNED.items()}).items():
+        scores = score_domains(table, values, seed)
+        rows.append({**own, "what": "domains", "representation": name} | scores)
+    return rows
+
+
+def _known(slides: Slides, left_out: str) -> dict[str, AnnData]:
     """Slides to align; of 151510, with 500 genes, all that share them, else those with thousands."""
     if left_out != DLPFC[0]:
         return slides.some([name for name in DLPFC[1:] if name != left_out])
-    genes = slides.tables[left_out].var_names
+    genes = slides[left_out].var_names
     found = slides.some(DLPFC[1:])
     return {name: one[:, one.var_names.isin(genes)].copy() for name, one in found.items()}
 
@@ -206,29 +225,32 @@ def _others(slides: Slides, left_out: str) -> dict[str, AnnData]:
 # Genes
 
 
-def run_genes(slides: Slides, seeds: Sequence[int]) -> Rows:
+def run_genes(slides: Slides, seeds: Sequence[int]) -> Jobs:
     """Genes of left-out slides by their images, with each method."""
     for seed in seeds:
-        for fold, (training, testing) in FOLDS.items():
-            aligner = fit(slides, training, seed)
-            plain = replace(aligner.reference)
-            columns = np.arange(len(aligner.genes.panel))
-            colours = np.concatenate(
-                [_in_order(slides.tables[name], "X_colour") for name in training]
-            )
-            both = np.concatenate([plain.image, plain.aligned_image], axis=1)
-            ways: dict[str, Any] = {
-                "ridge, colour and texture": (replace(plain, image=colours), "ridge"),
-                "ridge, random CNN (image only)": (plain, "ridge"),
-                "ridge, aligned image": (replace(plain, image=plain.aligned_image), "ridge"),
-                "ridge, random CNN and aligned image": (replace(plain, image=both), "ridge"),
-                "retrieval, aligned": (plain, "retrieval"),
-                "MLP, random CNN": (plain, "mlp"),
-            }
-            rows = []
-            for name in testing:
-                rows += _score_genes(aligner, slides.tables[name], name, fold, seed, ways, columns)
-            yield f"{fold}, seed {seed}", rows
+        for fold in FOLDS:
+            yield f"{fold}, seed {seed}", partial(_measure_genes, slides, fold, seed)
+
+
+def _measure_genes(slides: Slides, fold: str, seed: int) -> list[dict[str, Any]]:
+    training, testing = FOLDS[fold]
+    aligner = fit(slides, training, seed)
+    plain = aligner.reference
+    columns = np.arange(len(aligner.genes.panel))
+    colours = np.concatenate([_in_order(slides[name], "X_colour") for name in training])
+    both = np.concatenate([plain.image, plain.aligned_image], axis=1)
+    ways: dict[str, Any] = {
+        "ridge, colour and texture": (replace(plain, image=colours), "ridge"),
+        "ridge, random CNN (image only)": (plain, "ridge"),
+        "ridge, aligned image": (replace(plain, image=plain.aligned_image), "ridge"),
+        "ridge, random CNN and aligned image": (replace(plain, image=both), "ridge"),
+        "retrieval, aligned": (plain, "retrieval"),
+        "MLP, random CNN": (plain, "mlp"),
+    }
+    rows = []
+    for name in testing:
+        rows += _score_genes(aligner, slides[name], name, fold, seed, ways, columns)
+    return rows
 
 
 def _in_order(table: AnnData, key: str) -> Matrix:
@@ -292,23 +314,71 @@ def _score_genes(
     return rows
 
 
-def run_ablations(slides: Slides, seeds: Sequence[int]) -> Rows:
+def run_ablations(slides: Slides, seeds: Sequence[int]) -> Jobs:
     """Domains and retrieval of one slide, and genes of the bulb, with one thing changed."""
-    left_out = DLPFC[-1]
-    table, bulb = slides.tables[left_out], slides.tables[BULB[1]]
-    for name, changes in ABLATIONS.items():
-        for seed in seeds:
-            fit(slides, DLPFC[1:3], seed, **changes).transform(table)
-            row = {"ablation": name, "seed": seed} | score_retrieval(table)
-            row |= score_domains(table, table.obsm["X_aligned"], seed)
-            if changes.get("genes") != "stofm":
-                aligner = fit(slides, BULB[:1], seed, **changes)
-                columns = np.arange(len(aligner.genes.panel))
-                own = replace(aligner.reference, image=aligner.reference.aligned_image)
-                ways = {"ridge, aligned image": (own, "ridge")}
-                scored = _score_genes(aligner, bulb, BULB[1], "", seed, ways, columns)
-                row["bulb r, top 50"] = scored[-1]["r, top 50"]
-            yield f"{name}, seed {seed}", [row]
+    for seed in seeds:
+        for name in ABLATIONS:
+            yield f"{name}, seed {seed}", partial(_measure_ablation, slides, name, seed)
+
+
+def _measure_ablation(slides: Slides, name: str, seed: int) -> list[dict[str, Any]]:
+    table, bulb, changes = slides[DLPFC[-1]], slides[BULB[1]], ABLATIONS[name]
+    fit(slides, DLPFC[1:3], seed, **changes).transform(table)
+    row = {"ablation": name, "seed": seed} | score_retrieval(table)
+    row |= score_domains(table, table.obsm["X_aligned"], seed)
+    # The bulb's sections have too few genes for the model.
+    if changes.get("genes") != "stofm":
+        aligner = fit(slides, BULB[:1], seed, **changes)
+        columns = np.arange(len(aligner.genes.panel))
+        own = replace(aligner.reference, image=aligner.reference.aligned_image)
+        ways = {"ridge, aligned image": (own, "ridge")}
+        scored = _score_genes(aligner, bulb, BULB[1], "", seed, ways, columns)
+        row["bulb r, top 50"] = scored[-1]["r, top 50"]
+    return [row]
+
+
+# Speed
+
+
+def run_speed(_: Slides, seeds: Sequence[int]) -> Jobs:
+    """Time and memory of st.im.embed."""
+    for n in N_SPOTS:
+        yield f"{n} spots", partial(_in_new_process, n, seeds[0])
+
+
+def _in_new_process(n: int, seed: int) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return [pool.submit(_measure_speed, n, seed).result()]
+
+
+def _measure_speed(n: int, seed: int) -> dict[str, Any]:
+    import tifffile
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "The weights of the encoder 'cnn'")
+    side, tile = int(np.ceil(np.sqrt(n))), 512
+    rng, n_tiles = np.random.default_rng(seed), -(-64 * side // tile)
+    tiles = (rng.integers(0, 255, (tile, tile, 3), np.uint8) for _ in range(n_tiles**2))
+    places = np.stack(np.meshgrid(np.arange(side), np.arange(side)), axis=-1).reshape(-1, 2)[:n]
+    table = ad.AnnData(obsm={"spatial": 64.0 * places + 32})
+    with TemporaryDirectory() as folder:
+        path = f"{folder}/image.tif"
+        shape = (n_tiles * tile, n_tiles * tile, 3)
+        tifffile.imwrite(path, tiles, shape=shape, dtype=np.uint8, tile=(tile, tile))
+        # The first call loads what is needed.
+        options: dict[str, Any] = {
+            "microns_per_unit": PIXEL,
+            "crops": (100, 200),
+            "show_progress_bar": False,
+        }
+        st.im.embed(table[:: n // 9].copy(), image=path, **options)
+        before, start = peak_memory(torch.device("cpu")), time.process_time()
+        st.im.embed(table, image=path, **options)
+        seconds = time.process_time() - start
+        more = (peak_memory(torch.device("cpu")) - before) / 2**20
+    rate = {"spots per CPU second": n / seconds, "patches per CPU second": 2 * n / seconds}
+    own = sum(table.obsm[f"X_image_{level}"].nbytes for level in ("spot", "niche")) / 2**20
+    return {"spots": n, "seed": seed} | rate | {"MB more": more, "MB of features": own}
 
 
 # Tables
@@ -335,24 +405,29 @@ def _describe(rows: Sequence[Mapping[str, Any]], column: str) -> str:
     return f"{np.mean(means):.3f}{spread}"
 
 
-def report(results: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
+def report(found: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> str:
     """All parts as Markdown."""
-    lines = [f"Means over slides, and their spread over {len(seeds)} seeds."]
+    results = {part: list(chain(*done.values())) for part, done in found.items()}
+    n = {part: len({row["seed"] for row in rows}) for part, rows in results.items()}
+    counts = ", ".join(f"{count} of {part}" for part, count in n.items())
+    lines = [
+        f"Means over slides, and their spread over seeds ({counts}); what is not trained is measured once."
+    ]
     if rows := results.get("domains"):
         domains = [row for row in rows if row["what"] == "domains"]
         measures = [f"{how} {name}" for how in ("k-means", "domains") for name in ("ARI", "NMI")]
-        lines += ["", "## Domains of DLPFC slides that were left out", ""]
+        lines += ["", "### Domains of DLPFC slides that were left out", ""]
         lines += to_table(domains, "representation", measures)
         for name in DLPFC:
             own = [row for row in domains if row["slide"] == name]
             lines += ["", f"{name}:", "", *to_table(own, "representation", measures)]
         found = [row for row in rows if row["what"] == "retrieval"]
         columns = [f"{level} {one}" for level in ("spot", "niche") for one in ("among 10", "rank")]
-        lines += ["", "## Retrieval of genes by the image, within slides that were left out", ""]
+        lines += ["", "### Retrieval of genes by the image, within slides that were left out", ""]
         lines += to_table(found, "slide", [*columns, "chance among 10", "seconds"])
     if rows := results.get("genes"):
         columns = ["r, top 50", "r, all", "MSE, top 50", "MSE, all", "SSIM, top 50"]
-        lines += ["", "## Genes predicted from the image"]
+        lines += ["", "### Genes predicted from the image"]
         for fold in FOLDS:
             own = [row for row in rows if row["fold"] == fold]
             lines += ["", f"{fold}:", "", *to_table(own, "method", columns)]
@@ -360,8 +435,12 @@ def report(results: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) ->
         lines += ["", "The first three together:", "", *to_table(patients, "method", columns)]
     if rows := results.get("ablations"):
         columns = ["k-means ARI", "domains ARI", "spot rank", "niche rank", "bulb r, top 50"]
-        lines += ["", f"## Ablations: {DLPFC[-1]}, with two slides aligned, and the bulb", ""]
+        lines += ["", f"### Ablations: {DLPFC[-1]}, with two slides aligned, and the bulb", ""]
         lines += to_table(rows, "ablation", columns)
+    if rows := results.get("speed"):
+        columns = [name for name in rows[0] if name not in ("spots", "seed")]
+        lines += ["", "### Speed of st.im.embed with the default encoder, one thread", ""]
+        lines += to_table(rows, "spots", columns)
     return "\n".join(lines) + "\n"
 
 
@@ -376,28 +455,26 @@ def main() -> None:
     logging.getLogger("stofm").setLevel("WARNING")
     warnings.filterwarnings("ignore", "The weights of the encoder 'cnn'")
     warnings.filterwarnings("ignore", ".*are enlarged")
-    seeds = range(given.seeds)
-    needed = {
-        "domains": DLPFC,
-        "genes": (*B4, *C, *BULB),
-        "ablations": (*DLPFC[1:], *BULB),
+    jobs: dict[str, Callable[..., Jobs]] = {
+        "domains": run_domains,
+        "genes": run_genes,
+        "ablations": run_ablations,
+        "speed": run_speed,
     }
-    names = dict.fromkeys(name for part in given.parts for name in needed[part])
-    slides = load(given.folder, list(names))
-    runs = {"domains": run_domains, "genes": run_genes, "ablations": run_ablations}
-    results: dict[str, list[dict[str, Any]]] = {}
     stored = given.out.with_suffix(".json")
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     if stored.is_file():
-        # Parts that are not asked for stay.
-        results = json.loads(stored.read_text(encoding="utf-8"))
+        found = json.loads(stored.read_text(encoding="utf-8"))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for part in given.parts:
-        results[part] = []
-        for what, rows in runs[part](slides, seeds):
-            results[part] += rows
-            stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            given.out.with_suffix(".md").write_text(report(results, seeds), encoding="utf-8")
+        done = found.setdefault(part, {})
+        for what, measure in jobs[part](Slides(given.folder), range(given.seeds)):
+            if what in done:
+                continue
+            done[what] = measure()
+            stored.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(what, flush=True)
+    given.out.with_suffix(".md").write_text(report(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``stofm check``, ``embed``, ``report``, ``train``, ``corpus``, ``convert``, ``demo``."""
+"""The command line: ``stofm check``, ``embed``, ``report``, ``train``, ``align``, ``corpus``, ``convert``, ``demo``."""
 
 from __future__ import annotations
 
@@ -163,6 +163,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in OUT, if any")
     train.set_defaults(run=_train)
 
+    text = "align images and expression of a folder of slices"
+    align = commands.add_parser(
+        "align",
+        parents=[shared, writing, device],
+        help=text,
+        description="Align images and expression of a folder of slices, whose images stofm.im.embed "
+        "has embedded, as a recipe says. Several devices: as in stofm train. Stopped, the same "
+        "command goes on.",
+    )
+    add = align.add_argument
+    add("recipe", type=local, help=".toml with options")
+    add("--data", type=local, required=True, help="folder of .h5ad and .zarr")
+    add("--out", type=local, required=True, help="folder of the aligner")
+    align.set_defaults(run=_align)
+
     text = "turn SToFM's published weights into a checkpoint"
     convert = commands.add_parser("convert", parents=[shared, writing], help=text)
     add = convert.add_argument
@@ -180,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--simulate", action="store_true", help="a simulated slice")
     demo.set_defaults(run=_demo)
     corpus = add_corpus(commands, shared)
-    for command in (check, embed, report, train, convert, demo, *corpus):
+    for command in (check, embed, report, train, align, convert, demo, *corpus):
         # Messages speak of arguments; here these are flags.
         flags = {one.dest: one.option_strings[0] for one in command._actions if one.option_strings}
         command.set_defaults(flags=flags)
@@ -271,15 +286,19 @@ def _refuse_table_key(file: Path, table_key: str | None, *, has_tables: bool) ->
         )
 
 
-def _train(options: argparse.Namespace) -> None:
-    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
-        # Of several processes the first one speaks.
+def _let_the_first_speak() -> bool:
+    """Quieten all processes but the first, and say whether this is it."""
+    is_first = (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    if not is_first:
         logging.getLogger("stofm").setLevel(logging.WARNING)
+    return is_first
+
+
+def _train(options: argparse.Namespace) -> None:
+    _let_the_first_speak()
     from stofm.train import Recipe
     from stofm.train.recipe import train_recipe
 
-    if not options.recipe.is_file():
-        raise FileNotFoundError(f"There is no recipe {options.recipe}.")
     names = ("out_dir", "device", "work_dir", "resume", "overwrite")
     result = train_recipe(
         options.data,
@@ -288,6 +307,30 @@ def _train(options: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in names},
     )
     logger.info("%s is trained: %s.", result.model.name, options.out_dir / "model")
+
+
+def _align(options: argparse.Namespace) -> None:
+    is_first = _let_the_first_speak()
+    from stofm import tl
+    from stofm._edge.slice_files import read_data
+    from stofm.align.aligner import ALIGNER
+    from stofm.align.recipe import AlignRecipe
+
+    recipe, out = AlignRecipe.from_toml(options.recipe), options.out
+    ALIGNER.refuse_other(out, overwrite=options.overwrite)
+    checkpoint = out.with_name(f"{out.name}.training")
+    names = ("genes", "image_key", "donor_key", "library_key", "layer", "seed", "options")
+    aligner = tl.align(
+        {file.stem: read_data(file) for file in recipe.find(options.data)},
+        **{name: getattr(recipe, name) for name in names},
+        device=options.device,
+        checkpoint=checkpoint,
+        show_progress_bar=not options.quiet,
+    )
+    if is_first:
+        aligner.save(out, overwrite=options.overwrite)
+        checkpoint.unlink()
+        logger.info("The aligner is written to %s.", out)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -88,6 +88,39 @@ def test_seeds(slides: ad.AnnData, aligner: st.tl.Aligner) -> None:
     assert align(slides, seed=1).fingerprint != aligner.fingerprint
 
 
+def test_training_goes_on_after_a_stop(
+    slides: ad.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stofm.align import training
+    from stofm.train import loop
+
+    whole, file = align(slides, donor_key="donor"), tmp_path / "training"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_BETWEEN_CHECKPOINTS", 0.0)
+        save = training._Recorder.save
+
+        def stop(recorder: training._Recorder) -> None:
+            save(recorder)
+            if len(recorder.best) and recorder._loop.progress.step == 8:
+                raise KeyboardInterrupt
+
+        patch.setattr(training._Recorder, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            align(slides, donor_key="donor", checkpoint=file)
+    again = align(slides, donor_key="donor", checkpoint=file)
+    assert again.fingerprint == whole.fingerprint
+    kept = [name for name in whole.history if name != "seconds"]
+    assert again.history[kept].equals(whole.history[kept])
+    # At the end, nothing is left to do.
+    monkeypatch.setattr(loop.TrainingLoop, "_train_epoch", None)
+    assert align(slides, donor_key="donor", checkpoint=file).fingerprint == whole.fingerprint
+    with pytest.raises(ValueError, match="of other slides, or with other options"):
+        align(slides, donor_key="donor", checkpoint=file, seed=1)
+    file.write_text("notes")
+    with pytest.raises(ValueError, match=r"no checkpoint of st\.tl\.align"):
+        align(slides, checkpoint=file)
+
+
 def test_one_modality(slides: ad.AnnData, aligner: st.tl.Aligner) -> None:
     aligner.transform(slides)
     both = {key: slides.obsm[key] for key in BRANCHES}

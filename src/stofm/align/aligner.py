@@ -22,7 +22,7 @@ from stofm.align.config import AlignOptions
 from stofm.align.expression import GeneBranch
 from stofm.align.inputs import ImageOrigin, Spots, read_images
 from stofm.align.network import LEVELS, AlignNetwork
-from stofm.align.training import project
+from stofm.align.training import fuse, project
 from stofm.heads.genes import Gene
 from stofm.heads.head import refuse_reserved
 from stofm.heads.request import resolve_slices
@@ -181,7 +181,8 @@ class Aligner:
         None, or with ``copy=True`` the new AnnData, in the form of `data`. Sets:
 
         ``adata.obsm['X_aligned' | key_added]`` : float32 (n_obs, 2 x d_model)
-            The fused spot beside its fused niche, each of length 1.
+            The spot beside its niche, each of length 1: image and genes, weighted on each slide by how
+            well they foretell the genes of the spots around.
         ``adata.obsm['X_aligned_image']``, ``adata.obsm['X_aligned_genes']`` : float32 (n_obs, 2 x d_model)
             The same of each modality alone, as far as it is read.
         ``adata.uns['stofm']['X_aligned']`` : dict
@@ -202,25 +203,26 @@ class Aligner:
         read = (spatial_key, library_key, *images, *self.genes.reps)
         refuse_reserved(key_added, Obsm.X_ALIGNED, *read)
         slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy)
-        suffixes = {"image": Suffix.IMAGE, "genes": Suffix.GENES}
-        names = [key_added, *(key_added + suffix for suffix in suffixes.values())]
+        suffixes = {"both": "", "image": Suffix.IMAGE, "genes": Suffix.GENES}
+        names = [key_added + suffix for suffix in suffixes.values()]
         slices.each(lambda table: refuse_foreign(table, key_added, obsm=names))
         target = slices.copied() if copy else slices
         options = {"microns_per_unit": microns_per_unit, "pitch": pitch, "layer": layer}
         spots, features = self.read(target, modality, image_key, spatial_key, **options)
         found = project(self.network, features, choose_device(device))
-        beside = {
-            name: spots.to_tables(np.concatenate([found[level][name] for level in LEVELS], axis=1))
-            for name in found["spot"]
+        found["both"] = fuse(found, spots)
+        values = {
+            key_added + suffix: spots.to_tables(np.concatenate([*found[name].values()], axis=1))
+            for name, suffix in suffixes.items()
+            if name in found
         }
         params = {"modality": modality, "image_key": image_key, "spatial_key": spatial_key}
         with all_or_nothing(*target.tables):
             for table, place in zip(target.tables, target.places, strict=True):
-                for name, suffix in suffixes.items():
-                    table.obsm.pop(key_added + suffix, None)
-                    if name in beside:
-                        table.obsm[key_added + suffix] = beside[name][place]
-                table.obsm[key_added] = beside["fused"][place]
+                for key in names:
+                    table.obsm.pop(key, None)
+                for key, own in values.items():
+                    table.obsm[key] = own[place]
                 write_record(table, key_added, params, fingerprint=self.fingerprint)
         return target.as_given() if copy else None
 
@@ -278,8 +280,7 @@ class Aligner:
         FileExistsError
             `folder` is there and `overwrite` is false, or it holds something else.
         """
-        kind = Kind("an aligner", _is_one, _FILES.__contains__)
-        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=kind)
+        write_atomically(Path(folder), self._write, overwrite=overwrite, kind=ALIGNER)
 
     def _write(self, folder: Path) -> None:
         config = {
@@ -358,6 +359,10 @@ def _is_one(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return bool(read_json(folder / _CONFIG, "").get("task") == "alignment")
     return False
+
+
+#: What :meth:`Aligner.save` writes.
+ALIGNER: Final = Kind("an aligner", _is_one, _FILES.__contains__)
 
 
 def _digested(folder: Path) -> dict[str, Any]:

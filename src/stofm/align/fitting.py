@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from stofm._edge.tables import label_text
+from stofm._files import local
 from stofm._logging import logger
 from stofm.align.aligner import Aligner, Reference
 from stofm.align.expression import GeneBranch
@@ -19,6 +19,7 @@ from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from os import PathLike
 
     import torch
     from numpy.typing import NDArray
@@ -41,6 +42,7 @@ def fit_aligner(
     spatial_key: str,
     seed: int,
     device: str | torch.device,
+    checkpoint: str | PathLike[str] | None,
     show_progress_bar: bool,
     params: dict[str, Any],
 ) -> Aligner:
@@ -58,39 +60,30 @@ def fit_aligner(
     held_out = _held_out(donors, spots, donor_key)
     where = spots.where(_clusters(features["spot_genes"], options, seed))
 
-    def samples(numbers: list[int]) -> AlignSamples:
-        parts, names = [spots.parts[k] for k in numbers], [spots.names[k] for k in numbers]
-        rows = np.concatenate([np.arange(part.start, part.stop) for part in parts])
-        stops = np.cumsum([part.stop - part.start for part in parts]).tolist()
-        starts = [0, *stops[:-1]]
-        own = [slice(*ends) for ends in zip(starts, stops, strict=True)]
-        chosen = {name: one[rows] for name, one in features.items()}
-        codes = where[rows]
-        codes[:, 2] = np.repeat(np.arange(len(own)), np.diff([0, *stops]))
-        return AlignSamples(chosen, codes, own, names, options, seed)
-
-    trained_on = samples([k for k in range(len(spots.parts)) if k not in held_out])
-    validation = samples(held_out) if held_out else None
-    network, history = train(
-        trained_on, validation, options, device=device, show_progress_bar=show_progress_bar
+    trained_on, validation = (
+        AlignSamples(features, where, spots, slides, options, seed)
+        for slides in ([k for k in range(len(spots.parts)) if k not in held_out], held_out)
     )
-    place = choose_device(device)
-    scored = [score_retrieval(network, trained_on, "train", place)]
-    if validation is not None:
-        scored.append(score_retrieval(network, validation, "validation", place))
-    retrieval = pd.concat(scored, ignore_index=True)
+    network, history = train(
+        trained_on,
+        validation if held_out else None,
+        device=device,
+        checkpoint=None if checkpoint is None else local(checkpoint),
+        show_progress_bar=show_progress_bar,
+    )
+    aligned = project(network, features, choose_device(device))
+    retrieval = score_retrieval(aligned, spots, held_out)
     for (split, level), own in retrieval.groupby(["split", "level"], sort=False):
         logger.info(
             "%s, %s: within its slide the partner is among the 10 nearest for %.1f%% of the spots "
             "(by chance %.1f%%).",
             *(split, level, 100 * own["top_10"].mean(), 100 * own["chance_10"].mean()),
         )
-    aligned = project(network, features, place)
     kept = np.arange(0, len(spots), -(-len(spots) // _MOST_KEPT))
     reference = Reference(
         image=np.concatenate([features[f"{level}_image"] for level in LEVELS], axis=1)[kept],
-        aligned_image=np.concatenate([aligned[level]["image"] for level in LEVELS], axis=1)[kept],
-        aligned_genes=np.concatenate([aligned[level]["genes"] for level in LEVELS], axis=1)[kept],
+        aligned_image=np.concatenate([*aligned["image"].values()], axis=1)[kept],
+        aligned_genes=np.concatenate([*aligned["genes"].values()], axis=1)[kept],
         expression=sparse.csr_matrix((len(kept), 0), dtype=np.float32)
         if expression is None
         else expression[kept],

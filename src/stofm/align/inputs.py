@@ -161,10 +161,14 @@ class Spots:
         found[self.rows] = values
         return found
 
-    def niche_means(self, values: Any) -> Any:
-        """Mean over the members of each niche, of a dense or sparse matrix (n, d)."""
+    def niche_means(self, values: Any, *, with_self: bool = True) -> Any:
+        """Mean over the members of each niche, of a dense or sparse matrix (n, d).
+
+        Without the spot itself, if there are others.
+        """
         found = []
-        for part, own in zip(self.parts, self.members, strict=True):
+        for part, members in zip(self.parts, self.members, strict=True):
+            own = members if with_self else _without_self(members)
             sizes = np.asarray(own.sum(axis=1)).ravel()
             found.append(sparse.diags(1.0 / sizes) @ own @ values[part])
         if sparse.issparse(values):

@@ -22,7 +22,10 @@ MODALITIES: Final = ("image", "genes")
 
 
 class Level(NamedTuple):
-    """What the network tells of a level: unit vectors, (batch, d_model); None without its input."""
+    """What the network tells of a level: unit vectors, (batch, d_model); None without its input.
+
+    `fused` is for the loss across scales.
+    """
 
     image: Tensor | None
     genes: Tensor | None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 
+from stofm._digests import fingerprint
+from stofm._files import put_in_place, reading, take_back
 from stofm._logging import step_bar
 from stofm.align.losses import AlignBatch, AlignObjective, retrieval_ranks
-from stofm.align.network import LEVELS, AlignNetwork
+from stofm.align.network import LEVELS, MODALITIES, AlignNetwork
 from stofm.nn.device import seeded
 from stofm.train.checkpoint import Progress
 from stofm.train.config import RunConfig
@@ -20,11 +22,13 @@ from stofm.train.processes import Processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import nn
 
     from stofm.align.config import AlignOptions
+    from stofm.align.inputs import Spots
 
     Matrix = NDArray[np.float32]
 
@@ -33,25 +37,25 @@ _ROWS_AT_ONCE = 8192
 
 @dataclass(frozen=True, eq=False)
 class AlignSamples:
-    """Spots of slides, as the training loop takes samples.
+    """Spots of some slides, as the training loop takes samples.
 
-    `features` (n, d) are by branch, `where` (n, 4) as in :class:`AlignBatch`; each of `parts` is a
-    slide.
+    `features` (n, d) by branch and `where` (n, 4), as in :class:`AlignBatch`, are of all `spots`;
+    `slides` are the numbers of those that are drawn from.
     """
 
     features: Mapping[str, Matrix]
     where: Matrix
-    parts: Sequence[slice]
-    names: Sequence[str]
+    spots: Spots
+    slides: Sequence[int]
     options: AlignOptions
     seed: int
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
         """Batches of rows, each from few slides; all rows once."""
         rng = np.random.default_rng([self.seed, number])
-        order, step, batches = rng.permutation(len(self.parts)), self.options.slides_per_batch, []
+        order, step, batches = rng.permutation(self.slides), self.options.slides_per_batch, []
         for start in range(0, len(order), step):
-            parts = [self.parts[k] for k in order[start : start + step]]
+            parts = [self.spots.parts[k] for k in order[start : start + step]]
             rows = rng.permutation(np.concatenate([np.arange(p.start, p.stop) for p in parts]))
             batches += np.array_split(rows, -(-len(rows) // self.options.batch_size))
         return [batches[k] for k in rng.permutation(len(batches))]
@@ -67,7 +71,7 @@ class AlignSamples:
     def describe(self, samples: NDArray[np.int64]) -> str:
         """Slides that rows are of."""
         slides = np.unique(self.where[samples, 2].astype(int))
-        return f"slices {[self.names[k] for k in slides]}"
+        return f"slices {[self.spots.names[k] for k in slides]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +86,57 @@ class _Stage:
     refresh_every: int | None = None
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The file that training is written to on the way; `inputs` tells of what it is."""
+
+    path: Path
+    inputs: str
+
+    @classmethod
+    def of(cls, path: Path, samples: AlignSamples, validation: AlignSamples | None) -> _Checkpoint:
+        """Checkpoint of training on these samples with their options."""
+        slides = [one and list(one.slides) for one in (samples, validation)]
+        features = samples.features
+        facts = f"{samples.options} {samples.seed} {slides} {len(samples.where)} {list(features)}"
+        return cls(path, fingerprint(facts, samples.where, *features.values()))
+
+    def read(self) -> dict[str, Any]:
+        """What was written, empty if nothing was; refuse that of another training."""
+        place = take_back(self.path)
+        if not place.exists():
+            return {}
+        with reading(self.path, "checkpoint of st.tl.align"):
+            state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True)
+            is_same = state["inputs"] == self.inputs
+        if not is_same:
+            raise ValueError(
+                f"{self.path} is of an alignment of other slides, or with other options or another "
+                "seed: go on with those, name another file, or delete it to begin anew."
+            )
+        return state
+
+    def write(self, **state: Any) -> None:
+        """Write the file, whole or not at all."""
+        put_in_place(self.path, lambda part: torch.save({"inputs": self.inputs, **state}, part))
+
+
 class _Recorder:
     """Keeps the history, and the weights with the lowest loss on held-out slides."""
 
-    def __init__(self, loop: TrainingLoop, network: nn.Module, *, show: bool) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.best: dict[str, torch.Tensor] | None = None
-        self._network = network
-        self._bar = step_bar("align", total=loop.n_steps, done=0, show=show)
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        network: nn.Module,
+        checkpoint: _Checkpoint | None,
+        stored: Mapping[str, Any],
+        *,
+        show: bool,
+    ) -> None:
+        self.rows: list[dict[str, Any]] = stored.get("rows", [])
+        self.best: dict[str, torch.Tensor] = stored.get("best", {})
+        self._loop, self._network, self._checkpoint = loop, network, checkpoint
+        self._bar = step_bar("align", total=loop.n_steps, done=loop.progress.step, show=show)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Add a row to the history."""
@@ -104,7 +151,15 @@ class _Recorder:
         self.best = {name: one.clone() for name, one in self._network.state_dict().items()}
 
     def save(self) -> None:
-        """Write nothing: alignment takes minutes, and begins anew."""
+        """Write the checkpoint, if there is to be one."""
+        if self._checkpoint is not None:
+            self._checkpoint.write(
+                progress=asdict(self._loop.progress),
+                network=self._network.state_dict(),
+                optimizer=self._loop.optimizer.state_dict(),
+                best=self.best,
+                rows=self.rows,
+            )
 
     def close(self) -> None:
         """Close the bar."""
@@ -114,34 +169,41 @@ class _Recorder:
 def train(
     samples: AlignSamples,
     validation: AlignSamples | None,
-    options: AlignOptions,
     *,
     device: str | torch.device,
+    checkpoint: Path | None,
     show_progress_bar: bool,
 ) -> tuple[AlignNetwork, pd.DataFrame]:
     """Train a network; gives it on the CPU, with the history of its losses.
 
-    With held-out slides, the weights with the lowest loss on them.
+    With held-out slides, the weights with the lowest loss on them. Training is written to the file
+    `checkpoint` on the way, and goes on from there.
     """
-    processes = Processes.start(device)
+    processes, options = Processes.start(device), samples.options
     with seeded(samples.seed):
         network = AlignNetwork({k: v.shape[1] for k, v in samples.features.items()}, options)
     objective = AlignObjective(network).to(processes.device)
-    run = RunConfig(seed=samples.seed, n_threads=0)
+    kept = None if checkpoint is None else _Checkpoint.of(checkpoint, samples, validation)
+    kept = kept if processes.is_first else None
+    stored = processes.agree({} if kept is None else kept.read())
     # The loop asks of a stage and its config only what these have.
     loop = TrainingLoop(
         cast("Any", _Stage(objective, samples, validation)),
         cast("Any", options),
-        run=run,
+        run=RunConfig(seed=samples.seed, n_threads=0),
         processes=processes,
-        progress=Progress(),
+        progress=Progress(**stored.get("progress", {})),
     )
-    recorder = _Recorder(loop, network, show=show_progress_bar)
+    if stored:
+        network.load_state_dict(stored["network"])
+        loop.optimizer.load_state_dict(stored["optimizer"])
+    show = show_progress_bar and processes.is_first
+    recorder = _Recorder(loop, network, kept, stored, show=show)
     try:
         loop.train(recorder)
     finally:
         recorder.close()
-    if recorder.best is not None:
+    if recorder.best:
         network.load_state_dict(recorder.best)
     return network.cpu().eval(), pd.DataFrame(recorder.rows)
 
@@ -150,10 +212,10 @@ def train(
 def project(
     network: AlignNetwork, features: Mapping[str, Matrix], device: torch.device
 ) -> dict[str, dict[str, Matrix]]:
-    """Unit vectors of spots by level and by ``"image"``, ``"genes"`` and ``"fused"``."""
+    """Unit vectors of spots by modality, as far as it is read, and level."""
     network = network.to(device).eval()
     n = len(next(iter(features.values())))
-    found: dict[str, dict[str, list[Matrix]]] = {level: {} for level in LEVELS}
+    found: dict[str, dict[str, list[Matrix]]] = {name: {} for name in MODALITIES}
     for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         batch = {
@@ -161,18 +223,44 @@ def project(
             for name, values in features.items()
         }
         for level, views in network(batch).items():
-            for name, values in views._asdict().items():
-                if values is not None:
-                    found[level].setdefault(name, []).append(values.cpu().numpy())
+            for name, parts in found.items():
+                if (values := getattr(views, name)) is not None:
+                    parts.setdefault(level, []).append(values.cpu().numpy())
     network.cpu()
     return {
-        level: {name: np.concatenate(parts) for name, parts in views.items()}
-        for level, views in found.items()
+        name: {level: np.concatenate(values) for level, values in parts.items()}
+        for name, parts in found.items()
+        if parts
     }
 
 
+def fuse(aligned: Mapping[str, Mapping[str, Matrix]], spots: Spots) -> dict[str, Matrix]:
+    """Unit vectors of both modalities by level; one modality stands for itself.
+
+    On each slide they have the weights with which the two vectors of spots, together, come nearest
+    to the mean of the genes' vectors of the other spots in their niches.
+    """
+    if len(aligned) == 1:
+        return dict(*aligned.values())
+    views = [aligned[name] for name in MODALITIES]
+    around = spots.niche_means(aligned["genes"]["spot"], with_self=False)
+    found = {level: np.empty_like(around) for level in LEVELS}
+    for part in spots.parts:
+        image, genes, target = (
+            (one[part] - one[part].mean(axis=0)).ravel()
+            for one in (*(view["spot"] for view in views), around)
+        )
+        pair = np.stack([image, genes])
+        weights = np.linalg.lstsq(pair @ pair.T, pair @ target, rcond=None)[0].clip(min=0)
+        weights = weights if weights.any() else np.ones(2)
+        for level, both in found.items():
+            sums = sum(w * view[level][part] for w, view in zip(weights, views, strict=True))
+            both[part] = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    return found
+
+
 def score_retrieval(
-    network: AlignNetwork, samples: AlignSamples, split: str, device: torch.device
+    aligned: Mapping[str, Mapping[str, Matrix]], spots: Spots, held_out: Sequence[int]
 ) -> pd.DataFrame:
     """How well genes are found by the image of their spot or niche, among all of its slide.
 
@@ -180,13 +268,13 @@ def score_retrieval(
     whose partner is among so many nearest), ``chance_10`` (that share by chance), ``rank`` (median,
     as a share of n; 0.5 by chance).
     """
-    found = project(network, samples.features, device)
     rows = []
-    for name, part in zip(samples.names, samples.parts, strict=True):
-        for level, views in found.items():
-            ranks = retrieval_ranks(views["image"][part], views["genes"][part])
+    for number, (name, part) in enumerate(zip(spots.names, spots.parts, strict=True)):
+        own = {"slide": name, "split": "validation" if number in held_out else "train"}
+        for level in LEVELS:
+            ranks = retrieval_ranks(*(aligned[one][level][part] for one in MODALITIES))
             n = len(ranks)
             shares = {f"top_{k}": float((ranks <= k).mean()) for k in (1, 10)}
             rest = {"chance_10": min(1.0, 10 / n), "rank": float(np.median(ranks)) / n}
-            rows.append({"slide": name, "split": split, "level": level, "n": n, **shares, **rest})
+            rows.append({**own, "level": level, "n": n, **shares, **rest})
     return pd.DataFrame(rows)

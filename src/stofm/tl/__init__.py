@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stofm.heads.imputation import ImputationHead
     from stofm.heads.request import HeadOptions
     from stofm.perturb.effect import PerturbationEffect
+    from stofm.tl._align import align
     from stofm.tl._annotate import annotate
     from stofm.tl._attention import attention
     from stofm.tl._deconvolve import deconvolve
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from stofm.tl._novel import novel
     from stofm.tl._perturb import perturb
     from stofm.tl._pool_genes import pool_genes
+    from stofm.tl._predict_genes import predict_genes
     from stofm.tl._probe import ProbeResult, probe
     from stofm.tl._screen import screen
     from stofm.tl._train import train

@@ -12,6 +12,7 @@ from stofm.heads.request import resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from os import PathLike
 
     import torch
 
@@ -31,6 +32,7 @@ def align(
     spatial_key: str = Obsm.SPATIAL,
     seed: int = 0,
     device: str | torch.device = "auto",
+    checkpoint: str | PathLike[str] | None = None,
     table_key: str | None = None,
     show_progress_bar: bool = True,
 ) -> Aligner:
@@ -38,7 +40,7 @@ def align(
 
     Features of images are those of :func:`stofm.im.embed`; no image is read. Four branches (image and
     genes, of the spot and of its niche) are projected on the unit sphere, and at each level attention
-    fuses the image with the genes. Three losses bring together the image and the genes of a spot,
+    fuses the image with the genes for the loss across scales. Three losses bring together the image and the genes of a spot,
     those of a niche, and a spot and its niche, against other spots of the batch.
 
     Features of every branch are scaled slide by slide: else the stain, or depth, would tell slides
@@ -72,7 +74,11 @@ def align(
     seed
         Seed of first weights, batches and dropout.
     device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device. Started by torchrun or SLURM, several
+        processes share each batch, each on a device of its own.
+    checkpoint
+        File that training is written to every ten minutes and at its end. The same call goes on from
+        it after a stop, and ends as if there had been none. Delete it when the aligner is saved.
     table_key
         Table of a SpatialData.
     show_progress_bar
@@ -89,7 +95,7 @@ def align(
         There are no features of images, or a column, entry or layer is missing.
     ValueError
         Features are of different encoders or patches, slices share no gene, a slice has several
-        donors, or an option is not usable.
+        donors, an option is not usable, or `checkpoint` is of another training.
     FloatingPointError
         The loss is NaN or infinite.
 
@@ -129,6 +135,7 @@ def align(
         spatial_key=spatial_key,
         seed=int(seed),
         device=device,
+        checkpoint=checkpoint,
         show_progress_bar=show_progress_bar,
         params=params,
     )

@@ -129,7 +129,7 @@ def predict_genes(
     aligned = project(aligner.network, features, choose_device(device))
     query = Views(
         np.concatenate([features[f"{level}_image"] for level in LEVELS], axis=1),
-        np.concatenate([aligned[level]["image"] for level in LEVELS], axis=1),
+        np.concatenate([*aligned["image"].values()], axis=1),
     )
     chosen = np.array(list(columns.values()))
     found, scores = predict(aligner.reference, query, chosen, method=method, seed=int(seed))

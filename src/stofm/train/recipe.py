@@ -44,6 +44,16 @@ Preset = Literal["mini", "base"]
 _PARTS = ("cell_encoder", "se2_transformer", "subslice")
 
 
+def read_toml(file: Path) -> dict[str, Any]:
+    """Read the tables of a recipe."""
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no recipe {file}.")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no TOML: {error}.") from error
+
+
 def paper_schedule(
     *, epochs: tuple[int, int, int] = (1, 2, 1), optimizer: OptimizerConfig | None = None
 ) -> tuple[StageConfig, ...]:
@@ -233,11 +243,7 @@ class Recipe:
             a value that it can't have.
         """
         file = local(path)
-        try:
-            entries = tomllib.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is no TOML: {error}.") from error
-        recipe = cls.from_dict(entries, file.name)
+        recipe = cls.from_dict(read_toml(file), file.name)
         model = recipe.model
         if model.gene_embeddings in WORDS:
             return recipe
