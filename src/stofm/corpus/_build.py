@@ -119,8 +119,10 @@ def build(
     Examples
     --------
     >>> import stofm as st
-    >>> manifest = st.corpus.build("slices", "corpus", exclude=["test/*.h5ad"])  # doctest: +SKIP
-    >>> st.tl.train("corpus", out_dir="run")  # doctest: +SKIP
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("a.h5ad")
+    >>> manifest = st.corpus.build(["a.h5ad"], "corpus")
+    >>> manifest[["name", "cells", "status"]].values.tolist()
+    [['a', 282, 'ok']]
     """
     folder, vocabulary = local(out).absolute(), vocabulary or embedded_vocabulary()
     part, n_parts = parse_share(shard)

@@ -136,8 +136,8 @@ def embed(
     --------
     >>> import stofm as st
     >>> adata = st.datasets.load("mouse_olfactory_bulb_st")
-    >>> st.im.embed(adata, "statistics", pitch=200)  # doctest: +SKIP
-    >>> adata.obsm["X_image_spot"].shape  # doctest: +SKIP
+    >>> st.im.embed(adata, "statistics", pitch=200)
+    >>> adata.obsm["X_image_spot"].shape
     (379, 30)
     """
     table = resolve_table(adata, table_key, copy=copy)

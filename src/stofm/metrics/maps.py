@@ -67,6 +67,15 @@ def ssim(
     ------
     ValueError
         Coordinates are not finite or all the same, or `sigma` or `data_range` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import stofm as st
+    >>> positions = np.argwhere(np.ones((10, 10)))
+    >>> true = np.sin(positions[:, 0])
+    >>> round(st.metrics.ssim(true, true, positions), 6)
+    1.0
     """
     for value, name in ((sigma, "sigma"), (data_range, "data_range")):
         if value is not None and not 0.0 < value < np.inf:

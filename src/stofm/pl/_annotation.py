@@ -123,6 +123,11 @@ def annotation(
         A panel needs `truth_key`, no cell has a true class that the annotation knows, or `ax`
         does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.tl.annotate : makes an annotation.
+    stofm.pl.domains : regions found without labels.
+
     Examples
     --------
     >>> import stofm as st

@@ -136,6 +136,11 @@ def deconvolution(
         `kind` is neither, what pies are to be drawn of are no proportions, or `ax` does not fit
         the number of panels.
 
+    See Also
+    --------
+    stofm.tl.deconvolve : estimates the proportions.
+    stofm.pl.annotation : one type per cell.
+
     Examples
     --------
     >>> import stofm as st
@@ -240,6 +245,11 @@ def imputation(
     ValueError
         The measured values are no raw counts, `measured` has none of the cells or some twice, or
         `ax` does not fit the number of panels.
+
+    See Also
+    --------
+    stofm.tl.impute : imputes genes.
+    stofm.pl.gene_prediction : genes predicted from the image.
 
     Examples
     --------

@@ -233,6 +233,11 @@ def image(
     ValueError
         Coordinates are not finite, or `ax` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.pl.spatial : the same, with or without an image.
+    stofm.im.embed : features of the image.
+
     Examples
     --------
     >>> import stofm as st
@@ -295,13 +300,19 @@ def umap(
     ValueError
         `ax` does not fit the number of colours.
 
+    See Also
+    --------
+    scanpy.tl.umap : computes the UMAP.
+    stofm.pl.spatial : the same colours in the tissue.
+
     Examples
     --------
     >>> import scanpy as sc, stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> sc.pp.neighbors(adata, use_rep="X_stofm")  # doctest: +SKIP
-    >>> sc.tl.umap(adata)  # doctest: +SKIP
-    >>> ax = st.pl.umap(adata, color="cell_type")  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> sc.pp.neighbors(adata, use_rep="X_stofm")
+    >>> sc.tl.umap(adata)
+    >>> ax = st.pl.umap(adata, color="cell_type", show=False)
     """
     adata = resolve_table(adata, table_key)
     if _UMAP not in adata.obsm:

@@ -77,12 +77,17 @@ def subslices(
     ValueError
         `ax` does not fit the number of slices.
 
+    See Also
+    --------
+    stofm.pp.subslice : cuts slices.
+    stofm.pl.virtual_cells : what lies outside of a sub-slice.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> st.tl.embed(adata)  # doctest: +SKIP
-    >>> ax = st.pl.subslices(adata)  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> ax = st.pl.subslices(adata, show=False)
     """
     adata = resolve_table(adata, table_key)
     codes = _layout_codes(adata, Obs.SUBSLICE, library_key)
@@ -209,12 +214,17 @@ def virtual_cells(
     ValueError
         `ax` does not fit the number of slices.
 
+    See Also
+    --------
+    stofm.pp.subslice : finds virtual cells.
+    stofm.pl.subslices : the parts that see them.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> st.tl.embed(adata)  # doctest: +SKIP
-    >>> ax = st.pl.virtual_cells(adata)  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> ax = st.pl.virtual_cells(adata, show=False)
     """
     adata = resolve_table(adata, table_key)
     codes = _layout_codes(adata, Obs.VIRTUAL_CELL, library_key)

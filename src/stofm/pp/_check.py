@@ -76,6 +76,10 @@ class Findings:
         What :func:`stofm.tl.embed` would refuse, in its words.
     warnings
         What it would warn of.
+
+    See Also
+    --------
+    stofm.pp.check : makes it.
     """
 
     n_cells: int
@@ -215,6 +219,11 @@ def check(
         `adata` is neither an AnnData nor a SpatialData.
     KeyError
         There is no such table.
+
+    See Also
+    --------
+    stofm.tl.embed : does what the page announces.
+    stofm.pp.map_genes : genes that are known, in detail.
 
     Examples
     --------

@@ -77,6 +77,19 @@ def map_genes(
         No gene, or too few, were found; there are no cells or genes.
     KeyError
         `gene_key` is no column of `adata.var`, or `table_key` no table.
+
+    See Also
+    --------
+    stofm.pp.check : genes, counts, positions and time on one page.
+    stofm.GeneVocabulary : the genes that a model knows.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.load("mouse_cortex_osmfish")
+    >>> st.pp.map_genes(adata)
+    >>> adata.var.loc["Gad2", "stofm_gene"]
+    'ENSG00000136750'
     """
     table = resolve_table(adata, table_key, copy=copy)
     target = table.copy() if copy else table

@@ -93,6 +93,13 @@ def subslice(
     ValueError
         A rule, a coordinate or a feature is not usable.
 
+    See Also
+    --------
+    stofm.tl.encode_cells : the step before.
+    stofm.tl.embed : runs all steps.
+    stofm.pl.subslices : draws sub-slices.
+    stofm.pl.virtual_cells : draws virtual cells.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.2.

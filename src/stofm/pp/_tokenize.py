@@ -85,6 +85,20 @@ def tokenize(
         were found in the vocabulary.
     KeyError
         There is no such layer, column or table.
+
+    See Also
+    --------
+    stofm.pp.map_genes : which gene each column is.
+    stofm.tl.encode_cells : the next step.
+    stofm.tl.embed : runs all steps.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> st.pp.tokenize(adata, max_tokens=30)
+    >>> adata.obsm["stofm_tokens"].shape
+    (300, 30)
     """
     table = resolve_table(adata, table_key, copy=copy)
     target = table.copy() if copy else table

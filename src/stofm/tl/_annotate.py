@@ -142,6 +142,13 @@ def annotate(
         replace something else, or embeddings are by another model than the head's, or of other
         counts or coordinates than there are now.
 
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.tl.novel : groups cells that no class supports.
+    stofm.pl.annotation : map, confusion matrix and reliability.
+    stofm.tl.deconvolve : the same for spots of several cells.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2, for the head. Guo et al. 2017, On

@@ -144,6 +144,12 @@ def deconvolve(
         cell, `key_added` would replace something else, or embeddings are by another model than
         the head's, or of other counts or coordinates than there are now.
 
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.pl.deconvolution : maps or pies of the proportions.
+    stofm.tl.annotate : one type per cell.
+
     Notes
     -----
     With `reference`, spots are simulated in two rounds. The first takes all types for equally frequent; what it

@@ -154,6 +154,13 @@ def domains(
         domains, `key_added` would replace something else, or there are several slices and no
         `library_key`.
 
+    See Also
+    --------
+    stofm.pl.domains : draws domains with their outlines.
+    stofm.tl.describe : says what each domain is.
+    stofm.tl.annotate : learns regions from labels.
+    stofm.metrics.ari : compares domains with known regions.
+
     Notes
     -----
     Of more than 50,000 cells a random sample of 50,000 is clustered; the others join the likeliest

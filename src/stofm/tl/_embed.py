@@ -115,6 +115,13 @@ def embed(
     FloatingPointError
         The device gave NaN.
 
+    See Also
+    --------
+    stofm.pp.check : what will happen, before it does.
+    stofm.tl.domains : regions of the embedding.
+    stofm.tl.probe : is it better than principal components?
+    stofm.corpus.embed : thousands of slices.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.

@@ -72,6 +72,11 @@ def encode_cells(
     FloatingPointError
         The device gave NaN.
 
+    See Also
+    --------
+    stofm.pp.tokenize : the step before.
+    stofm.tl.embed : runs all steps, and adds the context.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.1.

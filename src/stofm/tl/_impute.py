@@ -124,6 +124,12 @@ def impute(
         no gene is left to read, the query has less than a tenth of the genes that the head
         reads, or the model is another one than the head's.
 
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.pl.imputation : draws imputed beside measured values.
+    stofm.tl.predict_genes : expression from the tissue's image.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2, for the head.

@@ -146,6 +146,12 @@ def probe(
         in width or model between slices, no cell has a label, fewer than two classes can be
         fitted, or none can be tested.
 
+    See Also
+    --------
+    stofm.pl.probe : draws the comparison.
+    stofm.metrics : the measures.
+    stofm.tl.annotate : learns from several representations at once.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section C.2, for the head and the protocol. Guo et al. 2017, On
@@ -248,6 +254,11 @@ class ProbeResult:
         A row for each left-out slice, representation and seed: ``slice``, ``representation``,
         ``seed``; ``accuracy``, ``macro_f1`` and ``calibration_error`` of the head; ``ari`` and
         ``nmi`` of the clusters, NaN for logistic regression; ``n_fitted`` and ``n_tested`` cells.
+
+    See Also
+    --------
+    stofm.tl.probe : makes it.
+    stofm.pl.probe : draws it.
     """
 
     scores: pd.DataFrame

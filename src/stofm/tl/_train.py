@@ -146,6 +146,12 @@ def train(
     ValueError
         A slice or an option is not usable, or the run to go on with has other settings.
 
+    See Also
+    --------
+    stofm.pl.training : draws the losses.
+    stofm.corpus.build : gathers thousands of slices to train on.
+    stofm.train.StageConfig : what happens in a stage.
+
     References
     ----------
     SToFM (arXiv 2507.11588), sections 3.4 and A.1, table A.8.
@@ -153,12 +159,11 @@ def train(
     Examples
     --------
     >>> import stofm as st
-    >>> slices = [st.datasets.simulate_slice(500, 100, seed=seed) for seed in range(3)]
-    >>> result = st.tl.train(  # doctest: +SKIP
-    ...     slices[:2], stage="spatial", validation=slices[2], out_dir="run"
-    ... )
-    >>> st.pl.training(result)  # doctest: +SKIP
-    >>> st.tl.embed(slices[2], result.model)  # doctest: +SKIP
+    >>> a, b, c = (st.datasets.simulate_slice(300, 40, seed=seed) for seed in range(3))
+    >>> result = st.tl.train([a, b], stage="spatial", validation=c, out_dir="run")
+    >>> st.tl.embed(c, result.model)  # or st.tl.embed(c, "run/model")
+    >>> c.uns["stofm"]["X_stofm"]["model"] == result.model.name
+    True
     """
     options = FileConfig(
         layer=layer,
