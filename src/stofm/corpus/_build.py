@@ -190,7 +190,7 @@ def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -
             names = {one.name for one in folder.iterdir() if one.name[0] != "."}
             if others := sorted(names - {VOCABULARY}):
                 raise FileExistsError(
-                    f"{folder} holds something else than a corpus ({', '.join(others[:3])}); take "
+                    f"{folder} holds something other than a corpus ({', '.join(others[:3])}); take "
                     "another folder."
                 )
             put_in_place(folder / VOCABULARY, vocabulary.save)

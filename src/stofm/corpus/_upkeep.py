@@ -85,7 +85,7 @@ def export(
     corpus
         Folder of a corpus.
     out
-        Folder of the stores: counts, places in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
+        Folder of the stores: counts, positions in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
         the source as names of cells, and in ``uns["source"]`` what the manifest says.
     show_progress_bar
         Show a bar.

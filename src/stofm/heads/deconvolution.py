@@ -135,7 +135,7 @@ def learn_reference(
     if request.options.strategy != "frozen":
         raise ValueError(
             f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
-            "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
+            "slices, and simulated spots are not part of one. Use strategy='frozen', or spot_size= "
             "with a slice of single cells."
         )
     plain = list(reference.values()) if isinstance(reference, dict) else reference

@@ -122,7 +122,7 @@ def _change_of_classes(head: AnnotationHead, model: Stofm) -> Change:
     made, own = head.origin[Obsm.X], origin_by(model)[Obsm.X]
     if not same_origin(made, own):
         raise ValueError(
-            f"The head was fitted to embeddings by {describe_origin(made)}, and `model` is "
+            f"The head was fitted to embeddings from {describe_origin(made)}, and `model` is "
             f"{describe_origin(own)}; pass that model."
         )
 

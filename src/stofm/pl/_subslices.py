@@ -189,7 +189,7 @@ def virtual_cells(
 ) -> Axes | list[Axes]:
     """Draw each slice's cells in pale colours and its virtual cells on top, one panel per slice.
 
-    A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean place of
+    A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean position of
     its cells, and its area stands for their number. Up to 30 of a slice are numbered. Colours are kept in
     ``uns["stofm_virtual_cell_colors"]``.
 

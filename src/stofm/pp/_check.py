@@ -120,7 +120,7 @@ class Findings:
             ("genes", f"{self.n_matched:,} are known{self._share()}"),
             ("not genes", f"{self.n_controls:,} columns{self._controls()}"),
             ("empty cells", f"{self.n_empty:,}"),
-            ("places", self._places()),
+            ("positions", self._places()),
             ("slices", self._slices()),
             ("tl.embed", self._embedding()),
         ]
@@ -194,9 +194,9 @@ def check(
 ) -> Findings:
     """Tell what :func:`stofm.tl.embed` will do with a section, before it does; nothing is changed.
 
-    Counts, names of genes, places and slices are read as it reads them, by the same checks: what it
-    would refuse or warn of is in the findings, with what to do. Some of the cells are embedded to tell
-    how long all will take.
+    Counts, gene names, positions and slices go through the same checks: what it would refuse or warn
+    of is in the findings, with what to do. Some of the cells are embedded to estimate how long all
+    of them take.
 
     Parameters
     ----------

@@ -73,7 +73,7 @@ def tokenize(
     ``obsm["stofm_tokens"]``
         int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
     ``obsm["stofm_token_values"]``
-        float32 CSR matrix (n_obs, max_tokens): their values, at the same places; only with
+        float32 CSR matrix (n_obs, max_tokens): their values, in the same order; only with
         values, and removed otherwise.
     ``obs["stofm_n_tokens"]``
         int32 number of tokens.

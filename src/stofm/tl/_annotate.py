@@ -55,7 +55,7 @@ def annotate(
 
     The query may be another slice, have other genes, or be of another species. Members of the head
     read embeddings, principal components of expression, or either beside the mean over a cell's
-    neighbours; held-out cells decide what each weighs. Where a query lacks places, raw counts or
+    neighbours; held-out cells decide what each weighs. Where a query lacks coordinates, raw counts or
     nearly all of the genes, members that need them have no vote, and a warning says so. Neighbours
     are those in `data`: pass whole slices, and choose among their cells afterwards. Cells without
     embeddings are embedded first; call :func:`stofm.tl.embed` yourself to set other options.
@@ -139,7 +139,7 @@ def annotate(
     ValueError
         `label_key` and `head` are both given or both missing, an option is not usable, there are
         fewer than two classes, a class has a single cell or is called "unknown", `key_added` would
-        replace something else, or embeddings are by another model than the head's, or of other
+        replace something else, or embeddings are from another model than the head's, or of other
         counts or coordinates than there are now.
 
     See Also

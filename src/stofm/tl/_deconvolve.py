@@ -78,7 +78,7 @@ def deconvolve(
         ``obs``. Spots with NaN are left out.
     reference
         Single cells with raw counts and types: AnnData, SpatialData with a single table, or a list
-        or dict of them. Places are not needed.
+        or dict of them. Coordinates are not needed.
     label_key
         Column of ``obs`` with the types: of `reference`, or of `data` with `spot_size`.
     spot_size
@@ -90,7 +90,7 @@ def deconvolve(
         stored embeddings, or the embedded ``"stofm-mini"``. Not read with `reference`.
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
-        are divided by the same number. Not read with `reference`: simulated spots have no place,
+        are divided by the same number. Not read with `reference`: simulated spots have no position,
         and their head reads 50 principal components of the shared genes.
     options
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
@@ -141,7 +141,7 @@ def deconvolve(
         Not one way is chosen, an option is not usable or does not go with it, proportions are
         negative or don't sum to 1, there are fewer than 20 spots with known ones, query and
         reference share fewer than 10 genes, there are fewer than two types or one has a single
-        cell, `key_added` would replace something else, or embeddings are by another model than
+        cell, `key_added` would replace something else, or embeddings are from another model than
         the head's, or of other counts or coordinates than there are now.
 
     See Also

@@ -48,7 +48,7 @@ def impute(
 
     The genes to impute are taken out of the counts before anything else is done: they are in no
     token, rank or total that the model reads, neither of the training slices nor of the query.
-    Cells are therefore embedded anew, on the genes that are left; stored embeddings, which may
+    Cells are therefore embedded again, on the genes that are left; stored embeddings, which may
     have seen the others, are not read. With `reference` only genes that the query has too are
     read, so that both look alike. Genes meet by their id in the model's vocabulary where both
     have one, so that symbols, Ensembl ids, human and mouse names may differ, else by name;

@@ -160,6 +160,6 @@ def _pool(
     tell = logger.info if share > _MOST_LACKING else warn
     tell(
         f"{len(is_there)} of {len(rows)} genes, with {share:.1%} of the counts, are in {genes.file}; "
-        "the others have no say."
+        "the others are not used."
     )
     return means
