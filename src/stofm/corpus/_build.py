@@ -90,7 +90,7 @@ def build(
         Cells that express fewer genes are left out; a tenth of the panel is enough where that is
         fewer.
     options
-        How files are read, if no table says otherwise.
+        How files are read, unless a table says otherwise.
     vocabulary
         Genes that are kept; those of ``stofm-mini`` by default. What other genes count is kept in
         each cell's total.

@@ -36,7 +36,7 @@ _MIN_SPOTS: Final = 20
 class DeconvolutionHead(Head):
     """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
 
-    A head that was fitted on simulated spots reads components of expression and no embedding.
+    A head that was fitted to simulated spots uses components of expression and no embedding.
     """
 
     task: ClassVar[str] = "deconvolution"

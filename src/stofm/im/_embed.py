@@ -52,9 +52,9 @@ def embed(
     """Embed the image around each cell or spot, at two scales.
 
     A patch of the spot and a larger one of its niche are cut out of the slice's image, resampled to
-    the size that the encoder reads, and encoded. Beyond the border of the image it is reflected, so
+    the size that the encoder takes, and encoded. Beyond the border of the image it is reflected, so
     every cell gets features. The image is read piece by piece: memory does not grow with the number
-    of cells but by the features themselves.
+    of cells, except for the features themselves.
 
     Parameters
     ----------

@@ -63,10 +63,10 @@ def spatial(
 
     There is one panel per slice and colour. Panels of one colour share colours and limits, and one
     legend or colour bar. Slices whose cells lie about equally far apart are drawn at one scale, others
-    each at its own. Colours of categories are kept in ``uns[f"{color}_colors"]``, as scanpy keeps
-    them, and used again; new ones are thirty that colour-blind readers can tell apart. A scale bar is
-    drawn where the unit of the coordinates is known: of Visium from ``uns["spatial"]``, of Xenium and
-    others from what :func:`stofm.read` found.
+    each at its own. Colours of categories are kept in ``uns[f"{color}_colors"]`` as in scanpy; new ones
+    are from thirty that colour-blind readers can tell apart. A scale bar is drawn where the unit of the
+    coordinates is known: for Visium from ``uns["spatial"]``, for Xenium and others from
+    :func:`stofm.read`. Most calls need `color` and perhaps `library_key`; the rest is looks.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ _PANEL: Final = 6000
 
 @dataclass
 class Findings:
-    """What :func:`check` found. ``print`` it to read the page.
+    """What :func:`check` found; ``print`` it for the page.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Findings:
     n_matched, counts_share
         Genes that the model knows, and their share of all counts.
     n_controls, control_share
-        Columns that are no genes, and the share of counts that :func:`stofm.read` found in controls.
+        Columns that are not genes, and the share of counts that :func:`stofm.read` found in controls.
     n_empty
         Cells without a count of a gene that the model knows.
     slices
@@ -73,9 +73,9 @@ class Findings:
         Where :func:`stofm.tl.embed` will compute; the seconds it will take, timed on some of the cells; bytes
         it will take, and those that are free.
     problems
-        What :func:`stofm.tl.embed` would refuse, in its words.
+        Errors that :func:`stofm.tl.embed` would raise.
     warnings
-        What it would warn of.
+        Warnings that it would give.
 
     See Also
     --------

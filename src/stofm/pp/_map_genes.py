@@ -37,7 +37,7 @@ def map_genes(
     recognised one by one; see :func:`stofm.genes.map_gene_ids`. The report (what was found, how
     many genes and what share of the counts are kept, examples of what is not) is logged.
 
-    Columns that are no genes by a column of `adata.var`, such as ``feature_types`` ("Antibody
+    Columns that are not genes according to `adata.var`, such as by ``feature_types`` ("Antibody
     Capture", "Negative Control Probe"), are left out here and wherever counts are read.
 
     Parameters

@@ -58,7 +58,7 @@ def tokenize(
         own, so that a token can occur twice, as in the reference implementation.
     values
         Write the value of each token too, by the model's rule (``depth_power`` of
-        :class:`stofm.nn.CellEncoderConfig`). By default if the model reads values.
+        :class:`stofm.nn.CellEncoderConfig`). By default if the model uses values.
     show_progress_bar
         Show progress.
     table_key

@@ -64,7 +64,7 @@ def encode_cells(
     Raises
     ------
     KeyError
-        There are no tokens, or no values of tokens for a model that reads them.
+        There are no tokens, or no values of tokens for a model that uses them.
     ValueError
         The tokens belong to another vocabulary or to other counts.
     MemoryError

@@ -100,7 +100,7 @@ def probe(
         tested; nor are those that only the left-out slice has, which a warning counts. In each
         slice, clusters are compared with classes of 1 % of its cells or more.
     use_rep
-        Entries of ``obsm`` to compare, of whatever origin. A tuple of them is read side by side:
+        Entries of ``obsm`` to compare, of whatever origin. A tuple of them is used side by side:
         ``["X_stofm", ("X_stofm_cell", "X_stofm")]`` are two representations, of which the second
         is called ``"X_stofm_cell + X_stofm"``; each part is divided by its overall spread.
     left_out
