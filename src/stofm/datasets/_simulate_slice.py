@@ -158,6 +158,10 @@ def simulate_slice(
         An argument is out of range, more genes are asked for than there are real symbols, or an
         interaction names a type or a gene that is not there.
 
+    See Also
+    --------
+    stofm.datasets.load : sections of real tissue.
+
     Examples
     --------
     >>> import stofm as st

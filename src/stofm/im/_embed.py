@@ -127,6 +127,11 @@ def embed(
     FloatingPointError
         The encoder gave NaN.
 
+    See Also
+    --------
+    stofm.pl.image : draws cells over the image, to check it and its scale.
+    stofm.tl.align : images and expression in one space.
+
     References
     ----------
     ST-Align: Multi-Scale Image-Gene Foundation Modeling for Spatial Transcriptomics via Spot-Niche
