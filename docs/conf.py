@@ -167,7 +167,17 @@ def visit_math_block(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def spread_notebooks(app: Sphinx, env: Any, docnames: list[str]) -> None:
+    """Put other pages between the notebooks: each process reads a part of the list."""
+    notebooks = [name for name in docnames if name.startswith("tutorials/") or name == "gallery"]
+    others = [name for name in docnames if name not in notebooks]
+    for number, name in enumerate(notebooks):
+        others.insert((number * len(docnames)) // len(notebooks), name)
+    docnames[:] = others
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("env-before-read-docs", spread_notebooks)
     # Before napoleon, which listens with the default priority of 500.
     app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)

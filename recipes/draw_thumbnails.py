@@ -56,6 +56,8 @@ def write(picture: Image.Image, file: Path) -> None:
 
 def plots() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Name, arguments and options of each plot."""
+    import scanpy as sc
+
     cortex = st.datasets.load("mouse_cortex_osmfish")
     st.tl.embed(cortex)
     st.tl.domains(cortex, n_domains=11)
@@ -63,24 +65,9 @@ def plots() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "domains", (cortex,), {"legend_loc": None}
     yield "subslices", (cortex,), {}
     yield "virtual_cells", (cortex,), {}
-    result = st.tl.probe(cortex, label_key="region", use_rep=["X_stofm"], seeds=1)
-    yield "probe", (result,), {}
-    yield from embedded_plots(cortex)
-    yield from simulated_plots()
-
-
-def embedded_plots(cortex: Any) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Plots of a UMAP, of an image, of a head, and of what is predicted."""
-    import scanpy as sc
-
     sc.pp.neighbors(cortex, use_rep="X_stofm")
     sc.tl.umap(cortex)
     yield "umap", (cortex,), {"color": "stofm_domain", "legend_loc": None}
-    x = cortex.obsm["spatial"][:, 0]
-    cortex.obs["known"] = cortex.obs["region"].where(x < np.median(x))
-    st.tl.annotate(cortex, head=st.tl.annotate(cortex, label_key="known"))
-    panels = ["confusion", "reliability"]
-    yield "annotation", (cortex,), {"truth_key": "region", "panels": panels}
     bulb = st.datasets.load("mouse_olfactory_bulb_st")
     yield "image", (bulb,), {"color": "Penk"}
     # The mean over the nearest spots stands in for a prediction.
@@ -89,14 +76,19 @@ def embedded_plots(cortex: Any) -> Iterator[tuple[str, tuple[Any, ...], dict[str
     for name, key in (("imputation", "stofm_imputed"), ("gene_prediction", "stofm_predicted")):
         bulb.obsm[key] = pd.DataFrame({"Penk": mean}, bulb.obs_names)
         yield name, (bulb, "Penk"), {}
+    yield from simulated_plots()
 
 
 def simulated_plots() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Plots of proportions, descriptions, losses, and of what a model uses."""
+    """Plots of heads, proportions, descriptions, losses, and of what a model uses."""
     spots = st.datasets.simulate_slice(300, 100, technology="visium", regions="nodular", seed=1)
-    pies = {"key": "proportions", "kind": "pies", "legend_loc": None}
-    yield "deconvolution", (spots,), pies
+    yield "deconvolution", (spots,), {"key": "proportions", "kind": "pies", "legend_loc": None}
     cells = st.datasets.simulate_slice(500, 80, seed=0)
+    st.tl.embed(cells)
+    yield "probe", (st.tl.probe(cells, label_key="region", use_rep=["X_stofm"], seeds=1),), {}
+    st.tl.annotate(cells, head=st.tl.annotate(cells, label_key="region"))
+    panels = ["confusion", "reliability"]
+    yield "annotation", (cells,), {"truth_key": "region", "panels": panels}
     description = st.tl.describe(cells, "region", label_key="cell_type")
     yield "describe", (cells, description, "L4"), {}
     yield "influence", (st.tl.influence(cells, groupby="cell_type"),), {}
