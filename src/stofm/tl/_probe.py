@@ -97,7 +97,7 @@ def probe(
     label_key
         Column of ``obs`` with the classes. Cells without one take part in components and
         neighbours only. Classes with less than 1 % of the fitted cells are neither fitted nor
-        tested; nor are those that only the left-out slice has, which a warning counts. In each
+        tested; nor are those that only the left-out slice has. Warnings count both. In each
         slice, clusters are compared with classes of 1 % of its cells or more.
     use_rep
         Entries of ``obsm`` to compare, of whatever origin. A tuple of them is used side by side:
