@@ -150,7 +150,7 @@ def adapt_to_napoleon(
         lines[0] = lines[0].replace(": ", " – ", 1)
     for number, line in enumerate(lines):
         # In Returns, ``adata.obsm['key']`` : type would become bold and lose its markup.
-        lines[number] = re.sub(r"^(``adata\.[^`]+``) : (?=\S)", r"\1, ", line)
+        lines[number] = re.sub(r"^(``(?:adata\.|\w+\[).*(?:``|\.\.\.)) : (?=\S)", r"\1, ", line)
         # A dataclass's attributes are its parameters; as such they get their types.
         if what == "class" and is_dataclass(obj) and line == "Attributes":
             lines[number : number + 2] = ["Parameters", "----------"]
