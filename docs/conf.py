@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -37,11 +38,25 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-# Outputs of notebooks are kept while neither the notebook nor the package changes.
+
+def content(file: Path) -> bytes:
+    """What a file of the package does: of a module its code, without docstrings and comments."""
+    if file.suffix != ".py":
+        return file.read_bytes()
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            del node.body[0]
+    return ast.dump(tree).encode()
+
+
+# Outputs of notebooks are kept while neither the notebook nor the package's code changes.
 digest = hashlib.sha256()
 for file in sorted((HERE.parent / "src").rglob("*")):
     if file.is_file() and file.suffix != ".pyc":
-        digest.update(file.read_bytes())
+        digest.update(content(file))
 CACHE = HERE / "_build" / f"notebooks-{digest.hexdigest()[:12]}"
 for folder in CACHE.parent.glob("notebooks-*"):
     if folder != CACHE:
@@ -135,7 +150,7 @@ def adapt_to_napoleon(
         lines[0] = lines[0].replace(": ", " – ", 1)
     for number, line in enumerate(lines):
         # In Returns, ``adata.obsm['key']`` : type would become bold and lose its markup.
-        lines[number] = re.sub(r"^(``adata\.[^`]+``) : (?=\S)", r"\1, ", line)
+        lines[number] = re.sub(r"^(``(?:adata\.|\w+\[).*(?:``|\.\.\.)) : (?=\S)", r"\1, ", line)
         # A dataclass's attributes are its parameters; as such they get their types.
         if what == "class" and is_dataclass(obj) and line == "Attributes":
             lines[number : number + 2] = ["Parameters", "----------"]
@@ -152,7 +167,17 @@ def visit_math_block(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def spread_notebooks(app: Sphinx, env: Any, docnames: list[str]) -> None:
+    """Put other pages between the notebooks: each process reads a part of the list."""
+    notebooks = [name for name in docnames if name.startswith("tutorials/") or name == "gallery"]
+    others = [name for name in docnames if name not in notebooks]
+    for number, name in enumerate(notebooks):
+        others.insert((number * len(docnames)) // len(notebooks), name)
+    docnames[:] = others
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
+    app.connect("env-before-read-docs", spread_notebooks)
     # Before napoleon, which listens with the default priority of 500.
     app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)

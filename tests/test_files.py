@@ -203,7 +203,7 @@ def test_only_the_same_kind_is_replaced(tmp_path):
     box.mkdir()
     BOXES.refuse_other(box, overwrite=False)
     (box / "thesis.docx").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else than a box and is not replaced"):
+    with pytest.raises(FileExistsError, match="something other than a box and is not replaced"):
         BOXES.refuse_other(box, overwrite=True)
     (box / "a").write_text("")
     with pytest.raises(FileExistsError, match=r"more than a box, for example \['thesis.docx'\]"):

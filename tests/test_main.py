@@ -225,7 +225,7 @@ def test_a_fault_of_the_software_is_said_to_be_one(error, files, monkeypatch, ca
     [
         ((), "taken/out.h5ad", "taken is a file, so nothing can be written into"),
         ((), "text.h5ad", "text.h5ad exists; pass --overwrite to replace it."),
-        (("--overwrite",), "text.h5ad", "holds something else than an AnnData in an .h5ad file"),
+        (("--overwrite",), "text.h5ad", "holds something other than an AnnData in an .h5ad file"),
         (("--overwrite",), "model", "must end in .h5ad or .zarr"),
         (("--model", "none"), "out.h5ad", "There is no checkpoint 'none'"),
     ],

@@ -76,7 +76,7 @@ def test_log_lines_and_warnings_are_changed(caplog: pytest.LogCaptureFixture) ->
 def test_warning_points_at_the_users_line() -> None:
     adata = st.datasets.simulate_slice(20, 67, seed=0)
     adata.obsm["spatial"] = adata.obsm["spatial"] * 0
-    with pytest.warns(UserWarning, match="at one place") as caught:
+    with pytest.warns(UserWarning, match="at one position") as caught:
         st.tl.embed(adata, show_progress_bar=False)
     assert {warning.filename for warning in caught} == {__file__}
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import operator
 import re
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_every_parameter_is_documented(name: str, function: Callable[..., object
             documented |= {word.strip().lstrip("*") for word in line.split(":")[0].split(",")}
     missing = set(inspect.signature(function).parameters) - documented
     assert not missing, f"{name} does not document {sorted(missing)}"
+
+
+@functions
+def test_every_function_has_an_example_and_names_related_ones(
+    name: str, function: Callable[..., object]
+) -> None:
+    text = inspect.getdoc(function) or ""
+    assert "\nExamples\n--------\n" in text, name
+    _, _, related = text.partition("See Also\n--------\n")
+    found = re.findall(r"^stofm\.(\S+) : ", related.partition("\n\n")[0], re.MULTILINE)
+    assert found, f"{name} lacks See Also"
+    for other in found:
+        operator.attrgetter(other)(stofm)
 
 
 @pytest.mark.parametrize("area", AREAS)

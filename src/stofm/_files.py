@@ -55,7 +55,7 @@ class Kind:
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
         if not self.is_one(place):
             raise FileExistsError(
-                f"{path} holds something else than {self.name} and is not replaced."
+                f"{path} holds something other than {self.name} and is not replaced."
             )
         files = (file for file in place.rglob("*") if file.is_symlink() or not file.is_dir())
         names = (file.relative_to(place).as_posix() for file in files if file.name not in TRIFLES)

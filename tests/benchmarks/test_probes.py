@@ -251,6 +251,7 @@ def test_the_command_line(folder, model, monkeypatch, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Rare classes are neither fitted")
 @pytest.mark.filterwarnings("ignore:Classes that no cell outside")
 def test_tasks_fit_the_development_slices(shared):
     """Files, columns and slices are there, and something is fitted and tested in each."""

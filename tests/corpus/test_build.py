@@ -212,7 +212,7 @@ def test_other_settings_and_other_folders_are_refused(build, tmp_path, files):
     with pytest.raises(ValueError, match=r"begun with another min_genes \(\[100\], now \[5\]\)"):
         build(min_genes=5)
     with pytest.raises(
-        FileExistsError, match=r"files holds something else than a corpus \(a\.h5ad"
+        FileExistsError, match=r"files holds something other than a corpus \(a\.h5ad"
     ):
         build(out="files")
 

@@ -68,7 +68,7 @@ def test_kinds_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="stofm"):
         ids_and_symbols(make(feature_types=kinds))
     assert caplog.messages == [
-        "5 of 12 columns are no genes and are left out (3 Antibody Capture, 2 Custom)."
+        "5 of 12 columns are not genes and are left out (3 Antibody Capture, 2 Custom)."
     ]
 
 

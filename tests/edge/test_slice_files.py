@@ -130,7 +130,7 @@ def test_only_files_of_the_kind_are_replaced(adata: AnnData, store: Path, tmp_pa
     refuse_output(tmp_path / "old.h5ad", has_spatialdata=False, overwrite=True)
     refuse_output(store, has_spatialdata=True, overwrite=True)
     for path, has_spatialdata in (("text.h5ad", False), ("images.zarr", False), (store, False)):
-        with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+        with pytest.raises(FileExistsError, match="holds something other than an AnnData"):
             refuse_output(tmp_path / path, has_spatialdata=has_spatialdata, overwrite=True)
     (store / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"more than a SpatialData .*\['thesis.txt'\]"):
@@ -148,7 +148,7 @@ def foreign(path: Path) -> Path:
 
 
 def test_a_mudata_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError, match="holds something else than an AnnData"):
+    with pytest.raises(FileExistsError, match="holds something other than an AnnData"):
         refuse_output(foreign(tmp_path), has_spatialdata=False, overwrite=True)
 
 

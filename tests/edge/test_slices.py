@@ -123,7 +123,7 @@ def test_names_that_are_there_twice_tell_of_joined_slices(rng):
     ]
     with pytest.warns(UserWarning, match="not unique"):
         joined = ad.concat(parts)
-    with pytest.raises(ValueError, match="100% of the obs_names are there several times") as error:
+    with pytest.raises(ValueError, match="100% of the obs_names occur several times") as error:
         read(joined)
     code = str(error.value).partition("pass it: ")[2].partition(", library_key")[0]
     exec(code, {"adata": joined})
@@ -232,7 +232,7 @@ def grid(n=15):
 
 
 def test_all_cells_at_one_place_are_warned_of():
-    with pytest.warns(UserWarning, match=r"all 5 cells lie at one place \(3, 4\)"):
+    with pytest.warns(UserWarning, match=r"all 5 cells lie at one position \(3, 4\)"):
         places(one_slice([[3, 4]] * 5))
 
 
@@ -245,7 +245,7 @@ def test_a_line_is_warned_of(axis, side):
 
 
 def test_shared_places_are_warned_of():
-    with pytest.warns(UserWarning, match="2 of 5 cells share their place with another"):
+    with pytest.warns(UserWarning, match="2 of 5 cells share their position with another"):
         places(one_slice([[0, 0], [1, 2], [1, 2], [1, 2], [3, 0]]))
 
 
@@ -294,7 +294,7 @@ def test_depth_is_warned_of_if_it_is_more_than_the_distance_of_cells(rng, caplog
 def test_cells_scattered_far_off_are_told_with_how_they_shrink_the_slice(rng):
     xy = 100 * rng.random((2000, 2))
     xy[:40] = 300 + 500 * rng.random((40, 2))
-    with pytest.warns(UserWarning, match="40 of 2000 cells .* lie far off the others"):
+    with pytest.warns(UserWarning, match="40 of 2000 cells .* lie far from the others"):
         places(one_slice(xy))
 
 

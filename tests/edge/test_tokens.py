@@ -142,7 +142,7 @@ def test_cells_on_a_line_or_at_one_place(adata, model):
     del adata.obs["library"]
     adata.obsm["spatial"][:, 1] = 3.0
     adata.obsm["spatial"][::2] = 5.0
-    with pytest.warns(UserWarning, match="one place"):
+    with pytest.warns(UserWarning, match="one position"):
         st.tl.embed(adata[::2].copy(), model, **QUIET)
     one = adata[1::2].copy()
     with pytest.warns(UserWarning, match="on a line"):
@@ -189,7 +189,7 @@ def test_features_of_the_user_have_no_counts(adata, model, vocabulary, rng):
 def test_steps_read_nothing_that_is_stale(embedded, model, vocabulary, monkeypatch):
     monkeypatch.setattr("stofm._edge.tokens.embedded_vocabulary", lambda: vocabulary)
     embedded.X = embedded.X[::-1]
-    with pytest.raises(ValueError, match="The tokens are of other counts: of 184 cells"):
+    with pytest.raises(ValueError, match="The tokens were made from other counts: of 184 cells"):
         st.tl.encode_cells(embedded, model, **QUIET)
     with pytest.raises(ValueError, match=r"X_stofm_cell.* was made from other counts"):
         st.pp.subslice(embedded, library_key="library")

@@ -187,9 +187,9 @@ def test_a_head_replaces_one_of_its_task_only(tmp_path, model):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "config.json").write_text("{}")
     for name in ("model", "files"):
-        with pytest.raises(FileExistsError, match="something else than a head for toys"):
+        with pytest.raises(FileExistsError, match="something other than a head for toys"):
             make().save(tmp_path / name, overwrite=True)
-    with pytest.raises(FileExistsError, match="something else than a checkpoint of a model"):
+    with pytest.raises(FileExistsError, match="something other than a checkpoint of a model"):
         model.save_pretrained(tmp_path / "toys", overwrite=True)
     (tmp_path / "toys" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"more than a head .*\['notes.txt'\]"):

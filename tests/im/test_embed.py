@@ -151,14 +151,14 @@ def test_spots_outside_are_counted_or_refused(adata: ad.AnnData, picture: np.nda
     adata.obsm["spatial"][:3] = [[-1, 50], [50, 401], [1000, -1000]]
     with (
         pytest.warns(UserWarning, match="3 of 144 cells lie outside the image of 400 x 400 pixels"),
-        pytest.warns(UserWarning, match="lie far off the others"),
+        pytest.warns(UserWarning, match="lie far from the others"),
     ):
         st.im.embed(adata, colours, **options)
     assert np.isfinite(adata.obsm["X_image_spot"]).all()
     adata.obsm["spatial"] = adata.obsm["spatial"][::-1] * 9
     with (
         pytest.raises(ValueError, match=r"144 cells lie outside .* Pass `scale`"),
-        pytest.warns(UserWarning, match="lie far off the others"),
+        pytest.warns(UserWarning, match="lie far from the others"),
     ):
         st.im.embed(adata, colours, **options)
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # Some samples have no counts, or cells without a place.
-    pytest.mark.filterwarnings("ignore:.*has no counts|.*have no place"),
+    # Some samples have no counts, or cells without a position.
+    pytest.mark.filterwarnings("ignore:.*has no counts|.*have no position"),
     pytest.mark.filterwarnings("ignore:Object at|SpatialData is not stored"),
 ]
 
@@ -86,7 +86,7 @@ REFUSED = {
     "stereoseq_gem_gef": "holds 2 samples: SS200000000TR_A1, old_MIDCounts_label",
     "cellxgene_h5ad": "holds 3 samples",
     "seqfishplus_csv": "holds 2 samples: cortex_svz, ob",
-    "starmap_giotto_3d": "starmap_cell_loc.txt has places without ids",
+    "starmap_giotto_3d": "starmap_cell_loc.txt has positions without ids",
     "generic_mtx_v2_genes_tsv": r"a table of ids, x and y\. Found: barcodes.tsv, genes.tsv",
     "spatialdata_zarr_points_only": r"points_only.*: This SpatialData has no table of counts",
     "spatialdata_zarr_v2_blobs": "does not hold raw counts: 100 % are not integers",

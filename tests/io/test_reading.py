@@ -232,7 +232,7 @@ def test_cells_of_visium_hd(section: Any, visium_hd: Path) -> None:
     (folder / "cell_segmentations.geojson").write_text(json.dumps(said))
     (folder / "spatial").mkdir()
     (folder / "spatial" / "scalefactors_json.json").write_text('{"microns_per_pixel": 0.5}')
-    with pytest.warns(UserWarning, match="2 of 17 cells .* have no place"):
+    with pytest.warns(UserWarning, match="2 of 17 cells .* have no position"):
         adata = st.read(visium_hd, bin_size="cells")
     assert adata.obs_names.tolist() == section.ids[2:]
     np.testing.assert_allclose(adata.obsm["spatial"], section.xy[2:] / 2, rtol=1e-6)
@@ -609,7 +609,7 @@ def test_places_as_spreadsheets_write_them(section: Any, tmp_path: Path) -> None
     section.write_mtx(tmp_path)
     assert_same(st.read(tmp_path), section)
     table.to_csv(tmp_path / "places.csv", index=False, sep=";", decimal=",")
-    with pytest.raises(ValueError, match=r"places\.csv: column 'x' holds something else than num"):
+    with pytest.raises(ValueError, match=r"places\.csv: column 'x' holds values that are not num"):
         st.read(tmp_path)
 
 
@@ -632,7 +632,7 @@ def test_ids_that_occur_twice(section: Any, tmp_path: Path) -> None:
 def test_places_without_ids(section: Any, tmp_path: Path) -> None:
     np.savetxt(tmp_path / "a_cell_loc.txt", section.xy)
     section.dense().to_csv(tmp_path / "a_expr.csv")
-    with pytest.raises(FileNotFoundError, match=r"a_cell_loc\.txt has places without ids"):
+    with pytest.raises(FileNotFoundError, match=r"a_cell_loc\.txt has positions without ids"):
         st.read(tmp_path)
 
 

@@ -132,7 +132,7 @@ def test_bad_input():
         st.metrics.ssim(values, values, places[:2])
     with pytest.raises(ValueError, match="with 1 NaN or infinite values"):
         st.metrics.ssim(values, values, np.where(places == 2, np.nan, places))
-    with pytest.raises(ValueError, match="All 3 rows lie at one place"):
+    with pytest.raises(ValueError, match="All 3 rows lie at one position"):
         st.metrics.ssim(values, values, np.ones((3, 2)))
     with pytest.raises(ValueError, match="sigma must be positive, found 0"):
         st.metrics.ssim(values, values, places, sigma=0)

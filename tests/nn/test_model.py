@@ -98,7 +98,7 @@ def test_an_existing_checkpoint_is_replaced_only_when_asked(model, saved):
 
 def test_a_folder_of_other_things_is_never_replaced(model, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else than a checkpoint"):
+    with pytest.raises(FileExistsError, match="something other than a checkpoint"):
         model.save_pretrained(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -283,7 +283,7 @@ def test_only_a_checkpoint_is_replaced(model, tmp_path, saved):
     project = tmp_path / "project"
     project.mkdir()
     (project / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(FileExistsError, match="holds something else than a checkpoint"):
+    with pytest.raises(FileExistsError, match="holds something other than a checkpoint"):
         model.save_pretrained(project, overwrite=True)
     (saved / ".git").mkdir()
     (saved / ".git" / "HEAD").write_text("ref")

@@ -250,7 +250,7 @@ def test_columns_that_name_other_genes_are_not_read(
     with caplog.at_level(logging.INFO, logger="stofm"):
         pp.map_genes(adata, vocabulary=vocabulary)
     assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids, "", ""]
-    assert "var['neighbour'] names other genes than var_names and is not read" in caplog.text
+    assert "var['neighbour'] names other genes than var_names and is not used" in caplog.text
 
 
 def test_mapping_stays_when_columns_are_added(
@@ -272,7 +272,7 @@ def test_columns_that_are_no_genes(
         pp.map_genes(adata, vocabulary=vocabulary)
     assert adata.var[Var.GENE].tolist() == [*vocabulary.gene_ids[:6], *[""] * 7]
     assert "6 of 6 genes matched;" in caplog.text
-    assert "7 of 13 columns are no genes and are left out" in caplog.text
+    assert "7 of 13 columns are not genes and are left out" in caplog.text
 
 
 def test_mapping_is_made_again_when_kinds_are_told(

@@ -616,7 +616,7 @@ def test_a_tuned_model_goes_with_the_head(embedded, model, tmp_path, strategy):
     again = st.AnnotationHead.load(tmp_path / "head")
     made = [apply(embedded, one, copy=True) for one in (head, again)]
     pd.testing.assert_frame_equal(made[0].obsm[PROBA], made[1].obsm[PROBA], check_exact=True)
-    # The embeddings by the model before tuning stay.
+    # The embeddings from the model before tuning stay.
     np.testing.assert_array_equal(made[0].obsm[Obsm.X], stored)
 
 

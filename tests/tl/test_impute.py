@@ -357,7 +357,7 @@ def test_another_model_is_refused(fit, query, model):
     head = fit()
     with torch.no_grad():
         next(model.se2_transformer.parameters()).add_(0.5)
-    with pytest.raises(ValueError, match="head was fitted to embeddings by"):
+    with pytest.raises(ValueError, match="head was fitted to embeddings from"):
         st.tl.impute(query, head=head, model=model, **LIBRARY)
     assert Obsm.IMPUTED not in query.obsm
 

@@ -97,7 +97,7 @@ def test_a_head_that_reads_more_or_of_another_model_is_refused(adata, model, few
     options = st.tl.HeadOptions(n_neighbors=0, n_components=0)
     head = st.tl.annotate(adata, use_rep="X_stofm", options=options, **how)
     other = st.Stofm(model.config, model.vocabulary, seed=9).eval()
-    with pytest.raises(ValueError, match="was fitted to embeddings by tiny"):
+    with pytest.raises(ValueError, match="was fitted to embeddings from tiny"):
         st.tl.influence(adata, groupby="kind", model=other, head=head, **READING)
     with pytest.raises(TypeError, match="Expected a head for annotation"):
         st.tl.influence(adata, groupby="kind", model=model, head=model, **READING)

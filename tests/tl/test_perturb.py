@@ -301,7 +301,7 @@ def test_embeddings_and_goals_of_another_model_are_refused(adata, model, perturb
         perturb(remove=True, cells="kind == '1'", model=None)
     with pytest.raises(ValueError, match=r"obs.'stofm_domain'. is by tiny"):
         perturb(remove=True, cells="kind == '1'", goal={"stofm_domain": "1"})
-    with pytest.raises(ValueError, match=r"The head was fitted to embeddings by tiny"):
+    with pytest.raises(ValueError, match=r"The head was fitted to embeddings from tiny"):
         perturb(model=other, remove=True, cells="kind == '1'", goal=(head, "1"))
     with pytest.raises(ValueError, match=r"no class '9' for `goal`; it has \['0', '1', '2'\]"):
         perturb(remove=True, cells="kind == '1'", goal=(head, "9"))

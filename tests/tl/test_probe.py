@@ -105,6 +105,17 @@ def test_what_is_left_out_is_never_fitted(adata, monkeypatch):
         assert len(set(rows)) == len(rows)
 
 
+def test_rare_classes_are_left_out_and_counted(adata):
+    names = adata.obs["region"].astype(str)
+    names.iloc[np.flatnonzero(adata.obs["slice_id"] == "slice0")[0]] = "odd"
+    adata.obs["region"] = names
+    with (
+        pytest.warns(UserWarning, match=r"Rare classes .*: odd \(1\)\. A class needs 1% of"),
+        pytest.warns(UserWarning, match=r"not tested: 'odd' \(1 cells of slice0\)"),
+    ):
+        probe(adata)
+
+
 def test_it_is_the_same_each_time_and_for_slices_in_one_table_or_several(adata, slices):
     first = probe(adata, seeds=2).scores
     pd.testing.assert_frame_equal(probe(adata, seeds=2).scores, first)

@@ -538,7 +538,7 @@ def test_a_folder_with_a_run_is_refused(train, tmp_path):
     assert other.model.fingerprint != result.model.fingerprint
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+    with pytest.raises(FileExistsError, match="holds something other than a run of stofm"):
         train(out_dir=tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
 

@@ -221,7 +221,7 @@ def test_work_folder_may_be_anywhere_else(tmp_path, place):
     folder.check(resume=False, overwrite=False)
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "thesis.txt").touch()
-    with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+    with pytest.raises(FileExistsError, match="holds something other than a run of stofm"):
         folder.check(resume=False, overwrite=False)
 
 
@@ -275,7 +275,7 @@ def test_what_a_run_leaves_that_had_hardly_begun_is_no_other_thing(tmp_path):
 )
 def test_files_of_others_are_no_run(tmp_path, name, content, resume, overwrite):
     (tmp_path / name).write_text(content)
-    with pytest.raises(FileExistsError, match="holds something else than a run of stofm"):
+    with pytest.raises(FileExistsError, match="holds something other than a run of stofm"):
         RunFolder(tmp_path).check(resume=resume, overwrite=overwrite)
 
 

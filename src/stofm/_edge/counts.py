@@ -32,7 +32,7 @@ _LARGEST_LOGARITHM: Final = 20.0
 
 
 class NotRawCountsError(ValueError):
-    """A matrix holds something else than raw counts."""
+    """A matrix holds something other than raw counts."""
 
 
 def read_counts(adata: AnnData, *, layer: str | None = None) -> Iterator[sparse.csr_matrix]:

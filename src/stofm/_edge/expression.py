@@ -28,7 +28,7 @@ def log_normalised_genes(
     """``log1p(10,000 x count / total)`` of some of `var_names`, float64 (n_obs, n_genes).
 
     Columns of one name are summed. The totals are over the genes in `counted`, or over all if `adata`
-    has none of these. Raises NotRawCountsError where the matrix holds something else than raw counts.
+    has none of these. Raises NotRawCountsError where the matrix holds something other than raw counts.
     """
     import pandas as pd
 
@@ -49,7 +49,7 @@ def log_normalised_genes(
 def log_normalised_table(adata: AnnData) -> AnnData:
     """``log1p(10,000 x count / total)`` of all genes, in a new AnnData with the same names.
 
-    Raises NotRawCountsError where ``X`` holds something else than raw counts.
+    Raises NotRawCountsError where ``X`` holds something other than raw counts.
     """
     import pandas as pd
     from anndata import AnnData

@@ -77,7 +77,7 @@ def kinds_of_others(adata: AnnData) -> NDArray[np.object_]:
             kinds[is_other] = column.astype(str).to_numpy()[is_other]
     if adata.n_vars and kinds.all():
         raise ValueError(
-            f"adata has no genes, by its own word ({_counted(kinds)}). Pass the gene expression."
+            f"adata has no genes: its columns are {_counted(kinds)}. Pass the gene expression."
         )
     return kinds
 
@@ -256,7 +256,7 @@ def _map(
     best, second, *_ = [*(one for one in order if _agree(found[one], found[trusted])), "", ""]
     if best != order[0]:
         logger.info(
-            "var[%r] names other genes than %s and is not read; pass `gene_key` if its are right.",
+            "var[%r] names other genes than %s and is not used; pass `gene_key` if it is right.",
             *(order[0], trusted),
         )
     mapping = map_gene_ids(names[best], vocabulary, fallback_ids=names.get(second), **options)
@@ -345,8 +345,8 @@ def warn_of_counts(
     if unknown.sum() > MOST_UNKNOWN * total:
         warn(
             f"{unknown.sum() / total:.1%} of the counts are in columns that no gene was found for "
-            f"({largest(unknown)}). They count in the totals that the values of all genes are shares "
-            "of. If they are no genes (controls, spike-ins, antibodies, another species), drop "
+            f"({largest(unknown)}). They count towards the totals by which the values of all genes are "
+            "divided. If they are not genes (controls, spike-ins, antibodies, another species), drop "
             f"them{drop}"
         )
     if repeated.sum() > MOST_REPEATED * total:
@@ -361,7 +361,7 @@ def _log_others(adata: AnnData) -> None:
     kinds = kinds_of_others(adata)
     if kinds.any():
         logger.info(
-            "%d of %d columns are no genes and are left out (%s).",
+            "%d of %d columns are not genes and are left out (%s).",
             np.count_nonzero(kinds),
             adata.n_vars,
             _counted(kinds),

@@ -94,7 +94,7 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
         is_bad = table.apply(pd.to_numeric, errors="coerce").isna() & table.notna()
         rows = np.flatnonzero(is_bad.any(axis=1))
         raise ValueError(
-            f"obsm[{key!r}] holds something else than numbers in {len(rows)} of {adata.n_obs} "
+            f"obsm[{key!r}] holds values that are not numbers in {len(rows)} of {adata.n_obs} "
             f"cells, for example {adata.obs_names[rows[0]]}: {table.iloc[rows[0]].tolist()}. "
             "Correct these cells or drop them. Where decimals have a comma: "
             f"adata.obsm[{key!r}] = np.char.replace(np.asarray(adata.obsm[{key!r}], dtype=str), "
@@ -143,15 +143,15 @@ def _missing(adata: AnnData, key: str) -> str:
 
 
 def warn_of_places(adata: AnnData, name: str, rows: NDArray[np.int64], xy: NDArray[Any]) -> None:
-    """Warn of a slice at one place or on a line, of cells that share a place, and of stray cells."""
+    """Warn of a slice at one position or on a line, of cells that share one, and of stray cells."""
     import pandas as pd
 
     called = f"Slice {name!r}" if name else "The slice"
     extent = np.ptp(xy, axis=0)
     if len(xy) > 1 and not extent.any():
         warn(
-            f"{called}: all {len(xy)} cells lie at one place ({xy[0, 0]:g}, {xy[0, 1]:g}), so "
-            "place says nothing about them. Check the coordinates."
+            f"{called}: all {len(xy)} cells lie at one position ({xy[0, 0]:g}, {xy[0, 1]:g}), so "
+            "coordinates say nothing about them. Check the coordinates."
         )
         return
     if len(xy) > 2 and not extent.all():
@@ -160,7 +160,7 @@ def warn_of_places(adata: AnnData, name: str, rows: NDArray[np.int64], xy: NDArr
     if n_shared := int(pd.DataFrame(xy).duplicated().sum()):
         tell = warn if len(xy) - n_shared < _FEW_PLACES * len(xy) else logger.info
         tell(
-            f"{called}: {n_shared} of {len(xy)} cells share their place with another; they count "
+            f"{called}: {n_shared} of {len(xy)} cells share their position with another; they count "
             "as neighbours at distance 0. If slices were joined, pass `library_key`; if cells are "
             "there twice, drop them."
         )
@@ -171,14 +171,14 @@ def warn_of_places(adata: AnnData, name: str, rows: NDArray[np.int64], xy: NDArr
         few = len(stray) <= _MAX_NAMED
         code = f": adata = adata[~adata.obs_names.isin({stray})].copy()" if few else "."
         warn(
-            f"{called}: {len(stray)} of {len(xy)} cells ({listed(stray)}) lie far off the others "
-            f"and make the slice {growth:.3g} times as large. Its size is set to a fixed one, so "
+            f"{called}: {len(stray)} of {len(xy)} cells ({listed(stray)}) lie far from the others "
+            f"and make the slice {growth:.3g} times as large. Slices are scaled to one size, so "
             "this changes all embeddings. If these cells are debris or misplaced, drop them" + code
         )
 
 
 def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether each cell is one of a few that lie far off the others, (n,)."""
+    """Whether each cell is one of a few that lie far from the others, (n,)."""
     if len(xy) < 10:
         return np.zeros(len(xy), dtype=bool)
     n_outer = max(1, int(_STRAY_SHARE * len(xy)))
@@ -265,7 +265,7 @@ def lay_out(
             return Layouts(layouts, places, params, digest)
     if record:
         logger.info(
-            "Cells, their embeddings, places or the rules are not those of the stored layout: "
+            "Cells, embeddings, coordinates or rules differ from those of the stored layout: "
             "slices are cut again."
         )
     # Of a single slice nothing is copied.

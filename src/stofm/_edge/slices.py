@@ -246,7 +246,7 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
             warn(
                 f"The {len(values)} values of obs[{name!r}] ({listed(values)}) lie "
                 f"{'apart from' if is_apart else 'beside'} each other and are taken as parts of one "
-                "slice, whose size is set to a fixed one. If they are slices, pass "
+                "slice, which is scaled to one size as a whole. If they are slices, pass "
                 f"library_key={name!r}."
             )
             return
@@ -274,7 +274,7 @@ def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
     share = float(adata.obs_names.duplicated(keep=False).mean())
     if share >= _REPEATED and _boxes_overlap(xy, times):
         raise ValueError(
-            f"{share:.0%} of the obs_names are there several times (up to {times.max() + 1}), and "
+            f"{share:.0%} of the obs_names occur several times (up to {times.max() + 1}), and "
             "their cells lie on each other: slices that were joined without a column that names "
             "them? Make one and pass it: adata.obs['sample'] = adata.obs.groupby(level=0).cumcount()"
             ".astype(str).to_numpy(), library_key='sample'. If they are one slice, pass a column "

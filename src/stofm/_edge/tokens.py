@@ -170,7 +170,7 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
             f"Tokens in adata.obsm[{Obsm.TOKENS!r}]: {error} Run {again} again."
         ) from error
     if found := changed_counts(adata, model.vocabulary):
-        raise ValueError(f"The tokens are of other counts: {found} Run {again} again.")
+        raise ValueError(f"The tokens were made from other counts: {found} Run {again} again.")
     return ranked.head(model.config.max_tokens)
 
 
@@ -194,7 +194,7 @@ def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = N
     if {"tokens", "subslice"} & set(record) and 0 < n_cells < adata.n_obs:
         return (
             f"The record of obsm[{key!r}] is of {n_cells} cells, and there are {adata.n_obs}: of "
-            "what was joined it tells one part. ad.concat(..., uns_merge='same') keeps what holds "
+            "what was joined it describes one part. ad.concat(..., uns_merge='same') keeps what holds "
             "for all."
         )
     tokens = read_record(adata, Obsm.TOKENS) or {}

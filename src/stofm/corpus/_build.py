@@ -90,7 +90,7 @@ def build(
         Cells that express fewer genes are left out; a tenth of the panel is enough where that is
         fewer.
     options
-        How files are read, if no table says otherwise.
+        How files are read, unless a table says otherwise.
     vocabulary
         Genes that are kept; those of ``stofm-mini`` by default. What other genes count is kept in
         each cell's total.
@@ -119,8 +119,10 @@ def build(
     Examples
     --------
     >>> import stofm as st
-    >>> manifest = st.corpus.build("slices", "corpus", exclude=["test/*.h5ad"])  # doctest: +SKIP
-    >>> st.tl.train("corpus", out_dir="run")  # doctest: +SKIP
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("a.h5ad")
+    >>> manifest = st.corpus.build(["a.h5ad"], "corpus")
+    >>> manifest[["name", "cells", "status"]].values.tolist()
+    [['a', 282, 'ok']]
     """
     folder, vocabulary = local(out).absolute(), vocabulary or embedded_vocabulary()
     part, n_parts = parse_share(shard)
@@ -188,7 +190,7 @@ def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -
             names = {one.name for one in folder.iterdir() if one.name[0] != "."}
             if others := sorted(names - {VOCABULARY}):
                 raise FileExistsError(
-                    f"{folder} holds something else than a corpus ({', '.join(others[:3])}); take "
+                    f"{folder} holds something other than a corpus ({', '.join(others[:3])}); take "
                     "another folder."
                 )
             put_in_place(folder / VOCABULARY, vocabulary.save)

@@ -79,6 +79,15 @@ def embed(
         Another process embeds this share into the folder.
     OSError
         The disk is full; what was written stays.
+
+    Examples
+    --------
+    >>> import anndata as ad, stofm as st
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("a.h5ad")
+    >>> st.corpus.embed(["a.h5ad"], "embeddings")
+    []
+    >>> ad.read_zarr("embeddings/a.zarr").obsm["X_stofm"].shape
+    (300, 576)
     """
     folder = local(out).absolute()
     if isinstance(corpus_or_files, str | Path) and is_corpus(corpus_or_files):

@@ -28,6 +28,14 @@ def info(corpus: str | PathLike[str]) -> pd.DataFrame:
     Returns
     -------
     Columns ``status``, ``technology``, ``species``, ``slices`` and ``cells``.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("info.h5ad")
+    >>> manifest = st.corpus.build(["info.h5ad"], "info_corpus")
+    >>> st.corpus.info("info_corpus")[["status", "slices"]].values.tolist()
+    [['ok', 1]]
     """
     groups = read_manifest(local(corpus)).groupby(["status", "technology", "species"])
     return groups["cells"].agg(slices="size", cells="sum").reset_index()
@@ -44,6 +52,14 @@ def check(corpus: str | PathLike[str]) -> list[str]:
     Returns
     -------
     What is missing or damaged, with the slices that are lost by it; nothing if the corpus is whole.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("check.h5ad")
+    >>> manifest = st.corpus.build(["check.h5ad"], "check_corpus")
+    >>> st.corpus.check("check_corpus")
+    []
     """
     folder = require_corpus(corpus)
     found = []
@@ -69,10 +85,17 @@ def export(
     corpus
         Folder of a corpus.
     out
-        Folder of the stores: counts, places in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
+        Folder of the stores: counts, positions in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
         the source as names of cells, and in ``uns["source"]`` what the manifest says.
     show_progress_bar
         Show a bar.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.datasets.simulate_slice(300, 100).write_h5ad("export.h5ad")
+    >>> manifest = st.corpus.build(["export.h5ad"], "export_corpus")
+    >>> st.corpus.export("export_corpus", "stores")
     """
     slices, folder = read_slices(corpus), local(out)
     names = unique_names([one.name for one in slices])

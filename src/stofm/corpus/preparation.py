@@ -112,7 +112,7 @@ def open_corpus(places: Sequence[tuple[Path, int]], model: Stofm) -> Corpus:
         if one.n_cells and first.setdefault(one.digest, one) is not one:
             raise ValueError(
                 f"Slice {one.name!r} is the same as slice {first[one.digest].name!r}, in all counts "
-                "and places, and would count twice; leave one of them out."
+                "and coordinates, and would count twice; leave one of them out."
             )
     return Corpus(tuple(first.values()))
 

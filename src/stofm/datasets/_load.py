@@ -55,6 +55,11 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
     ValueError
         The checksum is missing, malformed, or not that of the file.
 
+    See Also
+    --------
+    stofm.read : what an instrument wrote.
+    stofm.datasets.simulate_slice : sections with known answers.
+
     Examples
     --------
     >>> import stofm as st

@@ -94,7 +94,7 @@ def simulate_slice(
     some mixing at its border. Counts are Gamma-Poisson around the type's profile, which follows
     gradients too, with a log-normal depth per cell, transcripts that belong to a neighbour, and
     dropout. Panel, profiles and compositions are the same for every seed, so that slices of
-    different seeds can be used for training and testing; the seed draws places, types and
+    different seeds can be used for training and testing; the seed draws positions, types and
     counts. Profiles are invented; only the gene symbols, and which gene marks which type, are
     real.
 
@@ -157,6 +157,10 @@ def simulate_slice(
     ValueError
         An argument is out of range, more genes are asked for than there are real symbols, or an
         interaction names a type or a gene that is not there.
+
+    See Also
+    --------
+    stofm.datasets.load : sections of real tissue.
 
     Examples
     --------

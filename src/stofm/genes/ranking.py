@@ -145,7 +145,7 @@ class RankedTokens:
         if not is_sound or not np.array_equal(offsets, self.offsets):
             raise ValueError(
                 "Values of tokens are negative, NaN or infinite, or are in other places than the "
-                "tokens. Make both anew."
+                "tokens. Make both again."
             )
         return replace(self, values=entries.astype(np.float32, copy=False))
 

@@ -70,7 +70,7 @@ class Annotation(NamedTuple):
 class AnnotationHead(Head):
     """A head that names the classes of cells, from :func:`stofm.tl.annotate`.
 
-    Keep it with ``head.save(folder)``, and read it with ``AnnotationHead.load(folder)``.
+    Save it with ``head.save(folder)``, and load it with ``AnnotationHead.load(folder)``.
 
     Attributes
     ----------
@@ -87,9 +87,9 @@ class AnnotationHead(Head):
     fitted_to
         A number for each labelled cell, from its name and position: scores on these are no test.
     outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
-        Classes; what is read and by which model; how the head was fitted and how good it is.
+        Classes; inputs and the model they come from; how the head was fitted and how good it is.
     networks, reads, weights, expression, n_neighbors, panel
-        The members of the head, what they read, and their weight.
+        The members of the head, their inputs, and their weights.
     """
 
     task: ClassVar[str] = "annotation"
@@ -111,7 +111,7 @@ class AnnotationHead(Head):
         return self.outputs
 
     def predict(self, blocks: Blocks) -> Annotation:
-        """Name the classes of cells from what is read of them."""
+        """Name the classes of cells from their inputs."""
         mean = np.zeros((len(blocks.features), len(self.outputs)))
         for vote, weight in self.votes(blocks, "classes"):
             mean += weight[:, None] * vote

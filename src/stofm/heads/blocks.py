@@ -160,7 +160,7 @@ def read_rep(slices: SliceTables, rep: str) -> tuple[NDArray[np.float32], dict[s
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1:
         raise ValueError(
-            f"obsm[{rep!r}] has {sorted(widths)} columns in different AnnData; make it anew."
+            f"obsm[{rep!r}] has {sorted(widths)} columns in different AnnData; make it again."
         )
     first, *others = [origin_of(table, rep) for table in slices.tables]
     for k, other in enumerate(others, 2):
@@ -188,7 +188,7 @@ def choose_neighborhood(
         is_fair = set(blocks.use_rep) <= set(MADE_BY_EMBED) and request.options.split != "random"
         n_neighbors = N_NEIGHBORS if is_fair and has_places else 0
         if is_fair and not has_places:
-            logger.info("No coordinates in obsm[%r]: no neighbours are read.", spatial_key)
+            logger.info("No coordinates in obsm[%r]: no neighbours are used.", spatial_key)
     return with_neighborhood(slices, blocks, n_neighbors, request, needed=labelled)
 
 

@@ -36,7 +36,7 @@ _MIN_SPOTS: Final = 20
 class DeconvolutionHead(Head):
     """A head for proportions of cell types, from :func:`stofm.tl.deconvolve`.
 
-    A head that was fitted on simulated spots reads components of expression and no embedding.
+    A head that was fitted to simulated spots uses components of expression and no embedding.
     """
 
     task: ClassVar[str] = "deconvolution"
@@ -135,7 +135,7 @@ def learn_reference(
     if request.options.strategy != "frozen":
         raise ValueError(
             f"strategy={request.options.strategy!r} does not go with reference=: a model is tuned on "
-            "slices, and simulated spots have no place in one. Use strategy='frozen', or spot_size= "
+            "slices, and simulated spots are not part of one. Use strategy='frozen', or spot_size= "
             "with a slice of single cells."
         )
     plain = list(reference.values()) if isinstance(reference, dict) else reference

@@ -103,7 +103,7 @@ def with_embeddings(
     for rep, origin in expected.items():
         if rep in made and not same_origin(made[rep], origin):
             raise ValueError(
-                f"The head was fitted to embeddings by {describe_origin(origin)}, and the model to "
+                f"The head was fitted to embeddings from {describe_origin(origin)}, and the model to "
                 f"embed with is {describe_origin(made[rep])}. Pass the head's model as `model`, or "
                 "fit a new head."
             )
@@ -119,8 +119,8 @@ def with_embeddings(
         options = request.reading | recorded_options(table, request)
         if objections:
             logger.info(
-                "obsm[%r] is by another model, or of other counts, places or slices, and stays; "
-                "embedding aside.",
+                "obsm[%r] is from another model, or from other counts, coordinates or slices, and is "
+                "kept; cells are embedded separately.",
                 next(iter(objections)),
             )
             table = bare_table(table, options)
@@ -146,7 +146,7 @@ def _objection(
         this, other = describe_origin(found), describe_origin(wanted[rep])
         if expected:
             return (
-                f"obsm[{rep!r}] is by {this}, and the head was fitted to embeddings by {other}. "
+                f"obsm[{rep!r}] is from {this}, and the head was fitted to embeddings from {other}. "
                 f"Embed with that model: st.tl.embed(adata, model), or pass it as `model`.{lacking}"
             )
         return (
@@ -157,13 +157,13 @@ def _objection(
         return (
             f"obsm[{rep!r}] has no record of the model that made it, so that a head fitted to it "
             "could not tell which cells it can be used on. Embed the cells again with st.tl.embed, "
-            f"or pass `model` to embed them aside.{_NO_RECORD}"
+            f"or pass `model` to embed them separately.{_NO_RECORD}"
         )
     if changed := _changed_option(adata, rep, request.reading):
         return changed
     reason = stale_reason(adata, rep, None if model is None else model.vocabulary)
     return reason and (
-        f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them aside."
+        f"{reason} Embed the cells again: st.tl.embed(adata); or pass `model` to embed them separately."
     )
 
 
@@ -192,7 +192,7 @@ def _changed_option(adata: AnnData, rep: str, options: Mapping[str, Any]) -> str
         return (
             f"obsm[{rep!r}] was made with {name}={value or None!r}, and {name}={asked!r} is asked "
             f"for. Embed the cells again: st.tl.embed(adata, {name}={asked!r}); or pass `model` to "
-            f"embed them aside, or leave {name} out if it does not matter."
+            f"embed them separately, or leave {name} out if it does not matter."
         )
     return ""
 

@@ -197,7 +197,7 @@ def warn_of_few_shared(n_shared: int, n_genes: Sequence[int]) -> None:
     if n_shared < _FEW_SHARED * min(n_genes):
         warn(
             f"{n_shared} genes are shared by all {len(n_genes)} AnnData, which have "
-            f"{', '.join(map(str, n_genes[:5]))}: the others are not read. If more should be shared, "
+            f"{', '.join(map(str, n_genes[:5]))}: the others are not used. If more should be shared, "
             "give all of them Ensembl ids or symbols, see st.pp.map_genes."
         )
 

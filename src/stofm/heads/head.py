@@ -210,7 +210,7 @@ class Head:
         Raises
         ------
         FileExistsError
-            `folder` is there and `overwrite` is false, or it holds something else than a head of
+            `folder` is there and `overwrite` is false, or it holds something other than a head of
             this task, or other files beside it.
         OSError
             The disk is full, or can't be written to.
@@ -361,7 +361,7 @@ def refuse_reserved(key_added: str, suggestion: str, *read: str | None) -> None:
 
 
 def require_head(head: Any, kind: type[Head]) -> None:
-    """Refuse something else than a head of a task."""
+    """Refuse something other than a head of a task."""
     if head is None or isinstance(head, kind):
         return
     if isinstance(head, str | Path):

@@ -50,7 +50,7 @@ _GENES_AT_ONCE: Final = 512
 class ImputationHead(Head):
     """A head that imputes the expression of genes, from :func:`stofm.tl.impute`.
 
-    Keep it with ``head.save(folder)``, and read it with ``ImputationHead.load(folder)``.
+    Save it with ``head.save(folder)``, and load it with ``ImputationHead.load(folder)``.
 
     Attributes
     ----------
@@ -62,12 +62,12 @@ class ImputationHead(Head):
     mean, scale
         (n_genes,) mean and standard deviation of each gene over the training cells.
     panel
-        Genes that are read: all others are taken out of a query first.
+        Genes that are used: all others are taken out of a query first.
     outputs, use_rep, origin, strategy, params, split, validation_scores, history, model
-        Genes to impute; what is read and by which model; how the head was fitted and how good it
-        is.
+        Genes to impute; inputs and the model they come from; how the head was fitted and how good
+        it is.
     networks, reads, weights, expression, n_neighbors
-        Networks whose weighted mean is the prediction, and what they read.
+        Networks whose weighted mean is the prediction, and their inputs.
     """
 
     task: ClassVar[str] = "imputation"
@@ -94,7 +94,7 @@ class ImputationHead(Head):
 
     @property
     def inputs(self) -> tuple[Gene, ...]:
-        """Genes that are read."""
+        """Genes that are used."""
         return self.panel or ()
 
     def columns_of(self, genes: Sequence[str] | None) -> NDArray[np.int64]:

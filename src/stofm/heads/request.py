@@ -54,11 +54,11 @@ class HeadOptions:
         ``"frozen"`` fits the head to stored embeddings, in seconds. ``"lora"`` and ``"full"`` first
         tune a copy of the model, which the head then carries; not with a single-cell reference.
     n_neighbors
-        Nearest neighbours of the same slice over which ``X_stofm_cell`` (or, if it is not read, all
+        Nearest neighbours of the same slice over which ``X_stofm_cell`` (or, if it is not used, all
         of `use_rep`) and the first 50 components are averaged. None: 10 beside embeddings of a
         model where the labelled cells have coordinates and the split is not random, else 0.
     n_components
-        Most principal components of log-normalised counts that are read beside the embeddings, of
+        Most principal components of log-normalised counts that are used beside the embeddings, of
         the genes that all labelled cells have. None: 150 beside embeddings of a model if there are
         raw counts, else 0. 0 is safer for a query from another technology.
     split
@@ -68,13 +68,13 @@ class HeadOptions:
         other, so a random split gives scores that are too good.
     missing
         Labels treated as missing (case-insensitive), besides NaN and empty strings. By default all
-        that read as unknown, unassigned, other, missing, ambiguous, doublet or low quality.
+        that look like unknown, unassigned, other, missing, ambiguous, doublet or low quality.
     min_share
         Classes with a smaller share of the labelled cells are left out; 0 for none.
     class_weights
         ``"balanced"``: classes weigh the same in the loss, however few cells they have.
     reject_rate
-        Largest share of the rightly named held-out cells that may be called unknown, from 0 (none) to
+        Largest share of the correctly named held-out cells that may be called unknown, from 0 (none) to
         below 1.
     coverage
         Share of cells whose class is to be in their prediction set, above 0 and below 1.

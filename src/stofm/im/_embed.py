@@ -52,9 +52,9 @@ def embed(
     """Embed the image around each cell or spot, at two scales.
 
     A patch of the spot and a larger one of its niche are cut out of the slice's image, resampled to
-    the size that the encoder reads, and encoded. Beyond the border of the image it is reflected, so
+    the size that the encoder takes, and encoded. Beyond the border of the image it is reflected, so
     every cell gets features. The image is read piece by piece: memory does not grow with the number
-    of cells but by the features themselves.
+    of cells, except for the features themselves.
 
     Parameters
     ----------
@@ -127,6 +127,11 @@ def embed(
     FloatingPointError
         The encoder gave NaN.
 
+    See Also
+    --------
+    stofm.pl.image : draws cells over the image, to check it and its scale.
+    stofm.tl.align : images and expression in one space.
+
     References
     ----------
     ST-Align: Multi-Scale Image-Gene Foundation Modeling for Spatial Transcriptomics via Spot-Niche
@@ -136,8 +141,8 @@ def embed(
     --------
     >>> import stofm as st
     >>> adata = st.datasets.load("mouse_olfactory_bulb_st")
-    >>> st.im.embed(adata, "statistics", pitch=200)  # doctest: +SKIP
-    >>> adata.obsm["X_image_spot"].shape  # doctest: +SKIP
+    >>> st.im.embed(adata, "statistics", pitch=200)
+    >>> adata.obsm["X_image_spot"].shape
     (379, 30)
     """
     table = resolve_table(adata, table_key, copy=copy)

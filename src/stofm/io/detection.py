@@ -219,7 +219,7 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
     hints = [one for one in FORMATS if one.hint and any(re.search(one.hint, f.name) for f in files)]
     known = [wanted] if wanted is not None else list({one.name: one for one in hints}.values())
     places = [
-        f"{file.name} has places without ids, and cells are matched by ids: add a column of ids"
+        f"{file.name} has positions without ids, and cells are matched by ids: add a column of ids"
         for file in files
         if file.kind == "table" and not file.columns and 2 <= len(file.first) <= 3
         and all(map(is_number, file.first))

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 #: Ids that end so are of no cell.
 _NO_CELL: Final = r"(?:^|_)0$"
 _TISSUE: Final = "in_tissue"
-#: Share of cells without a place that is worth a warning.
+#: Share of cells without a position that is worth a warning.
 _MANY: Final = 0.05
 
 
 @dataclass(frozen=True)
 class Read:
-    """Counts with places ``obsm["spatial"]`` in units of their own, and what is known of them."""
+    """Counts with positions ``obsm["spatial"]`` in units of their own, and what is known of them."""
 
     adata: AnnData
     technology: str
@@ -45,7 +45,7 @@ class Read:
 
 
 def join(one: Candidate, chosen: File, files: list[File]) -> Read:
-    """Match counts and places by ids."""
+    """Match counts and positions by ids."""
     technology = one.technology
     rows = technology.rows if one.bins is None else f"bins of {one.bins} µm"
     rows = "cells" if one.bins == "cells" else rows
@@ -78,20 +78,20 @@ def join(one: Candidate, chosen: File, files: list[File]) -> Read:
     if lost.any():
         tell = warn if lost.mean() > _MANY else logger.info
         tell(
-            f"{int(lost.sum())} of {n_obs} {rows} in {chosen.name} have no place in "
+            f"{int(lost.sum())} of {n_obs} {rows} in {chosen.name} have no position in "
             f"{one.file.name} and are left out: {listed(adata.obs_names[lost].tolist())}."
         )
     dropped = {
-        "without a place": int(lost.sum()),
+        "without a position": int(lost.sum()),
         "background": int((~is_cell).sum()),
         "off tissue": int((is_off & is_cell).sum()),
-        "places without counts": len(cells) - len(np.unique(place[is_found])),
+        "positions without counts": len(cells) - len(np.unique(place[is_found])),
     }
     if technology.field and matched.loc[kept, technology.field].nunique() > 1:
         warn(
             f"{one.file.name}: x and y are counted within each {technology.field!r}, so cells of "
             f"different ones lie on each other. Pass library_key={technology.field!r} to what reads "
-            "places, or give coordinates of the whole slide."
+            "positions, or give coordinates of the whole slide."
         )
     adata = adata if kept.all() else adata[kept].copy()
     adata.obs = _storable(matched.loc[kept].drop(columns=[x, y]).set_axis(adata.obs_names))
@@ -124,7 +124,7 @@ def _cells(one: Candidate) -> tuple[pd.DataFrame, str, str]:
             cells[name] = pd.to_numeric(cells[name])
         except ValueError as error:
             raise ValueError(
-                f"{one.file.name}: column {name!r} holds something else than numbers ({error}). Decimals "
+                f"{one.file.name}: column {name!r} holds values that are not numbers ({error}). Decimals "
                 "have a point."
             ) from None
     return cells, x, y

@@ -35,10 +35,10 @@ def read(
     microns_per_unit: float | None = None,
     table_key: str | None = None,
 ) -> AnnData:
-    """Read what an instrument wrote: counts, places and names of cells, spots or bins.
+    """Read what an instrument wrote: counts, positions and names of cells, spots or bins.
 
-    What a folder is of, the columns of its tables and the content of its files say, whatever the
-    sample is called, compressed or not, in folders or flat. Cells are matched by their ids, as text.
+    The columns of tables and the content of files tell what a folder holds; names of samples,
+    compression and sub-folders do not matter. Cells are matched by their ids, as text.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def read(
         Put Visium's images into ``uns["spatial"]``, or leave those of an ``.h5ad`` there. Scale
         factors are those for the coordinates here.
     matrix, coordinates
-        Files of counts and of places, if they are to be named; below `path`.
+        Files of counts and of positions, if they must be named; below `path`.
     columns
         Names of the columns of `coordinates` with id, x and y.
     microns_per_unit
@@ -95,7 +95,7 @@ def read(
     >>> import stofm as st
     >>> adata = st.read("xenium_run/outs")  # doctest: +SKIP
     >>> adata = st.read(
-    ...     "counts", coordinates="places.csv", columns=["id", "x", "y"]
+    ...     "counts", coordinates="positions.csv", columns=["id", "x", "y"]
     ... )  # doctest: +SKIP
     """
     root = local(path)
@@ -148,7 +148,7 @@ def _named_file(files: list[File], name: str | Path, where: str) -> File:
 def _named(
     files: list[File], coordinates: str | Path | None, columns: Sequence[str] | None, where: str
 ) -> Candidate:
-    """A table of places by explicit names."""
+    """A table of positions by explicit names."""
     if coordinates is None:
         return choose(files, GENERIC, None, None, where)
     file = _named_file(files, coordinates, where)

@@ -91,6 +91,6 @@ def _places(adata: AnnData, file: File) -> NDArray[np.float64]:
     if names is not None:
         return np.asarray(adata.obs[list(names[1:])], dtype=np.float64)
     raise ValueError(
-        f"{file.name} has no places: expected obsm['spatial'], found {list(adata.obsm)}, and obs "
+        f"{file.name} has no positions: expected obsm['spatial'], found {list(adata.obsm)}, and obs "
         f"{list(adata.obs.columns)[:10]}."
     )

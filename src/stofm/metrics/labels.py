@@ -116,6 +116,12 @@ def weighted_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -
     Returns
     -------
     From 0 to 1.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.weighted_f1(["a", "a", "b"], ["a", "a", "c"]), 3)
+    0.667
     """
     true, found, _ = _read_labels(y_true, y_pred, missing)
     return _f1(true, found, np.unique(true), "weighted")
@@ -143,6 +149,12 @@ def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
     ------
     ValueError
         Lengths or indices differ, no cell has a class, or one with a class has no cluster.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.metrics.ari(["a", "a", "b", "b"], [1, 1, 0, 0])
+    1.0
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -172,6 +184,12 @@ def nmi(
     Returns
     -------
     From 0 to 1.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.nmi(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.8
     """
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -198,6 +216,12 @@ def ami(
     Returns
     -------
     1 for equal groupings, about 0, sometimes slightly below, for independent ones.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.ami(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.571
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
@@ -245,6 +269,12 @@ def silhouette(
     ValueError
         Shapes differ, features are not finite, or there are fewer than two groups, or as many
         as cells.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.silhouette([[0.0], [0.1], [5.0], [5.1]], ["a", "a", "b", "b"]), 2)
+    0.98
     """
     from sklearn.metrics import silhouette_score
 

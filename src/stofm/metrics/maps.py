@@ -1,4 +1,4 @@
-"""Structural similarity of maps on places in the plane."""
+"""Structural similarity of maps on positions in the plane."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ def ssim(
     sigma: float | None = None,
     data_range: float | None = None,
 ) -> Any:
-    """Structural similarity of maps, for places that need not lie on a grid.
+    """Structural similarity of maps, for positions that need not lie on a grid.
 
-    At each place the two maps are compared in a window of neighbours with Gaussian weights:
+    At each position the two maps are compared in a window of neighbours with Gaussian weights:
     weighted means m, variances v and covariance c give
     ``(2 m1 m2 + C1) (2 c + C2) / ((m1^2 + m2^2 + C1) (v1 + v2 + C2))`` with
-    ``C1 = (0.01 R)^2`` and ``C2 = (0.03 R)^2`` for the data range R. The mean over places is
+    ``C1 = (0.01 R)^2`` and ``C2 = (0.03 R)^2`` for the data range R. The mean over positions is
     returned. On a square grid, away from the border, this is the index of images with a
     Gaussian window of 1.5 pixels (Wang et al. 2004, IEEE Trans Image Process 13:600).
 
     Unlike a correlation it depends on scale and offset: put both maps in the same unit first.
-    Where a gene is 0 in most places, windows that are 0 in both maps count 1 and dominate the
+    Where a gene is 0 at most positions, windows that are 0 in both maps count 1 and dominate the
     mean.
 
     Parameters
     ----------
     y_true, y_pred
-        (n,) or (n, k) numbers, rows being places; see :func:`pearson`, also for errors.
+        (n,) or (n, k) numbers, rows being positions; see :func:`pearson`, also for errors.
     coordinates
         (n, 2) of the rows of `y_true`, any unit, of one slice: windows know no slices.
     sigma
         Standard deviation of the window, unit of the coordinates; None: 1.5 times the median
-        distance to the nearest other place. The window ends at 3.5 times that, and holds the 128
-        nearest places at most.
+        distance to the nearest other position. The window ends at 3.5 times that, and holds the 128
+        nearest positions at most.
     data_range
         Range R of the values; None: for each column, largest minus smallest true value.
 
@@ -67,6 +67,15 @@ def ssim(
     ------
     ValueError
         Coordinates are not finite or all the same, or `sigma` or `data_range` is not positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import stofm as st
+    >>> positions = np.argwhere(np.ones((10, 10)))
+    >>> true = np.sin(positions[:, 0])
+    >>> round(st.metrics.ssim(true, true, positions), 6)
+    1.0
     """
     for value, name in ((sigma, "sigma"), (data_range, "data_range")):
         if value is not None and not 0.0 < value < np.inf:
@@ -80,7 +89,7 @@ def ssim(
         )
     if not np.ptp(places, axis=0).any():
         raise ValueError(
-            f"All {n_rows} rows lie at one place, so there is no map; check the coordinates."
+            f"All {n_rows} rows lie at one position, so there is no map; check the coordinates."
         )
     window = gaussian_windows(places, sigma)
 

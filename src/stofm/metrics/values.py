@@ -77,6 +77,12 @@ def spearman(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Returns
     -------
     See :func:`pearson`.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.spearman([1.0, 2.0, 3.0], [1.0, 4.0, 9.0]), 6)
+    1.0
     """
     from scipy.stats import rankdata
 
@@ -100,6 +106,12 @@ def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Returns
     -------
     A float for (n,), else a Series, at least 0.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.rmse([1.0, 2.0], [1.0, 4.0]), 3)
+    1.414
     """
     return _score("rmse", lambda t, p: np.sqrt(np.mean((t - p) ** 2, axis=0)), y_true, y_pred, per)
 
@@ -117,6 +129,12 @@ def mae(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     Returns
     -------
     A float for (n,), else a Series, at least 0.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.metrics.mae([1.0, 2.0], [1.0, 4.0])
+    1.0
     """
     return _score("mae", lambda t, p: np.mean(np.abs(t - p), axis=0), y_true, y_pred, per)
 
@@ -135,6 +153,12 @@ def cosine(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     -------
     A float for (n,), else a Series, from -1 to 1. NaN where the true values are all 0; 0 where
     only the predicted ones are.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.cosine([1.0, 0.0], [1.0, 1.0]), 3)
+    0.707
     """
     return _score("cosine", _cosine, y_true, y_pred, per)
 
@@ -165,6 +189,12 @@ def jensen_shannon(
     -------
     A float for (n,), else a Series, at least 0; 0 for equal distributions. NaN where the true
     values are all 0; the largest value where only the predicted ones are.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> st.metrics.jensen_shannon([[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]).tolist()
+    [0.0, 1.0]
     """
     if not base > 1.0:
         raise ValueError(f"base must be above 1, found {base!r}.")

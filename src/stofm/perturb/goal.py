@@ -76,7 +76,7 @@ def class_probabilities(head: AnnotationHead, model: Stofm) -> Goal:
     made, own = head.origin[Obsm.X], origin_by(model)[Obsm.X]
     if not same_origin(made, own):
         raise ValueError(
-            f"The head was fitted to embeddings by {describe_origin(made)}, and `model` is "
+            f"The head was fitted to embeddings from {describe_origin(made)}, and `model` is "
             f"{describe_origin(own)}; pass that model."
         )
 

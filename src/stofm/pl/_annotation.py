@@ -95,9 +95,9 @@ def annotation(
     truth_key
         Column of ``obs`` with the true classes; cells without one are left out of the scores.
     key
-        Column of ``obs`` with the annotation. Its confidence is read from
-        ``obs[f"{key}_confidence"]`` and its classes from ``obsm[f"{key}_proba"]``, where they
-        are there.
+        Column of ``obs`` with the annotation. Its confidence is taken from
+        ``obs[f"{key}_confidence"]`` and its classes from ``obsm[f"{key}_proba"]``, if they
+        exist.
     panels
         What to draw: ``"map"``, ``"truth"`` and ``"confidence"`` (maps, a panel per slice),
         ``"confusion"``, ``"reliability"``; maps come first. None: the map with the confusion matrix
@@ -122,6 +122,11 @@ def annotation(
     ValueError
         A panel needs `truth_key`, no cell has a true class that the annotation knows, or `ax`
         does not fit the number of panels.
+
+    See Also
+    --------
+    stofm.tl.annotate : makes an annotation.
+    stofm.pl.domains : regions found without labels.
 
     Examples
     --------

@@ -84,10 +84,17 @@ def training(
     ValueError
         The history is empty, or `ax` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.tl.train : makes the history.
+
     Examples
     --------
-    >>> import stofm as st
-    >>> st.pl.training("run")  # doctest: +SKIP
+    >>> import pandas as pd, stofm as st
+    >>> history = pd.DataFrame({"step": [10, 20, 30], "loss": [5.0, 4.1, 3.8]})
+    >>> history = history.assign(stage="cell_encoder", split="train")
+    >>> ax = st.pl.training(history, show=False)
+    >>> axes = st.pl.training("run")  # a run on disk, also while it goes on  # doctest: +SKIP
     """
     history = _read(data)
     if x not in ("step", "cells", "tokens", "seconds"):
@@ -200,11 +207,17 @@ def probe(
     ValueError
         There is no such measure.
 
+    See Also
+    --------
+    stofm.tl.probe : makes the comparison.
+
     Examples
     --------
     >>> import stofm as st
-    >>> result = st.tl.probe(adata, label_key="cell_type")  # doctest: +SKIP
-    >>> st.pl.probe(result)  # doctest: +SKIP
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> st.tl.embed(adata)
+    >>> result = st.tl.probe(adata, label_key="region", seeds=1)
+    >>> ax = st.pl.probe(result, show=False)
     """
     if not hasattr(data, "summary") or not hasattr(data, "better_of_pcs"):
         raise TypeError(f"Expected what st.tl.probe returns, found {type(data).__name__}.")

@@ -86,12 +86,17 @@ def describe(
     ValueError
         `ax` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.tl.describe : makes the description.
+    stofm.pl.report : an interactive page of a slice.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
     >>> description = st.tl.describe(adata, "region", label_key="cell_type")
-    >>> axes = st.pl.describe(adata, description, "region_0", show=False)  # doctest: +SKIP
+    >>> axes = st.pl.describe(adata, description, "L1", show=False)
     """
     adata = resolve_table(adata, table_key)
     region = str(region)

@@ -99,12 +99,18 @@ def domains(
     ValueError
         No cell has a region, or `ax` or `title` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.tl.domains : finds domains.
+    stofm.pl.annotation : learned labels.
+    stofm.metrics.ari : the agreement in the title.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.load("mouse_cortex_osmfish")
-    >>> st.tl.domains(adata, n_domains=8)  # doctest: +SKIP
-    >>> axes = st.pl.domains(adata, truth_key="region")  # doctest: +SKIP
+    >>> st.tl.domains(adata, n_domains=8)
+    >>> regions, domains = st.pl.domains(adata, truth_key="region", show=False)
     """
     data, adata = adata, resolve_table(adata, table_key)
     text = f"There is no obs[{key!r}]: st.tl.domains(adata) writes it."

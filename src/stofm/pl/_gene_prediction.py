@@ -84,6 +84,11 @@ def gene_prediction(
     ValueError
         The measured values are no raw counts, or `ax` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.tl.predict_genes : predicts expression from the image.
+    stofm.pl.imputation : genes imputed from other genes.
+
     Examples
     --------
     >>> import numpy as np, pandas as pd

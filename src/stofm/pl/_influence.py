@@ -68,11 +68,17 @@ def influence(
     ValueError
         No pair of types has enough cells, or `ax` does not hold two axes.
 
+    See Also
+    --------
+    stofm.tl.influence : measures it.
+    stofm.pl.attention : what single cells look at.
+
     Examples
     --------
     >>> import stofm as st
-    >>> found = st.tl.influence(adata, groupby="cell_type")  # doctest: +SKIP
-    >>> axes = st.pl.influence(found)  # doctest: +SKIP
+    >>> adata = st.datasets.simulate_slice(300, 60, seed=0)
+    >>> found = st.tl.influence(adata, groupby="cell_type")
+    >>> matrix, network = st.pl.influence(found, show=False)
     """
     pairs = getattr(data, "pairs", None)
     if pairs is None or not {"source", "target", "z", "FDR"} <= set(pairs.columns):
@@ -189,12 +195,17 @@ def attention(
     ValueError
         `cells` are of different slices, or `ax` does not fit their number.
 
+    See Also
+    --------
+    stofm.tl.attention : stores the weights.
+    stofm.pl.influence : which types change which.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 100)
-    >>> st.tl.attention(adata)  # doctest: +SKIP
-    >>> ax = st.pl.attention(adata, adata.obs_names[0])  # doctest: +SKIP
+    >>> st.tl.attention(adata)
+    >>> ax = st.pl.attention(adata, adata.obs_names[0], show=False)
     """
     adata = resolve_table(adata, table_key)
     if key not in adata.obsp:

@@ -94,6 +94,11 @@ def perturbation(
     ValueError
         The effect is of other cells.
 
+    See Also
+    --------
+    stofm.tl.perturb : edits cells and measures the effect.
+    stofm.tl.screen : many genes, one by one.
+
     Examples
     --------
     >>> import stofm as st

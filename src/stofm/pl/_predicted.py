@@ -136,6 +136,11 @@ def deconvolution(
         `kind` is neither, what pies are to be drawn of are no proportions, or `ax` does not fit
         the number of panels.
 
+    See Also
+    --------
+    stofm.tl.deconvolve : estimates the proportions.
+    stofm.pl.annotation : one type per cell.
+
     Examples
     --------
     >>> import stofm as st
@@ -200,7 +205,7 @@ def imputation(
     """Draw a gene as it was measured beside what was imputed, with their correlation.
 
     Measured counts are normalised for the picture as :func:`stofm.tl.impute` normalises them, to
-    ``log1p(10,000 x count / total)``, with the total over the genes that the head read, which the
+    ``log1p(10,000 x count / total)``, with the total over the genes that the head used, which the
     record of `key` names; without a record over the genes of `adata` that were not imputed; over
     all of `measured` if it has none of these. The AnnData stays as it is. The correlation is
     Pearson's over the cells of the panel. A gene that was not measured has its imputed map only.
@@ -240,6 +245,11 @@ def imputation(
     ValueError
         The measured values are no raw counts, `measured` has none of the cells or some twice, or
         `ax` does not fit the number of panels.
+
+    See Also
+    --------
+    stofm.tl.impute : imputes genes.
+    stofm.pl.gene_prediction : genes predicted from the image.
 
     Examples
     --------

@@ -104,6 +104,11 @@ def report(
     FileNotFoundError
         There is no such folder.
 
+    See Also
+    --------
+    stofm.pl.spatial : the map as a figure.
+    stofm.tl.describe : regions in words and tables.
+
     Notes
     -----
     Markers are the ten genes with the highest t-statistic against the other cells
@@ -112,9 +117,10 @@ def report(
     Examples
     --------
     >>> import stofm as st
-    >>> adata = st.datasets.load("mouse_cortex_osmfish")
-    >>> st.tl.domains(adata, n_domains=8)  # doctest: +SKIP
-    >>> st.pl.report(adata, "cortex.html")  # doctest: +SKIP
+    >>> adata = st.datasets.simulate_slice(300, 60)
+    >>> st.tl.domains(adata, n_domains=4)
+    >>> st.pl.report(adata, "slice.html")[0].name
+    'slice.html'
     """
     plotly = _plotly()
     file = local(save)

@@ -63,10 +63,10 @@ def spatial(
 
     There is one panel per slice and colour. Panels of one colour share colours and limits, and one
     legend or colour bar. Slices whose cells lie about equally far apart are drawn at one scale, others
-    each at its own. Colours of categories are kept in ``uns[f"{color}_colors"]``, as scanpy keeps
-    them, and used again; new ones are thirty that colour-blind readers can tell apart. A scale bar is
-    drawn where the unit of the coordinates is known: of Visium from ``uns["spatial"]``, of Xenium and
-    others from what :func:`stofm.read` found.
+    each at its own. Colours of categories are kept in ``uns[f"{color}_colors"]`` as in scanpy; new ones
+    are from thirty that colour-blind readers can tell apart. A scale bar is drawn where the unit of the
+    coordinates is known: for Visium from ``uns["spatial"]``, for Xenium and others from
+    :func:`stofm.read`. Most calls need `color` and perhaps `library_key`; the rest is looks.
 
     Parameters
     ----------
@@ -233,6 +233,11 @@ def image(
     ValueError
         Coordinates are not finite, or `ax` does not fit the number of panels.
 
+    See Also
+    --------
+    stofm.pl.spatial : the same, with or without an image.
+    stofm.im.embed : features of the image.
+
     Examples
     --------
     >>> import stofm as st
@@ -295,13 +300,19 @@ def umap(
     ValueError
         `ax` does not fit the number of colours.
 
+    See Also
+    --------
+    scanpy.tl.umap : computes the UMAP.
+    stofm.pl.spatial : the same colours in the tissue.
+
     Examples
     --------
     >>> import scanpy as sc, stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> sc.pp.neighbors(adata, use_rep="X_stofm")  # doctest: +SKIP
-    >>> sc.tl.umap(adata)  # doctest: +SKIP
-    >>> ax = st.pl.umap(adata, color="cell_type")  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> sc.pp.neighbors(adata, use_rep="X_stofm")
+    >>> sc.tl.umap(adata)
+    >>> ax = st.pl.umap(adata, color="cell_type", show=False)
     """
     adata = resolve_table(adata, table_key)
     if _UMAP not in adata.obsm:

@@ -77,12 +77,17 @@ def subslices(
     ValueError
         `ax` does not fit the number of slices.
 
+    See Also
+    --------
+    stofm.pp.subslice : cuts slices.
+    stofm.pl.virtual_cells : what lies outside of a sub-slice.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> st.tl.embed(adata)  # doctest: +SKIP
-    >>> ax = st.pl.subslices(adata)  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> ax = st.pl.subslices(adata, show=False)
     """
     adata = resolve_table(adata, table_key)
     codes = _layout_codes(adata, Obs.SUBSLICE, library_key)
@@ -184,7 +189,7 @@ def virtual_cells(
 ) -> Axes | list[Axes]:
     """Draw each slice's cells in pale colours and its virtual cells on top, one panel per slice.
 
-    A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean place of
+    A cell has the colour of its virtual cell; a virtual cell's marker lies at the mean position of
     its cells, and its area stands for their number. Up to 30 of a slice are numbered. Colours are kept in
     ``uns["stofm_virtual_cell_colors"]``.
 
@@ -209,12 +214,17 @@ def virtual_cells(
     ValueError
         `ax` does not fit the number of slices.
 
+    See Also
+    --------
+    stofm.pp.subslice : finds virtual cells.
+    stofm.pl.subslices : the parts that see them.
+
     Examples
     --------
     >>> import stofm as st
     >>> adata = st.datasets.simulate_slice(300, 40)
-    >>> st.tl.embed(adata)  # doctest: +SKIP
-    >>> ax = st.pl.virtual_cells(adata)  # doctest: +SKIP
+    >>> st.tl.embed(adata)
+    >>> ax = st.pl.virtual_cells(adata, show=False)
     """
     adata = resolve_table(adata, table_key)
     codes = _layout_codes(adata, Obs.VIRTUAL_CELL, library_key)

@@ -44,7 +44,7 @@ _PANEL: Final = 6000
 
 @dataclass
 class Findings:
-    """What :func:`check` found. ``print`` it to read the page.
+    """What :func:`check` found; ``print`` it for the page.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Findings:
     n_matched, counts_share
         Genes that the model knows, and their share of all counts.
     n_controls, control_share
-        Columns that are no genes, and the share of counts that :func:`stofm.read` found in controls.
+        Columns that are not genes, and the share of counts that :func:`stofm.read` found in controls.
     n_empty
         Cells without a count of a gene that the model knows.
     slices
@@ -73,9 +73,13 @@ class Findings:
         Where :func:`stofm.tl.embed` will compute; the seconds it will take, timed on some of the cells; bytes
         it will take, and those that are free.
     problems
-        What :func:`stofm.tl.embed` would refuse, in its words.
+        Errors that :func:`stofm.tl.embed` would raise.
     warnings
-        What it would warn of.
+        Warnings that it would give.
+
+    See Also
+    --------
+    stofm.pp.check : makes it.
     """
 
     n_cells: int
@@ -116,7 +120,7 @@ class Findings:
             ("genes", f"{self.n_matched:,} are known{self._share()}"),
             ("not genes", f"{self.n_controls:,} columns{self._controls()}"),
             ("empty cells", f"{self.n_empty:,}"),
-            ("places", self._places()),
+            ("positions", self._places()),
             ("slices", self._slices()),
             ("tl.embed", self._embedding()),
         ]
@@ -190,9 +194,9 @@ def check(
 ) -> Findings:
     """Tell what :func:`stofm.tl.embed` will do with a section, before it does; nothing is changed.
 
-    Counts, names of genes, places and slices are read as it reads them, by the same checks: what it
-    would refuse or warn of is in the findings, with what to do. Some of the cells are embedded to tell
-    how long all will take.
+    Counts, gene names, positions and slices go through the same checks: what it would refuse or warn
+    of is in the findings, with what to do. Some of the cells are embedded to estimate how long all
+    of them take.
 
     Parameters
     ----------
@@ -215,6 +219,11 @@ def check(
         `adata` is neither an AnnData nor a SpatialData.
     KeyError
         There is no such table.
+
+    See Also
+    --------
+    stofm.tl.embed : does what the page announces.
+    stofm.pp.map_genes : genes that are known, in detail.
 
     Examples
     --------

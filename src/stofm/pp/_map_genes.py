@@ -37,7 +37,7 @@ def map_genes(
     recognised one by one; see :func:`stofm.genes.map_gene_ids`. The report (what was found, how
     many genes and what share of the counts are kept, examples of what is not) is logged.
 
-    Columns that are no genes by a column of `adata.var`, such as ``feature_types`` ("Antibody
+    Columns that are not genes according to `adata.var`, such as by ``feature_types`` ("Antibody
     Capture", "Negative Control Probe"), are left out here and wherever counts are read.
 
     Parameters
@@ -77,6 +77,19 @@ def map_genes(
         No gene, or too few, were found; there are no cells or genes.
     KeyError
         `gene_key` is no column of `adata.var`, or `table_key` no table.
+
+    See Also
+    --------
+    stofm.pp.check : genes, counts, positions and time on one page.
+    stofm.GeneVocabulary : the genes that a model knows.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.load("mouse_cortex_osmfish")
+    >>> st.pp.map_genes(adata)
+    >>> adata.var.loc["Gad2", "stofm_gene"]
+    'ENSG00000136750'
     """
     table = resolve_table(adata, table_key, copy=copy)
     target = table.copy() if copy else table

@@ -38,7 +38,7 @@ def subslice(
 
     Coordinates are centred and scaled slice by slice. A sub-slice is a compact group of about a
     thousand neighbouring cells. Virtual cells are the means of Leiden clusters over expression
-    and place; every sub-slice of a slice gets all of them.
+    and position; every sub-slice of a slice gets all of them.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def subslice(
     leiden_resolution
         Resolution of the clustering, 1.0 by default; higher values give more virtual cells.
     position_weight
-        Weight of place against expression in the clustering, 0 to 1; 0.2 by default.
+        Weight of position against expression in the clustering, 0 to 1; 0.2 by default.
     partition
         ``"balanced"`` or ``"reference"``; see :class:`stofm.spatial.SubSliceConfig`.
     seed
@@ -92,6 +92,13 @@ def subslice(
         `use_rep`, `spatial_key` or `library_key` is not there.
     ValueError
         A rule, a coordinate or a feature is not usable.
+
+    See Also
+    --------
+    stofm.tl.encode_cells : the step before.
+    stofm.tl.embed : runs all steps.
+    stofm.pl.subslices : draws sub-slices.
+    stofm.pl.virtual_cells : draws virtual cells.
 
     References
     ----------

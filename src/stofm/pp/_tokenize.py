@@ -58,7 +58,7 @@ def tokenize(
         own, so that a token can occur twice, as in the reference implementation.
     values
         Write the value of each token too, by the model's rule (``depth_power`` of
-        :class:`stofm.nn.CellEncoderConfig`). By default if the model reads values.
+        :class:`stofm.nn.CellEncoderConfig`). By default if the model uses values.
     show_progress_bar
         Show progress.
     table_key
@@ -73,7 +73,7 @@ def tokenize(
     ``obsm["stofm_tokens"]``
         int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
     ``obsm["stofm_token_values"]``
-        float32 CSR matrix (n_obs, max_tokens): their values, at the same places; only with
+        float32 CSR matrix (n_obs, max_tokens): their values, in the same order; only with
         values, and removed otherwise.
     ``obs["stofm_n_tokens"]``
         int32 number of tokens.
@@ -85,6 +85,20 @@ def tokenize(
         were found in the vocabulary.
     KeyError
         There is no such layer, column or table.
+
+    See Also
+    --------
+    stofm.pp.map_genes : which gene each column is.
+    stofm.tl.encode_cells : the next step.
+    stofm.tl.embed : runs all steps.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> st.pp.tokenize(adata, max_tokens=30)
+    >>> adata.obsm["stofm_tokens"].shape
+    (300, 30)
     """
     table = resolve_table(adata, table_key, copy=copy)
     target = table.copy() if copy else table

@@ -64,9 +64,9 @@ class SubSliceConfig:
     leiden_resolution
         Resolution of the clustering that gives the virtual cells.
     position_weight
-        Weight of place against expression in that clustering, 0 to 1.
+        Weight of position against expression in that clustering, 0 to 1.
     mixing, n_components
-        How place and principal components are put together
+        How position and principal components are put together
         (:func:`~stofm.spatial.mix_expression_and_place`), and how many components.
     clustering
         ``"canonical"``: cells are put in an order of their own first, so that the order of rows

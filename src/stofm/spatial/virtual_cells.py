@@ -1,4 +1,4 @@
-"""Clusters over expression and place, and the virtual cells at their means (the macro scale)."""
+"""Clusters over expression and position, and the virtual cells at their means (the macro scale)."""
 
 from __future__ import annotations
 
@@ -127,10 +127,10 @@ def mix_expression_and_place(
     coordinates
         (n, 2) normalised coordinates.
     position_weight
-        Weight of place, from 0 to 1.
+        Weight of position, from 0 to 1.
 
         DISCREPANCY: a comment in SToFM's published code calls the same number the weight of
-        expression; its computation, which this follows, applies it to place.
+        expression; its computation, which this follows, applies it to position.
     mixing
         ``"sum"``: the elementwise sum of the published code (k must be 2), in which a component
         and an axis that have nothing to do with one another are added. ``"concatenate"``:

@@ -99,6 +99,11 @@ def align(
     FloatingPointError
         The loss is NaN or infinite.
 
+    See Also
+    --------
+    stofm.im.embed : features of the image.
+    stofm.tl.predict_genes : expression from the image.
+
     References
     ----------
     ST-Align: Multi-Scale Image-Gene Foundation Modeling for Spatial Transcriptomics via Spot-Niche

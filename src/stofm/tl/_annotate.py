@@ -54,11 +54,12 @@ def annotate(
         head = st.tl.annotate(query, reference=labelled, label_key="cell_type")  # both
 
     The query may be another slice, have other genes, or be of another species. Members of the head
-    read embeddings, principal components of expression, or either beside the mean over a cell's
-    neighbours; held-out cells decide what each weighs. Where a query lacks places, raw counts or
-    nearly all of the genes, members that need them have no vote, and a warning says so. Neighbours
-    are those in `data`: pass whole slices, and choose among their cells afterwards. Cells without
-    embeddings are embedded first; call :func:`stofm.tl.embed` yourself to set other options.
+    use embeddings, principal components of expression, or either beside the mean over a cell's
+    neighbours; held-out cells decide how much each counts. Where a query lacks coordinates, raw
+    counts or nearly all of the genes, members that need them have no vote, and a warning says so.
+    Neighbours are those in `data`: pass whole slices, and choose cells afterwards. Cells without
+    embeddings are embedded first; call :func:`stofm.tl.embed` yourself to set other options. Most
+    calls need `label_key`, `head` and `library_key`; the rest is for special cases.
 
     A cell is ``"unknown"`` if the probability of its likeliest class is low and its embedding lies far
     from those of the labelled cells. The thresholds reject at most a share ``reject_rate`` of the
@@ -79,12 +80,12 @@ def annotate(
     head
         Fitted head to use instead.
     model
-        Model whose embeddings are read: a :class:`stofm.Stofm`, a checkpoint folder or a hub id.
+        Model whose embeddings are used: a :class:`stofm.Stofm`, a checkpoint folder or a hub id.
         By default the one that made the stored embeddings, or the embedded ``"stofm-mini"``.
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side. All columns of one
         are divided by the same number: principal components need no scaling, columns of different
-        units do. A head reads those that it was fitted to.
+        units do. A head uses those that it was fitted to.
     options
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
@@ -139,8 +140,15 @@ def annotate(
     ValueError
         `label_key` and `head` are both given or both missing, an option is not usable, there are
         fewer than two classes, a class has a single cell or is called "unknown", `key_added` would
-        replace something else, or embeddings are by another model than the head's, or of other
+        replace something else, or embeddings are from another model than the head's, or of other
         counts or coordinates than there are now.
+
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.tl.novel : groups cells that no class supports.
+    stofm.pl.annotation : map, confusion matrix and reliability.
+    stofm.tl.deconvolve : the same for spots of several cells.
 
     References
     ----------

@@ -86,6 +86,11 @@ def attention(
     ValueError
         Counts, genes, coordinates, slices or an option are not usable.
 
+    See Also
+    --------
+    stofm.pl.attention : draws the weights.
+    stofm.tl.influence : what a model uses, beside what it looks at.
+
     References
     ----------
     SToFM (arXiv 2507.11588), section 3.3.

@@ -62,10 +62,12 @@ def deconvolve(
 
         st.tl.deconvolve(visium, head=head)
 
-    Simulated spots have the genes that both sides have, as many counts as the measured spots, and
-    each gene as well seen as there; they are pure, mixed, and all in between. Numbers of cells
-    count, not of transcripts. The estimate is the mean over the members of the head. Their deviation is
-    large where the head is unsure, but says nothing about types that the reference lacks.
+    Simulated spots have the shared genes, as many counts as the measured spots, and each gene is
+    detected as well as there; some are pure, some mixed. Proportions are of cells, not of
+    transcripts. The estimate is the mean over the members of the head. Their deviation is large where
+    the head is unsure, but says nothing about types that the reference lacks.
+
+    Most calls need `reference` and `label_key`; the rest is for special cases.
 
     Parameters
     ----------
@@ -78,7 +80,7 @@ def deconvolve(
         ``obs``. Spots with NaN are left out.
     reference
         Single cells with raw counts and types: AnnData, SpatialData with a single table, or a list
-        or dict of them. Places are not needed.
+        or dict of them. Coordinates are not needed.
     label_key
         Column of ``obs`` with the types: of `reference`, or of `data` with `spot_size`.
     spot_size
@@ -87,11 +89,11 @@ def deconvolve(
         Fitted head to use instead.
     model
         A :class:`stofm.Stofm`, a checkpoint folder or a hub id. By default the one that made the
-        stored embeddings, or the embedded ``"stofm-mini"``. Not read with `reference`.
+        stored embeddings, or the embedded ``"stofm-mini"``. Not used with `reference`.
     use_rep
         Entry of ``obsm`` to learn from, or several, which are put side by side; all columns of one
-        are divided by the same number. Not read with `reference`: simulated spots have no place,
-        and their head reads 50 principal components of the shared genes.
+        are divided by the same number. Not used with `reference`: simulated spots have no position,
+        and their head uses 50 principal components of the shared genes.
     options
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
@@ -141,8 +143,14 @@ def deconvolve(
         Not one way is chosen, an option is not usable or does not go with it, proportions are
         negative or don't sum to 1, there are fewer than 20 spots with known ones, query and
         reference share fewer than 10 genes, there are fewer than two types or one has a single
-        cell, `key_added` would replace something else, or embeddings are by another model than
+        cell, `key_added` would replace something else, or embeddings are from another model than
         the head's, or of other counts or coordinates than there are now.
+
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.pl.deconvolution : maps or pies of the proportions.
+    stofm.tl.annotate : one type per cell.
 
     Notes
     -----

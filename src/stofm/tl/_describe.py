@@ -102,6 +102,12 @@ def describe(
     ValueError
         There are no regions, the counts are not raw, or no gene of `gene_sets` is in ``var_names``.
 
+    See Also
+    --------
+    stofm.tl.domains : finds regions.
+    stofm.pl.describe : a page of pictures for a region.
+    stofm.pl.report : an interactive page of a slice.
+
     Notes
     -----
     Two cells touch if one is among the six nearest of the other. Counts are scaled to 10,000 for each

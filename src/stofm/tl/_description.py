@@ -28,6 +28,11 @@ class Description:
     about
         What was described, and how: ``"groupby"``, ``"label_key"``, numbers of cells, genes and
         slices, and ``"notes"`` on what the numbers mean.
+
+    See Also
+    --------
+    stofm.tl.describe : makes it.
+    stofm.pl.describe : draws a region.
     """
 
     regions: Mapping[str, Mapping[str, Any]]

@@ -79,7 +79,8 @@ def domains(
     near and farther cells (20 of the embedding alone): a given number of them with a Gaussian mixture
     whose components share one covariance, or as many as Leiden finds on the neighbour graph. On
     most slices with annotated layers the mixture agrees better with these than k-means does. The
-    order of the cells does not matter. Cells without embeddings are embedded first.
+    order of the cells does not matter. Cells without embeddings are embedded first. Most calls need
+    `n_domains` and `library_key`; the rest is for special cases.
 
     Parameters
     ----------
@@ -100,7 +101,7 @@ def domains(
         Falling numbers of domains of coarser levels, such as ``(4, 2)``. Each is made of whole
         domains of the level below: those two are merged that differ least (Ward).
     n_neighbors
-        Nearest neighbours in the plane, of the same slice, whose mean embedding is read beside the
+        Nearest neighbours in the plane, of the same slice, whose mean embedding is used beside the
         cell's own, and beside that the mean over three times as many. None: 10 for the embedding
         of a model, if there are coordinates, otherwise 0, none.
     smooth
@@ -154,11 +155,18 @@ def domains(
         domains, `key_added` would replace something else, or there are several slices and no
         `library_key`.
 
+    See Also
+    --------
+    stofm.pl.domains : draws domains with their outlines.
+    stofm.tl.describe : says what each domain is.
+    stofm.tl.annotate : learns regions from labels.
+    stofm.metrics.ari : compares domains with known regions.
+
     Notes
     -----
     Of more than 50,000 cells a random sample of 50,000 is clustered; the others join the likeliest
-    component, or the most frequent domain among the nearest of the sample. The mixture starts from
-    40 places, of more than 5,000 cells on a random sample of 5,000, and the likeliest goes on.
+    component, or the most frequent domain among the nearest of the sample. The mixture starts 40
+    times, with more than 5,000 cells on a random sample of 5,000, and the likeliest start goes on.
 
     References
     ----------

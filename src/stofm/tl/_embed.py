@@ -45,8 +45,9 @@ def embed(
 
     Runs what is missing or no longer fits of :func:`stofm.pp.tokenize`,
     :func:`stofm.tl.encode_cells` and :func:`stofm.pp.subslice`, then the SE(2) Transformer on
-    every sub-slice. All is computed before anything is written: interrupted, it leaves `adata`
-    as it was. `adata.X`, its layers and the order of cells stay as they are.
+    every sub-slice. All is computed before anything is written: if it is interrupted, `adata` is
+    left as it was. `adata.X`, its layers and the order of cells stay as they are. Most calls need
+    `library_key`, and perhaps `model` and `layer`; the rest is for special cases.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def embed(
         gets the same embedding alone or together with others.
     cell_rep
         Entry of ``adata.obsm`` to use in place of the cell encoder's embedding, (n_obs, d_cell).
-        Genes are not read then.
+        Genes are not used then.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
     subslice
@@ -81,7 +82,7 @@ def embed(
     seed
         Seed of the clustering that gives the virtual cells.
     key_added
-        Entry of ``adata.obsm`` to write; none that is read, and none of stofm's other keys.
+        Entry of ``adata.obsm`` to write; not one of the inputs, nor another key of stofm.
     table_key
         Table of a SpatialData.
     show_progress_bar
@@ -97,7 +98,7 @@ def embed(
         Spatial cell embeddings.
     ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
         See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
-        A model that reads values adds ``adata.obsm['stofm_token_values']``.
+        A model that uses values adds ``adata.obsm['stofm_token_values']``.
     ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
         See :func:`stofm.pp.subslice`.
     ``adata.uns['stofm']``
@@ -114,6 +115,13 @@ def embed(
         The work would not fit, or the device has no room for a single sub-slice.
     FloatingPointError
         The device gave NaN.
+
+    See Also
+    --------
+    stofm.pp.check : what will happen, before it does.
+    stofm.tl.domains : regions of the embedding.
+    stofm.tl.probe : is it better than principal components?
+    stofm.corpus.embed : thousands of slices.
 
     References
     ----------

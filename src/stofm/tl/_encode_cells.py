@@ -28,7 +28,7 @@ def encode_cells(
     show_progress_bar: bool = True,
     copy: bool = False,
 ) -> AnnData | None:
-    """Embed each cell from its ranked genes, without regard to place (gene scale).
+    """Embed each cell from its ranked genes, without its position (gene scale).
 
     Parameters
     ----------
@@ -64,13 +64,18 @@ def encode_cells(
     Raises
     ------
     KeyError
-        There are no tokens, or no values of tokens for a model that reads them.
+        There are no tokens, or no values of tokens for a model that uses them.
     ValueError
-        The tokens belong to another vocabulary or are of other counts.
+        The tokens belong to another vocabulary or to other counts.
     MemoryError
         The device has no room for a single cell.
     FloatingPointError
         The device gave NaN.
+
+    See Also
+    --------
+    stofm.pp.tokenize : the step before.
+    stofm.tl.embed : runs all steps, and adds the context.
 
     References
     ----------

@@ -46,16 +46,17 @@ def impute(
         st.tl.impute(query, head=head)  # impute
         head = st.tl.impute(query, reference=training)  # both, for all genes that the query lacks
 
-    The genes to impute are taken out of the counts before anything else is done: they are in no
-    token, rank or total that the model reads, neither of the training slices nor of the query.
-    Cells are therefore embedded anew, on the genes that are left; stored embeddings, which may
-    have seen the others, are not read. With `reference` only genes that the query has too are
-    read, so that both look alike. Genes meet by their id in the model's vocabulary where both
-    have one, so that symbols, Ensembl ids, human and mouse names may differ, else by name;
-    columns of one gene are added up. A mapping by :func:`stofm.pp.map_genes` is used.
+    The genes to impute are taken out of the counts before anything else is done, in the training
+    slices and in the query: no token, rank or total contains them. Cells are therefore embedded
+    again, on the genes that are left; stored embeddings, which may have seen the others, are not
+    used. With `reference` only genes that the query has too are used, so that both look alike.
+    Genes are matched by their id in the model's vocabulary where both have one, so that symbols,
+    Ensembl ids, human and mouse names may differ, else by name; columns of one gene are added up.
+    A mapping by :func:`stofm.pp.map_genes` is used.
 
-    Expression is ``log1p(10,000 x count / total)``, where the total is that of the genes that are
-    read, of the training cell; genes that are imputed are in no total.
+    Expression is ``log1p(10,000 x count / total)``, with the total over the genes that are used.
+
+    Most calls need `reference`, or `genes` and later `head`; the rest is for special cases.
 
     Parameters
     ----------
@@ -73,9 +74,9 @@ def impute(
         Model to embed with: a :class:`stofm.Stofm`, a checkpoint folder or a hub id; the embedded
         ``"stofm-mini"`` by default.
     use_rep
-        What the head reads: ``"X_stofm_cell"``, ``"X_stofm"``, or both, side by side. Other
-        entries of ``obsm`` are read as they are, but for one scale for all columns of each: see to
-        it yourself that they were made without the genes to impute. With `head` its own are read.
+        What the head uses: ``"X_stofm_cell"``, ``"X_stofm"``, or both, side by side. Other
+        entries of ``obsm`` are used as they are, but for one scale for all columns of each: make
+        sure that they were made without the genes to impute. With `head`, its own are used.
     options
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
@@ -83,7 +84,7 @@ def impute(
         A reference may lack it.
     layer
         Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``. One
-        that only the reference has is read there.
+        that only the reference has is used there.
     spatial_key
         Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit; by default the one that was
         embedded with.
@@ -108,7 +109,7 @@ def impute(
     ``adata.obsm['stofm_imputed']`` : DataFrame
         float32 (n_obs, n_genes) log-normalised expression, not negative.
     ``adata.uns['stofm']['stofm_imputed']`` : dict
-        Parameters, among them the names of the genes that were read, whose counts are the total;
+        Parameters, among them the names of the genes that were used, whose counts are the total;
         and fingerprints of the embedding's model.
 
     Raises
@@ -121,8 +122,14 @@ def impute(
         `head` is no head for imputation.
     ValueError
         Arguments contradict each other, an option is not usable, genes are unknown or constant,
-        no gene is left to read, the query has less than a tenth of the genes that the head
-        reads, or the model is another one than the head's.
+        no gene is left to use, the query has less than a tenth of the genes that the head
+        uses, or the model is not the head's.
+
+    See Also
+    --------
+    stofm.tl.HeadOptions : how a head is fitted.
+    stofm.pl.imputation : draws imputed beside measured values.
+    stofm.tl.predict_genes : expression from the tissue's image.
 
     References
     ----------

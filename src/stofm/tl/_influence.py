@@ -92,6 +92,12 @@ def influence(
         There are fewer than two types or no two cells within reach, the head reads something
         else than the embedding or belongs to another model, or an option is not usable.
 
+    See Also
+    --------
+    stofm.pl.influence : draws all pairs of types.
+    stofm.tl.ligand_receptor : which genes could carry it.
+    stofm.tl.perturb : edits of single genes.
+
     Examples
     --------
     >>> import stofm as st
@@ -142,6 +148,11 @@ class Influence:
         ``expected`` and ``n_pairs``.
     params
         Column of the types, reach, model, and what the effect is.
+
+    See Also
+    --------
+    stofm.tl.influence : makes it.
+    stofm.pl.influence : draws it.
     """
 
     pairs: pd.DataFrame

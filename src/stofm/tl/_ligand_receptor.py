@@ -91,6 +91,10 @@ def ligand_receptor(
         The resource is not usable or none of its pairs is measured, no two neighbours express
         both of a pair often enough, or an option is not usable.
 
+    See Also
+    --------
+    stofm.tl.influence : which types influence which.
+
     References
     ----------
     Dimitrov et al. 2024, LIANA+ provides an all-in-one framework for cell-cell communication

@@ -128,6 +128,11 @@ def novel(
     UserWarning
         If most cells are novel: then whole slices differ from the labelled ones.
 
+    See Also
+    --------
+    stofm.tl.annotate : makes the head and the novelty.
+    stofm.tl.describe : says what a group is.
+
     References
     ----------
     Traag, Waltman and van Eck 2019, From Louvain to Leiden (Sci Rep 9:5233).

@@ -83,6 +83,11 @@ def pool_genes(
         It is no table of genes, none of its genes is among those of `adata`, the counts are no
         raw counts, or `key_added` is taken.
 
+    See Also
+    --------
+    stofm.tl.probe : compares the result with other embeddings.
+    stofm.tl.train : can start from the same table.
+
     References
     ----------
     Chen & Zou 2024, Simple and effective embedding model for single-cell biology built from ChatGPT
@@ -90,10 +95,14 @@ def pool_genes(
 
     Examples
     --------
+    >>> import numpy as np, pandas as pd
     >>> import stofm as st
-    >>> adata = st.datasets.simulate_slice(500, 100, seed=0)
-    >>> st.tl.pool_genes(adata, "genept.parquet")  # doctest: +SKIP
-    >>> st.tl.domains(adata, use_rep="X_genes")  # doctest: +SKIP
+    >>> adata = st.datasets.simulate_slice(300, 40)
+    >>> numbers = np.random.default_rng(0).normal(size=(40, 8))
+    >>> pd.DataFrame(numbers, adata.var_names).to_csv("genes.csv")
+    >>> st.tl.pool_genes(adata, "genes.csv")
+    >>> adata.obsm["X_genes"].shape
+    (300, 8)
     """
     refuse_reserved(key_added, Obsm.X_GENES, Obsm.SPATIAL)
     table = resolve_table(adata, table_key, copy=copy)
@@ -151,6 +160,6 @@ def _pool(
     tell = logger.info if share > _MOST_LACKING else warn
     tell(
         f"{len(is_there)} of {len(rows)} genes, with {share:.1%} of the counts, are in {genes.file}; "
-        "the others have no say."
+        "the others are not used."
     )
     return means

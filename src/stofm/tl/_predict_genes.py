@@ -100,6 +100,12 @@ def predict_genes(
     ValueError
         Features are of another encoder or other patches, or the aligner has no expression.
 
+    See Also
+    --------
+    stofm.tl.align : fits the aligner.
+    stofm.pl.gene_prediction : draws predicted beside measured values.
+    stofm.tl.impute : genes from other genes.
+
     References
     ----------
     Xie et al. 2023, Spatially resolved gene expression prediction from histology images via bi-modal

@@ -97,10 +97,10 @@ def probe(
     label_key
         Column of ``obs`` with the classes. Cells without one take part in components and
         neighbours only. Classes with less than 1 % of the fitted cells are neither fitted nor
-        tested; nor are those that only the left-out slice has, which a warning counts. In each
+        tested; nor are those that only the left-out slice has. Warnings count both. In each
         slice, clusters are compared with classes of 1 % of its cells or more.
     use_rep
-        Entries of ``obsm`` to compare, of whatever origin. A tuple of them is read side by side:
+        Entries of ``obsm`` to compare, of whatever origin. A tuple of them is used side by side:
         ``["X_stofm", ("X_stofm_cell", "X_stofm")]`` are two representations, of which the second
         is called ``"X_stofm_cell + X_stofm"``; each part is divided by its overall spread.
     left_out
@@ -145,6 +145,12 @@ def probe(
         An option is not usable, there are no raw counts, a representation is not finite or differs
         in width or model between slices, no cell has a label, fewer than two classes can be
         fitted, or none can be tested.
+
+    See Also
+    --------
+    stofm.pl.probe : draws the comparison.
+    stofm.metrics : the measures.
+    stofm.tl.annotate : learns from several representations at once.
 
     References
     ----------
@@ -248,6 +254,11 @@ class ProbeResult:
         A row for each left-out slice, representation and seed: ``slice``, ``representation``,
         ``seed``; ``accuracy``, ``macro_f1`` and ``calibration_error`` of the head; ``ari`` and
         ``nmi`` of the clusters, NaN for logistic regression; ``n_fitted`` and ``n_tested`` cells.
+
+    See Also
+    --------
+    stofm.tl.probe : makes it.
+    stofm.pl.probe : draws it.
     """
 
     scores: pd.DataFrame

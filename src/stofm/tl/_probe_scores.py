@@ -77,8 +77,8 @@ class Fold:
 
     `codes` (n_obs,) are the classes of the cells, -1 for none. `fitted` and `tested` cells have a class;
     `labelled` are all labelled cells that are left out, `absent` counts those of them whose class no
-    fitted cell has. `held_out` of the fitted ones tell when to stop; None for a tenth that each seed
-    draws.
+    fitted cell has, and `rare` the cells of classes that too few cells to fit have. `held_out` of the
+    fitted ones tell when to stop; None for a tenth that each seed draws.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Fold:
     tested: NDArray[np.int64]
     labelled: NDArray[np.int64]
     absent: dict[str, int]
+    rare: dict[str, int]
     held_out: NDArray[np.int64] | None = None
 
     @classmethod
@@ -105,7 +106,7 @@ class Fold:
         is_known = np.isin(labels, classes)
         labelled = tested[labels[tested] != NO_CLASS]
         absent = labels[labelled][~np.isin(labels[labelled], labels[fitted])]
-        names, counts = np.unique(absent, return_counts=True)
+        to_fit = labels[fitted[(labels[fitted] != NO_CLASS) & ~is_known[fitted]]]
         return cls(
             name,
             classes,
@@ -113,7 +114,8 @@ class Fold:
             fitted=fitted[is_known[fitted]],
             tested=tested[is_known[tested]],
             labelled=labelled,
-            absent=dict(zip(names.tolist(), counts.tolist(), strict=True)),
+            absent=_counted(absent),
+            rare=_counted(to_fit),
             held_out=None if held_out is None else held_out[is_known[held_out]],
         )
 
@@ -125,6 +127,11 @@ class Fold:
         order = self.fitted[np.random.default_rng(seed).permutation(n)]
         held_out, rows = np.split(order, [max(1, int(_HELD_OUT * n))])
         return rows, held_out
+
+
+def _counted(labels: NDArray[np.str_]) -> dict[str, int]:
+    names, counts = np.unique(labels, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
 
 
 def plan_folds(
@@ -194,6 +201,16 @@ def _find(
 
 def _checked(folds: Sequence[Fold]) -> list[Fold]:
     """Warn of what can't be tested, and take away folds where nothing can."""
+    rare: dict[str, int] = {}
+    for fold in folds:
+        rare |= {name: max(n, rare.get(name, 0)) for name, n in fold.rare.items()}
+    if rare:
+        more = f" and {len(rare) - _MOST_NAMED} more" if len(rare) > _MOST_NAMED else ""
+        some = ", ".join(f"{name} ({n})" for name, n in list(rare.items())[:_MOST_NAMED])
+        warn(
+            f"Rare classes are neither fitted nor tested (cells to fit): {some}{more}. A class needs "
+            f"{MIN_SHARE:.0%} of the cells to fit."
+        )
     absent = [f"{name!r} ({n} cells of {f.name})" for f in folds for name, n in f.absent.items()]
     if absent:
         more = f" and {len(absent) - _MOST_NAMED} more" if len(absent) > _MOST_NAMED else ""

@@ -74,6 +74,11 @@ def screen(
     KeyError, ValueError, FloatingPointError
         See :func:`stofm.tl.perturb`.
 
+    See Also
+    --------
+    stofm.tl.perturb : one edit, in detail.
+    stofm.pl.perturbation : draws the effect.
+
     Examples
     --------
     >>> import stofm as st

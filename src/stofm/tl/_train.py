@@ -58,13 +58,14 @@ def train(
 ) -> TrainResult:
     """Train a model on slices without labels, from scratch or from a checkpoint.
 
-    Counts are read file by file, ``X`` in blocks of cells, and kept as gene tokens in the work
-    folder; once, and once before that if a vocabulary is fitted. A file that did not change is not
-    read again. A file of several slices has all its tokens in memory while it is read.
-    Checkpoints are written as training goes: a run that was stopped at any moment goes on with
-    ``resume=True`` and ends as if it had not been. Started by ``torchrun`` or SLURM, the
-    processes share each batch and give the weights that one process would, up to rounding and up
-    to dropout, whose draws depend on how a batch is shared out.
+    Counts are read once, file by file and in blocks of cells, and kept as gene tokens in the work
+    folder; once more before that if a vocabulary is fitted. A file that has not changed is not read
+    again. A file of several slices has all its tokens in memory while it is read. A run that was
+    stopped at any moment continues with ``resume=True`` and ends as if nothing had happened.
+    Started by ``torchrun`` or SLURM, the processes share each batch and arrive at the weights that
+    one process would, up to rounding and dropout.
+
+    Most calls need `out_dir`, `stage`, `validation` and `library_key`; the rest is for special cases.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def train(
         ``.zarr`` store, a folder of these or of a corpus (:func:`stofm.corpus.build`), or a list of all
         that.
     model
-        A model, a checkpoint folder or a hub id to go on from; or a
+        A model, a checkpoint folder or a hub id to start from; or a
         :class:`~stofm.nn.StofmConfig` for a new model. It is not changed: a copy is trained.
     out_dir
         Folder of the run: ``run.json``, ``history.csv``, ``checkpoints/`` and, at the end,
@@ -82,7 +83,7 @@ def train(
         ``"pretrain"``: the paper's schedule of ``"cell_encoder"`` (1 epoch), ``"spatial"`` (2) and
         ``"joint"`` (1). One of these; or one or several :class:`stofm.train.StageConfig`.
     validation
-        Held-out slices, as `data`: whole slices, because cells of one slice tell of each other.
+        Held-out slices, as `data`: whole slices, because cells of one slice resemble each other.
     epochs, optimizer
         Of every stage that is given by name, in place of the paper's.
     vocabulary
@@ -123,9 +124,9 @@ def train(
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     work_dir
         Where tokens and cell embeddings are kept; ``out_dir/work`` by default. Several runs may
-        share it: what one computes anew as it trains stays in its `out_dir`.
+        share it: what a run computes again as it trains stays in its `out_dir`.
     resume
-        Go on with the run in `out_dir`, if there is one.
+        Continue the run in `out_dir`, if there is one.
     overwrite
         Throw away the run in `out_dir`, if there is one.
     show_progress_bar
@@ -144,7 +145,13 @@ def train(
     FloatingPointError
         A loss is NaN or infinite; the message names step and slices.
     ValueError
-        A slice or an option is not usable, or the run to go on with has other settings.
+        A slice or an option is not usable, or the run to continue has other settings.
+
+    See Also
+    --------
+    stofm.pl.training : draws the losses.
+    stofm.corpus.build : gathers thousands of slices to train on.
+    stofm.train.StageConfig : what happens in a stage.
 
     References
     ----------
@@ -153,12 +160,11 @@ def train(
     Examples
     --------
     >>> import stofm as st
-    >>> slices = [st.datasets.simulate_slice(500, 100, seed=seed) for seed in range(3)]
-    >>> result = st.tl.train(  # doctest: +SKIP
-    ...     slices[:2], stage="spatial", validation=slices[2], out_dir="run"
-    ... )
-    >>> st.pl.training(result)  # doctest: +SKIP
-    >>> st.tl.embed(slices[2], result.model)  # doctest: +SKIP
+    >>> a, b, c = (st.datasets.simulate_slice(300, 40, seed=seed) for seed in range(3))
+    >>> result = st.tl.train([a, b], stage="spatial", validation=c, out_dir="run")
+    >>> st.tl.embed(c, result.model)  # or st.tl.embed(c, "run/model")
+    >>> c.uns["stofm"]["X_stofm"]["model"] == result.model.name
+    True
     """
     options = FileConfig(
         layer=layer,

@@ -79,7 +79,7 @@ class RunFolder:
         report = self.read_report()
         if not report and (others := self._others()):
             raise FileExistsError(
-                f"{self.path} holds something else than a run of stofm ({', '.join(others[:3])}); "
+                f"{self.path} holds something other than a run of stofm ({', '.join(others[:3])}); "
                 "take another folder."
             )
         if overwrite and (others := self._foreign(*self._cleared)):
