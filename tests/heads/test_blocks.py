@@ -80,7 +80,7 @@ def test_another_models_embeddings_stay_and_the_given_model_is_used(adata, model
 
 def test_another_models_embeddings_are_refused(adata, pair, model, other):
     st.tl.embed(adata, other, library_key="library", device="cpu", show_progress_bar=False)
-    with pytest.raises(ValueError, match=rf"is by tiny \({other.cell_encoder_fingerprint}\)"):
+    with pytest.raises(ValueError, match=rf"is from tiny \({other.cell_encoder_fingerprint}\)"):
         read(adata, expected=origin_by(model))
     with pytest.raises(ValueError, match="fit a new head"):
         read(adata, expected=origin_by(model), model=other)
@@ -95,7 +95,7 @@ def test_another_models_embeddings_are_refused(adata, pair, model, other):
 
 def test_an_embedding_without_a_record_is_refused_by_a_head(adata, model):
     adata.obsm[Obsm.X] = np.ones((184, 14), dtype=np.float32)
-    with pytest.raises(ValueError, match="is by an unrecorded model"):
+    with pytest.raises(ValueError, match="is from an unrecorded model"):
         read(adata, use_rep=Obsm.X, expected={Obsm.X: origin_by(model)[Obsm.X]})
 
 
@@ -252,7 +252,7 @@ def test_embeddings_under_another_name_keep_their_origin(adata, model, other):
     assert origin == {"X_mine": origin_by(model)[Obsm.X]}
     adata.obsm["X_mine"] = adata.obsm["X_theirs"]
     adata.uns[Uns.STOFM]["X_mine"] = adata.uns[Uns.STOFM]["X_theirs"]
-    with pytest.raises(ValueError, match=r"obsm\['X_mine'\] is by tiny"):
+    with pytest.raises(ValueError, match=r"obsm\['X_mine'\] is from tiny"):
         read(adata, use_rep="X_mine", expected=origin, model=model)
 
 

@@ -56,7 +56,7 @@ def test_other_partitions_bring_pairs_together_and_are_averaged(whole) -> None:
 
 
 def test_nothing_is_as_large_as_all_pairs_of_cells(model, rng) -> None:
-    n = 2003
+    n = 5003
     lists = RankedTokens(
         rng.integers(2, 69, 3 * n).astype(np.int32), np.arange(0, 3 * n + 1, 3, dtype=np.int64)
     )

@@ -1,27 +1,12 @@
-"""Slices with the keys that sub-slices and an embedding leave behind, and closed figures."""
+"""Slices with the keys that sub-slices and an embedding leave behind."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import anndata as ad
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture(autouse=True)
-def closed_figures() -> Iterator[None]:
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    yield
-    plt.close("all")
 
 
 @pytest.fixture

@@ -526,7 +526,7 @@ def test_another_models_embedding_is_refused(adata, model):
     other = Stofm(model.config, model.vocabulary, seed=8).eval()
     st.tl.embed(adata, other, **QUIET)
     with pytest.raises(
-        ValueError, match=rf"is by tiny .* fitted to .*tiny \({model.cell_encoder_fingerprint}"
+        ValueError, match=rf"is from tiny .* fitted to .*tiny \({model.cell_encoder_fingerprint}"
     ):
         apply(adata, head)
     assert KEY not in adata.obs

@@ -143,5 +143,5 @@ def test_a_head_notices_another_table(adata, values, path, tmp_path):
     )
     (values + 1).to_csv(tmp_path / "other.csv")
     pool(adata, tmp_path / "other.csv")
-    with pytest.raises(ValueError, match=r"is by other\.csv .* by genes\.parquet"):
+    with pytest.raises(ValueError, match=r"is from other\.csv .* from genes\.parquet"):
         st.tl.annotate(adata, head=head, show_progress_bar=False)

@@ -324,8 +324,9 @@ def test_rare_classes_are_neither_fitted_nor_tested(simulated):
     own = slice_of(simulated)
     rows = [np.flatnonzero(own == name)[0] for name in ("slice0", "slice1")]
     rename(simulated, rows, "rare")
-    first = plan(simulated)[0]
     # One of 134 cells.
+    with pytest.warns(UserWarning, match=r"neither fitted nor tested \(cells to fit\): rare \(1\)"):
+        first = plan(simulated)[0]
     assert "rare" not in first.classes
     assert not set(rows) & {*first.fitted, *first.tested}
 
