@@ -262,3 +262,25 @@ def test_tasks_fit_the_development_slices(shared):
         assert folds, loaded.task.name
         assert all(len(one.classes) > 1 and len(one.tested) > 20 for one in folds)
     assert len(probe_tasks.TASKS) == len({task.name for task in probe_tasks.TASKS}) == 16
+
+
+@pytest.mark.slow
+def test_no_stage_made_the_embedded_model_worse_than_its_start(shared):
+    # The pooled sums alone, and the transformer before its first step.
+    names = ("STARmap layers", "STARmap types", "olfactory bulb layers")
+    tasks = probes.load_tasks(
+        shared / "data", [one for one in probe_tasks.TASKS if one.name in names]
+    )
+    trained, start = st.Stofm.from_pretrained(), st.Stofm.from_pretrained()
+    start.se2_transformer.load_state_dict(probes.untrained(start).se2_transformer.state_dict())
+    probe_tasks.embed_with(start, tasks, prefix="start ")
+    probe_tasks.embed_with(trained, tasks)
+    n_sums = trained.config.cell_encoder.d_gene
+    for adata in {id(one): one for task in tasks for one in task.slices.values()}.values():
+        adata.obsm["X_sums"] = adata.obsm["X_cell"][:, :n_sums]
+        assert_array_equal(adata.obsm["X_start cell"], adata.obsm["X_cell"])
+    use_rep = {"sums": "X_sums", "cell": "X_cell", "start": "X_start spatial", "end": "X_spatial"}
+    scores = pd.DataFrame([task.head_scores(use_rep, seeds=(0, 1)) for task in tasks])
+    mean = scores.map(np.mean).mean()
+    assert mean["cell"] > mean["sums"] - 0.005
+    assert mean["end"] > mean["start"] - 0.005
