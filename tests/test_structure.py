@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(stofm.__file__).parent
 API = Path(__file__).parents[1] / "docs" / "api"
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -264,6 +265,19 @@ def test_public_names_are_in_the_documentation(area: str) -> None:
     words = set(re.findall(r"\w+", (API / f"{area}.md").read_text(encoding="utf-8")))
     missing = sorted(set(_public(area)) - words)
     assert not missing, f"docs/api/{area}.md lacks {missing}"
+
+
+def test_code_of_tutorials_fits_a_narrow_page() -> None:
+    if not TUTORIALS.is_dir():
+        pytest.skip("no tutorials/ beside the tests")
+    long = [
+        f"{page.name}: {line}"
+        for page in sorted(TUTORIALS.glob("*.md"))
+        for code in re.findall(r"^```.*?^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for line in code.splitlines()
+        if len(line) > 88
+    ]
+    assert not long
 
 
 def _run(code: str) -> str:
