@@ -51,7 +51,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         else:
             chosen = _CPU
             n_threads = settings.n_threads or torch.get_num_threads()
-            reason = f"no GPU that torch can use; {n_threads} threads"
+            reason = f"no GPU that torch can use; {n_threads} thread{'s' * (n_threads > 1)}"
         logger.info("Computing on %s (%s).", chosen, reason)
         return chosen
     try:
