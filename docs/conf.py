@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
+from sphinx.domains.python import PyObject
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -141,6 +142,21 @@ html_theme_options = {
 }
 
 
+#: By function, the parameters under "Other Parameters".
+others: dict[str, set[str]] = {}
+parameters = PyObject.doc_field_types[0]
+PyObject.doc_field_types.append(
+    type(parameters)(
+        "other",
+        names=("other",),
+        typenames=("othertype",),
+        label="Other Parameters",
+        typerolename=parameters.typerolename,
+        can_collapse=True,
+    )
+)
+
+
 def adapt_to_napoleon(
     app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
 ) -> None:
@@ -148,12 +164,26 @@ def adapt_to_napoleon(
     if what in ("attribute", "property") and lines:
         # A colon in the first line would end a type.
         lines[0] = lines[0].replace(": ", " – ", 1)
+    if "Other Parameters" in lines:
+        section = "\n".join(lines).partition("\nOther Parameters\n")[2].partition("\n\n")[0]
+        named = re.findall(r"^\w.*$", section, re.MULTILINE)
+        others[name] = {word.strip() for line in named for word in line.split(",")}
     for number, line in enumerate(lines):
         # In Returns, ``adata.obsm['key']`` : type would become bold and lose its markup.
         lines[number] = re.sub(r"^(``(?:adata\.|\w+\[).*(?:``|\.\.\.)) : (?=\S)", r"\1, ", line)
         # A dataclass's attributes are its parameters; as such they get their types.
         if what == "class" and is_dataclass(obj) and line == "Attributes":
             lines[number : number + 2] = ["Parameters", "----------"]
+
+
+def set_others_apart(app: Sphinx, domain: str, objtype: str, content: nodes.Element) -> None:
+    """Make a list of their own of what napoleon and autodoc put among the parameters."""
+    (signature, *_) = content.parent
+    own = others.get(f"{signature.get('module')}.{signature.get('fullname')}", set())
+    for field in content.findall(nodes.field):
+        kind, _, name = field[0].astext().partition(" ")
+        if kind in ("param", "type") and name in own:
+            field[0][0] = nodes.Text(f"{'other' if kind == 'param' else 'othertype'} {name}")
 
 
 def visit_math(translator: Any, node: nodes.math) -> None:
@@ -181,3 +211,5 @@ def setup(app: Sphinx) -> None:
     app.connect("env-before-read-docs", spread_notebooks)
     # Before napoleon, which listens with the default priority of 500.
     app.connect("autodoc-process-docstring", adapt_to_napoleon, priority=400)
+    # After autodoc, which adds the types of parameters.
+    app.connect("object-description-transform", set_others_apart, priority=600)

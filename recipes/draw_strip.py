@@ -71,8 +71,7 @@ def draw(bulb: AnnData, cortex: AnnData, breast: AnnData, border: float, picture
     )
     st.pl.image(bulb, alpha=0, ax=axes[0], show=False)
     st.pl.image(bulb, color="stofm_domain", alpha=1, ax=axes[1], show=False)
-    st.pl.spatial(cortex, color="region", ax=axes[2], show=False)
-    st.pl.spatial(cortex, color="stofm_domain", ax=axes[3], show=False)
+    st.pl.domains(cortex, truth_key="region", outlines=False, ax=list(axes[2:4]), show=False)
     st.pl.spatial(breast, color="stofm_annotation", ax=axes[4], show=False)
     axes[4].axvline(border, color="black", linewidth=1, linestyle="--")
     for ax, title in zip(axes, _TITLES, strict=True):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(stofm.__file__).parent
 API = Path(__file__).parents[1] / "docs" / "api"
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -225,14 +226,25 @@ def test_functions_live_in_a_file_of_their_name(name: str, function: Callable[..
 
 @functions
 def test_every_parameter_is_documented(name: str, function: Callable[..., object]) -> None:
-    text = inspect.getdoc(function) or ""
-    _, _, parameters = text.partition("Parameters\n----------\n")
-    documented = set()
-    for line in parameters.partition("\n\n")[0].splitlines():
-        if line and not line.startswith(" "):
-            documented |= {word.strip().lstrip("*") for word in line.split(":")[0].split(",")}
+    documented = {*_documented(function, "Parameters"), *_documented(function, "Other Parameters")}
     missing = set(inspect.signature(function).parameters) - documented
     assert not missing, f"{name} does not document {sorted(missing)}"
+
+
+@functions
+def test_what_few_need_stands_apart(name: str, function: Callable[..., object]) -> None:
+    """A long list of parameters is in two parts, of which the first can be read at a glance."""
+    n_parameters = len(inspect.signature(function).parameters)
+    assert len(_documented(function, "Parameters")) <= 14, name
+    assert n_parameters <= 8 or _documented(function, "Other Parameters"), name
+
+
+def _documented(function: Callable[..., object], section: str) -> list[str]:
+    """Names in a section of a docstring, which several may share."""
+    text = inspect.getdoc(function) or ""
+    _, _, lines = text.partition(f"\n\n{section}\n{'-' * len(section)}\n")
+    named = re.findall(r"^(\w.*)$", lines.partition("\n\n")[0], re.MULTILINE)
+    return [word.strip() for line in named for word in line.split(",")]
 
 
 @functions
@@ -264,6 +276,19 @@ def test_public_names_are_in_the_documentation(area: str) -> None:
     words = set(re.findall(r"\w+", (API / f"{area}.md").read_text(encoding="utf-8")))
     missing = sorted(set(_public(area)) - words)
     assert not missing, f"docs/api/{area}.md lacks {missing}"
+
+
+def test_code_of_tutorials_fits_a_narrow_page() -> None:
+    if not TUTORIALS.is_dir():
+        pytest.skip("no tutorials/ beside the tests")
+    long = [
+        f"{page.name}: {line}"
+        for page in sorted(TUTORIALS.glob("*.md"))
+        for code in re.findall(r"^```.*?^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for line in code.splitlines()
+        if len(line) > 88
+    ]
+    assert not long
 
 
 def _run(code: str) -> str:

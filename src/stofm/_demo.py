@@ -66,8 +66,9 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     color = [*filter(None, [label]), Obs.DOMAIN]
     places: dict[str, Any] = {"library_key": library_key, "show": False}
+    # Domains take the colours of the regions that they match, here and in what is drawn after.
+    pl.domains(adata, truth_key=label, **places, save=figures["spatial.png"])
     pl.umap(adata, color=color, show=False, save=figures["umap.png"])
-    pl.spatial(adata, color=color, **places, save=figures["spatial.png"])
     pl.subslices(adata, **places, save=figures["subslices.png"])
     pl.virtual_cells(adata, **places, save=figures["virtual_cells.png"])
     if label is not None:

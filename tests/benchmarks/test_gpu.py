@@ -69,5 +69,5 @@ def test_what_is_too_far_off_fails_the_script(monkeypatch, tmp_path, capsys):
 def test_a_device_that_is_not_there_is_named():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="'cuda' was asked for, but torch finds no such device"):
+    with pytest.raises(ValueError, match="'cuda' was requested, but torch finds no such device"):
         gpu.main([])

@@ -120,7 +120,7 @@ def test_evaluation_slices_are_left_out_by_name_and_content(build, files, tmp_pa
     part = ad.read_h5ad(files / "d.h5ad")[5:20]
     part.copy().write_h5ad(tmp_path / "test" / "crop.h5ad")
     shutil.copy(files / "e.h5ad", tmp_path / "test" / "a.h5ad")
-    with pytest.warns(UserWarning, match=r"exclude = \['x\*'\] names neither a file"):
+    with pytest.warns(UserWarning, match=r"exclude = \['x\*'\] names neither an existing file"):
         manifest = build(exclude=[tmp_path / "test", "files/b*", "x*"])
     assert statuses(manifest) == dict.fromkeys("abde", "left out") | {"c": "ok"}
     reasons = dict(zip(manifest["name"], manifest["reason"], strict=True))
@@ -303,5 +303,5 @@ def test_export_writes_stores_that_anndata_reads(build, tmp_path):
 
 def test_a_folder_that_is_no_corpus_is_refused(files):
     for function in (st.corpus.info, st.corpus.check):
-        with pytest.raises(FileNotFoundError, match=r"files is no corpus .*stofm\.corpus\.build"):
+        with pytest.raises(FileNotFoundError, match=r"files is not a corpus .*stofm\.corpus\.build"):
             function(files)

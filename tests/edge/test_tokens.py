@@ -85,14 +85,14 @@ def test_a_record_of_a_part_is_not_trusted(adata, model, vocabulary):
 )
 def test_other_counts_are_noticed(embedded, vocabulary, change):
     embedded.X = sparse.csr_matrix(change(embedded.X))
-    assert "of 184 cells that were looked at" in changed_counts(embedded, vocabulary)
+    assert "of 184 cells examined" in changed_counts(embedded, vocabulary)
 
 
 @pytest.mark.parametrize("change", [lambda x: x[::-1], lambda x: x[:, ::-1]])
 def test_other_genes_are_noticed_without_the_vocabulary(embedded, change):
     assert not changed_counts(embedded)
     embedded.X = sparse.csr_matrix(change(embedded.X))
-    assert "of 184 cells that were looked at" in changed_counts(embedded)
+    assert "of 184 cells examined" in changed_counts(embedded)
 
 
 @pytest.mark.parametrize("change", [log, lambda x: log(x).toarray() - 0.5, lambda x: x * np.nan])

@@ -101,7 +101,7 @@ def test_no_gene_at_all_is_refused_with_examples(vocabulary):
         (lambda f: f.replace(-4, np.inf), r"1 genes are missing, infinite.*\['Slc17a7'\]"),
         (lambda f: f.replace(-4, np.nan), r"1 genes are missing, infinite.*\['Slc17a7'\]"),
         (lambda f: 1e300 * f, r"4 genes are missing, infinite or beyond float32"),
-        (lambda f: f.rename({"PLP9": "GFAP"}), r"1 genes are there more than once.*\['GFAP'\]"),
+        (lambda f: f.rename({"PLP9": "GFAP"}), r"1 genes occur more than once.*\['GFAP'\]"),
         (lambda f: f.assign(b="x"), r"numbers in all others; 'b' holds something else"),
         (lambda f: f[[]], r"numbers in all others; the table is \(4, 1\)"),
         (lambda f: f.set_axis(["", " ", "", ""]), r"names 0 genes"),

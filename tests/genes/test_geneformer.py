@@ -160,7 +160,7 @@ def test_a_program_is_refused_and_not_run(tmp_path: Path) -> None:
         (pickle.dumps({"a": np.arange(3)}), "asks for numpy"),
         (pickle.dumps({"a": np.array("text")[()]}), "refused"),
         (pickle.dumps({"a": np.datetime64("2020-01-01")}), "unknown type 'M8'"),
-        (b"cnumpy\ndtype\n.", "no dictionary of names"),
+        (b"cnumpy\ndtype\n.", "not a dictionary of names"),
     ],
 )
 def test_anything_else_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -174,7 +174,7 @@ def test_anything_else_is_refused(tmp_path: Path, content: bytes, message: str) 
     "value", [["a"], {1: 2.0}, {"a": None}, {"a": [1]}, {"a": {"b": 1}}, "text"]
 )
 def test_other_content_is_refused(tmp_path: Path, value: object) -> None:
-    with pytest.raises(UnsafeTableError, match="no dictionary of names to names or numbers"):
+    with pytest.raises(UnsafeTableError, match="not a dictionary of names to names or numbers"):
         read_pickle_table(write(tmp_path / "table.pkl", value))
 
 

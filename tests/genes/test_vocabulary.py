@@ -161,7 +161,7 @@ def test_a_failed_save_leaves_the_old_table(vocabulary: GeneVocabulary, tmp_path
     path = tmp_path / "v.tsv"
     path.write_text("old")
     for change in ({"symbols": np.repeat("a\tb", 7)}, {"aliases": {"a|b": "ENSG00000131095"}}):
-        with pytest.raises(ValueError, match="separates the table"):
+        with pytest.raises(ValueError, match="a separator of the table"):
             replace(vocabulary, **change).save(path)
     assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
 

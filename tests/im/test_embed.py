@@ -183,7 +183,7 @@ def test_bad_arguments(adata: ad.AnnData, picture: np.ndarray) -> None:
     with pytest.raises(KeyError, match="There is no image 'hires' or 'lowres'"):
         st.im.embed(adata, colours)
     adata.obsm["X_mine_spot"] = np.zeros((adata.n_obs, 2))
-    with pytest.raises(ValueError, match="which stofm has not written"):
+    with pytest.raises(ValueError, match="which stofm did not write"):
         st.im.embed(adata, colours, **good, key_added="X_mine")
     assert "stofm" not in adata.uns
 

@@ -162,7 +162,7 @@ def test_images_lie_on_the_coordinates(section: Any, tmp_path: Path) -> None:
 
 def test_images_of_others_are_left_to_spatialdata_io(section: Any, tmp_path: Path) -> None:
     write_xenium(section, tmp_path)
-    with pytest.raises(ValueError, match=r"of Visium only, and this is Xenium.*spatialdata-io"):
+    with pytest.raises(ValueError, match=r"for Visium only, and this is Xenium.*spatialdata-io"):
         st.read(tmp_path, images=True)
 
 

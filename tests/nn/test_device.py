@@ -37,7 +37,7 @@ def test_auto_says_what_was_chosen_and_why(caplog):
 
 @no_cuda
 def test_missing_device_is_refused():
-    with pytest.raises(ValueError, match="'cuda:3' was asked for, but torch finds no such device"):
+    with pytest.raises(ValueError, match="'cuda:3' was requested, but torch finds no such device"):
         choose_device("cuda:3")
 
 

@@ -144,7 +144,7 @@ def test_pooled_sum_holds_the_genes_that_bert_does_not_read(model):
 
 @pytest.mark.parametrize("options", [{"values": "log"}, POOLED])
 def test_a_model_that_reads_values_needs_them(model, tokens, options):
-    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+    with pytest.raises(ValueError, match="uses expression values, but the tokens have none"):
         encode(with_options(model, options), tokens.without_values())
 
 

@@ -101,7 +101,7 @@ def test_values_are_read(adata, model):
 
 
 def test_tokens_without_values_are_refused_by_a_model_that_reads_them(tokenized, reader):
-    message = r"reads the values of tokens.*stofm_token_values.*Run st\.pp\.tokenize\(adata, model"
+    message = r"uses the values of tokens.*stofm_token_values.*Run st\.pp\.tokenize\(adata, model"
     with pytest.raises(KeyError, match=message):
         st.tl.encode_cells(tokenized, reader)
     st.pp.tokenize(tokenized, reader, show_progress_bar=False)

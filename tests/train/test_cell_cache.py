@@ -155,7 +155,7 @@ def test_a_damaged_result_is_made_again(tmp_path, write_corpus, model, name, har
     path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
     harm(path)
     with pytest.warns(
-        UserWarning, match=f"{path} is damaged: it is not what was written. It is ma"
+        UserWarning, match=f"{path} is damaged: its content has changed. It is ma"
     ):
         _, found = encode(one)
     for new, old in zip(found, expected, strict=True):

@@ -121,7 +121,7 @@ def test_other_versions_and_states_that_are_damaged_are_refused(make, tmp_path):
         read_progress(tmp_path / "one")
     for damaged in (text[:20], "", "[1]", "{}", text.replace('"step": 3', '"step": 4')):
         state.write_text(damaged)
-        assert find_damage(tmp_path / "one") == f"{state} is damaged: it is not what was written."
+        assert find_damage(tmp_path / "one") == f"{state} is damaged: its content has changed."
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_overwriting_refuses_to_delete_files_that_are_none_of_the_runs(folder, n
     place = folder.path / name
     place.parent.mkdir(parents=True, exist_ok=True)
     place.touch()
-    with pytest.raises(FileExistsError, match=f"none of its own, for example .*{name}"):
+    with pytest.raises(FileExistsError, match=f"other files, for example .*{name}"):
         folder.check(resume=False, overwrite=True)
     folder.check(resume=True, overwrite=False)
     # What goes in the course of a run takes nothing with it.

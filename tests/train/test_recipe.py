@@ -165,7 +165,7 @@ def test_a_stage_in_single_brackets_says_how_to_write_it():
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text("[run\nseed = 1")
-    with pytest.raises(ValueError, match=r"recipe\.toml is no TOML: .*line 1"):
+    with pytest.raises(ValueError, match=r"recipe\.toml is not valid TOML: .*line 1"):
         Recipe.from_toml(path)
     path.write_text(RECIPE)
     assert Recipe.from_toml(path) == Recipe.from_dict(tomllib.loads(RECIPE))

@@ -387,7 +387,7 @@ def test_values_come_along_only_if_they_are_read(make_cells, write_corpus):
     listed = view.values[:, 1:][view.is_real[:, 1:]]  # without <cls>
     read = corpus.take(np.arange(5)).head(view.tokens.shape[1] - 1)
     np.testing.assert_array_equal(listed, read.values)
-    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+    with pytest.raises(ValueError, match="uses expression values, but the tokens have none"):
         make_cells(write_corpus([5], names="bare"), pooled=True, d_gene=8)
 
 

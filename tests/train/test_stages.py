@@ -344,5 +344,5 @@ def test_nodes_are_padded_for_the_device(setup, device, multiple):
 
 
 def test_model_that_reads_values_needs_them(setup, pooling):
-    with pytest.raises(ValueError, match="reads expression values, and the tokens have none"):
+    with pytest.raises(ValueError, match="uses expression values, but the tokens have none"):
         make_stage("cell_encoder", replace(pooling, corpus=setup.corpus))

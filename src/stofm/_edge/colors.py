@@ -23,14 +23,14 @@ PALETTE: Final = (
     "#76629d", "#27ff00", "#3b274e", "#9d6276", "#89764e", "#4e2727",
     "#9dd8eb", "#00624e", "#b1b1eb", "#89b19d", "#ebd8b1", "#3b4e27",
 )  # fmt: skip
-#: Cells that no class is supported for.
+#: Cells without a supported class.
 UNKNOWN_COLOR: Final = "#bdbdbd"
-#: What scanpy stores: hexadecimal numbers or names.
+#: Colours as scanpy stores them: hexadecimal numbers or names.
 _COLOR: Final = re.compile(r"#[0-9a-fA-F]{6}([0-9a-fA-F]{2})?|[A-Za-z: ]+")
 
 
 def distinct_colors(n_colors: int) -> tuple[str, ...]:
-    """Return the thirty colours, then scanpy's hundred; those of more categories are used again."""
+    """Return the thirty colours, then scanpy's hundred; beyond these, colours repeat."""
     if n_colors <= len(PALETTE):
         return PALETTE[:n_colors]
     from scanpy.plotting.palettes import default_102
@@ -40,7 +40,7 @@ def distinct_colors(n_colors: int) -> tuple[str, ...]:
 
 
 def read_colors(adata: AnnData, key: str) -> dict[str, str]:
-    """Colours that ``uns`` keeps for the categories of a column, by name; none if they don't fit."""
+    """Colours in ``uns`` for the categories of a column, by name; none if they don't fit."""
     import pandas as pd
 
     stored = [str(color) for color in adata.uns.get(key + Suffix.COLORS, ())]
@@ -53,7 +53,7 @@ def read_colors(adata: AnnData, key: str) -> dict[str, str]:
 
 
 def colors_of(tables: Iterable[AnnData], key: str) -> dict[str, str]:
-    """Colours that some tables keep for the categories of a column; the first one's hold."""
+    """Colours in several tables for the categories of a column; the first table's are used."""
     found: dict[str, str] = {}
     for table in tables:
         found = {**read_colors(table, key), **found}
@@ -61,7 +61,7 @@ def colors_of(tables: Iterable[AnnData], key: str) -> dict[str, str]:
 
 
 def fill_colors(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
-    """A colour for each name: the known one, or one that is not used yet."""
+    """A colour for each name: the known one, or one that is still unused."""
     taken = {color[:7].lower() for color in known.values()}
     free = (color for color in distinct_colors(len(names) + len(taken)) if color not in taken)
     return [known[name] if name in known else next(free) for name in names]

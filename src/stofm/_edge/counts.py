@@ -1,4 +1,4 @@
-"""The edge to AnnData for counts: checked CSR blocks of genes out of any matrix."""
+"""The edge to AnnData for counts: checked CSR blocks of genes from any matrix."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     Rows = slice | NDArray[np.integer]
 
-#: Entries of a block if it were dense: 64 MB in double precision.
+#: Entries of a block, counted as if dense: 64 MB in double precision.
 _BLOCK_ENTRIES: Final = 1 << 23
 _MAX_BLOCK_ROWS: Final = 1 << 15
-#: Rows of a CSC matrix cost a pass over all of it, so there are at most this many blocks.
+#: Reading rows of a CSC matrix takes a pass over all of it, so there are at most this many blocks.
 _MAX_CSC_BLOCKS: Final = 16
 _SAMPLE_ROWS: Final = 256
-#: A count this near to an integer is one: noise of float32 arithmetic, not a normalised value.
+#: A count this near to an integer is one: the difference is float32 noise, not normalisation.
 _INTEGER_TOLERANCE: Final = 1e-3
-#: Logarithms of counts stay below.
+#: Logarithms of counts are below this.
 _LARGEST_LOGARITHM: Final = 20.0
 
 
@@ -36,12 +36,13 @@ class NotRawCountsError(ValueError):
 
 
 def read_counts(adata: AnnData, *, layer: str | None = None) -> Iterator[sparse.csr_matrix]:
-    """Give the counts of the genes as CSR blocks of rows, without changing or copying the whole.
+    """Yield the counts of the genes as CSR blocks of rows, without changing or copying the whole.
 
     CSR, CSC and dense matrices are read, in memory, backed by a file, or as Dask arrays, also
     through views. Values may have any numeric type. Memory is bounded by a block of about 8 million
-    entries; Dask arrays are cut at their own chunks. Columns that are no genes are empty, so that they enter neither genes nor totals. A block that
-    does not hold raw counts, or has indices out of range, raises ValueError when read.
+    entries; Dask arrays are cut at their own chunks. Columns that are not genes are empty, so that
+    they count neither as genes nor in totals. A block that does not hold raw counts, or has indices
+    out of range, raises ValueError when read.
     """
     require_cells_and_genes(adata)
     if layer is not None and layer not in adata.layers:
@@ -52,7 +53,7 @@ def read_counts(adata: AnnData, *, layer: str | None = None) -> Iterator[sparse.
 
 
 def peek_counts(adata: AnnData, layer: str | None, rows: Rows) -> tuple[sparse.csr_matrix, bool]:
-    """Read some rows, ascending, whatever they hold, and tell whether they are raw counts."""
+    """Read some rows, ascending, and say whether they are raw counts."""
     block = _row_reader(adata, layer)(rows)
     is_raw = not _fault_of(block.data)
     return (_rounded(block) if is_raw else block), is_raw
@@ -78,7 +79,7 @@ def _checked_blocks(
 def _starts_of_blocks(adata: AnnData, layer: str | None) -> list[int]:
     n_obs, n_vars = adata.shape
     rows = min(_MAX_BLOCK_ROWS, max(1, _BLOCK_ENTRIES // n_vars))
-    # To look at the matrix of a view would copy it.
+    # Accessing the matrix of a view would copy it.
     matrix = None if adata.is_view else _matrix(adata, layer)
     if getattr(matrix, "format", "") == "csc":
         rows = max(rows, -(-n_obs // _MAX_CSC_BLOCKS))
@@ -110,7 +111,7 @@ def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], sparse.cs
     """Return a function that reads rows of the genes, in whatever form the matrix is."""
     is_gene = kinds_of_others(adata) == ""
     if adata.is_view:
-        # Its rows and columns are taken by compiled code that trusts the indices.
+        # Its rows and columns are read by compiled code that trusts the indices.
         require_sound(_matrix(adata._adata_ref, layer), _name(layer))
     if adata.is_view and not adata.isbacked:
         # The matrix of a view is a copy of all its rows; that of a view's slice is not.
@@ -122,7 +123,7 @@ def _row_reader(adata: AnnData, layer: str | None) -> Callable[[Rows], sparse.cs
 
 
 def _to_csr(rows: Any, name: str, is_gene: NDArray[np.bool_]) -> sparse.csr_matrix:
-    """Rows as a CSR matrix with nothing in columns that are no genes."""
+    """Rows as a CSR matrix with nothing in columns that are not genes."""
     if hasattr(rows, "compute"):
         rows = rows.compute()
     if hasattr(rows, "to_memory"):
@@ -151,11 +152,11 @@ def _rounded(block: sparse.csr_matrix) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.rint(block.data), block.indices, block.indptr), block.shape)
 
 
-# What is no count
+# Values that are not counts
 
 
 def _fault_of(values: NDArray[Any]) -> str:
-    """What keeps `values` from being counts, with the share; ``""`` if nothing does."""
+    """Why `values` are not counts, with the share; ``""`` if they are."""
     if not len(values) or values.dtype.kind in "bu":
         return ""
     is_float = values.dtype.kind == "f"
@@ -174,7 +175,7 @@ def _fault_of(values: NDArray[Any]) -> str:
 
 
 def _advice(values: NDArray[Any], matrix: str) -> str:
-    """What values look like that are no counts, and what to do."""
+    """What values that are not counts look like, and what to do."""
     if np.isnan(values).any():
         return (
             "If a missing value means no count, as after joining slices of different panels with "

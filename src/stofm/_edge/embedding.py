@@ -1,4 +1,4 @@
-"""From counts and places of a table to embeddings: steps that fit are taken from it, others run."""
+"""From counts and positions of a table to embeddings: valid steps are reused, others run."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from stofm.genes import RankedTokens
     from stofm.spatial import SubSliceConfig
 
-#: Keys whose entries or records are read, or mean something else.
+#: Keys whose entries or records are used, or mean something else.
 _OWN_KEYS: Final = (
     *(Obsm.TOKENS, Obsm.TOKEN_VALUES, Obsm.X_CELL, Obsm.COORDINATES, Uns.SUBSLICE),
     *(Var.GENE, Var.TOKEN_ID, Obs.N_TOKENS, Obs.SUBSLICE, Obs.VIRTUAL_CELL),
 )
-#: Cells that are looked at for the number of genes of a cell.
+#: Number of cells sampled to find the number of genes per cell.
 _SAMPLE: Final = 512
 _CPU: Final = torch.device("cpu")
 _MEMORY_ADVICE: Final = (
@@ -58,7 +58,7 @@ _MEMORY_ADVICE: Final = (
 
 @dataclass(frozen=True)
 class Run:
-    """A model, where it computes and how much at a time; a batch size of None is the device's."""
+    """A model, its device, and batch sizes; None stands for the device's default."""
 
     model: Stofm
     device: torch.device
@@ -78,7 +78,7 @@ class Run:
         batch_size: int | Literal["auto"] = "auto",
         show_progress_bar: bool,
     ) -> Run:
-        """Resolve what users may leave open."""
+        """Resolve the options that users may leave out."""
         for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
             if value != "auto" and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, or left out, found {value}.")
@@ -96,7 +96,7 @@ class Run:
         )
 
 
-# Cells without their place
+# Cells without their position
 
 
 def encode(ranked: RankedTokens, run: Run) -> NDArray[np.float32]:
@@ -143,7 +143,7 @@ def _stored_cells(adata: AnnData, record: Mapping[str, Any]) -> NDArray[np.float
     return np.asarray(adata.obsm[Obsm.X_CELL], dtype=np.float32)
 
 
-# Cells in their place
+# Cells in their position
 
 
 def embed_table(
@@ -160,7 +160,7 @@ def embed_table(
     key_added: str,
     copy: bool,
 ) -> Callable[[AnnData], None]:
-    """Embed the cells of a table; returns what writes the result to it or to its copy.
+    """Embed the cells of a table; returns a function that writes the result to it or to its copy.
 
     `genes` are options of :func:`find_columns`. `copy` says whether the caller will copy the
     table, which takes memory.
@@ -238,7 +238,7 @@ def _embed_slices(
         show=run.show_progress_bar,
     ) as advance:
         if len(layouts.layouts) == 1:
-            # All rows, in order: nothing is copied.
+            # All rows in order, so nothing is copied.
             return embed_one(layouts.layouts[0], features, on_done=advance)
         values = spacious((len(features), transformer.config.d_embedding))
         for rows, layout in zip(layouts.places.slices.rows, layouts.layouts, strict=True):
@@ -265,9 +265,9 @@ def require_memory(
     *,
     copy: bool,
 ) -> tuple[int, int]:
-    """Bytes that embedding takes where it computes, and those that are free there.
+    """Bytes that embedding takes on its device, and bytes that are free there.
 
-    `n_genes` are those of a cell. More than what is free is refused.
+    `n_genes` is the number of genes per cell. Raises MemoryError if too few are free.
     """
     config, largest = run.model.config, max(map(len, slices))
     n_genes = min(n_genes, config.max_tokens)

@@ -27,15 +27,16 @@ def log_normalised_genes(
 ) -> pd.DataFrame:
     """``log1p(10,000 x count / total)`` of some of `var_names`, float64 (n_obs, n_genes).
 
-    Columns of one name are summed. The totals are over the genes in `counted`, or over all if `adata`
-    has none of these. Raises NotRawCountsError where the matrix holds something other than raw counts.
+    Columns of one name are summed. Totals are over the genes in `counted`, or over all genes if
+    `adata` has none of these. Raises NotRawCountsError where the matrix holds something other than
+    raw counts.
     """
     import pandas as pd
 
     names, is_gene = adata.var_names, kinds_of_others(adata) == ""
     is_counted = names.isin(list(counted))
     weights = (is_counted | (not is_counted.any())).astype(np.float64)
-    # An antibody may have the name of its gene.
+    # An antibody may have the same name as its gene.
     columns = [np.flatnonzero((names == gene) & is_gene) for gene in genes]
     parts = []
     for block in read_counts(adata, layer=layer):

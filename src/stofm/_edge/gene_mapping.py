@@ -1,4 +1,4 @@
-"""Which columns of an AnnData are genes, what they are called, and which of a vocabulary they are."""
+"""Which columns of an AnnData are genes, their names, and their genes in a vocabulary."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     Orthologs = Mapping[str, str] | str | PathLike[str] | None
 
 VAR_NAMES: Final = "var_names"
-#: A column with more different values does not say of what kind a feature is.
+#: A column with more different values than this does not state the kind of a feature.
 _MOST_KINDS: Final = 32
-#: Beside one of these values, those with other words are something else.
+#: If one of these values occurs, other values are something else.
 _GENES: Final = re.compile(
     r"((gene|rna) )?expression|gex|genes?|m? ?rna|transcripts?|endogenous", re.IGNORECASE
 )
@@ -51,9 +51,9 @@ _NO_GENES: Final = re.compile(
     r"|\bneg(ative|prb| ?probe)?\b|positive|false ?code|spike|\bercc|crispr|guide|custom",
     re.IGNORECASE,
 )
-#: Names that mean the same gene in a smaller share of columns are names of something else.
+#: Names that agree on the gene in a smaller share of columns are names of something else.
 _LEAST_AGREEMENT: Final = 0.9
-#: Rows whose names are looked up, to see whether they are genes.
+#: Number of rows whose names are looked up, to see whether they are genes.
 _MOST_ROWS: Final = 2000
 _N_NAMED: Final = 3
 
@@ -62,9 +62,9 @@ _N_NAMED: Final = 3
 
 
 def kinds_of_others(adata: AnnData) -> NDArray[np.object_]:
-    """What each column is if it is no gene, (n_vars,): an antibody, a control; ``""`` for genes.
+    """Kind of each column that is not a gene, (n_vars,): an antibody, a control; ``""`` for genes.
 
-    Any text column of ``adata.var`` with few values may say so, such as ``feature_types``.
+    Any text column of ``adata.var`` with few values may state it, such as ``feature_types``.
     """
     kinds = np.full(adata.n_vars, "", dtype=object)
     for name in _text_columns(adata):
@@ -93,10 +93,10 @@ def _text_columns(adata: AnnData) -> list[str]:
 
 
 def names_by_source(adata: AnnData, gene_key: str | None = None) -> dict[str, list[str]]:
-    """All names that the genes may have, ``""`` where there is none or no gene, by where they are.
+    """All possible names of the genes by source; ``""`` if there is none or it is not a gene.
 
-    That is the column `gene_key` of ``adata.var``, or columns with Ensembl ids, or with words of
-    which most occur once, those with most Ensembl ids first, and ``var_names`` last.
+    Sources are the column `gene_key` of ``adata.var``, or columns with Ensembl ids or with mostly
+    unique words, those with most Ensembl ids first, and ``var_names`` last.
     """
     if gene_key is not None:
         if gene_key not in adata.var:
@@ -147,8 +147,8 @@ def ids_and_symbols(adata: AnnData) -> tuple[list[str], list[str]]:
 class Columns:
     """Token and median of each column's gene, (n_vars,); no gene has token -1.
 
-    `mapping` is None where it was taken from ``adata.var``. `names` and `vocabulary` are
-    fingerprints, `params` what a new mapping was asked for and the sources of its names.
+    `mapping` is None if it was taken from ``adata.var``. `names` and `vocabulary` are fingerprints,
+    `params` the request for a new mapping and the sources of its names.
     """
 
     token_ids: NDArray[np.int32]
@@ -186,7 +186,7 @@ def find_columns(
     orthologs: Orthologs = None,
     may_reuse: bool = True,
 ) -> Columns:
-    """Take the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
+    """Use the mapping in ``adata.var`` if it fits vocabulary and arguments, else make one."""
     require_cells_and_genes(adata)
     record = read_record(adata, Var.TOKEN_ID) or {}
     made = record.get("params", {})
@@ -211,7 +211,7 @@ def find_columns(
 def _stored_index(
     adata: AnnData, record: Mapping[str, Any], vocabulary: GeneVocabulary
 ) -> NDArray[np.int64] | None:
-    """Place of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
+    """Index of each column's gene in the vocabulary, if a fitting mapping is in the AnnData."""
     read = (record.get("vocabulary"), record.get("names"))
     fitting = (vocabulary.fingerprint, _names_fingerprint(adata, record.get("params", {})))
     if read != fitting or not {Var.GENE, Var.TOKEN_ID} <= set(adata.var.columns):
@@ -219,12 +219,12 @@ def _stored_index(
     rows = vocabulary.rows_by_id
     index = np.array([rows.get(gene, -1) for gene in np.asarray(adata.var[Var.GENE])])
     expected = np.where(index >= 0, vocabulary.tokens[index], -1)
-    # Joining slices can leave columns without an entry, which says nothing about their genes.
+    # Joining slices can leave columns without an entry, whatever their genes are.
     return index if np.array_equal(expected, np.asarray(adata.var[Var.TOKEN_ID])) else None
 
 
 def _names_fingerprint(adata: AnnData, params: Mapping[str, str]) -> str:
-    """Fingerprint of the names that a mapping with these params is made from; ``""`` if one is gone."""
+    """Fingerprint of the names that a mapping with these params uses; ``""`` if one is gone."""
     sources = [params[name] for name in ("source", "fallback") if params.get(name)]
     if not all(source == VAR_NAMES or source in adata.var for source in sources):
         return ""
@@ -238,7 +238,7 @@ def _map(
     gene_key: str | None,
     orthologs: Orthologs,
 ) -> tuple[GeneMapping, dict[str, str]]:
-    """Map the columns by the names that find most genes, and by the next best that mean the same.
+    """Map the columns by the names that find most genes, and by the next best that agree with them.
 
     Other columns may name genes too: neighbours, partners, paralogs. They disagree with the names
     of the features themselves.
@@ -260,7 +260,7 @@ def _map(
             *(order[0], trusted),
         )
     mapping = map_gene_ids(names[best], vocabulary, fallback_ids=names.get(second), **options)
-    # The report does not count columns that are no genes.
+    # The report does not count columns that are not genes.
     types = Counter(mapping.id_types)
     types[IdType.MISSING.value] -= int((kinds_of_others(adata) != "").sum())
     mapping = replace(mapping, id_types=dict(+types))
@@ -280,7 +280,7 @@ def _advice(
     vocabulary: GeneVocabulary,
     names: Mapping[str, list[str]],
 ) -> str:
-    """What to do about too few genes, if there is more to say than which arguments there are."""
+    """Advice on too few genes, if there is more to say than which arguments there are."""
     rows = clean_names(adata.obs_names[:: -(-adata.n_obs // _MOST_ROWS)])
     n_genes = map_gene_ids(rows, vocabulary).n_matched
     if n_genes > max(len(rows) / 2, mapping.n_matched):
@@ -312,9 +312,9 @@ def report_columns(
     *,
     is_written: bool = True,
 ) -> None:
-    """Log a new mapping, and warn of counts, (n_vars,), without a gene or of genes with several columns.
+    """Log a mapping; warn of counts (n_vars,) without a gene, and of genes with several columns.
 
-    `is_written` says whether the caller writes the mapping, which the warning advises to use.
+    `is_written` says whether the caller writes the mapping, which the warning then recommends.
     """
     if columns.mapping is not None:
         sources = " and ".join(filter(None, (columns.params["source"], columns.params["fallback"])))
@@ -353,7 +353,7 @@ def warn_of_counts(
         warn(
             f"{repeated.sum() / total:.1%} of the counts are in columns of genes that another column "
             f"before them has too ({largest(repeated)}). The columns of a gene count together. If "
-            "some are no genes (antibodies, another modality), drop them."
+            "some are not genes (antibodies, another modality), drop them."
         )
 
 

@@ -1,4 +1,4 @@
-"""Images of slices: where they are, how coordinates lie in them, and how large a unit of these is."""
+"""Images of slices: where they are, where coordinates lie in them, and the unit of coordinates."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-#: Micrometres that ``spot_diameter_fullres`` stands for, and between the middles of Visium's spots.
+#: Micrometres that ``spot_diameter_fullres`` stands for, and between the centres of Visium's spots.
 _SPOT, _PITCH = 65.0, 100.0
-#: The distance of Visium's spots in such diameters, as files have it, and how hexagonal they lie.
+#: The distance of Visium's spots in such diameters, as in files, and how hexagonal they are.
 _RATIO, _HEXAGONAL = (1.3, 1.75), 0.7
-#: By how much two sources of the resolution may differ.
+#: Largest difference between two sources of the resolution.
 _DISAGREE: Final = 0.05
 
 
@@ -45,14 +45,14 @@ class SliceImage:
         return math.sqrt(abs(np.linalg.det(self.matrix[:, :2])))
 
     def pixels_of(self, xy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Places in the image, (n, 2), in pixels."""
+        """Positions in the image, (n, 2), in pixels."""
         return xy @ self.matrix[:, :2].T + self.matrix[:, 2]
 
 
 def in_image_space(data: Any, table_key: str | None) -> AnnData:
-    """Table to read places and slices from: for a SpatialData, with centroids of what it annotates.
+    """Table to read positions and slices from; that of a SpatialData gets centroids.
 
-    Coordinates that its table holds may be of another system than its images.
+    Coordinates in its table may be in another coordinate system than its images.
     """
     table = resolve_table(data, table_key)
     if table is data or "spatialdata_attrs" not in table.uns:
@@ -67,7 +67,7 @@ def in_image_space(data: Any, table_key: str | None) -> AnnData:
 
 
 def image_names(data: Any, table: AnnData, name: str) -> list[str]:
-    """Names of the images that there are of a slice."""
+    """Names of the images of a slice."""
     return list(getattr(data, "images", ()) or _library_of(table, name, "images"))
 
 
@@ -75,7 +75,7 @@ def image_names(data: Any, table: AnnData, name: str) -> list[str]:
 def open_images(
     data: Any, table: AnnData, names: Sequence[str], *, image: Any, scale: Any
 ) -> Iterator[list[SliceImage]]:
-    """Open the image of each slice; they are closed at the end. See :func:`stofm.im.embed`."""
+    """Open the image of each slice; all are closed at the end. See :func:`stofm.im.embed`."""
     with ExitStack() as stack:
         opened = []
         for name in names:
@@ -87,7 +87,7 @@ def open_images(
 
 
 def _of_slice(value: Any, name: str, what: str) -> Any:
-    """What is for one slice, of a value for all or of a dict by slice."""
+    """The value for one slice, from one value for all or a dict by slice."""
     if not isinstance(value, Mapping):
         return value
     if name in value:
@@ -122,7 +122,7 @@ def _open(data: Any, table: AnnData, name: str, image: Any) -> SliceImage:
 
 
 def _library_of(table: AnnData, name: str, part: str) -> Mapping[str, Any]:
-    """Images or scale factors that scanpy keeps of a slice, if there are any."""
+    """Images or scale factors of a slice as scanpy stores them, if there are any."""
     libraries = table.uns.get("spatial") or {}
     is_only = not name and len(libraries) == 1
     library = libraries.get(next(iter(libraries)) if is_only else name, {})
@@ -131,7 +131,7 @@ def _library_of(table: AnnData, name: str, part: str) -> Mapping[str, Any]:
 
 
 def _of_library(table: AnnData, name: str, image: str | None) -> SliceImage:
-    """Image that scanpy keeps, the larger if there are two and none is named."""
+    """Image as scanpy stores it, the larger if there are two and none is named."""
     images, factors = (_library_of(table, name, part) for part in ("images", "scalefactors"))
     size = image or next((one for one in ("hires", "lowres") if one in images), None)
     where = f"uns['spatial'][{name!r}]" if name else "uns['spatial']"
@@ -173,7 +173,7 @@ def _of_spatialdata(data: Any, table: AnnData, name: str, image: str | None) -> 
             f"{system!r}: set a transformation of the image to that system."
         )
     whole = systems[system].to_affine_matrix(("x", "y"), ("x", "y"))
-    # Several resolutions are a tree, which lists them from the largest.
+    # Several resolutions form a tree, which lists them from the largest.
     arrays = (
         [element]
         if hasattr(element, "dims") and hasattr(element, "data")
@@ -184,7 +184,7 @@ def _of_spatialdata(data: Any, table: AnnData, name: str, image: str | None) -> 
     return SliceImage(slide, np.linalg.inv(whole)[:2])
 
 
-# How large a unit of the coordinates is
+# The unit of the coordinates
 
 
 def read_microns(
@@ -195,10 +195,10 @@ def read_microns(
     microns_per_unit: Any,
     pitch: float | None,
 ) -> tuple[list[float], float]:
-    """Find micrometres of a unit of the coordinates, for each slice; nothing is guessed.
+    """Find micrometres per unit of the coordinates, for each slice; nothing is guessed.
 
-    Also tells how many micrometres cells are apart. `places` are coordinates by slice; there are no
-    `images` where features were made elsewhere.
+    Also returns the distance of cells in micrometres. `places` are coordinates by slice; there are
+    no `images` if features were made elsewhere.
     """
     found, apart = [], []
     for k, (name, xy) in enumerate(places.items()):
@@ -217,9 +217,9 @@ def read_microns(
 
 
 def _spacing(xy: NDArray[np.float64]) -> float:
-    """Distance of neighbours, 0 of a cell alone.
+    """Distance of neighbours; 0 for a single cell.
 
-    Of spots that lie a little off their lattice the first neighbour is nearer than the others.
+    If spots lie slightly off their lattice, the first neighbour is nearer than the others.
     """
     distances = Nearest.find(xy).distances
     near = distances[:, 1:3] if distances.shape[1] > 2 else distances
@@ -229,13 +229,13 @@ def _spacing(xy: NDArray[np.float64]) -> float:
 def known_microns(
     table: AnnData, name: str, xy: NDArray[np.float64], image: SliceImage | None
 ) -> float | None:
-    """Micrometres of a unit of ``obsm["spatial"]``, as metadata or Visium's spots say, if they do."""
+    """Micrometres per unit of ``obsm["spatial"]`` from metadata or Visium's spots, if known."""
     stated = _stated(table, image, name, Obsm.SPATIAL)
     return stated or _of_visium(table, name, xy, _spacing(xy))
 
 
 def _stated(table: AnnData, image: SliceImage | None, name: str, spatial_key: str) -> float | None:
-    """What :func:`stofm.read`, the image's file or Visium HD's scale factors say."""
+    """Micrometres by :func:`stofm.read`, the image's file or Visium HD's scale factors."""
     source = read_record(table, Uns.SOURCE) or {}
     if spatial_key == Obsm.SPATIAL and source.get("unit") == "micrometre":
         return 1.0
@@ -246,13 +246,13 @@ def _stated(table: AnnData, image: SliceImage | None, name: str, spatial_key: st
 
 
 def _of_visium(table: AnnData, name: str, xy: NDArray[np.float64], spacing: float) -> float | None:
-    """65 µm per ``spot_diameter_fullres``, if the spots lie as those of Visium do."""
+    """65 µm per ``spot_diameter_fullres``, if the spots are arranged as Visium's are."""
     diameter = float(_library_of(table, name, "scalefactors").get("spot_diameter_fullres", 0.0))
     if not diameter or not _RATIO[0] <= spacing / diameter <= _RATIO[1]:
         return None
     first, second = cKDTree(xy).query_pairs(1.2 * spacing, output_type="ndarray").T
     way = (xy[second] - xy[first]) @ np.array([1.0, 1.0j])
-    # Neighbours lie in six directions; those of a square lattice cancel out.
+    # Neighbours lie in six directions; in a square lattice, they cancel out.
     is_hexagonal = abs(np.mean((way / np.abs(way)) ** 6)) > _HEXAGONAL
     return _SPOT / diameter if is_hexagonal else None
 
@@ -260,7 +260,7 @@ def _of_visium(table: AnnData, name: str, xy: NDArray[np.float64], spacing: floa
 def _compared(
     name: str, stated: float | None, pitch: float | None, spacing: float, spatial_key: str
 ) -> float:
-    """What is stated, or what the pitch says; warn if they differ, refuse if there is neither."""
+    """The stated value, or the pitch's; warn if they differ, raise an error if there is neither."""
     called = f"Slice {name!r}" if name else "The slice"
     by_pitch = _positive(pitch, "pitch") / spacing if pitch is not None and spacing else None
     if stated and by_pitch and abs(by_pitch / stated - 1) > _DISAGREE:

@@ -1,4 +1,4 @@
-"""What a row of a table is, a cell, a spot, a bin or a bead, and which one it is."""
+"""What a row of a table is (cell, spot, bin or bead), and which one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def observed(adata: AnnData) -> str:
 def cell_digests(adata: AnnData, spatial_key: str) -> NDArray[np.int64]:
     """A number for each cell, (n_obs,), from its name and its position, if it has one.
 
-    It tells whether a cell is one that a head was fitted to, also in another table.
+    It shows whether a head was fitted to a cell, even in another table.
     """
     import pandas as pd
 

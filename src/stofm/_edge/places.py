@@ -1,4 +1,4 @@
-"""Places of cells: read and checked, laid out slice by slice, and compared with what was laid out."""
+"""Positions of cells: read, checked, laid out slice by slice, and compared with stored layouts."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from stofm._edge.slices import Places
 
 _AXES: Final = {"x": "x", "col": "x", "column": "x", "y": "y", "row": "y", "z": "z"}
-#: In camel case too.
+#: Also in camel case.
 _WORD: Final = r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+"
 _MAX_NAMED: Final = 10
-#: From which share of different places on, those that are shared are worth a line only.
+#: With at least this share of different positions, shared ones get a single line in the log.
 _FEW_PLACES: Final = 0.99
-#: Cells at one end of a slice that may lie astray, as a share of it; how far beyond the others, in
-#: units of their extent; and how much the slice must grow by them.
+#: Largest share of stray cells at one end of a slice; how far they are beyond the others, in units
+#: of their extent; and how much the slice must grow because of them.
 _STRAY_SHARE: Final = 0.03
 _STRAY_BEYOND: Final = 0.35
 _STRAY_GROWTH: Final = 1.2
-#: Normalised coordinates span 100; by less than this they may differ, which is rounding.
+#: Normalised coordinates span 100; smaller differences than this are rounding.
 _SAME_PLACE: Final = 0.01
 _SAME_SCALE: Final = 1e-3
 
@@ -74,7 +74,7 @@ def read_axes(
 
 
 def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
-    """Entries as numbers; of a table whose columns are named by axes these, x first."""
+    """Entries as numbers; from a table with columns named by axes, these columns, x first."""
     import pandas as pd
 
     stored: Any = adata.obsm[key]
@@ -104,7 +104,7 @@ def _numbers(adata: AnnData, key: str) -> NDArray[np.float64]:
 
 
 def axis_of(name: object) -> tuple[str, str]:
-    """Axis that a column's name stands for (x, y, z, or nothing), and the rest of the name."""
+    """Axis that a column's name stands for (x, y, z, or none), and the rest of the name."""
     words = re.findall(_WORD, str(name))
     named = [word for word in words if word.lower() in _AXES]
     axis = _AXES[named[0].lower()] if len(named) == 1 else ""
@@ -112,7 +112,7 @@ def axis_of(name: object) -> tuple[str, str]:
 
 
 def _missing(adata: AnnData, key: str) -> str:
-    """Say that coordinates are not there, and which entries look like some."""
+    """Say that coordinates are missing, and which entries look like coordinates."""
     found = [
         f"obsm[{name!r}] (pass spatial_key={name!r})"
         for name, value in adata.obsm.items()
@@ -143,7 +143,7 @@ def _missing(adata: AnnData, key: str) -> str:
 
 
 def warn_of_places(adata: AnnData, name: str, rows: NDArray[np.int64], xy: NDArray[Any]) -> None:
-    """Warn of a slice at one position or on a line, of cells that share one, and of stray cells."""
+    """Warn of slices at one position or on a line, of shared positions, and of stray cells."""
     import pandas as pd
 
     called = f"Slice {name!r}" if name else "The slice"
@@ -189,7 +189,7 @@ def stray_cells(xy: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def warn_of_depth(xy: NDArray[Any], z: NDArray[Any], spacing: float, key: str) -> None:
-    """Say that z is not used; warn if it differs by more than the distance between cells."""
+    """Log that z is not used; warn if it varies by more than the distance between cells."""
     depth, (width, height) = float(np.ptp(z)), np.ptp(xy, axis=0)
     tell = logger.info if depth <= spacing else warn
     tell(
@@ -201,7 +201,7 @@ def warn_of_depth(xy: NDArray[Any], z: NDArray[Any], spacing: float, key: str) -
 
 
 def warn_of_spots_off_tissue(adata: AnnData) -> None:
-    """Warn of spots that a column such as ``in_tissue`` (0 and 1, False and True) excludes."""
+    """Warn of spots that a column such as ``in_tissue`` (0 and 1, or False and True) excludes."""
     for name in adata.obs.columns:
         if "tissue" not in str(name).lower():
             continue
@@ -225,7 +225,7 @@ def listed(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Layouts:
-    """Layouts of all slices, in order of the slices, with what they were made from."""
+    """Layouts of all slices, in order of the slices, and the data that they were made from."""
 
     layouts: list[SliceLayout]
     places: Places
@@ -234,7 +234,7 @@ class Layouts:
 
     @property
     def n_subslices(self) -> int:
-        """Number of sub-slices of all slices together."""
+        """Number of sub-slices over all slices."""
         return sum(layout.n_subslices for layout in self.layouts)
 
 
@@ -247,7 +247,7 @@ def lay_out(
     seed: int,
     stored_in: AnnData | None = None,
 ) -> Layouts:
-    """Lay out every slice, or take the layout stored in an AnnData if it fits; writes nothing."""
+    """Lay out every slice, or use the layout stored in an AnnData if it fits; writes nothing."""
     params = {
         **asdict(rules),
         "use_rep": use_rep,
@@ -268,7 +268,7 @@ def lay_out(
             "Cells, embeddings, coordinates or rules differ from those of the stored layout: "
             "slices are cut again."
         )
-    # Of a single slice nothing is copied.
+    # A single slice is not copied.
     whole = [slice(None)] if len(slices.rows) == 1 else slices.rows
     layouts = [
         lay_out_slice(places.coordinates[rows], features[rows], rules, seed=seed) for rows in whole
@@ -314,7 +314,7 @@ def write_layouts(adata: AnnData, result: Layouts) -> None:
 
 
 def _read_layouts(adata: AnnData, record: dict[str, Any], places: Places) -> list[SliceLayout]:
-    """Read what :func:`write_layouts` wrote; fewer if a part was changed or removed since."""
+    """Read layouts from :func:`write_layouts`; fewer if a part was changed or removed since."""
     layouts = []
     with contextlib.suppress(KeyError, IndexError, ValueError):
         coordinates = np.asarray(adata.obsm[Obsm.COORDINATES])
@@ -330,36 +330,35 @@ def _read_layouts(adata: AnnData, record: dict[str, Any], places: Places) -> lis
 
 
 def _output_digest(layouts: list[SliceLayout]) -> str:
-    """Fingerprint of the layouts themselves, so that an edited one is not taken for ours."""
+    """Fingerprint of the layouts themselves, so that an edited one is recognised."""
     cut = ((y.coordinates, y.subslice, y.virtual_cell) for y in layouts)
     means = ((y.virtual.coordinates, y.virtual.features) for y in layouts)
     pairs = zip(cut, means, strict=True)
     return fingerprint(*(part for one in pairs for half in one for part in half))
 
 
-# Whether places are still those
+# Whether positions are unchanged
 
 
 def outdate_by_places(adata: AnnData) -> None:
-    """Mark embeddings with other coordinates than there are now, before layouts are replaced."""
+    """Mark embeddings of coordinates that have changed, before layouts are replaced."""
     if changed_places(adata):
         layout = read_record(adata, Uns.SUBSLICE) or {}
         mark_outdated(adata, "coordinates", lambda it: same_places_read(layout, it))
 
 
 def same_places_read(layout: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
-    """Whether a layout is of the places and slices that an embedding was made with."""
+    """Whether a layout has the positions and slices that an embedding was made with."""
     names = ("spatial_key", "library_key")
     first, second = (one.get("params", {}) for one in (layout, record))
     return all(name in first and first[name] == second.get(name) for name in names)
 
 
 def changed_places(adata: AnnData) -> bool:
-    """Whether the coordinates are no longer those that slices were cut with.
+    """Whether the coordinates have changed since slices were cut.
 
-    They may be moved, turned, mirrored and scaled slice by slice, which changes no distance that
-    a model reads. Layouts that tables lost with their slices when they were joined can't be
-    compared.
+    They may be moved, rotated, mirrored and scaled slice by slice, which changes no distance that a
+    model uses. Layouts that were lost when tables were joined can't be compared.
     """
     params = (read_record(adata, Uns.SUBSLICE) or {}).get("params", {})
     spatial_key, library_key = (params.get(name) for name in ("spatial_key", "library_key"))
@@ -378,7 +377,7 @@ def changed_places(adata: AnnData) -> bool:
 
 
 def _are_similar(first: NDArray[np.float64], second: NDArray[np.float64]) -> bool:
-    """Whether places are others but moved, turned, mirrored or scaled."""
+    """Whether positions changed other than by moving, rotating, mirroring or scaling."""
     first, second = (places - places.mean(axis=0) for places in (first, second))
     first = first / (np.abs(first).max() or 1.0)
     change, _, rank, _ = np.linalg.lstsq(first, second, rcond=None)

@@ -1,6 +1,6 @@
 """Slices in files: AnnData in ``.h5ad`` and Zarr stores, and SpatialData stores with their tables.
 
-What a file is, its content says, not its name.
+The kind of a file is found by its content, not its name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_data(path: str | Path, *, backed: bool = False) -> Any:
 def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
     """Open an AnnData, or a table of a SpatialData store, whose ``X`` stays on disk.
 
-    Of a store nothing else is read; where the table has no coordinates, its shapes and labels are.
+    Nothing else is read from a store, except for shapes and labels if the table has no coordinates.
     """
     import anndata
 
@@ -72,7 +72,7 @@ def open_table(path: str | Path, table_key: str | None = None) -> AnnData:
 
 
 def is_data(path: Path) -> bool:
-    """Whether a path is that of an AnnData or a SpatialData, by its ending or its content."""
+    """Whether a path is an AnnData or a SpatialData, by its ending or its content."""
     is_named = path.suffix in (".h5ad", ".zarr") or not path.exists()
     return is_named or _holds(path, elements=False) or _holds(path, elements=True)
 
@@ -85,7 +85,7 @@ def is_spatialdata(path: str | Path) -> bool:
 
 
 def _has_elements(path: Path) -> bool:
-    """Whether a file holds elements of a SpatialData; it is refused if it holds no AnnData either."""
+    """Whether a file holds elements of a SpatialData; an error if it holds no AnnData either."""
     with _root(path) as root:
         names, encoding = set(root), root.attrs.get("encoding-type", "anndata")
     if {"obs", "var"} <= names and encoding == "anndata":
@@ -140,7 +140,7 @@ def _open_zarr(path: Path) -> AnnData:
 
 
 def _require_whole(group: Any, path: Path) -> None:
-    """Refuse a store whose sparse matrices lack a part, which Zarr would read as zeros."""
+    """Raise an error if parts of sparse matrices are missing, which Zarr would read as zeros."""
     if group.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
         for array in (group["data"], group["indices"]):
             n, expected = array.nchunks_initialized, array.nchunks
@@ -154,7 +154,7 @@ def _require_whole(group: Any, path: Path) -> None:
 
 
 def _holds(path: Path, *, elements: bool) -> bool:
-    # Whatever a reader says, it is neither.
+    # Whatever the reader's error is, the file is neither.
     with contextlib.suppress(Exception):
         return _has_elements(path) == elements
     return False
@@ -176,10 +176,10 @@ _SPATIALDATA: Final = Kind(
 
 
 def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None:
-    """Refuse a place that a slice can't be written to, before there is anything to write.
+    """Raise an error if a slice can't be written to a path, before there is anything to write.
 
-    Of a SpatialData, an ``.h5ad`` file gets the table. `overwrite` allows to replace a file of the
-    kind that is written.
+    An ``.h5ad`` file gets the table of a SpatialData. `overwrite` allows replacing a file of the
+    same kind.
     """
     if path.suffix not in (".h5ad", ".zarr"):
         raise ValueError(f"The output must end in .h5ad or .zarr, found {path.name!r}.")
@@ -188,7 +188,7 @@ def refuse_output(path: Path, *, has_spatialdata: bool, overwrite: bool) -> None
 
 
 def write_data(data: Any, path: Path) -> None:
-    """Write an AnnData to ``.h5ad`` or ``.zarr``, or a SpatialData to ``.zarr``, whole or not at all."""
+    """Write an AnnData to ``.h5ad`` or ``.zarr``, or a SpatialData to ``.zarr``, atomically."""
 
     def fill(part: Path) -> None:
         if path.suffix == ".h5ad":
@@ -199,6 +199,6 @@ def write_data(data: Any, path: Path) -> None:
             data.write_zarr(part)
 
     with warnings.catch_warnings():
-        # anndata announces what it will write by default some day.
+        # anndata announces a future default format.
         warnings.filterwarnings("ignore", "(Writing )?zarr v[23] ")
         put_in_place(path, fill)

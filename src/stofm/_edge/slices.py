@@ -1,4 +1,4 @@
-"""Which cells belong to which slice: told by a column or by metadata, or refused."""
+"""Which cells belong to which slice: by a column or by metadata, or an error."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_SLICES: Final = 1000
-#: Cells that a slice has at least on average, for a column to name slices.
+#: Smallest mean number of cells per slice for a column to name slices.
 _MIN_CELLS: Final = 5
 #: With more heights than this, z is that of a volume.
 _MAX_PLANES: Final = 100
-#: Words in the name of a column that names slices.
+#: Words in the names of columns that name slices.
 _SLICE_WORDS: Final = re.compile(
     r"(?<![a-z])(animal|batch|donor|embryo|fov|library|mouse|orig|patient|puck|replicate|sample"
     r"|section|slice|slide|specimen|subject)",
     re.IGNORECASE,
 )
-#: Share of cells whose name another has, from which on slices were joined.
+#: Share of cells with repeated names from which on slices must have been joined.
 _REPEATED: Final = 0.05
-#: Share of cells with a neighbour of another region, from which on regions adjoin.
+#: Share of cells with a neighbour in another region from which on regions adjoin.
 _ADJOINING: Final = 0.002
-#: Cells that are looked at, and their neighbours; the farther half says who lives around.
+#: Number of cells examined, and of their neighbours, whose farther half is the surroundings.
 _CELLS: Final = 10_000
 _NEIGHBORS: Final = 40
 #: Share of the cells, those with the nearest neighbours, that count as close.
@@ -63,7 +63,7 @@ _SIGNIFICANT: Final = 4.0
 class Slices:
     """Names of slices in alphabetical order, and rows of their cells, ascending.
 
-    `column` of ``obs`` separates them, asked for or named by the metadata. It is None for an
+    `column` of ``obs`` separates them, by request or by the metadata. It is None for an
     AnnData of one slice, whose name is the empty string.
     """
 
@@ -74,7 +74,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Places:
-    """Coordinates and slices of an AnnData, and where they were read."""
+    """Coordinates and slices of an AnnData, and the key that they were read from."""
 
     coordinates: NDArray[np.float64]
     slices: Slices
@@ -82,7 +82,7 @@ class Places:
 
 
 def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) -> Places:
-    """Read coordinates and slices, and warn of places that carry little or mislead."""
+    """Read coordinates and slices, and warn of positions that mislead or say little."""
     xy, z = read_axes(adata, spatial_key)
     slices = read_slices(adata, library_key, spatial_key)
     warn_of_spots_off_tissue(adata)
@@ -98,7 +98,7 @@ def read_places(adata: AnnData, *, spatial_key: str, library_key: str | None) ->
 def _refuse_planes(
     xy: NDArray[np.float64], z: NDArray[np.float64], slices: Slices, spatial_key: str
 ) -> None:
-    """Refuse sections that lie on each other in x and y, at a few heights z, within a slice."""
+    """Raise an error if a slice consists of overlapping sections at a few heights z."""
     for name, rows in zip(slices.names, slices.rows, strict=True):
         heights = np.unique(z[rows])
         steps = np.diff(heights)
@@ -111,7 +111,7 @@ def _refuse_planes(
         parts = [z[rows][planes == k] for k in range(n)]
         is_thin = max(np.ptp(part) for part in parts) <= 0.25 * steps.max()
         largest = xy[rows][planes == np.bincount(planes).argmax()]
-        # The steps of a volume may be finer than cells.
+        # The steps of a volume may be smaller than cells.
         if not is_thin or np.ptp(z[rows]) / (n - 1) < 0.5 * Nearest.find(largest).spacing:
             continue
         middles = ", ".join(f"{heights[b] + steps[b] / 2:.6g}" for b in borders)
@@ -126,10 +126,10 @@ def _refuse_planes(
 
 
 def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Slices:
-    """Separate the slices of an AnnData by a column, or by that which the metadata names.
+    """Separate the slices of an AnnData by a column, or by the one that the metadata names.
 
-    Without such a column all cells are one slice, unless places in ``obsm[spatial_key]``, which
-    need not be there, tell that they are not: then ValueError says which column may name them.
+    Without such a column all cells are one slice, unless positions in ``obsm[spatial_key]``, if
+    present, show that they are not: then ValueError says which column may name them.
     """
     column = library_key or described_column(adata)
     if library_key is not None or spatial_key not in adata.obsm:
@@ -147,7 +147,7 @@ def read_slices(adata: AnnData, library_key: str | None, spatial_key: str) -> Sl
 
 
 def _separate(adata: AnnData, column: str | None) -> Slices:
-    """Slices by a column; all cells are one where it is None."""
+    """Slices by a column; all cells are one slice if it is None."""
     if column is None:
         return Slices(names=[""], rows=[np.arange(adata.n_obs)])
     if column not in adata.obs:
@@ -179,10 +179,10 @@ def region_column(adata: AnnData) -> str | None:
 
 
 def described_column(adata: AnnData) -> str | None:
-    """Column of ``obs`` that the metadata says tells slices apart; None if nothing says so.
+    """Column of ``obs`` that separates slices according to the metadata; None if there is none.
 
-    That is the region column of a SpatialData's table, or the one whose values are the images that
-    squidpy and scanpy keep in ``uns["spatial"]``.
+    It is the region column of a SpatialData's table, or the one whose values name the images that
+    squidpy and scanpy store in ``uns["spatial"]``.
     """
     if (region := region_column(adata)) is not None:
         return region
@@ -196,10 +196,10 @@ def described_column(adata: AnnData) -> str | None:
 
 
 def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64], spatial_key: str) -> bool:
-    """Whether what the metadata names are slices, and not parts of one slide.
+    """Whether the metadata names slices, and not parts of one slide.
 
-    They are if they lie on each other, or have coordinate systems of their own. Images that lie
-    apart are too; regions of one system are not.
+    They are slices if they overlap or have coordinate systems of their own. Images that lie apart
+    are too; regions in the same system are not.
     """
     codes, names = _numbered(adata.obs[column])
     record = (read_record(adata, Obsm.SPATIAL) if spatial_key == Obsm.SPATIAL else None) or {}
@@ -215,13 +215,13 @@ def _are_slices(adata: AnnData, column: str, xy: NDArray[np.float64], spatial_ke
     return False
 
 
-# Slices that lie on each other
+# Slices that overlap
 
 
 def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
-    """Refuse slices on each other; warn of a column that names parts with gaps between them."""
+    """Raise an error for overlapping slices; warn of a column that names separate parts."""
     nearest = Nearest.find(xy)
-    # Where a name speaks of slices, it is enough that their boxes overlap.
+    # If the column's name suggests slices, overlapping boxes are enough.
     found = [
         (name, values)
         for name, codes, values in _groupings(adata.obs)
@@ -253,7 +253,7 @@ def _refuse_overlays(adata: AnnData, xy: NDArray[np.float64]) -> None:
 
 
 def _groupings(obs: pd.DataFrame) -> Iterator[tuple[str, NDArray[np.int64], list[str]]]:
-    """Columns that put cells into groups of several, numbered."""
+    """Columns that group cells, with numbered values."""
     for name in obs.columns:
         most = min(_MAX_SLICES, len(obs) // _MIN_CELLS)
         if not str(name).startswith(Uns.STOFM) and 1 < obs[name].nunique(dropna=False) <= most:
@@ -269,7 +269,7 @@ def _numbered(column: pd.Series) -> tuple[NDArray[np.int64], list[str]]:
 
 
 def _refuse_joined_names(adata: AnnData, xy: NDArray[np.float64]) -> None:
-    """Refuse slices on each other that were joined without a column: names of cells occur again."""
+    """Raise an error for overlapping slices joined without a column: names of cells repeat."""
     times = adata.obs.groupby(level=0, sort=False).cumcount().to_numpy()
     share = float(adata.obs_names.duplicated(keep=False).mean())
     if share >= _REPEATED and _boxes_overlap(xy, times):
@@ -297,9 +297,9 @@ def _boxes_overlap(xy: NDArray[np.float64], codes: NDArray[np.integer]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """Nearest neighbours in the plane: of `cells` (m,), a sample where there are many.
+    """Nearest neighbours in the plane of `cells` (m,), a sample if there are many.
 
-    `neighbors` (m, k) are rows, the nearest first; `distances` (m, k) are theirs.
+    `neighbors` (m, k) are rows, the nearest first; `distances` (m, k) are their distances.
     """
 
     cells: NDArray[np.int64]
@@ -310,14 +310,14 @@ class Nearest:
     def find(cls, xy: NDArray[np.float64]) -> Nearest:
         """Find the neighbours of cells at `xy` (n, 2)."""
         n = len(xy)
-        # Of a small slice, what is around a cell is not the whole.
+        # In a small slice, the surroundings of a cell must not be the whole slice.
         k = min(_NEIGHBORS, max(8, n // 8), n - 1)
         chosen = np.arange(n)
         if n > _CELLS:
             chosen = np.sort(np.random.default_rng(0).choice(n, _CELLS, replace=False))
         tree = cKDTree(xy, balanced_tree=False, compact_nodes=False)
         distances, neighbors = tree.query(xy[chosen], k=np.arange(1, k + 2))
-        # Among many cells at one place, the cell itself may be missing.
+        # Among many cells at one position, the cell itself may be missing.
         is_self = neighbors == chosen[:, None]
         is_self[~is_self.any(axis=1), -1] = True
         shape = (len(chosen), -1)
@@ -325,22 +325,22 @@ class Nearest:
 
     @property
     def spacing(self) -> float:
-        """Median distance to the nearest neighbour; 0 of one cell."""
+        """Median distance to the nearest neighbour; 0 for a single cell."""
         return float(np.median(self.distances[:, 0])) if self.distances.size else 0.0
 
     def mixing(self, codes: NDArray[np.integer]) -> float:
-        """Share of the cells that have one of another group among their neighbours."""
+        """Share of the cells that have a cell of another group among their neighbours."""
         other = codes[self.neighbors] != codes[self.cells][:, None]
         return float(other.any(axis=1).mean())
 
     def are_overlaid(self, codes: NDArray[np.integer]) -> bool:
-        """Whether close cells are of one group far less often than the cells around let expect.
+        """Whether close cells share a group far less often than their surroundings suggest.
 
-        Cells of one slice keep a distance, and places of other slices are independent of them.
+        Cells of one slice keep a distance, and positions in other slices are independent of them.
         """
         own, distances = codes[self.cells], self.distances
         same: NDArray[Any] = codes[self.neighbors] == own[:, None]
-        # Cells at the very place say nothing about who lives around.
+        # Cells at the same position say nothing about the surroundings.
         far = distances > 0
         far[:, : max(2, far.shape[1] // 2)] = False
         n_far = far.sum(axis=1)

@@ -1,4 +1,4 @@
-"""The table that a user means, what is read of it, and what is written to it, each with a record."""
+"""The user's table: what is read from it, and what is written to it with a record."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from numpy.typing import NDArray
 
-#: What makes a representation.
+#: Functions that make a representation.
 _STEPS: Final = {Obsm.X: "st.tl.embed", Obsm.X_CELL: "st.tl.encode_cells"}
 #: Entry of a record with the true names of a DataFrame's columns.
 _COLUMNS: Final = "columns"
-#: Entry of a record: what changed since.
+#: Entry of a record: what has changed since.
 OUTDATED: Final = "outdated"
 
 
 def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False) -> AnnData:
     """Return the AnnData to work on: `data` itself, or the named table of a SpatialData.
 
-    A SpatialData's table without ``obsm["spatial"]`` gets the centroids of what it annotates. `copy`
-    says whether the caller will copy the table, which a backed one does not allow.
+    A SpatialData's table without ``obsm["spatial"]`` gets the centroids of the elements that it
+    annotates. `copy` says whether the caller will copy the table, which a backed one does not
+    allow.
     """
     if hasattr(data, "tables") and not hasattr(data, "obsm"):
         sdata, key = data, table_name(data.tables, table_key)
@@ -60,7 +61,7 @@ def resolve_table(data: Any, table_key: str | None = None, *, copy: bool = False
 
 
 def table_name(tables: Iterable[str], table_key: str | None) -> str:
-    """Name of the table that is meant: the only one, if none is named."""
+    """Name of the table: the only one, if none is given."""
     names = sorted(tables)
     if not names:
         raise ValueError("This SpatialData has no table of counts. Pass one with a table.")
@@ -72,9 +73,10 @@ def table_name(tables: Iterable[str], table_key: str | None) -> str:
 
 
 def add_centroids(sdata: Any, table: AnnData, key: str) -> None:
-    """Set ``obsm["spatial"]`` of the table `key` to the centroids of what it annotates, if anything.
+    """Set ``obsm["spatial"]`` of the table `key` to centroids of the elements that it annotates.
 
-    Each region is read in the coordinate system "global", or in its only one. The record tells which.
+    Each region is read in the coordinate system "global", or in its only one. The record says
+    which.
     """
     attrs = table.uns.get("spatialdata_attrs")
     if not attrs or table.n_obs == 0:
@@ -132,7 +134,7 @@ def _centroids_of(element: Any, written: str) -> tuple[pd.DataFrame, str]:
 
 
 def require_cells_and_genes(adata: AnnData) -> None:
-    """Refuse an AnnData without rows or columns."""
+    """Raise an error for an AnnData without rows or columns."""
     if 0 in adata.shape:
         what = "cells" if adata.n_obs == 0 else "genes"
         raise ValueError(
@@ -175,7 +177,7 @@ def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
 def label_text(column: pd.Series) -> NDArray[np.object_]:
     """Labels of a column as text, (n,), empty where there is none.
 
-    pandas turns whole numbers into 0.0, 1.0 where one is missing; they are "0", "1" all the same.
+    pandas turns integers into 0.0, 1.0 if one is missing; they still become "0", "1".
     """
     import pandas as pd
 
@@ -196,7 +198,7 @@ def write_record(adata: AnnData, key: str, params: Mapping[str, Any], **more: An
 
 
 def read_record(adata: AnnData, key: str) -> dict[str, Any] | None:
-    """Return the record of `key`, or None if stofm has not written it."""
+    """Return the record of `key`, or None if stofm did not write it."""
     record = adata.uns.get(Uns.STOFM, {}).get(key)
     return None if record is None else dict(record)
 
@@ -220,12 +222,12 @@ def same_params(record: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
 
 
 def _writable(value: Any) -> Any:
-    # h5ad and Zarr hold no None.
+    # h5ad and Zarr can't store None.
     return "" if value is None else value
 
 
 def mark_outdated(adata: AnnData, what: str, is_meant: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Note in the records of embeddings that are meant that they are older than something read now."""
+    """Record in these embeddings' records that they are older than something read now."""
     entries = dict(adata.uns.get(Uns.STOFM, {}))
     for key, record in entries.items():
         if "cell_encoder" in record and key in adata.obsm and is_meant(record):
@@ -241,9 +243,9 @@ def remove_entry(adata: AnnData, key: str) -> None:
 
 
 def storable_names(names: Iterable[str]) -> list[str]:
-    """Names that columns can have in a file, each once: ``_`` in place of ``/``, a folder there.
+    """Unique names that columns can have in a file: ``_`` replaces ``/``, which would be a folder.
 
-    Names that can stay do. Two that would become the same are numbered.
+    Valid names stay. Two that would become the same are numbered.
     """
     found = list(names)
     for place, name in enumerate(found):
@@ -283,11 +285,11 @@ def frame_names(adata: AnnData, key: str) -> list[str]:
 
 @contextmanager
 def all_or_nothing(*tables: AnnData) -> Iterator[None]:
-    """Put back what the tables held if what is done within it does not come to its end.
+    """Restore the tables if the block fails.
 
-    That is their ``obs``, ``var``, ``obsm`` and ``uns``, also of a backed AnnData: stofm writes
-    nothing else. Arrays are not copied: stofm puts new ones in their place and changes none. A view
-    becomes an AnnData of its own with the first thing that is written, as is meant, without a warning.
+    Restored are ``obs``, ``var``, ``obsm`` and ``uns``, also of a backed AnnData: stofm writes
+    nothing else. Arrays are not copied, because stofm replaces arrays and never changes them. A
+    view becomes an AnnData of its own with the first write, as intended, without a warning.
     """
     before = [_held(one) for one in tables]
     try:
@@ -320,13 +322,13 @@ def _quiet_views(tables: Sequence[AnnData]) -> Iterator[None]:
 
 
 def _held(adata: AnnData) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any], dict[str, Any]]:
-    # Entries of a view are bound to it, and it ends with the first thing that is written.
+    # Entries of a view are bound to it, and it ends with the first write.
     obsm = adata.obsm.copy() if adata.is_view else adata.obsm
     return adata.obs.copy(deep=False), adata.var.copy(deep=False), dict(obsm), dict(adata.uns)
 
 
 def refuse_taken(key_added: str, suggestion: str, *taken: str | None) -> None:
-    """Refuse a name that files can't hold, or that is one of `taken`, and suggest another."""
+    """Raise an error for a name that files can't hold or that is in `taken`; suggest another."""
     if not key_added.strip(".") or set(key_added) & {"/", "\0"}:
         raise ValueError(
             f"key_added={key_added!r} can't be written to a file: a name has to have letters and no "
@@ -334,7 +336,7 @@ def refuse_taken(key_added: str, suggestion: str, *taken: str | None) -> None:
         )
     if key_added in taken:
         raise ValueError(
-            f"key_added={key_added!r} would replace something that is read or that means something "
+            f"key_added={key_added!r} would replace something that is used or that means something "
             f"else; choose another name, such as {suggestion!r}."
         )
 
@@ -342,20 +344,20 @@ def refuse_taken(key_added: str, suggestion: str, *taken: str | None) -> None:
 def refuse_foreign(
     adata: AnnData, key: str, *, obs: Iterable[str] = (), obsm: Iterable[str] = ()
 ) -> None:
-    """Refuse to replace what stands under names made of `key` that stofm has not written."""
+    """Raise an error if entries named after `key` exist that stofm did not write."""
     if key.startswith(Uns.STOFM) or read_record(adata, key) is not None:
         return
     found = [f"obs[{name!r}]" for name in obs if name in adata.obs]
     found += [f"obsm[{name!r}]" for name in obsm if name in adata.obsm]
     if found:
         raise ValueError(
-            f"key_added={key!r} would replace {' and '.join(found)}, which stofm has not written. "
+            f"key_added={key!r} would replace {' and '.join(found)}, which stofm did not write.  "
             "Choose another name, or delete it first."
         )
 
 
 def refuse_not_finite(task: str, *predicted: NDArray[Any] | None) -> None:
-    """Refuse to write predictions that are NaN or infinite."""
+    """Raise an error for predictions that are NaN or infinite."""
     for values in predicted:
         if values is not None and (n_bad := count_not_finite(values)):
             raise FloatingPointError(

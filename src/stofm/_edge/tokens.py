@@ -1,4 +1,4 @@
-"""Ranked gene tokens of a table: made, written, read back, and compared with the counts there are."""
+"""Ranked gene tokens of a table: made, written, read, and compared with the current counts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Duplicates = Literal["sum", "keep"]
 _DEFAULT_MAX_TOKENS: Final = 2048
-#: Cells whose tokens are made again.
+#: Number of cells whose tokens are made again.
 _N_CELLS: Final = 512
 
 
@@ -56,7 +56,7 @@ def token_blocks(
     *,
     show_progress_bar: bool = True,
 ) -> Iterator[RankedTokens]:
-    """Give the tokens block of cells after block, in order; the mapping is reported at the end."""
+    """Yield the tokens by blocks of cells, in order; the mapping is reported at the end."""
     total = np.zeros(adata.n_vars)
     with counter(
         total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
@@ -84,10 +84,10 @@ def token_params(
     duplicates: Duplicates = "sum",
     values: bool | None = None,
 ) -> dict[str, Any]:
-    """Return what tokens depend on besides counts and columns, as it stands in records.
+    """Return what tokens depend on besides counts and columns, in the form of records.
 
-    Number of tokens, need for values and their rule are the model's where they are None. A vocabulary
-    alone has the paper's.
+    If None, the number of tokens, the need for values and their rule are the model's, or the
+    paper's for a vocabulary alone.
     """
     config = getattr(model_or_vocabulary, "config", None)
     if max_tokens is None:
@@ -105,7 +105,7 @@ def token_params(
 
 @lru_cache(maxsize=1)
 def _depth_power_of_embedded_model() -> float:
-    # Read here, because loading the model would import torch.
+    # Read here because loading the model would import torch.
     config = resources.files("stofm").joinpath("weights", "stofm-mini", "config.json")
     return float(json.loads(config.read_text(encoding="utf-8"))["cell_encoder"]["depth_power"])
 
@@ -115,7 +115,7 @@ def warn_of_empty_cells(ranked: RankedTokens) -> None:
     if n_empty := int((ranked.n_tokens == 0).sum()):
         warn(
             f"{n_empty} of {ranked.n_cells} cells have no count in any known gene; they have no "
-            "tokens, so a model sees nothing but the <cls> token."
+            "tokens, so a model sees only the <cls> token."
         )
 
 
@@ -124,7 +124,7 @@ def write_tokens(
 ) -> None:
     """Write tokens, their number, their values, a new mapping of the columns, and the records.
 
-    Values of former tokens are removed. Embeddings of other counts are marked as such.
+    Values of earlier tokens are removed. Embeddings of other counts are marked as outdated.
     """
     made: dict[str, Any] = {Obsm.TOKENS: ranked.to_csr(params["max_tokens"])}
     if "depth_power" in params:
@@ -140,7 +140,7 @@ def write_tokens(
 
 
 def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
-    """Read stored tokens, as many as the model keeps of a cell, with values if it reads them."""
+    """Read stored tokens, as many per cell as the model keeps, with values if it uses them."""
     again = "st.pp.tokenize(adata, model)"
     if Obsm.TOKENS not in adata.obsm:
         raise KeyError(f"There is no obsm[{Obsm.TOKENS!r}]: run {again} first.")
@@ -155,7 +155,7 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
     has_values &= record.get("params", {}).get("depth_power") == encoder.depth_power
     if encoder.reads_values and not has_values:
         raise KeyError(
-            f"Model {model.name!r} reads the values of tokens, and there is no "
+            f"Model {model.name!r} uses the values of tokens, but there is no  "
             f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}] for such a model. "
             f"Run {again} again."
         )
@@ -174,15 +174,15 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
     return ranked.head(model.config.max_tokens)
 
 
-# Whether what was made of counts is still of those
+# Whether embeddings and tokens still fit the counts
 
 
 def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = None) -> str:
-    """Say why an embedding that stofm wrote to ``obsm[key]`` does not fit the AnnData any more.
+    """Say why an embedding that stofm wrote to ``obsm[key]`` no longer fits the AnnData.
 
-    Empty if it fits, or if that can't be told: without records, counts or coordinates. Whole
-    cells and genes may be taken away or put in another order. `vocabulary` is that of its model,
-    if at hand; the embedded one is always.
+    Empty if it fits, or if that is unknown, without records, counts or coordinates. Whole cells and
+    genes may be removed or reordered. `vocabulary` is that of its model, if available; the embedded
+    one always is.
     """
     record = read_record(adata, key)
     if record is None or "cell_encoder" not in record:
@@ -190,7 +190,7 @@ def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = N
     if what := record.get(OUTDATED):
         return f"obsm[{key!r}] is older than the {what} that were read last."
     n_cells = int(record.get("n_cells", 0))
-    # Where records of several tables were merged, only what they share is left, without digests.
+    # If records of several tables were merged, only their shared part is left, without digests.
     if {"tokens", "subslice"} & set(record) and 0 < n_cells < adata.n_obs:
         return (
             f"The record of obsm[{key!r}] is of {n_cells} cells, and there are {adata.n_obs}: of "
@@ -211,7 +211,7 @@ def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = N
 
 
 def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
-    """Read an entry of ``obsm``, and refuse an embedding that does not fit the AnnData any more."""
+    """Read an entry of ``obsm``; raise an error if it is an outdated embedding."""
     values = read_representation(adata, rep)
     if reason := stale_reason(adata, rep):
         raise ValueError(
@@ -221,12 +221,12 @@ def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
 
 
 def _reads_tokens(record: Mapping[str, Any]) -> bool:
-    """Whether an embedding is made from tokens, and not from features that the user gave."""
+    """Whether an embedding was made from tokens, and not from the user's features."""
     return bool(record.get("params", {}).get("use_rep", Obsm.X_CELL) == Obsm.X_CELL)
 
 
 def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> None:
-    """Mark embeddings of other tokens than these of the vocabulary, which will replace the stored."""
+    """Mark embeddings of other tokens than these, which will replace the stored ones."""
     record = read_record(adata, Obsm.TOKENS) or {}
     if Obsm.TOKENS not in adata.obsm or record.get("vocabulary") != vocabulary:
         return
@@ -242,12 +242,12 @@ def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> 
 
 
 def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> str:
-    """Say how stored tokens contradict the counts that they are of; empty if they don't.
+    """Say how stored tokens contradict their counts; empty if they don't.
 
-    Tokens of up to 512 cells, evenly spread, are made again and compared. This notices what is done
-    to a table as a whole: cells or genes permuted, counts replaced. A change of a few cells goes
-    unnoticed. Where genes were taken away, counts are normalised by now, or the vocabulary is not
-    at hand, the counts must still have the genes of the tokens that are there, in any order.
+    Tokens of up to 512 cells, evenly spread, are made again and compared. This detects changes to a
+    table as a whole: permuted cells or genes, replaced counts. A change of a few cells goes
+    unnoticed. If genes were removed, counts have been normalised, or the vocabulary is not
+    available, the counts must still contain the genes of the tokens, in any order.
     """
     record, made = (read_record(adata, key) or {} for key in (Obsm.TOKENS, Var.TOKEN_ID))
     is_there = Obsm.TOKENS in adata.obsm and Var.TOKEN_ID in adata.var and adata.n_obs > 0
@@ -266,7 +266,7 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
     own = next((one for one in known if one.fingerprint == record["vocabulary"]), None)
     is_whole = fingerprint(columns.astype("<i4")) == record.get("columns")
     stored = RankedTokens.from_csr(adata.obsm[Obsm.TOKENS][rows])
-    # Token -1, no gene, reads the last entry.
+    # Token -1, not a gene, indexes the last entry.
     medians = np.ones(int(columns.max(initial=0)) + 2)
     if own is not None and is_raw and is_whole:
         is_used = own.tokens < len(medians) - 1
@@ -288,6 +288,6 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
         return ""
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
-        f"of {len(rows)} cells that were looked at, {n_other} have other genes, or another order "
+        f"of {len(rows)} cells examined, {n_other} have other genes, or another order  "
         f"of these, than {where} has for them now."
     )

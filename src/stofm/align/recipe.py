@@ -46,7 +46,7 @@ class AlignRecipe(Checked):
         Raises
         ------
         ValueError
-            The file is no TOML, or an entry is unknown or has a value that it can't have.
+            The file is not valid TOML, or an entry is unknown or invalid.
         """
         file = local(path)
         return build_dataclass(cls, read_toml(file), file.name)

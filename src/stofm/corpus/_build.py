@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-#: Errors after which no other slice can be written either.
+#: Errors after which no further slice can be written.
 _FATAL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _N_NAMED: Final = 5
 _MANIFEST_LOCK: Final = ".manifest.lock"
@@ -67,8 +67,8 @@ def build(
 
     File by file, counts of known genes are ranked and written with coordinates, and joined to
     shards of `shard_bytes`. A file that fails is reported at the end and in the manifest, and the
-    others go on. A build that was stopped at any moment goes on where it was when it is called
-    again, and gives the same files; failed ones are tried again.
+    others go on. A build that was stopped at any moment continues when it is called again, with the
+    same result; failed files are tried again.
 
     Parameters
     ----------
@@ -83,28 +83,27 @@ def build(
         A ``distributed.Client``, whose workers see the same paths, to read files on; by default they
         are read in this process, one by one.
     exclude
-        Slices that a model will be judged on: files, or patterns of names and paths
-        (``"test/*.h5ad"``). Left out is what has the name of one, or shares half of the cells of the
-        smaller of the two with a file of them.
+        Slices for evaluation: files, or patterns of names and paths (``"test/*.h5ad"``). Slices
+        with one of these names are left out, and slices that share half of the cells (of the
+        smaller one) with one of these files.
     min_genes
-        Cells that express fewer genes are left out; a tenth of the panel is enough where that is
-        fewer.
+        Cells that express fewer genes are left out; in a small panel a tenth of it is enough.
     options
-        How files are read, unless a table says otherwise.
+        Options for reading files, unless a table has others.
     vocabulary
-        Genes that are kept; those of ``stofm-mini`` by default. What other genes count is kept in
-        each cell's total.
+        Genes that are kept; those of ``stofm-mini`` by default. The counts of other genes remain
+        part of each cell's total.
     shard
         Share of the files of this call, ``"2/8"`` the second of eight, for job arrays. Calls for
         different shares may run at once.
     shard_bytes
-        Size of a shard. One slice is never in two; a larger slice is a shard by itself.
+        Size of a shard. A slice is never split; a larger slice is a shard of its own.
     show_progress_bar
         Show a bar.
 
     Returns
     -------
-    The manifest, as it is in ``manifest.parquet``: a row for each slice, with ``status`` ``"ok"``,
+    The manifest, as in ``manifest.parquet``: a row for each slice, with ``status`` ``"ok"``,
     ``"duplicate"``, ``"left out"`` or ``"failed"``, and ``reason``.
 
     Raises
@@ -112,7 +111,7 @@ def build(
     FileExistsError
         Another process builds this share in the folder, or the folder holds something else.
     OSError
-        The disk is full; what was written stays.
+        The disk is full; what was written is kept.
     ValueError
         The folder was begun with other settings, or a table of files has unknown columns.
 
@@ -132,7 +131,7 @@ def build(
     evaluation, patterns = _split_excluded(exclude, options)
     orthologs = read_all_orthologs([*found, *evaluation])
     if unused := [one for one in patterns if not any(_is_named(source, one) for source in found)]:
-        warn(f"exclude = {unused} names neither a file that is there nor one of `files`: check it.")
+        warn(f"exclude = {unused} names neither an existing file nor one of `files`: check it.")
     held_out = {describe(one, orthologs): one for one in evaluation}
     settings = {**describe_vocabulary(vocabulary), "min_genes": min_genes}
     _begin(folder, vocabulary, settings | {"exclude": [*patterns, *held_out]})
@@ -205,8 +204,8 @@ def _begin(folder: Path, vocabulary: GeneVocabulary, settings: dict[str, Any]) -
 
 
 def key_of(source: SliceSource, orthologs: Any) -> str:
-    """Key of a source and its options, also of one that is missing."""
-    # What is missing fails in its turn.
+    """Key of a source and its options, even if it is missing."""
+    # A missing source fails later, in its turn.
     with contextlib.suppress(FileNotFoundError):
         return describe(source, orthologs)
     return digest_json(str(source.file))
@@ -215,9 +214,9 @@ def key_of(source: SliceSource, orthologs: Any) -> str:
 def run_each(
     make: Callable[[Any], object], jobs: Sequence[Any], client: Any
 ) -> Iterator[tuple[Any, Exception | None]]:
-    """Do jobs in this process or on the workers of a Dask client; gives each with its error, in order.
+    """Do jobs here or on the workers of a Dask client; yields each with its error, in order.
 
-    A disk that is full, or can't be written to, ends it: no other job could be done either.
+    A disk that is full or can't be written to ends it, since no other job could succeed either.
     """
     futures = None if client is None else client.map(make, jobs, pure=False)
     try:
@@ -273,7 +272,7 @@ def _entries(job: tuple[str, int, SliceSource]) -> dict[str, Any]:
 
 
 def _sound(folder: Path, results: Iterable[tuple[Any, Exception | None]]) -> Iterator[Path]:
-    """Folders of the slices that were written; notes what failed."""
+    """Folders of the slices that were written; records what failed."""
     for job, error in results:
         entry = _entries(job)
         note = folder / FAILED / f"{digest_json(entry['source'])}.json"

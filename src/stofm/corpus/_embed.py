@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stofm.corpus.sources import SliceSource
     from stofm.nn import Stofm
 
-#: Folder of notes of what is done.
+#: Folder with records of what is done.
 _DONE = "done"
 
 
@@ -45,8 +45,8 @@ def embed(
 ) -> list[str]:
     """Embed slice after slice with :func:`stofm.tl.embed`, and write a Zarr store for each.
 
-    A call that was stopped at any moment goes on where it was when it is made again. Slices that
-    fail are reported at the end, and the others go on.
+    A call that was stopped at any moment continues when it is repeated. Slices that fail are
+    reported at the end, and do not stop the others.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def embed(
         A ``distributed.Client`` to compute on, whose workers see the same paths; by default slices are
         embedded in this process. Workers on a machine with several GPUs take one each, in turn.
     options
-        How files are read, if no table says otherwise.
+        Options for reading files, unless a table has others.
     device, dtype, seed
         As in :func:`stofm.tl.embed`.
     shard
@@ -78,7 +78,7 @@ def embed(
     FileExistsError
         Another process embeds this share into the folder.
     OSError
-        The disk is full; what was written stays.
+        The disk is full; what was written is kept.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def embed(
 
 
 def _turns(machines: Mapping[str, str]) -> dict[str, int]:
-    """Number of each worker among those of its machine, by address."""
+    """Number of each worker among those on its machine, by address."""
     found: dict[str, int] = {}
     for machine in set(machines.values()):
         own = sorted(address for address, one in machines.items() if one == machine)
@@ -131,7 +131,7 @@ def _turns(machines: Mapping[str, str]) -> dict[str, int]:
 
 
 def _own_device(device: str, turns: Mapping[str, int]) -> str:
-    """The GPU of this worker, where a machine has several and none is asked for by number."""
+    """The GPU of this worker, if a machine has several and none is requested by number."""
     from stofm.nn.device import take_turn
 
     if not turns:
@@ -142,7 +142,7 @@ def _own_device(device: str, turns: Mapping[str, int]) -> str:
 
 
 def _place(folder: Path, sources: list[SliceSource]) -> list[Path]:
-    """Stores of sources: of those with one name, and of other calls, all but one are numbered."""
+    """Stores of sources; names that occur again, also from other calls, are numbered."""
     stores: dict[Path, None] = {}
     for source in sources:
         paths = (folder / f"{one}.zarr" for one in numbered(source.name))

@@ -1,4 +1,4 @@
-"""``stofm.corpus.info``, ``check`` and ``export``: what a corpus holds, whether it is whole, as Zarr."""
+"""``stofm.corpus.info``, ``check`` and ``export``: content, integrity, export to Zarr."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def info(corpus: str | PathLike[str]) -> pd.DataFrame:
 
 
 def check(corpus: str | PathLike[str]) -> list[str]:
-    """Compare a corpus with what was written; reads all of it.
+    """Check that a corpus is as it was written; reads all of it.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def check(corpus: str | PathLike[str]) -> list[str]:
 
     Returns
     -------
-    What is missing or damaged, with the slices that are lost by it; nothing if the corpus is whole.
+    What is missing or damaged, with the slices that are lost; empty if the corpus is intact.
 
     Examples
     --------
@@ -78,15 +78,15 @@ def export(
 ) -> None:
     """Write each slice of a corpus to a Zarr store that :func:`anndata.read_zarr` opens.
 
-    Stores that are there already are left as they are.
+    Existing stores are left as they are.
 
     Parameters
     ----------
     corpus
         Folder of a corpus.
     out
-        Folder of the stores: counts, positions in ``obsm["spatial"]``, Ensembl ids and symbols, rows in
-        the source as names of cells, and in ``uns["source"]`` what the manifest says.
+        Folder of the stores: counts, positions in ``obsm["spatial"]``, Ensembl ids and symbols,
+        rows in the source as names of cells, and the manifest's entry in ``uns["source"]``.
     show_progress_bar
         Show a bar.
 

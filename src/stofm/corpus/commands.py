@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 def add_corpus(commands: Any, shared: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     """Add the commands to those of ``stofm``."""
-    text = "gather thousands of slices in a folder, and care for it"
+    text = "gather thousands of slices in a folder, and maintain it"
     corpus = commands.add_parser("corpus", help=text).add_subparsers(
         title="commands", required=True
     )
-    build = corpus.add_parser("build", parents=[shared], help="files of slices to shards")
+    build = corpus.add_parser("build", parents=[shared], help="turn files of slices into shards")
     add = build.add_argument
     add("out", type=local, help="folder of the corpus")
     add("files", nargs="+", help=".h5ad, .zarr, folders, or a .tsv, .csv or .parquet with `source`")
@@ -31,8 +31,8 @@ def add_corpus(commands: Any, shared: argparse.ArgumentParser) -> list[argparse.
     build.set_defaults(run=_build)
 
     info = corpus.add_parser("info", parents=[shared], help="count slices and cells")
-    check = corpus.add_parser("check", parents=[shared], help="compare with what was written")
-    export = corpus.add_parser("export", parents=[shared], help="a Zarr store for each slice")
+    check = corpus.add_parser("check", parents=[shared], help="check that all is as it was written")
+    export = corpus.add_parser("export", parents=[shared], help="write a Zarr store for each slice")
     for command, run in ((info, _info), (check, _check), (export, _export)):
         command.add_argument("corpus", type=local, help="folder of the corpus")
         command.set_defaults(run=run)
@@ -83,7 +83,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def is_many(inputs: Sequence[Path], out: Path) -> bool:
-    """Whether inputs are several, a corpus, or a folder of files of slices that go to a folder."""
+    """Whether there are several inputs, a corpus, or a folder of slices, to embed into a folder."""
     from stofm.corpus.manifest import is_corpus
     from stofm.corpus.sources import ENDINGS, slice_files
 
@@ -95,7 +95,7 @@ def is_many(inputs: Sequence[Path], out: Path) -> bool:
 
 
 def embed_many(options: argparse.Namespace) -> None:
-    """Embed a corpus, or the files of a folder, as ``stofm embed`` was asked to."""
+    """Embed a corpus, or the files of a folder, with the options of ``stofm embed``."""
     from stofm.corpus import embed
     from stofm.corpus.sources import FileConfig
 

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 SETTINGS: Final = "corpus.json"
 VOCABULARY: Final = "vocabulary.tsv"
 MANIFEST: Final = "manifest.parquet"
-#: Folders of shards, of slices that wait to be joined to one, of what failed, and of slices that
-#: are held out.
+#: Folders of shards, of slices waiting to be joined to one, of failures, and of held-out slices.
 SHARDS, PARTS, FAILED, HELD_OUT = "shards", "parts", "failed", "held_out"
-#: Columns of the manifest and what they hold where nothing is known.
+#: Columns of the manifest, and their values if nothing is known.
 COLUMNS: Final[dict[str, Any]] = {
     **{"name": "", "source": "", "slice": "", "status": "ok", "reason": ""},
     **{
@@ -41,22 +40,22 @@ COLUMNS: Final[dict[str, Any]] = {
 
 
 def is_corpus(path: str | PathLike[str]) -> bool:
-    """Whether a path is the folder of a corpus."""
+    """Whether a path is a corpus."""
     return (local(path) / SETTINGS).is_file()
 
 
 def require_corpus(path: str | PathLike[str]) -> Path:
-    """The folder of a corpus; refuses what is none."""
+    """Return the path if it is a corpus, else raise an error."""
     folder = local(path)
     if not is_corpus(folder):
         raise FileNotFoundError(
-            f"{folder} is no corpus (it has no {SETTINGS}): make one with stofm.corpus.build."
+            f"{folder} is not a corpus (it has no {SETTINGS}): make one with stofm.corpus.build."
         )
     return folder
 
 
 def read_manifest(folder: Path) -> pd.DataFrame:
-    """Read the manifest of a corpus: a row for each slice, and for each file that has none."""
+    """Read the manifest of a corpus: a row for each slice, and for each file without one."""
     path = require_corpus(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
@@ -68,7 +67,7 @@ def read_manifest(folder: Path) -> pd.DataFrame:
 
 
 def write_manifest(folder: Path) -> pd.DataFrame:
-    """Write the manifest from what is in the folder; of slices with the same cells the first counts."""
+    """Write the manifest of the folder; of slices with the same cells, the first counts."""
     rows = [
         {**entry, "shard": shard.folder.name, "number": number}
         for shard in find_shards(folder / SHARDS)
@@ -77,7 +76,7 @@ def write_manifest(folder: Path) -> pd.DataFrame:
     failed = sorted((folder / FAILED).glob("*.json"))
     rows += [read_json(path, "delete it") for path in failed]
     table = pd.DataFrame([{**COLUMNS, **row} for row in rows], columns=list(COLUMNS))
-    # A file that has changed is there again.
+    # A file that has changed is listed again.
     is_old = table.duplicated(["source", "slice"], keep="last")
     table.loc[is_old, ["status", "reason"]] = ["replaced", "the file has changed since"]
     table = table.sort_values(["order", "source", "shard", "number"], ignore_index=True)

@@ -1,4 +1,4 @@
-"""From what a user passes to shards of ranked counts, and to a vocabulary."""
+"""From a user's data to shards of ranked counts, and to a vocabulary."""
 
 from __future__ import annotations
 
@@ -35,21 +35,20 @@ if TYPE_CHECKING:
     #: Mouse and human genes by the address of their table.
     Orthologs = Mapping[str, Mapping[str, str]]
 
-#: Part of each key: a change of how slices are prepared makes new ones.
+#: Part of each key: a change in preparation changes all keys.
 _PREPARATION: Final = 3
 
 
 def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> str:
-    """Name what a slice was prepared from, so that a changed file is prepared again.
+    """Key of a slice's source, so that a changed file is prepared again.
 
     Parameters
     ----------
     source
         A file, or the folder of a store or an instrument; None for data that has no file. A file
-        counts as changed if its size or its time of change differs, or that of one which is read
-        with it.
+        counts as changed if its size or modification time differs, or that of a file read with it.
     settings
-        All else that the result depends on (vocabulary, layer, ...), as JSON can hold it.
+        Everything else that the result depends on (vocabulary, layer, ...), as JSON can hold it.
 
     Returns
     -------
@@ -79,7 +78,7 @@ def preparation_key(source: str | Path | None, settings: Mapping[str, Any]) -> s
 def prepare_slices(
     sources: Sequence[SliceSource], model: Stofm, folder: Path, *, show_progress_bar: bool
 ) -> list[tuple[Path, int]]:
-    """Write slices to shards, unless that is done already; returns shards and numbers in them.
+    """Write slices to shards, unless that is done; returns each slice's shard and number in it.
 
     A file is read again only if it, its options (with what is in a table of orthologs) or the
     model's vocabulary has changed. Slices of a corpus with that vocabulary are taken as they are.
@@ -112,7 +111,7 @@ def open_corpus(places: Sequence[tuple[Path, int]], model: Stofm) -> Corpus:
         if one.n_cells and first.setdefault(one.digest, one) is not one:
             raise ValueError(
                 f"Slice {one.name!r} is the same as slice {first[one.digest].name!r}, in all counts "
-                "and coordinates, and would count twice; leave one of them out."
+                "and coordinates, so it would count twice; leave one of them out."
             )
     return Corpus(tuple(first.values()))
 
@@ -131,7 +130,7 @@ def _prepare(
         if not is_there(place):
             write_source(source, vocabulary, place)
     else:
-        # What is in memory has no name but its content.
+        # Data in memory are known by their content only.
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder, prefix=".") as temporary:
             written = Path(temporary) / "slices"
@@ -144,7 +143,7 @@ def _prepare(
 
 
 def describe(source: SliceSource, orthologs: Orthologs) -> str:
-    """Name a source and its options, with what is in a table of orthologs, which may change."""
+    """Key of a source and its options, including the content of a table of orthologs."""
     options = {name: value for name, value in asdict(source.options).items() if name != "files"}
     if (address := source.options.orthologs) is not None:
         options["orthologs"] = digest_json(orthologs[address])
@@ -168,7 +167,7 @@ def read_all_orthologs(sources: Sequence[SliceSource]) -> Orthologs:
 def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     """Fit a vocabulary on slices, unless that is done already; returns its table.
 
-    Names that are no human Ensembl ids are looked up in the embedded vocabulary.
+    Names other than human Ensembl ids are looked up in the embedded vocabulary.
     """
     reference, orthologs = embedded_vocabulary(), read_all_orthologs(sources)
     described = [describe(one, orthologs) for one in sources]
@@ -176,7 +175,7 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
     place = folder / f"vocabulary-{preparation_key(None, settings)}"
     table = place / "vocabulary.tsv"
     if not all(source.has_name for source in sources):
-        # What is in memory has no name: this is of other data.
+        # Data in memory have no name: this one is from other data.
         shutil.rmtree(place, ignore_errors=True)
     elif is_there(place):
         return table
@@ -191,7 +190,7 @@ def fit_vocabulary(sources: Sequence[SliceSource], folder: Path) -> Path:
 
 
 def _counted(sources: Sequence[SliceSource]) -> Iterator[CountSlice]:
-    """The slices one after another, with raw counts and the names that `gene_key` asks for."""
+    """The slices one after another, with raw counts and the names in `gene_key`."""
     for source in sources:
         gene_key = source.options.gene_key
         with source.open() as adata:

@@ -1,4 +1,4 @@
-"""Slices of shards as training reads them, and as AnnData."""
+"""Slices of shards, as training needs them and as AnnData."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from stofm.corpus.shards import Shard
     from stofm.genes import GeneVocabulary
 
-#: Name of the column with the counts of all other genes, which belong to a cell's total.
+#: Name of the column with the counts of all other genes, which are part of a cell's total.
 OTHERS: Final = "(other genes)"
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How tokens are read: the shards' vocabulary, tokens of a cell at most, and the rule of values.
+    """How tokens are read: the shards' vocabulary, tokens per cell, and the rule of values.
 
-    That is `depth_power` of :func:`stofm.genes.rank_genes`; None for tokens without values.
+    The rule is `depth_power` of :func:`stofm.genes.rank_genes`; None for tokens without values.
     """
 
     vocabulary: GeneVocabulary
@@ -48,7 +48,7 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class CorpusSlice:
-    """A slice: number `number` of a shard, which is read as `reading` says."""
+    """Slice number `number` of a shard, read with the options `reading`."""
 
     shard: Shard
     number: int
@@ -62,12 +62,12 @@ class CorpusSlice:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is known of the slice."""
+        """Metadata of the slice."""
         return self.shard.slices[self.number]
 
     @property
     def name(self) -> str:
-        """Name of the slice, as messages give it."""
+        """Name of the slice in messages."""
         return str(self.about["name"])
 
     @property
@@ -100,7 +100,7 @@ class CorpusSlice:
         return RankedTokens.concatenate(parts or [self.take(rows)])
 
     def part(self, name: str) -> NDArray[Any]:
-        """What an array of the shard says of the slice's cells, mapped into memory."""
+        """The slice's part of an array of the shard, mapped into memory."""
         first, last = self.shard.first_cell[self.number : self.number + 2]
         return self.shard[name][first:last]
 
@@ -112,7 +112,7 @@ class CorpusSlice:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         if self.reading.depth_power is None:
             return RankedTokens(tokens, offsets)
-        # To the digits that decide the order: see stofm.genes.rank_genes.
+        # Rounded to the digits that decide the order: see stofm.genes.rank_genes.
         ratios = self.shard["counts"][entries] / self.reading.medians[tokens]
         ratios.view(np.uint64)[:] &= ~np.uint64((1 << self.about["token_bits"]) - 1)
         scale = scale_of_cells(self.shard["totals"][cells], self.reading.depth_power)
@@ -120,9 +120,9 @@ class CorpusSlice:
         return RankedTokens(tokens, offsets, ratios.astype(np.float32))
 
     def to_anndata(self) -> AnnData:
-        """Counts and places of the slice. Names of cells are their rows in the source.
+        """Counts and positions of the slice. Names of cells are their rows in the source.
 
-        Genes that the vocabulary lacks have one column together, if they have counts.
+        Genes outside the vocabulary share one column, if they have counts.
         """
         import pandas as pd
         from anndata import AnnData
@@ -155,7 +155,7 @@ class CorpusSlice:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Slices to train on; their cells are numbered through, slice after slice.
+    """Slices to train on; their cells are numbered consecutively, slice after slice.
 
     Attributes
     ----------
@@ -166,7 +166,7 @@ class Corpus:
     slices: tuple[CorpusSlice, ...]
 
     def __post_init__(self) -> None:
-        """Refuse an empty corpus."""
+        """Raise an error for an empty corpus."""
         if not self.slices:
             raise ValueError("A corpus needs at least one slice with cells, found none.")
 
@@ -205,7 +205,7 @@ class Corpus:
         number, rows = self.locate(cells)
         order = np.argsort(number, kind="stable")
         parts = [self.slices[k].take(rows[number == k]) for k in np.unique(number)]
-        # Slice after slice; then as asked for.
+        # Read slice after slice, then put into the requested order.
         return take_cells(RankedTokens.concatenate(parts), np.argsort(order))
 
     def describe(self, slices: Sequence[int] | NDArray[np.integer]) -> str:

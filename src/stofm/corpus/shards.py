@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     Entries = list[dict[str, Any]]
 
-#: A change of what shards hold makes new ones.
+#: A change of the content of shards requires new ones.
 FORMAT: Final = 3
 _INFO: Final = "shard.json"
-#: Arrays of a shard: types to begin with, and columns.
+#: Arrays of a shard: initial types, and columns.
 _ARRAYS: Final[dict[str, tuple[Any, tuple[int, ...]]]] = {
     "tokens": (np.uint16, ()),
     "counts": (np.uint16, ()),
@@ -36,13 +36,13 @@ _ARRAYS: Final[dict[str, tuple[Any, tuple[int, ...]]]] = {
 _OF_ENTRIES: Final = ("tokens", "counts")
 _OF_CELLS: Final = ("totals", "hashes", "rows", "places", "coordinates")
 _HEADER: Final = 128
-#: Cells that are copied at once.
+#: Number of cells that are copied at once.
 CELLS_AT_ONCE: Final = 1 << 14
 _BYTES_AT_ONCE: Final = 1 << 24
 
 
 class _ArrayFile:
-    """An .npy file that grows; its whole numbers get a wider type once one does not fit."""
+    """An .npy file that grows; its integers get a wider type once one does not fit."""
 
     def __init__(self, path: Path, dtype: Any, columns: tuple[int, ...]) -> None:
         self._path, self._columns, self._n = path, columns, 0
@@ -79,18 +79,18 @@ class _ArrayFile:
 
 
 class ShardWriter:
-    """Appends cells to the arrays of a shard, which may come one by one."""
+    """Appends cells to the arrays of a shard, together or array by array."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = {n: _ArrayFile(folder / f"{n}.npy", *kind) for n, kind in _ARRAYS.items()}
         self._files["offsets"].append(np.zeros(1, np.int64))
         self._n_entries = 0
-        #: Cells that were appended.
+        #: Number of cells appended.
         self.n_cells = 0
 
     def append(self, lengths: NDArray[np.integer], **arrays: NDArray[Any]) -> None:
-        """Append cells of so many entries each, with their entries."""
+        """Append cells: their numbers of entries, and the entries."""
         offsets = self._n_entries + np.cumsum(lengths, dtype=np.int64)
         self._n_entries = int(offsets[-1]) if len(offsets) else self._n_entries
         self.n_cells += len(offsets)
@@ -102,7 +102,7 @@ class ShardWriter:
             self._files[name].append(array)
 
     def copy(self, shard: Shard, rows: NDArray[np.integer], names: Iterable[str]) -> None:
-        """Append cells of another shard: entries, and what arrays of these names say of cells."""
+        """Append cells of another shard: entries, and the arrays of these names."""
         for start in range(0, len(rows), CELLS_AT_ONCE):
             part = rows[start : start + CELLS_AT_ONCE]
             entries, lengths = shard.entries(part)
@@ -118,13 +118,13 @@ class ShardWriter:
             file.close()
 
     def note(self, vocabulary: str, slices: Entries) -> None:
-        """Write what is known of the slices."""
+        """Write the metadata of the slices."""
         info = {"format": FORMAT, "vocabulary": vocabulary, "slices": slices}
         (self.folder / _INFO).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
 def write_shard(folder: Path, vocabulary: str, fill: Callable[[ShardWriter], Entries]) -> None:
-    """Let `fill` write a shard, whole or not at all; it returns what is known of each slice."""
+    """Let `fill` write a shard, completely or not at all; it returns each slice's metadata."""
 
     def fill_folder(place: Path) -> None:
         with ShardWriter(place) as writer:
@@ -146,11 +146,12 @@ def join_shards(folder: Path, parts: list[Path]) -> None:
 
 
 class Shard:
-    """A shard that is there. Arrays are mapped into memory once they are asked for.
+    """An existing shard. Arrays are mapped into memory on first use.
 
-    ``tokens`` (n_entries,) are genes, ordered by rank in each cell, and ``counts`` theirs; ``offsets`` (n_cells + 1,) where the entries of a cell begin; ``totals``
-    (n_cells,) counts of all columns; ``hashes`` (n_cells,) of genes and counts; ``rows``
-    (n_cells,) in the source; ``places`` (n_cells, 2) as in the source, ``coordinates`` in model units.
+    ``tokens`` (n_entries,) are genes, ordered by rank in each cell, and ``counts`` theirs;
+    ``offsets`` (n_cells + 1,) where the entries of a cell begin; ``totals`` (n_cells,) counts of
+    all columns; ``hashes`` (n_cells,) of genes and counts; ``rows`` (n_cells,) in the source;
+    ``places`` (n_cells, 2), positions as in the source, ``coordinates`` in model units.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -162,7 +163,7 @@ class Shard:
         if info["format"] != FORMAT:
             raise ValueError(
                 f"{folder} has the format {info['format']}, and this version of stofm reads {FORMAT}: "
-                "build the corpus again, or take the version that wrote it."
+                "build the corpus again, or use the version that wrote it."
             )
         self._arrays: dict[str, NDArray[Any]] = {}
 
@@ -193,7 +194,7 @@ class Shard:
         return np.cumsum([0, *(one["cells"] for one in self.slices)], dtype=np.int64)
 
     def entries(self, rows: NDArray[np.integer], most: int | None = None) -> tuple[Any, Any]:
-        """Places of the entries of some cells, in the order given, and their numbers; the first `most`."""
+        """Indices of the first `most` entries of some cells, in order, and their numbers."""
         starts = self["offsets"][rows]
         lengths = np.minimum(self["offsets"][rows + 1] - starts, most or np.iinfo(np.int64).max)
         ends = np.cumsum(lengths)
@@ -203,6 +204,6 @@ class Shard:
 
 def find_shards(folder: Path) -> Iterator[Shard]:
     """Shards in a folder, in alphabetical order."""
-    # A hidden one is being written, or a kill has left it.
+    # A hidden one is being written, or was left by a killed process.
     for path in sorted(folder.glob(f"[!.]*/{_INFO}")):
         yield Shard(path.parent)

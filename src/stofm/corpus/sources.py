@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 ENDINGS: Final = (".h5ad", ".zarr")
-#: What a table of files may say of a slice beside how it is read.
+#: Columns of a table of files besides those for reading.
 ABOUT: Final = ("licence", "tissue", "donor", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileConfig:
-    """How files of slices are read.
+    """Options for reading files of slices.
 
     Attributes
     ----------
     files
-        Pattern of names, relative to the data folder; later tables count over earlier ones.
+        Pattern of names, relative to the data folder; later tables take precedence.
     layer
         Layer with raw counts; None for ``X``.
     spatial_key
@@ -74,7 +74,7 @@ class FileConfig:
 class SliceSource:
     """An AnnData or SpatialData, the path of one, or a slice of a corpus.
 
-    `name` stands in messages, `options` say how it is read, `about` what is told of it.
+    `name` is used in messages, `options` for reading; `about` is its metadata.
     """
 
     data: Any
@@ -89,23 +89,23 @@ class SliceSource:
 
     @property
     def has_name(self) -> bool:
-        """Whether path or checksum tell which data it is; those in memory have no name."""
+        """Whether a path or checksum identifies the data; data in memory have no name."""
         return isinstance(self.data, Path | CorpusSlice)
 
     @property
     def origin(self) -> str:
-        """Path of the file, and name of the slice in it where it is one of a corpus."""
+        """Path of the file, and name of the slice in it if it is part of a corpus."""
         if isinstance(self.data, CorpusSlice):
             return f"{self.data.about['source']}:{self.data.about['slice']}"
         return str(self.file or "")
 
     def naming(self) -> AbstractContextManager[None]:
-        """Within it, messages say which source they are about."""
+        """Within this block, messages say which source they are about."""
         return naming(f"{'file' if self.file else 'slice'} {self.name!r}")
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Give the AnnData; a file is closed afterwards."""
+        """Yield the AnnData; a file is closed afterwards."""
         if isinstance(self.data, CorpusSlice):
             yield self.data.to_anndata()
         elif self.file is None:
@@ -123,7 +123,7 @@ class SliceSource:
 
 
 def find_sources(data: Any, options: FileConfig) -> list[SliceSource]:
-    """List the sources in what a user passes: data, a path, a folder of files, or a list of these."""
+    """List the sources in a user's data: objects, paths, folders of files."""
     if isinstance(data, list | tuple):
         if not data:
             raise ValueError("There is no data: the list is empty.")
@@ -171,9 +171,9 @@ def slice_files(path: Path) -> list[Path]:
 
 
 def find_files(files: Any, options: FileConfig) -> list[SliceSource]:
-    """List files to build a corpus of: a path, a folder, a table of files, or a list of paths.
+    """List files to build a corpus from: a path, a folder, a table of files, or a list of paths.
 
-    A folder without ``.h5ad`` and ``.zarr`` is what an instrument wrote.
+    A folder without ``.h5ad`` and ``.zarr`` is an instrument's output.
     """
     if not isinstance(files, str | Path):
         return [source for one in files for source in find_files(one, options)]
@@ -192,7 +192,7 @@ def _name_of(file: Path) -> str:
 
 
 def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
-    """Read a table of files: ``source`` (relative to the table), how to read it, what is told of it."""
+    """Read a table of files: ``source`` (relative to the table), options for reading, metadata."""
     with reading(path, "table of slices"):
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
@@ -216,7 +216,7 @@ def _read_manifest(path: Path, options: FileConfig) -> list[SliceSource]:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """Names for files, in which those that occur again are numbered."""
+    """Names for files; those that occur again are numbered."""
     found: dict[str, None] = {}
     for name in names:
         found[next(one for one in numbered(name) if one not in found)] = None
@@ -224,6 +224,6 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def numbered(name: str) -> Iterator[str]:
-    """A name for a file, and others with numbers in case it is taken."""
+    """A name for a file, then numbered ones in case it is taken."""
     plain = name.replace("/", "-")
     return itertools.chain([plain], (f"{plain}-{n}" for n in itertools.count(2)))

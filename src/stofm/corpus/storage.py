@@ -1,4 +1,4 @@
-"""Folders and arrays on disk: digests of what was written, memory maps."""
+"""Folders and arrays on disk: digests of files, memory maps."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _DIGESTS = "digests.json"
-#: Open files that are asked for: six for each of 10,000 shards, and some for all else.
+#: Number of open files needed: six for each of 10,000 shards, and some for everything else.
 _N_FILES = 65_536
 
 
 def digest_json(*parts: Any) -> str:
-    """16 hexadecimal digits that change with what JSON holds."""
+    """16 hexadecimal digits that change with the JSON content."""
     described = json.dumps(parts if len(parts) != 1 else parts[0], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
 
 
 def write_json(path: Path, entries: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     text = json.dumps(entries, indent=2) + "\n"
     put_in_place(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -49,20 +49,20 @@ def _digest_file(path: Path) -> str:
 
 
 def find_change(folder: Path, digests: Mapping[str, str]) -> str:
-    """Compare files with what was written; empty if they are the same."""
+    """Describe the first file that differs from what was written; empty if none does."""
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing."
         if _digest_file(path) != digest:
-            return f"{path} is damaged: it is not what was written."
+            return f"{path} is damaged: its content has changed."
     return ""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write the files of a folder, whole or not at all, and note their digests.
+    """Let `fill` write the files of a folder, completely or not at all, and record their digests.
 
-    Not if it is there, because another run that shares it was faster.
+    Nothing is written if the folder exists, because another run that shares it was faster.
     """
 
     def fill_and_note(place: Path) -> None:
@@ -76,7 +76,7 @@ def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """Compare a folder with what was written; empty if it is the same."""
+    """Describe how a folder differs from what was written; empty if it does not."""
     try:
         return find_change(folder, json.loads((folder / _DIGESTS).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, AttributeError) as error:
@@ -84,7 +84,7 @@ def find_damage(folder: Path) -> str:
 
 
 def is_there(folder: Path) -> bool:
-    """Whether a folder is there as it was written; a damaged one goes, with a warning."""
+    """Whether a folder is intact; a damaged one is removed with a warning."""
     if not folder.is_dir():
         return False
     if damage := find_damage(folder):
@@ -95,7 +95,7 @@ def is_there(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Keep what a lock file stands for to this process, also among machines; a kill frees it."""
+    """Hold a lock file, also across machines; it is freed if the process dies."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -113,8 +113,8 @@ def alone(path: Path) -> Iterator[None]:
 def open_array(path: Path) -> NDArray[Any]:
     """Memory-map an array of an .npy file, read-only.
 
-    A map keeps its file open, and a corpus can have more files than a process may have open at
-    first (often 1,024). That limit is therefore raised, as far as the system allows it.
+    A map keeps its file open, and a corpus can have more files than a process may have open by
+    default (often 1,024). That limit is therefore raised as far as the system allows.
     """
     _allow_many_files()
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
@@ -129,6 +129,6 @@ def _allow_many_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _N_FILES if hard == resource.RLIM_INFINITY else min(_N_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        # Some systems have a lower limit than they say; then this one stays.
+        # Some systems have a lower limit than they report; then the limit stays.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,4 +1,4 @@
-"""Counts of known genes in order of rank, from a table to a shard."""
+"""Writing counts of known genes in order of rank from a table to a shard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stofm.corpus.sources import SliceSource
     from stofm.genes import GeneVocabulary
 
-#: Of a panel with fewer genes than ten times the lowest number, a cell must express a tenth.
+#: In a panel with fewer genes than ten times the minimum, a cell must express a tenth of them.
 _PANEL_SHARE: Final = 0.1
 
 
@@ -190,15 +190,15 @@ class RankedCells:
 
 
 def _warn_of_empty_cells(shard: Shard) -> None:
-    # What the tokens are does not matter.
+    # The values of the tokens do not matter.
     tokens = np.broadcast_to(np.int32(0), int(shard["offsets"][-1]))
     warn_of_empty_cells(RankedTokens(tokens, shard["offsets"]))
 
 
 def _find_twin(hashes: NDArray[np.uint64], known: Mapping[str, NDArray[np.uint64]]) -> str:
-    """Name of a slice that has half the cells of the smaller of the two; empty if none has."""
+    """Name of a slice that shares half the cells of the smaller of the two; empty if none does."""
     for name, others in known.items():
-        # A cell without counts is like any other.
+        # All cells without counts look the same.
         if 2 * np.isin(hashes, others[others > 0]).sum() > min(len(hashes), len(others)):
             return name
     return ""

@@ -108,24 +108,15 @@ def simulate_slice(
     species
         Whose gene symbols to use; a mouse gene has its human counterpart's profile.
     technology
-        ``"xenium"`` and ``"merfish"``: single cells 12 um apart. ``"slideseq"``: beads 10 um
-        apart with one or two cells each and few counts. ``"visium"``: 55 um spots on a hexagonal
-        lattice of 100 um with about six cells each.
+        ``"xenium"`` and ``"merfish"``: single cells 12 µm apart. ``"slideseq"``: beads 10 µm
+        apart with one or two cells each and few counts. ``"visium"``: 55 µm spots on a hexagonal
+        lattice of 100 µm with about six cells each.
     regions
         ``"laminar"``: cortex, layers from top to bottom. ``"nodular"``: tumour nests with a
         margin and lymphoid follicles in stroma.
     n_slices
         Sections, each in a coordinate frame of its own, with differences in depth and gene
         detection between them. Further slices do not change the first ones.
-    cells_per_spot
-        Mean number of cells in a row; above 1, rows are spots. None: the technology's.
-    depth
-        Mean counts of a row. None: the technology's for this number of genes.
-    interactions
-        Effects of neighbours, each ``(sender type, receiver type, ligand gene, micrometres)``, such
-        as ``("Myofibroblast", "Tumor", "VEGFA", 50)``. A random half of the sender's cells
-        express the ligand. It switches on a programme, 4 % of the panel's genes at three times
-        their level, in each cell of the receiver's type that has such a cell within the distance.
     image
         Draw an H&E-like image of each slice: nuclei whose density and size follow regions and cell
         types, in tissue whose stain follows regions.
@@ -146,11 +137,22 @@ def simulate_slice(
     - ``var["symbol"]``, ``var["marker_of"]`` (types that the gene marks, joined by commas);
     - ``obs["sends"]``, ``obs["responds_to"]``: with `interactions`, the ligands that a cell
       expresses and those that it responds to, joined by commas; of a spot those of its cells;
-    - ``uns["simulation"]``: the parameters. Its entry ``"interactions"`` has, for each,
-      ``sender``, ``receiver``, ``ligand``, ``distance`` and the genes of the ``programme``.
-    - ``uns["spatial"]``: with `image`, an image and scale factors by slice, 2 um a pixel for spots
-      and 0.5 for cells;
-    - ``uns["simulation"]``: the parameters.
+    - ``uns["simulation"]``: the parameters. With `interactions`, its entry ``"interactions"`` has
+      for each ``sender``, ``receiver``, ``ligand``, ``distance`` and the genes of the ``programme``;
+    - ``uns["spatial"]``: with `image`, an image and scale factors by slice, 2 µm a pixel for spots
+      and 0.5 for cells.
+
+    Other Parameters
+    ----------------
+    cells_per_spot
+        Mean number of cells in a row; above 1, rows are spots. None: the technology's.
+    depth
+        Mean counts of a row. None: the technology's for this number of genes.
+    interactions
+        Effects of neighbours, each ``(sender type, receiver type, ligand gene, micrometres)``, such
+        as ``("Myofibroblast", "Tumor", "VEGFA", 50)``. A random half of the sender's cells
+        express the ligand. It switches on a programme, 4 % of the panel's genes at three times
+        their level, in each cell of the receiver's type that has such a cell within the distance.
 
     Raises
     ------

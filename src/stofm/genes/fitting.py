@@ -48,7 +48,7 @@ _N_BINS: Final = int(np.ceil(np.log(_LARGEST / _SMALLEST) / np.log(_BIN_RATIO)))
 
 @dataclass(frozen=True, eq=False)
 class CountSlice:
-    """Counts of a slice: blocks of CSR rows, ids and symbols of its columns, ``""`` if missing."""
+    """Counts of a slice: blocks of CSR rows, ids and symbols of its columns (``""`` if missing)."""
 
     blocks: Iterable[sparse.csr_matrix]
     ids: list[str]
@@ -108,7 +108,7 @@ def as_count_slice(item: Any, *, layer: str | None) -> CountSlice:
         require_sound(counts, "The matrix of counts")
         names = (clean_names(one) for one in (ids, symbols[0] if symbols else [""] * len(ids)))
         return CountSlice([sparse.csr_matrix(counts)], *names)
-    # The only way from here to AnnData: who passes arrays does not need it.
+    # Imported here because only AnnData needs it, and arrays don't.
     from stofm._edge.counts import read_counts
     from stofm._edge.gene_mapping import ids_and_symbols
     from stofm._edge.slice_files import open_table
@@ -133,7 +133,7 @@ def _human_gene_ids(
         return own
     mapping = map_gene_ids(columns.ids, reference, fallback_ids=columns.symbols)
     genes = [gene or known for gene, known in zip(own, mapping.gene_id.tolist(), strict=True)]
-    # What only the reference tells apart may be a former symbol.
+    # A name that only the reference knows may be a former symbol.
     for gene, known, *others in zip(genes, own, columns.ids, columns.symbols, strict=True):
         if gene and not known:
             names.add_aliases({strip_version(name): gene for name in others if name})
@@ -198,7 +198,7 @@ class GeneNames:
         return symbols
 
     def aliases(self, symbols: Mapping[str, str]) -> dict[str, str]:
-        """Return all other names of the genes, each to the gene that most slices mean by it.
+        """Return all other names of the genes, each with the gene that most slices mean by it.
 
         Names that are ids or symbols are left out, and names that stand for two genes equally often.
         """
@@ -219,7 +219,7 @@ class Medians:
     """Keeps how often each value of each gene was seen.
 
     Exact values take 12 bytes each. Binned, memory depends on how many narrow logarithmic bins the
-    genes fill, at most 9,212 for each gene, some hundreds as a rule; a median is within 0.1 % of the
+    genes fill, at most 9,212 for each gene, usually some hundreds; a median is within 0.1 % of the
     exact one. The result does not depend on the order in which values, or parts, are added.
     """
 
@@ -235,7 +235,8 @@ class Medians:
             low = _SMALLEST * _BIN_RATIO ** np.clip(np.floor(scaled), 0, _N_BINS - 1)
             values = low * 2 * _BIN_RATIO / (1 + _BIN_RATIO)
         self._parts.append((genes.astype(np.int32), values, np.ones(len(genes), np.int64)))
-        # Joined only once they weigh as much as what there is, each entry is moved few times.
+        # Joined only when they are as large as what is there already, so each entry is moved few
+        # times.
         n_waiting = sum(len(part[0]) for part in self._parts)
         if self._binned and n_waiting > max(_FEW, len(self._whole[0])):
             self._join()
@@ -246,7 +247,7 @@ class Medians:
         genes, values, times = self._whole
         numbers = np.bincount(genes, weights=times, minlength=n_genes).astype(np.int64)
         first, ends = np.cumsum(numbers) - numbers, np.cumsum(times)
-        # Of an even number of values the two in the middle are averaged.
+        # Of an even number of values, the middle two are averaged.
         ranks = (first + np.maximum(numbers - 1, 0) // 2, first + numbers // 2)
         places = (np.minimum(np.searchsorted(ends, one, "right"), len(ends) - 1) for one in ranks)
         lower, upper = (np.append(values, np.nan)[one] for one in places)

@@ -30,7 +30,7 @@ _EXPECTED: Final = "Expected human or mouse genes, as Ensembl ids or symbols."
 
 @dataclass(frozen=True, eq=False)
 class GeneTable:
-    """Numbers for genes, as many for each.
+    """Numbers for genes, the same count for each.
 
     Each Ensembl id or symbol in `names` (n,) occurs once; `values` (n, width) are finite. `file` is
     the name of the file, and `digest` stands for its content, in 16 hexadecimal digits.
@@ -70,8 +70,8 @@ class GeneTable:
     def rows_of(self, vocabulary: GeneVocabulary) -> NDArray[np.int64]:
         """Find the row of each gene of a vocabulary: (n_genes,), -1 for none.
 
-        Of several rows that are one gene, the first that has its id or symbol counts, or else the
-        first of its other names (aliases, mouse orthologs).
+        If several rows are the same gene, the first with its id or symbol is used, or else the
+        first with one of its other names (aliases, mouse orthologs).
         """
         mapping = map_gene_ids(self.names, vocabulary)
         genes = mapping.gene_index
@@ -92,7 +92,7 @@ class GeneTable:
 
 
 def require_suffix(path: str | PathLike[str], what: str) -> str:
-    """Return the ending of a table's name; `what` is how the message begins if it is of none."""
+    """Return the ending of a table's name; `what` begins the message if it is none of these."""
     suffix = next((one for one in _SUFFIXES if str(path).endswith(one)), "")
     if not suffix:
         raise ValueError(
@@ -109,7 +109,7 @@ def _read_frame(path: Path, suffix: str) -> tuple[list[str], NDArray[Any]]:
     separator = _SEPARATORS.get(suffix)
     frame = read_table(path, sep=separator) if separator else pd.read_parquet(path)
     if not isinstance(frame.index, pd.RangeIndex):
-        # The header of R's tables has no word for the names.
+        # The header of R's tables has no entry for the names.
         frame = frame.reset_index()
     numbers = frame.iloc[:, 1:]
     is_text = [name for name, kind in numbers.dtypes.items() if kind.kind not in "biuf"]
@@ -146,7 +146,7 @@ def _require_numbers_of_genes(names: list[str], values: NDArray[np.float32], pat
     require_rules(
         {
             f"{path} names {n} genes, with {width} numbers each. {_EXPECTED}": min(n, width) > 0,
-            f"{path}: {len(twice)} genes are there more than once, for example {twice[:3]}.": not twice,
+            f"{path}: {len(twice)} genes occur more than once, for example {twice[:3]}.": not twice,
             f"{path}: numbers of {len(bad)} genes are missing, infinite or beyond float32, for "
             f"example those of {bad[:3]}. Fill them in, or leave them out.": not bad,
         }

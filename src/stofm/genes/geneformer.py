@@ -1,8 +1,8 @@
 """The dictionaries that Geneformer publishes, from a folder or the Hugging Face hub.
 
 They are pickles, and unpickling a file can run any code that its author put in. The reader here
-admits dictionaries, strings, numbers and numpy's scalars, which it builds itself, and refuses
-whatever else a file asks for before it happens.
+accepts dictionaries, strings, numbers and numpy's scalars, which it builds itself. It refuses
+anything else that a file asks for, before it happens.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def read_pickle_table(path: Path, *, sha256: str | None = None) -> dict[str, Any
         for key, value in table.items()
     ):
         raise UnsafeTableError(
-            f"{path} is refused: it is no dictionary of names to names or numbers. {_ADMITTED}"
+            f"{path} is refused: it is not a dictionary of names to names or numbers. {_ADMITTED}"
         )
     return dict(table)
 
@@ -166,5 +166,5 @@ class _TableReader(pickle.Unpickler):
         stand_in = _STAND_INS.get((module_name, global_name))
         if stand_in is None:
             raise UnsafeTableError(f"It asks for {module_name}.{global_name}.")
-        # Wrapped anew each time, because a pickle may set attributes of what it gets.
+        # Wrapped each time, because a pickle may set attributes of what it gets.
         return lambda *arguments: stand_in(*arguments)

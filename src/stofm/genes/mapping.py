@@ -1,4 +1,4 @@
-"""Names of genes: of which kind and species they are, and which gene of a vocabulary each means."""
+"""Names of genes: their kind and species, and the gene of a vocabulary that each stands for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ENSEMBL_GENE: Final = re.compile(r"(ENS(?:[A-Z]{3,4})?GR?\d{10,})(\.\d+)?(_PAR_
 #: Columns of a table of orthologs.
 _MOUSE: Final = "mouse_ensembl_id"
 _HUMAN: Final = "human_ensembl_id"
-#: Missing values that a table was written and read back with.
+#: Text that a missing value becomes when a table is written and read back.
 _MISSING: Final = frozenset({"", "nan", "NaN", "NA", "<NA>", "None"})
 
 
@@ -148,16 +148,16 @@ def _download(address: str) -> Path:
 
 Species = Literal["auto", "human", "mouse"]
 
-#: Fewer genes than this are too few, unless at least half of a smaller panel is found.
+#: Fewer genes than this are too few, unless they are at least half of a smaller panel.
 MIN_GENES: Final = 10
 #: A smaller share of the genes is too few: names of another species match now and then.
 MIN_SHARE: Final = 0.02
-#: Share of the counts in unknown columns from which on a cell's embedding is another: where it is
-#: half, cosines to the embedding of the known genes alone are 0.98, and where it is 0.9, 0.87 to
-#: 0.90. Slices of the benchmark have up to 0.28 (mitochondrial and ribosomal RNA).
+#: Share of the counts in unknown columns from which on a cell's embedding changes: at half, cosines
+#: to the embedding of the known genes alone are 0.98, and at 0.9, 0.87 to 0.90. Slices of
+#: the benchmark have up to 0.28 (mitochondrial and ribosomal RNA).
 MOST_UNKNOWN: Final = 0.4
-#: Share of the counts in columns beyond the first of their gene from which on they may be no genes:
-#: paralogs of mice that are one human gene have up to 0.01 in slices of the benchmark.
+#: Share of the counts in columns beyond the first of their gene from which on they may not be
+#: genes: paralogs of mice that are one human gene have up to 0.01 in slices of the benchmark.
 MOST_REPEATED: Final = 0.03
 #: A second species is named in the report from this share of the ids on.
 _MIXED_SHARE: Final = 0.1
@@ -169,7 +169,7 @@ _ADVICE: Final = (
 )
 
 
-#: Names that are looked at to give advice, and what stands between parts of a name.
+#: Number of names that are looked at to give advice, and what separates parts of a name.
 _SAMPLE: Final = 2000
 _SEPARATORS: Final = "_:|- /"
 
@@ -181,7 +181,7 @@ class GeneMapping:
     Attributes
     ----------
     gene_index
-        (n_vars,) int64 place in the vocabulary's arrays, -1 for none.
+        (n_vars,) int64 index into the vocabulary's arrays, -1 for none.
     gene_id
         (n_vars,) gene id of the vocabulary, ``""`` for none.
     token_id
@@ -238,7 +238,7 @@ class GeneMapping:
         return tuple(self.names[row] for row in rows[:_N_EXAMPLES])
 
     def summary(self) -> str:
-        """Return the report as one line, short where all was found."""
+        """Return the report as one line, a short one if all genes were found."""
         found = f"{self.n_matched} of {self.n_vars} genes matched"
         if self.n_genes < self.n_matched:
             found += f" ({self.n_genes} different)"
@@ -251,12 +251,12 @@ class GeneMapping:
         )
 
     def require_enough(self, advise: Callable[[], str] | None = None) -> None:
-        """Refuse a mapping that found no gene, or so few that tokens would mean little.
+        """Raise an error if no gene was found, or so few that tokens would mean little.
 
         Parameters
         ----------
         advise
-            Returns better advice for the message than to pass an argument, or ``""``.
+            Returns advice for the message that is better than to pass an argument, or ``""``.
 
         Raises
         ------
@@ -287,7 +287,7 @@ def map_gene_ids(
     orthologs: Mapping[str, str] | str | PathLike[str] | None = None,
     fallback_ids: Iterable[Any] | None = None,
 ) -> GeneMapping:
-    """Find the gene of the vocabulary that each id means.
+    """Find the gene of the vocabulary that each id stands for.
 
     Each id is looked up on its own, so kinds and species may be mixed. Ensembl ids may carry
     versions. Order: gene id, alias, human ortholog of a mouse Ensembl id, symbol, and for mouse
@@ -300,13 +300,13 @@ def map_gene_ids(
     vocabulary
         Genes to find.
     species
-        ``"auto"`` takes names with capitals as in mouse symbols for mouse symbols; ``"mouse"``
-        takes all symbols for them. ``"human"`` looks up neither orthologs nor
-        capitals; names that the vocabulary itself lists as aliases are found all the same.
+        ``"auto"`` takes names that are capitalised like mouse symbols for mouse symbols,
+        ``"mouse"`` all symbols. ``"human"`` looks up neither orthologs nor capitals; names that the
+        vocabulary itself lists as aliases are found nevertheless.
     orthologs
         Mouse to human Ensembl ids, see :func:`stofm.genes.read_orthologs`.
     fallback_ids
-        (n_vars,) second names, looked up where `ids` leads to nothing.
+        (n_vars,) second names, looked up where the name in `ids` is not found.
 
     Raises
     ------
@@ -350,7 +350,7 @@ def map_gene_ids(
 def counts_of_repeated_genes(
     genes: NDArray[np.integer], counts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Counts of the columns whose gene, not negative, another column before them has; 0 elsewhere."""
+    """Counts of columns whose gene (not negative) an earlier column has too; 0 elsewhere."""
     is_repeated = genes >= 0
     is_repeated[np.unique(genes, return_index=True)[1]] = False
     return np.where(is_repeated, counts, 0.0)
@@ -367,9 +367,9 @@ def _main_species(types: Mapping[IdType, int]) -> str:
 
 
 def advice_for_names(names: Iterable[str], vocabulary: GeneVocabulary, where: str) -> str:
-    """Say how to change names so that at least half of them are found; ``""`` for no idea.
+    """Say how to change names so that at least half of them are found; ``""`` if no way is known.
 
-    `where` is what holds the names, as code: ``"adata.var_names"``.
+    `where` is the code that gives the names: ``"adata.var_names"``.
     """
     kept = [name for name in names if name][:_SAMPLE]
     changes = {"upper()": [name.upper() for name in kept]}

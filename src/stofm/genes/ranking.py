@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-#: Indices of a file that are read at once.
+#: Number of indices that are read from a file at once.
 _ENTRIES_AT_ONCE: Final = 1 << 22
 #: Rows of a matrix of tokens that are checked at once.
 _ROWS_AT_ONCE: Final = 1 << 14
 #: Stored entries that are ranked at once: keys and their padded copy stay near 15 MB.
 _BLOCK_ENTRIES: Final = 1 << 18
-#: numpy sorts and gathers outside the interpreter's lock; each thread holds one block.
+#: numpy sorts and gathers without the interpreter's lock; each thread holds one block.
 _N_THREADS: Final = min(4, os.cpu_count() or 1)
-#: Rows are sorted together if the longest is at most this much longer than the shortest,
-#: so that little padding is sorted along.
+#: Rows are sorted together if the longest is at most this much longer than the shortest, so that
+#: little padding is sorted with them.
 _LENGTH_RATIO: Final = 1.15
 _LENGTH_SLACK: Final = 8
 _NO_GENE: Final = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
-#: Values are those of a cell scaled to so many counts.
+#: Values are those of a cell scaled to this many counts.
 _TARGET_SUM: Final = 10_000
 
 
 def require_sound(matrix: Any, name: str, *, entries: bool = True) -> None:
-    """Refuse a sparse matrix that would be read outside of its entries or its shape.
+    """Raise an error for a sparse matrix whose indices lie outside its entries or its shape.
 
-    Compiled code follows such indices without a check: they count for another gene, or end the
-    process. CSR and CSC matrices are looked at, in memory or in a file (a sparse dataset of
-    anndata); without `entries`, only where their rows or columns start.
+    Compiled code follows such indices without a check: they would count for another gene, or crash
+    the process. CSR and CSC matrices are checked, in memory or in a file (a sparse dataset of
+    anndata); without `entries`, only the starts of their rows or columns.
     """
     form = getattr(matrix, "format", "")
     if form not in ("csr", "csc"):
@@ -77,8 +77,8 @@ class RankedTokens:
     offsets
         (n_cells + 1,) int64; cell c owns ``tokens[offsets[c]:offsets[c + 1]]``.
     values
-        (n_tokens_in_all,) float32 value of each token (:func:`rank_genes`). None where only the
-        order was asked for.
+        (n_tokens_in_all,) float32 value of each token (:func:`rank_genes`). None if only the order
+        was requested.
     """
 
     tokens: NDArray[np.int32]
@@ -109,7 +109,7 @@ class RankedTokens:
         return self._csr(self.tokens, max_tokens)
 
     def values_to_csr(self, max_tokens: int) -> sparse.csr_matrix:
-        """Return the values as a float32 matrix with the places of :meth:`to_csr`."""
+        """Return the values as a float32 matrix with the entries of :meth:`to_csr`."""
         return self._csr(self.values, max_tokens)
 
     def _csr(self, entries: Any, max_tokens: int) -> sparse.csr_matrix:
@@ -121,10 +121,10 @@ class RankedTokens:
 
     @classmethod
     def from_csr(cls, matrix: Any) -> RankedTokens:
-        """Read back what :meth:`to_csr` gave, from any sparse matrix of that content.
+        """Rebuild the tokens from the matrix of :meth:`to_csr`, in any sparse format.
 
-        Raises ValueError if a row has a gap, so that it does not hold tokens in order of rank, if an
-        entry is no positive integer, or an index is out of range.
+        Raises ValueError if a row has a gap, so that it does not hold tokens in order of rank, if
+        an entry is not a positive integer, or if an index is out of range.
         """
         entries, offsets = _entries_in_order(matrix)
         if entries.dtype.kind not in "iu" or (len(entries) and entries.min() < 1):
@@ -135,9 +135,9 @@ class RankedTokens:
         return cls(tokens=entries.astype(np.int32, copy=False), offsets=offsets)
 
     def with_values(self, matrix: Any) -> RankedTokens:
-        """Add the values that :meth:`values_to_csr` gave, from any sparse matrix of that content.
+        """Add values from the matrix of :meth:`values_to_csr`, in any sparse format.
 
-        Raises ValueError if it has its entries in other places than the tokens, or if one is
+        Raises ValueError if its entries are at other positions than the tokens, or if one is
         negative, NaN or infinite.
         """
         entries, offsets = _entries_in_order(matrix)
@@ -215,7 +215,7 @@ def rank_genes(
     values: bool = False,
     depth_power: float = 1.0,
 ) -> RankedTokens:
-    """Order the genes of each cell by their count relative to the gene's median.
+    """Order the genes of each cell by their counts relative to the genes' medians.
 
     The value of gene g in cell c is count / total count of c x 10,000 / median of g (SToFM,
     arXiv 2507.11588, section 3.2, after Geneformer). Total and factor are the same for all genes
@@ -293,7 +293,7 @@ def rank_genes(
 
 
 def _row_blocks(counts: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
-    """Cut the rows into blocks of bounded size that share memory with `counts`, at least one."""
+    """Cut the rows into blocks of bounded size, at least one, that share memory with `counts`."""
     n_cells, n_vars = counts.shape
     if not n_cells:
         yield counts
@@ -351,7 +351,7 @@ def _rank_block(
         is_entry = place < lengths[rows, None]
         padded = keys[np.where(is_entry, block.indptr[rows, None] + place, len(keys) - 1)]
         padded.sort(axis=1)
-        # Entries without a value have nothing but ones above the token bits.
+        # Entries without a value have only ones above the token bits.
         n_tokens[rows] = (padded < (_NO_GENE & ~token_mask)).sum(axis=1)
         ranked.append((rows, padded[:, :max_tokens]))
     np.minimum(n_tokens, max_tokens, out=n_tokens)
@@ -364,7 +364,7 @@ def _rank_block(
         places = (offsets[rows, None] + place)[is_token]
         tokens[places] = (kept & token_mask)[is_token]
         if amounts is not None and scale is not None:
-            # Count / median, read back from the key, where it stands to 1e-10.
+            # Count / median, read back from the key, which holds it to 1e-10.
             ratios = (~kept & ~token_mask).view(np.float64)
             amounts[places] = (ratios * scale[rows, None])[is_token]
     return RankedTokens(tokens=tokens, offsets=offsets, values=amounts)
@@ -377,7 +377,7 @@ def _sort_keys(
 
     The bits of a positive double rise with its value, so their complement falls. Its lowest
     bits (17 of 52 for a vocabulary of 100,000 genes) make room for the token, which decides
-    between equal values. A key more than there are entries stands for padding.
+    between equal values. One more key than there are entries stands for padding.
     """
     ratios = np.zeros(len(block.data) + 1)
     np.divide(block.data, divisors[block.indices], out=ratios[:-1])

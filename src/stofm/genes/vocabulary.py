@@ -29,7 +29,7 @@ _OTHER_NAMES: Final = {"token_id": "token", "ensembl_id": "gene_id"}
 
 @dataclass(frozen=True, eq=False)
 class GeneVocabulary:
-    """Human genes with their tokens and medians, and other names of them.
+    """Human genes with their tokens, medians and other names.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class GeneVocabulary:
     Raises
     ------
     ValueError
-        The arrays do not fit each other, or an id, token or median is not valid.
+        The arrays differ in length, or an id, token or median is not valid.
     """
 
     gene_ids: NDArray[np.str_]
@@ -92,7 +92,7 @@ class GeneVocabulary:
 
     @property
     def n_tokens(self) -> int:
-        """Largest token + 1: the rows that a token embedding needs."""
+        """Largest token + 1: the number of rows that a token embedding needs."""
         return 1 + max(int(self.tokens.max(initial=0)), *self.special.values())
 
     @property
@@ -126,14 +126,14 @@ class GeneVocabulary:
 
     @cached_property
     def rows_by_id(self) -> dict[str, int]:
-        """Gene id to its place in the arrays."""
+        """Gene ids and their indices in the arrays."""
         return {name: row for row, name in enumerate(self.gene_ids.tolist())}
 
     @cached_property
     def rows_by_name(self) -> dict[str, int]:
-        """Gene id, alias or symbol to the place of its gene; a symbol of several leads to the first.
+        """Index of each id, alias and symbol; a symbol of several genes has the first.
 
-        What is a name of several kinds is an id first, then an alias.
+        A name of several kinds counts as an id first, then as an alias.
         """
         ids, symbols = self.rows_by_id, self.symbols.tolist()
         first = {symbols[row]: row for row in reversed(range(self.n_genes)) if symbols[row]}
@@ -144,10 +144,10 @@ class GeneVocabulary:
     def from_tsv(cls, path: str | PathLike[str]) -> GeneVocabulary:
         """Read a vocabulary table, plain or gzip.
 
-        Two layouts are known: ours (``token gene_id symbol median aliases``, see
-        :meth:`save`) and that of plain copies of Geneformer's dictionaries (``token_id
-        ensembl_id median symbol``). Special tokens are rows without a median. A table without
-        ``<cls>`` gets it as the next token, as the reference implementation does at run time.
+        Two layouts are known: stofm's own (``token gene_id symbol median aliases``, see
+        :meth:`save`) and that of plain copies of Geneformer's dictionaries (``token_id ensembl_id
+        median symbol``). Special tokens are rows without a median. A table without ``<cls>`` gets
+        it as the next token, as the reference implementation does at run time.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class GeneVocabulary:
         """Write the table that :meth:`from_tsv` reads back exactly.
 
         Columns ``token gene_id symbol median aliases``, separated by tabs, aliases by ``|``,
-        rows by token. The file appears whole or not at all.
+        rows by token. The file is written completely or not at all.
         """
         content = "".join(f"{line}\n" for line in _lines(self)).encode()
         if str(path).endswith(".gz"):
@@ -196,19 +196,19 @@ class GeneVocabulary:
         slices
             AnnData or SpatialData, paths of ``.h5ad`` files or ``.zarr`` stores, or tuples (counts,
             gene ids) or (counts, gene ids, symbols) with counts (n_cells, n_vars) as a sparse
-            matrix. Read one after another; an iterator will do.
+            matrix. They are read one after another; an iterator works too.
         orthologs
             Mouse to human Ensembl ids: a mapping, a table or its address, see
             :func:`stofm.genes.read_orthologs`.
         reference
-            Vocabulary whose names translate what is no human Ensembl id (symbols, mouse ids
-            that `orthologs` does not have), and whose symbols are taken over.
+            Vocabulary that translates names other than human Ensembl ids (symbols, mouse ids that
+            `orthologs` lacks), and whose symbols are kept.
         method
             ``"exact"`` keeps all non-zero values in memory (12 bytes each). ``"histogram"``
             counts them in narrow logarithmic bins: memory does not grow with the number of
-            cells, medians are right to 0.1 %, and the order of slices does not matter.
+            cells, medians are accurate to 0.1 %, and the order of slices does not matter.
         min_cells
-            A gene must be seen in so many cells.
+            Number of cells in which a gene must be detected.
         layer
             Layer of the AnnData objects that holds raw counts; None for ``X``.
 
@@ -240,8 +240,8 @@ class GeneVocabulary:
     ) -> GeneVocabulary:
         """Load the dictionaries that Geneformer publishes.
 
-        They are pickles; only plain dictionaries of strings and numbers are read, nothing in
-        them is executed.
+        They are pickles, but only plain dictionaries of strings and numbers are read, and nothing
+        in them is executed.
 
         Parameters
         ----------
@@ -249,21 +249,21 @@ class GeneVocabulary:
             ``"30m"`` (Geneformer V1, the vocabulary of SToFM's published weights) or
             ``"104m"`` (Geneformer V2).
         folder
-            Local folder with the published files, at its top or where the published repository
-            has them. None downloads them from the Hugging Face repository
-            ``ctheodoris/Geneformer`` (or takes them from its local cache).
+            Local folder with the published files, at its top or where the published repository has
+            them. None: download them from the Hugging Face repository ``ctheodoris/Geneformer``, or
+            use its local cache.
         revision
             Branch, tag or commit of that repository.
         check_sha256
-            Refuse files of ``"30m"`` other than the published ones. For ``"104m"`` no checksum
-            is known; what was found is logged.
+            Refuse files of ``"30m"`` other than the published ones. For ``"104m"`` no checksum is
+            known; the one found is logged.
 
         Raises
         ------
         FileNotFoundError
             `folder` lacks a file.
         ValueError
-            A file has another checksum, or holds anything but names and numbers.
+            A file has another checksum, or holds something other than names and numbers.
         """
         from stofm.genes.geneformer import load_geneformer
 
@@ -325,9 +325,7 @@ def _lines(vocabulary: GeneVocabulary) -> list[str]:
     names = [*vocabulary.gene_ids.tolist(), *vocabulary.symbols.tolist(), *vocabulary.aliases]
     bad = [name for name in names if set(name) & set("\t\n\r")]
     if bad := bad + [alias for alias in vocabulary.aliases if not alias or "|" in alias]:
-        raise ValueError(
-            f"The name {bad[0]!r} is empty, or holds a character that separates the table."
-        )
+        raise ValueError(f"The name {bad[0]!r} is empty, or contains a separator of the table.")
     aliases: dict[str, list[str]] = {}
     for alias, gene in vocabulary.aliases.items():
         aliases.setdefault(gene, []).append(alias)

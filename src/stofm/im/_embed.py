@@ -81,25 +81,10 @@ def embed(
         Micrometres of a unit of the coordinates (of coordinates in pixels: of a pixel), or a dict by
         slice. None: what the metadata of :func:`stofm.read`, of the image or of Visium HD say, else
         ``65 / spot_diameter_fullres`` for Visium, else by `pitch`.
-    pitch
-        Micrometres between the middles of neighbouring spots.
-    crops
-        Sides of both patches in micrometres. None: 100 and 200 for spots, 40 and 120 for cells that
-        lie nearer to each other than 40 µm.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates. Centroids are taken for a SpatialData.
     library_key
         Column of ``adata.obs`` that names each cell's slice, and with it its image.
     device
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    key_added
-        What the names of both entries of ``adata.obsm`` start with.
-    table_key
-        Table of a SpatialData.
-    show_progress_bar
-        Show a bar.
-    copy
-        Return a changed copy and leave `adata` as it is.
 
     Returns
     -------
@@ -112,6 +97,24 @@ def embed(
     ``adata.uns['stofm']['X_image_spot' | ...]``, ``['X_image_niche' | ...]`` : dict
         Encoder, fingerprint of its weights, side of the patch in micrometres and in pixels, and for
         each slice the image and its micrometres per pixel.
+
+    Other Parameters
+    ----------------
+    pitch
+        Micrometres between the middles of neighbouring spots.
+    crops
+        Sides of both patches in micrometres. None: 100 and 200 for spots, 40 and 120 for cells that
+        lie nearer to each other than 40 µm.
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates. Centroids are taken for a SpatialData.
+    key_added
+        What the names of both entries of ``adata.obsm`` start with.
+    table_key
+        Table of a SpatialData.
+    show_progress_bar
+        Show a bar.
+    copy
+        Return a changed copy and leave `adata` as it is.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which technology the files of a folder are of, and which of them to read."""
+"""Which technology the files in a folder come from, and which of them to read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     BinSize = int | Literal["cells"] | None
 
-#: What tables of counts are called, and what tables of something else are.
+#: Names of tables of counts, and names of other tables.
 _DENSE: Final = re.compile(
     r"expr|cell_by_gene|cellxgene|counts?\b|_counts|dge|digital|matrix", re.IGNORECASE
 )
@@ -38,7 +38,7 @@ _CELLS: Final = "cells"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A table of cells, or counts with their places, of a technology.
+    """A table of cells, or counts with positions, of a technology.
 
     `names` are the columns of ids, x and y; `bins` the size of its bins, or ``"cells"``.
     """
@@ -58,9 +58,9 @@ def choose(
     where: str,
     own: File | None = None,
 ) -> Candidate:
-    """Choose what to read of a folder, or say why nothing can be, or what has to be chosen.
+    """Choose what to read from a folder, or say why that is not possible or what has to be chosen.
 
-    If `own`, the file that was asked for, is a table of cells, it is that.
+    If `own`, the requested file, is a table of cells, that is chosen.
     """
     found = _candidates(files, wanted)
     found = [one for one in found if one.file is own] or found
@@ -105,7 +105,7 @@ def _names(found: Sequence[Candidate]) -> str:
 
 
 def _candidates(files: list[File], wanted: Format | None) -> list[Candidate]:
-    """All that is of the wanted technology; without one, of those that are certain, else of others."""
+    """All files of the wanted technology; if None, of certain ones, else of others."""
     stored = [Candidate(H5AD, file) for file in files if file.kind in ("h5ad", "zarr")]
     plain = [one for file in files for one in _matches(file, files, (GENERIC,))]
     if wanted in (GENERIC, H5AD):
@@ -146,7 +146,7 @@ def _match_table(file: File, files: list[File], one: Format) -> list[Candidate]:
 
 
 def _of_bins(found: list[Candidate], bin_size: BinSize, where: str) -> list[Candidate]:
-    """Those with bins of the size that was asked for, or that is usual."""
+    """Those with bins of the requested size, or of the usual one."""
     technology = found[0].technology
     if technology.bin_size is None:
         if bin_size is not None:
@@ -160,7 +160,7 @@ def _of_bins(found: list[Candidate], bin_size: BinSize, where: str) -> list[Cand
         expected = f"it has {kinds}"
     else:
         there = list(dict.fromkeys(one.bins for one in found))
-        # A path into a folder of bins says which ones.
+        # A path into a folder of bins determines which ones.
         is_meant = len(there) == 1 and (
             there[0] == _CELLS or f"square_{int(there[0] or 0):03}um" in where
         )
@@ -235,8 +235,11 @@ def _nothing_message(files: list[File], wanted: Format | None, where: str) -> st
 
 
 def _faults(files: Sequence[File]) -> str:
-    """What is there, but can't be used."""
-    faults = {"probes": "counts probes, not genes", "damaged": "is damaged, or no file of its kind"}
+    """Files that are there but can't be used."""
+    faults = {
+        "probes": "counts probes, not genes",
+        "damaged": "is damaged, or not a file of its kind",
+    }
     texts = [f" {file.name} {faults[file.kind]}." for file in files if file.kind in faults]
     return "".join(texts[:3])
 

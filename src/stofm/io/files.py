@@ -1,4 +1,4 @@
-"""What is in a folder: each file with its kind, by its content and not by its name."""
+"""Files in a folder with their kinds, by content and not by name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _DEPTH: Final = 6
 _TABLES: Final = (".csv", ".tsv", ".txt", ".gem")
 _HDF5: Final = (".h5", ".hdf5", ".h5ad", ".gef")
-#: What the column of names is called, in a table of counts whose other columns may be numbers.
+#: Names of the column of names, in a table of counts whose other columns may be numbers.
 _INDEX: Final = ("", "gene", "genes", "name")
 _ZARR: Final = ("zarr.json", ".zgroup", ".zattrs")
 #: Columns that a table of molecules has, in one spelling or another.
 _GEM: Final = ({"geneID", "gene", "geneName"}, {"MIDCount", "MIDCounts", "UMICount"}, {"x"}, {"y"})
-#: What the files and folders of a run are called, behind the name of a sample.
+#: Names of the files and folders of a run, after the name of a sample.
 _ROLES: Final = re.compile(
     r"(?:^|[._-]|(?=raw_expression))(outs|spatial|binned_outputs|square_\d+um|segmented_outputs|images"
     r"|transcripts_and_boundaries_csv|cell_feature_matrix|(?:filtered|raw|sample)?_?(?:filtered_|raw_)?"
@@ -40,9 +40,9 @@ _ROLES: Final = re.compile(
 
 @dataclass(frozen=True)
 class File:
-    """A file, and what it holds.
+    """A file and its content.
 
-    `name` is its path below the folder that was asked for. A table has `columns` (empty if it has
+    `name` is its path below the requested folder. A table has `columns` (empty if it has
     no header), the cells of its `first` row, what separates them, and lines before the data.
     """
 
@@ -56,7 +56,7 @@ class File:
 
     @property
     def sample(self) -> str:
-        """Name of the sample, as folders and names have it; ``""`` if they have none."""
+        """Name of the sample, from the names of folders and files; ``""`` if there is none."""
         *folders, name = Path(self.name).parts
         if self.kind in ("h5ad", "zarr"):
             return Path(self.name).with_suffix("").as_posix()
@@ -66,12 +66,12 @@ class File:
 
     @property
     def is_filtered(self) -> bool:
-        """Whether a matrix is said to have observations on tissue only."""
+        """Whether the name of a matrix says that it has observations on tissue only."""
         return any("filtered" in part for part in Path(self.name).parts[-2:])
 
 
 def find_files(root: Path) -> list[File]:
-    """All files of a folder, and of folders in it, that may be read; a file is looked at alone."""
+    """All files in a folder and its sub-folders that may be read; or a single file."""
     if root.is_file() or _is_store(root):
         return [_look_at(root, root.name)]
     found = []
@@ -89,7 +89,7 @@ def find_files(root: Path) -> list[File]:
 
 
 def files_beside(path: Path) -> list[Path]:
-    """A file and those of its sample in its folder, which are read with it."""
+    """A file and the files of its sample in its folder, which are read with it."""
     found = (one for one in path.parent.rglob("*") if one.is_file())
     named = [File(one, one.relative_to(path.parent).as_posix(), "") for one in found]
     sample = File(path, path.name, "").sample
@@ -97,7 +97,7 @@ def files_beside(path: Path) -> list[Path]:
 
 
 def distance(file: File, other: File) -> tuple[bool, int]:
-    """How far files lie from each other: of another sample or not, words that their paths share."""
+    """Distance of files: whether the sample differs, and the words that their paths share."""
     # In a flat copy of a run, folders are the first words of names.
     pairs = zip(*(re.split(r"[/._-]+", one.name) for one in (file, other)), strict=False)
     n_shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -105,7 +105,7 @@ def distance(file: File, other: File) -> tuple[bool, int]:
 
 
 def nearest(file: File, files: Sequence[File], pattern: str) -> File | None:
-    """That of `files` which is named so, is of the same sample if one is, and lies nearest."""
+    """The file of this name, of the same sample if there is one, that lies nearest."""
     named = [one for one in files if re.search(pattern, one.name)]
     return min(named, key=lambda other: (*distance(file, other), other.name), default=None)
 
@@ -117,14 +117,14 @@ def is_gzip(path: Path) -> bool:
 
 
 def open_text(path: Path) -> IO[str]:
-    """Open a plain or compressed file of text; spreadsheets put a mark before its first letter."""
+    """Open a plain or compressed text file, with or without a byte-order mark."""
     if is_gzip(path):
         return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
     return path.open(encoding="utf-8-sig", errors="replace", newline="")
 
 
 def extension(path: Path) -> str:
-    """Last part of a name, that before ``.gz`` if it ends so, in lower case."""
+    """Last part of a name in lower case; the one before ``.gz`` if it ends in that."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -133,7 +133,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _look_at(path: Path, name: str) -> File:
-    """What a file is; one that can't be read may not be needed."""
+    """Kind of a file; one that can't be read may not be needed."""
     try:
         return File(path, name, "zarr") if path.is_dir() else _look_into(path, name)
     except (OSError, EOFError, ValueError, zlib.error):
@@ -185,7 +185,7 @@ def _look_at_table(path: Path, name: str) -> File:
 
 
 def _lines(opened: Any) -> Iterator[tuple[int, str]]:
-    """Lines that are no comments, with the number of lines up to them."""
+    """Lines that are not comments, with the number of lines up to them."""
     for number, line in enumerate(opened, start=1):
         if line.strip() and not line.startswith("#"):
             yield number, line.rstrip("\r\n")

@@ -1,4 +1,4 @@
-"""What all that is read has in common: controls are taken out, counts checked, sources recorded."""
+"""Steps for all formats: controls are removed, counts checked, sources recorded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_images(read_: Read, one: Candidate, files: list[File]) -> None:
         return  # they are there, if there are any
     if one.technology not in (VISIUM, VISIUM_HD):
         raise ValueError(
-            f"Images are read of Visium only, and this is {read_.technology}. For images, read it with "
+            f"Images are read for Visium only, and this is {read_.technology}. For images, read it with "
             "spatialdata-io; stofm takes the result."
         )
     name = one.file.sample.replace("/", "_") or read_.facts.get("library") or "sample"
@@ -45,7 +45,7 @@ def add_images(read_: Read, one: Candidate, files: list[File]) -> None:
 
 
 def finished(read_: Read, names: list[str], how: str) -> AnnData:
-    """Take controls out, check counts, and record where all came from."""
+    """Remove controls, check counts, and record the sources."""
     name_genes(read_.adata)
     adata, others = _without_controls(read_)
     with naming(adata=names[-1]):
@@ -71,7 +71,7 @@ def finished(read_: Read, names: list[str], how: str) -> AnnData:
         observations=read_.rows,
         dropped=read_.dropped | others,
     )
-    unit = "micrometres" if scale.unit == MICROMETRE else "a unit that the files do not tell"
+    unit = "micrometres" if scale.unit == MICROMETRE else "a unit that the files don't name"
     left = "; ".join(f"{number} {what}" for what, number in read_.dropped.items())
     logger.info(
         "%s (%s): %d %s x %d genes, coordinates in %s%s.",
@@ -82,7 +82,7 @@ def finished(read_: Read, names: list[str], how: str) -> AnnData:
 
 
 def _without_controls(read_: Read) -> tuple[AnnData, dict[str, int]]:
-    """Leave features that are no genes out of ``X`` and sum them, kind by kind."""
+    """Remove features that are not genes from ``X``, and sum them kind by kind."""
     adata = read_.adata
     kinds = kinds_of_others(adata)
     kinds[(kinds == "") & adata.var_names.str.contains(CONTROLS)] = "control"

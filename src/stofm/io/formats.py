@@ -1,4 +1,4 @@
-"""The table of formats: by which columns a table of cells is known, and what else is particular."""
+"""The table of formats: the columns that identify a table of cells, and other properties."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 MICROMETRE: Final = "micrometre"
 UNKNOWN: Final = "unknown"
 AUTO: Final = "auto"
-#: What Xenium, MERSCOPE and CosMx call features that are no genes, where no feature type says so.
+#: Names of features in Xenium, MERSCOPE and CosMx that are not genes, if no feature type says so.
 CONTROLS: Final = (
     r"^(?:NegControl|NegPrb|NegAdd|Negative\d|BLANK[-_\d]|Blank[-_\d]|SystemControl|FalseCode"
     r"|UnassignedCodeword|DeprecatedCodeword|Intergenic_|antisense_)"
@@ -21,11 +21,11 @@ CONTROLS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What the files of a technology look like.
+    """The files of a technology.
 
     A table of cells has one of the `ids` (names joined by ``+`` make one id together), one of `x`
-    and of `y`, all of `also`, and a path that `path` is found in. `without_header` are the columns
-    of one that has no names. Names are compared without regard to case.
+    and of `y`, all of `also`, and a path that `path` matches. `without_header` are the columns of a
+    table without a header. Names are compared without regard to case.
     """
 
     name: str
@@ -37,23 +37,23 @@ class Format:
     without_header: tuple[str, ...] = ()
     #: What a row is.
     rows: str = "cells"
-    #: What the places are in, if all files of the technology have them so.
+    #: The unit of the positions, if it is the same in all files of the technology.
     unit: str = UNKNOWN
     #: Columns of the table of counts that are neither ids nor genes.
     no_genes: tuple[str, ...] = ()
-    #: Whether an id that ends in 0 stands for all that is in no cell.
+    #: Whether an id that ends in 0 stands for everything outside cells.
     has_background: bool = False
-    #: Columns that x and y are counted within, one field of view after the other.
+    #: Columns within which x and y are counted, such as the field of view.
     field: str = ""
-    #: Bins in place of cells, unless others are asked for.
+    #: Size of the bins that replace cells, unless another is requested.
     bin_size: int | None = None
-    #: For messages: what there should be, and names that speak of the technology.
+    #: For messages: the expected files, and names that suggest the technology.
     expected: str = ""
     hint: str = ""
 
     def columns(self, names: Sequence[str]) -> tuple[str, str, str] | None:
-        """Names of id (joined by ``+``), x and y in a table; None if it is none of this format."""
-        # CosMx has cell_ID and cell_id: spelling goes first.
+        """Names of id (joined by ``+``), x and y in a table; None if it is not of this format."""
+        # CosMx has cell_ID and cell_id: exact spelling is tried first.
         there = {name.lower(): name for name in names} | {name: name for name in names}
         if _MOLECULES & set(there) or not all(name.lower() in there for name in self.also):
             return None
@@ -133,7 +133,7 @@ GENERIC: Final = Format(
     expected="a matrix of counts, and a table of ids, x and y",
 )
 
-#: Those before others that their tables fit too.
+#: Formats that come before others that their tables fit too.
 FORMATS: Final = (
     XENIUM,
     VISIUM_HD,
@@ -219,7 +219,7 @@ FORMATS: Final = (
 
 
 def format_of(technology: str) -> Format | None:
-    """The format that a user names; None is for whichever is found."""
+    """The format that a user names; None for whichever is found."""
     wanted = _plain(technology)
     if wanted == AUTO:
         return None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stofm.io.detection import Candidate
     from stofm.io.files import File
 
-#: Ids that end so are of no cell.
+#: Ids with these endings belong to no cell.
 _NO_CELL: Final = r"(?:^|_)0$"
 _TISSUE: Final = "in_tissue"
 #: Share of cells without a position that is worth a warning.
@@ -33,7 +33,7 @@ _MANY: Final = 0.05
 
 @dataclass(frozen=True)
 class Read:
-    """Counts with positions ``obsm["spatial"]`` in units of their own, and what is known of them."""
+    """Counts with positions ``obsm["spatial"]`` in the file's unit, and metadata."""
 
     adata: AnnData
     technology: str
@@ -131,7 +131,7 @@ def _cells(one: Candidate) -> tuple[pd.DataFrame, str, str]:
 
 
 def _on_tissue(cells: pd.DataFrame, chosen: File) -> NDArray[np.bool_]:
-    """Whether spots are on tissue; a matrix that was filtered has no others."""
+    """Whether spots are on tissue; a filtered matrix has no others."""
     if _TISSUE not in cells or chosen.is_filtered:
         return np.ones(len(cells), dtype=bool)
     is_on: NDArray[np.bool_] = cells[_TISSUE].to_numpy() != 0
@@ -139,7 +139,7 @@ def _on_tissue(cells: pd.DataFrame, chosen: File) -> NDArray[np.bool_]:
 
 
 def _storable(obs: pd.DataFrame) -> pd.DataFrame:
-    """Columns as files can hold them: text as categories; none without a name or any value."""
+    """Columns as files can hold them: text as categories, and none without a name or values."""
     import pandas as pd
 
     obs = obs.dropna(axis=1, how="all")

@@ -42,7 +42,7 @@ def make(matrix: Any, ids: Any, genes: Any, obs: Any = None, **columns: Any) -> 
 
 
 def name_genes(adata: AnnData) -> None:
-    """Make names of genes unique, and give Ensembl ids among them a column of their own."""
+    """Make gene names unique, and put Ensembl ids among them into a column of their own."""
     names = adata.var_names.astype(str)
     if "gene_ids" not in adata.var and len(names) and all(map(_ENSEMBL.fullmatch, names[:50])):
         adata.var["gene_ids"] = names
@@ -50,7 +50,7 @@ def name_genes(adata: AnnData) -> None:
 
 
 def read_10x(file: File) -> tuple[AnnData, dict[str, str]]:
-    """Read 10x HDF5, and what it says about its making."""
+    """Read 10x HDF5 and its metadata."""
     import h5py
 
     with reading(file.path, "HDF5 of 10x Genomics"), h5py.File(file.path, "r") as opened:
@@ -106,7 +106,7 @@ def read_mtx(file: File, files: list[File]) -> AnnData:
     elif matrix.shape != (len(cells), len(genes)):
         raise ValueError(
             f"{file.name} has the shape {matrix.shape}, but there are {len(genes)} genes and "
-            f"{len(cells)} cells in the lists beside it: they are of different matrices."
+            f"{len(cells)} cells in the lists beside it: they belong to different matrices."
         )
     places = {"gene_ids": 0, "feature_types": 2} if genes.shape[1] > 1 else {}
     columns = {name: genes[place].to_numpy() for name, place in places.items() if place in genes}
@@ -116,7 +116,7 @@ def read_mtx(file: File, files: list[File]) -> AnnData:
 
 
 def read_h5ad(path: Path) -> tuple[AnnData, str]:
-    """Read an AnnData with counts in ``X``, and say where they were: X, raw or a layer."""
+    """Read an AnnData with counts in ``X``; also returns where they were: X, raw or a layer."""
     import anndata
 
     opened = anndata.read_h5ad(path, backed="r")
@@ -142,9 +142,9 @@ def read_h5ad(path: Path) -> tuple[AnnData, str]:
 
 
 def is_plain(opened: AnnData) -> bool:
-    """Whether an AnnData can be taken as it is; else :func:`stofm.read` puts something right in it.
+    """Whether an AnnData can be used as it is; otherwise :func:`stofm.read` corrects it.
 
-    That are counts in ``raw`` or a layer, and the background that Open-ST has as cell 0.
+    Corrected are counts in ``raw`` or a layer, and Open-ST's background, which is cell 0.
     """
     has_background = MASK in opened.obs and bool((opened.obs[MASK] == 0).any())
     return not has_background and place_of_counts(opened) in ("X", "")

@@ -37,7 +37,7 @@ def read(
 ) -> AnnData:
     """Read what an instrument wrote: counts, positions and names of cells, spots or bins.
 
-    The columns of tables and the content of files tell what a folder holds; names of samples,
+    The format is recognised by the columns of tables and the content of files; names of samples,
     compression and sub-folders do not matter. Cells are matched by their ids, as text.
 
     Parameters
@@ -57,11 +57,11 @@ def read(
         Put Visium's images into ``uns["spatial"]``, or leave those of an ``.h5ad`` there. Scale
         factors are those for the coordinates here.
     matrix, coordinates
-        Files of counts and of positions, if they must be named; below `path`.
+        Files of counts and of positions below `path`, if they must be named.
     columns
         Names of the columns of `coordinates` with id, x and y.
     microns_per_unit
-        Micrometres of a unit of the coordinates, in place of what the files say.
+        Micrometres per unit of the coordinates; overrides what the files say.
     table_key
         Table of a SpatialData store.
 
@@ -70,17 +70,17 @@ def read(
     AnnData with raw counts as CSR in ``X``, and:
 
     ``obsm["spatial"]`` : float64 (n_obs, 2)
-        Micrometres if that can be told, else as in the file.
+        In micrometres if the unit is known, else as in the file.
     ``obs``
         The other columns of the table of cells; ``control_counts``: counts of control features,
-        which are not in ``X``. Other features that are no genes, such as antibodies, have a column
-        each kind.
+        which are not in ``X``. Other features that are not genes, such as antibodies, have one
+        column per kind.
     ``var``
-        ``gene_ids`` with Ensembl ids, where there are some.
+        ``gene_ids`` with Ensembl ids, if there are any.
     ``uns["stofm"]["source"]``
-        ``technology``, ``detected_by``, ``software``, ``panel``, ``organism`` (``""`` if not told),
+        ``technology``, ``detected_by``, ``software``, ``panel``, ``organism`` (``""`` if unknown),
         ``files``, ``unit`` (``"micrometre"`` or ``"unknown"``), ``microns_per_unit``,
-        ``unit_from``, ``observations``, ``dropped`` (what was left out, with numbers).
+        ``unit_from``, ``observations``, ``dropped`` (what was left out, and how many).
 
     Raises
     ------
@@ -88,7 +88,7 @@ def read(
         A file is not there; the message says what was expected and what was found.
     ValueError
         There are several technologies or samples, or no such bins; ids don't match or have lost
-        digits; counts are not whole.
+        digits; counts are not integers.
 
     Examples
     --------
@@ -131,7 +131,7 @@ def read(
 
 
 def _named_file(files: list[File], name: str | Path, where: str) -> File:
-    """A file of a folder that is named by its path in it, or as it is."""
+    """A file named by its path within a folder, or by its own path."""
     for file in files:
         if file.name == Path(name).as_posix() or file.path.resolve() == local(name).resolve():
             return file
@@ -162,6 +162,6 @@ def _named(
     if names is None:
         raise ValueError(
             f"{file.name}: expected columns with id, x and y{'' if columns is None else f' {columns}'}, "
-            f"found {list(there) or 'no header'}. Name these three: columns=['id', 'x', 'y']."
+            f"found {list(there) or 'no header'}. Name all three: columns=['id', 'x', 'y']."
         )
     return Candidate(GENERIC, file, names, there)

@@ -29,7 +29,7 @@ def column_of_cells(file: File) -> str | None:
 
 
 def read_gem(file: File, bin_size: int | None) -> tuple[AnnData, dict[str, str]]:
-    """Put molecules together by squares of `bin_size` dots, or by cells where it is None."""
+    """Group molecules by squares of `bin_size` dots, or by cells if it is None."""
     from pyarrow import csv
 
     count = next(name for name in file.columns if name in _COUNTS)
@@ -43,7 +43,7 @@ def read_gem(file: File, bin_size: int | None) -> tuple[AnnData, dict[str, str]]
     codes = table[keys[0]].cat.codes.to_numpy()
     names, columns = table[keys[0]].cat.categories.to_numpy(dtype=object), {}
     if len(keys) > 1:
-        # Ids are there once, names may be not.
+        # Ids are unique, names may not be.
         rows = np.empty(len(names), dtype=np.int64)
         rows[codes[::-1]] = np.arange(len(codes))[::-1]
         columns["gene_ids"] = names
@@ -75,7 +75,7 @@ def _put_together(
     offset: NDArray[Any],
     columns: dict[str, Any],
 ) -> AnnData:
-    """Sum molecules at `xy` (n, 2), of genes `codes` (n,), by squares or by cells; 0 is no cell."""
+    """Sum molecules at `xy` (n, 2), of genes `codes` (n,), by squares or cells (0: none)."""
     import pandas as pd
 
     if cells is not None:
@@ -106,7 +106,7 @@ def _named(places: NDArray[Any]) -> Any:
 
 
 def read_gef(file: File, bin_size: int | None) -> tuple[AnnData, dict[str, str]]:
-    """Read squares of `bin_size` dots, from the smallest ones if they are not there, or cells."""
+    """Read cells or squares of `bin_size` dots, made from the smallest if missing."""
     import h5py
 
     with h5py.File(file.path, "r") as opened_file:

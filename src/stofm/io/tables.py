@@ -1,4 +1,4 @@
-"""Tables of cells and of counts: ids as text, dense counts to CSR some rows at a time."""
+"""Tables of cells and of counts: ids as text, dense counts to CSR block by block."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from stofm.io.files import File
     from stofm.io.formats import Format
 
-#: Bytes of text that are taken at a time, and those of a row of which a cell takes 16 at most.
+#: Bytes of text that are read at a time, and bytes of a row, of which a cell takes at most 16.
 _BLOCK: Final = 1 << 24
 _ROW: Final = 16
-#: Whole numbers below are the same as floats, and have at most so many digits.
+#: Integers below this are exact as floats, and have at most this many digits.
 _EXACT: Final = 2**53
 _DIGITS: Final = 15
 _FLOAT: Final = re.compile(r"\d+(\.\d+)?[eE]\+?\d+|\d+\.0*")
 
 
 def read_cells(file: File, columns: Sequence[str], ids: str) -> pd.DataFrame:
-    """Read a table of cells; its index are the ids, the columns `ids` joined by ``_``, as text."""
+    """Read a table of cells; its index is the ids: the columns `ids`, joined by ``_``, as text."""
     import pandas as pd
 
     parts = ids.split("+")
@@ -66,7 +66,7 @@ def _joined(parts: Sequence[pd.Series], file: File) -> Any:
 
 
 def ids_as_text(values: pd.Series, file: File) -> pd.Series:
-    """Ids as text, digit by digit; refused where floats have lost some of them."""
+    """Ids as text, digit by digit; an error if floats have lost some of them."""
     kind = values.dtype.kind
     if kind == "f":
         numbers = values.to_numpy()
@@ -97,7 +97,7 @@ def read_dense(
 ) -> tuple[sparse.csr_matrix, Any, list[str]]:
     """Read a table of counts as CSR (n_cells, n_genes) with ids of its cells and names of genes.
 
-    Which way it lies, the ids of `cells` tell: they name its rows or its columns.
+    The ids of `cells` decide its orientation: they name its rows or its columns.
     """
     import pandas as pd
 
@@ -122,7 +122,7 @@ def _stream(file: File, keys: list[int], others: list[int]) -> tuple[sparse.csr_
     """Read a table of numbers by blocks as CSR, and the joined keys of its rows."""
     from pyarrow import csv
 
-    # By place: names of genes may occur twice.
+    # By position, because names of genes may occur twice.
     names = [str(place) for place in range(len(file.columns))]
     text = {*keys, *others}
     kinds = {name: "string" if place in text else "float" for place, name in enumerate(names)}
@@ -135,7 +135,7 @@ def _stream(file: File, keys: list[int], others: list[int]) -> tuple[sparse.csr_
             key = [block.column(k).to_pandas().rename(file.columns[k]) for k in keys]
             ids.append(_joined(key, file))
     if not sum(map(len, ids)):
-        raise ValueError(f"{file.name} has a header and no rows.")
+        raise ValueError(f"{file.name} has a header but no rows.")
     return sparse.vstack(parts, format="csr"), np.concatenate(ids)
 
 
@@ -143,7 +143,7 @@ def _stream(file: File, keys: list[int], others: list[int]) -> tuple[sparse.csr_
 def opened(
     file: File, columns: Sequence[str], kinds: Mapping[str, str], wanted: Sequence[str] = ()
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a table of text, compressed or not, with what its reader has to know; all columns or some."""
+    """Open a text table, compressed or not, with all columns or some."""
     import pyarrow as pa
     from pyarrow import csv
 

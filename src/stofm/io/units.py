@@ -1,4 +1,4 @@
-"""Micrometres: where files say how large a unit of their coordinates is, and the images of Visium."""
+"""Micrometres: where files state the unit of their coordinates, and the images of Visium."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stofm.io.files import File
     from stofm.io.formats import Format
 
-#: Micrometres of a spot's diameter and between the middles of neighbouring spots.
+#: Micrometres of a spot's diameter and between the centres of neighbouring spots.
 SPOT: Final = 65.0
 _PITCH: Final = 100.0
 _DISAGREE: Final = 0.02
@@ -76,7 +76,7 @@ def _compare_with_pitch(factor: float, cells: pd.DataFrame) -> None:
 
 
 def _scale_of_cosmx(table: File, cells: pd.DataFrame, files: list[File]) -> Scale:
-    """Of areas in pixels and µm², or of fields' places in pixels and mm."""
+    """From areas in pixels and µm², or from positions of fields in pixels and mm."""
     from stofm.io.tables import read_cells
 
     if {"Area", "Area.um2"} <= set(cells.columns):
@@ -123,7 +123,7 @@ def read_json(file: File) -> dict[str, Any]:
 
 
 def bin_size_of(table: File, files: list[File]) -> int | None:
-    """Micrometres of the bins that a table of positions is of; None of spots."""
+    """Micrometres of the bins of a table of positions; None for spots."""
     if found := re.search(r"square_(\d+)um", str(table.path.resolve())):
         return int(found[1])
     file = nearest(table, files, _SCALES)
@@ -158,7 +158,7 @@ def scale_images(libraries: Any, factor: float) -> dict[str, Any]:
         if hasattr(one, "get") and "scalefactors" in one:
             factors = {key: float(value) for key, value in one["scalefactors"].items()}
             for key in factors:
-                # Of an image to the full size, and lengths in pixels of the full size.
+                # From an image to the full size, and lengths in pixels of the full size.
                 factors[key] /= factor if key.endswith("scalef") else 1.0
                 factors[key] *= factor if key.endswith("fullres") else 1.0
             scaled[name] = {**one, "scalefactors": factors}
@@ -172,7 +172,7 @@ def polygon_centroids(file: File) -> tuple[list[str], NDArray[np.float64]]:
     rings = [np.asarray(one["geometry"]["coordinates"][0], dtype=np.float64) for one in features]
     starts = np.cumsum([0, *map(len, rings)])[:-1]
     here = np.concatenate(rings)
-    # The last point of a ring is its first again; relative to it, numbers stay small.
+    # A ring's last point repeats its first; relative to it, numbers stay small.
     origin = here[starts]
     own = here - np.repeat(origin, list(map(len, rings)), axis=0)
     following = np.roll(own, -1, axis=0)
@@ -189,7 +189,7 @@ def polygon_centroids(file: File) -> tuple[list[str], NDArray[np.float64]]:
 def facts_of(
     technology: Format, table: File, cells: pd.DataFrame, files: list[File]
 ) -> dict[str, str]:
-    """Software, panel and organism, as files beside the counts say."""
+    """Software, panel and organism, from files beside the counts."""
     found: dict[str, Any] = {}
     if technology is XENIUM:
         panel = nearest(table, files, r"gene_panel\.json(\.gz)?$")

@@ -1,4 +1,4 @@
-"""Files that hold counts and places together: Stereo-seq's, h5ad, and Zarr stores."""
+"""Files with both counts and positions: Stereo-seq's, h5ad, and Zarr stores."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from stofm.io.detection import BinSize, Candidate
     from stofm.io.files import File
 
-#: Kinds of files that hold all there is.
+#: Kinds of files that hold everything.
 WHOLE: Final = ("h5ad", "zarr", "gem", "geneExp", "cellBin")
 
 
 def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, images: bool) -> Read:
-    """Read a file that holds counts and places, by squares or by cells where it has both."""
+    """Read a file with counts and positions, by squares or by cells if it has both."""
     kind, file = one.file.kind, one.file
     if kind in ("h5ad", "zarr"):
         return _read_anndata(file, table_key, images=images)
@@ -54,7 +54,7 @@ def read_whole(one: Candidate, bin_size: BinSize, table_key: str | None, *, imag
 
 
 def _read_anndata(file: File, table_key: str | None, *, images: bool) -> Read:
-    """An AnnData or a table of a SpatialData, with its counts and places put where they belong."""
+    """An AnnData or a table of a SpatialData, with counts and positions where they belong."""
     if file.kind == "zarr":
         with naming(f"file {file.name!r}"):
             adata, where = resolve_table(read_data(file.path), table_key), "the store"

@@ -1,9 +1,8 @@
 """Attention with a static pair bias from distances, and logits carried from layer to layer.
 
-The logits of layer l are those of layer l - 1 plus q k / sqrt(d), that is
-``bias + [q_1 .. q_l] [k_1 .. k_l]^T / sqrt(d)``: the heads' queries and keys are laid side by
-side, and the bias stays as it is. There is no pair matrix to carry, and the bias is evaluated only
-where distances differ.
+The logits of layer l are those of layer l - 1 plus q k / sqrt(d), that is ``bias + [q_1 .. q_l]
+[k_1 .. k_l]^T / sqrt(d)``: the heads' queries and keys are concatenated, and the bias stays the
+same. No pair matrix is carried along, and the bias is evaluated once for each distinct distance.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ def biased_attention(
 ) -> Float[Tensor, "batch heads nodes d_head"]:
     """Compute ``softmax(queries keys^T + bias) values`` over the real nodes of each sub-slice.
 
-    Queries are already divided by the square root of the head's width. Elsewhere than on the CPU the
-    bias must hold -inf at padded keys. `n_real` are the numbers of real nodes of the sub-slices, and
-    `dropout` is the share of attention weights set to zero. Values at padding are arbitrary.
+    Queries are already divided by the square root of the head's width. On any device but the CPU,
+    the bias must be -inf at padded keys. `n_real` is the number of real nodes of each sub-slice,
+    and `dropout` the share of attention weights set to zero. The output at padding is arbitrary.
     """
     if queries.device.type == "mps":
         # Its fused kernel wants values as wide as the queries, which grow from layer to layer.
@@ -61,8 +60,8 @@ def _weights_by_head(
 ) -> Iterator[tuple[tuple[int, int, slice], Tensor]]:
     """Index of each head's real nodes, and its attention weights.
 
-    A head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and there is
-    no padding to compute.
+    One head at a time: its logits (4 MB for 1,000 nodes) stay in the processor's cache, and padding
+    is not computed.
     """
     for b, n in enumerate(n_real):
         for h in range(queries.shape[1]):
@@ -72,7 +71,7 @@ def _weights_by_head(
 
 
 class _HeadwiseAttention(torch.autograd.Function):
-    """The same with a gradient that keeps one matrix of weights a head, and nothing else dense."""
+    """The same, with a gradient that keeps one dense matrix of weights per head and no other."""
 
     # Under autocast the backward pass would see other types than the forward pass kept.
     @staticmethod
@@ -129,8 +128,8 @@ class _HeadwiseAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_bias, None, None
 
 
-#: To which curve :meth:`GaussianDistanceBias.favor_near` fits: so far and so finely (model units), a
-#: distance that stands for all beyond, and the bias that amounts to no attention.
+#: The curve that :meth:`GaussianDistanceBias.favor_near` fits: its range and step (model units), a
+#: distance that stands for all larger ones, and the bias that amounts to no attention.
 _FIT_UP_TO, _FIT_POINTS, _FAR = 14.0, 281, 50.0
 _LOWEST_BIAS = -6.0
 _RIDGE = 1e-6
@@ -168,7 +167,7 @@ class GaussianDistanceBias(nn.Module):
         """Set the output weights so that attention falls with distance from the start.
 
         The biases of three heads in four become -d^2 / (2 r^2), with reaches r from 1 to 4 model
-        units (a slice's diagonal is 100) and -6 at the least; those of the others become 0. Only
+        units (a slice's diagonal is 100), but not below -6; those of the others become 0. Only
         the last linear map changes; it is the least-squares fit to these curves.
         """
         near = torch.linspace(0.0, _FIT_UP_TO, _FIT_POINTS)
@@ -203,7 +202,7 @@ class GaussianDistanceBias(nn.Module):
 
 
 class _ScatterPairs(torch.autograd.Function):
-    """Lay the biases of listed pairs and the constant of all others into one dense matrix.
+    """Write the biases of listed pairs, and the constant of all others, into one dense matrix.
 
     Autograd would keep and copy several dense matrices for the same gradient.
     """

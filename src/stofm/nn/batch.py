@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Tensors:
-    """A dataclass of tensors, of others of its kind, and of tuples of these."""
+    """A dataclass whose fields are tensors, other such dataclasses, or tuples of these."""
 
     def to(self, device: torch.device | str) -> Self:
         """Return a copy on `device`; an object that occurs twice is copied once."""
@@ -43,9 +43,9 @@ class Tensors:
 class PairIndex(Tensors):
     """Positions of a batch's listed pairs in its dense (nodes, nodes) matrices.
 
-    `distances` are in model units; `forward` and `mirrored` are flat positions of (i, j) and (j, i) in
-    the sub-slice's own matrix. Of each sub-slice, `ranges` are its first pair and the one after its
-    last, and `n_real` its number of nodes, which are padded to `n_nodes`.
+    `distances` are in model units; `forward` and `mirrored` are flat positions of (i, j) and (j, i)
+    in the sub-slice's own matrix. For each sub-slice, `ranges` holds its first pair and the one
+    after its last, and `n_real` its number of nodes, which are padded to `n_nodes`.
     """
 
     distances: Float[Tensor, " pairs"]
@@ -63,7 +63,7 @@ class PairIndex(Tensors):
 
 @dataclass(frozen=True)
 class SubSliceBatch(Tensors):
-    """Sub-slices padded on the right to one number of nodes.
+    """Sub-slices padded on the right to the same number of nodes.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class SubSliceBatch(Tensors):
     node_type
         Values of :class:`~stofm.spatial.NodeType`.
     cell_index
-        Row of the cell in its slice; -1 for nodes that are no cell.
+        Row of the cell in its slice; -1 for nodes that are not cells.
     pairs
         The distances.
     """
@@ -137,7 +137,7 @@ class GeneBag(Tensors):
     Attributes
     ----------
     tokens
-        Token ids in the order of rank; also of genes beyond the padded length of the batch.
+        Token ids in order of rank, including genes beyond the padded length of the batch.
     offsets
         Where each cell starts.
     values
@@ -181,7 +181,7 @@ class TokenBatch(Tensors):
     tokens
         Token ids.
     is_real
-        Which positions are no padding.
+        Which positions are not padding.
     values
         Value of the gene at each position, 0 at ``<cls>`` and padding; None if not known.
     """
@@ -211,7 +211,7 @@ class TokenBatch(Tensors):
         cls_token, pad_token
             Special tokens.
         length
-            Padded length; longer lists are cut to it after ``<cls>`` was put in front.
+            Padded length; longer lists are cut to it once ``<cls>`` is in front.
         """
         starts = ranked.offsets[cells]
         n_genes = np.minimum(ranked.offsets[cells + 1] - starts, length - 1)

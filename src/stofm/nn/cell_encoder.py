@@ -32,7 +32,7 @@ _MIN_ROWS = 16
 _MIN_QUERIES = 4
 # Pooled sums then have variances of about 1 a number over many slices.
 _POOLED_SCALE = 4.0
-# Of what BERT tells beside pooled sums: it shall not drown them in a panel of few genes.
+# Of BERT's part beside pooled sums, which must not drown them in a panel of few genes.
 _LEARNED_LENGTH = 2.0
 # What is added to the eigenvalues of a panel's weights, as a share of the largest.
 _RIDGE = 1e-3
@@ -40,7 +40,7 @@ _RIDGE = 1e-3
 _D_VALUE = 32
 
 NO_VALUES = (
-    "The model reads expression values, and the tokens have none: make them with "
+    "The model uses expression values, but the tokens have none: make them with "
     "st.pp.tokenize(adata, model), or rank_genes(..., values=True)."
 )
 
@@ -74,10 +74,10 @@ class EncoderWeights(NamedTuple):
 class CellEncoder(nn.Module):
     """BERT (transformers' ``BertModel``) and a linear map of position 0, scaled to unit length.
 
-    transformers holds the weights, so that published ``cell_bert`` folders load as they are;
-    the computation is ours: of the last layer only position 0 is computed, and attention is
-    fused. With ``d_gene`` in the config, gene embeddings have a width of their own, and BERT reads
-    a linear map of them.
+    transformers holds the weights, so that published ``cell_bert`` folders load as they are; the
+    computation is ours: of the last layer only position 0 is computed, and attention is fused. With
+    ``d_gene`` in the config, gene embeddings have a width of their own, and BERT gets a linear map
+    of them.
 
     With ``values="log"`` in the config, an embedding of log(1 + value) is added to each token;
     it starts at 0, so that it changes nothing until it is trained. With ``pooled=True``, sums over
@@ -88,7 +88,7 @@ class CellEncoder(nn.Module):
     Parameters
     ----------
     config
-        Sizes and what is read.
+        Sizes and inputs.
 
     References
     ----------
@@ -126,7 +126,7 @@ class CellEncoder(nn.Module):
             self.register_buffer("medians", torch.ones(config.n_tokens), persistent=False)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "cells d_learned"]:
-        """Compute BERT's part of the embeddings, which is trained.
+        """Compute BERT's part of the embeddings, the trained part.
 
         Parameters
         ----------
@@ -135,7 +135,8 @@ class CellEncoder(nn.Module):
 
         Returns
         -------
-        Of unit length, or of length 2 if the model pools; all of the embedding unless it does.
+        BERT's part, of unit length, or of length 2 if the model pools. Without pooling it is the
+        whole embedding.
 
         Raises
         ------
@@ -147,7 +148,7 @@ class CellEncoder(nn.Module):
     def embed(
         self, batch: TokenBatch, weights: EncoderWeights, bag: GeneBag | None = None
     ) -> Float[Tensor, "cells d_cell"]:
-        """Embed cells with weights laid out before (:meth:`lay_out`).
+        """Embed cells with weights from :meth:`lay_out`.
 
         A model that pools needs all genes of the cells, too.
         """
@@ -173,7 +174,7 @@ class CellEncoder(nn.Module):
     def _run(
         self, batch: TokenBatch, weights: EncoderWeights, layers: tuple[_LayerWeights, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Output of some layers, and which keys may be attended to: None, which is faster, for all."""
+        """Output of some layers; `mask` has the keys to attend to, None (faster) all of them."""
         hidden = self._embeddings(batch, weights)
         is_full = bool(batch.is_real.all())
         mask = None if is_full else batch.is_real[:, None, None, :]
@@ -190,7 +191,7 @@ class CellEncoder(nn.Module):
     def words(
         self, tokens: Int[Tensor, " tokens"] | None = None
     ) -> Float[Tensor, "tokens d_hidden"]:
-        """Compute the gene embeddings that BERT reads, of some tokens or of all."""
+        """Compute the gene embeddings that go into BERT, of some tokens or of all."""
         words = self.gene_embeddings.weight
         if tokens is not None:
             words = words[tokens]
@@ -307,7 +308,7 @@ def put_learned(
     places: Int[Tensor, " cells"],
     learned: Float[Tensor, "cells d_learned"],
 ) -> Float[Tensor, "batch nodes d_cell"]:
-    """Return embeddings with BERT's part put in anew at `places`, counted through the batch."""
+    """Return embeddings with BERT's part replaced at `places`, counted over the whole batch."""
     flat = features.flatten(0, 1)
     fixed = flat[places, : flat.shape[1] - learned.shape[1]]
     rows = torch.cat([fixed, learned.to(flat.dtype)], dim=1)
@@ -317,7 +318,7 @@ def put_learned(
 def orthonormal(
     weights: Float[Tensor, "tokens factors"], panel: Int[Tensor, " genes"]
 ) -> Float[Tensor, "tokens factors"]:
-    """Make the factors of a panel's genes orthonormal, and turn them as little as possible.
+    """Make the factors of a panel's genes orthonormal, rotating them as little as possible.
 
     With W the rows of the panel, these are W (W'W + r)^(-1/2), so that a cell's sums are coordinates
     of its values along the factors, whatever genes are measured: a small panel keeps what it
@@ -371,9 +372,9 @@ def _layer_weights(layer: Any, dtype: torch.dtype) -> _LayerWeights:
 def _linear(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
     """Linear map whose rows don't depend, to the last bit, on what other rows there are.
 
-    Kernels for few rows add in another order (as do those for very narrow layers). Clusters are
-    found on the results, where a last bit can decide a tie, so that a cell's embedding must not
-    depend on its batch.
+    Kernels for few rows, and those for very narrow layers, add in another order. Clusters are found
+    on the results, where the last bit can decide a tie, so a cell's embedding must not depend on
+    its batch.
     """
     rows = x.reshape(-1, x.shape[-1])
     n_rows = len(rows)

@@ -70,7 +70,7 @@ def find_checkpoint(
         )
     except Exception as error:
         raise FileNotFoundError(
-            f"The checkpoint {str(name)!r} is no local folder and could not be had from the hub "
+            f"The checkpoint {str(name)!r} is not a local folder and could not be downloaded "
             f"({type(error).__name__}: {error}). Offline, pass a folder or the embedded "
             f"{embedded[0]!r}."
         ) from error
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> tuple[StofmConfig, str]:
         hint = ""
         if (folder / "cell_encoder").is_dir():
             hint = " It has the layout of SToFM's published weights: use Stofm.from_reference."
-        raise FileNotFoundError(f"{folder} is no stofm checkpoint: {missing} missing.{hint}")
+        raise FileNotFoundError(f"{folder} is not a stofm checkpoint: {missing} missing.{hint}")
     entries = read_json(folder / CONFIG, "get the checkpoint again")
     vocabulary = str(entries.pop("vocabulary", ""))
     return StofmConfig.from_dict(entries, str(folder / CONFIG)), vocabulary
@@ -108,7 +108,7 @@ RUN_CHECKPOINT = Kind(
 
 
 _DIGEST = "stofm_digest"
-#: Letters that are quoted of what torch says of weights that do not fit.
+#: Number of letters quoted from torch's message about weights that do not fit.
 _LONGEST = 500
 
 
@@ -117,8 +117,8 @@ def write_atomically(
 ) -> None:
     """Let `fill` write an empty folder beside `folder`, then put it in place.
 
-    A crash leaves either the old folder or the new one, never half of one. What is there is replaced
-    only if `overwrite` is true and it is of the kind.
+    A crash leaves either the old folder or the new one, never half of one. An existing folder is
+    replaced only if `overwrite` is true and it is of the same kind.
     """
     kind.refuse_other(folder, overwrite=overwrite)
 
@@ -134,13 +134,14 @@ def write_tensors(
 ) -> None:
     """Write tensors by name to a ``.safetensors`` file.
 
-    `beside` is the content of files that belong to them, by name of the file, as JSON can hold it;
-    for :func:`require_beside`.
+    `beside` is the content of the files that belong to them, by file name, as JSON can hold it;
+    :func:`require_beside` checks it.
     """
     from safetensors.torch import save_file
 
     stored = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    # One entry: several are written in any order, and the same content must give the same bytes.
+    # A single entry, because several are written in any order and the same content must give the
+    # same bytes.
     digests = [_digest(stored), *(f"{k}={_digest_of(v)}" for k, v in (beside or {}).items())]
     save_file(stored, path, metadata={_DIGEST: " ".join(digests)})
 
@@ -168,7 +169,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _noted(file: Any) -> list[str]:
-    """Digests of the tensors, and of what is beside them; the first may be blank."""
+    """Digests of the tensors and of the files beside them; the first may be blank."""
     noted: list[str] = (file.metadata() or {}).get(_DIGEST, "").split(" ")
     return noted
 

@@ -51,9 +51,9 @@ class CellEncoderConfig(Checked):
     n_layers, d_hidden, n_heads, d_inner
         Depth, width, attention heads and feed-forward width of BERT.
     d_gene
-        Width of the gene embeddings; None, as in the paper: that of BERT. If it differs, BERT reads
+        Width of the gene embeddings; None, as in the paper: that of BERT. If it differs, BERT gets
         a linear map of them, as in ALBERT (Lan et al. 2020, section 3.1). A narrow BERT is fast,
-        and wide gene embeddings tell more genes apart.
+        and wide gene embeddings distinguish more genes.
     max_positions
         Longest input, including ``<cls>``.
     activation
@@ -61,7 +61,7 @@ class CellEncoderConfig(Checked):
     dropout
         Dropout rate in training.
     values
-        What is read beside a gene's rank: ``"none"``, as in the paper, or ``"log"``, which adds an
+        What is used beside a gene's rank: ``"none"``, as in the paper, or ``"log"``, which adds an
         embedding of log(1 + value) to each token. The rank alone does not say how much of a gene
         there is.
     depth_power
@@ -72,7 +72,7 @@ class CellEncoderConfig(Checked):
         Put sums over **all** genes of a cell in front of BERT's output: gene embeddings weighted by
         log(1 + value x median) in their first half and by log(1 + value) in the second, made
         orthonormal on the genes that occur. Gene embeddings are then not trained. This keeps a
-        linear view of the counts, whatever is trained. Off in the paper.
+        linear view of the counts, however the model is trained. Off in the paper.
     """
 
     n_tokens: int = field(metadata=_SIZE)
@@ -102,7 +102,7 @@ class CellEncoderConfig(Checked):
 
     @property
     def projects_genes(self) -> bool:
-        """Whether BERT reads a linear map of the gene embeddings."""
+        """Whether BERT gets a linear map of the gene embeddings."""
         return self.gene_width != self.d_hidden
 
     @property
@@ -138,9 +138,9 @@ class SE2TransformerConfig(Checked):
     pair_bias
         Add distances, and the logits of earlier layers, to the attention logits.
     distance_start
-        Initial weights of the distance encoder. ``"random"``, as in the paper: which cells are near
-        must be learnt. ``"near"``: three of four heads attend to near cells from the start, each
-        with its own reach; masked cells are then learnt in about half the steps.
+        Initial weights of the distance encoder. ``"random"``, as in the paper: the model must learn
+        which cells are near. ``"near"``: three of four heads attend to near cells from the start,
+        each with its own reach; masked cells are then recovered after about half the steps.
     n_passed
         Number of leading cell features that are copied into the embedding, as they are and averaged
         over the cells around, in front of the transformer's output. 0 in the paper.
@@ -187,7 +187,7 @@ class SE2TransformerConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class StofmConfig(Checked):
-    """Everything that a model's embeddings depend on besides its weights and vocabulary.
+    """Everything besides weights and vocabulary that a model's embeddings depend on.
 
     Attributes
     ----------
@@ -199,7 +199,7 @@ class StofmConfig(Checked):
         Genes kept per cell. BERT reads the first ``cell_encoder.max_positions``, including
         ``<cls>``; pooled sums (``cell_encoder.pooled``) use all of them.
     trained
-        Whether the weights come from training. Untrained weights are warned of wherever used.
+        Whether the weights come from training. Using untrained weights gives a warning.
     provenance
         Where the weights come from: data, recipe, licence.
     stofm_version
@@ -290,11 +290,11 @@ class StofmConfig(Checked):
         """A model for a laptop's CPU.
 
         It departs from the paper where that helps a small model: a fixed linear view of all counts
-        stands in front of a small BERT's output (:class:`CellEncoderConfig`); part of that view, and
-        its mean around the cell, stands in front of the SE(2) Transformer's output; the transformer
-        has its layer norms before the blocks and attends to near cells from the start; sub-slices
-        have 500 cells and distances in cell spacings; virtual cells are clusters of place and ten
-        principal components.
+        stands in front of a small BERT's output (:class:`CellEncoderConfig`); part of that view,
+        and its mean around the cell, stands in front of the SE(2) Transformer's output; the
+        transformer has its layer norms before the blocks and attends to near cells from the start;
+        sub-slices have 500 cells and distances in cell spacings; virtual cells are clusters of
+        position and ten principal components.
 
         Parameters
         ----------

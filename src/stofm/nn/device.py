@@ -41,7 +41,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     Raises
     ------
     ValueError
-        The device asked for is not there.
+        The requested device does not exist.
     """
     if str(device) == "auto":
         if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         else:
             chosen = _CPU
             n_threads = settings.n_threads or torch.get_num_threads()
-            reason = f"no GPU that torch can use; {n_threads} threads"
+            reason = f"no GPU that torch can use; {n_threads} thread{'s' * (n_threads > 1)}"
         logger.info("Computing on %s (%s).", chosen, reason)
         return chosen
     try:
@@ -64,13 +64,13 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     lacks_cuda = chosen.type == "cuda" and (chosen.index or 0) >= n_cuda
     if lacks_cuda or (chosen.type == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(
-            f"device={str(device)!r} was asked for, but torch finds no such device; use 'auto'."
+            f"device={str(device)!r} was requested, but torch finds no such device; use 'auto'."
         )
     return chosen
 
 
 def take_turn(device: str, turn: int) -> str:
-    """The GPU of process number `turn` of a machine that has several, unless one is asked for."""
+    """The GPU for process number `turn` on a machine with several, unless one is requested."""
     n_devices = torch.cuda.device_count()
     if device not in ("auto", "cuda") or n_devices < 2:
         return device
@@ -100,7 +100,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device."""
     if device.type == "cuda":
-        # What torch keeps for itself is free to it as well.
+        # Memory that torch has reserved is free to it as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     return min(int(psutil.virtual_memory().available), _allowed_memory())
@@ -120,7 +120,7 @@ def _allowed_memory() -> int:
 
 @contextmanager
 def using_threads(number: int | None = None) -> Iterator[None]:
-    """Within it torch uses `number` threads of the processor, or as many as ``stofm.settings`` says."""
+    """Let torch use `number` threads within a block, or as many as ``stofm.settings`` says."""
     before, wanted = torch.get_num_threads(), number or settings.n_threads
     if wanted:
         torch.set_num_threads(wanted)
@@ -135,7 +135,7 @@ def using_threads(number: int | None = None) -> Iterator[None]:
 def seeded(seed: int, device: torch.device = _CPU) -> Iterator[None]:
     """Seed torch on the CPU and on `device` within a block; its generators are restored afterwards.
 
-    Generators of other devices are not touched, which ``torch.manual_seed`` would seed too.
+    Unlike ``torch.manual_seed``, this leaves the generators of other devices alone.
     """
     with _turn:
         states = [(generator, generator.get_state()) for generator in _generators(device)]
@@ -163,26 +163,27 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return found
 
 
-#: Numbers per token that the cell encoder keeps at a time, beside those in proportion to its
-#: widths, with what the allocator does not give back; as measured.
+#: Numbers per token that the cell encoder holds at a time, beside those in proportion to its
+#: widths, including what the allocator does not return; measured.
 _TOKEN_NUMBERS: Final = 780
-#: Bytes a cell of a slice for its neighbour graph and igraph's copies, by clustering; as measured.
+#: Bytes per cell of a slice for its neighbour graph and igraph's copies, by clustering; measured.
 _GRAPH_BYTES: Final = {"canonical": 1500, "scanpy": 2200}
-#: Bytes a cell for coordinates, sub-slice and virtual cell, in all slices.
+#: Bytes per cell for coordinates, sub-slice and virtual cell, over all slices.
 _LAYOUT_BYTES: Final = 48
-#: Bytes an entry of a block of counts that is read and ranked, rows of a block, and bytes at most.
+#: Bytes per entry of a block of counts while it is read and ranked, rows of a block, and bytes at
+#: most.
 _ENTRY_BYTES, _BLOCK_ROWS, _BLOCK_BYTES = 18, 32_768, 40_000_000
-#: Share of what a batch took in the cell encoder that the allocator keeps. Since batches differ in
-#: size it keeps more: bytes a token that was encoded, and bytes at most. As measured.
+#: Share of a batch's memory in the cell encoder that the allocator keeps. Since batches differ in
+#: size it keeps more: bytes per encoded token, and bytes at most. Measured.
 _KEPT, _SCATTERED, _MOST_SCATTERED = 0.7, 600, 200_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is embedded, as far as memory depends on it.
+    """The properties of the input that memory depends on.
 
-    `n_cells` counts all slices, `genes_per_cell` is the mean number of tokens, and `n_copied` the
-    bytes of the AnnData that is copied before results are written.
+    `n_cells` is over all slices, `genes_per_cell` the mean number of tokens, and `n_copied` the
+    bytes of the AnnData that are copied before results are written.
     """
 
     n_cells: int
@@ -200,7 +201,7 @@ class Nodes:
 
     @classmethod
     def expected(cls, rules: SubSliceConfig, largest_slice: int) -> Nodes:
-        """Guess it before slices are cut and clustered."""
+        """Guess them before slices are cut and clustered."""
         # A sub-slice of the reference partition may hold twice as many cells.
         n_cells = rules.n_cells * (2 if rules.partition == "reference" else 1)
         # More cells have more clusters, by about the root of their number.
@@ -215,7 +216,7 @@ class Nodes:
 
 
 def encoder_memory(config: CellEncoderConfig, token_budget: int, dtype: torch.dtype) -> int:
-    """Estimate the bytes that a batch of so many tokens takes in the cell encoder."""
+    """Estimate the bytes that a batch with this many tokens takes in the cell encoder."""
     numbers = 9 * config.d_hidden + 2 * config.d_inner + _TOKEN_NUMBERS
     return token_budget * numbers * dtype.itemsize
 

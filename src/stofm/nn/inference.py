@@ -37,7 +37,7 @@ CUDA_NODE_MULTIPLE = 8
 def padded_length(n_tokens: NDArray[np.integer], most: int | None = None) -> NDArray[np.int64]:
     """Length to which a cell's tokens are padded, which depends on their number only.
 
-    So a cell is computed in the same shape whatever stands beside it in a batch. At most 12 %
+    So a cell is computed in the same shape, whatever other cells are in its batch. At most 12 %
     of a list of 64 tokens or more is padding. Longer lists than `most` are cut to it.
     """
     most = most or 2**62
@@ -91,9 +91,8 @@ def encode_cells(
     MemoryError
         The device has no room for a single cell.
     FloatingPointError
-        The device gave NaN or infinite numbers.
-    ValueError
-        The model reads values and the tokens have none.
+        The device gave NaN or infinite numbers.     ValueError         The model uses values and
+        the tokens have none.
     """
     if not encoder.config.reads_values:
         ranked = ranked.without_values()
@@ -214,13 +213,13 @@ def refuse_not_finite(
         raise FloatingPointError(
             f"The embedding of {n_bad} of {len(result)} cells is not finite on {device} in "
             f"{str(dtype).removeprefix('torch.')}. Try dtype='float32' or device='cpu'; if that "
-            "does not help, the model's weights are damaged: take another model."
+            "does not help, the model's weights are damaged: use another model."
         )
 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode and the settings' threads, and back afterwards."""
+    """Use evaluation mode and the number of threads in the settings within a block."""
     was_training = module.training
     module.eval()
     try:
@@ -231,9 +230,10 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def placed(transformer: SE2Transformer, device: torch.device, dtype: torch.dtype) -> SE2Transformer:
-    """Move the transformer to a device; another precision takes a copy, so that no bit is lost.
+    """Move the transformer to a device; another precision is a copy, so that no bit is lost.
 
-    What is placed already is handed back: place once what embeds several slices.
+    A transformer that is placed already is returned as it is: place it once to embed several
+    slices.
     """
     transformer = transformer.to(device)
     if next(transformer.parameters()).dtype != dtype:
@@ -248,12 +248,12 @@ def placed(transformer: SE2Transformer, device: torch.device, dtype: torch.dtype
 def _halving(
     run: Callable[[NDArray[np.int64]], None], items: NDArray[np.int64], option: str
 ) -> None:
-    """Run over `items`, in halves of halves if the device runs out of memory."""
+    """Run over `items`; halve the batch as often as needed if the device runs out of memory."""
     try:
         run(items)
         return
     except RuntimeError as error:
-        # torch.OutOfMemoryError on CUDA; MPS and the CPU have nothing but their words.
+        # torch.OutOfMemoryError on CUDA; on MPS and the CPU only the message tells.
         text = str(error)
         lacks_memory = "out of memory" in text or "can't allocate memory" in text
         if not (lacks_memory or isinstance(error, torch.OutOfMemoryError)):

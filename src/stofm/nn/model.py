@@ -36,7 +36,7 @@ class Stofm(nn.Module):
     config
         Architecture and rules.
     vocabulary
-        Genes that the cell encoder reads.
+        Genes that the cell encoder knows.
     seed
         Seed of the initial weights.
 
@@ -256,7 +256,7 @@ class Stofm(nn.Module):
 
 
 def _beside(config: StofmConfig, folder: Path) -> dict[str, Any]:
-    """What embeddings depend on besides weights: rules, and names of genes."""
+    """What embeddings depend on besides weights: rules and genes."""
     lines = (folder / checkpoint.VOCABULARY).read_text(encoding="utf-8").splitlines()
     return {checkpoint.CONFIG: config.rules(), checkpoint.VOCABULARY: lines}
 
@@ -270,7 +270,7 @@ def _hash(state: dict[str, Any]) -> str:
 
 
 def load_model(model: Any) -> Stofm:
-    """Take a model as it is, or load it by name."""
+    """Return a model as it is, or load it by name."""
     if model is None or isinstance(model, str | Path):
         return Stofm.from_pretrained("stofm-mini" if model is None else model)
     if not isinstance(model, Stofm):

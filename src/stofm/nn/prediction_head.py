@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-#: A column that varies by no more than this share of its largest value is constant but for rounding.
+#: A column that varies by no more than this share of its largest value is constant, up to rounding.
 ROUNDING = 1e-6
 _SIZES = must("be at least 1", lambda size: np.min(size, initial=1) >= 1)
 
@@ -55,8 +55,8 @@ class HeadConfig(Checked):
 class PredictionHead(nn.Module):
     """Three fully connected layers with LeakyReLU between them, or a single one.
 
-    Inputs are centred and scaled first, by numbers that :meth:`fit_inputs` takes from the training
-    part.
+    Inputs are centred and scaled first, with numbers that :meth:`fit_inputs` takes from the
+    training part.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class PredictionHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
-        #: What is taken off the inputs, and what they are divided by, (d_input,).
+        #: Numbers subtracted from the inputs, and numbers they are divided by, (d_input,).
         self.register_buffer("input_mean", torch.zeros(config.d_input))
         self.register_buffer("input_scale", torch.ones(config.d_input))
         layers: list[nn.Module] = []
@@ -89,9 +89,9 @@ class PredictionHead(nn.Module):
     ) -> None:
         """Take the mean of each column and the scale of each representation from the training part.
 
-        The columns of a representation are scaled as one, so that principal components that hardly
-        vary hardly count; the root of the mean of their variances becomes 1. `widths` are the columns of
-        each, if there are several side by side.
+        All columns of a representation are scaled by the same number, so that principal components
+        that hardly vary hardly count; the root of the mean of their variances becomes 1. `widths`
+        is the number of columns of each, if there are several side by side.
         """
         variance, mean = torch.var_mean(features.double(), dim=0, correction=0)
         varies = variance.sqrt() > ROUNDING * features.abs().amax(dim=0)

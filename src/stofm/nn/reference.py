@@ -30,7 +30,7 @@ _SE2_SIZES = {
     "ffn_embedding_dim": "d_inner",
     "gaussian_hidden_dim": "n_kernels",
 }
-#: The same of modules; those of a layer stand behind its number.
+#: The same for modules; those of a layer follow its number.
 _SE2_NAMES = {
     "embedding_layer": "input_projection",
     "token_type_embeddings": "node_type_embedding",
@@ -88,7 +88,7 @@ def rename_se2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _without(
     state: Mapping[str, Tensor], prefix: str, unused: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Leave out a prefix of names, and what the published code stores and never uses."""
+    """Remove a prefix from the names, and entries that the published code stores but never uses."""
     named = {name.removeprefix(prefix): value for name, value in state.items()}
     return {name: value for name, value in named.items() if not name.startswith(unused)}
 
@@ -121,7 +121,7 @@ def read_reference(folder: str | Path) -> tuple[CellEncoder, SE2Transformer]:
     """Read a folder in the layout of SToFM's published weights.
 
     It holds ``cell_encoder/cell_bert/``, ``cell_encoder/cell_proj.bin``, ``config.json`` and
-    ``se2transformer.pth``; ``.safetensors`` of the same names are read as well.
+    ``se2transformer.pth``; ``.safetensors`` of the same names work as well.
     """
     folder = local(folder)
     config = _read_json(folder / "config.json")

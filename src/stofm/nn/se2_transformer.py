@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stofm.nn.batch import SubSliceBatch
     from stofm.nn.config import SE2TransformerConfig
 
-#: Of what the transformer tells, beside features that are passed on.
+#: Of the transformer's part, beside features that are passed on.
 _TOLD_LENGTH = 10.0
 
 
@@ -26,7 +26,7 @@ _TOLD_LENGTH = 10.0
 class PairState:
     """The pair representation, kept as its factors.
 
-    `bias` is what every layer adds; `queries` and `keys` are those of all layers side by side.
+    `bias` is what every layer adds; `queries` and `keys` are those of all layers, concatenated.
     """
 
     bias: Float[Tensor, "batch heads nodes nodes"]
@@ -71,8 +71,8 @@ class SE2Output:
 class SE2Layer(nn.Module):
     """One layer: attention over the nodes and a feed-forward part, each added to its input.
 
-    With `norm_first` a layer norm stands before each part in place of after the sum. Dropout is of
-    attention weights, of the feed-forward part and of what is added.
+    With `norm_first` a layer norm comes before each part instead of after the sum. Dropout applies
+    to attention weights, to the feed-forward part and to what is added.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class SE2Layer(nn.Module):
 class SE2Transformer(nn.Module):
     """Transformer over the nodes of sub-slices, with distances as attention bias.
 
-    Only distances between nodes enter, so turning, shifting or mirroring a sub-slice changes
+    Only distances between nodes are used, so rotating, shifting or mirroring a sub-slice changes
     nothing.
 
     Parameters
@@ -176,7 +176,7 @@ class SE2Transformer(nn.Module):
         bias = (self.attention_bias(batch) if bias is None else bias).to(hidden.dtype)
         masked = bias
         if bias.device.type != "cpu" and not bool(batch.is_real.all()):
-            # Attention on the CPU leaves padding out by itself.
+            # On the CPU, attention leaves padding out anyway.
             masked = bias.masked_fill(~batch.is_real[:, None, None, :], -torch.inf)
         n_real, dropout = batch.pairs.n_real, self.config.dropout if self.training else 0.0
 
@@ -206,14 +206,14 @@ class SE2Transformer(nn.Module):
         batch
             Padded sub-slices.
         bias
-            What takes the place of :meth:`attention_bias`; where it is -inf, the node of the row reads
-            nothing of that of the column.
+            What takes the place of :meth:`attention_bias`; where it is -inf, the row's node does
+            not see the column's node.
 
         Returns
         -------
         Embeddings, arbitrary at padding: the first features, their mean over the node and the cells
-        around it, and the last hidden states, then scaled to a fixed length; these alone, as
-        they are, in a model that passes nothing on.
+        around it, and the last hidden states, then scaled to a fixed length; only these, unscaled,
+        in a model that passes nothing on.
         """
         hidden: Tensor = self(batch, bias).last_hidden_state
         if not self.config.n_passed:

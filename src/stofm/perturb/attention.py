@@ -42,9 +42,9 @@ def attend(whole: UneditedSlice, *, top: int, n_shifted: int = 0) -> SliceAttent
     top
         Most senders of a receiver, those with most attention; no cell is its own sender.
     n_shifted
-        Further partitions, cut after the plane is turned by equal angles up to a half turn. A
-        pair's weight is the mean over the partitions in which both cells share a sub-slice; a
-        sender beyond the `top` of one of them counts as 0 there.
+        Number of further partitions, cut after the plane is rotated by equal angles up to half a
+        turn. A pair's weight is the mean over the partitions in which both cells share a sub-slice;
+        a sender beyond the `top` of one of them counts as 0 there.
 
     Returns
     -------

@@ -23,18 +23,18 @@ def _no_cells() -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detached:
-    """Pairs of cells between which there is no attention, and no mean over neighbours.
+    """Pairs of cells that don't see each other, in attention and in means over neighbours.
 
     Attributes
     ----------
     senders
-        (n,) which cells are not read.
+        (n,) which cells are hidden.
     receivers
-        (n,) which cells don't read them; None for all nodes, virtual cells among them. A cell
-        always reads itself.
+        (n,) which cells they are hidden from; None for all nodes, including virtual cells. A cell
+        always sees itself.
     reach
-        Pairs that are farther apart stay, in the unit of the coordinates. Finite, it leaves
-        virtual cells as they are, which lie nowhere near.
+        Pairs that are farther apart stay as they are; in the unit of the coordinates. If finite,
+        virtual cells stay as they are too.
     """
 
     senders: NDArray[np.bool_]
@@ -49,7 +49,7 @@ class Edit:
     Attributes
     ----------
     cells
-        Rows that are edited and stay; with `tokens`, those whose tokens change.
+        Rows that are edited and not removed; with `tokens`, those whose tokens change.
     tokens
         Gives the new tokens of some of `cells`, in their order. It is called once for each
         sub-slice, so that the tokens of many edits are never in memory together.
@@ -59,7 +59,7 @@ class Edit:
         (n, 2) coordinates of all cells, in the unit of the unedited ones. A cell that moves joins
         the sub-slice of the cell whose unedited position is nearest.
     detached
-        Pairs that don't read each other.
+        Pairs that don't see each other.
     """
 
     cells: NDArray[np.int64] = field(default_factory=_no_cells)
@@ -70,7 +70,7 @@ class Edit:
 
     @property
     def edited(self) -> NDArray[np.int64]:
-        """Rows of all cells that it is of."""
+        """Rows of all edited cells."""
         return np.union1d(self.cells, self.removed)
 
 
@@ -90,7 +90,7 @@ class PlacedEdit:
 
     @classmethod
     def of(cls, edit: Edit, whole: UneditedSlice) -> PlacedEdit:
-        """Find which cells an edit moves, and where to."""
+        """Find which cells an edit moves, and to which sub-slice."""
         before, coordinates = whole.layout.subslice, whole.layout.coordinates
         moved = _no_cells()
         if edit.coordinates is not None:
@@ -107,7 +107,7 @@ class PlacedEdit:
         return cls(edit, before, after, displaced, coordinates)
 
     def cells_in(self, k: int) -> NDArray[np.int64]:
-        """Cells with other tokens that are in a sub-slice after the edit."""
+        """Cells with changed tokens that are in a sub-slice after the edit."""
         if self.edit.tokens is None:
             return _no_cells()
         found: NDArray[np.int64] = self.edit.cells[self.after[self.edit.cells] == k]

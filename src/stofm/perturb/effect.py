@@ -1,4 +1,4 @@
-"""How far edits move cells, and the tables of it that users get."""
+"""How far edits move cells, and the tables that users get."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PerturbationEffect:
-    """What a model makes of an edit: sensitivities of the model, not sizes of a biological effect.
+    """Effect of an edit on embeddings: the model's sensitivity, not a biological effect size.
 
     Attributes
     ----------
     cells
-        A row for each cell, in the order of the AnnData. ``role``: ``"edited"``; ``"neighbor"``, not
-        edited, with an edited cell among its nearest, as many as the model has neighbours; ``"far"``;
+        A row for each cell, in the order of the AnnData. ``role``: ``"edited"``; ``"neighbor"``,
+        not edited, with an edited cell among the model's number of nearest cells; ``"far"``;
         ``"out_of_reach"``, in sub-slices without edited cells, which are not computed: the shift is
         0; ``"not_in_input"``, selected, but its input lacks the genes, so that its shift is NaN; or
         ``"removed"``. ``distance``, to the nearest edited cell, in the unit of the coordinates.
-        ``cosine`` and ``l2``, cosine and Euclidean distance of the embedding after the edit from that
-        before. ``towards``, with a goal: by how much nearer to the goal's mean embedding, or
-        by how much likelier its class.
+        ``cosine`` and ``l2``, cosine and Euclidean distance of the embedding after the edit from
+        that before. ``towards``, with a goal: how much nearer the embedding is to the goal's mean,
+        or how much likelier the goal's class.
     genes
-        A row for each edited gene, edited by itself. ``edit``; ``status``, ``"tested"`` or
+        A row for each edited gene, edited on its own. ``edit``; ``status``, ``"tested"`` or
         ``"not_in_input"``; ``effect``, mean of ``towards`` with a goal, else of ``l2``, over the
         receivers; ``null_mean`` and ``null_std``, of the effects of ``n_null`` other genes; ``z``;
         ``p``; ``fdr``; and ``n_cells``, selected cells in whose input it is.
     overall
-        The same of the edit as a whole, without ``fdr``; ``n_edited`` cells, ``n_receivers``.
+        The same for the edit as a whole, without ``fdr``; ``n_edited`` cells, ``n_receivers``.
     params
-        What was asked for, and the model.
+        The request, and the model.
     """
 
     cells: pd.DataFrame
@@ -77,7 +77,7 @@ def mean_effects(
 ) -> NDArray[np.float64]:
     """Mean shift of the receivers of each edit; NaN without any.
 
-    `receivers` are rows, ascending. Those that an edit does not reach do not move.
+    `receivers` are rows, ascending. Receivers that an edit does not reach do not move.
     """
     sums = np.zeros(len(receivers))
     for one in embedded:

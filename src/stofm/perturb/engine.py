@@ -35,18 +35,18 @@ _CELLS_AT_ONCE: Final = 2048
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UneditedSlice:
-    """All of one slice that embeddings depend on, and what comes out after edits.
+    """Everything in one slice that embeddings depend on, and the embeddings after edits.
 
     Sub-slices, clusters, virtual cells and the unit of distances stay as they are in the unedited
-    slice, and only sub-slices that an edit changes are computed. All in float32, as differences
-    count.
+    slice, and only sub-slices that an edit changes are computed. Everything is in float32, because
+    differences matter.
 
     Attributes
     ----------
     model
         The model; used in evaluation mode.
     ranked
-        Tokens of the n cells, all that the model keeps of a cell.
+        Tokens of the n cells, as many of each as the model keeps.
     coordinates
         (n, 2), any unit.
     features
@@ -143,7 +143,7 @@ class UneditedSlice:
     def embed(
         self, edits: Sequence[Edit], on_done: Callable[[int], object] | None = None
     ) -> Iterator[Embedded]:
-        """Embed the cells of the sub-slices that edits change, each edit by itself.
+        """Embed the cells of the sub-slices that edits change, each edit on its own.
 
         Parameters
         ----------
@@ -154,8 +154,8 @@ class UneditedSlice:
 
         Yields
         ------
-        Sub-slice after sub-slice, and in each edit after edit, the embeddings of its cells. An
-        edit that changes no input of a sub-slice gives nothing there: the difference is exactly 0.
+        For each sub-slice and each edit, the embeddings of the cells. An edit that does not change
+        the input of a sub-slice is skipped there: the difference is exactly 0.
 
         Raises
         ------
@@ -174,9 +174,10 @@ class UneditedSlice:
                 on_done(1)
 
     def after(self, edit: Edit) -> UneditedSlice:
-        """The slice after an edit as an unedited one: sub-slices, clusters and virtual cells move.
+        """The slice after an edit as a new unedited one, laid out again.
 
-        Rows of removed cells are gone. Detached pairs are no part of it: pass them in an edit of it.
+        Rows of removed cells are gone. Detached pairs are not part of it: pass them in an edit of
+        the new slice.
         """
         is_kept = np.ones(self.n_cells, dtype=bool)
         is_kept[edit.removed] = False

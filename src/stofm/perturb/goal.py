@@ -1,4 +1,4 @@
-"""What an effect may lead towards: cells with some values in ``obs``, or a class of a head."""
+"""Goals of an edit: cells with given values in ``obs``, or a class of a head."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
     from stofm.perturb.reading import Subject
 
-#: How near embeddings (m, d) are to a goal, (m,).
+#: From embeddings (m, d) to how near they are to a goal, (m,).
 Goal = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def read_goal(subject: Subject, wanted: Any) -> Goal | None:
-    """How near embeddings are to a goal as users name one; None without any.
+    """Function that says how near embeddings are to a goal as users name one; None without a goal.
 
     The negative distance from the mean unedited embedding of the cells that have the wanted values in
     ``obs``, or the probability of a class.
@@ -65,11 +65,11 @@ def class_probabilities(head: AnnotationHead, model: Stofm) -> Goal:
     Raises
     ------
     ValueError
-        The head reads something else than the embedding, or belongs to another model.
+        The head uses something other than the embedding, or belongs to another model.
     """
     if head.use_rep != (Obsm.X,) or set(head.reads) != {"embedding"}:
         raise ValueError(
-            f"The head reads obsm{list(head.use_rep)} and {sorted(set(head.reads))}; of edited cells "
+            f"The head uses obsm{list(head.use_rep)} and {sorted(set(head.reads))}; of edited cells "
             f"the embedding alone is known. Fit one with use_rep={Obsm.X!r} and "
             "options=st.tl.HeadOptions(n_neighbors=0, n_components=0)."
         )

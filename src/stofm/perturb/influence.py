@@ -1,4 +1,4 @@
-"""What types of cells do to each other, against what is expected: from pairs of cells to tables."""
+"""Influence of cell types on each other against expectation: from pairs of cells to tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from stofm.perturb.masking import PairEffects
 
-#: Bins of equally many pairs by distance.
+#: Number of bins by distance, each with equally many pairs.
 _N_BINS: Final = 5
 
 
@@ -29,10 +29,10 @@ def in_bins(pairs: PairEffects) -> NDArray[np.int64]:
 
 
 def baselines(pairs: PairEffects, kinds: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What each effect would be if its sender treated all receivers alike, (n_pairs,).
+    """The effect expected if a sender affected all receivers alike, (n_pairs,).
 
-    That is the mean effect on receivers of the same kind at the same distance, times what the sender
-    does to all its receivers, as a share of these means.
+    This is the mean effect on receivers of the same kind at the same distance, multiplied by the
+    ratio of the sender's total effect to the sum of these means.
     """
     cell = kinds[pairs.receivers] * _N_BINS + in_bins(pairs)
     means = (np.bincount(cell, pairs.effects) / np.maximum(np.bincount(cell), 1))[cell]

@@ -1,4 +1,4 @@
-"""Ligands and receptors: which are measured, which cells express both, and how these pairs differ."""
+"""Ligands and receptors: which are measured, and how pairs of cells that express both differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from stofm.perturb.masking import PairEffects
 
-#: Names of subunits of a complex are joined by this, as in LIANA.
+#: Joins the names of a complex's subunits, as in LIANA.
 _JOINED: Final = "_"
 _LR_AT_ONCE: Final = 512
 
@@ -27,8 +27,8 @@ _LR_AT_ONCE: Final = 512
 class Resource(NamedTuple):
     """Pairs of a ligand and a receptor whose genes are all measured.
 
-    `ligands` and `receptors` (n,) are columns of `subunits`, (n_genes, n_complexes), which says the
-    genes of each complex; `names` are those of the complexes.
+    `ligands` and `receptors` (n,) are columns of `subunits`, (n_genes, n_complexes), which has the
+    genes of each complex; `names` are the names of the complexes.
     """
 
     ligands: NDArray[np.int64]
@@ -43,10 +43,10 @@ def read_resource(resource: pd.DataFrame | str, genes: Sequence[str]) -> Resourc
     Raises
     ------
     ImportError
-        A resource of LIANA is named, and LIANA is not there.
+        A resource of LIANA is named, and LIANA is not installed.
     ValueError
-        The resource is no table of ligands and receptors, LIANA has none of that name, or none of
-        its pairs is measured.
+        The resource is not a table of ligands and receptors, LIANA has none of that name, or none
+        of its pairs is measured.
     """
     table = _from_liana(resource) if isinstance(resource, str) else resource
     if not isinstance(table, pd.DataFrame) or not {"ligand", "receptor"} <= set(table.columns):
@@ -112,7 +112,8 @@ def by_genes(
 ) -> pd.DataFrame:
     """Contrast pairs of cells that express both: see :func:`stofm.tl.ligand_receptor`.
 
-    `kinds` (n_obs,) are codes of `names`, and `cells` (n_obs, n_complexes) say who expresses what.
+    `kinds` (n_obs,) are codes of `names`, and `cells` (n_obs, n_complexes) says which cells express
+    which complex.
     """
     senders, number = np.unique(pairs.senders, return_inverse=True)
     shape, where = (len(senders), len(kinds)), (number.ravel(), pairs.receivers)

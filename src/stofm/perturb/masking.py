@@ -1,4 +1,4 @@
-"""What single cells of a table do to others near them: to their embeddings, or to their classes."""
+"""Effect of single cells on the embeddings, or the classes, of cells near them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REACH: Final = 3.0
 
 
 class PairEffects(NamedTuple):
-    """What single senders do to the receivers near them; arrays (n_pairs,).
+    """Effects of single senders on the receivers near them; arrays (n_pairs,).
 
     `distances` are in the unit of the coordinates.
     """
@@ -55,16 +55,16 @@ def effects_between(
 ) -> tuple[PairEffects, float]:
     """Mask some senders of each kind, and see how the cells around them change.
 
-    `kinds` (n_cells,) are codes; cells with -1 are neither senders nor receivers. The other arguments
-    and errors are those of :func:`stofm.tl.influence`; without a `reach` it is that of the slice with
-    the largest. Returns pairs, by rows of the tissue, and the reach.
+    `kinds` (n_cells,) are codes; cells with -1 are neither senders nor receivers. The other
+    arguments and errors are those of :func:`stofm.tl.influence`; without a `reach`, the largest of
+    all slices is used. Returns pairs, by rows of the tissue, and the reach.
     """
     if reach is not None and not 0 < reach < np.inf:
         raise ValueError(f"reach must be above 0 and finite, found {reach!r}.")
     change, slices = _change(head, tissue.model), tissue.slices
     if reach is None:
         reach = _REACH * max(spacing(tissue.coordinates[rows]) for rows in slices)
-    # By place, so that the order of the rows does not matter.
+    # By position, so that the order of the rows does not matter.
     xy = tissue.coordinates
     placed = [rows[canonical_order(xy[rows], np.empty((len(rows), 0)))] for rows in slices]
     order = np.random.default_rng(tissue.seed).permutation(np.concatenate(placed))
@@ -104,7 +104,7 @@ def _change(head: AnnotationHead | None, model: Stofm) -> Change:
         return lambda before, after: (
             np.abs(probabilities(after) - probabilities(before)).sum(axis=1) / 2
         )
-    # What is passed on is a mean over neighbours, which all senders change alike.
+    # Features passed on are a mean over neighbours, which all senders change alike.
     width = model.config.se2_transformer.d_model
     return lambda before, after: np.asarray(
         np.linalg.norm(after[:, -width:] - before[:, -width:], axis=1)
@@ -120,10 +120,9 @@ def pair_effects(
 ) -> PairEffects:
     """Mask senders one at a time for the cells around them, and see how much these change.
 
-    Senders that lie more than twice the reach apart are masked in one run, as no cell is within
-    reach of two of them; what others do to a cell through cells in between is small beside that.
-    `senders` are rows of the slice. Returns all pairs of a sender and another cell of its sub-slice
-    within reach.
+    Senders that lie more than twice the reach apart are masked in one run, since no cell is within
+    reach of two of them; the effect of the others through cells in between is small. `senders` are
+    rows of the slice. Returns all pairs of a sender and another cell of its sub-slice within reach.
     """
     groups = _apart(whole.coordinates[senders], 2 * reach)
     is_sender = np.zeros((groups.max(initial=-1) + 1, whole.n_cells), dtype=bool)
@@ -146,7 +145,7 @@ def pair_effects(
 def _apart(xy: NDArray[np.float64], distance: float) -> NDArray[np.int64]:
     """Number groups of points so that those of a group lie at least so far apart, (n,).
 
-    A group has one point of each second tile, along both axes.
+    A group has one point in every second tile along both axes.
     """
     tile = np.floor(xy / distance).astype(np.int64)
     which = np.unique(tile, axis=0, return_inverse=True)[1].ravel()

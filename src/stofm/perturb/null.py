@@ -1,4 +1,4 @@
-"""Random genes and cells like those that are edited, and what a test against them says."""
+"""Random genes and cells like the edited ones, and the test against them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy.stats import false_discovery_control
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Cells among which one like an edited cell is drawn, and how often it is tried.
+#: Number of cells among which one like an edited cell is drawn, and number of tries.
 _CHOICES: Final = 50
 _ROUNDS: Final = 20
 
@@ -28,7 +28,7 @@ def draw_like(
 ) -> NDArray[np.int64]:
     """Numbers of as many different others (m, 2) as there are own (k, 2), each drawn from those like one.
 
-    There must be as many. What can't be drawn from those like it is drawn from all that are left.
+    There must be enough. If none of the similar ones is left, one is drawn from all that are.
     """
     scale = np.std(others, axis=0)
     scale = np.where(scale > 0, scale, 1.0)
@@ -51,8 +51,8 @@ def draw_like(
 def compare(effect: float, null: NDArray[np.floating]) -> dict[str, float]:
     """Test an effect against those of a null (n,), which may be empty.
 
-    The p value is empirical, (1 + number of null effects as large) / (1 + n); z is the effect in
-    standard deviations of the null above its mean.
+    The p value is empirical, (1 + number of null effects at least as large) / (1 + n); z is the
+    effect in standard deviations of the null above its mean.
     """
     null = null[np.isfinite(null)]
     if not len(null) or not np.isfinite(effect):

@@ -1,4 +1,4 @@
-"""Edits of a table as users ask for them: their effect, and that of random ones like them."""
+"""Edits of a table as users request them: their effect, and the effect of similar random ones."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Question:
     """What all edits of a call have in common.
 
     `cells` are rows of those that may be edited, `receivers` of those whose shift counts (None: the
-    edited ones, or the neighbours of removed ones), `goal` says how near embeddings are to what is
-    wished, and `n_null` is the number of random edits.
+    edited ones, or the neighbours of removed ones), `goal` says how near embeddings are to the
+    goal, and `n_null` is the number of random edits.
     """
 
     subject: Subject
@@ -60,7 +60,7 @@ class Question:
         recompute: Recompute,
         n_null: int,
     ) -> Question:
-        """Read a table, and what is asked of it, as users say it."""
+        """Read a table and a request in the user's terms."""
         if recompute not in ("micro", "macro"):
             raise ValueError(f"recompute must be 'micro' or 'macro', found {recompute!r}.")
         check_whole_number("null", n_null, least=0)
@@ -96,7 +96,7 @@ class Question:
 
 
 class GeneQuestion:
-    """Edits of genes in the same cells, each embedded once, and nulls of genes like them."""
+    """Edits of genes in the same cells, each embedded once, and nulls of similar genes."""
 
     def __init__(self, question: Question) -> None:
         self.question = question
@@ -108,7 +108,7 @@ class GeneQuestion:
         return self.question.tissue.edit_genes(changes, self.question.cells, self.inputs)
 
     def effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
-        """Effect of each of some changes; NaN where no cell is edited."""
+        """Effect of each change; NaN where no cell is edited."""
         edits = [self.edit(one) for one in changes]
         found = self.question.effects(edits)
         found[[len(edit.cells) == 0 for edit in edits]] = np.nan
@@ -117,7 +117,7 @@ class GeneQuestion:
     def alike(
         self, changes: Mapping[int, GeneChange], among: NDArray[np.int64] | None = None
     ) -> dict[int, NDArray[np.int64]]:
-        """Of each changed gene, other genes of like detection and mean count in the cells.
+        """For each changed gene, other genes with similar detection and mean count in the cells.
 
         Deleted ones are drawn from genes in the input of a cell. `among` are those to choose from.
         """
@@ -140,7 +140,7 @@ class GeneQuestion:
 
 
 def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> PerturbationEffect:
-    """Edit genes together, and each by itself, and compare with genes like them."""
+    """Edit genes together and one by one, and compare with similar genes."""
     changes = {question.subject.gene(name): _checked(name, x) for name, x in genes.items()}
     if len(changes) < len(genes):
         raise ValueError(f"Some of the genes {list(genes)} are the same; name each once.")
@@ -205,7 +205,7 @@ def perturb_table(
     detach: Any,
     shuffle: bool | str,
 ) -> PerturbationEffect:
-    """Do the one edit that is asked for."""
+    """Make the one edit that is requested."""
     subject, tissue, cells = question.subject, question.tissue, question.cells
     asked = {
         "genes": bool(genes),
@@ -244,7 +244,7 @@ def perturb_cells(
     make: Callable[[NDArray[np.int64], np.random.Generator], Edit],
     drawn: NDArray[np.int64],
 ) -> PerturbationEffect:
-    """Edit cells or edges, and compare with as many random cells like them.
+    """Edit cells or edges, and compare with as many similar random cells.
 
     `make` gives the edit of some cells: of `drawn` first, then of random ones in their place.
     """
@@ -259,7 +259,7 @@ def perturb_cells(
 def _random_cells(
     question: Question, drawn: NDArray[np.int64], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """Random cells like those that are drawn, slice by slice; none where too few are left."""
+    """Random cells similar to the drawn ones, slice by slice; none where too few are left."""
     if not question.n_null:
         return []
     statistics = question.subject.cell_statistics()
@@ -269,7 +269,7 @@ def _random_cells(
         others = np.setdiff1d(rows, np.union1d(drawn, question.cells))
         if len(others) < len(own):
             logger.info(
-                "No null: %d of a slice's %d cells are chosen, so that there are not as many others to "
+                "No null: %d of a slice's %d cells are chosen, so there are not enough others to "
                 "draw from.",
                 *(len(own), len(rows)),
             )

@@ -1,4 +1,4 @@
-"""What an edit is of: cells and genes as a user names them, and the tissue of a table."""
+"""What an edit applies to: cells and genes as a user names them, and the tissue of a table."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stofm.heads.request import Request
     from stofm.nn import Stofm
 
-#: Rows of counts that are read at once.
+#: Number of rows of counts that are read at once.
 _ROWS_AT_ONCE: Final = 8192
 
 
@@ -60,10 +60,10 @@ class Subject:
     ) -> Subject:
         """Read counts, positions and slices with the options that the table was embedded with.
 
-        Without a model in the request it is that of `head`, or the embedded one.
+        If the request has no model, it is that of `head`, or the embedded one.
         """
         require_head(head, AnnotationHead)
-        # The user's table stays as it is: of a SpatialData a copy gets the coordinates.
+        # The user's table stays as it is: for a SpatialData, a copy gets the coordinates.
         adata = resolve_table(data, table_key, copy=not hasattr(data, "obsm"))
         asked = request.model if request.model is not None or head is None else head.model
         model = load_model(asked)
@@ -134,7 +134,7 @@ class Subject:
         return token
 
     def names(self, tokens: NDArray[np.integer]) -> list[str]:
-        """Name of each gene in ``var_names``, of several columns the first."""
+        """Name of each gene in ``var_names``; of the first column if it has several."""
         place = {int(t): k for k, t in reversed(list(enumerate(self.columns.token_ids)))}
         return [str(self.adata.var_names[place[int(token)]]) for token in tokens]
 
@@ -157,14 +157,14 @@ class Subject:
         return codes.astype(np.int64), [str(name) for name in names]
 
     def labels(self, column: str) -> NDArray[Any]:
-        """What a column of ``obs`` says of each cell, as text; empty for nothing."""
+        """Value of a column of ``obs`` for each cell, as text; empty if missing."""
         if column not in self.adata.obs:
             there = [str(name) for name in self.adata.obs.columns]
             raise KeyError(f"There is no obs[{column!r}]; its columns are {there}.")
         return label_text(self.adata.obs[column])
 
     def gene_statistics(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Log of detection and of mean count of each token's gene among some cells, (n_tokens, 2)."""
+        """Log of detection and of mean count of each token's gene in some cells, (n_tokens, 2)."""
         n_tokens = self.tissue.model.vocabulary.n_tokens
         is_known = self.columns.token_ids >= 0
         sums, n_detected = np.zeros((2, n_tokens))
@@ -177,7 +177,7 @@ class Subject:
         return np.log(np.column_stack([n_detected + 1.0, means]))
 
     def cell_statistics(self) -> NDArray[np.float64]:
-        """Log of number of genes and of total count of each cell, (n_obs, 2)."""
+        """Log of the number of genes and the total count of each cell, (n_obs, 2)."""
         totals = [
             np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
             for block in read_counts(self.adata, layer=self.layer)
@@ -189,7 +189,7 @@ class Subject:
 def _with_counts(
     block: sparse.csr_matrix, token_ids: NDArray[np.integer], counts: Mapping[int, float]
 ) -> sparse.csr_matrix:
-    """Counts with those of some genes set; of a gene with several columns, that of the first."""
+    """Counts in which some genes are set; if a gene has several columns, the first one is."""
     columns = [np.flatnonzero(token_ids == gene) for gene in counts]
     is_kept = ~np.isin(np.arange(block.shape[1]), np.concatenate(columns))
     found = sparse.lil_matrix(block.multiply(is_kept), dtype=np.float64)
@@ -212,8 +212,8 @@ def _mask(adata: AnnData, chosen: Any, argument: str) -> NDArray[np.bool_]:
         except Exception as error:
             there = [str(name) for name in adata.obs.columns]
             raise ValueError(
-                f"{argument}={chosen!r} is no query of obs ({error}); obs has the columns {there}. "
-                "Quote values: \"cell_type == 'CAF'\"; names with spaces stand in backticks."
+                f"{argument}={chosen!r} is not a query of obs ({error}); obs has the columns {there}. "
+                "Quote values: \"cell_type == 'CAF'\"; put names with spaces in backticks."
             ) from error
         if np.shape(found) != (adata.n_obs,):
             raise ValueError(f"{argument}={chosen!r} gives no truth value for each cell.")
@@ -240,7 +240,7 @@ def _mask(adata: AnnData, chosen: Any, argument: str) -> NDArray[np.bool_]:
 
 
 def values_in(adata: AnnData, text: Any) -> str:
-    """What the columns hold that a query speaks of."""
+    """Values of the columns that a query names."""
     named = [name for name in adata.obs.columns if isinstance(text, str) and str(name) in text]
     said = []
     for name in named:
@@ -250,11 +250,11 @@ def values_in(adata: AnnData, text: Any) -> str:
 
 
 def require_model(adata: AnnData, key: str, called: str, model: Stofm) -> None:
-    """Refuse a model that did not make an entry which is known to be some model's."""
+    """Raise an error if an entry is known to come from another model."""
     found, own = origin_of(adata, key), origin_by(model)[Obsm.X]
     if "model_fingerprint" in found and not same_origin(found, own):
         raise ValueError(
             f"{called} is by {describe_origin(found)}, and the edits would be embedded with "
-            f"{describe_origin(own)}. Pass the model that made it as `model`, or embed anew: "
+            f"{describe_origin(own)}. Pass the model that made it as `model`, or embed again: "
             "st.tl.embed(adata, model)."
         )

@@ -1,4 +1,4 @@
-"""One sub-slice, and what a model makes of it after edits."""
+"""One sub-slice, and the embeddings of its cells after edits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Embedded:
     Attributes
     ----------
     edit
-        Number of the edit in the list.
+        Index of the edit in the list.
     rows
         (m,) rows of the cells, ascending; removed ones are not among them.
     before, after
@@ -67,7 +67,7 @@ class _Variant:
 
 
 class SubSliceRun:
-    """One sub-slice, and what the transformer makes of it after edits."""
+    """One sub-slice, and the transformer's output for it after edits."""
 
     def __init__(self, whole: UneditedSlice, k: int) -> None:
         self.whole = whole
@@ -76,13 +76,13 @@ class SubSliceRun:
 
     @cached_property
     def unit(self) -> float:
-        """Unit of distances, whatever cells are left or move."""
+        """Unit of distances, whichever cells are removed or moved."""
         coordinates = self.whole.layout.coordinates[self.rows]
         return spacing(coordinates) if self.whole.rules.unit == "spacing" else 1.0
 
     @cached_property
     def unedited(self) -> _Variant:
-        """The sub-slice as it is, whose attention bias serves all edits that move no node."""
+        """The unedited sub-slice, whose attention bias serves all edits that move no node."""
         coordinates, features = self.whole.layout.coordinates, self.whole.features
         return self._build(self.rows, coordinates, features[self.rows])
 
@@ -126,7 +126,7 @@ class SubSliceRun:
     def _encoded(
         self, group: Sequence[tuple[int, PlacedEdit]]
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Of each edit the cells here whose embedding it changes, and the new ones."""
+        """For each edit, the cells here whose embedding it changes, and the new embeddings."""
         cells = [one.cells_in(self.k) for _, one in group]
         tokens = [
             one.edit.tokens(rows)
@@ -154,7 +154,7 @@ class SubSliceRun:
         coordinates: NDArray[np.float64],
         features: NDArray[np.float32],
     ) -> _Variant:
-        """Put together a sub-slice of some cells, in the unedited unit of distances."""
+        """Assemble a sub-slice of some cells, in the unedited unit of distances."""
         virtual, rules = self.whole.layout.virtual, replace(self.whole.rules, unit="diagonal")
         here = replace(
             self.whole.layout,

@@ -1,4 +1,4 @@
-"""Many genes, each edited by itself in the same cells."""
+"""Many genes, each edited on its own in the same cells."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def screen_genes(
     genes: Sequence[str] | Literal["expressed"],
     change: Literal["delete", "first"],
 ) -> pd.DataFrame:
-    """Edit each gene by itself, test it against genes like it, and rank by z."""
+    """Edit each gene on its own, test it against similar genes, and rank by z."""
     if change not in ("delete", "first"):
         raise ValueError(f"edit must be 'delete' or 'first', found {change!r}.")
     subject, of_genes = question.subject, GeneQuestion(question)
@@ -43,7 +43,7 @@ def screen_genes(
         raise ValueError(
             "There is no gene to screen: pass `genes` by name, or `cells` in which more are detected."
         )
-    # Enough genes are each other's null; else others are embedded for it.
+    # If there are enough genes they are each other's null; else others are embedded for it.
     among = tokens if len(np.unique(tokens)) > question.n_null else None
     null: dict[int, NDArray[np.int64]] = {}
     for gene in tokens if question.n_null else ():

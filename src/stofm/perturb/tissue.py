@@ -1,4 +1,4 @@
-"""Slices of a table together: edits of their genes, cells and edges, and what comes of them."""
+"""All slices of a table: edits of their genes, cells and edges, and the embeddings after them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stofm.genes import RankedTokens
     from stofm.nn import Stofm
 
-#: What becomes of a gene: it is deleted, put first, or set to a count.
+#: Change of a gene: it is deleted, put first, or set to a count.
 GeneChange = Literal["delete", "first"] | float
 #: Whether virtual cells, clusters and sub-slices stay, or follow an edit.
 Recompute = Literal["micro", "macro"]
@@ -36,14 +36,14 @@ Recompute = Literal["micro", "macro"]
 class Tissue:
     """The cells of a table, before any edit.
 
-    Rows count through all slices, in the fields of edits too.
+    Rows are counted over all slices, also in edits.
 
     Attributes
     ----------
     model
         The model.
     ranked
-        Tokens of the n cells, not cut to what the model keeps.
+        Tokens of the n cells, not truncated to what the model keeps.
     recount
         Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
     coordinates
@@ -74,7 +74,7 @@ class Tissue:
 
     @cached_property
     def wholes(self) -> dict[int, UneditedSlice]:
-        """Slices that were laid out already, by number."""
+        """Slices that are laid out already, by number."""
         return {}
 
     @cached_property
@@ -83,7 +83,7 @@ class Tissue:
         return np.unique(self._kept(self.ranked).tokens)
 
     def whole(self, number: int) -> UneditedSlice:
-        """A slice, encoded and laid out when it is first asked for."""
+        """A slice, encoded and laid out on first use."""
         if number not in self.wholes:
             rows = self.slices[number]
             self.wholes[number] = UneditedSlice.of(
@@ -128,12 +128,12 @@ class Tissue:
                     yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
 
     def _within(self, edit: Edit, rows: NDArray[np.int64]) -> Edit | None:
-        """An edit of all slices in one of them, by its own rows; None if it leaves it as it is."""
+        """The part of an edit in one slice, by that slice's rows; None if there is none."""
         cells, removed = _places(edit.cells, rows), _places(edit.removed, rows)
         if len(removed) == len(rows):
             raise ValueError(
-                f"The edit removes all {len(rows)} cells of a slice, so that nothing is left to "
-                "embed. Pass `cells` that leave some."
+                f"The edit removes all {len(rows)} cells of a slice, so nothing is left to "
+                "embed. Select fewer `cells`."
             )
         tokens, coordinates, detached = edit.tokens, edit.coordinates, edit.detached
         if coordinates is not None:
@@ -160,7 +160,7 @@ class Tissue:
 
     @cached_property
     def n_read(self) -> int:
-        """Most tokens of a cell that reach the embedding."""
+        """Largest number of a cell's tokens that affect the embedding."""
         encoder, kept = self.model.config.cell_encoder, self.model.config.max_tokens
         return kept if encoder.pooled else min(kept, encoder.max_positions - 1)
 
@@ -177,7 +177,7 @@ class Tissue:
         cells: NDArray[np.int64],
         inputs: sparse.csc_array,
     ) -> Edit:
-        """Change genes, by token, in those of some cells that have one of them in their input.
+        """Change genes, by token, in those of the given cells that have one of them in their input.
 
         Genes that are put first or get a count are changed in all cells. Deleting leaves the values of
         other genes as they are; a count changes the total, and so all values. `inputs` are those of
@@ -207,7 +207,7 @@ class Tissue:
     def replace_cells(
         self, cells: NDArray[np.int64], donors: NDArray[np.int64], rng: np.random.Generator
     ) -> Edit:
-        """Give each cell the genes of a donor drawn at random."""
+        """Give each cell the genes of a randomly drawn donor cell."""
         donor = np.arange(self.n_cells)
         donor[cells] = rng.choice(donors, len(cells))
         return Edit(
@@ -223,12 +223,12 @@ class Tissue:
     def shuffle_cells(
         self, cells: NDArray[np.int64], groups: NDArray[np.integer], rng: np.random.Generator
     ) -> Edit:
-        """Deal the positions of cells out anew, within each slice and each of the groups (n,)."""
+        """Shuffle the positions of cells within each slice and each of the groups (n,)."""
         coordinates = self.coordinates.copy()
         number = np.empty(self.n_cells, dtype=np.int64)
         for k, rows in enumerate(self.slices):
             number[rows] = k
-        # Cells of a group stand together in both orders, which differ within it.
+        # Cells of a group are adjacent in both orders, which differ within it.
         mixed = rng.permutation(cells)
         before = cells[np.lexsort((groups[cells], number[cells]))]
         after = mixed[np.lexsort((groups[mixed], number[mixed]))]
@@ -236,14 +236,14 @@ class Tissue:
         return Edit(cells=cells, coordinates=coordinates)
 
     def detach_cells(self, receivers: NDArray[np.int64], senders: NDArray[np.int64]) -> Edit:
-        """Let some cells not read others."""
+        """Hide some cells from others."""
         masks = np.zeros((2, self.n_cells), dtype=bool)
         masks[0, senders] = masks[1, receivers] = True
         return Edit(cells=receivers, detached=Detached(senders=masks[0], receivers=masks[1]))
 
     @cached_property
     def nearest(self) -> list[NDArray[np.int64]]:
-        """Of each slice, the rows of the cells that are near to each, (n_cells, k)."""
+        """For each slice, the rows of the cells near each cell, (n_cells, k)."""
         found = []
         for rows in self.slices:
             k = min(self.model.config.subslice.n_neighbors, len(rows))
@@ -252,7 +252,7 @@ class Tissue:
         return found
 
     def neighbors(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Other cells that have one of `cells` among their nearest, as many as the model has."""
+        """Other cells that have one of `cells` among the model's number of nearest cells."""
         is_one = np.zeros(self.n_cells, dtype=bool)
         is_one[cells] = True
         has_one = np.zeros(self.n_cells, dtype=bool)
@@ -277,7 +277,7 @@ def _entries(inputs: sparse.csc_array, gene: int) -> NDArray[np.int64]:
 
 
 def _places(cells: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places in `rows`, ascending, of those cells that are there."""
+    """Indices of `cells` in `rows`, which are ascending, for those that are there."""
     found = np.minimum(np.searchsorted(rows, cells), len(rows) - 1)
     kept: NDArray[np.int64] = found[rows[found] == cells]
     return kept
@@ -286,7 +286,7 @@ def _places(cells: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int
 def _anew(
     whole: UneditedSlice, edits: Sequence[Edit], on_done: Callable[[int], object]
 ) -> Iterator[Embedded]:
-    """Embed a slice after each edit, cut and clustered anew."""
+    """Embed a slice after each edit, with new sub-slices and clusters."""
     for number, edit in enumerate(edits):
         edited = whole.after(edit)
         kept = np.setdiff1d(np.arange(whole.n_cells), edit.removed)

@@ -18,7 +18,7 @@ def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
 
 
 def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
-    """Take tokens out of all lists; values of the others stay."""
+    """Remove tokens from all lists; the values of the others stay."""
     kept = ~np.isin(ranked.tokens, genes)
     lengths = np.bincount(cells_of(ranked)[kept], minlength=ranked.n_cells)
     values = None if ranked.values is None else ranked.values[kept]
@@ -26,9 +26,9 @@ def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
 
 
 def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
-    """Put a token in front of all lists, with the value of the one that led there.
+    """Put a token in front of all lists, with the value of the token that was first.
 
-    In an empty list its value is 1: a count that is typical of the gene.
+    In an empty list its value is 1, a typical count of the gene.
     """
     rest = delete(ranked, np.array([gene]))
     starts = rest.offsets[:-1]

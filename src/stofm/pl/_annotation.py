@@ -106,14 +106,17 @@ def annotation(
         Axes to draw into, panel by panel, one for each slice in maps, maps first. None: a new figure.
     title
         Titles of the maps. None: names of the slices, or of what is drawn.
-    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
-        As in :func:`stofm.pl.spatial`; scores are over all cells.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
+    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
+        As in :func:`stofm.pl.spatial`; scores are over all cells.
+    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

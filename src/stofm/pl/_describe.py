@@ -72,12 +72,15 @@ def describe(
         Name of the region.
     ax
         Axes to draw into: one for each slice, then one for each list. None: a new figure.
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, maps first.
+
+    Other Parameters
+    ----------------
+    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

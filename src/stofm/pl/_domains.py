@@ -83,14 +83,17 @@ def domains(
         Titles of the panels, those of `truth_key` first. None: names of columns and slices.
     ax
         Axes to draw into, one for each slice, regions first. None: a new figure.
-    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
-        As in :func:`stofm.pl.spatial`.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
+    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
+        As in :func:`stofm.pl.spatial`.
+    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

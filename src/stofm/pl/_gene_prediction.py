@@ -62,18 +62,21 @@ def gene_prediction(
         Entry of ``obsm`` with a DataFrame of predicted genes.
     image, scale
         Another image, and its pixels per unit of the coordinates: see :func:`stofm.im.embed`.
-    alpha
-        How opaque points are.
     shared
         One colour scale for both maps of a gene; False: each map has its own.
     ax
         Axes to draw into, gene by gene, measured first, one for each slice. None: a new figure.
-    cmap, vmin, vmax, library_key, spatial_key, size, ncols, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
+    alpha
+        How opaque points are.
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

@@ -177,16 +177,19 @@ def attention(
         Name of a receiver in ``adata.obs_names``, or several.
     key
         Entry of ``adata.obsp``.
-    library_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates.
     ax
         Axes to draw into, one per receiver. None: a new figure.
 
     Returns
     -------
     The Axes, or the list of them if there are several receivers.
+
+    Other Parameters
+    ----------------
+    library_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates.
 
     Raises
     ------

@@ -75,17 +75,20 @@ def perturbation(
     shift
         ``"l2"`` and ``"cosine"`` on a logarithmic scale, cells that do not move in grey; or
         ``"towards"``, the approach to the goal, if there was one.
-    cmap, vmin, vmax
-        Colour map of the shift and its ends: a number, a percentile such as ``"p99"``, or None for the
-        extreme. None for the colour map: ``"viridis"``, or ``"RdBu_r"`` around 0 for ``"towards"``.
     ax
         Axes to draw into: twice as many as slices, and one. None: a new figure.
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The list of the Axes: roles, shifts, chart.
+
+    Other Parameters
+    ----------------
+    cmap, vmin, vmax
+        Colour map of the shift and its ends: a number, a percentile such as ``"p99"``, or None for the
+        extreme. None for the colour map: ``"viridis"``, or ``"RdBu_r"`` around 0 for ``"towards"``.
+    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

@@ -105,26 +105,29 @@ def deconvolution(
         Colours of the types in pies: the name of a colour map ("tab20"), a list or cycler in the
         order of the DataFrame's columns, or a colour for each by name. None: those in
         ``uns[f"{key}_colors"]``, or the default ones.
+    ax
+        Axes to draw into, as many as there are panels, type by type. None: a new figure.
+    title
+        Titles of the panels, type by type. None: types and slices.
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
     cmap, vmin, vmax
         Colour map of the maps and its ends: a number, a percentile such as ``"p99"``, or None
         for the extreme.
     size
         Area of a point in square points, or of a pie. None: fitted to the distance between
         spots.
-    ax
-        Axes to draw into, as many as there are panels, type by type. None: a new figure.
     na_color
         Colour of spots without proportions in maps.
-    title
-        Titles of the panels, type by type. None: types and slices.
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, outlines, alpha, legend_loc
         As in :func:`stofm.pl.spatial`; `alpha` is that of maps.
     ncols, invert_y, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
-
-    Returns
-    -------
-    The Axes, or the list of them if there are several panels.
 
     Raises
     ------
@@ -228,12 +231,15 @@ def imputation(
         and look pale in it. False: each map has its own.
     ax
         Axes to draw into, gene by gene, measured first, one for each slice. None: a new figure.
-    cmap, vmin, vmax, library_key, spatial_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

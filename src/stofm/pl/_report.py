@@ -88,12 +88,15 @@ def report(
         and columns of ``obs`` with 2 to 60 categories.
     genes
         Genes that can be searched for. None: up to 1,000, markers first, then the most variable ones.
-    library_key, library_id, spatial_key, img_key, invert_y, microns_per_unit, table_key
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The files.
+
+    Other Parameters
+    ----------------
+    library_key, library_id, spatial_key, img_key, invert_y, microns_per_unit, table_key
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

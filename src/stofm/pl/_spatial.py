@@ -85,6 +85,33 @@ def spatial(
     library_id
         Slices to draw, in this order. None: all. Where slices are not separated, the entry of
         ``uns["spatial"]`` whose image is drawn.
+    groups
+        Categories to colour; cells of others look like those without one.
+    outlines
+        Column of ``obs`` with regions, such as ``"stofm_domain"``, to draw lines between.
+    palette
+        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
+        order, or a colour for each by name. Replaces those in ``uns``.
+    size
+        Area of a point in square points. None: fitted to the distance between cells in each
+        panel; smaller over an image, which shows between them.
+    title
+        Titles of the panels, colour by colour. None: names of the slices or colours.
+    legend_loc
+        ``"right margin"``, ``"on data"`` for names on the cells, or None for no legend.
+    ax
+        Axes to draw into, as many as there are panels, colour by colour. None: a new figure.
+    save
+        File to write (150 dpi unless matplotlib is set otherwise, points as pixels in vector formats).
+        True: a file in scanpy's folder of figures (``sc.settings.figdir``), in its format. None: as
+        ``sc.settings.autosave`` says.
+
+    Returns
+    -------
+    The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
     spatial_key
         Entry of ``obsm`` with the coordinates; of three columns the first two are used. Images are
         those of ``"spatial"``.
@@ -95,13 +122,6 @@ def spatial(
         How opaque the image is.
     crop_coord
         The part to draw: left, right, top and bottom, in coordinates.
-    groups
-        Categories to colour; cells of others look like those without one.
-    outlines
-        Column of ``obs`` with regions, such as ``"stofm_domain"``, to draw lines between.
-    palette
-        Colours of the categories: the name of a colour map ("tab20"), a list or cycler in their
-        order, or a colour for each by name. Replaces those in ``uns``.
     cmap, vmin, vmax
         Colour map of values and its ends: a number, a percentile such as ``"p99"`` over all
         panels, or None for the extreme.
@@ -109,13 +129,6 @@ def spatial(
         Colour of cells without a category or value.
     alpha
         How opaque points are; 0 shows the tissue alone. None: 1.
-    size
-        Area of a point in square points. None: fitted to the distance between cells in each
-        panel; smaller over an image, which shows between them.
-    title
-        Titles of the panels, colour by colour. None: names of the slices or colours.
-    legend_loc
-        ``"right margin"``, ``"on data"`` for names on the cells, or None for no legend.
     ncols
         Panels side by side.
     invert_y
@@ -125,18 +138,8 @@ def spatial(
         Micrometres of one unit of the coordinates, for the scale bar. None: what is known.
     table_key
         Table of a SpatialData.
-    ax
-        Axes to draw into, as many as there are panels, colour by colour. None: a new figure.
     show
         Show the figure. None: where scanpy would, except with a backend that only writes files.
-    save
-        File to write (150 dpi unless matplotlib is set otherwise, points as pixels in vector formats).
-        True: a file in scanpy's folder of figures (``sc.settings.figdir``), in its format. None: as
-        ``sc.settings.autosave`` says.
-
-    Returns
-    -------
-    The Axes, or the list of them if there are several panels.
 
     Raises
     ------
@@ -217,14 +220,17 @@ def image(
     image, scale
         An image, and its pixels per unit of the coordinates: see :func:`stofm.im.embed`. None: the
         one in ``uns["spatial"]`` or in the SpatialData.
-    layer, library_key, spatial_key, palette, cmap, vmin, vmax, alpha, size, ncols, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
     ax
         Axes to draw into, as many as there are panels, colour by colour. None: a new figure.
 
     Returns
     -------
     The Axes, or the list of them if there are several panels.
+
+    Other Parameters
+    ----------------
+    layer, library_key, spatial_key, palette, cmap, vmin, vmax, alpha, size, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------
@@ -280,18 +286,21 @@ def umap(
     ----------
     adata
         AnnData with ``obsm["X_umap"]``, or SpatialData.
+    color, layer, groups, palette, title, legend_loc
+        As in :func:`stofm.pl.spatial`.
     size
         Area of a point in square points. None: scanpy's, from the number of cells.
     ax
         Axes to draw into, as many as there are colours. None: a new figure.
-    color, layer, groups, palette, cmap, vmin, vmax, na_color, alpha, title, legend_loc, ncols, table_key
-        As in :func:`stofm.pl.spatial`.
-    show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several colours.
+
+    Other Parameters
+    ----------------
+    cmap, vmin, vmax, na_color, alpha, ncols, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

@@ -63,12 +63,15 @@ def subslices(
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    library_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several slices.
+
+    Other Parameters
+    ----------------
+    library_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------
@@ -199,12 +202,15 @@ def virtual_cells(
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    library_key, size, ncols, invert_y, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
 
     Returns
     -------
     The Axes, or the list of them if there are several slices.
+
+    Other Parameters
+    ----------------
+    library_key, size, ncols, invert_y, table_key, show, save
+        As in :func:`stofm.pl.spatial`.
 
     Raises
     ------

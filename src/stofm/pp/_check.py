@@ -204,14 +204,17 @@ def check(
         Annotated data of one or several slices, or a SpatialData with such a table.
     model
         A :class:`stofm.Stofm`, a checkpoint folder, a hub id, or the embedded ``"stofm-mini"``.
-    layer, spatial_key, library_key, species, gene_key, orthologs, device
-        As for :func:`stofm.tl.embed`.
-    table_key
-        Table of a SpatialData.
 
     Returns
     -------
     Findings, whose text is a page.
+
+    Other Parameters
+    ----------------
+    layer, spatial_key, library_key, species, gene_key, orthologs, device
+        As for :func:`stofm.tl.embed`.
+    table_key
+        Table of a SpatialData.
 
     Raises
     ------

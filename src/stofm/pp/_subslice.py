@@ -50,25 +50,12 @@ def subslice(
         `leiden_resolution`, `position_weight` and `partition` replace single ones.
     use_rep
         Entry of ``adata.obsm`` with the cell embeddings, (n_obs, d).
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit. Of three coordinates
-        the first two are used.
     library_key
         Column of ``adata.obs`` that names each cell's slice. Nothing crosses slices.
     n_cells
         Cells of a sub-slice, 1000 by default: at most, with the balanced partition.
     leiden_resolution
         Resolution of the clustering, 1.0 by default; higher values give more virtual cells.
-    position_weight
-        Weight of position against expression in the clustering, 0 to 1; 0.2 by default.
-    partition
-        ``"balanced"`` or ``"reference"``; see :class:`stofm.spatial.SubSliceConfig`.
-    seed
-        Seed of the clustering.
-    table_key
-        Table of a SpatialData.
-    copy
-        Return a changed copy and leave `adata` as it is.
 
     Returns
     -------
@@ -85,6 +72,22 @@ def subslice(
         ``coordinates`` float64 (n_virtual, 2), ``features`` float32 (n_virtual, d), ``slice``
         (n_virtual,) and ``n_cells`` (n_virtual,) of the virtual cells, in order of the
         categories; ``params``.
+
+    Other Parameters
+    ----------------
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit. Of three coordinates
+        the first two are used.
+    position_weight
+        Weight of position against expression in the clustering, 0 to 1; 0.2 by default.
+    partition
+        ``"balanced"`` or ``"reference"``; see :class:`stofm.spatial.SubSliceConfig`.
+    seed
+        Seed of the clustering.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return a changed copy and leave `adata` as it is.
 
     Raises
     ------

@@ -50,6 +50,21 @@ def tokenize(
         Layer with raw counts; None for ``X``.
     max_tokens
         Genes that a cell keeps; None is the model's number, or 2048.
+
+    Returns
+    -------
+    None, or the new AnnData if `copy`. Fields set, besides those of :func:`map_genes`:
+
+    ``obsm["stofm_tokens"]``
+        int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
+    ``obsm["stofm_token_values"]``
+        float32 CSR matrix (n_obs, max_tokens): their values, in the same order; only with
+        values, and removed otherwise.
+    ``obs["stofm_n_tokens"]``
+        int32 number of tokens.
+
+    Other Parameters
+    ----------------
     species, gene_key, orthologs
         As in :func:`map_genes`. A mapping that :func:`map_genes` wrote for this vocabulary is
         used as it is, unless one of these asks for another.
@@ -65,18 +80,6 @@ def tokenize(
         Table of a SpatialData; may be left out if there is only one.
     copy
         Return a new AnnData and leave `adata` as it is.
-
-    Returns
-    -------
-    None, or the new AnnData if `copy`. Fields set, besides those of :func:`map_genes`:
-
-    ``obsm["stofm_tokens"]``
-        int32 CSR matrix (n_obs, max_tokens): tokens in order in the first columns of each row.
-    ``obsm["stofm_token_values"]``
-        float32 CSR matrix (n_obs, max_tokens): their values, in the same order; only with
-        values, and removed otherwise.
-    ``obs["stofm_n_tokens"]``
-        int32 number of tokens.
 
     Raises
     ------

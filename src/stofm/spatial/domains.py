@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 Centering = Literal["slice", "none"]
 
 _N_COMPONENTS = 20
-#: What is read beside an embedding says much of the same again, and what they share comes first.
+#: What is used beside an embedding repeats much of it, and what they share comes first.
 _N_COMPONENTS_BESIDE = 10
 #: Neighbours of a cell in the graph for Leiden, the cell itself counted.
 _N_NEIGHBORS = 15
-#: Starts of the mixture, on a sample of at most so many embeddings. The likeliest goes on with all
-#: until the last tolerance: the gain in log-likelihood of a cell below which a round is the last.
+#: Starts of the mixture, on a sample of at most this many embeddings. The likeliest continues on
+#: all of them, until the log-likelihood of a cell gains less than the last tolerance in a round.
 _N_STARTS = 40
 _MAX_AT_START = 5_000
 _TOLERANCES = (1e-3, 1e-5)
 _MAX_ROUNDS = 300
 _N_KMEANS_STARTS = 10
-#: What is added to variances, as a share of the total variance.
+#: Added to variances, as a share of the total variance.
 _REGULARIZATION = 1e-6
-#: Of more distinct embeddings a sample is clustered, so that time grows with the cells.
+#: Of more distinct embeddings than this a sample is clustered, so that time is linear in the cells.
 _MAX_CLUSTERED = 50_000
 _CHUNK = 65_536
-# All threads have the same filters of warnings, and scikit-learn changes them too.
+# Warning filters are shared by all threads, and scikit-learn changes them too.
 _turn = threading.Lock()
 
 
@@ -83,7 +83,7 @@ def find_levels(
 ) -> list[NDArray[np.int64]]:
     """Find the domains of slices, which together have all rows, and the coarser levels.
 
-    See :func:`stofm.tl.domains`. Only with coordinates domains are smoothed.
+    See :func:`stofm.tl.domains`. Domains are smoothed only if there are coordinates.
     """
     space = domain_space(features, slices, centering=centering, beside=beside)
     labels = find_domains(space, n_domains=n_domains, resolution=resolution, seed=seed)
@@ -101,9 +101,9 @@ def domain_space(
 ) -> DomainSpace:
     """Reduce embeddings (n, d) to the principal components that domains are found in.
 
-    These are 20, or 10 of an embedding and what is beside it: arrays of the same rows, which get the
-    same total variance. ``centering="slice"`` takes each slice's mean off first, and with it what
-    sets slices apart.
+    These are 20, or 10 of an embedding with others beside it: arrays with the same rows, which get
+    the same total variance. ``centering="slice"`` subtracts each slice's mean first, and with it
+    what sets slices apart.
     """
     values = SideBySide((features, *beside))
     ordered = _ordered(values, slices)
@@ -199,7 +199,7 @@ def find_domains(
     from sklearn.exceptions import ConvergenceWarning
 
     with _turn, warnings.catch_warnings():
-        # After so many rounds hardly a cell changes its domain.
+        # After this many rounds hardly any cell changes its domain.
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = (
             _leiden_domains(space.scores, resolution, seed)
@@ -235,10 +235,10 @@ def _mixture_domains(scores: NDArray[np.float64], n_domains: int, seed: int) -> 
         for start in np.random.default_rng(seed).integers(0, 2**31, _N_STARTS)
     ]
     likeliest = max(mixtures, key=lambda mixture: float(mixture.lower_bound_))
-    # It goes on from where it stands.
+    # It continues from its current state.
     labels = likeliest.set_params(tol=_TOLERANCES[1]).fit(fitted).predict(scores)
     if len(np.unique(labels)) < n_domains:
-        # A component may be nowhere the likeliest; k-means leaves no domain empty.
+        # A component may be the likeliest for no cell; k-means leaves no domain empty.
         means = KMeans(n_domains, n_init=_N_KMEANS_STARTS, random_state=seed)
         labels = means.fit(fitted).predict(scores)
     return np.asarray(labels, dtype=np.int64)
@@ -272,7 +272,7 @@ def _chunks(n: int) -> list[slice]:
 
 
 def _most_frequent(votes: NDArray[np.int64], preferred: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Most frequent label of each row; among equals the preferred one, then the smallest."""
+    """Most frequent label of each row; in a tie the preferred one, then the smallest."""
     n, n_labels = len(votes), int(max(votes.max(), preferred.max())) + 1
     cells = np.arange(n)[:, None] * n_labels + votes
     counts = 2 * np.bincount(cells.ravel(), minlength=n * n_labels).reshape(n, n_labels)
@@ -290,13 +290,13 @@ def smooth_domains(
 ) -> NDArray[np.int64]:
     """Give each cell the most frequent domain among itself and its nearest neighbours in the plane.
 
-    Neighbours are of the same slice; the cell itself is not counted among `n_neighbors`. Among
-    equally frequent domains a cell keeps its own, else takes the smallest. Features order cells at
-    one place.
+    Neighbours are of the same slice; the cell itself is not counted among `n_neighbors`. In a tie a
+    cell keeps its own domain if it is among them, else it takes the smallest. Cells at the same
+    position are ordered by their features.
     """
     smoothed = labels.copy()
     for rows in slices:
-        # Of neighbours at the same distance the search takes the first.
+        # Among neighbours at the same distance, the search takes the first.
         ordered = rows[canonical_order(coordinates[rows], features, rows)]
         nearest, _ = nearest_neighbors(coordinates[ordered], n_neighbors + 1)
         own = labels[ordered]
@@ -311,8 +311,8 @@ def merge_domains(
     """Merge domains into fewer and fewer, so that coarser domains hold whole finer ones.
 
     Ward's rule (1963) on the domains' means, weighted by their numbers of cells, in units of the
-    covariance within domains: those two are merged that add least to it. `counts` are falling
-    numbers of domains; one that is not below that of `labels` gives these.
+    covariance within domains: the two whose merger adds least to it are merged. `counts` are
+    decreasing numbers of domains; one that is not below that of `labels` returns `labels`.
     """
     if not counts:
         return []

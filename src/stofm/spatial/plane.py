@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODEL_DIAGONAL = 100.0
 #: Neighbours of a cell in a hexagonal lattice.
 _N_AROUND = 6
-#: A slice this much narrower than long is a line, whose tiles would be without number.
+#: A slice this much narrower than long is a line, which would have endlessly many tiles.
 _LINE = 1e-9
 _ROWS_AT_ONCE = 8_192
 
@@ -35,8 +35,8 @@ def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float
 
     Returns
     -------
-    (n_cells, 2) in model units: the bounding box's centre is the origin. Cells that all lie
-    at one place come out at the origin.
+    (n_cells, 2) in model units: the bounding box's centre is the origin. Cells that all share one
+    position come out at the origin.
 
     References
     ----------
@@ -53,8 +53,8 @@ def normalize_coordinates(coordinates: NDArray[np.floating]) -> NDArray[np.float
 def spacing(coordinates: NDArray[np.floating]) -> float:
     """Typical distance of neighbouring cells: the median distance to the sixth nearest.
 
-    Those of a hexagonal lattice lie exactly so far apart. 1 where there is none, as for a single
-    cell, or for cells at one place.
+    In a hexagonal lattice this is exactly the distance of neighbours. It is 1 if there is none, as
+    for a single cell or for cells that share one position.
     """
     n_asked = min(_N_AROUND + 1, len(coordinates))
     if n_asked < 2:
@@ -66,17 +66,17 @@ def spacing(coordinates: NDArray[np.floating]) -> float:
 def canonical_order(
     coordinates: NDArray[np.floating], features: Any, rows: NDArray[np.integer] | None = None
 ) -> NDArray[np.int64]:
-    """Order cells by place, and cells at one place by their features.
+    """Order cells by position, and cells at the same position by their features.
 
-    Clustering and cutting follow this order, so that they give the same result whatever the
-    order of the rows. Only cells alike in place and in every feature keep their file order.
+    Clustering and cutting follow this order, so that they give the same result whatever the order
+    of the rows. Only cells with the same position and the same features keep their file order.
 
     Parameters
     ----------
     coordinates
         (n_cells, 2).
     features
-        (n_cells, d), or more rows, of which these cells have `rows`; anything that gives some rows
+        (n_cells, d), or more rows, of which these cells have `rows`; anything that returns rows
         when it is indexed.
     rows
         (n_cells,) rows of `features`; all by default.
@@ -99,10 +99,10 @@ def canonical_order(
 def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[NDArray[np.int64]]:
     """Cut a slice by medians along the longer side, into parts of nearly equal size.
 
-    The slice is to become ``m = ceil(n / n_cells)`` parts. It is cut across the longer side of
-    its bounding box so that the two halves hold cells in the proportion of the parts that each
-    is to become, and so on. Works on lattices, lines and points that coincide, because it cuts
-    a sequence of cells and not the plane.
+    The slice becomes ``m = ceil(n / n_cells)`` parts. It is cut across the longer side of its
+    bounding box, so that the numbers of cells on both sides are in proportion to the numbers of
+    parts that each will become, and so on. Works on lattices, lines and points that coincide,
+    because it cuts a sequence of cells and not the plane.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def partition_balanced(coordinates: NDArray[np.float64], n_cells: int) -> list[N
     """
     finished: list[NDArray[np.int64]] = []
     n = len(coordinates)
-    # A stack in place of recursion: (rows, number of parts they are to become).
+    # A stack instead of recursion: (rows, number of parts that they become).
     pending = [(np.arange(n), -(-n // n_cells))] if n else []
     while pending:
         rows, n_parts = pending.pop()
@@ -139,10 +139,10 @@ def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[
     """Cut a slice into square tiles, as SToFM's published code does.
 
     A slice of at most `n_cells` cells is one sub-slice. A tile with at least twice `n_cells`
-    cells is cut into equal parts in file order and not by place, so the result depends on the
+    cells is cut into equal parts in file order and not by position, so the result depends on the
     order of the rows, and a part has 1 to ``2 n_cells - 1`` cells.
 
-    DISCREPANCY: cells that rounding puts beyond the last tile get lost in the published code;
+    DISCREPANCY: the published code loses cells that rounding puts beyond the last tile;
     here they belong to the last tile. A slice of zero width or height, where the published code
     divides by zero, is cut along its other side.
 
@@ -151,7 +151,7 @@ def partition_reference(coordinates: NDArray[np.float64], n_cells: int) -> list[
     coordinates
         (n, 2) normalised coordinates in file order.
     n_cells
-        Number of cells aimed at.
+        Intended number of cells.
 
     Returns
     -------
@@ -192,10 +192,10 @@ def nearest_neighbors(
     n_neighbors = min(n_neighbors, len(points))
     tree = cKDTree(points, balanced_tree=False)
     distances, indices = tree.query(points, k=np.arange(1, n_neighbors + 1), workers=-1)
-    # Coincident points may stand at the front of a point's list, where it shall stand itself.
+    # Coincident points may come first in a point's list, where the point itself belongs.
     rows = np.flatnonzero(indices[:, 0] != np.arange(len(indices)))
     is_own = indices[rows] == rows[:, None]
-    # With more coincident points than neighbours the point may be missing: the last makes room.
+    # With more coincident points than neighbours the point may be missing: it replaces the last.
     column = np.where(is_own.any(axis=1), is_own.argmax(axis=1), indices.shape[1] - 1)
     indices[rows, column] = indices[rows, 0]
     distances[rows, column] = distances[rows, 0]
@@ -212,9 +212,9 @@ def neighbor_means(
 ) -> NDArray[np.float32]:
     """Average values (n, d) over the nearest neighbours of each cell, itself not counted.
 
-    Neighbours are of the same slice. A smaller slice has as many as there are, and a cell by itself
-    its own values; rows of no slice are NaN. The order of the rows does not matter. On a lattice more
-    neighbours may be at the same distance than count; which of them do is then arbitrary.
+    Neighbours are of the same slice. In a smaller slice all others count, and a cell alone keeps
+    its own values; rows of no slice are NaN. The order of the rows does not matter. On a lattice
+    more neighbours may be at the same distance than count; which of them do is then arbitrary.
     """
     values = SideBySide((values.astype(np.float32, copy=False),)).together()
     means = spacious(values.shape)

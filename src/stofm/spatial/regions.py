@@ -1,4 +1,4 @@
-"""Groups of cells in the plane: who touches whom, pieces, patterns, what chance gives, borders."""
+"""Groups of cells in the plane: contacts, pieces, patterns, expectations by chance, borders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_TIES: Final = 14
 _TIE: Final = 1 + 1e-9
 #: Cells farther apart than so many times the slice's typical distance do not touch.
 _MOST_SPACINGS: Final = 3.0
-#: Pieces that hold this share of a group's cells are counted.
+#: The pieces counted hold this share of a group's cells.
 _COUNTED: Final = 0.9
 #: Neighbours whose most frequent region a cell is drawn with: single cells get no line.
 _SMOOTHED: Final = 12
@@ -31,8 +31,8 @@ _SMOOTHED: Final = 12
 _FAR: Final = 4.0
 #: Distance of the points around, in sizes of the tissue.
 _AROUND: Final = 10.0
-#: At the margin of the tissue edges go far out: ends that are farther from the middle between two
-#: cells than the one, in spacings, are put to the other.
+#: At the margin of the tissue, edges reach far out: ends farther than the first number of spacings
+#: from the middle between two cells are moved to the second.
 _OVER, _MARGIN = 1.2, 0.6
 
 
@@ -68,7 +68,7 @@ def contacts(
     slices: Sequence[NDArray[np.int64]],
     n_groups: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How often cells of each two groups touch, and how often they would if cells lay anywhere in a slice.
+    """How often cells of each two groups touch, and how often they would by chance.
 
     `codes` (n,) are the groups, -1 for none. Returns found and expected, (n_groups, n_groups) each; a
     contact within a group counts twice.
@@ -96,10 +96,10 @@ def clustering(
     n_permutations: int,
     seed: int,
 ) -> tuple[float, float]:
-    """How much more the cells of a group touch each other than cells drawn at random.
+    """How much more often cells of a group touch each other than cells drawn at random.
 
-    Returns contacts within the group over their mean in the draws, each within a slice, NaN where
-    these have none, and the empirical p, (1 + draws with as many) / (1 + draws).
+    Returns the contacts within the group divided by their mean over the draws, which are made slice
+    by slice (NaN where the mean is 0), and the empirical p, (1 + draws with as many) / (1 + draws).
     """
     first, second = touching.nonzero()
     rng = np.random.default_rng(seed)
@@ -118,9 +118,9 @@ def clustering(
 
 
 def pieces(touching: sp.csr_array, is_member: NDArray[np.bool_]) -> tuple[int, float]:
-    """In how many pieces nine tenths of a group's cells lie, and the share of the largest.
+    """Number of pieces that hold nine tenths of a group's cells, and the share of the largest.
 
-    Cells are of one piece if they touch, or are joined by members that do.
+    Cells belong to one piece if they touch, or are connected by members that do.
     """
     rows = np.flatnonzero(is_member)
     if not len(rows):
@@ -132,10 +132,10 @@ def pieces(touching: sp.csr_array, is_member: NDArray[np.bool_]) -> tuple[int, f
 
 
 def morans_i(touching: sp.csr_array, values: sp.csr_matrix) -> NDArray[np.float64]:
-    """Moran's I of each column, (d,): how alike values of cells are that touch, from about -1 to 1.
+    """Moran's I of each column, (d,): how similar touching cells are, from about -1 to 1.
 
-    It is 0 for constant columns, and where no cells touch. Sparse throughout, so that nothing dense
-    of cells by genes is made.
+    It is 0 for constant columns, and where no cells touch. Sparse throughout: no dense matrix of
+    cells by genes is made.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Parts of slices to fit to and to hold out."""
+"""Which parts of slices are fitted to, and which are held out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: How cells are held out; ``"auto"`` is by slice where there are four or more, else by block.
 SplitRule = Literal["auto", "slices", "blocks", "random"]
 
-#: From so many slices on, a whole one is held out by default: with fewer it would be missed too much
-#: in fitting (of two sections of cortex, half of all cells).
+#: With at least this many slices, a whole one is held out by default: with fewer it would be missed
+#: too much in fitting (of two sections of cortex, half of all cells).
 _SEVERAL = 4
 #: What is held out of a slice is about this many blocks, however few cells it has: a single one
 #: would often lie in a single region.
@@ -28,7 +28,7 @@ _N_BLOCKS = 4
 #: other cells that it may take. Around the small blocks of a small slice it takes many.
 _MARGIN = 2.0
 _MARGIN_SHARE = 0.25
-#: So many draws are made where classes are known, of which the most even one is taken.
+#: Number of draws where classes are known; the most even one is used.
 _N_DRAWS = 16
 _N_NEIGHBORS = 6
 #: Parts of cells.
@@ -48,11 +48,11 @@ class Split:
     left_out
         Row numbers of cells in neither: the margin around held-out blocks.
     slices
-        Numbers of the slices that are held out as a whole, but for moved cells.
+        Numbers of the slices that are held out as a whole, except for moved cells.
     params
-        What was asked for: share, seed.
+        The request: share, seed.
     moved
-        Row numbers of cells that are fitted only since no other cell of their class would be.
+        Row numbers of cells that are fitted only because no other cell of their class would be.
     """
 
     how: str
@@ -64,7 +64,7 @@ class Split:
     moved: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def record(self, names: Sequence[str] | None = None) -> dict[str, Any]:
-        """What is written down of a split: rule, parameters, numbers of cells, held-out slices."""
+        """The record of a split: rule, parameters, numbers of cells, held-out slices."""
         parts = {
             "n_fitted": self.fitted,
             "n_held_out": self.held_out,
@@ -91,15 +91,16 @@ def split_cells(
     """Hold out a part of the cells, so that scores on it say something about new tissue.
 
     Neighbours resemble each other and see each other in their embeddings. Cells held out at random
-    lie among those that are fitted, and scores on them are too good; whole slices or blocks of the
-    plane are more honest. The order of the rows does not matter, but for cells at one place.
+    lie among those that are fitted, so scores on them are too good; whole slices or blocks of the
+    plane are more honest. The order of the rows does not matter, except for cells at the same
+    position.
 
     Parameters
     ----------
     coordinates
         (n, 2), any unit.
     slices
-        Rows of each slice. Rows of none of them are in no part.
+        Rows of each slice. Rows that are in none of them belong to no part.
     how
         ``"auto"``: ``"slices"`` if there are at least four, and each class has cells outside those
         held out; else ``"blocks"``. ``"slices"``: whole slices, at least one. ``"blocks"``: about
@@ -109,18 +110,18 @@ def split_cells(
     share
         Share of the cells, or slices, to hold out.
     classes
-        (n,) class of each row, from 0. With them, slices and blocks are the best of some draws:
-        slices leave cells of each class to fit if they can, and what is held out of a slice in
-        blocks has about its classes. Cells of a class that would have none to fit are fitted after
-        all, and held-out cells within the margin of them are left out.
+        (n,) class of each row, from 0. With them, slices and blocks are the best of several draws:
+        held-out slices leave cells of each class to fit if possible, and held-out blocks have about
+        the classes of their slice. Cells of a class that would otherwise have none to fit are
+        fitted after all, and held-out cells within their margin are left out.
     seed
         Seed of the draws.
 
     Raises
     ------
     ValueError
-        `how` or `share` is not usable, or whole slices are asked for and there is only one, or
-        none whose classes others have.
+        `how` or `share` is not valid, or whole slices are requested and there is only one, or none
+        whose classes also occur in others.
 
     References
     ----------
@@ -139,7 +140,7 @@ def split_cells(
         rule = "blocks"
         part = _draw(rule, xy, slices, classes, share, rng)
     chosen = [k for k, rows in enumerate(slices) if (part[rows] == _HELD_OUT).all()]
-    # Each class has cells to fit; but for random cells, those near them are left out.
+    # Each class has cells to fit; those near them are left out, except with random cells.
     is_moved = (part != _NOWHERE) & np.isin(classes, _lost(part, classes))
     part[is_moved] = _FITTED
     for rows in slices if rule != "random" else ():
@@ -164,11 +165,12 @@ def split_cells(
 def leave_out_blocks(
     coordinates: NDArray[np.floating], n_blocks: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Cut a slice into compact blocks, each of which is left out once, with a margin around it.
+    """Cut a slice into compact blocks; each is held out once, with a margin around it.
 
-    Blocks hold nearly equal numbers of cells; a slice of fewer cells has fewer. For each block come
-    the rows to fit and its own, ascending; cells within the margin are in neither, as in
-    :func:`split_cells`. The order of the rows does not matter, but for cells at one place.
+    Blocks hold nearly equal numbers of cells; a slice of fewer cells has fewer. For each block the
+    rows to fit and its own rows are returned, ascending; cells within the margin are in neither, as
+    in :func:`split_cells`. The order of the rows does not matter, except for cells at the same
+    position.
     """
     xy = np.asarray(coordinates, dtype=np.float64)
     order = canonical_order(xy, xy)
@@ -215,7 +217,7 @@ def _lost(part: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.int
 def _choose_slices(
     kinds: Sequence[NDArray[np.int64]], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Of some draws of slices, whose classes are given, the first that leaves most to fit."""
+    """Among several draws of slices, whose classes are given, the first that leaves most to fit."""
     n_slices = len(kinds)
     if n_slices < 2:
         raise ValueError("how='slices' needs at least two slices, found one; use how='blocks'.")
@@ -235,9 +237,9 @@ def _block_parts(
     classes: NDArray[np.int64],
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Part of each cell of a slice, whose places and classes are in canonical order.
+    """Part of each cell of a slice, whose positions and classes are in canonical order.
 
-    Of some draws the first is taken whose shares of classes differ least from those of all.
+    Of several draws, the one whose shares of classes differ least from those of all cells is used.
     """
     part = np.full(len(xy), _FITTED)
     n_wanted = round(share * len(xy))
@@ -245,7 +247,7 @@ def _block_parts(
         return part
     blocks = partition_balanced(xy, -(-n_wanted // min(_N_BLOCKS, n_wanted)))
     n_chosen = max(1, round(n_wanted * len(blocks) / len(xy)))
-    # Blocks that follow one another lie side by side: one of each stretch is spread over the slice.
+    # Consecutive blocks lie side by side: taking one of each stretch spreads them over the slice.
     stretches = np.array_split(np.arange(len(blocks)), n_chosen)
     draws = [[rng.choice(stretch) for stretch in stretches] for _ in range(_N_DRAWS)]
     n_classes = int(classes.max()) + 1

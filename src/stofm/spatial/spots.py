@@ -1,4 +1,4 @@
-"""Spots of many cells: simulated like measured ones, or out of slices with single cells."""
+"""Spots of many cells: simulated, or made from slices of single cells."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class SpotRules:
     n_spots
         Number of spots.
     cells_per_spot
-        Fewest and most cells of a spot; in between, equal ratios are equally frequent.
+        Fewest and most cells in a spot, log-uniform in between.
     concentration
         Smallest and largest concentration of the Dirichlet distribution that compositions come
-        from, per type. At 0.05 nearly all spots are of one or two types, at 1 any mixture is as
-        likely as any other; in between, equal ratios are equally frequent.
+        from, per type. At 0.05 nearly all spots have one or two types, at 1 all mixtures are
+        equally likely; log-uniform in between.
     """
 
     n_spots: int = 10_000
@@ -75,7 +75,7 @@ class TypedCells:
     ) -> TypedCells:
         """Sort cells by type, and within a type by their counts."""
         weights = (np.arange(1, counts.shape[1] + 1) * _SPREAD) % (1 << 31)
-        # Whole numbers below 2**53 add up exactly, in whatever order entries are stored.
+        # Integers below 2**53 add up exactly, in any order of the entries.
         keys = counts.astype(np.int64) @ weights
         order = np.lexsort((keys, codes))
         sizes = np.bincount(codes, minlength=n_types)
@@ -123,13 +123,13 @@ def simulate_spots(
     rules: SpotRules,
     seed: int,
 ) -> SimulatedSpots:
-    """Sum up random cells into spots that look like measured ones.
+    """Add up random cells into spots that look like measured ones.
 
-    A composition is drawn for each spot, from pure to well mixed, then its cells, with the
-    counts that they have: types with more RNA weigh more, as in a measured spot. Counts are
-    scaled gene by gene, and drawn again (Poisson) so that the total of the spot is that of a
-    random measured one; genes drop out with it. Where the reference is shallower than that,
-    several of its cells of the same type stand for one, so that no count is blown up.
+    A composition is drawn for each spot, from pure to well mixed, then its cells, with the counts
+    that they have: types with more RNA weigh more, as in a measured spot. Counts are scaled gene by
+    gene, and drawn again (Poisson) so that the total of the spot is that of a random measured one;
+    genes drop out with it. Where the reference is shallower than that, several of its cells of the
+    same type stand for one, so that no count is inflated.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def simulate_spots(
     expected = n_cells @ (cells.mean_counts() @ gene_scale)
     short = totals / np.maximum(expected, 1e-9)
     replicates = np.clip(np.ceil(short), 1, _MAX_REPLICATES).astype(np.int64)
-    # How often each cell is in a spot, drawn type by type with replacement.
+    # How often each cell occurs in a spot, drawn type by type with replacement.
     numbers = n_cells * replicates[:, None]
     types = np.repeat(np.tile(np.arange(cells.n_types), rules.n_spots), numbers.ravel())
     places = cells.starts[types] + (rng.random(len(types)) * cells.sizes[types]).astype(np.int64)
@@ -209,9 +209,9 @@ def gene_scales(
 ) -> NDArray[np.float64]:
     """Estimate how much more of each gene the query's technology sees than the reference's.
 
-    The query's mean is held against that of the reference's types in the query's composition,
-    not in the reference's own, so that frequent types are not taken for technology. The median
-    gene has the scale 1; genes with few counts are held near it.
+    The query's mean is compared with the mean of the reference's types in the query's composition,
+    not in the reference's own, so that frequent types are not mistaken for technology. The median
+    gene has the scale 1; genes with few counts are kept near it.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def gene_scales(
 
 @dataclass(frozen=True, eq=False)
 class SpotGrid:
-    """Which cells make up which spot; cells without a type are in none.
+    """Which cells form which spot; cells without a type are in none.
 
     Attributes
     ----------
@@ -276,10 +276,10 @@ def grid_spots(
     n_types: int,
     spot_size: float,
 ) -> SpotGrid:
-    """Share cells out to the squares of a grid, slice by slice.
+    """Assign cells to the squares of a grid, slice by slice.
 
-    Squares without a cell of known type are no spots. Spots come slice by slice, and within a
-    slice by x, then y; the order of cells does not matter.
+    Squares without a cell of known type are left out. Spots are ordered by slice, then x, then y;
+    the order of cells does not matter.
 
     Parameters
     ----------
@@ -310,9 +310,7 @@ def grid_spots(
         corner[k] = coordinates[rows].min(axis=0, initial=np.inf)
     cells = np.flatnonzero((codes >= 0) & (number >= 0))
     if not len(cells):
-        raise ValueError(
-            f"None of {len(codes)} cells has a known type; there is nothing to make spots from."
-        )
+        raise ValueError(f"None of {len(codes)} cells has a known type, so no spots can be made.")
     own = number[cells]
     square = np.floor((coordinates[cells] - corner[own]) / spot_size).astype(np.int64)
     places, found = np.unique(np.column_stack([own, square]), axis=0, return_inverse=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-#: Distance that stands for "not a neighbour" in dense matrices and is fed to the model.
+#: Distance that means "not a neighbour" in dense matrices and is fed to the model.
 NO_NEIGHBOR = 100.0
 _TIE = 1.0 + 1e-9
 
@@ -66,10 +66,10 @@ class SubSliceConfig:
     position_weight
         Weight of position against expression in that clustering, 0 to 1.
     mixing, n_components
-        How position and principal components are put together
+        How position and principal components are combined
         (:func:`~stofm.spatial.mix_expression_and_place`), and how many components.
     clustering
-        ``"canonical"``: cells are put in an order of their own first, so that the order of rows
+        ``"canonical"``: cells are sorted into a canonical order first, so that the order of rows
         does not matter. ``"scanpy"``: file order, and scanpy's labels.
     max_virtual_cells
         Upper limit on virtual cells of a slice; None for no limit (the published code's limit
@@ -79,7 +79,8 @@ class SubSliceConfig:
     unit
         What distances are measured in. ``"diagonal"``: a hundredth of the slice's, as in the
         published code. ``"spacing"``: that of the sub-slice's cells, the median distance to the
-        sixth nearest; so dense and sparse slices look alike, and a part of a slice like the whole.
+        sixth nearest; this makes dense and sparse slices look alike, and a part of a slice like the
+        whole.
     """
 
     n_cells: int = 1000
@@ -160,7 +161,7 @@ class SubSlice:
     node_type
         (n_nodes,) values of :class:`~stofm.spatial.NodeType`, int8.
     cell_index
-        (n_nodes,) row of the cell in its slice, -1 for nodes that are no cell.
+        (n_nodes,) row of the cell in its slice, -1 for nodes that are not cells.
     pairs
         The distances.
     """
@@ -243,7 +244,7 @@ def build_subslice(
     cells: NDArray[np.integer],
     config: SubSliceConfig,
 ) -> SubSlice:
-    """Put together the nodes of one sub-slice.
+    """Assemble the nodes of one sub-slice.
 
     Parameters
     ----------
@@ -318,11 +319,11 @@ def pair_distances(
 ) -> PairDistances:
     """Find the pairs of a sub-slice's nodes that have a distance, and the distances.
 
-    Those are pairs with a virtual cell, and pairs of cells one of which is among the other's
-    nearest. Cells as far away as the last neighbour all count, so that the result does not
-    depend on the order of cells or on how a lattice lies in the plane.
+    These are pairs with a virtual cell, and pairs of cells one of which is among the other's
+    nearest. All cells at the distance of the last neighbour count, so the result does not depend on
+    the order of cells or on the orientation of a lattice.
 
-    DISCREPANCY: SToFM's published code decides such ties by chance, and treats distance 0 as
+    DISCREPANCY: SToFM's published code breaks such ties by chance, and treats distance 0 as
     "not a neighbour", so that coincident cells are far apart; here distance 0 is a distance.
 
     Parameters
@@ -332,11 +333,11 @@ def pair_distances(
     node_type
         (n_nodes,) values of :class:`~stofm.spatial.NodeType`.
     n_neighbors
-        Length k of the published code's neighbour list; k - 1 of its places go to other nodes,
-        and k is cut to the number of nodes less one.
+        Length k of the published code's neighbour list; k - 1 of its entries are other nodes, and k
+        is at most the number of nodes less one.
     neighbors_among
-        ``"all_nodes"``: as in the published code the slice token (at the origin) and virtual
-        cells take up places of a cell's list. ``"cells"``: its places all go to cells.
+        ``"all_nodes"``: as in the published code, the slice token (at the origin) and virtual cells
+        take up entries of a cell's list. ``"cells"``: all entries are cells.
 
     Returns
     -------
@@ -379,13 +380,13 @@ def _nearest_pairs(
     if n_others <= 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     tree = cKDTree(points)
-    # A lattice has at most 12 points at one distance this near; more are asked for if all tie.
+    # A lattice has at most 12 points at one distance this near; more are requested if all tie.
     n_asked = min(n, n_others + 1 + 12)
     rows = np.arange(n)
     found: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
     while len(rows):
         distances, indices = tree.query(points[rows], k=np.arange(1, n_asked + 1))
-        # The point itself is among its coincident points: place n_others counts from there.
+        # The point itself is among its coincident points, so entry n_others counts from there.
         reach = distances[:, n_others] * _TIE
         unfinished = (distances[:, -1] <= reach) & (n_asked < n)
         near = (distances <= reach[:, None]) & (indices != rows[:, None])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Mixing = Literal["sum", "concatenate"]
 
-#: Of more cells a sample is clustered, so that time grows with the cells.
+#: Of more cells than this a sample is clustered, so that time is linear in the cells.
 MOST_CLUSTERED: Final = 50_000
 
 #: Rows that are held in double precision at a time.
@@ -132,9 +132,9 @@ def mix_expression_and_place(
         DISCREPANCY: a comment in SToFM's published code calls the same number the weight of
         expression; its computation, which this follows, applies it to position.
     mixing
-        ``"sum"``: the elementwise sum of the published code (k must be 2), in which a component
-        and an axis that have nothing to do with one another are added. ``"concatenate"``:
-        the parts side by side, so that distance grows with either.
+        ``"sum"``: the elementwise sum of the published code (k must be 2), which adds a component
+        to an unrelated axis. ``"concatenate"``: the parts side by side, so that distance grows with
+        either.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def umap_weights(indices: NDArray[np.int64], distances: NDArray[np.float64]) -> 
     McInnes, Healy and Melville, UMAP (arXiv 1802.03426), section 3.1.
     """
     n, n_neighbors = indices.shape
-    # The first neighbour that is not at the same place; 0 if all are.
+    # The first neighbour that is not at the same position; 0 if all are.
     rho = np.where(distances > 0, distances, np.inf).min(axis=1)
     rho[np.isinf(rho)] = 0.0
     excess = np.maximum(distances[:, 1:] - rho[:, None], 0.0)
@@ -212,10 +212,11 @@ def cluster_cells(
 ) -> NDArray[np.int64]:
     """Cluster points (n, k) by Leiden on their exact neighbour graph with UMAP's weights.
 
-    Rows are in canonical order; the cell itself is counted among its neighbours. Returns (n,) labels
-    from 0, without gaps; by falling size of the cluster with ``"canonical"``. There, of more than
-    50,000 points a random sample of so many is clustered, and the others join the nearest of it:
-    exact neighbours among all in ten and more dimensions take time with nearly the square of n.
+    Rows are in canonical order; the cell itself is counted among its neighbours. Returns (n,)
+    labels from 0, without gaps; by falling size of the cluster with ``"canonical"``. Of more than
+    50,000 points, it clusters a random sample of that size, and the others join the nearest sampled
+    point: finding exact neighbours in ten and more dimensions takes time nearly proportional to the
+    square of n.
     """
     n = len(points)
     if n <= 2:
@@ -236,7 +237,7 @@ def cluster_cells(
 
 
 def number_by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number labels anew, from 0 without gaps and by falling size."""
+    """Renumber labels from 0, without gaps, by decreasing size."""
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     return np.argsort(np.argsort(-sizes, kind="stable"))[codes]
 
@@ -262,7 +263,7 @@ def virtual_cells(
     The clusters' means, in order of the labels, computed in double precision.
     """
     sizes = np.bincount(labels)[:, None]
-    # A column at a time: a copy of all features in double precision would be the largest array.
+    # One column at a time: a copy of all features in double precision would be the largest array.
     means = [
         np.column_stack([np.bincount(labels, weights=column) for column in values.T]) / sizes
         for values in (coordinates, features)
@@ -273,8 +274,8 @@ def virtual_cells(
 Clustering = Literal["canonical", "scanpy"]
 
 _MAX_HALVINGS = 20
-#: Rounds of our own clustering. Until no move improves it takes ever more rounds on large slices;
-#: after ten, modularity is within a few thousandths of that, and time grows with the edges.
+#: Rounds of our own clustering. Large slices need ever more rounds until no move improves; after
+#: ten, modularity is within a few thousandths of that, and time is linear in the edges.
 _ROUNDS = 10
 _UNTIL_CONVERGED = -1
 # igraph has one generator for all threads: those that draw from it take turns.
@@ -282,7 +283,7 @@ _turn = threading.Lock()
 
 
 class _ScanpyNumbers:
-    """The random numbers that scanpy hands to igraph, from numpy's legacy generator."""
+    """The random numbers that scanpy passes to igraph, from numpy's legacy generator."""
 
     def __init__(self, seed: int) -> None:
         # Bound once: igraph asks hundreds of thousands of times.
@@ -295,7 +296,7 @@ class _ScanpyNumbers:
 
 @contextmanager
 def _igraph_numbers(generator: random.Random | _ScanpyNumbers) -> Iterator[None]:
-    """Let igraph draw from `generator`, and hand it back Python's module as it was."""
+    """Let igraph draw from `generator`, and afterwards from Python's module again."""
     import igraph
 
     with _turn:
@@ -359,9 +360,9 @@ def merge_clusters(
 ) -> NDArray[np.int64]:
     """Merge whole clusters until there are at most `max_clusters`; labels without gaps.
 
-    Clusters are clustered as nodes of the aggregated graph, at half the resolution, a quarter
-    and so on, which keeps modularity as the measure and costs next to nothing. What no edge
-    connects is merged last: the smallest cluster into the one with the nearest mean of `points`.
+    Clusters are clustered as nodes of the aggregated graph, at half the resolution, a quarter and
+    so on, which keeps modularity as the measure and costs almost nothing. Clusters that no edge
+    connects are merged last: the smallest cluster into the one with the nearest mean of `points`.
     """
     for _ in range(_MAX_HALVINGS):
         if labels.max() < max_clusters:

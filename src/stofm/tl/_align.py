@@ -67,6 +67,14 @@ def align(
         ``"stofm"``, ``"st-align"`` (as ST-Align is described), or :class:`stofm.tl.AlignOptions`.
     library_key
         Column of ``obs`` that names each cell's slice.
+
+    Returns
+    -------
+    The :class:`stofm.tl.Aligner`, whose method ``transform`` writes ``obsm["X_aligned"]``. Nothing is
+    written to `data`.
+
+    Other Parameters
+    ----------------
     layer
         Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``.
     spatial_key
@@ -83,11 +91,6 @@ def align(
         Table of a SpatialData.
     show_progress_bar
         Show a bar.
-
-    Returns
-    -------
-    The :class:`stofm.tl.Aligner`, whose method ``transform`` writes ``obsm["X_aligned"]``. Nothing is
-    written to `data`.
 
     Raises
     ------

@@ -90,22 +90,6 @@ def annotate(
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
-    layer
-        Layer with raw counts; by default ``X``, or the layer that was embedded.
-    spatial_key
-        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
-    seed
-        Seed of splits, first weights and order of steps.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    key_added
-        Column of ``obs`` to write.
-    table_key
-        Table of a SpatialData.
-    copy
-        Return changed copies and leave `data` as it is; when fitting, write no embeddings to it.
-    show_progress_bar
-        Show bars.
 
     Returns
     -------
@@ -130,6 +114,25 @@ def annotate(
         Parameters, and fingerprints of the embedding's model.
     ``adata.obsm['X_stofm']`` and others
         What :func:`stofm.tl.embed` writes, if it was missing (also while fitting).
+
+    Other Parameters
+    ----------------
+    layer
+        Layer with raw counts; by default ``X``, or the layer that was embedded.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, (n_obs, 2), any unit.
+    seed
+        Seed of splits, first weights and order of steps.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Column of ``obs`` to write.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return changed copies and leave `data` as it is; when fitting, write no embeddings to it.
+    show_progress_bar
+        Show bars.
 
     Raises
     ------

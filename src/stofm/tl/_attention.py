@@ -60,12 +60,6 @@ def attention(
         those beyond `top`. With further partitions, cut after the plane is turned, a weight is the
         mean over the partitions in which both cells share a sub-slice, and fewer neighbours are
         never together.
-    key_added
-        Entry of ``adata.obsp`` to write.
-    library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
-        See :func:`stofm.tl.perturb`.
-    copy
-        Return a changed copy and leave `adata` as it is.
 
     Returns
     -------
@@ -78,6 +72,15 @@ def attention(
         Share of each receiver's attention on virtual cells.
     ``adata.uns['stofm']['stofm_attention']`` : dict
         Parameters and the model's fingerprint.
+
+    Other Parameters
+    ----------------
+    key_added
+        Entry of ``adata.obsp`` to write.
+    library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
+        See :func:`stofm.tl.perturb`.
+    copy
+        Return a changed copy and leave `adata` as it is.
 
     Raises
     ------

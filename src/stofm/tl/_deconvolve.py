@@ -98,6 +98,24 @@ def deconvolve(
         How the head is fitted, see :class:`stofm.tl.HeadOptions`.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
+
+    Returns
+    -------
+    With `head` None, or with ``copy=True`` the new AnnData, in the form of `data`; else the
+    :class:`DeconvolutionHead`. Sets, with `head` or `reference`:
+
+    ``adata.obsm['stofm_deconvolution']`` : DataFrame
+        Proportions, (n_obs, n_types), not negative; rows sum to 1. A ``/`` in a type is ``_`` in
+        its column, which files need; ``head.types`` has the names.
+    ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
+        Standard deviation between the members of the head.
+    ``adata.uns['stofm']['stofm_deconvolution']`` : dict
+        Parameters, and fingerprints of the model.
+    ``adata.obsm['X_stofm']`` and others
+        What :func:`stofm.tl.embed` writes, if it was missing; not for a head from `reference`.
+
+    Other Parameters
+    ----------------
     layer
         Layer of `data` with raw counts; ``X`` by default.
     spatial_key
@@ -115,21 +133,6 @@ def deconvolve(
         no embeddings to `data`. Not with `reference`, which writes to `data` and returns a head.
     show_progress_bar
         Show bars.
-
-    Returns
-    -------
-    With `head` None, or with ``copy=True`` the new AnnData, in the form of `data`; else the
-    :class:`DeconvolutionHead`. Sets, with `head` or `reference`:
-
-    ``adata.obsm['stofm_deconvolution']`` : DataFrame
-        Proportions, (n_obs, n_types), not negative; rows sum to 1. A ``/`` in a type is ``_`` in
-        its column, which files need; ``head.types`` has the names.
-    ``adata.obsm['stofm_deconvolution_std']`` : DataFrame
-        Standard deviation between the members of the head.
-    ``adata.uns['stofm']['stofm_deconvolution']`` : dict
-        Parameters, and fingerprints of the model.
-    ``adata.obsm['X_stofm']`` and others
-        What :func:`stofm.tl.embed` writes, if it was missing; not for a head from `reference`.
 
     Raises
     ------

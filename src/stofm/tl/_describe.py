@@ -82,16 +82,19 @@ def describe(
     library_key
         Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
         with, if any.
+
+    Returns
+    -------
+    A :class:`stofm.tl.Description`.
+
+    Other Parameters
+    ----------------
     layer
         Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit.
     table_key
         Table of a SpatialData.
-
-    Returns
-    -------
-    A :class:`stofm.tl.Description`.
 
     Raises
     ------

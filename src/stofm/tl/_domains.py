@@ -100,36 +100,12 @@ def domains(
     coarser
         Falling numbers of domains of coarser levels, such as ``(4, 2)``. Each is made of whole
         domains of the level below: those two are merged that differ least (Ward).
-    n_neighbors
-        Nearest neighbours in the plane, of the same slice, whose mean embedding is used beside the
-        cell's own, and beside that the mean over three times as many. None: 10 for the embedding
-        of a model, if there are coordinates, otherwise 0, none.
-    smooth
-        Give each cell the most frequent domain among itself and as many nearest neighbours in
-        the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
-        and small regions with them; a domain may vanish.
-    centering
-        ``"slice"`` takes each slice's mean off its embedding first, so that what sets whole
-        slices apart does not make domains of its own. ``"none"`` takes the mean of all cells off,
-        and is better if slices show different regions. What is left is scaled to unit length: how
-        far a cell is from the mean follows its number of counts.
     use_rep
         Entry of ``adata.obsm`` with the embedding, (n_obs, d).
     model
         Model to embed with, by :func:`stofm.tl.embed`: a :class:`stofm.Stofm`, a checkpoint folder
         or a hub id. Cells that are embedded with another one are embedded again. None: whichever
         made what is there, or ``"stofm-mini"``.
-    spatial_key
-        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; by default what was
-        embedded with. Needed to smooth and for `n_neighbors`.
-    seed
-        Seed of the clustering.
-    key_added
-        Column of ``adata.obs`` to write, and name of its record.
-    table_key
-        Table of a SpatialData.
-    copy
-        Return a changed copy and leave `adata` as it is.
 
     Returns
     -------
@@ -144,6 +120,33 @@ def domains(
         part. Not set for more than 102 domains.
     ``adata.uns['stofm']['stofm_domain']`` : dict
         Parameters, and fingerprints of the embedding's model.
+
+    Other Parameters
+    ----------------
+    n_neighbors
+        Nearest neighbours in the plane, of the same slice, whose mean embedding is used beside the
+        cell's own, and beside that the mean over three times as many. None: 10 for the embedding
+        of a model, if there are coordinates, otherwise 0, none.
+    smooth
+        Give each cell the most frequent domain among itself and as many nearest neighbours in
+        the plane, of its slice; 0 for none. Takes single cells out of a region, and thin layers
+        and small regions with them; a domain may vanish.
+    centering
+        ``"slice"`` takes each slice's mean off its embedding first, so that what sets whole
+        slices apart does not make domains of its own. ``"none"`` takes the mean of all cells off,
+        and is better if slices show different regions. What is left is scaled to unit length: how
+        far a cell is from the mean follows its number of counts.
+    spatial_key
+        Entry of ``adata.obsm`` with the coordinates, (n_obs, 2), any unit; by default what was
+        embedded with. Needed to smooth and for `n_neighbors`.
+    seed
+        Seed of the clustering.
+    key_added
+        Column of ``adata.obs`` to write, and name of its record.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return a changed copy and leave `adata` as it is.
 
     Raises
     ------

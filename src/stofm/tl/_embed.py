@@ -63,15 +63,32 @@ def embed(
     library_key
         Column of ``adata.obs`` that names each cell's slice. Nothing crosses slices: a slice
         gets the same embedding alone or together with others.
+    species, gene_key, orthologs
+        How genes are found: see :func:`stofm.pp.map_genes`.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+
+    Returns
+    -------
+    None, or with ``copy=True`` the new AnnData. Sets:
+
+    ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_embedding)
+        Spatial cell embeddings.
+    ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
+        See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
+        A model that uses values adds ``adata.obsm['stofm_token_values']``.
+    ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
+        See :func:`stofm.pp.subslice`.
+    ``adata.uns['stofm']``
+        A record of each of these: parameters, fingerprints of model and vocabulary, version.
+
+    Other Parameters
+    ----------------
     cell_rep
         Entry of ``adata.obsm`` to use in place of the cell encoder's embedding, (n_obs, d_cell).
         Genes are not used then.
-    species, gene_key, orthologs
-        How genes are found: see :func:`stofm.pp.map_genes`.
     subslice
         Sub-slice rules to use in place of the model's own.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     dtype
         ``"auto"`` (bfloat16 on CUDA, float32 elsewhere), ``"float32"`` or ``"bfloat16"``.
     batch_size
@@ -89,20 +106,6 @@ def embed(
         Show bars.
     copy
         Return a changed copy and leave `adata` as it is.
-
-    Returns
-    -------
-    None, or with ``copy=True`` the new AnnData. Sets:
-
-    ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_embedding)
-        Spatial cell embeddings.
-    ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
-        See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
-        A model that uses values adds ``adata.obsm['stofm_token_values']``.
-    ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
-        See :func:`stofm.pp.subslice`.
-    ``adata.uns['stofm']``
-        A record of each of these: parameters, fingerprints of model and vocabulary, version.
 
     Raises
     ------

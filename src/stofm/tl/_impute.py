@@ -82,6 +82,20 @@ def impute(
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
         A reference may lack it.
+
+    Returns
+    -------
+    The :class:`ImputationHead`; with `head` None, or with ``copy=True`` the new AnnData, in the
+    form of `data`. Sets, with `head` or `reference`:
+
+    ``adata.obsm['stofm_imputed']`` : DataFrame
+        float32 (n_obs, n_genes) log-normalised expression, not negative.
+    ``adata.uns['stofm']['stofm_imputed']`` : dict
+        Parameters, among them the names of the genes that were used, whose counts are the total;
+        and fingerprints of the embedding's model.
+
+    Other Parameters
+    ----------------
     layer
         Layer with raw counts; by default the one that was embedded, if any, else ``adata.X``. One
         that only the reference has is used there.
@@ -100,17 +114,6 @@ def impute(
         With `head`: return changed copies and leave `data` as it is.
     show_progress_bar
         Show bars.
-
-    Returns
-    -------
-    The :class:`ImputationHead`; with `head` None, or with ``copy=True`` the new AnnData, in the
-    form of `data`. Sets, with `head` or `reference`:
-
-    ``adata.obsm['stofm_imputed']`` : DataFrame
-        float32 (n_obs, n_genes) log-normalised expression, not negative.
-    ``adata.uns['stofm']['stofm_imputed']`` : dict
-        Parameters, among them the names of the genes that were used, whose counts are the total;
-        and fingerprints of the embedding's model.
 
     Raises
     ------

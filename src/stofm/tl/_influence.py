@@ -71,16 +71,22 @@ def influence(
     n_max
         Most senders of a type that are masked, drawn at random over all slices. The time goes
         with their number, and not with that of cells.
-    min_pairs
-        Fewest pairs of cells of a pair of types; others are left out.
-    seed
-        Seed of the senders drawn and of the clustering that gives the virtual cells.
-    library_key, layer, spatial_key, device, table_key, show_progress_bar
-        See :func:`stofm.tl.perturb`.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with, if any.
 
     Returns
     -------
     An :class:`Influence`; `adata` stays as it is.
+
+    Other Parameters
+    ----------------
+    min_pairs
+        Fewest pairs of cells of a pair of types; others are left out.
+    seed
+        Seed of the senders drawn and of the clustering that gives the virtual cells.
+    layer, spatial_key, device, table_key, show_progress_bar
+        See :func:`stofm.tl.perturb`.
 
     Raises
     ------

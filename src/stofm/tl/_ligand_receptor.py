@@ -70,16 +70,22 @@ def ligand_receptor(
         See :func:`stofm.tl.influence`.
     n_max
         Most senders that are masked (of each type, with `groupby`), drawn at random.
-    min_pairs
-        Fewest pairs of cells that express both; other rows are left out.
-    library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
-        See :func:`stofm.tl.influence`.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with, if any.
 
     Returns
     -------
     A table with LIANA's columns ``source``, ``target`` (``"all"`` without `groupby`),
     ``ligand_complex`` and ``receptor_complex``, and ``strength``, ``expected``, ``z``, ``FDR`` and
     ``n_pairs`` as in :class:`stofm.tl.Influence`, highest z first; `adata` stays as it is.
+
+    Other Parameters
+    ----------------
+    min_pairs
+        Fewest pairs of cells that express both; other rows are left out.
+    layer, spatial_key, seed, device, table_key, show_progress_bar
+        See :func:`stofm.tl.influence`.
 
     Raises
     ------

@@ -78,12 +78,9 @@ def novel(
         Resolution of Leiden; higher values give more and smaller clusters.
     n_genes
         Most markers of each group.
-    seed
-        Seed of clustering and permutations.
-    key_added
-        Column of ``adata.obs`` to write.
-    library_key, layer, spatial_key, device, table_key, show_progress_bar
-        See :func:`stofm.tl.annotate`.
+    library_key
+        Column of ``adata.obs`` that names each cell's slice; by default the one that was embedded
+        with, if any.
 
     Returns
     -------
@@ -113,6 +110,15 @@ def novel(
         Group of each cell, ``"0"``, ``"1"``, ... by falling size; NaN for cells of none.
     ``adata.uns['stofm']['stofm_novel']`` : dict
         Parameters.
+
+    Other Parameters
+    ----------------
+    seed
+        Seed of clustering and permutations.
+    key_added
+        Column of ``adata.obs`` to write.
+    layer, spatial_key, device, table_key, show_progress_bar
+        See :func:`stofm.tl.annotate`.
 
     Raises
     ------

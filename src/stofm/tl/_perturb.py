@@ -87,17 +87,27 @@ def perturb(
         head of :func:`stofm.tl.annotate` and one of its classes, ``(head, "Tumour")``: by how much its
         probability rises. The head must be fitted to ``use_rep="X_stofm"`` with
         ``HeadOptions(n_neighbors=0, n_components=0)``.
-    recompute
-        ``"micro"`` keeps sub-slices, clusters and virtual cells, and computes sub-slices with edited
-        cells only. ``"macro"`` cuts and clusters the edited slice anew, and computes all of it.
     null
         Random edits to compare with: of as many other genes, of like detection and mean count in the
         same cells; or of as many other cells, of like number of genes and counts. 0 for none.
+    library_key
+        Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
+
+    Returns
+    -------
+    stofm.tl.PerturbationEffect
+        ``cells``, a DataFrame of all cells: role, distance to the nearest edited cell, shift.
+        ``genes``, a DataFrame of the edited genes: effect, null, z, p and FDR (Benjamini-Hochberg).
+        ``overall``, the same of the edit as a whole. Sets nothing.
+
+    Other Parameters
+    ----------------
+    recompute
+        ``"micro"`` keeps sub-slices, clusters and virtual cells, and computes sub-slices with edited
+        cells only. ``"macro"`` cuts and clusters the edited slice anew, and computes all of it.
     model
         A :class:`stofm.Stofm`, a checkpoint folder or a hub id; by default that of the goal's head, or
         ``"stofm-mini"``. Computes in float32, as differences count.
-    library_key
-        Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
     layer
         Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
@@ -110,13 +120,6 @@ def perturb(
         Table of a SpatialData.
     show_progress_bar
         Show bars.
-
-    Returns
-    -------
-    stofm.tl.PerturbationEffect
-        ``cells``, a DataFrame of all cells: role, distance to the nearest edited cell, shift.
-        ``genes``, a DataFrame of the edited genes: effect, null, z, p and FDR (Benjamini-Hochberg).
-        ``overall``, the same of the edit as a whole. Sets nothing.
 
     Raises
     ------

@@ -64,22 +64,8 @@ def predict_genes(
         - ``"ridge"``: linear; its strength is chosen on left-out donors or slides.
         - ``"retrieval"``: weighted mean of the 50 spots whose aligned genes are nearest to the image.
         - ``"mlp"``: a network with two hidden layers.
-    image_key
-        What the names of the image features in ``obsm`` start with.
     library_key
         Column of ``obs`` that names each cell's slice.
-    spatial_key
-        Entry of ``obsm`` with the coordinates, in the unit of :func:`stofm.im.embed`.
-    seed
-        Seed of the network.
-    device
-        Where the aligner computes: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
-    key_added
-        Entry of ``obsm`` to write.
-    table_key
-        Table of a SpatialData.
-    copy
-        Return changed copies and leave `data` as it is.
 
     Returns
     -------
@@ -92,6 +78,23 @@ def predict_genes(
         Parameters, among them the genes whose counts are the total, fingerprint of the aligner, and
         ``scores``: a DataFrame by gene with ``pearson`` and
         ``mse`` on left-out donors or slides, NaN if a single one was aligned.
+
+    Other Parameters
+    ----------------
+    image_key
+        What the names of the image features in ``obsm`` start with.
+    spatial_key
+        Entry of ``obsm`` with the coordinates, in the unit of :func:`stofm.im.embed`.
+    seed
+        Seed of the network.
+    device
+        Where the aligner computes: ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    key_added
+        Entry of ``obsm`` to write.
+    table_key
+        Table of a SpatialData.
+    copy
+        Return changed copies and leave `data` as it is.
 
     Raises
     ------

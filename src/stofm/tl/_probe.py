@@ -109,6 +109,15 @@ def probe(
         leaves out patients. By default each slice that has labels.
     library_key
         Column of ``obs`` that names each cell's slice; by default the one that was embedded with.
+
+    Returns
+    -------
+    A :class:`ProbeResult`: ``result.scores`` has a row for each left-out slice, representation and
+    seed, ``result.summary()`` mean, spread and the difference to the better of the PCs with its
+    interval. `data` stays as it is.
+
+    Other Parameters
+    ----------------
     layer
         Layer with raw counts; by default ``X``, or the layer that was embedded.
     spatial_key
@@ -128,12 +137,6 @@ def probe(
         Table of a SpatialData.
     show_progress_bar
         Show a bar.
-
-    Returns
-    -------
-    A :class:`ProbeResult`: ``result.scores`` has a row for each left-out slice, representation and
-    seed, ``result.summary()`` mean, spread and the difference to the better of the PCs with its
-    interval. `data` stays as it is.
 
     Raises
     ------

@@ -60,14 +60,17 @@ def screen(
     null
         Genes that each is compared with, of like detection and mean count in the same cells: of the
         genes that are screened if they are more than these, else of all. 0 for none.
-    model, library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
-        See :func:`stofm.tl.perturb`.
 
     Returns
     -------
     pandas.DataFrame
         A row for each gene, highest z first (highest effect without a null), with the columns of
         :attr:`stofm.tl.PerturbationEffect.genes`. Sets nothing.
+
+    Other Parameters
+    ----------------
+    model, library_key, layer, spatial_key, seed, device, table_key, show_progress_bar
+        See :func:`stofm.tl.perturb`.
 
     Raises
     ------

@@ -88,14 +88,28 @@ def train(
         Of every stage that is given by name, in place of the paper's.
     vocabulary
         Genes of a new model; fitted on `data` by default.
+    layer, spatial_key, library_key
+        Layer with raw counts (``X`` by default), entry of ``obsm`` with coordinates, column that
+        names the slices.
+    device
+        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
+    resume
+        Continue the run in `out_dir`, if there is one.
+    overwrite
+        Throw away the run in `out_dir`, if there is one.
+
+    Returns
+    -------
+    The trained model, the history as a table, the paths of the best and the last checkpoint, and
+    what ``run.json`` says.
+
+    Other Parameters
+    ----------------
     gene_embeddings
         First gene embeddings: those of the model (``"random"`` in a new one), ``"coexpression"``,
         factors of the co-expression of genes over `data`, or a table (``.parquet``, ``.npz``,
         ``.tsv``, ``.csv``): genes in the first column, numbers in the others. Genes that it lacks
         keep theirs.
-    layer, spatial_key, library_key
-        Layer with raw counts (``X`` by default), entry of ``obsm`` with coordinates, column that
-        names the slices.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
     table_key
@@ -120,22 +134,11 @@ def train(
         :class:`stofm.train.RunConfig`.
     seed
         Decides order, masks, noise, dropout and first weights.
-    device
-        ``"auto"`` (CUDA, then MPS, then CPU) or a torch device.
     work_dir
         Where tokens and cell embeddings are kept; ``out_dir/work`` by default. Several runs may
         share it: what a run computes again as it trains stays in its `out_dir`.
-    resume
-        Continue the run in `out_dir`, if there is one.
-    overwrite
-        Throw away the run in `out_dir`, if there is one.
     show_progress_bar
         Show bars.
-
-    Returns
-    -------
-    The trained model, the history as a table, the paths of the best and the last checkpoint, and
-    what ``run.json`` says.
 
     Raises
     ------

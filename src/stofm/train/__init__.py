@@ -1,4 +1,4 @@
-"""Pretraining: what is hidden, what is recovered, and the loop that learns it (torch)."""
+"""Pretraining: what is hidden, what is recovered, and the training loop (torch)."""
 
 from __future__ import annotations
 

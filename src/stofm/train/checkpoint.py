@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
     from stofm.nn import Stofm
 
-#: Raised when a run of this version can't be continued by an older one, or the reverse.
+#: Raised when an older version can't continue a run of this one, or the reverse.
 FORMAT_VERSION = 2
 #: Progress, the history as it was when the checkpoint was written, weights of heads and optimiser.
 FILES = STATE, HISTORY, _HEADS, OPTIMIZER = tuple(
     f"{checkpoint.TRAINING}/{name}"
     for name in ("state.json", "history.csv", "heads.safetensors", "optimizer.safetensors")
 )
-#: What AdamW keeps of each weight.
+#: What AdamW keeps for each weight.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -39,13 +39,13 @@ class Progress:
     """The progress of a run."""
 
     stage: int = 0  # number of the present stage in the run
-    #: Present epoch, and its batches that are done.
+    #: Current epoch, and the number of its batches that are done.
     epoch: int = 0
     position: int = 0
     #: Optimiser steps of the stage that are done, and whether the stage is.
     step: int = 0
     is_finished: bool = False
-    #: Lowest loss on the held-out slices, the checkpoint that has it, and validations since.
+    #: Lowest loss on the held-out slices, its checkpoint, and the number of validations since.
     best_loss: float | None = None
     best_checkpoint: str = ""
     last_checkpoint: str = ""  # the checkpoint written last
@@ -56,7 +56,7 @@ class Progress:
     n_tokens: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    #: Sums of the loss parts since the last row of the history, and what they are sums over.
+    #: Sums of the loss parts since the last row of the history, and their counts.
     totals: list[float] = field(default_factory=list)
     counts: list[float] = field(default_factory=list)
     #: What the stage itself needs, and, in precision ``"16-mixed"``, the gradients' scale.
@@ -78,7 +78,7 @@ class Trained:
         return list(dict.fromkeys(name for one in objectives for name in one.weights))
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Weights of the objectives that are not the model's, each once."""
+        """Weights of the objectives that do not belong to the model, each once."""
         seen = {id(value) for value in self.model.state_dict(keep_vars=True).values()}
         found = {}
         for name, value in self.heads.state_dict(keep_vars=True).items():
@@ -97,10 +97,10 @@ def write_checkpoint(
     report: Mapping[str, Any],
     history: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder, whole or not at all; ``Stofm.from_pretrained`` can read it.
+    """Write a checkpoint folder, completely or not at all; ``Stofm.from_pretrained`` loads it.
 
-    `optimizer` goes with the module whose weights it has; there is none if the stage does not go
-    on here. `report` is what ``run.json`` says.
+    `optimizer` comes with the module whose weights it has; there is none if the stage does not
+    continue from here. `report` is the content of ``run.json``.
     """
 
     def fill(place: Path) -> None:
@@ -126,12 +126,12 @@ def write_checkpoint(
 def find_damage(folder: Path) -> str:
     """Describe the first file of a checkpoint that has changed since it was written; empty if none."""
     if not (entries := read_state(folder)):
-        return f"{folder / STATE} is damaged: it is not what was written."
+        return f"{folder / STATE} is damaged: its content has changed."
     return find_change(folder, entries["files"])
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read the progress at an undamaged checkpoint."""
+    """Read the progress of an undamaged checkpoint."""
     entries, known = read_state(folder)["progress"], {one.name for one in fields(Progress)}
     entries = {name: value for name, value in entries.items() if name in known}
     return build_dataclass(Progress, entries, str(folder / STATE))
@@ -164,7 +164,7 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
 def load_optimizer_tensors(
     optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restore what :func:`optimizer_tensors` returned."""
+    """Restore the optimiser's state from :func:`optimizer_tensors`."""
     for name, weight in module.named_parameters():
         for key in _MOMENTS:
             if (value := tensors.get(f"{name}/{key}")) is not None:
@@ -183,7 +183,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise ValueError(
             f"{folder / STATE} has format_version {found!r}, this stofm reads {FORMAT_VERSION}: "
-            "go on with the version of stofm that began the run (see run.json)."
+            "continue with the version of stofm that began the run (see run.json)."
         )
     return entries if digest == _digest_of(entries) else {}
 

@@ -1,4 +1,4 @@
-"""What the stages of a run do, as frozen dataclasses."""
+"""Options of the stages of a run, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stofm._config import (
 
 StageName = Literal["cell_encoder", "spatial", "joint"]
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
-#: What is handed on from a stage: the weights with the lowest held-out loss, or the last ones.
+#: What a stage passes on: the weights with the lowest held-out loss, or the last ones.
 Keep = Literal["best", "last"]
 Candidates = Literal["vocabulary", "batch"]
 CellLoss = Literal["mse", "cosine"]
@@ -123,8 +123,8 @@ class SpatialMasking(Checked):
     kept_pairs
         Share of cells that stay in place and whose distances must be recovered.
     disjoint
-        Put no cell in two of these groups. If False, the first two are drawn independently of the
-        last two.
+        Put each cell in at most one of these groups. If False, the first two are drawn
+        independently of the last two.
     noise_spacings
         Standard deviation of a move along each axis, in mean spacings of the sub-slice's cells,
         ``sqrt(width x height / n)``.
@@ -168,9 +168,9 @@ class MaskedGeneConfig(Checked):
     Attributes
     ----------
     candidates
-        Genes that a hidden gene is told apart from: ``"vocabulary"``, as in the paper, or
+        Genes among which a hidden gene must be identified: ``"vocabulary"``, as in the paper, or
         ``"batch"``, those that occur in the batch. Genes outside a panel are never the answer, so
-        telling them apart teaches the panel, not the cell; ``"batch"`` is also much faster.
+        ruling them out teaches the panel, not the cell; ``"batch"`` is also much faster.
     """
 
     candidates: Candidates = "vocabulary"
@@ -260,14 +260,15 @@ class RunConfig(Checked):
     log_every
         Optimiser steps averaged in a row of the history.
     n_threads
-        Threads that load batches ahead; 0 loads between steps. Does not change the result.
+        Threads that load batches in advance; 0 loads them between steps. The result does not
+        change.
     tensorboard
         Also write TensorBoard files.
     mixture
         Weights of slices by a column of the corpus' manifest and a value there, such as
-        ``{"technology": {"Visium": 0.2}, "species": {"mouse": 0.5}}``; 1 where nothing is said. A
-        slice has the product of its weights. An epoch takes all samples of the slices with the
-        largest weight, and of others a share in proportion, other ones in each epoch.
+        ``{"technology": {"Visium": 0.2}, "species": {"mouse": 0.5}}``; 1 if not given. A slice's
+        weight is the product of those that apply. An epoch takes all samples of the slices with the
+        largest weight, and a proportional share of the others, drawn again for each epoch.
     """
 
     seed: int = field(default=0, metadata=SEED)
@@ -282,7 +283,7 @@ class RunConfig(Checked):
     mixture: dict[str, dict[str, float]] = field(default_factory=dict, metadata=_MIXTURE)
 
     def settings(self) -> dict[str, Any]:
-        """Return the entries that the trained weights depend on."""
+        """Return the entries that affect the trained weights."""
         names = ("seed", "precision", "keep", "validate_every", "patience")
         found = {name: getattr(self, name) for name in names}
         return found | ({"mixture": self.mixture} if self.mixture else {})
@@ -300,8 +301,7 @@ class StageConfig(Checked):
     epochs
         Passes over the training slices.
     max_steps
-        Optimiser steps after which the stage ends, and which the schedule is fitted to; None: all
-        epochs.
+        Optimiser steps after which the stage ends and its schedule with it; None: all epochs.
     optimizer
         Optimiser, batch size and schedule.
     weights
@@ -318,7 +318,7 @@ class StageConfig(Checked):
     surrounding_cells
         Nearest cells averaged for the surroundings loss.
     subslice_cells
-        Cells per training sub-slice; None: as the model's rules say.
+        Cells per training sub-slice; None: as in the model's rules.
     vary_subslices
         Cut the slices at a new angle in every epoch; the paper does not.
     virtual_cells

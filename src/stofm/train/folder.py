@@ -27,12 +27,12 @@ HISTORY_COLUMNS = (
     *("stage", "split", "epoch", "step", "loss"),
     *("learning_rate", "gradient_norm", "cells", "tokens", "seconds"),
 )
-#: The file by which a process has the folder to itself.
+#: The lock file, by which a process has the folder to itself.
 LOCK: Final = "run.lock"
-#: How the name of a checkpoint at the end of a stage ends.
+#: Suffix of the name of a checkpoint at the end of a stage.
 _FINAL: Final = "final"
 _CHECKPOINT: Final = re.compile(rf"\d+-[a-z_]+-(?:\d{{8,}}|{_FINAL})")
-#: Ends of the paths of files that a run writes into the folders that it clears.
+#: Suffixes of the paths of files that a run writes into the folders that it clears.
 _WRITTEN: Final = re.compile(
     rf"/(?:{'|'.join([*checkpoint.FILES, *FILES])}|digests\.json"
     r"|(?:features|coordinates)\.npy|events\.out\.tfevents\..*|.*\.stofm-(?:old|new).*)$"
@@ -43,7 +43,7 @@ class RunFolder:
     """The folder of a run: ``run.json``, ``history.csv``, ``checkpoints/``, ``model/``.
 
     Prepared slices and cell embeddings are kept in `work`, by default ``work/`` in it; several runs
-    may share that. A work folder that the run would clear gives ValueError.
+    may share it. A work folder that the run would clear raises ValueError.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class RunFolder:
     ) -> None:
         self.path = local(path)
         if self.path.is_file():
-            msg = f"{self.path} is a file, and a run needs a folder: name another place."
+            msg = f"{self.path} is a file, and a run needs a folder: choose another path."
             raise NotADirectoryError(errno.ENOTDIR, msg)
         self.history, self.report = self.path / "history.csv", self.path / "run.json"
-        #: The last is for what the present stage computes anew as it goes on.
+        #: The last one is for what the current stage recomputes as it proceeds.
         self._cleared = [
             self.path / name for name in ("checkpoints", "model", "tensorboard", "refreshed")
         ]
@@ -68,13 +68,13 @@ class RunFolder:
             )
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that may not be written to (FileExistsError).
+        """Raise FileExistsError if the folder must not be written to.
 
-        `resume` goes on with the run that is there, if one is; `overwrite` throws it away.
+        `resume` continues an existing run; `overwrite` discards it.
         """
         if resume and overwrite:
             raise ValueError(
-                "resume and overwrite exclude each other: go on with the run, or begin again?"
+                "resume and overwrite exclude each other: continue the run, or begin again?"
             )
         report = self.read_report()
         if not report and (others := self._others()):
@@ -84,13 +84,13 @@ class RunFolder:
             )
         if overwrite and (others := self._foreign(*self._cleared)):
             raise FileExistsError(
-                f"{self.path} holds a run, and files that are none of its own, for example "
+                f"{self.path} holds a run, and other files, for example "
                 f"{others[:3]}: overwrite=True would delete them. Move them elsewhere, or take "
                 "another folder."
             )
         if report and not (resume or overwrite):
             raise FileExistsError(
-                f"{self.path} holds a run ({report['status']}): pass resume=True to go on with it, "
+                f"{self.path} holds a run ({report['status']}): pass resume=True to continue it, "
                 "overwrite=True to throw it away, or take another folder."
             )
 
@@ -117,7 +117,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def check_settings(self, begun: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Refuse to resume a run that was begun with other settings (ValueError)."""
+        """Raise ValueError if the run was begun with other settings."""
         old, new = _flat(dict(begun)), _flat(json.loads(json.dumps(settings)))
         changed = [
             f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
@@ -128,7 +128,7 @@ class RunFolder:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise ValueError(
                 f"The run in {self.path} was begun with other settings: {'; '.join(changed[:5])}"
-                f"{more}. Go on with those, or take another folder."
+                f"{more}. Use those, or choose another folder."
             )
 
     def read_report(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def begin_history(self, parts: Sequence[str], earlier: Path | None = None) -> None:
-        """Begin a history with these loss parts, or with that of a checkpoint."""
+        """Begin a history with these loss parts, or continue that of a checkpoint."""
         header = ",".join([*HISTORY_COLUMNS, *parts]) + "\n"
         content = header if earlier is None else (earlier / HISTORY).read_text(encoding="utf-8")
         put_in_place(self.history, lambda part: part.write_text(content, encoding="utf-8"))
@@ -161,7 +161,7 @@ class RunFolder:
             writer.writerow(row)
 
     def checkpoint(self, stage: int, name: str, step: int | None) -> Path:
-        """Folder of a stage's checkpoint after `step` steps, or of its end."""
+        """Folder of a stage's checkpoint after `step` steps, or at its end."""
         at = _FINAL if step is None else f"{step:08d}"
         return self.checkpoints / f"{stage}-{name}-{at}"
 
@@ -181,8 +181,8 @@ class RunFolder:
     def prune(self, current: Path, keep: set[str]) -> None:
         """Delete checkpoints that are no longer needed.
 
-        Left are those to keep, the ends of stages, the present one, and the one before, for which
-        the present one may be damaged.
+        Kept are those to keep, the ends of stages, the current one, and the one before in case the
+        current one is damaged.
         """
         found = self._to_go_on()
         at = found.index(current)
@@ -219,7 +219,7 @@ def _age(folder: Path) -> tuple[int, str]:
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:
-    """Entries of nested JSON by their place, such as ``stages[0].epochs``."""
+    """Entries of nested JSON by their path, such as ``stages[0].epochs``."""
     if isinstance(value, dict):
         parts = {f"{where}.{name}".lstrip("."): one for name, one in value.items()}
     elif isinstance(value, list):
@@ -238,13 +238,13 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(
-            f"{folder} is in use: another process trains into it. Wait until it has ended, or take "
-            f"another out_dir. If there is no such process any more, delete {folder / LOCK}."
+            f"{folder} is in use: another process trains into it. Wait until it has ended, or choose "
+            f"another out_dir. If that process no longer exists, delete {folder / LOCK}."
         ) from None
     try:
         yield
     finally:
-        # Not where a file that is locked can't be deleted.
+        # Not on systems where a locked file can't be deleted.
         with contextlib.suppress(OSError):
             (folder / LOCK).unlink()
         lock.release()

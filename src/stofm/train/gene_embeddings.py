@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     #: Sets first weights from the training slices.
     Initializer = Callable[[Corpus, Stofm], object]
 
-#: What is no table.
+#: Values other than a table.
 WORDS: Final = ("random", "coexpression")
-#: Share of the vocabulary that a table may lack without a warning.
+#: Share of the vocabulary that may be missing from a table without a warning.
 _MOST_LACKING: Final = 0.5
-#: Cells whose genes are gathered at a time.
+#: Number of cells whose genes are gathered at a time.
 _CELLS_AT_ONCE: Final = 10_000
 #: A gene's scale is at least this share of the median gene's: rare genes are mostly noise.
 _SMALLEST_SCALE = 0.1
 
 
 def require_gene_embeddings(gene_embeddings: str | PathLike[str]) -> None:
-    """Refuse what is neither a word nor the name of a table."""
+    """Raise an error for a value that is neither a known word nor the name of a table."""
     if gene_embeddings not in WORDS:
         words = ", ".join(map(repr, WORDS))
         require_suffix(gene_embeddings, f"gene_embeddings must be {words} or a table")
@@ -70,10 +70,10 @@ def make_initializer(
 
 
 def _embeddings_of(table: GeneTable, model: Stofm) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Tokens that a table has, and their embeddings.
+    """Tokens that are in a table, and their embeddings.
 
     These are the table's rows less their mean or, if the table is wider than embeddings, the first
-    principal components of the rows. They are as spread as the embeddings of a new model.
+    principal components of the rows. Their spread is that of the embeddings of a new model.
     """
     encoder, vocabulary = model.cell_encoder, model.vocabulary
     width = encoder.gene_embeddings.weight.shape[1]
@@ -108,9 +108,9 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
     """Set the gene embeddings of a model that pools, in place.
 
     The first half of their numbers are factors of log(1 + value x median), in which genes count by
-    their variance, as in principal components. The second half are factors of log(1 + value), in which
-    rare genes count more. Pooled sums then have mean 0 over the slices. BERT, if it is narrower than
-    gene embeddings, reads the first factors.
+    their variance, as in principal components. The second half are factors of log(1 + value), in
+    which rare genes count more. Pooled sums then have mean 0 over the slices. If BERT is narrower
+    than gene embeddings, it gets the first factors.
     """
     encoder = model.cell_encoder
     if not encoder.config.pooled:
@@ -132,7 +132,7 @@ def initialize_from_coexpression(corpus: Corpus, model: Stofm, *, seed: int = 0)
         means = torch.stack([_mean_sums(encoder, one) for one in slices])
         encoder.gene_offset.copy_(means.mean(dim=0))
         if encoder.config.projects_genes:
-            # As spread as BERT's own would be, so that positions and values weigh as usual.
+            # Spread like BERT's own, so that positions and values have the usual weight.
             spread = float(np.sqrt(np.mean(table[table.any(axis=1)] ** 2)))
             ratio = float(encoder.bert.config.initializer_range) / spread
             projection = encoder.gene_projection.weight
@@ -161,15 +161,15 @@ def coexpression_factors(
 ) -> NDArray[np.float32]:
     """Factorise the co-expression of genes over slices that measure different genes.
 
-    With x the values log(1 + value x scale) of a slice, each gene's less its mean over the slice and
-    divided by its standard deviation to the power of `scaling`, the factors W maximise the
+    With x the values log(1 + value x scale) of a slice, each gene's less its mean over the slice
+    and divided by its standard deviation to the power of `scaling`, the factors W maximise the
     variance of x W, averaged over slices with the square root of their number of cells as weight.
-    `scaling` 1 gives all genes the same variance, 0 leaves them as they are, so that genes that vary
-    most count most. `scale` (n_tokens,) may be the genes' medians, which makes counts of values.
-    A gene counts over the slices where it occurs. W is found by power iteration on sparse
-    products: nothing of genes x genes or of dense cells x genes is made.
+    `scaling` 1 gives all genes the same variance; 0 leaves them as they are, so that the most
+    variable genes count most. `scale` (n_tokens,) may be the genes' medians, which turns values
+    into counts. A gene counts over the slices where it occurs. W is found by power iteration on
+    sparse products: no matrix of genes x genes or dense matrix of cells x genes is made.
 
-    Returns (n_tokens, n_factors) weights of the genes, in order of falling variance: a cell's
+    Returns (n_tokens, n_factors) weights of the genes, in order of decreasing variance: a cell's
     factors are the sum over its genes of log(1 + value x scale) x weight, less the slice's mean.
     """
     scale = np.ones(n_tokens, dtype=np.float32) if scale is None else scale
@@ -196,7 +196,7 @@ def coexpression_factors(
             product += weight * _covariance_product(_values(ranked, scale), mean, scaled)
         product *= (inverse / np.maximum(seen, 1e-12))[:, None]
         factors = np.linalg.svd(product, full_matrices=False)[0]
-    # Of each factor the weight of largest magnitude is positive.
+    # The weight of largest magnitude of each factor is positive.
     largest = np.take_along_axis(factors, np.abs(factors).argmax(axis=0)[None], axis=0)
     factors = factors * np.where(largest < 0, -1.0, 1.0)
     logger.info(f"Co-expression of {n_genes} genes over {len(slices)} slices: {n_factors} factors.")

@@ -1,4 +1,4 @@
-"""The training loop; there is only this one."""
+"""The training loop, the only one."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 
     Item = TypeVar("Item")
     Loaded = TypeVar("Loaded")
-    #: A process's part of a batch, and whether it counts: one that gets none runs another sample.
+    #: A process's part of a batch, and whether it counts: a process without one runs another
+    #: sample.
     Share = tuple[Any, bool]
 
-#: Seconds between checkpoints, where no number of steps is asked for.
+#: Seconds between checkpoints, if no number of steps is given.
 _BETWEEN_CHECKPOINTS = 600.0
 
 
 def load_ahead(
     load: Callable[[Item], Loaded], items: Iterable[Item], n_threads: int
 ) -> Generator[Loaded, None, None]:
-    """Load items in threads, two for each ahead, and hand them out in order.
+    """Load items in threads, two per thread in advance, and yield them in order.
 
-    Without threads each is loaded when it is asked for.
+    Without threads, each is loaded when it is needed.
     """
     if not n_threads:
         yield from map(load, items)
@@ -74,14 +75,14 @@ class _Losses(nn.Module):
             )
 
     def forward(self, compute: Callable[[], Mapping[str, LossPart]]) -> tuple[Tensor, Tensor]:
-        """Call the objective; Fabric would cast tensors to bfloat16, coordinates among them."""
+        """Call the objective; Fabric would cast all tensors to bfloat16, including coordinates."""
         parts = compute()
         totals = torch.stack([parts[name].total.float() for name in self.weights])
         return totals, totals.new_tensor([float(parts[name].count) for name in self.weights])
 
 
 class TrainingLoop:
-    """Trains the objective of one stage, starting at `progress`, which it updates."""
+    """Trains the objective of one stage from `progress` on, which it updates."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class TrainingLoop:
 
         The recorder is told of a row of the history (``record(row)``), that a step is done
         (``advance()``), that weights are the best so far (``keep()``) and that it is time for a
-        checkpoint (``save()``), which processes may do at different steps, but all at the end.
+        checkpoint (``save()``), which processes may do at different steps, but all do at the end.
         """
         self._recorder = recorder
         self._saved_at = time.monotonic()
@@ -181,7 +182,7 @@ class TrainingLoop:
             asked = time.perf_counter()
             share = next(loaded)
             self.progress.waited += time.perf_counter() - asked
-            # Random numbers of its own for each batch, so that no generator's state is to be kept.
+            # Each batch has random numbers of its own, so that no generator's state has to be kept.
             key = [self._run.seed, self.stage.number, self.progress.step, number]
             sequence = np.random.SeedSequence([*key, self._processes.rank])
             reseed(int(sequence.generate_state(1, np.uint64)[0]) >> 1, self._processes.device)
@@ -189,9 +190,10 @@ class TrainingLoop:
             # Gradients are averaged over the processes once, in the backward pass of the last batch.
             with fabric.no_backward_sync(self._module, enabled=not is_last):
                 totals, sums = self._forward(share)
-                # The weights of what was asked may be small; where nothing was there is no gradient.
+                # The weights of the targets may be small; without targets there is no gradient.
                 counts = torch.where(sums[n : 2 * n] > 0, sums[n : 2 * n], 1.0)
-                # Gradients are averaged over the processes: their number takes that back.
+                # Gradients are averaged over the processes; multiplying by their number undoes
+                # that.
                 scale = weights.to(totals) * (len(batch) / n_samples * self._processes.count)
                 fabric.backward((totals * (scale / counts)).sum())
                 found.append(sums)
@@ -279,7 +281,7 @@ class TrainingLoop:
 
     def _row(self, split: str, epoch: int, sums: NDArray[np.float64]) -> dict[str, Any]:
         progress = self.progress
-        # A part that had nothing to recover has no mean.
+        # A part without anything to recover has no mean.
         means = {
             name: float(total / count)
             for name, total, count in zip(self.names, *sums, strict=True)
@@ -342,7 +344,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     }
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     if not weights:
-        raise ValueError("There are no weights to train: all of them are frozen.")
+        raise ValueError("There are no weights to train: all are frozen.")
     decayed = [w for w in weights if w.ndim > 1 and id(w) not in plain]
     others = [w for w in weights if w.ndim < 2 or id(w) in plain]
     return torch.optim.AdamW(

@@ -39,9 +39,9 @@ def drop_genes(
 ) -> TokenBatch:
     """Leave out a share of each cell's genes at random, as a panel that measures fewer genes would.
 
-    The genes that remain move up to the ranks that they have among themselves, with their values
-    as they were: the total count that values are relative to is taken to be known. The number left
-    out is rounded down, so that a cell with genes keeps at least one.
+    The remaining genes move up to their ranks among themselves and keep their values: the total
+    count that values are relative to is assumed to be known. The number left out is rounded down,
+    so that a cell with genes keeps at least one.
     """
     genes = _Genes.of(batch)
     is_dropped = np.zeros(len(genes.keys), dtype=bool)
@@ -64,7 +64,7 @@ def drop_genes(
 
 
 class _Genes(NamedTuple):
-    """The genes of cells, each once per cell, by cell and token."""
+    """The genes of cells, each once per cell, sorted by cell and token."""
 
     at: tuple[NDArray[np.intp], ...]  # where the lists have genes: (entries,) each
     keys: NDArray[np.int64]  # (genes,) of cell and token, ascending
@@ -87,7 +87,7 @@ class MaskedGenes(Tensors):
     """Cells with hidden genes, and which genes these are."""
 
     tokens: TokenBatch  # what the cell encoder sees
-    #: Positions to recover, counted through the lists, padding included.
+    #: Positions to recover, counted over all lists, including padding.
     places: Int[Tensor, " targets"]
     labels: Int[Tensor, " targets"]  # their genes' tokens
     measured: Int[Tensor, " genes"]  # tokens of all genes that occur in these cells, each once
@@ -103,7 +103,7 @@ class MaskedGenes(Tensors):
     ) -> MaskedGenes:
         """Hide genes of cells, given as token lists on the CPU, with one generator per cell.
 
-        A gene that stands twice in a list (``duplicates="keep"``) is hidden at both places. A
+        A gene that occurs twice in a list (``duplicates="keep"``) is hidden at both positions. A
         hidden gene's position and value stay.
         """
         genes = _Genes.of(cells)
@@ -153,11 +153,11 @@ class CellBatch(Tensors):
 
 @dataclass(frozen=True, eq=False)
 class MaskedSubSlice:
-    """A sub-slice with cells hidden and moved, and what is to be recovered.
+    """A sub-slice with hidden and moved cells, and what is to be recovered.
 
-    In `subslice` hidden features are 0 if a learned vector goes there; coordinates, which the model
-    does not read, are the original ones. The rest is as in :class:`MaskedSubSliceBatch`; hidden
-    targets come before kept ones, and pairs stand in both directions.
+    In `subslice`, hidden features are 0 if a learned vector replaces them; coordinates, which the
+    model does not use, are the original ones. The rest is as in :class:`MaskedSubSliceBatch`;
+    hidden targets come before kept ones, and pairs are listed in both directions.
     """
 
     subslice: SubSlice
@@ -184,9 +184,9 @@ class Draw(NamedTuple):
 def draw(n_cells: int, masking: SpatialMasking, rng: Generator) -> Draw:
     """Draw which cells of a sub-slice are hidden and moved, and how far.
 
-    Of n cells, ``int(share x n)`` are in a group. Where that is none, there is one with
-    probability share x n, so that cells in tiny sub-slices take part as often as others.
-    DISCREPANCY: the published code leaves such sub-slices as they are.
+    Of n cells, ``int(share x n)`` are in a group. If that is none, there is one with probability
+    share x n, so that cells in tiny sub-slices take part as often as others. DISCREPANCY: the
+    published code leaves such sub-slices as they are.
     """
 
     def size(share: float) -> int:
@@ -195,7 +195,7 @@ def draw(n_cells: int, masking: SpatialMasking, rng: Generator) -> Draw:
 
     masked, kept = size(masking.masked), size(masking.kept)
     moved, kept_pairs = size(masking.moved), size(masking.kept_pairs)
-    # In a tiny disjoint sub-slice the groups may ask for more cells than there are.
+    # In a tiny sub-slice, disjoint groups may need more cells than there are.
     order = rng.permutation(n_cells)
     features, order = order[: masked + kept], order[masked + kept :]
     if not masking.disjoint:
@@ -210,11 +210,11 @@ def apply(
 ) -> MaskedSubSlice:
     """Hide and move the drawn cells of a sub-slice.
 
-    A moved cell has exact distances, from where it now lies, to all nodes but the slice token,
-    be they near or far. The distances to recover are the original ones between cells, one of
-    which was moved or kept for it, as far as the sub-slice lists them: how far two cells lie
-    apart that are no neighbours is nowhere asked. With `n_surrounding`, what lies around cells
-    that are not hidden is asked too: the mean over so many nearest cells.
+    A moved cell has exact distances, from its new position, to all nodes but the slice token, near
+    or far. The distances to recover are the original ones between cells, one of which was moved or
+    kept for it, as far as the sub-slice lists them: distances between cells that are not neighbours
+    are never asked for. With `n_surrounding`, the mean over that many nearest cells around each
+    visible cell is to be recovered too.
     """
     cells = np.flatnonzero(subslice.node_type == NodeType.CELL)
     masked, kept, moved = cells[drawn.masked], cells[drawn.kept], cells[drawn.moved]
@@ -250,13 +250,13 @@ def apply(
 
 
 def _mean_spacing(cells: NDArray[np.floating]) -> float:
-    """Mean spacing of cells: the side of the square that each has to itself."""
+    """Mean spacing of cells: the side of the square that each occupies."""
     if not len(cells):
         return 0.0
     width, height = np.ptp(cells, axis=0).tolist()
     if min(width, height) > 0:
         return math.sqrt(width * height / len(cells))
-    # Cells on a line parallel to an axis have no area, but a spacing along it.
+    # Cells on a line parallel to an axis cover no area, but have a spacing along it.
     return float(max(width, height)) / len(cells)
 
 
@@ -284,7 +284,8 @@ def _moved_pairs(
     rows = np.concatenate([pairs.rows[stays], np.minimum(first, second).astype(np.int32)])
     columns = np.concatenate([pairs.columns[stays], np.maximum(first, second).astype(np.int32)])
     distances = np.concatenate([pairs.distances[stays], moved_distances])
-    # What stays is in order and so are the pairs of one moved cell: a stable sort merges them.
+    # The pairs that stay are in order, and so are those of one moved cell: a stable sort merges
+    # them.
     order = np.argsort(rows * np.int64(pairs.n_nodes) + columns, kind="stable")
     return PairDistances(
         rows=rows[order], columns=columns[order], distances=distances[order], n_nodes=pairs.n_nodes
@@ -295,13 +296,13 @@ def _moved_pairs(
 class MaskedSubSliceBatch(Tensors):
     """Input of the objectives on sub-slices.
 
-    A node's place is its number counted through the padded sub-slices.
+    A node's place is its number, counted over all padded sub-slices.
     """
 
-    #: What the SE(2) Transformer sees, but for the learned vector in place of hidden features.
+    #: Input of the SE(2) Transformer, except for the learned vector in place of hidden features.
     subslices: SubSliceBatch
     hidden_places: Int[Tensor, " hidden"]  # nodes whose features are hidden
-    #: Nodes whose features are to be recovered, and these.
+    #: Nodes whose features are to be recovered, and those features.
     target_places: Int[Tensor, " targets"]
     target_features: Float[Tensor, "targets d_cell"]
     #: Sub-slice, its two nodes and their original distance (model units) of the pairs to recover.
@@ -309,14 +310,15 @@ class MaskedSubSliceBatch(Tensors):
     pair_rows: Int[Tensor, " pairs"]
     pair_columns: Int[Tensor, " pairs"]
     pair_distances: Float[Tensor, " pairs"]
-    #: Cells that are not hidden, and the mean original features around each; none if not asked for.
+    #: Cells that are not hidden, and the mean original features around each; none if they are not
+    #: to be recovered.
     visible_places: Int[Tensor, " visible"]
     surroundings: Float[Tensor, "visible d_cell"]
-    #: Token lists of the cells that are embedded anew, in groups of like length, and where these
-    #: cells' embeddings go, group after group; None if there are none.
+    #: Token lists of the cells that are embedded again, in groups of similar length, and where
+    #: these cells' embeddings go, group after group; None if there are none.
     sampled: tuple[TokenBatch, ...] = ()
     sampled_places: Int[Tensor, " sampled"] | None = None
-    #: The groups with hidden genes; empty if masked genes are not trained along.
+    #: The groups with hidden genes; empty if masked genes are not trained.
     genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod

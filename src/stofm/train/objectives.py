@@ -1,7 +1,7 @@
 """Objectives of pretraining: losses, prediction heads, and modules that join them.
 
-Each loss is a sum and a count. Several processes that each hold a part of a batch can so divide by
-the count of all: the loss and its gradient are then those of one process.
+Each loss is a sum and a count. So several processes that each hold a part of a batch can divide by
+the count of all: loss and gradient are then those of a single process.
 
 References
 ----------
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from stofm.train.config import CellLoss, MaskedGeneConfig, StageConfig
     from stofm.train.masking import CellBatch, MaskedGenes, MaskedSubSliceBatch
 
-#: Puts the (n, d) rows of all processes together, where n may differ between these, and says where
-#: one's own begin; gradients find their way back.
+#: Collects the (n, d) rows of all processes, where n may differ between them, and says where this
+#: process's own begin; gradients flow back.
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
@@ -48,7 +48,7 @@ class LossPart:
 
 
 class MaskedGeneHead(nn.Module):
-    """Hidden states to a score for each candidate gene, as in BERT.
+    """From hidden states to a score for each candidate gene, as in BERT.
 
     ``score = layer_norm(f(W h + b)) . word_embedding + bias``, with the activation f (``"relu"`` or
     ``"gelu"``) of the cell encoder, as in transformers' ``BertForMaskedLM``. The word embeddings,
@@ -80,7 +80,7 @@ class MaskedGeneHead(nn.Module):
 class TwoLayerHead(nn.Module):
     """Linear, ReLU, linear, in float32 whatever the precision of training.
 
-    With `learned_mask`, `mask` is a learned vector that stands in place of what is predicted.
+    With `learned_mask`, `mask` is a learned vector in place of what is predicted.
     """
 
     def __init__(self, d_input: int, d_output: int, *, learned_mask: bool = False) -> None:
@@ -88,7 +88,7 @@ class TwoLayerHead(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(d_input, d_input), nn.ReLU(), nn.Linear(d_input, d_output)
         )
-        #: (d_output,) of about the length 1 of embeddings.
+        #: (d_output,), of length about 1, as embeddings have.
         self.mask: Tensor | None = None
         if learned_mask:
             self.mask = nn.Parameter(torch.randn(d_output) * d_output**-0.5)
@@ -109,7 +109,7 @@ def contrastive_loss(
     temperature: float,
     gather: Gather | None = None,
 ) -> LossPart:
-    """Tell each cell's second view from all other cells' by its first.
+    """Identify each cell's second view among those of all cells by its first.
 
     ``-log(exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t))``, summed over i; j runs over the
     cells of all processes, whose b `gather` collects (None for one process). In float32 whatever
@@ -134,8 +134,8 @@ def masked_gene_loss(
 ) -> LossPart:
     """Cross-entropy of the hidden genes of some groups of cells, summed over them.
 
-    They are to be found among the whole vocabulary, or those that occur in the batch, whose parts in
-    all processes `gather` collects (None for one process).
+    Each must be identified among the whole vocabulary, or among the genes of the batch, whose parts
+    `gather` collects from all processes (None for one process).
     """
     among = None
     if how.candidates == "batch":
@@ -183,7 +183,7 @@ class CellEncoderObjective(nn.Module):
     """Domain adaptation of the cell encoder, in place: masked genes and contrastive learning.
 
     L_DA = L_MGM + L_CL. Without dropout, as in validation, the two views of a cell differ by
-    `gene_dropout` alone; the contrastive loss then says how far other cells lie away.
+    `gene_dropout` alone; the contrastive loss then says how far away other cells are.
     """
 
     def __init__(self, encoder: CellEncoder, config: StageConfig) -> None:
@@ -216,9 +216,9 @@ class CellEncoderObjective(nn.Module):
 class SpatialObjective(nn.Module):
     """Masked cell modelling and pairwise distance recovery with the SE(2) Transformer, in place.
 
-    L = lambda L_MCM + (1 - lambda) L_PDR; the losses at cells that are not hidden are ours. Distances
-    are compared in the model unit `distance_unit`, 1 in the paper; their squared error is then
-    hundreds, and that of unit-length cell embeddings a hundredth.
+    L = lambda L_MCM + (1 - lambda) L_PDR; the losses at visible cells are stofm's own. Distances
+    are compared in the model unit `distance_unit`, 1 in the paper; their squared error is then in
+    the hundreds, that of unit-length cell embeddings around a hundredth.
     """
 
     def __init__(self, transformer: SE2Transformer, config: StageConfig) -> None:
@@ -233,8 +233,8 @@ class SpatialObjective(nn.Module):
         at_visible = ("visible_cells", "surroundings")
         #: Weight of each loss part that :meth:`forward` returns.
         self.weights = config.weights.above_zero("masked_cells", "pair_distances", *at_visible)
-        # What is told from cells that are not hidden has heads of its own, so that hidden states
-        # have room for both a cell and what lies around it.
+        # Predictions at visible cells have heads of their own, so that hidden states have room for
+        # both a cell and its surroundings.
         self.visible_head, self.surroundings_head = (
             TwoLayerHead(*shape) if name in self.weights else None for name in at_visible
         )
@@ -270,7 +270,7 @@ class SpatialObjective(nn.Module):
             cells = inputs.target_places, inputs.target_features
             parts["masked_cells"] = at_cells(self.cell_head, *cells)
         if "pair_distances" in self.weights:
-            # They reach 100, where bfloat16 is only good to 0.5.
+            # They reach 100, where bfloat16 is only accurate to 0.5.
             pairs = out.pairs.at(inputs.pair_batch, inputs.pair_rows, inputs.pair_columns)
             found, unit = self.pair_head(pairs)[:, 0], self.config.distance_unit
             parts["pair_distances"] = pair_distance_loss(found / unit, inputs.pair_distances / unit)
@@ -288,8 +288,8 @@ class JointObjective(nn.Module):
     """The spatial objective with fresh embeddings of sampled cells, so that it trains both scales.
 
     The other cells, the virtual cells and the targets keep the embeddings that were computed
-    before; a sampled cell that is hidden stays hidden. If the stage trains masked genes, genes of the
-    sampled cells are hidden and recovered along.
+    before; a sampled cell that is hidden stays hidden. If the stage trains masked genes, genes of
+    the sampled cells are hidden and recovered too.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class JointObjective(nn.Module):
 
 
 def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
-    """Make the objectives of all stages; heads that several stages need are one."""
+    """Make the objectives of all stages, which share heads."""
     heads: dict[str, nn.Module] = {}
     made = nn.ModuleList()
     with seeded(seed):

@@ -1,4 +1,4 @@
-"""Which samples an epoch takes, in which order: all follows from seed, stage and epoch, and is made as it goes."""
+"""Which samples an epoch takes, in which order. It follows from seed, stage and epoch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from numpy.random import Generator
     from numpy.typing import NDArray
 
-#: Samples whose batches are made at once.
+#: Number of samples whose batches are made at once.
 WINDOW = 1 << 16
-#: Rounds of the cipher that permutes, and an odd number that sets its keys apart.
+#: Rounds of the cipher that permutes, and an odd number that separates its keys.
 _N_ROUNDS = 6
 _STEP = 0x9E37_79B9_7F4A_7C15
 
@@ -57,8 +57,8 @@ class Draws:
     ) -> list[NDArray[np.int64]]:
         """Shuffle samples and group those of one size, so that batches hold little padding.
 
-        What does not fill a batch of its own size is put together with the next sizes. Each sample
-        occurs once. `window` is the number of the window that the samples are of.
+        Samples that do not fill a batch of their own size are combined with the next sizes. Each
+        sample occurs once. `window` is the number of the samples' window.
         """
         rng = self.generator(epoch, Purpose.ORDER, window)
         shuffled = rng.permutation(len(sizes))
@@ -72,26 +72,26 @@ class Draws:
             left.append(group[n_in_full:])
         rest = np.concatenate(left)
         if len(rest):
-            # Nearly equal parts: a batch of one cell has nothing to contrast it with.
+            # Nearly equal parts, because a batch of one cell has nothing to contrast it with.
             batches += np.array_split(rest, -(-len(rest) // self.batch_size))
         return [batches[k].astype(np.int64) for k in rng.permutation(len(batches))]
 
     def numbers(
         self, sizes: NDArray[np.int64], shares: NDArray[np.float64] | None, epoch: int
     ) -> NDArray[np.int64]:
-        """How many samples an epoch takes of each slice of so many, by the slices' shares."""
+        """Number of samples that an epoch takes of each slice, by the slices' sizes and shares."""
         if shares is None:
             return sizes
-        # What is left over is rounded by chance, so that small slices have their turn.
+        # Fractions are rounded by chance, so that small slices have their turn.
         by_chance = self.generator(epoch, Purpose.MIXTURE).random(len(sizes))
         return np.floor(sizes * shares + by_chance).astype(np.int64)
 
     def cells(
         self, sizes: NDArray[np.int64], shares: NDArray[np.float64] | None, epoch: int
     ) -> tuple[int, Callable[[NDArray[np.int64]], NDArray[np.int64]]]:
-        """Number of cells of an epoch, and what gives those at some positions of its order.
+        """Number of cells of an epoch, and a function from positions in its order to cells.
 
-        Cells of slices of these sizes are numbered through. Nothing is kept of single cells.
+        Cells are numbered over all slices of these sizes. Nothing is stored for single cells.
         """
         taken = self.numbers(sizes, shares, epoch)
         ends, first = np.cumsum(taken), np.cumsum(sizes) - sizes
@@ -129,7 +129,7 @@ class Batches(Sequence["NDArray[np.int64]"]):
         def batches(window: int) -> list[NDArray[np.int64]]:
             return make(window, np.arange(window * size, min((window + 1) * size, n_samples)))
 
-        # What is trained on, and what is loaded ahead.
+        # Samples to train on, and samples loaded in advance.
         self._window = lru_cache(2)(batches)
 
     def __len__(self) -> int:
@@ -149,10 +149,10 @@ class Batches(Sequence["NDArray[np.int64]"]):
 
 
 def permuted(positions: NDArray[np.int64], n: Any, key: Any) -> NDArray[np.int64]:
-    """Where a permutation of `n` numbers, which follows from `key`, puts some of them.
+    """Images of some numbers under the permutation of `n` numbers that `key` determines.
 
     `n` and `key` are numbers, or one for each position. A Feistel network (Luby and Rackoff 1988)
-    permutes the next power of four, and what falls beyond `n` is permuted again.
+    permutes the next power of four, and results beyond `n` are permuted again.
     """
     positions, n, key = np.broadcast_arrays(positions, n, key)
     found, todo = positions.astype(np.uint64), np.arange(len(positions))
@@ -180,10 +180,10 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def shares_of(
     slices: Sequence[Mapping[str, Any]], mixture: Mapping[str, Mapping[str, float]]
 ) -> NDArray[np.float64] | None:
-    """Share of each slice's samples that an epoch takes, from what is known of slices; None for all.
+    """Share of each slice's samples that an epoch takes, from the slices' metadata; None for all.
 
-    `mixture` gives weights by column of the manifest and value there. A slice has the product of
-    those that fit it, and the largest gives the share 1.
+    `mixture` gives weights by column of the manifest and value there. A slice's weight is the
+    product of those that fit it, and the largest weight has the share 1.
     """
     if not mixture:
         return None

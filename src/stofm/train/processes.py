@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: All processes must have come within this time. It holds for DistributedDataParallel too, whose
-#: exchanges follow on others that wait longer.
+#: All processes must arrive within this time. It applies to DistributedDataParallel too, whose
+#: exchanges follow others that wait longer.
 _START = timedelta(minutes=3)
-#: The first process may tokenise a whole corpus while the others wait for it. One that ends before
-#: closes its connections, and then they fail too.
+#: The first process may tokenise a whole corpus while the others wait for it. If a process ends
+#: early, it closes its connections, and the others fail too.
 _PATIENCE = timedelta(days=30)
-#: Between two exchanges of one step: the first process may write a checkpoint meanwhile.
+#: Between two exchanges of one step, in which the first process may write a checkpoint.
 _WITHIN_STEP = timedelta(minutes=30)
 
 
@@ -48,7 +48,7 @@ class Processes:
         self.rank, self.count = fabric.global_rank, fabric.world_size
         #: Whether this process writes what only one may write, and where it computes.
         self.is_first, self.device = fabric.is_global_zero, fabric.device
-        #: For waiting, and for what runs beside DistributedDataParallel's own exchanges.
+        #: For waiting, and for exchanges beside DistributedDataParallel's own.
         self._waiting: Any = None
         self._own: Any = None
         if self.count > 1:
@@ -59,11 +59,11 @@ class Processes:
     def start(cls, device: str | torch.device = "auto", precision: Precision = "32") -> Processes:
         """Find the other processes, if there are any, and the device of this one.
 
-        A device that is not there, or can't compute in this precision, raises ValueError. Weights and
-        optimiser are float32 in any precision.
+        A device that does not exist or can't compute in this precision raises ValueError. Weights
+        and optimiser are float32 in any precision.
         """
-        # Takes more than a second to import, which who only embeds should not wait for, and adds
-        # to the filters of warnings.
+        # Takes more than a second to import, which embedding should not wait for, and adds warning
+        # filters.
         with warnings.catch_warnings():
             from lightning_fabric import Fabric
             from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -81,7 +81,7 @@ class Processes:
         }
         per_node, n_nodes = _places_of_environment()
         if per_node * n_nodes > 1:
-            # No buffer changes; to send them with each batch would be for nothing.
+            # No buffer changes, so there is no need to send them with each batch.
             strategy = DDPStrategy(
                 find_unused_parameters=True, broadcast_buffers=False, timeout=_START
             )
@@ -115,9 +115,9 @@ class Processes:
     def gather_rows(self, *, is_active: bool) -> Callable[[Tensor], tuple[Tensor, int]] | None:
         """Return a function that collects rows from all processes, with gradients; None for one process.
 
-        It gives the rows of all in their order, and the place of this process's first row. All
-        call it the same number of times. A process that is not `is_active` gets its own rows
-        behind those of the others, which don't see them.
+        It returns the rows of all processes in order, and the index of this process's first row.
+        All processes must call it equally often. A process that is not `is_active` gets its own
+        rows after those of the others, which don't see them.
         """
         if self.count == 1:
             return None
@@ -148,11 +148,11 @@ def _places_of_environment() -> tuple[int, int]:
     names = ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_STEP_NUM_TASKS")
     found = (os.environ.get(name, "") for name in names)
     total, n_nodes, in_step = (int(text) if text.isdecimal() else 1 for text in found)
-    # A shell in an allocation has the variables of a step and is no step.
+    # A shell in an allocation has the variables of a step, but is not one.
     if total == 1 or os.environ.get("SLURM_JOB_NAME") in {"bash", "interactive"}:
         return 1, 1
     if in_step == 1:
-        # A job script has the variables of its job, and is one process all the same.
+        # A job script has the variables of its job, but is a single process.
         warn(
             f"SLURM gives this job {total} tasks, but srun has not started this process: it trains "
             "alone. To train in all of them, write `srun` before the command."

@@ -1,4 +1,4 @@
-"""Recipes, a whole run with its data and model in TOML, and the start of a run by one or by arguments."""
+"""Recipes (a whole run in TOML), and the start of a run from a recipe or from arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from stofm.corpus.reader import Corpus
 
-    #: Fits a vocabulary on the slices to train on.
+    #: Function that fits a vocabulary on the training slices.
     Fit = Callable[[], GeneVocabulary]
 
 Preset = Literal["mini", "base"]
@@ -51,7 +51,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no TOML: {error}.") from error
+        raise ValueError(f"{file} is not valid TOML: {error}.") from error
 
 
 def paper_schedule(
@@ -83,7 +83,7 @@ class DataConfig:
     ----------
     train, validation, exclude
         Patterns of ``.h5ad`` files and ``.zarr`` stores, relative to the data folder. Files matched
-        by `validation` or `exclude` are not trained on, those of `exclude` not validated on either.
+        by `validation` are not trained on; those matched by `exclude` are used for neither.
     options
         How files are read.
     """
@@ -114,7 +114,7 @@ class DataConfig:
             raise FileNotFoundError(f"{missing[0]!r} names no file in {root}.")
         if unused := [pattern for pattern in self.exclude if not files[pattern]]:
             warn(
-                f"exclude = {unused} names no file in {root}; check the spelling if one is to be "
+                f"exclude = {unused} names no file in {root}; check the spelling if one should be "
                 "left out."
             )
         named, held_out, excluded = (
@@ -157,7 +157,7 @@ class ModelSource(Checked):
         co-expression of genes over the training slices; or the path of a table, as in
         :func:`stofm.tl.train`, relative to the recipe.
     provenance
-        What the model card says about data, recipe and licence.
+        Text of the model card on data, recipe and licence.
     cell_encoder, se2_transformer, subslice
         Entries that replace the preset's.
     max_tokens
@@ -196,7 +196,7 @@ class ModelSource(Checked):
         return replace(preset, **parts, max_tokens=self.max_tokens or preset.max_tokens)
 
     def make(self, fit: Fit, *, seed: int) -> Stofm:
-        """Make or load the model; `fit` fits a vocabulary on the slices to train on."""
+        """Make or load the model; `fit` fits a vocabulary on the training slices."""
         if self.checkpoint:
             model = Stofm.from_pretrained(self.checkpoint)
         else:
@@ -239,8 +239,8 @@ class Recipe:
         Raises
         ------
         ValueError
-            The file is no TOML, an entry is unknown (the nearest name is given), missing or has
-            a value that it can't have.
+            The file is not valid TOML, or an entry is unknown (the nearest name is given), missing
+            or invalid.
         """
         file = local(path)
         recipe = cls.from_dict(read_toml(file), file.name)
@@ -270,9 +270,10 @@ class _Tables:
 
 
 def train_recipe(data: str | PathLike[str], recipe: Recipe, **options: Any) -> TrainResult:
-    """Train by a recipe, on files of the folder `data`, or on the corpus that it is.
+    """Train with a recipe on the files of a folder `data`, or on a corpus.
 
-    `options` are those of :func:`stofm.tl.train` that a recipe does not state: `out_dir`, `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
+    `options` are those of :func:`stofm.tl.train` that are not part of a recipe: `out_dir`,
+    `device`, `work_dir`, `resume`, `overwrite`, `show_progress_bar`.
     """
 
     def find() -> tuple[list[SliceSource], ...]:
@@ -317,7 +318,7 @@ def launch(
     processes = Processes.start(device, run.precision)
     with ExitStack() as stack:
         if processes.is_first:
-            # Before hours of preparation.
+            # Checked before hours of preparation.
             folder.check(resume=resume, overwrite=overwrite)
             stack.enter_context(locked(folder.path))
         sources, held_out = find()

@@ -1,4 +1,4 @@
-"""A whole run: one stage after the other, from a model and prepared slices to a trained model."""
+"""A whole run: stage after stage, from a model and prepared slices to a trained model."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ class Pretraining(Setup):
 
     stages: Sequence[StageConfig]  # what is trained, one after the other
     #: Called before the first stage to set first weights from the slices; None leaves the model's.
-    #: Must give the same in every process.
+    #: Must give the same result in every process.
     initialize: Initializer | None
-    #: Name and fingerprint of the file that it takes gene embeddings from, if any; for the record.
+    #: Name and fingerprint of the file with gene embeddings, if any; for the record.
     gene_table: str
 
     def train(self, *, resume: bool, overwrite: bool) -> TrainResult:
         """Train the model.
 
-        `resume` goes on with the run in the folder, if there is one; `overwrite` throws it away.
+        `resume` continues the run in the folder, if there is one; `overwrite` discards it.
         """
         self._check_validation()
         settings, model = self._settings(), self.model
@@ -84,7 +84,7 @@ class Pretraining(Setup):
         trained = Trained(model, make_objectives(model, self.stages, seed=self.run.seed))
         report, newest = self._open(trained, settings, resume=resume, overwrite=overwrite)
         if newest is not None:
-            logger.info("Going on from %s.", newest)
+            logger.info("Continuing from %s.", newest)
             load_checkpoint(newest, trained)
         elif self.initialize is not None:
             self.initialize(self.corpus, model)
@@ -118,7 +118,7 @@ class Pretraining(Setup):
             if one.digest in trained_on:
                 raise ValueError(
                     f"Slice {one.name!r} is held out and also trained on (as "
-                    f"{trained_on[one.digest]!r}): its loss would say nothing. Take it out of one."
+                    f"{trained_on[one.digest]!r}): its loss would mean nothing. Remove it from one."
                 )
 
     def _settings(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Pretraining(Setup):
         newest: Path | None,
         report: Mapping[str, Any],
     ) -> None:
-        """Train one stage to its end, from where it stopped."""
+        """Train one stage to its end, from where it was stopped."""
         config, objective = self.stages[progress.stage], trained.heads[progress.stage]
         stage = make_stage(objective, self, config, progress.stage)
         loop = TrainingLoop(
@@ -220,8 +220,8 @@ class Pretraining(Setup):
     def _note(self, trained: Trained, progress: Progress, report: dict[str, Any]) -> None:
         """Report a finished stage, and delete the files that only it needed.
 
-        Cells and tokens (nodes count as such) are those seen by all processes, counted as often as
-        seen; memory is the most in use so far, on a CUDA device or by the process.
+        Cells and tokens (nodes count as such) are those seen by all processes, counted each time;
+        memory is the most in use so far, on a CUDA device or by the process.
         """
         number = progress.stage
         if len(report["stages"]) == number:
@@ -268,7 +268,7 @@ class RunRecorder:
         if run.processes.is_first and run.run.tensorboard:
             from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-            # Entries of steps that are repeated are hidden, also those of a run without a checkpoint.
+            # Entries of repeated steps are hidden, also those of a run without a checkpoint.
             place = (run.folder.path, run.folder.tensorboard.name, f"{stage.number}-{stage.name}")
             self._board = TensorBoardLogger(*place, purge_step=step + 1)
         show = run.show_progress_bar
@@ -300,7 +300,7 @@ class RunRecorder:
             write_checkpoint(target, self._trained, progress, None, report=self._report)
 
     def save(self) -> None:
-        """Write a checkpoint of this step or, without the optimiser, of the end of the stage.
+        """Write a checkpoint of this step or, without the optimiser, at the end of the stage.
 
         Processes may call it at different steps.
         """

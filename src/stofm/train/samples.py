@@ -1,4 +1,4 @@
-"""Cells and sub-slices of a corpus as inputs of the objectives, in batches drawn anew each epoch.
+"""Cells and sub-slices of a corpus as inputs of the objectives, in new batches each epoch.
 
 All random numbers of a sample come from the seed, the stage, the epoch and the sample's own
 number, so that it does not matter which batch, process or thread loads it.
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 #: A sub-slice's number in its slice takes the lower bits of a sample's number.
 _PART_BITS = 32
 _SIZE_CLASSES_PER_OCTAVE = 4
-#: Epochs whose cuts are kept: the present one, and the next, which is loaded ahead.
+#: Number of epochs whose cuts are kept: the current one, and the next, which is loaded in advance.
 _EPOCHS_KEPT = 2
-#: Built sub-slices that stay the same from epoch to epoch are kept for so many cells.
+#: Sub-slices that stay the same in all epochs are kept for up to this many cells.
 _CELLS_KEPT = 100_000
 
 
@@ -57,19 +57,19 @@ def size_class(sizes: NDArray[np.number]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class TokenReader:
-    """Reads token lists of a corpus as the cell encoder takes them."""
+    """Reads token lists of a corpus in the form that the cell encoder takes."""
 
     corpus: Corpus
     config: CellEncoderConfig
     vocabulary: GeneVocabulary
 
     def __post_init__(self) -> None:
-        """Refuse a corpus without the values that the cell encoder reads."""
+        """Raise an error for a corpus without the values that the cell encoder uses."""
         if self.config.reads_values and not self.corpus.has_values:
             raise ValueError(NO_VALUES)
 
     def padded(self, n_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Padded length of cells with so many gene tokens, ``<cls>`` counted."""
+        """Padded length of cells with these numbers of gene tokens, counting ``<cls>``."""
         return padded_length(n_tokens.astype(np.int64) + 1, self.config.max_positions)
 
     def read(self, cells: NDArray[np.int64]) -> TokenBatch:
@@ -95,7 +95,7 @@ class TokenReader:
 class CellSamples:
     """Cells of a corpus, for the cell encoder's objective. A sample is a cell.
 
-    `shares` are those of each slice's cells that an epoch takes; None for all.
+    `shares` are the shares of each slice's cells that an epoch takes; None for all.
     """
 
     reader: TokenReader
@@ -105,7 +105,7 @@ class CellSamples:
     shares: NDArray[np.float64] | None = None
 
     def epoch(self, number: int) -> Sequence[NDArray[np.int64]]:
-        """Return batches that hold each cell once; most have one padded length."""
+        """Return batches that contain each cell once; most have one padded length."""
         corpus, draws = self.reader.corpus, self.draws
         n_cells, find = draws.cells(np.diff(corpus.first_cell), self.shares, number)
 
@@ -138,12 +138,12 @@ class CellSamples:
 class SubSliceSamples:
     """Sub-slices of a corpus, for the objectives on these. A sample is a sub-slice.
 
-    They are cut by `rules`, and masked as the stage's `config` says. If they `vary`, each epoch turns
-    the plane by a random angle before a slice is cut. A sample's number holds the slice and the
-    sub-slice in it, so that it stands for the same slice in every epoch.
+    They are cut by `rules` and masked by the stage's `config`. If they `vary`, each epoch rotates
+    the plane by a random angle before a slice is cut. A sample's number encodes its slice and its
+    sub-slice, so that it belongs to the same slice in every epoch.
 
-    With a `reader`, some visible cells of each come with their tokens. `shares` are those of each
-    slice's sub-slices that an epoch takes; None for all.
+    With a `reader`, some visible cells of each come with their tokens. `shares` are the shares of
+    each slice's sub-slices that an epoch takes; None for all.
     """
 
     corpus: Corpus
@@ -156,7 +156,7 @@ class SubSliceSamples:
     shares: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
-        """Remember the last cuts."""
+        """Cache the last cuts."""
         self._cut = lru_cache(_EPOCHS_KEPT * len(self.corpus.slices))(self._cut_anew)
 
     @property
@@ -181,7 +181,7 @@ class SubSliceSamples:
         return np.concatenate([(k << _PART_BITS) + numbers for k, numbers in enumerate(own)])
 
     def epoch(self, number: int) -> list[NDArray[np.int64]]:
-        """Return batches that hold each sub-slice once, similar sizes together."""
+        """Return batches that contain each sub-slice once, similar sizes together."""
         samples = self.samples(number)
         slices = self.slices_of(samples)
         # Parts of a slice are of nearly equal size.
@@ -270,7 +270,7 @@ class SubSliceSamples:
 def cut_slice(
     coordinates: NDArray[np.float64], config: SubSliceConfig, *, angle: float = 0.0
 ) -> list[NDArray[np.int64]]:
-    """Turn a slice by an angle in radians and cut it: rows of each sub-slice, ascending."""
+    """Rotate a slice by an angle in radians and cut it: rows of each sub-slice, ascending."""
     xy = np.asarray(coordinates)
     if angle:
         cosine, sine = np.cos(angle), np.sin(angle)

@@ -1,4 +1,4 @@
-"""The stages of pretraining: their samples, and the cell embeddings computed beforehand.
+"""The stages of pretraining: their samples, and cell embeddings computed in advance.
 
 References
 ----------
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     Samples = CellSamples | SubSliceSamples
 
 _CUDA_NODE_MULTIPLE = 8
-#: What a checkpoint refers to stays on disk for this many checkpoints: the last, and the one before.
+#: Files that a checkpoint refers to stay on disk for this many checkpoints: the last two.
 _REFERRED_TO = 2
 _FORMAT_VERSION = 2
-#: Rules that decide virtual cells; the others take effect when a sub-slice is built.
+#: Rules that determine virtual cells; the others apply when a sub-slice is built.
 _VIRTUAL_RULES = (
     *("leiden_resolution", "position_weight", "mixing"),
     *("n_components", "clustering", "max_virtual_cells"),
 )
-#: float16 ends at 65,504; no number of an embedding comes near it.
+#: float16 ends at 65,504; no number in an embedding comes near it.
 _STORED = np.float16
 
 
@@ -77,10 +77,10 @@ class Stage:
     objective: nn.Module
     #: Samples to train on, and held-out ones, loaded with the draws of epoch 0; None if there are
     #: none. A batch is a list of sample numbers, the same in every process; each loads its share of
-    #: one. What is loaded depends on samples and epoch only.
+    #: one. The data loaded depend only on samples and epoch.
     samples: Samples
     validation: Samples | None = None
-    #: What sub-slices are built from; None if there are none.
+    #: Embeddings that sub-slices are built from; None if there are none.
     embeddings: KeptEmbeddings | None = None
     #: Optimiser steps after which :meth:`refresh` is called; None for never.
     refresh_every: int | None = None
@@ -92,7 +92,7 @@ class Stage:
 
 
 def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: int) -> Stage:
-    """Make the stage of a number in the run; held-out slices are cut as in inference."""
+    """Make a stage by its number in the run; held-out slices are cut as in inference."""
     model, rules, is_joint = setup.model, setup.model.config.subslice, config.name == "joint"
     is_cuda = setup.processes.device.type == "cuda"
     draws = Draws(seed=setup.run.seed, stage=number, batch_size=config.optimizer.batch_size)
@@ -131,9 +131,9 @@ def make_stage(objective: nn.Module, setup: Setup, config: StageConfig, number: 
 class KeptEmbeddings:
     """Cell embeddings on disk, from which a stage's sub-slices are built.
 
-    The first are in the work folder, where other stages and runs may use them, and stay. Those
-    after them are in a folder of the run, until no checkpoint refers to them. Held-out sub-slices
-    keep the first, so that losses at different steps are of the same targets.
+    The first ones are in the work folder, where other stages and runs may use them, and stay there.
+    Later ones are in a folder of the run until no checkpoint refers to them. Held-out sub-slices
+    keep the first ones, so that losses at different steps have the same targets.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class KeptEmbeddings:
     def refresh(self) -> None:
         """Encode all cells with the current cell encoder, and find the virtual cells.
 
-        Nothing is computed that is on disk already.
+        Whatever is on disk already is not computed again.
         """
         is_first = not self._first
         self._key = self._shared.key()
@@ -168,7 +168,7 @@ class KeptEmbeddings:
         return {"key": self._key, "first": self._first}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """Use the embeddings that :meth:`state` named; FileNotFoundError if they can't be had any more."""
+        """Use the embeddings that :meth:`state` named (FileNotFoundError if they are gone)."""
         self._key, self._first = state["key"], state["first"]
         self._referred.append(self._key)
         self._use(self._key, with_held_out=True)
@@ -181,7 +181,7 @@ class KeptEmbeddings:
 
 
 class EncodedSlice(NamedTuple):
-    """What the SE(2) Transformer reads of one slice: (n_cells, d_cell) features, memory-mapped."""
+    """Input of the SE(2) Transformer for one slice: (n_cells, d_cell) features, memory-mapped."""
 
     features: NDArray[np.float16]
     layout: SliceLayout
@@ -191,9 +191,9 @@ class EncodedSlice(NamedTuple):
 class CellCache:
     """Encodes the slices of a corpus and keeps the result in a folder.
 
-    A result is found again by the weights of the cell encoder, the tokens and the rules that
-    made it, so that stages, runs and processes share one folder. Without `virtual_cells`
-    sub-slices consist of cells alone.
+    Results are keyed by the weights of the cell encoder, the tokens and the rules, so that stages,
+    runs and processes can share one folder. Without `virtual_cells` sub-slices consist of cells
+    alone.
     """
 
     setup: Setup
@@ -219,7 +219,7 @@ class CellCache:
         )
 
     def encode(self, key: str) -> list[EncodedSlice]:
-        """Open the results of a key; those missing are computed, each process its share.
+        """Open the results of a key; missing ones are computed, a share by each process.
 
         A missing result of an older cell encoder raises FileNotFoundError.
         """
@@ -232,7 +232,7 @@ class CellCache:
         return [self._open_slice(one, *self._folders(one, key)) for one in self.corpus.slices]
 
     def remove(self, *, but: Collection[str]) -> None:
-        """Delete all results in the folder but those of some keys."""
+        """Delete all results in the folder except those of some keys."""
         kept = {p for key in but for one in self.corpus.slices for p in self._folders(one, key)}
         for folder in {*self.folder.glob("cells-*"), *self.folder.glob("virtual-*")} - kept:
             shutil.rmtree(folder, ignore_errors=True)
@@ -260,7 +260,7 @@ class CellCache:
             features = encode_cells(model.cell_encoder, one.ranked, model.vocabulary, **where)
             _write(cells, features=features.astype(_STORED))
         if self.virtual_cells and not is_there(virtual):
-            # From what is stored, not from what was computed: it must not matter who found it.
+            # From the stored file, not from memory: the result must not depend on who computed it.
             features = open_array(cells / "features.npy").astype(np.float32)
             found = lay_out_slice(one.coordinates, features, model.config.subslice).virtual
             _write(virtual, coordinates=found.coordinates, features=found.features)
@@ -270,7 +270,7 @@ class CellCache:
         places, embedded = np.empty((0, 2)), np.empty((0, features.shape[1]), dtype=np.float32)
         if self.virtual_cells:
             places, embedded = (np.load(virtual / f"{n}.npy") for n in ("coordinates", "features"))
-        # In one piece: the sampler cuts it.
+        # As a single piece: the sampler cuts it.
         nowhere = np.broadcast_to(np.int64(0), one.n_cells)
         found = VirtualCells(coordinates=places, features=embedded)
         layout = SliceLayout(one.coordinates, subslice=nowhere, virtual_cell=nowhere, virtual=found)
