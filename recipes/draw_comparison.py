@@ -1,10 +1,10 @@
 """Draw the landing page's comparison with principal components from measured scores.
 
-    python recipes/draw_comparison.py docs/measured/domains.json docs/measured/probes.md docs/_static/comparison.png
+    python recipes/draw_comparison.py docs/measured/tasks.json docs/measured/probes.md docs/_static/comparison.png
 
 Left, regions found without labels: the report of
 
-    python benchmarks/tasks.py FOLDER --only-tasks 'domains/*' --strategies frozen --out docs/measured/domains
+    python benchmarks/tasks.py FOLDER --strategies frozen --out docs/measured/tasks
 
 Right, labels of slices that were left out: the table that ``benchmarks/probes.py`` writes, with
 ``X_stofm`` for regions and ``X_stofm_cell`` for types, as the documentation recommends.
