@@ -121,7 +121,7 @@ def test_train_follows_the_recipe(recipe, model, caplog):
 def test_a_run_is_resumed_or_overwritten_only_if_asked(recipe, capsys):
     assert train(recipe, "--quiet") == 0
     assert train(recipe, "--quiet") == 1
-    assert "holds a run (finished): pass --resume to go on" in capsys.readouterr().err
+    assert "holds a run (finished): pass --resume to continue" in capsys.readouterr().err
     assert train(recipe, "--quiet", "--resume") == 0
     recipe.write_text(recipe.read_text().replace("epochs = 2", "epochs = 1"))
     assert train(recipe, "--quiet", "--resume") == 1

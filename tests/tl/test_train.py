@@ -524,7 +524,7 @@ def test_a_damaged_vocabulary_in_the_work_folder_is_fitted_again(train, slices, 
 def test_a_folder_with_a_run_is_refused(train, tmp_path):
     result = train()
     with pytest.raises(
-        FileExistsError, match=r"holds a run \(finished\): pass resume=True to go on"
+        FileExistsError, match=r"holds a run \(finished\): pass resume=True to continue"
     ):
         train()
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):

@@ -55,5 +55,5 @@ def test_one_process_alone():
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="device='cuda:99' was asked for"):
+    with pytest.raises(ValueError, match="device='cuda:99' was requested"):
         Processes.start("cuda:99")
