@@ -157,10 +157,12 @@ def read_patches(
         origin = np.floor(places[rows].min(axis=0)).astype(np.int64) - halo
         end = np.ceil(places[rows].max(axis=0)).astype(np.int64) + halo
         window = slide.read(level, (origin[1], end[1], origin[0], end[0]), step)
-        piece = torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))[None]
+        piece = torch.as_tensor(window).permute(2, 0, 1)[None]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             yield part, _resample(piece, places[part] - origin, side, n_pixels)
+        # Not two pieces at a time.
+        del window, piece
 
 
 def _resample(piece: Tensor, centers: NDArray[np.float64], side: float, n_pixels: int) -> Tensor:
