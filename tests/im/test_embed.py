@@ -69,6 +69,36 @@ def test_each_row_is_of_its_own_place(adata: ad.AnnData, picture: np.ndarray) ->
     np.testing.assert_array_equal(adata.obsm["spatial"], before)
 
 
+def corner(images: torch.Tensor) -> torch.Tensor:
+    """Mean of a patch's upper left, more of it at the top."""
+    return images[:, :, :2, :4].mean(dim=(2, 3))
+
+
+corner.n_pixels = 8
+
+
+@pytest.mark.parametrize("n_views", [1, 2, 4, 8])
+def test_features_are_means_over_orientations(
+    adata: ad.AnnData, rng: np.random.Generator, n_views: int
+) -> None:
+    stored = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    options: dict[str, Any] = {"microns_per_unit": 1.0, "crops": (8, 16), "n_views": n_views}
+    st.im.embed(adata, corner, image=stored, **options)
+    parts = [(slice(2), slice(4)), (slice(2), slice(4, 8)), (slice(6, 8), slice(4))]
+    parts += [(slice(6, 8), slice(4, 8))]
+    parts += [part[::-1] for part in (parts[0], parts[2], parts[1], parts[3])]
+    for found, (x, y) in zip(adata.obsm["X_image_spot"], adata.obsm["spatial"], strict=True):
+        patch = stored[int(y) - 4 : int(y) + 4, int(x) - 4 : int(x) + 4] / 255
+        means = [patch[part].mean(axis=(0, 1)) for part in parts[:n_views]]
+        np.testing.assert_allclose(found, np.mean(means, axis=0), atol=1e-4)
+    assert adata.uns["stofm"]["X_image_niche"]["params"]["n_views"] == n_views
+
+
+def test_other_numbers_of_views_are_refused(adata: ad.AnnData, picture: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"n_views must be one of \[1, 2, 4, 8\], found 3"):
+        st.im.embed(adata, colours, image=picture, microns_per_unit=2.0, n_views=3)
+
+
 def test_the_order_of_rows_does_not_matter(
     adata: ad.AnnData, picture: np.ndarray, rng: np.random.Generator
 ) -> None:
@@ -99,6 +129,7 @@ def test_what_is_recorded(adata: ad.AnnData, picture: np.ndarray, tmp_path: Path
         record = adata.uns["stofm"][key]
         assert record["params"] == {
             "encoder": "cnn",
+            "n_views": 1,
             "spatial_key": "spatial",
             "library_key": "",
             "microns": side,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -104,3 +105,17 @@ def test_no_more_of_the_image_is_read_than_its_pieces(
     cut_all(slide, rng.uniform(0, 700, (400, 2)), 10.0, 8, 64)
     assert max(sizes) <= (65 + 10 + 6) ** 2
     assert len(sizes) > 100
+
+
+def test_memory_is_that_of_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "_PIECE", 250)
+    slide, peaks = of_array(np.zeros((2000, 2000, 3), np.uint8)), []
+    for side in (250, 2000):
+        lattice = np.stack(np.mgrid[10:side:25, 10:side:25], axis=-1).reshape(-1, 2)
+        centers = lattice.astype(float)
+        tracemalloc.start()
+        for _ in read_patches(slide, centers, 10.0, 8, 64):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0] < 3e6, peaks

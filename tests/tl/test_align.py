@@ -179,6 +179,9 @@ def test_features_of_another_encoder_are_refused(
     st.im.embed(slides, "X_image_spot", crops=(100, 200), key_added="X_other")
     with pytest.raises(ValueError, match=r"features of 'X_image_spot' .*expected 'statistics'"):
         aligner.transform(slides, image_key="X_other")
+    st.im.embed(slides, "statistics", n_views=2, device="cpu", show_progress_bar=False)
+    with pytest.raises(ValueError, match=r"n_views=2\) in .*'statistics', .*n_views=1\)"):
+        aligner.transform(slides)
     del slides.uns["stofm"]["X_image_spot"]
     with pytest.raises(KeyError, match=r"no record .*st\.im\.embed"):
         align(slides)

@@ -46,7 +46,7 @@ def truth(made: tuple[ad.AnnData, ad.AnnData, st.tl.Aligner]) -> pd.DataFrame:
     return pd.DataFrame(values, known.obs_names, known.var_names)
 
 
-@pytest.mark.parametrize("method", ["ridge", "retrieval", "mlp"])
+@pytest.mark.parametrize("method", ["ridge", "aligned", "retrieval", "mlp"])
 def test_planted_genes_are_predicted(
     new: ad.AnnData, aligner: st.tl.Aligner, truth: pd.DataFrame, method: str
 ) -> None:
@@ -96,6 +96,25 @@ def test_ridge_is_that_of_scikit_learn(
     np.testing.assert_allclose(scores["mse"], np.mean(mse, axis=0), atol=1e-3)
 
 
+def test_each_gene_has_the_strength_with_the_least_error_on_left_out_spots(
+    new: ad.AnnData, aligner: st.tl.Aligner
+) -> None:
+    from sklearn.linear_model import RidgeCV
+
+    from stofm.align.prediction import _STRENGTHS, Views, fit_predictor
+
+    reference = aligner.reference
+    y, found, query = reference.expression.toarray(), [], aligner.reference.at(np.arange(7))
+    for x in (reference.image, reference.aligned_image):
+        unit = (np.linalg.svd(x - x.mean(axis=0), compute_uv=False) ** 2).mean(dtype=np.float64)
+        model = RidgeCV(unit * _STRENGTHS, alpha_per_target=True).fit(x.astype(np.float64), y)
+        assert len(set(model.alpha_)) > 3
+        found.append(model.predict(x[:7]))
+    predictor = fit_predictor(reference, "aligned", 0)
+    own = predictor(Views(query.image, query.aligned_image), np.arange(y.shape[1]))
+    np.testing.assert_allclose(own, np.mean(found, axis=0), atol=1e-3)
+
+
 def test_a_saved_aligner_predicts_the_same(
     new: ad.AnnData, aligner: st.tl.Aligner, tmp_path: Path
 ) -> None:
@@ -115,7 +134,9 @@ def test_what_is_refused(new: ad.AnnData, aligner: st.tl.Aligner) -> None:
         st.tl.predict_genes(new, aligner, genes=["GFPA", "MBP"])
     with pytest.raises(ValueError, match="each once"):
         st.tl.predict_genes(new, aligner, genes=["MBP", "MBP"])
-    with pytest.raises(ValueError, match=r"\['ridge', 'retrieval', 'mlp'\], found 'lasso'"):
+    with pytest.raises(
+        ValueError, match=r"\['ridge', 'aligned', 'retrieval', 'mlp'\], found 'lasso'"
+    ):
         st.tl.predict_genes(new, aligner, method="lasso")
     assert "stofm_predicted" not in new.obsm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -74,6 +74,10 @@ class Reference:
     aligned_genes: Matrix
     expression: sparse.csr_matrix
     group: NDArray[np.int64]
+
+    def at(self, rows: NDArray[Any]) -> Reference:
+        """Some of the spots."""
+        return Reference(*(getattr(self, one.name)[rows] for one in fields(self)))
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:

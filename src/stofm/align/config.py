@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
@@ -153,8 +152,3 @@ class AlignOptions(Checked):
             batch_size=self.batch_size,
             accumulation=1,
         )
-
-    @property
-    def log_scale(self) -> float:
-        """Logarithm of what similarities are multiplied with at first."""
-        return -math.log(self.temperature)

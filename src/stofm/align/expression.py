@@ -9,8 +9,9 @@ import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
 
+from stofm._keys import Obsm
 from stofm._messages import warn
-from stofm.align.inputs import OF_STOFM, read_reps
+from stofm.align.inputs import read_reps
 from stofm.align.network import LEVELS
 from stofm.heads.genes import choose_panel, read_columns, read_genes
 from stofm.heads.targets import log_normalised
@@ -78,30 +79,27 @@ class GeneBranch:
         reps = (
             () if genes in ("pca", "mlp") else (genes,) if isinstance(genes, str) else tuple(genes)
         )
-        reps = OF_STOFM if reps == ("stofm",) else reps
+        reps = (Obsm.X_CELL, Obsm.X) if reps == ("stofm",) else reps
         if len(reps) > 2:
             raise ValueError(
                 "genes must be 'pca', 'mlp', 'stofm', an entry of obsm, or two of them, for the spot "
                 f"and the niche; found {genes!r}."
             )
+        panel: tuple[Gene, ...] = ()
+        values: Any = None
+        if not reps or all(table.n_vars for table in slices.tables):
+            columns = read_columns(slices)
+            panel = choose_panel(columns)
+            values = read_expression(panel, slices, columns, spots, layer)
         if reps:
             features, origins = read_reps(slices, spots, reps, ())
-            panel: tuple[Gene, ...] = ()
-            values = None
-            if all(table.n_vars for table in slices.tables):
-                columns = read_columns(slices)
-                panel = choose_panel(columns)
-                values = read_expression(panel, slices, columns, spots, layer)
             return cls("obsm", panel, reps=reps, origins=tuple(origins)), features, values
-        columns = read_columns(slices)
-        panel = choose_panel(columns)
-        values = read_expression(panel, slices, columns, spots, layer)
         chosen = _most_variable(values, spots)
         axes = None
         if genes == "pca":
             axes = {
                 level: _axes(own, spots, n_components)
-                for level, own in zip(LEVELS, _levels(values[:, chosen], spots), strict=True)
+                for level, own in _levels(values[:, chosen], spots)
             }
         branch = cls(str(genes), panel, chosen, axes)
         found = branch._of_expression(values, spots)
@@ -133,16 +131,14 @@ class GeneBranch:
 
     def _of_expression(self, values: sparse.csr_matrix, spots: Spots) -> dict[str, Matrix]:
         found = {}
-        levels = zip(LEVELS, _levels(values[:, self.chosen], spots), self.factors, strict=True)
-        for level, own, factor in levels:
-            axes = None if self.axes is None else self.axes[level]
+        levels = _levels(values[:, self.chosen], spots)
+        for (level, own), factor in zip(levels, self.factors, strict=True):
             parts = []
             for part in spots.parts:
                 scaled, mean = _scaled(own[part])
-                if axes is None:
-                    parts.append(scaled.toarray() - mean)
-                else:
-                    parts.append(scaled @ axes - mean @ axes)
+                if self.axes is not None:
+                    scaled, mean = scaled @ self.axes[level], mean @ self.axes[level]
+                parts.append(np.asarray(scaled - mean))
             found[f"{level}_genes"] = np.concatenate(parts).astype(np.float32) * factor
         return found
 
@@ -163,8 +159,9 @@ def read_expression(
     return log_normalised(stacked[spots.rows])
 
 
-def _levels(values: sparse.csr_matrix, spots: Spots) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    return values, spots.niche_means(values)
+def _levels(values: sparse.csr_matrix, spots: Spots) -> Any:
+    """Expression by level."""
+    return zip(LEVELS, (values, spots.niche_means(values)), strict=True)
 
 
 def _moments(values: sparse.csr_matrix) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -58,7 +58,13 @@ def fit_aligner(
     )
     features |= of_genes
     held_out = _held_out(donors, spots, donor_key)
-    where = spots.where(_clusters(features["spot_genes"], options, seed))
+    clusters = None
+    if options.negatives == "other_clusters":
+        from sklearn.cluster import KMeans
+
+        n = min(options.n_clusters, len(spots))
+        clusters = KMeans(n, n_init=3, random_state=seed).fit_predict(features["spot_genes"])
+    where = spots.where(clusters)
 
     trained_on, validation = (
         AlignSamples(features, where, spots, slides, options, seed)
@@ -90,19 +96,6 @@ def fit_aligner(
         group=np.repeat(donors, [p.stop - p.start for p in spots.parts])[kept],
     )
     return Aligner(network, origin, branch, reference, history, retrieval, params)
-
-
-def _clusters(
-    values: NDArray[np.float32], options: AlignOptions, seed: int
-) -> NDArray[np.int64] | None:
-    """Clusters of the genes' features, if negatives are told by them."""
-    if options.negatives != "other_clusters":
-        return None
-    from sklearn.cluster import KMeans
-
-    n = min(options.n_clusters, len(values))
-    found: NDArray[np.int64] = KMeans(n, n_init=3, random_state=seed).fit_predict(values)
-    return found
 
 
 def _donors(slices: SliceTables, spots: Spots, donor_key: str | None) -> NDArray[np.int64]:

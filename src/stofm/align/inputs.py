@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import sparse
 
 from stofm._edge.images import read_microns
 from stofm._edge.tables import read_record, read_representation
-from stofm._keys import Obsm, Suffix
+from stofm._keys import Suffix
 from stofm._messages import warn
 from stofm.align.network import LEVELS
 from stofm.heads.embeddings import describe_origin, origin_of, places_entry, same_origin
@@ -40,13 +41,15 @@ _SUFFIXES: Final = (Suffix.SPOT, Suffix.NICHE)
 class ImageOrigin:
     """Where features of images come from: encoder, its weights, sides of patches in micrometres.
 
-    `microns_per_pixel` is the median over slices; 0 where no image was read.
+    `n_views` are the orientations that features are means over; `microns_per_pixel` is the median
+    over slices; 0 where no image was read.
     """
 
     encoder: str
     fingerprint: str
     sides: tuple[float, float]
     microns_per_pixel: float
+    n_views: int = 1
 
     @classmethod
     def read(cls, table: AnnData, key: str) -> ImageOrigin:
@@ -67,16 +70,19 @@ class ImageOrigin:
             fingerprint=str(spot["fingerprint"]) if "n_pixels" in spot else "",
             sides=(float(spot["params"]["microns"]), float(niche["params"]["microns"])),
             microns_per_pixel=float(np.median(pixels)),
+            n_views=int(spot["params"].get("n_views", 1)),
         )
 
     def require(self, other: ImageOrigin, who: str) -> None:
         """Refuse features of another encoder or of other patches; warn of another resolution."""
         sides = np.abs(np.divide(other.sides, self.sides) - 1)
-        same = (self.encoder, self.fingerprint) == (other.encoder, other.fingerprint)
-        if not same or sides.max() > _SAME_SIDE:
+        names = ("encoder", "fingerprint", "n_views")
+        differ = any(getattr(self, name) != getattr(other, name) for name in names)
+        if differ or sides.max() > _SAME_SIDE:
             raise ValueError(
                 f"{who} has features of {other}, expected {self}. Make them again with the same "
-                f"encoder: st.im.embed(adata, {self.encoder!r}, crops={self.sides})."
+                f"encoder: st.im.embed(adata, {self.encoder!r}, crops={self.sides}, "
+                f"n_views={self.n_views})."
             )
         pixels = sorted((self.microns_per_pixel, other.microns_per_pixel))
         if pixels[0] and pixels[1] > _COARSER * pixels[0]:
@@ -88,8 +94,9 @@ class ImageOrigin:
 
     def __str__(self) -> str:
         """The encoder, its weights and the sides of patches, for messages."""
-        weights = f" ({self.fingerprint})" if self.fingerprint else ""
-        return f"{self.encoder!r}{weights} in patches of {self.sides[0]:g} and {self.sides[1]:g} µm"
+        weights = f"{self.fingerprint}, " * bool(self.fingerprint) + f"n_views={self.n_views}"
+        sides = f"{self.sides[0]:g} and {self.sides[1]:g} µm"
+        return f"{self.encoder!r} ({weights}) in patches of {sides}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +273,7 @@ def read_reps(
     """Entries of obsm in place of genes: of the spot and of the niche, which is a mean if none is named."""
     origins = []
     for k, rep in enumerate(reps):
-        own = _origins(slices, rep)
+        own = slices.each(partial(origin_of, rep=rep))
         wanted = expected[k] if expected else own[0]
         for origin, (who, _) in zip(own, slices.called, strict=True):
             if not same_origin(origin, wanted):
@@ -279,11 +286,3 @@ def read_reps(
     niche = found[1] if len(found) > 1 else spots.niche_means(found[0])
     values = {"spot_genes": found[0], "niche_genes": niche}
     return {name: spots.standardised(one) for name, one in values.items()}, origins
-
-
-def _origins(slices: SliceTables, rep: str) -> list[dict[str, str]]:
-    return slices.each(lambda table: origin_of(table, rep))
-
-
-#: What `genes="stofm"` stands for.
-OF_STOFM: Final = (Obsm.X_CELL, Obsm.X)

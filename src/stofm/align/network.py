@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -112,7 +113,8 @@ class AlignNetwork(nn.Module):
         self.log_scales = nn.ParameterDict(
             {
                 name: nn.Parameter(
-                    torch.tensor(options.log_scale), requires_grad=options.learns_temperature
+                    torch.tensor(-math.log(options.temperature)),
+                    requires_grad=options.learns_temperature,
                 )
                 for name in options.weights
             }
@@ -132,16 +134,14 @@ class AlignNetwork(nn.Module):
                 # A spot and its niche lose what they lose each for itself.
                 draw = torch.rand(len(first), 1, device=first.device)
                 is_there = torch.cat([draw >= share, draw < 1 - share], dim=1)
-            tokens = [self._tokens(f"{level}_{name}", features) for name in MODALITIES]
-            known = next(one for one in tokens if one is not None)
-            filled = [torch.zeros_like(known) if one is None else one for one in tokens]
-            fused = self.fusions[level](torch.stack(filled, dim=1), is_there)
-            units = [None if one is None else F.normalize(one.mean(1), dim=1) for one in tokens]
-            found[level] = Level(units[0], units[1], fused)
+            tokens = {
+                name: self.projections[branch](features[branch])
+                for name in MODALITIES
+                if (branch := f"{level}_{name}") in features
+            }
+            null = torch.zeros_like(next(iter(tokens.values())))
+            filled = torch.stack([tokens.get(name, null) for name in MODALITIES], dim=1)
+            units = {name: F.normalize(one.mean(1), dim=1) for name, one in tokens.items()}
+            fused = self.fusions[level](filled, is_there)
+            found[level] = Level(units.get("image"), units.get("genes"), fused)
         return found
-
-    def _tokens(self, branch: str, features: Mapping[str, Tensor]) -> Tensor | None:
-        tokens: Tensor | None = (
-            self.projections[branch](features[branch]) if branch in features else None
-        )
-        return tokens

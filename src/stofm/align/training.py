@@ -86,56 +86,41 @@ class _Stage:
     refresh_every: int | None = None
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """The file that training is written to on the way; `inputs` tells of what it is."""
-
-    path: Path
-    inputs: str
-
-    @classmethod
-    def of(cls, path: Path, samples: AlignSamples, validation: AlignSamples | None) -> _Checkpoint:
-        """Checkpoint of training on these samples with their options."""
-        slides = [one and list(one.slides) for one in (samples, validation)]
-        features = samples.features
-        facts = f"{samples.options} {samples.seed} {slides} {len(samples.where)} {list(features)}"
-        return cls(path, fingerprint(facts, samples.where, *features.values()))
-
-    def read(self) -> dict[str, Any]:
-        """What was written, empty if nothing was; refuse that of another training."""
-        place = take_back(self.path)
-        if not place.exists():
-            return {}
-        with reading(self.path, "checkpoint of st.tl.align"):
-            state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True)
-            is_same = state["inputs"] == self.inputs
-        if not is_same:
-            raise ValueError(
-                f"{self.path} is of an alignment of other slides, or with other options or another "
-                "seed: go on with those, name another file, or delete it to begin anew."
-            )
-        return state
-
-    def write(self, **state: Any) -> None:
-        """Write the file, whole or not at all."""
-        put_in_place(self.path, lambda part: torch.save({"inputs": self.inputs, **state}, part))
+def _read_checkpoint(path: Path, inputs: str) -> dict[str, Any]:
+    """What training wrote on the way, empty if nothing; refuse that of another training."""
+    place = take_back(path)
+    if not place.exists():
+        return {}
+    with reading(path, "checkpoint of st.tl.align"):
+        state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True)
+        is_same = state["inputs"] == inputs
+    if not is_same:
+        raise ValueError(
+            f"{path} is of an alignment of other slides, or with other options or another seed: go on "
+            "with those, name another file, or delete it to begin anew."
+        )
+    return state
 
 
 class _Recorder:
-    """Keeps the history, and the weights with the lowest loss on held-out slides."""
+    """Keeps the history, and the weights with the lowest loss on held-out slides.
+
+    Writes the file `path`, if there is to be one; `inputs` tells of what it is.
+    """
 
     def __init__(
         self,
         loop: TrainingLoop,
         network: nn.Module,
-        checkpoint: _Checkpoint | None,
         stored: Mapping[str, Any],
         *,
+        path: Path | None,
+        inputs: str,
         show: bool,
     ) -> None:
         self.rows: list[dict[str, Any]] = stored.get("rows", [])
         self.best: dict[str, torch.Tensor] = stored.get("best", {})
-        self._loop, self._network, self._checkpoint = loop, network, checkpoint
+        self._loop, self._network, self._path, self._inputs = loop, network, path, inputs
         self._bar = step_bar("align", total=loop.n_steps, done=loop.progress.step, show=show)
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -151,15 +136,17 @@ class _Recorder:
         self.best = {name: one.clone() for name, one in self._network.state_dict().items()}
 
     def save(self) -> None:
-        """Write the checkpoint, if there is to be one."""
-        if self._checkpoint is not None:
-            self._checkpoint.write(
-                progress=asdict(self._loop.progress),
-                network=self._network.state_dict(),
-                optimizer=self._loop.optimizer.state_dict(),
-                best=self.best,
-                rows=self.rows,
-            )
+        """Write the checkpoint, whole or not at all."""
+        if self._path is not None:
+            state = {
+                "inputs": self._inputs,
+                "progress": asdict(self._loop.progress),
+                "network": self._network.state_dict(),
+                "optimizer": self._loop.optimizer.state_dict(),
+                "best": self.best,
+                "rows": self.rows,
+            }
+            put_in_place(self._path, lambda part: torch.save(state, part))
 
     def close(self) -> None:
         """Close the bar."""
@@ -183,9 +170,11 @@ def train(
     with seeded(samples.seed):
         network = AlignNetwork({k: v.shape[1] for k, v in samples.features.items()}, options)
     objective = AlignObjective(network).to(processes.device)
-    kept = None if checkpoint is None else _Checkpoint.of(checkpoint, samples, validation)
-    kept = kept if processes.is_first else None
-    stored = processes.agree({} if kept is None else kept.read())
+    path = checkpoint if processes.is_first else None
+    slides = [one and list(one.slides) for one in (samples, validation)]
+    facts = f"{options} {samples.seed} {slides} {len(samples.where)} {list(samples.features)}"
+    inputs = "" if path is None else fingerprint(facts, samples.where, *samples.features.values())
+    stored = processes.agree({} if path is None else _read_checkpoint(path, inputs))
     # The loop asks of a stage and its config only what these have.
     loop = TrainingLoop(
         cast("Any", _Stage(objective, samples, validation)),
@@ -198,7 +187,7 @@ def train(
         network.load_state_dict(stored["network"])
         loop.optimizer.load_state_dict(stored["optimizer"])
     show = show_progress_bar and processes.is_first
-    recorder = _Recorder(loop, network, kept, stored, show=show)
+    recorder = _Recorder(loop, network, stored, path=path, inputs=inputs, show=show)
     try:
         loop.train(recorder)
     finally:

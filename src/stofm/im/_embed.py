@@ -22,7 +22,7 @@ from stofm._edge.tables import (
 from stofm._files import local
 from stofm._keys import Obsm, Suffix
 from stofm.image.encoders import BUILT_IN, choose_encoder
-from stofm.image.patches import Scene, choose_sides, embed_scenes, niche_means
+from stofm.image.patches import VIEWS, Scene, choose_sides, embed_scenes, niche_members
 from stofm.nn.device import choose_device
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def embed(
     microns_per_unit: float | Mapping[str, float] | None = None,
     pitch: float | None = None,
     crops: tuple[float, float] | None = None,
+    n_views: int = 1,
     spatial_key: str = Obsm.SPATIAL,
     library_key: str | None = None,
     device: str | torch.device = "auto",
@@ -95,7 +96,7 @@ def embed(
     ``adata.obsm['X_image_niche' | key_added + '_niche']`` : float32 (n_obs, d)
         Features of the patch of its niche.
     ``adata.uns['stofm']['X_image_spot' | ...]``, ``['X_image_niche' | ...]`` : dict
-        Encoder, fingerprint of its weights, side of the patch in micrometres and in pixels, and for
+        Encoder, fingerprint of its weights, orientations, side of the patch in micrometres and in pixels, and for
         each slice the image and its micrometres per pixel.
 
     Other Parameters
@@ -105,6 +106,11 @@ def embed(
     crops
         Sides of both patches in micrometres. None: 100 and 200 for spots, 40 and 120 for cells that
         lie nearer to each other than 40 µm.
+    n_views
+        Orientations of a patch that its features are averaged over, the same for the spot and its
+        niche: 1, 2 (and mirrored), 4 (and upside down) or 8 (and turned). Tissue has no up and down,
+        and more of them make features of an encoder steadier that was not trained so; time grows with
+        it.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates. Centroids are taken for a SpatialData.
     key_added
@@ -125,8 +131,8 @@ def embed(
     ImportError
         The image needs a library of the extra ``image``.
     ValueError
-        Micrometres are not known, most cells lie outside the image, or an image or weights can't be
-        used.
+        `n_views` is none of these numbers, micrometres are not known, most cells lie outside the
+        image, or an image or weights can't be used.
     FloatingPointError
         The encoder gave NaN.
 
@@ -148,6 +154,8 @@ def embed(
     >>> adata.obsm["X_image_spot"].shape
     (379, 30)
     """
+    if n_views not in VIEWS:
+        raise ValueError(f"n_views must be one of {list(VIEWS)}, found {n_views!r}.")
     table = resolve_table(adata, table_key, copy=copy)
     keys = [key_added + suffix for suffix in (Suffix.SPOT, Suffix.NICHE)]
     for key in keys:
@@ -171,20 +179,23 @@ def embed(
             spot = read_representation(table, encoder)
             niche, facts["fingerprint"] = np.empty_like(spot), fingerprint(spot)
             for rows, unit in zip(members, microns, strict=True):
-                niche[rows] = niche_means(spot[rows], places.coordinates[rows], sides[1] / 2 / unit)
+                within = niche_members(places.coordinates[rows], sides[1] / 2 / unit)
+                niche[rows] = within @ spot[rows] / within.sum(axis=1)
         else:
             chosen = choose_encoder(encoder, choose_device(device))
             scenes = [
                 Scene(name, rows, one.slide, one.pixels_of(xy[name]), unit / one.scale)
                 for name, rows, one, unit in zip(names, members, images, microns, strict=True)
             ]
-            spot, niche = embed_scenes(scenes, sides, chosen, show_progress_bar=show_progress_bar)
+            options: dict[str, Any] = {"n_views": n_views, "show_progress_bar": show_progress_bar}
+            spot, niche = embed_scenes(scenes, sides, chosen, **options)
             facts |= {"fingerprint": chosen.fingerprint, "n_pixels": chosen.n_pixels}
             facts["image"] = np.array([Path(one.slide.name).name for one in scenes], dtype=object)
             facts["microns_per_pixel"] = np.array([one.microns_per_pixel for one in scenes])
             encoder = chosen.name
     target = table.copy() if copy else table
-    params = {"encoder": encoder, "spatial_key": spatial_key, "library_key": places.slices.column}
+    params = {"encoder": encoder, "n_views": n_views, "spatial_key": spatial_key}
+    params["library_key"] = places.slices.column
     with all_or_nothing(target):
         for key, values, side in zip(keys, (spot, niche), sides, strict=True):
             target.obsm[key] = values

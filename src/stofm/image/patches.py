@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _PIECE: Final = 2048
 #: Sides of the two patches in micrometres, of spots, and of cells, which lie nearer than `_APART`.
 _OF_SPOTS, _OF_CELLS, _APART = (100.0, 200.0), (40.0, 120.0), 40.0
+#: Orientations of a patch that features may be means over, and axes that are flipped for these.
+VIEWS: Final = (1, 2, 4, 8)
+_FLIPS: Final[tuple[list[int], ...]] = ([], [3], [2], [2, 3])
 #: From how many times on an enlarged patch is warned of.
 _ENLARGED: Final = 2.0
 #: Coordinates in whole pixels put neighbours of one distance a little nearer or farther.
@@ -64,9 +67,13 @@ def embed_scenes(
     sides: tuple[float, float],
     encoder: Encoder,
     *,
+    n_views: int = 1,
     show_progress_bar: bool = False,
 ) -> list[NDArray[np.float32]]:
-    """Encode patches of each side (micrometres) around all cells: for each side (n_obs, d)."""
+    """Encode patches of each side (micrometres) around all cells: for each side (n_obs, d).
+
+    Features are means over `n_views` orientations of a patch, the same for all patches.
+    """
     for scene in scenes:
         _warn(scene, sides, encoder.n_pixels)
     n_obs = sum(len(scene.rows) for scene in scenes)
@@ -80,13 +87,19 @@ def embed_scenes(
                 pixels = side / scene.microns_per_pixel, encoder.n_pixels
                 batches = read_patches(scene.slide, scene.centers, *pixels, encoder.batch_size)
                 for rows, patches in batches:
-                    features = encoder(patches)
+                    features = np.mean([*map(encoder, _orient(patches, n_views))], axis=0)
                     if not values.shape[1]:
                         values = np.empty((n_obs, features.shape[1]), dtype=np.float32)
                     values[scene.rows[rows]] = features
                     advance(len(rows))
             found.append(values)
     return found
+
+
+def _orient(patches: Tensor, n_views: int) -> Iterator[Tensor]:
+    """Patches as they are, mirrored, upside down and both; and all of these turned."""
+    for k in range(n_views):
+        yield (patches.transpose(2, 3) if k >= len(_FLIPS) else patches).flip(_FLIPS[k % 4])
 
 
 def _warn(scene: Scene, sides: tuple[float, float], n_pixels: int) -> None:
@@ -123,15 +136,6 @@ def niche_members(xy: NDArray[np.float64], radius: float) -> sparse.csr_matrix:
     return radius_neighbors_graph(xy, radius * (1 + _TIE), include_self=True)
 
 
-def niche_means(
-    features: NDArray[np.float32], xy: NDArray[np.float64], radius: float
-) -> NDArray[np.float32]:
-    """Mean features of each cell's niche, (n, d)."""
-    members = niche_members(xy, radius)
-    means = (members @ features) / np.asarray(members.sum(axis=1)).reshape(-1, 1)
-    return np.asarray(means, dtype=np.float32)
-
-
 def read_patches(
     slide: Slide, centers: NDArray[np.float64], side: float, n_pixels: int, batch_size: int
 ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
@@ -157,10 +161,12 @@ def read_patches(
         origin = np.floor(places[rows].min(axis=0)).astype(np.int64) - halo
         end = np.ceil(places[rows].max(axis=0)).astype(np.int64) + halo
         window = slide.read(level, (origin[1], end[1], origin[0], end[0]), step)
-        piece = torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))[None]
+        piece = torch.as_tensor(window).permute(2, 0, 1)[None]
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             yield part, _resample(piece, places[part] - origin, side, n_pixels)
+        # Not two pieces at a time.
+        del window, piece
 
 
 def _resample(piece: Tensor, centers: NDArray[np.float64], side: float, n_pixels: int) -> Tensor:

@@ -106,12 +106,12 @@ class Slide:
             slice(step * top, step * (int(rows.max()) + 1)),
             slice(step * left, step * (int(columns.max()) + 1)),
         )
-        means = np.zeros((part.shape[0] // step, part.shape[1] // step, part.shape[2]), np.float32)
-        for place in np.ndindex(step, step):
-            means += part[place[0] :: step, place[1] :: step]
+        means = np.zeros((len(rows), len(columns), part.shape[2]), np.float32)
+        for i, j in np.ndindex(step, step):
+            means += part[np.ix_(step * (rows - top) + i, step * (columns - left) + j)]
         means *= 1.0 / (self.white * step**2)
         np.clip(means, 0.0, 1.0, out=means)
-        return _as_colours(means)[rows - top][:, columns - left]
+        return _as_colours(means)
 
     def overview(
         self, low: NDArray[np.float64], high: NDArray[np.float64], n_pixels: int
@@ -148,7 +148,7 @@ def _as_colours(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Three channels: grey is repeated, and what is transparent becomes white."""
     if values.shape[2] == 4:
         return values[..., :3] * values[..., 3:] + (1.0 - values[..., 3:])
-    return np.broadcast_to(values, (*values.shape[:2], 3))
+    return values if values.shape[2] == 3 else values.repeat(3, axis=2)
 
 
 def _white_of(level: Level, name: str) -> float:

@@ -43,13 +43,13 @@ def predict_genes(
 
     Alignment makes spots of different places differ, which is not what prediction needs; so it has
     models of its own, fitted to the spots that the aligner keeps of its slides. Ridge regression and
-    the network read the image's features as they are, of the spot beside its niche, scaled by slide;
-    retrieval reads the aligned space.
+    the network use the image's features as they are, of the spot beside its niche, scaled by slide;
+    retrieval uses the aligned space, and ``"aligned"`` both.
 
     Each gene has a score: every donor that was aligned (every slide, if donors are not told) is left
     out in turn and predicted from the others. A gene whose score is near 0 can't be told from these
-    images. For ``"retrieval"`` scores are too good, as the aligner has seen the slides that are left
-    out here.
+    images. For ``"aligned"`` and ``"retrieval"`` scores are too good, as the aligner has seen the
+    slides that are left out here.
 
     Parameters
     ----------
@@ -61,7 +61,8 @@ def predict_genes(
     genes
         Genes to predict, by the names or ids of the aligned slides. None: all that these share.
     method
-        - ``"ridge"``: linear; its strength is chosen on left-out donors or slides.
+        - ``"ridge"``: linear; each gene has the strength with the least error on left-out spots.
+        - ``"aligned"``: mean of ridge regression on the features and on the aligned image.
         - ``"retrieval"``: weighted mean of the 50 spots whose aligned genes are nearest to the image.
         - ``"mlp"``: a network with two hidden layers.
     library_key
