@@ -77,8 +77,8 @@ class Surroundings:
     """Where the embeddings of labelled cells lie.
 
     Embeddings are standardised and projected to principal components, in units of the covariance that
-    all classes are taken to share; the distance of a cell is the mean of those from the labelled cells
-    nearest to it.
+    all classes are taken to share; the distance of a cell is the mean of those from the ten labelled
+    cells nearest to it.
 
     Attributes
     ----------
@@ -88,8 +88,6 @@ class Surroundings:
         (d, k) onto components in units of the covariance within classes.
     points
         (n_points, k) labelled cells there, at most 200 of each class.
-    n_nearest
-        Over how many of them the mean is.
 
     References
     ----------
@@ -100,7 +98,6 @@ class Surroundings:
     center: NDArray[np.float32]
     projection: NDArray[np.float32]
     points: NDArray[np.float32]
-    n_nearest: int = _N_NEAREST
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
@@ -130,7 +127,7 @@ class Surroundings:
     def distances(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """(n,) mean distance of each embedding from the labelled cells nearest to it."""
         found = np.empty(len(features))
-        n_nearest = min(self.n_nearest, len(self.points))
+        n_nearest = min(_N_NEAREST, len(self.points))
         for start in range(0, len(features), _CHUNK):
             part = slice(start, start + _CHUNK)
             scores = (features[part] - self.center) @ self.projection

@@ -158,8 +158,8 @@ def novel(
         raise ValueError(f"resolution must be positive, found {resolution!r}.")
     if head.novelty is None:
         raise ValueError(
-            "The head has no novelty: it was saved by an older stofm, or no labelled cell was held "
-            "out. Fit it again: st.tl.annotate(labelled, label_key=...)."
+            "The head has no novelty: no labelled cell was held out. Fit it to more cells: "
+            "st.tl.annotate(labelled, label_key=...)."
         )
     request = Request(
         model, head.use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar
