@@ -378,7 +378,6 @@ def _embed_some(
             run,
             layer=None,
             genes=genes,
-            cell_rep=None,
             spatial_key=Obsm.SPATIAL,
             library_key=None,
             rules=None,
