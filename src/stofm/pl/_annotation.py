@@ -71,7 +71,6 @@ def annotation(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -108,7 +107,7 @@ def annotation(
         Titles of the maps. None: names of the slices, or of what is drawn.
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
         As in :func:`stofm.pl.spatial`; scores are over all cells.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+    legend_loc, ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -155,9 +154,7 @@ def annotation(
     others = [drawn[kind] for kind in kinds if kind not in _MAPS]
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit)
     with open_tissue(data, table_key, spatial_key, library_key, around) as (slices, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "annotation", tissue, title, legend_loc, alpha
-        )
+        look = Look(ax, ncols, size, show, save, "annotation", tissue, title, legend_loc, alpha)
         titles = [[one.name for one in slices]] * len(maps)
         if len(slices) == 1:
             titles = [[f"{one.key}\n{fitted}" if one.key == key else one.key] for one in maps]

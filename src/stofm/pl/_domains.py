@@ -53,7 +53,6 @@ def domains(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -85,7 +84,7 @@ def domains(
         Axes to draw into, one for each slice, regions first. None: a new figure.
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
         As in :func:`stofm.pl.spatial`.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+    legend_loc, ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -130,9 +129,7 @@ def domains(
         img_key, alpha_img, library_id, crop_coord, microns_per_unit, key if outlines else None
     )
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "domains", tissue, title, legend_loc, alpha
-        )
+        look = Look(ax, ncols, size, show, save, "domains", tissue, title, legend_loc, alpha)
         colors: list[Categories | Values] = []
         palette: dict[str, str] | None = None
         for one in shown:

@@ -108,6 +108,6 @@ def gene_prediction(
         )
         # An even number of columns keeps the two maps of a gene beside each other.
         n_columns = max(2, ncols - ncols % 2)
-        look = Look(ax, n_columns, size, True, show, save, "gene_prediction", tissue)  # noqa: FBT003
+        look = Look(ax, n_columns, size, show, save, "gene_prediction", tissue)
         fill, what = partial(draw_cells, alpha=alpha), f"maps of {list(predicted)}"
         return draw_maps(panels, colors, look, titles=titles, fill=fill, what=what)

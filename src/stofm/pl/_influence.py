@@ -159,7 +159,6 @@ def attention(
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -177,7 +176,7 @@ def attention(
         Name of a receiver in ``adata.obs_names``, or several.
     key
         Entry of ``adata.obsp``.
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates.
@@ -234,6 +233,6 @@ def attention(
         x, y = place[color.key][:2]
         ax.plot(x, y, "x", ms=7, mew=1.6, color="#b2182b", zorder=3)
 
-    look = Look(ax, ncols, size, invert_y, show, save, "attention")
+    look = Look(ax, ncols, size, show, save, "attention")
     titles = [[f"attention of {name}"] for name in receivers]
     return draw_maps(own, colors, look, titles=titles, fill=fill, what="cells")

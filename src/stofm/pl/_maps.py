@@ -270,7 +270,6 @@ class Look(NamedTuple):
     ax: Axes | Sequence[Axes] | None
     ncols: int
     size: float | None
-    invert_y: bool
     show: bool | None
     save: Save
     #: Function that draws, which names the file.
@@ -280,6 +279,7 @@ class Look(NamedTuple):
     title: str | Sequence[str] | None = None
     legend_loc: LegendLoc | None = "right margin"
     alpha: float | None = None
+    invert_y: bool = True  # y grows downwards, as in images
 
 
 def _given_titles(look: Look, n_maps: int, what: str) -> list[str]:
@@ -294,7 +294,7 @@ def _given_titles(look: Look, n_maps: int, what: str) -> list[str]:
     return given
 
 
-def _draw_map(
+def draw_map(
     ax: Axes,
     panel: Panel,
     color: Any,
@@ -351,7 +351,7 @@ def draw_maps(
             names = [color.key or panels[0].name] if titles is None else list(titles[k])
         names = given[k * n : (k + 1) * n] if given else names
         for ax, panel, title in zip(own, panels, names, strict=True):
-            _draw_map(ax, panel, color, title, look, fill)
+            draw_map(ax, panel, color, title, look, fill)
         is_beside = look.legend_loc == "right margin" or isinstance(color, Values)
         if shared is None and is_beside:
             key(own[min(look.ncols, n) - 1], color, color.key if several else "")

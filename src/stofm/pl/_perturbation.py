@@ -54,7 +54,6 @@ def perturbation(
     vmax: float | str | None = "p99",
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -80,7 +79,7 @@ def perturbation(
         extreme. None for the colour map: ``"viridis"``, or ``"RdBu_r"`` around 0 for ``"towards"``.
     ax
         Axes to draw into: twice as many as slices, and one. None: a new figure.
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    library_key, spatial_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -129,7 +128,7 @@ def perturbation(
         ),
         Values(_LABELS[shift], values, low, high, cmap or "viridis"),
     ]
-    look = Look(ax, ncols, size, invert_y, show, save, "perturbation")
+    look = Look(ax, ncols, size, show, save, "perturbation")
     return draw_maps(
         read_panels(adata, spatial_key, library_key),
         colors,

@@ -75,7 +75,6 @@ def deconvolution(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -119,7 +118,7 @@ def deconvolution(
         Titles of the panels, type by type. None: types and slices.
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, outlines, alpha, legend_loc
         As in :func:`stofm.pl.spatial`; `alpha` is that of maps.
-    ncols, invert_y, microns_per_unit, table_key, show, save
+    ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -154,9 +153,7 @@ def deconvolution(
     names, values = list(chosen), chosen.to_numpy()
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "deconvolution", tissue, title, legend_loc
-        )
+        look = Look(ax, ncols, size, show, save, "deconvolution", tissue, title, legend_loc)
         if kind == "pies":
             every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
             _require_proportions(every.to_numpy(), key)
@@ -196,7 +193,6 @@ def imputation(
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -228,7 +224,7 @@ def imputation(
         and look pale in it. False: each map has its own.
     ax
         Axes to draw into, gene by gene, measured first, one for each slice. None: a new figure.
-    cmap, vmin, vmax, library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -270,7 +266,7 @@ def imputation(
         adata, imputed, panels, "imputed", key=key, measured=measured, layer=layer, **limits
     )
     # An even number of columns keeps the two maps of a gene beside each other.
-    look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save, "imputation")
+    look = Look(ax, max(2, ncols - ncols % 2), size, show, save, "imputation")
     return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
 
 
@@ -330,9 +326,8 @@ def _add_wedges(
     """Draw the parts of pies (n,) from `start` to `stop`, in turns, as polygons."""
     turns = start[:, None] + (stop - start)[:, None] * np.linspace(0.0, 1.0, _ARC_POINTS)
     angles = 2.0 * np.pi * turns
-    # The top of the page is at low y where y grows downwards.
-    scale = [radius, -radius if ax.yaxis_inverted() else radius]
-    arc = centers[:, None] + scale * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+    # The top of the page is at low y.
+    arc = centers[:, None] + [radius, -radius] * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
     # An edge of the same colour closes the seams that anti-aliasing leaves.
     polygons = PolyCollection(
         list(np.concatenate([centers[:, None], arc], axis=1)), facecolors=colors,

@@ -66,7 +66,6 @@ def report(
     library_id: str | Sequence[str] | None = None,
     spatial_key: str = Obsm.SPATIAL,
     img_key: str | None = AUTO,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
 ) -> list[Path]:
@@ -88,7 +87,7 @@ def report(
         and columns of ``obs`` with 2 to 60 categories.
     genes
         Genes that can be searched for. None: up to 1,000, markers first, then the most variable ones.
-    library_key, library_id, spatial_key, img_key, invert_y, microns_per_unit, table_key
+    library_key, library_id, spatial_key, img_key, microns_per_unit, table_key
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -133,7 +132,7 @@ def report(
         for panel in panels:
             image = tissue.images.get(panel.name)
             bar = _bar(panel, tissue.microns.get(panel.name))
-            page = _page(table, panel, color, genes, image, bar, invert_y=invert_y)
+            page = _page(table, panel, color, genes, image, bar)
             own = file if len(panels) == 1 else file.with_stem(f"{file.stem}_{panel.name}")
             own.write_text(write_page(page, plotly), encoding="utf-8")
             logger.info("%s: %.1f MB, %d genes.", own, own.stat().st_size / 1e6, len(page.genes))
@@ -158,8 +157,6 @@ def _page(
     genes: Sequence[str] | None,
     image: SliceImage | None,
     bar: tuple[float, str] | None,
-    *,
-    invert_y: bool,
 ) -> Page:
     keys = _offered(adata) if color is None else [color] if isinstance(color, str) else list(color)
     columns = [_column(one, panel) for one in resolve_colors(adata, keys, vmin="p1", vmax="p99")]
@@ -197,7 +194,6 @@ def _page(
         tables=[*tables, _made(adata)],
         image=None if image is None else _picture(image, panel),
         bar=bar,
-        invert_y=invert_y,
     )
 
 

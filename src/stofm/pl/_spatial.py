@@ -52,7 +52,6 @@ def spatial(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -60,6 +59,8 @@ def spatial(
     save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw cells or spots where they lie, over the tissue's image if there is one.
+
+    y grows downwards, as in images and in scanpy and squidpy; ``ax.invert_yaxis()`` turns it.
 
     There is one panel per slice and colour. Panels of one colour share colours and limits, and one
     legend or colour bar. Slices whose cells lie about equally far apart are drawn at one scale, others
@@ -118,9 +119,6 @@ def spatial(
         ``"right margin"``, ``"on data"`` for names on the cells, or None for no legend.
     ncols
         Panels side by side.
-    invert_y
-        Let y grow downwards, as in images and in scanpy and squidpy; False for coordinates with
-        y upwards.
     microns_per_unit
         Micrometres of one unit of the coordinates, for the scale bar. None: what is known.
     table_key
@@ -158,7 +156,7 @@ def spatial(
     >>> ax = st.pl.spatial(adata, color="Penk", show=False)
     """
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
-    look = Look(ax, ncols, size, invert_y, show, save, "spatial", None, title, legend_loc, alpha)
+    look = Look(ax, ncols, size, show, save, "spatial", None, title, legend_loc, alpha)
     coloring = {
         "layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax,
         "groups": groups, "na_color": na_color,
@@ -245,7 +243,7 @@ def image(
     >>> ax = st.pl.image(adata, color="Penk", show=False)
     """
     around = Around(image=image, scale=scale, needs_image=True)
-    look = Look(ax, ncols, size, invert_y=True, show=show, save=save, name="image", alpha=alpha)
+    look = Look(ax, ncols, size, show=show, save=save, name="image", alpha=alpha)
     coloring = {"layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax}
     return _draw(adata, color, coloring, spatial_key, library_key, table_key, around, look)
 
@@ -329,6 +327,6 @@ def umap(
     margin = 0.05 * (high - low)
     cells = Panel("", np.arange(len(places)), places, 0.0, low - margin, high + margin)
     size = size or _UMAP_AREA / len(places)
-    look = Look(ax, ncols, size, False, show, save, "umap", None, title, legend_loc)  # noqa: FBT003
+    look = Look(ax, ncols, size, show, save, "umap", None, title, legend_loc, invert_y=False)
     fill = partial(draw_cells, marker=".", alpha=alpha)
     return draw_maps([cells], colors, look, fill=fill, what="colours")

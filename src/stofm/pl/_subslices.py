@@ -45,7 +45,6 @@ def subslices(
     library_key: str | None = None,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -63,7 +62,7 @@ def subslices(
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -105,7 +104,7 @@ def subslices(
                 _write(ax, x, y, f"{len(places):,}", FONT_SIZE, bbox=box)
 
     colors = [_color_subslices(codes, panels)]
-    look = Look(ax, ncols, size, invert_y, show, save, "subslices")
+    look = Look(ax, ncols, size, show, save, "subslices")
     return draw_maps(panels, colors, look, titles=[titles], fill=fill)
 
 
@@ -181,7 +180,6 @@ def virtual_cells(
     library_key: str | None = None,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -199,7 +197,7 @@ def virtual_cells(
         AnnData after :func:`stofm.pp.subslice`, or SpatialData.
     ax
         Axes to draw into, one per slice. None: a new figure.
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Returns
@@ -259,7 +257,7 @@ def virtual_cells(
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
 
-    look = Look(ax, ncols, size, invert_y, show, save, "virtual_cells")
+    look = Look(ax, ncols, size, show, save, "virtual_cells")
     return draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
 
 
