@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
+from stofm._edge.expression import log_normalised
 from stofm.heads.request import resolve_slices
 from stofm.heads.targets import (
     MIN_SHARE,
@@ -16,7 +17,6 @@ from stofm.heads.targets import (
     ExpressionTargets,
     Targets,
     head_loss,
-    log_normalised,
     read_labels,
 )
 

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 import stofm as st
+from stofm._edge.expression import log_normalised
 from stofm.align.losses import retrieval_ranks
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from pathlib import Path

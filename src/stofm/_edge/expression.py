@@ -1,10 +1,11 @@
-"""Expression of a few genes for pictures, log-normalised from raw counts."""
+"""Expression, log-normalised from raw counts."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from scipy import sparse
 
 from stofm._edge.counts import read_counts
 from stofm._edge.gene_mapping import kinds_of_others
@@ -14,8 +15,28 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from anndata import AnnData
+    from numpy.typing import NDArray
 
+#: Counts are scaled to this total before the logarithm.
 _TARGET_SUM: Final = 10_000.0
+
+
+def log_normalised(
+    counts: sparse.csr_matrix,
+    totals: NDArray[np.float64] | None = None,
+    *,
+    target_sum: float = _TARGET_SUM,
+) -> sparse.csr_matrix:
+    """``log1p(target_sum x count / total)`` of each cell, (n, n_genes); 0 for a cell without counts.
+
+    `totals` (n,) are the counts' own sums by default.
+    """
+    if totals is None:
+        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
+    scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
+    values = np.log1p(scaled).astype(np.float32)
+    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
 def log_normalised_genes(
@@ -53,14 +74,7 @@ def log_normalised_table(adata: AnnData) -> AnnData:
     """
     import pandas as pd
     from anndata import AnnData
-    from scipy import sparse
 
-    parts = []
-    for block in read_counts(adata):
-        totals = np.asarray(block.sum(axis=1), dtype=np.float64).ravel()
-        factors = np.divide(_TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
-        scaled = sparse.diags_array(factors) @ block
-        parts.append(sparse.csr_matrix(scaled).log1p().astype(np.float32))
-    values = sparse.vstack(parts, format="csr")
+    values = sparse.vstack(list(map(log_normalised, read_counts(adata))), format="csr")
     obs, var = (pd.DataFrame(index=names) for names in (adata.obs_names, adata.var_names))
     return AnnData(values, obs=obs, var=var)

@@ -13,6 +13,7 @@ import torch
 from scipy import sparse
 from torch.nn import functional as F
 
+from stofm._edge.expression import log_normalised
 from stofm._edge.tables import label_text
 from stofm._logging import logger
 from stofm._messages import warn
@@ -45,8 +46,6 @@ _MARKS: Final = re.compile(r"[^\w+]+|_+")
 
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
-#: Counts are scaled to this total before the logarithm.
-TARGET_SUM: Final = 10_000.0
 
 
 class Labels(NamedTuple):
@@ -281,21 +280,3 @@ def head_loss(
     else:
         total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
     return total, float(len(outputs))
-
-
-def log_normalised(
-    counts: sparse.csr_matrix,
-    totals: NDArray[np.float64] | None = None,
-    *,
-    target_sum: float = TARGET_SUM,
-) -> sparse.csr_matrix:
-    """``log1p(target_sum x count / total)`` of each cell, (n, n_genes); 0 for a cell without counts.
-
-    `totals` (n,) are the counts' own sums by default.
-    """
-    if totals is None:
-        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
-    scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
-    values = np.log1p(scaled).astype(np.float32)
-    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
@@ -12,9 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
+from scipy import sparse
 
 from stofm._edge.counts import NotRawCountsError
 from stofm._edge.expression import log_normalised_table
+from stofm._edge.markers import rank_markers
 from stofm._edge.observations import observed
 from stofm._edge.tables import read_record, resolve_table
 from stofm._files import local
@@ -233,37 +234,14 @@ def _expression(adata: AnnData) -> tuple[AnnData, str]:
 
 
 def _markers(column: Column, expression: AnnData) -> dict[str, list[str]]:
-    """Genes of each category, the strongest first; none where fewer than two have three cells."""
-    import scanpy as sc
-    from anndata import AnnData
-
+    """Genes of each category that has some, the strongest first."""
     rows = np.flatnonzero(column.values >= 0)
     if len(rows) > _MOST_CELLS:
         rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_CELLS, replace=False))
-    sizes = np.bincount(column.values[rows], minlength=len(column.names))
-    used = np.flatnonzero(sizes >= 3).tolist()
-    rows = rows[np.isin(column.values[rows], used)]
-    if len(used) < 2:
-        return {}
-    names = [column.names[k] for k in used]
-    codes = np.searchsorted(used, column.values[rows])
-    part = AnnData(
-        expression.X[rows],
-        obs=pd.DataFrame(
-            {"group": pd.Categorical.from_codes(codes, names)}, index=map(str, range(len(rows)))
-        ),
-        var=pd.DataFrame(index=expression.var_names),
-    )
-    n_genes = min(_N_MARKERS, part.n_vars)
-    with np.errstate(all="ignore"), warnings.catch_warnings(), keeping_threads():
-        # Of how scanpy makes its table.
-        warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
-        sc.tl.rank_genes_groups(part, "group", method="t-test", n_genes=n_genes)
-    found = part.uns["rank_genes_groups"]
-    return {
-        name: [str(g) for g, s in zip(found["names"][name], found["scores"][name], strict=True) if s > 0]
-        for name in names
-    }  # fmt: skip
+    values, genes = sparse.csr_matrix(expression.X[rows]), expression.var_names.astype(str)
+    found = rank_markers(values, genes, column.values[rows], len(column.names), _N_MARKERS)
+    named = zip(column.names, found, strict=True)
+    return {name: [row["gene"] for row in own] for name, own in named if own}
 
 
 def _chosen_genes(

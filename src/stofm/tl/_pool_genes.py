@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
+from stofm._edge.expression import log_normalised
 from stofm._edge.gene_mapping import find_columns, report_columns
 from stofm._edge.tables import all_or_nothing, resolve_table, write_record
 from stofm._keys import Obsm
@@ -16,7 +17,6 @@ from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
 from stofm.heads.head import refuse_reserved
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from os import PathLike

@@ -12,12 +12,13 @@ from scipy import sparse
 
 from stofm import metrics
 from stofm._edge.counts import read_counts
+from stofm._edge.expression import log_normalised
 from stofm._messages import warn
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.genes import choose_panel, read_columns, selector
 from stofm.heads.network import apply_head, fit_head
-from stofm.heads.targets import MIN_SHARE, Targets, log_normalised
+from stofm.heads.targets import MIN_SHARE, Targets
 from stofm.heads.trust import calibrated_probabilities, fit_temperature, log_scores
 from stofm.metrics.labels import Reliability
 from stofm.spatial.plane import neighbor_means

@@ -1,4 +1,4 @@
-"""Genes that mark groups of cells, and sets that they belong to; used by describe and novel."""
+"""Genes that mark groups of cells."""
 
 from __future__ import annotations
 
@@ -7,29 +7,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import false_discovery_control, hypergeom
 
-from stofm._edge.counts import read_counts
 from stofm._settings import keeping_threads
-from stofm.heads.embeddings import counts_layer
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from anndata import AnnData
     from numpy.typing import NDArray
 
 #: Cells that a group has at least, and that others have, to be tested.
 _FEWEST: Final = 3
 #: Share of a group's cells that have a marker at least.
 _DETECTED: Final = 0.1
-
-
-def read_expression(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
-    """Log-normalised counts, (n_obs, n_vars), of the layer that was embedded by default."""
-    blocks = read_counts(adata, layer=counts_layer(adata, layer))
-    return sparse.vstack([log_normalised(block) for block in blocks], format="csr")
 
 
 def group_means(
@@ -107,24 +96,3 @@ def rank_markers(
             for k in is_marker
         ]
     return found
-
-
-def name_sets(
-    markers: Sequence[str], genes: Sequence[str], sets: Mapping[str, set[str]], n_sets: int
-) -> list[dict[str, Any]]:
-    """Sets that share more genes with the markers than as many measured genes drawn at random.
-
-    Hypergeometric test, false discovery rate of Benjamini and Hochberg over the sets that share a
-    gene; the `n_sets` with the lowest p.
-    """
-    measured, marking = set(genes), set(markers)
-    rows: list[dict[str, Any]] = []
-    for name, members in sets.items():
-        own = members & measured
-        if shared := sorted(own & marking):
-            p = float(hypergeom.sf(len(shared) - 1, len(measured), len(own), len(marking)))
-            rows.append({"set": name, "genes": shared, "n_measured": len(own), "p": p})
-    rates = false_discovery_control([row["p"] for row in rows]) if rows else []
-    for row, rate in zip(rows, rates, strict=True):
-        row["fdr"] = float(rate)
-    return sorted(rows, key=lambda row: (row["p"], row["set"]))[:n_sets]
