@@ -316,8 +316,6 @@ class MaskedSubSliceBatch(Tensors):
     #: cells' embeddings go, group after group; None if there are none.
     sampled: tuple[TokenBatch, ...] = ()
     sampled_places: Int[Tensor, " sampled"] | None = None
-    #: The groups with hidden genes; empty if masked genes are not trained along.
-    genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod
     def from_masked(
