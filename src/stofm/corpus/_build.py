@@ -129,7 +129,9 @@ def build(
     options = options or FileConfig()
     found = find_files(files, options)
     sources = list(enumerate(found))[part - 1 :: n_parts]
-    evaluation, patterns = _split_excluded(exclude, options)
+    given = [exclude] if isinstance(exclude, str | Path) else list(exclude)
+    paths = [one for one in given if local(one).exists()]
+    evaluation, patterns = find_files(paths, options), [str(p) for p in given if p not in paths]
     orthologs = read_all_orthologs([*found, *evaluation])
     if unused := [one for one in patterns if not any(_is_named(source, one) for source in found)]:
         warn(f"exclude = {unused} names neither a file that is there nor one of `files`: check it.")
@@ -168,13 +170,6 @@ def parse_share(shard: str) -> tuple[int, int]:
     if not 1 <= part <= n_parts:
         raise ValueError(f"`shard` must be '1/8' to '8/8' for eight shares, found {shard!r}.")
     return part, n_parts
-
-
-def _split_excluded(exclude: Any, options: FileConfig) -> tuple[list[SliceSource], list[str]]:
-    """Files of evaluation slices, and patterns of names."""
-    given = [exclude] if isinstance(exclude, str | Path) else list(exclude)
-    paths = [one for one in given if local(one).exists()]
-    return find_files(paths, options), [str(one) for one in given if one not in paths]
 
 
 def _is_named(source: SliceSource, pattern: str) -> bool:

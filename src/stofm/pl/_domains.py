@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from stofm.pl._colors import Categories, Values
-    from stofm.pl._maps import LegendLoc, Panel
+    from stofm.pl._maps import LegendLoc
     from stofm.pl._style import Save
 
 
@@ -140,13 +140,9 @@ def domains(
             if one == key and truth_key is not None:
                 palette = _matching_colors(adata, key, colors[0])
             colors += resolve_colors(adata, one, palette=palette, groups=own, na_color=na_color)
-        titles = [_titles(panels, called.get(one, one)) for one in shown]
+        titles = [[panel.titled(called.get(one, one)) for panel in panels] for one in shown]
         fill = partial(draw_cells, alpha=alpha)
         return draw_maps(panels, colors, look, titles=titles, fill=fill, what="columns")
-
-
-def _titles(panels: list[Panel], text: str) -> list[str]:
-    return [panel.titled(text) for panel in panels]
 
 
 def _matching_colors(adata: AnnData, key: str, regions: Any) -> dict[str, str]:

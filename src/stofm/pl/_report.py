@@ -296,14 +296,14 @@ def _made(adata: AnnData) -> Table:
     rows = []
     for key, record in adata.uns.get(Uns.STOFM, {}).items():
         params = {**record, **record.get("params", {})}
-        named = [f"{name}={value}" for name, value in params.items() if _is_short(value)]
+        named = [
+            f"{name}={value}"
+            for name, value in params.items()
+            if isinstance(value, str | int | float | bool | np.generic) and value != ""
+        ]
         rows.append((key, ", ".join(named)))
     note = "Parameters, models and versions of each step, as stored with the data."
     return Table("How it was made", ("entry", "parameters"), rows, note)
-
-
-def _is_short(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | np.generic) and value != ""
 
 
 def _umap(adata: AnnData) -> NDArray[np.floating] | None:
