@@ -35,20 +35,10 @@ class SliceAttention(NamedTuple):
 def attend(whole: UneditedSlice, *, top: int, n_shifted: int = 0) -> SliceAttention:
     """Attention of the last layer, averaged over heads, in shares without the slice token.
 
-    Parameters
-    ----------
-    whole
-        The slice.
-    top
-        Most senders of a receiver, those with most attention; no cell is its own sender.
-    n_shifted
-        Further partitions, cut after the plane is turned by equal angles up to a half turn. A
-        pair's weight is the mean over the partitions in which both cells share a sub-slice; a
-        sender beyond the `top` of one of them counts as 0 there.
-
-    Returns
-    -------
-    The weights. The matrix of one sub-slice is in memory at a time.
+    Kept are the `top` senders of a receiver with most attention; no cell is its own sender. With
+    `n_shifted` further partitions, cut after the plane is turned by equal angles up to a half turn, a
+    weight is the mean over the partitions in which both cells share a sub-slice; a sender beyond the
+    `top` of one of them counts as 0 there. The matrix of one sub-slice is in memory at a time.
     """
     angles = np.pi * np.arange(1, n_shifted + 1) / (n_shifted + 1)
     xy, rules = whole.layout.coordinates, whole.rules

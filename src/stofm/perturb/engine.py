@@ -40,35 +40,17 @@ class UneditedSlice:
     Sub-slices, clusters, virtual cells and the unit of distances stay as they are in the unedited
     slice, and only sub-slices that an edit changes are computed. All in float32, as differences
     count.
-
-    Attributes
-    ----------
-    model
-        The model; used in evaluation mode.
-    ranked
-        Tokens of the n cells, all that the model keeps of a cell.
-    coordinates
-        (n, 2), any unit.
-    features
-        (n, d_cell) cell embeddings, computed from `ranked` in the same way as those of edited cells.
-    layout
-        Sub-slices, clusters and virtual cells.
-    seed
-        Seed of the clustering.
-    device
-        Where to compute.
-    panel
-        Tokens of the genes that are measured; those that occur in `ranked` by default.
     """
 
-    model: Stofm
-    ranked: RankedTokens
-    coordinates: NDArray[np.float64]
+    model: Stofm  # used in evaluation mode
+    ranked: RankedTokens  # tokens of the n cells, all that the model keeps of a cell
+    coordinates: NDArray[np.float64]  # (n, 2), any unit
+    #: (n, d_cell), computed from `ranked` in the same way as those of edited cells.
     features: NDArray[np.float32]
-    layout: SliceLayout
-    seed: int
+    layout: SliceLayout  # sub-slices, clusters and virtual cells
+    seed: int  # of the clustering
     device: torch.device
-    panel: NDArray[np.integer]
+    panel: NDArray[np.integer]  # tokens of the measured genes; by default those in `ranked`
 
     @classmethod
     def of(
@@ -145,22 +127,8 @@ class UneditedSlice:
     ) -> Iterator[Embedded]:
         """Embed the cells of the sub-slices that edits change, each edit by itself.
 
-        Parameters
-        ----------
-        edits
-            The edits.
-        on_done
-            Called with the number of sub-slices after each.
-
-        Yields
-        ------
-        Sub-slice after sub-slice, and in each edit after edit, the embeddings of its cells. An
-        edit that changes no input of a sub-slice gives nothing there: the difference is exactly 0.
-
-        Raises
-        ------
-        FloatingPointError
-            The device gave NaN or infinite numbers.
+        An edit that changes no input of a sub-slice gives nothing there: the difference is exactly 0.
+        `on_done` is called with the number of sub-slices after each.
         """
         placed_edits = [PlacedEdit.of(edit, self) for edit in edits]
         for k in range(self.layout.n_subslices):

@@ -38,16 +38,7 @@ class Resource(NamedTuple):
 
 
 def read_resource(resource: pd.DataFrame | str, genes: Sequence[str]) -> Resource:
-    """Keep the pairs of a resource that are measured.
-
-    Raises
-    ------
-    ImportError
-        A resource of LIANA is named, and LIANA is not there.
-    ValueError
-        The resource is no table of ligands and receptors, LIANA has none of that name, or none of
-        its pairs is measured.
-    """
+    """Keep the pairs of a resource, a table or one of LIANA's, that are measured."""
     table = _from_liana(resource) if isinstance(resource, str) else resource
     if not isinstance(table, pd.DataFrame) or not {"ligand", "receptor"} <= set(table.columns):
         found = list(table.columns) if isinstance(table, pd.DataFrame) else type(table).__name__

@@ -38,21 +38,11 @@ _UNEDITED: Final = -1
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Embeddings of one sub-slice's cells before and after an edit.
+    """Embeddings of one sub-slice's cells before and after an edit."""
 
-    Attributes
-    ----------
-    edit
-        Number of the edit in the list.
-    rows
-        (m,) rows of the cells, ascending; removed ones are not among them.
-    before, after
-        (m, d_embedding) float32.
-    """
-
-    edit: int
-    rows: NDArray[np.int64]
-    before: NDArray[np.float32]
+    edit: int  # number of the edit in the list
+    rows: NDArray[np.int64]  # (m,) rows of the cells, ascending; removed ones are not among them
+    before: NDArray[np.float32]  # (m, d_embedding)
     after: NDArray[np.float32]
 
 

@@ -37,33 +37,15 @@ class Tissue:
     """The cells of a table, before any edit.
 
     Rows count through all slices, in the fields of edits too.
-
-    Attributes
-    ----------
-    model
-        The model.
-    ranked
-        Tokens of the n cells, not cut to what the model keeps.
-    recount
-        Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
-    coordinates
-        (n, 2), any unit.
-    slices
-        Rows of each slice.
-    seed
-        Seed of the clustering.
-    device
-        Where to compute.
-    show_progress_bar
-        Show a bar for each slice.
     """
 
     model: Stofm
-    ranked: RankedTokens
+    ranked: RankedTokens  # tokens of the n cells, not cut to what the model keeps
+    #: Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
     recount: Callable[[NDArray[np.int64], Mapping[int, float]], RankedTokens]
-    coordinates: NDArray[np.float64]
-    slices: Sequence[NDArray[np.int64]]
-    seed: int
+    coordinates: NDArray[np.float64]  # (n, 2), any unit
+    slices: Sequence[NDArray[np.int64]]  # rows of each
+    seed: int  # of the clustering
     device: torch.device
     show_progress_bar: bool = False
 
