@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from numpy.typing import NDArray
+    from scipy import sparse
 
     from stofm.heads.request import Request
     from stofm.perturb.goal import Goal
@@ -91,26 +92,26 @@ class Question:
         receivers = [self.receivers_of(edit) for edit in edits]
         return mean_effects(self.tissue.embed(edits, self.recompute), receivers, self.goal)
 
+    # Genes
 
-# Genes
+    @cached_property
+    def inputs(self) -> sparse.csc_array:
+        """Which genes are in the input of which of the cells, (n_cells, n_tokens)."""
+        return self.tissue.inputs(self.cells)
 
-
-class GeneQuestion:
-    """Edits of genes in the same cells, each embedded once, and nulls of genes like them."""
-
-    def __init__(self, question: Question) -> None:
-        self.question = question
-        self.inputs = question.tissue.inputs(question.cells)
-        self.n_cells = np.diff(self.inputs.indptr)
+    @cached_property
+    def n_with_gene(self) -> NDArray[np.int64]:
+        """In the input of how many of the cells each gene is, by token."""
+        return np.diff(self.inputs.indptr)
 
     def edit(self, changes: Mapping[int, GeneChange]) -> Edit:
         """The edit of some genes."""
-        return self.question.tissue.edit_genes(changes, self.question.cells, self.inputs)
+        return self.tissue.edit_genes(changes, self.cells, self.inputs)
 
-    def effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
+    def gene_effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
         """Effect of each of some changes; NaN where no cell is edited."""
         edits = [self.edit(one) for one in changes]
-        found = self.question.effects(edits)
+        found = self.effects(edits)
         found[[len(edit.cells) == 0 for edit in edits]] = np.nan
         return found
 
@@ -122,21 +123,21 @@ class GeneQuestion:
         Deleted ones are drawn from genes in the input of a cell. `among` are those to choose from.
         """
         if among is None:
-            tokens = self.question.subject.columns.token_ids
+            tokens = self.subject.columns.token_ids
             among = np.unique(tokens[tokens >= 0]).astype(np.int64)
         among = np.setdiff1d(among, list(changes))
         found = {}
         for gene, change in changes.items():
-            is_usable = self.n_cells[among] > 0 if change in ("delete", 0) else among >= 0
+            is_usable = self.n_with_gene[among] > 0 if change in ("delete", 0) else among >= 0
             others = among[is_usable]
-            nearest = like(self.statistics[gene], self.statistics[others], self.question.n_null)
+            nearest = like(self.statistics[gene], self.statistics[others], self.n_null)
             found[gene] = others[nearest]
         return found
 
     @cached_property
     def statistics(self) -> NDArray[np.float64]:
         """Detection and mean count of genes, by token."""
-        return self.question.subject.gene_statistics(self.question.cells)
+        return self.subject.gene_statistics(self.cells)
 
 
 def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> PerturbationEffect:
@@ -144,20 +145,19 @@ def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> Pertur
     changes = {question.subject.gene(name): _checked(name, x) for name, x in genes.items()}
     if len(changes) < len(genes):
         raise ValueError(f"Some of the genes {list(genes)} are the same; name each once.")
-    of_genes = GeneQuestion(question)
-    alike = of_genes.alike(changes) if question.n_null else dict.fromkeys(changes, _NO_CELLS)
+    alike = question.alike(changes) if question.n_null else dict.fromkeys(changes, _NO_CELLS)
     singly = [{gene: x} for gene, x in changes.items()]
     null = [[{int(one): changes[gene]} for one in alike[gene]] for gene in changes]
     if len(changes) > 1:
         n = min(map(len, alike.values()))
         joint = [{int(alike[g][k]): x for g, x in changes.items()} for k in range(n)]
         singly, null = [*singly, changes], [*null, joint]
-    effects = of_genes.effects([*singly, *(one for part in null for one in part)])
+    effects = question.gene_effects([*singly, *(one for part in null for one in part)])
     own = effects[: len(singly)]
     nulls = np.split(effects[len(singly) :], np.cumsum([len(part) for part in null])[:-1])
     tests = [compare(float(x), part) for x, part in zip(own, nulls, strict=True)]
     tokens = list(changes)
-    table = gene_table(list(genes), tests[: len(tokens)], of_genes.n_cells[tokens])
+    table = gene_table(list(genes), tests[: len(tokens)], question.n_with_gene[tokens])
     table.insert(0, "edit", [str(x) for x in genes.values()])
     for name, n in table["n_cells"].items():
         if n == 0 and genes[name] in ("delete", 0):
@@ -165,7 +165,7 @@ def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> Pertur
                 f"The gene {name!r} is in the input of none of the {len(question.cells)} selected "
                 "cells: it is not_in_input, and its effect is not known."
             )
-    return _effect(question, of_genes.edit(changes), tests[-1], table)
+    return _effect(question, question.edit(changes), tests[-1], table)
 
 
 def gene_table(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import numpy as np
 
 from stofm.perturb.null import compare
-from stofm.perturb.perturbing import GeneQuestion, gene_table
+from stofm.perturb.perturbing import gene_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +29,11 @@ def screen_genes(
     """Edit each gene by itself, test it against genes like it, and rank by z."""
     if change not in ("delete", "first"):
         raise ValueError(f"edit must be 'delete' or 'first', found {change!r}.")
-    subject, of_genes = question.subject, GeneQuestion(question)
+    subject = question.subject
     if isinstance(genes, str):
         if genes != "expressed":
             raise ValueError(f"genes must be 'expressed' or a list of names, found {genes!r}.")
-        is_common = of_genes.n_cells >= max(1.0, _EXPRESSED * len(question.cells))
+        is_common = question.n_with_gene >= max(1.0, _EXPRESSED * len(question.cells))
         tokens = np.flatnonzero(is_common)
         names = subject.names(tokens)
     else:
@@ -47,14 +47,14 @@ def screen_genes(
     among = tokens if len(np.unique(tokens)) > question.n_null else None
     null: dict[int, NDArray[np.int64]] = {}
     for gene in tokens if question.n_null else ():
-        null |= of_genes.alike({int(gene): change}, among)
+        null |= question.alike({int(gene): change}, among)
     every = np.unique(np.concatenate([tokens, *null.values()]))
-    found = of_genes.effects([{int(gene): change} for gene in every])
+    found = question.gene_effects([{int(gene): change} for gene in every])
     effect = dict(zip(every.tolist(), found.tolist(), strict=True))
     tests = [
         compare(effect[int(gene)], np.array([effect[int(k)] for k in null.get(int(gene), ())]))
         for gene in tokens
     ]
-    table = gene_table(names, tests, of_genes.n_cells[tokens])
+    table = gene_table(names, tests, question.n_with_gene[tokens])
     order = ["z", "effect"] if question.n_null else ["effect"]
     return table.sort_values(order, ascending=False, kind="stable")
