@@ -9,7 +9,7 @@ import torch
 from stofm.corpus.reader import take_cells
 from stofm.nn import Stofm, embed_slice
 from stofm.perturb import Detached, Edit, UneditedSlice, runs
-from stofm.perturb.token_lists import delete
+from stofm.perturb.tissue import delete
 from stofm.spatial import build_subslice
 
 CPU = torch.device("cpu")

@@ -7,7 +7,6 @@ table together), ``edit``, ``engine`` and ``runs`` (a slice, and each of its sub
 """
 
 from stofm.perturb.edit import Detached, Edit
-from stofm.perturb.engine import UneditedSlice
-from stofm.perturb.runs import Embedded
+from stofm.perturb.engine import Embedded, UneditedSlice
 
 __all__ = ["Detached", "Edit", "Embedded", "UneditedSlice"]

@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from stofm._logging import progress
 from stofm.perturb.edit import Detached, Edit
-from stofm.perturb.goal import class_probabilities
+from stofm.perturb.reading import class_probabilities
 from stofm.spatial.plane import canonical_order, spacing
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -12,10 +12,9 @@ from scipy.spatial import cKDTree
 
 from stofm._logging import counter
 from stofm.corpus.reader import take_cells
+from stofm.genes import RankedTokens
 from stofm.perturb.edit import Detached, Edit
-from stofm.perturb.engine import UneditedSlice
-from stofm.perturb.runs import Embedded
-from stofm.perturb.token_lists import cells_of, delete, put_first
+from stofm.perturb.engine import Embedded, UneditedSlice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from stofm.genes import RankedTokens
     from stofm.nn import Stofm
 
 #: What becomes of a gene: it is deleted, put first, or set to a count.
@@ -279,3 +277,32 @@ def _anew(
                 values[one.rows] = one.after
         yield Embedded(number, kept, whole.embeddings[kept], values)
         on_done(1)
+
+
+def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
+    """Row of each token's cell, (n_tokens_in_all,)."""
+    return np.repeat(np.arange(ranked.n_cells), np.diff(ranked.offsets))
+
+
+def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
+    """Take tokens out of all lists; values of the others stay."""
+    kept = ~np.isin(ranked.tokens, genes)
+    lengths = np.bincount(cells_of(ranked)[kept], minlength=ranked.n_cells)
+    values = None if ranked.values is None else ranked.values[kept]
+    return RankedTokens(ranked.tokens[kept], np.concatenate([[0], np.cumsum(lengths)]), values)
+
+
+def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
+    """Put a token in front of all lists, with the value of the one that led there.
+
+    In an empty list its value is 1: a count that is typical of the gene.
+    """
+    rest = delete(ranked, np.array([gene]))
+    starts = rest.offsets[:-1]
+    leads: dict[str, Any] = {"values": None}
+    if ranked.values is not None and rest.values is not None:
+        padded = np.append(ranked.values, np.float32(1.0))
+        places = np.where(ranked.n_tokens > 0, ranked.offsets[:-1], len(padded) - 1)
+        leads = {"values": np.insert(rest.values, starts, padded[places])}
+    tokens = np.insert(rest.tokens, starts, np.int32(gene))
+    return RankedTokens(tokens, rest.offsets + np.arange(len(rest.offsets)), **leads)

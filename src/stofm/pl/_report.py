@@ -14,8 +14,7 @@ from matplotlib.colors import to_hex
 from scipy import sparse
 
 from stofm._edge.counts import NotRawCountsError
-from stofm._edge.expression import log_normalised_table
-from stofm._edge.markers import rank_markers
+from stofm._edge.expression import log_normalised_table, rank_markers
 from stofm._edge.observations import observed
 from stofm._edge.tables import read_record, resolve_table
 from stofm._files import local

@@ -10,8 +10,7 @@ from scipy import sparse
 from scipy.stats import false_discovery_control, hypergeom
 
 from stofm._edge.counts import read_counts
-from stofm._edge.expression import log_normalised
-from stofm._edge.markers import group_means, rank_markers
+from stofm._edge.expression import group_means, log_normalised, rank_markers
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import read_slices
 from stofm._edge.tables import frame_names, label_text, resolve_table

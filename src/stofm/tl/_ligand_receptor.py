@@ -10,7 +10,7 @@ from scipy import sparse
 from stofm._edge.counts import read_counts
 from stofm._keys import Obsm
 from stofm.heads.request import Request, check_whole_number
-from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
+from stofm.perturb.influence import by_genes, expressed, read_resource
 from stofm.perturb.masking import effects_between
 from stofm.perturb.reading import Subject
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._config import check_seed
-from stofm._edge.markers import rank_markers
+from stofm._edge.expression import rank_markers
 from stofm._edge.tables import all_or_nothing, refuse_foreign, write_record
 from stofm._keys import Obs, Obsm, Suffix
 from stofm._logging import logger
