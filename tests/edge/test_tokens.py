@@ -178,6 +178,14 @@ def test_an_embedding_under_another_name_leaves_the_first_as_it_is(embedded, mod
     assert stale_reason(few, "X_few", vocabulary) == ""
 
 
+def test_features_of_the_user_have_no_counts(adata, model, vocabulary, rng):
+    adata.obsm["X_own"] = rng.normal(size=(184, 12)).astype(np.float32)
+    st.pp.tokenize(adata, model, show_progress_bar=False)
+    st.tl.embed(adata, model, library_key="library", cell_rep="X_own", **QUIET)
+    adata.X = adata.X[::-1]
+    assert stale_reason(adata, Obsm.X, vocabulary) == ""
+
+
 def test_steps_read_nothing_that_is_stale(embedded, model, vocabulary, monkeypatch):
     monkeypatch.setattr("stofm._edge.tokens.embedded_vocabulary", lambda: vocabulary)
     embedded.X = embedded.X[::-1]

@@ -327,6 +327,26 @@ def test_other_slices_need_other_sub_slices_only(adata, reader, monkeypatch):
 # Other input
 
 
+def test_given_cell_features_take_the_encoders_place(one_slice, model, rng):
+    one_slice.obsm["X_mine"] = rng.normal(size=(101, 12))
+    out = embed(one_slice, model, cell_rep="X_mine")
+    assert np.isfinite(out).all()
+    assert Obsm.TOKENS not in one_slice.obsm
+    one_slice.obsm["X_mine"] = one_slice.obsm["X_mine"] * 2
+    assert np.abs(embed(one_slice, model, cell_rep="X_mine") - out).max() > 1e-3
+
+
+def test_given_cell_features_of_another_width_are_refused(one_slice, model):
+    one_slice.obsm["X_pca"] = np.ones((101, 50))
+    with pytest.raises(ValueError, match=r"obsm\['X_pca'\] has 50 columns; .* takes .* of 12"):
+        embed(one_slice, model, cell_rep="X_pca")
+
+
+def test_given_cell_features_that_are_not_there_are_refused(one_slice, model):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\].*\['spatial'\]"):
+        embed(one_slice, model, cell_rep="X_pca")
+
+
 def test_backed_file_like_in_memory(one_slice, model, tmp_path):
     expected = embed(one_slice.copy(), model)
     one_slice.write_h5ad(tmp_path / "slice.h5ad")
@@ -409,11 +429,13 @@ def test_a_model_made_without_gradients_embeds(one_slice, model, vocabulary):
         "X_stofm_cell",
         "stofm_spatial",
         "subslice",
+        "X_mine",
     ],
 )
 def test_keys_that_mean_something_else_are_not_replaced(one_slice, model, key):
+    one_slice.obsm["X_mine"] = np.ones((101, 12))
     with pytest.raises(ValueError, match="would replace something that is read"):
-        embed(one_slice, model, key_added=key)
+        embed(one_slice, model, key_added=key, cell_rep="X_mine")
 
 
 def test_a_backed_view_or_copy_is_refused_before_the_work(one_slice, model, tmp_path):

@@ -16,7 +16,7 @@ from stofm._edge.gene_mapping import find_columns
 from stofm._edge.places import Layouts, lay_out, write_layouts
 from stofm._edge.slices import read_places
 from stofm._edge.tables import OUTDATED, all_or_nothing, read_record, refuse_taken, write_record
-from stofm._edge.tokens import compute_tokens, token_params, write_tokens
+from stofm._edge.tokens import compute_tokens, read_current, token_params, write_tokens
 from stofm._keys import Obs, Obsm, Uns, Var
 from stofm._logging import counter, logger
 from stofm.nn import Stofm, choose_device, choose_dtype, embed_slice, encode_cells
@@ -152,6 +152,7 @@ def embed_table(
     *,
     layer: str | None,
     genes: Mapping[str, Any],
+    cell_rep: str | None,
     spatial_key: str,
     library_key: str | None,
     rules: SubSliceConfig | None,
@@ -164,26 +165,37 @@ def embed_table(
     `genes` are options of :func:`find_columns`. `copy` says whether the caller will copy the
     table, which takes memory.
     """
-    refuse_taken(key_added, Obsm.X, *_OWN_KEYS, spatial_key)
+    refuse_taken(key_added, Obsm.X, *_OWN_KEYS, spatial_key, cell_rep)
     started = time.perf_counter()
     model = run.model
     rules = rules or model.config.subslice
     places = read_places(adata, spatial_key=spatial_key, library_key=library_key)
-    columns = find_columns(adata, model.vocabulary, **genes)
-    n_genes = _genes_per_cell(adata, layer, columns.token_ids >= 0)
-    require_memory(adata, run, rules, places.slices.rows, n_genes, copy=copy)
-    params = token_params(model, layer=layer)
-    ranked = compute_tokens(adata, columns, params, show_progress_bar=run.show_progress_bar)
-    record = cell_record(ranked, run)
-    stored = _stored_cells(adata, record)
-    features = encode(ranked, run) if stored is None else stored
-    layouts = lay_out(features, places, rules, use_rep=Obsm.X_CELL, seed=seed, stored_in=adata)
+    if cell_rep is None:
+        columns = find_columns(adata, model.vocabulary, **genes)
+        n_genes = _genes_per_cell(adata, layer, columns.token_ids >= 0)
+        require_memory(adata, run, rules, places.slices.rows, n_genes, copy=copy)
+        params = token_params(model, layer=layer)
+        ranked = compute_tokens(adata, columns, params, show_progress_bar=run.show_progress_bar)
+        record = cell_record(ranked, run)
+        stored = _stored_cells(adata, record)
+        features = encode(ranked, run) if stored is None else stored
+    else:
+        require_memory(adata, run, rules, places.slices.rows, 0.0, copy=copy)
+        features = read_current(adata, cell_rep)
+        if features.shape[1] != model.config.se2_transformer.d_cell:
+            raise ValueError(
+                f"obsm[{cell_rep!r}] has {features.shape[1]} columns; model {model.name!r} takes "
+                f"cell features of {model.config.se2_transformer.d_cell}."
+            )
+    use_rep = cell_rep or Obsm.X_CELL
+    layouts = lay_out(features, places, rules, use_rep=use_rep, seed=seed, stored_in=adata)
     values = _embed_slices(layouts, features, rules, run)
 
     def write(target: AnnData) -> None:
         with all_or_nothing(target):
-            write_tokens(target, ranked, columns, params)
-            write_cells(target, features, record)
+            if cell_rep is None:
+                write_tokens(target, ranked, columns, params)
+                write_cells(target, features, record)
             write_layouts(target, layouts)
             target.obsm[key_added] = values
             write_record(
@@ -259,7 +271,7 @@ def require_memory(
     """
     config, largest = run.model.config, max(map(len, slices))
     n_genes = min(n_genes, config.max_tokens)
-    n_tokens = round(adata.n_obs * (n_genes + 1))
+    n_tokens = round(adata.n_obs * (n_genes + 1)) if n_genes else 0
     batches = {
         "encoding": encoder_memory(config.cell_encoder, min(run.token_budget, n_tokens), run.dtype),
         "transforming": transformer_memory(

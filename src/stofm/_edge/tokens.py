@@ -198,7 +198,7 @@ def stale_reason(adata: AnnData, key: str, vocabulary: GeneVocabulary | None = N
             "for all."
         )
     tokens = read_record(adata, Obsm.TOKENS) or {}
-    is_of_tokens = tokens.get("vocabulary") == record.get("vocabulary")
+    is_of_tokens = _reads_tokens(record) and tokens.get("vocabulary") == record.get("vocabulary")
     if is_of_tokens and (found := changed_counts(adata, vocabulary)):
         return f"obsm[{key!r}] was made from other counts: {found}"
     layout = read_record(adata, Uns.SUBSLICE) or {}
@@ -220,6 +220,11 @@ def read_current(adata: AnnData, rep: str) -> NDArray[np.float32]:
     return values
 
 
+def _reads_tokens(record: Mapping[str, Any]) -> bool:
+    """Whether an embedding is made from tokens, and not from features that the user gave."""
+    return bool(record.get("params", {}).get("use_rep", Obsm.X_CELL) == Obsm.X_CELL)
+
+
 def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> None:
     """Mark embeddings of other tokens than these of the vocabulary, which will replace the stored."""
     record = read_record(adata, Obsm.TOKENS) or {}
@@ -231,7 +236,9 @@ def outdate_by_counts(adata: AnnData, ranked: RankedTokens, vocabulary: str) -> 
         return
     n = min(int(one.n_tokens.max(initial=0)) for one in (stored, ranked))
     if not stored.head(n).equals(ranked.without_values().head(n)):
-        mark_outdated(adata, "counts", lambda it: it.get("vocabulary") == vocabulary)
+        mark_outdated(
+            adata, "counts", lambda it: _reads_tokens(it) and it.get("vocabulary") == vocabulary
+        )
 
 
 def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> str:

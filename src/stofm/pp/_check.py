@@ -378,6 +378,7 @@ def _embed_some(
             run,
             layer=None,
             genes=genes,
+            cell_rep=None,
             spatial_key=Obsm.SPATIAL,
             library_key=None,
             rules=None,

@@ -26,6 +26,7 @@ def embed(
     layer: str | None = None,
     spatial_key: str = Obsm.SPATIAL,
     library_key: str | None = None,
+    cell_rep: str | None = None,
     species: Literal["auto", "human", "mouse"] = "auto",
     gene_key: str | None = None,
     orthologs: Any = None,
@@ -62,6 +63,9 @@ def embed(
     library_key
         Column of ``adata.obs`` that names each cell's slice. Nothing crosses slices: a slice
         gets the same embedding alone or together with others.
+    cell_rep
+        Entry of ``adata.obsm`` to use in place of the cell encoder's embedding, (n_obs, d_cell).
+        Genes are not used then.
     species, gene_key, orthologs
         How genes are found: see :func:`stofm.pp.map_genes`.
     subslice
@@ -93,7 +97,8 @@ def embed(
     ``adata.obsm['X_stofm' | key_added]`` : float32 (n_obs, d_embedding)
         Spatial cell embeddings.
     ``adata.obsm['X_stofm_cell']``, ``adata.obsm['stofm_tokens']``, ``adata.obs['stofm_n_tokens']``
-        See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`. A model that uses values adds ``adata.obsm['stofm_token_values']``.
+        See :func:`stofm.tl.encode_cells` and :func:`stofm.pp.tokenize`; not with `cell_rep`.
+        A model that uses values adds ``adata.obsm['stofm_token_values']``.
     ``adata.obsm['stofm_spatial']``, ``adata.obs['stofm_subslice']``, ``adata.obs['stofm_virtual_cell']``
         See :func:`stofm.pp.subslice`.
     ``adata.uns['stofm']``
@@ -145,6 +150,7 @@ def embed(
         run,
         layer=layer,
         genes={"species": species, "gene_key": gene_key, "orthologs": orthologs},
+        cell_rep=cell_rep,
         spatial_key=spatial_key,
         library_key=library_key,
         rules=subslice,
