@@ -68,6 +68,9 @@ def test_clusters_like_scikit_learn(pairs):
     assert st.metrics.nmi(true, found) == pytest.approx(
         reference.normalized_mutual_info_score(true, found)
     )
+    assert st.metrics.ami(true, found) == pytest.approx(
+        reference.adjusted_mutual_info_score(true, found)
+    )
 
 
 def test_ari_by_hand():
@@ -89,6 +92,7 @@ def test_nmi_is_arithmetic():
 def test_random_clusters(rng):
     true, found = rng.integers(0, 5, 300), rng.integers(0, 60, 300)
     assert abs(st.metrics.ari(true, found)) < 0.05
+    assert abs(st.metrics.ami(true, found)) < 0.1
     assert st.metrics.nmi(true, found) > 0.15
 
 
@@ -96,6 +100,44 @@ def test_cells_without_a_class_are_left_out():
     assert st.metrics.ari(["a", "a", "b", None], [0, 0, 1, None]) == 1.0
     with pytest.raises(ValueError, match="1 of 2 cells with a class have no cluster"):
         st.metrics.nmi(["a", "b"], [0, None])
+
+
+def test_silhouette_by_definition(rng):
+    features, groups = rng.normal(size=(23, 3)), np.arange(23) % 3
+    features[groups == 1] += 2.0
+    groups[0] = 7
+    distances = cdist(features, features)
+    scores = []
+    for k, group in enumerate(groups):
+        means = {
+            other: distances[k, (groups == other) & (np.arange(23) != k)].mean()
+            for other in np.unique(groups)
+            if other != group or (groups == group).sum() > 1
+        }
+        own = means.pop(group, None)
+        nearest = min(means.values())
+        scores.append(0.0 if own is None else (nearest - own) / max(own, nearest))
+    assert st.metrics.silhouette(features, groups) == pytest.approx(np.mean(scores))
+
+
+def test_silhouette_leaves_out_cells_without_a_group(rng):
+    features = rng.normal(size=(9, 2))
+    labels = ["a", "b", "a", "b", "a", None, "Unknown", "b", "a"]
+    known = [0, 1, 2, 3, 4, 7, 8]
+    features[5] = np.nan
+    assert st.metrics.silhouette(features, labels, missing=["Unknown"]) == pytest.approx(
+        reference.silhouette_score(features[known], [labels[k] for k in known])
+    )
+
+
+def test_silhouette_of_what_can_not_be_scored(rng):
+    features = rng.normal(size=(4, 2))
+    for labels, message in (
+        (["a"] * 4, "Number of labels is 1"),
+        ("abcd", "Number of labels is 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            st.metrics.silhouette(features, list(labels))
 
 
 def test_missing_truth_is_left_out_and_missing_prediction_is_wrong():

@@ -9,6 +9,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import sparse, stats
 from scipy.spatial import distance
 from sklearn.metrics import mean_absolute_error, root_mean_squared_error
+from sklearn.metrics.pairwise import cosine_similarity
 
 import stofm as st
 from stofm.metrics import values
@@ -22,15 +23,17 @@ counts = some.integers(2, 9).flatmap(
 @given(counts)
 def test_like_scipy_and_scikit_learn(pair):
     true, predicted = pair
-    scores = st.metrics.pearson(true, predicted)
-    for k in range(3):
-        x, y = true[:, k], predicted[:, k]
-        if np.ptp(x) == 0:
-            assert np.isnan(scores[k])
-        elif np.ptp(y) == 0:
-            assert scores[k] == 0.0
-        else:
-            assert scores[k] == pytest.approx(stats.pearsonr(x, y).statistic, abs=1e-12)
+    for name in ("pearson", "spearman"):
+        scores = getattr(st.metrics, name)(true, predicted)
+        for k in range(3):
+            x, y = true[:, k], predicted[:, k]
+            if np.ptp(x) == 0:
+                assert np.isnan(scores[k])
+            elif np.ptp(y) == 0:
+                assert scores[k] == 0.0
+            else:
+                expected = getattr(stats, f"{name}r")(x, y).statistic
+                assert scores[k] == pytest.approx(expected, abs=1e-12)
     per_column = {"multioutput": "raw_values"}
     np.testing.assert_allclose(
         st.metrics.rmse(true, predicted), root_mean_squared_error(true, predicted, **per_column)
@@ -38,6 +41,9 @@ def test_like_scipy_and_scikit_learn(pair):
     np.testing.assert_allclose(
         st.metrics.mae(true, predicted), mean_absolute_error(true, predicted, **per_column)
     )
+    similarity = np.diag(cosine_similarity(true.T, predicted.T))
+    expected = np.where(true.any(axis=0), similarity, np.nan)
+    np.testing.assert_allclose(st.metrics.cosine(true, predicted), expected)
 
 
 def _scipys_divergence(true, predicted, axis):
@@ -59,17 +65,19 @@ def test_jensen_shannon_like_scipy(pair):
 
 def test_vectors_give_numbers():
     true, predicted = [1.0, 2.0, 4.0], [1.0, 3.0, 4.0]
-    for name in ("pearson", "rmse", "mae", "jensen_shannon"):
+    for name in ("pearson", "spearman", "rmse", "mae", "cosine", "jensen_shannon"):
         assert type(getattr(st.metrics, name)(true, predicted)) is float
     assert st.metrics.rmse(true, predicted) == pytest.approx(np.sqrt(1 / 3))
     assert st.metrics.mae(true, predicted) == pytest.approx(1 / 3)
+    assert st.metrics.cosine(true, predicted) == pytest.approx(23 / np.sqrt(21 * 26))
+    assert st.metrics.spearman(true, predicted) == pytest.approx(1.0)
     # Deviations -4, -1, 5 and -5, 1, 4 in thirds.
     assert st.metrics.pearson(true, predicted) == pytest.approx(39 / 42)
 
 
 def test_rows_are_columns_of_the_transpose(rng):
     true, predicted = rng.random((5, 7)), rng.random((5, 7))
-    for name in ("pearson", "rmse", "mae", "jensen_shannon"):
+    for name in ("pearson", "spearman", "rmse", "mae", "cosine", "jensen_shannon"):
         score = getattr(st.metrics, name)
         pd.testing.assert_series_equal(
             score(true, predicted, per="row"), score(true.T, predicted.T, per="column")
@@ -79,9 +87,10 @@ def test_rows_are_columns_of_the_transpose(rng):
 def test_constant_genes_are_counted_as_documented():
     true = np.array([[1.0, 5.0, 0.0], [2.0, 5.0, 1.0], [4.0, 5.0, 3.0]])
     predicted = np.array([[1.0, 1.0, 2.0], [2.0, 3.0, 2.0], [4.0, 2.0, 2.0]])
-    scores = st.metrics.pearson(true, predicted)
-    np.testing.assert_allclose(scores, [1.0, np.nan, 0.0])
-    assert scores.mean() == pytest.approx(0.5)
+    for score in (st.metrics.pearson, st.metrics.spearman):
+        scores = score(true, predicted)
+        np.testing.assert_allclose(scores, [1.0, np.nan, 0.0])
+        assert scores.mean() == pytest.approx(0.5)
 
 
 def test_rounding_is_no_variation():
@@ -94,10 +103,13 @@ def test_correlation_of_very_small_and_large_values():
     true = np.array([1.0, 2.0, 4.0, 3.0])
     for scale in (1e-200, 1e200):
         assert st.metrics.pearson(true, scale * true) == pytest.approx(1.0)
+        assert st.metrics.cosine(true, scale * true) == pytest.approx(1.0)
 
 
 def test_nothing_measured_and_nothing_predicted():
     nothing, something = np.zeros(3), np.array([0.2, 0.3, 0.5])
+    assert np.isnan(st.metrics.cosine(nothing, something))
+    assert st.metrics.cosine(something, nothing) == 0.0
     assert np.isnan(st.metrics.jensen_shannon(nothing, something))
     assert st.metrics.jensen_shannon(something, nothing) == 1.0
 
@@ -118,7 +130,7 @@ def test_one_value_can_not_be_correlated():
     with pytest.raises(ValueError, match="at least 2 values for each column; found 1"):
         st.metrics.pearson(np.ones((1, 4)), np.ones((1, 4)))
     with pytest.raises(ValueError, match="at least 2 values for each row; found 1"):
-        st.metrics.pearson(np.ones((4, 1)), np.ones((4, 1)), per="row")
+        st.metrics.spearman(np.ones((4, 1)), np.ones((4, 1)), per="row")
 
 
 def test_frames_are_paired_by_names(rng):
@@ -166,10 +178,10 @@ def test_unknown_per():
 
 def test_blocks_do_not_matter(rng, monkeypatch):
     true, predicted = rng.random((11, 7)), rng.random((11, 7))
-    whole = {per: st.metrics.pearson(true, predicted, per=per) for per in ("column", "row")}
+    whole = {per: st.metrics.spearman(true, predicted, per=per) for per in ("column", "row")}
     monkeypatch.setattr(values, "_BLOCK", 23)
     for per, expected in whole.items():
-        pd.testing.assert_series_equal(st.metrics.pearson(true, predicted, per=per), expected)
+        pd.testing.assert_series_equal(st.metrics.spearman(true, predicted, per=per), expected)
 
 
 def test_single_precision_is_computed_in_double():

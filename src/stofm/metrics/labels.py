@@ -12,7 +12,7 @@ from stofm.metrics.values import in_same_order
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 
 def accuracy(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
@@ -140,7 +140,7 @@ def nmi(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
 
     The information is divided by the arithmetic mean of the two entropies; scikit-learn took the
     geometric mean before version 0.22. Not corrected for chance: it rises with the number of
-    clusters, even of random ones. Compare groupings with the same number of clusters only.
+    clusters, even of random ones. Compare groupings with the same number of clusters only, or use :func:`ami`.
 
     Parameters
     ----------
@@ -160,6 +160,64 @@ def nmi(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(*_read_clusters(y_true, clusters, missing)))
+
+
+def ami(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> float:
+    """Mutual information of two groupings, corrected for chance.
+
+    Small classes weigh more than in :func:`ari` (Vinh, Epps and Bailey 2010, JMLR 11:2837).
+
+    Parameters
+    ----------
+    y_true, clusters, missing
+        See :func:`ari`, also for errors.
+
+    Returns
+    -------
+    1 for equal groupings, about 0, sometimes slightly below, for independent ones.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.ami(["a", "a", "b", "b"], [0, 0, 1, 2]), 3)
+    0.571
+    """
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    return float(adjusted_mutual_info_score(*_read_clusters(y_true, clusters, missing)))
+
+
+def silhouette(features: ArrayLike, labels: Any, *, missing: Collection[object] = ()) -> float:
+    """Mean over cells of how much nearer a cell is to its own group than to the next.
+
+    Parameters
+    ----------
+    features
+        (n, d) embeddings; distances between them are Euclidean, and computed for all pairs.
+    labels, missing
+        Groups of the cells, as in :func:`accuracy`, also for errors; cells without one are left out.
+
+    Returns
+    -------
+    From -1 to 1.
+
+    Raises
+    ------
+    ValueError
+        There is one group, or each cell is one; or `features` do not fit `labels`, or are not finite.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> float(st.metrics.silhouette([[0.0], [0.0], [1.0], [1.0]], ["a", "a", "b", "b"]))
+    1.0
+    """
+    from sklearn.metrics import silhouette_score
+
+    known = _to_series(labels, missing).notna()
+    return float(
+        silhouette_score(np.asarray(features)[known], _read_labels(labels, labels, missing)[0])
+    )
 
 
 class Reliability(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -62,6 +63,28 @@ def pearson(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     return _score("pearson", _correlation, y_true, y_pred, per, least=2)
 
 
+def spearman(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
+    """Spearman correlation: Pearson's of the ranks, of each column over the rows.
+
+    Parameters
+    ----------
+    y_true, y_pred, per
+        See :func:`pearson`, also for what is returned and for errors.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.spearman([1.0, 2.0, 4.0], [1.0, 3.0, 4.0]), 3)
+    1.0
+    """
+    from scipy.stats import rankdata
+
+    def of_ranks(true: _Array, predicted: _Array) -> _Array:
+        return _correlation(rankdata(true, axis=0), rankdata(predicted, axis=0))
+
+    return _score("spearman", of_ranks, y_true, y_pred, per, least=2)
+
+
 def rmse(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     """Root of the mean squared error, of each column over the rows.
 
@@ -107,6 +130,28 @@ def mae(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
     1.0
     """
     return _score("mae", lambda t, p: np.mean(np.abs(t - p), axis=0), y_true, y_pred, per)
+
+
+def cosine(y_true: Any, y_pred: Any, *, per: Per = "column") -> Any:
+    """Cosine similarity, of each column over the rows.
+
+    Parameters
+    ----------
+    y_true, y_pred, per
+        See :func:`pearson`, also for errors.
+
+    Returns
+    -------
+    A float for (n,), else a Series, from -1 to 1. NaN where the true values are all 0; 0 where only
+    the predicted ones are.
+
+    Examples
+    --------
+    >>> import stofm as st
+    >>> round(st.metrics.cosine([1.0, 0.0], [1.0, 1.0]), 3)
+    0.707
+    """
+    return _score("cosine", _cosine, y_true, y_pred, per)
 
 
 def jensen_shannon(y_true: Any, y_pred: Any, *, per: Per = "row") -> Any:
@@ -232,11 +277,11 @@ def score_columns(
     return float(scores[0]) if names is None else pd.Series(scores, index=names, name=name)
 
 
-def _correlation(true: _Array, predicted: _Array) -> _Array:
-    """Correlation of columns: NaN where the true one is flat, 0 where only the predicted one is."""
+def _cosine(true: _Array, predicted: _Array, *, centred: bool = False) -> _Array:
+    """Cosine of columns: NaN where the true one is flat, 0 where only the predicted one is."""
     units, flat = [], []
     for values in (true, predicted):
-        mean = values.mean(axis=0)
+        mean = values.mean(axis=0) * centred
         rest = values - mean
         largest = np.abs(rest).max(axis=0)
         flat.append(largest <= _ROUNDING * np.abs(mean))
@@ -244,3 +289,6 @@ def _correlation(true: _Array, predicted: _Array) -> _Array:
         rest /= np.where(flat[-1], 1.0, largest)
         units.append(np.where(flat[-1], 0.0, rest / (np.linalg.norm(rest, axis=0) + flat[-1])))
     return np.where(flat[0], np.nan, np.clip((units[0] * units[1]).sum(axis=0), -1.0, 1.0))
+
+
+_correlation = partial(_cosine, centred=True)
