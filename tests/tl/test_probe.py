@@ -216,7 +216,7 @@ def test_the_interval_is_that_of_drawing_slices_and_seeds():
         ),
         ({"left_out": []}, ValueError, "Nothing can be tested"),
         ({"seeds": 0}, ValueError, "seeds must be a whole number of at least 1, found 0"),
-        ({"protocol": "paper"}, ValueError, "protocol must be None or one of"),
+        ({"protocol": "paper"}, ValueError, "protocol must be one of"),
         ({"protocol": "stofm-paper"}, ValueError, "leave out `left_out` and `seeds`"),
         ({"layer": "raw"}, KeyError, "There is no layer 'raw'"),
         ({"library_key": "slices"}, KeyError, r"There is no obs\['slices'\]"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from stofm._config import check_one_of
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.request import check_whole_number
@@ -68,8 +69,7 @@ class Question:
         n_null: int,
     ) -> Question:
         """Read a table, and what is asked of it, as users say it."""
-        if recompute not in ("micro", "macro"):
-            raise ValueError(f"recompute must be 'micro' or 'macro', found {recompute!r}.")
+        check_one_of("recompute", recompute, ("micro", "macro"))
         check_whole_number("null", n_null, least=0)
         head = goal[0] if isinstance(goal, tuple) and goal else None
         subject = Subject.read(data, request, table_key, head)
@@ -344,8 +344,7 @@ def screen_genes(
     change: Literal["delete", "first"],
 ) -> pd.DataFrame:
     """Edit each gene by itself, test it against genes like it, and rank by z."""
-    if change not in ("delete", "first"):
-        raise ValueError(f"edit must be 'delete' or 'first', found {change!r}.")
+    check_one_of("edit", change, ("delete", "first"))
     subject = question.subject
     if isinstance(genes, str):
         if genes != "expressed":

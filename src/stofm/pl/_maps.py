@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize, to_rgba_array
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
+from stofm._config import check_one_of
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import described_column
 from stofm._edge.tables import read_record
@@ -284,10 +285,7 @@ class Look(NamedTuple):
 
 def _given_titles(look: Look, n_maps: int, what: str) -> list[str]:
     """The caller's titles of maps, none if there are none; what can't be drawn is refused."""
-    if look.legend_loc not in (*get_args(LegendLoc), None):
-        raise ValueError(
-            f"legend_loc must be one of {[*get_args(LegendLoc)]}, found {look.legend_loc!r}."
-        )
+    check_one_of("legend_loc", look.legend_loc, (*get_args(LegendLoc), None))
     given = [look.title] if isinstance(look.title, str) else list(look.title or ())
     if look.title is not None and len(given) != n_maps:
         raise ValueError(f"{n_maps} titles are needed ({what}), but title holds {len(given)}.")

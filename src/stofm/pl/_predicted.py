@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex, to_rgba_array
 
+from stofm._config import check_one_of
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
@@ -147,8 +148,7 @@ def deconvolution(
     >>> ax = st.pl.deconvolution(adata, key="proportions", kind="pies", show=False)
     """
     data, adata = adata, resolve_table(adata, table_key)
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
+    check_one_of("kind", kind, get_args(Kind))
     chosen = read_frame(adata, key, types, "deconvolve(adata, head=head)", "type")
     names, values = list(chosen), chosen.to_numpy()
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
