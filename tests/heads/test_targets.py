@@ -219,7 +219,7 @@ def test_classes_whose_names_begin_alike(adata):
 
 def test_wrong_names(adata):
     slices = resolve_slices(adata, "library")
-    with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):
+    with pytest.raises(KeyError, match=r"Nearest: \['kind'\]"):
         read_labels(slices, "kinds")
     for missing in ("Unknown", None):
         with pytest.raises(TypeError, match="must be a list of labels"):

@@ -579,7 +579,7 @@ def test_bad_use(cells):
         apply(cells, head, options={"split": "blocks"})
     with pytest.raises(ValueError, match="choose another name"):
         apply(cells, head, key_added="X_pca")
-    with pytest.raises(KeyError, match="did you mean"):
+    with pytest.raises(KeyError, match="Nearest"):
         fit(cells, label_key="kinds")
     with pytest.raises(KeyError, match=r"The reference: There is no obs\['kinds'\]"):
         fit(cells, label_key="kinds", reference=cells.copy())

@@ -206,9 +206,9 @@ def test_the_interval_is_that_of_drawing_slices_and_seeds():
         ({"use_rep": []}, ValueError, "use_rep must name entries of obsm or tuples of them"),
         ({"use_rep": ["good", "good"]}, ValueError, "each once"),
         ({"use_rep": "PCs"}, ValueError, "none called 'PCs'"),
-        ({"use_rep": "god"}, KeyError, "Did you mean .*'good'"),
+        ({"use_rep": "god"}, KeyError, "Nearest: .*'good'"),
         ({"label_key": "types"}, KeyError, r"There is no obs\['types'\] with labels"),
-        ({"left_out": "slice9"}, ValueError, "left_out names 'slice9', which is no slice; did you"),
+        ({"left_out": "slice9"}, ValueError, "left_out names 'slice9', which is no slice. Nearest"),
         (
             {"left_out": [("slice0", "slice1", "slice2")]},
             ValueError,

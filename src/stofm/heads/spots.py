@@ -14,7 +14,7 @@ from stofm._edge.counts import read_counts
 from stofm._edge.tables import frame_names
 from stofm._keys import Obsm
 from stofm._logging import counter, logger
-from stofm._messages import naming, warn
+from stofm._messages import naming, require_name, warn
 from stofm.genes.ranking import require_sound
 from stofm.heads.embeddings import gene_records
 from stofm.heads.expression import ExpressionComponents
@@ -114,8 +114,8 @@ def read_proportions(slices: SliceTables, key: str | Sequence[str]) -> SpotTable
 def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
     """Proportions with the types' names as columns."""
     if not isinstance(key, str):
-        if absent := [name for name in key if name not in adata.obs]:
-            raise KeyError(f"There is no obs column {absent}; there are {list(adata.obs)}.")
+        for name in key:
+            require_name(name, adata.obs, f"There is no obs[{name!r}].")
         return adata.obs[list(key)].rename(columns=str)
     if key not in adata.obsm:
         raise KeyError(

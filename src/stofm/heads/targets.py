@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from stofm._edge.expression import log_normalised
 from stofm._edge.tables import label_text
 from stofm._logging import logger
-from stofm._messages import warn
+from stofm._messages import require_name, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,11 +140,7 @@ def read_label_names(
 
 def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
     """Labels as text, empty for none."""
-    if key not in adata.obs:
-        columns = [str(name) for name in adata.obs.columns]
-        near = difflib.get_close_matches(key, columns, n=3)
-        hint = f"did you mean {near}?" if near else f"its columns are {columns[:20]}."
-        raise KeyError(f"There is no obs[{key!r}] with labels; {hint}")
+    require_name(key, adata.obs, f"There is no obs[{key!r}] with labels.")
     column: pd.Series = adata.obs[key]
     if column.dtype.kind == "f":
         known = column[column.notna()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from stofm._edge.slices import read_places
 from stofm._edge.tables import label_text, resolve_table
 from stofm._edge.tokens import compute_tokens, token_params
 from stofm._keys import Obsm
+from stofm._messages import nearest_names, require_name
 from stofm.genes import rank_genes
 from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import (
@@ -114,7 +114,7 @@ class Subject:
 
     def gene(self, name: str) -> int:
         """Token of a gene, by a name that the table or the vocabulary has for it."""
-        adata, vocabulary = self.adata, self.tissue.model.vocabulary
+        vocabulary = self.tissue.model.vocabulary
         place = self.places_of_genes.get(name) if name else None
         if place is None:
             known = (vocabulary.symbols == name) | (vocabulary.gene_ids == name)
@@ -122,9 +122,8 @@ class Subject:
             places = np.flatnonzero(np.isin(self.columns.token_ids, tokens)).tolist()
             place = next(iter(places), None)
         if place is None:
-            near = difflib.get_close_matches(name, filter(None, self.places_of_genes), n=3)
-            hint = f"Did you mean {near}?" if near else f"It has {adata.n_vars} genes."
-            raise KeyError(f"There is no gene {name!r} in adata. {hint}")
+            near = nearest_names(name, filter(None, self.places_of_genes))
+            raise KeyError(f"There is no gene {name!r} in adata.{near}")
         token = int(self.columns.token_ids[place])
         if token < 0:
             raise ValueError(
@@ -159,9 +158,7 @@ class Subject:
 
     def labels(self, column: str) -> NDArray[Any]:
         """What a column of ``obs`` says of each cell, as text; empty for nothing."""
-        if column not in self.adata.obs:
-            there = [str(name) for name in self.adata.obs.columns]
-            raise KeyError(f"There is no obs[{column!r}]; its columns are {there}.")
+        require_name(column, self.adata.obs, f"There is no obs[{column!r}].")
         return label_text(self.adata.obs[column])
 
     def gene_statistics(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from stofm._edge.colors import UNKNOWN_COLOR, fill_colors, read_colors
 from stofm._edge.observations import cell_digests, observed
 from stofm._edge.tables import frame_names, read_record, resolve_table
 from stofm._keys import Label, Obs, Obsm
+from stofm._messages import require_name
 from stofm.metrics.labels import Reliability
 from stofm.pl._colors import (
     NO_VALUE_COLOR,
@@ -20,7 +21,6 @@ from stofm.pl._colors import (
     Categories,
     Values,
     category_names,
-    require_name,
     resolve_colors,
 )
 from stofm.pl._maps import Look, draw_cells, draw_maps

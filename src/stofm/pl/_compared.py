@@ -10,7 +10,8 @@ import pandas as pd
 from stofm import metrics
 from stofm._edge.expression import log_normalised_genes
 from stofm._edge.tables import frame_names, read_record
-from stofm.pl._colors import Values, require_name, value_limits
+from stofm._messages import require_name
+from stofm.pl._colors import Values, value_limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,8 @@ import numpy as np
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._colors import NO_VALUE_COLOR, Categories, color_categories, require_name
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_COLOR, Categories, color_categories
 from stofm.pl._maps import Look, draw_cells, draw_map, map_inches, read_panels
 from stofm.pl._style import (
     FONT_SIZE,

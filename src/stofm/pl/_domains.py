@@ -13,13 +13,8 @@ from stofm import metrics
 from stofm._edge.colors import fill_colors
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm
-from stofm.pl._colors import (
-    NO_VALUE_COLOR,
-    Categories,
-    category_names,
-    require_name,
-    resolve_colors,
-)
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_COLOR, Categories, category_names, resolve_colors
 from stofm.pl._maps import Look, draw_cells, draw_maps
 from stofm.pl._tissue import AUTO, Around, open_tissue
 

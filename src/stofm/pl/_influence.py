@@ -10,7 +10,8 @@ from matplotlib.transforms import Bbox
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm, Obsp
-from stofm.pl._colors import Values, require_name
+from stofm._messages import require_name
+from stofm.pl._colors import Values
 from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
 from stofm.pl._style import FONT_SIZE, arrange, finish, make_axes, root_figure, style_axes
 

@@ -19,13 +19,8 @@ from stofm._edge.slices import described_column
 from stofm._edge.tables import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
-from stofm.pl._colors import (
-    NO_VALUE_LABEL,
-    Categories,
-    Values,
-    category_names,
-    require_name,
-)
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_LABEL, Categories, Values, category_names
 from stofm.pl._style import (
     FONT_SIZE,
     TITLE_SIZE,

@@ -20,15 +20,9 @@ from stofm._edge.tables import read_record, resolve_table
 from stofm._files import local
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm._messages import require_name
 from stofm._settings import keeping_threads
-from stofm.pl._colors import (
-    NO_VALUE_COLOR,
-    NO_VALUE_LABEL,
-    NORMALISED,
-    Categories,
-    require_name,
-    resolve_colors,
-)
+from stofm.pl._colors import NO_VALUE_COLOR, NO_VALUE_LABEL, NORMALISED, Categories, resolve_colors
 from stofm.pl._maps import round_below
 from stofm.pl._tissue import AUTO, Around, open_tissue
 from stofm.report.page import Column, Page, Table, write_page

@@ -15,6 +15,7 @@ from stofm._edge.places import read_coordinates
 from stofm._edge.slices import read_slices
 from stofm._edge.tables import frame_names, label_text, resolve_table
 from stofm._keys import Obs, Obsm
+from stofm._messages import require_name
 from stofm.heads.embeddings import counts_layer, places_entry, slices_column
 from stofm.heads.request import check_whole_number
 from stofm.spatial.regions import contacts, morans_i, pieces, touching_cells
@@ -181,11 +182,8 @@ def read_groups(adata: AnnData, groupby: str) -> tuple[list[str], NDArray[np.int
     import pandas as pd
     from natsort import natsorted
 
-    if groupby not in adata.obs:
-        hint = "st.tl.domains(adata) writes it" if groupby == Obs.DOMAIN else "pass another column"
-        raise KeyError(
-            f"There is no obs[{groupby!r}]; {hint}. Columns: {list(map(str, adata.obs))[:20]}."
-        )
+    hint = ": st.tl.domains(adata) writes it" if groupby == Obs.DOMAIN else ""
+    require_name(groupby, adata.obs, f"There is no obs[{groupby!r}]{hint}.")
     text = label_text(adata.obs[groupby])
     present = set(text) - {""}
     if not present:
@@ -237,11 +235,8 @@ def _read_types(
             return None, [], np.empty((adata.n_obs, 0))
     if label_key in adata.obsm:
         return label_key, frame_names(adata, label_key), np.asarray(adata.obsm[label_key], float)
-    if label_key not in adata.obs:
-        raise KeyError(
-            f"There is no obs[{label_key!r}] with cell types, nor an obsm[{label_key!r}] with "
-            f"proportions. Columns: {list(map(str, adata.obs))[:20]}."
-        )
+    text = f"There is no obs[{label_key!r}] with cell types, nor an obsm with proportions."
+    require_name(label_key, adata.obs, text)
     names, codes = read_groups(adata, label_key)
     return label_key, names, np.eye(len(names) + 1)[codes][:, :-1]
 
