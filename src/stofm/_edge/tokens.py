@@ -58,9 +58,7 @@ def token_blocks(
 ) -> Iterator[RankedTokens]:
     """Give the tokens block of cells after block, in order; the mapping is reported at the end."""
     total = np.zeros(adata.n_vars)
-    with counter(
-        total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
-    ) as advance:
+    with counter(adata.n_obs, "tokenize", "cell", show=show_progress_bar) as advance:
         for block in read_counts(adata, layer=params["layer"] or None):
             yield rank_genes(
                 block,

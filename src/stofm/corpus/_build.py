@@ -149,13 +149,7 @@ def build(
         jobs = [job for job in keyed if job[0] not in done]
         names = [*patterns, *(one.name for one in evaluation)]
         make = partial(_make, folder=folder, min_genes=min_genes, names=names)
-        results = progress(
-            run_each(make, jobs, client),
-            total=len(jobs),
-            description="build corpus",
-            unit="file",
-            show=show_progress_bar,
-        )
+        results = run_each(make, jobs, client, "build corpus", "file", show=show_progress_bar)
         _join(folder, _sound(folder, results), part, shard_bytes)
         with FileLock(folder / _MANIFEST_LOCK):
             manifest = write_manifest(folder)
@@ -208,7 +202,13 @@ def key_of(source: SliceSource, orthologs: Any) -> str:
 
 
 def run_each(
-    make: Callable[[Any], object], jobs: Sequence[Any], client: Any
+    make: Callable[[Any], object],
+    jobs: Sequence[Any],
+    client: Any,
+    description: str,
+    unit: str,
+    *,
+    show: bool,
 ) -> Iterator[tuple[Any, Exception | None]]:
     """Do jobs in this process or on the workers of a Dask client; gives each with its error, in order.
 
@@ -216,7 +216,7 @@ def run_each(
     """
     futures = None if client is None else client.map(make, jobs, pure=False)
     try:
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(progress(jobs, description, unit, show=show)):
             failed = None
             try:
                 if futures is None:

@@ -232,8 +232,7 @@ def fit_members(
     rotations: dict[Source, Rotation] = {}
     planned = _kinds(blocks, targets)
     total = sum(len(splits) + is_linear for _, is_linear in planned)
-    bar = counter(total=total, description="fit head", unit="member", show=show_progress_bar)
-    with bar as advance:
+    with counter(total, "fit head", "member", show=show_progress_bar) as advance:
         for reads, is_linear in planned:
             if reads not in rotations:
                 rotations[reads] = Rotation(blocks.of(reads), blocks.widths_of(reads), known)

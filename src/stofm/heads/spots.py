@@ -229,9 +229,8 @@ def fit_simulated(
     n_held_out = round(_HELD_OUT * options.spots.n_spots)
     equal = composition = np.full(typed.n_types, 1 / typed.n_types)
     scale: NDArray[Any] = np.ones(len(genes))
-    show, total = request.show_progress_bar, 1 + _N_NETWORKS
-    bar = counter(total=total, description="fit head", unit="network", show=show)
-    with bar as advance:
+    show = request.show_progress_bar
+    with counter(1 + _N_NETWORKS, "fit head", "network", show=show) as advance:
         for number, n_networks in enumerate((1, _N_NETWORKS)):
             spots = simulate_spots(
                 typed,

@@ -74,11 +74,8 @@ def effects_between(
     is_sender = np.zeros(tissue.n_cells, dtype=bool)
     is_sender[order[rank < n_max]] = True
     parts = []
-    words = {"description": "mask senders", "unit": "slice"}
-    numbered = enumerate(slices)
-    for number, rows in progress(
-        numbered, total=len(slices), show=tissue.show_progress_bar, **words
-    ):
+    shown = progress(slices, "mask senders", "slice", show=tissue.show_progress_bar)
+    for number, rows in enumerate(shown):
         own = np.flatnonzero(is_sender[rows])
         found = pair_effects(tissue.whole(number), own, reach=reach, change=change)
         is_known = kinds[rows[found.receivers]] >= 0

@@ -96,15 +96,12 @@ class Tissue:
                 continue
             local = [edit for edit in own if edit is not None]
             whole = self.whole(number)
-            is_micro = recompute == "micro"
-            with counter(
-                total=whole.layout.n_subslices if is_micro else len(local),
-                description="embed edits",
-                unit="sub-slice" if is_micro else "edit",
-                show=self.show_progress_bar,
-            ) as advance:
-                found = (whole.embed if is_micro else partial(_anew, whole))(local, advance)
-                for one in found:
+            if recompute == "micro":
+                embed, total, unit = whole.embed, whole.layout.n_subslices, "sub-slice"
+            else:
+                embed, total, unit = partial(_anew, whole), len(local), "edit"
+            with counter(total, "embed edits", unit, show=self.show_progress_bar) as advance:
+                for one in embed(local, advance):
                     yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
 
     def _within(self, edit: Edit, rows: NDArray[np.int64]) -> Edit | None:

@@ -143,9 +143,7 @@ def _pool(
 
     means = np.zeros((adata.n_obs, genes.width), dtype=np.float32)
     counts, start = np.zeros(adata.n_vars), 0
-    with counter(
-        total=adata.n_obs, description="pool genes", unit="cell", show=show_progress_bar
-    ) as advance:
+    with counter(adata.n_obs, "pool genes", "cell", show=show_progress_bar) as advance:
         for block in read_counts(adata, layer=layer):
             totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
             weights = log_normalised(block @ selector, totals)

@@ -222,7 +222,7 @@ def _score(
 
     rows: list[dict[str, Any]] = []
     total = sum(1 + len(features) * len(seeds) for _, seeds in tests)
-    with counter(total=total, description="probe", unit="fit", show=show_progress_bar) as advance:
+    with counter(total, "probe", "fit", show=show_progress_bar) as advance:
         for fold, seeds in tests:
             own = fold.labelled
             sizes = {"n_fitted": len(fold.fitted), "n_tested": len(fold.tested)}
