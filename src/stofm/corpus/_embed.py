@@ -11,7 +11,7 @@ from stofm._config import read_json
 from stofm._edge.slice_files import write_data
 from stofm._files import local
 from stofm._keys import Obsm, Uns
-from stofm._logging import logger, progress
+from stofm._logging import logger
 from stofm._messages import text_of, warn
 from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus

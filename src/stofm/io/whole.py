@@ -14,8 +14,7 @@ from stofm._messages import naming
 from stofm.io.files import open_text
 from stofm.io.formats import GENERIC, MICROMETRE, STEREO, UNKNOWN
 from stofm.io.joining import Read
-from stofm.io.matrices import MASK, make, read_h5ad, text_of
-from stofm.io.tables import opened
+from stofm.io.matrices import MASK, make, opened, read_h5ad, text_of
 from stofm.io.units import Scale, scale_of_anndata
 
 if TYPE_CHECKING:

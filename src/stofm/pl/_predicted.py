@@ -21,7 +21,7 @@ from stofm.pl._colors import (
     read_frame,
     value_limits,
 )
-from stofm.pl._compared import compare_maps
+from stofm.pl._gene_prediction import compare_maps
 from stofm.pl._maps import Look, add_key, draw_cells, draw_maps, points_per_unit, read_panels
 from stofm.pl._tissue import AUTO, Around, open_tissue
 

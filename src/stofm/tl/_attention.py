@@ -11,7 +11,7 @@ from stofm._edge.tables import refuse_foreign, refuse_taken, resolve_table, writ
 from stofm._keys import Obsm, Obsp, Suffix
 from stofm._logging import progress
 from stofm.heads.request import Request, check_whole_number
-from stofm.perturb.attention import attend
+from stofm.perturb.masking import attend
 from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
