@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
@@ -23,7 +22,7 @@ from stofm.pl._colors import (
     category_names,
     resolve_colors,
 )
-from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm.pl._maps import Look, draw_maps
 from stofm.pl._style import FONT_SIZE, TITLE_SIZE, style_axes
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
@@ -159,10 +158,8 @@ def annotation(
         if len(slices) == 1:
             titles = [[f"{one.key}\n{fitted}" if one.key == key else one.key] for one in maps]
             titles = [[text.rstrip() for text in row] for row in titles]
-        fill = partial(draw_cells, alpha=alpha)
-        panels_of = f"panels of {kinds}"
         return draw_maps(
-            slices, maps, look, titles=titles, fill=fill, others=others, what=panels_of
+            slices, maps, look, titles=titles, others=others, what=f"panels of {kinds}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from stofm._edge.tables import frame_names, read_record, resolve_table
 from stofm._keys import Obsm
 from stofm._messages import require_name
 from stofm.pl._colors import Values, read_frame, value_limits
-from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm.pl._maps import Look, draw_maps
 from stofm.pl._tissue import Around, open_tissue
 
 if TYPE_CHECKING:
@@ -115,9 +114,8 @@ def gene_prediction(
         )
         # An even number of columns keeps the two maps of a gene beside each other.
         n_columns = max(2, ncols - ncols % 2)
-        look = Look(ax, n_columns, size, show, save, "gene_prediction", tissue)
-        fill, what = partial(draw_cells, alpha=alpha), f"maps of {list(predicted)}"
-        return draw_maps(panels, colors, look, titles=titles, fill=fill, what=what)
+        look = Look(ax, n_columns, size, show, save, "gene_prediction", tissue, alpha=alpha)
+        return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(predicted)}")
 
 
 def compare_maps(

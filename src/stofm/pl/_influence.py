@@ -231,8 +231,8 @@ def attention(
         colors.append(Values(name, values, 0.0, float(weights.data.max(initial=1e-6)), "viridis"))
     place = dict(zip(receivers, adata.obsm[spatial_key][rows], strict=True))
 
-    def fill(ax: Axes, panel: Panel, color: Values, size: float | None) -> None:
-        draw_cells(ax, panel, color, size)
+    def fill(ax: Axes, panel: Panel, color: Values, look: Look) -> None:
+        draw_cells(ax, panel, color, look)
         x, y = place[color.key][:2]
         ax.plot(x, y, "x", ms=7, mew=1.6, color="#b2182b", zorder=3)
 

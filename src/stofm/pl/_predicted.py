@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
@@ -22,7 +21,7 @@ from stofm.pl._colors import (
     value_limits,
 )
 from stofm.pl._gene_prediction import compare_maps
-from stofm.pl._maps import Look, add_key, draw_cells, draw_maps, points_per_unit, read_panels
+from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
@@ -153,13 +152,13 @@ def deconvolution(
     names, values = list(chosen), chosen.to_numpy()
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(ax, ncols, size, show, save, "deconvolution", tissue, title, legend_loc)
+        look = Look(ax, ncols, size, show, save, "deconvolution", tissue, title, legend_loc, alpha)
         if kind == "pies":
             every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
             _require_proportions(every.to_numpy(), key)
 
-            def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
-                _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], size)
+            def fill(ax: Axes, panel: Panel, color: Categories, look: Look) -> None:
+                _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], look.size)
 
             def legend(ax: Axes, color: Categories, _: str) -> None:
                 add_key(ax, color, "")
@@ -174,8 +173,7 @@ def deconvolution(
         ]
         whole = Values("", values, *limits, cmap) if limits else None
         titles = [[panel.titled(name) for panel in panels] for name in names]
-        more: dict[str, Any] = {"titles": titles, "shared": whole, "what": "types"}
-        return draw_maps(panels, colors, look, fill=partial(draw_cells, alpha=alpha), **more)
+        return draw_maps(panels, colors, look, titles=titles, shared=whole, what="types")
 
 
 def imputation(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._colors import NO_VALUE_COLOR, resolve_colors
-from stofm.pl._maps import Look, Panel, draw_cells, draw_maps
+from stofm.pl._maps import Look, Panel, draw_maps
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
@@ -176,8 +175,7 @@ def _draw(
 ) -> Axes | list[Axes]:
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
         colors = resolve_colors(resolve_table(data, table_key), color, **coloring)
-        fill = partial(draw_cells, alpha=look.alpha)
-        return draw_maps(panels, colors, look._replace(tissue=tissue), fill=fill, what="colours")
+        return draw_maps(panels, colors, look._replace(tissue=tissue), what="colours")
 
 
 def image(
@@ -327,6 +325,7 @@ def umap(
     margin = 0.05 * (high - low)
     cells = Panel("", np.arange(len(places)), places, 0.0, low - margin, high + margin)
     size = size or _UMAP_AREA / len(places)
-    look = Look(ax, ncols, size, show, save, "umap", None, title, legend_loc, invert_y=False)
-    fill = partial(draw_cells, marker=".", alpha=alpha)
-    return draw_maps([cells], colors, look, fill=fill, what="colours")
+    look = Look(
+        ax, ncols, size, show, save, "umap", None, title, legend_loc, alpha, ".", invert_y=False
+    )
+    return draw_maps([cells], colors, look, what="colours")

@@ -93,8 +93,8 @@ def subslices(
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
     titles = [_counted(panel, _by_code(codes, panel).ngroups, "sub-slice") for panel in panels]
 
-    def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
-        draw_cells(ax, panel, color, size)
+    def fill(ax: Axes, panel: Panel, color: Categories, look: Look) -> None:
+        draw_cells(ax, panel, color, look)
         parts = [part.to_numpy() for _, part in _by_code(codes, panel)]
         _draw_outlines(ax, parts)
         if len(parts) <= _MAX_LABELLED:
@@ -237,8 +237,8 @@ def virtual_cells(
     white = (1.0 - _WHITE_SHARE) * to_rgba_array(color.colors)[:, :3] + _WHITE_SHARE
     pale = replace(color, colors=tuple(to_hex(shade) for shade in white))
 
-    def fill(ax: Axes, panel: Panel, pale: Categories, size: float | None) -> None:
-        draw_cells(ax, panel, pale, size)
+    def fill(ax: Axes, panel: Panel, pale: Categories, look: Look) -> None:
+        draw_cells(ax, panel, pale, look)
         # Large ones first, so that none hides a smaller one.
         group = groups[panel.name].sort_values("n", ascending=False, kind="stable")
         areas = np.maximum(group["n"] * scale, _MIN_AREA)

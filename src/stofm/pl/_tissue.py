@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from stofm._keys import Obs, Obsm
 from stofm._logging import logger
 from stofm._messages import require_name, text_of
 from stofm.pl._colors import NO_VALUE_COLOR, Categories, category_names, resolve_colors
-from stofm.pl._maps import Look, draw_cells, draw_maps, read_panels, round_below
+from stofm.pl._maps import Look, draw_maps, read_panels, round_below
 from stofm.pl._style import FONT_SIZE
 from stofm.spatial.regions import region_borders
 
@@ -325,8 +324,7 @@ def domains(
                 palette = _matching_colors(adata, key, colors[0])
             colors += resolve_colors(adata, one, palette=palette, groups=own, na_color=na_color)
         titles = [[panel.titled(called.get(one, one)) for panel in panels] for one in shown]
-        fill = partial(draw_cells, alpha=alpha)
-        return draw_maps(panels, colors, look, titles=titles, fill=fill, what="columns")
+        return draw_maps(panels, colors, look, titles=titles, what="columns")
 
 
 def _matching_colors(adata: AnnData, key: str, regions: Any) -> dict[str, str]:
