@@ -190,16 +190,12 @@ def read_expression(
 
 
 def add_expression(
-    slices: SliceTables,
-    blocks: Blocks,
-    rows: NDArray[np.int64],
-    request: Request,
+    slices: SliceTables, blocks: Blocks, rows: NDArray[np.int64], request: Request
 ) -> tuple[Blocks, ExpressionComponents | None]:
     """Find components of the labelled `rows`, in their order, and add those of all cells.
 
     Tables without labelled cells have a say in nothing, and no components. What can't be read is an
-    error if components are asked for, otherwise a warning. Slices are compared class by class, if
-    there are `classes`, (n_obs,).
+    error if components are asked for, otherwise a warning.
     """
     asked = request.options.n_components
     default = _N_COMPONENTS if set(blocks.use_rep) <= set(MADE_BY_EMBED) else 0
