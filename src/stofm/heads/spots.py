@@ -246,11 +246,17 @@ def fit_simulated(
             fits, held_out = [], []
             for part in range(n_networks):
                 rows = np.roll(np.arange(len(values)), part * n_held_out)
-                parts = {"fitted": rows[:-n_held_out], "held_out": rows[-n_held_out:]}
-                own_seed = seed + _SEED_STEP * part
-                how: dict[str, Any] = {"training": _TRAINING, "seed": own_seed, "device": device}
-                fits.append(fit_head(values, targets, **parts, **how))
-                held_out.append(parts["held_out"])
+                one = fit_head(
+                    values,
+                    targets,
+                    fitted=rows[:-n_held_out],
+                    held_out=rows[-n_held_out:],
+                    training=_TRAINING,
+                    seed=seed + _SEED_STEP * part,
+                    device=device,
+                )
+                fits.append(one)
+                held_out.append(rows[-n_held_out:])
                 advance(1)
             if not number:
                 first = apply_head(fits[0].head, components.of_counts(counts), "proportions")

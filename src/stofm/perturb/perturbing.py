@@ -108,7 +108,8 @@ class Question:
     @cached_property
     def n_with_gene(self) -> NDArray[np.int64]:
         """In the input of how many of the cells each gene is, by token."""
-        return np.diff(self.inputs.indptr)
+        found: NDArray[np.int64] = np.diff(self.inputs.indptr)
+        return found
 
     def edit(self, changes: Mapping[int, GeneChange]) -> Edit:
         """The edit of some genes."""
