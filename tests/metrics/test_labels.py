@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from scipy.spatial.distance import cdist
 from sklearn import metrics as reference
 from sklearn.metrics import accuracy_score, f1_score
 
