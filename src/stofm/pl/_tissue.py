@@ -1,4 +1,4 @@
-"""``stofm.pl.domains``, and what lies around cells: the image, borders of regions, a scale bar."""
+"""What lies around the cells of a slice: its image, borders of regions, and a scale bar."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.transforms import Affine2D
 from mpl_toolkits.axes_grid1.anchored_artists import (  # type: ignore[import-untyped]
     AnchoredSizeBar,
 )
-from scipy.optimize import linear_sum_assignment
 
-from stofm import metrics
-from stofm._edge.colors import fill_colors
 from stofm._edge.images import image_names, in_image_space, known_microns, open_images
 from stofm._edge.tables import resolve_table
-from stofm._keys import Obs, Obsm
+from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import require_name, text_of
-from stofm.pl._colors import NO_VALUE_COLOR, Categories, category_names, resolve_colors
-from stofm.pl._maps import Look, draw_maps, read_panels, round_below
+from stofm.pl._colors import category_names
+from stofm.pl._maps import read_panels, round_below
 from stofm.pl._style import FONT_SIZE
 from stofm.spatial.regions import region_borders
 
@@ -35,9 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm._edge.images import SliceImage
-    from stofm.pl._colors import Values
-    from stofm.pl._maps import LegendLoc, Panel
-    from stofm.pl._style import Save
+    from stofm.pl._maps import Panel
 
 #: The image that is drawn where there is one, and none is no error.
 AUTO: Final = "auto"
@@ -215,131 +209,3 @@ def _add_scale_bar(ax: Axes, microns_per_unit: float) -> None:
         fontproperties={"size": FONT_SIZE},
     )
     ax.add_artist(bar)
-
-
-def domains(
-    adata: AnnData,
-    *,
-    truth_key: str | None = None,
-    key: str = Obs.DOMAIN,
-    outlines: bool = True,
-    library_key: str | None = None,
-    library_id: str | Sequence[str] | None = None,
-    spatial_key: str = Obsm.SPATIAL,
-    img_key: str | None = AUTO,
-    alpha_img: float = 1.0,
-    crop_coord: Sequence[float] | None = None,
-    groups: str | Sequence[str] | None = None,
-    na_color: str = NO_VALUE_COLOR,
-    alpha: float | None = None,
-    size: float | None = None,
-    title: str | Sequence[str] | None = None,
-    legend_loc: LegendLoc | None = "right margin",
-    ncols: int = 4,
-    microns_per_unit: float | None = None,
-    table_key: str | None = None,
-    ax: Axes | Sequence[Axes] | None = None,
-    show: bool | None = None,
-    save: Save = None,
-) -> Axes | list[Axes]:
-    """Draw domains with their outlines, over the tissue's image if there is one.
-
-    Beside them stand annotated regions, or the domains of another method, if `truth_key` names
-    them. A domain then takes the colour of the region that it matches: pairs are chosen so that as
-    many cells as can be lie in a region and its domain. Colours are kept in
-    ``uns[f"{key}_colors"]``.
-
-    Parameters
-    ----------
-    adata
-        AnnData with domains, such as of :func:`stofm.tl.domains`, or SpatialData.
-    truth_key
-        Column of ``obs`` with regions to compare with. The title then has the adjusted Rand index
-        over the cells that have one.
-    key
-        Column of ``obs`` with the domains.
-    outlines
-        Draw lines between domains. They follow the most frequent domain around each cell, so that
-        single cells have none. With ``alpha=0`` they lie on the tissue alone.
-    title
-        Titles of the panels, those of `truth_key` first. None: names of columns and slices.
-    ax
-        Axes to draw into, one for each slice, regions first. None: a new figure.
-    library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
-        As in :func:`stofm.pl.spatial`.
-    legend_loc, ncols, microns_per_unit, table_key, show, save
-        As in :func:`stofm.pl.spatial`.
-
-    Returns
-    -------
-    The Axes, or the list of them if there are several panels.
-
-    Raises
-    ------
-    KeyError
-        The domains, the regions, the coordinates or a slice is missing.
-    ValueError
-        No cell has a region, or `ax` or `title` does not fit the number of panels.
-
-    See Also
-    --------
-    stofm.tl.domains : finds domains.
-    stofm.pl.annotation : learned labels.
-    stofm.metrics.ari : the agreement in the title.
-
-    Examples
-    --------
-    >>> import stofm as st
-    >>> adata = st.datasets.load("mouse_cortex_osmfish")
-    >>> st.tl.domains(adata, n_domains=8)
-    >>> regions, domains = st.pl.domains(adata, truth_key="region", show=False)
-    """
-    data, adata = adata, resolve_table(adata, table_key)
-    text = f"There is no obs[{key!r}]: st.tl.domains(adata) writes it."
-    require_name(key, adata.obs, text)
-    names = category_names(adata.obs[key])
-    shown, called = [key], {}
-    if truth_key is not None:
-        text = f"There is no obs[{truth_key!r}]: pass the column with the regions."
-        require_name(truth_key, adata.obs, text)
-        shown, truth = [truth_key, key], category_names(adata.obs[truth_key])
-        is_known = truth.notna() & names.notna()
-        if not is_known.any():
-            raise ValueError(f"No cell has both obs[{truth_key!r}] and obs[{key!r}].")
-        ari = metrics.ari(truth[is_known].astype(str), names[is_known].astype(str))
-        called[key] = f"{key} (ARI {ari:.2f})"
-    around = Around(
-        img_key, alpha_img, library_id, crop_coord, microns_per_unit, key if outlines else None
-    )
-    with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(ax, ncols, size, show, save, "domains", tissue, title, legend_loc, alpha)
-        colors: list[Categories | Values] = []
-        palette: dict[str, str] | None = None
-        for one in shown:
-            in_it = set(category_names(adata.obs[one]).cat.categories)
-            own: Any = [group for group in np.atleast_1d(groups or []) if group in in_it] or None
-            if own is None and one == key:
-                own = groups  # Refused there, with the nearest names.
-            if one == key and truth_key is not None:
-                palette = _matching_colors(adata, key, colors[0])
-            colors += resolve_colors(adata, one, palette=palette, groups=own, na_color=na_color)
-        titles = [[panel.titled(called.get(one, one)) for panel in panels] for one in shown]
-        return draw_maps(panels, colors, look, titles=titles, what="columns")
-
-
-def _matching_colors(adata: AnnData, key: str, regions: Any) -> dict[str, str]:
-    """Colours of domains: those of the regions that they match, others for the rest."""
-    column = category_names(adata.obs[key])
-    truth = category_names(adata.obs[regions.key])
-    overlap = pd.crosstab(column, truth).reindex(
-        index=column.cat.categories, columns=list(regions.names), fill_value=0
-    )
-    domain, region = linear_sum_assignment(overlap.to_numpy(), maximize=True)
-    pairs = [pair for pair in zip(domain, region, strict=True) if overlap.iloc[pair] > 0]
-    known = {str(overlap.index[d]): regions.colors[r] for d, r in pairs}
-    # A colour of a region that no domain matches stays free of meaning for the others.
-    spare = {
-        f"region {name}": shade for name, shade in zip(regions.names, regions.colors, strict=True)
-    }
-    names = list(map(str, column.cat.categories))
-    return dict(zip(names, fill_colors(names, {**spare, **known}), strict=True))
