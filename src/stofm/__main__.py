@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     text = "write a page of HTML about a slice: map, UMAP, domains, markers, how it was made"
-    report = commands.add_parser("report", parents=[shared, writing, slices], help=text)
+    report = commands.add_parser("report", parents=[shared, writing, slices, seed], help=text)
     add = report.add_argument
     add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
     add("output", type=local, help=".html; of several slices each gets its own")
