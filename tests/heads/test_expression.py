@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -75,13 +77,14 @@ def add(
     use_rep=(Obsm.X,),
     library_key=None,
     layer=None,
+    classes=None,
 ):
     """Components of all cells, and how they are read."""
     sections = resolve_slices(data, library_key, spatial_key="")
     rows = np.arange(sections.n_obs) if rows is None else rows
     request = Request(layer=layer, options=HeadOptions(n_components=n_components))
     blocks = blocks_of(sections, use_rep)
-    found, components = add_expression(sections, blocks, rows, request)
+    found, components = add_expression(sections, blocks, rows, request, classes)
     return components, found.expression
 
 
@@ -237,9 +240,55 @@ def test_blocks_layers_and_kinds_of_matrices(counts, components, vocabulary, tmp
     backed.file.close()
 
 
+def test_slices_are_centred_if_they_were_for_fitting(components, rng):
+    scores = rng.normal(size=(90, 6)).astype(np.float32) + 3.0
+    slices = [np.arange(0, 70, 2), np.arange(1, 70, 2), np.arange(70, 89), np.array([89])]
+    np.testing.assert_array_equal(components.centered(scores, slices), scores)
+    # Cells without components have no say in the mean.
+    scores[4] = np.nan
+    before, by_slice = scores.copy(), replace(components, by_slice=True)
+    found = by_slice.centered(scores, slices)
+    for rows in slices[:2]:
+        mean = np.nanmean(scores[rows], axis=0)
+        np.testing.assert_allclose(found[rows], scores[rows] - mean, atol=1e-5)
+    # The mean of fewer than 20 cells says nothing.
+    np.testing.assert_array_equal(found[70:], scores[70:])
+    np.testing.assert_array_equal(scores, before)
+    order = rng.permutation(90)
+    places = [np.argsort(order)[rows] for rows in slices]
+    np.testing.assert_array_equal(by_slice.centered(scores[order], places), found[order])
+
+
+def test_labelled_slices_that_differ(counts, vocabulary):
+    # The genes of each type are another one's: nothing of the mean is left.
+    other = (counts[:, ::-1] + 30 * (np.arange(N_GENES) < 20)).astype(np.float32)
+    data = [table(counts), table(other)]
+    components, scores = add(data)
+    assert components.by_slice
+    for own in (scores[:120], scores[120:]):
+        np.testing.assert_allclose(own.mean(axis=0), 0.0, atol=1e-3)
+    again = ExpressionComponents.of(components.entries, components.arrays)
+    sections = resolve_slices(data)
+    found = read_expression(again, sections, blocks_of(sections), None).expression
+    np.testing.assert_array_equal(found, scores)
+    # Few cells say nothing about a slice.
+    components, scores = add(data, np.arange(139))
+    assert not components.by_slice
+    np.testing.assert_array_equal(scores[:120], read(components, data[0], vocabulary))
+
+
+def test_slices_of_other_classes_are_not_centred(counts, vocabulary):
+    """What differs is what the slices are made of."""
+    axes = ExpressionComponents.fit(sparse.csr_matrix(counts), GENES, 1)
+    side = read(axes, table(counts), vocabulary)[:, 0] > 0
+    data, classes = [table(counts[side]), table(counts[~side])], np.sort(~side).astype(np.int64)
+    assert add(data)[0].by_slice
+    assert not add(data, classes=classes)[0].by_slice
+
+
 def test_arrays_are_exact(counts, components, vocabulary):
     again = ExpressionComponents.of(components.entries, components.arrays)
-    assert again.genes == components.genes
+    assert (again.genes, again.by_slice) == (components.genes, False)
     np.testing.assert_array_equal(
         read(again, table(counts), vocabulary), read(components, table(counts), vocabulary)
     )

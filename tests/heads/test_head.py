@@ -299,7 +299,7 @@ def mixed(adata, rng):
     blocks = Blocks(features, ("X_a", "X_b"), (2, 3), {"X_a": {}, "X_b": {}})
     request = Request(options=HeadOptions(n_components=4))
     slices = resolve_slices(adata, "library")
-    blocks, expression = add_expression(slices, blocks, np.arange(184), request)
+    blocks, expression = add_expression(slices, blocks, np.arange(184), request, None)
     networks = []
     for seed, d_input in enumerate((5, 5, 4)):
         torch.manual_seed(seed)

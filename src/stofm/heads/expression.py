@@ -11,6 +11,7 @@ from scipy.linalg import eigh
 from threadpoolctl import threadpool_limits
 
 from stofm._edge.expression import log_normalised
+from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import MADE_BY_EMBED
 from stofm.heads.genes import Gene, choose_panel, gene_blocks, read_columns, read_genes
@@ -38,6 +39,12 @@ _NOISE: Final = 0.1
 _ROWS_AT_ONCE: Final = 4096
 #: Fields that a head keeps with its weights.
 _ARRAYS: Final = ("shares", "chosen", "mean", "axes", "variances")
+#: Labelled slices whose mean lies so far from that of all, in shares of the variance, when cells of
+#: a class are compared: replicates in the benchmark have at most 0.06, patients whose expression
+#: can't be compared up to 0.43.
+_FAR: Final = 0.15
+#: The mean of fewer cells says too little.
+_FEW_CELLS: Final = 20
 #: Components with a smaller share of the first one's variance are rounding.
 _LEAST_SHARE: Final = 1e-6
 
@@ -78,6 +85,9 @@ class ExpressionComponents:
     axes: NDArray[np.float32]
     variances: NDArray[np.float32]
     target_sum: float  # total to which a cell's counts are scaled before the logarithm
+    #: Whether each slice's mean is taken off, since labelled slices differ in more than their
+    #: composition.
+    by_slice: bool = False
 
     @classmethod
     def fit(
@@ -152,10 +162,26 @@ class ExpressionComponents:
         scores = values[:, self.chosen[known]] @ axes - self.mean[known] @ axes
         return np.asarray(scores, dtype=np.float32)
 
+    def centered(
+        self, scores: NDArray[np.float32], parts: Sequence[NDArray[np.int64]]
+    ) -> NDArray[np.float32]:
+        """Take off the mean of each slice, but of one of a few cells, if that is how they are read.
+
+        `scores`, (n_obs, k), are NaN for cells without.
+        """
+        if not self.by_slice:
+            return scores
+        found = scores.copy()
+        for own in parts:
+            rows = own[np.isfinite(scores[own, 0])]
+            if len(rows) >= _FEW_CELLS:
+                found[rows] -= _mean(scores, rows)
+        return found
+
     @property
     def entries(self) -> dict[str, Any]:
         """What config.json of a head holds of it."""
-        return {name: getattr(self, name) for name in ("genes", "target_sum")}
+        return {name: getattr(self, name) for name in ("genes", "target_sum", "by_slice")}
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -186,16 +212,21 @@ def read_expression(
             continue
         if known is not None:
             scores[slices.places[k]] = known
-    return replace(blocks, expression=scores)
+    return replace(blocks, expression=components.centered(scores, slices.rows))
 
 
 def add_expression(
-    slices: SliceTables, blocks: Blocks, rows: NDArray[np.int64], request: Request
+    slices: SliceTables,
+    blocks: Blocks,
+    rows: NDArray[np.int64],
+    request: Request,
+    classes: NDArray[np.int64] | None,
 ) -> tuple[Blocks, ExpressionComponents | None]:
     """Find components of the labelled `rows`, in their order, and add those of all cells.
 
     Tables without labelled cells have a say in nothing, and no components. What can't be read is an
-    error if components are asked for, otherwise a warning.
+    error if components are asked for, otherwise a warning. Slices are compared class by class, if
+    there are `classes`, (n_obs,).
     """
     asked = request.options.n_components
     default = _N_COMPONENTS if set(blocks.use_rep) <= set(MADE_BY_EMBED) else 0
@@ -233,7 +264,37 @@ def add_expression(
             raise
         _warn_of(error, slices.n_obs)
         return blocks, None
-    return replace(blocks, expression=scores), components
+    codes = np.zeros(slices.n_obs, dtype=np.int64) if classes is None else classes
+    if _differ(scores, rows, slices.rows, codes, components.variances):
+        logger.info(
+            "Labelled slices differ in more than their composition: components of expression are "
+            "centred by slice."
+        )
+        components = replace(components, by_slice=True)
+    return replace(blocks, expression=components.centered(scores, slices.rows)), components
+
+
+def _differ(
+    scores: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    parts: Sequence[NDArray[np.int64]],
+    codes: NDArray[np.int64],
+    variances: NDArray[np.float32],
+) -> bool:
+    """Whether a labelled slice's mean is far from that of all, cells of a class compared."""
+    shifts = np.zeros_like(scores)
+    for code in np.unique(codes[rows]):
+        own = rows[codes[rows] == code]
+        shifts[own] = scores[own] - _mean(scores, own)
+    labelled = [np.intersect1d(own, rows) for own in parts]
+    means = [_mean(shifts, own) for own in labelled if len(own) >= _FEW_CELLS]
+    return len(means) > 1 and any(mean @ mean > _FAR * variances.sum() for mean in means)
+
+
+def _mean(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Mean of some rows; sorted, so that their order does not change a bit."""
+    mean = np.sort(scores[rows], axis=0).mean(axis=0, dtype=np.float64)
+    return np.asarray(mean, dtype=np.float32)
 
 
 def _warn_of(error: Exception, n_obs: int) -> None:

@@ -75,10 +75,11 @@ def fit(slices: SliceTables, targets: Targets, request: Request, task: str) -> F
     of the name of a tuned model.
     """
     options, known = request.options, np.flatnonzero(targets.is_known)
+    classes = targets.values if targets.kind == "classes" else None
     with all_or_nothing(*slices.tables):
         blocks = read_embeddings(slices, request)
         rows = row_order(blocks.features, targets.values, known)
-        blocks, expression = add_expression(slices, blocks, rows, request)
+        blocks, expression = add_expression(slices, blocks, rows, request, classes)
         blocks = choose_neighborhood(slices, blocks, request, known)
     # A model is tuned on a split, which is the only one then.
     n_rounds = _N_ROUNDS if options.strategy == "frozen" else 1
