@@ -31,13 +31,13 @@ import torch
 from sklearn.cluster import KMeans
 
 import stofm as st
+from stofm._edge.expression import log_normalised
 from stofm.align.expression import read_expression
 from stofm.align.inputs import Spots
 from stofm.align.losses import retrieval_ranks
 from stofm.align.prediction import Views, fit_predictor, predict_all
 from stofm.heads.genes import read_columns
 from stofm.heads.request import resolve_slices
-from stofm.heads.targets import log_normalised
 from stofm.train.run import peak_memory
 
 if TYPE_CHECKING:

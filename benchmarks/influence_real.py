@@ -22,14 +22,14 @@ from scipy import sparse
 
 import stofm as st
 from stofm.heads.request import Request
-from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
+from stofm.perturb.influence import by_genes, expressed, read_resource
 from stofm.perturb.masking import PairEffects, effects_between
 from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from stofm.perturb.ligand_receptor import Resource
+    from stofm.perturb.influence import Resource
 
 CORTEX, LYMPHOID = "dlpfc_151676", ("visium_breast_tile", "visium_hcc1")
 LAYERS = ["Layer1", "Layer2", "Layer3", "Layer4", "Layer5", "Layer6", "WM"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import stofm as st
-from stofm.perturb import engine, runs
+from stofm.perturb import engine
 
 
 def measure(n_cells: int, n_genes: int, n_edited: int, n_null: int) -> dict[str, float]:
@@ -29,7 +29,7 @@ def measure(n_cells: int, n_genes: int, n_edited: int, n_null: int) -> dict[str,
     small = st.datasets.simulate_slice(500, n_genes, seed=1)
     st.tl.screen(small, small.var_names[:2].tolist(), cells=small.obs_names[:9], null=0)
     done = {"encoded": 0, "embedded": 0}
-    encode, forward = engine.encode_cells, runs.SubSliceRun._forward
+    encode, forward = engine.encode_cells, engine.SubSliceRun._forward
 
     def counted_encode(encoder, ranked, *args, **options):
         done["encoded"] += ranked.n_cells
@@ -39,7 +39,7 @@ def measure(n_cells: int, n_genes: int, n_edited: int, n_null: int) -> dict[str,
         done["embedded"] += len(variants)
         return forward(run, variants)
 
-    engine.encode_cells, runs.SubSliceRun._forward = counted_encode, counted_forward
+    engine.encode_cells, engine.SubSliceRun._forward = counted_encode, counted_forward
     started, used = time.perf_counter(), time.process_time()
     table = st.tl.screen(
         adata, adata.var_names.tolist(), cells=cells, null=n_null, model=model, device="cpu"

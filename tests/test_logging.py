@@ -16,8 +16,8 @@ class Terminal(io.StringIO):
 
 def draw_bars():
     """Draw a bar of each kind, and count the states that stderr was given."""
-    list(progress(range(9), total=9, description="a", unit="step", show=True))
-    with counter(total=9, description="b", unit="step", show=True) as advance:
+    list(progress(range(9), "a", "step", show=True))
+    with counter(9, "b", "step", show=True) as advance:
         advance(9)
     bar = step_bar("c", total=9, done=0, show=True)
     bar.update()
@@ -46,4 +46,4 @@ def test_a_notebook_shows_bars_though_it_is_no_terminal(monkeypatch, config):
 
 def test_without_stderr_nothing_is_drawn(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    assert list(progress([1], total=1, description="a", unit="step", show=True)) == [1]
+    assert list(progress([1], "a", "step", show=True)) == [1]

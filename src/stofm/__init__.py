@@ -5,66 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stofm._lazy import lazy
-from stofm._version import __version__
 
 if TYPE_CHECKING:
-    from stofm import corpus, datasets, genes, im, metrics, nn, pl, pp, spatial, tl, train
-    from stofm._settings import settings
-    from stofm.genes import GeneVocabulary
-    from stofm.io import read
-    from stofm.nn import Stofm
-    from stofm.tl import AnnotationHead, DeconvolutionHead, ImputationHead
+    from stofm import corpus as corpus
+    from stofm import datasets as datasets
+    from stofm import genes as genes
+    from stofm import im as im
+    from stofm import metrics as metrics
+    from stofm import nn as nn
+    from stofm import pl as pl
+    from stofm import pp as pp
+    from stofm import spatial as spatial
+    from stofm import tl as tl
+    from stofm import train as train
+    from stofm._settings import settings as settings
+    from stofm._version import __version__ as __version__
+    from stofm.genes import GeneVocabulary as GeneVocabulary
+    from stofm.io import read as read
+    from stofm.nn import Stofm as Stofm
+    from stofm.tl import AnnotationHead as AnnotationHead
+    from stofm.tl import DeconvolutionHead as DeconvolutionHead
+    from stofm.tl import ImputationHead as ImputationHead
 
-__all__ = [
-    "AnnotationHead",
-    "DeconvolutionHead",
-    "GeneVocabulary",
-    "ImputationHead",
-    "Stofm",
-    "__version__",
-    "corpus",
-    "datasets",
-    "genes",
-    "im",
-    "metrics",
-    "nn",
-    "pl",
-    "pp",
-    "read",
-    "settings",
-    "spatial",
-    "tl",
-    "train",
-]
-
-_AREAS = (
-    "corpus",
-    "datasets",
-    "genes",
-    "im",
-    "metrics",
-    "nn",
-    "pl",
-    "pp",
-    "spatial",
-    "tl",
-    "train",
-)
-
-__getattr__ = lazy(
-    "stofm",
-    {area: f"stofm.{area}" for area in _AREAS}
-    | {
-        "GeneVocabulary": "stofm.genes",
-        "read": "stofm.io",
-        "settings": "stofm._settings",
-        "Stofm": "stofm.nn",
-        "AnnotationHead": "stofm.tl",
-        "DeconvolutionHead": "stofm.tl",
-        "ImputationHead": "stofm.tl",
-    },
-)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy(__name__)

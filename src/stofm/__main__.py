@@ -82,8 +82,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared, writing, slices, seed, device = (
-        argparse.ArgumentParser(add_help=False) for _ in range(5)
+    shared, writing, slices, seed, device, counts = (
+        argparse.ArgumentParser(add_help=False) for _ in range(6)
     )
     shared.add_argument("--quiet", action="store_true", help="only warnings and errors")
     shared.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -92,13 +92,20 @@ def _parser() -> argparse.ArgumentParser:
     slices.add_argument("--table-key", help="table of a SpatialData [the only one]")
     seed.add_argument("--seed", type=int, default=0)
     device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda, cuda:1 [auto]")
+    add = counts.add_argument
+    add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
+    add("--layer", help="layer with raw counts [X]")
+    add("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
+    add("--species", default="auto", choices=["auto", "human", "mouse"])
+    add("--gene-key", help="var column with gene ids [found automatically]")
+    add("--orthologs", help="table of mouse and human Ensembl ids")
     parser = argparse.ArgumentParser(
         prog="stofm", description="Foundation-model embeddings of spatial transcriptomics slices."
     )
     parser.add_argument("--version", action="version", version=f"stofm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
-    parents = [shared, writing, slices, seed, device]
+    parents = [shared, writing, slices, seed, device, counts]
     embed = commands.add_parser(
         "embed", parents=parents, help="embed the cells of a slice, or of many"
     )
@@ -114,13 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         type=local,
         help=".h5ad or .zarr (of a SpatialData, .h5ad gets the table); of many, a folder",
     )
-    add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
     add("--revision", help="branch, tag or commit of a model on the hub")
-    add("--layer", help="layer with raw counts [X]")
-    add("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
-    add("--species", default="auto", choices=["auto", "human", "mouse"])
-    add("--gene-key", help="var column with gene ids [found automatically]")
-    add("--orthologs", help="table of mouse and human Ensembl ids")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     add("--batch-size", type=int, help="sub-slices at a time")
     add("--key-added", default="X_stofm", help="obsm entry to write [%(default)s]")
@@ -129,19 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=_embed)
 
     text = "tell what embedding a slice will do, without doing it"
-    check = commands.add_parser("check", parents=[shared, slices, device], help=text)
-    add = check.add_argument
-    add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
-    add("--model", default="stofm-mini", help="folder or hub id [%(default)s]")
-    add("--layer", help="layer with raw counts [X]")
-    add("--spatial-key", default="spatial", help="obsm entry [%(default)s]")
-    add("--species", default="auto", choices=["auto", "human", "mouse"])
-    add("--gene-key", help="var column with gene ids [found automatically]")
-    add("--orthologs", help="table of mouse and human Ensembl ids")
+    check = commands.add_parser("check", parents=[shared, slices, device, counts], help=text)
+    check.add_argument(
+        "input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote"
+    )
     check.set_defaults(run=_check)
 
     text = "write a page of HTML about a slice: map, UMAP, domains, markers, how it was made"
-    report = commands.add_parser("report", parents=[shared, writing, slices], help=text)
+    report = commands.add_parser("report", parents=[shared, writing, slices, seed], help=text)
     add = report.add_argument
     add("input", type=local, help=".h5ad, .zarr, or a folder that an instrument wrote")
     add("output", type=local, help=".html; of several slices each gets its own")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 Config = TypeVar("Config")
@@ -114,9 +114,13 @@ def check_shares(config: Any, *names: str) -> None:
 
 def check_choice(config: Any, name: str, kind: Any) -> None:
     """Refuse a value of a config that is not among those of a literal type."""
-    value, allowed = getattr(config, name), get_args(kind)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, found {value!r}.")
+    check_one_of(name, getattr(config, name), get_args(kind))
+
+
+def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Refuse an argument that is not among some values."""
+    if value not in (known := list(allowed)):
+        raise ValueError(f"{name} must be one of {known}, found {value!r}.")
 
 
 def check_sum(config: Any, *names: str) -> None:

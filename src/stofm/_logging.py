@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
 T = TypeVar("T")
 
@@ -59,17 +59,15 @@ def _bar(items: Iterable[T] | None, *, show: bool, leave: bool = False, **option
     return tqdm(items, leave=leave, **options)
 
 
-def progress(
-    items: Iterable[T], *, total: int, description: str, unit: str, show: bool
-) -> Iterable[T]:
+def progress(items: Collection[T], description: str, unit: str, *, show: bool) -> Iterable[T]:
     """Wrap `items` in a progress bar."""
-    bar: Iterable[T] = _bar(items, total=total, desc=description, unit=unit, show=show)
+    bar: Iterable[T] = _bar(items, desc=description, unit=unit, show=show)
     return bar
 
 
 @contextmanager
 def counter(
-    *, total: int, description: str, unit: str, show: bool
+    total: int, description: str, unit: str, *, show: bool
 ) -> Iterator[Callable[[int], object]]:
     """Give a function that moves a bar on.
 

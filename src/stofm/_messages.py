@@ -7,6 +7,7 @@ other names for these calls it within :func:`naming`, which puts the caller's na
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import sys
@@ -22,7 +23,7 @@ from stofm._logging import logger
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _PACKAGE: Final = str(Path(__file__).parent)
 #: A value of an argument, if it is one word or quoted.
@@ -134,6 +135,24 @@ def changed(text: str) -> str:
     for change in _changes.get():
         text = change(text)
     return text
+
+
+def require_name(
+    name: str, known: Iterable[object], text: str, error: type[Exception] = KeyError
+) -> None:
+    """Refuse a name that is not known; the message ends with the nearest ones."""
+    if name not in known:
+        raise error(text + nearest_names(name, known))
+
+
+def nearest_names(name: str, names: Iterable[object]) -> str:
+    """Return a hint for an error message: the names most like `name`, or all if they are few."""
+    known = [str(other) for other in names]
+    lower = {other.lower(): other for other in reversed(known)}
+    near = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.5)
+    if near:
+        return f" Nearest: {[lower[other] for other in near]}."
+    return f" There are: {known[:10]}{' ...' if len(known) > 10 else ''}."
 
 
 def _rename_line(record: logging.LogRecord) -> bool:

@@ -303,5 +303,7 @@ def test_export_writes_stores_that_anndata_reads(build, tmp_path):
 
 def test_a_folder_that_is_no_corpus_is_refused(files):
     for function in (st.corpus.info, st.corpus.check):
-        with pytest.raises(FileNotFoundError, match=r"files is not a corpus .*stofm\.corpus\.build"):
+        with pytest.raises(
+            FileNotFoundError, match=r"files is not a corpus .*stofm\.corpus\.build"
+        ):
             function(files)

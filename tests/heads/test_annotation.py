@@ -10,7 +10,6 @@ import pytest
 import stofm as st
 from stofm._edge.tables import frame_names
 from stofm._keys import Obs, Obsm, Uns
-from stofm.heads.annotation import AnnotationHead
 
 QUIET = {"device": "cpu", "show_progress_bar": False, "use_rep": "X_pca"}
 RANDOM = st.tl.HeadOptions(split="random")
@@ -98,36 +97,6 @@ def test_far_cells_are_novel(cells):
     st.tl.annotate([cells, far], head=head, **QUIET)
     assert (cells.obs[Obs.NOVELTY] > 1).mean() < 0.3
     assert (far.obs[Obs.NOVELTY] > 2).all()
-
-
-def test_a_head_of_a_former_version(cells, tmp_path, caplog, monkeypatch):
-    """It had the means of the classes, and distances from them."""
-    head = st.tl.annotate(cells, label_key="label", options=RANDOM, **QUIET)
-    st.tl.annotate(cells, head=head, **QUIET)
-    own = AnnotationHead._own
-
-    def former(self):
-        entries, arrays = own(self)
-        arrays["means"] = arrays.pop("points")[:3]
-        return {
-            k: v for k, v in entries.items() if k not in {"sets", "novelty", "n_nearest"}
-        }, arrays
-
-    monkeypatch.setattr(AnnotationHead, "_own", former)
-    head.save(tmp_path / "head")
-    loaded = AnnotationHead.load(tmp_path / "head")
-    assert (loaded.sets, loaded.novelty) == (None, None)
-    features = np.asarray(cells.obsm["X_pca"], dtype=np.float32)
-    points = (features - loaded.surroundings.center) @ loaded.surroundings.projection
-    expected = np.linalg.norm(points[:, None] - loaded.surroundings.points, axis=2).min(axis=1)
-    np.testing.assert_allclose(loaded.surroundings.distances(features), expected, atol=5e-3)
-    with caplog.at_level("INFO", "stofm"):
-        st.tl.annotate(cells, head=loaded, **QUIET)
-    assert "saved by an older stofm" in caplog.text
-    assert Obs.NOVELTY not in cells.obs
-    assert Obsm.ANNOTATION_SET not in cells.obsm
-    with pytest.raises(ValueError, match="has no novelty"):
-        st.tl.novel(cells, loaded)
 
 
 @pytest.mark.parametrize("coverage", [0, 1, 1.5])

@@ -258,7 +258,7 @@ def test_embeddings_under_another_name_keep_their_origin(adata, model, other):
 
 def test_bad_representations(adata, pair, rng):
     adata.obsm["X_pca"] = rng.normal(size=(184, 5))
-    with pytest.raises(KeyError, match=r"Did you mean .*'X_pca'"):
+    with pytest.raises(KeyError, match=r"Nearest: .*'X_pca'"):
         read(adata, use_rep="X_pcs")
     adata.obsm["X_pca"][3, 1] = np.nan
     with pytest.raises(ValueError, match="1 of 184 cells have NaN"):

@@ -14,7 +14,6 @@ from stofm.heads.request import (
     HeadOptions,
     Request,
     check_whole_number,
-    moved_to_options,
     resolve_slices,
 )
 
@@ -160,26 +159,3 @@ def test_representations():
     for reps in ((), ("X", "X")):
         with pytest.raises(ValueError, match="each once"):
             Request(use_rep=reps)
-
-
-def test_arguments_that_moved():
-    @moved_to_options
-    def call(data, *, seed=0, options=None):
-        return data, seed, options
-
-    assert call(1, seed=2) == (1, 2, None)
-    told = (
-        r"^n_neighbors, split: pass options=st\.tl\.HeadOptions\(n_neighbors=\.\.\., split=\.\.\.\)"
-    )
-    with pytest.warns(FutureWarning, match=told) as warned:
-        found = call(1, split="random", n_neighbors=3)
-    assert found == (1, 0, HeadOptions(split="random", n_neighbors=3))
-    # It is told where the call is.
-    assert warned[0].filename == __file__
-    with pytest.warns(FutureWarning, match="^split: "):
-        _, _, options = call(1, split="random", options=HeadOptions(n_components=7))
-    assert options == HeadOptions(split="random", n_components=7)
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="split must be one of"):
-        call(1, split="rows")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'n_heads'"):
-        call(1, n_heads=3)

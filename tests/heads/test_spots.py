@@ -85,7 +85,7 @@ def test_proportions_that_can_not_be(spots):
         read(spots)
     with pytest.raises(KeyError, match=r"no obsm\['share'\]; there are \['shares', 'spatial'\]"):
         read(spots, "share")
-    with pytest.raises(KeyError, match=r"There is no obs column \['d'\]"):
+    with pytest.raises(KeyError, match=r"There is no obs\['d'\]"):
         read(spots, ["a", "d"])
     with pytest.raises(ValueError, match=r"obs\[\['library', 'a'\]\] must hold numbers"):
         read(spots, ["library", "a"])

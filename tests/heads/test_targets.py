@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
+from stofm._edge.expression import log_normalised
 from stofm.heads.request import resolve_slices
 from stofm.heads.targets import (
     MIN_SHARE,
@@ -16,7 +17,6 @@ from stofm.heads.targets import (
     ExpressionTargets,
     Targets,
     head_loss,
-    log_normalised,
     read_labels,
 )
 
@@ -219,7 +219,7 @@ def test_classes_whose_names_begin_alike(adata):
 
 def test_wrong_names(adata):
     slices = resolve_slices(adata, "library")
-    with pytest.raises(KeyError, match=r"did you mean \['kind'\]"):
+    with pytest.raises(KeyError, match=r"Nearest: \['kind'\]"):
         read_labels(slices, "kinds")
     for missing in ("Unknown", None):
         with pytest.raises(TypeError, match="must be a list of labels"):

@@ -46,27 +46,21 @@ def test_like_scipy_and_scikit_learn(pair):
     np.testing.assert_allclose(st.metrics.cosine(true, predicted), expected)
 
 
-def _scipys_distance(true, predicted, axis, base):
+def _scipys_divergence(true, predicted, axis):
     # Between equal distributions SciPy may take the root of a rounding error below 0.
     with np.errstate(invalid="ignore"):
-        found = distance.jensenshannon(true, predicted, axis=axis, base=base)
-    return np.nan_to_num(found, nan=0.0)
+        found = distance.jensenshannon(true, predicted, axis=axis, base=2.0)
+    return np.nan_to_num(found, nan=0.0) ** 2
 
 
 @settings(deadline=None, max_examples=60)
-@given(counts, some.sampled_from([2.0, np.e, 10.0]))
-@example((np.zeros((2, 6)), np.ones((2, 6))), 2.0)
-def test_jensen_shannon_like_scipy(pair, base):
+@given(counts)
+@example((np.zeros((2, 6)), np.ones((2, 6))))
+def test_jensen_shannon_like_scipy(pair):
     true, predicted = pair[0] + 1e-9, pair[1] + 1e-9
-    expected = _scipys_distance(true, predicted, 1, base)
-    found = st.metrics.jensen_shannon(true, predicted, base=base, root=True)
-    np.testing.assert_allclose(found, expected, atol=1e-7)
-    divergence = st.metrics.jensen_shannon(true, predicted, base=base)
-    np.testing.assert_allclose(divergence, expected**2, atol=1e-12)
-    by_column = st.metrics.jensen_shannon(true, predicted, base=base, per="column")
-    np.testing.assert_allclose(
-        by_column, _scipys_distance(true, predicted, 0, base) ** 2, atol=1e-12
-    )
+    for per, axis in (("row", 1), ("column", 0)):
+        found = st.metrics.jensen_shannon(true, predicted, per=per)
+        np.testing.assert_allclose(found, _scipys_divergence(true, predicted, axis), atol=1e-12)
 
 
 def test_vectors_give_numbers():
@@ -118,7 +112,6 @@ def test_nothing_measured_and_nothing_predicted():
     assert st.metrics.cosine(something, nothing) == 0.0
     assert np.isnan(st.metrics.jensen_shannon(nothing, something))
     assert st.metrics.jensen_shannon(something, nothing) == 1.0
-    assert st.metrics.jensen_shannon(something, nothing, base=np.e) == pytest.approx(np.log(2))
 
 
 def test_jensen_shannon_takes_shares_of_the_sum():
@@ -131,8 +124,6 @@ def test_jensen_shannon_takes_shares_of_the_sum():
 def test_jensen_shannon_of_what_is_no_distribution():
     with pytest.raises(ValueError, match=r"never negative; found -0\.5"):
         st.metrics.jensen_shannon([0.5, 0.5], [1.5, -0.5])
-    with pytest.raises(ValueError, match=r"base must be above 1, found 1\.0"):
-        st.metrics.jensen_shannon([1.0], [1.0], base=1.0)
 
 
 def test_one_value_can_not_be_correlated():

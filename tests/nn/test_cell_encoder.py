@@ -245,9 +245,7 @@ def test_gradients_reach_every_weight_but_what_is_pooled_by(golden, batch_with_v
 @pytest.mark.parametrize("options", [{"values": "log"}, {"pooled": True}])
 def test_without_values_it_says_what_to_run(golden, options):
     encoder = reading(golden, **options)
-    with pytest.raises(
-        ValueError, match=r"uses expression values.*st\.pp\.tokenize\(adata, model"
-    ):
+    with pytest.raises(ValueError, match=r"uses expression values.*st\.pp\.tokenize\(adata, model"):
         encoder.embed(golden[1], encoder.lay_out(torch.float32))
 
 

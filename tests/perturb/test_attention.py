@@ -9,7 +9,7 @@ from stofm.corpus.reader import take_cells
 from stofm.genes import RankedTokens
 from stofm.nn import SubSliceBatch
 from stofm.perturb import UneditedSlice
-from stofm.perturb.attention import attend
+from stofm.perturb.masking import attend
 from stofm.spatial import build_subslice
 
 

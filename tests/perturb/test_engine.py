@@ -8,8 +8,8 @@ import torch
 
 from stofm.corpus.reader import take_cells
 from stofm.nn import Stofm, embed_slice
-from stofm.perturb import Detached, Edit, UneditedSlice, runs
-from stofm.perturb.token_lists import delete
+from stofm.perturb import Detached, Edit, UneditedSlice, engine
+from stofm.perturb.tissue import delete
 from stofm.spatial import build_subslice
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_batches_and_other_edits_make_no_difference(whole, monkeypatch):
     edits = [deleting(whole, cells, gene) for gene in (7, 8, 9)]
     edits += [Edit(removed=cells[:5]), deleting(whole, cells[:40], 12)]
     with monkeypatch.context() as several:
-        several.setitem(runs.SUBSLICES_AT_ONCE, "cpu", 3)
+        several.setitem(engine.SUBSLICES_AT_ONCE, "cpu", 3)
         together = {(x.edit, x.rows[0]): x.after for x in whole.embed(edits)}
     assert len(together) == 3 * 3 + len(set(whole.layout.subslice[:5])) + len(
         set(whole.layout.subslice[:40])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
+from stofm.perturb.influence import by_genes, expressed, read_resource
 from stofm.perturb.masking import PairEffects
 
 GENES = ["L1", "L2", "R1", "R2", "HLA_X", "Z"]

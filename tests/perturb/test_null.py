@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stofm.perturb.null import adjusted, compare, draw_like, like
+from stofm.perturb.effect import adjusted, compare, draw_like, like
 
 
 def test_genes_of_like_detection_and_mean_are_found(rng):

@@ -5,7 +5,7 @@ import pytest
 
 from stofm.corpus.reader import take_cells
 from stofm.genes import RankedTokens
-from stofm.perturb.token_lists import cells_of, delete, put_first
+from stofm.perturb.tissue import cells_of, delete, put_first
 
 
 def lists(ranked):

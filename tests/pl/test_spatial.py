@@ -42,7 +42,6 @@ def test_one_panel_without_slices(adata: ad.AnnData) -> None:
 
 def test_y_points_down_unless_told(adata: ad.AnnData) -> None:
     assert st.pl.spatial(adata, show=False).yaxis_inverted()
-    assert not st.pl.spatial(adata, invert_y=False, show=False).yaxis_inverted()
 
 
 def test_one_panel_per_slice(adata: ad.AnnData) -> None:

@@ -11,7 +11,8 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 import stofm as st
 from stofm._edge.colors import PALETTE, UNKNOWN_COLOR, distinct_colors, fill_colors
-from stofm.pl._colors import NO_VALUE_COLOR, category_names, nearest_names
+from stofm._messages import nearest_names
+from stofm.pl._colors import NO_VALUE_COLOR, category_names
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 import stofm as st
+from stofm._edge.expression import log_normalised
 from stofm.align.losses import retrieval_ranks
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,7 +185,7 @@ def test_features_of_another_encoder_are_refused(
     del slides.uns["stofm"]["X_image_spot"]
     with pytest.raises(KeyError, match=r"no record .*st\.im\.embed"):
         align(slides)
-    with pytest.raises(KeyError, match=r"X_imag_spot.*Did you mean \['X_image_spot'\]"):
+    with pytest.raises(KeyError, match=r"X_imag_spot.*Nearest: \['X_image_spot'"):
         align(slides, image_key="X_imag")
 
 

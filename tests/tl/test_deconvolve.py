@@ -426,16 +426,6 @@ def test_squares_of_cells_of_which_a_layer_has_the_counts(cells, model, rng):
     assert np.isfinite(apply(query, head, model=model).obsm[KEY]).all(axis=None)
 
 
-def test_arguments_that_moved_to_the_options(spots, cells):
-    told = r"^n_components, spots: pass options=st\.tl\.HeadOptions\("
-    with pytest.warns(FutureWarning, match=told):
-        head = st.tl.deconvolve(
-            spots, reference=cells, label_key="kind", n_components=6, spots=RULES, **QUIET
-        )
-    assert head.expression.axes.shape[1] == 6
-    assert head.params["n_spots"] == 400
-
-
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.filterwarnings("ignore:Tuning")
 def test_tuning_the_model(spots, model):

@@ -118,7 +118,7 @@ def test_a_table_of_gene_sets(tissue):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"groupby": "stofm_domain"}, KeyError, r"no obs\['stofm_domain'\]; st.tl.domains"),
+        ({"groupby": "stofm_domain"}, KeyError, r"no obs\['stofm_domain'\]: st.tl.domains"),
         ({"groupby": "empty"}, ValueError, "No cell has a region"),
         ({"label_key": "kind"}, KeyError, r"no obs\['kind'\] with cell types, nor an obsm"),
         ({"gene_sets": {"s": ["TP53"]}}, ValueError, r"such as \['TP53'\], is in var_names"),

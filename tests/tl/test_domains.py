@@ -308,7 +308,7 @@ def test_slices_that_can_not_be_told_apart(embedded):
 
 
 def test_embedding_that_is_none(embedded):
-    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]; there are \['X_stofm', 'spa"):
+    with pytest.raises(KeyError, match=r"no obsm\['X_pca'\]\. There are: .*'X_stofm'"):
         st.tl.domains(embedded, use_rep="X_pca", library_key="library")
     embedded.obsm[Obsm.X][5:8, 2] = np.nan
     with pytest.raises(ValueError, match=r"3 of 184 cells have NaN or infinite values in obsm\['X"):

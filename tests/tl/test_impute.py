@@ -462,16 +462,6 @@ def test_options_are_checked_before_anything_is_embedded(fit, monkeypatch):
             fit(**options)
 
 
-def test_arguments_that_moved_to_the_options(training, query, fit, model):
-    expected = fit(n_components=0, split="slices")
-    told = r"^n_components, split: pass options=st\.tl\.HeadOptions\("
-    with pytest.warns(FutureWarning, match=told):
-        head = st.tl.impute(
-            training, genes=HELD_OUT, model=model, n_components=0, split="slices", **LIBRARY
-        )
-    pd.testing.assert_series_equal(head.gene_scores, expected.gene_scores)
-
-
 @pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2")
 def test_genes_that_a_file_can_not_name(fit, training, model, tmp_path, suffix):

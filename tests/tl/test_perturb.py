@@ -248,7 +248,7 @@ def test_masks_names_and_queries_select_the_same(adata, perturb):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"genes": {"ENSG00000000999": "delete"}}, KeyError, "no gene .* Did you mean"),
+        ({"genes": {"ENSG00000000999": "delete"}}, KeyError, "no gene .* Nearest"),
         (
             {"genes": {"ENSG90000000001": "delete"}},
             ValueError,
@@ -261,17 +261,21 @@ def test_masks_names_and_queries_select_the_same(adata, perturb):
         ({"genes": {GENE: "first"}, "remove": True}, ValueError, "found .'genes', 'remove'."),
         ({"remove": True, "cells": "kind == '9'"}, ValueError, "selects no cells.*holds .'0', '1'"),
         ({"remove": True, "cells": "type == '9'"}, ValueError, "is not a query of obs .*columns"),
-        ({"remove": True, "cells": "kind = '9'"}, ValueError, "is not a query of obs|gives no truth"),
+        (
+            {"remove": True, "cells": "kind = '9'"},
+            ValueError,
+            "is not a query of obs|gives no truth",
+        ),
         ({"remove": True, "cells": np.ones(7, dtype=bool)}, ValueError, "there are 184 cells"),
         ({"remove": True, "cells": ["cell1", "x"]}, KeyError, "1 of 2 names in `cells`"),
         ({"remove": True, "cells": np.arange(4)}, TypeError, "expected a mask of the cells, names"),
         ({"remove": True}, ValueError, "removes all .* cells of a slice"),
-        ({"shuffle": "region"}, KeyError, "There is no obs.'region'.; its columns are"),
+        ({"shuffle": "region"}, KeyError, "There is no obs.'region'."),
         ({"move": (1.0,)}, ValueError, "move must be .x, y., finite"),
         (
             {"remove": True, "goal": {"region": 1}},
             KeyError,
-            "There is no obs.'region'.; its columns are",
+            "There is no obs.'region'.",
         ),
         (
             {"remove": True, "goal": {"kind": "7"}},
@@ -280,7 +284,7 @@ def test_masks_names_and_queries_select_the_same(adata, perturb):
         ),
         ({"remove": True, "goal": "2"}, TypeError, "goal must be columns of obs .*found '2'"),
         ({"remove": True, "goal": ("kind", "2")}, TypeError, "Expected a head for annotation"),
-        ({"remove": True, "recompute": "all"}, ValueError, "recompute must be 'micro' or 'macro'"),
+        ({"remove": True, "recompute": "all"}, ValueError, "recompute must be one of"),
         ({"remove": True, "null": -2}, ValueError, "null must be a whole number"),
         ({"remove": True, "seed": -2}, ValueError, "seed must"),
     ],

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import stofm as st
-from stofm.heads.targets import log_normalised
+from stofm._edge.expression import log_normalised
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -75,7 +75,7 @@ def test_genes_outside_the_input_have_no_rank(adata, screen):
     [
         ("all", {}, "genes must be 'expressed' or a list of names, found 'all'"),
         ([], {}, "There is no gene to screen"),
-        ("expressed", {"edit": "silence"}, "edit must be 'delete' or 'first'"),
+        ("expressed", {"edit": "silence"}, "edit must be one of"),
     ],
 )
 def test_messages(screen, genes, options, message):

@@ -40,9 +40,7 @@ FAST = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, batch_size=2, accumul
 SPATIAL = StageConfig(
     name="spatial", epochs=3, subslice_cells=17, vary_subslices=True, optimizer=FAST
 )
-JOINT = replace(
-    SPATIAL, name="joint", sampled_cells=3, refresh_every=3, trains_masked_genes=True, epochs=2
-)
+JOINT = replace(SPATIAL, name="joint", sampled_cells=3, refresh_every=3, epochs=2)
 CELLS = StageConfig(name="cell_encoder", max_steps=3, optimizer=replace(FAST, batch_size=16))
 
 

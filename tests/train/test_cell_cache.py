@@ -154,9 +154,7 @@ def test_a_damaged_result_is_made_again(tmp_path, write_corpus, model, name, har
     expected = [old._replace(features=old.features.copy()) for old in made]
     path = sorted((tmp_path / "cells").glob(f"{name}.npy"))[0]
     harm(path)
-    with pytest.warns(
-        UserWarning, match=f"{path} is damaged: its content has changed. It is ma"
-    ):
+    with pytest.warns(UserWarning, match=f"{path} is damaged: its content has changed. It is ma"):
         _, found = encode(one)
     for new, old in zip(found, expected, strict=True):
         np.testing.assert_array_equal(new.features, old.features)

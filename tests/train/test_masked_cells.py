@@ -323,7 +323,6 @@ def test_all_tensors_go_to_the_device(vocabulary, masked):
         MaskedSubSliceBatch.from_masked(masked),
         sampled=(cells,),
         sampled_places=torch.tensor([40, 41, 45]),
-        genes=(genes,),
     )
     views = CellBatch(genes=genes, views=(cells, cells))
     moved = views.to("cpu")

@@ -468,7 +468,7 @@ def joint_batch(rng, vocabulary, masked):
 
 @pytest.fixture
 def joint(model, objective):
-    return JointObjective(model.cell_encoder, objective, stage("joint")).eval()
+    return JointObjective(model.cell_encoder, objective).eval()
 
 
 def test_fresh_embeddings_take_the_place_of_kept_ones(joint, joint_batch):
@@ -514,46 +514,6 @@ def test_without_sampled_cells_it_is_the_spatial_objective(joint, joint_batch):
         assert totals(joint(without)) == totals(joint.spatial(joint_batch))
 
 
-def test_masked_genes_can_be_trained_along(model, objective, joint_batch, vocabulary):
-    genes = tuple(
-        MaskedGenes.build(
-            group,
-            [np.random.default_rng(k) for k in range(len(group.tokens))],
-            masking=TokenMasking(),
-            vocabulary=vocabulary,
-        )
-        for group in joint_batch.sampled
-    )
-    joint = JointObjective(
-        model.cell_encoder,
-        objective,
-        stage(
-            "joint",
-            trains_masked_genes=True,
-            masked_genes=MaskedGeneConfig(candidates="batch"),
-            weights=LossWeights(masked_genes=0.3),
-        ),
-    )
-    assert joint.weights == {"masked_cells": 0.5, "pair_distances": 0.5, "masked_genes": 0.3}
-    calls = []
-
-    def gather(rows):
-        calls.append(rows)
-        return rows, 0
-
-    parts = joint(replace(joint_batch, genes=genes), gather)
-    assert list(parts) == list(joint.weights)
-    assert parts["masked_genes"].count == sum(len(group.labels) for group in genes)
-    # Once, however many groups a process has: the others may have another number.
-    assert len(calls) == 1
-    parts["masked_genes"].total.backward()
-    assert joint.gene_head.bias.grad[genes[1].labels].any()
-    # A process without sampled cells takes part in what all do.
-    nothing = joint(replace(joint_batch, sampled=(), sampled_places=None), gather)
-    assert (nothing["masked_genes"].total.item(), nothing["masked_genes"].count) == (0.0, 0)
-    assert len(calls) == 2
-
-
 @pytest.fixture
 def stages():
     reference = SpatialMasking.reference()
@@ -561,13 +521,12 @@ def stages():
         StageConfig(name="cell_encoder", masked_genes=MaskedGeneConfig(candidates="batch")),
         StageConfig(name="spatial"),
         StageConfig(name="spatial", spatial_masking=reference, cell_loss="cosine"),
-        StageConfig(name="joint", trains_masked_genes=True),
+        StageConfig(name="joint"),
     ]
 
 
 def test_stages_train_the_same_heads_unless_they_need_others(model, stages):
     cells, spatial, reference, joint = make_objectives(model, stages, seed=0)
-    assert joint.gene_head is cells.gene_head
     assert joint.spatial.cell_head is spatial.cell_head
     # One has a learned vector in place of hidden features, the other a number.
     assert reference.cell_head is not spatial.cell_head
@@ -670,7 +629,7 @@ def head():
 @pytest.mark.parametrize("candidates", ["vocabulary", "batch"])
 def test_masked_gene_loss_by_its_formula(model, genes, head, candidates):
     encoder = model.cell_encoder
-    part = masked_gene_loss(encoder, head, [genes], how=MaskedGeneConfig(candidates=candidates))
+    part = masked_gene_loss(encoder, head, genes, how=MaskedGeneConfig(candidates=candidates))
     with torch.no_grad():
         hidden = encoder.hidden_states(genes.tokens)
         words = encoder.bert.embeddings.word_embeddings.weight
@@ -694,7 +653,7 @@ def test_candidates_are_the_genes_of_all_processes(model, genes, head, monkeypat
     gather = OfAll([own[:, None], other[:, None]], 0)
     for candidates in ("batch", "vocabulary"):
         how = MaskedGeneConfig(candidates=candidates)
-        masked_gene_loss(model.cell_encoder, head, [genes], how=how, gather=gather)
+        masked_gene_loss(model.cell_encoder, head, genes, how=how, gather=gather)
     assert among[0].tolist() == sorted({*own.tolist(), 9, 41, 66})
     assert among[1] is None
 
@@ -702,7 +661,7 @@ def test_candidates_are_the_genes_of_all_processes(model, genes, head, monkeypat
 def test_nothing_to_recover_gives_zero_and_a_gradient(model, genes, head):
     nothing = replace(genes, places=genes.places[:0], labels=genes.labels[:0])
     parts = [
-        masked_gene_loss(model.cell_encoder, head, [nothing], how=MaskedGeneConfig()),
+        masked_gene_loss(model.cell_encoder, head, nothing, how=MaskedGeneConfig()),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16)),
         masked_cell_loss(head.dense(torch.zeros(0, 16)), torch.zeros(0, 16), kind="cosine"),
         pair_distance_loss(head.dense(torch.zeros(0, 16))[:, 0], torch.zeros(0)),

@@ -227,12 +227,9 @@ def test_numbers_and_names_for_messages(make):
 
 @pytest.fixture
 def joint(make, corpus, model):
-    def joint(*, sampled_cells=5, token_masking=None, **changed):
+    def joint(*, sampled_cells=5, **changed):
         reader = TokenReader(corpus, model.config.cell_encoder, model.vocabulary)
-        tokens = {"sampled_cells": sampled_cells}
-        if token_masking is not None:
-            tokens |= {"masking": token_masking, "trains_masked_genes": True}
-        return make(reader=reader, config=tokens, **changed)
+        return make(reader=reader, config={"sampled_cells": sampled_cells}, **changed)
 
     return joint
 
@@ -258,7 +255,6 @@ def test_sampled_cells_stand_where_their_embeddings_go(joint, corpus):
     for k, tokens in enumerate(read):
         own = expected.tokens[expected.offsets[k] : expected.offsets[k + 1]][:40]
         assert tokens == [69, *own.tolist()]
-    assert inputs.genes == ()
 
 
 def test_sampling_follows_the_sample_alone(joint):
@@ -280,17 +276,6 @@ def test_small_sub_slices_give_all_the_cells_that_they_have(joint):
     inputs = samples.load(batch, 0)
     assert len(inputs.sampled_places) == len(batch)
     assert sorted(inputs.sampled_places.tolist()) == sorted(inputs.hidden_places.tolist())
-
-
-def test_genes_are_hidden_if_asked(joint):
-    samples = joint(token_masking=TokenMasking(share=0.5))
-    inputs = samples.load(samples.epoch(0)[0], 0)
-    assert len(inputs.genes) == len(inputs.sampled)
-    for group, hidden in zip(inputs.sampled, inputs.genes, strict=True):
-        is_mask = hidden.tokens.tokens == 1
-        assert torch.equal(group.tokens[is_mask], hidden.labels)
-        assert torch.equal(hidden.tokens.tokens[~is_mask], group.tokens[~is_mask])
-    assert sum(len(hidden.labels) for hidden in inputs.genes) > 10
 
 
 def test_joint_numbers(joint):

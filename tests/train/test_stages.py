@@ -82,7 +82,7 @@ def moves(module):
         ("spatial", {"virtual_cells": False}, False, True),
         ("spatial", {"spatial_masking": SpatialMasking.reference()}, False, True),
         ("joint", {}, True, True),
-        ("joint", {"trains_masked_genes": True, "sampled_cells": 3}, True, True),
+        ("joint", {"sampled_cells": 3}, True, True),
     ],
 )
 def test_real_objective_learns_from_each_stage(setup, name, options, trains_cells, trains_space):

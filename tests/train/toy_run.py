@@ -212,8 +212,6 @@ def pretrain(out: Path, options: dict[str, Any]) -> None:
         "subslice_cells": 17,
         "vary_subslices": True,
         "sampled_cells": 3,
-        "trains_masked_genes": True,
-        "masked_genes": MaskedGeneConfig(candidates="batch"),
     }
     result = train(
         anndata.read_h5ad(options["data"]),
@@ -221,7 +219,12 @@ def pretrain(out: Path, options: dict[str, Any]) -> None:
         stage=[
             StageConfig(name="spatial", **on_subslices),
             StageConfig(name="joint", **on_subslices),
-            StageConfig(name="cell_encoder", max_steps=4, optimizer=optimizer),
+            StageConfig(
+                name="cell_encoder",
+                max_steps=4,
+                optimizer=optimizer,
+                masked_genes=MaskedGeneConfig(candidates="batch"),
+            ),
             StageConfig(name="joint", refresh_every=1, **on_subslices),
         ],
         validation=anndata.read_h5ad(options["held_out"]),

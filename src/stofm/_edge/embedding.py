@@ -231,12 +231,8 @@ def _embed_slices(
         dtype=run.dtype,
         batch_size=run.batch_size,
     )
-    with counter(
-        total=layouts.n_subslices,
-        description="embed sub-slices",
-        unit="sub-slice",
-        show=run.show_progress_bar,
-    ) as advance:
+    show = run.show_progress_bar
+    with counter(layouts.n_subslices, "embed sub-slices", "sub-slice", show=show) as advance:
         if len(layouts.layouts) == 1:
             # All rows in order, so nothing is copied.
             return embed_one(layouts.layouts[0], features, on_done=advance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import warnings
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from scipy import sparse
 from stofm._arrays import count_not_finite
 from stofm._keys import Obsm, Uns
 from stofm._logging import logger
+from stofm._messages import require_name
 from stofm._version import __version__
 from stofm.genes.ranking import require_sound
 
@@ -149,14 +149,8 @@ def layer_names(adata: AnnData) -> list[str]:
 
 def read_representation(adata: AnnData, rep: str) -> NDArray[np.float32]:
     """Read an entry of ``obsm`` as finite float32 (n_obs, d)."""
-    if rep not in adata.obsm:
-        there = sorted(map(str, adata.obsm))
-        near = difflib.get_close_matches(rep, there, n=1)
-        hint = f"Run {_STEPS[rep]}(adata) first." if rep in _STEPS else f"Did you mean {near}?"
-        msg = (
-            f"There is no obsm[{rep!r}]; there are {there}. {hint if rep in _STEPS or near else ''}"
-        )
-        raise KeyError(msg.rstrip())
+    hint = f" Run {_STEPS[rep]}(adata) first." if rep in _STEPS else ""
+    require_name(rep, adata.obsm, f"There is no obsm[{rep!r}].{hint}")
     stored: Any = adata.obsm[rep]
     require_sound(stored, f"adata.obsm[{rep!r}]")
     values = np.asarray(stored.toarray() if sparse.issparse(stored) else stored)

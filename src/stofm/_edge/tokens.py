@@ -45,7 +45,7 @@ def compute_tokens(
 ) -> RankedTokens:
     """Read the counts block by block and rank them; writes nothing. See :func:`token_blocks`."""
     ranked = RankedTokens.concatenate(list(token_blocks(adata, columns, params, **options)))
-    warn_of_empty_cells(ranked)
+    warn_of_empty_cells(ranked.n_tokens)
     return ranked
 
 
@@ -58,9 +58,7 @@ def token_blocks(
 ) -> Iterator[RankedTokens]:
     """Yield the tokens by blocks of cells, in order; the mapping is reported at the end."""
     total = np.zeros(adata.n_vars)
-    with counter(
-        total=adata.n_obs, description="tokenize", unit="cell", show=show_progress_bar
-    ) as advance:
+    with counter(adata.n_obs, "tokenize", "cell", show=show_progress_bar) as advance:
         for block in read_counts(adata, layer=params["layer"] or None):
             yield rank_genes(
                 block,
@@ -110,11 +108,11 @@ def _depth_power_of_embedded_model() -> float:
     return float(json.loads(config.read_text(encoding="utf-8"))["cell_encoder"]["depth_power"])
 
 
-def warn_of_empty_cells(ranked: RankedTokens) -> None:
+def warn_of_empty_cells(n_tokens: NDArray[np.integer]) -> None:
     """Warn if some cells have no tokens."""
-    if n_empty := int((ranked.n_tokens == 0).sum()):
+    if n_empty := int((n_tokens == 0).sum()):
         warn(
-            f"{n_empty} of {ranked.n_cells} cells have no count in any known gene; they have no "
+            f"{n_empty} of {len(n_tokens)} cells have no count in any known gene; they have no "
             "tokens, so a model sees only the <cls> token."
         )
 

@@ -9,12 +9,12 @@ import numpy as np
 from scipy import sparse
 from scipy.linalg import eigh
 
+from stofm._edge.expression import log_normalised
 from stofm._keys import Obsm
 from stofm._messages import warn
 from stofm.align.inputs import read_reps
 from stofm.align.network import LEVELS
 from stofm.heads.genes import choose_panel, read_columns, read_genes
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING
 from stofm._lazy import lazy
 
 if TYPE_CHECKING:
-    from stofm.corpus._build import build
-    from stofm.corpus._embed import embed
-    from stofm.corpus._upkeep import check, export, info
+    from stofm.corpus._build import build as build
+    from stofm.corpus._embed import embed as embed
+    from stofm.corpus._upkeep import check as check
+    from stofm.corpus._upkeep import export as export
+    from stofm.corpus._upkeep import info as info
 
-__all__ = ["build", "check", "embed", "export", "info"]
-
-__getattr__ = lazy(
-    "stofm.corpus",
-    {name: f"stofm.corpus._{name}" for name in ("build", "embed")}
-    | dict.fromkeys(("check", "export", "info"), "stofm.corpus._upkeep"),
-)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy(__name__)

@@ -128,7 +128,9 @@ def build(
     options = options or FileConfig()
     found = find_files(files, options)
     sources = list(enumerate(found))[part - 1 :: n_parts]
-    evaluation, patterns = _split_excluded(exclude, options)
+    given = [exclude] if isinstance(exclude, str | Path) else list(exclude)
+    paths = [one for one in given if local(one).exists()]
+    evaluation, patterns = find_files(paths, options), [str(p) for p in given if p not in paths]
     orthologs = read_all_orthologs([*found, *evaluation])
     if unused := [one for one in patterns if not any(_is_named(source, one) for source in found)]:
         warn(f"exclude = {unused} names neither an existing file nor one of `files`: check it.")
@@ -146,13 +148,7 @@ def build(
         jobs = [job for job in keyed if job[0] not in done]
         names = [*patterns, *(one.name for one in evaluation)]
         make = partial(_make, folder=folder, min_genes=min_genes, names=names)
-        results = progress(
-            run_each(make, jobs, client),
-            total=len(jobs),
-            description="build corpus",
-            unit="file",
-            show=show_progress_bar,
-        )
+        results = run_each(make, jobs, client, "build corpus", "file", show=show_progress_bar)
         _join(folder, _sound(folder, results), part, shard_bytes)
         with FileLock(folder / _MANIFEST_LOCK):
             manifest = write_manifest(folder)
@@ -167,13 +163,6 @@ def parse_share(shard: str) -> tuple[int, int]:
     if not 1 <= part <= n_parts:
         raise ValueError(f"`shard` must be '1/8' to '8/8' for eight shares, found {shard!r}.")
     return part, n_parts
-
-
-def _split_excluded(exclude: Any, options: FileConfig) -> tuple[list[SliceSource], list[str]]:
-    """Files of evaluation slices, and patterns of names."""
-    given = [exclude] if isinstance(exclude, str | Path) else list(exclude)
-    paths = [one for one in given if local(one).exists()]
-    return find_files(paths, options), [str(one) for one in given if one not in paths]
 
 
 def _is_named(source: SliceSource, pattern: str) -> bool:
@@ -212,7 +201,13 @@ def key_of(source: SliceSource, orthologs: Any) -> str:
 
 
 def run_each(
-    make: Callable[[Any], object], jobs: Sequence[Any], client: Any
+    make: Callable[[Any], object],
+    jobs: Sequence[Any],
+    client: Any,
+    description: str,
+    unit: str,
+    *,
+    show: bool,
 ) -> Iterator[tuple[Any, Exception | None]]:
     """Do jobs here or on the workers of a Dask client; yields each with its error, in order.
 
@@ -220,7 +215,7 @@ def run_each(
     """
     futures = None if client is None else client.map(make, jobs, pure=False)
     try:
-        for number, job in enumerate(jobs):
+        for number, job in enumerate(progress(jobs, description, unit, show=show)):
             failed = None
             try:
                 if futures is None:

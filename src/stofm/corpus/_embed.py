@@ -11,7 +11,7 @@ from stofm._config import read_json
 from stofm._edge.slice_files import write_data
 from stofm._files import local
 from stofm._keys import Obsm, Uns
-from stofm._logging import logger, progress
+from stofm._logging import logger
 from stofm._messages import text_of, warn
 from stofm.corpus._build import key_of, parse_share, run_each
 from stofm.corpus.manifest import is_corpus
@@ -107,13 +107,7 @@ def embed(
     turns = {} if client is None else _turns(client.run(socket.gethostname))
     make = partial(_embed, model=model, device=device, dtype=dtype, seed=seed, turns=turns)
     with alone(folder / f".embed-{part}.lock"):
-        results = progress(
-            run_each(make, jobs, client),
-            total=len(jobs),
-            description="embed slices",
-            unit="slice",
-            show=show_progress_bar,
-        )
+        results = run_each(make, jobs, client, "embed slices", "slice", show=show_progress_bar)
         failed = [text_of(error) for _, error in results if error is not None]
     logger.info("%d slices are embedded into %s.", len(jobs) - len(failed), folder)
     if failed:

@@ -101,11 +101,7 @@ def export(
     names = unique_names([one.name for one in slices])
     folder.mkdir(parents=True, exist_ok=True)
     shown = progress(
-        zip(slices, names, strict=True),
-        total=len(slices),
-        description="export",
-        unit="slice",
-        show=show_progress_bar,
+        list(zip(slices, names, strict=True)), "export", "slice", show=show_progress_bar
     )
     with alone(folder / ".export.lock"):
         for one, name in shown:

@@ -25,17 +25,10 @@ SHARDS, PARTS, FAILED, HELD_OUT = "shards", "parts", "failed", "held_out"
 #: Columns of the manifest, and their values if nothing is known.
 COLUMNS: Final[dict[str, Any]] = {
     **{"name": "", "source": "", "slice": "", "status": "ok", "reason": ""},
-    **{
-        "licence": "",
-        "technology": "",
-        "species": "",
-        "tissue": "",
-        "donor": "",
-        "unit": "unknown",
-    },
-    **{"cells": 0, "cells_left_out": 0, "min_genes": 0, "genes": 0, "genes_matched": 0},
-    **{"counts_kept": float("nan"), "gene_report": "", "checksum": "", "content": ""},
-    **{"shard": "", "number": -1, "key": "", "order": 0},
+    **dict.fromkeys(("licence", "technology", "species", "tissue", "donor"), ""),
+    **{"unit": "unknown", "cells": 0, "cells_left_out": 0, "min_genes": 0, "genes": 0},
+    **{"genes_matched": 0, "counts_kept": float("nan"), "gene_report": "", "checksum": ""},
+    **{"content": "", "shard": "", "number": -1, "key": "", "order": 0},
 }
 
 

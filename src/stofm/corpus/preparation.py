@@ -83,10 +83,8 @@ def prepare_slices(
     A file is read again only if it, its options (with what is in a table of orthologs) or the
     model's vocabulary has changed. Slices of a corpus with that vocabulary are taken as they are.
     """
-    orthologs, show = read_all_orthologs(sources), show_progress_bar
-    shown = progress(
-        sources, total=len(sources), description="prepare slices", unit="file", show=show
-    )
+    orthologs = read_all_orthologs(sources)
+    shown = progress(sources, "prepare slices", "file", show=show_progress_bar)
     found = [_prepare(one, model.vocabulary, folder, orthologs) for one in shown]
     return [pair for pairs in found for pair in pairs]
 

@@ -17,7 +17,7 @@ from stofm._edge.slices import read_places
 from stofm._edge.tokens import warn_of_empty_cells
 from stofm._keys import Uns
 from stofm.corpus.shards import Shard, ShardWriter, write_shard
-from stofm.genes import RankedTokens, rank_genes
+from stofm.genes import rank_genes
 from stofm.spatial import normalize_coordinates
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_source(
                 cells.write(in_order, options.layer)
             whole = Shard(folder)
             if not min_genes:
-                _warn_of_empty_cells(whole)
+                warn_of_empty_cells(np.diff(whole["offsets"]))
         about = {**cells.about, **source.about, **(entries or {})}
         about["technology"] = options.technology or about["technology"]
         found = []
@@ -187,12 +187,6 @@ class RankedCells:
             "totals": np.asarray(block.sum(axis=1, dtype=np.float64)).ravel(),
             "hashes": ends[genes.indptr[1:]] - ends[genes.indptr[:-1]],
         }
-
-
-def _warn_of_empty_cells(shard: Shard) -> None:
-    # The values of the tokens do not matter.
-    tokens = np.broadcast_to(np.int32(0), int(shard["offsets"][-1]))
-    warn_of_empty_cells(RankedTokens(tokens, shard["offsets"]))
 
 
 def _find_twin(hashes: NDArray[np.uint64], known: Mapping[str, NDArray[np.uint64]]) -> str:

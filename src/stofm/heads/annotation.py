@@ -50,8 +50,8 @@ _NOVELTY: Final = "_novelty"
 #: Fields that config.json holds as dicts of numbers.
 _TRUST: Final[dict[str, Any]] = {"rejection": Rejection, "sets": PredictionSets, "novelty": Novelty}
 _NO_NOVELTY: Final = (
-    "The head has no novelty and no prediction sets: it was saved by an older stofm, or no labelled "
-    "cell was held out. Fit it again to have them."
+    "The head has no novelty and no prediction sets: no labelled cell was held out. Fit it to more "
+    "cells to have them."
 )
 
 
@@ -121,10 +121,7 @@ class AnnotationHead(Head):
             found = found._replace(sets=self.sets.of(probabilities))
         if self.surroundings is None:
             return found
-        # Heads of former versions read all embeddings, and know distances alone.
-        near = blocks.averaged[0]
-        is_read = near.shape[1] == len(self.surroundings.center)
-        far = self.surroundings.distances(near if is_read else blocks.features)
+        far = self.surroundings.distances(blocks.averaged[0])
         if self.novelty is not None:
             novelty = self.novelty.of(far, self.energies(blocks))
             found = found._replace(novelty=novelty.astype(np.float32))
@@ -198,22 +195,18 @@ class AnnotationHead(Head):
             entries[name] = None if one is None else asdict(one)
         if self.surroundings is None:
             return entries, arrays
-        parts = dict(vars(self.surroundings))
-        entries["n_nearest"] = parts.pop("n_nearest")
-        return entries, arrays | parts
+        return entries, arrays | vars(self.surroundings)
 
     @classmethod
     def _read_own(cls, own: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
         fields = super()._read_own(own, arrays) | {"temperature": own["temperature"]}
         fields[Label.FITTED] = arrays.get(Label.FITTED)
         for name, kind in _TRUST.items():
-            if own.get(name) is not None:
+            if own[name] is not None:
                 fields[name] = kind(**own[name])
-        # Former versions measured distances from the classes' means.
-        points = arrays.get("points", arrays.get("means"))
-        if points is not None:
-            parts = (arrays["center"], arrays["projection"], points)
-            fields["surroundings"] = Surroundings(*parts, own.get("n_nearest", 1))
+        if "points" in arrays:
+            parts = {one: arrays[one] for one in ("center", "projection", "points")}
+            fields["surroundings"] = Surroundings(**parts)
         return fields
 
 

@@ -10,11 +10,11 @@ from scipy import sparse
 from scipy.linalg import eigh
 from threadpoolctl import threadpool_limits
 
+from stofm._edge.expression import log_normalised
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.embeddings import MADE_BY_EMBED
 from stofm.heads.genes import Gene, choose_panel, gene_blocks, read_columns, read_genes
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from stofm.heads.blocks import Blocks, Source
     from stofm.heads.embeddings import Origin
-    from stofm.heads.network import FittedHead
     from stofm.heads.request import Request, SliceTables
     from stofm.heads.targets import Targets
     from stofm.nn import Stofm
@@ -234,40 +233,31 @@ def fit_members(
     rotations: dict[Source, Rotation] = {}
     planned = _kinds(blocks, targets)
     total = sum(len(splits) + is_linear for _, is_linear in planned)
-    bar = counter(total=total, description="fit head", unit="member", show=show_progress_bar)
-    with bar as advance:
-
-        def linear(rotation: Rotation, rows: NDArray[np.int64]) -> PredictionHead:
-            found = fit_linear(rotation.values, targets, rows)
-            advance(1)
-            return found
-
-        def network(rotation: Rotation, split: Split, seed: int) -> FittedHead:
-            found = fit_head(
-                rotation.values,
-                targets,
-                fitted=split.fitted,
-                held_out=split.held_out,
-                input_widths=rotation.widths,
-                training=IMPUTING if targets.kind == "values" else VOTING,
-                seed=seed,
-            )
-            advance(1)
-            return found
-
+    with counter(total, "fit head", "member", show=show_progress_bar) as advance:
         for reads, is_linear in planned:
             if reads not in rotations:
                 rotations[reads] = Rotation(blocks.of(reads), blocks.widths_of(reads), known)
             rotation = rotations[reads]
             if is_linear:
-                trials = [linear(rotation, split.fitted) for split in splits]
-                kept = [linear(rotation, known)]
+                trials = [fit_linear(rotation.values, targets, split.fitted) for split in splits]
+                kept = [fit_linear(rotation.values, targets, known)]
             else:
-                parts = zip(splits, seeds, strict=True)
-                fits = [network(rotation, split, seed) for split, seed in parts]
+                fits = [
+                    fit_head(
+                        rotation.values,
+                        targets,
+                        fitted=split.fitted,
+                        held_out=split.held_out,
+                        input_widths=rotation.widths,
+                        training=IMPUTING if targets.kind == "values" else VOTING,
+                        seed=seed,
+                    )
+                    for split, seed in zip(splits, seeds, strict=True)
+                ]
                 histories += [one.history.assign(reads=reads) for one in fits]
                 trials = kept = [one.head for one in fits]
             kinds.append(_Kind(reads, rotation.values, trials, list(map(rotation.undone, kept))))
+            advance(len(splits) + is_linear)
     weights, votes = _weigh(kinds, targets, held_out)
     shares = zip(weights.tolist(), kinds, strict=True)
     histories = [one.assign(network=k) for k, one in enumerate(histories)]

@@ -5,7 +5,6 @@ Genes to impute are in nothing that is read: tables are reduced to the other gen
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -15,6 +14,7 @@ import pandas as pd
 from stofm._edge.tables import all_or_nothing
 from stofm._keys import Obsm
 from stofm._logging import logger
+from stofm._messages import nearest_names
 from stofm.genes import embedded_vocabulary
 from stofm.heads.embeddings import MADE_BY_EMBED
 from stofm.heads.fitting import fit, score_outputs
@@ -105,11 +105,10 @@ class ImputationHead(Head):
         places = {gene_id: k for k, gene_id in enumerate(self.output_ids) if gene_id}
         places |= {name: k for k, name in enumerate(self.outputs)}
         if unknown := [gene for gene in asked if gene not in places]:
-            near = difflib.get_close_matches(unknown[0], places, n=3)
             raise ValueError(
                 f"The head does not impute {len(unknown)} of {len(asked)} genes, for example "
-                f"{unknown[:3]} (near {unknown[0]!r}: {near or 'nothing'}). It knows "
-                f"{len(self.outputs)} genes, see head.genes; fit one with these genes."
+                f"{unknown[:3]}; it knows {len(self.outputs)}, see head.genes. Fit one with these "
+                f"genes.{nearest_names(unknown[0], places)}"
             )
         columns = np.array([places[gene] for gene in asked], dtype=np.int64)
         if not len(columns) or len(np.unique(columns)) < len(columns):

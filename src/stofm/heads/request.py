@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import operator
-import warnings
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -39,8 +37,6 @@ DEFAULT_REP = (Obsm.X_CELL, Obsm.X)
 #: ``"frozen"``: the head alone is fitted. Otherwise the model is tuned with it: by changes of low
 #: rank (``"lora"``), or all its weights (``"full"``).
 Strategy = Literal["frozen", "lora", "full"]
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
 _Read = TypeVar("_Read")
 
 
@@ -180,29 +176,6 @@ class Request:
             )
         if options.split == "blocks" or options.strategy != "frozen":
             slices.coordinates(self.spatial_key)
-
-
-def moved_to_options(
-    function: Callable[_Parameters, _Result],
-) -> Callable[_Parameters, _Result]:
-    """Take arguments that are now fields of :class:`HeadOptions`, with a FutureWarning."""
-
-    @functools.wraps(function)
-    def call(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        given: dict[str, Any] = kwargs
-        names = [name for name in HeadOptions.__dataclass_fields__ if name in given]
-        if names:
-            warnings.warn(
-                f"{', '.join(names)}: pass options=st.tl.HeadOptions("
-                f"{', '.join(f'{name}=...' for name in names)}) instead.",
-                FutureWarning,
-                stacklevel=2,
-            )
-            moved = {name: given.pop(name) for name in names}
-            given["options"] = replace(given.get("options") or HeadOptions(), **moved)
-        return function(*args, **kwargs)
-
-    return call
 
 
 def check_whole_number(name: str, value: Any, *, least: int) -> None:

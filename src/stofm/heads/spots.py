@@ -14,7 +14,7 @@ from stofm._edge.counts import read_counts
 from stofm._edge.tables import frame_names
 from stofm._keys import Obsm
 from stofm._logging import counter, logger
-from stofm._messages import naming, warn
+from stofm._messages import naming, require_name, warn
 from stofm.genes.ranking import require_sound
 from stofm.heads.embeddings import gene_records
 from stofm.heads.expression import ExpressionComponents
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from stofm.heads.genes import Gene
-    from stofm.heads.network import FittedHead
     from stofm.heads.request import Request
     from stofm.heads.targets import Labels
-    from stofm.spatial.spots import SimulatedSpots
 
 #: By so much the proportions of a spot may miss 1: rounding, not something left out.
 _TOLERANCE: Final = 1e-3
@@ -114,8 +112,8 @@ def read_proportions(slices: SliceTables, key: str | Sequence[str]) -> SpotTable
 def _read_frame(adata: AnnData, key: str | Sequence[str]) -> pd.DataFrame:
     """Proportions with the types' names as columns."""
     if not isinstance(key, str):
-        if absent := [name for name in key if name not in adata.obs]:
-            raise KeyError(f"There is no obs column {absent}; there are {list(adata.obs)}.")
+        for name in key:
+            require_name(name, adata.obs, f"There is no obs[{name!r}].")
         return adata.obs[list(key)].rename(columns=str)
     if key not in adata.obsm:
         raise KeyError(
@@ -227,50 +225,46 @@ def fit_simulated(
             "is predicted for them says nothing."
         )
 
-    def simulate(
-        scale: NDArray[Any], composition: NDArray[Any], seed: int
-    ) -> tuple[SimulatedSpots, ExpressionComponents, NDArray[np.float32]]:
-        spots = simulate_spots(
-            typed,
-            depths=totals[totals > 0],
-            gene_scale=scale,
-            composition=composition,
-            rules=options.spots,
-            seed=seed,
-        )
-        components = ExpressionComponents.fit(spots.counts, genes, n_components)
-        return spots, components, components.of_counts(spots.counts)
-
-    def fitted(part: int = 0) -> tuple[FittedHead, NDArray[np.int64]]:
-        """A network fitted to the spots but for a tenth, and that tenth."""
-        rows = np.roll(np.arange(len(values)), part * n_held_out)
-        proportions = spots.proportions.astype(np.float32)
-        found = fit_head(
-            values,
-            Targets("proportions", proportions, typed.n_types),
-            fitted=rows[:-n_held_out],
-            held_out=rows[-n_held_out:],
-            training=_TRAINING,
-            seed=seed + _SEED_STEP * part,
-            device=device,
-        )
-        advance(1)
-        return found, rows[-n_held_out:]
-
     device = choose_device(request.device)
     n_held_out = round(_HELD_OUT * options.spots.n_spots)
-    equal = np.full(typed.n_types, 1 / typed.n_types)
-    show, total = request.show_progress_bar, 1 + _N_NETWORKS
-    bar = counter(total=total, description="fit head", unit="network", show=show)
-    with bar as advance:
-        spots, components, values = simulate(np.ones(len(genes)), equal, 2 * seed)
-        first = apply_head(fitted()[0].head, components.of_counts(counts), "proportions")
-        composition = first.mean(axis=0, dtype=np.float64)
-        composition /= composition.sum()
-        mean = np.asarray(counts.mean(axis=0), dtype=np.float64).ravel()
-        scale = gene_scales(mean, len(totals), typed.mean_counts(), composition)
-        spots, components, values = simulate(scale, (composition + equal) / 2, 2 * seed + 1)
-        fits, held_out = zip(*map(fitted, range(_N_NETWORKS)), strict=True)
+    equal = composition = np.full(typed.n_types, 1 / typed.n_types)
+    scale: NDArray[Any] = np.ones(len(genes))
+    show = request.show_progress_bar
+    with counter(1 + _N_NETWORKS, "fit head", "network", show=show) as advance:
+        for number, n_networks in enumerate((1, _N_NETWORKS)):
+            spots = simulate_spots(
+                typed,
+                depths=totals[totals > 0],
+                gene_scale=scale,
+                composition=composition,
+                rules=options.spots,
+                seed=2 * seed + number,
+            )
+            components = ExpressionComponents.fit(spots.counts, genes, n_components)
+            values = components.of_counts(spots.counts)
+            targets = Targets("proportions", spots.proportions.astype(np.float32), typed.n_types)
+            fits, held_out = [], []
+            for part in range(n_networks):
+                rows = np.roll(np.arange(len(values)), part * n_held_out)
+                one = fit_head(
+                    values,
+                    targets,
+                    fitted=rows[:-n_held_out],
+                    held_out=rows[-n_held_out:],
+                    training=_TRAINING,
+                    seed=seed + _SEED_STEP * part,
+                    device=device,
+                )
+                fits.append(one)
+                held_out.append(rows[-n_held_out:])
+                advance(1)
+            if not number:
+                first = apply_head(fits[0].head, components.of_counts(counts), "proportions")
+                usual = first.mean(axis=0, dtype=np.float64)
+                usual /= usual.sum()
+                mean = np.asarray(counts.mean(axis=0), dtype=np.float64).ravel()
+                scale = gene_scales(mean, len(totals), typed.mean_counts(), usual)
+                composition = (usual + equal) / 2
     rules = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(options.spots).items()}
     own: dict[str, Any] = {"label_key": label_key, "n_neighbors": 0, "n_components": n_components}
     own["colors"] = colors_of(reference.tables, label_key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ import torch
 from scipy import sparse
 from torch.nn import functional as F
 
+from stofm._edge.expression import log_normalised
 from stofm._edge.tables import label_text
 from stofm._logging import logger
-from stofm._messages import warn
+from stofm._messages import require_name, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +45,6 @@ _MARKS: Final = re.compile(r"[^\w+]+|_+")
 
 #: Classes of cells, proportions that sum to 1, or values such as expression.
 TargetKind = Literal["classes", "proportions", "values"]
-#: Counts are scaled to this total before the logarithm.
-TARGET_SUM: Final = 10_000.0
 
 
 class Labels(NamedTuple):
@@ -142,11 +140,7 @@ def read_label_names(
 
 def _read_column(adata: AnnData, key: str) -> NDArray[np.object_]:
     """Labels as text, empty for none."""
-    if key not in adata.obs:
-        columns = [str(name) for name in adata.obs.columns]
-        near = difflib.get_close_matches(key, columns, n=3)
-        hint = f"did you mean {near}?" if near else f"its columns are {columns[:20]}."
-        raise KeyError(f"There is no obs[{key!r}] with labels; {hint}")
+    require_name(key, adata.obs, f"There is no obs[{key!r}] with labels.")
     column: pd.Series = adata.obs[key]
     if column.dtype.kind == "f":
         known = column[column.notna()]
@@ -281,21 +275,3 @@ def head_loss(
     else:
         total = F.mse_loss(outputs, targets, reduction="sum") / outputs.shape[1]
     return total, float(len(outputs))
-
-
-def log_normalised(
-    counts: sparse.csr_matrix,
-    totals: NDArray[np.float64] | None = None,
-    *,
-    target_sum: float = TARGET_SUM,
-) -> sparse.csr_matrix:
-    """``log1p(target_sum x count / total)`` of each cell, (n, n_genes); 0 for a cell without counts.
-
-    `totals` (n,) are the counts' own sums by default.
-    """
-    if totals is None:
-        totals = np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
-    factors = np.divide(target_sum, totals, out=np.zeros_like(totals), where=totals > 0)
-    scaled = counts.data * np.repeat(factors, np.diff(counts.indptr))
-    values = np.log1p(scaled).astype(np.float32)
-    return sparse.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)

@@ -77,19 +77,8 @@ class Surroundings:
     """Where the embeddings of labelled cells lie.
 
     Embeddings are standardised and projected to principal components, in units of the covariance that
-    all classes are taken to share; the distance of a cell is the mean of those from the labelled cells
-    nearest to it.
-
-    Attributes
-    ----------
-    center
-        (d,) what is taken off.
-    projection
-        (d, k) onto components in units of the covariance within classes.
-    points
-        (n_points, k) labelled cells there, at most 200 of each class.
-    n_nearest
-        Over how many of them the mean is.
+    all classes are taken to share; the distance of a cell is the mean of those from the ten labelled
+    cells nearest to it.
 
     References
     ----------
@@ -97,10 +86,9 @@ class Surroundings:
     covariance. Sun et al. 2022, Out-of-distribution detection with deep nearest neighbors (ICML).
     """
 
-    center: NDArray[np.float32]
-    projection: NDArray[np.float32]
-    points: NDArray[np.float32]
-    n_nearest: int = _N_NEAREST
+    center: NDArray[np.float32]  # (d,) what is taken off
+    projection: NDArray[np.float32]  # (d, k) in units of the covariance within classes
+    points: NDArray[np.float32]  # (n_points, k) labelled cells there, at most 200 of each class
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], classes: NDArray[np.int64]) -> Surroundings:
@@ -130,7 +118,7 @@ class Surroundings:
     def distances(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
         """(n,) mean distance of each embedding from the labelled cells nearest to it."""
         found = np.empty(len(features))
-        n_nearest = min(self.n_nearest, len(self.points))
+        n_nearest = min(_N_NEAREST, len(self.points))
         for start in range(0, len(features), _CHUNK):
             part = slice(start, start + _CHUNK)
             scores = (features[part] - self.center) @ self.projection
@@ -159,18 +147,11 @@ class Novelty:
     Each is taken relative to the held-out labelled cells: 0 is their median and 1 their upper tenth.
     The novelty is the sum, divided so that a twentieth of these cells is above 1. An energy below the
     median counts as the median: networks may be sure of what they have never seen.
-
-    Attributes
-    ----------
-    distance, energy
-        Median and upper tenth of the held-out cells.
-    unit
-        What the sum is divided by.
     """
 
-    distance: list[float]
-    energy: list[float]
-    unit: float = 1.0
+    distance: list[float]  # median and upper tenth of the held-out cells
+    energy: list[float]  # likewise
+    unit: float = 1.0  # what the sum is divided by
 
     @classmethod
     def fit(cls, distances: NDArray[np.floating], energies: NDArray[np.floating]) -> Novelty:
@@ -193,25 +174,13 @@ class Novelty:
 
 @dataclass(frozen=True)
 class Rejection:
-    """When a cell is called unknown: if its probability is low and it lies far from labelled cells.
+    """When a cell is called unknown: if its probability is low and it lies far from labelled cells."""
 
-    Attributes
-    ----------
-    rate
-        Share of the known cells with the right likeliest class that may be.
-    measured, n_cells
-        Share of the held-out known cells that are, and the number of these.
-    least_probability
-        Below it the likeliest class is not supported by its probability.
-    greatest_distance
-        Above it no class is supported by the embedding.
-    """
-
-    rate: float
-    measured: float
-    n_cells: int
-    least_probability: float
-    greatest_distance: float
+    rate: float  # share of the known cells with the right likeliest class that may be
+    measured: float  # share of the held-out known cells that are
+    n_cells: int  # number of these
+    least_probability: float  # below it the likeliest class is not supported by its probability
+    greatest_distance: float  # above it no class is supported by the embedding
 
     @classmethod
     def fit(
@@ -256,27 +225,17 @@ class Rejection:
 class PredictionSets:
     """Which classes a cell may have: those with at least so much probability, and the likeliest.
 
-    Attributes
-    ----------
-    coverage
-        Share of cells whose class is to be in their set.
-    least_probability
-        What a class in a set has at least.
-    measured, mean_size, n_cells
-        Share of the held-out labelled cells whose class is in their set, classes in a set, and the
-        number of these cells.
-
     References
     ----------
     Sadinle, Lei and Wasserman 2019, Least ambiguous set-valued classifiers with bounded error levels
     (J Am Stat Assoc 114:223).
     """
 
-    coverage: float
-    least_probability: float
-    measured: float
-    mean_size: float
-    n_cells: int
+    coverage: float  # share of cells whose class is to be in their set
+    least_probability: float  # what a class in a set has at least
+    measured: float  # share of the held-out labelled cells whose class is in their set
+    mean_size: float  # classes in a set of these cells
+    n_cells: int  # number of these cells
 
     @classmethod
     def fit(

@@ -215,8 +215,8 @@ class _Tuning:
         if len(held_out):
             # A head that was stopped early on these cells has its lowest loss here: not a candidate.
             record("validation", 0, self._loss_on(held_out))
-        show, steps = self._request.show_progress_bar, range(1, n_steps + 1)
-        for step in progress(steps, total=n_steps, description="fine-tune", unit="step", show=show):
+        show = self._request.show_progress_bar
+        for step in progress(range(1, n_steps + 1), "fine-tune", "step", show=show):
             if not pending:
                 epoch += 1
                 pending = self._cut(epoch, is_fitted)

@@ -7,12 +7,6 @@ from typing import TYPE_CHECKING
 from stofm._lazy import lazy
 
 if TYPE_CHECKING:
-    from stofm.im._embed import embed
+    from stofm.im._embed import embed as embed
 
-__all__ = ["embed"]
-
-__getattr__ = lazy("stofm.im", {"embed": "stofm.im._embed"})
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy(__name__)

@@ -78,9 +78,7 @@ def embed_scenes(
         _warn(scene, sides, encoder.n_pixels)
     n_obs = sum(len(scene.rows) for scene in scenes)
     found: list[NDArray[np.float32]] = []
-    with counter(
-        total=2 * n_obs, description="embed images", unit="patch", show=show_progress_bar
-    ) as advance:
+    with counter(2 * n_obs, "embed images", "patch", show=show_progress_bar) as advance:
         for side in sides:
             values = np.empty((n_obs, 0), dtype=np.float32)
             for scene in scenes:

@@ -10,8 +10,8 @@ from stofm._edge.places import listed
 from stofm._logging import logger
 from stofm.io.files import distance, extension, is_number
 from stofm.io.formats import FORMATS, GENERIC, H5AD, STEREO, VISIUM, VISIUM_HD
-from stofm.io.stereo import column_of_cells
 from stofm.io.units import bin_size_of
+from stofm.io.whole import column_of_cells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

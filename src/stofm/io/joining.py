@@ -12,8 +12,7 @@ from stofm._edge.tables import storable_names
 from stofm._keys import Obsm
 from stofm._logging import logger
 from stofm._messages import warn
-from stofm.io.matrices import make, read_10x, read_mtx
-from stofm.io.tables import read_cells, read_dense
+from stofm.io.matrices import make, read_10x, read_cells, read_dense, read_mtx
 from stofm.io.units import Scale, facts_of, polygon_centroids, scale_of
 
 if TYPE_CHECKING:

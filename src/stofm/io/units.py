@@ -77,7 +77,7 @@ def _compare_with_pitch(factor: float, cells: pd.DataFrame) -> None:
 
 def _scale_of_cosmx(table: File, cells: pd.DataFrame, files: list[File]) -> Scale:
     """From areas in pixels and µm², or from positions of fields in pixels and mm."""
-    from stofm.io.tables import read_cells
+    from stofm.io.matrices import read_cells
 
     if {"Area", "Area.um2"} <= set(cells.columns):
         ratio = (cells["Area.um2"] / cells["Area"]).median()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from numpy.typing import ArrayLike, NDArray
-
-Classes = Literal["true", "union"]
-Average = Literal["arithmetic", "geometric", "min", "max"]
 
 
 def accuracy(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
@@ -47,39 +44,24 @@ def accuracy(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> f
     >>> st.metrics.accuracy(["a", "a", "b", None], ["a", "b", "b", "b"])
     0.6666666666666666
     """
-    true, found, _ = _read_labels(y_true, y_pred, missing)
+    true, found = _read_labels(y_true, y_pred, missing)
     return float(np.mean(true == found))
 
 
-def macro_f1(
-    y_true: Any,
-    y_pred: Any,
-    *,
-    classes: Classes | Collection[object] = "true",
-    missing: Collection[object] = (),
-) -> float:
-    """Mean over classes of F1, the harmonic mean of precision and recall.
+def macro_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
+    """Mean of F1, the harmonic mean of precision and recall, over the classes that the cells have.
 
     Each class weighs the same however few cells it has, and one that is never predicted counts 0.
+    Classes that are only predicted do not count; scikit-learn counts them as 0 by default.
 
     Parameters
     ----------
     y_true, y_pred, missing
-        See :func:`accuracy`.
-    classes
-        Classes to average over. ``"true"``: those of the cells. ``"union"``: also classes that
-        are only predicted, each with an F1 of 0, as in scikit-learn by default; a single cell
-        assigned to an absent class then lowers the mean as much as a class that is wrong
-        throughout. Or a list of classes.
+        See :func:`accuracy`, also for errors.
 
     Returns
     -------
     From 0 to 1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See :func:`accuracy`; or `classes` is empty or holds a class that no cell has.
 
     Examples
     --------
@@ -87,26 +69,11 @@ def macro_f1(
     >>> st.metrics.macro_f1(["a", "a", "b"], ["a", "a", "c"])
     0.5
     """
-    true, found, names = _read_labels(y_true, y_pred, missing)
-    if classes == "true":
-        scored = np.unique(true)
-    elif classes == "union":
-        scored = np.unique(np.r_[true, found[found >= 0]])
-    elif isinstance(classes, str) or not len(classes) or not set(classes) <= set(names):
-        raise ValueError(
-            f"classes must be 'true', 'union' or a list of classes that occur ({names[:10]}), "
-            f"found {classes!r}."
-        )
-    else:
-        scored = np.unique([names.index(name) for name in classes])
-    return _f1(true, found, scored, "macro")
+    return _f1(y_true, y_pred, missing, "macro")
 
 
 def weighted_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -> float:
     """Mean over classes of F1, each weighted by its number of cells.
-
-    Like :func:`accuracy` it follows the large classes. It may lie outside the range of precision
-    and recall.
 
     Parameters
     ----------
@@ -123,8 +90,15 @@ def weighted_f1(y_true: Any, y_pred: Any, *, missing: Collection[object] = ()) -
     >>> round(st.metrics.weighted_f1(["a", "a", "b"], ["a", "a", "c"]), 3)
     0.667
     """
-    true, found, _ = _read_labels(y_true, y_pred, missing)
-    return _f1(true, found, np.unique(true), "weighted")
+    return _f1(y_true, y_pred, missing, "weighted")
+
+
+def _f1(y_true: Any, y_pred: Any, missing: Collection[object], average: str) -> float:
+    from sklearn.metrics import f1_score
+
+    true, found = _read_labels(y_true, y_pred, missing)
+    own = np.unique(true)
+    return float(f1_score(true, found, labels=own, average=average, zero_division=0.0))
 
 
 def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> float:
@@ -161,25 +135,17 @@ def ari(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> floa
     return float(adjusted_rand_score(*_read_clusters(y_true, clusters, missing)))
 
 
-def nmi(
-    y_true: Any,
-    clusters: Any,
-    *,
-    average: Average = "arithmetic",
-    missing: Collection[object] = (),
-) -> float:
+def nmi(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> float:
     """Normalised mutual information of two groupings.
 
-    Not corrected for chance: it rises with the number of clusters, even of random ones. Compare
-    groupings with the same number of clusters only, or use :func:`ami`.
+    The information is divided by the arithmetic mean of the two entropies; scikit-learn took the
+    geometric mean before version 0.22. Not corrected for chance: it rises with the number of
+    clusters, even of random ones. Compare groupings with the same number of clusters only, or use :func:`ami`.
 
     Parameters
     ----------
     y_true, clusters, missing
         See :func:`ari`, also for errors.
-    average
-        Mean of the two entropies to divide by. Papers differ: scikit-learn took the geometric
-        mean before version 0.22.
 
     Returns
     -------
@@ -193,25 +159,18 @@ def nmi(
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    pair = _read_clusters(y_true, clusters, missing)
-    return float(normalized_mutual_info_score(*pair, average_method=average))
+    return float(normalized_mutual_info_score(*_read_clusters(y_true, clusters, missing)))
 
 
-def ami(
-    y_true: Any,
-    clusters: Any,
-    *,
-    average: Average = "arithmetic",
-    missing: Collection[object] = (),
-) -> float:
+def ami(y_true: Any, clusters: Any, *, missing: Collection[object] = ()) -> float:
     """Mutual information of two groupings, corrected for chance.
 
     Small classes weigh more than in :func:`ari` (Vinh, Epps and Bailey 2010, JMLR 11:2837).
 
     Parameters
     ----------
-    y_true, clusters, average, missing
-        See :func:`nmi`.
+    y_true, clusters, missing
+        See :func:`ari`, also for errors.
 
     Returns
     -------
@@ -225,40 +184,18 @@ def ami(
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
-    pair = _read_clusters(y_true, clusters, missing)
-    return float(adjusted_mutual_info_score(*pair, average_method=average))
+    return float(adjusted_mutual_info_score(*_read_clusters(y_true, clusters, missing)))
 
 
-def silhouette(
-    features: ArrayLike,
-    labels: Any,
-    *,
-    metric: str = "euclidean",
-    n_sampled: int | None = None,
-    seed: int = 0,
-    missing: Collection[object] = (),
-) -> float:
+def silhouette(features: ArrayLike, labels: Any, *, missing: Collection[object] = ()) -> float:
     """Mean over cells of how much nearer a cell is to its own group than to the next.
-
-    With mean distances a to its own group and b to the nearest other one, a cell scores
-    ``(b - a) / max(a, b)``; the only cell of a group scores 0. It favours round groups of equal
-    width, and depends on the scale and number of features: do not compare embeddings with it.
 
     Parameters
     ----------
     features
-        (n, d) embedding.
-    labels
-        (n,) groups. Cells without one are left out.
-    metric
-        Distance, by scikit-learn's name.
-    n_sampled
-        Number of random cells to score; None: all. Time grows with the square of the cells:
-        10,000 take seconds, 100,000 minutes.
-    seed
-        Seed of the sample.
-    missing
-        Labels treated as missing, besides NaN and None.
+        (n, d) embeddings; distances between them are Euclidean, and computed for all pairs.
+    labels, missing
+        Groups of the cells, as in :func:`accuracy`, also for errors; cells without one are left out.
 
     Returns
     -------
@@ -267,26 +204,20 @@ def silhouette(
     Raises
     ------
     ValueError
-        Shapes differ, features are not finite, or there are fewer than two groups, or as many
-        as cells.
+        There is one group, or each cell is one; or `features` do not fit `labels`, or are not finite.
 
     Examples
     --------
     >>> import stofm as st
-    >>> round(st.metrics.silhouette([[0.0], [0.1], [5.0], [5.1]], ["a", "a", "b", "b"]), 2)
-    0.98
+    >>> float(st.metrics.silhouette([[0.0], [0.0], [1.0], [1.0]], ["a", "a", "b", "b"]))
+    1.0
     """
     from sklearn.metrics import silhouette_score
 
-    values = np.asarray(features)
-    if values.ndim != 2 or len(values) != len(labels):
-        raise ValueError(
-            f"Expected features (n, d) and n labels, found {values.shape} and {len(labels)}."
-        )
-    groups, _, _ = _read_labels(labels, labels, missing)
-    values = values[_to_series(labels, missing).notna()]
-    sample = {"sample_size": n_sampled, "random_state": seed}
-    return float(silhouette_score(values, groups, metric=metric, **sample))
+    known = _to_series(labels, missing).notna()
+    return float(
+        silhouette_score(np.asarray(features)[known], _read_labels(labels, labels, missing)[0])
+    )
 
 
 class Reliability(NamedTuple):
@@ -323,8 +254,8 @@ class Reliability(NamedTuple):
 
 def _read_labels(
     y_true: Any, y_pred: Any, missing: Collection[object], *, are_clusters: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[Any]]:
-    """Numbers of the labels of cells with a true one, -1 for no prediction, and the labels' names."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the labels of cells with a true one, -1 for no prediction."""
     true, found = _to_series(y_true, missing), _to_series(in_same_order(y_true, y_pred), missing)
     if len(true) != len(found):
         raise ValueError(
@@ -343,15 +274,15 @@ def _read_labels(
             f"Labels must be of one kind: y_true holds {examples[0][:3]}, y_pred "
             f"{examples[1][:3]}. Convert both with .astype(str)."
         )
-    codes, names = pd.factorize(pd.concat([true, found], ignore_index=True))
-    return codes[: len(true)], codes[len(true) :], list(names)
+    codes = pd.factorize(pd.concat([true, found], ignore_index=True))[0]
+    return codes[: len(true)], codes[len(true) :]
 
 
 def _read_clusters(
     y_true: Any, clusters: Any, missing: Collection[object]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The same of clusters, which have names of their own; each cell must be in one."""
-    true, found, _ = _read_labels(y_true, clusters, missing, are_clusters=True)
+    true, found = _read_labels(y_true, clusters, missing, are_clusters=True)
     if n_without := int((found < 0).sum()):
         raise ValueError(
             f"{n_without} of {len(found)} cells with a class have no cluster; leave them out."
@@ -365,11 +296,3 @@ def _to_series(labels: Any, missing: Collection[object]) -> pd.Series:
         raise ValueError(f"Give one label per cell; found the shape {np.shape(labels)}.")
     series = pd.Series(labels).astype(object).reset_index(drop=True)
     return series.where(series.notna() & ~series.isin(list(missing)), None)
-
-
-def _f1(
-    true: NDArray[np.int64], found: NDArray[np.int64], classes: NDArray[np.int64], average: str
-) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(true, found, labels=classes, average=average, zero_division=0.0))

@@ -119,8 +119,7 @@ def encode_cells(
     with torch.inference_mode(), evaluating(encoder):
         weights = encoder.lay_out(dtype, torch.from_numpy(panel).to(device))
         batches = list(_token_batches(lengths, budget))
-        words = {"description": "encode cells", "unit": "batch"}
-        for cells in progress(batches, total=len(batches), **words, show=show_progress_bar):
+        for cells in progress(batches, "encode cells", "batch", show=show_progress_bar):
             _halving(run, cells, "token_budget")
     refuse_not_finite(result, device, dtype)
     return result

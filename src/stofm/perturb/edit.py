@@ -23,48 +23,29 @@ def _no_cells() -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detached:
-    """Pairs of cells that don't see each other, in attention and in means over neighbours.
+    """Pairs of cells that don't see each other, in attention and in means over neighbours."""
 
-    Attributes
-    ----------
-    senders
-        (n,) which cells are hidden.
-    receivers
-        (n,) which cells they are hidden from; None for all nodes, including virtual cells. A cell
-        always sees itself.
-    reach
-        Pairs that are farther apart stay as they are; in the unit of the coordinates. If finite,
-        virtual cells stay as they are too.
-    """
-
-    senders: NDArray[np.bool_]
+    senders: NDArray[np.bool_]  # (n,) which cells are hidden
+    #: (n,) which cells they are hidden from; None for all nodes, virtual cells among them. A cell always
+    #: reads itself.
     receivers: NDArray[np.bool_] | None = None
+    #: Pairs that are farther apart stay, in the unit of the coordinates. Finite, it leaves virtual
+    #: cells as they are, which lie nowhere near.
     reach: float = np.inf
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
-    """How a slice differs from the unedited one: not at all by default.
+    """How a slice differs from the unedited one: not at all by default."""
 
-    Attributes
-    ----------
-    cells
-        Rows that are edited and not removed; with `tokens`, those whose tokens change.
-    tokens
-        Gives the new tokens of some of `cells`, in their order. It is called once for each
-        sub-slice, so that the tokens of many edits are never in memory together.
-    removed
-        Rows of cells that are taken away.
-    coordinates
-        (n, 2) coordinates of all cells, in the unit of the unedited ones. A cell that moves joins
-        the sub-slice of the cell whose unedited position is nearest.
-    detached
-        Pairs that don't see each other.
-    """
-
+    #: Rows that are edited and not removed; with `tokens`, those whose tokens change.
     cells: NDArray[np.int64] = field(default_factory=_no_cells)
+    #: Gives the new tokens of some of `cells`, in their order. It is called once for each sub-slice,
+    #: so that the tokens of many edits are never in memory together.
     tokens: Callable[[NDArray[np.int64]], RankedTokens] | None = None
-    removed: NDArray[np.int64] = field(default_factory=_no_cells)
+    removed: NDArray[np.int64] = field(default_factory=_no_cells)  # rows that are taken away
+    #: (n, 2) of all cells, in the unit of the unedited ones. A cell that moves joins the sub-slice
+    #: of the cell whose unedited position is nearest.
     coordinates: NDArray[np.float64] | None = None
     detached: Detached | None = None
 

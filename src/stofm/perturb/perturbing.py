@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from stofm._config import check_one_of
 from stofm._logging import logger
 from stofm._messages import warn
 from stofm.heads.request import check_whole_number
 from stofm.perturb.edit import Edit
-from stofm.perturb.effect import PerturbationEffect, mean_effects, shifts
-from stofm.perturb.goal import read_goal
-from stofm.perturb.null import adjusted, compare, draw_like, like
-from stofm.perturb.reading import Subject
+from stofm.perturb.effect import (
+    PerturbationEffect,
+    adjusted,
+    compare,
+    draw_like,
+    like,
+    mean_effects,
+    shifts,
+)
+from stofm.perturb.reading import Subject, read_goal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
+    from scipy import sparse
 
     from stofm.heads.request import Request
-    from stofm.perturb.goal import Goal
+    from stofm.perturb.reading import Goal
     from stofm.perturb.tissue import GeneChange, Recompute, Tissue
 
 ROLES: Final = ("edited", "neighbor", "far", "out_of_reach", "not_in_input", "removed")
@@ -61,8 +69,7 @@ class Question:
         n_null: int,
     ) -> Question:
         """Read a table and a request in the user's terms."""
-        if recompute not in ("micro", "macro"):
-            raise ValueError(f"recompute must be 'micro' or 'macro', found {recompute!r}.")
+        check_one_of("recompute", recompute, ("micro", "macro"))
         check_whole_number("null", n_null, least=0)
         head = goal[0] if isinstance(goal, tuple) and goal else None
         subject = Subject.read(data, request, table_key, head)
@@ -91,26 +98,27 @@ class Question:
         receivers = [self.receivers_of(edit) for edit in edits]
         return mean_effects(self.tissue.embed(edits, self.recompute), receivers, self.goal)
 
+    # Genes
 
-# Genes
+    @cached_property
+    def inputs(self) -> sparse.csc_array:
+        """Which genes are in the input of which of the cells, (n_cells, n_tokens)."""
+        return self.tissue.inputs(self.cells)
 
-
-class GeneQuestion:
-    """Edits of genes in the same cells, each embedded once, and nulls of similar genes."""
-
-    def __init__(self, question: Question) -> None:
-        self.question = question
-        self.inputs = question.tissue.inputs(question.cells)
-        self.n_cells = np.diff(self.inputs.indptr)
+    @cached_property
+    def n_with_gene(self) -> NDArray[np.int64]:
+        """In the input of how many of the cells each gene is, by token."""
+        found: NDArray[np.int64] = np.diff(self.inputs.indptr)
+        return found
 
     def edit(self, changes: Mapping[int, GeneChange]) -> Edit:
         """The edit of some genes."""
-        return self.question.tissue.edit_genes(changes, self.question.cells, self.inputs)
+        return self.tissue.edit_genes(changes, self.cells, self.inputs)
 
-    def effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
+    def gene_effects(self, changes: Sequence[Mapping[int, GeneChange]]) -> NDArray[np.floating]:
         """Effect of each change; NaN where no cell is edited."""
         edits = [self.edit(one) for one in changes]
-        found = self.question.effects(edits)
+        found = self.effects(edits)
         found[[len(edit.cells) == 0 for edit in edits]] = np.nan
         return found
 
@@ -122,21 +130,21 @@ class GeneQuestion:
         Deleted ones are drawn from genes in the input of a cell. `among` are those to choose from.
         """
         if among is None:
-            tokens = self.question.subject.columns.token_ids
+            tokens = self.subject.columns.token_ids
             among = np.unique(tokens[tokens >= 0]).astype(np.int64)
         among = np.setdiff1d(among, list(changes))
         found = {}
         for gene, change in changes.items():
-            is_usable = self.n_cells[among] > 0 if change in ("delete", 0) else among >= 0
+            is_usable = self.n_with_gene[among] > 0 if change in ("delete", 0) else among >= 0
             others = among[is_usable]
-            nearest = like(self.statistics[gene], self.statistics[others], self.question.n_null)
+            nearest = like(self.statistics[gene], self.statistics[others], self.n_null)
             found[gene] = others[nearest]
         return found
 
     @cached_property
     def statistics(self) -> NDArray[np.float64]:
         """Detection and mean count of genes, by token."""
-        return self.question.subject.gene_statistics(self.question.cells)
+        return self.subject.gene_statistics(self.cells)
 
 
 def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> PerturbationEffect:
@@ -144,20 +152,19 @@ def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> Pertur
     changes = {question.subject.gene(name): _checked(name, x) for name, x in genes.items()}
     if len(changes) < len(genes):
         raise ValueError(f"Some of the genes {list(genes)} are the same; name each once.")
-    of_genes = GeneQuestion(question)
-    alike = of_genes.alike(changes) if question.n_null else dict.fromkeys(changes, _NO_CELLS)
+    alike = question.alike(changes) if question.n_null else dict.fromkeys(changes, _NO_CELLS)
     singly = [{gene: x} for gene, x in changes.items()]
     null = [[{int(one): changes[gene]} for one in alike[gene]] for gene in changes]
     if len(changes) > 1:
         n = min(map(len, alike.values()))
         joint = [{int(alike[g][k]): x for g, x in changes.items()} for k in range(n)]
         singly, null = [*singly, changes], [*null, joint]
-    effects = of_genes.effects([*singly, *(one for part in null for one in part)])
+    effects = question.gene_effects([*singly, *(one for part in null for one in part)])
     own = effects[: len(singly)]
     nulls = np.split(effects[len(singly) :], np.cumsum([len(part) for part in null])[:-1])
     tests = [compare(float(x), part) for x, part in zip(own, nulls, strict=True)]
     tokens = list(changes)
-    table = gene_table(list(genes), tests[: len(tokens)], of_genes.n_cells[tokens])
+    table = gene_table(list(genes), tests[: len(tokens)], question.n_with_gene[tokens])
     table.insert(0, "edit", [str(x) for x in genes.values()])
     for name, n in table["n_cells"].items():
         if n == 0 and genes[name] in ("delete", 0):
@@ -165,7 +172,7 @@ def perturb_genes(question: Question, genes: Mapping[str, GeneChange]) -> Pertur
                 f"The gene {name!r} is in the input of none of the {len(question.cells)} selected "
                 "cells: it is not_in_input, and its effect is not known."
             )
-    return _effect(question, of_genes.edit(changes), tests[-1], table)
+    return _effect(question, question.edit(changes), tests[-1], table)
 
 
 def gene_table(
@@ -326,3 +333,45 @@ def _cell_table(question: Question, edit: Edit) -> pd.DataFrame:
         **moved,
     }
     return pd.DataFrame(columns, index=question.subject.adata.obs_names)
+
+
+#: A gene is expressed if it is in the input of this share of the cells.
+_EXPRESSED: Final = 0.05
+
+
+def screen_genes(
+    question: Question,
+    genes: Sequence[str] | Literal["expressed"],
+    change: Literal["delete", "first"],
+) -> pd.DataFrame:
+    """Edit each gene on its own, test it against similar genes, and rank by z."""
+    check_one_of("edit", change, ("delete", "first"))
+    subject = question.subject
+    if isinstance(genes, str):
+        if genes != "expressed":
+            raise ValueError(f"genes must be 'expressed' or a list of names, found {genes!r}.")
+        is_common = question.n_with_gene >= max(1.0, _EXPRESSED * len(question.cells))
+        tokens = np.flatnonzero(is_common)
+        names = subject.names(tokens)
+    else:
+        names = list(dict.fromkeys(genes))
+        tokens = np.array([subject.gene(name) for name in names], dtype=np.int64)
+    if not len(tokens):
+        raise ValueError(
+            "There is no gene to screen: pass `genes` by name, or `cells` in which more are detected."
+        )
+    # If there are enough genes they are each other's null; else others are embedded for it.
+    among = tokens if len(np.unique(tokens)) > question.n_null else None
+    null: dict[int, NDArray[np.int64]] = {}
+    for gene in tokens if question.n_null else ():
+        null |= question.alike({int(gene): change}, among)
+    every = np.unique(np.concatenate([tokens, *null.values()]))
+    found = question.gene_effects([{int(gene): change} for gene in every])
+    effect = dict(zip(every.tolist(), found.tolist(), strict=True))
+    tests = [
+        compare(effect[int(gene)], np.array([effect[int(k)] for k in null.get(int(gene), ())]))
+        for gene in tokens
+    ]
+    table = gene_table(names, tests, question.n_with_gene[tokens])
+    order = ["z", "effect"] if question.n_null else ["effect"]
+    return table.sort_values(order, ascending=False, kind="stable")

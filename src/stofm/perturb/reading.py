@@ -1,13 +1,14 @@
-"""What an edit applies to: cells and genes as a user names them, and the tissue of a table."""
+"""What an edit applies to and aims at: cells, genes and goals as a user names them, and the tissue."""
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from stofm._edge.counts import peek_counts, read_counts
@@ -16,6 +17,7 @@ from stofm._edge.slices import read_places
 from stofm._edge.tables import label_text, resolve_table
 from stofm._edge.tokens import compute_tokens, token_params
 from stofm._keys import Obsm
+from stofm._messages import nearest_names, require_name
 from stofm.genes import rank_genes
 from stofm.heads.annotation import AnnotationHead
 from stofm.heads.embeddings import (
@@ -26,15 +28,14 @@ from stofm.heads.embeddings import (
     same_origin,
 )
 from stofm.heads.head import require_head
+from stofm.heads.network import apply_head
+from stofm.heads.trust import calibrated_probabilities, log_scores
 from stofm.nn import choose_device
 from stofm.nn.model import load_model
 from stofm.perturb.tissue import Tissue
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from anndata import AnnData
-    from numpy.typing import NDArray
 
     from stofm._edge.gene_mapping import Columns
     from stofm.genes import RankedTokens
@@ -113,7 +114,7 @@ class Subject:
 
     def gene(self, name: str) -> int:
         """Token of a gene, by a name that the table or the vocabulary has for it."""
-        adata, vocabulary = self.adata, self.tissue.model.vocabulary
+        vocabulary = self.tissue.model.vocabulary
         place = self.places_of_genes.get(name) if name else None
         if place is None:
             known = (vocabulary.symbols == name) | (vocabulary.gene_ids == name)
@@ -121,9 +122,8 @@ class Subject:
             places = np.flatnonzero(np.isin(self.columns.token_ids, tokens)).tolist()
             place = next(iter(places), None)
         if place is None:
-            near = difflib.get_close_matches(name, filter(None, self.places_of_genes), n=3)
-            hint = f"Did you mean {near}?" if near else f"It has {adata.n_vars} genes."
-            raise KeyError(f"There is no gene {name!r} in adata. {hint}")
+            near = nearest_names(name, filter(None, self.places_of_genes))
+            raise KeyError(f"There is no gene {name!r} in adata.{near}")
         token = int(self.columns.token_ids[place])
         if token < 0:
             raise ValueError(
@@ -158,9 +158,7 @@ class Subject:
 
     def labels(self, column: str) -> NDArray[Any]:
         """Value of a column of ``obs`` for each cell, as text; empty if missing."""
-        if column not in self.adata.obs:
-            there = [str(name) for name in self.adata.obs.columns]
-            raise KeyError(f"There is no obs[{column!r}]; its columns are {there}.")
+        require_name(column, self.adata.obs, f"There is no obs[{column!r}].")
         return label_text(self.adata.obs[column])
 
     def gene_statistics(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -258,3 +256,72 @@ def require_model(adata: AnnData, key: str, called: str, model: Stofm) -> None:
             f"{describe_origin(own)}. Pass the model that made it as `model`, or embed again: "
             "st.tl.embed(adata, model)."
         )
+
+
+#: From embeddings (m, d) to how near they are to a goal, (m,).
+Goal = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def read_goal(subject: Subject, wanted: Any) -> Goal | None:
+    """Function that says how near embeddings are to a goal as users name one; None without a goal.
+
+    The negative distance from the mean unedited embedding of the cells that have the wanted values in
+    ``obs``, or the probability of a class.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, tuple) and len(wanted) == 2:
+        return _to_class(*wanted, subject.tissue.model)
+    if not isinstance(wanted, Mapping):
+        raise TypeError(
+            "goal must be columns of obs with their values, such as {'cell_type': 'B'}, or a head "
+            f"and one of its classes, (head, 'B'); found {wanted!r}."
+        )
+    adata, is_goal = subject.adata, np.ones(subject.adata.n_obs, dtype=bool)
+    for column, value in wanted.items():
+        is_goal &= subject.labels(column) == str(value)
+        require_model(adata, column, f"obs[{column!r}]", subject.tissue.model)
+    if not is_goal.any():
+        said = ", ".join(f"obs[{name!r}] == {str(value)!r}" for name, value in wanted.items())
+        there_are = values_in(adata, " ".join(map(str, wanted)))
+        raise ValueError(f"No cell has {said}, the `goal`.{there_are}")
+    center = subject.tissue.embeddings(np.flatnonzero(is_goal)).mean(axis=0, dtype=np.float64)
+    return lambda embeddings: -np.linalg.norm(embeddings - center, axis=1)
+
+
+def _to_class(head: AnnotationHead, name: str, model: Stofm) -> Goal:
+    require_head(head, AnnotationHead)
+    if name not in head.classes:
+        raise ValueError(f"The head has no class {name!r} for `goal`; it has {list(head.classes)}.")
+    probabilities, k = class_probabilities(head, model), head.classes.index(name)
+    return lambda embeddings: probabilities(embeddings)[:, k].astype(np.float64)
+
+
+def class_probabilities(head: AnnotationHead, model: Stofm) -> Goal:
+    """Probabilities (m, n_classes) of the classes of a head, from embeddings by a model.
+
+    Raises
+    ------
+    ValueError
+        The head uses something other than the embedding, or belongs to another model.
+    """
+    if head.use_rep != (Obsm.X,) or set(head.reads) != {"embedding"}:
+        raise ValueError(
+            f"The head uses obsm{list(head.use_rep)} and {sorted(set(head.reads))}; of edited cells "
+            f"the embedding alone is known. Fit one with use_rep={Obsm.X!r} and "
+            "options=st.tl.HeadOptions(n_neighbors=0, n_components=0)."
+        )
+    made, own = head.origin[Obsm.X], origin_by(model)[Obsm.X]
+    if not same_origin(made, own):
+        raise ValueError(
+            f"The head was fitted to embeddings from {describe_origin(made)}, and `model` is "
+            f"{describe_origin(own)}; pass that model."
+        )
+
+    def probabilities(embeddings: NDArray[Any]) -> NDArray[Any]:
+        features = embeddings.astype(np.float32)
+        weighted = zip(head.networks, head.weights, strict=True)
+        votes = [weight * apply_head(one, features, "classes") for one, weight in weighted]
+        return calibrated_probabilities(log_scores(np.sum(votes, axis=0)), head.temperature)
+
+    return probabilities

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -12,10 +12,9 @@ from scipy.spatial import cKDTree
 
 from stofm._logging import counter
 from stofm.corpus.reader import take_cells
+from stofm.genes import RankedTokens
 from stofm.perturb.edit import Detached, Edit
-from stofm.perturb.engine import UneditedSlice
-from stofm.perturb.runs import Embedded
-from stofm.perturb.token_lists import cells_of, delete, put_first
+from stofm.perturb.engine import Embedded, UneditedSlice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from stofm.genes import RankedTokens
     from stofm.nn import Stofm
 
 #: Change of a gene: it is deleted, put first, or set to a count.
@@ -37,33 +35,15 @@ class Tissue:
     """The cells of a table, before any edit.
 
     Rows are counted over all slices, also in edits.
-
-    Attributes
-    ----------
-    model
-        The model.
-    ranked
-        Tokens of the n cells, not truncated to what the model keeps.
-    recount
-        Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
-    coordinates
-        (n, 2), any unit.
-    slices
-        Rows of each slice.
-    seed
-        Seed of the clustering.
-    device
-        Where to compute.
-    show_progress_bar
-        Show a bar for each slice.
     """
 
     model: Stofm
-    ranked: RankedTokens
+    ranked: RankedTokens  # tokens of the n cells, not truncated to what the model keeps
+    #: Gives the tokens of some rows, ascending, with the counts of some genes, by token, set.
     recount: Callable[[NDArray[np.int64], Mapping[int, float]], RankedTokens]
-    coordinates: NDArray[np.float64]
-    slices: Sequence[NDArray[np.int64]]
-    seed: int
+    coordinates: NDArray[np.float64]  # (n, 2), any unit
+    slices: Sequence[NDArray[np.int64]]  # rows of each
+    seed: int  # of the clustering
     device: torch.device
     show_progress_bar: bool = False
 
@@ -116,15 +96,12 @@ class Tissue:
                 continue
             local = [edit for edit in own if edit is not None]
             whole = self.whole(number)
-            is_micro = recompute == "micro"
-            with counter(
-                total=whole.layout.n_subslices if is_micro else len(local),
-                description="embed edits",
-                unit="sub-slice" if is_micro else "edit",
-                show=self.show_progress_bar,
-            ) as advance:
-                found = (whole.embed if is_micro else partial(_anew, whole))(local, advance)
-                for one in found:
+            if recompute == "micro":
+                embed, total, unit = whole.embed, whole.layout.n_subslices, "sub-slice"
+            else:
+                embed, total, unit = partial(_anew, whole), len(local), "edit"
+            with counter(total, "embed edits", unit, show=self.show_progress_bar) as advance:
+                for one in embed(local, advance):
                     yield replace(one, edit=touching[one.edit], rows=rows[one.rows])
 
     def _within(self, edit: Edit, rows: NDArray[np.int64]) -> Edit | None:
@@ -297,3 +274,32 @@ def _anew(
                 values[one.rows] = one.after
         yield Embedded(number, kept, whole.embeddings[kept], values)
         on_done(1)
+
+
+def cells_of(ranked: RankedTokens) -> NDArray[np.int64]:
+    """Row of each token's cell, (n_tokens_in_all,)."""
+    return np.repeat(np.arange(ranked.n_cells), np.diff(ranked.offsets))
+
+
+def delete(ranked: RankedTokens, genes: NDArray[np.integer]) -> RankedTokens:
+    """Remove tokens from all lists; the values of the others stay."""
+    kept = ~np.isin(ranked.tokens, genes)
+    lengths = np.bincount(cells_of(ranked)[kept], minlength=ranked.n_cells)
+    values = None if ranked.values is None else ranked.values[kept]
+    return RankedTokens(ranked.tokens[kept], np.concatenate([[0], np.cumsum(lengths)]), values)
+
+
+def put_first(ranked: RankedTokens, gene: int) -> RankedTokens:
+    """Put a token in front of all lists, with the value of the token that was first.
+
+    In an empty list its value is 1, a typical count of the gene.
+    """
+    rest = delete(ranked, np.array([gene]))
+    starts = rest.offsets[:-1]
+    leads: dict[str, Any] = {"values": None}
+    if ranked.values is not None and rest.values is not None:
+        padded = np.append(ranked.values, np.float32(1.0))
+        places = np.where(ranked.n_tokens > 0, ranked.offsets[:-1], len(padded) - 1)
+        leads = {"values": np.insert(rest.values, starts, padded[places])}
+    tokens = np.insert(rest.tokens, starts, np.int32(gene))
+    return RankedTokens(tokens, rest.offsets + np.arange(len(rest.offsets)), **leads)

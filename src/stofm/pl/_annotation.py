@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
@@ -13,6 +12,7 @@ from stofm._edge.colors import UNKNOWN_COLOR, fill_colors, read_colors
 from stofm._edge.observations import cell_digests, observed
 from stofm._edge.tables import frame_names, read_record, resolve_table
 from stofm._keys import Label, Obs, Obsm
+from stofm._messages import require_name
 from stofm.metrics.labels import Reliability
 from stofm.pl._colors import (
     NO_VALUE_COLOR,
@@ -20,10 +20,9 @@ from stofm.pl._colors import (
     Categories,
     Values,
     category_names,
-    require_name,
     resolve_colors,
 )
-from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm.pl._maps import Look, draw_maps
 from stofm.pl._style import FONT_SIZE, TITLE_SIZE, style_axes
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
@@ -71,7 +70,6 @@ def annotation(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -115,7 +113,7 @@ def annotation(
     ----------------
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
         As in :func:`stofm.pl.spatial`; scores are over all cells.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+    legend_loc, ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -158,17 +156,13 @@ def annotation(
     others = [drawn[kind] for kind in kinds if kind not in _MAPS]
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit)
     with open_tissue(data, table_key, spatial_key, library_key, around) as (slices, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "annotation", tissue, title, legend_loc, alpha
-        )
+        look = Look(ax, ncols, size, show, save, "annotation", tissue, title, legend_loc, alpha)
         titles = [[one.name for one in slices]] * len(maps)
         if len(slices) == 1:
             titles = [[f"{one.key}\n{fitted}" if one.key == key else one.key] for one in maps]
             titles = [[text.rstrip() for text in row] for row in titles]
-        fill = partial(draw_cells, alpha=alpha)
-        panels_of = f"panels of {kinds}"
         return draw_maps(
-            slices, maps, look, titles=titles, fill=fill, others=others, what=panels_of
+            slices, maps, look, titles=titles, others=others, what=f"panels of {kinds}"
         )
 
 

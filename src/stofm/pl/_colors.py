@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from stofm._edge.counts import NotRawCountsError
 from stofm._edge.expression import log_normalised_genes
 from stofm._edge.tables import frame_names, label_text, layer_names
 from stofm._keys import Obsm, Suffix
+from stofm._messages import require_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -198,24 +198,6 @@ def color_categories(adata: AnnData, key: str, palette: Palette | None = None) -
     if not adata.is_view:
         adata.uns[key + Suffix.COLORS] = list(colors)
     return Categories(key, names, colors, column.cat.codes.to_numpy(dtype=np.int64))
-
-
-def require_name(
-    name: str, known: Iterable[object], text: str, error: type[Exception] = KeyError
-) -> None:
-    """Refuse a name that is not known; the message ends with the nearest ones."""
-    if name not in known:
-        raise error(text + nearest_names(name, known))
-
-
-def nearest_names(name: str, names: Iterable[object]) -> str:
-    """Return a hint for an error message: the names most like `name`, or all if they are few."""
-    known = [str(other) for other in names]
-    lower = {other.lower(): other for other in reversed(known)}
-    near = difflib.get_close_matches(str(name).lower(), list(lower), n=3, cutoff=0.5)
-    if near:
-        return f" Nearest: {[lower[other] for other in near]}."
-    return f" There are: {known[:10]}{' ...' if len(known) > 10 else ''}."
 
 
 def category_names(column: pd.Series) -> pd.Series:

@@ -8,8 +8,9 @@ import numpy as np
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
-from stofm.pl._colors import NO_VALUE_COLOR, Categories, color_categories, require_name
-from stofm.pl._maps import draw_cells, map_inches, read_panels
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_COLOR, Categories, color_categories
+from stofm.pl._maps import Look, draw_cells, draw_map, map_inches, read_panels
 from stofm.pl._style import (
     FONT_SIZE,
     TITLE_SIZE,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-    from stofm.pl._maps import Panel
     from stofm.pl._style import Save
 
 #: Charts of a page: title, list of facts, what is named, its length, and what the axis says.
@@ -51,7 +51,6 @@ def describe(
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -79,7 +78,7 @@ def describe(
 
     Other Parameters
     ----------------
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    library_key, spatial_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -118,9 +117,10 @@ def describe(
         what=f"{len(panels)} slices and {len(charts)} charts",
         ncols=ncols,
     )
+    look = Look(ax, ncols, size, show, save, "describe")
     maps, below = axes[: len(panels)], axes[len(panels) :]
     for one, panel in zip(maps, panels, strict=True):
-        _draw_map(one, panel, color, size, invert_y=invert_y)
+        draw_map(one, panel, color, panel.name, look, draw_cells)
     head = f"region {region}: {facts['n_cells']:,} cells, {facts['share']:.1%}"
     maps[0].set_title(f"{head}\n{panels[0].name}".strip(), fontsize=TITLE_SIZE, pad=4.0)
     for one, (title, name, label, length, axis) in zip(below, charts, strict=True):
@@ -131,7 +131,7 @@ def describe(
     if is_new:
         grids = [in_rows(maps, ncols), in_rows(below, _PER_ROW)]
         arrange(*(grid for grid in grids if grid))
-    return finish(axes, show=show, save=save, name="describe")
+    return finish(axes, show=show, save=save, name=look.name)
 
 
 def _highlight(adata: AnnData, groupby: str, region: str) -> Categories:
@@ -141,18 +141,6 @@ def _highlight(adata: AnnData, groupby: str, region: str) -> Categories:
     shade = colors.colors[number] if colors.colors[number] != NO_VALUE_COLOR else _REGION_COLOR
     codes = np.where(colors.codes == number, 0, -1)
     return Categories(groupby, (region,), (shade,), codes)
-
-
-def _draw_map(
-    ax: Axes, panel: Panel, color: Categories, size: float | None, *, invert_y: bool
-) -> None:
-    (left, bottom), (right, top) = panel.low, panel.high
-    ax.set_xlim(left, right)
-    ax.set_ylim((top, bottom) if invert_y else (bottom, top))
-    ax.set_aspect("equal")
-    ax.set_axis_off()
-    ax.set_title(panel.name, fontsize=TITLE_SIZE, pad=4.0)
-    draw_cells(ax, panel, color, size)
 
 
 def _draw_bars(

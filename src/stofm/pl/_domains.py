@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,14 +12,9 @@ from stofm import metrics
 from stofm._edge.colors import fill_colors
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obs, Obsm
-from stofm.pl._colors import (
-    NO_VALUE_COLOR,
-    Categories,
-    category_names,
-    require_name,
-    resolve_colors,
-)
-from stofm.pl._maps import Look, draw_cells, draw_maps
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_COLOR, Categories, category_names, resolve_colors
+from stofm.pl._maps import Look, draw_maps
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
@@ -30,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from stofm.pl._colors import Categories, Values
-    from stofm.pl._maps import LegendLoc, Panel
+    from stofm.pl._maps import LegendLoc
     from stofm.pl._style import Save
 
 
@@ -53,7 +47,6 @@ def domains(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -92,7 +85,7 @@ def domains(
     ----------------
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, groups, na_color, alpha, size
         As in :func:`stofm.pl.spatial`.
-    legend_loc, ncols, invert_y, microns_per_unit, table_key, show, save
+    legend_loc, ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -133,9 +126,7 @@ def domains(
         img_key, alpha_img, library_id, crop_coord, microns_per_unit, key if outlines else None
     )
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "domains", tissue, title, legend_loc, alpha
-        )
+        look = Look(ax, ncols, size, show, save, "domains", tissue, title, legend_loc, alpha)
         colors: list[Categories | Values] = []
         palette: dict[str, str] | None = None
         for one in shown:
@@ -146,13 +137,8 @@ def domains(
             if one == key and truth_key is not None:
                 palette = _matching_colors(adata, key, colors[0])
             colors += resolve_colors(adata, one, palette=palette, groups=own, na_color=na_color)
-        titles = [_titles(panels, called.get(one, one)) for one in shown]
-        fill = partial(draw_cells, alpha=alpha)
-        return draw_maps(panels, colors, look, titles=titles, fill=fill, what="columns")
-
-
-def _titles(panels: list[Panel], text: str) -> list[str]:
-    return [panel.titled(text) for panel in panels]
+        titles = [[panel.titled(called.get(one, one)) for panel in panels] for one in shown]
+        return draw_maps(panels, colors, look, titles=titles, what="columns")
 
 
 def _matching_colors(adata: AnnData, key: str, regions: Any) -> dict[str, str]:

@@ -10,7 +10,8 @@ from matplotlib.transforms import Bbox
 
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm, Obsp
-from stofm.pl._colors import Values, require_name
+from stofm._messages import require_name
+from stofm.pl._colors import Values
 from stofm.pl._maps import Look, Panel, draw_cells, draw_maps, read_panels
 from stofm.pl._style import FONT_SIZE, arrange, finish, make_axes, root_figure, style_axes
 
@@ -159,7 +160,6 @@ def attention(
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -186,7 +186,7 @@ def attention(
 
     Other Parameters
     ----------------
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
     spatial_key
         Entry of ``adata.obsm`` with the coordinates.
@@ -232,11 +232,11 @@ def attention(
         colors.append(Values(name, values, 0.0, float(weights.data.max(initial=1e-6)), "viridis"))
     place = dict(zip(receivers, adata.obsm[spatial_key][rows], strict=True))
 
-    def fill(ax: Axes, panel: Panel, color: Values, size: float | None) -> None:
-        draw_cells(ax, panel, color, size)
+    def fill(ax: Axes, panel: Panel, color: Values, look: Look) -> None:
+        draw_cells(ax, panel, color, look)
         x, y = place[color.key][:2]
         ax.plot(x, y, "x", ms=7, mew=1.6, color="#b2182b", zorder=3)
 
-    look = Look(ax, ncols, size, invert_y, show, save, "attention")
+    look = Look(ax, ncols, size, show, save, "attention")
     titles = [[f"attention of {name}"] for name in receivers]
     return draw_maps(own, colors, look, titles=titles, fill=fill, what="cells")

@@ -13,18 +13,14 @@ from matplotlib.colors import Normalize, to_rgba_array
 from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 
+from stofm._config import check_one_of
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import described_column
 from stofm._edge.tables import read_record
 from stofm._keys import Uns
 from stofm._logging import logger
-from stofm.pl._colors import (
-    NO_VALUE_LABEL,
-    Categories,
-    Values,
-    category_names,
-    require_name,
-)
+from stofm._messages import require_name
+from stofm.pl._colors import NO_VALUE_LABEL, Categories, Values, category_names
 from stofm.pl._style import (
     FONT_SIZE,
     TITLE_SIZE,
@@ -165,14 +161,7 @@ def map_inches(panels: list[Panel], n_panels: int) -> tuple[float, float]:
     return side * root, side / root
 
 
-def draw_cells(
-    ax: Axes,
-    panel: Panel,
-    color: Categories | Values,
-    size: float | None,
-    marker: str = "o",
-    alpha: float | None = None,
-) -> None:
+def draw_cells(ax: Axes, panel: Panel, color: Categories | Values, look: Look) -> None:
     """Scatter a slice's cells, fitted to their distance unless a size is given.
 
     High values lie on top, cells without a value or category below. Points stay pixels in a
@@ -181,24 +170,25 @@ def draw_cells(
     if isinstance(color, Categories):
         codes = color.codes[panel.rows]
         order = np.argsort(codes >= 0, kind="stable")
-        look: dict[str, Any] = {"c": to_rgba_array([*color.colors, color.na_color])[codes[order]]}
+        shades: dict[str, Any] = {"c": to_rgba_array([*color.colors, color.na_color])[codes[order]]}
     else:
         values = color.values[panel.rows]
         order = np.argsort(np.nan_to_num(values, nan=-np.inf), kind="stable")
-        look = {
+        shades = {
             "c": values[order],
             "cmap": mpl.colormaps.get_cmap(color.cmap).with_extremes(bad=color.na_color),
             "norm": Normalize(color.vmin, color.vmax),
             "plotnonfinite": True,
         }
+    size = look.size
     if size is None:
-        diameter = (
-            (_FILL_PICTURED if ax.images else _FILL) * panel.spacing * points_per_unit(ax, panel)
-        )
+        fill = _FILL_PICTURED if ax.images else _FILL
+        diameter = fill * panel.spacing * points_per_unit(ax, panel)
         diameter = np.clip(diameter, _MIN_DIAMETER, _MAX_DIAMETER)
         size = float(diameter if panel.spacing else _ALONE_DIAMETER) ** 2
     x, y = panel.places[order].T
-    ax.scatter(x, y, s=size, marker=marker, linewidths=0, alpha=alpha, rasterized=True, **look)
+    drawn: dict[str, Any] = {"s": size, "marker": look.marker, "alpha": look.alpha}
+    ax.scatter(x, y, linewidths=0, rasterized=True, **drawn, **shades)
 
 
 def points_per_unit(ax: Axes, panel: Panel) -> float:
@@ -270,7 +260,6 @@ class Look(NamedTuple):
     ax: Axes | Sequence[Axes] | None
     ncols: int
     size: float | None
-    invert_y: bool
     show: bool | None
     save: Save
     #: Function that draws, which names the file.
@@ -280,27 +269,26 @@ class Look(NamedTuple):
     title: str | Sequence[str] | None = None
     legend_loc: LegendLoc | None = "right margin"
     alpha: float | None = None
+    marker: str = "o"
+    invert_y: bool = True  # y grows downwards, as in images
 
 
 def _given_titles(look: Look, n_maps: int, what: str) -> list[str]:
     """The caller's titles of maps, none if there are none; what can't be drawn is refused."""
-    if look.legend_loc not in (*get_args(LegendLoc), None):
-        raise ValueError(
-            f"legend_loc must be one of {[*get_args(LegendLoc)]}, found {look.legend_loc!r}."
-        )
+    check_one_of("legend_loc", look.legend_loc, (*get_args(LegendLoc), None))
     given = [look.title] if isinstance(look.title, str) else list(look.title or ())
     if look.title is not None and len(given) != n_maps:
         raise ValueError(f"{n_maps} titles are needed ({what}), but title holds {len(given)}.")
     return given
 
 
-def _draw_map(
+def draw_map(
     ax: Axes,
     panel: Panel,
     color: Any,
     title: str,
     look: Look,
-    fill: Callable[[Axes, Panel, Any, float | None], None],
+    fill: Callable[[Axes, Panel, Any, Look], None],
 ) -> None:
     """Draw one colour on one slice, between what lies below and above its cells."""
     (left, bottom), (right, top) = panel.low, panel.high
@@ -311,7 +299,7 @@ def _draw_map(
     ax.set_title(title, fontsize=TITLE_SIZE, pad=4.0)
     if look.tissue is not None:
         look.tissue.draw_below(ax, panel)
-    fill(ax, panel, color, look.size)
+    fill(ax, panel, color, look)
     if look.tissue is not None:
         look.tissue.draw_above(ax, panel)
     if look.legend_loc == "on data" and isinstance(color, Categories):
@@ -325,7 +313,7 @@ def draw_maps(
     *,
     titles: Sequence[Sequence[str]] | None = None,
     shared: Values | None = None,
-    fill: Callable[[Axes, Panel, Any, float | None], None] = draw_cells,
+    fill: Callable[[Axes, Panel, Any, Look], None] = draw_cells,
     key: Callable[[Axes, Any, str], None] = add_key,
     others: Sequence[Callable[[Axes], tuple[float, float]]] = (),
     what: str = "",
@@ -351,7 +339,7 @@ def draw_maps(
             names = [color.key or panels[0].name] if titles is None else list(titles[k])
         names = given[k * n : (k + 1) * n] if given else names
         for ax, panel, title in zip(own, panels, names, strict=True):
-            _draw_map(ax, panel, color, title, look, fill)
+            draw_map(ax, panel, color, title, look, fill)
         is_beside = look.legend_loc == "right margin" or isinstance(color, Values)
         if shared is None and is_beside:
             key(own[min(look.ncols, n) - 1], color, color.key if several else "")

@@ -54,7 +54,6 @@ def perturbation(
     vmax: float | str | None = "p99",
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -87,7 +86,7 @@ def perturbation(
     cmap, vmin, vmax
         Colour map of the shift and its ends: a number, a percentile such as ``"p99"``, or None for the
         extreme. None for the colour map: ``"viridis"``, or ``"RdBu_r"`` around 0 for ``"towards"``.
-    library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    library_key, spatial_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -132,7 +131,7 @@ def perturbation(
         ),
         Values(_LABELS[shift], values, low, high, cmap or "viridis"),
     ]
-    look = Look(ax, ncols, size, invert_y, show, save, "perturbation")
+    look = Look(ax, ncols, size, show, save, "perturbation")
     return draw_maps(
         read_panels(adata, spatial_key, library_key),
         colors,

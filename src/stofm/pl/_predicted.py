@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex, to_rgba_array
 
+from stofm._config import check_one_of
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
@@ -20,8 +20,8 @@ from stofm.pl._colors import (
     read_frame,
     value_limits,
 )
-from stofm.pl._compared import compare_maps
-from stofm.pl._maps import Look, add_key, draw_cells, draw_maps, points_per_unit, read_panels
+from stofm.pl._gene_prediction import compare_maps
+from stofm.pl._maps import Look, add_key, draw_maps, points_per_unit, read_panels
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ def deconvolution(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -126,7 +125,7 @@ def deconvolution(
         Colour of spots without proportions in maps.
     library_key, library_id, spatial_key, img_key, alpha_img, crop_coord, outlines, alpha, legend_loc
         As in :func:`stofm.pl.spatial`; `alpha` is that of maps.
-    ncols, invert_y, microns_per_unit, table_key, show, save
+    ncols, microns_per_unit, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -151,21 +150,18 @@ def deconvolution(
     >>> ax = st.pl.deconvolution(adata, key="proportions", kind="pies", show=False)
     """
     data, adata = adata, resolve_table(adata, table_key)
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {list(get_args(Kind))}, found {kind!r}.")
+    check_one_of("kind", kind, get_args(Kind))
     chosen = read_frame(adata, key, types, "deconvolve(adata, head=head)", "type")
     names, values = list(chosen), chosen.to_numpy()
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
-        look = Look(
-            ax, ncols, size, invert_y, show, save, "deconvolution", tissue, title, legend_loc
-        )
+        look = Look(ax, ncols, size, show, save, "deconvolution", tissue, title, legend_loc, alpha)
         if kind == "pies":
             every = read_frame(adata, key, None, "deconvolve(adata, head=head)", "type")
             _require_proportions(every.to_numpy(), key)
 
-            def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
-                _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], size)
+            def fill(ax: Axes, panel: Panel, color: Categories, look: Look) -> None:
+                _draw_pies(ax, panel, values[panel.rows], color.colors[: len(names)], look.size)
 
             def legend(ax: Axes, color: Categories, _: str) -> None:
                 add_key(ax, color, "")
@@ -180,8 +176,7 @@ def deconvolution(
         ]
         whole = Values("", values, *limits, cmap) if limits else None
         titles = [[panel.titled(name) for panel in panels] for name in names]
-        more: dict[str, Any] = {"titles": titles, "shared": whole, "what": "types"}
-        return draw_maps(panels, colors, look, fill=partial(draw_cells, alpha=alpha), **more)
+        return draw_maps(panels, colors, look, titles=titles, shared=whole, what="types")
 
 
 def imputation(
@@ -199,7 +194,6 @@ def imputation(
     spatial_key: str = Obsm.SPATIAL,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -238,7 +232,7 @@ def imputation(
 
     Other Parameters
     ----------------
-    cmap, vmin, vmax, library_key, spatial_key, size, ncols, invert_y, table_key, show, save
+    cmap, vmin, vmax, library_key, spatial_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -276,7 +270,7 @@ def imputation(
         adata, imputed, panels, "imputed", key=key, measured=measured, layer=layer, **limits
     )
     # An even number of columns keeps the two maps of a gene beside each other.
-    look = Look(ax, max(2, ncols - ncols % 2), size, invert_y, show, save, "imputation")
+    look = Look(ax, max(2, ncols - ncols % 2), size, show, save, "imputation")
     return draw_maps(panels, colors, look, titles=titles, what=f"maps of {list(imputed)}")
 
 
@@ -336,9 +330,8 @@ def _add_wedges(
     """Draw the parts of pies (n,) from `start` to `stop`, in turns, as polygons."""
     turns = start[:, None] + (stop - start)[:, None] * np.linspace(0.0, 1.0, _ARC_POINTS)
     angles = 2.0 * np.pi * turns
-    # The top of the page is at low y where y grows downwards.
-    scale = [radius, -radius if ax.yaxis_inverted() else radius]
-    arc = centers[:, None] + scale * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
+    # The top of the page is at low y.
+    arc = centers[:, None] + [radius, -radius] * np.stack([np.sin(angles), np.cos(angles)], axis=-1)
     # An edge of the same colour closes the seams that anti-aliasing leaves.
     polygons = PolyCollection(
         list(np.concatenate([centers[:, None], arc], axis=1)), facecolors=colors,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
@@ -12,23 +11,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex
+from scipy import sparse
 
 from stofm._edge.counts import NotRawCountsError
-from stofm._edge.expression import log_normalised_table
+from stofm._edge.expression import log_normalised_table, rank_markers
 from stofm._edge.observations import observed
 from stofm._edge.tables import read_record, resolve_table
 from stofm._files import local
 from stofm._keys import Obs, Obsm, Uns
 from stofm._logging import logger
+from stofm._messages import require_name
 from stofm._settings import keeping_threads
-from stofm.pl._colors import (
-    NO_VALUE_COLOR,
-    NO_VALUE_LABEL,
-    NORMALISED,
-    Categories,
-    require_name,
-    resolve_colors,
-)
+from stofm.pl._colors import NO_VALUE_COLOR, NO_VALUE_LABEL, NORMALISED, Categories, resolve_colors
 from stofm.pl._maps import round_below
 from stofm.pl._tissue import AUTO, Around, open_tissue
 from stofm.report.page import Column, Page, Table, write_page
@@ -66,7 +60,6 @@ def report(
     library_id: str | Sequence[str] | None = None,
     spatial_key: str = Obsm.SPATIAL,
     img_key: str | None = AUTO,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
 ) -> list[Path]:
@@ -95,7 +88,7 @@ def report(
 
     Other Parameters
     ----------------
-    library_key, library_id, spatial_key, img_key, invert_y, microns_per_unit, table_key
+    library_key, library_id, spatial_key, img_key, microns_per_unit, table_key
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -136,7 +129,7 @@ def report(
         for panel in panels:
             image = tissue.images.get(panel.name)
             bar = _bar(panel, tissue.microns.get(panel.name))
-            page = _page(table, panel, color, genes, image, bar, invert_y=invert_y)
+            page = _page(table, panel, color, genes, image, bar)
             own = file if len(panels) == 1 else file.with_stem(f"{file.stem}_{panel.name}")
             own.write_text(write_page(page, plotly), encoding="utf-8")
             logger.info("%s: %.1f MB, %d genes.", own, own.stat().st_size / 1e6, len(page.genes))
@@ -161,8 +154,6 @@ def _page(
     genes: Sequence[str] | None,
     image: SliceImage | None,
     bar: tuple[float, str] | None,
-    *,
-    invert_y: bool,
 ) -> Page:
     keys = _offered(adata) if color is None else [color] if isinstance(color, str) else list(color)
     columns = [_column(one, panel) for one in resolve_colors(adata, keys, vmin="p1", vmax="p99")]
@@ -200,7 +191,6 @@ def _page(
         tables=[*tables, _made(adata)],
         image=None if image is None else _picture(image, panel),
         bar=bar,
-        invert_y=invert_y,
     )
 
 
@@ -240,37 +230,14 @@ def _expression(adata: AnnData) -> tuple[AnnData, str]:
 
 
 def _markers(column: Column, expression: AnnData) -> dict[str, list[str]]:
-    """Genes of each category, the strongest first; none where fewer than two have three cells."""
-    import scanpy as sc
-    from anndata import AnnData
-
+    """Genes of each category that has some, the strongest first."""
     rows = np.flatnonzero(column.values >= 0)
     if len(rows) > _MOST_CELLS:
         rows = np.sort(np.random.default_rng(0).choice(rows, _MOST_CELLS, replace=False))
-    sizes = np.bincount(column.values[rows], minlength=len(column.names))
-    used = np.flatnonzero(sizes >= 3).tolist()
-    rows = rows[np.isin(column.values[rows], used)]
-    if len(used) < 2:
-        return {}
-    names = [column.names[k] for k in used]
-    codes = np.searchsorted(used, column.values[rows])
-    part = AnnData(
-        expression.X[rows],
-        obs=pd.DataFrame(
-            {"group": pd.Categorical.from_codes(codes, names)}, index=map(str, range(len(rows)))
-        ),
-        var=pd.DataFrame(index=expression.var_names),
-    )
-    n_genes = min(_N_MARKERS, part.n_vars)
-    with np.errstate(all="ignore"), warnings.catch_warnings(), keeping_threads():
-        # Of how scanpy makes its table.
-        warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
-        sc.tl.rank_genes_groups(part, "group", method="t-test", n_genes=n_genes)
-    found = part.uns["rank_genes_groups"]
-    return {
-        name: [str(g) for g, s in zip(found["names"][name], found["scores"][name], strict=True) if s > 0]
-        for name in names
-    }  # fmt: skip
+    values, genes = sparse.csr_matrix(expression.X[rows]), expression.var_names.astype(str)
+    found = rank_markers(values, genes, column.values[rows], len(column.names), _N_MARKERS)
+    named = zip(column.names, found, strict=True)
+    return {name: [row["gene"] for row in own] for name, own in named if own}
 
 
 def _chosen_genes(
@@ -325,14 +292,14 @@ def _made(adata: AnnData) -> Table:
     rows = []
     for key, record in adata.uns.get(Uns.STOFM, {}).items():
         params = {**record, **record.get("params", {})}
-        named = [f"{name}={value}" for name, value in params.items() if _is_short(value)]
+        named = [
+            f"{name}={value}"
+            for name, value in params.items()
+            if isinstance(value, str | int | float | bool | np.generic) and value != ""
+        ]
         rows.append((key, ", ".join(named)))
     note = "Parameters, models and versions of each step, as stored with the data."
     return Table("How it was made", ("entry", "parameters"), rows, note)
-
-
-def _is_short(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | np.generic) and value != ""
 
 
 def _umap(adata: AnnData) -> NDArray[np.floating] | None:

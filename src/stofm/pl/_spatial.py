@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm.pl._colors import NO_VALUE_COLOR, resolve_colors
-from stofm.pl._maps import Look, Panel, draw_cells, draw_maps
+from stofm.pl._maps import Look, Panel, draw_maps
 from stofm.pl._tissue import AUTO, Around, open_tissue
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ def spatial(
     title: str | Sequence[str] | None = None,
     legend_loc: LegendLoc | None = "right margin",
     ncols: int = 4,
-    invert_y: bool = True,
     microns_per_unit: float | None = None,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
@@ -60,6 +58,8 @@ def spatial(
     save: Save = None,
 ) -> Axes | list[Axes]:
     """Draw cells or spots where they lie, over the tissue's image if there is one.
+
+    y grows downwards, as in images and in scanpy and squidpy; ``ax.invert_yaxis()`` turns it.
 
     There is one panel per slice and colour. Panels of one colour share colours and limits, and one
     legend or colour bar. Slices whose cells lie about equally far apart are drawn at one scale, others
@@ -131,9 +131,6 @@ def spatial(
         How opaque points are; 0 shows the tissue alone. None: 1.
     ncols
         Panels side by side.
-    invert_y
-        Let y grow downwards, as in images and in scanpy and squidpy; False for coordinates with
-        y upwards.
     microns_per_unit
         Micrometres of one unit of the coordinates, for the scale bar. None: what is known.
     table_key
@@ -161,7 +158,7 @@ def spatial(
     >>> ax = st.pl.spatial(adata, color="Penk", show=False)
     """
     around = Around(img_key, alpha_img, library_id, crop_coord, microns_per_unit, outlines)
-    look = Look(ax, ncols, size, invert_y, show, save, "spatial", None, title, legend_loc, alpha)
+    look = Look(ax, ncols, size, show, save, "spatial", None, title, legend_loc, alpha)
     coloring = {
         "layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax,
         "groups": groups, "na_color": na_color,
@@ -181,8 +178,7 @@ def _draw(
 ) -> Axes | list[Axes]:
     with open_tissue(data, table_key, spatial_key, library_key, around) as (panels, tissue):
         colors = resolve_colors(resolve_table(data, table_key), color, **coloring)
-        fill = partial(draw_cells, alpha=look.alpha)
-        return draw_maps(panels, colors, look._replace(tissue=tissue), fill=fill, what="colours")
+        return draw_maps(panels, colors, look._replace(tissue=tissue), what="colours")
 
 
 def image(
@@ -251,7 +247,7 @@ def image(
     >>> ax = st.pl.image(adata, color="Penk", show=False)
     """
     around = Around(image=image, scale=scale, needs_image=True)
-    look = Look(ax, ncols, size, invert_y=True, show=show, save=save, name="image", alpha=alpha)
+    look = Look(ax, ncols, size, show=show, save=save, name="image", alpha=alpha)
     coloring = {"layer": layer, "palette": palette, "cmap": cmap, "vmin": vmin, "vmax": vmax}
     return _draw(adata, color, coloring, spatial_key, library_key, table_key, around, look)
 
@@ -338,6 +334,7 @@ def umap(
     margin = 0.05 * (high - low)
     cells = Panel("", np.arange(len(places)), places, 0.0, low - margin, high + margin)
     size = size or _UMAP_AREA / len(places)
-    look = Look(ax, ncols, size, False, show, save, "umap", None, title, legend_loc)  # noqa: FBT003
-    fill = partial(draw_cells, marker=".", alpha=alpha)
-    return draw_maps([cells], colors, look, fill=fill, what="colours")
+    look = Look(
+        ax, ncols, size, show, save, "umap", None, title, legend_loc, alpha, ".", invert_y=False
+    )
+    return draw_maps([cells], colors, look, what="colours")

@@ -45,7 +45,6 @@ def subslices(
     library_key: str | None = None,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -70,7 +69,7 @@ def subslices(
 
     Other Parameters
     ----------------
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -97,8 +96,8 @@ def subslices(
     panels = read_panels(adata, Obsm.COORDINATES, library_key)
     titles = [_counted(panel, _by_code(codes, panel).ngroups, "sub-slice") for panel in panels]
 
-    def fill(ax: Axes, panel: Panel, color: Categories, size: float | None) -> None:
-        draw_cells(ax, panel, color, size)
+    def fill(ax: Axes, panel: Panel, color: Categories, look: Look) -> None:
+        draw_cells(ax, panel, color, look)
         parts = [part.to_numpy() for _, part in _by_code(codes, panel)]
         _draw_outlines(ax, parts)
         if len(parts) <= _MAX_LABELLED:
@@ -108,7 +107,7 @@ def subslices(
                 _write(ax, x, y, f"{len(places):,}", FONT_SIZE, bbox=box)
 
     colors = [_color_subslices(codes, panels)]
-    look = Look(ax, ncols, size, invert_y, show, save, "subslices")
+    look = Look(ax, ncols, size, show, save, "subslices")
     return draw_maps(panels, colors, look, titles=[titles], fill=fill)
 
 
@@ -184,7 +183,6 @@ def virtual_cells(
     library_key: str | None = None,
     size: float | None = None,
     ncols: int = 4,
-    invert_y: bool = True,
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -209,7 +207,7 @@ def virtual_cells(
 
     Other Parameters
     ----------------
-    library_key, size, ncols, invert_y, table_key, show, save
+    library_key, size, ncols, table_key, show, save
         As in :func:`stofm.pl.spatial`.
 
     Raises
@@ -245,8 +243,8 @@ def virtual_cells(
     white = (1.0 - _WHITE_SHARE) * to_rgba_array(color.colors)[:, :3] + _WHITE_SHARE
     pale = replace(color, colors=tuple(to_hex(shade) for shade in white))
 
-    def fill(ax: Axes, panel: Panel, pale: Categories, size: float | None) -> None:
-        draw_cells(ax, panel, pale, size)
+    def fill(ax: Axes, panel: Panel, pale: Categories, look: Look) -> None:
+        draw_cells(ax, panel, pale, look)
         # Large ones first, so that none hides a smaller one.
         group = groups[panel.name].sort_values("n", ascending=False, kind="stable")
         areas = np.maximum(group["n"] * scale, _MIN_AREA)
@@ -265,7 +263,7 @@ def virtual_cells(
         names = [f"{n:,}" for n in sizes]
         add_legend(ax, handles, names, title="cells", labelspacing=1.0, handletextpad=0.8)
 
-    look = Look(ax, ncols, size, invert_y, show, save, "virtual_cells")
+    look = Look(ax, ncols, size, show, save, "virtual_cells")
     return draw_maps(panels, [pale], look, titles=[titles], fill=fill, key=key)
 
 

@@ -17,8 +17,8 @@ from stofm._edge.images import image_names, in_image_space, known_microns, open_
 from stofm._edge.tables import resolve_table
 from stofm._keys import Obsm
 from stofm._logging import logger
-from stofm._messages import text_of
-from stofm.pl._colors import category_names, require_name
+from stofm._messages import require_name, text_of
+from stofm.pl._colors import category_names
 from stofm.pl._maps import read_panels, round_below
 from stofm.pl._style import FONT_SIZE
 from stofm.spatial.regions import region_borders

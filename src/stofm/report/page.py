@@ -73,7 +73,6 @@ class Page:
     tables: Sequence[Table] = ()
     image: tuple[str, float, float, float, float] | None = None
     bar: tuple[float, str] | None = None
-    invert_y: bool = True
 
 
 def write_page(page: Page, plotly: str) -> str:
@@ -149,24 +148,22 @@ def _layout(page: Page) -> dict[str, Any]:
     low, high = page.xy.min(axis=0), page.xy.max(axis=0)
     margin = 0.03 * float((high - low).max()) or 1.0
     (left, bottom), (right, top) = low - margin, high + margin
-    span = [top, bottom] if page.invert_y else [bottom, top]
-    layout: dict[str, Any] = {"xaxis": {"range": [left, right]}, "yaxis": {"range": span}}
+    layout: dict[str, Any] = {"xaxis": {"range": [left, right]}, "yaxis": {"range": [top, bottom]}}
     if page.image is not None:
         source, x, y, width, height = page.image
         layout["images"] = [
             {
                 "source": source, "xref": "x", "yref": "y", "x": x, "y": y, "sizex": width,
                 "sizey": height, "sizing": "stretch", "layer": "below",
-                "yanchor": "top" if page.invert_y else "bottom",
+                "yanchor": "top",
             }
         ]  # fmt: skip
     if page.bar is not None:
         length, text = page.bar
-        y = top if page.invert_y else bottom
         line = {"color": "#111", "width": 3}
-        ends = {"x0": left + margin, "x1": left + margin + length, "y0": y, "y1": y}
+        ends = {"x0": left + margin, "x1": left + margin + length, "y0": top, "y1": top}
         layout["shapes"] = [{"type": "line", "line": line, **ends}]
-        note = {"x": left + margin, "y": y, "text": text, "showarrow": False}
+        note = {"x": left + margin, "y": top, "text": text, "showarrow": False}
         layout["annotations"] = [{**note, "xanchor": "left", "yanchor": "bottom"}]
     return layout
 

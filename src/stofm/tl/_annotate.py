@@ -11,7 +11,6 @@ from stofm.heads.request import (
     DEFAULT_REP,
     HeadOptions,
     Request,
-    moved_to_options,
     resolve_reference,
     resolve_slices,
 )
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options
 def annotate(
     data: Any,
     label_key: str | None = None,

@@ -11,7 +11,7 @@ from stofm._edge.tables import refuse_foreign, refuse_taken, resolve_table, writ
 from stofm._keys import Obsm, Obsp, Suffix
 from stofm._logging import progress
 from stofm.heads.request import Request, check_whole_number
-from stofm.perturb.attention import attend
+from stofm.perturb.masking import attend
 from stofm.perturb.reading import Subject
 
 if TYPE_CHECKING:
@@ -119,11 +119,8 @@ def attention(
     tissue = subject.tissue
     to_virtual = np.empty(table.n_obs, dtype=np.float32)
     parts = []
-    words = {"description": "attention", "unit": "slice"}
-    numbered = enumerate(tissue.slices)
-    for number, rows in progress(
-        numbered, total=len(tissue.slices), show=show_progress_bar, **words
-    ):
+    shown = progress(tissue.slices, "attention", "slice", show=show_progress_bar)
+    for number, rows in enumerate(shown):
         found = attend(tissue.whole(number), top=top, n_shifted=n_shifted)
         parts.append(found.weights)
         to_virtual[rows] = found.to_virtual

@@ -12,7 +12,7 @@ from stofm.heads.deconvolution import (
     learn_squares,
 )
 from stofm.heads.head import require_head
-from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, moved_to_options, resolve_slices
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options
 def deconvolve(
     data: Any,
     label_key: str | None = None,

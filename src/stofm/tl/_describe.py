@@ -6,21 +6,26 @@ import itertools
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from scipy import sparse
+from scipy.stats import false_discovery_control, hypergeom
 
+from stofm._edge.counts import read_counts
+from stofm._edge.expression import group_means, log_normalised, rank_markers
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import read_slices
 from stofm._edge.tables import frame_names, label_text, resolve_table
 from stofm._keys import Obs, Obsm
-from stofm.heads.embeddings import places_entry, slices_column
+from stofm._messages import require_name
+from stofm.heads.embeddings import counts_layer, places_entry, slices_column
 from stofm.heads.request import check_whole_number
 from stofm.spatial.regions import contacts, morans_i, pieces, touching_cells
 from stofm.tl._description import Description
-from stofm.tl._markers import group_means, name_sets, rank_markers, read_expression
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from anndata import AnnData
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from stofm._edge.slices import Slices
 
@@ -160,7 +165,7 @@ def describe(
             "composition": _composition(types, shares, own),
             "neighbors": _neighbors(names, k, found[k], expected[k]),
             "markers": markers[k],
-            "gene_sets": name_sets(marking, genes, sets, n_genes),
+            "gene_sets": _name_sets(marking, genes, sets, n_genes),
             "spatially_variable_genes": cells.patterns(genes, n_genes),
             "agreement": agreement[k],
         }
@@ -180,11 +185,8 @@ def read_groups(adata: AnnData, groupby: str) -> tuple[list[str], NDArray[np.int
     import pandas as pd
     from natsort import natsorted
 
-    if groupby not in adata.obs:
-        hint = "st.tl.domains(adata) writes it" if groupby == Obs.DOMAIN else "pass another column"
-        raise KeyError(
-            f"There is no obs[{groupby!r}]; {hint}. Columns: {list(map(str, adata.obs))[:20]}."
-        )
+    hint = ": st.tl.domains(adata) writes it" if groupby == Obs.DOMAIN else ""
+    require_name(groupby, adata.obs, f"There is no obs[{groupby!r}]{hint}.")
     text = label_text(adata.obs[groupby])
     present = set(text) - {""}
     if not present:
@@ -198,6 +200,33 @@ def read_groups(adata: AnnData, groupby: str) -> tuple[list[str], NDArray[np.int
     return order, np.asarray(codes, dtype=np.int64)
 
 
+def read_expression(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
+    """Log-normalised counts, (n_obs, n_vars), of the layer that was embedded by default."""
+    blocks = read_counts(adata, layer=counts_layer(adata, layer))
+    return sparse.vstack([log_normalised(block) for block in blocks], format="csr")
+
+
+def _name_sets(
+    markers: Sequence[str], genes: Sequence[str], sets: Mapping[str, set[str]], n_sets: int
+) -> list[dict[str, Any]]:
+    """Sets that share more genes with the markers than as many measured genes drawn at random.
+
+    Hypergeometric test, false discovery rate of Benjamini and Hochberg over the sets that share a
+    gene; the `n_sets` with the lowest p.
+    """
+    measured, marking = set(genes), set(markers)
+    rows: list[dict[str, Any]] = []
+    for name, members in sets.items():
+        own = members & measured
+        if shared := sorted(own & marking):
+            p = float(hypergeom.sf(len(shared) - 1, len(measured), len(own), len(marking)))
+            rows.append({"set": name, "genes": shared, "n_measured": len(own), "p": p})
+    rates = false_discovery_control([row["p"] for row in rows]) if rows else []
+    for row, rate in zip(rows, rates, strict=True):
+        row["fdr"] = float(rate)
+    return sorted(rows, key=lambda row: (row["p"], row["set"]))[:n_sets]
+
+
 def _read_types(
     adata: AnnData, label_key: str | None
 ) -> tuple[str | None, list[str], NDArray[np.float64]]:
@@ -209,11 +238,8 @@ def _read_types(
             return None, [], np.empty((adata.n_obs, 0))
     if label_key in adata.obsm:
         return label_key, frame_names(adata, label_key), np.asarray(adata.obsm[label_key], float)
-    if label_key not in adata.obs:
-        raise KeyError(
-            f"There is no obs[{label_key!r}] with cell types, nor an obsm[{label_key!r}] with "
-            f"proportions. Columns: {list(map(str, adata.obs))[:20]}."
-        )
+    text = f"There is no obs[{label_key!r}] with cell types, nor an obsm with proportions."
+    require_name(label_key, adata.obs, text)
     names, codes = read_groups(adata, label_key)
     return label_key, names, np.eye(len(names) + 1)[codes][:, :-1]
 

@@ -10,6 +10,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _MOST_ROWS: Final = 12
+#: Tables of a region: list of facts, and its columns with formats.
+_TABLES: Final = {
+    "Where": ("slices", "slice n_cells:, share:.1% n_pieces largest_piece:.0%"),
+    "Composition": ("composition", "type share:.1% over_all:.2f"),
+    "Neighbours": ("neighbors", "region share:.1% over_expected:.2f"),
+    "Markers": (
+        "markers",
+        "gene log2_fold_change:.2f detected_inside:.0% detected_outside:.0%",
+    ),
+    "Gene sets": ("gene_sets", "set genes n_measured fdr:.2g"),
+    "Spatially variable genes within": ("spatially_variable_genes", "gene morans_i:.2f"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,53 +92,23 @@ def _section(name: str, region: Mapping[str, Any]) -> list[str]:
             f"{agreement:.2f} over genes."
         )
     lines = [f"## Region {name}", "", text]
-    tables = {
-        "Where": (
-            region["slices"],
-            {
-                "slice": str,
-                "n_cells": "{:,}".format,
-                "share": "{:.1%}".format,
-                "n_pieces": str,
-                "largest_piece": "{:.0%}".format,
-            },
-        ),
-        "Composition": (
-            region["composition"],
-            {"type": str, "share": "{:.1%}".format, "over_all": "{:.2f}".format},
-        ),
-        "Neighbours": (
-            region["neighbors"],
-            {"region": str, "share": "{:.1%}".format, "over_expected": "{:.2f}".format},
-        ),
-        "Markers": (
-            region["markers"],
-            {
-                "gene": str,
-                "log2_fold_change": "{:.2f}".format,
-                "detected_inside": "{:.0%}".format,
-                "detected_outside": "{:.0%}".format,
-            },
-        ),
-        "Gene sets": (
-            region["gene_sets"],
-            {"set": str, "genes": ", ".join, "n_measured": str, "fdr": "{:.2g}".format},
-        ),
-        "Spatially variable genes within": (
-            region["spatially_variable_genes"],
-            {"gene": str, "morans_i": "{:.2f}".format},
-        ),
-    }
-    for title, (rows, columns) in tables.items():
-        if rows:
+    for title, (key, columns) in _TABLES.items():
+        if rows := region[key]:
             lines += ["", f"**{title}**", "", *_table(rows[:_MOST_ROWS], columns)]
     return lines
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Any]) -> Iterable[str]:
-    """Rows as a Markdown table; None is a dash."""
-    yield "| " + " | ".join(name.replace("_", " ") for name in columns) + " |"
-    yield "|" + " --- |" * len(columns)
+def _table(rows: Sequence[Mapping[str, Any]], columns: str) -> Iterable[str]:
+    """Rows as a Markdown table with columns such as "share:.1%"; None is a dash."""
+    pairs = [column.partition(":")[::2] for column in columns.split()]
+    yield "| " + " | ".join(name.replace("_", " ") for name, _ in pairs) + " |"
+    yield "|" + " --- |" * len(pairs)
     for row in rows:
-        cells = ("–" if row[name] is None else shown(row[name]) for name, shown in columns.items())
+        cells = (_shown(row[name], how) for name, how in pairs)
         yield "| " + " | ".join(one.replace("|", "\\|") for one in cells) + " |"
+
+
+def _shown(value: Any, how: str) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    return "–" if value is None else format(value, how)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from stofm._config import check_seed
+from stofm._config import check_one_of, check_seed
 from stofm._edge.colors import distinct_colors
 from stofm._edge.places import read_coordinates
 from stofm._edge.slices import read_slices
@@ -272,10 +272,7 @@ def _check_options(
     check_whole_number("smooth", smooth, least=0)
     for number in coarser:
         check_whole_number("Each number in coarser", number, least=1)
-    if centering not in get_args(Centering):
-        raise ValueError(
-            f"centering must be one of {list(get_args(Centering))}, found {centering!r}."
-        )
+    check_one_of("centering", centering, get_args(Centering))
     if resolution is not None and not 0.0 < resolution < np.inf:
         raise ValueError(f"resolution must be positive, found {resolution!r}.")
     numbers = [*([] if n_domains is None else [n_domains]), *coarser]

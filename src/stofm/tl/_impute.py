@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stofm._keys import Obsm
 from stofm.heads.head import require_head
 from stofm.heads.imputation import ImputationHead, learn_genes
-from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, moved_to_options, resolve_slices
+from stofm.heads.request import DEFAULT_REP, HeadOptions, Request, resolve_slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stofm.nn import Stofm
 
 
-@moved_to_options
 def impute(
     data: Any,
     genes: Sequence[str] | None = None,

@@ -9,8 +9,9 @@ from scipy import sparse
 
 from stofm._edge.counts import read_counts
 from stofm._keys import Obsm
+from stofm._messages import require_name
 from stofm.heads.request import Request, check_whole_number
-from stofm.perturb.ligand_receptor import by_genes, expressed, read_resource
+from stofm.perturb.influence import by_genes, expressed, read_resource
 from stofm.perturb.masking import effects_between
 from stofm.perturb.reading import Subject
 
@@ -122,8 +123,8 @@ def ligand_receptor(
     )
     subject = Subject.read(adata, request, table_key, head)
     table = subject.adata
-    if gene_symbols is not None and gene_symbols not in table.var:
-        raise KeyError(f"There is no var[{gene_symbols!r}]; there are {list(table.var.columns)}.")
+    if gene_symbols is not None:
+        require_name(gene_symbols, table.var, f"There is no var[{gene_symbols!r}].")
     symbols = table.var_names if gene_symbols is None else table.var[gene_symbols]
     genes = read_resource(resource, symbols.astype(str).tolist())
     kinds, names = np.zeros(table.n_obs, dtype=np.int64), ["all"]

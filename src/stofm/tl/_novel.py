@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from stofm._config import check_seed
+from stofm._edge.expression import rank_markers
 from stofm._edge.tables import all_or_nothing, refuse_foreign, write_record
 from stofm._keys import Obs, Obsm, Suffix
 from stofm._logging import logger
@@ -16,7 +17,7 @@ from stofm.heads.head import refuse_reserved, require_head
 from stofm.heads.request import Request, check_whole_number, resolve_slices
 from stofm.spatial.domains import domain_space, find_domains
 from stofm.spatial.regions import clustering, pieces, touching_cells
-from stofm.tl._markers import rank_markers, read_expression
+from stofm.tl._describe import read_expression
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,8 +165,8 @@ def novel(
         raise ValueError(f"resolution must be positive, found {resolution!r}.")
     if head.novelty is None:
         raise ValueError(
-            "The head has no novelty: it was saved by an older stofm, or no labelled cell was held "
-            "out. Fit it again: st.tl.annotate(labelled, label_key=...)."
+            "The head has no novelty: no labelled cell was held out. Fit it to more cells: "
+            "st.tl.annotate(labelled, label_key=...)."
         )
     request = Request(
         model, head.use_rep, library_key, layer, spatial_key, seed, device, show_progress_bar

@@ -8,6 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from stofm._edge.counts import read_counts
+from stofm._edge.expression import log_normalised
 from stofm._edge.gene_mapping import find_columns, report_columns
 from stofm._edge.tables import all_or_nothing, resolve_table, write_record
 from stofm._keys import Obsm
@@ -16,7 +17,6 @@ from stofm._messages import warn
 from stofm.genes import embedded_vocabulary
 from stofm.genes.gene_table import GeneTable
 from stofm.heads.head import refuse_reserved
-from stofm.heads.targets import log_normalised
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -129,7 +129,7 @@ def _pool(
     columns = find_columns(adata, vocabulary)
     row_of_token = np.full(vocabulary.n_tokens + 1, -1)
     row_of_token[vocabulary.tokens] = genes.rows_of(vocabulary)
-    # Token -1, no gene, reads the last entry.
+    # Token -1, not a gene, indexes the last entry.
     rows = row_of_token[columns.token_ids]
     is_there = np.flatnonzero(rows >= 0)
     if not len(is_there):
@@ -143,9 +143,7 @@ def _pool(
 
     means = np.zeros((adata.n_obs, genes.width), dtype=np.float32)
     counts, start = np.zeros(adata.n_vars), 0
-    with counter(
-        total=adata.n_obs, description="pool genes", unit="cell", show=show_progress_bar
-    ) as advance:
+    with counter(adata.n_obs, "pool genes", "cell", show=show_progress_bar) as advance:
         for block in read_counts(adata, layer=layer):
             totals = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
             weights = log_normalised(block @ selector, totals)

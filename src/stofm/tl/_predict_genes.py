@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from stofm._config import check_seed
+from stofm._config import check_one_of, check_seed
 from stofm._edge.tables import all_or_nothing, make_frame, refuse_foreign, write_frame, write_record
 from stofm._keys import Obsm
 from stofm.align.network import LEVELS
@@ -128,8 +128,7 @@ def predict_genes(
     (300, 2)
     """
     check_seed(seed)
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {list(get_args(Method))}, found {method!r}.")
+    check_one_of("method", method, get_args(Method))
     columns = find_in_panel(aligner.genes.panel, genes)
     refuse_reserved(key_added, Obsm.PREDICTED, spatial_key, library_key)
     slices = resolve_slices(data, library_key, spatial_key, table_key, copy=copy)

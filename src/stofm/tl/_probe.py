@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 
+from stofm._config import check_one_of
 from stofm._keys import Obsm
 from stofm._logging import counter
 from stofm.heads.blocks import read_rep
@@ -171,10 +172,7 @@ def probe(
     15
     """
     check_whole_number("seeds", seeds, least=1)
-    if protocol not in (None, *get_args(Protocol)):
-        raise ValueError(
-            f"protocol must be None or one of {get_args(Protocol)}, found {protocol!r}."
-        )
+    check_one_of("protocol", protocol, (None, *get_args(Protocol)))
     if protocol is not None and (left_out is not None or seeds != _N_SEEDS):
         raise ValueError(
             f"protocol={protocol!r} has runs of its own: leave out `left_out` and `seeds`."
@@ -227,7 +225,7 @@ def _score(
 
     rows: list[dict[str, Any]] = []
     total = sum(1 + len(features) * len(seeds) for _, seeds in tests)
-    with counter(total=total, description="probe", unit="fit", show=show_progress_bar) as advance:
+    with counter(total, "probe", "fit", show=show_progress_bar) as advance:
         for fold, seeds in tests:
             own = fold.labelled
             sizes = {"n_fitted": len(fold.fitted), "n_tested": len(fold.tested)}
@@ -321,8 +319,7 @@ class ProbeResult:
 
     def _read(self, measure: str) -> tuple[list[str], NDArray[np.float64]]:
         """Names of the representations, and their values, (n_representations, n_slices, n_seeds)."""
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {list(MEASURES)}, found {measure!r}.")
+        check_one_of("measure", measure, MEASURES)
         keys = ["representation", "slice", "seed"]
         table = self.scores.pivot(index=keys[0], columns=keys[1:], values=measure)
         names = self.scores["representation"].unique().tolist()

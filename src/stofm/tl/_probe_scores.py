@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -12,12 +12,13 @@ from scipy import sparse
 
 from stofm import metrics
 from stofm._edge.counts import read_counts
-from stofm._messages import warn
+from stofm._edge.expression import log_normalised
+from stofm._messages import require_name, warn
 from stofm.heads.blocks import N_NEIGHBORS
 from stofm.heads.embeddings import counts_layer
 from stofm.heads.genes import choose_panel, read_columns, selector
 from stofm.heads.network import apply_head, fit_head
-from stofm.heads.targets import MIN_SHARE, Targets, log_normalised
+from stofm.heads.targets import MIN_SHARE, Targets
 from stofm.heads.trust import calibrated_probabilities, fit_temperature, log_scores
 from stofm.metrics.labels import Reliability
 from stofm.spatial.plane import neighbor_means
@@ -191,10 +192,8 @@ def _find(
         known.setdefault(key, np.arange(place.start, place.stop))
     asked = [left_out] if isinstance(left_out, str) else left_out
     groups = [(one,) if isinstance(one, str) else tuple(one) for one in asked]
-    if unknown := [name for names in groups for name in names if name not in known]:
-        near = difflib.get_close_matches(str(unknown[0]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {list(known)[:10]}."
-        raise ValueError(f"left_out names {unknown[0]!r}, which is no slice; {hint}")
+    for name in itertools.chain(*groups):
+        require_name(name, known, f"left_out names {name!r}, which is no slice.", ValueError)
     rows = [np.unique(np.concatenate([known[name] for name in names])) for names in groups]
     return dict(zip(map(AND.join, groups), rows, strict=True))
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stofm._keys import Obsm
 from stofm.heads.request import Request
-from stofm.perturb.perturbing import Question
-from stofm.perturb.screening import screen_genes
+from stofm.perturb.perturbing import Question, screen_genes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

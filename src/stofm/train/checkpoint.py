@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,9 +132,7 @@ def find_damage(folder: Path) -> str:
 
 def read_progress(folder: Path) -> Progress:
     """Read the progress of an undamaged checkpoint."""
-    entries, known = read_state(folder)["progress"], {one.name for one in fields(Progress)}
-    entries = {name: value for name, value in entries.items() if name in known}
-    return build_dataclass(Progress, entries, str(folder / STATE))
+    return build_dataclass(Progress, read_state(folder)["progress"], str(folder / STATE))
 
 
 def load_checkpoint(

@@ -307,8 +307,7 @@ class StageConfig(Checked):
     weights
         Weights of the losses.
     masking, masked_genes, contrastive
-        Options of the cell encoder's losses; the joint stage uses the first two if
-        `trains_masked_genes` is set.
+        Options of the cell encoder's losses.
     spatial_masking, cell_loss
         Options of the losses on sub-slices.
     distance_unit
@@ -327,8 +326,6 @@ class StageConfig(Checked):
         Joint stage: cells per sub-slice that are encoded again, with gradients.
     refresh_every
         Joint stage: optimiser steps between updates of all other cells' embeddings; None: never.
-    trains_masked_genes
-        Joint stage: also train masked genes of the sampled cells.
     """
 
     name: StageName
@@ -348,7 +345,6 @@ class StageConfig(Checked):
     virtual_cells: bool = True
     sampled_cells: int = field(default=12, metadata=AT_LEAST_ONE)
     refresh_every: int | None = field(default=None, metadata=AT_LEAST_ONE)
-    trains_masked_genes: bool = False
 
     @property
     def n_surrounding(self) -> int:

@@ -318,8 +318,6 @@ class MaskedSubSliceBatch(Tensors):
     #: these cells' embeddings go, group after group; None if there are none.
     sampled: tuple[TokenBatch, ...] = ()
     sampled_places: Int[Tensor, " sampled"] | None = None
-    #: The groups with hidden genes; empty if masked genes are not trained.
-    genes: tuple[MaskedGenes, ...] = ()
 
     @classmethod
     def from_masked(

@@ -127,30 +127,25 @@ def contrastive_loss(
 def masked_gene_loss(
     encoder: CellEncoder,
     head: MaskedGeneHead,
-    groups: Sequence[MaskedGenes],
+    genes: MaskedGenes,
     *,
     how: MaskedGeneConfig,
     gather: Gather | None = None,
 ) -> LossPart:
-    """Cross-entropy of the hidden genes of some groups of cells, summed over them.
+    """Cross-entropy of the hidden genes of cells, summed over them.
 
     Each must be identified among the whole vocabulary, or among the genes of the batch, whose parts
     `gather` collects from all processes (None for one process).
     """
-    among = None
+    among, answers = None, genes.labels
     if how.candidates == "batch":
-        # All groups at once: processes may have different numbers of them, and gather together.
-        none = torch.empty(0, dtype=torch.int64, device=head.bias.device)
-        measured = torch.cat([none, *(genes.measured for genes in groups)])
-        among = torch.unique(measured if gather is None else gather(measured[:, None])[0])
-    total, count = head.bias.new_zeros(()), 0
-    for genes in groups:
-        hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
-        scores = head(hidden, encoder.words(among), among)
-        answers = genes.labels if among is None else torch.searchsorted(among, genes.labels)
-        total = total + F.cross_entropy(scores.float(), answers, reduction="sum")
-        count += len(answers)
-    return LossPart(total, count)
+        measured = genes.measured if gather is None else gather(genes.measured[:, None])[0]
+        among = torch.unique(measured)
+        answers = torch.searchsorted(among, answers)
+    hidden = encoder.hidden_states(genes.tokens).flatten(0, 1)[genes.places]
+    scores = head(hidden, encoder.words(among), among)
+    total = F.cross_entropy(scores.float(), answers, reduction="sum")
+    return LossPart(total, len(answers))
 
 
 def masked_cell_loss(
@@ -190,7 +185,8 @@ class CellEncoderObjective(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.config = config
-        self.gene_head = _gene_head(encoder)
+        names = ("n_tokens", "d_hidden", "activation", "layer_norm_eps")
+        self.gene_head = MaskedGeneHead(**{name: getattr(encoder.config, name) for name in names})
         #: Weight of each loss part that :meth:`forward` returns.
         self.weights = config.weights.above_zero("masked_genes", "contrastive")
 
@@ -201,9 +197,12 @@ class CellEncoderObjective(nn.Module):
         """
         parts = {}
         if "masked_genes" in self.weights:
-            genes, how = [inputs.genes], self.config.masked_genes
             parts["masked_genes"] = masked_gene_loss(
-                self.encoder, self.gene_head, genes, how=how, gather=gather
+                self.encoder,
+                self.gene_head,
+                inputs.genes,
+                how=self.config.masked_genes,
+                gather=gather,
             )
         if "contrastive" in self.weights:
             first, second = (self.encoder(view) for view in inputs.views)
@@ -288,38 +287,21 @@ class JointObjective(nn.Module):
     """The spatial objective with fresh embeddings of sampled cells, so that it trains both scales.
 
     The other cells, the virtual cells and the targets keep the embeddings that were computed
-    before; a sampled cell that is hidden stays hidden. If the stage trains masked genes, genes of
-    the sampled cells are hidden and recovered too.
+    before; a sampled cell that is hidden stays hidden.
     """
 
-    def __init__(
-        self, encoder: CellEncoder, spatial: SpatialObjective, config: StageConfig
-    ) -> None:
+    def __init__(self, encoder: CellEncoder, spatial: SpatialObjective) -> None:
         super().__init__()
         self.encoder = encoder
         self.spatial = spatial
-        self.config = config
-        self.gene_head = _gene_head(encoder) if config.trains_masked_genes else None
         #: Weight of each loss part that :meth:`forward` returns.
-        self.weights = dict(spatial.weights)
-        if config.trains_masked_genes:
-            self.weights |= config.weights.above_zero("masked_genes")
+        self.weights = spatial.weights
 
     def forward(
         self, inputs: MaskedSubSliceBatch, gather: Gather | None = None
     ) -> dict[str, LossPart]:
-        """Compute the losses of a batch, or of this process's part of one.
-
-        `gather` collects rows from all processes; None for one process.
-        """
-        parts = self.spatial.losses(inputs, with_fresh(self.encoder, inputs))
-        if "masked_genes" in self.weights:
-            assert self.gene_head is not None
-            genes, how = inputs.genes, self.config.masked_genes
-            parts["masked_genes"] = masked_gene_loss(
-                self.encoder, self.gene_head, genes, how=how, gather=gather
-            )
-        return parts
+        """Compute the losses of a batch, or of this process's part of one; `gather` is not used."""
+        return self.spatial.losses(inputs, with_fresh(self.encoder, inputs))
 
 
 def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -> nn.ModuleList:
@@ -334,9 +316,7 @@ def make_objectives(model: Stofm, stages: Sequence[StageConfig], *, seed: int) -
                 spatial = SpatialObjective(model.se2_transformer, config)
                 _share_heads(spatial, heads)
                 is_joint = config.name == "joint"
-                made.append(
-                    JointObjective(model.cell_encoder, spatial, config) if is_joint else spatial
-                )
+                made.append(JointObjective(model.cell_encoder, spatial) if is_joint else spatial)
             _share_heads(made[-1], heads)
     return made
 
@@ -347,11 +327,6 @@ def _share_heads(objective: nn.Module, heads: dict[str, nn.Module]) -> None:
         if name.endswith("_head"):
             learns_mask = getattr(own, "mask", None) is not None
             setattr(objective, name, heads.setdefault(f"{name}, {learns_mask}", own))
-
-
-def _gene_head(encoder: CellEncoder) -> MaskedGeneHead:
-    names = ("n_tokens", "d_hidden", "activation", "layer_norm_eps")
-    return MaskedGeneHead(**{name: getattr(encoder.config, name) for name in names})
 
 
 def with_fresh(

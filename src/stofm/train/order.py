@@ -30,7 +30,6 @@ class Purpose(IntEnum):
     ROTATION = 2
     MASKING = 3
     CELLS = 4
-    GENES = 5
     MIXTURE = 6
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -202,19 +202,9 @@ class SubSliceSamples:
             first = self.corpus.first_cell[sample >> _PART_BITS]
             cells.append(first + part.subslice.cell_index[nodes])
         groups = self.reader.groups(np.concatenate(cells))
-        in_groups = [np.concatenate(cells)[group] for group in groups]
-        read = tuple(self.reader.read(group) for group in in_groups)
+        read = tuple(self.reader.read(np.concatenate(cells)[group]) for group in groups)
         where = torch.from_numpy(np.concatenate(places)[np.concatenate(groups)])
-        batch = replace(batch, sampled=read, sampled_places=where)
-        if not self.config.trains_masked_genes:
-            return batch
-        how: Any = {"masking": self.config.masking, "vocabulary": self.reader.vocabulary}
-        rngs = [
-            [self.draws.generator(epoch, Purpose.GENES, int(cell)) for cell in group]
-            for group in in_groups
-        ]
-        genes = tuple(MaskedGenes.build(*one, **how) for one in zip(read, rngs, strict=True))
-        return replace(batch, genes=genes)
+        return replace(batch, sampled=read, sampled_places=where)
 
     def masked(self, samples: NDArray[np.int64], epoch: int) -> list[MaskedSubSlice]:
         """Hide and move cells of some sub-slices, one by one."""

@@ -225,8 +225,7 @@ class CellCache:
         """
         processes, can_be_made = self.setup.processes, key == self.key()
         own = self.corpus.slices[processes.rank :: processes.count]
-        words = {"description": "encode slices", "unit": "slice"}
-        for one in progress(own, total=len(own), **words, show=self.setup.show_progress_bar):
+        for one in progress(own, "encode slices", "slice", show=self.setup.show_progress_bar):
             self._encode_slice(one, *self._folders(one, key), can_be_made=can_be_made)
         processes.wait()
         return [self._open_slice(one, *self._folders(one, key)) for one in self.corpus.slices]
