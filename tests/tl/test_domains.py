@@ -273,8 +273,8 @@ def test_one_cell(embedded):
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, found -1"),
         ({"key_added": Obs.ANNOTATION}, "key_added='stofm_annotation' would replace"),
         ({"centering": "mean"}, r"centering must be one of \['slice', 'none'\], found 'mean'"),
-        ({"key_added": Obsm.X}, "key_added='X_stofm' would replace something that is read"),
-        ({"key_added": "library"}, "key_added='library' would replace something that is read"),
+        ({"key_added": Obsm.X}, "key_added='X_stofm' would replace something that is used"),
+        ({"key_added": "library"}, "key_added='library' would replace something that is used"),
     ],
 )
 def test_options_that_can_not_be(embedded, options, message):
@@ -291,7 +291,7 @@ def test_a_single_number_of_coarser_domains(embedded):
 
 def test_no_level_replaces_the_column_of_slices(embedded):
     embedded.obs["d_level1"] = embedded.obs.pop("library")
-    with pytest.raises(ValueError, match="'d_level1' would replace something that is read"):
+    with pytest.raises(ValueError, match="'d_level1' would replace something that is used"):
         st.tl.domains(embedded, n_domains=4, coarser=[2], key_added="d", library_key="d_level1")
     assert set(embedded.obs["d_level1"]) == {"left", "right"}
 

@@ -434,7 +434,7 @@ def test_a_model_made_without_gradients_embeds(one_slice, model, vocabulary):
 )
 def test_keys_that_mean_something_else_are_not_replaced(one_slice, model, key):
     one_slice.obsm["X_mine"] = np.ones((101, 12))
-    with pytest.raises(ValueError, match="would replace something that is read"):
+    with pytest.raises(ValueError, match="would replace something that is used"):
         embed(one_slice, model, key_added=key, cell_rep="X_mine")
 
 
