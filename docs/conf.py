@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from docutils import nodes
+from jupyter_cache import get_cache
 from latex2mathml.converter import convert
 from sphinx.domains.python import PyObject
 
@@ -204,6 +205,8 @@ def spread_notebooks(app: Sphinx, env: Any, docnames: list[str]) -> None:
     for number, name in enumerate(notebooks):
         others.insert((number * len(docnames)) // len(notebooks), name)
     docnames[:] = others
+    # Processes that make the tables of a new cache at the same time disturb each other.
+    get_cache(CACHE).db  # noqa: B018
 
 
 def setup(app: Sphinx) -> None:
