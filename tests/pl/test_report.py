@@ -123,6 +123,8 @@ def test_the_command(described: ad.AnnData, tmp_path: Path, capsys: Any) -> None
     assert data_of(tmp_path / "page.html")["columns"][0]["name"] == "stofm_domain"
     assert main(arguments) == 1
     assert "is there already: pass --overwrite" in capsys.readouterr().err
-    st.datasets.simulate_slice(200, 40).write_h5ad(tmp_path / "slice.h5ad")
+    plain = st.datasets.simulate_slice(200, 40)
+    plain.obsm["X_umap"] = plain.obsm["spatial"]
+    plain.write_h5ad(tmp_path / "slice.h5ad")
     assert main([*arguments, "--overwrite"]) == 0
     assert data_of(tmp_path / "page.html")["columns"][0]["name"] == "stofm_domain"
