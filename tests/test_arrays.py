@@ -80,6 +80,7 @@ def test_arrays_side_by_side(in_files, rng):
     assert SideBySide((turned,)).together().flags.c_contiguous
 
 
+@pytest.mark.slow
 def test_files_change_no_result(in_files, monkeypatch):
     fitted = st.datasets.simulate_slice(200, 60, seed=5)
     head = st.tl.annotate(fitted, label_key="region", device="cpu")

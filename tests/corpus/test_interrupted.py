@@ -12,6 +12,8 @@ import pytest
 
 import stofm as st
 
+pytestmark = pytest.mark.slow
+
 #: Moments of a kill, as shares of the time that an undisturbed run takes.
 MOMENTS = np.random.default_rng(7).uniform(0.05, 0.95, 5)
 

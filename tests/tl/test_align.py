@@ -281,6 +281,7 @@ def planted() -> tuple[ad.AnnData, ad.AnnData]:
     return adata[~is_new].copy(), adata[is_new].copy()
 
 
+@pytest.mark.slow
 def test_planted_morphology(planted: tuple[ad.AnnData, ad.AnnData]) -> None:
     """On a slide that was left out, partners are found, and regions better than by one modality."""
     slides, new = planted

@@ -388,6 +388,7 @@ st.tl.train(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 def test_a_run_killed_in_the_middle_of_an_epoch_ends_like_the_uninterrupted_one(
     train, slices, model, tmp_path

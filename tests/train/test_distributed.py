@@ -24,7 +24,10 @@ from stofm.nn import Stofm
 SCRIPT = Path(__file__).with_name("toy_run.py")
 CASES = ("prepare", "step", "killed", "end")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its processes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its processes"),
+]
 
 
 def read(folder):
