@@ -104,8 +104,8 @@ def domains(
     Examples
     --------
     >>> import stofm as st
-    >>> adata = st.datasets.load("mouse_cortex_osmfish")
-    >>> st.tl.domains(adata, n_domains=8)
+    >>> adata = st.datasets.simulate_slice(300, 60)
+    >>> st.tl.domains(adata, n_domains=4)
     >>> regions, domains = st.pl.domains(adata, truth_key="region", show=False)
     """
     data, adata = adata, resolve_table(adata, table_key)
