@@ -84,7 +84,7 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-doc
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -j auto -b html docs docs/_build/html $(ARGS)
 
-# The embedded model and the section are in the wheel, so the quick start needs nothing else.
+# The built-in model and the section are in the wheel, so the quick start needs nothing else.
 wheel: $(BIN)/pip$(EXE)
 	rm -rf dist build/wheel
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

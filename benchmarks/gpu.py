@@ -85,7 +85,7 @@ DRY = Sizes(
 
 
 def make(name: str) -> Stofm:
-    """The embedded model, or a new one of the paper's sizes."""
+    """The built-in model, or a new one of the paper's sizes."""
     if name == "mini":
         return Stofm.from_pretrained()
     vocabulary = embedded_vocabulary()

@@ -1,6 +1,6 @@
 """How good models' frozen embeddings are on slices that they were not trained on.
 
-    python benchmarks/probes.py FOLDER                     the embedded model
+    python benchmarks/probes.py FOLDER                     the built-in model
     python benchmarks/probes.py FOLDER --model DIR --seeds 3 --out results/probes
     python benchmarks/probes.py FOLDER --model A B --tasks "STARmap layers" "heart regions"
 

@@ -1,4 +1,4 @@
-"""Fit the vocabulary of the embedded model from a folder of slices.
+"""Fit the vocabulary of the built-in model from a folder of slices.
 
     python recipes/fit_mini_vocabulary.py SLICES ORTHOLOGS OUT.tsv [--symbols TABLE]
 

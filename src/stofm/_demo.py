@@ -33,7 +33,7 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> AnnData:
-    """Embed a section with the embedded model; write figures and an ``.h5ad`` to `out`.
+    """Embed a section with the built-in model; write figures and an ``.h5ad`` to `out`.
 
     The section is the package's of a mouse's cortex, a simulated one, or `data`: a ``.h5ad`` or
     ``.zarr``. Domains are compared with its labels, which are learnt on the left half (or on half

@@ -133,7 +133,7 @@ def test_code_in_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none of the embedded models \['cnn', 'statis"):
+    with pytest.raises(FileNotFoundError, match=r"none of the built-in models \['cnn', 'statis"):
         choose_encoder("X_missing", CPU)
     with pytest.raises(FileNotFoundError, match="has none of"):
         choose_encoder(tmp_path, CPU)

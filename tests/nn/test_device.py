@@ -97,7 +97,7 @@ RULES = SubSliceConfig(n_cells=400)
 
 @pytest.fixture(scope="module")
 def mini():
-    """Config of the embedded model."""
+    """Config of the built-in model."""
     folder = Path(stofm.__file__).parent / "weights" / "stofm-mini"
     return read_config(folder)[0]
 

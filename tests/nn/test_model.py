@@ -293,7 +293,7 @@ def test_only_a_checkpoint_is_replaced(model, tmp_path, saved):
 
 
 def test_a_name_that_is_nothing_is_refused():
-    with pytest.raises(FileNotFoundError, match=r"'stofm-huge'.*embedded models \['stofm-mini'\]"):
+    with pytest.raises(FileNotFoundError, match=r"'stofm-huge'.*built-in models \['stofm-mini'\]"):
         Stofm.from_pretrained("stofm-huge")
 
 

@@ -32,7 +32,7 @@ def load(name: str, *, sha256: str | None = None, cache_dir: str | Path | None =
       mouse, 379 spots x 1,000 genes
 
     ``uns["stofm"]["source"]`` holds source, licence and citation, and ``trained_stofm_mini``: whether
-    the embedded model has seen the section (it has not seen labels).
+    the built-in model has seen the section (it has not seen labels).
 
     Parameters
     ----------

@@ -273,7 +273,7 @@ class GeneVocabulary:
 
 @lru_cache(maxsize=1)
 def embedded_vocabulary() -> GeneVocabulary:
-    """Return the vocabulary of the embedded model ``stofm-mini``, for human and mouse."""
+    """Return the vocabulary of the built-in model ``stofm-mini``, for human and mouse."""
     table = resources.files("stofm").joinpath("weights", "stofm-mini", "vocabulary.tsv")
     with resources.as_file(table) as path:
         return GeneVocabulary.from_tsv(path)

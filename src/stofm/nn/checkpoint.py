@@ -43,7 +43,7 @@ def find_checkpoint(
     files: Collection[str] = FILES,
     **options: Any,
 ) -> Path:
-    """Find a checkpoint folder: an embedded model (by name), a local one, or one on the hub.
+    """Find a checkpoint folder: an built-in model (by name), a local one, or one on the hub.
 
     `files` are downloaded. Options are those of :func:`huggingface_hub.snapshot_download`, for hub ids (``owner/name``) only.
     """
@@ -59,7 +59,7 @@ def find_checkpoint(
         return folder
     if not re.fullmatch(r"[^./~][^/]*/[^/]+", str(name)):
         raise FileNotFoundError(
-            f"There is no checkpoint {str(name)!r}: no such folder, none of the embedded models "
+            f"There is no checkpoint {str(name)!r}: no such folder, none of the built-in models "
             f"{list(embedded)}, and no hub id of the form 'owner/name'."
         )
     from huggingface_hub import snapshot_download

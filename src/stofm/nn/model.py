@@ -103,7 +103,7 @@ class Stofm(nn.Module):
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Stofm:
-        """Load a checkpoint: a local folder, the embedded model, or one on the hub.
+        """Load a checkpoint: a local folder, the built-in model, or one on the hub.
 
         Parameters
         ----------

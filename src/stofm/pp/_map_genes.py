@@ -56,7 +56,7 @@ def map_genes(
         :func:`stofm.genes.read_orthologs`. Not needed with the embedded vocabulary, which knows
         mouse genes.
     vocabulary
-        A vocabulary, or a model that has one; None is that of the embedded model.
+        A vocabulary, or a model that has one; None is that of the built-in model.
     table_key
         Table of a SpatialData; may be left out if there is only one.
     copy

@@ -45,7 +45,7 @@ def tokenize(
     adata
         Cells x genes with raw counts, or a SpatialData that holds such a table.
     model_or_vocabulary
-        Model or vocabulary whose tokens to write; None is that of the embedded model.
+        Model or vocabulary whose tokens to write; None is that of the built-in model.
     layer
         Layer with raw counts; None for ``X``.
     max_tokens

@@ -44,7 +44,7 @@ def pool_genes(
 
     A gene weighs ``log1p(10,000 x count / total)``. With embeddings of texts about genes this is
     GenePT-w but for the length of the vectors, which is 1 there. Genes are found as :func:`stofm.pp.map_genes` finds them,
-    or has found them, in the vocabulary of the embedded model. Counts are read block by block.
+    or has found them, in the vocabulary of the built-in model. Counts are read block by block.
 
     Parameters
     ----------

@@ -144,7 +144,7 @@ class ModelSource(Checked):
     Attributes
     ----------
     checkpoint
-        A folder, an embedded model or a hub id to continue from; empty: a new model.
+        A folder, an built-in model or a hub id to continue from; empty: a new model.
     preset
         Sizes of a new model: ``"mini"`` or ``"base"``.
     name
