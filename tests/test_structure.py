@@ -195,6 +195,14 @@ def test_files_are_short(path: Path) -> None:
     assert n_lines <= 400, f"{path.name} has {n_lines} lines; split it"
 
 
+@files
+def test_messages_have_single_spaces(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    texts = [one.value for one in ast.walk(tree) if isinstance(one, ast.Constant)]
+    lines = [text for text in texts if isinstance(text, str) and "\n" not in text]
+    assert not [line for line in lines if re.search(r"[\w.,;:)]  +(\w|$)", line)]
+
+
 @functions
 def test_first_parameter_is_the_data(name: str, function: Callable[..., object]) -> None:
     if name.startswith("datasets."):

@@ -345,7 +345,7 @@ def refuse_foreign(
     found += [f"obsm[{name!r}]" for name in obsm if name in adata.obsm]
     if found:
         raise ValueError(
-            f"key_added={key!r} would replace {' and '.join(found)}, which stofm did not write.  "
+            f"key_added={key!r} would replace {' and '.join(found)}, which stofm did not write. "
             "Choose another name, or delete it first."
         )
 

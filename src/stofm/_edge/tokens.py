@@ -153,7 +153,7 @@ def read_tokens(adata: AnnData, model: Any) -> RankedTokens:
     has_values &= record.get("params", {}).get("depth_power") == encoder.depth_power
     if encoder.reads_values and not has_values:
         raise KeyError(
-            f"Model {model.name!r} uses the values of tokens, but there is no  "
+            f"Model {model.name!r} uses the values of tokens, but there is no "
             f"obsm[{Obsm.TOKEN_VALUES!r}] that was written with obsm[{Obsm.TOKENS!r}] for such a model. "
             f"Run {again} again."
         )
@@ -286,6 +286,6 @@ def changed_counts(adata: AnnData, vocabulary: GeneVocabulary | None = None) -> 
         return ""
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
     return (
-        f"of {len(rows)} cells examined, {n_other} have other genes, or another order  "
+        f"of {len(rows)} cells examined, {n_other} have other genes, or another order "
         f"of these, than {where} has for them now."
     )

@@ -96,8 +96,8 @@ def embed(
     ``adata.obsm['X_image_niche' | key_added + '_niche']`` : float32 (n_obs, d)
         Features of the patch of its niche.
     ``adata.uns['stofm']['X_image_spot' | ...]``, ``['X_image_niche' | ...]`` : dict
-        Encoder, fingerprint of its weights, orientations, side of the patch in micrometres and in pixels, and for
-        each slice the image and its micrometres per pixel.
+        Encoder, fingerprint of its weights, orientations, side of the patch in micrometres and in
+        pixels, and for each slice the image and its micrometres per pixel.
 
     Other Parameters
     ----------------
